@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` (set up, run the line once, say where everything is) and `make test` (set up, check all).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What torch brings along itself, so that the lock serves CPU and GPU builds of it alike.
+TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+  nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+  nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs lock clean
+
+help: ## Says what each target does
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## Makes .venv with the locked packages
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loraline needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". To do: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: setup ## Trains, evaluates, registers and exports one adapter; says where the results are
+	$(BIN)/loraline run examples/stripes.yaml
+
+test: setup check ## Runs all checks: the fast part, then everything slow
+	$(BIN)/python -m pytest -m slow
+
+check: setup ## Runs the fast checks: format, lint, types, layers, quick tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: setup ## Measures what benchmarks/README.md reports
+	$(BIN)/python -m benchmarks
+
+docs: setup ## Checks that the commands and links in the documentation hold
+	$(BIN)/python -m pytest tests/docs
+
+lock: ## Locks the packages anew from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra photographs --universal --python-version 3.11 --upgrade \
+	  $(TORCH_OWN:%=--no-emit-package %) --generate-hashes --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean: ## Removes .venv and all caches (never .loraline)
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

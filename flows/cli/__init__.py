@@ -1,0 +1,40 @@
+"""The command line: parses, calls, prints; nothing else. Heavy imports live inside the verbs.
+
+`main` is the one place where an error becomes a message and an exit code: 0 only where the whole job succeeded, 1 for
+a job that failed or was refused, 2 for a command or a file that cannot be used, 130 for one that was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from flows.cli import files, line, versions
+
+app = typer.Typer(
+    name="loraline",
+    help="The production line for LoRA adapters of diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _module in (line, versions, files):
+    _module.add_verbs(app)
+
+
+def main() -> None:
+    """The console script `loraline`."""
+    from flows.cli.output import explain
+    from lora_engine.errors import EngineError, InterruptedRun
+    from registry.errors import RegistryError
+
+    try:
+        app(standalone_mode=True)
+    except (InterruptedRun, KeyboardInterrupt) as error:
+        explain(error)
+        sys.exit(130)
+    except (EngineError, RegistryError, OSError) as error:
+        explain(error)
+        sys.exit(2 if type(error).__name__ == "SpecError" else 1)

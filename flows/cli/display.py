@@ -1,0 +1,82 @@
+"""How a run looks while it runs: a live table with bars on a terminal, one line an event elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from tasks.progress import StepEvent, listening
+
+_MARKS = {"completed": "[green]✓[/]", "cached": "[blue]=[/]", "failed": "[red]✗[/]", "started": "…", "progress": "…"}
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed and task.total else "", style="dim")
+
+
+@contextmanager
+def show_run(steps: list[str], console: Console) -> Iterator[None]:
+    """Shows the events of the steps while the block lasts.
+
+    Args:
+        steps: Names of the steps, in order.
+        console: Where to draw; a console that is no terminal gets plain lines.
+    """
+    if not console.is_terminal:
+        with listening(lambda event: _print_line(event, console)):
+            yield
+        return
+    progress = Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.fields[mark]} [bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", style="dim"),
+        console=console,
+    )
+    width = max(map(len, steps))
+    rows = {name: progress.add_task(name.ljust(width), start=False, total=None, mark=" ", note="waiting") for name in steps}
+    with progress, listening(lambda event: _update(progress, rows[event.step], event)):
+        yield
+
+
+def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
+    if event.kind == "started":
+        progress.start_task(row)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
+    if event.kind == "progress":
+        progress.update(row, mark=_MARKS["progress"], total=event.total or None, completed=event.done, note=values)
+    elif event.kind == "started":
+        progress.update(row, mark=_MARKS["started"], note="")
+    else:
+        progress.start_task(row)
+        total = progress.tasks[row].total or 1
+        note = {"cached": "cached, verified", "completed": "", "failed": "failed"}[event.kind]
+        progress.update(row, mark=_MARKS[event.kind], total=total, completed=total if event.kind != "failed" else 0, note=note)
+        progress.stop_task(row)
+
+
+_last_tenth: dict[str, int] = {}
+
+
+def _print_line(event: StepEvent, console: Console) -> None:
+    if event.kind == "progress":
+        tenth = 10 * event.done // event.total if event.total else 0
+        if not event.total or _last_tenth.get(event.step) == tenth:
+            return
+        _last_tenth[event.step] = tenth
+        values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
+        console.print(f"{event.step}: {event.done}/{event.total} {values}".rstrip(), highlight=False)
+        return
+    words = {"started": "started", "cached": "cached, verified", "completed": "done", "failed": "FAILED"}
+    console.print(f"{event.step}: {words[event.kind]}", highlight=False)

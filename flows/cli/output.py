@@ -1,0 +1,66 @@
+"""How verbs print: tables for people, JSON for programs, errors in one voice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def home_path() -> Path:
+    """Where all state lives: `LORALINE_HOME`, or `.loraline` in the working folder."""
+    return Path(os.environ.get("LORALINE_HOME") or ".loraline")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output; registry entities become plain objects."""
+    from registry.entities import to_json
+
+    print(json.dumps(to_json(value), indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+    """A table on standard output. Cells are text, never markup: what files say must not steer the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    Console().print(table)
+
+
+def clean(cell: object) -> str:
+    """The text of a cell without control characters; nothing for None."""
+    text = "" if cell is None else str(cell)
+    return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def print_facts(facts: Iterable[tuple[str, object]]) -> None:
+    """Aligned `label  value` lines; facts without a value are left out."""
+    known = [(label, value) for label, value in facts if value not in (None, "", (), [])]
+    width = max((len(label) for label, _ in known), default=0)
+    for label, value in known:
+        print(f"{label:<{width}}  {clean(value)}")
+
+
+def explain(error: BaseException) -> None:
+    """Words an error for a person on standard error: no traceback, the remedy included."""
+    import errno
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f"{error.filename or 'the disk'}: the disk is full. To do: free some space and run the same command again."
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'the system'}: {error.strerror or error}."
+    typer.echo(f"loraline: {text}", err=True)

@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM during a run: the first asks the steps to save and stop, the second stops at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tasks.progress import clear_stop, request_stop, stop_requested
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Handles both signals while the block lasts, then puts the former handlers back."""
+    clear_stop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop_requested():
+            raise KeyboardInterrupt
+        request_stop()
+        print("\nStopping: saving what is there. Press Ctrl-C again to stop at once.", file=sys.stderr)
+
+    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""`plan_pipeline`: what a run would do, step by step, and why; nothing is executed and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flows.pipeline import make_job, registered_adapter
+from flows.spec import PipelineSpec
+from registry.entities import ArtifactRef, Execution
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.store import Store
+from tasks.step import Inputs, cache_key, digest_path, find_hit
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What would happen to one step.
+
+    Args:
+        name: The step.
+        uses: Its kind.
+        cached: Whether its result is there, verified.
+        reason: Why it would run; `cached` otherwise.
+        ref: The result, where it is there.
+    """
+
+    name: str
+    uses: str
+    cached: bool
+    reason: str
+    ref: ArtifactRef | None
+
+
+def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> list[PlannedStep]:
+    """The steps in the order in which they would run.
+
+    Raises:
+        RegistryError: A registered adapter that the spec names does not exist, or the home cannot be read.
+    """
+    store, lineage = Store(home.store), Lineage(home.lineage_url)
+    planned: dict[str, PlannedStep] = {}
+    for name, step in spec.steps.items():
+        waiting = [target for _, target, _ in step.references() if target in planned and not planned[target].cached]
+        inputs: dict[str, tuple[ArtifactRef, ...]] = {}
+        for field, target, _ in step.references():
+            ref = planned[target].ref if target in planned else registered_adapter(target, home).ref
+            inputs[field] = (*inputs.get(field, ()), *([ref] if ref else []))
+        job = make_job(spec, name, home, run_id="", force=name in force)
+        if job.force:
+            planned[name] = PlannedStep(name, step.uses, False, "forced", None)
+        elif waiting:
+            planned[name] = PlannedStep(name, step.uses, False, f"takes from {_listed(waiting)}, which will run", None)
+        else:
+            key = cache_key(job.kind, step, spec.folder, inputs)
+            ref, reason = find_hit(job, step, key, store, lineage)
+            if ref is None and reason == "no earlier result":
+                reason = _what_changed(spec, name, inputs, lineage.last_execution(spec.name, name))
+            planned[name] = PlannedStep(name, step.uses, ref is not None, reason, ref)
+    return list(planned.values())
+
+
+def _what_changed(spec: PipelineSpec, name: str, inputs: Inputs, last: Execution | None) -> str:
+    if last is None:
+        return "never ran"
+    step = spec.steps[name]
+    changes = _differences(last.settings.get("settings", {}), step.own_settings())
+    for field, written, _ in step.externals():
+        if last.settings.get("files", {}).get(field) != digest_path(spec.folder / written):
+            changes.append(f"{field}: the content of {written} changed")
+    before = {role.partition(".")[0]: [] for role in last.inputs} | _by_field(last.inputs)
+    for field, refs in inputs.items():
+        if before.get(field) != [ref.sha256 for ref in refs]:
+            changes.append(f"{field}: another input")
+    return "; ".join(changes) or "its code or its base changed"
+
+
+def _by_field(inputs: Mapping[str, ArtifactRef]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for role, ref in inputs.items():
+        grouped.setdefault(role.partition(".")[0], []).append(ref.sha256)
+    return grouped
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _listed(names: Collection[str]) -> str:
+    return " and ".join(dict.fromkeys(names))

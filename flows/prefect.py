@@ -1,0 +1,75 @@
+"""What Loraline asks of Prefect: one flow around a run, one task around each step, everything under the home.
+
+Prefect executes, orders, retries and shows; it is not the record and not the cache (see docs/adr/0004). Importing this
+module is cheap; importing Prefect itself takes seconds and happens inside the functions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from registry.home import Home
+from tasks.step import Job, Outcome, execute
+
+if TYPE_CHECKING:
+    from prefect import Flow, Task
+
+Result = TypeVar("Result")
+
+
+def configure_prefect(home: Home) -> None:
+    """Points Prefect at the home, before its first import; what the environment already says wins.
+
+    Without a server (`PREFECT_API_URL`), Prefect starts one of its own for the run and ends it afterwards.
+    """
+    settings = {
+        "PREFECT_HOME": str(home.prefect),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def run_as_flow(name: str, function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function as a Prefect flow, whose runs carry the pipeline's name."""
+    from prefect import flow
+
+    wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(function)
+    return wrapped  # type: ignore[no-any-return]
+
+
+def step_task(name: str) -> Any:
+    """The Prefect task of a step, under the step's own name."""
+    return _task().with_options(name=name, task_run_name=name)
+
+
+@lru_cache(maxsize=1)
+def _task() -> Any:
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    return task(
+        _execute, cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=1, retry_condition_fn=_passes
+    )
+
+
+def _execute(job: Job, inputs: Mapping[str, list[Outcome]]) -> Any:
+    from prefect.states import Completed
+
+    outcome = execute(job, {field: tuple(item.ref for item in items) for field, items in inputs.items()})
+    return Completed(name="Cached", data=outcome) if outcome.cached else outcome
+
+
+async def _passes(task: Task[..., Any], task_run: Any, state: Any) -> bool:
+    """Only what may pass by itself is tried again: a connection or a lock, never a wrong setting."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, ConnectionError | TimeoutError)

@@ -1,0 +1,94 @@
+"""Puts what lies in the store where people look: the HTML report of a version, the folder of an export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_engine.files import atomic_write
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.store import Store
+from registry.versions import Versions
+
+
+def write_report(home: Home, ref: str, output: Path | None = None) -> Path | None:
+    """Renders the report of a version as one HTML file, and its pictures beside it.
+
+    Args:
+        home: Where all state lives.
+        ref: `name@version` or `name@alias`.
+        output: The file; `reports/NAME-VERSION.html` in the home by default.
+
+    Returns:
+        The file, or None for a version that was never evaluated.
+    """
+    from lora_engine.evaluation.report import load_report, render_report
+
+    version = Versions(home).find(ref)
+    if version.report is None:
+        return None
+    store = Store(home.store)
+    path = output or home.reports / f"{version.name}-{version.version}.html"
+    lineage = Lineage(home.lineage_url)
+    steps = describe_steps(lineage, version)
+    with tempfile.TemporaryDirectory(dir=home.work) as name:
+        folders = {role: Path(name) / role for role in ("report", "adapter", "dataset")}
+        store.checkout(version.report, folders["report"])
+        store.checkout(version.artifact, folders["adapter"])
+        dataset = _dataset(lineage, version)
+        if dataset is not None:
+            store.checkout(dataset, folders["dataset"])
+        training = folders["adapter"] / "training.json"
+        page = render_report(
+            version.ref,
+            load_report(folders["report"]),
+            folders["report"],
+            training=json.loads(training.read_bytes()) if training.is_file() else None,
+            dataset_folder=folders["dataset"] if dataset is not None else None,
+            recipe=dict(version.params),
+            lineage=steps,
+            version={"name": version.name, "version": version.version, "sha256": version.sha256, "size": version.size},
+        )
+        atomic_write(path, page.encode())
+        pictures = path.with_suffix("")
+        if output is None and not pictures.is_dir():
+            shutil.copytree(folders["report"] / "pictures", pictures)
+    return path
+
+
+def describe_steps(lineage: Lineage, version: AdapterVersion) -> list[dict[str, Any]]:
+    """The steps that made a version, each with its settings, inputs and output; the first ones first."""
+    walk = lineage.walk(version.ref)
+    made = [lineage.executions(output=node.id) for node in walk.nodes if node.id.kind == "artifact"]  # type: ignore[attr-defined]
+    latest = [executions[-1] for executions in made if executions]
+    return [
+        {
+            "step": execution.step,
+            "uses": execution.uses,
+            "inputs": {role: ref.sha256 for role, ref in execution.inputs.items()},
+            "output": execution.output.sha256 if execution.output else None,
+            "settings": execution.settings.get("settings", {}),
+            "started_at": execution.started_at.isoformat(),
+        }
+        for execution in sorted(latest, key=lambda execution: execution.started_at)
+    ]
+
+
+def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:
+    for execution in lineage.executions(output=version.artifact.sha256):
+        if "dataset" in execution.inputs:
+            return execution.inputs["dataset"]
+    return None
+
+
+def export_folder(home: Home, pipeline: str, step: str, ref: ArtifactRef) -> Path:
+    """An export of a run as a plain folder, verified; made anew only where its content changed."""
+    folder = home.path / "exports" / pipeline / f"{step}-{ref.sha256[:12]}"
+    if not folder.is_dir():
+        Store(home.store).checkout(ref, folder)
+    return folder

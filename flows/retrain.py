@@ -1,0 +1,70 @@
+"""`retrain`: the scheduled flow. What changed since the last run? Train on it, compare it, stage it; else do nothing.
+
+Deployed by `prefect.yaml`. Importing this module imports Prefect: only workers and tests do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.pipeline import PipelineResult, run_pipeline
+from flows.plan import plan_pipeline
+from flows.spec import load_spec
+from registry.errors import UnknownName, UnknownVersion
+from registry.home import Home
+from registry.versions import Versions
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What a scheduled run did.
+
+    Args:
+        changed: Per step that ran, why; empty when nothing had changed and nothing ran.
+        versions: `name@version` of what was registered.
+        staged: Those of them whose gates passed.
+        compared: Per version and metric: the adapter's figure in production (None if there is none) and now.
+    """
+
+    changed: dict[str, str]
+    versions: list[str]
+    staged: list[str]
+    compared: dict[str, dict[str, tuple[float | None, float]]]
+
+
+@flow(name="retrain", validate_parameters=False)
+def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
+    """Runs a pipeline if anything that it depends on has changed.
+
+    Args:
+        spec: Path of the pipeline file.
+        home: Path of the home.
+
+    Returns:
+        A `Retraining` as a plain object.
+    """
+    pipeline, state = load_spec(Path(spec)), Home.open(Path(home))
+    changed = {step.name: step.reason for step in plan_pipeline(pipeline, state) if not step.cached}
+    if not changed:
+        return asdict(Retraining({}, [], [], {}))
+    return asdict(_report(changed, run_pipeline(pipeline, state), Versions(state)))
+
+
+def _report(changed: dict[str, str], result: PipelineResult, versions: Versions) -> Retraining:
+    refs = {f"{said['name']}@{said['version']}": said for said in result.versions.values()}
+    staged = [ref for ref, said in refs.items() if said["alias"] and not said["refused"]]
+    return Retraining(changed, list(refs), staged, {ref: compare(versions, ref, "production") for ref in refs})
+
+
+def compare(versions: Versions, ref: str, alias: str) -> dict[str, tuple[float | None, float]]:
+    """Per metric: the figure of the version that the alias points at, and that of this one."""
+    new = versions.find(ref)
+    try:
+        old: Any = versions.get(new.name, alias).metrics
+    except (UnknownName, UnknownVersion):
+        old = {}
+    return {name: (old.get(name, {}).get("adapter"), metric["adapter"]) for name, metric in new.metrics.items()}

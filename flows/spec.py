@@ -1,0 +1,196 @@
+"""`PipelineSpec`: what a pipeline file says, checked whole before anything runs.
+
+Names, types, references between steps, cycles and files are all refused here, with file and line, the value, what is
+allowed and the nearest match. Nothing is executed and no database is opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flows.document import Document, Where, parse_value, read_document
+from flows.errors import SpecError
+from lora_engine.errors import BaseModelError
+from tasks.spec import StepSpec
+from tasks.step import STEPS, locate_base
+
+REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
+
+
+class _Head(BaseModel):
+    """The top of a pipeline file; the steps are checked one by one, each by its own class."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    base: str = "tiny"
+    seed: int = Field(0, ge=0, lt=2**63)
+    description: str = ""
+    steps: dict[str, dict[str, Any]] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline that can run.
+
+    Args:
+        name: Its name; `register` uses it for the adapter unless told otherwise.
+        base: The base model of every step that needs one and names none.
+        seed: The seed of every step that needs one and names none.
+        steps: The steps by name, each after all that it takes from.
+        folder: What paths in the file are relative to.
+        source: The pipeline file's data as written, with overrides applied: the recipe to keep.
+    """
+
+    name: str
+    base: str
+    seed: int
+    steps: Mapping[str, StepSpec]
+    folder: Path
+    source: Mapping[str, Any]
+
+
+def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
+    """Reads and checks a pipeline file.
+
+    Args:
+        path: A YAML or JSON file.
+        overrides: `a.b=value` each; `adapter.rank=8` is short for `steps.adapter.rank=8`.
+
+    Raises:
+        SpecError: Anything in it that could not run.
+    """
+    document = read_document(path)
+    for override in overrides:
+        _override(document, override)
+    head = _validate(_Head, document.data, (), document)
+    steps = {name: _load_step(name, raw, head, document) for name, raw in head.steps.items()}
+    order = _order(steps, document)
+    folder = path.resolve().parent
+    for name in order:
+        _check_files(name, steps[name], folder, document)
+        _check_base(name, steps[name], folder, document)
+    return PipelineSpec(head.name, head.base, head.seed, {name: steps[name] for name in order}, folder, document.data)
+
+
+def _override(document: Document, override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise SpecError(f"{override!r}", where="--set", allowed="KEY.KEY=VALUE, such as adapter.rank=8")
+    if keys[0] not in _Head.model_fields:
+        keys.insert(0, "steps")
+    target: Any = document.data
+    for key in keys[:-1]:
+        if not isinstance(target, dict) or not isinstance(target.get(key), dict):
+            known = target if isinstance(target, dict) else ()
+            raise SpecError(f"{path!r}: there is no {key!r}", where="--set", **_nearest(key, known))
+        target = target[key]
+    target[keys[-1]] = parse_value(text)
+
+
+def _load_step(name: str, raw: dict[str, Any], head: _Head, document: Document) -> StepSpec:
+    place: Where = ("steps", name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name):
+        raise SpecError(f"step name {name!r}", where=document.where(place), allowed="letters, digits, - and _")
+    uses = raw.get("uses")
+    if not isinstance(uses, str) or uses not in STEPS:
+        problem = f"step {name!r} uses {uses!r}" if "uses" in raw else f"step {name!r} does not say what it uses"
+        raise SpecError(problem, where=document.where((*place, "uses")), **_nearest(str(uses), STEPS))
+    kind = STEPS[uses].spec
+    inherited = {field: getattr(head, field) for field in ("base", "seed", "name") if field in kind.model_fields}
+    return _validate(kind, inherited | raw, place, document)
+
+
+def _validate(model: type[Any], data: Mapping[str, Any], place: Where, document: Document) -> Any:
+    try:
+        # Strict, and through JSON: "8" is not 8, yet a list may be a tuple.
+        return model.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise _explain(error, model, place, document) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], place: Where, document: Document) -> SpecError:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    at: Where = (*place, *first["loc"])
+    key = str(at[-1]) if at else ""
+    label = ".".join(str(part) for part in at if part != "steps") or "the file"
+    more = f" (and {len(problems) - 1} more below)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = [name for name in model.model_fields if name != "uses"]
+        return SpecError(f"unknown key {label!r}{more}", where=document.where(at), **_nearest(key, fields))
+    if first["type"] == "missing":
+        return SpecError(f"{label!r} is missing{more}", where=document.where(at), remedy=f"add {key}: ...")
+    problem = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" or not first["loc"]:
+        return SpecError(f"{label}: {problem}{more}", where=document.where(at))
+    return SpecError(f"{label} is {first['input']!r}{more}", where=document.where(at), allowed=problem[0].lower() + problem[1:])
+
+
+def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
+    graph: dict[str, set[str]] = {name: set() for name in steps}
+    for name, spec in steps.items():
+        for field, target, kind in spec.references():
+            where = document.where(("steps", name, field))
+            if REGISTERED.fullmatch(target):
+                if kind != "adapter":
+                    raise SpecError(f"{name}.{field} is {target!r}, a registered adapter", where=where, allowed=f"a step that gives a {kind}")
+                continue
+            if target not in steps:
+                fitting = [other for other, its in steps.items() if STEPS[its.uses].gives == kind]
+                raise SpecError(f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, fitting))
+            gives = STEPS[steps[target].uses].gives
+            if gives != kind:
+                raise SpecError(
+                    f"{name}.{field} is {target!r}, a step that gives a {gives}", where=where, allowed=f"a step that gives a {kind}"
+                )
+            graph[name].add(target)
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise SpecError(
+            f"the steps wait for each other: {circle}", where=document.where(("steps", error.args[1][0])), remedy="break the circle"
+        ) from None
+
+
+def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
+    for field, written, what in spec.externals():
+        path = folder / written
+        if not (path.is_dir() if what == "folder" else path.is_file()):
+            state = "is not a folder" if path.exists() and what == "folder" else "is not a file" if path.exists() else "does not exist"
+            raise SpecError(
+                f"{name}.{field} is {written!r}, which {state}",
+                where=document.where(("steps", name, field)),
+                allowed=f"a {what}, relative to {folder}",
+            )
+
+
+def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
+    base = getattr(spec, "base", None)
+    if base is None:
+        return
+    from lora_engine.bases.source import resolve_base
+
+    try:
+        resolve_base(locate_base(base, folder))
+    except BaseModelError as error:
+        place: Where = ("steps", name, "base") if ("steps", name, "base") in document.lines else ("base",)
+        raise SpecError(error.problem, where=document.where(place), allowed=error.allowed, remedy=error.remedy) from error
+
+
+def _nearest(word: str, known: Iterable[str]) -> dict[str, str]:
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    hint = {"remedy": f"did you mean {near[0]!r}?"} if near else {}
+    return {"allowed": ", ".join(names) or "nothing here"} | hint

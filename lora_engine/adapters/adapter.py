@@ -1,0 +1,66 @@
+"""`Adapter`: deltas by canonical module name. It knows no file format, no path and no device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+
+from lora_engine.adapters.delta import Delta, same_delta
+from lora_engine.errors import AdapterError
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        modules: Canonical dotted module name (`unet.down_blocks.0....to_q`) to its delta; kept sorted by name.
+        base: Family of the base model, empty where unknown.
+        fingerprint: Digest of the base that it was made for, None where unknown.
+    """
+
+    modules: Mapping[str, Delta] = field(default_factory=dict)
+    base: str = ""
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        ordered = dict(sorted(self.modules.items()))
+        object.__setattr__(self, "modules", MappingProxyType(ordered))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same: names, kinds, settings, base, and factors bit for bit with their dtypes."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        same_base = (self.base, self.fingerprint) == (other.base, other.fingerprint)
+        return (
+            same_base
+            and list(self.modules) == list(other.modules)
+            and all(same_delta(delta, other.modules[name]) for name, delta in self.modules.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
+        """The adapter with its factors in another dtype or on another device.
+
+        Raises:
+            AdapterError: A finite value would not be finite in the dtype (float16 ends at 65504).
+        """
+        modules = {name: _cast(name, delta, dtype, device) for name, delta in self.modules.items()}
+        return replace(self, modules=modules)
+
+
+def _cast(name: str, delta: Delta, dtype: torch.dtype | None, device: torch.device | str | None) -> Delta:
+    factors = {key: factor.to(device=device, dtype=dtype) for key, factor in delta.factors().items()}
+    for key, factor in factors.items():
+        if dtype is not None and not bool(torch.isfinite(factor).all()):
+            raise AdapterError(
+                f"factor {key!r} is not finite in {dtype}",
+                where=name,
+                allowed="values that the dtype can hold",
+                remedy="keep the adapter in float32 or bfloat16",
+            )
+    return delta.with_factors(factors)

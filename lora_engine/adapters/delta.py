@@ -1,0 +1,131 @@
+"""The `Delta` protocol: what an adapter does to one layer. One small file a kind implements it and registers itself.
+
+`delta_weight` is the meaning; `forward` is an optimisation that a law test holds to it. Names that occur only in
+files (`lora_down`, `lora_A`) do not belong here: factors have their mathematical names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters.layer import LayerOp
+from lora_engine.registries import Registry
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a delta.
+
+    Attributes:
+        factor: The factor it concerns, or `alpha`.
+        problem: What is wrong, with the value.
+        allowed: What would be right.
+        remedy: One thing to do.
+    """
+
+    factor: str
+    problem: str
+    allowed: str
+    remedy: str
+
+
+class Delta(Protocol):
+    """What one adapter does to one layer: factors, and how they make a difference of weights.
+
+    Implementations are frozen dataclasses. `alpha` is None where a kind has none.
+    """
+
+    kind: ClassVar[str]
+
+    if TYPE_CHECKING:  # at run time a property here would be taken for the default of a dataclass's field
+
+        @property
+        def alpha(self) -> float | None:
+            """The file-level alpha; the scale that follows from it is the kind's own rule."""
+            ...
+
+        @property
+        def rank(self) -> int | None:
+            """The inner dimension, or None for kinds without one."""
+            ...
+
+    @classmethod
+    def create(
+        cls, weight_shape: Sequence[int], rank: int, alpha: float | None, generator: torch.Generator | None
+    ) -> Self:
+        """A fresh delta for a weight of that shape: float32 on the CPU, and zero in effect.
+
+        Raises:
+            SettingsError: The rank does not suit the shape.
+        """
+        ...
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The delta of these factors; `alpha` None stands for the kind's default. Nothing is checked: see `faults`."""
+        ...
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        ...
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """The same delta (kind, alpha, settings) with other tensors, for instance parameters."""
+        ...
+
+    def delta_weight(self, base: Tensor) -> Tensor:
+        """What is added to the weight at multiplier 1: at least float32, in the shape of `base`."""
+        ...
+
+    def delta_bias(self, bias: Tensor | None) -> Tensor | None:
+        """What is added to the bias at multiplier 1, or None for nothing."""
+        return None
+
+    def forward(self, x: Tensor, out: Tensor, base_weight: Tensor, op: LayerOp, multiplier: float = 1.0) -> Tensor:
+        """The adapted output, from the input and the base layer's output.
+
+        Law: equals `op(x, base_weight + multiplier * delta_weight(base_weight), bias + multiplier * delta_bias(bias))`.
+        In the dtype of `out`; factors are cast to the dtype of `x`. This default forms the dense delta.
+        """
+        return dense_forward(self, x, out, base_weight, op, multiplier=multiplier)
+
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterable[Fault]:
+        """What is structurally wrong: shapes among the factors, alpha, and the fit to a weight where one is given."""
+        ...
+
+    def fitted(self, weight_shape: Sequence[int]) -> Self:
+        """The same delta with its factors in the number of dimensions that this weight has (1x1 conv or linear)."""
+        return self
+
+
+kinds: Registry[type[Delta]] = Registry("adapter kind")
+
+
+def dense_forward(
+    delta: Delta, x: Tensor, out: Tensor, base_weight: Tensor, op: LayerOp, *, multiplier: float = 1.0
+) -> Tensor:
+    """The adapted output by way of the dense delta; right for every kind that leaves the bias alone."""
+    dense = delta.delta_weight(base_weight).to(x.dtype)
+    return torch.add(out, op(x, dense).to(out.dtype), alpha=multiplier)
+
+
+def same_delta(first: Delta, second: Delta) -> bool:
+    """Whether two deltas are the same: kind, settings, and factors bit for bit with their dtypes."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    fields = [field.name for field in dataclasses.fields(first)]  # type: ignore[arg-type]
+    return all(_same(getattr(first, name), getattr(second, name)) for name in fields)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
+    return type(first) is type(second) and bool(first == second)

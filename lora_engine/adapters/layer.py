@@ -1,0 +1,120 @@
+"""How a layer applies a weight (`LayerOp`), and the one module that wraps a layer under an adapter (`AdaptedLayer`).
+
+Neither knows any adapter kind: what a delta does to an output is the delta's own affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_engine.errors import AdapterError
+
+if TYPE_CHECKING:
+    from lora_engine.adapters.delta import Delta
+
+ADAPTABLE = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class LayerOp:
+    """What a layer computes, given a weight: `op(x, weight, bias)`.
+
+    Attributes:
+        dims: Spatial dimensions of the weight: 0 for a linear layer, 2 for `Conv2d`.
+        groups: Groups of a convolution.
+        pad: What `F.pad` has to do before the convolution, in padding modes other than zeros.
+    """
+
+    dims: int = 0
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] | str = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+    pad: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerOp:
+        """The operation of an `nn.Linear` or `nn.Conv2d`.
+
+        Raises:
+            AdapterError: Another type of layer.
+        """
+        if isinstance(layer, nn.Linear):
+            return cls()
+        if isinstance(layer, nn.Conv2d):
+            pad = () if layer.padding_mode == "zeros" else tuple(layer._reversed_padding_repeated_twice)
+            return cls(2, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, pad)
+        raise AdapterError(
+            f"a layer of type {type(layer).__name__!r} cannot carry an adapter",
+            allowed=", ".join(kind.__name__ for kind in ADAPTABLE),
+            remedy="leave the module out of the targets",
+        )
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output for an input, with this weight in the place of its own."""
+        if self.dims == 0:
+            return F.linear(x, weight, bias)
+        if self.pad:
+            padded = F.pad(x, self.pad, mode=self.padding_mode)
+            return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class AdaptedLayer(nn.Module):
+    """A layer under one delta: the layer's own output, then what the delta makes of it.
+
+    The wrapped layer keeps its identity, hooks, mode and gradients' settings. Attributes that the wrapper lacks
+    (`weight`, `in_features`, ...) are the wrapped layer's.
+
+    Args:
+        base: The layer, or another `AdaptedLayer` (adapters stack; each sees the innermost layer's weight).
+        delta: The delta; its factors become parameters of this module, shared with the delta, so that `.to()` and
+            optimisers move both.
+        multiplier: Strength; 0 gives the base's output, bit for bit.
+        trainable: Whether the factors take gradients.
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module, delta: Delta, multiplier: float = 1.0, *, trainable: bool = False) -> None:
+        super().__init__()
+        layer = innermost(base)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        self.base = base
+        self.multiplier = multiplier
+        self._op = LayerOp.of(layer)
+        self._layer = (layer,)  # in a tuple, so that it is not registered a second time
+        factors = {
+            name: nn.Parameter(factor.detach().clone().to(weight.device), requires_grad=trainable)
+            for name, factor in delta.factors().items()
+        }
+        self.factors = nn.ParameterDict(factors)
+        self.delta = delta.with_factors(factors)
+        self.training = base.training
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output."""
+        out: Tensor = self.base(x, *args, **kwargs)
+        if self.multiplier == 0.0:
+            return out
+        return self.delta.forward(x, out, self._layer[0].weight, self._op, self.multiplier)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer below all wrappers."""
+    while isinstance(layer, AdaptedLayer):
+        layer = layer.base
+    return layer

@@ -1,0 +1,161 @@
+"""LoRA on linear and convolution layers: delta = alpha / rank * up @ down (Hu et al. 2021, equation 3).
+
+On k x k convolutions this is LoCon: `down` holds the kernel and `up` is 1 x 1 (LyCORIS, arXiv 2309.14859, section 3);
+with `mid` the kernel is in Tucker form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.layer import LayerOp
+from lora_engine.errors import SettingsError
+
+
+@dataclass(frozen=True, eq=False)
+class LoraDelta(Delta):
+    """A low-rank difference.
+
+    Attributes:
+        down: `[r, in]`, or for a convolution `[r, in / groups, k, k]`; a 1 x 1 convolution also takes `[r, in]`.
+        up: `[out, r]` or `[out, r, 1, 1]`.
+        alpha: The scale is `alpha / r`.
+        mid: Tucker core `[r, r, k, k]`; `down` is then `[r, in]` or `[r, in, 1, 1]`.
+    """
+
+    kind: ClassVar[str] = "lora"
+    down: Tensor
+    up: Tensor
+    alpha: float
+    mid: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`."""
+        return self.alpha / self.rank
+
+    @classmethod
+    def create(
+        cls, weight_shape: Sequence[int], rank: int, alpha: float | None, generator: torch.Generator | None
+    ) -> Self:
+        """A fresh delta: `down` uniform after Kaiming with a = sqrt(5), `up` zero. `alpha` None or 0 means `rank`."""
+        out, inner = weight_shape[0], math.prod(weight_shape[1:])
+        if not 1 <= rank <= min(out, inner):
+            raise SettingsError(
+                f"rank {rank!r} does not suit a weight of shape {tuple(weight_shape)}",
+                allowed=f"1 to {min(out, inner)}",
+                remedy="lower the rank, or leave the module out of the targets",
+            )
+        down = torch.empty(rank, *weight_shape[1:])
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        up = torch.zeros(out, rank, *(1 for _ in weight_shape[2:]))
+        return cls(down, up, float(alpha or rank))
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The delta of `down`, `up` and perhaps `mid`; `alpha` None stands for the rank (scale 1)."""
+        down = factors["down"]
+        default = float(down.shape[0]) if down.dim() else 1.0
+        return cls(down, factors["up"], default if alpha is None else alpha, factors.get("mid"))
+
+    def factors(self) -> dict[str, Tensor]:
+        """`down`, `up`, and `mid` where there is one."""
+        found = {"down": self.down, "up": self.up}
+        return found if self.mid is None else found | {"mid": self.mid}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """The same alpha with other tensors."""
+        return replace(self, down=factors["down"], up=factors["up"], mid=factors.get("mid"))
+
+    def delta_weight(self, base: Tensor) -> Tensor:
+        """`scale * up @ down` in float32 (float64 for a float64 base), in the shape of `base`."""
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        down, up = self.down.flatten(1).to(dtype), self.up.flatten(1).to(dtype)
+        if self.mid is None:
+            return (up @ down).mul(self.scale).reshape(base.shape)
+        core = torch.einsum("mn...,nr->mr...", self.mid.to(dtype), down)
+        return torch.einsum("pm,mr...->pr...", up, core).mul(self.scale).reshape(base.shape)
+
+    def forward(self, x: Tensor, out: Tensor, base_weight: Tensor, op: LayerOp, multiplier: float = 1.0) -> Tensor:
+        """The output by way of the rank: two small operations and one addition."""
+        if op.groups > 1:
+            return dense_forward(self, x, out, base_weight, op, multiplier=multiplier)
+        down, up = self.down, self.up
+        if down.dtype != x.dtype:
+            down = down.to(x.dtype)
+        if up.dtype != x.dtype:
+            up = up.to(x.dtype)
+        if op.dims == 0:
+            if down.dim() > 2 or up.dim() > 2:
+                down, up = down.flatten(1), up.flatten(1)
+            low = F.linear(F.linear(x, down), up)
+        else:
+            low = self._convolve(x, down, up, base_weight.shape, op)
+        if low.dtype != out.dtype:
+            low = low.to(out.dtype)
+        return torch.add(out, low, alpha=multiplier * self.scale)
+
+    def _convolve(self, x: Tensor, down: Tensor, up: Tensor, shape: Sequence[int], op: LayerOp) -> Tensor:
+        up = up.reshape(shape[0], -1, 1, 1)
+        if self.mid is None:
+            return F.conv2d(op(x, down.reshape(-1, *shape[1:])), up)
+        return F.conv2d(op(F.conv2d(x, down.reshape(-1, shape[1], 1, 1)), self.mid.to(x.dtype)), up)
+
+    def fitted(self, weight_shape: Sequence[int]) -> Self:
+        """The same delta with two-dimensional factors for a linear layer, four-dimensional ones for a convolution."""
+        down = self.down if self.mid is None else self.down.flatten(1)
+        kernel = tuple(weight_shape[1:]) if self.mid is None else (weight_shape[1], *(1 for _ in weight_shape[2:]))
+        ones = [1 for _ in weight_shape[2:]]
+        return replace(self, down=down.reshape(-1, *kernel), up=self.up.reshape(self.up.shape[0], -1, *ones))
+
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+        """Ranks that disagree, dimensions that no layer has, an alpha that is not positive, a misfit to a weight."""
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            yield Fault(
+                "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
+            )
+        for name, factor in self.factors().items():
+            if factor.dim() not in (2, 4) or 0 in factor.shape:
+                yield Fault(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", _AGAIN)
+                return
+        if self.up.flatten(1).shape[1] != self.rank:
+            problem = f"the shape is {list(self.up.shape)}, whose rank is not that of `down` {list(self.down.shape)}"
+            yield Fault("up", problem, f"[out, {self.rank}] or [out, {self.rank}, 1, 1]", _AGAIN)
+        elif self.mid is not None and (self.mid.dim() != 4 or tuple(self.mid.shape[:2]) != (self.rank, self.rank)):
+            yield Fault("mid", f"the shape is {list(self.mid.shape)}", f"[{self.rank}, {self.rank}, k, k]", _AGAIN)
+        elif weight_shape is not None:
+            yield from self._misfits(tuple(weight_shape))
+
+    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
+        if self.up.shape[0] != shape[0]:
+            allowed = f"{shape[0]} rows for the base's weight {list(shape)}"
+            yield Fault("up", f"the shape is {list(self.up.shape)}", allowed, _OTHER_BASE)
+        inner = math.prod(shape[1:])
+        fits: set[tuple[int, ...]] = {(self.rank, *shape[1:]), (self.rank, inner), (self.rank, inner, 1, 1)}
+        if self.mid is not None:
+            fits = {(self.rank, shape[1]), (self.rank, shape[1], 1, 1)}
+            if tuple(self.mid.shape[2:]) != shape[2:]:
+                allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
+                yield Fault("mid", f"the shape is {list(self.mid.shape)}", allowed, _OTHER_BASE)
+        if tuple(self.down.shape) not in fits:
+            allowed = f"{min(map(list, fits), key=len)} for the base's weight {list(shape)}"
+            yield Fault("down", f"the shape is {list(self.down.shape)}", allowed, _OTHER_BASE)
+
+
+_AGAIN = "save or download the adapter again; the file is damaged or was edited"
+_OTHER_BASE = "name the base that the adapter was made for"
+
+kinds.add(LoraDelta.kind, LoraDelta)

@@ -1,0 +1,78 @@
+"""Which modules an adapter shall have: presets and patterns over canonical module names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from lora_engine.adapters.tree import near_names
+from lora_engine.errors import SettingsError
+
+_ATTENTION = re.compile(r".*\.attn\d*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)")
+_FEED_FORWARD = re.compile(r".*\.ff(_context)?\.net\.(0\.proj|2)")
+_TEXT = re.compile(r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+_IN_BLOCK = re.compile(r"[^.]+\.(.*\.)?(\w*blocks|mid_block)\..*")
+_NO_DENOISER = ("text_encoder", "vae")
+
+Shape = Sequence[int]
+PRESETS: Mapping[str, Callable[[str, Shape], bool]] = {
+    "attention": lambda name, shape: _in_block(name) and bool(_ATTENTION.fullmatch(name)),
+    "attention+ff": lambda name, shape: (
+        _in_block(name) and bool(_ATTENTION.fullmatch(name) or _FEED_FORWARD.fullmatch(name))
+    ),
+    "linear": lambda name, shape: _in_block(name) and len(shape) == 2,
+    "all": lambda name, shape: _in_block(name),
+    "text": lambda name, shape: name.startswith("text_encoder") and bool(_TEXT.fullmatch(name)),
+}
+"""Name of a preset to its test of (module name, weight shape). The first four speak of the denoiser's blocks, so that
+the narrow first and last layers (`conv_in`, `conv_out`), which hold hardly any rank, are only reached by pattern."""
+
+
+def select_modules(modules: Mapping[str, Shape], targets: str | Sequence[str]) -> list[str]:
+    """The names of the modules that the targets mean, in the order of `modules`.
+
+    Args:
+        modules: Canonical name to weight shape, as `module_shapes` gives them.
+        targets: One or several of: a preset (`attention`, `attention+ff`, `linear`, `all`, `text`), a glob over whole
+            names (`unet.*.to_q`), or `re:` and a regular expression for whole names.
+
+    Raises:
+        SettingsError: A target that means no module, or a broken expression.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        raise SettingsError("the list of targets is empty", allowed=_ALLOWED, remedy="name at least one target")
+    chosen: set[str] = set()
+    for target in wanted:
+        test = _test(target)
+        found = {name for name, shape in modules.items() if test(name, shape)}
+        if not found:
+            raise SettingsError(
+                f"target {target!r} means no module of the base",
+                allowed=f"{_ALLOWED}; the base has {near_names(target.removeprefix('re:'), modules)}",
+                remedy="choose a preset or mend the pattern",
+            )
+        chosen |= found
+    return [name for name in modules if name in chosen]
+
+
+_ALLOWED = f"the presets {', '.join(PRESETS)}, a glob such as 'unet.*.to_q', or 're:' and a regular expression"
+
+
+def _test(target: str) -> Callable[[str, Shape], bool]:
+    if target in PRESETS:
+        return PRESETS[target]
+    if not target.startswith("re:"):
+        return lambda name, _: fnmatchcase(name, target)
+    try:
+        expression = re.compile(target[3:])
+    except re.error as error:
+        raise SettingsError(
+            f"target {target!r} is no regular expression: {error}", allowed=_ALLOWED, remedy="mend the expression"
+        ) from error
+    return lambda name, _: bool(expression.fullmatch(name))
+
+
+def _in_block(name: str) -> bool:
+    return not name.startswith(_NO_DENOISER) and bool(_IN_BLOCK.fullmatch(name))

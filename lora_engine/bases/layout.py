@@ -1,0 +1,162 @@
+"""The layout of a diffusers folder: which of its files make the base, and whether they are all there.
+
+Torch-free, and reads no weights: only names, `model_index.json` and the indices of sharded weights. Pickled weights
+(`.bin`, `.ckpt`) are never among the files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_engine.bases.families import Family, families, family_of_pipeline
+from lora_engine.errors import BaseModelError
+
+INDEX = "model_index.json"
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_VARIANTS = (None, "fp16")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one base.
+
+    Attributes:
+        family: The family that its pipeline belongs to.
+        index: The content of `model_index.json`.
+        variants: For each component with weights, the variant in their names (None, or `fp16`).
+        files: All files that count, relative to the folder, sorted.
+    """
+
+    family: Family
+    index: dict[str, Any]
+    variants: dict[str, str | None]
+    files: tuple[str, ...]
+
+
+def read_layout(folder: Path) -> Layout:
+    """The layout of a diffusers folder.
+
+    Raises:
+        BaseModelError: Not a diffusers folder, an unknown family, a missing part, or weights only as pickles.
+    """
+    index = _read_json(folder / INDEX)
+    pipeline = str(index.get("_class_name"))
+    family = family_of_pipeline(pipeline)
+    if family is None:
+        known = ", ".join(name for entry in families.values() for name in entry.pipelines)
+        raise BaseModelError(f"unknown pipeline {pipeline!r}", where=str(folder / INDEX), allowed=known)
+    files: list[str] = [INDEX]
+    variants: dict[str, str | None] = {}
+    for component in family.components:
+        path = folder / component
+        if not path.is_dir():
+            raise BaseModelError(
+                f"the component {component!r} is missing",
+                where=str(folder),
+                allowed=f"a folder with {', '.join(family.components)}",
+                remedy="download or save the base again, whole",
+            )
+        if component == "scheduler":
+            found = [_required(path, "scheduler_config.json")]
+        elif component.startswith("tokenizer"):
+            found = _tokenizer_files(path)
+        else:
+            variants[component], weights = _find_weights(path, _STEMS.get(component, "model"))
+            found = [_required(path, "config.json"), *weights]
+        files += [f"{component}/{name}" for name in found]
+    return Layout(family, index, variants, tuple(sorted(files)))
+
+
+def download_patterns(variant: str | None) -> list[str]:
+    """The files of a hub repository that a base needs, as patterns; safetensors only.
+
+    Args:
+        variant: The variant of the weights; None takes the plain ones.
+    """
+    middle = f".{variant}" if variant else ""
+    weights = [
+        f"*/{stem}{ending}"
+        for stem in ("diffusion_pytorch_model", "model")
+        for ending in (
+            f"{middle}.safetensors",
+            f"{middle}-?????-of-?????.safetensors",
+            f"-?????-of-?????{middle}.safetensors",
+            f".safetensors.index{middle}.json",
+        )
+    ]
+    parts = sorted({component for family in families.values() for component in family.components})
+    settings = [f"{part}/{name}" for part in parts for name in ("*config.json", "vocab.json", "merges.txt")]
+    return [INDEX, *settings, "tokenizer*/*.json", "tokenizer*/*.model", *weights]
+
+
+def _find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+    for variant in _VARIANTS:
+        middle = f".{variant}" if variant else ""
+        single = f"{stem}{middle}.safetensors"
+        if (folder / single).is_file():
+            return variant, [single]
+        index = f"{stem}.safetensors.index{middle}.json"
+        if (folder / index).is_file():
+            return variant, [index, *_shards(folder, index)]
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in {".bin", ".ckpt", ".pt", ".pth"})
+    if pickled:
+        raise BaseModelError(
+            f"the weights are only there as pickles ({', '.join(pickled[:3])}), which can run code when they are read",
+            where=str(folder),
+            allowed=f"{stem}.safetensors",
+            remedy="take a revision that has safetensors, or convert it once in a place where nothing can be harmed",
+        )
+    raise BaseModelError(
+        "there are no weights",
+        where=str(folder),
+        allowed=f"{stem}.safetensors",
+        remedy="download or save the base again, whole",
+    )
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    weight_map = _read_json(folder / index).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    bad = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if not names or bad:
+        raise BaseModelError(
+            f"names {', '.join(map(repr, bad)) or 'no'} shards of weights",
+            where=str(folder / index),
+            allowed="safetensors files in the same folder",
+        )
+    return [_required(folder, name) for name in names]
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    if "tokenizer.json" not in names:
+        _required(folder, "vocab.json")
+        _required(folder, "merges.txt")
+    return names
+
+
+def _required(folder: Path, name: str) -> str:
+    if not (folder / name).is_file():
+        raise BaseModelError(
+            f"the file {name!r} is missing", where=str(folder), remedy="download or save the base again, whole"
+        )
+    return name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BaseModelError(
+            f"no {path.name} in it",
+            where=str(path.parent),
+            allowed="a diffusers folder: model_index.json and a sub-folder for each component",
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseModelError(f"cannot be read ({error})", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise BaseModelError("does not hold a JSON object", where=str(path))
+    return content

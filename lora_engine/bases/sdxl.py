@@ -1,0 +1,64 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as part of the condition.
+
+Source of the computations: `StableDiffusionXLPipeline` of diffusers; a parity test holds them to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_engine.bases.components import load_component, load_tokenizer
+from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.sd import StableDiffusion
+from lora_engine.bases.source import BaseSource
+
+
+def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> StableDiffusionXL:
+    """Loads a base of this family; see `load_base`."""
+    return StableDiffusionXL(source, device, dtype)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """A UNet with size conditioning, an autoencoder, CLIP and OpenCLIP text encoders; see `BaseModel`."""
+
+    def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """See `BaseModel`; the size that was there, cropped nowhere, is the size that is wanted."""
+        states: list[Tensor] = []
+        pooled = torch.empty(0)
+        with self._precision():
+            for suffix, tokenizer in (("", self.tokenizer), ("_2", self.tokenizer_2)):
+                encoder = self.modules[f"text_encoder{suffix}"]
+                output = encoder(**self._tokens(texts, suffix, tokenizer), output_hidden_states=True)
+                states.append(output.hidden_states[-2].float())
+                pooled = output[0].float()
+        height, width = size or self.default_size
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        return Conditioning({"states": torch.cat(states, dim=-1), "pooled": pooled, "time_ids": ids.repeat(len(texts), 1)})
+
+    def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """See `BaseModel`; an empty text is all zeros where the base was made so."""
+        found = self.encode_text(texts, size)
+        if not self._index.get("force_zeros_for_empty_prompt", True):
+            return found
+        kept = torch.tensor([bool(text) for text in texts], device=self.device)
+        return Conditioning(
+            {
+                "states": torch.where(kept[:, None, None], found["states"], 0.0),
+                "pooled": torch.where(kept[:, None], found["pooled"], 0.0),
+                "time_ids": found["time_ids"],
+            }
+        )
+
+    def _added(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        return {"text_embeds": conditioning["pooled"].to(self.dtype), "time_ids": conditioning["time_ids"]}
+
+    def _load_text(self, source: BaseSource) -> None:
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+        super()._load_text(source)
+        self.tokenizer_2 = load_tokenizer(CLIPTokenizer, source, "tokenizer_2")
+        second = load_component(CLIPTextModelWithProjection, source, "text_encoder_2", self.dtype)
+        self.modules["text_encoder_2"] = second.to(self.device)

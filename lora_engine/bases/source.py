@@ -1,0 +1,110 @@
+"""Where a base model lies: a name becomes a folder, a family and a fingerprint. Torch-free; reads no weights."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_engine.bases.layout import Layout, read_layout
+from lora_engine.errors import BaseModelError
+from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+
+TINY = "tiny"
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_ALLOWED = "`tiny`, a diffusers folder, or a hub id (`owner/name` or `owner/name@revision`)"
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base model that is on this machine, whole.
+
+    Attributes:
+        name: As the person gave it, without the revision.
+        folder: The diffusers folder.
+        revision: The commit, for a base from the hub.
+        family: `sd` or `sdxl`; see `families`.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    family: str
+
+    @property
+    def label(self) -> str:
+        """What cards and reports call the base: free of paths, the same on every machine."""
+        if self.name == TINY:
+            return TINY
+        if self.revision:
+            return f"{self.name}@{self.revision}"
+        return self.folder.name
+
+    @property
+    def layout(self) -> Layout:
+        """The files that make the base."""
+        return read_layout(self.folder)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the relative names and digests of all files that make the base: weights and configuration."""
+        return sha256_bytes(canonical_json({name: _digest(self.folder / name) for name in self.layout.files}))
+
+
+def resolve_base(name: str, revision: str | None = None) -> BaseSource:
+    """Finds a base model, downloading it where that is needed and possible.
+
+    Args:
+        name: `tiny`, the path of a diffusers folder, or a hub id, which may carry `@revision`.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        BaseModelError: No such base, an unknown family, something missing in it; says what is allowed.
+    """
+    if name == TINY:
+        # The embedded base is a package of its own, whose weights are only needed here.
+        from lora_engine.bases.tiny import folder as tiny_folder
+
+        return _from_folder(TINY, tiny_folder(), revision)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(name, path.resolve(), revision)
+    if path.exists():
+        raise BaseModelError(
+            f"{name!r} is a single file, and single checkpoint files are not read yet",
+            allowed=_ALLOWED,
+            remedy="convert it with diffusers (`StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)`)",
+        )
+    repository, _, pinned = name.partition("@")
+    if not _HUB_ID.fullmatch(repository):
+        near = difflib.get_close_matches(name, [TINY], n=1)
+        raise BaseModelError(
+            f"there is no base {name!r}: no folder of that name, and it is not a hub id",
+            allowed=_ALLOWED,
+            remedy=f"did you mean {near[0]!r}?" if near else "check the path",
+        )
+    if pinned and revision and pinned != revision:
+        raise BaseModelError(f"the base {name!r} names one revision and {revision!r} is another", remedy="give one")
+    from lora_engine.bases.hub import fetch_from_hub
+
+    folder, commit = fetch_from_hub(repository, revision or pinned or None)
+    return BaseSource(repository, folder, commit, read_layout(folder).family.name)
+
+
+def _from_folder(name: str, folder: Path, revision: str | None) -> BaseSource:
+    if revision is not None:
+        raise BaseModelError(f"{name!r} is a folder and has no revision {revision!r}", remedy="leave the revision out")
+    return BaseSource(name, folder, None, read_layout(folder).family.name)
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of_state(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of_state(path: Path, size: int, changed: int, inode: int) -> str:
+    # Gigabytes of weights are hashed once a process, unless the file is another one by then.
+    del size, changed, inode
+    return sha256_file(path)

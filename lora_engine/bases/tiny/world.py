@@ -1,0 +1,222 @@
+"""The drawn world of the embedded base: which scenes exist, how one looks and what its captions say.
+
+Everything here is pure and seeded: the same scene gives the same pixels and, with the same generator state, the same caption.
+Writing pictures to disk and making batches is in `pictures`; nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+SIZE = 32
+"""Side of a picture in pixels."""
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond", "arrow", "hourglass")
+"""The shapes that the base is trained on."""
+
+CONCEPT = "crescent"
+"""The shape that the base has never seen; demonstrations teach it under a made-up word."""
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")
+BACKGROUNDS = ("white", "black", "red", "green", "blue", "yellow")
+TEXTURES = ("plain", "striped", "dotted")
+POSITIONS = ("left", "center", "right")
+SIZES = ("small", "large")
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": (*SHAPES, CONCEPT),
+    "colour": COLOURS,
+    "background": BACKGROUNDS,
+    "texture": TEXTURES,
+    "position": POSITIONS,
+    "size": SIZES,
+}
+"""Attribute name -> its words, in the order of the classes of the judge and of CLIP's attribute heads."""
+
+Split = Literal["train", "heldout", "concept", "any"]
+Triple = tuple[str, str, str]
+
+_RGB: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (35, 150, 60),
+    "blue": (40, 70, 215),
+    "yellow": (245, 215, 50),
+    "purple": (140, 50, 175),
+    "cyan": (60, 205, 225),
+    "white": (246, 246, 246),
+    "black": (16, 16, 16),
+}
+# The second tone of a patterned background: far enough to be seen, near enough to keep the colour's name.
+_SECOND: dict[str, tuple[int, int, int]] = {
+    "red": (160, 15, 25),
+    "green": (15, 95, 35),
+    "blue": (110, 140, 250),
+    "yellow": (200, 160, 15),
+    "white": (185, 185, 185),
+    "black": (85, 85, 85),
+}
+_RADIUS = {"small": (6.3, 6.9), "large": (8.6, 9.5)}
+_CENTRE = {"left": 10.0, "center": 16.0, "right": 22.0}
+_CHANCE = {
+    "texture": (0.5, 0.25, 0.25),
+    "position": (0.33, 0.34, 0.33),
+    "size": (0.25, 0.75),
+}
+_SUPERSAMPLING = 4
+_HELD_OUT_SEED = 20
+_HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture in words. `seed` drives what the words leave open: exact place, radius and tint."""
+
+    shape: str
+    colour: str
+    background: str
+    texture: str = "plain"
+    position: str = "center"
+    size: str = "large"
+    seed: int = 0
+
+    @property
+    def triple(self) -> Triple:
+        """(shape, colour, background), the unit by which scenes are held out of training."""
+        return (self.shape, self.colour, self.background)
+
+
+def triples(shapes: Sequence[str] = SHAPES) -> list[Triple]:
+    """Every (shape, colour, background) of `shapes` in which the object differs in colour from its background."""
+    return [(s, c, b) for s in shapes for c in COLOURS for b in BACKGROUNDS if c != b]
+
+
+def held_out_triples() -> frozenset[Triple]:
+    """The tenth of the triples, equally many of each shape, that no training picture shows. Always the same set."""
+    rng = np.random.default_rng(_HELD_OUT_SEED)
+    chosen: set[Triple] = set()
+    for shape in SHAPES:
+        of_shape = triples((shape,))
+        count = round(len(of_shape) * _HELD_OUT_SHARE)
+        chosen.update(of_shape[i] for i in rng.choice(len(of_shape), count, replace=False))
+    return frozenset(chosen)
+
+
+def split_triples(split: Split) -> list[Triple]:
+    """The triples of a split: `train`, `heldout`, `concept` (crescents alone) or `any` (all three)."""
+    held_out = held_out_triples()
+    known = triples()
+    parts: dict[str, list[Triple]] = {
+        "train": [t for t in known if t not in held_out],
+        "heldout": [t for t in known if t in held_out],
+        "concept": triples((CONCEPT,)),
+    }
+    parts["any"] = [*known, *parts["concept"]]
+    if split not in parts:
+        raise ValueError(f"split {split!r} is not one of {sorted(parts)}")
+    return parts[split]
+
+
+def scenes(seed: int, n: int, split: Split = "train") -> list[Scene]:
+    """`n` random scenes of a split, drawn with numpy's generator seeded by `seed`; triples are equally likely."""
+    rng = np.random.default_rng(seed)
+    pool = split_triples(split)
+    which = rng.integers(0, len(pool), n)
+    words = {name: rng.choice(ATTRIBUTES[name], n, p=chance) for name, chance in _CHANCE.items()}
+    seeds = rng.integers(0, 2**31, n)
+    return [
+        Scene(
+            *pool[which[i]],
+            texture=str(words["texture"][i]),
+            position=str(words["position"][i]),
+            size=str(words["size"][i]),
+            seed=int(seeds[i]),
+        )
+        for i in range(n)
+    ]
+
+
+def draw(scene: Scene) -> NDArray[np.uint8]:
+    """The picture of a scene: uint8 RGB of shape (32, 32, 3).
+
+    Places jitter by up to one pixel and tints by up to six levels, from `scene.seed`. Edges are antialiased by drawing the
+    mask four times as large.
+    """
+    rng = np.random.default_rng(scene.seed)
+    dx, dy = rng.uniform(-1, 1, 2)
+    radius = rng.uniform(*_RADIUS[scene.size])
+    tints = rng.integers(-6, 7, (2, 3))
+    mask = _mask(scene.shape, _CENTRE[scene.position] + dx, SIZE / 2 + dy, radius)[..., None]
+    field = _background(scene.background, scene.texture) + tints[0]
+    colour = np.asarray(_RGB[scene.colour], dtype=np.float32) + tints[1]
+    picture = field * (1 - mask) + colour * mask
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def _background(colour: str, texture: str) -> NDArray[np.float32]:
+    """The background without tint, float32 (32, 32, 3). One period is eight pixels: two cells of the VAE's latent grid."""
+    row = np.arange(SIZE) % 8
+    if texture == "striped":
+        second = np.broadcast_to(row[None, :] >= 4, (SIZE, SIZE))
+    elif texture == "dotted":
+        off = (row - 3.5) ** 2
+        second = off[:, None] + off[None, :] < 4.6
+    else:
+        second = np.zeros((SIZE, SIZE), dtype=bool)
+    tones = np.asarray([_RGB[colour], _SECOND[colour]], dtype=np.float32)
+    return tones[second.astype(np.intp)]
+
+
+def _mask(shape: str, cx: float, cy: float, radius: float) -> NDArray[np.float32]:
+    """Coverage of the shape in [0, 1], float32 (32, 32)."""
+    factor = _SUPERSAMPLING
+    image = Image.new("L", (SIZE * factor, SIZE * factor))
+    pen = ImageDraw.Draw(image)
+
+    def disc(x: float, y: float, r: float, fill: int) -> None:
+        left, top = (cx + (x - r) * radius) * factor, (cy + (y - r) * radius) * factor
+        pen.ellipse((left, top, left + 2 * r * radius * factor, top + 2 * r * radius * factor), fill=fill)
+
+    if shape in _POLYGONS:
+        pen.polygon([((cx + x * radius) * factor, (cy + y * radius) * factor) for x, y in _POLYGONS[shape]], fill=255)
+    else:
+        disc(0, 0, 1, 255)
+        if shape == "ring":
+            disc(0, 0, 0.52, 0)
+        elif shape == CONCEPT:
+            disc(0.5, 0, 0.8, 0)
+    fine = np.asarray(image, dtype=np.float32).reshape(SIZE, factor, SIZE, factor)
+    return fine.mean(axis=(1, 3)) / np.float32(255)
+
+
+def _star() -> list[tuple[float, float]]:
+    angles = np.pi * (np.arange(10) / 5 - 0.5)
+    radii = np.where(np.arange(10) % 2 == 0, 1.12, 0.5)
+    return [(float(r * np.cos(a)), float(r * np.sin(a))) for r, a in zip(radii, angles, strict=True)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    t = np.linspace(0, 2 * np.pi, 60)
+    x = 16 * np.sin(t) ** 3
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return [(float(a) / 15.5, float(b) / 15.5) for a, b in zip(x, y, strict=True)]
+
+
+_POLYGONS: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0, -1.0), (1.05, 0.85), (-1.05, 0.85)],
+    "star": _star(),
+    "heart": _heart(),
+    "cross": [
+        (-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33),
+        (0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33),
+    ],
+    "diamond": [(0, -1.12), (0.82, 0), (0, 1.12), (-0.82, 0)],
+    "arrow": [(-1, -0.36), (0.1, -0.36), (0.1, -0.95), (1.1, 0), (0.1, 0.95), (0.1, 0.36), (-1, 0.36)],
+    "hourglass": [(-0.9, -1), (0.9, -1), (0.16, 0), (0.9, 1), (-0.9, 1), (-0.16, 0)],
+}  # fmt: skip

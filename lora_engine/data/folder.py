@@ -1,0 +1,125 @@
+"""What lies in a person's folder: which files could be pictures, their captions and their consent. No decoding here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_engine.data.images import open_regular
+from lora_engine.data.manifest import MAX_CAPTION
+from lora_engine.errors import DataError
+
+# Files that people keep beside pictures. Anything else could be a picture under another name and is looked at.
+COMPANIONS = frozenset({".txt", ".caption", ".csv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md"})
+_MAX_TEXT = 64 * 1024
+_MAX_TABLE = 64 * 1024 * 1024
+# These turn the reading direction of what follows, so a caption could show other words than it holds.
+_DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
+
+
+def require_folder(images: Path) -> None:
+    """Raises `DataError` where the folder of pictures is not there."""
+    if images.is_dir():
+        return
+    problem = "is a file, not a folder of pictures" if images.is_file() else "there is no such folder of pictures"
+    raise DataError(
+        problem,
+        where=str(images),
+        remedy=f"give the folder that holds the pictures; a relative path starts at {str(Path.cwd())!r}",
+    )
+
+
+def candidates(root: Path) -> Iterator[Path]:
+    """The files, and links to folders, that are used as a picture or reported; in the order of their names.
+
+    Subfolders are walked, links to folders are not; hidden files and `COMPANIONS` are passed over.
+    """
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root, onerror=_raise_unreadable):
+        here = Path(folder)
+        linked = [name for name in folders if (here / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if name not in linked and not name.startswith("."))
+        found += [
+            here / name
+            for name in files + linked
+            if not name.startswith(".") and Path(name).suffix.lower() not in COMPANIONS and name != "Thumbs.db"
+        ]
+    yield from sorted(found, key=lambda path: os.fsencode(path.relative_to(root)))
+
+
+def printable(name: str) -> str:
+    """The name with everything that a terminal or a page could act on written as an escape."""
+    safe = (
+        character
+        if character.isprintable() and character not in _DIRECTION
+        else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in name
+    )
+    return "".join(safe)
+
+
+def read_caption(picture: Path, root: Path) -> str:
+    """The text of the `.txt` beside a picture as one line; empty where there is none.
+
+    Raises:
+        DataError: The file is there and cannot be used: not UTF-8, too long, a link out of the folder.
+    """
+    path = picture.with_suffix(".txt")
+    if not os.path.lexists(path):
+        return ""
+    with open_regular(path, root) as file:
+        content = file.read(_MAX_TEXT + 1)
+    try:
+        text = clean_text(content[:_MAX_TEXT].decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError("the caption is not UTF-8 text", where=printable(path.name)) from None
+    if len(text) > MAX_CAPTION or len(content) > _MAX_TEXT:
+        raise DataError("the caption is too long", where=printable(path.name), allowed=f"{MAX_CAPTION} characters")
+    return text
+
+
+def clean_text(text: str) -> str:
+    """The text as one line: white space joined, control and direction characters removed, Unicode composed (NFC)."""
+    spaced = (" " if character.isspace() else character for character in unicodedata.normalize("NFC", text))
+    kept = (c for c in spaced if unicodedata.category(c) not in {"Cc", "Cs"} and c not in _DIRECTION)
+    return " ".join("".join(kept).split())
+
+
+def read_consent(path: Path) -> dict[str, str]:
+    """Which consent covers which file: `consent.csv` with the columns `file` and `consent`.
+
+    Raises:
+        DataError: Names the line and what is wrong.
+    """
+    where = str(path)
+    if not path.is_file():
+        raise DataError("there is no such consent file", where=where, remedy="give a CSV with columns file,consent")
+    with open_regular(path, path.parent) as file:
+        content = file.read(_MAX_TABLE + 1)
+    if len(content) > _MAX_TABLE:
+        raise DataError("is too large", where=where, allowed=f"{_MAX_TABLE:,} bytes")
+    try:
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig")), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"is not a UTF-8 CSV file ({error})", where=where) from None
+    covered: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        name, consent = (row.get("file") or "").strip(), clean_text(row.get("consent") or "")
+        if not name or not consent or len(consent) > 200:
+            raise DataError(
+                f"row {number} needs a file and a consent id of at most 200 characters",
+                where=where,
+                allowed="the columns file,consent",
+            )
+        if name in covered:
+            raise DataError(f"row {number} names {name!r} a second time", where=where)
+        covered[name] = consent
+    return covered
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise DataError(f"cannot be read ({error.strerror})", where=str(error.filename)) from None

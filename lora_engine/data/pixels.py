@@ -1,0 +1,52 @@
+"""Pictures as tensors and back. The only module of `data` that imports torch at its top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_engine.data.images import open_picture, write_picture
+from lora_engine.errors import DataError
+
+
+def read_pixels(path: Path) -> Tensor:
+    """The picture as a float32 tensor [3, height, width] in [-1, 1].
+
+    Raises:
+        DataError: The file cannot be used (see `open_picture`).
+    """
+    return to_pixels(open_picture(path))
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """An RGB picture as a float32 tensor [3, height, width] in [-1, 1]."""
+    values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32))
+    return (values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """A tensor [3, height, width] in [-1, 1] (clipped) as an RGB picture.
+
+    Raises:
+        DataError: Another shape, or NaN or Inf among the values.
+    """
+    if pixels.dim() != 3 or pixels.shape[0] != 3:
+        raise DataError(f"pixels have the shape {tuple(pixels.shape)}", allowed="(3, height, width)")
+    values = pixels.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise DataError("pixels hold NaN or Inf", remedy="look at the model that made them")
+    scaled = ((values.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(scaled.permute(1, 2, 0).contiguous().numpy())
+
+
+def write_png(path: Path, pixels: Tensor) -> None:
+    """Writes a tensor [3, height, width] in [-1, 1] as an 8-bit PNG: same values, same bytes.
+
+    Raises:
+        DataError: See `to_picture`.
+    """
+    write_picture(path, to_picture(pixels))

@@ -1,0 +1,138 @@
+"""What sees for the metrics: a CLIPModel from a local folder, with its own preprocessing in plain torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_engine.errors import SettingsError
+from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+
+# OpenAI's, used by every CLIP whose folder does not say otherwise.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_BATCH = 32
+
+
+class Embedder:
+    """Unit vectors for pictures and texts; never compare vectors of different fingerprints.
+
+    Args:
+        model: A transformers `CLIPModel`.
+        tokenizer: Its tokenizer.
+        name: For people.
+        fingerprint: SHA-256 over the files that it was loaded from.
+        mean: Per channel, of pictures in [0, 1].
+        std: Per channel.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        fingerprint: str,
+        mean: Sequence[float] = _MEAN,
+        std: Sequence[float] = _STD,
+    ) -> None:
+        self.name, self.fingerprint = name, fingerprint
+        self._model = model.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._size = int(model.config.vision_config.image_size)
+        self._length = int(model.config.text_config.max_position_embeddings)
+        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self._std = torch.tensor(std).view(1, 3, 1, 1)
+
+    @torch.inference_mode()
+    def embed_pictures(self, pixels: Tensor) -> Tensor:
+        """Pictures [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1."""
+        parts = [
+            self._model.get_image_features(pixel_values=self._prepare(part)).pooler_output
+            for part in torch.split(pixels, _BATCH)
+        ]
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> float32 [n, d] of length 1; a text longer than the model's context is cut."""
+        parts = []
+        for start in range(0, len(texts), _BATCH):
+            tokens = self._tokenizer(
+                list(texts[start : start + _BATCH]),
+                padding="max_length",
+                truncation=True,
+                max_length=self._length,
+                return_tensors="pt",
+            )
+            parts.append(self._model.get_text_features(**tokens).pooler_output)
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+    def _prepare(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        scale = self._size / min(height, width)
+        if scale != 1:
+            wanted = [max(self._size, round(height * scale)), max(self._size, round(width * scale))]
+            pixels = F.interpolate(pixels.float(), wanted, mode="bicubic", antialias=True).clamp(-1, 1)
+        top, left = (pixels.shape[-2] - self._size) // 2, (pixels.shape[-1] - self._size) // 2
+        square = pixels[..., top : top + self._size, left : left + self._size]
+        return (square.float() * 0.5 + 0.5 - self._mean) / self._std
+
+
+def load_embedder(folder: str | Path | None = None) -> Embedder:
+    """The embedder of a local folder; without one, the embedded base's own.
+
+    Raises:
+        SettingsError: The folder is missing or holds no CLIPModel with weights and tokenizer.
+    """
+    if folder is None:
+        from lora_engine.bases.tiny import folder as tiny_folder
+
+        return _load(tiny_folder() / "clip", "tiny/clip")
+    path = Path(folder)
+    return _load(path, path.resolve().name)
+
+
+def _load(path: Path, name: str) -> Embedder:
+    from transformers import AutoTokenizer, CLIPModel
+
+    config = _read_json(path / "config.json")
+    if config is None or config.get("model_type") != "clip":
+        raise SettingsError(
+            "is not an embedder: it has no config.json of a CLIPModel",
+            where=str(path),
+            remedy="give a local folder that CLIPModel.save_pretrained wrote, with its tokenizer",
+        )
+    try:
+        model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SettingsError(f"the embedder cannot be loaded ({error})", where=str(path)) from None
+    preparation = _read_json(path / "preprocessor_config.json") or {}
+    return Embedder(
+        model,
+        tokenizer,
+        name=name,
+        fingerprint=_fingerprint(path),
+        mean=preparation.get("image_mean", _MEAN),
+        std=preparation.get("image_std", _STD),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _fingerprint(path: Path) -> str:
+    used = sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".json", ".txt"})
+    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in used]))

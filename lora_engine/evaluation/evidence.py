@@ -1,0 +1,132 @@
+"""What is drawn and computed before anything is measured: the same prompts, seeds and noise for base and adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_engine.adapters.attach import attach
+from lora_engine.data.pixels import read_pixels
+from lora_engine.errors import AdapterError, BaseModelError
+from lora_engine.evaluation.embedder import Embedder
+from lora_engine.evaluation.metrics import Evidence, Shots
+from lora_engine.evaluation.plan import Plan, Request, derive_seed
+from lora_engine.evaluation.spec import EvaluateSettings
+from lora_engine.evaluation.statistics import Values
+from lora_engine.inference.generate import generate
+from lora_engine.progress import Progress
+
+if TYPE_CHECKING:
+    from lora_engine.adapters.adapter import Adapter
+    from lora_engine.bases.base import BaseModel
+
+GRID = 10
+"""Time steps of the validation loss, evenly spaced."""
+
+_Drawn = dict[tuple[str, int], Tensor]
+
+
+def gather_evidence(
+    settings: EvaluateSettings,
+    plan: Plan,
+    *,
+    model: BaseModel,
+    adapter: Adapter,
+    embedder: Embedder,
+    progress: Progress,
+) -> Evidence:
+    """Draws everything twice, without and with the adapter; the model is left as it was.
+
+    Args:
+        settings: See `EvaluateSettings`.
+        plan: What to draw.
+        model: The base, with nothing attached.
+        adapter: What to attach.
+        embedder: Handed on to the metrics.
+        progress: Counts pictures drawn and losses taken, by both models.
+
+    Raises:
+        BaseModelError: The base alone makes NaN.
+        AdapterError: The base with the adapter does.
+    """
+    wanted = list(dict.fromkeys((r.prompt, seed) for r in plan.all_requests() for seed in r.seeds))
+    total = 2 * (len(wanted) + len(plan.paired))
+    count = _Counter(progress, total)
+    before = _draw(settings, plan, model, wanted, count), _losses(settings, plan, model, count)
+    with attach(model, adapter):
+        after = _draw(settings, plan, model, wanted, count), _losses(settings, plan, model, count)
+    for (drawn, losses), error, who in ((before, BaseModelError, "the base"), (after, AdapterError, "the adapter")):
+        if not np.isfinite(losses).all() or not all(key in drawn for key in wanted):
+            raise error(f"pictures or losses made with {who} hold NaN or Inf", remedy="train again, with a lower rate")
+
+    def shots(requests: Sequence[Request]) -> tuple[Shots, ...]:
+        return tuple(
+            Shots(
+                request,
+                base=torch.stack([before[0][request.prompt, seed] for seed in request.seeds]),
+                adapter=torch.stack([after[0][request.prompt, seed] for seed in request.seeds]),
+                reference=read_pixels(plan.folder / request.picture.file) if request.picture else None,
+            )
+            for request in requests
+        )
+
+    return Evidence(shots(plan.paired), shots(plan.asked), shots(plan.unasked), (before[1], after[1]), embedder)
+
+
+class _Counter:
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, self._total, {})
+
+
+def _draw(
+    settings: EvaluateSettings, plan: Plan, model: BaseModel, wanted: Sequence[tuple[str, int]], count: _Counter
+) -> _Drawn:
+    height, width = plan.size
+    drawn: _Drawn = {}
+    batch = 8 if height * width <= 512 * 512 else 2
+    for start in range(0, len(wanted), batch):
+        part = wanted[start : start + batch]
+        pixels = generate(
+            model,
+            [prompt for prompt, _ in part],
+            seeds=[seed for _, seed in part],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            height=height,
+            width=width,
+            batch=batch,
+        )
+        for key, picture in zip(part, pixels, strict=True):
+            # Kept as bytes: a quarter of the memory, and what a person would see. The caller reports NaN.
+            if bool(torch.isfinite(picture).all()):
+                drawn[key] = ((picture.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+        count.add(len(part))
+    return drawn
+
+
+@torch.inference_mode()
+def _losses(settings: EvaluateSettings, plan: Plan, model: BaseModel, count: _Counter) -> Values:
+    steps = torch.tensor([int((k + 0.5) / GRID * model.noise.timesteps) for k in range(GRID)], device=model.device)
+    losses: list[float] = []
+    for request in plan.paired:
+        if request.picture is None:
+            continue
+        latents = model.encode_images(read_pixels(plan.folder / request.picture.file)[None]).float()
+        seed = derive_seed(settings.seed, "noise", request.picture.sha256)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(GRID, *latents.shape[1:], generator=generator).to(latents.device)
+        clean = latents.expand(GRID, -1, -1, -1)
+        condition = model.encode_text([request.prompt], plan.size).index([0] * GRID)
+        found = model.predict(model.noise.add_noise(clean, noise, steps), steps, condition)
+        gap = found.float() - model.noise.target(clean, noise, steps)
+        losses.append(float(gap.square().mean()))
+        count.add(1)
+    return np.asarray(losses, dtype=np.float64)

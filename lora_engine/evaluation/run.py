@@ -1,0 +1,147 @@
+"""An evaluation from end to end: draw with base and adapter, measure, check the gates, write the report's data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lora_engine.bases.base import load_base
+from lora_engine.data.pixels import write_png
+from lora_engine.evaluation.catalogue import CATALOGUE
+from lora_engine.evaluation.embedder import load_embedder
+from lora_engine.evaluation.evidence import gather_evidence
+from lora_engine.evaluation.gates import check_gates
+from lora_engine.evaluation.metrics import METRICS, Evidence, Shots
+from lora_engine.evaluation.plan import derive_seed, make_plan, read_trained_on
+from lora_engine.evaluation.spec import EvaluateSettings
+from lora_engine.evaluation.statistics import compare
+from lora_engine.files import atomic_write, canonical_json, sha256_file
+from lora_engine.formats import read_adapter
+from lora_engine.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from lora_engine.bases.source import BaseSource
+
+_SAMPLES = {"paired": 8, "asked": 8, "unasked": 4}
+
+
+def evaluate(
+    settings: EvaluateSettings,
+    base: str | BaseSource,
+    adapter: Path,
+    dataset: Path,
+    out: Path,
+    *,
+    heldout: Path | None = None,
+    prompts: Sequence[str] = (),
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Compares an adapter with its base and writes `report.json` and `pictures/`; same inputs, same bytes on a CPU.
+
+    Args:
+        settings: See `EvaluateSettings`.
+        base: For `load_base`.
+        adapter: An adapter artifact (a folder with `adapter.safetensors`), or an adapter file.
+        dataset: The dataset that it was trained on.
+        out: Where the report is written.
+        heldout: Another dataset with held-out pictures; by default the held-out split of `dataset`.
+        prompts: What to draw; by default the captions of the held-out pictures.
+        progress: Counts pictures drawn and losses taken, by both models.
+
+    Returns:
+        The content of `report.json`.
+
+    Raises:
+        DataError: See `make_plan`.
+        SettingsError: The embedder or the picture size cannot be used.
+        AdapterError: The adapter is not whole, does not fit the base, or makes NaN.
+    """
+    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, trained_on=read_trained_on(adapter))
+    embedder = load_embedder(settings.embedder)
+    model = load_base(base)
+    model.latent_shape(plan.size)
+    file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
+    parts, _ = read_adapter(file, module_names=model.module_names())
+    evidence = gather_evidence(settings, plan, model=model, adapter=parts, embedder=embedder, progress=progress)
+    # Gates look at the rounded numbers, so that a reader can check them by hand.
+    metrics = _rounded(measure(evidence, settings.seed))
+    gates = [result.as_dict() for result in check_gates(metrics, settings.gates)]
+    report = {
+        "format": 1,
+        "metrics": metrics,
+        "gates": gates,
+        "passed": all(gate["passed"] for gate in gates),
+        "samples": _write_samples(evidence, out),
+        "settings": settings.model_dump(mode="json"),
+        "measured_on": plan.measured_on,
+        "size": list(plan.size),
+        "trigger": plan.trigger,
+        "class_word": plan.class_word,
+        "base": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint},
+        "adapter": {"sha256": sha256_file(file)},
+        "embedder": {"name": embedder.name, "sha256": embedder.fingerprint},
+    }
+    rounded: dict[str, Any] = _rounded(report)
+    atomic_write(out / "report.json", canonical_json(rounded))
+    return rounded
+
+
+def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
+    """Every metric of `METRICS`, as it stands in `report.json`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, metric in METRICS.items():
+        comparison = compare(*metric(evidence), seed=derive_seed(seed, "bootstrap", name))
+        better = CATALOGUE[name].better
+        found[name] = {
+            "base": comparison.base,
+            "adapter": comparison.adapter,
+            "difference": comparison.difference,
+            "interval": list(comparison.interval) if comparison.interval else None,
+            "n": comparison.n,
+            "better": better,
+            "verdict": _verdict(comparison.interval, better),
+        }
+    return found
+
+
+def _verdict(interval: tuple[float, float] | None, better: str) -> str:
+    if interval is None or interval[0] <= 0.0 <= interval[1]:
+        return "unclear"
+    return "better" if (interval[0] > 0.0) == (better == "higher") else "worse"
+
+
+def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:
+    shown: set[str] = set()
+    samples: list[dict[str, Any]] = []
+    for kind, limit in _SAMPLES.items():
+        fresh = [shots for shots in getattr(evidence, kind) if shots.request.prompt not in shown][:limit]
+        for shots in fresh:
+            shown.add(shots.request.prompt)
+            samples.append(_write_sample(kind, len(samples), shots, out))
+    return samples
+
+
+def _write_sample(kind: str, index: int, shots: Shots, out: Path) -> dict[str, Any]:
+    pictures: dict[str, Tensor | None] = {
+        "base": shots.base[0].float() / 127.5 - 1.0,
+        "adapter": shots.adapter[0].float() / 127.5 - 1.0,
+        "reference": shots.reference,
+    }
+    sample: dict[str, Any] = {"kind": kind, "prompt": shots.request.prompt, "seed": shots.request.seeds[0]}
+    for role, pixels in pictures.items():
+        sample[role] = f"pictures/{index:02d}-{role}.png" if pixels is not None else None
+        if pixels is not None:
+            write_png(out / sample[role], pixels)
+    return sample
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        # Six digits: beyond them lies rounding noise. Adding 0.0 turns -0.0 into 0.0.
+        return round(value, 6) + 0.0
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

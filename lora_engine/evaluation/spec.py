@@ -1,0 +1,72 @@
+"""What a person may set about evaluation. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lora_engine.errors import SettingsError
+from lora_engine.evaluation.catalogue import CATALOGUE
+
+
+class Gate(BaseModel):
+    """A bound that a metric must keep.
+
+    Attributes:
+        min: The value must be at least this.
+        max: The value must be at most this.
+        of: Which value: the adapter's own, or adapter minus base.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: float | None = None
+    max: float | None = None
+    of: Literal["adapter", "difference"] = "difference"
+
+    @model_validator(mode="after")
+    def _bounds_make_sense(self) -> Gate:
+        bounds = [bound for bound in (self.min, self.max) if bound is not None]
+        if not bounds:
+            raise ValueError("a gate needs min, max or both")
+        if not all(math.isfinite(bound) for bound in bounds):
+            raise ValueError(f"the bounds of a gate must be finite, not {bounds}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}, so nothing could pass")
+        return self
+
+
+class EvaluateSettings(BaseModel):
+    """How an adapter is compared with its base.
+
+    Attributes:
+        seeds: Pictures per prompt, from base and adapter alike.
+        seed: What the pictures' seeds, the noise of the validation loss and the resampling are derived from.
+        steps: Denoising steps per picture.
+        guidance: Classifier-free guidance; 1 is none.
+        max_pictures: At most so many held-out pictures, and so many prompts, are used.
+        gates: Metric name -> bound.
+        embedder: A local folder with a CLIPModel that sees for the metrics; the embedded one where it is not set.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seeds: int = Field(default=2, ge=1, le=64)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(default=12, ge=1, le=1000)
+    guidance: float = Field(default=3.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    max_pictures: int = Field(default=16, ge=1, le=1024)
+    gates: dict[str, Gate] = Field(default_factory=dict)
+    embedder: str | None = None
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_name_metrics(cls, value: dict[str, Gate]) -> dict[str, Gate]:
+        for name in value:
+            try:
+                CATALOGUE[name]
+            except SettingsError as error:
+                raise ValueError(str(error)) from None
+        return value

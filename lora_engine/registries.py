@@ -1,0 +1,60 @@
+"""`Registry[T]`: the closed, named sets of the engine (kinds, codecs, families, methods, metrics).
+
+Not to be confused with the package `registry`, which keeps versions of adapters.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from lora_engine.errors import SettingsError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """A mapping of names to entries that grows by registration and never forgets.
+
+    Args:
+        noun: What an entry is called in error messages, such as `adapter kind`.
+    """
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> T:
+        """Adds an entry and gives it back.
+
+        Raises:
+            SettingsError: The name is taken.
+        """
+        if name in self._entries:
+            raise SettingsError(f"{self.noun} {name!r} is registered twice", remedy="choose another name")
+        self._entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            SettingsError: No such entry; lists the known ones and the nearest.
+        """
+        try:
+            return self._entries[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
+            known = ", ".join(sorted(self._entries))
+            raise SettingsError(f"unknown {self.noun} {name!r}", allowed=known, remedy=hint) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

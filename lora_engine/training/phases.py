@@ -1,0 +1,50 @@
+"""A phase: what moves, for how long, on which batches, to lower what. The loop runs phases one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_engine.training.batches import Batch
+from lora_engine.training.losses import LossTerm
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        parameters: By a name that is unique within the run; a parameter keeps its name from phase to phase.
+        learning_rate: The highest of the schedule.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training.
+
+    Attributes:
+        name: For messages and checkpoints.
+        steps: Optimiser steps.
+        groups: What moves; everything else stands still.
+        batch: Number -> batch: a pure function, counted from 0 within the phase.
+        predict: Batch -> (predicted, target).
+        terms: What is lowered: their sum.
+    """
+
+    name: str
+    steps: int
+    groups: tuple[ParameterGroup, ...]
+    batch: Callable[[int], Batch]
+    predict: Callable[[Batch], tuple[Tensor, Tensor]]
+    terms: tuple[LossTerm, ...]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that moves in this phase, by name."""
+        return {name: value for group in self.groups for name, value in group.parameters.items()}

@@ -1,0 +1,89 @@
+"""What a person may set about training. Torch-free; the work lives beside this file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Prior(BaseModel):
+    """Prior preservation (Ruiz et al. 2023, eq. 2): pictures of the class, drawn by the base, are trained on too.
+
+    Attributes:
+        prompt: Of the class pictures; None is "a <class word>".
+        count: How many class pictures are drawn.
+        weight: Of their loss beside that of the person's pictures.
+        steps: Of the sampler that draws them.
+        guidance: Classifier-free guidance while drawing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str | None = Field(default=None, min_length=1, max_length=2000)
+    count: int = Field(default=32, ge=1, le=10_000)
+    weight: _Finite = Field(default=1.0, ge=0.0, le=1000.0)
+    steps: int = Field(default=12, ge=1, le=1000)
+    guidance: _Finite = Field(default=3.0, ge=0.0, le=50.0)
+
+
+class TrainSettings(BaseModel):
+    """How an adapter is trained.
+
+    Attributes:
+        method: `dreambooth` holds the class by prior preservation; `finetune` trains on pictures and captions alone.
+        kind: The adapter kind.
+        rank: Of every adapted layer.
+        alpha: The factors act with alpha / rank; None is the rank.
+        targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `text`), a pattern, or a list of both.
+        steps: Optimiser steps.
+        batch: Pictures a forward pass; prior preservation adds as many class pictures.
+        learning_rate: The highest of the schedule.
+        schedule: How the rate goes on after the warmup.
+        warmup: Steps in which the rate rises.
+        weight_decay: Of AdamW.
+        clip: Largest norm of the gradient; 0 does not clip.
+        accumulate: Batches an optimiser step.
+        seed: Of the factors, the order, the noise and the class pictures.
+        caption_dropout: Share of the captions that are left out, so that guidance keeps working.
+        checkpoint_every: Steps between checkpoints.
+        validate_every: Steps between validations on the held-out pictures; 0 never validates.
+        prior: Of `dreambooth`; None takes the defaults of `Prior`.
+        precision: Of the frozen base; the adapter is always trained in fp32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["finetune", "dreambooth"] = "dreambooth"
+    kind: str = "lora"
+    rank: int = Field(default=8, ge=1, le=4096)
+    alpha: _Finite | None = Field(default=None, gt=0.0)
+    targets: str | list[str] = "attention"
+    steps: int = Field(ge=1, le=10_000_000)
+    batch: int = Field(default=4, ge=1, le=4096)
+    learning_rate: _Finite = Field(default=1e-3, gt=0.0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: _Finite = Field(default=0.0, ge=0.0)
+    clip: _Finite = Field(default=1.0, ge=0.0)
+    accumulate: int = Field(default=1, ge=1, le=10_000)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    caption_dropout: _Finite = Field(default=0.0, ge=0.0, le=1.0)
+    checkpoint_every: int = Field(default=100, ge=1)
+    validate_every: int = Field(default=0, ge=0)
+    prior: Prior | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _prior_belongs_to_dreambooth(self) -> TrainSettings:
+        if self.prior is not None and self.method != "dreambooth":
+            raise ValueError(f"prior belongs to method 'dreambooth', not to {self.method!r}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainSettings:
+        if self.warmup >= self.steps and self.warmup:
+            raise ValueError(f"warmup {self.warmup} must be less than steps {self.steps}")
+        return self

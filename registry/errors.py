@@ -1,0 +1,132 @@
+"""The registry's errors: one tree, worded like the engine's.
+
+RegistryError
+├── HomeError           LORALINE_HOME: read-only, full, damaged, or written by a newer release
+├── StoreError          an artifact that cannot be put or read
+│   ├── MissingBlob         its bytes are gone
+│   └── DamagedBlob         its bytes are not those that were stored
+├── LineageError        a run, an execution or a digest that is not as it must be
+├── VersionError        a version that cannot be registered
+│   ├── UnknownName         no adapter of that name
+│   ├── UnknownVersion      no such number or alias under that name
+│   └── MirrorError         the truth is recorded, but MLflow could not be brought level with it
+└── PromotionError      an alias that cannot be moved
+    ├── Refused             the decision says no; carries all reasons
+    └── Conflict            somebody else moved it first
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class RegistryError(Exception):
+    """An error worded for the person who can mend it.
+
+    Args:
+        problem: What is wrong, with the offending value as `repr`.
+        where: File, artifact, version or alias.
+        allowed: What would have been right.
+        remedy: One thing to do.
+    """
+
+    def __init__(self, problem: str, *, where: str = "", allowed: str = "", remedy: str = "") -> None:
+        self.problem, self.where, self.allowed, self.remedy = problem, where, allowed, remedy
+        parts = [f"{where}: {problem}" if where else problem]
+        if allowed:
+            parts.append(f"Allowed: {allowed}.")
+        if remedy:
+            parts.append(f"To do: {remedy}.")
+        super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
+
+
+class HomeError(RegistryError):
+    """The folder that holds all state cannot be used."""
+
+
+class StoreError(RegistryError):
+    """An artifact that cannot be put into the store or read from it."""
+
+
+class MissingBlob(StoreError):  # noqa: N818
+    """Bytes that the store should have and has not."""
+
+
+class DamagedBlob(StoreError):  # noqa: N818
+    """Bytes that are not those that were stored; the message names both digests."""
+
+
+class LineageError(RegistryError):
+    """A run, an execution or a digest that is unknown, ambiguous or not as it must be."""
+
+
+class VersionError(RegistryError):
+    """A version that cannot be registered or read."""
+
+
+class UnknownName(VersionError):  # noqa: N818
+    """No adapter of that name."""
+
+
+class UnknownVersion(VersionError):  # noqa: N818
+    """No such number or alias under that name."""
+
+
+class MirrorError(VersionError):
+    """The registry's own record stands, but MLflow could not be brought level with it."""
+
+
+class PromotionError(RegistryError):
+    """An alias that cannot be moved."""
+
+
+class Refused(PromotionError):  # noqa: N818
+    """The decision says no.
+
+    Args:
+        problem: What was refused.
+        reasons: All reasons at once.
+        where: The version.
+        remedy: One thing to do.
+    """
+
+    def __init__(self, problem: str, *, reasons: tuple[str, ...], where: str = "", remedy: str = "") -> None:
+        self.reasons = reasons
+        listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
+        super().__init__(f"{problem}: {listed}", where=where, remedy=remedy)
+
+
+class Conflict(PromotionError):  # noqa: N818
+    """The alias no longer points at what the caller expected; the message says what changed."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Words the disk's refusals (full, read-only, forbidden) as `HomeError`; lets every other `OSError` pass.
+
+    Args:
+        path: What was being written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _worded(error, path) from error
+
+
+def _worded(error: OSError, path: Path) -> Exception:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return HomeError("the disk is full", where=str(path), remedy="free some space and run the same command again")
+    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        return HomeError(
+            f"cannot write here ({error.strerror})",
+            where=str(path),
+            remedy="make the folder writable, or name another one in LORALINE_HOME",
+        )
+    if error.errno in {errno.ENOTDIR, errno.EEXIST}:
+        return HomeError(
+            f"not a folder ({error.strerror})", where=str(path), remedy="name another folder in LORALINE_HOME"
+        )
+    return error

@@ -1,0 +1,110 @@
+"""LORALINE_HOME: where all state lives, and whether it can be written. Nothing here knows what the files mean."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from lora_engine.files import atomic_write
+from registry.errors import HomeError, disk_errors
+
+_FOLDERS = ("store", "prefect", "work", "reports", "locks", "mlflow")
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of all state and the places in it.
+
+    Args:
+        path: Absolute path of the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str, *, create: bool = True) -> Home:
+        """The home at that path, with its folders made and known to be writable.
+
+        Args:
+            path: The folder; made if it is missing.
+            create: False refuses a folder that is not a home yet.
+
+        Raises:
+            HomeError: Not a home, not writable, or full.
+        """
+        home = cls(Path(path).expanduser().absolute())
+        if not create and not home.store.is_dir():
+            raise HomeError(
+                "there is no Loraline home here",
+                where=str(home.path),
+                remedy="run `loraline init`, or set LORALINE_HOME",
+            )
+        with disk_errors(home.path):
+            for folder in _FOLDERS:
+                (home.path / folder).mkdir(parents=True, exist_ok=True)
+            probe = home.locks / f"probe-{os.getpid()}"
+            atomic_write(probe, b"can this be written?")
+            probe.unlink(missing_ok=True)
+        return home
+
+    @property
+    def store(self) -> Path:
+        """Folder of the content-addressed store."""
+        return self.path / "store"
+
+    @property
+    def work(self) -> Path:
+        """Folder for checkouts and checkpoints; may be deleted while nothing runs."""
+        return self.path / "work"
+
+    @property
+    def reports(self) -> Path:
+        """Folder of rendered reports."""
+        return self.path / "reports"
+
+    @property
+    def prefect(self) -> Path:
+        """Folder for Prefect."""
+        return self.path / "prefect"
+
+    @property
+    def locks(self) -> Path:
+        """Folder of lock files."""
+        return self.path / "locks"
+
+    @property
+    def lineage_db(self) -> Path:
+        """File of the registry's own database."""
+        return self.path / "lineage.db"
+
+    @property
+    def mlflow_db(self) -> Path:
+        """File of MLflow's database."""
+        return self.path / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Folder of the copies that MLflow shows."""
+        return self.path / "mlflow"
+
+    @property
+    def lineage_url(self) -> str:
+        """SQLAlchemy URL of the registry's own database."""
+        return f"sqlite:///{self.lineage_db}"
+
+    @property
+    def mlflow_url(self) -> str:
+        """Tracking and registry URI for MLflow's clients and user interface."""
+        return f"sqlite:///{self.mlflow_db}"
+
+    def lock(self, name: str, timeout: float = -1) -> FileLock:
+        """A lock between processes, released by the system when its holder dies.
+
+        Args:
+            name: What is locked.
+            timeout: Seconds to wait; -1 for ever.
+        """
+        return FileLock(self.locks / f"{name}.lock", timeout=timeout)

@@ -1,0 +1,287 @@
+"""The graph of who was made from what, walked level by level over indexes: its cost follows its answer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import ColumnElement, Row, Select, String, cast, select
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+
+from registry.errors import LineageError
+from registry.tables import (
+    AliasRow,
+    ArtifactRow,
+    ContentRow,
+    ExecutionRow,
+    InputRow,
+    ParentRow,
+    RunRow,
+    SubjectRow,
+    VersionRow,
+)
+
+Direction = Literal["up", "down"]
+NodeKind = Literal["subject", "file", "artifact", "execution", "run", "version", "origin"]
+
+_BATCH = 500
+_PREFIX = 6
+
+
+def _ref(table: type[VersionRow]) -> ColumnElement[str]:
+    return table.name + "@" + cast(table.version, String)
+
+
+_REF = _ref(VersionRow)
+
+
+class NodeId(NamedTuple):
+    """What a node is and what it is called: a digest, an id, `name@version` or free text."""
+
+    kind: NodeKind
+    id: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A thing in the graph.
+
+    Args:
+        kind: What it is.
+        id: Digest, id, `name@version` or free text.
+        depth: Steps from the start.
+        label: A few words for people.
+        detail: What is known of it.
+    """
+
+    kind: NodeKind
+    id: str
+    depth: int
+    label: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`target` was made from `source`, whichever way the walk went; `role` says what it served as."""
+
+    source: NodeId
+    target: NodeId
+    role: str
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The answer: nodes in the order of their distance, and the edges between them."""
+
+    start: NodeId
+    direction: Direction
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+
+def walk(session: Session, start: str, direction: Direction, *, subjects: bool = False) -> Walk:
+    """Walks from whatever `start` names; see `Lineage.walk`."""
+    first = resolve(session, start)
+    step = _up if direction == "up" else _down
+    depths: dict[NodeId, int] = {first: 0}
+    edges: dict[Edge, None] = {}
+    level, depth = [first], 0
+    if first.kind == "version" and direction == "down":
+        # What was made from a version was made from its artifact, whatever it was called at the time.
+        for edge in _version_edges(session, [first.id]):
+            if edge.role == "adapter":
+                edges[edge] = None
+                depths[edge.source] = 0
+                level.append(edge.source)
+    while level:
+        depth += 1
+        found: list[NodeId] = []
+        for edge in step(session, _by_kind(level), subjects):
+            edges[edge] = None
+            for node in (edge.source, edge.target):
+                if node not in depths:
+                    depths[node] = depth
+                    found.append(node)
+        level = found
+    described = _describe(session, depths)
+    nodes = tuple(Node(*node, depths[node], *described.get(node, ("", {}))) for node in depths)
+    return Walk(first, direction, nodes, tuple(edges))
+
+
+def resolve(session: Session, start: str) -> NodeId:
+    """The node that a digest, a beginning of one, an id or `name@ref` names.
+
+    Raises:
+        LineageError: Nothing, or more than one thing, goes by that name.
+    """
+    name, at, ref = start.partition("@")
+    if at:
+        return NodeId("version", f"{name}@{_version_number(session, name, ref)}")
+    if session.get(RunRow, start) is not None:
+        return NodeId("run", start)
+    if session.get(ExecutionRow, start) is not None:
+        return NodeId("execution", start)
+    candidates: list[tuple[NodeKind, InstrumentedAttribute[str]]] = [
+        ("artifact", ArtifactRow.sha256),
+        ("file", ContentRow.sha256),
+        ("subject", SubjectRow.subject),
+    ]
+    for kind, column in candidates:
+        if session.scalar(select(column).where(column == start).limit(1)) is not None:
+            return NodeId(kind, start)
+    return _resolve_beginning(session, start, candidates)
+
+
+def _resolve_beginning(
+    session: Session, start: str, candidates: list[tuple[NodeKind, InstrumentedAttribute[str]]]
+) -> NodeId:
+    found: list[NodeId] = []
+    if len(start) >= _PREFIX:
+        for kind, column in candidates:
+            # A range, not LIKE: it uses the index on every database.
+            beginning = select(column).where(column >= start, column < start + "\uffff").distinct().limit(3)
+            found += [NodeId(kind, value) for value in session.scalars(beginning)]
+    if len({node.id for node in found}) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{node.kind} {node.id[:16]}" for node in found)
+        raise LineageError(f"{start!r} is the beginning of several things: {listed}", remedy="give more of its digits")
+    raise LineageError(
+        f"nothing is known by {start!r}",
+        allowed=f"a digest (or its first {_PREFIX} digits), a run's id, name@version or name@alias",
+        remedy="`loraline list` shows what is registered",
+    )
+
+
+def _version_number(session: Session, name: str, ref: str) -> int:
+    aliases = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == ref)
+    number = int(ref) if ref.isdecimal() else session.scalar(aliases)
+    known = session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
+    if number is None or known is None:
+        raise LineageError(f"no version {name}@{ref}", remedy="`loraline list` shows what is registered")
+    return number
+
+
+def _up(session: Session, level: Mapping[NodeKind, list[str]], subjects: bool) -> Iterator[Edge]:
+    done = ExecutionRow.status == "COMPLETED"
+    made = select(ExecutionRow.id, ExecutionRow.output).where(done)
+    yield from _edges(session, made, ExecutionRow.output, level["artifact"], ("execution", "artifact"), role="output")
+    read = select(InputRow.artifact, InputRow.execution, InputRow.role).order_by(InputRow.execution, InputRow.position)
+    yield from _edges(session, read, InputRow.execution, level["execution"], ("artifact", "execution"))
+    held = select(ContentRow.artifact, ContentRow.sha256, ContentRow.path)
+    yield from _edges(session, held, ContentRow.sha256, level["file"], ("artifact", "file"))
+    if subjects:
+        shown = select(SubjectRow.subject, SubjectRow.artifact, SubjectRow.label)
+        yield from _edges(session, shown, SubjectRow.artifact, level["artifact"], ("subject", "artifact"))
+    yield from _run_edges(session, level["run"])
+    yield from _version_edges(session, level["version"])
+
+
+def _down(session: Session, level: Mapping[NodeKind, list[str]], _subjects: bool) -> Iterator[Edge]:
+    done = ExecutionRow.status == "COMPLETED"
+    shown = select(SubjectRow.subject, SubjectRow.artifact, SubjectRow.label)
+    yield from _edges(session, shown, SubjectRow.subject, level["subject"], ("subject", "artifact"))
+    held = select(ContentRow.sha256, ContentRow.artifact, ContentRow.path)
+    yield from _edges(session, held, ContentRow.sha256, level["file"], ("file", "artifact"))
+    read = (
+        select(InputRow.artifact, InputRow.execution, InputRow.role)
+        .join(ExecutionRow, ExecutionRow.id == InputRow.execution)
+        .where(done)
+    )
+    yield from _edges(session, read, InputRow.artifact, level["artifact"], ("artifact", "execution"))
+    made = select(ExecutionRow.id, ExecutionRow.output).where(done)
+    yield from _edges(session, made, ExecutionRow.id, level["execution"], ("execution", "artifact"), role="output")
+    for column, role in ((VersionRow.artifact, "adapter"), (VersionRow.report, "report")):
+        yield from _edges(session, select(column, _REF), column, level["artifact"], ("artifact", "version"), role=role)
+    yield from _run_edges(session, level["run"])
+    parent = aliased(VersionRow)
+    born = (
+        select(_ref(parent), _REF)
+        .join(ParentRow, ParentRow.parent == parent.id)
+        .join(VersionRow, VersionRow.id == ParentRow.child)
+    )
+    yield from _edges(
+        session, born, parent.id, _version_ids(session, level["version"]), ("version", "version"), role="parent"
+    )
+
+
+def _version_edges(session: Session, refs: list[str]) -> Iterator[Edge]:
+    ids = _version_ids(session, refs)
+    for column, role in ((VersionRow.artifact, "adapter"), (VersionRow.report, "report")):
+        made = select(column, _REF).where(column.is_not(None))
+        yield from _edges(session, made, VersionRow.id, ids, ("artifact", "version"), role=role)
+    origin = select(ParentRow.parent, ParentRow.text, _REF).join(VersionRow, VersionRow.id == ParentRow.child)
+    for parent, text, child in _batched(session, origin.order_by(ParentRow.position), ParentRow.child, ids):
+        source = NodeId("origin" if parent is None else "version", text)
+        yield Edge(source, NodeId("version", child), "parent")
+
+
+def _run_edges(session: Session, runs: list[str]) -> Iterator[Edge]:
+    steps = select(ExecutionRow.run_id, ExecutionRow.id, ExecutionRow.step)
+    yield from _edges(session, steps, ExecutionRow.run_id, runs, ("run", "execution"))
+
+
+def _edges(
+    session: Session,
+    query: Select[Any],
+    column: ColumnElement[Any] | InstrumentedAttribute[Any],
+    wanted: list[Any],
+    ends: tuple[NodeKind, NodeKind],
+    *,
+    role: str = "",
+) -> Iterator[Edge]:
+    """Edges of a query of (source, target[, role]), for the wanted values of an indexed column."""
+    for row in _batched(session, query, column, wanted):
+        yield Edge(NodeId(ends[0], row[0]), NodeId(ends[1], row[1]), role or row[2])
+
+
+def _batched(
+    session: Session, query: Select[Any], column: ColumnElement[Any] | InstrumentedAttribute[Any], wanted: list[Any]
+) -> Iterator[Row[Any]]:
+    for begin in range(0, len(wanted), _BATCH):
+        yield from session.execute(query.where(column.in_(wanted[begin : begin + _BATCH])))
+
+
+def _version_ids(session: Session, refs: list[str]) -> list[int]:
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for ref in refs:
+        name, _, number = ref.rpartition("@")
+        numbers[name].append(int(number))
+    ids: list[int] = []
+    for name, wanted in numbers.items():
+        query = select(VersionRow.id).where(VersionRow.name == name)
+        ids += [row[0] for row in _batched(session, query, VersionRow.version, wanted)]
+    return ids
+
+
+def _by_kind(level: Iterable[NodeId]) -> Mapping[NodeKind, list[str]]:
+    kinds: dict[NodeKind, list[str]] = defaultdict(list)
+    for node in level:
+        kinds[node.kind].append(node.id)
+    return kinds
+
+
+def _describe(session: Session, nodes: Iterable[NodeId]) -> dict[NodeId, tuple[str, dict[str, Any]]]:
+    kinds = _by_kind(nodes)
+    words: dict[NodeId, tuple[str, dict[str, Any]]] = {}
+    for (row,) in _batched(session, select(ArtifactRow), ArtifactRow.sha256, kinds["artifact"]):
+        words[NodeId("artifact", row.sha256)] = (row.kind, {"kind": row.kind, "size": row.size})
+    for (row,) in _batched(session, select(ExecutionRow), ExecutionRow.id, kinds["execution"]):
+        detail = {"step": row.step, "uses": row.uses, "run": row.run_id, "status": row.status, "at": row.started_at}
+        words[NodeId("execution", row.id)] = (f"{row.step} ({row.uses})", detail)
+    for (row,) in _batched(session, select(RunRow), RunRow.id, kinds["run"]):
+        words[NodeId("run", row.id)] = (row.name, {"status": row.status, "at": row.started_at})
+    ids = _version_ids(session, kinds["version"])
+    for (row,) in _batched(session, select(VersionRow), VersionRow.id, ids):
+        query = select(AliasRow.alias).where(AliasRow.name == row.name, AliasRow.version == row.version)
+        aliases = sorted(session.scalars(query))
+        detail = {"sha256": row.sha256, "aliases": aliases, "at": row.created_at}
+        words[NodeId("version", f"{row.name}@{row.version}")] = (", ".join(aliases), detail)
+    for artifact, subject, label in _batched(
+        session, select(SubjectRow.artifact, SubjectRow.subject, SubjectRow.label), SubjectRow.subject, kinds["subject"]
+    ):
+        words[NodeId("subject", subject)] = (label, {"artifact": artifact})
+    return words

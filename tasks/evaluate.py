@@ -1,0 +1,39 @@
+"""`evaluate`: what an adapter does, in numbers and pictures, each against the base with the same seeds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from lora_engine.evaluation.spec import EvaluateSettings
+from tasks.spec import External, StepSpec, Takes
+from tasks.step import Context, step
+
+
+class Evaluate(StepSpec, EvaluateSettings):
+    """Which adapter to judge, on which pictures and prompts, and what it must reach."""
+
+    uses: Literal["evaluate"] = "evaluate"
+    base: str
+    adapter: Annotated[str, Takes("adapter")]
+    dataset: Annotated[str, Takes("manifest")]
+    heldout: Annotated[str | None, Takes("manifest")] = None
+    prompts: Annotated[str | None, External("file")] = None
+
+
+@step(Evaluate, gives="report", revision=1)
+def evaluate(spec: Evaluate, context: Context) -> None:
+    """Writes the report: metrics with intervals, gates, and the pictures behind them."""
+    from lora_engine.evaluation.prompts import read_prompts
+    from lora_engine.evaluation.run import evaluate as judge
+
+    prompts = read_prompts(context.files["prompts"]) if "prompts" in context.files else ()
+    judge(
+        spec.narrow(EvaluateSettings),
+        context.base(spec.base),
+        context.folder("adapter"),
+        context.folder("dataset"),
+        context.out,
+        heldout=context.optional("heldout"),
+        prompts=prompts,
+        progress=context.progress,
+    )

@@ -1,0 +1,24 @@
+"""`preprocess`: the pictures of a manifest, cropped and resized for training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from lora_engine.data.spec import PreprocessSettings
+from tasks.spec import StepSpec, Takes
+from tasks.step import Context, step
+
+
+class Preprocess(StepSpec, PreprocessSettings):
+    """To which resolution, and which part of each picture to keep."""
+
+    uses: Literal["preprocess"] = "preprocess"
+    dataset: Annotated[str, Takes("manifest")]
+
+
+@step(Preprocess, gives="manifest", revision=1)
+def preprocess(spec: Preprocess, context: Context) -> None:
+    """Writes a manifest whose pictures all have the resolution that was asked for."""
+    from lora_engine.data.preprocess import preprocess as prepare
+
+    prepare(context.folder("dataset"), context.out, spec.narrow(PreprocessSettings))

@@ -1,0 +1,70 @@
+"""What every step's spec is made of: settings, typed references to other steps, and files of the user.
+
+No step lives here, and nothing that runs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Marks a field whose value names a step (or a registered adapter) that gives an artifact of this kind."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class External:
+    """Marks a field whose value is a path, relative to the pipeline file; its content enters the cache key."""
+
+    what: Literal["file", "folder"]
+
+
+class StepSpec(BaseModel):
+    """The base of all step specs: frozen, closed, and able to say which fields point outside of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uses: str
+
+    def references(self) -> Iterator[tuple[str, str, str]]:
+        """Gives (field, name of the step or `name@version`, kind of artifact) for each reference."""
+        for field, marker in _marked(type(self), Takes):
+            value = getattr(self, field)
+            names = [] if value is None else [value] if isinstance(value, str) else value
+            for name in names:
+                yield field, name, marker.kind
+
+    def externals(self) -> Iterator[tuple[str, str, Literal["file", "folder"]]]:
+        """Gives (field, path as written, file or folder) for each path that is set."""
+        for field, marker in _marked(type(self), External):
+            value = getattr(self, field)
+            if value is not None:
+                yield field, value, marker.what
+
+    def own_settings(self) -> dict[str, Any]:
+        """Everything that is neither a reference nor a path: what enters the cache key as it stands."""
+        outside = {field for field, _ in _marked(type(self), Takes)} | {field for field, _ in _marked(type(self), External)}
+        return self.model_dump(mode="json", exclude=outside)
+
+    def narrow(self, settings: type[Settings]) -> Settings:
+        """The part of this spec that the engine's settings class knows."""
+        return settings.model_validate(self.model_dump(include=set(settings.model_fields)))
+
+
+Marker = TypeVar("Marker", Takes, External)
+
+
+def _marked(spec: type[StepSpec], marker: type[Marker]) -> Iterator[tuple[str, Marker]]:
+    for name, field in spec.model_fields.items():
+        for item in field.metadata:
+            if isinstance(item, marker):
+                yield name, item
