@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.errors import PipelineFailed
+from flows.plan import make_job, plan_pipeline, registered_adapter
 from flows.prefect import run_as_flow, step_task
-from flows.spec import REGISTERED, PipelineSpec
+from flows.spec import PipelineSpec
 from lora_engine.errors import EngineError, InterruptedRun
 from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import Store
-from tasks.step import Job, Outcome
+from tasks.step import Outcome
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class PipelineResult:
     """What a run gave.
 
     Args:
-        run_id: The run, for `loraline lineage`.
         outcomes: Per step, its artifact and whether it was there already.
+        changed: Per step that had to run, why; empty when nothing had changed, and then nothing was started either.
         versions: What each `register` step says of its version: the content of `version.json`.
     """
 
-    run_id: str
     outcomes: Mapping[str, Outcome]
+    changed: Mapping[str, str]
     versions: Mapping[str, dict[str, Any]]
 
     @property
@@ -51,10 +52,13 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     Raises:
         EngineError, RegistryError, OSError: The first failure, after the steps that do not depend on it have finished.
     """
-    with _recorded_run(spec, home) as run_id:
-        submit = run_as_flow(spec.name, submit_steps)
-        outcomes: dict[str, Outcome] = submit(spec, home, run_id, force)
-    return PipelineResult(run_id, outcomes, _read_versions(spec, outcomes, Store(home.store)))
+    planned = plan_pipeline(spec, home, force=force)
+    outcomes = {step.name: Outcome(step.ref, cached=True) for step in planned if step.ref is not None}
+    if len(outcomes) < len(planned):
+        with _recorded_run(spec, home) as run_id:
+            outcomes = run_as_flow(spec.name, submit_steps)(spec, home, run_id, force)
+    changed = {step.name: step.reason for step in planned if not outcomes[step.name].cached}
+    return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, Store(home.store)))
 
 
 def submit_steps(spec: PipelineSpec, home: Home, run_id: str, force: Collection[str]) -> dict[str, Outcome]:
@@ -78,12 +82,6 @@ def submit_steps(spec: PipelineSpec, home: Home, run_id: str, force: Collection[
     return results
 
 
-def make_job(spec: PipelineSpec, name: str, home: Home, run_id: str, *, force: bool) -> Job:
-    """One step of the spec as plain data."""
-    step = spec.steps[name]
-    return Job(name, step.uses, step.model_dump(mode="json"), str(spec.folder), str(home.path), run_id, force)
-
-
 @contextmanager
 def _recorded_run(spec: PipelineSpec, home: Home) -> Iterator[str]:
     """Records that a run began and how it ended; runs that died without a word are marked first."""
@@ -102,16 +100,6 @@ def _recorded_run(spec: PipelineSpec, home: Home) -> Iterator[str]:
             lineage.finish_run(run.id, status)
     finally:
         lineage.close()
-
-
-def registered_adapter(target: str, home: Home) -> Outcome:
-    """The adapter that `name@version` or `name@alias` stands for, as if a step had given it."""
-    match = REGISTERED.fullmatch(target)
-    if match is None:
-        raise PipelineFailed(f"{target!r} is neither a step nor name@version")
-    from registry.versions import Versions
-
-    return Outcome(Versions(home).get(match["name"], match["ref"]).artifact, cached=True)
 
 
 def _read_versions(spec: PipelineSpec, outcomes: Mapping[str, Outcome], store: Store) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.pipeline import make_job, registered_adapter
-from flows.spec import PipelineSpec
+from flows.errors import SpecError
+from flows.spec import REGISTERED, PipelineSpec
 from registry.entities import ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import Store
-from tasks.step import Inputs, cache_key, digest_path, find_hit
+from tasks.step import Inputs, Job, Outcome, cache_key, digest_path, find_hit
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,22 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
                 reason = _what_changed(spec, name, inputs, lineage.last_execution(spec.name, name))
             planned[name] = PlannedStep(name, step.uses, ref is not None, reason, ref)
     return list(planned.values())
+
+
+def make_job(spec: PipelineSpec, name: str, home: Home, run_id: str, *, force: bool) -> Job:
+    """One step of the spec as plain data."""
+    step = spec.steps[name]
+    return Job(name, step.uses, step.model_dump(mode="json"), str(spec.folder), str(home.path), run_id, force)
+
+
+def registered_adapter(target: str, home: Home) -> Outcome:
+    """The adapter that `name@version` or `name@alias` stands for, as if a step had given it."""
+    match = REGISTERED.fullmatch(target)
+    if match is None:
+        raise SpecError(f"{target!r} is neither a step nor name@version")
+    from registry.versions import Versions
+
+    return Outcome(Versions(home).show(match["name"], match["ref"]).artifact, cached=True)
 
 
 def _what_changed(spec: PipelineSpec, name: str, inputs: Inputs, last: Execution | None) -> str:

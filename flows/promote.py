@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 
-from registry.entities import Event
+from registry.entities import AdapterVersion, Event
 from registry.home import Home
-from registry.promotion import promote, rollback
+from registry.promotion import current_actor, promote, rollback
 from registry.versions import Versions
 
 
@@ -18,18 +17,27 @@ def promote_version(home: Home, ref: str, alias: str, reason: str) -> Event:
         Refused: With all reasons at once.
         Conflict: Somebody else moved the alias meanwhile.
     """
-    name, _, version = ref.partition("@")
-    return promote(Versions(home), name, version, alias, reason=reason, actor=current_actor())
+    versions = Versions(home)
+    version = find_version(versions, ref)
+    return promote(versions, version.name, version.version, alias, reason=reason, actor=acting())
 
 
 def roll_back(home: Home, name: str, alias: str, to: int | None, reason: str) -> Event:
     """Points the alias at what it pointed at before, or at a version that it once pointed at."""
-    return rollback(Versions(home), name, alias, to=to, reason=reason, actor=current_actor())
+    return rollback(Versions(home), name, alias, to=to, reason=reason, actor=acting())
 
 
-def current_actor() -> str:
-    """Who is acting: LORALINE_ACTOR, or the account's name."""
-    try:
-        return os.environ.get("LORALINE_ACTOR") or getpass.getuser()
-    except (KeyError, OSError):  # an account without a name, as in some containers
-        return f"uid {os.getuid()}"
+def find_version(versions: Versions, ref: str) -> AdapterVersion:
+    """The version that `name@version` or `name@alias` names; `name` alone is its latest.
+
+    Raises:
+        UnknownName: No such adapter.
+        UnknownVersion: No such version or alias.
+    """
+    name, _, version = ref.partition("@")
+    return versions.show(name, version or "latest")
+
+
+def acting() -> str:
+    """Who is acting, for the log: LORALINE_ACTOR, or user@host."""
+    return os.environ.get("LORALINE_ACTOR") or current_actor()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.files import atomic_write
+from flows.promote import find_version
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.home import Home
 from registry.lineage import Lineage
@@ -27,9 +28,9 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
     Returns:
         The file, or None for a version that was never evaluated.
     """
-    from lora_engine.evaluation.report import load_report, render_report
+    from lora_engine.evaluation.report import render_report
 
-    version = Versions(home).find(ref)
+    version = find_version(Versions(home), ref)
     if version.report is None:
         return None
     store = Store(home.store)
@@ -46,7 +47,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
         training = folders["adapter"] / "training.json"
         page = render_report(
             version.ref,
-            load_report(folders["report"]),
+            json.loads((folders["report"] / "report.json").read_bytes()),
             folders["report"],
             training=json.loads(training.read_bytes()) if training.is_file() else None,
             dataset_folder=folders["dataset"] if dataset is not None else None,

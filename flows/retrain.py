@@ -11,8 +11,8 @@ from typing import Any
 
 from prefect import flow
 
-from flows.pipeline import PipelineResult, run_pipeline
-from flows.plan import plan_pipeline
+from flows.pipeline import run_pipeline
+from flows.promote import find_version
 from flows.spec import load_spec
 from registry.errors import UnknownName, UnknownVersion
 from registry.home import Home
@@ -47,24 +47,19 @@ def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
     Returns:
         A `Retraining` as a plain object.
     """
-    pipeline, state = load_spec(Path(spec)), Home.open(Path(home))
-    changed = {step.name: step.reason for step in plan_pipeline(pipeline, state) if not step.cached}
-    if not changed:
-        return asdict(Retraining({}, [], [], {}))
-    return asdict(_report(changed, run_pipeline(pipeline, state), Versions(state)))
-
-
-def _report(changed: dict[str, str], result: PipelineResult, versions: Versions) -> Retraining:
-    refs = {f"{said['name']}@{said['version']}": said for said in result.versions.values()}
-    staged = [ref for ref, said in refs.items() if said["alias"] and not said["refused"]]
-    return Retraining(changed, list(refs), staged, {ref: compare(versions, ref, "production") for ref in refs})
+    state = Home.open(Path(home))
+    result = run_pipeline(load_spec(Path(spec)), state)
+    new = {f"{said['name']}@{said['version']}": said for name, said in result.versions.items() if name in result.changed}
+    staged = [ref for ref, said in new.items() if said["alias"] and not said["refused"]]
+    compared = {ref: compare(Versions(state), ref, "production") for ref in new}
+    return asdict(Retraining(dict(result.changed), list(new), staged, compared))
 
 
 def compare(versions: Versions, ref: str, alias: str) -> dict[str, tuple[float | None, float]]:
     """Per metric: the figure of the version that the alias points at, and that of this one."""
-    new = versions.find(ref)
+    new = find_version(versions, ref)
     try:
-        old: Any = versions.get(new.name, alias).metrics
+        old: Any = versions.show(new.name, alias).metrics
     except (UnknownName, UnknownVersion):
         old = {}
     return {name: (old.get(name, {}).get("adapter"), metric["adapter"]) for name, metric in new.metrics.items()}

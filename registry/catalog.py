@@ -78,17 +78,11 @@ def insert_version(session: Session, name: str, parents: Sequence[str], values: 
     # Locks the name where the database knows row locks; on SQLite the transaction holds the only write lock anyway.
     session.scalars(select(NameRow).where(NameRow.name == name).with_for_update()).one()
     last = session.scalar(select(func.max(VersionRow.version)).where(VersionRow.name == name)) or 0
-    row = VersionRow(
-        name=name, version=last + 1, created_at=now(), mlflow_run_id=None, mirrored=False, **dict(values)
-    )
+    row = VersionRow(name=name, version=last + 1, created_at=now(), mlflow_run_id=None, mirrored=False, **dict(values))
     session.add(row)
     session.flush()
     for position, text in enumerate(parents):
-        parent_name, at, ref = text.partition("@")
-        known = select(VersionRow.id).where(VersionRow.name == parent_name, VersionRow.version == int(ref or 0)) if (
-            at and ref.isdecimal()
-        ) else None
-        parent = session.scalar(known) if known is not None else None
+        parent = _known_version(session, text)
         session.add(ParentRow(child=row.id, position=position, parent=parent, text=text))
     session.flush()
     return row
@@ -122,11 +116,9 @@ def move_alias(
     before = row.version if row is not None else None
     if before != expected:
         raise _conflict(session, version.name, alias, row, expected)
-    event = log_event(session, version, alias, before, version.version, action=action, actor=actor, reason=reason)
+    event = log_event(session, version, alias, before, action=action, actor=actor, reason=reason)
     if row is None:
-        session.add(
-            AliasRow(name=version.name, alias=alias, version=version.version, seq=event.seq, mirrored_seq=0)
-        )
+        session.add(AliasRow(name=version.name, alias=alias, version=version.version, seq=event.seq, mirrored_seq=0))
     else:
         row.version, row.seq = version.version, event.seq
     session.flush()
@@ -138,7 +130,6 @@ def log_event(
     version: AdapterVersion,
     alias: str,
     before: int | None,
-    after: int | None,
     *,
     action: Action,
     actor: str,
@@ -150,7 +141,7 @@ def log_event(
         alias=alias,
         action=action,
         before=before,
-        after=after,
+        after=version.version,
         actor=actor,
         reason=reason,
         gates=[dict(gate) for gate in version.gates],
@@ -221,6 +212,13 @@ def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersio
         )
         for row in rows
     ]
+
+
+def _known_version(session: Session, text: str) -> int | None:
+    name, _, number = text.partition("@")
+    if not number.isdecimal():
+        return None
+    return session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == int(number)))
 
 
 def _batches(values: Sequence[Any]) -> Iterable[Sequence[Any]]:

@@ -65,7 +65,10 @@ class Database:
                 path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and path.stat().st_size and self._schema_is_current():
                 return
-            with disk_errors(path), FileLock(path.with_name(f".{path.name}.lock")):
+            lock = path.parent / "locks" / f"{path.name}.lock"
+            with disk_errors(path):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+            with disk_errors(path), FileLock(lock):
                 self._create_schema()
         else:
             self._create_schema()

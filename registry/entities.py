@@ -223,7 +223,7 @@ class Event:
         alias: The alias that was moved (or, for `refuse`, that was not).
         action: stage, promote, rollback or refuse.
         before: Version that the alias pointed at; None for none.
-        after: Version that it points at since.
+        after: Version that it points at since; for `refuse`, the version that did not get it.
         actor: Who.
         reason: Why; for `refuse`, the reasons of the refusal.
         gates: The gates of the version at that moment.

@@ -15,6 +15,7 @@ from uuid import uuid4
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from lora_engine.files import canonical_json
 from registry.database import Database, insert_missing
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, now
 from registry.errors import LineageError
@@ -40,7 +41,12 @@ class Lineage:
         self.database.close()
 
     def start_run(self, name: str, spec: Mapping[str, Any]) -> Run:
-        """Records that this process begins to work through a spec."""
+        """Records that this process begins to work through a spec.
+
+        Raises:
+            LineageError: The spec holds what JSON cannot.
+        """
+        _require_json(spec, f"spec of run {name!r}")
         run = Run(uuid4().hex, name, dict(spec), "RUNNING", os.getpid(), socket.gethostname(), now())
         with self.database.write() as session:
             session.add(RunRow(**vars(run), process=_process_mark(run.pid)))
@@ -66,7 +72,7 @@ class Lineage:
             running = session.scalars(
                 select(RunRow).where(RunRow.status == "RUNNING", RunRow.host == socket.gethostname())
             ).all()
-            dead = [row for row in running if not _is_alive(row.pid, row.process)]
+            dead = [row for row in running if not is_alive(row)]
             for row in dead:
                 row.status, row.ended_at = "CRASHED", now()
             return [_run(row) for row in dead]
@@ -102,8 +108,9 @@ class Lineage:
                 digest of the original file), captions, consents. A walk can start at each.
 
         Raises:
-            LineageError: No such run, or the execution is recorded already.
+            LineageError: No such run, the execution is recorded already, or a value is no JSON.
         """
+        _require_json([execution.settings, execution.environment], f"step {execution.step!r}")
         with self.database.write() as session:
             _get_run(session, execution.run_id)
             if session.get(ExecutionRow, execution.id) is not None:
@@ -132,6 +139,18 @@ class Lineage:
                 .limit(1)
             ).first()
             return None if row is None else artifact_ref(row)
+
+    def last_execution(self, name: str, step: str) -> Execution | None:
+        """The latest completed execution of the step of that name, in any run of the spec of that name."""
+        with self.database.read() as session:
+            row = session.scalars(
+                select(ExecutionRow)
+                .join(RunRow, RunRow.id == ExecutionRow.run_id)
+                .where(RunRow.name == name, ExecutionRow.step == step, ExecutionRow.status.in_(("COMPLETED", "CACHED")))
+                .order_by(ExecutionRow.started_at.desc())
+                .limit(1)
+            ).first()
+            return None if row is None else _execution(session, row)
 
     def executions(self, run_id: str | None = None, *, output: str | None = None) -> list[Execution]:
         """Executions of a run, or those that made an artifact, in the order of their beginning."""
@@ -183,6 +202,13 @@ def artifact_ref(row: ArtifactRow) -> ArtifactRef:
     return ArtifactRef(row.kind, row.sha256, row.size)
 
 
+def _require_json(value: Any, where: str) -> None:
+    try:
+        canonical_json(value)
+    except (ValueError, TypeError) as error:
+        raise LineageError(f"a value that JSON cannot hold: {error}", where=where, allowed="finite JSON") from error
+
+
 def _get_run(session: Session, run_id: str) -> RunRow:
     row = session.get(RunRow, run_id)
     if row is None:
@@ -231,15 +257,18 @@ def _execution(session: Session, row: ExecutionRow) -> Execution:
     )
 
 
-def _is_alive(pid: int, mark: str) -> bool:
+def is_alive(row: RunRow) -> bool:
+    """Whether the process of a run still lives, as far as this host can tell; another host's are taken to live."""
+    if row.host != socket.gethostname():
+        return True
     try:
-        os.kill(pid, 0)
+        os.kill(row.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
     # The number may have been given to another process since.
-    return not mark or _process_mark(pid) == mark
+    return not row.process or _process_mark(row.pid) == row.process
 
 
 def _process_mark(pid: int) -> str:

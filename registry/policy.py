@@ -1,4 +1,4 @@
-"""Who may have an alias: pure functions over what is known of a version, all reasons at once. Reads and writes nothing."""
+"""Who may have an alias: pure functions over what is known of a version, all reasons at once. No files, no rows."""
 
 from __future__ import annotations
 

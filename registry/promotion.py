@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from registry import catalog
 from registry.entities import Event, check_alias
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from registry.versions import Versions
 
 __all__ = ["current_actor", "decide", "history", "promote", "replay", "rollback"]
-
-_READ_NOW = -1
 
 
 def current_actor() -> str:
@@ -34,10 +32,10 @@ def promote(
     name: str,
     ref: str | int,
     to: str,
+    *,
     reason: str,
     actor: str | None = None,
-    *,
-    expected: int | None = _READ_NOW,
+    expected: int | Literal["now"] | None = "now",
 ) -> Event:
     """Points an alias at a version if its policy allows it and nobody moved it meanwhile.
 
@@ -48,7 +46,7 @@ def promote(
         to: The alias.
         reason: Why; kept for good.
         actor: Who; this process's user by default.
-        expected: The number that the alias points at, as the caller knows it (None: nothing); read now if left out.
+        expected: The number that the alias points at, as the caller knows it (None: nothing); `now` reads it first.
 
     Returns:
         The event; where the alias points at the version already, the event that made it so.
@@ -65,7 +63,7 @@ def promote(
     reason, actor = _require_reason(reason, to), actor or current_actor()
     with versions.lineage.database.read() as session:
         version = catalog.read_version(session, name, ref)
-        before = catalog.alias_target(session, name, to) if expected == _READ_NOW else expected
+        before = catalog.alias_target(session, name, to) if expected == "now" else expected
         if before == version.version == catalog.alias_target(session, name, to):
             return [event for event in catalog.read_events(session, name, to) if event.action != "refuse"][-1]
     decision = decide(version, to, damage=versions.damage(version))
@@ -73,12 +71,10 @@ def promote(
         with versions.lineage.database.write() as session:
             standing = catalog.alias_target(session, name, to)
             why = "; ".join(decision.reasons)
-            catalog.log_event(session, version, to, standing, standing, action="refuse", actor=actor, reason=why)
+            catalog.log_event(session, version, to, standing, action="refuse", actor=actor, reason=why)
         raise Refused(f"it cannot become {to!r}", reasons=decision.reasons, where=version.ref, remedy="mend all of it")
     with versions.lineage.database.write() as session:
-        event = catalog.move_alias(
-            session, version, to, expected=before, action="promote", actor=actor, reason=reason
-        )
+        event = catalog.move_alias(session, version, to, expected=before, action="promote", actor=actor, reason=reason)
     versions.sync()
     return event
 
@@ -87,6 +83,7 @@ def rollback(
     versions: Versions,
     name: str,
     alias: str = "production",
+    *,
     to: str | int | None = None,
     reason: str = "rollback",
     actor: str | None = None,
@@ -121,7 +118,9 @@ def rollback(
         target = catalog.read_version(session, name, wanted or earlier[-1])
     damage = versions.damage(target)
     if damage:
-        raise Refused(f"{alias!r} cannot go back", reasons=damage, where=target.ref, remedy="roll back further with `to`")
+        raise Refused(
+            f"{alias!r} cannot go back", reasons=damage, where=target.ref, remedy="roll back further with `to`"
+        )
     with versions.lineage.database.write() as session:
         event = catalog.move_alias(
             session, target, alias, expected=current.version, action="rollback", actor=actor, reason=reason

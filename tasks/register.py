@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,46 +24,53 @@ class Register(StepSpec):
 
 
 def still_registered(spec: Register, home: Home, folder: Path) -> bool:
-    """Whether the version is there, whole, and has the alias that was asked for (unless the gates refused it)."""
+    """Whether the version that was registered is still known; its alias may have moved on since, and may stay there."""
     from registry.errors import RegistryError
     from registry.versions import Versions
 
     said = json.loads((folder / "version.json").read_bytes())
     try:
-        version = Versions(home).get(said["name"], str(said["version"]))
+        return Versions(home).show(said["name"], said["version"]).sha256 == said["sha256"]
     except RegistryError:
         return False
-    wanted = spec.alias is not None and not said["refused"]
-    return version.sha256 == said["sha256"] and (not wanted or spec.alias in version.aliases)
 
 
 @step(Register, gives="version", revision=1, holds=still_registered)
 def register(spec: Register, context: Context) -> None:
-    """Registers the adapter with its curves, metrics, pictures and report; writes `version.json`."""
-    from lora_engine.evaluation.report import load_report
+    """Registers the adapter with its curves, metrics and pictures; writes `version.json`."""
     from lora_engine.formats import read_adapter
+    from registry.policy import decide
     from registry.versions import Versions
 
     adapter_folder, report_folder = context.folder("adapter"), context.optional("report")
     _, card = read_adapter(adapter_folder / "adapter.safetensors")
-    report = load_report(report_folder) if report_folder else None
-    registered = Versions(context.home).register(
+    report = json.loads((report_folder / "report.json").read_bytes()) if report_folder else {}
+    version = Versions(context.home).register(
         spec.name,
         context.refs["adapter"][0],
         report=context.refs["report"][0] if report_folder else None,
         run_id=context.run_id,
         card=card.model_dump(mode="json"),
-        params=card.recipe,
-        metrics=report["metrics"] if report else {},
-        gates=report["gates"] if report else [],
-        passed=report["passed"] if report else None,
+        metrics=report.get("metrics"),
+        gates=report.get("gates", ()),
+        passed=report.get("passed"),
+        parents=card.recipe.get("parents", ()),
+        alias_request=spec.alias,
         curves=read_curves(adapter_folder),
+        params=flatten(card.recipe),
         pictures=dict(_pictures(report_folder)) if report_folder else {},
-        alias=spec.alias,
     )
-    said: dict[str, Any] = {"name": spec.name, "version": registered.version.version, "sha256": registered.version.sha256}
-    said |= {"alias": spec.alias, "refused": list(registered.refused)}
+    said: dict[str, Any] = {"name": spec.name, "version": version.version, "sha256": version.sha256, "alias": spec.alias}
+    said["refused"] = list(decide(version, spec.alias).reasons) if spec.alias else []
     atomic_write(context.out / "version.json", canonical_json(said))
+
+
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b` -> value, as MLflow's parameters want them."""
+    flat: dict[str, Any] = {}
+    for name, value in recipe.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def read_curves(adapter_folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -10,7 +10,9 @@ import sys
 
 import typer
 
-from flows.cli import files, line, versions
+import flows.cli.files as files_verbs
+import flows.cli.line as line_verbs
+import flows.cli.versions as version_verbs
 
 app = typer.Typer(
     name="loraline",
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _module in (line, versions, files):
+for _module in (line_verbs, version_verbs, files_verbs):
     _module.add_verbs(app)
 
 

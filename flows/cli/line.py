@@ -84,7 +84,7 @@ def run(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
         result = run_pipeline(loaded, home, force=_known(force, loaded))
     if as_json:
-        print_json({"run": result.run_id, "outcomes": result.outcomes, "versions": result.versions})
+        print_json({"changed": result.changed, "outcomes": result.outcomes, "versions": result.versions})
     else:
         _summarise(loaded, home, result)
     if result.refusals:

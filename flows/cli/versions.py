@@ -43,9 +43,10 @@ def list_versions(name: Annotated[str | None, typer.Argument(help="Only this ada
 def show(ref: Ref, as_json: Json = False) -> None:
     """Show one version: recipe, metrics, gates, parents, card."""
     from flows.cli.output import print_facts, print_json, print_table
+    from flows.promote import find_version
     from registry.versions import Versions
 
-    version = Versions(_home()).find(ref)
+    version = find_version(Versions(_home()), ref)
     if as_json:
         print_json(describe(version, whole=True))
         return
@@ -109,11 +110,13 @@ def export(
 
     from lora_engine.files import sha256_file
     from lora_engine.formats import read_adapter, write_adapter
+    from flows.promote import find_version
     from registry.versions import Versions
 
-    home = _home()
+    versions = Versions(_home())
     with tempfile.TemporaryDirectory() as name:
-        source = Versions(home).fetch(ref, Path(name) / "adapter.safetensors")
+        source = Path(name) / "adapter.safetensors"
+        versions.checkout_adapter(find_version(versions, ref), source)
         adapter, card = read_adapter(source)
         for path in write_adapter(output, adapter, format=to, card=card):
             print(f"{path}  sha256 {sha256_file(path)}")

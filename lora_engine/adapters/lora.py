@@ -114,6 +114,13 @@ class LoraDelta(Delta):
             return F.conv2d(op(x, down.reshape(-1, *shape[1:])), up)
         return F.conv2d(op(F.conv2d(x, down.reshape(-1, shape[1], 1, 1)), self.mid.to(x.dtype)), up)
 
+    def without_core(self) -> Self:
+        """The same delta with a Tucker core multiplied into `down`: rank and alpha stay."""
+        if self.mid is None:
+            return self
+        core, down = self.mid.float(), self.down.flatten(1).float()
+        return replace(self, down=torch.einsum("mn...,nr->mr...", core, down).to(self.down.dtype), mid=None)
+
     def fitted(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with two-dimensional factors for a linear layer, four-dimensional ones for a convolution."""
         down = self.down if self.mid is None else self.down.flatten(1)

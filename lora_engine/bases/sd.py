@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.bases.components import canonical_names, load_component, load_tokenizer, locate_module
+from lora_engine.adapters.tree import DictTree
+from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.noise import schedule_from
 from lora_engine.bases.source import BaseSource
@@ -41,8 +42,9 @@ class StableDiffusion:
         self._load_text(source)
         self._load_schedule(source)
         self._index = source.layout.index
-        self._names = canonical_names(self.modules)
-        side = int(self.unet.config.sample_size) * self._factor
+        self._tree = DictTree(self.modules, self.family, self.fingerprint)
+        self._names = self._tree.module_names()
+        side = int(self._settings("unet").sample_size) * self._factor
         self.default_size = (side, side)
         self._check_channels(source)
 
@@ -52,16 +54,11 @@ class StableDiffusion:
 
     def get_module(self, name: str) -> nn.Module:
         """See `BaseModel`."""
-        parent, leaf = locate_module(self.modules, name, self._names)
-        module = getattr(parent, leaf)
-        if not isinstance(module, nn.Module):
-            raise BaseModelError(f"{name!r} is not a module")
-        return module
+        return self._tree.get_module(name)
 
     def set_module(self, name: str, module: nn.Module) -> None:
         """See `BaseModel`."""
-        parent, leaf = locate_module(self.modules, name, self._names)
-        setattr(parent, leaf, module)
+        self._tree.set_module(name, module)
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """See `BaseModel`."""
@@ -78,8 +75,7 @@ class StableDiffusion:
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`."""
         del size
-        with self._precision():
-            output = self.modules["text_encoder"](**self._tokens(texts, "", self.tokenizer))
+        output = self.modules["text_encoder"](**self._tokens(texts, "", self.tokenizer))
         return Conditioning({"states": output[0].float()})
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -88,14 +84,13 @@ class StableDiffusion:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See `BaseModel`."""
-        with self._precision():
-            output: Tensor = self.unet(
-                noisy.to(self.dtype),
-                timesteps,
-                encoder_hidden_states=conditioning["states"].to(self.dtype),
-                added_cond_kwargs=self._added(conditioning),
-                return_dict=False,
-            )[0]
+        output: Tensor = self.unet(
+            noisy.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=conditioning["states"].to(self.dtype),
+            added_cond_kwargs=self._added(conditioning),
+            return_dict=False,
+        )[0]
         return output.float()
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -135,6 +130,9 @@ class StableDiffusion:
         self._scheduler_settings = settings
         self.noise = schedule_from(training.alphas_cumprod, str(training.config.prediction_type))
 
+    def _settings(self, component: str) -> Any:
+        return self.modules[component].config
+
     @property
     def _factor(self) -> int:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
@@ -142,10 +140,6 @@ class StableDiffusion:
     @property
     def _shift(self) -> float:
         return float(self.vae.config.shift_factor or 0.0)
-
-    def _precision(self) -> torch.autocast:
-        # Adapters stay in float32 beside weights in bfloat16; autocast brings the two together.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype != torch.float32)
 
     def _tokens(self, texts: Sequence[str], suffix: str, tokenizer: Any) -> dict[str, Any]:
         encoder: Any = self.modules[f"text_encoder{suffix}"]

@@ -27,16 +27,17 @@ class StableDiffusionXL(StableDiffusion):
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`; the size that was there, cropped nowhere, is the size that is wanted."""
         states: list[Tensor] = []
-        pooled = torch.empty(0)
-        with self._precision():
-            for suffix, tokenizer in (("", self.tokenizer), ("_2", self.tokenizer_2)):
-                encoder = self.modules[f"text_encoder{suffix}"]
-                output = encoder(**self._tokens(texts, suffix, tokenizer), output_hidden_states=True)
-                states.append(output.hidden_states[-2].float())
-                pooled = output[0].float()
+        pooled = torch.empty(0)  # the second encoder's
+        for suffix, tokenizer in (("", self.tokenizer), ("_2", self.tokenizer_2)):
+            encoder = self.modules[f"text_encoder{suffix}"]
+            output = encoder(**self._tokens(texts, suffix, tokenizer), output_hidden_states=True)
+            states.append(output.hidden_states[-2].float())
+            pooled = output[0].float()
         height, width = size or self.default_size
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
-        return Conditioning({"states": torch.cat(states, dim=-1), "pooled": pooled, "time_ids": ids.repeat(len(texts), 1)})
+        return Conditioning(
+            {"states": torch.cat(states, dim=-1), "pooled": pooled, "time_ids": ids.repeat(len(texts), 1)}
+        )
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`; an empty text is all zeros where the base was made so."""

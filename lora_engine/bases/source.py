@@ -74,7 +74,7 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
         raise BaseModelError(
             f"{name!r} is a single file, and single checkpoint files are not read yet",
             allowed=_ALLOWED,
-            remedy="convert it with diffusers (`StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)`)",
+            remedy="convert it: `StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)`",
         )
     repository, _, pinned = name.partition("@")
     if not _HUB_ID.fullmatch(repository):

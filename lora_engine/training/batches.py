@@ -47,11 +47,11 @@ class Order:
     """
 
     def __init__(self, sizes: Sequence[Size], batch: int, seed: int) -> None:
-        self._groups = {size: [place for place, other in enumerate(sizes) if other == size] for size in sorted(set(sizes))}
+        self._groups = {
+            size: [place for place, other in enumerate(sizes) if other == size] for size in sorted(set(sizes))
+        }
         self._batch, self._seed = batch, seed
-        self._slots = [
-            size for size, places in self._groups.items() for _ in range(max(1, -(-len(places) // batch)))
-        ]
+        self._slots = [size for size, places in self._groups.items() for _ in range(max(1, -(-len(places) // batch)))]
         # Bound to the instance, so that a cache never outlives its run.
         self._epoch = lru_cache(maxsize=4)(self._shuffle_slots)
 

@@ -10,7 +10,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lora_engine.files import atomic_write, canonical_json, sha256_bytes
+from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.formats.safetensors_io import write_safetensors
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +53,13 @@ class TensorCache:
         if not path.is_file():
             return None
         try:
-            return safetensors.torch.load(path.read_bytes())
+            found: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
         except (OSError, safetensors.SafetensorError) as error:
             _log.warning("%s cannot be read (%s) and is made again", path, error)
             return None
+        return found
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        atomic_write(self._path(name), safetensors.torch.save(plain))
+        write_safetensors(self._path(name), plain, {})
         return plain

@@ -1,0 +1,97 @@
+"""diffusers' format (`load_lora_weights`): canonical names with PEFT's factors, alpha in the header at most.
+
+A reader that overlooks the header takes scale 1, and diffusers 0.42 gives mixed alphas the commonest one. So alpha is
+left to the header only where rank and alpha are the same throughout; otherwise the scale is folded into `up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from lora_engine.adapters import Adapter, Delta, LoraDelta, canonical_name
+from lora_engine.errors import AdapterError
+from lora_engine.files import canonical_json
+from lora_engine.formats.card import Card
+from lora_engine.formats.codec import AlphaRule, TensorCodec, codecs
+from lora_engine.formats.lora_config import alpha_of, lora_config, parse_config
+from lora_engine.formats.native import COMPONENTS
+from lora_engine.formats.spelling import PEFT
+
+CONFIG = "lora_adapter_metadata"
+
+
+class DiffusersCodec(TensorCodec):
+    """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight`."""
+
+    name: ClassVar[str] = "diffusers"
+    file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
+    style = PEFT
+
+    def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether all names begin with a component, and some end in PEFT's or diffusers' factors."""
+        suffixes = {PEFT.suffix_of(key) for key in keys if key.startswith(COMPONENTS)}
+        return bool(suffixes - {None, "alpha"}) and all(key.startswith(COMPONENTS) for key in keys)
+
+    def resolve(
+        self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
+    ) -> dict[str, str]:
+        """The same names, with the level `text_model` of text encoders put back."""
+        parts = ((name, *name.split(".", 1)) for name in raw)
+        return {name: canonical_name(component, path) for name, component, path in parts}
+
+    def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
+        """Alpha from the header's `LoraConfig`, whose keys begin with the component."""
+        where = f"metadata {CONFIG!r}"
+        whole = parse_config(metadata.get(CONFIG, "{}"), where)
+
+        def alpha(raw: str, rank: int | None) -> float | None:
+            component, _, path = raw.partition(".")
+            mark = f"{component}."
+            config = {key.removeprefix(mark): value for key, value in whole.items() if key.startswith(mark)}
+            return alpha_of(config, path, rank, where)
+
+        return alpha
+
+    def prepared(self, adapter: Adapter) -> Adapter:
+        """Tucker cores multiplied out, and the scale folded unless rank and alpha are the same throughout."""
+        modules = {name: without_core(delta) for name, delta in adapter.modules.items()}
+        if len({(delta.rank, delta.alpha) for delta in modules.values()}) > 1:
+            modules = {name: _folded(name, delta) for name, delta in modules.items()}
+        return replace(adapter, modules=modules)
+
+    def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
+        """`lora_adapter_metadata` where alpha is not the rank."""
+        if all(delta.alpha == delta.rank for delta in adapter.modules.values()):
+            return {"format": "pt"}
+        components: dict[str, dict[str, Delta]] = {}
+        for name, delta in adapter.modules.items():
+            component, _, path = name.partition(".")
+            # PEFT matches the ends of names, so the short path fits text encoders with and without the level.
+            components.setdefault(component, {})[path.removeprefix("text_model.")] = delta
+        whole: dict[str, Any] = {}
+        for component, modules in components.items():
+            whole |= {f"{component}.{key}": value for key, value in lora_config(modules).items()}
+        return {"format": "pt", CONFIG: canonical_json(whole).decode()}
+
+
+def without_core(delta: Delta) -> Delta:
+    """A LoRA without Tucker core of the same meaning; any other delta as it is."""
+    return delta.without_core() if isinstance(delta, LoraDelta) else delta
+
+
+def _folded(name: str, delta: Delta) -> Delta:
+    if not isinstance(delta, LoraDelta) or delta.scale == 1.0:
+        return delta
+    up = delta.up.float().mul(delta.scale).to(delta.up.dtype)
+    if not bool(up.isfinite().all()):
+        raise AdapterError(
+            f"the scale {delta.scale!r} cannot be folded into {delta.up.dtype}: a value would overflow",
+            where=name,
+            remedy="write the adapter in float32",
+        )
+    return replace(delta, up=up, alpha=float(delta.rank))
+
+
+codecs.add(DiffusersCodec.name, DiffusersCodec())

@@ -1,0 +1,46 @@
+"""Which family of base models an adapter is for, where its file does not say so in our own header."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from lora_engine.adapters import Delta, LoraDelta
+
+FAMILY = "loraline.base"
+FINGERPRINT = "loraline.fingerprint"
+
+# Width of the text that cross attention reads.
+_CONTEXT = {768: "sd", 1024: "sd", 2048: "sdxl"}
+_VERSIONS = {"sdxl": "sdxl", "sd_xl": "sdxl", "sd_v1": "sd", "sd_v2": "sd", "sd_1": "sd", "sd_2": "sd"}
+_ONLY_SDXL = ("text_encoder_2.", "unet.add_embedding.")
+
+
+def family_of(header: Mapping[str, str], modules: Mapping[str, Delta], base_modules: Collection[str] = ()) -> str:
+    """The family, or an empty string where nothing tells it.
+
+    Args:
+        header: Metadata of the file.
+        modules: Canonical name to delta.
+        base_modules: Canonical names of the base's modules, if known.
+    """
+    if FAMILY in header:
+        return header[FAMILY]
+    version = header.get("ss_base_model_version", "")
+    told = [family for start, family in _VERSIONS.items() if version.startswith(start)]
+    if told:
+        return told[0]
+    if has_sdxl_modules([*modules, *base_modules]):
+        return "sdxl"
+    return next(filter(None, (_CONTEXT.get(width) for width in context_widths(modules))), "")
+
+
+def has_sdxl_modules(names: Collection[str]) -> bool:
+    """Whether modules are among these that only SDXL has."""
+    return any(name.startswith(_ONLY_SDXL) for name in names)
+
+
+def context_widths(modules: Mapping[str, Delta]) -> list[int]:
+    """Widths of the text that the U-Net's cross attention reads, as the adapter's factors tell them."""
+    wanted = (".attn2.to_k", ".attn2.to_v")
+    found = (delta for name, delta in modules.items() if name.startswith("unet.") and name.endswith(wanted))
+    return [delta.down.shape[1] for delta in found if isinstance(delta, LoraDelta)]

@@ -1,0 +1,26 @@
+"""Loraline's own format, the one that is stored: canonical module names, LyCORIS' factor names, alpha always there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+from lora_engine.formats.codec import TensorCodec, codecs
+from lora_engine.formats.spelling import ALPHA, LYCORIS
+
+COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
+
+
+class NativeCodec(TensorCodec):
+    """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight`."""
+
+    name: ClassVar[str] = "loraline"
+    style = LYCORIS
+
+    def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether all names begin with a component, and some end in LyCORIS' factors."""
+        suffixes = {LYCORIS.suffix_of(key) for key in keys if key.startswith(COMPONENTS)}
+        return bool(suffixes - {None, ALPHA}) and all(key.startswith(COMPONENTS) for key in keys)
+
+
+codecs.add(NativeCodec.name, NativeCodec())

@@ -1,0 +1,137 @@
+"""PEFT's format: for each component a folder of `adapter_config.json` and `adapter_model.safetensors`.
+
+With one component, the folder itself; with several, one folder for each, named after it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from lora_engine.adapters import Adapter, Delta, canonical_name
+from lora_engine.errors import AdapterError
+from lora_engine.files import canonical_json
+from lora_engine.formats.card import Card
+from lora_engine.formats.codec import AlphaRule, TensorCodec, codecs
+from lora_engine.formats.diffusers import without_core
+from lora_engine.formats.lora_config import alpha_of, lora_config, parse_config
+from lora_engine.formats.spelling import PEFT
+
+CONFIG_FILE = "adapter_config.json"
+COMPONENT = "loraline.component"
+_PREFIX = "base_model.model."
+_BEGINNINGS = {
+    "unet": r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*",
+    "text_encoder": r"(text_model\.)?encoder\.layers\..*",
+}
+# transformers 5 dropped the level from `CLIPTextModel`, and kept it in `CLIPTextModelWithProjection`.
+_WITHOUT_LEVEL = ("text_encoder",)
+
+
+class PeftCodec(TensorCodec):
+    """`base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight`."""
+
+    name: ClassVar[str] = "peft"
+    file_name: ClassVar[str] = "adapter_model.safetensors"
+    is_folder: ClassVar[bool] = True
+    style = PEFT
+
+    def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether all names begin as PEFT's do."""
+        return bool(keys) and all(key.rpartition("/")[2].startswith(_PREFIX) for key in keys)
+
+    def resolve(
+        self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
+    ) -> dict[str, str]:
+        """Canonical names; the component is the folder's name, or found by the modules."""
+        split = {name: _split(name) for name in raw}
+        alone = _component([path for folder, path in split.values() if not folder], metadata, known)
+        return {name: canonical_name(folder or alone, path) for name, (folder, path) in split.items()}
+
+    def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
+        """Alpha from the configuration in the same folder."""
+
+        def alpha(raw: str, rank: int | None) -> float | None:
+            folder, path = _split(raw)
+            where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
+            if where not in metadata:
+                raise AdapterError(
+                    f"the file {where!r} is missing, which says how strong the adapter is",
+                    allowed=f"{CONFIG_FILE} beside {self.file_name}",
+                    remedy="name the whole folder that PEFT saved",
+                )
+            config = parse_config(metadata[where], where)
+            if str(config.get("peft_type", "LORA")).upper() != "LORA" or config.get("use_dora"):
+                shown = "DoRA" if config.get("use_dora") else config.get("peft_type")
+                raise AdapterError(f"adapters of PEFT's type {shown!r} are not read", where=where, allowed="LORA")
+            return alpha_of(config, path, rank, where)
+
+        return alpha
+
+    def prepared(self, adapter: Adapter) -> Adapter:
+        """Tucker cores multiplied out."""
+        return replace(adapter, modules={name: without_core(delta) for name, delta in adapter.modules.items()})
+
+    def encode(self, adapter: Adapter, card: Card | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors as `<component>/<name>` and configurations as `<component>/adapter_config.json`."""
+        tensors, metadata = super().encode(adapter, card)
+        if len(_components(adapter)) > 1:
+            return tensors, metadata
+        return {key.rpartition("/")[2]: tensor for key, tensor in tensors.items()}, metadata
+
+    def raw_name(self, name: str, family: str) -> str:
+        """`<component>/base_model.model.<path>`."""
+        component, _, path = name.partition(".")
+        return f"{component}/{_PREFIX}{_live_path(component, path)}"
+
+    def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
+        """One configuration for each component."""
+        components = _components(adapter)
+        header = {"format": "pt"}
+        for component, modules in components.items():
+            config = lora_config(modules) | {"base_model_name_or_path": card.base or None, "task_type": None}
+            folder = f"{component}/" if len(components) > 1 else ""
+            header[f"{folder}{CONFIG_FILE}"] = canonical_json(config).decode()
+        return header if len(components) > 1 else header | {COMPONENT: next(iter(components), "")}
+
+
+def _components(adapter: Adapter) -> dict[str, dict[str, Delta]]:
+    components: dict[str, dict[str, Delta]] = {}
+    for name, delta in adapter.modules.items():
+        component, _, path = name.partition(".")
+        components.setdefault(component, {})[_live_path(component, path)] = delta
+    return components
+
+
+def _live_path(component: str, path: str) -> str:
+    return path.removeprefix("text_model.") if component in _WITHOUT_LEVEL else path
+
+
+def _split(raw: str) -> tuple[str, str]:
+    folder, _, name = raw.rpartition("/")
+    return folder, name.removeprefix(_PREFIX)
+
+
+def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[str] | None) -> str:
+    """The component that a folder without a telling name is for."""
+    if not paths or metadata.get(COMPONENT):
+        return metadata.get(COMPONENT, "")
+    if known is not None:
+        for component in sorted({name.partition(".")[0] for name in known}):
+            if all(canonical_name(component, path) in known for path in paths):
+                return component
+    for component, pattern in _BEGINNINGS.items():
+        if all(re.fullmatch(pattern, path) for path in paths):
+            return component
+    raise AdapterError(
+        f"nothing tells which component of the base the module {paths[0]!r} belongs to",
+        allowed="a folder whose name is the component's, such as unet",
+        remedy="put the two files into a folder with the component's name",
+    )
+
+
+codecs.add(PeftCodec.name, PeftCodec())

@@ -1,0 +1,215 @@
+"""Reading and writing safetensors files: one canonical byte form, and a header that is checked before any tensor.
+
+Knows tensors and strings, not adapters. Nothing here can run code from a file; pickles are refused unread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_engine.errors import AdapterError
+from lora_engine.files import atomic_write, canonical_json
+
+# In the order in which the safetensors library lays out tensors; then by name. A file's body is thus the one that the
+# library would write, and hashes over bodies (`sshs_model_hash`) agree.
+_ORDER = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_RANK = {dtype: place for place, dtype in enumerate(_ORDER)}
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_AGAIN = "save or download the file again"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a file may claim, so that a hostile one costs little.
+
+    Attributes:
+        file: Bytes of the whole file.
+        header: Bytes of the header.
+        tensors: Number of tensors.
+        name: Characters in a tensor's name.
+    """
+
+    file: int = 16 << 30
+    header: int = 100_000_000
+    tensors: int = 100_000
+    name: int = 512
+
+
+LIMITS = Limits()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file atomically; equal tensors and metadata give equal bytes, in every process.
+
+    Args:
+        path: Where it goes.
+        tensors: By name, on any device, of torch's plain dtypes (no complex numbers, no float8).
+        metadata: Strings for the header.
+
+    Raises:
+        AdapterError: A tensor of another dtype; nothing is written.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _ORDER:
+            allowed = ", ".join(str(dtype) for dtype in _ORDER)
+            problem, where = f"the dtype is {tensor.dtype}", f"{path}: tensor {name!r}"
+            raise AdapterError(problem, where=where, allowed=allowed, remedy="cast the tensor to one of these")
+    atomic_write(path, lambda file: _write(file, tensors, metadata))
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    for chunk in serialize(tensors, metadata):
+        file.write(chunk)
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of the canonical file, piece by piece: length and header first, then each tensor's body."""
+    names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _ORDER[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = canonical_json(header)
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in names:
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """SHA-256 of the body, and the old short digest of 64 KiB from the first mebibyte on, as kohya defines both."""
+    body, window = hashlib.sha256(), hashlib.sha256()
+    position, start, end = 0, 0x100000, 0x110000
+    for place, chunk in enumerate(serialize(tensors, metadata)):
+        if place:
+            body.update(chunk)
+        window.update(chunk[max(0, start - position) : max(0, end - position)])
+        position += len(chunk)
+    return body.hexdigest(), window.hexdigest()[:8]
+
+
+def read_safetensors(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, after its header was checked.
+
+    Args:
+        path: A regular file, or a link to one.
+        limits: What it may claim.
+
+    Raises:
+        AdapterError: No such file, a pickle, not safetensors, truncated, or over a limit; names the file.
+    """
+    metadata = read_header(path, limits)[1]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise AdapterError(f"the file cannot be read: {error}", where=str(path), remedy=_AGAIN) from error
+
+
+def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The description of each tensor, and the metadata, without reading a tensor.
+
+    Raises:
+        AdapterError: As `read_safetensors`.
+    """
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file"
+        raise AdapterError(what, where=str(path), allowed="a .safetensors file", remedy="check the path")
+    size = path.stat().st_size
+    if size > limits.file:
+        problem = f"the file has {size} bytes"
+        raise AdapterError(problem, where=str(path), allowed=f"at most {limits.file}", remedy="check the file")
+    with path.open("rb") as file:
+        start = file.read(9)
+        _refuse_pickle(path, start)
+        file.seek(8)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else size
+        if length > min(limits.header, size - 8):
+            raise AdapterError(
+                f"the header claims {length} bytes of the file's {size}: truncated, or no safetensors file",
+                where=str(path),
+                allowed=f"a safetensors file whose header has at most {limits.header} bytes",
+                remedy=_AGAIN,
+            )
+        text = file.read(length)
+    return _parse(path, text, limits)
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    # A header's length may begin with the same bytes; but a header begins with a brace.
+    if path.suffix.lower() in _PICKLES or (start.startswith(_PICKLE_STARTS) and not start.endswith(b"{")):
+        raise AdapterError(
+            "a pickle file (.pt, .ckpt, .bin) can run code when it is read, so it is not read",
+            where=str(path),
+            allowed="a .safetensors file",
+            remedy="ask its maker for a .safetensors file",
+        )
+
+
+def _parse(path: Path, text: bytes, limits: Limits) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"the header is broken: {error}", where=str(path), remedy=_AGAIN) from error
+    if not isinstance(header, dict):
+        raise AdapterError("the header is no JSON object", where=str(path), remedy=_AGAIN)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError("the metadata are not strings by name", where=str(path), remedy=_AGAIN)
+    if len(header) > limits.tensors:
+        problem = f"the file holds {len(header)} tensors"
+        raise AdapterError(problem, where=str(path), allowed=f"at most {limits.tensors}", remedy="check the file")
+    for name in header:
+        check_name(path, name, limits)
+    return header, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} occurs twice")
+    return found
+
+
+def check_name(path: Path, name: str, limits: Limits = LIMITS) -> None:
+    """Does nothing for a tensor's name that is fit to be one.
+
+    Raises:
+        AdapterError: It is empty or too long, holds control or unprintable characters, or reads like a path.
+    """
+    if not 0 < len(name) <= limits.name or not name.isprintable() or "/" in name or "\\" in name or ".." in name:
+        shown = name if len(name) <= 80 else f"{name[:80]}..."
+        raise AdapterError(
+            f"the tensor's name {shown!r} is not fit to be one",
+            where=str(path),
+            allowed=f"1 to {limits.name} printable characters, with no slash, backslash or double dot",
+            remedy="do not use this file unless you know where it comes from",
+        )

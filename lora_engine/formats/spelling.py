@@ -1,0 +1,230 @@
+"""How files spell factors: a `Style` is a family of suffixes (LyCORIS', PEFT's), with one `Spelling` for each kind.
+
+A new kind adds its spellings to the styles that can hold it, in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters import Delta, kinds
+from lora_engine.errors import AdapterError
+from lora_engine.formats.validate import check_delta
+from lora_engine.registries import Registry
+
+ALPHA = "alpha"
+
+
+class Spelling(Protocol):
+    """How one kind's factors are spelt in one style.
+
+    Attributes:
+        kind: Name of the kind.
+        suffixes: Every suffix that it may read, without that of alpha.
+    """
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+
+    @property
+    def suffixes(self) -> Collection[str]: ...  # noqa: D102
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """A suffix that these lack to be a whole module, or None."""
+        ...
+
+    def factor(self, suffix: str) -> str:
+        """The factor that a suffix stands for."""
+        ...
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        ...
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Tensors by suffix, without alpha."""
+        ...
+
+
+@dataclass(frozen=True)
+class TableSpelling:
+    """A spelling that is a mere table.
+
+    Attributes:
+        kind: Name of the kind.
+        names: Factor to the suffix that is written, and read.
+        aliases: Other suffixes that are read, to their factor.
+        optional: Factors that may be missing.
+    """
+
+    kind: str
+    names: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    optional: Collection[str] = ()
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Every suffix that is read."""
+        return (*self.names.values(), *self.aliases)
+
+    def factor(self, suffix: str) -> str:
+        """The factor that a suffix stands for."""
+        found = self.aliases.get(suffix)
+        return found or next(factor for factor, name in self.names.items() if name == suffix)
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """The first suffix of the table whose factor is not there, or None."""
+        there = {self.factor(suffix) for suffix in suffixes} | set(self.optional)
+        return next((name for factor, name in self.names.items() if factor not in there), None)
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        return kinds[self.kind].from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Tensors by suffix, without alpha."""
+        return {self.names[factor]: tensor for factor, tensor in delta.factors().items()}
+
+
+@dataclass(frozen=True)
+class Style:
+    """A family of suffixes.
+
+    Attributes:
+        name: What it is called in messages.
+        writes_alpha: Whether alpha goes into the file as a tensor; it is read in any case.
+        spellings: Spelling by kind.
+    """
+
+    name: str
+    writes_alpha: bool
+    spellings: Registry[Spelling] = field(default_factory=lambda: Registry("spelling"))
+
+    def add(self, spelling: Spelling) -> None:
+        """Registers a kind's spelling."""
+        self.spellings.add(spelling.kind, spelling)
+
+    def suffix_of(self, key: str) -> str | None:
+        """The longest suffix of this style that the key ends in, after a dot; None where there is none."""
+        known = {ALPHA, *(suffix for spelling in self.spellings.values() for suffix in spelling.suffixes)}
+        dots = (place for place, letter in enumerate(key) if letter == ".")
+        return next((key[place + 1 :] for place in dots if key[place + 1 :] in known), None)
+
+    def write(self, module: str, delta: Delta) -> dict[str, Tensor]:
+        """The tensors of one module, by key.
+
+        Raises:
+            AdapterError: The style cannot spell the kind.
+        """
+        if delta.kind not in self.spellings:
+            raise AdapterError(
+                f"the format cannot hold an adapter of kind {delta.kind!r}",
+                where=module,
+                allowed=", ".join(self.spellings),
+                remedy="choose another format",
+            )
+        tensors = self.spellings[delta.kind].write(delta)
+        if self.writes_alpha and delta.alpha is not None:
+            tensors[ALPHA] = alpha_tensor(delta.alpha, next(iter(tensors.values())).dtype)
+        return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors of one module in a file: suffix to key, and the spelling that reads them."""
+
+    module: str
+    keys: Mapping[str, str]
+    spelling: Spelling
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Factor, or `alpha`, to the key of its tensor."""
+        return {name if name == ALPHA else self.spelling.factor(name): key for name, key in self.keys.items()}
+
+    def read(self, tensors: Mapping[str, Tensor], default_alpha: float | None = None) -> Delta:
+        """The delta, checked; `default_alpha` is taken where the file has no alpha tensor for the module.
+
+        Raises:
+            AdapterError: The factors do not agree; names the tensor.
+        """
+        parts = {suffix: tensors[key] for suffix, key in self.keys.items() if suffix != ALPHA}
+        alpha = default_alpha
+        if ALPHA in self.keys:
+            stored = tensors[self.keys[ALPHA]]
+            if stored.numel() != 1:
+                problem, where = f"alpha has the shape {list(stored.shape)}", f"tensor {self.keys[ALPHA]!r}"
+                raise AdapterError(problem, where=where, allowed="one number", remedy="check the file")
+            alpha = float(stored.item())
+        delta = self.spelling.read(parts, alpha)
+        check_delta(delta, self.sources)
+        return delta
+
+
+def group_tensors(keys: Collection[str], style: Style) -> Iterator[Group]:
+    """The modules of a file, sorted by name.
+
+    Raises:
+        AdapterError: A tensor that is no factor of any kind, or a module that lacks one; names the tensor.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for key in sorted(keys):
+        suffix = style.suffix_of(key)
+        if suffix is None:
+            raise _stranger(key, style)
+        modules.setdefault(key[: -len(suffix) - 1], {})[suffix] = key
+    for module, found in sorted(modules.items()):
+        yield Group(module, found, _spelling_of(found, style))
+
+
+def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:
+    there = [suffix for suffix in found if suffix != ALPHA]
+    first = found[there[0] if there else ALPHA]
+    able = [spelling for spelling in style.spellings.values() if set(there) <= set(spelling.suffixes)]
+    if not able:
+        raise _stranger(first, style, f" together with {', '.join(repr(found[suffix]) for suffix in there[1:])}")
+    lacks = {spelling.missing(there): spelling for spelling in able}
+    if None in lacks:
+        spelling = lacks[None]
+        if len({spelling.factor(suffix) for suffix in there}) == len(there):
+            return spelling
+        raise AdapterError(
+            "the module has one factor twice, in two spellings",
+            where=f"tensor {first!r}",
+            allowed="one tensor for each factor",
+            remedy="remove one of the spellings",
+        )
+    raise AdapterError(
+        f"the module has no {next(iter(lacks))!r} beside it",
+        where=f"tensor {first!r}",
+        allowed="every factor of a module in the same file",
+        remedy="save or download the adapter again",
+    )
+
+
+def _stranger(key: str, style: Style, beside: str = "") -> AdapterError:
+    suffixes = sorted({suffix for spelling in style.spellings.values() for suffix in spelling.suffixes})
+    return AdapterError(
+        f"this is no factor of a kind that {style.name} names are known for ({', '.join(style.spellings)}){beside}",
+        where=f"tensor {key!r}",
+        allowed=f"names that end in {', '.join(suffixes)} or {ALPHA}",
+        remedy="convert the adapter with the program that made it",
+    )
+
+
+def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+    """Alpha as a 0-d tensor: in the factors' dtype where that holds it exactly, else in float32, else in float64."""
+    for candidate in (dtype, torch.float32):
+        tensor = torch.tensor(alpha, dtype=candidate)
+        if tensor.item() == alpha:
+            return tensor
+    return torch.tensor(alpha, dtype=torch.float64)
+
+
+LYCORIS = Style("LyCORIS", writes_alpha=True)
+PEFT = Style("PEFT", writes_alpha=False)

@@ -1,0 +1,59 @@
+"""What every tensor of an adapter file must be before it is looked at as an adapter: named well, float, finite.
+
+How factors have to agree with each other and with the base is each kind's own affair (`Delta.faults`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters import Delta
+from lora_engine.errors import AdapterError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Does nothing for tensors that may be an adapter's.
+
+    Raises:
+        AdapterError: No tensor at all, a dtype that is not one of float16, bfloat16, float32, float64, or a NaN or
+            infinite value; names the tensor.
+    """
+    if not tensors:
+        raise AdapterError("the file holds no tensors", remedy="save or download the adapter again")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise AdapterError(
+                f"the dtype is {tensor.dtype}",
+                where=f"tensor {name!r}",
+                allowed=", ".join(str(dtype) for dtype in FLOATS),
+                remedy="save the adapter in one of these dtypes",
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise AdapterError(
+                f"{count} of {tensor.numel()} values are NaN or infinite",
+                where=f"tensor {name!r}",
+                allowed="finite values",
+                remedy="train again or ask for another file; this one would give black pictures",
+            )
+
+
+def check_delta(delta: Delta, sources: Mapping[str, str], shape: Sequence[int] | None = None) -> None:
+    """Does nothing for a delta that is whole and, where a weight's shape is given, fits it.
+
+    Args:
+        delta: The delta.
+        sources: Factor name, or `alpha`, to the name of its tensor in the file.
+        shape: Shape of the weight of the base.
+
+    Raises:
+        AdapterError: The first fault; names the tensor.
+    """
+    for fault in delta.faults(shape):
+        where = f"tensor {sources.get(fault.factor, fault.factor)!r}"
+        raise AdapterError(fault.problem, where=where, allowed=fault.allowed, remedy=fault.remedy)

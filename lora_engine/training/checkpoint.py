@@ -1,0 +1,99 @@
+"""Checkpoints: all that a run has become, in one file that is whole or not there. No pickle.
+
+A file holds the tensors (safetensors) and, in its header, the rest (JSON). Its name carries the step and the digest of
+its bytes, so that one that rotted is not taken for one that did not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lora_engine.files import atomic_write, canonical_json, sha256_bytes
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.safetensors")
+_KEY = "loraline.checkpoint"
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run was at one moment.
+
+    Attributes:
+        tensors: By name; owned by whoever loaded them.
+        facts: JSON values.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one job in one folder; the newest two are kept.
+
+    Args:
+        folder: Where they lie; made when the first is written.
+        job: Digest of everything that the job depends on; those of another job are not seen.
+    """
+
+    def __init__(self, folder: Path, job: str) -> None:
+        self._folder, self._job = folder, job
+
+    def save(self, step: int, checkpoint: Checkpoint) -> None:
+        """Writes one; older ones go when it is whole.
+
+        Raises:
+            OSError: It cannot be written; the older ones are untouched.
+        """
+        facts = canonical_json({"job": self._job, **checkpoint.facts}).decode()
+        plain = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
+        content = safetensors.torch.save(plain, metadata={_KEY: facts})
+        name = f"step-{step:08d}-{sha256_bytes(content)[:16]}.safetensors"
+        atomic_write(self._folder / name, content)
+        for path in self._newest_first()[_KEPT:]:
+            path.unlink(missing_ok=True)
+
+    def load(self) -> Checkpoint | None:
+        """The newest that is whole and of this job, or None."""
+        for path in self._newest_first():
+            found = self._read(path)
+            if found is not None:
+                return found
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        found = [(int(match[1]), path) for path, match in self._files()]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def _files(self) -> list[tuple[Path, re.Match[str]]]:
+        if not self._folder.is_dir():
+            return []
+        pairs = ((path, _NAME.fullmatch(path.name)) for path in self._folder.iterdir())
+        return [(path, match) for path, match in pairs if match]
+
+    def _read(self, path: Path) -> Checkpoint | None:
+        match = _NAME.fullmatch(path.name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            _log.warning("the checkpoint %s cannot be read (%s) and is passed over", path, error)
+            return None
+        if match is None or sha256_bytes(content)[:16] != match[2]:
+            _log.warning("the checkpoint %s was altered and is passed over", path)
+            return None
+        length = int.from_bytes(content[:8], "little")
+        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_KEY])
+        if facts.pop("job") != self._job:
+            _log.info("the checkpoint %s is of another job and is passed over", path)
+            return None
+        return Checkpoint(safetensors.torch.load(content), facts)

@@ -1,0 +1,101 @@
+"""Class pictures: what the base itself draws for the class word, kept so that training does not drift from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_engine.bases.base import BaseModel
+from lora_engine.data.pixels import write_png
+from lora_engine.errors import SettingsError
+from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+from lora_engine.inference.generate import generate
+from lora_engine.training.examples import Example, Size
+from lora_engine.training.seeds import derive_seed
+from lora_engine.training.spec import Prior
+
+_AT_ONCE = 8
+
+
+def prior_prompt(prior: Prior, class_word: str | None) -> str:
+    """The prompt of the class pictures.
+
+    Raises:
+        SettingsError: There is neither a prompt nor a class word.
+    """
+    if prior.prompt:
+        return prior.prompt
+    if not class_word:
+        raise SettingsError(
+            "dreambooth does not know what class the pictures belong to",
+            remedy="give class_word in the caption step, give prior a prompt, or use method finetune",
+        )
+    article = "an" if class_word[0].lower() in "aeiou" else "a"
+    return f"{article} {class_word}"
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """Draws class pictures, and keeps them; those that are there already are not drawn again.
+
+    Attributes:
+        base: The base, with nothing attached to it.
+        prior: How they are drawn.
+        prompt: See `prior_prompt`.
+        folder: Where they are kept, under a name that says everything they depend on.
+        seed: Of the run.
+        check: Called as they are drawn, with their number so far; may raise to stop.
+    """
+
+    base: BaseModel
+    prior: Prior
+    prompt: str
+    folder: Path
+    seed: int
+    check: Callable[[int], None]
+
+    def draw(self, sizes: Sequence[Size]) -> tuple[Example, ...]:
+        """Class pictures in the sizes of the person's pictures: spread over them in proportion, at least one each."""
+        found: list[Example] = []
+        for size, share in sorted(Counter(sizes).items()):
+            count = max(1, round(self.prior.count * share / len(sizes)))
+            for first in range(0, count, _AT_ONCE):
+                self.check(len(found))
+                files = self._draw_batch(size, range(first, min(first + _AT_ONCE, count)))
+                found += [Example(file, sha256_file(file), self.prompt, size) for file in files]
+        self.check(len(found))
+        return tuple(found)
+
+    def _draw_batch(self, size: Size, numbers: range) -> list[Path]:
+        # A batch that is there in part is drawn again whole, so that a run which was stopped here ends up with the
+        # same bytes.
+        key = {
+            "base": self.base.fingerprint,
+            "device": self.base.device.type,
+            "dtype": str(self.base.dtype),
+            "prompt": self.prompt,
+            "size": list(size),
+            "steps": self.prior.steps,
+            "guidance": self.prior.guidance,
+            "seed": self.seed,
+            "numbers": [numbers.start, numbers.stop],
+        }
+        folder = self.folder / sha256_bytes(canonical_json(key))[:32]
+        files = [folder / f"{number:05d}.png" for number in numbers]
+        if all(file.is_file() for file in files):
+            return files
+        pictures = generate(
+            self.base,
+            [self.prompt] * len(numbers),
+            seeds=[derive_seed(self.seed, "class picture", *size, number) for number in numbers],
+            steps=self.prior.steps,
+            guidance=self.prior.guidance,
+            height=size[0],
+            width=size[1],
+            batch=_AT_ONCE,
+        )
+        for file, picture in zip(files, pictures, strict=True):
+            write_png(file, picture)
+        return files

@@ -1,0 +1,59 @@
+"""Pipelines on small drawn pictures, and one Prefect server for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PREPARE = """\
+name: try
+base: tiny
+seed: 7
+steps:
+  photos:   {uses: ingest, images: images/}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a pipeline file beside a folder with four noisy pictures; gives its path."""
+
+    def write(text: str = PREPARE, pictures: int = 4) -> Path:
+        folder = tmp_path / "images"
+        folder.mkdir(exist_ok=True)
+        for index in range(pictures):
+            draw_noise(folder / f"{index}.png", index)
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def draw_noise(path: Path, seed: int) -> None:
+    """A 48 x 64 picture of coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One server of Prefect's own for the session; each run alone would start its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+    patch.setenv("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    patch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    patch.setenv("DO_NOT_TRACK", "true")
+    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+    patch.undo()

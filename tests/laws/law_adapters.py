@@ -1,0 +1,89 @@
+"""What the laws draw: layers of every type, deltas of every kind, adapters of both."""
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_engine.adapters import Adapter, LayerOp, LoraDelta, kinds
+
+LAYERS = {
+    "linear": lambda: nn.Linear(6, 5),
+    "linear without bias": lambda: nn.Linear(6, 5, bias=False),
+    "conv 3x3": lambda: nn.Conv2d(4, 6, 3, padding=1),
+    "conv 1x1": lambda: nn.Conv2d(6, 4, 1),
+    "conv strided": lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1),
+    "conv dilated": lambda: nn.Conv2d(3, 6, 3, padding="same", dilation=2, bias=False),
+    "conv circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+    "conv oblong": lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1)),
+    "conv grouped": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
+}
+
+
+def layer_of(name, seed=0):
+    torch.manual_seed(seed)
+    return LAYERS[name]()
+
+
+def input_of(layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(layer, nn.Linear):
+        return torch.randn(3, 7, layer.in_features, generator=generator)
+    return torch.randn(2, layer.in_channels, 8, 8, generator=generator)
+
+
+def random_delta(kind, shape, rank=2, alpha=3.0, seed=0, dtype=torch.float32):
+    """A delta of the kind with no factor at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh = kinds[kind].create(shape, rank, alpha, generator)
+    factors = {key: torch.randn(value.shape, generator=generator) for key, value in fresh.factors().items()}
+    return fresh.with_factors({key: (value * 0.5).to(dtype) for key, value in factors.items()})
+
+
+def tucker_delta(shape, rank=2, alpha=3.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    out, inner, *kernel = shape
+    down, up = torch.randn(rank, inner, 1, 1, generator=generator), torch.randn(out, rank, 1, 1, generator=generator)
+    mid = torch.randn(rank, rank, *kernel, generator=generator)
+    return LoraDelta(down.to(dtype), up.to(dtype), alpha, mid.to(dtype))
+
+
+def op_of(layer):
+    return LayerOp.of(layer)
+
+
+NAMES = {
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (6, 5),
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0": (5, 6),
+    "unet.down_blocks.0.attentions.0.proj_in": (6, 6, 1, 1),
+    "unet.down_blocks.0.resnets.0.conv1": (7, 5, 3, 3),
+    "unet.time_embedding.linear_1": (8, 5),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (5, 5),
+    "text_encoder.text_model.encoder.layers.1.mlp.fc1": (9, 5),
+}
+SDXL_NAMES = {
+    **NAMES,
+    "unet.add_embedding.linear_1": (8, 5),
+    "unet.up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj": (8, 5),
+    "unet.up_blocks.1.upsamplers.0.conv": (5, 5, 3, 3),
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": (5, 7),
+}
+ALPHAS = st.one_of(
+    st.integers(1, 512).map(float),
+    st.floats(1e-3, 1e4, allow_nan=False),
+    st.sampled_from([257.0, 0.1, 1 / 3]),
+)
+
+
+@st.composite
+def adapters(draw, kind, *, uniform=False):
+    """An adapter over a random set of modules, of one kind, with or without one rank and alpha for all."""
+    family = draw(st.sampled_from(["sd", "sdxl"]))
+    names = NAMES if family == "sd" else SDXL_NAMES
+    chosen = draw(st.lists(st.sampled_from(sorted(names)), min_size=1, max_size=5, unique=True))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    rank, alpha, seed = draw(st.integers(1, 5)), draw(ALPHAS), draw(st.integers(0, 2**31))
+    modules = {}
+    for place, name in enumerate(chosen):
+        rank_here, alpha_here = (rank, alpha) if uniform else (draw(st.integers(1, 5)), draw(ALPHAS))
+        modules[name] = random_delta(kind, names[name], rank_here, alpha_here, seed + place, dtype)
+    return Adapter(modules, family, draw(st.sampled_from([None, "0" * 64])))

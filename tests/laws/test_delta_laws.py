@@ -1,0 +1,164 @@
+"""Laws that every adapter kind keeps on every type of layer; a kind is tested by being registered."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from law_adapters import LAYERS, input_of, layer_of, op_of, random_delta, tucker_delta
+from torch import nn
+
+from lora_engine.adapters import Adapter, DictTree, LoraDelta, attach, collapse, create_adapter, kinds
+
+pairs = pytest.mark.parametrize(("kind", "layer_name"), [(kind, layer) for kind in kinds for layer in LAYERS])
+
+
+def tree_of(layer):
+    return DictTree({"unet": nn.Sequential(layer)})
+
+
+def adapter_of(kind, layer, seed=1):
+    return Adapter({"unet.0": random_delta(kind, layer.weight.shape, seed=seed)})
+
+
+@pairs
+def test_a_fresh_adapter_is_zero_in_effect(kind, layer_name):
+    layer = layer_of(layer_name)
+    adapter = create_adapter(tree_of(layer), "*", kind, rank=2, generator=torch.Generator().manual_seed(0))
+    delta = adapter.modules["unet.0"]
+    assert torch.count_nonzero(delta.delta_weight(layer.weight)) == 0
+    x = input_of(layer)
+    with attach(tree_of(layer), adapter) as attachment, torch.no_grad():
+        wrapped = attachment._layers["unet.0"]
+        assert torch.equal(wrapped(x), layer(x))
+
+
+@pairs
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.floats(0.1, 20), st.floats(-2, 2), st.integers(0, 2**31))
+def test_forward_is_the_layer_with_the_changed_weight(kind, layer_name, rank, alpha, multiplier, seed):
+    layer, op = layer_of(layer_name), op_of(layer_of(layer_name))
+    delta = random_delta(kind, layer.weight.shape, rank, alpha, seed)
+    x = input_of(layer, seed)
+    with torch.no_grad():
+        bias, change = layer.bias, delta.delta_bias(layer.bias)
+        expected_bias = bias if change is None else (0 if bias is None else bias) + multiplier * change
+        expected = op(x, layer.weight + multiplier * delta.delta_weight(layer.weight), expected_bias)
+        found = delta.forward(x, layer(x), layer.weight, op, multiplier)
+    assert delta.delta_weight(layer.weight).dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("layer_name", [name for name in LAYERS if name.startswith("conv")])
+def test_a_tucker_core_computes_what_its_dense_delta_says(layer_name):
+    layer, op = layer_of(layer_name), op_of(layer_of(layer_name))
+    delta, x = tucker_delta(layer.weight.shape), input_of(layer)
+    with torch.no_grad():
+        expected = op(x, layer.weight + 0.5 * delta.delta_weight(layer.weight), layer.bias)
+        found = delta.forward(x, layer(x), layer.weight, op, 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(delta.without_core().delta_weight(layer.weight), delta.delta_weight(layer.weight))
+
+
+@pairs
+@pytest.mark.parametrize("multiplier", [1.0, -0.7])
+def test_collapsed_equals_attached(kind, layer_name, multiplier):
+    layer = layer_of(layer_name)
+    tree, adapter, x = tree_of(layer), adapter_of(kind, layer), input_of(layer)
+    with torch.no_grad(), attach(tree, adapter, multiplier):
+        attached = tree.get_module("unet.0")(x)
+    collapse(tree, adapter, multiplier)
+    with torch.no_grad():
+        collapsed = tree.get_module("unet.0")(x)
+    torch.testing.assert_close(collapsed, attached, rtol=1e-5, atol=1e-5)
+
+
+@pairs
+def test_multiplier_0_is_the_base_bit_for_bit(kind, layer_name):
+    layer = layer_of(layer_name)
+    tree, x = tree_of(layer), input_of(layer)
+    with torch.no_grad():
+        plain = layer(x)
+        with attach(tree, adapter_of(kind, layer), 0.0) as attachment:
+            assert torch.equal(tree.get_module("unet.0")(x), plain)
+            attachment.multiplier = 1.0
+            assert not torch.allclose(tree.get_module("unet.0")(x), plain)
+    before = layer.weight.detach().clone()
+    collapse(tree, adapter_of(kind, layer), 0.0)
+    assert torch.equal(layer.weight, before)
+
+
+@pairs
+def test_detach_restores_the_very_same_base(kind, layer_name):
+    layer = layer_of(layer_name)
+    model = nn.Sequential(layer, nn.Identity())
+    tree = DictTree({"unet": model})
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.weight.requires_grad_(False)
+    layer.eval()
+    modules, state = list(model.named_modules()), copy.deepcopy(model.state_dict())
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    x = input_of(layer)
+    with attach(tree, adapter_of(kind, layer), trainable=True) as attachment:
+        assert not tree.get_module("unet.0").training
+        tree.get_module("unet.0")(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in attachment.parameters())
+    assert calls == [1]
+    assert layer.weight.grad is None
+    after = list(model.named_modules())
+    assert [name for name, _ in after] == [name for name, _ in modules]
+    assert all(new is old for (_, new), (_, old) in zip(after, modules, strict=True))
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not layer.training
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pairs
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_stacked_attachments_come_off_in_any_order(kind, layer_name, first_off):
+    layer = layer_of(layer_name)
+    tree, x = tree_of(layer), input_of(layer)
+    both = [attach(tree, adapter_of(kind, layer, seed), 0.5) for seed in (1, 2)]
+    with torch.no_grad():
+        both[first_off].detach()
+        left = tree.get_module("unet.0")(x)
+        both[1 - first_off].detach()
+        with attach(tree, adapter_of(kind, layer, 2 - first_off), 0.5):
+            assert torch.equal(tree.get_module("unet.0")(x), left)
+    assert tree.get_module("unet.0") is layer
+
+
+@pairs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_has_the_dtype_of_the_base(kind, layer_name, dtype):
+    layer = layer_of(layer_name).to(dtype)
+    tree, x = tree_of(layer), input_of(layer).to(dtype)
+    adapter = adapter_of(kind, layer)
+    with torch.no_grad(), attach(tree, adapter):
+        assert tree.get_module("unet.0")(x).dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert tree.get_module("unet.0")(x).dtype == torch.bfloat16
+    with attach(tree, adapter.to(dtype=torch.float16)), torch.no_grad():
+        assert tree.get_module("unet.0")(x).dtype == dtype
+
+
+def test_wrong_delta_fails_the_law():
+    """Negative control: a forward that forgets the scale is caught."""
+
+    class Forgetful(LoraDelta):
+        @property
+        def scale(self):
+            return 1.0
+
+        def delta_weight(self, base):
+            return super().delta_weight(base) * (self.alpha / self.rank)
+
+    layer, x = layer_of("linear"), input_of(layer_of("linear"))
+    made = random_delta("lora", layer.weight.shape)
+    wrong = Forgetful(made.down, made.up, made.alpha)
+    with torch.no_grad():
+        expected = op_of(layer)(x, layer.weight + wrong.delta_weight(layer.weight), layer.bias)
+        assert not torch.allclose(wrong.forward(x, layer(x), layer.weight, op_of(layer)), expected, atol=1e-3)

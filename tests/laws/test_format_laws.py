@@ -1,0 +1,120 @@
+"""Laws that every format keeps for every kind that it can hold; a format is tested by being registered."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from law_adapters import NAMES, SDXL_NAMES, adapters, random_delta, tucker_delta
+
+from lora_engine.adapters import Adapter, kinds
+from lora_engine.errors import AdapterError
+from lora_engine.formats import Card, codecs, detect_codec, inspect, read_adapter, write_adapter
+
+pairs = pytest.mark.parametrize(
+    ("form", "kind"),
+    [(codec, kind) for codec, entry in codecs.items() for kind in kinds if kind in entry.style.spellings],
+)
+few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def names_of(adapter):
+    return SDXL_NAMES if adapter.base == "sdxl" else NAMES
+
+
+@pairs
+@few
+@given(data=st.data())
+def test_decode_of_encode_is_the_adapter(form, kind, data):
+    adapter = data.draw(adapters(kind, uniform=data.draw(st.booleans())))
+    codec = codecs[form]
+    tensors, metadata = codec.encode(adapter)
+    assert detect_codec(tensors, metadata) is codec
+    back = codec.decode(tensors, metadata, names_of(adapter))
+    if codec.holds(adapter):
+        assert back == adapter
+    assert back.base == adapter.base
+    assert back.fingerprint == adapter.fingerprint
+    assert list(back.modules) == list(adapter.modules)
+    for name, delta in adapter.modules.items():
+        weight = torch.zeros(names_of(adapter)[name])
+        expected = delta.delta_weight(weight)
+        coarse = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[delta.down.dtype]
+        atol = coarse * max(1e-6, float(expected.abs().max()))
+        torch.testing.assert_close(back.modules[name].delta_weight(weight), expected, rtol=coarse, atol=atol)
+
+
+@pairs
+@few
+@given(data=st.data())
+def test_a_format_holds_one_rank_and_alpha_exactly(form, kind, data):
+    adapter = data.draw(adapters(kind, uniform=True))
+    assert codecs[form].holds(adapter)
+
+
+@pairs
+@few
+@given(data=st.data())
+def test_a_file_read_and_written_again_has_the_same_bytes(form, kind, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    adapter = data.draw(adapters(kind))
+    card = Card(title="a title", trigger="sks", recipe={"steps": 3}, extra={"ss_note": "kept", "odd": "\u00e9"})
+    first = write_adapter(folder / "first", adapter, format=form, card=card)
+    back, back_card = read_adapter(folder / "first", names_of(adapter))
+    assert back_card == card
+    second = write_adapter(folder / "second", back, format=form, card=back_card)
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+    assert read_adapter(folder / "first")[0] == back, "our own files need no base"
+    found = inspect(folder / "first")
+    assert found["format"] == form
+    assert found["kinds"] == {kind: len(adapter.modules)}
+
+
+@pytest.mark.parametrize("form", [name for name, codec in codecs.items() if "lora" in codec.style.spellings])
+def test_a_tucker_core_keeps_its_meaning_in_every_format(form):
+    name = "unet.down_blocks.0.resnets.0.conv1"
+    adapter = Adapter({name: tucker_delta(NAMES[name])}, "sd")
+    back = codecs[form].decode(*codecs[form].encode(adapter), NAMES)
+    weight = torch.zeros(NAMES[name])
+    expected = adapter.modules[name].delta_weight(weight)
+    torch.testing.assert_close(back.modules[name].delta_weight(weight), expected, rtol=1e-5, atol=1e-5)
+    assert codecs[form].holds(adapter) == (back == adapter)
+
+
+@pytest.mark.parametrize("kind", kinds)
+def test_an_unknown_module_of_the_base_is_refused_by_every_format(kind):
+    adapter = Adapter({"unet.mid_block.attentions.0.proj_out": random_delta(kind, (4, 4))}, "sd")
+    for codec in codecs.values():
+        tensors, metadata = codec.encode(adapter)
+        with pytest.raises(AdapterError, match="base"):
+            codec.decode(tensors, metadata, NAMES)
+
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from lora_engine.adapters import Adapter, LoraDelta
+from lora_engine.errors import AdapterError
+from lora_engine.formats import Card, write_adapter
+make = lambda *shape: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape) / 7
+names = ["unet.b.to_q", "unet.a.to_k", "text_encoder.text_model.x", "unet.c"]
+delta = lambda: LoraDelta(make(2, 3), make(4, 2).half(), 0.1)
+adapter = Adapter({name: delta() for name in set(names)}, "sd", "f" * 64)
+shuffled = {name: "e" for name in set(names)}
+card = Card(title="t", data=["x", "y"], recipe=shuffled, extra=shuffled)
+for form in ("loraline", "peft", "kohya"):
+    write_adapter(Path(sys.argv[1]) / form, adapter, format=form, card=card)
+"""
+
+
+def test_equal_adapters_give_equal_bytes_in_every_process(tmp_path):
+    found = []
+    for process in range(3):
+        # Hash seeds differ from process to process.
+        subprocess.run([sys.executable, "-c", WRITE, tmp_path / str(process)], check=True, timeout=120)
+        files = sorted(path for path in (tmp_path / str(process)).rglob("*") if path.is_file())
+        found.append([(str(path.relative_to(tmp_path / str(process))), path.read_bytes()) for path in files])
+    assert len(found[0]) == 6
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_engine.adapters import adaptable_layers
+from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.errors import BaseModelError, EngineError, SettingsError
+
+SHAPES = ["small-sd", "small-sd-v", "small-sdxl"]
+TEXTS = ["a red star", "", "sks"]
+
+
+@pytest.fixture(scope="module")
+def bases(untrained: dict[str, Path]) -> dict[str, BaseModel]:
+    return {shape: load_base(str(folder), device="cpu") for shape, folder in untrained.items()}
+
+
+def pipeline(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    found = DiffusionPipeline.from_pretrained(str(folder), safety_checker=None, requires_safety_checker=False)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def test_parts_are_those_of_the_pipelines(bases: dict[str, BaseModel]) -> None:
+    assert list(bases["small-sd"].modules) == ["unet", "text_encoder"]
+    assert list(bases["small-sdxl"].modules) == ["unet", "text_encoder", "text_encoder_2"]
+    assert [bases[shape].noise.parameterisation for shape in SHAPES] == ["eps", "v_prediction", "eps"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_loaded_base_is_frozen_and_draws_on_no_global_generator(untrained: dict[str, Path], shape: str) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    base = load_base(str(untrained[shape]), device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    for module in base.modules.values():
+        assert not module.training
+        assert not any(value.requires_grad for value in module.parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_canonical_names_lead_to_every_adaptable_layer(bases: dict[str, BaseModel], shape: str) -> None:
+    base = bases[shape]
+    names = base.module_names()
+    layers = [layer for module in base.modules.values() for _, layer in adaptable_layers(module)]
+    assert [base.get_module(name) for name in names] == layers
+    texts = [name for name in names if name.startswith("text_encoder") and not name.endswith("text_projection")]
+    assert texts
+    assert all(name.split(".")[1] == "text_model" for name in texts)
+
+
+def test_a_module_can_be_put_in_the_place_of_another(bases: dict[str, BaseModel]) -> None:
+    base = bases["small-sd"]
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    before, other = base.get_module(name), nn.Linear(16, 16)
+    base.set_module(name, other)
+    assert base.get_module(name) is other
+    base.set_module(name, before)
+    assert base.get_module(name) is before
+
+
+def test_an_unknown_module_is_answered_with_near_names(bases: dict[str, BaseModel]) -> None:
+    with pytest.raises(EngineError, match="to_q"):
+        bases["small-sd"].get_module("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_w")
+
+
+@torch.no_grad()
+def test_text_is_encoded_as_by_the_pipeline_of_diffusers(
+    bases: dict[str, BaseModel], untrained: dict[str, Path]
+) -> None:
+    theirs, _ = pipeline(untrained["small-sd"]).encode_prompt(TEXTS, "cpu", 1, False)
+    assert torch.equal(bases["small-sd"].encode_text(TEXTS)["states"], theirs)
+
+
+@torch.no_grad()
+def test_text_and_sizes_of_xl_are_encoded_as_by_the_pipeline_of_diffusers(
+    bases: dict[str, BaseModel], untrained: dict[str, Path]
+) -> None:
+    found = pipeline(untrained["small-sdxl"])
+    states, no_states, pooled, no_pooled = found.encode_prompt(TEXTS, device="cpu")
+    ours = bases["small-sdxl"].encode_text(TEXTS, (24, 16))
+    assert torch.equal(ours["states"], states)
+    assert torch.equal(ours["pooled"], pooled)
+    ids = found._get_add_time_ids((24, 16), (0, 0), (24, 16), torch.float32, 16)
+    assert torch.equal(ours["time_ids"], ids.repeat(3, 1))
+    away = bases["small-sdxl"].encode_negative([""])
+    assert torch.equal(away["states"], no_states[:1])
+    assert torch.equal(away["pooled"], no_pooled[:1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_latents_are_the_scaled_mode_of_the_posterior(bases: dict[str, BaseModel], shape: str) -> None:
+    base: Any = bases[shape]
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scale = base.vae.config.scaling_factor
+    expected = base.vae.encode(pixels).latent_dist.mode() * scale
+    found = base.encode_images(pixels)
+    assert torch.equal(found, expected)
+    assert tuple(found.shape[1:]) == base.latent_shape((16, 24))
+    assert torch.equal(base.decode_latents(found), base.vae.decode(expected / scale).sample)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_two_loads_compute_the_same_bits(bases: dict[str, BaseModel], untrained: dict[str, Path], shape: str) -> None:
+    other = load_base(str(untrained[shape]), device="cpu")
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = [base.encode_images(pixels) for base in (bases[shape], other)]
+    assert torch.equal(*latents)
+    texts = [base.encode_text(["a", "b"]) for base in (bases[shape], other)]
+    predictions = [
+        base.predict(latents[0], torch.tensor([7, 700]), text)
+        for base, text in zip((bases[shape], other), texts, strict=True)
+    ]
+    assert torch.equal(*predictions)
+
+
+@torch.no_grad()
+def test_a_sample_of_the_posterior_follows_its_generator(bases: dict[str, BaseModel]) -> None:
+    pixels = torch.zeros(1, 3, 16, 16)
+    first, second, other = (
+        bases["small-sd"].encode_images(pixels, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_bfloat16_is_near_float32(bases: dict[str, BaseModel], untrained: dict[str, Path], shape: str) -> None:
+    half = load_base(str(untrained[shape]), device="cpu", dtype=torch.bfloat16)
+    noisy = torch.randn(2, *half.latent_shape((16, 16)), generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([10, 900])
+    results = [base.predict(noisy, timesteps, base.encode_text(["a", "b"])) for base in (bases[shape], half)]
+    assert results[1].dtype == torch.float32
+    assert (results[0] - results[1]).norm() < 0.05 * results[0].norm()
+
+
+def test_a_size_that_the_base_cannot_make_is_refused(bases: dict[str, BaseModel]) -> None:
+    with pytest.raises(SettingsError, match="multiples of 2"):
+        bases["small-sd"].latent_shape((15, 16))
+
+
+def test_a_long_text_is_cut_and_says_so(bases: dict[str, BaseModel], caplog: pytest.LogCaptureFixture) -> None:
+    bases["small-sd"].encode_text(["a very long text indeed"])
+    assert "the base reads the first 16" in caplog.text
+
+
+def test_damaged_weights_are_an_error_with_the_component(tmp_path: Path) -> None:
+    folder = write_untrained_base(tmp_path / "base", "small-sd")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10" + b"\0" * 100)
+    with pytest.raises(BaseModelError, match="unet"):
+        load_base(str(folder), device="cpu")
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path: Path, untrained: dict[str, Path]) -> None:
+    folder = write_untrained_base(tmp_path / "base", "small-sd")
+    other = untrained["small-sdxl"] / "unet" / "diffusion_pytorch_model.safetensors"
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(BaseModelError, match="unet"):
+        load_base(str(folder), device="cpu")
+
+
+def test_conditionings_are_indexed_and_joined_row_by_row() -> None:
+    rows = Conditioning({"states": torch.arange(6.0).view(3, 2), "pooled": torch.arange(3.0).view(3, 1)})
+    joined = Conditioning.cat([rows.index([2]), rows.index([0, 0])])
+    assert len(joined) == 3
+    assert joined["states"].tolist() == [[4.0, 5.0], [0.0, 1.0], [0.0, 1.0]]
+    assert joined["pooled"].flatten().tolist() == [2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sd2", "sdxl"])
+@pytest.mark.slow
+def test_the_real_architectures_load_through_the_same_code(tmp_path: Path, shape: str) -> None:
+    base = load_base(str(write_untrained_base(tmp_path / shape, shape)), device="cpu")
+    attention = [name for name in base.module_names() if name.endswith((".to_q", ".to_out.0"))]
+    assert len(attention) == {"sd15": 64, "sd2": 64, "sdxl": 280}[shape]

@@ -1,0 +1,236 @@
+"""Reading, writing and looking into adapter files."""
+
+import json
+
+import pytest
+import torch
+from law_adapters import NAMES, random_delta
+from safetensors.torch import save_file
+
+from lora_engine.adapters import Adapter
+from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.files import sha256_file
+from lora_engine.formats import Card, codecs, inspect, read_adapter, write_adapter
+from lora_engine.formats.safetensors_io import read_header, read_safetensors, write_safetensors
+
+
+@pytest.fixture
+def adapter():
+    return Adapter({name: random_delta("lora", shape) for name, shape in NAMES.items()}, "sd", "f" * 64)
+
+
+def test_each_format_has_its_files(adapter, tmp_path):
+    written = {
+        name: sorted(
+            str(file.relative_to(tmp_path / name)) for file in write_adapter(tmp_path / name, adapter, format=name)
+        )
+        for name in codecs
+    }
+    assert written == {
+        "loraline": ["adapter.safetensors"],
+        "kohya": ["adapter.safetensors"],
+        "diffusers": ["pytorch_lora_weights.safetensors"],
+        "peft": [
+            "text_encoder/adapter_config.json",
+            "text_encoder/adapter_model.safetensors",
+            "unet/adapter_config.json",
+            "unet/adapter_model.safetensors",
+        ],
+    }
+    for name in codecs:
+        assert read_adapter(tmp_path / name, NAMES)[0] == adapter
+
+
+def test_one_component_is_a_peft_folder_itself(adapter, tmp_path):
+    unet = Adapter({name: delta for name, delta in adapter.modules.items() if name.startswith("unet")}, "sd")
+    files = write_adapter(tmp_path, unet, format="peft")
+    assert {file.name for file in files} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert read_adapter(tmp_path / "adapter_model.safetensors")[0] == unet
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(name.removeprefix("unet.") for name in unet.modules)
+
+
+def test_a_path_with_a_suffix_is_the_file(adapter, tmp_path):
+    assert write_adapter(tmp_path / "x" / "my.safetensors", adapter) == [tmp_path / "x" / "my.safetensors"]
+    assert read_adapter(tmp_path / "x")[0] == adapter
+    with pytest.raises(AdapterError, match="is a folder"):
+        write_adapter(tmp_path / "my.safetensors", adapter, format="peft")
+
+
+def test_an_unknown_format_names_the_known(adapter, tmp_path):
+    with pytest.raises(SettingsError, match=r"'kohia'.*diffusers, kohya.*did you mean 'kohya'"):
+        write_adapter(tmp_path, adapter, format="kohia")
+
+
+def test_a_dtype_is_cast_on_the_way_out_and_overflow_refused(adapter, tmp_path):
+    write_adapter(tmp_path, adapter, dtype=torch.float16)
+    assert read_adapter(tmp_path)[0] == adapter.to(dtype=torch.float16)
+    large = Adapter(
+        {"unet.a": random_delta("lora", (4, 4)).with_factors({"down": torch.full((2, 4), 1e5), "up": torch.ones(4, 2)})}
+    )
+    with pytest.raises(AdapterError, match=r"unet\.a: factor 'down' is not finite in torch\.float16"):
+        write_adapter(tmp_path / "large", large, dtype=torch.float16)
+    assert not (tmp_path / "large").exists()
+
+
+def test_an_empty_adapter_is_not_written(tmp_path):
+    with pytest.raises(AdapterError, match="no modules"):
+        write_adapter(tmp_path / "x", Adapter({}))
+
+
+def test_a_scale_that_overflows_when_folded_is_refused(tmp_path):
+    modules = {
+        name: random_delta("lora", (4, 4), alpha=alpha, dtype=torch.float16)
+        for name, alpha in (("unet.a", 1e7), ("unet.b", 1.0))
+    }
+    with pytest.raises(AdapterError, match=r"unet\.a: the scale .* overflow"):
+        write_adapter(tmp_path, Adapter(modules), format="diffusers")
+
+
+@pytest.mark.parametrize("form", codecs)
+def test_inspect_tells_what_a_file_is_without_a_base(adapter, form, tmp_path):
+    files = write_adapter(tmp_path, adapter, format=form, card=Card(title="Zorb", seed=7))
+    found = json.loads(json.dumps(inspect(tmp_path)))
+    assert (found["format"], found["family"], found["fingerprint"]) == (form, "sd", "f" * 64)
+    assert found["kinds"] == {"lora": 7}
+    assert (found["ranks"], found["alphas"], found["dtypes"]) == ({"2": 7}, {"3.0": 7}, {"float32": 14})
+    assert found["card"]["title"] == "Zorb"
+    assert found["card"]["seed"] == 7
+    assert found["files"] == {str(file.relative_to(tmp_path)): sha256_file(file) for file in files}
+    assert found["size"] == sum(file.stat().st_size for file in files)
+    assert len(found["modules"]) == 7
+
+
+def test_inspect_needs_no_base_for_a_strangers_kohya_file(tmp_path):
+    tensors, _ = codecs["kohya"].encode(Adapter({"unet.a": random_delta("lora", (4, 4))}))
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert inspect(tmp_path / "a.safetensors")["modules"] == ["lora_unet_a"]
+
+
+def test_the_writer_is_canonical_and_atomic(tmp_path):
+    tensors = {"b": torch.ones(3, dtype=torch.float16), "a": torch.ones(2, 2), "c": torch.tensor(1.5)}
+    metadata = {"z": "1", "a": "\u00e9"}
+    write_safetensors(tmp_path / "one", tensors, metadata)
+    write_safetensors(tmp_path / "two", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    found, header = read_safetensors(tmp_path / "one")
+    assert header == metadata
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+
+
+def test_the_body_is_laid_out_as_the_library_does(tmp_path):
+    half, whole = (
+        (torch.float16, torch.bfloat16),
+        (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+    dtypes = (*half, torch.float32, torch.float64, *whole)
+    tensors = {f"{place}": torch.full((3, place + 1), 1.0, dtype=dtype) for place, dtype in enumerate(dtypes * 2)}
+    write_safetensors(tmp_path / "ours", tensors, {})
+    save_file(tensors, tmp_path / "theirs")
+    bodies = []
+    for name in ("ours", "theirs"):
+        content = (tmp_path / name).read_bytes()
+        bodies.append(content[8 + int.from_bytes(content[:8], "little") :])
+    assert bodies[0] == bodies[1]
+
+
+def test_a_slice_of_a_tensor_is_written_as_what_it_shows(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    write_safetensors(tmp_path / "x", {"a": whole.t()[1:3]}, {})
+    assert torch.equal(read_safetensors(tmp_path / "x")[0]["a"], whole.t()[1:3])
+
+
+def test_a_broken_card_is_refused_by_name(adapter, tmp_path):
+    tensors, metadata = codecs["loraline"].encode(adapter)
+    for card in ("{", "[]", '{"seed": "x"}', '{"unknown": 1}'):
+        write_safetensors(tmp_path / "a.safetensors", tensors, metadata | {"loraline.card": card})
+        with pytest.raises(AdapterError, match=r"a\.safetensors: metadata 'loraline\.card'"):
+            read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (None, "adapter_config.json' is missing"),
+        ("{", "no JSON"),
+        ("[]", "no JSON object"),
+        ('{"lora_alpha": "x"}', "alpha is 'x'"),
+        ('{"lora_alpha": true}', "alpha is True"),
+        ('{"lora_alpha": -1}', "alpha is -1.0"),
+        ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 1}}', "no plain module name"),
+        ('{"peft_type": "LOHA", "lora_alpha": 1}', "'LOHA'"),
+        ('{"use_dora": true, "lora_alpha": 1}', "DoRA"),
+    ],
+)
+def test_a_bad_peft_configuration_is_refused(config, problem, tmp_path):
+    tensors = {
+        "base_model.model.mid_block.a.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.mid_block.a.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(AdapterError, match=problem) as caught:
+        read_adapter(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_peft_folder_finds_its_component_or_says_that_it_cannot(tmp_path):
+    tensors = {
+        "base_model.model.odd.place.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.odd.place.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    assert list(read_adapter(tmp_path, ["text_encoder_2.x", "unet.odd.place"])[0].modules) == ["unet.odd.place"]
+    with pytest.raises(AdapterError, match="which component"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_A.default.weight", "lora_B.default.weight"),
+        ("lora.down.weight", "lora.up.weight"),
+        ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    ],
+)
+@pytest.mark.parametrize("level", ["text_model.", ""])
+def test_every_spelling_of_diffusers_is_read(down, up, level, tmp_path):
+    module = f"text_encoder.{level}encoder.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{module}.{down}": torch.ones(2, 5),
+        f"{module}.{up}": torch.ones(5, 2),
+        f"{module}.alpha": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter, _ = read_adapter(tmp_path, NAMES)
+    assert adapter.modules["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"].scale == 0.5
+
+
+def test_the_header_holds_the_whole_card(adapter, tmp_path):
+    card = Card(
+        title="t",
+        base="tiny",
+        base_fingerprint="f",
+        trigger="sks",
+        class_word="star",
+        recipe={"a": [1, {"b": 2.5}]},
+        data=["d"],
+        seed=1,
+        license="CC0-1.0",
+        extra={"k": "v"},
+    )
+    path = write_adapter(tmp_path, adapter, card=card)[0]
+    assert read_adapter(path) == (adapter, card)
+    assert read_header(path)[1]["k"] == "v"
+
+
+def test_a_dtype_that_no_writer_should_meet_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match=r"x: tensor 'a': the dtype is torch\.complex64"):
+        write_safetensors(tmp_path / "x", {"a": torch.ones(1, dtype=torch.complex64)}, {})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,56 @@
+"""What concatenation refuses, and what it keeps."""
+
+import pytest
+import torch
+
+from lora_engine.adapters import Adapter, LoraDelta
+from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.merging import concatenate
+
+
+def adapter_of(name="unet.a", base="sd", fingerprint=None, shape=(4, 3), dtype=torch.float32):
+    out, inner = shape
+    return Adapter(
+        {name: LoraDelta(torch.ones(2, inner, dtype=dtype), torch.ones(out, 2, dtype=dtype), 1.0)}, base, fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (adapter_of(base="sdxl"), "different families of base models: sd, sdxl"),
+        (adapter_of(fingerprint="b"), "different base models: a, b"),
+        (adapter_of(shape=(4, 5)), "unet.a: the adapters' factors have different shapes"),
+        (adapter_of(shape=(5, 3)), "unet.a: the adapters' factors have different shapes"),
+    ],
+)
+def test_adapters_for_different_bases_are_refused(other, problem):
+    with pytest.raises(AdapterError, match=problem):
+        concatenate([adapter_of(fingerprint="a"), other], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("weights", [[], [1.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, 1.0, 1.0]])
+def test_weights_that_do_not_fit_are_refused(weights):
+    with pytest.raises(SettingsError):
+        concatenate([adapter_of(), adapter_of()], weights)
+
+
+def test_nothing_is_refused():
+    with pytest.raises(SettingsError, match="0 adapters"):
+        concatenate([], [])
+
+
+def test_modules_that_one_adapter_alone_has_are_kept_as_they_are():
+    one, two = adapter_of("unet.a"), adapter_of("unet.b", base="", fingerprint="f")
+    merged = concatenate([one, two], [1.0, 0.5])
+    assert merged.modules["unet.a"] is one.modules["unet.a"]
+    assert (merged.base, merged.fingerprint) == ("sd", "f")
+    half = merged.modules["unet.b"]
+    torch.testing.assert_close(half.delta_weight(torch.zeros(4, 3)), torch.full((4, 3), 0.5))
+
+
+def test_half_precision_is_merged_in_float32_at_full_rank():
+    merged = concatenate([adapter_of(dtype=torch.float16), adapter_of(dtype=torch.bfloat16)], [0.3, -0.7])
+    delta = merged.modules["unet.a"]
+    assert (delta.rank, delta.alpha, delta.down.dtype) == (4, 4.0, torch.float32)
+    torch.testing.assert_close(delta.delta_weight(torch.zeros(4, 3)), torch.full((4, 3), -0.4))

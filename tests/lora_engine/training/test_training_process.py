@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_engine.errors import BaseModelError, InterruptedRun, SettingsError, TrainingError
+from lora_engine.files import sha256_file
+from lora_engine.training.run import train
+from lora_engine.training.spawn import train_in_child
+from lora_engine.training.spec import TrainSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+Make = Callable[..., TrainSettings]
+ROOT = Path(__file__).parents[3]
+SETTINGS = {"method": "dreambooth", "steps": 30, "accumulate": 2, "caption_dropout": 0.2, "checkpoint_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def job(bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Make) -> dict[str, Any]:
+    return {
+        "settings": settings(**SETTINGS).model_dump(mode="json"),
+        "base": str(bases["small-sd"]),
+        "dataset": str(dataset),
+        "out": str(tmp_path / "out"),
+        "work": str(tmp_path / "work"),
+    }
+
+
+def digest(job: dict[str, Any]) -> str:
+    return sha256_file(Path(job["out"]) / "adapter.safetensors")
+
+
+def train_here(job: dict[str, Any], tmp_path: Path) -> str:
+    here = {**job, "out": str(tmp_path / "here"), "work": str(tmp_path / "here-work")}
+    settings = TrainSettings.model_validate(here["settings"])
+    train(settings, here["base"], Path(here["dataset"]), Path(here["out"]), Path(here["work"]))
+    return digest(here)
+
+
+def when_checkpointed(job: dict[str, Any], step: int, act: Callable[[], None]) -> threading.Thread:
+    def watch() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            names = list((Path(job["work"]) / "checkpoints").glob("step-*.safetensors"))
+            if any(int(name.name.split("-")[1]) >= step for name in names):
+                act()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def child_of(job: dict[str, Any]) -> int:
+    # The only process that was given this job.
+    target = str(Path(job["work"]) / "job.json").encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if target in path.read_bytes().split(b"\0"):
+                return int(path.parent.name)
+    raise LookupError("the child is not there")
+
+
+@pytest.mark.slow
+def test_a_process_ended_in_every_way_goes_on_to_the_bytes_of_one_that_was_left_alone(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    thread = when_checkpointed(job, 2, lambda: os.kill(child_of(job), signal.SIGKILL))
+    with pytest.raises(TrainingError, match="SIGKILL"):
+        train_in_child(job)
+    thread.join()
+    thread = when_checkpointed(job, 6, lambda: os.kill(child_of(job), signal.SIGTERM))
+    with pytest.raises(InterruptedRun, match=r"stopped after \d+ of 30"):
+        train_in_child(job)
+    thread.join()
+    told: list[int] = []
+
+    def interrupt(done: int, total: int, values: Mapping[str, float]) -> None:
+        if "loss" in values:
+            told.append(child_of(job))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_child(job, interrupt)
+    with pytest.raises(LookupError):
+        child_of(job)
+    assert told
+    assert not Path(job["out"]).exists()
+    events: list[tuple[int, int, dict[str, float]]] = []
+    train_in_child(job, lambda done, total, values: events.append((done, total, dict(values))))
+    assert next(done for done, _, values in events if "loss" in values) > 6
+    assert events[-1][:2] == (30, 30)
+    assert {"loss", "denoising", "prior", "learning_rate", "gradient_norm"} == set(events[-1][2])
+    assert digest(job) == train_here(job, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_child_whose_caller_died_checkpoints_and_ends(job: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job))
+    command = [sys.executable, "-m", "lora_engine.training", str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        thread = when_checkpointed(job, 1, child.stdin.close)
+        events = [json.loads(line) for line in child.stdout]
+        thread.join()
+    assert child.returncode == 130
+    assert (events[-1]["event"], events[-1]["type"]) == ("error", "InterruptedRun")
+    assert list((Path(job["work"]) / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_errors_of_the_child_keep_their_class_and_their_parts(job: dict[str, Any]) -> None:
+    with pytest.raises(BaseModelError) as raised:
+        train_in_child({**job, "base": "./nowhere"})
+    assert "'./nowhere'" in raised.value.problem
+    assert "diffusers folder" in raised.value.allowed
+
+
+def test_a_job_with_broken_settings_is_refused_before_anything_is_loaded(job: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="steps"):
+        train_in_child({**job, "settings": {"steps": 0}})
+
+
+def test_a_stop_from_the_caller_asks_the_child_in_order(job: dict[str, Any], tmp_path: Path) -> None:
+    body = """
+signal.signal(signal.SIGTERM, lambda *_: None)
+print('{"event": "progress", "done": 1, "total": 2, "values": {}}', flush=True)
+signal.pause()
+print('{"event": "error", "type": "InterruptedRun", "message": "kept", "where": "here"}')
+sys.exit(130)
+"""
+    told: list[int] = []
+    with pytest.raises(InterruptedRun, match="here: kept"):
+        train_in_child(
+            job,
+            lambda done, total, values: told.append(done),
+            python=fake_python(tmp_path, body),
+            stop=lambda: bool(told),
+        )
+    assert told == [1]
+
+
+def fake_python(tmp_path: Path, body: str) -> str:
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{body}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_a_child_that_dies_tells_its_last_words(job: dict[str, Any], tmp_path: Path) -> None:
+    python = fake_python(tmp_path, "sys.stderr.write('no kernel image\\n'); sys.exit(3)")
+    with pytest.raises(TrainingError, match=r"code 3[\s\S]*no kernel image"):
+        train_in_child(job, python=python)
+
+
+def test_a_child_that_ends_well_without_a_result_is_an_error(job: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no result"):
+        train_in_child(job, python=fake_python(tmp_path, "pass"))
+
+
+def test_a_child_that_does_not_heed_the_stop_is_killed(job: dict[str, Any], tmp_path: Path) -> None:
+    python = fake_python(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)")
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match="SIGKILL"):
+        train_in_child(job, python=python, stop=lambda: time.monotonic() > started + 1, grace=0.5)
+
+
+def test_lines_that_are_no_events_do_no_harm(job: dict[str, Any], tmp_path: Path) -> None:
+    body = "print('hello'); print('[1]'); print('{\"event\": \"done\"}')"
+    train_in_child(job, python=fake_python(tmp_path, body))
+    assert json.loads((Path(job["work"]) / "job.json").read_bytes()) == job

@@ -1,0 +1,104 @@
+import errno
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from lora_engine.files import sha256_file
+from registry.errors import HomeError
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.tables import SCHEMA
+
+
+def test_home_has_its_places(tmp_path):
+    home = Home.open(tmp_path / "new" / "home")
+    assert home.store.is_dir()
+    assert home.work.is_dir()
+    assert home.lineage_url.endswith("/new/home/lineage.db")
+    assert list(home.locks.iterdir()) == []
+
+
+def test_absent_home_is_not_made_unasked(tmp_path):
+    with pytest.raises(HomeError, match="loraline init"):
+        Home.open(tmp_path / "absent", create=False)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_home_under_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HomeError, match="not a folder") as caught:
+        Home.open(tmp_path / "file" / "home")
+    assert str(tmp_path / "file" / "home") in str(caught.value)
+    assert "LORALINE_HOME" in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_home_is_a_clear_error(tmp_path):
+    home = Home.open(tmp_path / "home")
+    for folder in (home.path, *home.path.iterdir()):
+        folder.chmod(0o555)
+    with pytest.raises(HomeError, match="writable"):
+        Home.open(home.path)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "make the folder writable")]
+)
+def test_disk_that_refuses_is_a_clear_error(tmp_path, monkeypatch, number, words):
+    def refuse(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(HomeError, match=words):
+        Home.open(tmp_path / "home")
+
+
+def test_database_of_a_newer_release_is_refused_untouched(empty_home):
+    Lineage(empty_home.lineage_url).close()
+    with sqlite3.connect(empty_home.lineage_db) as connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA + 1),))
+    connection.close()
+    before = sha256_file(empty_home.lineage_db)
+    with pytest.raises(HomeError, match="newer release"):
+        Lineage(empty_home.lineage_url)
+    assert sha256_file(empty_home.lineage_db) == before
+
+
+def test_file_that_is_no_database_is_refused_untouched(empty_home):
+    empty_home.lineage_db.write_bytes(b"this is a letter, not a database" * 100)
+    before = sha256_file(empty_home.lineage_db)
+    with pytest.raises(HomeError, match="not a database"):
+        Lineage(empty_home.lineage_url)
+    assert sha256_file(empty_home.lineage_db) == before
+
+
+def test_empty_database_file_becomes_a_database(empty_home):
+    empty_home.lineage_db.touch()
+    lineage = Lineage(empty_home.lineage_url)
+    assert lineage.runs() == []
+    lineage.close()
+
+
+def test_processes_that_make_the_database_at_once_agree(empty_home, spawn):
+    script = "import sys; from registry.lineage import Lineage; print(Lineage(sys.argv[1]).start_run('p', {}).id)"
+    children = [spawn(script, empty_home.lineage_url) for _ in range(4)]
+    answers = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0] * 4, answers
+    lineage = Lineage(empty_home.lineage_url)
+    assert {run.id for run in lineage.runs()} == {out.strip() for out, _ in answers}
+    lineage.close()
+
+
+def test_reading_needs_neither_mlflow_nor_torch():
+    script = """
+import sys
+import registry, registry.entities, registry.store, registry.lineage
+import registry.versions, registry.promotion, registry.audit
+print(sorted({"mlflow", "torch", "prefect", "numpy"} & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)

@@ -1,0 +1,263 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from sqlalchemy import event, func, select
+from sqlalchemy.orm import Session
+
+from registry.entities import Execution, FileEntry, now
+from registry.errors import LineageError
+from registry.lineage import Lineage
+from registry.tables import RunRow, Table
+
+PICTURE = "5" * 64
+
+
+@pytest.fixture
+def lineage(empty_home):
+    opened = Lineage(empty_home.lineage_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def line(lineage, store):
+    """photos -> prepared -> two adapters -> a merge, as executions; the first adapter of another run too."""
+    run = lineage.start_run("stripes", {"seed": 7})
+    made = {}
+
+    def step(name, content, **inputs):
+        made[name] = store.put_files("adapter" if "adapter" in name or name == "merged" else "manifest", content)
+        execution = Execution(
+            f"e-{name}", run.id, name, "step", "1", f"key-{name}", inputs=inputs, output=made[name], started_at=now()
+        )
+        subjects = {PICTURE: "cat.jpg", "6" * 64: "dog.jpg"} if name == "photos" else {}
+        lineage.record(execution, contents=store.files(made[name]), subjects=subjects)
+
+    step("photos", {"manifest.json": b"1", "pictures/cat.png": b"cat"})
+    step("prepared", {"manifest.json": b"2", "pictures/cat.png": b"small cat"}, dataset=made["photos"])
+    step("adapter", {"adapter.safetensors": b"a"}, dataset=made["prepared"])
+    step("other adapter", {"adapter.safetensors": b"b"}, dataset=made["prepared"])
+    step(
+        "merged", {"adapter.safetensors": b"ab"}, **{"adapters.0": made["adapter"], "adapters.1": made["other adapter"]}
+    )
+    step("unrelated", {"manifest.json": b"3"})
+    return run, made
+
+
+def ids(walk, kind):
+    return {node.id for node in walk.nodes if node.kind == kind}
+
+
+def test_execution_is_read_as_it_was_recorded(lineage, store, line):
+    run, made = line
+    execution = Execution(
+        id="whole",
+        run_id=run.id,
+        step="adapter",
+        uses="train",
+        revision="3",
+        key="k",
+        settings={"rank": 8, "nested": {"é": [1, None]}},
+        inputs={"dataset": made["prepared"], "base": made["photos"]},
+        output=made["adapter"],
+        environment={"torch": "2.13.0"},
+        seed=2**40,
+        started_at=now(),
+        ended_at=now(),
+    )
+    lineage.record(execution, contents=store.files(made["adapter"]))
+    assert lineage.executions(run.id)[-1] == execution
+    assert list(lineage.executions(run.id)[-1].inputs) == ["dataset", "base"]
+
+
+def test_latest_completed_execution_is_the_cached_one(lineage, store):
+    run = lineage.start_run("p", {})
+    old, new = (store.put_files("adapter", {"a": content}) for content in (b"old", b"new"))
+    base = Execution("1", run.id, "s", "train", "1", "k", output=old, started_at=now())
+    lineage.record(base)
+    assert lineage.find_cached("k") == old
+    lineage.record(dataclasses.replace(base, id="2", output=new, started_at=now()))
+    lineage.record(dataclasses.replace(base, id="3", output=None, status="FAILED", error="NaN", started_at=now()))
+    assert lineage.find_cached("k") == new
+    assert lineage.find_cached("another") is None
+
+
+def test_completed_execution_without_output_is_refused():
+    with pytest.raises(LineageError, match="without an output"):
+        Execution("1", "r", "s", "train", "1", "k")
+
+
+def test_step_is_recorded_whole_or_not_at_all(lineage, store):
+    run = lineage.start_run("p", {})
+    given, made = (store.put_files("manifest", {"a": content, "b": b""}) for content in (b"in", b"out"))
+    execution = Execution("1", run.id, "s", "train", "1", "k", inputs={"dataset": given}, output=made)
+
+    def count():
+        with lineage.database.read() as session:
+            return {name: session.scalar(select(func.count()).select_from(table)) for name, table in tables.items()}
+
+    tables, before = Table.metadata.tables, None
+    before = count()
+    for fault in range(1, 100):
+        statements = iter(range(1, 1000))
+
+        def fail(*_arguments, fault=fault, statements=statements):
+            if next(statements) == fault:
+                raise RuntimeError("the power is gone")
+
+        event.listen(lineage.database.engine, "after_cursor_execute", fail)
+        try:
+            lineage.record(execution, contents=store.files(made), subjects={PICTURE: "cat.jpg"})
+            break
+        except RuntimeError:
+            event.remove(lineage.database.engine, "after_cursor_execute", fail)
+            assert count() == before
+    event.remove(lineage.database.engine, "after_cursor_execute", fail)
+    assert fault > 5
+    after = count()
+    assert {name for name in after if after[name] != before[name]} == {
+        "artifacts",
+        "contents",
+        "subjects",
+        "executions",
+        "execution_inputs",
+    }
+
+
+def test_execution_of_an_unknown_run_leaves_nothing(lineage, store):
+    ref = store.put_files("manifest", {"a": b"1"})
+    with pytest.raises(LineageError, match="no run 'nobody'"):
+        lineage.record(Execution("1", "nobody", "s", "ingest", "1", "k", output=ref), contents=store.files(ref))
+    with pytest.raises(LineageError, match="nothing is known"):
+        lineage.walk(ref.sha256)
+
+
+def test_execution_is_recorded_once(lineage, line):
+    execution = lineage.executions(line[0].id)[0]
+    with pytest.raises(LineageError, match="recorded already"):
+        lineage.record(execution)
+
+
+def test_walk_up_finds_every_origin_and_nothing_else(lineage, line):
+    _, made = line
+    walk = lineage.walk(made["merged"].sha256, "up", subjects=True)
+    names = ["merged", "adapter", "other adapter", "prepared", "photos"]
+    assert ids(walk, "artifact") == {made[name].sha256 for name in names}
+    assert ids(walk, "execution") == {f"e-{name}" for name in names}
+    assert ids(walk, "subject") == {PICTURE, "6" * 64}
+    assert {edge.role for edge in walk.edges if edge.target.id == "e-merged"} == {"adapters.0", "adapters.1"}
+    assert [node.depth for node in walk.nodes] == sorted(node.depth for node in walk.nodes)
+
+
+@pytest.mark.parametrize("start", [PICTURE, PICTURE[:8], "picture in the artifact"])
+def test_walk_down_from_a_picture_finds_all_that_it_reached(lineage, store, line, start):
+    _, made = line
+    if start == "picture in the artifact":
+        start = store.files(made["photos"])["pictures/cat.png"].sha256
+    walk = lineage.walk(start, "down")
+    reached = ["photos", "prepared", "adapter", "other adapter", "merged"]
+    assert ids(walk, "artifact") == {made[name].sha256 for name in reached}
+
+
+def test_walk_from_an_adapter_file_goes_both_ways(lineage, store, line):
+    _, made = line
+    digest = store.files(made["adapter"])["adapter.safetensors"].sha256
+    assert made["photos"].sha256 in ids(lineage.walk(digest, "up"), "artifact")
+    assert ids(lineage.walk(digest, "down"), "artifact") == {made["adapter"].sha256, made["merged"].sha256}
+
+
+def test_walk_from_a_run_and_an_execution_finds_their_artifacts(lineage, line):
+    run, made = line
+    assert ids(lineage.walk(run.id, "down"), "artifact") == {ref.sha256 for ref in made.values()}
+    assert ids(lineage.walk("e-adapter", "up"), "artifact") == {made["photos"].sha256, made["prepared"].sha256}
+
+
+def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
+    monkeypatch.setattr("registry.walk._BATCH", 7)
+    run = lineage.start_run("p", {})
+    source = store.put_files("manifest", {"a": b"source"})
+    for number in range(40):
+        output = dataclasses.replace(source, sha256=f"{number:064x}")
+        inputs = {"dataset": source}
+        lineage.record(Execution(str(number), run.id, "s", "train", "1", str(number), inputs=inputs, output=output))
+    assert len(lineage.walk(source.sha256, "down").nodes) == 81
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_cost_of_a_walk_follows_its_answer(lineage, store, line, direction):
+    run, made = line
+    statements = []
+
+    def note(_connection, _cursor, statement, parameters, *_rest):
+        if statement.startswith("SELECT"):
+            statements.append((statement, parameters))
+
+    event.listen(lineage.database.engine, "before_cursor_execute", note)
+    for start in (PICTURE, PICTURE[:8], made["prepared"].sha256, made["adapter"].sha256[:9], run.id, "e-adapter"):
+        lineage.walk(start, direction, subjects=True)
+    event.remove(lineage.database.engine, "before_cursor_execute", note)
+    with lineage.database.engine.connect() as connection:
+        plans = {
+            statement: connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            for statement, parameters in statements
+        }
+    assert len(plans) > 8
+    assert [(statement, plan) for statement, plan in plans.items() if any("SCAN" in step[3] for step in plan)] == []
+
+
+@pytest.mark.parametrize("start", ["", "5", "f" * 64, "zorb@1", "zorb@production", "zorb@", "nonsense"])
+def test_unknown_start_is_refused(lineage, line, start):
+    with pytest.raises(LineageError):
+        lineage.walk(start)
+
+
+def test_ambiguous_beginning_is_refused(lineage, store):
+    run = lineage.start_run("p", {})
+    ref = store.put_files("manifest", {"a": b"1"})
+    contents = {path: FileEntry("abcdef" + path * 58, 1) for path in ("0", "1")}
+    lineage.record(Execution("1", run.id, "s", "ingest", "1", "k", output=ref), contents=contents)
+    with pytest.raises(LineageError, match="several"):
+        lineage.walk("abcdef")
+    assert lineage.walk("abcdef0").start.kind == "file"
+
+
+def test_run_of_a_dead_process_is_marked_crashed_once(lineage):
+    mine = lineage.start_run("mine", {})
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    dead, reused, abroad = (lineage.start_run(name, {}) for name in ("dead", "reused", "abroad"))
+    with lineage.database.write() as session:
+        session.get_one(RunRow, dead.id).pid = child.pid
+        session.get_one(RunRow, reused.id).process = "another boot/1"
+        session.get_one(RunRow, abroad.id).host = "elsewhere"
+        session.get_one(RunRow, abroad.id).pid = child.pid
+    assert {run.id for run in lineage.find_dead_runs()} == {dead.id, reused.id}
+    assert lineage.find_dead_runs() == []
+    assert lineage.run(dead.id).status == "CRASHED"
+    assert lineage.run(mine.id).status == lineage.run(abroad.id).status == "RUNNING"
+
+
+def test_first_end_of_a_run_counts(lineage):
+    run = lineage.start_run("p", {})
+    assert lineage.finish_run(run.id, "FAILED").status == "FAILED"
+    assert lineage.finish_run(run.id, "COMPLETED").status == "FAILED"
+    with pytest.raises(LineageError, match="no run"):
+        lineage.finish_run("nobody", "FAILED")
+
+
+def test_value_that_json_cannot_hold_is_refused(lineage):
+    for value in (float("nan"), {1, 2}):
+        with pytest.raises(LineageError, match="JSON"):
+            lineage.start_run("p", {"rate": value})
+    assert lineage.runs() == []
+
+
+def test_connection_keeps_the_promises_of_durability(lineage):
+    with Session(lineage.database.engine) as session:
+        values = {
+            name: session.connection().exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("foreign_keys", "busy_timeout", "journal_mode", "synchronous")
+        }
+    assert values == {"foreign_keys": 1, "busy_timeout": 20000, "journal_mode": "wal", "synchronous": 2}

@@ -1,0 +1,289 @@
+import dataclasses
+import sqlite3
+import threading
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry import promotion
+from registry.audit import fsck
+from registry.catalog import alias_table, read_events
+from registry.entities import AdapterVersion, ArtifactRef, Event
+from registry.errors import Conflict, PromotionError, Refused, UnknownVersion, VersionError
+from registry.policy import decide
+from registry.promotion import history, promote, replay, rollback
+
+GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
+VERSION = AdapterVersion(
+    name="zorb",
+    version=1,
+    sha256="a" * 64,
+    size=1,
+    artifact=ArtifactRef("adapter", "b" * 64, 1),
+    adapter_path="adapter.safetensors",
+    report=None,
+    aliases=(),
+    created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    run_id=None,
+    mlflow_run_id=None,
+    card={},
+    metrics={"clip_t": {"difference": 0.5}},
+    gates=(GATE,),
+    passed=True,
+    parents=(),
+)
+
+
+def state(versions):
+    with versions.lineage.database.read() as session:
+        return alias_table(session), read_events(session)
+
+
+def test_version_with_passed_gates_may_have_any_alias():
+    assert all(decide(VERSION, alias).allowed for alias in ("staging", "production", "best"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "alias", "reason"),
+    [
+        ({"passed": None, "gates": ()}, "staging", "were not run"),
+        ({"passed": False, "gates": ()}, "staging", "did not pass"),
+        ({"gates": ()}, "production", "no gate was set"),
+        ({"gates": ({**GATE, "passed": False},)}, "production", "gate clip_t (difference) did not pass"),
+        ({"gates": ({**GATE, "value": -0.5},)}, "production", "below its minimum 0"),
+        ({"gates": ({**GATE, "value": 1.5},)}, "staging", "above its maximum 1"),
+        ({"gates": ({**GATE, "value": None},)}, "production", "has the value None"),
+        ({"gates": ({**GATE, "value": float("nan")},)}, "production", "has the value nan"),
+        ({"metrics": {"a": {"b": [float("inf")]}}}, "best", "metric a.b.0 is inf"),
+    ],
+)
+def test_every_failing_condition_is_a_reason(changes, alias, reason):
+    decision = decide(dataclasses.replace(VERSION, **changes), alias)
+    assert not decision.allowed
+    assert len(decision.reasons) == 1
+    assert reason in decision.reasons[0]
+
+
+def test_all_reasons_come_at_once():
+    bad = dataclasses.replace(VERSION, metrics={"x": float("nan")}, gates=({**GATE, "value": -1}, {**GATE, "value": 2}))
+    assert len(decide(bad, "production", damage=["adapter: gone", "report: gone"]).reasons) == 5
+
+
+def test_policy_of_other_aliases_asks_for_whole_bytes_only():
+    unevaluated = dataclasses.replace(VERSION, passed=None, gates=())
+    assert decide(unevaluated, "mine").allowed
+    assert not decide(unevaluated, "mine", damage=["gone"]).allowed
+    assert decide(dataclasses.replace(VERSION, gates=()), "staging").allowed
+
+
+def test_promotion_is_logged_with_all_that_is_asked_later(mirrored, register):
+    register(mirrored, b"weights", alias_request="staging")
+    event = promote(mirrored, "zorb", "staging", "production", reason="looks right", actor="ada@lab")
+    assert (event.before, event.after, event.actor, event.reason) == (None, 1, "ada@lab", "looks right")
+    assert [gate["metric"] for gate in event.gates] == ["clip_t"]
+    assert mirrored.show("zorb", "production").aliases == ("production", "staging")
+    assert history(mirrored, "zorb", "production") == [event]
+    assert mirrored.is_level()
+
+
+def test_promotion_of_what_is_there_already_adds_nothing(versions, register):
+    register(versions, b"weights")
+    event = promote(versions, "zorb", 1, "production", reason="first")
+    assert promote(versions, "zorb", 1, "production", reason="again") == event
+    assert len(state(versions)[1]) == 1
+
+
+def test_refused_promotion_moves_nothing_and_is_logged(versions, register):
+    register(versions, b"good")
+    promote(versions, "zorb", 1, "production", reason="first")
+    register(versions, b"bad", passed=False, gates=[{**GATE, "value": -1}])
+    versions.store.blobs.path(versions.show("zorb", 2).sha256).write_bytes(b"BAD")
+    with pytest.raises(Refused) as caught:
+        promote(versions, "zorb", 2, "production", reason="hope")
+    assert len(caught.value.reasons) == 2
+    assert all(reason in str(caught.value) for reason in caught.value.reasons)
+    assert versions.show("zorb", "production").version == 1
+    last = history(versions, "zorb")[-1]
+    assert (last.action, last.before, last.after) == ("refuse", 1, 2)
+
+
+@pytest.mark.parametrize("reason", ["", "  \n"])
+def test_promotion_without_a_reason_is_refused(versions, register, reason):
+    register(versions, b"weights")
+    with pytest.raises(PromotionError, match="without a reason"):
+        promote(versions, "zorb", 1, "production", reason=reason)
+    assert state(versions) == ({}, [])
+
+
+def test_bad_alias_and_unknown_version_are_refused(versions, register):
+    register(versions, b"weights")
+    with pytest.raises(VersionError, match="cannot be an alias"):
+        promote(versions, "zorb", 1, "Production", reason="r")
+    with pytest.raises(UnknownVersion):
+        promote(versions, "zorb", "staging", "production", reason="r")
+
+
+def test_stale_expectation_is_a_conflict_that_tells_what_changed(versions, register):
+    for content in (b"1", b"2", b"3"):
+        register(versions, content)
+    promote(versions, "zorb", 1, "production", reason="first")
+    promote(versions, "zorb", 2, "production", reason="better", actor="ada@lab", expected=1)
+    with pytest.raises(
+        Conflict, match=r"version 2, not at version 1 as expected, since event 2: promote by ada@lab \(better\)"
+    ):
+        promote(versions, "zorb", 3, "production", reason="mine", expected=1)
+    with pytest.raises(Conflict, match="not at nothing"):
+        promote(versions, "zorb", 3, "production", reason="mine", expected=None)
+    with pytest.raises(Conflict, match="points at nothing"):
+        promote(versions, "zorb", 3, "other", reason="mine", expected=1)
+    assert versions.show("zorb", "production").version == 2
+
+
+def test_of_two_promotions_from_the_same_state_exactly_one_wins(versions, register, monkeypatch):
+    register(versions, b"0")
+    register(versions, b"1")
+    register(versions, b"2")
+    promote(versions, "zorb", 3, "production", reason="start")
+    damage, barrier = versions.damage, threading.Barrier(2, timeout=30)
+
+    def meet(version):
+        barrier.wait()  # both have read the state and decided; neither has written
+        return damage(version)
+
+    monkeypatch.setattr(versions, "damage", meet)
+    for _round in range(20):
+        expected = versions.show("zorb", "production").version
+        rivals = [number for number in (1, 2, 3) if number != expected]
+        outcomes = {}
+
+        def run(number, outcomes=outcomes):
+            try:
+                outcomes[number] = promote(versions, "zorb", number, "production", reason="race").after
+            except Conflict:
+                outcomes[number] = None
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in rivals]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [number for number, after in outcomes.items() if after is not None]
+        assert len(outcomes) == 2
+        assert winners == [versions.show("zorb", "production").version]
+    aliases, events = state(versions)
+    assert len(events) == 21
+    assert replay(events) == aliases
+
+
+PROMOTE = """
+import pathlib, sys, time
+from registry import promotion
+from registry.errors import Conflict
+from registry.home import Home
+from registry.versions import Versions
+Versions.sync = lambda *arguments, **settings: None
+versions = Versions(Home.open(sys.argv[1]))
+mine, go = int(sys.argv[2]), pathlib.Path(sys.argv[3])
+(go.parent / f"ready{mine}").touch()
+while not go.exists():
+    time.sleep(0.001)
+try:
+    promotion.promote(versions, "zorb", mine, "production", reason="race", expected=None)
+    print("won")
+except Conflict as error:
+    print("lost", error)
+"""
+
+
+def test_of_two_processes_promoting_from_the_same_state_exactly_one_wins(versions, register, spawn, tmp_path):
+    register(versions, b"1")
+    register(versions, b"2")
+    children = [spawn(PROMOTE, versions.home.path, number, tmp_path / "go") for number in (1, 2)]
+    while not all((tmp_path / f"ready{number}").exists() for number in (1, 2)):
+        assert all(child.poll() is None for child in children)
+    (tmp_path / "go").touch()
+    answers = [child.communicate(timeout=60)[0] for child in children]
+    assert sorted(answer.split()[0] for answer in answers) == ["lost", "won"]
+    assert len(state(versions)[1]) == 1
+
+
+def test_rollback_goes_back_one_further_each_time(mirrored, register):
+    for content in (b"1", b"2", b"3"):
+        version = register(mirrored, content)
+        promote(mirrored, "zorb", version.version, "production", reason="next")
+    assert [rollback(mirrored, "zorb", reason="bad").after for _ in range(2)] == [2, 1]
+    with pytest.raises(PromotionError, match="cannot go back"):
+        rollback(mirrored, "zorb")
+    promote(mirrored, "zorb", 3, "production", reason="fixed elsewhere")
+    assert rollback(mirrored, "zorb").after == 1
+    aliases, events = state(mirrored)
+    assert replay(events) == aliases
+    assert fsck(mirrored.home, grace=0) == []
+
+
+def test_rollback_to_an_earlier_version_of_choice(versions, register):
+    for content in (b"1", b"2", b"3", b"4"):
+        register(versions, content)
+    for number in (1, 2, 3):
+        promote(versions, "zorb", number, "production", reason="next")
+    with pytest.raises(PromotionError, match="to version 4"):
+        rollback(versions, "zorb", to=4)
+    event = rollback(versions, "zorb", to=1, reason="2 was bad too", actor="ada@lab")
+    assert (event.action, event.before, event.after, event.actor) == ("rollback", 3, 1, "ada@lab")
+
+
+def test_rollback_to_damaged_bytes_is_refused(versions, register):
+    for content in (b"1", b"2"):
+        promote(versions, "zorb", register(versions, content).version, "production", reason="next")
+    versions.store.blobs.path(versions.show("zorb", 1).sha256).unlink()
+    with pytest.raises(Refused, match="are gone"):
+        rollback(versions, "zorb")
+    assert versions.show("zorb", "production").version == 2
+
+
+def test_rollback_of_what_was_never_promoted_is_refused(versions, register):
+    register(versions, b"1")
+    with pytest.raises(UnknownVersion, match="production"):
+        rollback(versions, "zorb")
+
+
+@pytest.mark.parametrize("statement", ["UPDATE events SET actor = 'eve'", "DELETE FROM events"])
+def test_events_cannot_be_changed(versions, register, statement):
+    register(versions, b"weights", alias_request="staging")
+    with (
+        sqlite3.connect(versions.home.lineage_db) as connection,
+        pytest.raises(sqlite3.IntegrityError, match="append-only"),
+    ):
+        connection.execute(statement)
+    connection.close()
+    assert len(state(versions)[1]) == 1
+
+
+def test_failed_promotion_leaves_neither_alias_nor_event(versions, register, monkeypatch):
+    register(versions, b"weights")
+    real = promotion.catalog.move_alias
+
+    def die(*arguments, **settings):
+        real(*arguments, **settings)
+        raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(promotion.catalog, "move_alias", die)
+    with pytest.raises(RuntimeError, match="power"):
+        promote(versions, "zorb", 1, "production", reason="r")
+    assert state(versions) == ({}, [])
+
+
+MOVES = st.lists(st.tuples(st.sampled_from(["promote", "rollback", "refuse"]), st.integers(1, 4)), max_size=30)
+
+
+@given(MOVES)
+def test_replay_ignores_refusals_and_the_clock(moves):
+    events = [
+        Event(seq, "zorb", "production", action, None, after, "a", "r", (), datetime.fromtimestamp(1e9 - seq, UTC))
+        for seq, (action, after) in enumerate(moves, 1)
+    ]
+    applied = [after for action, after in moves if action != "refuse"]
+    wanted = {("zorb", "production"): applied[-1]} if applied else {}
+    assert replay(events) == replay(reversed(events)) == wanted

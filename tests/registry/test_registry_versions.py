@@ -1,0 +1,366 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+
+from registry import mirror as mirror_module
+from registry.audit import fsck
+from registry.entities import to_json
+from registry.errors import DamagedBlob, MirrorError, MissingBlob, UnknownName, UnknownVersion, VersionError
+from registry.mirror import Mirror
+from registry.promotion import history
+from registry.store import Store
+from registry.versions import Versions
+
+
+def test_version_is_read_as_it_was_registered(mirrored, register):
+    version = register(mirrored, b"weights", alias_request="staging")
+    assert (version.ref, version.aliases, version.size) == ("zorb@1", ("staging",), 7)
+    assert mirrored.list() == (version,)
+    assert mirrored.get("zorb", 1) == mirrored.get("zorb", "staging") == mirrored.get("zorb") == version
+    assert mirrored.read_adapter(version) == b"weights"
+    assert version.parents == ("base:tiny",)
+    assert version.card == {"title": "Zorb"}
+    assert mirrored.lineage.run(version.run_id).mlflow_run_id == version.mlflow_run_id
+    shown = json.loads(json.dumps(to_json(version)))
+    assert {"name", "version", "aliases", "sha256", "size", "created_at"} <= set(shown)
+
+
+def test_same_adapter_with_same_report_keeps_its_number(versions, register):
+    first = register(versions, b"weights")
+    again = register(versions, b"weights", card={"title": "another"})
+    assert again == first
+    other = versions.store.put_files("report", {"report.json": b"other"})
+    assert [register(versions, b"weights", report=other).version, register(versions, b"new").version] == [2, 3]
+    assert register(versions, b"weights", name="star").version == 1
+
+
+def test_numbers_count_within_each_name(versions, register):
+    for content in (b"1", b"2", b"3"):
+        register(versions, content)
+        register(versions, content, name="star")
+    assert [version.ref for version in versions.list("zorb")] == ["zorb@1", "zorb@2", "zorb@3"]
+    assert len(versions.list()) == 6
+    assert versions.show("star").version == 3
+
+
+def test_repeated_registration_does_not_take_the_alias_back(versions, register):
+    register(versions, b"old", alias_request="staging")
+    register(versions, b"new", alias_request="staging")
+    assert register(versions, b"old", alias_request="staging").aliases == ()
+    assert versions.show("zorb", "staging").version == 2
+    assert [event.action for event in history(versions, "zorb")] == ["stage", "stage"]
+
+
+def test_alias_asked_for_later_is_given(versions, register):
+    register(versions, b"weights")
+    assert register(versions, b"weights", alias_request="staging").aliases == ("staging",)
+
+
+def test_version_that_failed_its_gates_is_registered_but_not_staged(versions, register, caplog):
+    good = register(versions, b"good", alias_request="staging")
+    bad = register(versions, b"bad", passed=False, alias_request="staging")
+    assert versions.show("zorb", "staging").version == good.version
+    assert bad.aliases == ()
+    refused = history(versions, "zorb")[-1]
+    assert (refused.action, refused.before, refused.after) == ("refuse", 1, 2)
+    assert "did not pass" in caplog.text
+
+
+def test_version_of_known_parents_is_walked_to_them(versions, register):
+    register(versions, b"a", name="a")
+    register(versions, b"b", name="b")
+    register(versions, b"ab", name="ab", parents=["a@1", "b@1", "base:tiny", "c@9"])
+    walk = versions.lineage.walk("ab@1")
+    assert {node.id for node in walk.nodes if node.kind == "version"} == {"ab@1", "a@1", "b@1"}
+    assert {node.id for node in walk.nodes if node.kind == "origin"} == {"base:tiny", "c@9"}
+    down = versions.lineage.walk("5" * 64, "down")
+    assert {node.id for node in down.nodes if node.kind == "version"} == {"a@1", "b@1", "ab@1"}
+    assert {node.id for node in versions.lineage.walk("a@1", "down").nodes if node.kind == "version"} == {"a@1", "ab@1"}
+
+
+def test_adapter_file_of_a_version_is_a_start(versions, register):
+    version = register(versions, b"weights", alias_request="staging")
+    nodes = versions.lineage.walk(version.sha256, "down").nodes
+    assert [(node.id, node.label) for node in nodes if node.kind == "version"] == [("zorb@1", "staging")]
+    up = versions.lineage.walk("zorb@staging", subjects=True)
+    assert "5" * 64 in {node.id for node in up.nodes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": {"clip_t": float("nan")}},
+        {"metrics": {"deep": {"list": [1.0, float("inf")]}}},
+        {"curves": {"loss": [(0, float("nan"))]}},
+        {"params": {"rate": float("nan")}},
+        {"card": {"set": {1}}},
+        {"name": "../evil"},
+        {"name": "Zorb"},
+        {"name": "-rf"},
+        {"name": "x" * 64},
+        {"alias_request": "latest"},
+        {"alias_request": "v3"},
+        {"alias_request": "3"},
+        {"alias_request": "a.b"},
+    ],
+)
+def test_what_cannot_be_registered_leaves_nothing(versions, register, changes):
+    with pytest.raises(VersionError):
+        register(versions, b"weights", **changes)
+    assert versions.list() == ()
+
+
+def test_file_that_the_artifact_lacks_is_refused(versions):
+    artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"x"})
+    with pytest.raises(VersionError, match=r"other\.safetensors"):
+        versions.register("zorb", artifact, "other.safetensors")
+
+
+def test_damaged_artifact_is_not_registered(versions):
+    artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"x", "training.json": b"{}"})
+    blob = versions.store.blobs.path(versions.store.files(artifact)["training.json"].sha256)
+    blob.write_bytes(b"[]")
+    with pytest.raises(DamagedBlob):
+        versions.register("zorb", artifact)
+    assert versions.list() == ()
+
+
+def test_version_is_never_served_with_other_bytes(versions, register, tmp_path):
+    version = register(versions, b"weights")
+    blob = versions.store.blobs.path(version.sha256)
+    blob.write_bytes(b"weightz")
+    for read in (lambda: versions.get("zorb"), lambda: versions.checkout_adapter(version, tmp_path / "out")):
+        with pytest.raises(DamagedBlob, match=version.sha256):
+            read()
+    blob.unlink()
+    with pytest.raises(MissingBlob):
+        versions.get("zorb")
+    assert versions.show("zorb") == version
+    assert not (tmp_path / "out").exists()
+
+
+def test_version_whose_row_names_other_bytes_is_not_served(versions, register):
+    version = register(versions, b"weights")
+    with pytest.raises(DamagedBlob, match="zorb@1"):
+        versions.read_adapter(dataclasses.replace(version, sha256="0" * 64))
+
+
+def test_unknown_names_and_versions_are_helped(versions, register):
+    register(versions, b"weights", alias_request="staging")
+    with pytest.raises(UnknownName, match="did you mean 'zorb'"):
+        versions.show("zorp")
+    with pytest.raises(UnknownVersion, match="staging"):
+        versions.show("zorb", "production")
+    with pytest.raises(UnknownVersion, match="1 to 1"):
+        versions.show("zorb", 2)
+
+
+def test_mlflow_shows_what_was_registered(mirrored, register):
+    from mlflow import MlflowClient
+
+    version = register(mirrored, b"weights", alias_request="staging", params={"rank": 8, "long": "x" * 9000, "of": [1]})
+    client = MlflowClient(mirrored.home.mlflow_url, mirrored.home.mlflow_url)
+    mirrored = client.get_model_version_by_alias("zorb", "staging")
+    assert (int(mirrored.version), mirrored.tags["loraline.sha256"]) == (1, version.sha256)
+    run = client.get_run(version.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["clip_t.difference"] == 0.01
+    assert run.data.params["rank"] == "8"
+    assert run.data.params["of"] == "[1]"
+    assert len(run.data.params["long"]) == 6000
+    assert len(run.data.tags["loraline.param.long"]) == 8000
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == [
+        (0, 1),
+        (1, 0.5),
+    ]
+    listed = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+    assert listed == {"adapter", "documents", "pictures", "record.json"}
+
+
+def test_mlflow_downloads_production_by_name(mirrored, register, tmp_path, monkeypatch):
+    import mlflow
+
+    from registry.promotion import promote
+
+    monkeypatch.chdir(tmp_path)
+    register(mirrored, b"old", alias_request="staging")
+    register(mirrored, b"weights", alias_request="staging")
+    promote(mirrored, "zorb", "staging", "production", reason="looks right")
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    try:
+        mlflow.set_tracking_uri(mirrored.home.mlflow_url)
+        mlflow.set_registry_uri(mirrored.home.mlflow_url)
+        folder = mlflow.artifacts.download_artifacts("models:/zorb@production", dst_path=str(tmp_path / "out"))
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+    listed = [path.name for path in Path(folder).iterdir()]
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in listed} == {"adapter.safetensors": b"weights"}
+    assert not (tmp_path / "mlruns").exists()
+
+
+class Faulty:
+    """An MLflow client whose n-th call fails, before or after it did its work."""
+
+    def __init__(self, client, fault, after):
+        self.client, self.fault, self.after, self.calls = client, fault, after, 0
+
+    def __getattr__(self, name):
+        method = getattr(self.client, name)
+
+        def call(*arguments, **settings):
+            self.calls += 1
+            answer = method(*arguments, **settings) if self.after or self.calls != self.fault else None
+            if self.calls == self.fault:
+                raise OSError(f"the process died in {name}")
+            return answer
+
+        return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_mlflow_cut_off_at_every_call_is_brought_level(home, register, monkeypatch, after):
+    make = mirror_module._open_client
+    for fault in range(1, 100):
+        name, clients = f"zorb{fault}", []
+
+        def faulty(opened, fault=fault, clients=clients):
+            clients.append(Faulty(make(opened), fault, after))
+            return clients[-1]
+
+        versions = Versions(home)
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror_module, "_open_client", faulty)
+            try:
+                register(versions, b"weights", name=name, alias_request="staging")
+                break
+            except MirrorError as error:
+                message = str(error)
+        assert "died in" in message
+        versions.close()
+        assert not versions.is_level()
+        assert versions.show(name, "staging").version == 1
+        reopened = Versions(home)
+        assert reopened.is_level()
+        reopened.close()
+        versions.close()
+    assert fault > 8
+    versions.close()
+    assert fsck(home, grace=0) == []
+
+
+def test_changed_mlflow_is_mended_on_demand(mirrored, register):
+    register(mirrored, b"old", alias_request="staging")
+    version = register(mirrored, b"new", alias_request="staging")
+    client = Mirror(mirrored.home, mirrored.store)
+    client.set_alias("zorb", "staging", 1)
+    copy = next(mirrored.home.mlflow_artifacts.rglob(f"{version.mlflow_run_id}/artifacts/adapter/adapter.safetensors"))
+    copy.write_bytes(b"evil")
+    assert len(fsck(mirrored.home)) == 3
+    mirrored.sync(again=True)
+    assert fsck(mirrored.home, grace=0) == []
+
+
+@pytest.mark.slow
+def test_foreign_version_in_mlflow_is_told_and_nothing_is_lost(mirrored, register):
+    register(mirrored, b"old")
+    client = Mirror(mirrored.home, mirrored.store)._client
+    client.create_model_version("zorb", source="file:///elsewhere")
+    with pytest.raises(MirrorError, match="move that file away"):
+        register(mirrored, b"new")
+    assert [version.version for version in mirrored.list()] == [1, 2]
+    mirrored.home.mlflow_db.unlink()
+    mirrored.sync()
+    assert fsck(mirrored.home, grace=0) == []
+
+
+def test_busy_mirror_does_not_hold_up_readers(versions, register, monkeypatch):
+    register(versions, b"weights")
+    monkeypatch.undo()
+    with versions.home.lock("mlflow"):
+        reader = Versions(versions.home)
+        assert [version.ref for version in reader.list()] == ["zorb@1"]
+        assert not reader.is_level()
+        with pytest.raises(Timeout):
+            reader.sync(timeout=0)
+        reader.close()
+
+
+def test_interrupted_transaction_leaves_no_version(versions, register, monkeypatch):
+    def die(*_arguments):
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Versions, "_stage", die)
+        with pytest.raises(RuntimeError, match="power"):
+            register(versions, b"weights", alias_request="staging")
+    assert versions.list() == ()
+    assert register(versions, b"weights", alias_request="staging").ref == "zorb@1"
+
+
+KILLED = """
+import os, sys
+from registry import versions as module
+from registry.home import Home
+module.bring_level = lambda *arguments, **settings: os._exit(9)
+versions = module.Versions(Home.open(sys.argv[1]))
+artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"weights"})
+versions.register("zorb", artifact, passed=True, alias_request="staging")
+"""
+
+
+def test_process_killed_before_mlflow_loses_nothing(home, spawn):
+    child = spawn(KILLED, home.path)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 9, errors
+    assert [problem.where for problem in fsck(home)] == ["MLflow's zorb@1"]
+    versions = Versions(home)
+    assert versions.is_level()
+    assert versions.get("zorb", "staging").version == 1
+    versions.close()
+    assert fsck(home, grace=0) == []
+
+
+REGISTER = """
+import sys
+from registry.home import Home
+from registry.versions import Versions
+versions = Versions(Home.open(sys.argv[1]))
+for number in range(2):
+    content = f"{sys.argv[2]} {number}".encode()
+    artifact = versions.store.put_files("adapter", {"adapter.safetensors": content})
+    print(versions.register("zorb", artifact, passed=True, alias_request="staging").version)
+"""
+
+
+@pytest.mark.slow
+def test_processes_registering_at_once_on_a_fresh_home_lose_nothing(empty_home, spawn):
+    children = [spawn(REGISTER, empty_home.path, number) for number in range(4)]
+    answers = [child.communicate(timeout=240) for child in children]
+    assert [child.returncode for child in children] == [0] * 4, answers
+    numbers = [int(line) for out, _ in answers for line in out.split()]
+    assert sorted(numbers) == list(range(1, 9))
+    versions = Versions(empty_home)
+    contents = {versions.read_adapter(version).decode() for version in versions.list()}
+    versions.close()
+    assert contents == {f"{child} {number}" for child in range(4) for number in range(2)}
+    assert fsck(empty_home, grace=0) == []
+
+
+def test_mlflow_database_is_never_half_made(empty_home, monkeypatch):
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    def die(_self, url, _artifacts):
+        Path(url.removeprefix("sqlite:///")).write_bytes(b"half a database")
+        raise OSError("the process died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqlAlchemyStore, "__init__", die)
+        with pytest.raises(MirrorError):
+            Mirror(empty_home, Store(empty_home.store))
+    assert not empty_home.mlflow_db.exists()
+    assert list(empty_home.path.glob(".*")) == []
