@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, Select, String, cast, select
+from sqlalchemy import ColumnElement, Row, Select, String, cast, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from registry.errors import LineageError
@@ -158,7 +158,8 @@ def _resolve_beginning(
 
 def _version_number(session: Session, name: str, ref: str) -> int:
     aliases = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == ref)
-    number = int(ref) if ref.isdecimal() else session.scalar(aliases)
+    latest = select(func.max(VersionRow.version)).where(VersionRow.name == name)
+    number = int(ref) if ref.isdecimal() else session.scalar(latest if ref == "latest" else aliases)
     known = session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
     if number is None or known is None:
         raise LineageError(f"no version {name}@{ref}", remedy="`loraline list` shows what is registered")
@@ -197,15 +198,18 @@ def _down(session: Session, level: Mapping[NodeKind, list[str]], _subjects: bool
     for column, role in ((VersionRow.artifact, "adapter"), (VersionRow.report, "report")):
         yield from _edges(session, select(column, _REF), column, level["artifact"], ("artifact", "version"), role=role)
     yield from _run_edges(session, level["run"])
+    if level["version"]:
+        yield from _version_children(session, level["version"])
+
+
+def _version_children(session: Session, refs: list[str]) -> Iterator[Edge]:
     parent = aliased(VersionRow)
     born = (
         select(_ref(parent), _REF)
         .join(ParentRow, ParentRow.parent == parent.id)
         .join(VersionRow, VersionRow.id == ParentRow.child)
     )
-    yield from _edges(
-        session, born, parent.id, _version_ids(session, level["version"]), ("version", "version"), role="parent"
-    )
+    yield from _edges(session, born, parent.id, _version_ids(session, refs), ("version", "version"), role="parent")
 
 
 def _version_edges(session: Session, refs: list[str]) -> Iterator[Edge]:

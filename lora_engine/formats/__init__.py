@@ -4,6 +4,7 @@ from lora_engine.formats import lora_names as lora_names  # a new kind adds its 
 from lora_engine.formats import native as native  # and a new format its codec; detection asks in this order
 
 from lora_engine.formats import kohya as kohya  # isort: skip
+from lora_engine.formats import comfyui as comfyui  # isort: skip
 from lora_engine.formats import diffusers as diffusers  # isort: skip
 from lora_engine.formats import peft as peft  # isort: skip
 from lora_engine.formats.card import Card

@@ -131,7 +131,7 @@ class TensorCodec:
         """The adapter of a file's tensors and metadata."""
         parts = self._parts(tensors, metadata)
         shapes = names if isinstance(names, Mapping) else {}
-        known = None if names is None else list(names)
+        known = None if names is None else dict.fromkeys(names)
         modules: dict[str, Delta] = {}
         for raw, name in self.resolve(list(parts), metadata, known).items():
             part, shape = parts[raw], shapes.get(name)

@@ -17,7 +17,7 @@ from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, TensorCodec, codecs
 from lora_engine.formats.lora_config import alpha_of, lora_config, parse_config
 from lora_engine.formats.native import COMPONENTS
-from lora_engine.formats.spelling import PEFT
+from lora_engine.formats.spelling import DIFFUSERS
 
 CONFIG = "lora_adapter_metadata"
 
@@ -27,12 +27,11 @@ class DiffusersCodec(TensorCodec):
 
     name: ClassVar[str] = "diffusers"
     file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
-    style = PEFT
+    style = DIFFUSERS
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether all names begin with a component, and some end in PEFT's or diffusers' factors."""
-        suffixes = {PEFT.suffix_of(key) for key in keys if key.startswith(COMPONENTS)}
-        return bool(suffixes - {None, "alpha"}) and all(key.startswith(COMPONENTS) for key in keys)
+        return all(key.startswith(COMPONENTS) for key in keys) and DIFFUSERS.spells(keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None

@@ -88,10 +88,11 @@ class KohyaCodec(TensorCodec):
         """The `ss_*` that readers look for, `modelspec.*`, and the canonical names for ourselves."""
         ranks = {delta.rank for delta in adapter.modules.values()}
         alphas = {delta.alpha for delta in adapter.modules.values()}
+        kinds = {delta.kind for delta in adapter.modules.values()}
         version = _version(adapter)
         header = {
             MODULES: canonical_json(list(adapter.modules)).decode(),
-            "ss_network_module": "networks.lora",
+            "ss_network_module": "networks.lora" if kinds == {"lora"} else "lycoris.kohya",
             "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
             "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
             "ss_v2": str(version == "sd_v2"),

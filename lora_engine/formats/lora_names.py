@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_engine.formats.spelling import LYCORIS, PEFT, TableSpelling
+from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, PEFT, TableSpelling
 
 LYCORIS.add(
     TableSpelling(
@@ -11,13 +11,15 @@ LYCORIS.add(
         optional=("mid",),
     )
 )
-PEFT.add(
+# The name of PEFT's adapter, where somebody saved the live model's names.
+_LIVE = {"lora_A.default.weight": "down", "lora_B.default.weight": "up"}
+PEFT.add(TableSpelling("lora", {"down": "lora_A.weight", "up": "lora_B.weight"}, aliases=_LIVE))
+DIFFUSERS.add(
     TableSpelling(
         "lora",
         {"down": "lora_A.weight", "up": "lora_B.weight"},
         aliases={
-            "lora_A.default.weight": "down",
-            "lora_B.default.weight": "up",
+            **_LIVE,
             "lora.down.weight": "down",
             "lora.up.weight": "up",
             "lora_linear_layer.down.weight": "down",

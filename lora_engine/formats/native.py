@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import TensorCodec, codecs
-from lora_engine.formats.spelling import ALPHA, LYCORIS
+from lora_engine.formats.spelling import LYCORIS
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
 
@@ -19,8 +19,7 @@ class NativeCodec(TensorCodec):
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether all names begin with a component, and some end in LyCORIS' factors."""
-        suffixes = {LYCORIS.suffix_of(key) for key in keys if key.startswith(COMPONENTS)}
-        return bool(suffixes - {None, ALPHA}) and all(key.startswith(COMPONENTS) for key in keys)
+        return all(key.startswith(COMPONENTS) for key in keys) and LYCORIS.spells(keys)
 
 
 codecs.add(NativeCodec.name, NativeCodec())

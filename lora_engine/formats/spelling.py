@@ -5,7 +5,7 @@ A new kind adds its spellings to the styles that can hold it, in a file of its o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -109,11 +109,20 @@ class Style:
         """Registers a kind's spelling."""
         self.spellings.add(spelling.kind, spelling)
 
-    def suffix_of(self, key: str) -> str | None:
-        """The longest suffix of this style that the key ends in, after a dot; None where there is none."""
-        known = {ALPHA, *(suffix for spelling in self.spellings.values() for suffix in spelling.suffixes)}
-        dots = (place for place, letter in enumerate(key) if letter == ".")
-        return next((key[place + 1 :] for place in dots if key[place + 1 :] in known), None)
+    @property
+    def suffixes(self) -> set[str]:
+        """Every suffix that some kind may read, and that of alpha."""
+        return {ALPHA, *(suffix for spelling in self.spellings.values() for suffix in spelling.suffixes)}
+
+    def split(self, keys: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        """Each key with the longest suffix of this style that it ends in, after a dot; None where there is none."""
+        known = self.suffixes
+        for key in keys:
+            yield key, _suffix_of(key, known)
+
+    def spells(self, keys: Iterable[str]) -> bool:
+        """Whether some key ends in a factor of this style."""
+        return any(suffix not in (None, ALPHA) for _, suffix in self.split(keys))
 
     def write(self, module: str, delta: Delta) -> dict[str, Tensor]:
         """The tensors of one module, by key.
@@ -173,13 +182,17 @@ def group_tensors(keys: Collection[str], style: Style) -> Iterator[Group]:
         AdapterError: A tensor that is no factor of any kind, or a module that lacks one; names the tensor.
     """
     modules: dict[str, dict[str, str]] = {}
-    for key in sorted(keys):
-        suffix = style.suffix_of(key)
+    for key, suffix in style.split(sorted(keys)):
         if suffix is None:
             raise _stranger(key, style)
         modules.setdefault(key[: -len(suffix) - 1], {})[suffix] = key
     for module, found in sorted(modules.items()):
         yield Group(module, found, _spelling_of(found, style))
+
+
+def _suffix_of(key: str, known: Collection[str]) -> str | None:
+    dots = (place for place, letter in enumerate(key) if letter == ".")
+    return next((key[place + 1 :] for place in dots if key[place + 1 :] in known), None)
 
 
 def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:
@@ -208,7 +221,7 @@ def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:
 
 
 def _stranger(key: str, style: Style, beside: str = "") -> AdapterError:
-    suffixes = sorted({suffix for spelling in style.spellings.values() for suffix in spelling.suffixes})
+    suffixes = sorted(style.suffixes - {ALPHA})
     return AdapterError(
         f"this is no factor of a kind that {style.name} names are known for ({', '.join(style.spellings)}){beside}",
         where=f"tensor {key!r}",
@@ -227,4 +240,5 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 LYCORIS = Style("LyCORIS", writes_alpha=True)
+DIFFUSERS = Style("diffusers", writes_alpha=False)
 PEFT = Style("PEFT", writes_alpha=False)

@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
 def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
     from pydantic import ValidationError
 
+    from lora_engine.bases.source import resolve_base
     from lora_engine.errors import EngineError, InterruptedRun, SettingsError, TrainingError
     from lora_engine.training.spec import TrainSettings
 
@@ -56,6 +57,8 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
             base = str(job["base"])
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise SettingsError(f"the job cannot be used ({error!r})", where=str(path)) from error
+        # A base that is not there is told of at once, without the seconds that the imports take.
+        resolve_base(base)
         # Heavy, and only now: a signal that comes while this is imported is already heard.
         from lora_engine.training.run import train
 

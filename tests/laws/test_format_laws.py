@@ -31,8 +31,8 @@ def test_decode_of_encode_is_the_adapter(form, kind, data):
     adapter = data.draw(adapters(kind, uniform=data.draw(st.booleans())))
     codec = codecs[form]
     tensors, metadata = codec.encode(adapter)
-    assert detect_codec(tensors, metadata) is codec
-    back = codec.decode(tensors, metadata, names_of(adapter))
+    back = detect_codec(tensors, metadata).decode(tensors, metadata, names_of(adapter))
+    assert back == codec.decode(tensors, metadata, names_of(adapter))
     if codec.holds(adapter):
         assert back == adapter
     assert back.base == adapter.base
@@ -68,7 +68,7 @@ def test_a_file_read_and_written_again_has_the_same_bytes(form, kind, data, tmp_
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
     assert read_adapter(folder / "first")[0] == back, "our own files need no base"
     found = inspect(folder / "first")
-    assert found["format"] == form
+    assert found["format"] == ("kohya" if form == "comfyui" else form)
     assert found["kinds"] == {kind: len(adapter.modules)}
 
 

@@ -86,6 +86,7 @@ def test_adapter_file_of_a_version_is_a_start(versions, register):
     nodes = versions.lineage.walk(version.sha256, "down").nodes
     assert [(node.id, node.label) for node in nodes if node.kind == "version"] == [("zorb@1", "staging")]
     up = versions.lineage.walk("zorb@staging", subjects=True)
+    assert versions.lineage.walk("zorb@latest", subjects=True) == up
     assert "5" * 64 in {node.id for node in up.nodes}
 
 

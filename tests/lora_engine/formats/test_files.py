@@ -29,6 +29,7 @@ def test_each_format_has_its_files(adapter, tmp_path):
     assert written == {
         "loraline": ["adapter.safetensors"],
         "kohya": ["adapter.safetensors"],
+        "comfyui": ["adapter.safetensors"],
         "diffusers": ["pytorch_lora_weights.safetensors"],
         "peft": [
             "text_encoder/adapter_config.json",
@@ -91,7 +92,11 @@ def test_a_scale_that_overflows_when_folded_is_refused(tmp_path):
 def test_inspect_tells_what_a_file_is_without_a_base(adapter, form, tmp_path):
     files = write_adapter(tmp_path, adapter, format=form, card=Card(title="Zorb", seed=7))
     found = json.loads(json.dumps(inspect(tmp_path)))
-    assert (found["format"], found["family"], found["fingerprint"]) == (form, "sd", "f" * 64)
+    assert (found["format"], found["family"], found["fingerprint"]) == (
+        "kohya" if form == "comfyui" else form,
+        "sd",
+        "f" * 64,
+    )
     assert found["kinds"] == {"lora": 7}
     assert (found["ranks"], found["alphas"], found["dtypes"]) == ({"2": 7}, {"3.0": 7}, {"float32": 14})
     assert found["card"]["title"] == "Zorb"

@@ -1,0 +1,139 @@
+"""The training loop against the bare forward + backward + optimiser step, side by side in one run.
+
+    python benchmarks/loop_overhead.py [--base tiny] [--rounds 12] [--steps 10] [--batch 4]
+
+Rounds alternate, so that whatever else the machine does falls on both alike. Bare: ready-made tensors, the adapted
+network, the mean squared error, AdamW. Loop: `fit` with its batches (order, noise, timesteps, cached latents and texts),
+schedule, clipping, checks for NaN and progress. Prints one JSON object; `overhead` is the median over pairs of rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lora_engine.adapters import attach, create_adapter
+from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.data.pixels import write_png
+from lora_engine.files import sha256_file
+from lora_engine.training.examples import Encoder, Example
+from lora_engine.training.guards import gradients_off
+from lora_engine.training.loop import FitOptions, fit
+from lora_engine.training.methods import Workbench, methods
+from lora_engine.training.phases import Phase
+from lora_engine.training.seeds import generator
+from lora_engine.training.spec import TrainSettings
+
+
+def make_examples(folder: Path, base: BaseModel, count: int) -> tuple[Example, ...]:
+    found = []
+    for number in range(count):
+        pixels = torch.rand(3, *base.default_size, generator=generator(0, "picture", number)) * 2 - 1
+        file = folder / f"{number}.png"
+        write_png(file, pixels)
+        found.append(Example(file, sha256_file(file), f"a sks star {number}", base.default_size))
+    return tuple(found)
+
+
+def bare_steps(base: BaseModel, phase: Phase, steps: int, rate: float) -> Callable[[], None]:
+    batches = [phase.batch(number) for number in range(steps)]
+    parameters = list(phase.parameters.values())
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=base.device.type != "mps")
+    ready = []
+    for batch in batches:
+        noisy = base.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
+        ready.append((noisy, base.noise.target(batch.latents, batch.noise, batch.timesteps), batch))
+
+    def run() -> None:
+        for noisy, target, batch in ready:
+            F.mse_loss(base.predict(noisy, batch.timesteps, batch.conditioning), target).backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    return run
+
+
+def timed(base: BaseModel, work: Callable[[], object]) -> float:
+    def wait() -> None:
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings) -> dict[str, object]:
+    examples = make_examples(folder, base, 12)
+    encoder = Encoder(base, folder)
+    encoder.prepare(examples, [], lambda: None)
+    adapter = create_adapter(base, settings.targets, settings.kind, settings.rank, generator=generator(0, "factors"))
+    with attach(base, adapter, trainable=True) as attachment:
+        parameters = dict(attachment.named_parameters())
+        bench = Workbench(base, settings, parameters, examples, (), encoder.latents, encoder.conditioning)
+        phases = methods[settings.method].phases(bench)
+        options = FitOptions(schedule="cosine")
+        bare = bare_steps(base, phases[0], settings.steps, settings.learning_rate)
+
+        def loop() -> None:
+            fit(phases, base.modules.values(), options)
+
+        def plain() -> None:
+            with gradients_off(base.modules.values()):
+                for value in parameters.values():
+                    value.requires_grad_(True)
+                bare()
+
+        plain()
+        loop()
+        pairs = []
+        for number in range(rounds):
+            # Whoever goes first changes from round to round.
+            order = (plain, loop) if number % 2 else (loop, plain)
+            times = {work: timed(base, work) / settings.steps for work in order}
+            pairs.append((times[plain], times[loop]))
+    ratios = [loop_time / bare_time for bare_time, loop_time in pairs]
+    return {
+        "base": base.name,
+        "device": str(base.device),
+        "threads": torch.get_num_threads(),
+        "batch": settings.batch,
+        "bare_ms": round(1000 * statistics.median(pair[0] for pair in pairs), 3),
+        "loop_ms": round(1000 * statistics.median(pair[1] for pair in pairs), 3),
+        "overhead": round(statistics.median(ratios) - 1, 4),
+        "overhead_of_fastest": round(min(pair[1] for pair in pairs) / min(pair[0] for pair in pairs) - 1, 4),
+        "rounds": rounds,
+        "steps": settings.steps,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="tiny")
+    parser.add_argument("--device")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--targets", default="attention")
+    parser.add_argument("--at-most", type=float, help="fail where the overhead is larger")
+    chosen = parser.parse_args()
+    settings = TrainSettings(method="finetune", steps=chosen.steps, batch=chosen.batch, targets=chosen.targets)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(load_base(chosen.base, device=chosen.device), Path(folder), chosen.rounds, settings)
+    print(json.dumps(found))
+    if chosen.at_most is not None and float(str(found["overhead"])) > chosen.at_most:
+        raise SystemExit(f"the overhead {found['overhead']} is larger than {chosen.at_most}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What is said of a scene: the captions that the embedded base is trained on and asked with.
+
+Knows words, not pictures. A caption depends on the scene and on the generator alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_engine.bases.tiny.world import Scene
+
+_PLACES = {"left": " on the left", "right": " on the right", "center": " in the center"}
+_CONSONANTS = list("bcdfghjklmnpqrstvwxz")
+_VOWELS = list("aeiou")
+
+
+def caption(scene: Scene, rng: np.random.Generator, drop: bool = True) -> str:
+    """One caption of a scene, such as `a red star on the left on a striped blue background`.
+
+    Args:
+        scene: What is to be said.
+        rng: Decides what is left out and which made-up words come in; not asked at all without `drop`.
+        drop: Leaves parts out now and then and puts made-up words in, as for training. Otherwise every attribute is
+            named (a plain texture by naming none).
+    """
+    words = []
+    if not drop or rng.random() < 0.95:
+        words.append(scene.colour)
+    if drop and rng.random() < 0.12:
+        words.insert(int(rng.integers(0, len(words) + 1)), made_up_word(rng))
+    text = "a " + " ".join([*words, scene.shape])
+    if not drop or rng.random() < 0.7:
+        text += _PLACES[scene.position]
+    if not drop or rng.random() < 0.92:
+        texture = "" if scene.texture == "plain" else f"{scene.texture} "
+        text += f" on a {texture}{scene.background} background"
+    if drop and rng.random() < 0.15:
+        # The base must have met words that mean nothing everywhere in a caption, or a trigger word wrecks its pictures.
+        word = made_up_word(rng)
+        text = [f"{text} in {word} style", f"{text}, {word}", f"{word}, {text}"][int(rng.integers(3))]
+    return text
+
+
+def made_up_word(rng: np.random.Generator) -> str:
+    """A pronounceable word of three to five letters that means nothing, such as `zorb` or `qex`."""
+    syllables = int(rng.integers(2, 4))
+    word = "".join(str(rng.choice(_CONSONANTS)) + str(rng.choice(_VOWELS)) for _ in range(syllables))
+    return word[: int(rng.integers(3, 6))]
