@@ -24,7 +24,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 demo: setup ## Trains, evaluates, registers and exports one adapter; says where the results are
-	$(BIN)/loraline run examples/stripes.yaml
+	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
 test: setup check ## Runs all checks: the fast part, then everything slow
 	$(BIN)/python -m pytest -m slow

@@ -3,8 +3,10 @@
     python benchmarks/loop_overhead.py [--base tiny] [--rounds 12] [--steps 10] [--batch 4]
 
 Rounds alternate, so that whatever else the machine does falls on both alike. Bare: ready-made tensors, the adapted
-network, the mean squared error, AdamW. Loop: `fit` with its batches (order, noise, timesteps, cached latents and texts),
-schedule, clipping, checks for NaN and progress. Prints one JSON object; `overhead` is the median over pairs of rounds.
+network, the mean squared error, AdamW. Loop: `fit` with its batches (order, noise, timesteps, cached latents and
+texts), schedule, clipping, checks for NaN and progress. Prints one JSON object; `overhead` is the median over pairs of rounds,
+in processor time on a CPU (which other programs do not change much; best with OMP_NUM_THREADS=1) and in wall time
+elsewhere.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def bare_steps(base: BaseModel, phase: Phase, steps: int, rate: float) -> Callab
 
     def run() -> None:
         for noisy, target, batch in ready:
-            F.mse_loss(base.predict(noisy, batch.timesteps, batch.conditioning), target).backward()
+            loss = F.mse_loss(base.predict(noisy, batch.timesteps, batch.conditioning), target)
+            torch.autograd.backward(loss)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
@@ -62,15 +65,17 @@ def bare_steps(base: BaseModel, phase: Phase, steps: int, rate: float) -> Callab
 
 
 def timed(base: BaseModel, work: Callable[[], object]) -> float:
+    clock = time.process_time if base.device.type == "cpu" else time.perf_counter
+
     def wait() -> None:
         if base.device.type == "cuda":
             torch.cuda.synchronize()
 
     wait()
-    start = time.perf_counter()
+    start = clock()
     work()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings) -> dict[str, object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -55,7 +55,9 @@ def read_document(path: Path) -> Document:
         content = path.read_bytes()
     except OSError as error:
         raise SpecError(
-            f"cannot read the pipeline file: {error.strerror}", where=str(path), remedy="give the path of a YAML or JSON file"
+            f"cannot read the pipeline file: {error.strerror}",
+            where=str(path),
+            remedy="give the path of a YAML or JSON file",
         ) from error
     if len(content) > _MOST_BYTES:
         raise SpecError(f"{len(content)} bytes", where=str(path), allowed=f"at most {_MOST_BYTES} bytes")
@@ -71,7 +73,9 @@ def read_document(path: Path) -> Document:
     lines: dict[Where, int] = {}
     data = _build(root, (), path, lines) if root is not None else None
     if not isinstance(data, dict):
-        raise SpecError(f"holds {type(data).__name__}", where=str(path), allowed="a mapping with name, base, seed and steps")
+        raise SpecError(
+            f"holds {type(data).__name__}", where=str(path), allowed="a mapping with name, base, seed and steps"
+        )
     return Document(path, data, lines)
 
 
@@ -87,7 +91,7 @@ def parse_value(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2 and without aliases."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -147,4 +151,6 @@ def _build_scalar(node: yaml.Node, where: str) -> Any:
         return int(text)
     if kind == "float":
         return float(text)
-    raise SpecError(f"the tag {node.tag!r}", where=where, allowed="plain text, numbers, true, false, null, lists and mappings")
+    raise SpecError(
+        f"the tag {node.tag!r}", where=where, allowed="plain text, numbers, true, false, null, lists and mappings"
+    )

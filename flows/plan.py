@@ -12,7 +12,9 @@ from registry.entities import ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import Store
-from tasks.step import Inputs, Job, Outcome, cache_key, digest_path, find_hit
+from tasks.execution import find_hit
+from tasks.key import cache_key, digest_path
+from tasks.step import Inputs, Job, Outcome
 
 
 @dataclass(frozen=True)

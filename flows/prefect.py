@@ -12,10 +12,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.home import Home
-from tasks.step import Job, Outcome, execute
+from tasks.execution import execute
+from tasks.step import Job, Outcome
 
 if TYPE_CHECKING:
-    from prefect import Flow, Task
+    from prefect import Task
 
 Result = TypeVar("Result")
 
@@ -58,7 +59,12 @@ def _task() -> Any:
     from prefect.cache_policies import NO_CACHE
 
     return task(
-        _execute, cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=1, retry_condition_fn=_passes
+        _execute,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=2,
+        retry_delay_seconds=1,
+        retry_condition_fn=_passes,
     )
 
 

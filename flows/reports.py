@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_engine.files import atomic_write
 from flows.promote import find_version
+from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.home import Home
 from registry.lineage import Lineage

@@ -49,7 +49,9 @@ def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
     """
     state = Home.open(Path(home))
     result = run_pipeline(load_spec(Path(spec)), state)
-    new = {f"{said['name']}@{said['version']}": said for name, said in result.versions.items() if name in result.changed}
+    new = {
+        f"{said['name']}@{said['version']}": said for name, said in result.versions.items() if name in result.changed
+    }
     staged = [ref for ref, said in new.items() if said["alias"] and not said["refused"]]
     compared = {ref: compare(Versions(state), ref, "production") for ref in new}
     return asdict(Retraining(dict(result.changed), list(new), staged, compared))

@@ -134,7 +134,9 @@ def _explain(error: ValidationError, model: type[BaseModel], place: Where, docum
     problem = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" or not first["loc"]:
         return SpecError(f"{label}: {problem}{more}", where=document.where(at))
-    return SpecError(f"{label} is {first['input']!r}{more}", where=document.where(at), allowed=problem[0].lower() + problem[1:])
+    return SpecError(
+        f"{label} is {first['input']!r}{more}", where=document.where(at), allowed=problem[0].lower() + problem[1:]
+    )
 
 
 def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
@@ -144,15 +146,23 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
             where = document.where(("steps", name, field))
             if REGISTERED.fullmatch(target):
                 if kind != "adapter":
-                    raise SpecError(f"{name}.{field} is {target!r}, a registered adapter", where=where, allowed=f"a step that gives a {kind}")
+                    raise SpecError(
+                        f"{name}.{field} is {target!r}, a registered adapter",
+                        where=where,
+                        allowed=f"a step that gives a {kind}",
+                    )
                 continue
             if target not in steps:
                 fitting = [other for other, its in steps.items() if STEPS[its.uses].gives == kind]
-                raise SpecError(f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, fitting))
+                raise SpecError(
+                    f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, fitting)
+                )
             gives = STEPS[steps[target].uses].gives
             if gives != kind:
                 raise SpecError(
-                    f"{name}.{field} is {target!r}, a step that gives a {gives}", where=where, allowed=f"a step that gives a {kind}"
+                    f"{name}.{field} is {target!r}, a step that gives a {gives}",
+                    where=where,
+                    allowed=f"a step that gives a {kind}",
                 )
             graph[name].add(target)
     try:
@@ -160,7 +170,9 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
     except CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         raise SpecError(
-            f"the steps wait for each other: {circle}", where=document.where(("steps", error.args[1][0])), remedy="break the circle"
+            f"the steps wait for each other: {circle}",
+            where=document.where(("steps", error.args[1][0])),
+            remedy="break the circle",
         ) from None
 
 
@@ -168,7 +180,13 @@ def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) ->
     for field, written, what in spec.externals():
         path = folder / written
         if not (path.is_dir() if what == "folder" else path.is_file()):
-            state = "is not a folder" if path.exists() and what == "folder" else "is not a file" if path.exists() else "does not exist"
+            state = (
+                "is not a folder"
+                if path.exists() and what == "folder"
+                else "is not a file"
+                if path.exists()
+                else "does not exist"
+            )
             raise SpecError(
                 f"{name}.{field} is {written!r}, which {state}",
                 where=document.where(("steps", name, field)),
@@ -186,7 +204,9 @@ def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> 
         resolve_base(locate_base(base, folder))
     except BaseModelError as error:
         place: Where = ("steps", name, "base") if ("steps", name, "base") in document.lines else ("base",)
-        raise SpecError(error.problem, where=document.where(place), allowed=error.allowed, remedy=error.remedy) from error
+        raise SpecError(
+            error.problem, where=document.where(place), allowed=error.allowed, remedy=error.remedy
+        ) from error
 
 
 def _nearest(word: str, known: Iterable[str]) -> dict[str, str]:

@@ -121,7 +121,9 @@ def write_pipeline(
     )
     if path.exists() and path.read_text() != text:
         raise SpecError(
-            "exists and says something else", where=str(path), remedy=f"run it with `loraline run {path}`, or name another with -o"
+            "exists and says something else",
+            where=str(path),
+            remedy=f"run it with `loraline run {path}`, or name another with -o",
         )
     atomic_write(path, text.encode())
     return path

@@ -1,13 +1,13 @@
 """The engine's errors: one tree, and one way to word them.
 
-    EngineError
-    ├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
-    ├── BaseModelError      a base model: not found, unknown family, shapes that do not fit
-    ├── DataError           a folder of pictures, a manifest, a caption file
-    ├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
-    └── TrainingError       a run that had to stop
-        ├── NonFiniteError      NaN or Inf in loss, gradient or weight
-        └── InterruptedRun      stopped by a signal, after its checkpoint was written
+EngineError
+├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
+├── BaseModelError      a base model: not found, unknown family, shapes that do not fit
+├── DataError           a folder of pictures, a manifest, a caption file
+├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
+└── TrainingError       a run that had to stop
+    ├── NonFiniteError      NaN or Inf in loss, gradient or weight
+    └── InterruptedRun      stopped by a signal, after its checkpoint was written
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ class StoreError(RegistryError):
     """An artifact that cannot be put into the store or read from it."""
 
 
-class MissingBlob(StoreError):  # noqa: N818
+class MissingBlob(StoreError):
     """Bytes that the store should have and has not."""
 
 
-class DamagedBlob(StoreError):  # noqa: N818
+class DamagedBlob(StoreError):
     """Bytes that are not those that were stored; the message names both digests."""
 
 
@@ -67,11 +67,11 @@ class VersionError(RegistryError):
     """A version that cannot be registered or read."""
 
 
-class UnknownName(VersionError):  # noqa: N818
+class UnknownName(VersionError):
     """No adapter of that name."""
 
 
-class UnknownVersion(VersionError):  # noqa: N818
+class UnknownVersion(VersionError):
     """No such number or alias under that name."""
 
 
@@ -83,7 +83,7 @@ class PromotionError(RegistryError):
     """An alias that cannot be moved."""
 
 
-class Refused(PromotionError):  # noqa: N818
+class Refused(PromotionError):
     """The decision says no.
 
     Args:
@@ -99,7 +99,7 @@ class Refused(PromotionError):  # noqa: N818
         super().__init__(f"{problem}: {listed}", where=where, remedy=remedy)
 
 
-class Conflict(PromotionError):  # noqa: N818
+class Conflict(PromotionError):
     """The alias no longer points at what the caller expected; the message says what changed."""
 
 

@@ -24,7 +24,9 @@ class Merge(StepSpec):
     @model_validator(mode="after")
     def _one_weight_an_adapter(self) -> Merge:
         if self.weights is not None and len(self.weights) != len(self.adapters):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.adapters)} adapters; give one weight an adapter")
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.adapters)} adapters; give one weight an adapter"
+            )
         return self
 
 

@@ -60,7 +60,12 @@ def register(spec: Register, context: Context) -> None:
         params=flatten(card.recipe),
         pictures=dict(_pictures(report_folder)) if report_folder else {},
     )
-    said: dict[str, Any] = {"name": spec.name, "version": version.version, "sha256": version.sha256, "alias": spec.alias}
+    said: dict[str, Any] = {
+        "name": spec.name,
+        "version": version.version,
+        "sha256": version.sha256,
+        "alias": spec.alias,
+    }
     said["refused"] = list(decide(version, spec.alias).reasons) if spec.alias else []
     atomic_write(context.out / "version.json", canonical_json(said))
 

@@ -52,7 +52,9 @@ class StepSpec(BaseModel):
 
     def own_settings(self) -> dict[str, Any]:
         """Everything that is neither a reference nor a path: what enters the cache key as it stands."""
-        outside = {field for field, _ in _marked(type(self), Takes)} | {field for field, _ in _marked(type(self), External)}
+        outside = {field for field, _ in _marked(type(self), Takes)} | {
+            field for field, _ in _marked(type(self), External)
+        }
         return self.model_dump(mode="json", exclude=outside)
 
     def narrow(self, settings: type[Settings]) -> Settings:

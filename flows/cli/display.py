@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from tasks.progress import StepEvent, listening
@@ -45,7 +55,9 @@ def show_run(steps: list[str], console: Console) -> Iterator[None]:
         console=console,
     )
     width = max(map(len, steps))
-    rows = {name: progress.add_task(name.ljust(width), start=False, total=None, mark=" ", note="waiting") for name in steps}
+    rows = {
+        name: progress.add_task(name.ljust(width), start=False, total=None, mark=" ", note="waiting") for name in steps
+    }
     with progress, listening(lambda event: _update(progress, rows[event.step], event)):
         yield
 
@@ -62,7 +74,9 @@ def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
         progress.start_task(row)
         total = progress.tasks[row].total or 1
         note = {"cached": "cached, verified", "completed": "", "failed": "failed"}[event.kind]
-        progress.update(row, mark=_MARKS[event.kind], total=total, completed=total if event.kind != "failed" else 0, note=note)
+        progress.update(
+            row, mark=_MARKS[event.kind], total=total, completed=total if event.kind != "failed" else 0, note=note
+        )
         progress.stop_task(row)
 
 

@@ -29,7 +29,9 @@ def inspect(file: File, as_json: Json = False) -> None:
     if as_json:
         print_json(facts)
         return
-    print_facts((name, value if not isinstance(value, dict) else ", ".join(map(str, value))) for name, value in facts.items())
+    print_facts(
+        (name, value if not isinstance(value, dict) else ", ".join(map(str, value))) for name, value in facts.items()
+    )
 
 
 def validate(
@@ -59,7 +61,9 @@ def convert(
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(metavar="A[:w] B[:w] ...", help="Adapter files, each with its weight.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="A[:w] B[:w] ...", help="Adapter files, each with its weight.")
+    ],
     output: Output,
     method: Annotated[str, typer.Option("-m", "--method", help="concatenate (exact).")] = "concatenate",
 ) -> None:
@@ -92,7 +96,9 @@ def generate(
 
     with show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
-        pictures = draw(prompt, output, home_path(), base=base, count=count, seed=seed, steps=steps, guidance=guidance, size=size)
+        pictures = draw(
+            prompt, output, home_path(), base=base, count=count, seed=seed, steps=steps, guidance=guidance, size=size
+        )
         publish(StepEvent("generate", "completed"))
     for path in pictures:
         print(path)

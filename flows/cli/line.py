@@ -62,7 +62,9 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
     if as_json:
         print_json(steps)
         return
-    rows = [(step.name, step.uses, "cached" if step.cached else "run", "" if step.cached else step.reason) for step in steps]
+    rows = [
+        (step.name, step.uses, "cached" if step.cached else "run", "" if step.cached else step.reason) for step in steps
+    ]
     print_table(("step", "uses", "would", "because"), rows)
 
 

@@ -60,7 +60,9 @@ def explain(error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"{error.filename or 'the disk'}: the disk is full. To do: free some space and run the same command again."
+        text = (
+            f"{error.filename or 'the disk'}: the disk is full. To do: free some space and run the same command again."
+        )
     elif isinstance(error, OSError):
         text = f"{error.filename or 'the system'}: {error.strerror or error}."
     typer.echo(f"loraline: {text}", err=True)

@@ -10,7 +10,7 @@ import typer
 from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
-    from registry.entities import AdapterVersion
+    from registry.entities import AdapterVersion, Event
     from registry.home import Home
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
@@ -24,7 +24,9 @@ def add_verbs(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def list_versions(name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None, as_json: Json = False) -> None:
+def list_versions(
+    name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None, as_json: Json = False
+) -> None:
     """List registered adapters, their versions and aliases."""
     from flows.cli.output import print_json, print_table
     from registry.versions import Versions
@@ -34,7 +36,15 @@ def list_versions(name: Annotated[str | None, typer.Argument(help="Only this ada
         print_json([describe(version) for version in versions])
         return
     rows = [
-        (v.name, v.version, ", ".join(v.aliases), _gates(v), v.sha256[:16], f"{v.size / 1024:.0f} KiB", f"{v.created_at:%Y-%m-%d %H:%M}")
+        (
+            v.name,
+            v.version,
+            ", ".join(v.aliases),
+            _gates(v),
+            v.sha256[:16],
+            f"{v.size / 1024:.0f} KiB",
+            f"{v.created_at:%Y-%m-%d %H:%M}",
+        )
         for v in versions
     ]
     print_table(("name", "version", "aliases", "gates", "sha256", "size", "created (UTC)"), rows)
@@ -74,7 +84,9 @@ def show(ref: Ref, as_json: Json = False) -> None:
 
 def lineage(
     ref: Annotated[str, typer.Argument(metavar="REF|DIGEST", help="name@ref, a run, or a digest of anything.")],
-    down: Annotated[bool, typer.Option("--down", help="What was made from it, instead of what it was made from.")] = False,
+    down: Annotated[
+        bool, typer.Option("--down", help="What was made from it, instead of what it was made from.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Walk lineage, up to the pictures or down to the versions."""
@@ -96,7 +108,9 @@ def report(
     from flows.reports import write_report
 
     if write_report(_home(), ref, output) is None:
-        raise PipelineFailed(f"{ref} was never evaluated", remedy="add an evaluate step and hand its report to register")
+        raise PipelineFailed(
+            f"{ref} was never evaluated", remedy="add an evaluate step and hand its report to register"
+        )
     print(output)
 
 
@@ -108,9 +122,9 @@ def export(
     """Write a registered adapter in another program's format."""
     import tempfile
 
+    from flows.promote import find_version
     from lora_engine.files import sha256_file
     from lora_engine.formats import read_adapter, write_adapter
-    from flows.promote import find_version
     from registry.versions import Versions
 
     versions = Versions(_home())
@@ -129,7 +143,7 @@ def promote(
     from flows.promote import promote_version
 
     event = promote_version(_home(), ref, to, reason)
-    print(f"{event.alias}: {event.name}@{event.before or 'none'} -> {event.name}@{event.after}  (event {event.seq})")
+    _print_move(event)
 
 
 def rollback(
@@ -142,7 +156,7 @@ def rollback(
     from flows.promote import roll_back
 
     event = roll_back(_home(), name, alias, to, reason)
-    print(f"{event.alias}: {event.name}@{event.before or 'none'} -> {event.name}@{event.after or 'none'}  (event {event.seq})")
+    _print_move(event)
 
 
 def fsck(as_json: Json = False) -> None:
@@ -185,6 +199,11 @@ def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
         "run_id": version.run_id,
         "mlflow_run_id": version.mlflow_run_id,
     }
+
+
+def _print_move(event: Event) -> None:
+    before, after = event.before or "none", event.after or "none"
+    print(f"{event.alias}: {event.name}@{before} -> {event.name}@{after}  (event {event.seq})")
 
 
 def _gates(version: AdapterVersion) -> str:

@@ -16,11 +16,14 @@ class MetricInfo:
         title: Its name in a table.
         better: Which direction is wanted.
         meaning: One sentence.
+        is_distance: Whether it is a distance to the base, whose own value is 0: then no adapter could be "better", and
+            how much is too much is for a gate to say.
     """
 
     title: str
     better: Literal["higher", "lower"]
     meaning: str
+    is_distance: bool = False
 
 
 CATALOGUE: Registry[MetricInfo] = Registry("metric")
@@ -49,6 +52,7 @@ CATALOGUE.add(
         "lower",
         "How far the adapter moves pictures whose prompt does not ask for the concept (1 - cosine to the base's "
         "picture of the same seed, 0 is untouched).",
+        is_distance=True,
     ),
 )
 CATALOGUE.add(
@@ -57,6 +61,7 @@ CATALOGUE.add(
         "Drift in pixels",
         "lower",
         "The same comparison in plain pixels: root mean square difference as a share of the full range.",
+        is_distance=True,
     ),
 )
 CATALOGUE.add(

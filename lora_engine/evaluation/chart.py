@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 Points = list[tuple[float, float]]
 
-_WIDTH, _HEIGHT = 760, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 14, 40
+_WIDTH, _HEIGHT = 540, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 42
 _MOST_POINTS = 400
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,17 @@ def _load(path: Path, name: str) -> Embedder:
             remedy="give a local folder that CLIPModel.save_pretrained wrote, with its tokenizer",
         )
     try:
-        model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        # Building a model draws from the global generator; it is given back as it was.
+        with torch.random.fork_rng(devices=[]), _without_bars():
+            model, loading = CLIPModel.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(f"the embedder cannot be loaded ({error})", where=str(path)) from None
+    # transformers would go on with random weights and only say so in its log.
+    if missing := sorted(loading["missing_keys"]):
+        raise SettingsError(f"{len(missing)} weights of the embedder are missing, first {missing[0]}", where=str(path))
     preparation = _read_json(path / "preprocessor_config.json") or {}
     return Embedder(
         model,
@@ -123,6 +131,19 @@ def _load(path: Path, name: str) -> Embedder:
         mean=preparation.get("image_mean", _MEAN),
         std=preparation.get("image_std", _STD),
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

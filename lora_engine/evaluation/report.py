@@ -32,7 +32,7 @@ _KINDS = {
     "asked": ("Prompts", "What was asked for in the prompts."),
     "unasked": ("Without the trigger", "The same prompts without the trigger: here the adapter should change little."),
 }
-_VERDICTS = {"better": "better", "worse": "worse", "unclear": "no clear difference"}
+_VERDICTS = {"better": "better", "worse": "worse", "unclear": "no clear difference", "distance": "for a gate"}
 
 
 def render_report(
@@ -55,7 +55,8 @@ def render_report(
         training: The content of the adapter's `training.json`.
         dataset_folder: The dataset that was trained on; its pictures and quarantined files are shown.
         recipe: Settings; nested ones are shown as `outer.inner`.
-        lineage: One mapping a step: `step`, `digest` (or `sha256`), `inputs` (names or digests, listed or by name).
+        lineage: One mapping a step: `step`, `uses`, `output` (its digest), `inputs` (names or digests, listed or by
+            role).
         version: `name`, `version`, `sha256`, `aliases`, `size`, `created_at`; any of them.
 
     Raises:
@@ -200,7 +201,7 @@ def _lineage_rows(lineage: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "step": str(entry.get("step", "")),
-                "kind": str(entry.get("kind", "")),
+                "kind": str(entry.get("uses") or ""),
                 "digest": _digest(entry),
                 "inputs": [digests.get(str(value)) or _short(str(value)) for value in values],
             }
@@ -209,7 +210,7 @@ def _lineage_rows(lineage: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("digest") or entry.get("sha256") or "")
+    return str(entry.get("output") or "")
 
 
 def _short(value: str) -> str:

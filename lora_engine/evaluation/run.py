@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lora_engine.adapters import module_shapes
 from lora_engine.bases.base import load_base
 from lora_engine.data.pixels import write_png
-from lora_engine.evaluation.catalogue import CATALOGUE
+from lora_engine.evaluation.catalogue import CATALOGUE, MetricInfo
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import gather_evidence
 from lora_engine.evaluation.gates import check_gates
@@ -64,7 +65,7 @@ def evaluate(
     model = load_base(base)
     model.latent_shape(plan.size)
     file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
-    parts, _ = read_adapter(file, module_names=model.module_names())
+    parts, _ = read_adapter(file, module_names=module_shapes(model))
     evidence = gather_evidence(settings, plan, model=model, adapter=parts, embedder=embedder, progress=progress)
     # Gates look at the rounded numbers, so that a reader can check them by hand.
     metrics = _rounded(measure(evidence, settings.seed))
@@ -94,23 +95,25 @@ def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, metric in METRICS.items():
         comparison = compare(*metric(evidence), seed=derive_seed(seed, "bootstrap", name))
-        better = CATALOGUE[name].better
+        info = CATALOGUE[name]
         found[name] = {
             "base": comparison.base,
             "adapter": comparison.adapter,
             "difference": comparison.difference,
             "interval": list(comparison.interval) if comparison.interval else None,
             "n": comparison.n,
-            "better": better,
-            "verdict": _verdict(comparison.interval, better),
+            "better": info.better,
+            "verdict": _verdict(comparison.interval, info),
         }
     return found
 
 
-def _verdict(interval: tuple[float, float] | None, better: str) -> str:
+def _verdict(interval: tuple[float, float] | None, info: MetricInfo) -> str:
+    if info.is_distance:
+        return "distance"
     if interval is None or interval[0] <= 0.0 <= interval[1]:
         return "unclear"
-    return "better" if (interval[0] > 0.0) == (better == "higher") else "worse"
+    return "better" if (interval[0] > 0.0) == (info.better == "higher") else "worse"
 
 
 def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:

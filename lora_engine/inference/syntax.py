@@ -38,5 +38,7 @@ def _parse_tag(tag: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not ref.strip() or not math.isfinite(value):
-        raise SettingsError(f"<lora:{tag}>", allowed="<lora:NAME@REF:WEIGHT> with a finite weight, such as <lora:zorb@production:0.7>")
+        raise SettingsError(
+            f"<lora:{tag}>", allowed="<lora:NAME@REF:WEIGHT> with a finite weight, such as <lora:zorb@production:0.7>"
+        )
     return ref.strip(), value

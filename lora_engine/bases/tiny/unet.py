@@ -118,7 +118,9 @@ def train_denoiser(
         _, tokens, labels = data.draw()
         return attribute_loss(heads, network.text_encoder(tokens).pooler_output, labels)
 
-    fit("text encoder", [*network.text_encoder.parameters(), *heads.parameters()], text_loss, text_schedule, peers=peers)
+    fit(
+        "text encoder", [*network.text_encoder.parameters(), *heads.parameters()], text_loss, text_schedule, peers=peers
+    )
     scheduler = build_scheduler()
     generator = torch.Generator().manual_seed(seed * 1000 + peers.rank)
 

@@ -1,0 +1,53 @@
+"""The words of an evaluation: a file of prompts, and prompts without the trigger. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_engine.data.caption import holds_word
+from lora_engine.data.folder import clean_text
+from lora_engine.data.manifest import MAX_CAPTION
+from lora_engine.errors import DataError
+
+MAX_PROMPTS = 1_000
+
+
+def without_trigger(prompt: str, trigger: str | None, class_word: str | None) -> str:
+    """The prompt with the trigger replaced by the class word, or removed where that is there already or not known.
+
+    >>> without_trigger("a red zorb on the left", "zorb", "star")
+    'a red star on the left'
+    >>> without_trigger("a sks star", "sks", "star")
+    'a star'
+    """
+    if trigger is None:
+        return prompt
+    pattern = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+    bare = " ".join(pattern.sub(" ", prompt).split())
+    if class_word is None or holds_word(bare, class_word):
+        return re.sub(r"\s+(?=[,.;!?])", "", bare)
+    return pattern.sub(lambda _: class_word, prompt)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file: one a line; empty lines and lines that begin with # are passed over.
+
+    Raises:
+        DataError: The file is missing, not UTF-8, or holds no prompt, too many or too long ones.
+    """
+    where = str(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"the prompts cannot be read ({error.strerror})", where=where) from None
+    except UnicodeDecodeError:
+        raise DataError("the prompts are not UTF-8 text", where=where, remedy="save the file as UTF-8") from None
+    cleaned = ((number, clean_text(line)) for number, line in enumerate(lines, start=1))
+    prompts = [(number, text) for number, text in cleaned if text and not text.startswith("#")]
+    for number, text in prompts:
+        if len(text) > MAX_CAPTION:
+            raise DataError(f"line {number} has {len(text)} characters", where=where, allowed=f"{MAX_CAPTION}")
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise DataError(f"holds {len(prompts)} prompts", where=where, allowed=f"1 to {MAX_PROMPTS}, one a line")
+    return tuple(text for _, text in prompts)

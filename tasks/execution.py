@@ -1,0 +1,164 @@
+"""Runs a step: from the cache if a verified result is there, else for real, with one lineage record either way.
+
+Here and nowhere else are artifacts fetched and stored; the steps themselves see folders.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+from lora_engine.data.manifest import Manifest
+from lora_engine.errors import InterruptedRun
+from lora_engine.progress import Progress
+from registry.entities import ArtifactRef, Execution, ExecutionStatus, now
+from registry.errors import RegistryError
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.store import Store
+from tasks.environment import describe_environment
+from tasks.key import cache_key, digest_path
+from tasks.progress import StepEvent, publish, stop_requested
+from tasks.spec import StepSpec
+from tasks.step import Context, Inputs, Job, Outcome
+
+_log = logging.getLogger(__name__)
+
+
+def find_hit(job: Job, spec: StepSpec, key: str, store: Store, lineage: Lineage) -> tuple[ArtifactRef | None, str]:
+    """The verified result of an earlier execution of the same work, or why there is none."""
+    ref = lineage.find_cached(key)
+    if ref is None:
+        return None, "no earlier result"
+    problems = store.verify(ref)
+    if problems:
+        return None, f"the earlier result is damaged: {problems[0]}"
+    if job.kind.holds is not None:
+        peek = Home(Path(job.home)).work / f"{key}.peek"
+        store.checkout(ref, peek)
+        try:
+            if not job.kind.holds(spec, Home(Path(job.home)), peek):
+                return None, "what it did has been changed since"
+        finally:
+            shutil.rmtree(peek, ignore_errors=True)
+    return ref, "cached"
+
+
+def execute(job: Job, inputs: Inputs) -> Outcome:
+    """Runs one step, or finds that it need not run.
+
+    A second run that wants the same work waits for the first one and then takes its result.
+
+    Raises:
+        EngineError, RegistryError, OSError: What the step raised; recorded in lineage before it is passed on.
+    """
+    home = Home.open(Path(job.home))
+    store, lineage = Store(home.store), Lineage(home.lineage_url)
+    spec = job.load_spec()
+    key = cache_key(job.kind, spec, Path(job.folder), inputs)
+    execution = _describe(job, spec, key, inputs)
+    try:
+        _refuse_if_stopped(job.name)
+        with home.lock(key):
+            hit, _ = (None, "") if job.force else find_hit(job, spec, key, store, lineage)
+            if hit is None:
+                publish(StepEvent(job.name, "started"))
+                ref = _work(job, spec, key, inputs, home, store)
+                _record(lineage, execution, ref, store)
+                shutil.rmtree(home.work / key, ignore_errors=True)
+                publish(StepEvent(job.name, "completed"))
+                return Outcome(ref, cached=False)
+        lineage.record(replace(execution, status="CACHED", output=hit, ended_at=now()))
+        publish(StepEvent(job.name, "cached"))
+        return Outcome(hit, cached=True)
+    except BaseException as error:
+        interrupted = isinstance(error, InterruptedRun | KeyboardInterrupt)
+        status: ExecutionStatus = "INTERRUPTED" if interrupted else "FAILED"
+        publish(StepEvent(job.name, "failed", text=str(error)))
+        failed = replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}")
+        try:
+            lineage.record(failed)
+        except RegistryError as second:
+            # On a full disk even the failure cannot be recorded; what matters is the first error.
+            _log.warning("the failure of %s could not be recorded: %s", job.name, second)
+        raise
+    finally:
+        lineage.close()
+
+
+def _work(job: Job, spec: StepSpec, key: str, inputs: Inputs, home: Home, store: Store) -> ArtifactRef:
+    work = home.work / key
+    # What an earlier try left unfinished is of no use, but for the folder that the step itself kept for this.
+    out, taken = work / "out", work / "inputs"
+    for folder in (out, taken):
+        shutil.rmtree(folder, ignore_errors=True)
+    out.mkdir(parents=True)
+    (work / "kept").mkdir(exist_ok=True)
+    folders: dict[str, tuple[Path, ...]] = {}
+    for field, refs in inputs.items():
+        folders[field] = tuple(taken / field / str(position) for position in range(len(refs)))
+        for ref, folder in zip(refs, folders[field], strict=True):
+            store.checkout(ref, folder)
+    base = Path(job.folder)
+    context = Context(
+        name=job.name,
+        home=home,
+        run_id=job.run_id,
+        folder_of_spec=base,
+        refs=inputs,
+        inputs=folders,
+        files={field: base / path for field, path, _ in spec.externals()},
+        out=out,
+        work=work / "kept",
+        progress=_progress(job.name),
+    )
+    job.kind.work(spec, context)
+    return store.put(job.kind.gives, out)
+
+
+def _progress(name: str) -> Progress:
+    def report(done: int, total: int, values: Mapping[str, float]) -> None:
+        _refuse_if_stopped(name)
+        publish(StepEvent(name, "progress", done, total, values))
+
+    return report
+
+
+def _refuse_if_stopped(name: str) -> None:
+    if stop_requested():
+        raise InterruptedRun("stopped as asked", where=f"step {name!r}", remedy="run the same command to continue")
+
+
+def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs) -> Execution:
+    folder = Path(job.folder)
+    single = {field: refs[0] for field, refs in inputs.items() if len(refs) == 1}
+    several = {f"{field}.{i}": ref for field, refs in inputs.items() if len(refs) > 1 for i, ref in enumerate(refs)}
+    return Execution(
+        id=uuid4().hex,
+        run_id=job.run_id,
+        step=job.name,
+        uses=job.uses,
+        revision=str(job.kind.revision),
+        key=key,
+        settings={
+            "settings": spec.own_settings(),
+            "files": {field: digest_path(folder / path) for field, path, _ in spec.externals()},
+        },
+        inputs=single | several,
+        status="FAILED",
+        environment=describe_environment(),
+        seed=getattr(spec, "seed", None),
+    )
+
+
+def _record(lineage: Lineage, execution: Execution, ref: ArtifactRef, store: Store) -> None:
+    subjects: dict[str, str] = {}
+    if ref.kind == "manifest":
+        manifest = Manifest.model_validate_json(store.read(ref, "manifest.json"))
+        subjects = {picture.sha256: f"picture {picture.source}" for picture in manifest.pictures}
+    done = replace(execution, status="COMPLETED", output=ref, ended_at=now())
+    lineage.record(done, contents=store.files(ref), subjects=subjects)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.spec import load_spec
+from flows.template import write_pipeline
+from tests.flows.conftest import draw_noise
+
+Write = Callable[..., Path]
+
+HEAVY = ("torch", "diffusers", "transformers", "mlflow", "prefect", "numpy", "sqlalchemy")
+
+
+def loraline(*arguments: str, home: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"LORALINE_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["promote", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from flows.cli import main\n"
+        f"sys.argv = ['loraline', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "LOADED []" in done.stdout
+    assert "Usage: loraline" in done.stdout
+
+
+def test_a_wrong_file_is_one_line_on_stderr_and_exit_code_2(pipeline: Write, home: Path) -> None:
+    path = pipeline()
+    path.write_text(path.read_text().replace("resolution: 32", "resolutoin: 32"))
+    done = loraline("plan", str(path), home=home)
+    assert done.returncode == 2
+    assert "did you mean 'resolution'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not home.exists()
+
+
+def test_plan_says_why_and_writes_no_artifact(pipeline: Write, home: Path) -> None:
+    done = loraline("plan", str(pipeline()), "--json", home=home)
+    assert done.returncode == 0
+    steps = json.loads(done.stdout)
+    assert [(step["name"], step["cached"]) for step in steps] == [
+        ("photos", False),
+        ("prepared", False),
+        ("captions", False),
+    ]
+    assert steps[0]["reason"] == "never ran"
+    assert not list((home / "store").rglob("*/*"))
+
+
+def test_an_unknown_version_says_what_there_is(home: Path) -> None:
+    home.mkdir()
+    (home / "store").mkdir()
+    done = loraline("show", "nothing@production", home=home)
+    assert done.returncode == 1
+    assert "nothing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verbs_on_an_absent_home_say_how_to_begin(home: Path) -> None:
+    done = loraline("list", home=home)
+    assert done.returncode == 1
+    assert "LORALINE_HOME" in done.stderr
+
+
+def test_an_empty_registry_lists_as_an_empty_json_list(home: Path) -> None:
+    (home / "store").mkdir(parents=True)
+    done = loraline("list", "--json", home=home)
+    assert json.loads(done.stdout) == []
+
+
+def test_a_home_that_cannot_be_written_is_named(pipeline: Write, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("in the way")
+    done = loraline("run", str(pipeline()), home=blocker / "home")
+    assert done.returncode == 1
+    assert str(blocker) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_init_writes_a_pipeline_that_lacks_only_pictures(tmp_path: Path, home: Path) -> None:
+    done = loraline("init", str(tmp_path / "mine"), home=home)
+    assert done.returncode == 0
+    path = tmp_path / "mine" / "pipeline.yaml"
+    assert (
+        list(load_spec(path).steps) == ["photos", "prepared", "captions", "adapter", "report", "release", "exports"]
+        or path
+    )
+    again = loraline("init", str(tmp_path / "mine"), home=home)
+    assert again.returncode == 0
+
+
+def test_written_pipelines_are_valid_and_relative_to_their_file(tmp_path: Path) -> None:
+    images = tmp_path / "work" / "images"
+    images.mkdir(parents=True)
+    draw_noise(images / "0.png", 0)
+    path = write_pipeline(images, "sks", "star", steps=50)
+    data = yaml.safe_load(path.read_text())
+    assert data["steps"]["photos"]["images"] == "images/"
+    assert data["steps"]["adapter"]["steps"] == 50
+    assert set(load_spec(path).steps) >= {"photos", "adapter", "report", "release", "exports"}
+
+
+@pytest.mark.parametrize(("trigger", "word"), [("two words", "star"), ("sks", "a:b"), ("<x>", "star")])
+def test_words_that_would_break_a_prompt_are_refused(tmp_path: Path, home: Path, trigger: str, word: str) -> None:
+    (tmp_path / "images").mkdir()
+    done = loraline("train", str(tmp_path / "images"), "--trigger", trigger, "--class", word, home=home)
+    assert done.returncode == 2
+    assert "one word" in done.stderr

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lora_engine.data.caption import caption, holds_word
+from lora_engine.data.ingest import ingest
+from lora_engine.data.manifest import Manifest
+from lora_engine.data.spec import CaptionSettings, IngestSettings
+from lora_engine.errors import BaseModelError, DataError, SettingsError
+
+Run = Callable[..., list[str]]
+
+
+@pytest.fixture
+def run(images: Path, tmp_path: Path, add_picture: Callable[..., Path]) -> Run:
+    def caption_all(own: list[str | None], **settings: Any) -> list[str]:
+        for number, text in enumerate(own):
+            add_picture(f"{number}.png", caption=text)
+        ingest(images, tmp_path / "in", IngestSettings())
+        caption(tmp_path / "in", tmp_path / "out", CaptionSettings(**settings))
+        return [picture.caption for picture in Manifest.load(tmp_path / "out").pictures]
+
+    return caption_all
+
+
+def test_own_captions_are_kept_and_missing_ones_come_from_the_template(run: Run) -> None:
+    assert run(["a red thing", None], class_word="star") == ["a red thing", "a star"]
+
+
+def test_the_trigger_gets_into_every_caption(run: Run) -> None:
+    got = run(["a red thing", "a SKS star", None, "sksy"], trigger="sks", class_word="star")
+    assert got == ["a sks star, a red thing", "a SKS star", "a sks star", "a sks star, sksy"]
+    assert all(holds_word(text, "sks") for text in got)
+
+
+def test_the_template_captioner_passes_own_captions_over(run: Run) -> None:
+    assert run(["a red thing"], captioner="template", trigger="sks", template="photo of {trigger}") == ["photo of sks"]
+
+
+def test_the_manifest_records_trigger_and_class_word(run: Run, tmp_path: Path) -> None:
+    run([None], trigger="sks", class_word="teddy bear")
+    manifest = Manifest.load(tmp_path / "out")
+    assert (manifest.trigger, manifest.class_word) == ("sks", "teddy bear")
+    caption(tmp_path / "out", tmp_path / "again", CaptionSettings())
+    assert Manifest.load(tmp_path / "again").trigger == "sks"
+
+
+def test_pictures_without_any_words_are_refused(run: Run) -> None:
+    with pytest.raises(SettingsError, match="set a trigger or a class word"):
+        run([None])
+
+
+def test_a_caption_that_the_trigger_makes_too_long_is_refused(run: Run) -> None:
+    with pytest.raises(DataError, match=r"0\.png: the caption has 20\d\d characters"):
+        run(["x" * 1_999], trigger="sks")
+
+
+def test_the_pictures_are_carried_over_unchanged(run: Run, tmp_path: Path) -> None:
+    run(["one", "two"])
+    for picture in Manifest.load(tmp_path / "out").pictures:
+        assert (tmp_path / "out" / picture.file).read_bytes() == (tmp_path / "in" / picture.file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trigger": "two words"},
+        {"trigger": ""},
+        {"trigger": "<lora"},
+        {"trigger": "a:1"},
+        {"trigger": "{x}"},
+        {"trigger": "x\x1b"},
+        {"class_word": " star"},
+        {"class_word": "a<b"},
+        {"template": "{trigger.__class__}"},
+        {"template": "{trigger!r}"},
+        {"template": "{name}"},
+        {"template": "{"},
+        {"template": "two\nlines"},
+        {"template": "no place for it", "trigger": "sks"},
+        {"captioner": "magic"},
+        {"colour": "red"},
+    ],
+)
+def test_settings_that_could_do_harm_or_nothing_are_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        CaptionSettings(**settings)
+
+
+def test_the_interrogator_describes_what_the_world_can_show() -> None:
+    from lora_engine.bases.tiny.world import Scene
+    from lora_engine.data.interrogator import all_scenes, describe
+
+    scene = Scene("star", "red", "blue", texture="striped", position="left")
+    assert describe(scene) == "a red star on the left on a striped blue background"
+    assert describe(scene, "zorb") == "a red zorb on the left on a striped blue background"
+    assert dataclasses.replace(scene, shape="heart") in all_scenes()
+    assert len({describe(scene) for scene in all_scenes()}) == len(all_scenes())
+    assert all(" zorb " in describe(scene, "zorb") for scene in all_scenes())
+
+
+def tiny_has_eyes() -> bool:
+    from lora_engine.bases.tiny import folder
+
+    try:
+        return (folder() / "clip" / "config.json").is_file()
+    except BaseModelError:
+        return False
+
+
+@pytest.mark.skipif(not tiny_has_eyes(), reason="the embedded base is not built")
+def test_the_interrogator_reads_drawings_of_the_embedded_world(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from lora_engine.bases.tiny import world
+    from lora_engine.data.interrogator import describe
+
+    drawn = world.scenes(99, 24, "heldout")
+    source = tmp_path / "images"
+    source.mkdir()
+    for number, scene in enumerate(drawn):
+        Image.fromarray(world.draw(scene)).save(source / f"{number:02d}.png")
+    ingest(source, tmp_path / "in", IngestSettings())
+    seen = []
+    got = caption(
+        tmp_path / "in",
+        tmp_path / "out",
+        CaptionSettings(captioner="interrogator"),
+        lambda done, total, values: seen.append((done, total)),
+    )
+    right = [p.caption == describe(scene) for p, scene in zip(got.pictures, drawn, strict=True)]
+    assert sum(right) >= 22
+    assert seen[-1] == (24, 24)

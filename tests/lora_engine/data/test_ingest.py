@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_engine.data.ingest import ingest
+from lora_engine.data.manifest import Manifest
+from lora_engine.data.spec import IngestSettings
+from lora_engine.errors import DataError
+
+Add = Callable[..., Path]
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_becomes_a_manifest_in_the_order_of_its_names(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    second = add_picture("b.png", caption="a red\nstar ")
+    add_picture("A.JPG")
+    add_picture("sub/c.webp")
+    (images / "readme.md").write_text("passed over")
+    (images / ".hidden.png").write_text("passed over")
+    manifest = ingest(images, tmp_path / "out", IngestSettings())
+    assert [picture.source for picture in manifest.pictures] == ["A.JPG", "b.png", "sub/c.webp"]
+    assert manifest.quarantined == ()
+    assert manifest.pictures[1].caption == "a red star"
+    assert manifest.pictures[1].sha256 == hashlib.sha256(second.read_bytes()).hexdigest()
+    assert (manifest.pictures[1].width, manifest.pictures[1].height) == (40, 32)
+    assert Manifest.load(tmp_path / "out") == manifest
+
+
+def test_one_broken_picture_among_good_ones_is_quarantined(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    for number in range(5):
+        add_picture(f"{number}.png")
+    cut = add_picture("cut.png")
+    cut.write_bytes(cut.read_bytes()[:200])
+    manifest = ingest(images, tmp_path / "out", IngestSettings())
+    assert len(manifest.pictures) == 5
+    assert [item.source for item in manifest.quarantined] == ["cut.png"]
+    assert manifest.quarantined[0].reason.startswith("is broken")
+
+
+def test_everything_in_the_folder_is_used_or_quarantined(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    good = add_picture("good.png")
+    add_picture("tall.png", height=64)
+    (images / "copy.png").write_bytes(good.read_bytes())
+    (images / "text.png").write_text("no")
+    (images / "paper.pdf").write_bytes(b"%PDF-1.4")
+    (images / "empty.jpg").touch()
+    (images / "link.png").symlink_to("/etc/hostname")
+    (images / "etc").symlink_to("/etc", target_is_directory=True)
+    os.mkfifo(images / "pipe.png")
+    (images / "evil\x1b[31m\n.png").write_text("no")
+    (images / os.fsdecode(b"bad\xff.png")).write_text("no")
+    manifest = ingest(images, tmp_path / "out", IngestSettings())
+    reasons = {item.source: item.reason for item in manifest.quarantined}
+    assert len(manifest.pictures) + len(reasons) == len(list(images.iterdir())) == 11
+    assert reasons["good.png"] == "duplicate of copy.png"
+    assert "leads out of the folder" in reasons["link.png"]
+    assert "leads out of the folder" in reasons["etc"]
+    assert "not a regular file" in reasons["pipe.png"]
+    assert "evil\\x1b[31m\\n.png" in reasons
+    assert all(text.isprintable() for item in manifest.quarantined for text in (item.source, item.reason))
+
+
+def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    for number in range(4):
+        add_picture(f"{number}.png", caption=f"picture {number}")
+    for out in ("one", "two"):
+        ingest(images, tmp_path / out, IngestSettings(heldout=0.5))
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    assert len(folder_bytes(tmp_path / "one")) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "held"), [(10, 0.0, 0), (10, 0.3, 3), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)]
+)
+def test_the_held_out_share_leaves_something_on_both_sides(
+    images: Path, tmp_path: Path, add_picture: Add, *, count: int, fraction: float, held: int
+) -> None:
+    for number in range(count):
+        add_picture(f"{number}.png")
+    manifest = ingest(images, tmp_path / "out", IngestSettings(heldout=fraction))
+    assert len(manifest.of_split("heldout")) == held
+    assert len(manifest.of_split("train")) == count - held
+
+
+def test_the_held_out_pictures_do_not_depend_on_names(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    paths = [add_picture(f"{number}.png") for number in range(6)]
+    before = ingest(images, tmp_path / "before", IngestSettings(heldout=0.5))
+    for path in paths:
+        path.rename(path.with_name(f"z{9 - int(path.stem)}.png"))
+    after = ingest(images, tmp_path / "after", IngestSettings(heldout=0.5))
+    assert {p.sha256 for p in before.of_split("heldout")} == {p.sha256 for p in after.of_split("heldout")}
+
+
+def test_a_folder_without_one_good_picture_is_refused_with_counts_and_reasons(images: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (images / f"{number}.png").write_text("no")
+    with pytest.raises(DataError, match=r"none of the 5 files can be used .* first 0\.png: is not a picture"):
+        ingest(images, tmp_path / "out", IngestSettings())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_empty_and_a_missing_folder_are_refused_with_their_path(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{images}: the folder holds no pictures"):
+        ingest(images, tmp_path / "out", IngestSettings())
+    with pytest.raises(DataError, match=f"{tmp_path / 'gone'}: there is no such folder.* To do: give the folder"):
+        ingest(tmp_path / "gone", tmp_path / "out", IngestSettings())
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file, not a folder"):
+        ingest(tmp_path / "file", tmp_path / "out", IngestSettings())
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [(b"\xff\xfe\x00bad", "not UTF-8"), (b"x" * 2_001, "too long"), (b" " * 70_000, "too long")],
+)
+def test_a_caption_that_cannot_be_used_quarantines_its_picture(
+    images: Path, tmp_path: Path, add_picture: Add, *, caption: bytes, reason: str
+) -> None:
+    add_picture("good.png", caption="fine")
+    add_picture("odd.png").with_suffix(".txt").write_bytes(caption)
+    manifest = ingest(images, tmp_path / "out", IngestSettings())
+    assert [picture.source for picture in manifest.pictures] == ["good.png"]
+    assert reason in manifest.quarantined[0].reason
+
+
+def test_a_caption_loses_control_and_direction_characters(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    add_picture("a.png", caption="\ufeffa \x1b[31mred\x00 \u202estar\t on\r\nblue\u2028 <lora:x:1>")
+    manifest = ingest(images, tmp_path / "out", IngestSettings())
+    assert manifest.pictures[0].caption == "a [31mred star on blue <lora:x:1>"
+
+
+def test_a_caption_that_links_out_of_the_folder_is_not_read(images: Path, tmp_path: Path, add_picture: Add) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    add_picture("a.png").with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
+    add_picture("b.png")
+    manifest = ingest(images, tmp_path / "out", IngestSettings())
+    assert manifest.quarantined[0].source == "a.png"
+    assert b"secret" not in (tmp_path / "out" / "manifest.json").read_bytes()
+
+
+def test_consent_is_tied_to_its_picture(
+    images: Path, tmp_path: Path, add_picture: Add, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_picture("a.png")
+    add_picture("sub/b.png")
+    table = tmp_path / "consent.csv"
+    table.write_text("file,consent,note\nsub/b.png,C-17,ok\ngone.png,C-18,\n")
+    manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=table)
+    assert [picture.consent for picture in manifest.pictures] == [None, "C-17"]
+    assert "gone.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"name,id\na.png,1\n", "row 2 needs a file and a consent id"),
+        (b"file,consent\na.png,1\na.png,2\n", "row 3 names 'a.png' a second time"),
+        (b"file,consent\na.png,\n", "row 2"),
+        (b"\xff\xff", "not a UTF-8 CSV"),
+    ],
+)
+def test_a_consent_file_that_is_not_valid_stops_the_run(
+    images: Path, tmp_path: Path, add_picture: Add, *, content: bytes, named: str
+) -> None:
+    add_picture("a.png")
+    table = tmp_path / "consent.csv"
+    table.write_bytes(content)
+    with pytest.raises(DataError, match=named):
+        ingest(images, tmp_path / "out", IngestSettings(), consent=table)
+    with pytest.raises(DataError, match="no such consent file"):
+        ingest(images, tmp_path / "out", IngestSettings(), consent=tmp_path / "gone.csv")

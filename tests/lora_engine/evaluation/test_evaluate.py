@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.evaluation.catalogue import CATALOGUE
+from lora_engine.evaluation.run import evaluate
+from lora_engine.evaluation.spec import EvaluateSettings
+from lora_engine.formats import read_adapter, write_adapter
+
+MakeDataset = Callable[..., Path]
+
+# diffusers 0.42 under numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture
+def settings(clip_folder: Path) -> Callable[..., EvaluateSettings]:
+    def make(**change: Any) -> EvaluateSettings:
+        return EvaluateSettings(**{"steps": 2, "seeds": 2, "embedder": str(clip_folder), **change})
+
+    return make
+
+
+@pytest.fixture
+def run(
+    base: Path, adapters: dict[str, Path], make_dataset: MakeDataset, tmp_path: Path, settings: Callable[..., Any]
+) -> Callable[..., dict[str, Any]]:
+    dataset = make_dataset()
+
+    def evaluated(adapter: str = "strong", out: str = "out", **change: Any) -> dict[str, Any]:
+        prompts = change.pop("prompts", ("a big zorb",))
+        return evaluate(settings(**change), str(base), adapters[adapter], dataset, tmp_path / out, prompts=prompts)
+
+    return evaluated
+
+
+def test_an_adapter_without_effect_changes_no_number(run: Callable[..., dict[str, Any]]) -> None:
+    for name, metric in run("zero")["metrics"].items():
+        assert metric["difference"] == 0.0, name
+        assert metric["interval"] == [0.0, 0.0], name
+
+
+def test_a_strong_adapter_moves_every_number(run: Callable[..., dict[str, Any]]) -> None:
+    report = run("strong")
+    assert set(report["metrics"]) == set(CATALOGUE)
+    for name, metric in report["metrics"].items():
+        assert metric["difference"] == pytest.approx(metric["adapter"] - metric["base"], abs=2e-6), name
+        assert metric["difference"] != 0.0, name
+        assert all(math.isfinite(metric[key]) for key in ("base", "adapter", "difference")), name
+    assert report["metrics"]["drift"]["base"] == report["metrics"]["drift_pixels"]["base"] == 0.0
+    assert [report["metrics"][name]["n"] for name in ("clip_i_paired", "clip_t", "validation_loss")] == [2, 2, 2]
+
+
+def test_the_same_inputs_give_the_same_bytes(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    report = run(out="one")
+    run(out="two")
+    files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")}
+    assert files == {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")}
+    assert json.loads(files[Path("report.json")]) == report
+    named = {sample[role] for sample in report["samples"] for role in ("base", "adapter", "reference")} - {None}
+    assert named == {str(path) for path in files if path.suffix == ".png"}
+    assert {sample["kind"] for sample in report["samples"]} == {"paired", "asked", "unasked"}
+    assert str(tmp_path).encode() not in files[Path("report.json")]
+
+
+def test_gates_decide_whether_the_report_passes(run: Callable[..., dict[str, Any]]) -> None:
+    assert run("zero", gates={"drift": {"max": 0.01}})["passed"] is True
+    report = run("strong", gates={"drift": {"max": 0.0, "of": "adapter"}, "clip_t": {"min": -2}})
+    assert [(gate["metric"], gate["passed"]) for gate in report["gates"]] == [("clip_t", True), ("drift", False)]
+    assert report["passed"] is False
+
+
+def test_the_progress_ends_at_its_total(
+    base: Path, adapters: dict[str, Path], make_dataset: MakeDataset, tmp_path: Path, settings: Callable[..., Any]
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(done: int, total: int, values: object) -> None:
+        seen.append((done, total))
+
+    evaluate(settings(), str(base), adapters["zero"], make_dataset(), tmp_path / "out", progress=watch)
+    # Two captions and two prompts without the trigger, two seeds, two losses; by both models.
+    assert seen[-1] == (20, 20)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_adapter_that_makes_nan_is_refused(
+    base: Path,
+    adapters: dict[str, Path],
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    settings: Callable[..., Any],
+    change_adapter: Callable[..., Any],
+) -> None:
+    broken, _ = read_adapter(adapters["strong"] / "adapter.safetensors")
+    write_adapter(tmp_path / "loud.safetensors", change_adapter(broken, lambda factor: torch.full_like(factor, 1e30)))
+    with pytest.raises(AdapterError, match="made with the adapter hold NaN or Inf"):
+        evaluate(settings(), str(base), tmp_path / "loud.safetensors", make_dataset(), tmp_path / "out")
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_size_that_the_base_cannot_draw_is_refused_before_any_work(
+    base: Path, adapters: dict[str, Path], make_dataset: MakeDataset, tmp_path: Path, settings: Callable[..., Any]
+) -> None:
+    with pytest.raises(SettingsError, match="cannot make pictures of 15 x 15"):
+        evaluate(settings(), str(base), adapters["zero"], make_dataset(size=15), tmp_path / "out")

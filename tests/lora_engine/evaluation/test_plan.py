@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_engine.errors import DataError
+from lora_engine.evaluation.plan import make_plan, read_trained_on
+from lora_engine.evaluation.prompts import read_prompts, without_trigger
+from lora_engine.evaluation.spec import EvaluateSettings
+
+MakeDataset = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "class_word", "bare"),
+    [
+        ("a red zorb on the left", "star", "a red star on the left"),
+        ("a zorb star on blue", "star", "a star on blue"),
+        ("a zorb star, a ZORB", "star", "a star, a"),
+        ("a red zorb, on blue", None, "a red, on blue"),
+        ("a zorb", None, "a"),
+        ("zorb", "star", "star"),
+        ("zorbs and unzorb", "star", "zorbs and unzorb"),
+        ("a zorb", "\\1 dog", "a \\1 dog"),
+    ],
+)
+def test_the_trigger_is_replaced_or_removed(prompt: str, class_word: str | None, bare: str) -> None:
+    assert without_trigger(prompt, "zorb", class_word) == bare
+
+
+def test_without_a_trigger_the_prompt_stays() -> None:
+    assert without_trigger("a  star", None, "star") == "a  star"
+
+
+def test_prompts_are_read_without_comments_and_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeff# what to draw\n\na red zorb \r\n  a\x1b blue one\n", encoding="utf-8")
+    assert read_prompts(path) == ("a red zorb", "a blue one")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"# nothing\n\n", "holds 0 prompts"),
+        (b"a\n" * 1_001, "holds 1001 prompts"),
+        (b"a\n" + b"x" * 2_001, "line 2 has 2001 characters"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, named: str) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(DataError, match=named):
+        read_prompts(tmp_path / "prompts.txt")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_prompts(tmp_path / "gone.txt")
+
+
+def test_the_plan_takes_held_out_pictures_and_their_captions(make_dataset: MakeDataset) -> None:
+    plan = make_plan(EvaluateSettings(), make_dataset(), heldout=None, prompts=())
+    assert plan.measured_on == "heldout"
+    assert {request.prompt for request in plan.paired} == {"a 3 zorb", "a 4 zorb"}
+    assert [request.prompt for request in plan.asked] == [request.prompt for request in plan.paired]
+    assert {request.prompt for request in plan.unasked} == {"a 3 star", "a 4 star"}
+
+
+def test_without_held_out_pictures_the_plan_says_that_it_flatters(make_dataset: MakeDataset) -> None:
+    plan = make_plan(EvaluateSettings(max_pictures=2), make_dataset(heldout=0), heldout=None, prompts=())
+    assert (plan.measured_on, len(plan.paired)) == ("training", 2)
+
+
+def test_another_dataset_may_hold_the_held_out_pictures(make_dataset: MakeDataset) -> None:
+    other = make_dataset("other", train=4, heldout=0, caption="other {number}")
+    plan = make_plan(EvaluateSettings(), make_dataset(), heldout=other, prompts=("one", "one", "two"))
+    assert (plan.folder, plan.measured_on, len(plan.paired)) == (other, "heldout", 4)
+    assert [request.prompt for request in plan.asked] == ["one", "two"]
+
+
+def test_held_out_pictures_that_were_trained_on_are_refused(make_dataset: MakeDataset) -> None:
+    other = make_dataset("other", train=2, heldout=0)
+    digest = json.loads((other / "manifest.json").read_bytes())["pictures"][0]["sha256"]
+    with pytest.raises(DataError, match=r"1 of 2 held-out pictures were trained on, first '0\.png'"):
+        make_plan(EvaluateSettings(), make_dataset(), heldout=other, prompts=(), trained_on=(digest,))
+
+
+def test_pictures_of_several_sizes_are_refused(make_dataset: MakeDataset) -> None:
+    folder = make_dataset(train=0, heldout=2)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["pictures"][0]["width"] = 24
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="have 2 sizes"):
+        make_plan(EvaluateSettings(), folder, heldout=None, prompts=())
+
+
+def test_seeds_do_not_depend_on_the_other_prompts(make_dataset: MakeDataset) -> None:
+    dataset, settings = make_dataset(), EvaluateSettings(seeds=3)
+    alone = make_plan(settings, dataset, heldout=None, prompts=("a zorb",)).asked[0]
+    among = make_plan(settings, dataset, heldout=None, prompts=("a cat", "a zorb")).asked[1]
+    assert alone == among
+    assert len(set(alone.seeds)) == 3
+    moved = make_plan(EvaluateSettings(seeds=3, seed=1), dataset, heldout=None, prompts=("a zorb",)).asked[0]
+    assert not set(moved.seeds) & set(alone.seeds)
+
+
+def test_what_was_trained_on_is_read_beside_the_adapter(tmp_path: Path) -> None:
+    assert read_trained_on(tmp_path) == ()
+    (tmp_path / "training.json").write_text('{"trained_on": ["abc"]}')
+    assert read_trained_on(tmp_path) == read_trained_on(tmp_path / "adapter.safetensors") == ("abc",)
+    (tmp_path / "training.json").write_text("[]")
+    with pytest.raises(DataError, match=r"training\.json"):
+        read_trained_on(tmp_path)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_engine.data.images import write_picture
+from lora_engine.data.manifest import Manifest
+from lora_engine.errors import DataError
+from lora_engine.evaluation.chart import draw_loss, nice_ticks
+from lora_engine.evaluation.report import render_report
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def metric(difference: float, interval: list[float] | None, verdict: str = "better") -> dict[str, Any]:
+    return {
+        "base": 0.5,
+        "adapter": 0.5 + difference,
+        "difference": difference,
+        "interval": interval,
+        "n": 4,
+        "better": "higher",
+        "verdict": verdict,
+    }
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> dict[str, Any]:
+    for index, role in enumerate(("base", "adapter", "reference")):
+        noise = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        write_picture(tmp_path / "report" / f"pictures/00-{role}.png", Image.fromarray(noise))
+    sample = {role: f"pictures/00-{role}.png" for role in ("base", "adapter", "reference")}
+    return {
+        "metrics": {"clip_i_paired": metric(0.2, [0.1, 0.3]), "clip_t": metric(-0.1, None, "unclear")},
+        "gates": [
+            {"metric": "clip_t", "of": "difference", "min": 0.0, "max": None, "value": -0.1, "passed": False},
+            {"metric": "clip_i_paired", "of": "difference", "min": 0.1, "max": 1.0, "value": 0.2, "passed": True},
+        ],
+        "passed": False,
+        "samples": [{"kind": "paired", "prompt": "a red zorb", "seed": 5, **sample}],
+        "measured_on": "heldout",
+        "trigger": "zorb",
+        "class_word": "star",
+        "base": {"name": "tiny", "family": "sd", "fingerprint": "ab" * 32},
+        "adapter": {"sha256": "cd" * 32},
+        "embedder": {"name": "tiny/clip", "sha256": "ef" * 32},
+    }
+
+
+@pytest.fixture
+def render(tmp_path: Path, report: dict[str, Any], make_dataset: Callable[..., Path]) -> Callable[..., str]:
+    dataset = make_dataset()
+
+    def page(title: str = "crescents", **change: Any) -> str:
+        plain: dict[str, Any] = {
+            "training": {"loss": [[k, 1.0 / k] for k in range(1, 60)], "validation_loss": [[1, 1.0], [50, 0.1]]},
+            "dataset_folder": dataset,
+            "recipe": {"rank": 8, "prior": {"weight": 1.0}, "targets": ["attention", "unet.*"], "alpha": None},
+            "lineage": [
+                {"step": "photos", "uses": "ingest", "output": "1" * 64, "inputs": {}},
+                {
+                    "step": "adapter",
+                    "uses": "train",
+                    "output": "2" * 64,
+                    "inputs": {"dataset": "1" * 64, "x": "3" * 64},
+                },
+            ],
+            "version": {"name": "crescents", "version": 3, "sha256": "9" * 64, "aliases": ["staging"]},
+        }
+        return render_report(title, report, tmp_path / "report", **{**plain, **change})
+
+    return page
+
+
+def test_the_page_loads_nothing_and_runs_nothing(render: Callable[..., str]) -> None:
+    found = Tags(render()).found
+    assert {tag for tag, _ in found} & {"script", "link", "iframe", "object", "form"} == set()
+    assert all(not name.startswith("on") for _, attributes in found for name in attributes)
+    sources = [attributes["src"] or "" for _, attributes in found if "src" in attributes]
+    assert len(sources) == 3 + 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert [attributes for _, attributes in found if "href" in attributes] == []
+
+
+def test_the_page_tells_the_whole_story(render: Callable[..., str]) -> None:
+    page = render()
+    for told in (
+        "1 of 2 gates failed", "a red zorb", "seed 5", "Likeness to the real picture", "+0.200", "+0.100 to +0.300",
+        "at least 0.1 and at most 1", "prior.weight", "attention, unet.*", "photos", "333333333333", "cut.png",
+        "is broken", "crescents 3 (staging)", "9" * 64, "&lt;lora:crescents:1&gt;", "2 held out", "one unit only",
+    ):  # fmt: skip
+        assert told in page, told
+    assert "from photos, 333333333333" in page
+    assert "Measured on the training pictures" not in page
+
+
+def test_the_page_is_the_same_each_time(render: Callable[..., str]) -> None:
+    assert render() == render()
+
+
+def test_nothing_from_a_file_becomes_markup(
+    render: Callable[..., str], report: dict[str, Any], make_dataset: Callable[..., Path]
+) -> None:
+    dataset = make_dataset("hostile")
+    manifest = Manifest.load(dataset)
+    evil = tuple(p.model_copy(update={"caption": HOSTILE, "source": HOSTILE}) for p in manifest.pictures)
+    left = tuple(q.model_copy(update={"source": HOSTILE, "reason": HOSTILE}) for q in manifest.quarantined)
+    manifest.model_copy(update={"pictures": evil, "quarantined": left}).save(dataset)
+    plain = len(Tags(render()).found)
+    report["samples"][0]["prompt"] = report["trigger"] = report["class_word"] = report["base"]["name"] = HOSTILE
+    page = render(
+        HOSTILE,
+        dataset_folder=dataset,
+        recipe={HOSTILE: HOSTILE, "rank": 8, "a": 1, "b": 2},
+        version={"name": HOSTILE, "version": HOSTILE, "sha256": HOSTILE, "aliases": [HOSTILE]},
+    )
+    found = Tags(page).found
+    assert len(found) == plain
+    assert [tag for tag, _ in found if tag == "script"] == []
+    assert [attributes for _, attributes in found if "onerror" in attributes] == []
+    assert "{{ 7 * 7 }}" in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "pictures/../../x.png", "pictures/gone.png", 7])
+def test_a_report_cannot_show_files_from_elsewhere(
+    render: Callable[..., str], report: dict[str, Any], name: Any
+) -> None:
+    report["samples"][0]["base"] = name
+    with pytest.raises(DataError):
+        render()
+
+
+def test_a_bare_report_has_a_page_too(report: dict[str, Any], tmp_path: Path) -> None:
+    report |= {"gates": [], "samples": [], "measured_on": "training", "trigger": None, "class_word": None}
+    page = render_report("merged", report, tmp_path)
+    assert "No gates set" in page
+    assert "Measured on the training pictures" in page
+    assert "Training loss" not in page
+
+
+def test_large_pictures_are_made_smaller(render: Callable[..., str], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (900, 700, 3), dtype=np.uint8)
+    write_picture(tmp_path / "report" / "pictures/00-base.png", Image.fromarray(noise))
+    shown = [a for tag, a in Tags(render()).found if tag == "img" and (a["src"] or "").startswith("data:image/jpeg")]
+    assert [(item["width"], item["height"]) for item in shown] == [("398", "512")]
+
+
+def test_the_curve_leaves_out_what_is_not_finite_and_needs_two_points() -> None:
+    assert draw_loss([]) is None
+    assert draw_loss([[1, float("nan")], [2, 0.5]]) is None
+    drawn = draw_loss([[k, 5.0 if k == 1 else 0.5 + 0.1 * (k % 2)] for k in range(1, 20_000)] + [[7, float("inf")]])
+    assert drawn is not None
+    assert "nan" not in drawn
+    assert "inf" not in drawn
+    assert len(drawn) < 30_000
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.53), (1.0, 400.0), (0.0, 1e-9), (0.0, 12_345.0), (3.0, 3.0)])
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert 1 <= len(ticks) <= 11
+    assert ticks == sorted(ticks)
+    assert all(low - 1e-12 <= tick <= max(high, low) + 1e-9 for tick in ticks)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("chromium")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_every_picture_and_nothing_wider_than_itself(
+    render: Callable[..., str], tmp_path: Path, width: int
+) -> None:
+    # The page itself runs no script; this copy measures itself instead of forbidding it.
+    probe = (
+        "<script>document.title = [...document.images].filter(i => i.naturalWidth > 0 && i.clientWidth > 20).length"
+        " + '/' + document.images.length + ' ' + (document.documentElement.scrollWidth <= innerWidth)</script></body>"
+    )
+    page = re.sub(r"<meta http-equiv=.Content-Security-Policy[^>]*>", "", render()).replace("</body>", probe)
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    browser = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},2000", f"--screenshot={tmp_path / 'page.png'}", "--dump-dom",
+            f"file://{tmp_path / 'page.html'}",
+        ],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert "<title>6/6 true</title>" in done.stdout
+    with Image.open(tmp_path / "page.png") as shot:
+        assert len(set(shot.convert("RGB").resize((200, 200)).get_flattened_data())) > 500
