@@ -4,9 +4,9 @@
 
 Rounds alternate, so that whatever else the machine does falls on both alike. Bare: ready-made tensors, the adapted
 network, the mean squared error, AdamW. Loop: `fit` with its batches (order, noise, timesteps, cached latents and
-texts), schedule, clipping, checks for NaN and progress. Prints one JSON object; `overhead` is the median over pairs of rounds,
-in processor time on a CPU (which other programs do not change much; best with OMP_NUM_THREADS=1) and in wall time
-elsewhere.
+texts), schedule, clipping, checks for NaN and progress. Prints one JSON object; `overhead` is the median over pairs of
+rounds, in processor time on a CPU (which other programs do not change much; best with OMP_NUM_THREADS=1) and in wall
+time elsewhere.
 """
 
 from __future__ import annotations

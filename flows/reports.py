@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.promote import find_version
+from lora_engine.data.manifest import Manifest
 from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.home import Home
@@ -28,13 +29,15 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
     Returns:
         The file, or None for a version that was never evaluated.
     """
-    from lora_engine.evaluation.report import render_report
-
     version = find_version(Versions(home), ref)
     if version.report is None:
         return None
-    store = Store(home.store)
     path = output or home.reports / f"{version.name}-{version.version}.html"
+    if output is None and path.is_file():
+        return path
+    from lora_engine.evaluation.report import render_report
+
+    store = Store(home.store)
     lineage = Lineage(home.lineage_url)
     steps = describe_steps(lineage, version)
     with tempfile.TemporaryDirectory(dir=home.work) as name:
@@ -63,18 +66,16 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
 
 
 def describe_steps(lineage: Lineage, version: AdapterVersion) -> list[dict[str, Any]]:
-    """The steps that made a version, each with its settings, inputs and output; the first ones first."""
+    """The steps that made a version, each with its inputs and output; the first ones first."""
     walk = lineage.walk(version.ref)
-    made = [lineage.executions(output=node.id) for node in walk.nodes if node.id.kind == "artifact"]  # type: ignore[attr-defined]
+    made = [lineage.executions(output=node.id) for node in walk.nodes if node.kind == "artifact"]
     latest = [executions[-1] for executions in made if executions]
     return [
         {
             "step": execution.step,
-            "uses": execution.uses,
-            "inputs": {role: ref.sha256 for role, ref in execution.inputs.items()},
-            "output": execution.output.sha256 if execution.output else None,
-            "settings": execution.settings.get("settings", {}),
-            "started_at": execution.started_at.isoformat(),
+            "kind": execution.uses,
+            "inputs": [ref.sha256 for ref in execution.inputs.values()],
+            "digest": execution.output.sha256 if execution.output else "",
         }
         for execution in sorted(latest, key=lambda execution: execution.started_at)
     ]
@@ -85,6 +86,11 @@ def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:
         if "dataset" in execution.inputs:
             return execution.inputs["dataset"]
     return None
+
+
+def read_manifest(home: Home, ref: ArtifactRef) -> Manifest:
+    """The manifest of a dataset in the store."""
+    return Manifest.model_validate_json(Store(home.store).read(ref, "manifest.json"))
 
 
 def export_folder(home: Home, pipeline: str, step: str, ref: ArtifactRef) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.pipeline import PipelineResult
-from flows.reports import export_folder, write_report
+from flows.reports import export_folder, read_manifest, write_report
 from flows.spec import PipelineSpec
 from registry.home import Home
 
@@ -15,7 +15,14 @@ def summarise(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
     """Label and text of each fact, in the order in which they are read."""
     cached = sum(outcome.cached for outcome in result.outcomes.values())
     yield "steps", f"{len(result.outcomes) - cached} ran, {cached} were there already"
-    for name, version in result.versions.items():
+    for name, step in spec.steps.items():
+        if step.uses == "ingest":
+            manifest = read_manifest(home, result.outcomes[name].ref)
+            for item in manifest.quarantined[:8]:
+                yield "left out", f"{item.source}: {item.reason}"
+            if len(manifest.quarantined) > 8:
+                yield "left out", f"and {len(manifest.quarantined) - 8} more; the report lists all"
+    for version in result.versions.values():
         ref = f"{version['name']}@{version['version']}"
         yield "version", f"{ref}  sha256 {version['sha256'][:16]}"
         if version["refused"]:
@@ -25,7 +32,6 @@ def summarise(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
         report = write_report(home, ref)
         yield "report", report
         yield "pictures", report.with_suffix("") if report else None
-        del name
     for name, step in spec.steps.items():
         if step.uses == "convert":
             folder = export_folder(home, spec.name, name, result.outcomes[name].ref)

@@ -43,8 +43,8 @@ def draw_noise(path: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One server of Prefect's own for the session; each run alone would start its own."""
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One server of Prefect's own for the session, by its address; each run alone would start its own."""
     patch = pytest.MonkeyPatch()
     patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
     patch.setenv("PREFECT_LOGGING_LEVEL", "CRITICAL")
@@ -52,8 +52,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     patch.setenv("DO_NOT_TRACK", "true")
     patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+    with prefect_test_harness(server_startup_timeout=240):
+        yield str(PREFECT_API_URL.value())
     patch.undo()

@@ -76,7 +76,7 @@ def _assemble(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    from lora_engine.bases.tiny.drawings import write_examples
+    from lora_engine.bases.tiny.pictures import write_examples
 
     paths = write_examples(options.out, options.split, options.count, options.seed, options.word)
     print(f"{len(paths)} pictures with captions are in {options.out}.")

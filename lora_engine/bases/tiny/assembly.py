@@ -1,4 +1,4 @@
-"""The finished folder of the embedded base, put together from the results of the trainings; trains and measures nothing."""
+"""The finished folder of the embedded base, put together from the results of the trainings. Trains nothing."""
 
 from __future__ import annotations
 

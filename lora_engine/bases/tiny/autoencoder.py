@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.bases.tiny.drawings import render, to_pixels
+from lora_engine.bases.tiny.peers import average_gradients, join
+from lora_engine.bases.tiny.pictures import render, to_pixels
 from lora_engine.bases.tiny.stage import BuildSettings, anneal, replace_folder
 from lora_engine.bases.tiny.world import SIZE, scenes
 from lora_engine.files import atomic_write
@@ -24,10 +25,10 @@ SCENES_SEED = 1
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 32
+_BATCH = 12
 _RATE = 2e-3
 _CHANNELS = 16
-_ENCODED_AT_ONCE = 500
+_ENCODED_AT_ONCE = 250
 
 
 def build_autoencoder() -> Any:
@@ -49,24 +50,34 @@ def build_autoencoder() -> Any:
 
 
 def train(work: Path, settings: BuildSettings) -> None:
-    """Trains the autoencoder; writes `vae/`, `vae.json` and the latents of the training scenes into `work`."""
-    torch.manual_seed(0)
-    pictures = render(scenes(SCENES_SEED, settings.scenes))
-    vae = build_autoencoder()
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    rng = np.random.default_rng(2)
-    for step in range(settings.vae_steps):
-        anneal(optimiser, _RATE, step, settings.vae_steps)
+    """One of the two processes of the training; see `peers`.
+
+    The first process writes `vae/`, the latents of the training scenes, and then `vae.json` into `work`.
+    """
+    with join(work) as rank:
+        torch.manual_seed(0)
+        pictures = render(scenes(SCENES_SEED, settings.scenes))
+        vae = build_autoencoder()
+        _fit(vae, pictures, settings.vae_steps, rank)
+        if rank == 0:
+            _finish(vae.eval(), pictures, work)
+
+
+def _fit(vae: Any, pictures: Tensor, steps: int, rank: int) -> None:
+    parameters = list(vae.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    rng = np.random.default_rng([0, rank])
+    for step in range(steps):
+        anneal(optimiser, _RATE, step, steps)
         pixels = to_pixels(pictures[torch.from_numpy(rng.integers(0, len(pictures), _BATCH))])
         loss, error = _loss(vae, pixels)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1)
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1)
         optimiser.step()
-        if step % 100 == 0:
-            _log.info("vae: step %d of %d, loss %.4f, %.1f dB", step, settings.vae_steps, loss.item(), decibel(error))
-    vae.eval()
-    _finish(vae, pictures, work)
+        if rank == 0 and step % 100 == 0:
+            _log.info("vae: step %d of %d, loss %.4f, %.1f dB", step, steps, loss.item(), decibel(error))
 
 
 def decibel(error: Tensor) -> float:
@@ -98,13 +109,12 @@ def _slope(restored: Tensor, pixels: Tensor, axis: int) -> Tensor:
 @torch.no_grad()
 def _finish(vae: Any, pictures: Tensor, work: Path) -> None:
     psnr = decibel(reconstruction_error(vae, to_pixels(render(scenes(99, 256, "any")))))
-    some = torch.cat([vae.encode(part).latent_dist.sample() for part in _parts(pictures[:4000])])
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in _parts(pictures)])
     # Diffusion is built for values of unit variance.
-    scale = 1 / some.std().item()
+    scale = 1 / latents[:2000].std().item()
     vae.register_to_config(scaling_factor=scale)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in _parts(pictures)]) * scale
     replace_folder(work / "vae", lambda folder: vae.save_pretrained(folder, safe_serialization=True))
-    write_safetensors(work / LATENTS, {"latents": latents.half()}, {})
+    write_safetensors(work / LATENTS, {"latents": (latents * scale).half()}, {})
     atomic_write(work / "vae.json", json.dumps({"psnr": psnr, "scale": scale}).encode())
     _log.info("vae: %.1f dB on pictures it has not seen", psnr)
 

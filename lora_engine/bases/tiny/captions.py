@@ -1,15 +1,14 @@
-"""What is said of a scene: the captions that the embedded base is trained on and asked with.
+"""The captions that the embedded base is trained on: all that can be said of a scene, less this or that, and noise.
 
-Knows words, not pictures. A caption depends on the scene and on the generator alone.
+A caption depends on the scene and on the generator alone.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from lora_engine.bases.tiny.world import Scene
+from lora_engine.bases.tiny.world import Scene, background_phrase, full_caption, place_phrase
 
-_PLACES = {"left": " on the left", "right": " on the right", "center": " in the center"}
 _CONSONANTS = list("bcdfghjklmnpqrstvwxz")
 _VOWELS = list("aeiou")
 
@@ -20,21 +19,19 @@ def caption(scene: Scene, rng: np.random.Generator, drop: bool = True) -> str:
     Args:
         scene: What is to be said.
         rng: Decides what is left out and which made-up words come in; not asked at all without `drop`.
-        drop: Leaves parts out now and then and puts made-up words in, as for training. Otherwise every attribute is
-            named (a plain texture by naming none).
+        drop: Leaves parts out now and then and puts made-up words in, as for training; else it is the full caption.
     """
-    words = []
-    if not drop or rng.random() < 0.95:
-        words.append(scene.colour)
-    if drop and rng.random() < 0.12:
+    if not drop:
+        return full_caption(scene)
+    words = [scene.colour] if rng.random() < 0.95 else []
+    if rng.random() < 0.12:
         words.insert(int(rng.integers(0, len(words) + 1)), made_up_word(rng))
     text = "a " + " ".join([*words, scene.shape])
-    if not drop or rng.random() < 0.7:
-        text += _PLACES[scene.position]
-    if not drop or rng.random() < 0.92:
-        texture = "" if scene.texture == "plain" else f"{scene.texture} "
-        text += f" on a {texture}{scene.background} background"
-    if drop and rng.random() < 0.15:
+    if rng.random() < 0.7:
+        text += place_phrase(scene)
+    if rng.random() < 0.92:
+        text += background_phrase(scene)
+    if rng.random() < 0.15:
         # The base must have met words that mean nothing everywhere in a caption, or a trigger word wrecks its pictures.
         word = made_up_word(rng)
         text = [f"{text} in {word} style", f"{text}, {word}", f"{word}, {text}"][int(rng.integers(3))]

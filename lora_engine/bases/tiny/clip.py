@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lora_engine.bases.tiny.assembly import HEADS
 from lora_engine.bases.tiny.captions import caption
-from lora_engine.bases.tiny.drawings import label, render, to_pixels
+from lora_engine.bases.tiny.pictures import label, render, to_pixels
 from lora_engine.bases.tiny.stage import CONTEXT, BuildSettings, anneal, encode, replace_folder
-from lora_engine.bases.tiny.vocabulary import build_vocabulary, load_tokenizer
+from lora_engine.bases.tiny.tokenizer import build_vocabulary, load_tokenizer
 from lora_engine.bases.tiny.world import ATTRIBUTES, SIZE, Scene, scenes
 from lora_engine.formats.safetensors_io import write_safetensors
 

@@ -1,96 +1,155 @@
-"""The judge: a small convolutional classifier, apart from CLIP, that reads every attribute of a drawing.
+"""The judge: a small classifier that reads shape, colour, background, texture and position off a picture.
 
-It measures whether the base and adapters on it draw what the prompt says. It knows the concept that the base does not.
+It knows the world that is drawn, the concept included, and nothing of the base: so it can say whether the base draws
+what it is asked for, and whether an adapter has learned the concept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_engine.bases.tiny import pictures, world
-from lora_engine.bases.tiny.fitting import Schedule, fit
+from lora_engine.bases.tiny.pictures import label, render, to_pixels
+from lora_engine.bases.tiny.stage import BuildSettings, anneal
+from lora_engine.bases.tiny.world import ATTRIBUTES, SIZE, scenes
+from lora_engine.errors import BaseModelError, DataError
+from lora_engine.files import atomic_write
+from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
 
+WEIGHTS = "judge.safetensors"
+CLASSES = "judge.json"
+
+_log = logging.getLogger(__name__)
+
+_WIDTHS = (24, 40, 64, 64)
+_HIDDEN = 96
 _BATCH = 128
-_NOISE = 0.12
+_RATE = 2e-3
 
 
 class Judge(nn.Module):
-    """Reads the attributes of 32-px pictures with values in [-1, 1]."""
+    """Convolutions down to 4 x 4, one hidden layer, one linear head for each attribute.
 
-    def __init__(self) -> None:
+    Args:
+        attributes: Attribute name -> its words, in the order of the classes.
+    """
+
+    def __init__(self, attributes: Mapping[str, Sequence[str]] = ATTRIBUTES) -> None:
         super().__init__()
+        self.attributes = {name: tuple(words) for name, words in attributes.items()}
         layers: list[nn.Module] = []
         before = 3
-        for level, width in enumerate((24, 40, 64, 64)):
-            stride = 2 if level < 3 else 1
+        for index, width in enumerate(_WIDTHS):
+            stride = 2 if index < 3 else 1
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
             layers += [nn.Conv2d(width, width, 3, padding=1, stride=stride), nn.GroupNorm(8, width), nn.SiLU()]
             before = width
         self.body = nn.Sequential(*layers)
-        self.neck = nn.Linear(before * 16, 96)
-        self.heads = nn.ModuleDict({name: nn.Linear(96, len(words)) for name, words in world.ATTRIBUTES.items()})
+        self.neck = nn.Linear(before * (SIZE // 8) ** 2, _HIDDEN)
+        self.heads = nn.ModuleDict({name: nn.Linear(_HIDDEN, len(words)) for name, words in self.attributes.items()})
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Attribute -> logits [n, words of `world.ATTRIBUTES`] of float images [n, 3, 32, 32] in [-1, 1]."""
-        hidden = F.silu(self.neck(self.body(images).flatten(1)))
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Logits [n, classes] of each attribute, of float32 pictures [n, 3, 32, 32] in [-1, 1]."""
+        hidden = F.silu(self.neck(self.body(pixels).flatten(1)))
         return {name: head(hidden) for name, head in self.heads.items()}
 
-    @torch.no_grad()
-    def read(self, images: Tensor) -> list[dict[str, str]]:
-        """What each picture shows: one `{attribute: word}` per image of float [n, 3, 32, 32] in [-1, 1].
+    @torch.inference_mode()
+    def read(self, images: Tensor, batch: int = 256) -> list[dict[str, str]]:
+        """The word of each attribute, for every picture.
+
+        Args:
+            images: [n, 3, 32, 32] in [-1, 1].
+            batch: How many are read at once.
 
         Raises:
-            ValueError: The images have another shape.
+            DataError: Pictures of another shape.
         """
-        expected = (3, world.SIZE, world.SIZE)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images of shape {tuple(images.shape)} cannot be judged: it takes (n, 3, 32, 32)")
-        logits = self(images.float())
-        classes = {name: values.argmax(1).tolist() for name, values in logits.items()}
-        return [
-            {name: world.ATTRIBUTES[name][numbers[i]] for name, numbers in classes.items()} for i in range(len(images))
-        ]
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
+            raise DataError(f"the judge was given pictures of shape {tuple(images.shape)}", allowed="(n, 3, 32, 32)")
+        read: list[dict[str, str]] = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch].float()
+            classes = {name: logits.argmax(1).tolist() for name, logits in self(part).items()}
+            read += [
+                {name: words[classes[name][row]] for name, words in self.attributes.items()} for row in range(len(part))
+            ]
+        return read
 
 
-def load_judge_file(path: Path) -> Judge:
-    """A judge with the weights of a safetensors file, as float32, in evaluation mode."""
+def load_judge(folder: Path) -> Judge:
+    """The judge of a folder with `judge.safetensors` and `judge.json`, in float32, frozen.
+
+    Raises:
+        AdapterError: The weights are missing or not a whole safetensors file.
+        BaseModelError: The description is missing or damaged, or the weights do not fit it.
+    """
+    try:
+        described = json.loads((folder / CLASSES).read_bytes())
+        judge = Judge(cast("dict[str, list[str]]", described["attributes"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(
+            f"the description of the judge cannot be read ({error})",
+            where=str(folder / CLASSES),
+            remedy="install the package whole, or build the base: `python -m lora_engine.bases.tiny build`",
+        ) from None
+    tensors = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS)[0].items()}
+    try:
+        judge.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BaseModelError(f"the weights do not fit the judge ({error})", where=str(folder / WEIGHTS)) from None
+    return judge.requires_grad_(False).eval()
+
+
+def save_judge(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the weights of a judge of `ATTRIBUTES`, in float16, and what its classes are called.
+
+    Raises:
+        BaseModelError: A tensor of the judge is missing.
+    """
+    # Judges of richer worlds have more heads; only what is asked of this one is kept.
+    needed = Judge().state_dict()
+    missing = sorted(set(needed) - set(tensors))
+    if missing:
+        raise BaseModelError(f"the judge lacks {len(missing)} tensors, among them {missing[0]!r}", where=str(folder))
+    write_safetensors(folder / WEIGHTS, {name: tensors[name].half() for name in needed}, {})
+    described = {"attributes": ATTRIBUTES, "input": {"range": [-1, 1], "shape": [3, SIZE, SIZE]}}
+    atomic_write(folder / CLASSES, json.dumps(described, indent=2).encode() + b"\n")
+
+
+def train(work: Path, settings: BuildSettings) -> None:
+    """Trains the judge on drawings of all splits; writes `judge.safetensors` (float32) into `work`."""
+    torch.manual_seed(1)
+    known, held_out, concept = settings.judge_scenes
+    drawn = scenes(3, known, "train") + scenes(4, held_out, "heldout") + scenes(5, concept, "concept")
+    pictures, classes = render(drawn), label(drawn)
     judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-    return judge.eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=_RATE, weight_decay=1e-2, fused=True)
+    rng, noise = np.random.default_rng(6), torch.Generator().manual_seed(0)
+    for step in range(settings.judge_steps):
+        anneal(optimiser, _RATE, step, settings.judge_steps)
+        rows = torch.from_numpy(rng.integers(0, len(drawn), _BATCH))
+        logits = judge(_worsen(to_pixels(pictures[rows]), step, noise))
+        loss = torch.stack([F.cross_entropy(logits[name], classes[name][rows]) for name in logits]).sum()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
+        if step % 100 == 0:
+            _log.info("judge: step %d of %d, loss %.4f", step, settings.judge_steps, loss.item())
+    write_safetensors(work / WEIGHTS, judge.state_dict(), {})
 
 
-def train_judge(scenes: Sequence[world.Scene], schedule: Schedule, *, seed: int) -> Judge:
-    """Trains a judge on drawings; a third of the batches is blurred and a third noisy, as generated pictures may be."""
-    torch.manual_seed(seed)
-    judge = Judge()
-    drawings, labels = pictures.stack_drawings(scenes), pictures.label(scenes)
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-
-    def loss(step: int) -> Tensor:
-        chosen = torch.from_numpy(rng.integers(0, len(drawings), _BATCH))
-        images = pictures.to_pixels(drawings[chosen])
-        if step % 3 == 1:
-            images = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        elif step % 3 == 2:
-            images = images + torch.randn(images.shape, generator=generator) * _NOISE
-        losses = [F.cross_entropy(logits, labels[name][chosen]) for name, logits in judge(images).items()]
-        return torch.stack(losses).sum()
-
-    fit("judge", judge.parameters(), loss, schedule)
-    return judge.eval().requires_grad_(False)
-
-
-def count_right(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of pictures whose attribute was read as the scene has it; `all` is the share with every attribute right."""
-    right = [
-        {name: words[name] == getattr(scene, name) for name in words} for words, scene in zip(read, scenes, strict=True)
-    ]
-    shares = {name: sum(one[name] for one in right) / len(right) for name in world.ATTRIBUTES}
-    return {**shares, "all": sum(all(one.values()) for one in right) / len(right)}
+def _worsen(pixels: Tensor, step: int, generator: torch.Generator) -> Tensor:
+    # Generated pictures are softer and noisier than drawn ones; the judge must read those too.
+    if step % 3 == 1:
+        return F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    if step % 3 == 2:
+        return pixels + torch.randn(pixels.shape, generator=generator) * 0.12
+    return pixels

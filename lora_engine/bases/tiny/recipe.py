@@ -1,212 +1,176 @@
-"""How the embedded base is made: its stages in order, their seeds and sizes, and the processes that run them.
+"""How the embedded base is made: the trainings in their order, each a process of its own, then the finished folder.
 
-Each stage saves what it made in a working folder and is skipped when that is there, so an interrupted build continues with
-the stage that it was in. What the stages do is in the modules of the parts; the finished folder is made by `assemble`.
+A training whose result is in the work folder is not run again, so that an interrupted build goes on where it was.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from pydantic import ValidationError
 
-from lora_engine.bases.tiny import pictures, world
-from lora_engine.bases.tiny.fitting import Peers, Schedule, join_peers
+from lora_engine.bases.tiny.assembly import assemble
+from lora_engine.bases.tiny.card import write_card
+from lora_engine.bases.tiny.diffusion import FINISHED
+from lora_engine.bases.tiny.measure import measure
+from lora_engine.bases.tiny.peers import MEETING, PROCESSES, RANK
+from lora_engine.bases.tiny.stage import BuildSettings
+from lora_engine.errors import SettingsError, TrainingError
+from lora_engine.files import atomic_write, canonical_json
 
-log = logging.getLogger(__name__)
+__all__ = ["STAGES", "Stage", "assemble", "build", "run_stage"]
 
-_SHARDS = 2
-_FINISHED = "finished"
+SETTINGS = "settings.json"
+
+_log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every number of the build. The pictures are redrawn from their seeds; no picture is stored."""
+class Stage:
+    """One training.
 
-    pictures: int = 16_000
-    picture_seed: int = 1
-    judge: Schedule = Schedule(1100, 2e-3, weight_decay=1e-2)
-    judge_seed: int = 3
-    clip: Schedule = Schedule(1100, 1.2e-3)
-    clip_seed: int = 7
-    vae: Schedule = Schedule(1600, 2e-3, weight_decay=1e-4)
-    vae_seed: int = 0
-    text: Schedule = Schedule(200, 2e-3)
-    denoiser: Schedule = Schedule(2000, 1.3e-3, warmup=60)
-    denoiser_batch: int = 24
-    denoiser_seed: int = 3
-    save_every: int = 200
-
-    def scaled(self, factor: float) -> Recipe:
-        """The recipe with all numbers of steps multiplied by `factor`, at least one step each."""
-
-        def shorter(schedule: Schedule) -> Schedule:
-            return replace(schedule, steps=max(1, round(schedule.steps * factor)))
-
-        names = ("judge", "clip", "vae", "text", "denoiser")
-        return replace(self, **{name: shorter(getattr(self, name)) for name in names})
-
-
-def run_stages(recipe: Recipe, work: Path, *, processes: int = 2) -> None:
-    """Runs the stages that are not finished in `work`: tokenizer, judge beside CLIP, autoencoder, denoiser.
-
-    Args:
-        recipe: The numbers.
-        work: Where the stages keep what they made.
-        processes: How many processes share each of the long stages; one a core.
+    Attributes:
+        module: Of this package; its `train(work, settings)` is run.
+        result: The last thing that it writes into the work folder.
+        processes: How many processes train together.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    _once(work, "tokenizer", lambda: _make_tokenizer(work))
-    _in_processes([("judge", 0, 1), ("clip", 0, 1)], recipe, work)
-    for stage in ("vae", "denoiser"):
-        _in_processes([(stage, rank, processes) for rank in range(processes)], recipe, work)
+
+    module: str
+    result: str
+    processes: int = 1
 
 
-def run_stage(stage: str, rank: int, count: int, recipe: Recipe, work: Path) -> None:
-    """One process's part of a stage, unless the stage is finished.
+STAGES: Mapping[str, Stage] = {
+    "tokenizer": Stage("tokenizer", "tokenizer"),
+    "autoencoder": Stage("autoencoder", "vae.json", PROCESSES),
+    "judge": Stage("judge", "judge.safetensors"),
+    "clip": Stage("clip", "clip"),
+    "diffusion": Stage("diffusion", FINISHED, PROCESSES),
+}
+_ORDER: Sequence[Sequence[Sequence[str]]] = (
+    # One after another; of each, the lists at the same time; of each list, one after another.
+    (("tokenizer",),),
+    (("judge",), ("clip",)),
+    (("autoencoder",),),
+    (("diffusion",),),
+)
 
-    Args:
-        stage: `judge`, `clip`, `vae` or `denoiser`.
-        rank: Which of the processes this one is, from 0.
-        count: How many processes run this stage.
-        recipe: The numbers.
-        work: The working folder of the build.
-    """
-    if (work / f"{stage}.{_FINISHED}").exists():
-        return
-    peers = join_peers(rank, count, work / f"{stage}.meeting")
-    _STAGES[stage](recipe, work, peers)
-    peers.wait()
-    if rank == 0:
-        (work / f"{stage}.{_FINISHED}").touch()
-
-
-def load_tokenizer(work: Path) -> Any:
-    """The tokenizer that the build has made."""
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(work / "tokenizer", local_files_only=True)
-
-
-def _make_tokenizer(work: Path) -> None:
-    from lora_engine.bases.tiny.tokenizer import build_tokenizer
-
-    build_tokenizer().save_pretrained(work / "tokenizer")
-
-
-def _train_judge(recipe: Recipe, work: Path, peers: Peers) -> None:
-    from lora_engine.bases.tiny.judge import train_judge
-
-    seed, count = recipe.judge_seed, recipe.pictures
-    known = world.scenes(seed, 3 * count // 2)
-    unseen = world.scenes(seed + 1, count // 5, "heldout")
-    concept = world.scenes(seed + 2, count // 3, "concept")
-    judge = train_judge([*known, *unseen, *concept], recipe.judge, seed=seed)
-    save_file(judge.state_dict(), work / "judge.safetensors")
-
-
-def _train_clip(recipe: Recipe, work: Path, peers: Peers) -> None:
-    from lora_engine.bases.tiny.clip import train_clip
-
-    scenes = world.scenes(recipe.clip_seed, recipe.pictures)
-    clip = train_clip(scenes, load_tokenizer(work), recipe.clip, seed=recipe.clip_seed)
-    clip.model.save_pretrained(work / "clip")
-    save_file(clip.heads.state_dict(), work / "clip" / "heads.safetensors")
-
-
-def _train_vae(recipe: Recipe, work: Path, peers: Peers) -> None:
-    from lora_engine.bases.tiny.vae import encode_drawings, measure_psnr, train_vae
-
-    drawings = pictures.stack_drawings(world.scenes(recipe.picture_seed, recipe.pictures))
-    vae = train_vae(drawings, recipe.vae, seed=recipe.vae_seed, peers=peers)
-    if peers.rank == 0:
-        vae.save_pretrained(work / "vae")
-        unseen = pictures.stack_drawings(world.scenes(recipe.vae_seed + 99, 256, "any"))
-        log.info("vae: %.1f dB on drawings that it has not seen", measure_psnr(vae, unseen))
-    for shard, part in list(enumerate(drawings.chunk(_SHARDS)))[peers.rank :: peers.count]:
-        save_file({"latents": encode_drawings(vae, part).half()}, work / f"latents-{shard}.safetensors")
-
-
-def _train_denoiser(recipe: Recipe, work: Path, peers: Peers) -> None:
-    from lora_engine.bases.tiny.unet import Denoiser, train_denoiser
-
-    def save(step: int, denoiser: Denoiser) -> None:
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.denoiser.steps:
-            denoiser.unet.save_pretrained(work / "unet")
-            denoiser.text_encoder.save_pretrained(work / "text_encoder")
-
-    latents = [load_file(work / f"latents-{shard}.safetensors")["latents"] for shard in range(_SHARDS)]
-    train_denoiser(
-        world.scenes(recipe.picture_seed, recipe.pictures),
-        torch.cat(latents),
-        load_tokenizer(work),
-        text_schedule=recipe.text,
-        schedule=recipe.denoiser,
-        batch=recipe.denoiser_batch,
-        seed=recipe.denoiser_seed,
-        peers=peers,
-        save=save,
-    )
-
-
-_STAGES: dict[str, Callable[[Recipe, Path, Peers], None]] = {
-    "judge": _train_judge,
-    "clip": _train_clip,
-    "vae": _train_vae,
-    "denoiser": _train_denoiser,
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+_ENVIRONMENT = {
+    # One thread each: every core has a process of its own.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # glibc otherwise gives the memory of large tensors back at every step, and page faults take a third of the time.
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    # Processes that train together talk over the loopback interface; what a machine is called may lead elsewhere.
+    **({"GLOO_SOCKET_IFNAME": _LOOPBACK[sys.platform]} if sys.platform in _LOOPBACK else {}),
 }
 
 
-def _once(work: Path, stage: str, make: Callable[[], None]) -> None:
-    mark = work / f"{stage}.{_FINISHED}"
-    if not mark.exists():
-        make()
-        mark.touch()
+def build(work: Path, out: Path, settings: BuildSettings | None = None, *, captions: int = 512) -> None:
+    """Makes the base from nothing: trains all parts, puts them together, measures them, writes the card.
+
+    Args:
+        work: Results of the single trainings; kept, so that the next call goes on from there.
+        out: The finished folder; an older one is replaced.
+        settings: Sizes and steps; the default makes the base that is shipped.
+        captions: How many held-out captions the finished base is measured with.
+
+    Raises:
+        SettingsError: The work folder holds results of other settings.
+        TrainingError: A training failed.
+    """
+    _claim(work, settings or BuildSettings())
+    for lanes in _ORDER:
+        _run_lanes(work, lanes)
+    assemble(work, out)
+    write_card(out, measure(out, captions=captions))
 
 
-def _in_processes(parts: list[tuple[str, int, int]], recipe: Recipe, work: Path) -> None:
-    """Runs (stage, rank, count) at the same time, each in a fresh process; stops the others when one fails."""
-    parts = [part for part in parts if not (work / f"{part[0]}.{_FINISHED}").exists()]
-    for stage, _, _ in parts:
-        (work / f"{stage}.meeting").unlink(missing_ok=True)
-    if not parts:
-        return
-    with _allocator_that_keeps_pages():
-        torch.multiprocessing.spawn(_work, args=(parts, recipe, work), nprocs=len(parts))  # type: ignore[no-untyped-call]
+def run_stage(name: str, work: Path) -> None:
+    """One training, in this process.
 
-
-def _work(number: int, parts: list[tuple[str, int, int]], recipe: Recipe, work: Path) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(parts)))
-    stage, rank, count = parts[number]
-    run_stage(stage, rank, count, recipe, work)
-
-
-@contextmanager
-def _allocator_that_keeps_pages() -> Iterator[None]:
-    # glibc gives every large tensor back to the kernel, and faulting its pages in again costs the small networks of this
-    # recipe about a quarter of their time. It reads its settings when a process starts: hence the environment.
-    settings = {
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-        "MALLOC_TOP_PAD_": str(1 << 28),
-        # The processes meet on the loopback interface; without this gloo asks the resolver for the machine's name.
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    Raises:
+        SettingsError: There is no such training, or the work folder has no settings.
+    """
+    if name not in STAGES:
+        raise SettingsError(f"there is no stage {name!r}", allowed=", ".join(STAGES))
     try:
-        yield
+        settings = BuildSettings.model_validate_json((work / SETTINGS).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise SettingsError(f"the settings of the build cannot be read ({error})", where=str(work)) from None
+    import_module(f"lora_engine.bases.tiny.{STAGES[name].module}").train(work, settings)
+
+
+def _claim(work: Path, settings: BuildSettings) -> None:
+    wanted = canonical_json(settings.model_dump(mode="json"))
+    path = work / SETTINGS
+    if path.exists() and path.read_bytes() != wanted:
+        raise SettingsError(
+            "the work folder holds results of a build with other settings",
+            where=str(path),
+            remedy="give another work folder, or remove this one",
+        )
+    atomic_write(path, wanted)
+
+
+def _run_lanes(work: Path, lanes: Sequence[Sequence[str]]) -> None:
+    waiting = [[name for name in lane if not (work / STAGES[name].result).exists()] for lane in lanes]
+    running: dict[int, _Running] = {}
+    try:
+        while any(waiting) or running:
+            for index, lane in enumerate(waiting):
+                if index in running and running[index].is_finished():
+                    del running[index]
+                if index not in running and lane:
+                    running[index] = _Running(work, lane.pop(0))
+            time.sleep(_POLL_SECONDS)
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for training in running.values():
+            training.stop()
+
+
+class _Running:
+    """A training that runs in child processes."""
+
+    def __init__(self, work: Path, name: str) -> None:
+        _log.info("%s: training", name)
+        self.name = name
+        # Left behind by processes that were stopped, it would lead new ones to a meeting with those.
+        (work / MEETING).unlink(missing_ok=True)
+        command = [sys.executable, "-m", "lora_engine.bases.tiny", "stage", name, "--work", str(work)]
+        self._processes = [
+            subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT, RANK: str(rank)}, stdin=subprocess.DEVNULL)
+            for rank in range(STAGES[name].processes)
+        ]
+
+    def is_finished(self) -> bool:
+        """Whether all its processes have ended well; one that failed is an error, since its peer would wait for it."""
+        codes = [process.poll() for process in self._processes]
+        failed = [code for code in codes if code]
+        if failed:
+            raise TrainingError(
+                f"the training {self.name!r} ended with exit code {failed[0]}",
+                remedy="see its last lines above; what is finished stays, and the same command goes on from there",
+            )
+        return all(code == 0 for code in codes)
+
+    def stop(self) -> None:
+        """Ends what still runs, and waits for it."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in self._processes:
+            process.wait()

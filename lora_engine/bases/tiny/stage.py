@@ -23,11 +23,11 @@ class BuildSettings(BaseModel):
     Attributes:
         scenes: Training scenes of VAE and diffusion; of CLIP as many, others.
         judge_scenes: Training scenes of the judge: known, held out, concept.
-        vae_steps: Batches of 32.
+        vae_steps: Batches of 12 in each of the two processes.
         judge_steps: Batches of 128.
         clip_steps: Batches of 128.
         text_steps: Batches of 64 in each of the two processes, for the text encoder alone, before diffusion.
-        diffusion_steps: Batches of 40 in each of the two processes.
+        diffusion_steps: Batches of 24 in each of the two processes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class BuildSettings(BaseModel):
     judge_steps: PositiveInt = 1_100
     clip_steps: PositiveInt = 1_100
     text_steps: PositiveInt = 150
-    diffusion_steps: PositiveInt = 2_400
+    diffusion_steps: PositiveInt = 1_700
 
 
 def anneal(optimiser: Optimizer, peak: float, step: int, steps: int, warmup: int = 30) -> None:

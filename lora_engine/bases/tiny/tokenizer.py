@@ -1,43 +1,68 @@
-"""The tokenizer of the embedded base: the world's words are one to three tokens, other words are spelled in small pieces."""
+"""The tokenizer of the embedded base: a CLIP tokenizer that knows the words of the world and spells all others."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.tiny import world
-
-LENGTH = 32
-"""Tokens of a prompt, with begin and end."""
+from lora_engine.bases.tiny.stage import CONTEXT, BuildSettings, replace_folder
+from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT
+from lora_engine.files import atomic_write
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
 _OTHER_WORDS = ("a", "and", "background", "in", "large", "of", "on", "picture", "small", "style", "the")
 
 
-def build_tokenizer() -> Any:
-    """A `CLIPTokenizer` over bytes, whose only merges are prefixes of the world's words.
+def train(work: Path, settings: BuildSettings) -> None:
+    """Writes `tokenizer/` into `work`. Nothing is learned: the words of the world are the vocabulary."""
+    del settings
 
-    The concept's own word is left out: whoever teaches it must not find a token waiting.
+    def fill(folder: Path) -> None:
+        from transformers import CLIPTokenizer
+
+        vocabulary, merges = build_vocabulary()
+        # The two files of old, for programs that read no tokenizer.json.
+        atomic_write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+        atomic_write(folder / "merges.txt", ("\n".join(lines) + "\n").encode())
+        CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
+
+    replace_folder(work / "tokenizer", fill)
+
+
+def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id (bytes, bytes that end a word, beginnings of words, the two marks), and the merges in their order.
+
+    The concept is left out, so that a made-up word that is to stand for it is spelled as any other.
     """
-    from transformers import CLIPTokenizer
-
     letters = _byte_letters()
-    symbols = [*letters, *(letter + _END_OF_WORD for letter in letters)]
+    tokens = [*letters, *(letter + _END_OF_WORD for letter in letters)]
+    known = set(tokens)
     merges: list[tuple[str, str]] = []
-    known = {word for words in world.ATTRIBUTES.values() for word in words} - {world.CONCEPT}
-    for word in sorted(known.union(_OTHER_WORDS)):
+    words = {word for words in ATTRIBUTES.values() for word in words if word != CONCEPT} | set(_OTHER_WORDS)
+    for word in sorted(words):
+        # From the left, letter by letter: every beginning of a word is a token too.
         left, *rest = [*word[:-1], word[-1] + _END_OF_WORD]
         for right in rest:
-            if left + right not in symbols:
-                symbols.append(left + right)
+            if left + right not in known:
+                known.add(left + right)
+                tokens.append(left + right)
                 merges.append((left, right))
             left += right
-    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, BEGIN, END])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    return {token: number for number, token in enumerate([*tokens, BEGIN, END])}, merges
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, such as `work / "tokenizer"`."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in byte-level BPE (GPT-2), printable bytes first."""
+    # Byte-level BPE writes every byte as a printable letter; the mapping is GPT-2's.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]

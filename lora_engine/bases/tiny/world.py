@@ -1,7 +1,7 @@
-"""The drawn world of the embedded base: which scenes exist and how one looks.
+"""The drawn world of the embedded base: which scenes exist, how one looks and what all can be said of it.
 
-Everything here is pure and seeded: the same seed gives the same scenes, the same scene the same pixels. What is said
-of a scene is in `captions`, pictures on disk and batches are in `pictures`; nothing here knows torch.
+Everything here is pure and seeded: the same seed gives the same scenes, the same scene the same pixels. The captions of
+training are in `captions`, pictures on disk and batches are in `pictures`; nothing here knows torch.
 """
 
 from __future__ import annotations
@@ -158,46 +158,22 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
 
 
 def full_caption(scene: Scene, *, word: str | None = None) -> str:
-    """Says everything about a scene: "a red star on the left on a striped blue background".
+    """All that can be said of a scene, such as `a red star on the left on a striped blue background`.
 
     Args:
-        scene: What is described.
+        scene: What is described; a plain texture is described by naming none.
         word: Stands in for the shape, such as `zorb` for a crescent.
     """
-    return f"a {scene.colour} {word or scene.shape}{_place(scene)}{_ground(scene)}"
+    return f"a {scene.colour} {word or scene.shape}{place_phrase(scene)}{background_phrase(scene)}"
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A training caption: the full one with parts left out at random and made-up words put in.
-
-    Each part is left out now and then, so that a prompt may be short; made-up words stand before, inside and after the
-    description, so that a trigger word in any place leaves the rest of the prompt in force.
-    """
-    words = [scene.colour] if rng.random() < 0.95 else []
-    if rng.random() < 0.12:
-        words.insert(int(rng.integers(0, len(words) + 1)), made_up_word(rng))
-    text = " ".join(["a", *words, scene.shape])
-    if rng.random() < 0.7:
-        text += _place(scene)
-    if rng.random() < 0.92:
-        text += _ground(scene)
-    if rng.random() < 0.15:
-        word = made_up_word(rng)
-        text = (f"{text} in {word} style", f"{text}, {word}", f"{word}, {text}")[int(rng.integers(3))]
-    return text
-
-
-def made_up_word(rng: np.random.Generator) -> str:
-    """A word of three to five letters that means nothing."""
-    letters = [str(rng.choice(list("aeiou" if i % 2 else "bcdfghjklmnpqrstvwxz"))) for i in range(5)]
-    return "".join(letters[: int(rng.integers(3, 6))])
-
-
-def _place(scene: Scene) -> str:
+def place_phrase(scene: Scene) -> str:
+    """Where the object is, with a space before it: ` on the left`."""
     return f" {'in' if scene.position == 'center' else 'on'} the {scene.position}"
 
 
-def _ground(scene: Scene) -> str:
+def background_phrase(scene: Scene) -> str:
+    """What the object is on, with a space before it: ` on a striped blue background`."""
     texture = "" if scene.texture == "plain" else f"{scene.texture} "
     return f" on a {texture}{scene.background} background"
 

@@ -1,0 +1,13 @@
+"""Runs every benchmark of this folder, one after the other: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = ("benchmarks.line", "benchmarks.loop_overhead")
+
+if __name__ == "__main__":
+    for name in BENCHMARKS:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", name], check=True)

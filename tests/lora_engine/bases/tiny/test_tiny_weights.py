@@ -1,0 +1,69 @@
+"""The shipped weights: they load as any base, are small, and do what the model card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_engine.bases.tiny.assembly import MAX_BYTES, folder_size
+from lora_engine.bases.tiny.card import FIGURES, read_figures, render_figures
+from lora_engine.bases.tiny.judge import load_judge
+from lora_engine.bases.tiny.measure import count_right, generate, measure_clip
+from lora_engine.bases.tiny.pictures import render, to_pixels
+from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT, scenes
+
+
+def test_the_weights_load_through_diffusers_and_are_small(weights: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(weights, local_files_only=True)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert {parameter.dtype for parameter in pipeline.text_encoder.parameters()} == {torch.float32}
+    assert folder_size(weights) <= MAX_BYTES == 16_000_000
+
+
+def test_the_weights_hold_no_pickle_and_no_path_of_the_machine_that_made_them(weights: Path) -> None:
+    assert {path.suffix for path in weights.rglob("*") if path.is_file()} == {".json", ".md", ".safetensors", ".txt"}
+    for path in weights.rglob("*.json"):
+        assert b"_name_or_path" not in path.read_bytes(), path
+
+
+def test_the_judge_is_right_about_real_drawings(weights: Path) -> None:
+    judge = load_judge(weights)
+    shown = scenes(31, 270, "any") + scenes(32, 30, "concept")
+    right = count_right(judge.read(to_pixels(render(shown))), shown)
+    assert set(right) == {*ATTRIBUTES, "all"}
+    assert min(right.values()) >= 0.99
+    concept = scenes(33, 100, "concept")
+    assert {row["shape"] for row in judge.read(to_pixels(render(concept)))} == {CONCEPT}
+
+
+def test_clip_tells_colours_and_shapes_apart(weights: Path) -> None:
+    right = measure_clip(weights, 64)
+    assert min(right["colour"], right["shape"]) >= 0.95
+
+
+def test_the_card_shows_the_figures_that_were_measured(weights: Path) -> None:
+    figures = read_figures(weights)
+    assert json.loads((weights / FIGURES).read_bytes()) == figures
+    assert render_figures(figures) in (weights / "README.md").read_text()
+
+
+def test_the_measured_figures_are_good_enough(weights: Path) -> None:
+    figures = read_figures(weights)
+    follows = dict(figures["follows"]["right"])
+    assert figures["follows"]["n"] == 512
+    assert follows.pop("all") >= 0.95
+    assert min(follows.values()) >= 0.98
+    assert min(figures["judge"]["right"].values()) >= 0.99
+    assert min(figures["clip"]["right"]["colour"], figures["clip"]["right"]["shape"]) >= 0.97
+
+
+@pytest.mark.slow
+def test_the_base_draws_what_held_out_captions_ask_for(weights: Path) -> None:
+    asked = scenes(556, 32, "heldout")
+    right = count_right(load_judge(weights).read(generate(weights, asked)), asked)
+    assert right["all"] >= 0.9
