@@ -18,7 +18,7 @@ from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 # OpenAI's, used by every CLIP whose folder does not say otherwise.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_BATCH = 32
+_PICTURES, _TEXTS = 32, 128
 
 
 class Embedder:
@@ -56,7 +56,7 @@ class Embedder:
         """Pictures [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1."""
         parts = [
             self._model.get_image_features(pixel_values=self._prepare(part)).pooler_output
-            for part in torch.split(pixels, _BATCH)
+            for part in torch.split(pixels, _PICTURES)
         ]
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
@@ -64,9 +64,9 @@ class Embedder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts -> float32 [n, d] of length 1; a text longer than the model's context is cut."""
         parts = []
-        for start in range(0, len(texts), _BATCH):
+        for start in range(0, len(texts), _TEXTS):
             tokens = self._tokenizer(
-                list(texts[start : start + _BATCH]),
+                list(texts[start : start + _TEXTS]),
                 padding="max_length",
                 truncation=True,
                 max_length=self._length,

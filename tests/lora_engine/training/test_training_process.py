@@ -57,8 +57,9 @@ def train_here(job: dict[str, Any], tmp_path: Path) -> str:
 
 def when_checkpointed(job: dict[str, Any], step: int, act: Callable[[], None]) -> threading.Thread:
     def watch() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        # Long, for machines that do much else; a run that came to its end is not waited for.
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and not Path(job["out"]).exists():
             names = list((Path(job["work"]) / "checkpoints").glob("step-*.safetensors"))
             if any(int(name.name.split("-")[1]) >= step for name in names):
                 act()

@@ -15,8 +15,10 @@ SMALL = BuildSettings(
     scenes=64,
     judge_scenes=(64, 16, 16),
     vae_steps=2,
+    polish_steps=2,
     judge_steps=2,
     clip_steps=2,
+    clip_more_steps=1,
     text_steps=2,
     diffusion_steps=2,
 )
