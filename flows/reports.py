@@ -56,7 +56,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             dataset_folder=folders["dataset"] if dataset is not None else None,
             recipe=dict(version.params),
             lineage=steps,
-            version={"name": version.name, "version": version.version, "sha256": version.sha256, "size": version.size},
+            version={key: getattr(version, key) for key in ("name", "version", "sha256", "size", "aliases")},
         )
         atomic_write(path, page.encode())
         pictures = path.with_suffix("")
@@ -73,9 +73,9 @@ def describe_steps(lineage: Lineage, version: AdapterVersion) -> list[dict[str, 
     return [
         {
             "step": execution.step,
-            "kind": execution.uses,
+            "uses": execution.uses,
             "inputs": [ref.sha256 for ref in execution.inputs.values()],
-            "digest": execution.output.sha256 if execution.output else "",
+            "output": execution.output.sha256 if execution.output else "",
         }
         for execution in sorted(latest, key=lambda execution: execution.started_at)
     ]

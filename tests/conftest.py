@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lora_engine  # noqa: F401  (it sets how torch's threads wait, which must come before torch)
+
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome")}
 
 

@@ -67,7 +67,7 @@ captions are on those.
 | autoencoder | 32 x 32 -> 8 x 8 x 16, widths 24, 48, 64 | $scenes scenes, $vae_steps steps of 2 x 12; L1 + 0.5 MSE + 0.5 L1 of gradients + KL; then $polish_steps steps of 2 x 12 for the decoder alone, on latents with a little noise |
 | text encoder | two layers of 128, 32 tokens | $text_steps steps of 2 x 64 on naming attributes, then together with the U-Net |
 | U-Net | widths 64, 128, attention on both levels | the same scenes, $diffusion_steps steps of 2 x 24; v-prediction, linear betas, EMA 0.998, 10 % empty captions |
-| CLIP | two text layers and four vision layers of 128, patches of 8 | $clip_steps steps of 128, then twice $clip_more_steps on other scenes; contrastive, half of the batches of two pairs of colours only, plus heads that name attributes |
+| CLIP | two text layers and four vision layers of 128, patches of 8 | $clip_steps steps of 128, then three times $clip_more_steps on other scenes; contrastive, half of the batches of two pairs of colours only (in the last round alike in all but shape), plus heads that name attributes |
 | judge | convolutions 24, 40, 64, 64 | $judge_scenes scenes, $judge_steps steps of 128, with blur and noise |
 
 ## Measured

@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _BATCH = 128
 _RATE = 1.2e-3
 _LATER_RATE = 8e-4
+_COLOURS = ("colour", "background")
+_ALL_BUT_SHAPE = (*_COLOURS, "texture", "position")
 _WIDTH = 96
 _HEAD_SCALE = 15
 _HEAD_WEIGHT = 0.3
@@ -67,16 +69,18 @@ def build_clip() -> Any:
 def train(work: Path, settings: BuildSettings) -> None:
     """Trains CLIP, for which `tokenizer/` must be in `work`; writes `clip/` with its attribute heads there.
 
-    Three rounds on different scenes, the later ones at a lower rate.
+    Four rounds on different scenes, the later ones at a lower rate.
     """
     torch.manual_seed(2)
     clip = build_clip()
     heads = nn.ModuleDict({name: nn.Linear(_WIDTH, len(words)) for name, words in ATTRIBUTES.items()})
     tokenizer = load_tokenizer(work / "tokenizer")
+    more = settings.clip_more_steps
     _fit(clip, heads, tokenizer, scenes(7, settings.scenes), _RATE, settings.clip_steps, seed=8)
-    later = settings.clip_more_steps
     for seed in (17, 27):
-        _fit(clip, heads, tokenizer, scenes(seed, settings.scenes), _LATER_RATE, later, seed=seed + 1)
+        _fit(clip, heads, tokenizer, scenes(seed, settings.scenes), _LATER_RATE, more, seed=seed + 1)
+    # What is left to learn then are shapes: every second batch holds pictures that differ in little else.
+    _fit(clip, heads, tokenizer, scenes(37, settings.scenes), _LATER_RATE, more, seed=38, alike=_ALL_BUT_SHAPE)
 
     def fill(folder: Path) -> None:
         clip.save_pretrained(folder)
@@ -86,14 +90,23 @@ def train(work: Path, settings: BuildSettings) -> None:
 
 
 def _fit(
-    clip: Any, heads: nn.ModuleDict, tokenizer: Any, drawn: Sequence[Scene], rate: float, steps: int, *, seed: int
+    clip: Any,
+    heads: nn.ModuleDict,
+    tokenizer: Any,
+    drawn: Sequence[Scene],
+    rate: float,
+    steps: int,
+    *,
+    seed: int,
+    alike: tuple[str, ...] = _COLOURS,
 ) -> None:
     pictures, classes, rng = render(drawn), label(drawn), np.random.default_rng(seed)
     optimiser = torch.optim.AdamW([*clip.parameters(), *heads.parameters()], lr=rate, weight_decay=1e-3, fused=True)
-    groups = _group(drawn)
+    groups = _group(drawn, alike)
+    together = 2 if alike == _COLOURS else 4
     for step in range(steps):
         anneal(optimiser, rate, step, steps)
-        rows = _choose(rng, groups, len(drawn), hard=step % 2 == 1)
+        rows = _choose(rng, groups, len(drawn), together if step % 2 else 0)
         full = rng.random(len(rows)) < 0.5
         texts = [caption(drawn[row], rng, drop=not whole) for row, whole in zip(rows, full, strict=True)]
         ids, mask = encode(tokenizer, texts)
@@ -108,18 +121,18 @@ def _fit(
             _log.info("clip: step %d of %d, loss %.3f", step, steps, loss.item())
 
 
-def _group(drawn: Sequence[Scene]) -> list[list[int]]:
-    groups: dict[tuple[str, str], list[int]] = {}
+def _group(drawn: Sequence[Scene], alike: tuple[str, ...]) -> list[list[int]]:
+    groups: dict[tuple[str, ...], list[int]] = {}
     for index, scene in enumerate(drawn):
-        groups.setdefault((scene.colour, scene.background), []).append(index)
+        groups.setdefault(tuple(getattr(scene, name) for name in alike), []).append(index)
     return list(groups.values())
 
 
-def _choose(rng: np.random.Generator, groups: list[list[int]], count: int, *, hard: bool) -> NDArray[np.int64]:
-    if not hard:
+def _choose(rng: np.random.Generator, groups: list[list[int]], count: int, together: int) -> NDArray[np.int64]:
+    if not together:
         return rng.integers(0, count, _BATCH)
     # Where all pictures have the same colours, only shape, texture and position tell them apart.
-    pool = np.array([row for group in rng.choice(len(groups), 2) for row in groups[group]])
+    pool = np.array([row for group in rng.choice(len(groups), together) for row in groups[group]])
     chosen: NDArray[np.int64] = rng.choice(pool, min(_BATCH, len(pool)), replace=False)
     return chosen
 

@@ -27,7 +27,7 @@ class BuildSettings(BaseModel):
         polish_steps: As many pictures again in each step, for the decoder alone.
         judge_steps: Batches of 128.
         clip_steps: Batches of 128.
-        clip_more_steps: Batches of 128 in each of two more rounds, of other scenes, at a lower rate.
+        clip_more_steps: Batches of 128 in each of three more rounds, of other scenes, at a lower rate.
         text_steps: Batches of 64 in each of the two processes, for the text encoder alone, before diffusion.
         diffusion_steps: Batches of 24 in each of the two processes.
     """
