@@ -71,15 +71,22 @@ def submit_steps(spec: PipelineSpec, home: Home, run_id: str, force: Collection[
             inputs.setdefault(field, []).append(source)
         job = make_job(spec, name, home, run_id, force=name in force)
         futures[name] = step_task(name).submit(job, inputs)
-    results = {name: future.result(raise_on_failure=False) for name, future in futures.items()}
-    # A step that failed comes before those that could not start because of it.
-    for result in results.values():
-        if isinstance(result, EngineError | RegistryError | OSError):
-            raise result
-    for name, result in results.items():
-        if isinstance(result, BaseException):
-            raise PipelineFailed(f"{type(result).__name__}: {result}", where=f"step {name!r}") from result
+    results = {name: _wait(future) for name, future in futures.items()}
+    failures = {name: result for name, result in results.items() if isinstance(result, BaseException)}
+    # What failed by itself comes before what could not start because of it.
+    for name, error in sorted(failures.items(), key=lambda item: isinstance(item[1], PipelineFailed)):
+        if isinstance(error, EngineError | RegistryError | OSError):
+            raise error
+        raise PipelineFailed(f"{type(error).__name__}: {error}", where=f"step {name!r}") from error
     return results
+
+
+def _wait(future: Any) -> Any:
+    """What the step gave, or the error that it ended with."""
+    future.wait()
+    if future.state.is_pending():
+        return PipelineFailed("not started, because a step that it takes from failed")
+    return future.result(raise_on_failure=False)
 
 
 @contextmanager

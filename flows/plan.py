@@ -88,7 +88,7 @@ def _what_changed(spec: PipelineSpec, name: str, inputs: Inputs, last: Execution
     for field, written, _ in step.externals():
         if last.settings.get("files", {}).get(field) != digest_path(spec.folder / written):
             changes.append(f"{field}: the content of {written} changed")
-    before = {role.partition(".")[0]: [] for role in last.inputs} | _by_field(last.inputs)
+    before = _by_field(last.inputs)
     for field, refs in inputs.items():
         if before.get(field) != [ref.sha256 for ref in refs]:
             changes.append(f"{field}: another input")

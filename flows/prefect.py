@@ -58,14 +58,10 @@ def _task() -> Any:
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
-    return task(
-        _execute,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-        retries=2,
-        retry_delay_seconds=1,
-        retry_condition_fn=_passes,
+    declare = task(
+        cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=1, retry_condition_fn=_passes
     )
+    return declare(_execute)
 
 
 def _execute(job: Job, inputs: Mapping[str, list[Outcome]]) -> Any:

@@ -108,7 +108,8 @@ def _load_step(name: str, raw: dict[str, Any], head: _Head, document: Document) 
         raise SpecError(problem, where=document.where((*place, "uses")), **_nearest(str(uses), STEPS))
     kind = STEPS[uses].spec
     inherited = {field: getattr(head, field) for field in ("base", "seed", "name") if field in kind.model_fields}
-    return _validate(kind, inherited | raw, place, document)
+    spec: StepSpec = _validate(kind, inherited | raw, place, document)
+    return spec
 
 
 def _validate(model: type[Any], data: Mapping[str, Any], place: Where, document: Document) -> Any:
@@ -120,11 +121,12 @@ def _validate(model: type[Any], data: Mapping[str, Any], place: Where, document:
 
 
 def _explain(error: ValidationError, model: type[BaseModel], place: Where, document: Document) -> SpecError:
-    problems = error.errors(include_url=False)
+    # A key that is unknown is most often the misspelling of one that is missing.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     at: Where = (*place, *first["loc"])
     key = str(at[-1]) if at else ""
-    label = ".".join(str(part) for part in at if part != "steps") or "the file"
+    label = ".".join(str(part) for part in (at[1:] if at[:1] == ("steps",) else at)) or "the file"
     more = f" (and {len(problems) - 1} more below)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         fields = [name for name in model.model_fields if name != "uses"]

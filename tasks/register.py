@@ -30,7 +30,7 @@ def still_registered(spec: Register, home: Home, folder: Path) -> bool:
 
     said = json.loads((folder / "version.json").read_bytes())
     try:
-        return Versions(home).show(said["name"], said["version"]).sha256 == said["sha256"]
+        return bool(Versions(home).show(said["name"], said["version"]).sha256 == said["sha256"])
     except RegistryError:
         return False
 

@@ -19,6 +19,7 @@ class Train(StepSpec, TrainSettings):
 
     uses: Literal["train"] = "train"
     base: str
+    kind: Literal["lora"] = "lora"
     dataset: Annotated[str, Takes("manifest")]
 
 

@@ -129,12 +129,12 @@ def test_an_independent_step_is_finished_and_kept_when_another_fails(pipeline: W
 def test_a_stop_between_steps_is_an_interruption_and_the_next_run_goes_on(pipeline: Write, home: Path) -> None:
     path = pipeline(PREPARE.replace("captioner: template", "captioner: files"))
 
-    def stop_when_captions_begin(event: StepEvent) -> None:
-        if (event.step, event.kind) == ("captions", "started"):
+    def stop_before_captions(event: StepEvent) -> None:
+        if (event.step, event.kind) == ("prepared", "completed"):
             request_stop()
 
     try:
-        with listening(stop_when_captions_begin), pytest.raises(InterruptedRun):
+        with listening(stop_before_captions), pytest.raises(InterruptedRun):
             run(path, home)
     finally:
         clear_stop()
