@@ -1,5 +1,7 @@
 # Two commands matter: `make demo` (set up, run the line once, say where everything is) and `make test` (set up, check all).
 PYTHON ?= python3
+# One process a core, one thread each; a file's tests stay together, since they share servers and models.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 # What torch brings along itself, so that the lock serves CPU and GPU builds of it alike.
@@ -19,7 +21,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loraline needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". To do: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
@@ -27,14 +29,14 @@ demo: setup ## Trains, evaluates, registers and exports one adapter; says where 
 	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
 test: setup check ## Runs all checks: the fast part, then everything slow
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: setup ## Runs the fast checks: format, lint, types, layers, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks

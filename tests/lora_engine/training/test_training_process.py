@@ -132,9 +132,11 @@ def test_a_job_with_broken_settings_is_refused_before_anything_is_loaded(job: di
 
 def test_a_stop_from_the_caller_asks_the_child_in_order(job: dict[str, Any], tmp_path: Path) -> None:
     body = """
-signal.signal(signal.SIGTERM, lambda *_: None)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 print('{"event": "progress", "done": 1, "total": 2, "values": {}}', flush=True)
-signal.pause()
+while not asked:
+    time.sleep(0.01)
 print('{"event": "error", "type": "InterruptedRun", "message": "kept", "where": "here"}')
 sys.exit(130)
 """
