@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +39,13 @@ def find_hit(job: Job, spec: StepSpec, key: str, store: Store, lineage: Lineage)
     if problems:
         return None, f"the earlier result is damaged: {problems[0]}"
     if job.kind.holds is not None:
-        peek = Home(Path(job.home)).work / f"{key}.peek"
-        store.checkout(ref, peek)
-        try:
-            if not job.kind.holds(spec, Home(Path(job.home)), peek):
+        home = Home(Path(job.home))
+        # A folder of its own: a plan and a run may look at the same time, and a killed one leaves its folder behind.
+        with tempfile.TemporaryDirectory(dir=home.work) as name:
+            peek = Path(name) / "artifact"
+            store.checkout(ref, peek)
+            if not job.kind.holds(spec, home, peek):
                 return None, "what it did has been changed since"
-        finally:
-            shutil.rmtree(peek, ignore_errors=True)
     return ref, "cached"
 
 
