@@ -37,7 +37,7 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
         extra = {"torch_dtype": dtype, "low_cpu_mem_usage": _has_accelerate()}
     try:
         # Building a module before its weights are read draws from the global generator; give it back as it was.
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), without_bars():
             module = cls.from_pretrained(
                 str(source.folder),
                 subfolder=component,
@@ -88,7 +88,8 @@ def _unreadable(folder: Path, error: Exception) -> BaseModelError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
+    """Keeps transformers from drawing its own progress bars while the block lasts."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

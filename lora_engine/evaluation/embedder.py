@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_engine.bases.components import without_bars
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
@@ -112,7 +112,7 @@ def _load(path: Path, name: str) -> Embedder:
         )
     try:
         # Building a model draws from the global generator; it is given back as it was.
-        with torch.random.fork_rng(devices=[]), _without_bars():
+        with torch.random.fork_rng(devices=[]), without_bars():
             model, loading = CLIPModel.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
@@ -131,19 +131,6 @@ def _load(path: Path, name: str) -> Embedder:
         mean=preparation.get("image_mean", _MEAN),
         std=preparation.get("image_std", _STD),
     )
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

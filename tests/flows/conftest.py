@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with prefect_test_harness(server_startup_timeout=240):
         yield str(PREFECT_API_URL.value())
     patch.undo()
+
+
+@pytest.fixture
+def environment(prefect_server: str, home: Path) -> dict[str, str]:
+    """The environment of a command line that runs in this test's home and on the shared server."""
+    return os.environ | {
+        "LORALINE_HOME": str(home),
+        "PREFECT_API_URL": prefect_server,
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,16 +15,6 @@ from registry.versions import Versions
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def environment(prefect_server: str, home: Path) -> dict[str, str]:
-    return os.environ | {
-        "LORALINE_HOME": str(home),
-        "PREFECT_API_URL": prefect_server,
-        "COLUMNS": "200",
-        "NO_COLOR": "1",
-    }
 
 
 def run(spec: Path, environment: dict[str, str], *changes: str) -> str:

@@ -54,16 +54,6 @@ def spec(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def environment(prefect_server: str, home: Path) -> dict[str, str]:
-    return os.environ | {
-        "LORALINE_HOME": str(home),
-        "PREFECT_API_URL": prefect_server,
-        "COLUMNS": "200",
-        "NO_COLOR": "1",
-    }
-
-
-@pytest.fixture
 def loraline(environment: dict[str, str]) -> Command:
     def call(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)]
