@@ -2,7 +2,7 @@
 
 from lora_engine.adapters import lora as lora  # registers its kind; a new kind adds a line like this
 from lora_engine.adapters.adapter import Adapter
-from lora_engine.adapters.attach import Attachment, attach, check_fit, collapse, create_adapter
+from lora_engine.adapters.attach import Attachment, LayerSettings, attach, check_fit, collapse, create_adapter
 from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds, same_delta
 from lora_engine.adapters.layer import AdaptedLayer, LayerOp, innermost
 from lora_engine.adapters.lora import LoraDelta
@@ -18,6 +18,7 @@ __all__ = [
     "DictTree",
     "Fault",
     "LayerOp",
+    "LayerSettings",
     "LoraDelta",
     "ModuleTree",
     "adaptable_layers",

@@ -6,20 +6,50 @@ Attaching wraps layers and touches no weight; collapsing adds the deltas into th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
-from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, innermost
+from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, bias_of, innermost
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import ModuleTree, as_tree, module_shapes, weight_shape
 from lora_engine.errors import AdapterError, SettingsError
 
 Base = ModuleTree | Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a fresh delta is like.
+
+    Attributes:
+        kind: Name of an adapter kind.
+        rank: Inner dimension.
+        alpha: The scale is `alpha / rank` for most kinds; None stands for the kind's default, a scale of 1.
+        options: The kind's own; see `lora_engine.training.kinds`.
+    """
+
+    kind: str = "lora"
+    rank: int = 8
+    alpha: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def create(self, layer: nn.Module, generator: torch.Generator | None) -> Delta:
+        """A fresh delta for a layer.
+
+        Raises:
+            SettingsError: An unknown kind, or a setting that does not suit the layer.
+        """
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        bias = bias_of(layer)
+        return kinds[self.kind].create(
+            weight.detach(), bias if bias is None else bias.detach(), self.rank, self.alpha, generator, **self.options
+        )
 
 
 def create_adapter(
@@ -29,6 +59,8 @@ def create_adapter(
     rank: int = 8,
     alpha: float | None = None,
     *,
+    options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, LayerSettings] | None = None,
     generator: torch.Generator | None = None,
 ) -> Adapter:
     """A fresh adapter for a base: factors in float32 on the CPU, zero in effect.
@@ -39,17 +71,31 @@ def create_adapter(
         kind: Name of an adapter kind.
         rank: Inner dimension.
         alpha: Scale is `alpha / rank`; None stands for the rank, so that the scale is 1.
+        options: The kind's own.
+        overrides: Targets (as for `targets`) to other settings for those of the chosen modules that they mean; where
+            several mean a module, the last one counts.
         generator: Where the random factors come from; one generator gives the same adapter again.
 
     Raises:
-        SettingsError: An unknown kind or target, or a rank that a target cannot have (named).
+        SettingsError: An unknown kind or target, a setting that a target cannot have (named), or an override that
+            means none of the chosen modules.
     """
     tree = as_tree(base)
     shapes = module_shapes(tree)
+    plain = LayerSettings(kind, rank, alpha, options or {})
+    settings = dict.fromkeys(select_modules(shapes, targets), plain)
+    for pattern, special in (overrides or {}).items():
+        meant = settings.keys() & select_modules(shapes, pattern)
+        if not meant:
+            raise SettingsError(
+                f"the override {pattern!r} means none of the {len(settings)} modules that the targets mean",
+                remedy="add them to the targets, or mend the pattern",
+            )
+        settings |= dict.fromkeys(meant, special)
     modules: dict[str, Delta] = {}
-    for name in select_modules(shapes, targets):
+    for name, wanted in settings.items():
         try:
-            modules[name] = kinds[kind].create(shapes[name], rank, alpha, generator)
+            modules[name] = wanted.create(innermost(tree.get_module(name)), generator)
         except SettingsError as error:
             if error.where:
                 raise
@@ -78,13 +124,14 @@ class Attachment:
             layer.multiplier = value
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<module>.<factor>` and the parameter, sorted by module."""
+        """`<module>.<factor>` and the parameter, sorted by module; without the factors that a kind freezes."""
         for name, layer in self._layers.items():
             for factor, parameter in layer.factors.items():
-                yield f"{name}.{factor}", parameter
+                if factor not in layer.delta.frozen:
+                    yield f"{name}.{factor}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        """The factors as parameters, in the order of `named_parameters`."""
+        """The factors that training moves, in the order of `named_parameters`."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def adapter(self) -> Adapter:
@@ -116,7 +163,9 @@ class Attachment:
         self.detach()
 
 
-def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: bool = False) -> Attachment:
+def attach(
+    base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: bool = False, dropout: float = 0.0
+) -> Attachment:
     """Puts an adapter on a base by wrapping its layers; no weight is touched. Factors are copied, so the adapter stays.
 
     Args:
@@ -124,6 +173,7 @@ def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: 
         adapter: The adapter; its factors go to the layers' devices and keep their dtype.
         multiplier: Strength.
         trainable: Whether the factors take gradients; the base's own settings of gradients are left alone.
+        dropout: Share of each layer's input that the adapter does not see, in training mode.
 
     Raises:
         AdapterError: A module that the base lacks, of a type that cannot carry an adapter, or of another shape; the
@@ -132,7 +182,7 @@ def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: 
     tree = as_tree(base)
     check_fit(tree, adapter)
     layers = {
-        name: AdaptedLayer(tree.get_module(name), delta, multiplier, trainable=trainable)
+        name: AdaptedLayer(tree.get_module(name), delta, multiplier, trainable=trainable, dropout=dropout)
         for name, delta in adapter.modules.items()
     }
     for name, layer in layers.items():
@@ -154,7 +204,7 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
     for name, delta in adapter.modules.items():
         layer = innermost(tree.get_module(name))
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        bias = bias_of(layer)
         here = delta.with_factors({key: factor.to(weight.device) for key, factor in delta.factors().items()})
         change, bias_change = here.delta_weight(weight), here.delta_bias(bias)
         weight.copy_(weight.to(change.dtype).add(change, alpha=multiplier))

@@ -42,6 +42,8 @@ class Delta(Protocol):
     """
 
     kind: ClassVar[str]
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Names of the factors that training does not move."""
 
     if TYPE_CHECKING:  # at run time a property here would be taken for the default of a dataclass's field
 
@@ -57,12 +59,28 @@ class Delta(Protocol):
 
     @classmethod
     def create(
-        cls, weight_shape: Sequence[int], rank: int, alpha: float | None, generator: torch.Generator | None
-    ) -> Self:
-        """A fresh delta for a weight of that shape: float32 on the CPU, and zero in effect.
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        alpha: float | None,
+        generator: torch.Generator | None,
+        *args: Any,
+        **options: Any,
+    ) -> Delta:
+        """A fresh delta for a layer: float32 on the CPU, and zero in effect.
+
+        Args:
+            weight: The base's; kinds that start from its values read them, the others its shape alone.
+            bias: The base's, where it has one.
+            rank: Inner dimension; kinds without one pass over it.
+            alpha: None stands for the kind's default.
+            generator: Where random factors come from.
+            *args: None.
+            **options: The kind's own; see `lora_engine.training.kinds`.
 
         Raises:
-            SettingsError: The rank does not suit the shape.
+            SettingsError: The settings do not suit the layer.
         """
         ...
 
@@ -87,13 +105,22 @@ class Delta(Protocol):
         """What is added to the bias at multiplier 1, or None for nothing."""
         return None
 
-    def forward(self, x: Tensor, out: Tensor, base_weight: Tensor, op: LayerOp, multiplier: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        out: Tensor,
+        base_weight: Tensor,
+        base_bias: Tensor | None,
+        op: LayerOp,
+        multiplier: float = 1.0,
+    ) -> Tensor:
         """The adapted output, from the input and the base layer's output.
 
         Law: equals `op(x, base_weight + multiplier * delta_weight(base_weight), bias + multiplier * delta_bias(bias))`.
-        In the dtype of `out`; factors are cast to the dtype of `x`. This default forms the dense delta.
+        In the dtype of `out`; factors are cast to the dtype of `x`. `x` serves the difference alone, so that dropout
+        may thin it out. This default forms the dense delta.
         """
-        return dense_forward(self, x, out, base_weight, op, multiplier=multiplier)
+        return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
 
     def faults(self, weight_shape: Sequence[int] | None = None) -> Iterable[Fault]:
         """What is structurally wrong: shapes among the factors, alpha, and the fit to a weight where one is given."""
@@ -103,16 +130,29 @@ class Delta(Protocol):
         """The same delta with its factors in the number of dimensions that this weight has (1x1 conv or linear)."""
         return self
 
+    def settled(self) -> Delta:
+        """The same delta as it goes into files: kinds that exist for training alone become the kind that they train."""
+        return self
+
 
 kinds: Registry[type[Delta]] = Registry("adapter kind")
 
 
 def dense_forward(
-    delta: Delta, x: Tensor, out: Tensor, base_weight: Tensor, op: LayerOp, *, multiplier: float = 1.0
+    delta: Delta,
+    x: Tensor,
+    out: Tensor,
+    base_weight: Tensor,
+    base_bias: Tensor | None,
+    op: LayerOp,
+    *,
+    multiplier: float = 1.0,
 ) -> Tensor:
-    """The adapted output by way of the dense delta; right for every kind that leaves the bias alone."""
-    dense = delta.delta_weight(base_weight).to(x.dtype)
-    return torch.add(out, op(x, dense).to(out.dtype), alpha=multiplier)
+    """The adapted output by way of the dense delta; right for every kind."""
+    dtype = x.dtype if x.is_floating_point() else out.dtype
+    bias = delta.delta_bias(base_bias)
+    change = op(x, delta.delta_weight(base_weight).to(dtype), None if bias is None else bias.to(dtype))
+    return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
 
 def same_delta(first: Delta, second: Delta) -> bool:

@@ -5,7 +5,9 @@ Neither knows any adapter kind: what a delta does to an output is the delta's ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -16,17 +18,18 @@ from lora_engine.errors import AdapterError
 if TYPE_CHECKING:
     from lora_engine.adapters.delta import Delta
 
-ADAPTABLE = (nn.Linear, nn.Conv2d)
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
 class LayerOp:
-    """What a layer computes, given a weight: `op(x, weight, bias)`.
+    """What a layer computes, given a weight: `op(x, weight, bias)`, which is linear in weight and bias.
 
     Attributes:
         dims: Spatial dimensions of the weight: 0 for a linear layer, 2 for `Conv2d`.
         groups: Groups of a convolution.
         pad: What `F.pad` has to do before the convolution, in padding modes other than zeros.
+        other: What a layer computes that is neither linear nor a convolution (an embedding, a norm); None for those.
     """
 
     dims: int = 0
@@ -36,10 +39,11 @@ class LayerOp:
     groups: int = 1
     padding_mode: str = "zeros"
     pad: tuple[int, ...] = ()
+    other: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerOp:
-        """The operation of an `nn.Linear` or `nn.Conv2d`.
+        """The operation of a layer of one of the types `ADAPTABLE`.
 
         Raises:
             AdapterError: Another type of layer.
@@ -49,6 +53,12 @@ class LayerOp:
         if isinstance(layer, nn.Conv2d):
             pad = () if layer.padding_mode == "zeros" else tuple(layer._reversed_padding_repeated_twice)
             return cls(2, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, pad)
+        if isinstance(layer, nn.Embedding):
+            return cls(other=lambda x, weight, bias: F.embedding(x, weight))
+        if isinstance(layer, nn.LayerNorm):
+            return cls(other=partial(_layer_norm, tuple(layer.normalized_shape), layer.eps))
+        if isinstance(layer, nn.GroupNorm):
+            return cls(other=partial(_group_norm, layer.num_groups, layer.eps))
         raise AdapterError(
             f"a layer of type {type(layer).__name__!r} cannot carry an adapter",
             allowed=", ".join(kind.__name__ for kind in ADAPTABLE),
@@ -57,12 +67,22 @@ class LayerOp:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output for an input, with this weight in the place of its own."""
+        if self.other is not None:
+            return self.other(x, weight, bias)
         if self.dims == 0:
             return F.linear(x, weight, bias)
         if self.pad:
             padded = F.pad(x, self.pad, mode=self.padding_mode)
             return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _group_norm(groups: int, eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.group_norm(x, groups, weight, bias, eps)
 
 
 class AdaptedLayer(nn.Module):
@@ -76,21 +96,33 @@ class AdaptedLayer(nn.Module):
         delta: The delta; its factors become parameters of this module, shared with the delta, so that `.to()` and
             optimisers move both.
         multiplier: Strength; 0 gives the base's output, bit for bit.
-        trainable: Whether the factors take gradients.
+        trainable: Whether the factors (those that the delta does not freeze) take gradients.
+        dropout: Share of the input that the delta does not see, in training mode (as PEFT's `lora_dropout`).
     """
 
     base: nn.Module
 
-    def __init__(self, base: nn.Module, delta: Delta, multiplier: float = 1.0, *, trainable: bool = False) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        delta: Delta,
+        multiplier: float = 1.0,
+        *,
+        trainable: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         layer = innermost(base)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.base = base
         self.multiplier = multiplier
+        self.dropout = dropout
         self._op = LayerOp.of(layer)
         self._layer = (layer,)  # in a tuple, so that it is not registered a second time
         factors = {
-            name: nn.Parameter(factor.detach().clone().to(weight.device), requires_grad=trainable)
+            name: nn.Parameter(
+                factor.detach().clone().to(weight.device), requires_grad=trainable and name not in delta.frozen
+            )
             for name, factor in delta.factors().items()
         }
         self.factors = nn.ParameterDict(factors)
@@ -102,7 +134,10 @@ class AdaptedLayer(nn.Module):
         out: Tensor = self.base(x, *args, **kwargs)
         if self.multiplier == 0.0:
             return out
-        return self.delta.forward(x, out, self._layer[0].weight, self._op, self.multiplier)  # type: ignore[arg-type]
+        if self.dropout and self.training and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        layer = self._layer[0]
+        return self.delta.forward(x, out, layer.weight, bias_of(layer), self._op, self.multiplier)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -111,6 +146,11 @@ class AdaptedLayer(nn.Module):
             if name == "base":
                 raise
             return getattr(self.base, name)
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a layer, None where it has none (an embedding never has)."""
+    return getattr(layer, "bias", None)
 
 
 def innermost(layer: nn.Module) -> nn.Module:

@@ -26,9 +26,10 @@ class LoraDelta(Delta):
 
     Attributes:
         down: `[r, in]`, or for a convolution `[r, in / groups, k, k]`; a 1 x 1 convolution also takes `[r, in]`.
-        up: `[out, r]` or `[out, r, 1, 1]`.
+        up: `[out, r]` or `[out, r, 1, 1]`. For an embedding `[tokens, r]`, with `down` `[r, width]`.
         alpha: The scale is `alpha / r`.
         mid: Tucker core `[r, r, k, k]`; `down` is then `[r, in]` or `[r, in, 1, 1]`.
+        bias: `[out]`, added to the bias as it is (unscaled).
     """
 
     kind: ClassVar[str] = "lora"
@@ -36,6 +37,7 @@ class LoraDelta(Delta):
     up: Tensor
     alpha: float
     mid: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -49,36 +51,45 @@ class LoraDelta(Delta):
 
     @classmethod
     def create(
-        cls, weight_shape: Sequence[int], rank: int, alpha: float | None, generator: torch.Generator | None
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        alpha: float | None,
+        generator: torch.Generator | None,
+        *,
+        tucker: bool = False,
     ) -> Self:
-        """A fresh delta: `down` uniform after Kaiming with a = sqrt(5), `up` zero. `alpha` None or 0 means `rank`."""
-        out, inner = weight_shape[0], math.prod(weight_shape[1:])
-        if not 1 <= rank <= min(out, inner):
-            raise SettingsError(
-                f"rank {rank!r} does not suit a weight of shape {tuple(weight_shape)}",
-                allowed=f"1 to {min(out, inner)}",
-                remedy="lower the rank, or leave the module out of the targets",
-            )
-        down = torch.empty(rank, *weight_shape[1:])
+        """A fresh delta: `down` uniform after Kaiming with a = sqrt(5), `up` zero. `alpha` None or 0 means `rank`.
+
+        With `tucker`, k x k convolutions get a core, which begins like `down`.
+        """
+        check_rank(rank, weight)
+        kernel = weight.shape[2:]
+        has_core = tucker and math.prod(kernel) > 1
+        down = torch.empty(rank, weight.shape[1], *(1 for _ in kernel)) if has_core else _empty_like(rank, weight)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        up = torch.zeros(out, rank, *(1 for _ in weight_shape[2:]))
-        return cls(down, up, float(alpha or rank))
+        mid = torch.empty(rank, rank, *kernel) if has_core else None
+        if mid is not None:
+            nn.init.kaiming_uniform_(mid, a=math.sqrt(5), generator=generator)
+        up = torch.zeros(weight.shape[0], rank, *(1 for _ in kernel))
+        return cls(down, up, float(alpha or rank), mid)
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `down`, `up` and perhaps `mid`; `alpha` None stands for the rank (scale 1)."""
+        """The delta of `down`, `up` and perhaps `mid` and `bias`; `alpha` None stands for the rank (scale 1)."""
         down = factors["down"]
         default = float(down.shape[0]) if down.dim() else 1.0
-        return cls(down, factors["up"], default if alpha is None else alpha, factors.get("mid"))
+        return cls(down, factors["up"], default if alpha is None else alpha, factors.get("mid"), factors.get("bias"))
 
     def factors(self) -> dict[str, Tensor]:
-        """`down`, `up`, and `mid` where there is one."""
-        found = {"down": self.down, "up": self.up}
-        return found if self.mid is None else found | {"mid": self.mid}
+        """`down`, `up`, and `mid` and `bias` where there are such."""
+        found = {"down": self.down, "up": self.up, "mid": self.mid, "bias": self.bias}
+        return {name: factor for name, factor in found.items() if factor is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
         """The same alpha with other tensors."""
-        return replace(self, down=factors["down"], up=factors["up"], mid=factors.get("mid"))
+        return replace(self, down=factors["down"], up=factors["up"], mid=factors.get("mid"), bias=factors.get("bias"))
 
     def delta_weight(self, base: Tensor) -> Tensor:
         """`scale * up @ down` in float32 (float64 for a float64 base), in the shape of `base`."""
@@ -89,10 +100,25 @@ class LoraDelta(Delta):
         core = torch.einsum("mn...,nr->mr...", self.mid.to(dtype), down)
         return torch.einsum("pm,mr...->pr...", up, core).mul(self.scale).reshape(base.shape)
 
-    def forward(self, x: Tensor, out: Tensor, base_weight: Tensor, op: LayerOp, multiplier: float = 1.0) -> Tensor:
+    def delta_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The factor `bias`, if there is one; at least float32."""
+        return None if self.bias is None else self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
+
+    def forward(
+        self,
+        x: Tensor,
+        out: Tensor,
+        base_weight: Tensor,
+        base_bias: Tensor | None,
+        op: LayerOp,
+        multiplier: float = 1.0,
+    ) -> Tensor:
         """The output by way of the rank: two small operations and one addition."""
-        if op.groups > 1:
-            return dense_forward(self, x, out, base_weight, op, multiplier=multiplier)
+        if op.groups > 1 or self.bias is not None:
+            return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
+        if op.other is not None:  # an embedding, since a norm's weight has no rank
+            low = F.linear(op(x, self.up.to(out.dtype)), self.down.to(out.dtype).T)
+            return torch.add(out, low, alpha=multiplier * self.scale)
         down, up = self.down, self.up
         if down.dtype != x.dtype:
             down = down.to(x.dtype)
@@ -135,7 +161,7 @@ class LoraDelta(Delta):
                 "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
             )
         for name, factor in self.factors().items():
-            if factor.dim() not in (2, 4) or 0 in factor.shape:
+            if factor.dim() not in ((1,) if name == "bias" else (2, 4)) or 0 in factor.shape:
                 yield Fault(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", _AGAIN)
                 return
         if self.up.flatten(1).shape[1] != self.rank:
@@ -143,6 +169,8 @@ class LoraDelta(Delta):
             yield Fault("up", problem, f"[out, {self.rank}] or [out, {self.rank}, 1, 1]", _AGAIN)
         elif self.mid is not None and (self.mid.dim() != 4 or tuple(self.mid.shape[:2]) != (self.rank, self.rank)):
             yield Fault("mid", f"the shape is {list(self.mid.shape)}", f"[{self.rank}, {self.rank}, k, k]", _AGAIN)
+        elif self.bias is not None and self.bias.shape[0] != self.up.shape[0]:
+            yield Fault("bias", f"the shape is {list(self.bias.shape)}", f"[{self.up.shape[0]}]", _AGAIN)
         elif weight_shape is not None:
             yield from self._misfits(tuple(weight_shape))
 
@@ -160,6 +188,31 @@ class LoraDelta(Delta):
         if tuple(self.down.shape) not in fits:
             allowed = f"{min(map(list, fits), key=len)} for the base's weight {list(shape)}"
             yield Fault("down", f"the shape is {list(self.down.shape)}", allowed, _OTHER_BASE)
+
+
+def check_rank(rank: int, weight: Tensor) -> None:
+    """Does nothing for a rank that a weight of this shape can have.
+
+    Raises:
+        SettingsError: It is too large, or the weight is a vector (of a norm), which has no rank.
+    """
+    if weight.dim() < 2:
+        raise SettingsError(
+            f"a weight of shape {list(weight.shape)} has no rank",
+            allowed="linear layers, convolutions and embeddings",
+            remedy="leave the module out of the targets, or choose kind full for it",
+        )
+    largest = min(weight.shape[0], math.prod(weight.shape[1:]))
+    if not 1 <= rank <= largest:
+        raise SettingsError(
+            f"rank {rank!r} does not suit a weight of shape {tuple(weight.shape)}",
+            allowed=f"1 to {largest}",
+            remedy="lower the rank, or leave the module out of the targets",
+        )
+
+
+def _empty_like(rank: int, weight: Tensor) -> Tensor:
+    return torch.empty(rank, *weight.shape[1:])
 
 
 _AGAIN = "save or download the adapter again; the file is damaged or was edited"

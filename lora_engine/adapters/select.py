@@ -22,10 +22,11 @@ PRESETS: Mapping[str, Callable[[str, Shape], bool]] = {
         _in_block(name) and bool(_ATTENTION.fullmatch(name) or _FEED_FORWARD.fullmatch(name))
     ),
     "linear": lambda name, shape: _in_block(name) and len(shape) == 2,
-    "all": lambda name, shape: _in_block(name),
+    "all": lambda name, shape: _in_block(name) and len(shape) > 1,
+    "norms": lambda name, shape: _in_block(name) and len(shape) == 1,
     "text": lambda name, shape: name.startswith("text_encoder") and bool(_TEXT.fullmatch(name)),
 }
-"""Name of a preset to its test of (module name, weight shape). The first four speak of the denoiser's blocks, so that
+"""Name of a preset to its test of (module name, weight shape). All but `text` speak of the denoiser's blocks, so that
 the narrow first and last layers (`conv_in`, `conv_out`), which hold hardly any rank, are only reached by pattern."""
 
 
@@ -34,8 +35,8 @@ def select_modules(modules: Mapping[str, Shape], targets: str | Sequence[str]) -
 
     Args:
         modules: Canonical name to weight shape, as `module_shapes` gives them.
-        targets: One or several of: a preset (`attention`, `attention+ff`, `linear`, `all`, `text`), a glob over whole
-            names (`unet.*.to_q`), or `re:` and a regular expression for whole names.
+        targets: One or several of: a preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a glob
+            over whole names (`unet.*.to_q`), or `re:` and a regular expression for whole names.
 
     Raises:
         SettingsError: A target that means no module, or a broken expression.

@@ -109,7 +109,7 @@ def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(child, AdaptedLayer):
             below = (*below, f"{path}.")
             yield path, innermost(child)
-        elif isinstance(child, ADAPTABLE):
+        elif isinstance(child, ADAPTABLE) and child.weight is not None:
             yield path, child
 
 

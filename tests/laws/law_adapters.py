@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_engine.adapters import Adapter, LayerOp, LoraDelta, kinds
+from lora_engine.errors import SettingsError
 
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),
@@ -16,6 +17,9 @@ LAYERS = {
     "conv circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
     "conv oblong": lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1)),
     "conv grouped": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    "embedding": lambda: nn.Embedding(6, 4),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "group norm": lambda: nn.GroupNorm(2, 6),
 }
 
 
@@ -26,15 +30,29 @@ def layer_of(name, seed=0):
 
 def input_of(layer, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(layer, nn.Linear):
-        return torch.randn(3, 7, layer.in_features, generator=generator)
-    return torch.randn(2, layer.in_channels, 8, 8, generator=generator)
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(layer.num_embeddings, (3, 7), generator=generator)
+    if isinstance(layer, nn.Conv2d):
+        return torch.randn(2, layer.in_channels, 8, 8, generator=generator)
+    if isinstance(layer, nn.GroupNorm):
+        return torch.randn(3, layer.num_channels, 5, generator=generator)
+    width = layer.in_features if isinstance(layer, nn.Linear) else layer.normalized_shape[0]
+    return torch.randn(3, 7, width, generator=generator)
+
+
+def suits(kind, layer):
+    """Whether a kind can be on a layer at all: an adapter with a rank cannot be on a norm."""
+    try:
+        random_delta(kind, layer.weight.shape)
+    except SettingsError:
+        return False
+    return True
 
 
 def random_delta(kind, shape, rank=2, alpha=3.0, seed=0, dtype=torch.float32):
     """A delta of the kind with no factor at zero."""
     generator = torch.Generator().manual_seed(seed)
-    fresh = kinds[kind].create(shape, rank, alpha, generator)
+    fresh = kinds[kind].create(torch.randn(shape, generator=generator), None, rank, alpha, generator)
     factors = {key: torch.randn(value.shape, generator=generator) for key, value in fresh.factors().items()}
     return fresh.with_factors({key: (value * 0.5).to(dtype) for key, value in factors.items()})
 

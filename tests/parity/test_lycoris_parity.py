@@ -32,7 +32,7 @@ def test_forward_and_delta_agree_with_lycoris(name):
     with torch.no_grad():
         expected = theirs.get_diff_weight(1.0)[0]
         torch.testing.assert_close(delta.delta_weight(layer.weight), expected, rtol=1e-5, atol=1e-6)
-        found = delta.forward(x, layer(x), layer.weight, LayerOp.of(layer))
+        found = delta.forward(x, layer(x), layer.weight, layer.bias, LayerOp.of(layer))
         theirs.apply_to()
         torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
     assert (delta.mid is not None) == use_tucker

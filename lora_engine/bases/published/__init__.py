@@ -1,0 +1,74 @@
+"""The published architectures: what `sd15`, `sd2` or `sdxl` is made of, for work that needs names and no weights.
+
+One file an architecture, literal settings only; the networks are built on torch's meta device. Weights never live here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_engine.bases.published.architecture import Architecture, ComponentConfig
+from lora_engine.bases.published.sd2 import SD2, SD2_BASE
+from lora_engine.bases.published.sd15 import SD15
+from lora_engine.bases.published.sdxl import SDXL
+from lora_engine.registries import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+published: Registry[Architecture] = Registry("published architecture")
+for _entry in (SD15, SD2, SD2_BASE, SDXL):
+    published.add(_entry.name, _entry)
+
+
+def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name to shape of the weight, for every adaptable layer of a published architecture.
+
+    Args:
+        name: A name among `published`.
+
+    Raises:
+        SettingsError: An unknown name; lists the known ones.
+    """
+    return dict(_module_shapes(name))
+
+
+@functools.cache
+def _module_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    from lora_engine.adapters.tree import DictTree, module_shapes
+
+    architecture = published[name]
+    modules = {part: empty_module(architecture.components[part]) for part in architecture.adaptable}
+    return module_shapes(DictTree(modules, architecture.family))
+
+
+def empty_module(component: ComponentConfig) -> nn.Module:
+    """The network of a component on the meta device: names, shapes and no memory.
+
+    Args:
+        component: One with weights (not a tokenizer, not a scheduler).
+    """
+    import torch
+
+    cls: Any = getattr(importlib.import_module(component.library), component.class_name)
+    # Random numbers are drawn even for weights that are nowhere; the global generator is given back as it was.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        module: nn.Module = _build(cls, component)
+    return module.requires_grad_(False)
+
+
+def _build(cls: Any, component: ComponentConfig) -> Any:
+    if component.library == "transformers":
+        return cls(cls.config_class(**component.config))
+    return cls(**_plain(component.config))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    # What a saved file says about itself is no argument of the class.
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+__all__ = ["Architecture", "ComponentConfig", "empty_module", "published", "published_module_shapes"]
