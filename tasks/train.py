@@ -19,7 +19,6 @@ class Train(StepSpec, TrainSettings):
 
     uses: Literal["train"] = "train"
     base: str
-    kind: Literal["lora"] = "lora"
     dataset: Annotated[str, Takes("manifest")]
 
 

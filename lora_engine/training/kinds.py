@@ -80,7 +80,7 @@ class Ia3(KindSpec):
 
 
 class Oft(KindSpec):
-    """OFT as LyCORIS has it (diag-oft): output blocks are rotated; alpha is the constraint, `rescale` learns a scale."""
+    """OFT as LyCORIS has it (diag-oft): output blocks are rotated; alpha is the constraint, `rescale` adds a scale."""
 
     name: Literal["oft"] = "oft"
     rescale: bool = False

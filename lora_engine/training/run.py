@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_engine.adapters import Adapter, attach, create_adapter
+from lora_engine.adapters import Adapter, LayerSettings, attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.source import resolve_base
 from lora_engine.data.manifest import Manifest
@@ -105,9 +105,11 @@ class _Job:
         fresh = create_adapter(
             base,
             settings.targets,
-            settings.kind,
+            settings.kind.name,
             settings.rank,
             settings.alpha,
+            options=settings.kind.options(),
+            overrides=_overrides(settings),
             generator=generator(settings.seed, "factors"),
         )
         encoder = Encoder(base, self.work)
@@ -123,7 +125,7 @@ class _Job:
         settings, (examples, class_examples, heldout) = self.settings, pictures
         trains_text = any(name.startswith("text_encoder") for name in fresh.modules)
         conditioner: Conditioner = base.encode_text if trains_text else encoder.conditioning
-        with attach(base, fresh, trainable=True) as attachment:
+        with attach(base, fresh, trainable=True, dropout=settings.dropout) as attachment:
             bench = Workbench(
                 base=base,
                 settings=settings,
@@ -142,7 +144,7 @@ class _Job:
                 progress=self.progress,
                 stop=self.stop,
             )
-            return history, attachment.adapter().to(device="cpu")
+            return history, attachment.adapter().to(device="cpu").settled()
 
     def _check(self) -> None:
         if self.stop():
@@ -186,6 +188,15 @@ class _Job:
         prompt = prior_prompt(prior, manifest.class_word)
         drawing = ClassPictures(base, prior, prompt, self.work / "class", self.settings.seed, told)
         return drawing.draw([example.size for example in examples])
+
+
+def _overrides(settings: TrainSettings) -> dict[str, LayerSettings]:
+    found = {}
+    for pattern, special in settings.overrides.items():
+        kind = special.kind or settings.kind
+        alpha = special.alpha or (None if special.rank else settings.alpha)
+        found[pattern] = LayerSettings(kind.name, special.rank or settings.rank, alpha, kind.options())
+    return found
 
 
 def _options(settings: TrainSettings) -> FitOptions:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_engine.training.kinds import Kind, Lora
+
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -29,15 +31,33 @@ class Prior(BaseModel):
     guidance: _Finite = Field(default=3.0, ge=0.0, le=50.0)
 
 
+class Override(BaseModel):
+    """Other settings for some of the layers; what is left out is as for all.
+
+    Attributes:
+        kind: The adapter kind.
+        rank: Of these layers.
+        alpha: Of these layers; where rank is set and alpha is not, the kind's default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind | None = None
+    rank: int | None = Field(default=None, ge=1, le=4096)
+    alpha: _Finite | None = Field(default=None, gt=0.0)
+
+
 class TrainSettings(BaseModel):
     """How an adapter is trained.
 
     Attributes:
         method: `dreambooth` holds the class by prior preservation; `finetune` trains on pictures and captions alone.
-        kind: The adapter kind.
+        kind: The adapter kind, by name or with its options (`{name: lokr, factor: 8}`).
         rank: Of every adapted layer.
         alpha: The factors act with alpha / rank; None is the rank.
-        targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `text`), a pattern, or a list of both.
+        targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
+        overrides: Preset or pattern to other settings for those of the targets that it means; the last one counts.
+        dropout: Share of each layer's input that the adapter does not see while it is trained.
         steps: Optimiser steps.
         batch: Pictures a forward pass; prior preservation adds as many class pictures.
         learning_rate: The highest of the schedule.
@@ -57,10 +77,12 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["finetune", "dreambooth"] = "dreambooth"
-    kind: str = "lora"
+    kind: Kind = Lora()
     rank: int = Field(default=8, ge=1, le=4096)
     alpha: _Finite | None = Field(default=None, gt=0.0)
     targets: str | list[str] = "attention"
+    overrides: dict[str, Override] = {}
+    dropout: _Finite = Field(default=0.0, ge=0.0, lt=1.0)
     steps: int = Field(ge=1, le=10_000_000)
     batch: int = Field(default=4, ge=1, le=4096)
     learning_rate: _Finite = Field(default=1e-3, gt=0.0)
