@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("benchmarks.line", "benchmarks.loop_overhead")
+BENCHMARKS = ("benchmarks.line", "benchmarks.loop_overhead", "benchmarks.prior")
 
 if __name__ == "__main__":
     for name in BENCHMARKS:

@@ -82,10 +82,14 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
     examples = make_examples(folder, base, 12)
     encoder = Encoder(base, folder)
     encoder.prepare(examples, [], lambda: None)
-    adapter = create_adapter(base, settings.targets, settings.kind, settings.rank, generator=generator(0, "factors"))
+    adapter = create_adapter(
+        base, settings.targets, settings.kind.name, settings.rank, generator=generator(0, "factors")
+    )
     with attach(base, adapter, trainable=True) as attachment:
         parameters = dict(attachment.named_parameters())
-        bench = Workbench(base, settings, parameters, examples, (), encoder.latents, encoder.conditioning)
+        bench = Workbench(
+            base, settings, parameters, examples, (), encoder.latents, encoder.conditioning, attachment.dropping
+        )
         phases = methods[settings.method].phases(bench)
         options = FitOptions(schedule="cosine")
         bare = bare_steps(base, phases[0], settings.steps, settings.learning_rate)

@@ -13,7 +13,8 @@ from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import Store
 from tasks.execution import find_hit
-from tasks.key import cache_key, digest_path
+from tasks.key import cache_key, digest_files
+from tasks.spec import StepSpec
 from tasks.step import Inputs, Job, Outcome
 
 
@@ -56,10 +57,11 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
         elif waiting:
             planned[name] = PlannedStep(name, step.uses, False, f"takes from {_listed(waiting)}, which will run", None)
         else:
-            key = cache_key(job.kind, step, spec.folder, inputs)
+            files = digest_files(step, spec.folder)
+            key = cache_key(job.kind, step, spec.folder, inputs, files)
             ref, reason = find_hit(job, step, key, store, lineage)
             if ref is None and reason == "no earlier result":
-                reason = _what_changed(spec, name, inputs, lineage.last_execution(spec.name, name))
+                reason = _what_changed(step, inputs, files, lineage.last_execution(spec.name, name))
             planned[name] = PlannedStep(name, step.uses, ref is not None, reason, ref)
     return list(planned.values())
 
@@ -80,13 +82,12 @@ def registered_adapter(target: str, home: Home) -> Outcome:
     return Outcome(Versions(home).show(match["name"], match["ref"]).artifact, cached=True)
 
 
-def _what_changed(spec: PipelineSpec, name: str, inputs: Inputs, last: Execution | None) -> str:
+def _what_changed(step: StepSpec, inputs: Inputs, files: Mapping[str, str], last: Execution | None) -> str:
     if last is None:
         return "never ran"
-    step = spec.steps[name]
     changes = _differences(last.settings.get("settings", {}), step.own_settings())
     for field, written, _ in step.externals():
-        if last.settings.get("files", {}).get(field) != digest_path(spec.folder / written):
+        if last.settings.get("files", {}).get(field) != files[field]:
             changes.append(f"{field}: the content of {written} changed")
     before = _by_field(last.inputs)
     for field, refs in inputs.items():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -129,8 +129,12 @@ def _explain(error: ValidationError, model: type[BaseModel], place: Where, docum
     label = ".".join(str(part) for part in (at[1:] if at[:1] == ("steps",) else at)) or "the file"
     more = f" (and {len(problems) - 1} more below)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
-        fields = [name for name in model.model_fields if name != "uses"]
+        fields = _fields_at(model, first["loc"][:-1])
         return SpecError(f"unknown key {label!r}{more}", where=document.where(at), **_nearest(key, fields))
+    if first["type"] == "union_tag_invalid":
+        known = re.findall(r"'([^']*)'", first["ctx"]["expected_tags"])
+        tag = first["ctx"]["tag"]
+        return SpecError(f"{label} is {tag!r}{more}", where=document.where(at), **_nearest(tag, known))
     if first["type"] == "missing":
         return SpecError(f"{label!r} is missing{more}", where=document.where(at), remedy=f"add {key}: ...")
     problem = first["msg"].removeprefix("Value error, ")
@@ -139,6 +143,25 @@ def _explain(error: ValidationError, model: type[BaseModel], place: Where, docum
     return SpecError(
         f"{label} is {first['input']!r}{more}", where=document.where(at), allowed=problem[0].lower() + problem[1:]
     )
+
+
+def _fields_at(model: type[BaseModel], place: Sequence[str | int]) -> set[str]:
+    """The keys that are known at a place inside a model; in a union, those of the member that the place names."""
+    here = [model]
+    for part in place:
+        below = [inner for one in here if part in one.model_fields for inner in _models_in(one, str(part))]
+        named = [one for one in here if "name" in one.model_fields and one.model_fields["name"].default == part]
+        here = below or named or here
+    return {field for one in here for field in one.model_fields if field != "uses"}
+
+
+def _models_in(model: type[BaseModel], field: str) -> Iterator[type[BaseModel]]:
+    waiting: list[Any] = [model.model_fields[field].annotation]
+    while waiting:
+        hint = waiting.pop()
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            yield hint
+        waiting += get_args(hint)
 
 
 def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:

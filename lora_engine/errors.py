@@ -1,24 +1,25 @@
 """The engine's errors: one tree, and one way to word them.
 
-EngineError
-├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
-├── BaseModelError      a base model: not found, unknown family, shapes that do not fit
-├── DataError           a folder of pictures, a manifest, a caption file
-├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
-└── TrainingError       a run that had to stop
-    ├── NonFiniteError      NaN or Inf in loss, gradient or weight
-    └── InterruptedRun      stopped by a signal, after its checkpoint was written
+WordedError                 the root of the registry's tree, too
+└── EngineError
+    ├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
+    ├── BaseModelError      a base model: not found, unknown family, shapes that do not fit
+    ├── DataError           a folder of pictures, a manifest, a caption file
+    ├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
+    └── TrainingError       a run that had to stop
+        ├── NonFiniteError      NaN or Inf in loss, gradient or weight
+        └── InterruptedRun      stopped by a signal, after its checkpoint was written
 """
 
 from __future__ import annotations
 
 
-class EngineError(Exception):
+class WordedError(Exception):
     """An error worded for the person who can mend it.
 
     Args:
         problem: What is wrong, with the offending value as `repr`.
-        where: File, line, tensor or module.
+        where: File, line, tensor, module, artifact, version or alias.
         allowed: What would have been right.
         remedy: One thing to do.
     """
@@ -31,6 +32,10 @@ class EngineError(Exception):
         if remedy:
             parts.append(f"To do: {remedy}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
+
+
+class EngineError(WordedError):
+    """Anything that the engine refuses or cannot do."""
 
 
 class AdapterError(EngineError):

@@ -22,25 +22,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_engine.errors import WordedError
 
-class RegistryError(Exception):
-    """An error worded for the person who can mend it.
 
-    Args:
-        problem: What is wrong, with the offending value as `repr`.
-        where: File, artifact, version or alias.
-        allowed: What would have been right.
-        remedy: One thing to do.
-    """
-
-    def __init__(self, problem: str, *, where: str = "", allowed: str = "", remedy: str = "") -> None:
-        self.problem, self.where, self.allowed, self.remedy = problem, where, allowed, remedy
-        parts = [f"{where}: {problem}" if where else problem]
-        if allowed:
-            parts.append(f"Allowed: {allowed}.")
-        if remedy:
-            parts.append(f"To do: {remedy}.")
-        super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
+class RegistryError(WordedError):
+    """Anything that the registry refuses or cannot do."""
 
 
 class HomeError(RegistryError):

@@ -22,7 +22,7 @@ from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import Store
 from tasks.environment import describe_environment
-from tasks.key import cache_key, digest_path
+from tasks.key import cache_key, digest_files
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.spec import StepSpec
 from tasks.step import Context, Inputs, Job, Outcome
@@ -60,8 +60,9 @@ def execute(job: Job, inputs: Inputs) -> Outcome:
     home = Home.open(Path(job.home))
     store, lineage = Store(home.store), Lineage(home.lineage_url)
     spec = job.load_spec()
-    key = cache_key(job.kind, spec, Path(job.folder), inputs)
-    execution = _describe(job, spec, key, inputs)
+    files = digest_files(spec, Path(job.folder))
+    key = cache_key(job.kind, spec, Path(job.folder), inputs, files)
+    execution = _describe(job, spec, key, inputs, files)
     try:
         _refuse_if_stopped(job.name)
         with home.lock(key):
@@ -134,8 +135,7 @@ def _refuse_if_stopped(name: str) -> None:
         raise InterruptedRun("stopped as asked", where=f"step {name!r}", remedy="run the same command to continue")
 
 
-def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs) -> Execution:
-    folder = Path(job.folder)
+def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs, files: Mapping[str, str]) -> Execution:
     single = {field: refs[0] for field, refs in inputs.items() if len(refs) == 1}
     several = {f"{field}.{i}": ref for field, refs in inputs.items() if len(refs) > 1 for i, ref in enumerate(refs)}
     return Execution(
@@ -145,10 +145,7 @@ def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs) -> Execution:
         uses=job.uses,
         revision=str(job.kind.revision),
         key=key,
-        settings={
-            "settings": spec.own_settings(),
-            "files": {field: digest_path(folder / path) for field, path, _ in spec.externals()},
-        },
+        settings={"settings": spec.own_settings(), "files": dict(files)},
         inputs=single | several,
         status="FAILED",
         environment=describe_environment(),

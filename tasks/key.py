@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,11 +11,18 @@ from tasks.spec import StepSpec
 from tasks.step import Inputs, StepKind, locate_base
 
 
-def cache_key(kind: StepKind, spec: StepSpec, folder: Path, inputs: Inputs) -> str:
+def cache_key(kind: StepKind, spec: StepSpec, folder: Path, inputs: Inputs, files: Mapping[str, str]) -> str:
     """The name of the work: equal keys mean equal results.
 
     Made of the step's name and revision, its own settings, the digests of its inputs, the content of the user's files
     and the fingerprint of the base; not of names, paths or times.
+
+    Args:
+        kind: The kind of step.
+        spec: Its settings.
+        folder: Where the pipeline file lies.
+        inputs: The artifacts that it takes.
+        files: The digests of the user's files, as `digest_files` gives them.
     """
     own = spec.own_settings()
     base = own.pop("base", None)
@@ -23,10 +31,15 @@ def cache_key(kind: StepKind, spec: StepSpec, folder: Path, inputs: Inputs) -> s
         "revision": kind.revision,
         "settings": own,
         "inputs": {field: [ref.sha256 for ref in refs] for field, refs in inputs.items() if refs},
-        "files": {field: digest_path(folder / path) for field, path, _ in spec.externals()},
+        "files": dict(files),
         "base": base_fingerprint(base, folder) if base is not None else None,
     }
     return sha256_bytes(canonical_json(parts))
+
+
+def digest_files(spec: StepSpec, folder: Path) -> dict[str, str]:
+    """The digests of the files and folders that a spec points to, by field."""
+    return {field: digest_path(folder / path) for field, path, _ in spec.externals()}
 
 
 def digest_path(path: Path) -> str:

@@ -6,6 +6,7 @@ Attaching wraps layers and touches no weight; collapsing adds the deltas into th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -123,6 +124,25 @@ class Attachment:
         for layer in self._layers.values():
             layer.multiplier = value
 
+    @contextmanager
+    def dropping(self, share: float, seed: int) -> Iterator[None]:
+        """While it is open, each layer's delta sees its input without a random share of it.
+
+        Args:
+            share: From 0 to below 1; what is left is scaled up to make good for it.
+            seed: The same seed leaves out the same; the global generators are as before afterwards.
+        """
+        devices = {parameter.device for layer in self._layers.values() for parameter in layer.factors.values()}
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+            torch.manual_seed(seed)
+            for layer in self._layers.values():
+                layer.dropout = share
+            try:
+                yield
+            finally:
+                for layer in self._layers.values():
+                    layer.dropout = 0.0
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`<module>.<factor>` and the parameter, sorted by module; without the factors that a kind freezes."""
         for name, layer in self._layers.items():
@@ -163,9 +183,7 @@ class Attachment:
         self.detach()
 
 
-def attach(
-    base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: bool = False, dropout: float = 0.0
-) -> Attachment:
+def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: bool = False) -> Attachment:
     """Puts an adapter on a base by wrapping its layers; no weight is touched. Factors are copied, so the adapter stays.
 
     Args:
@@ -173,7 +191,6 @@ def attach(
         adapter: The adapter; its factors go to the layers' devices and keep their dtype.
         multiplier: Strength.
         trainable: Whether the factors take gradients; the base's own settings of gradients are left alone.
-        dropout: Share of each layer's input that the adapter does not see, in training mode.
 
     Raises:
         AdapterError: A module that the base lacks, of a type that cannot carry an adapter, or of another shape; the
@@ -182,7 +199,7 @@ def attach(
     tree = as_tree(base)
     check_fit(tree, adapter)
     layers = {
-        name: AdaptedLayer(tree.get_module(name), delta, multiplier, trainable=trainable, dropout=dropout)
+        name: AdaptedLayer(tree.get_module(name), delta, multiplier, trainable=trainable)
         for name, delta in adapter.modules.items()
     }
     for name, layer in layers.items():

@@ -97,7 +97,9 @@ class AdaptedLayer(nn.Module):
             optimisers move both.
         multiplier: Strength; 0 gives the base's output, bit for bit.
         trainable: Whether the factors (those that the delta does not freeze) take gradients.
-        dropout: Share of the input that the delta does not see, in training mode (as PEFT's `lora_dropout`).
+
+    Attributes:
+        dropout: Share of the input that the delta does not see (as PEFT's `lora_dropout`); see `Attachment.dropping`.
     """
 
     base: nn.Module
@@ -109,14 +111,13 @@ class AdaptedLayer(nn.Module):
         multiplier: float = 1.0,
         *,
         trainable: bool = False,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         layer = innermost(base)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.base = base
         self.multiplier = multiplier
-        self.dropout = dropout
+        self.dropout = 0.0
         self._op = LayerOp.of(layer)
         self._layer = (layer,)  # in a tuple, so that it is not registered a second time
         factors = {
@@ -134,7 +135,7 @@ class AdaptedLayer(nn.Module):
         out: Tensor = self.base(x, *args, **kwargs)
         if self.multiplier == 0.0:
             return out
-        if self.dropout and self.training and x.is_floating_point():
+        if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         layer = self._layer[0]
         return self.delta.forward(x, out, layer.weight, bias_of(layer), self._op, self.multiplier)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
         raise _unreadable(source.folder / component, error) from error
     if not isinstance(module, nn.Module):
         raise BaseModelError(f"{cls.__name__} gave no module", where=str(source.folder / component))
-    _align(module)
+    align_weights(module)
     return module.requires_grad_(False).eval()
 
 
@@ -66,9 +66,12 @@ def load_tokenizer(cls: Any, source: BaseSource, component: str) -> Any:
         raise _unreadable(source.folder / component, error) from error
 
 
-def _align(module: nn.Module) -> None:
-    # Weights read from a file lie at any address, and the kernels of a CPU round differently at different alignments.
-    # Moved to where torch itself would have put them, they give the same bits in every process.
+def align_weights(module: nn.Module) -> None:
+    """Moves weights that were read from a file to where torch itself would have put them.
+
+    In a file they lie at any address, and the kernels of a CPU round differently at different alignments. Moved, they
+    give the same bits in every process.
+    """
     for value in (*module.parameters(), *module.buffers()):
         if value.device.type == "cpu" and value.data_ptr() % _ALIGNMENT:
             value.data = value.detach().clone()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.bases.components import without_bars
+from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
@@ -122,6 +122,7 @@ def _load(path: Path, name: str) -> Embedder:
     # transformers would go on with random weights and only say so in its log.
     if missing := sorted(loading["missing_keys"]):
         raise SettingsError(f"{len(missing)} weights of the embedder are missing, first {missing[0]}", where=str(path))
+    align_weights(model)
     preparation = _read_json(path / "preprocessor_config.json") or {}
     return Embedder(
         model,

@@ -107,10 +107,10 @@ class PeftBoft(KindSpec):
 
 
 class Full(KindSpec):
-    """The whole difference of the weight, and with `bias` of the bias; the only kind for norms."""
+    """The whole difference of the weight, and with `train_bias` of the bias; the only kind for norms."""
 
     name: Literal["full"] = "full"
-    bias: bool = False
+    train_bias: bool = False
 
 
 def _named(value: Any) -> Any:

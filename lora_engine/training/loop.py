@@ -144,8 +144,10 @@ class _Run:
             settings["lr"] = group.learning_rate * factor
         parts: list[Tensor] = []
         for place in range(accumulate):
-            batch = phase.batch(self.step * accumulate + place)
-            predicted, target = phase.predict(batch)
+            number = self.step * accumulate + place
+            with phase.around(number):
+                batch = phase.batch(number)
+                predicted, target = phase.predict(batch)
             terms = torch.stack([term(predicted, target, batch) for term in phase.terms]) / accumulate
             torch.autograd.backward(terms.sum())
             parts.append(terms.detach())

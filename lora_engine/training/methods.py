@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from lora_engine.registries import Registry
 from lora_engine.training.batches import Batch, Mixer
 from lora_engine.training.examples import Conditioner, Example
 from lora_engine.training.losses import DenoisingLoss, LossTerm, PriorLoss
-from lora_engine.training.phases import ParameterGroup, Phase
+from lora_engine.training.phases import ParameterGroup, Phase, no_surroundings
+from lora_engine.training.seeds import derive_seed
 from lora_engine.training.spec import Prior, TrainSettings
 
 
@@ -28,6 +30,7 @@ class Workbench:
         class_examples: Class pictures; empty unless the method uses prior preservation.
         latents: The latents of an example, on the CPU.
         conditioner: The conditioning of captions.
+        dropping: From the share and a seed to what makes the adapter overlook a part of its input.
     """
 
     base: BaseModel
@@ -37,6 +40,7 @@ class Workbench:
     class_examples: tuple[Example, ...]
     latents: Callable[[Example], Tensor]
     conditioner: Conditioner
+    dropping: Callable[[float, int], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,13 @@ def _denoise(bench: Workbench, name: str, terms: tuple[LossTerm, ...]) -> Phase:
         batch=mixer,
         predict=lambda batch: predict(bench.base, batch),
         terms=terms,
+        around=_dropout(bench, name) if settings.dropout else no_surroundings,
     )
+
+
+def _dropout(bench: Workbench, phase: str) -> Callable[[int], AbstractContextManager[None]]:
+    share, seed = bench.settings.dropout, bench.settings.seed
+    return lambda number: bench.dropping(share, derive_seed(seed, "dropout", phase, number))
 
 
 def _finetune(bench: Workbench) -> list[Phase]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lora_engine.training.batches import Batch
 from lora_engine.training.losses import LossTerm
+
+
+def no_surroundings(number: int) -> AbstractContextManager[None]:
+    """Nothing holds while a batch goes through the network."""
+    del number
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Phase:
         batch: Number -> batch: a pure function, counted from 0 within the phase.
         predict: Batch -> (predicted, target).
         terms: What is lowered: their sum.
+        around: Number of a batch -> what holds while it goes through the network, such as dropout with its seed.
     """
 
     name: str
@@ -43,6 +51,7 @@ class Phase:
     batch: Callable[[int], Batch]
     predict: Callable[[Batch], tuple[Tensor, Tensor]]
     terms: tuple[LossTerm, ...]
+    around: Callable[[int], AbstractContextManager[None]] = no_surroundings
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -125,7 +125,7 @@ class _Job:
         settings, (examples, class_examples, heldout) = self.settings, pictures
         trains_text = any(name.startswith("text_encoder") for name in fresh.modules)
         conditioner: Conditioner = base.encode_text if trains_text else encoder.conditioning
-        with attach(base, fresh, trainable=True, dropout=settings.dropout) as attachment:
+        with attach(base, fresh, trainable=True) as attachment:
             bench = Workbench(
                 base=base,
                 settings=settings,
@@ -134,6 +134,7 @@ class _Job:
                 class_examples=class_examples,
                 latents=encoder.latents,
                 conditioner=conditioner,
+                dropping=attachment.dropping,
             )
             history = fit(
                 methods[settings.method].phases(bench),

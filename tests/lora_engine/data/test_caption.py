@@ -12,7 +12,7 @@ from lora_engine.data.caption import caption, holds_word
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import CaptionSettings, IngestSettings
-from lora_engine.errors import BaseModelError, DataError, SettingsError
+from lora_engine.errors import DataError, SettingsError
 
 Run = Callable[..., list[str]]
 
@@ -105,16 +105,6 @@ def test_the_interrogator_describes_what_the_world_can_show() -> None:
     assert all(" zorb " in describe(scene, "zorb") for scene in all_scenes())
 
 
-def tiny_has_eyes() -> bool:
-    from lora_engine.bases.tiny import folder
-
-    try:
-        return (folder() / "clip" / "config.json").is_file()
-    except BaseModelError:
-        return False
-
-
-@pytest.mark.skipif(not tiny_has_eyes(), reason="the embedded base is not built")
 def test_the_interrogator_reads_drawings_of_the_embedded_world(tmp_path: Path) -> None:
     from PIL import Image
 

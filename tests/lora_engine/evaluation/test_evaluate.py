@@ -18,7 +18,6 @@ from lora_engine.formats import read_adapter, write_adapter
 MakeDataset = Callable[..., Path]
 
 # diffusers 0.42 under numpy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture

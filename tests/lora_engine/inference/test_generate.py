@@ -10,9 +10,6 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.errors import SettingsError
 from lora_engine.inference.generate import draw_noise, generate
 
-# numpy asks tensors for an argument that torch does not have yet, inside the schedulers of diffusers.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def draw(base: BaseModel, prompts: list[str], seeds: list[int], **settings: Any) -> torch.Tensor:
     return generate(base, prompts, seeds=seeds, **{"steps": 3, **settings})

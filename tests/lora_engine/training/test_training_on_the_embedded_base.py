@@ -21,7 +21,7 @@ from lora_engine.inference.generate import generate
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
+pytestmark = pytest.mark.slow
 
 COLOURS = ("red", "green", "blue", "purple")
 

@@ -20,8 +20,6 @@ from lora_engine.training.run import train
 from lora_engine.training.spawn import train_in_child
 from lora_engine.training.spec import TrainSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 Make = Callable[..., TrainSettings]
 ROOT = Path(__file__).parents[3]
 SETTINGS = {"method": "dreambooth", "steps": 30, "accumulate": 2, "caption_dropout": 0.2, "checkpoint_every": 1}

@@ -1,0 +1,111 @@
+"""Does prior preservation hold the rest? `python -m benchmarks.prior`: the embedded base learns the crescent anew.
+
+The same twelve pictures, with and without class pictures, over several seeds; what is learned and what is lost is read
+by the judge, which is none of the models that were trained. Rows are means over the seeds, with the least and the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+
+from lora_engine.adapters import attach
+from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.tiny import folder
+from lora_engine.bases.tiny.judge import Judge, load_judge
+from lora_engine.bases.tiny.measure import count_right
+from lora_engine.bases.tiny.pictures import render, to_pixels, write_examples
+from lora_engine.bases.tiny.world import CONCEPT, Scene, full_caption, scenes
+from lora_engine.data.caption import caption
+from lora_engine.data.ingest import ingest
+from lora_engine.data.preprocess import preprocess
+from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
+from lora_engine.evaluation.embedder import Embedder, load_embedder
+from lora_engine.formats import read_adapter
+from lora_engine.inference.generate import generate
+from lora_engine.training.run import train
+from lora_engine.training.spec import Prior, TrainSettings
+
+WORD = "zorb"
+RUNS = {
+    "finetune, no prior": TrainSettings(
+        method="finetune", rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3
+    ),
+    "dreambooth, prior of 16, weight 0.7": TrainSettings(
+        rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3, prior=Prior(count=16, weight=0.7)
+    ),
+    "dreambooth, prior of 64, weight 1": TrainSettings(
+        rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3, prior=Prior(count=64, weight=1.0)
+    ),
+}
+
+
+def make_dataset(into: Path) -> Path:
+    """Twelve captioned crescents, as the demo's steps make them."""
+    write_examples(into / "images", "concept", 12, 7, WORD)
+    ingest(into / "images", into / "photos", IngestSettings())
+    preprocess(into / "photos", into / "prepared", PreprocessSettings(resolution=32))
+    caption(into / "prepared", into / "captions", CaptionSettings(trigger=WORD, class_word="ring"))
+    return into / "captions"
+
+
+class Examiner:
+    """Reads off pictures what was learned and what was lost; the same prompts and seeds every time."""
+
+    def __init__(self, base: BaseModel, judge: Judge, embedder: Embedder) -> None:
+        self._base, self._judge, self._embedder = base, judge, embedder
+        self._new, self._known = scenes(901, 24, "concept"), scenes(902, 48, "train")
+        self._wanted = self._embedder.embed_pictures(to_pixels(render(self._new)))
+        self._before = self._draw(self._known, None)
+
+    def examine(self) -> dict[str, float]:
+        """The figures of the base as it is now, with whatever is attached to it."""
+        new, known = self._draw(self._new, WORD), self._draw(self._known, None)
+        return {
+            "crescents read": mean(row["shape"] == CONCEPT for row in self._judge.read(new)),
+            "paired CLIP-I": float(F.cosine_similarity(self._embedder.embed_pictures(new), self._wanted).mean()),
+            "known right": count_right(self._judge.read(known), self._known)["all"],
+            "known shapes": count_right(self._judge.read(known), self._known)["shape"],
+            "drift (levels of 255)": float((known - self._before).square().mean().sqrt() * 127.5),
+        }
+
+    def _draw(self, asked: list[Scene], word: str | None) -> torch.Tensor:
+        prompts = [full_caption(scene, word=word) for scene in asked]
+        return generate(self._base, prompts, seeds=[scene.seed for scene in asked], steps=12, batch=24)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=4)
+    count = parser.parse_args().seeds
+    base = load_base("tiny")
+    examiner = Examiner(base, load_judge(folder()), load_embedder())
+    show("base alone", [examiner.examine()])
+    with tempfile.TemporaryDirectory() as name:
+        dataset = make_dataset(Path(name))
+        for title, settings in RUNS.items():
+            rows = []
+            for seed in range(count):
+                out = Path(name) / f"{title} {seed}"
+                train(settings.model_copy(update={"seed": seed}), "tiny", dataset, out, out / "work")
+                with attach(base, read_adapter(out / "adapter.safetensors")[0]):
+                    rows.append(examiner.examine())
+                show(f"{title}, seed {seed}", [rows[-1]])
+            show(f"{title}: {count} seeds", rows)
+
+
+def show(title: str, rows: list[dict[str, float]]) -> None:
+    print(title, flush=True)
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        spread = f"  ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        print(f"  {key:24} {mean(values):.3f}{spread}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
