@@ -10,7 +10,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs lock clean
+.PHONY: help setup demo test check lint bench docs lock clean
 
 help: ## Says what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,15 +28,17 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup ## Trains, evaluates, registers and exports one adapter; says where the results are
 	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
-test: setup check ## Runs all checks: the fast part, then everything slow
-	$(PYTEST) -m slow
+test: lint ## Runs all checks: lint, then every test, with the share of branches that must be covered
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
-check: setup ## Runs the fast checks: format, lint, types, layers, quick tests
+check: lint ## Runs the fast checks: lint, then the quick tests
+	$(PYTEST) -m "not slow"
+
+lint: setup ## Checks format, style, types and the layers of the house
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) -m "not slow"
 
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks

@@ -20,7 +20,7 @@ from lora_engine.bases.tiny import folder
 from lora_engine.bases.tiny.judge import Judge, load_judge
 from lora_engine.bases.tiny.measure import count_right
 from lora_engine.bases.tiny.pictures import render, to_pixels, write_examples
-from lora_engine.bases.tiny.world import CONCEPT, Scene, full_caption, scenes
+from lora_engine.bases.tiny.world import CONCEPT, SHAPES, Scene, full_caption, scenes
 from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
 from lora_engine.data.preprocess import preprocess
@@ -32,16 +32,23 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import Prior, TrainSettings
 
 WORD = "zorb"
+
+
+def with_prior(prompt: tuple[str, ...] | None) -> TrainSettings:
+    return PLAIN.model_copy(update={"method": "dreambooth", "prior": Prior(prompt=prompt, count=40)})
+
+
+def one_caption_a_shape() -> tuple[str, ...]:
+    """The first scene of each shape that the base knows, in full."""
+    found = {scene.shape: full_caption(scene) for scene in reversed(scenes(333, 400, "train"))}
+    return tuple(found[shape] for shape in SHAPES)
+
+
+PLAIN = TrainSettings(method="finetune", rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3)
 RUNS = {
-    "finetune, no prior": TrainSettings(
-        method="finetune", rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3
-    ),
-    "dreambooth, prior of 16, weight 0.7": TrainSettings(
-        rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3, prior=Prior(count=16, weight=0.7)
-    ),
-    "dreambooth, prior of 64, weight 1": TrainSettings(
-        rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3, prior=Prior(count=64, weight=1.0)
-    ),
+    "finetune, no prior": PLAIN,
+    "dreambooth, 40 pictures of the class word": with_prior(None),
+    "dreambooth, 40 pictures of ten captions": with_prior(one_caption_a_shape()),
 }
 
 

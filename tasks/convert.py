@@ -10,25 +10,62 @@ from lora_engine.files import atomic_write, canonical_json
 from tasks.spec import StepSpec, Takes
 from tasks.step import Context, step
 
-Format = Literal["loraline", "kohya", "diffusers", "peft", "comfyui"]
+Format = Literal[
+    "loraline", "kohya", "comfyui", "diffusers", "peft", "lycoris", "onetrainer", "aitoolkit", "cloneofsimo"
+]
+_COUNTS = "cloneofsimo"
 
 
 class Convert(StepSpec):
-    """Which adapter, and to which formats."""
+    """Which adapter, and to which formats.
+
+    With `approximate`, kinds that a format cannot hold become LoRA of at most `rank` that keeps `energy` of them.
+    """
 
     uses: Literal["convert"] = "convert"
+    base: str | None = None
     adapter: Annotated[str, Takes("adapter")]
     to: Annotated[tuple[Format, ...], Field(min_length=1)]
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    approximate: bool = False
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
 
 
-@step(Convert, gives="export", revision=1)
+@step(Convert, gives="export", revision=2)
 def convert(spec: Convert, context: Context) -> None:
-    """Writes one folder a format, and `exports.json` which lists the files of each."""
-    from lora_engine.formats import read_adapter, write_adapter
+    """Writes one folder a format, and `exports.json` which lists the files of each.
 
-    adapter, card = read_adapter(context.folder("adapter") / "adapter.safetensors")
-    exports = {}
+    `approximations.json` says what share of each module was kept where something had to be approximated.
+    """
+    import torch
+
+    from lora_engine.adapters import module_shapes
+    from lora_engine.bases.base import load_base
+    from lora_engine.formats import approximate, read_bundle, write_adapter
+
+    bundle = read_bundle(context.folder("adapter") / "adapter.safetensors")
+    needs_base = spec.base is not None and (spec.approximate or _COUNTS in spec.to)
+    base = load_base(context.base(spec.base), device="cpu") if needs_base and spec.base else None
+    names = None if base is None else module_shapes(base)
+    exports, approximations = {}, {}
     for name in spec.to:
-        written = write_adapter(context.out / name, adapter, format=name, card=card)
+        adapter = bundle.adapter
+        if spec.approximate:
+            near = approximate(adapter, name, rank=spec.rank, energy=spec.energy, base=base, module_names=names)
+            adapter = near.adapter
+            if near.retained:
+                approximations[name] = {"retained": near.total, "modules": dict(near.retained)}
+        written = write_adapter(
+            context.out / name,
+            adapter,
+            format=name,
+            card=bundle.card,
+            dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
+            embeddings=bundle.embeddings,
+            module_names=names,
+        )
         exports[name] = sorted(path.relative_to(context.out).as_posix() for path in written)
     atomic_write(context.out / "exports.json", canonical_json(exports))
+    if approximations:
+        atomic_write(context.out / "approximations.json", canonical_json(approximations))

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+import flows.cli.algebra as algebra_verbs
 import flows.cli.files as files_verbs
 import flows.cli.line as line_verbs
 import flows.cli.versions as version_verbs
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _module in (line_verbs, version_verbs, files_verbs):
+for _module in (line_verbs, version_verbs, files_verbs, algebra_verbs):
     _module.add_verbs(app)
 
 

@@ -9,23 +9,34 @@ import typer
 
 from flows.cli.output import Json
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file (or a PEFT folder).")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter, an embedding, or a whole model.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")]
-Format = Annotated[str, typer.Option(metavar="FORMAT", help="loraline, kohya, diffusers, peft, comfyui.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        help="kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline; "
+        "a whole model: diffusers or ldm.",
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(metavar="BASE", help="sd15, sd2, sdxl, sd3, flux, tiny, a folder, or a hub id.")
+]
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (inspect, validate, convert, merge, generate):
+    for verb in (inspect, validate, convert, generate):
         app.command()(verb)
 
 
 def inspect(file: File, as_json: Json = False) -> None:
-    """Say what an adapter file is: format, kinds, modules, ranks, card."""
+    """Say what a file is: format, kinds, modules, ranks, embeddings, card; or a model's architecture."""
     from flows.cli.output import print_facts, print_json
-    from lora_engine.formats import inspect as describe
+    from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
+    from lora_engine.formats import inspect as inspect_adapter
 
-    facts = describe(file)
+    facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file)
     if as_json:
         print_json(facts)
         return
@@ -34,46 +45,55 @@ def inspect(file: File, as_json: Json = False) -> None:
     )
 
 
-def validate(
-    file: File, base: Annotated[str | None, typer.Option(help="Check names and shapes against this base too.")] = None
-) -> None:
-    """Check an adapter file's structure; exit code 1 if it is not whole."""
-    from flows.engine import open_adapter
+def validate(file: File, base: Base = None, as_json: Json = False) -> None:
+    """Check a file's structure, with --base names and shapes too; exit code 1 if it is not whole."""
+    from flows.cli.output import print_json
+    from flows.engine import check_file
 
-    adapter, _ = open_adapter(file, base)
-    print(f"{file}: whole. {len(adapter.modules)} modules.")
+    facts = check_file(file, base)
+    if as_json:
+        print_json(facts)
+    else:
+        print(f"{file}: whole. {', '.join(f'{count} {what}' for what, count in facts.items())}.")
 
 
 def convert(
     file: File,
     to: Format,
     output: Output,
-    base: Annotated[str | None, typer.Option(help="The base, where the file does not name its modules.")] = None,
+    base: Base = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    approximate: Annotated[bool, typer.Option(help="Write what FORMAT cannot hold as the nearest LoRA.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of an approximation, the largest.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Of an approximation: share to keep, up to 1.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Of a whole model: a folder that has the tokenizer.")] = None,
+    without_tokenizer: Annotated[bool, typer.Option(help="Write a whole model without a tokenizer.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Write an adapter in another format."""
-    from flows.engine import open_adapter
-    from lora_engine.files import sha256_file
-    from lora_engine.formats import write_adapter
+    """Write an adapter, or a whole model, in another format."""
+    from flows.cli.output import print_json
+    from flows.engine import convert_adapter, convert_model
+    from lora_engine.checkpoints import is_checkpoint
 
-    adapter, card = open_adapter(file, base)
-    for path in write_adapter(output, adapter, format=to, card=card):
-        print(f"{path}  sha256 {sha256_file(path)}")
-
-
-def merge(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="A[:w] B[:w] ...", help="Adapter files, each with its weight.")
-    ],
-    output: Output,
-    method: Annotated[str, typer.Option("-m", "--method", help="concatenate (exact).")] = "concatenate",
-) -> None:
-    """Merge adapters into one that does what they do together."""
-    from flows.engine import parse_weighted
-    from lora_engine.merging.files import merge_files
-
-    files, weights = zip(*(parse_weighted(text) for text in adapters), strict=True)
-    merge_files(files, weights, output, method=method)
-    print(output)
+    if is_checkpoint(file):
+        done = convert_model(
+            file, output, to, architecture=base, tokenizer=tokenizer, without_tokenizer=without_tokenizer
+        )
+    else:
+        wanted = {"rank": rank, "energy": energy} if approximate else None
+        done = convert_adapter(file, output, to, base=base, dtype=dtype, approximation=wanted)
+    if as_json:
+        print_json(done)
+        return
+    for entry in done["files"]:
+        print(f"{entry['file']}  sha256 {entry['sha256']}")
+    if done.get("approximation"):
+        modules = done["approximation"]["modules"]
+        worst = min(modules, key=modules.__getitem__)
+        print(
+            f"approximated: {len(modules)} modules keep {done['approximation']['retained']:.4%} of the squared norm, "
+            f"the least {modules[worst]:.4%} ({worst})"
+        )
 
 
 def generate(

@@ -1,11 +1,30 @@
 """Adapters in memory: kinds of deltas, and how they go on a base and come off. No file format lives here."""
 
-from lora_engine.adapters import lora as lora  # registers its kind; a new kind adds a line like this
+from lora_engine.adapters import boft as boft  # registers its kind; a new kind adds a line like this
+from lora_engine.adapters import full as full
+from lora_engine.adapters import ia3 as ia3
+from lora_engine.adapters import lora as lora
+from lora_engine.adapters import lora_fa as lora_fa
+from lora_engine.adapters import peft_boft as peft_boft
+from lora_engine.adapters import peft_oft as peft_oft
+from lora_engine.adapters import replacement as replacement
+from lora_engine.adapters import rslora as rslora
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.attach import Attachment, LayerSettings, attach, check_fit, collapse, create_adapter
+from lora_engine.adapters.boft import BoftDelta
 from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds, same_delta
+from lora_engine.adapters.dora import DoraDelta
+from lora_engine.adapters.full import FullDelta
+from lora_engine.adapters.ia3 import Ia3Delta, PeftIa3Delta
 from lora_engine.adapters.layer import AdaptedLayer, LayerOp, innermost
+from lora_engine.adapters.loha import LohaDelta
+from lora_engine.adapters.lokr import LokrDelta
 from lora_engine.adapters.lora import LoraDelta
+from lora_engine.adapters.oft import OftDelta
+from lora_engine.adapters.peft_boft import PeftBoftDelta
+from lora_engine.adapters.peft_oft import PeftOftDelta
+from lora_engine.adapters.pissa import PissaDelta
+from lora_engine.adapters.replacement import ReplacementDelta
 from lora_engine.adapters.select import PRESETS, select_modules
 from lora_engine.adapters.tree import DictTree, ModuleTree, adaptable_layers, as_tree, canonical_name, module_shapes
 
@@ -14,13 +33,25 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "Attachment",
+    "BoftDelta",
     "Delta",
     "DictTree",
+    "DoraDelta",
     "Fault",
+    "FullDelta",
+    "Ia3Delta",
     "LayerOp",
     "LayerSettings",
+    "LohaDelta",
+    "LokrDelta",
     "LoraDelta",
     "ModuleTree",
+    "OftDelta",
+    "PeftBoftDelta",
+    "PeftIa3Delta",
+    "PeftOftDelta",
+    "PissaDelta",
+    "ReplacementDelta",
     "adaptable_layers",
     "as_tree",
     "attach",

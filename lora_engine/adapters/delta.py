@@ -166,6 +166,8 @@ def same_delta(first: Delta, second: Delta) -> bool:
 
 
 def _same(first: Any, second: Any) -> bool:
+    if dataclasses.is_dataclass(first) and dataclasses.is_dataclass(second):  # a delta within a delta
+        return same_delta(first, second)  # type: ignore[arg-type]
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
     return type(first) is type(second) and bool(first == second)

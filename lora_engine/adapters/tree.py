@@ -16,7 +16,7 @@ from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, innermost
 from lora_engine.errors import AdapterError
 
 _LEVEL = "text_model."
-_BELOW_LEVEL = ("embeddings.", "encoder.", "final_layer_norm")
+_BELOW_LEVEL = ("embeddings.", "encoder.layers.", "final_layer_norm")
 
 
 class ModuleTree(Protocol):

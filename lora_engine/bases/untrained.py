@@ -22,27 +22,31 @@ class Shape:
     Attributes:
         unet: Settings of `UNet2DConditionModel`.
         text_layers: Layers of each text encoder; two encoders make it an SDXL.
-        vae_levels: Levels of the autoencoder: it shrinks pictures by 2^(levels - 1).
+        vae_channels: Widths of the autoencoder's levels: it shrinks pictures by 2^(levels - 1).
+        vae_layers: Layers of each of its levels.
+        text_widths: Width of each text encoder.
         prediction_type: As the scheduler's configuration names it.
     """
 
     unet: dict[str, Any]
     text_layers: tuple[int, ...]
-    vae_levels: int
+    vae_channels: tuple[int, ...]
     prediction_type: str = "epsilon"
+    vae_layers: int = 1
+    text_widths: tuple[int, ...] = (16, 16)
 
 
 _SD = {
     "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
     "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    "block_out_channels": (16, 32, 32, 32),
+    "block_out_channels": (8, 16, 32, 32),
     "layers_per_block": 2,
     "attention_head_dim": 2,
 }
 _XL = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (16, 32, 32),
+    "block_out_channels": (8, 16, 32),
     "layers_per_block": 2,
     "transformer_layers_per_block": (1, 2, 10),
     "attention_head_dim": (2, 4, 4),
@@ -68,14 +72,16 @@ _SMALL = {
 }
 
 shapes: Registry[Shape] = Registry("shape of an untrained base")
-shapes.add("sd15", Shape(_SD, (12,), 4))
-shapes.add("sd2", Shape({**_SD, "use_linear_projection": True}, (23,), 4, "v_prediction"))
-shapes.add("sdxl", Shape(_XL, (12, 32), 4))
-shapes.add("small-sd", Shape(_SMALL, (2,), 2))
-shapes.add("small-sd-v", Shape(_SMALL, (2,), 2, "v_prediction"))
+# The widths of neighbouring levels are equal exactly where they are in the published autoencoder.
+_VAE = (4, 8, 16, 16)
+shapes.add("sd15", Shape(_SD, (12,), _VAE, vae_layers=2))
+shapes.add("sd2", Shape({**_SD, "use_linear_projection": True}, (23,), _VAE, "v_prediction", vae_layers=2))
+shapes.add("sdxl", Shape(_XL, (12, 32), _VAE, vae_layers=2, text_widths=(16, 24)))
+shapes.add("small-sd", Shape(_SMALL, (2,), (8, 8)))
+shapes.add("small-sd-v", Shape(_SMALL, (2,), (8, 8), "v_prediction"))
 shapes.add(
     "small-sdxl",
-    Shape({**_SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}, (2, 3), 2),
+    Shape({**_SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}, (2, 3), (8, 8)),
 )
 
 
@@ -103,7 +109,8 @@ def write_untrained_base(folder: Path, shape: str, *, seed: int = 0, tokens: int
         }
         for position, layers in enumerate(wanted.text_layers):
             suffix = f"_{position + 1}" if position else ""
-            parts[f"text_encoder{suffix}"] = _text_encoder(layers, tokens, projected=position == 1)
+            width = wanted.text_widths[position]
+            parts[f"text_encoder{suffix}"] = _text_encoder(layers, width, tokens, projected=position == 1)
             parts[f"tokenizer{suffix}"] = spelling_tokenizer(tokens)
         if len(wanted.text_layers) == 1:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -124,19 +131,16 @@ def spelling_tokenizer(tokens: int) -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
 
 
-_WIDTH = 16
-
-
 def _unet(shape: Shape) -> Any:
     from diffusers import UNet2DConditionModel
 
     extra: dict[str, Any] = {}
     if len(shape.text_layers) == 2:
         times = 6 * int(shape.unet["addition_time_embed_dim"])
-        extra["projection_class_embeddings_input_dim"] = times + _WIDTH
+        extra["projection_class_embeddings_input_dim"] = times + shape.text_widths[1]
     return UNet2DConditionModel(
         sample_size=8,
-        cross_attention_dim=_WIDTH * len(shape.text_layers),
+        cross_attention_dim=sum(shape.text_widths[: len(shape.text_layers)]),
         norm_num_groups=4,
         **shape.unet,
         **extra,
@@ -146,26 +150,26 @@ def _unet(shape: Shape) -> Any:
 def _vae(shape: Shape) -> Any:
     from diffusers import AutoencoderKL
 
-    levels = shape.vae_levels
+    levels = len(shape.vae_channels)
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=[8] * levels,
-        layers_per_block=1,
+        block_out_channels=list(shape.vae_channels),
+        layers_per_block=shape.vae_layers,
         norm_num_groups=4,
         latent_channels=4,
     )
 
 
-def _text_encoder(layers: int, tokens: int, *, projected: bool) -> Any:
+def _text_encoder(layers: int, width: int, tokens: int, *, projected: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     last = 2 * len(_byte_letters()) + 1
     settings = CLIPTextConfig(
         vocab_size=last + 1,
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        projection_dim=_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=tokens,

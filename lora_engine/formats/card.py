@@ -6,6 +6,7 @@ Torch-free. What a format needs to be read (ranks, hashes) is the codec's affair
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ CARD = "loraline.card"
 GENERATED = "loraline.generated"
 # Written anew by whoever writes a file, so never carried over.
 _OF_THE_FILE = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
+_NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
 _OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
 
@@ -68,15 +70,16 @@ def read_card(header: Mapping[str, str]) -> Card:
         generated = {str(name) for name in json.loads(header.get(GENERATED, "[]"))}
         ours = json.loads(header[CARD]) if CARD in header else _foreign(header)
         skipped = generated.union(_OF_THE_FILE, _OF_THE_NETWORK)
-        extra = {key: text for key, text in header.items() if key not in skipped and not _is_of_the_file(key)}
+        extra = {key: text for key, text in header.items() if key not in skipped and not _is_of_the_file(key, text)}
         return Card.model_validate({**ours, "extra": extra})
     except (ValueError, TypeError, RecursionError, ValidationError) as error:
         problem = f"the header's card is broken: {error}"
         raise AdapterError(problem, where=f"metadata {CARD!r}", remedy="save or download the file again") from error
 
 
-def _is_of_the_file(key: str) -> bool:
-    return key.startswith("loraline.") or key.endswith("adapter_config.json")
+def _is_of_the_file(key: str, text: str) -> bool:
+    is_numbered = _NUMBERED.fullmatch(key) is not None or text == "<embed>"  # cloneofsimo's
+    return is_numbered or key.startswith("loraline.") or key.endswith("adapter_config.json")
 
 
 def _foreign(header: Mapping[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -15,6 +15,7 @@ from lora_engine.adapters import Adapter, Delta
 from lora_engine.adapters.tree import near_names
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
+from lora_engine.formats.dit_names import DitWriting, find_modules, refuse_unsupported
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.spelling import Group, Style, group_tensors
@@ -35,11 +36,16 @@ class Codec(Protocol):
         file_name: What a file is called where only a folder is named.
         is_folder: Whether an adapter is a folder of files. Tensor names then read `<folder>/<name>`, and the metadata
             holds further files as `<folder>/<file name>`; in the folder itself there is no slash.
+        embeddings: Where the embeddings of an adapter go: a name among `embedding_forms`, in whose form they are
+            written beside it; or `bundle`, `clip` or `tokens`, tensors of the same file (see `embeddings.embed`).
+        families: The base families that it is for; empty for any.
     """
 
     name: ClassVar[str]
     file_name: ClassVar[str]
     is_folder: ClassVar[bool]
+    embeddings: ClassVar[str]
+    families: ClassVar[tuple[str, ...]]
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether a file with these tensor names is of this format."""
@@ -57,12 +63,23 @@ class Codec(Protocol):
         """
         ...
 
-    def encode(self, adapter: Adapter, card: Card | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def encode(
+        self, adapter: Adapter, card: Card | None = None, names: Names | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata that a reader of this format needs.
+
+        Args:
+            adapter: The adapter.
+            card: What the header says of it.
+            names: The base's modules, for formats that count through them.
 
         Raises:
             AdapterError: The format cannot hold the adapter.
         """
+        ...
+
+    def kinds_for(self, adapter: Adapter) -> Collection[str]:
+        """The kinds that the format can hold for an adapter of such a base."""
         ...
 
     def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -91,14 +108,18 @@ class TensorCodec:
     name: ClassVar[str]
     file_name: ClassVar[str] = "adapter.safetensors"
     is_folder: ClassVar[bool] = False
+    embeddings: ClassVar[str] = "kohya"
+    families: ClassVar[tuple[str, ...]] = ()
     style: ClassVar[Style]
+    transformers: ClassVar[DitWriting | None] = None
+    """How the modules of diffusion transformers are written, where not as `raw_name` says."""
 
     def raw_name(self, name: str, family: str) -> str:
         """What the file calls a module."""
         return name
 
     def resolve(
-        self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
+        self, raw: Mapping[str, Delta], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
         """Canonical name of each of the file's module names; `known` are the base's, where a base was named."""
         return {name: name for name in raw}
@@ -115,13 +136,21 @@ class TensorCodec:
         """Metadata beyond the family and the fingerprint of the base."""
         return {}
 
+    def kinds_for(self, adapter: Adapter) -> Collection[str]:
+        """Those that the style spells."""
+        return list(self._style_for(adapter).spellings)
+
     def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Nothing more."""
         return {}
 
     def holds(self, adapter: Adapter) -> bool:
         """Whether nothing had to be changed for the format."""
-        return self.prepared(adapter) == adapter
+        if self.prepared(adapter) != adapter:
+            return False
+        special = self.transformers
+        # What is put together is taken apart again by its zeros, which a factor may have had before.
+        return special is None or not special.suits(adapter) or self.decode(*self.encode(adapter)) == adapter
 
     def read_modules(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Delta]:
         """The deltas by the file's own module names."""
@@ -132,32 +161,65 @@ class TensorCodec:
         parts = self._parts(tensors, metadata)
         shapes = names if isinstance(names, Mapping) else {}
         known = None if names is None else dict.fromkeys(names)
+        deltas = {raw: part.delta for raw, part in parts.items()}
+        family = family_of(metadata, deltas, known or ())
+        refuse_unsupported(family, _source(next(iter(parts.values()))))
         modules: dict[str, Delta] = {}
-        for raw, name in self.resolve(list(parts), metadata, known).items():
+        for raw, name, delta in self._placed(deltas, metadata, family, known, shapes):
             part, shape = parts[raw], shapes.get(name)
-            source = f"tensor {next(iter(part.group.keys.values()))!r}"
             if known is not None and name not in known:
-                raise _unknown(source, name, known, foreign_reason(tensors))
+                raise _unknown(_source(part), name, known, foreign_reason(tensors))
             if name in modules:
                 problem = f"the module {name!r} is in the file twice, under two names"
-                raise AdapterError(problem, where=source, remedy="remove one of the two from the file")
+                raise AdapterError(problem, where=_source(part), remedy="remove one of the two from the file")
             if shape is not None:
-                check_delta(part.delta, part.group.sources, shape)
-            modules[name] = part.delta if shape is None else part.delta.fitted(shape)
-        return Adapter(modules, family_of(metadata, modules, known or ()), metadata.get(FINGERPRINT))
+                check_delta(delta, part.group.sources, shape)
+            modules[name] = delta if shape is None else delta.fitted(shape)
+        return Adapter(modules, family or family_of(metadata, modules, known or ()), metadata.get(FINGERPRINT))
 
-    def encode(self, adapter: Adapter, card: Card | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def encode(
+        self, adapter: Adapter, card: Card | None = None, names: Names | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata."""
         ready = self.prepared(adapter)
         tensors: dict[str, Tensor] = {}
-        for name, delta in ready.modules.items():
-            written = self.style.write(self.raw_name(name, adapter.base), delta)
+        for name, raw, delta in self._named(ready):
+            written = self._style_for(ready).write(raw, delta)
             if not tensors.keys().isdisjoint(written):
                 problem = f"the module {name!r} has the same name in this format as another one"
                 raise AdapterError(problem, where=next(iter(written)), remedy="choose another format")
             tensors |= written
         base = {FAMILY: adapter.base, FINGERPRINT: adapter.fingerprint}
         return tensors, self.header(ready, card or Card()) | {key: text for key, text in base.items() if text}
+
+    def _placed(
+        self,
+        deltas: Mapping[str, Delta],
+        metadata: Mapping[str, str],
+        family: str,
+        known: Collection[str] | None,
+        shapes: Mapping[str, Sequence[int]],
+    ) -> Iterator[tuple[str, str, Delta]]:
+        """The file's name, canonical name and delta of each module; a fused layer of the file is several modules."""
+        found = find_modules(deltas, family)
+        for raw, there in found.items():
+            for name, delta in there.deltas(deltas[raw], f"module {raw!r}", shapes):
+                yield raw, name, delta
+        rest = {raw: delta for raw, delta in deltas.items() if raw not in found}
+        for raw, name in (self.resolve(rest, metadata, known) if rest else {}).items():
+            yield raw, name, deltas[raw]
+
+    def _named(self, adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
+        """Name, the file's name and delta of each module; fused layers are put together."""
+        if self.transformers is not None and self.transformers.suits(adapter):
+            yield from ((raw, raw, delta) for raw, delta in self.transformers.raw_modules(adapter))
+            return
+        for name, delta in adapter.modules.items():
+            yield name, self.raw_name(name, adapter.base), delta
+
+    def _style_for(self, adapter: Adapter) -> Style:
+        special = self.transformers
+        return special.style if special and special.style and special.suits(adapter) else self.style
 
     def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
         validate_tensors(tensors)
@@ -170,6 +232,10 @@ class TensorCodec:
                 delta = delta if alpha is None else group.read(tensors, alpha)
             parts[group.module] = Part(group, delta)
         return parts
+
+
+def _source(part: Part) -> str:
+    return f"tensor {next(iter(part.group.keys.values()))!r}"
 
 
 def _unknown(source: str, name: str, known: Collection[str], reason: str | None) -> AdapterError:

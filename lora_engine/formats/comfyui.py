@@ -1,25 +1,51 @@
 """ComfyUI's format: kohya's, for Stable Diffusion and SDXL, as ComfyUI reads none of PEFT's names of attention layers.
 
-A file of this format is detected as kohya's, which it is.
+Such a file is detected as kohya's, which it is. Read are also the dotted original names that ComfyUI calls generic
+(`diffusion_model.input_blocks...`), and those of the Open Model Initiative (`unet.input_blocks...`, `clip_l...`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import codecs
+from lora_engine.formats.dit_names import COMFYUI_DIT, is_dit
 from lora_engine.formats.kohya import KohyaCodec
+from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
+from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
+from lora_engine.formats.spelling import LYCORIS
+
+_PREFIXES = tuple(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes)
+# In these names alone; the others are those of diffusers' format and our own too.
+_TELLING = re.compile(
+    r"(text_encoders\.clip_\w\.transformer|clip_[lg]|lora_unet|lora_te[12]?)\..*"
+    rf"|(\w+\.)+?({'|'.join(ORIGINAL_BEGINNINGS)})\..*"
+    r"|(model\.)?diffusion_model\.(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\..*"
+)
 
 
 class ComfyuiCodec(KohyaCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
     name: ClassVar[str] = "comfyui"
+    style = KohyaCodec.style.limited("ComfyUI", [kind for kind in LYCORIS.spellings if kind != "ia3"])
+    transformers = COMFYUI_DIT
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Never: see above."""
-        return False
+        """Whether the names are dotted, and some are such that other formats have not."""
+        is_dotted = all(key.startswith(_PREFIXES) for key in keys)
+        if all(key.startswith(("diffusion_model.", "text_encoders.")) for key in keys) and is_dit(keys):
+            return True
+        return is_dotted and any(_TELLING.fullmatch(key) for key in keys)
+
+    def resolve(
+        self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
+    ) -> dict[str, str]:
+        """Canonical names by way of a table of the base's modules, flattened or dotted."""
+        naming = FLAT if all(name.startswith(STARTS) for name in raw) else DOTTED
+        return resolve_names(raw, metadata, known, naming)
 
 
 codecs.add(ComfyuiCodec.name, ComfyuiCodec())

@@ -6,20 +6,34 @@ left to the header only where rank and alpha are the same throughout; otherwise 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from lora_engine.adapters import Adapter, Delta, LoraDelta, canonical_name
+from torch import Tensor
+
+from lora_engine.adapters import Adapter, Delta, DoraDelta, LoraDelta, canonical_name
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import AlphaRule, TensorCodec, codecs
-from lora_engine.formats.lora_config import alpha_of, lora_config, parse_config
+from lora_engine.formats.codec import AlphaRule, Names, TensorCodec, codecs
+from lora_engine.formats.dit_names import BARE
+from lora_engine.formats.lora_config import alpha_of, check_one_kind, lora_config, parse_config
+from lora_engine.formats.lora_names import with_scaled_bias
 from lora_engine.formats.native import COMPONENTS
-from lora_engine.formats.spelling import DIFFUSERS
+from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
 
 CONFIG = "lora_adapter_metadata"
+# A U-Net's own beginnings, in files that were saved from the network alone.
+_UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
+# Old names inside a module's path, to those of today; applied in turn.
+_OLD = (
+    (r"^(\w+)\.base_model\.model\.", r"\1."),
+    (r"\.processor\.to_", ".to_"),
+    (r"(\.attn\d?)\.to_out$", r"\1.to_out.0"),
+    (r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj"),
+)
 
 
 class DiffusersCodec(TensorCodec):
@@ -27,17 +41,20 @@ class DiffusersCodec(TensorCodec):
 
     name: ClassVar[str] = "diffusers"
     file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
-    style = DIFFUSERS
+    embeddings: ClassVar[str] = "diffusers"
+    style = Style("diffusers", writes_alpha=False, spellings=DIFFUSERS.spellings, also=(DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin with a component, and some end in PEFT's or diffusers' factors."""
-        return all(key.startswith(COMPONENTS) for key in keys) and DIFFUSERS.spells(keys)
+        """Whether all names begin with a component, or with a transformer's blocks, and end in known factors."""
+        if all(key.startswith(BARE) for key in keys):
+            return self.style.spells(keys)
+        return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS.spells(keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
-        """The same names, with the level `text_model` of text encoders put back."""
-        parts = ((name, *name.split(".", 1)) for name in raw)
+        """The same names, with the level `text_model` of text encoders put back, and without attention processors."""
+        parts = ((name, *_plain(name).split(".", 1)) for name in raw)
         return {name: canonical_name(component, path) for name, component, path in parts}
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
@@ -58,30 +75,65 @@ class DiffusersCodec(TensorCodec):
         modules = {name: without_core(delta) for name, delta in adapter.modules.items()}
         if len({(delta.rank, delta.alpha) for delta in modules.values()}) > 1:
             modules = {name: _folded(name, delta) for name, delta in modules.items()}
-        return replace(adapter, modules=modules)
+        return replace(adapter, modules={name: with_scaled_bias(delta) for name, delta in modules.items()})
+
+    def encode(
+        self, adapter: Adapter, card: Card | None = None, names: Names | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata.
+
+        Raises:
+            AdapterError: A kind that diffusers does not load: it raises on LoHa, LoKr and whole differences.
+        """
+        for name, delta in adapter.modules.items():
+            if delta.kind not in self.style.spellings:
+                raise AdapterError(
+                    f"the format cannot hold an adapter of kind {delta.kind!r}, because diffusers would not load it",
+                    where=name,
+                    allowed=", ".join(self.style.spellings),
+                    remedy="choose another format, such as loraline, kohya or peft",
+                )
+        return super().encode(adapter, card, names)
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
         """`lora_adapter_metadata` where alpha is not the rank."""
-        if all(delta.alpha == delta.rank for delta in adapter.modules.values()):
-            return {"format": "pt"}
         components: dict[str, dict[str, Delta]] = {}
         for name, delta in adapter.modules.items():
             component, _, path = name.partition(".")
             # PEFT matches the ends of names, so the short path fits text encoders with and without the level.
             components.setdefault(component, {})[path.removeprefix("text_model.")] = delta
+        for component, modules in components.items():
+            check_one_kind(modules, component)
+        if all(delta.alpha == delta.rank for delta in adapter.modules.values()):
+            return {"format": "pt"}
         whole: dict[str, Any] = {}
         for component, modules in components.items():
             whole |= {f"{component}.{key}": value for key, value in lora_config(modules).items()}
         return {"format": "pt", CONFIG: canonical_json(whole).decode()}
 
 
+def _plain(name: str) -> str:
+    name = f"unet.{name}" if name.startswith(_UNET) else name
+    for pattern, replacement in _OLD:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def without_core(delta: Delta) -> Delta:
-    """A LoRA without Tucker core of the same meaning; any other delta as it is."""
+    """A LoRA (or the one in a DoRA) without Tucker core, of the same meaning; any other delta as it is."""
+    if isinstance(delta, DoraDelta) and isinstance(delta.inner, LoraDelta):
+        return delta.with_inner(delta.inner.without_core())
     return delta.without_core() if isinstance(delta, LoraDelta) else delta
 
 
 def _folded(name: str, delta: Delta) -> Delta:
-    if not isinstance(delta, LoraDelta) or delta.scale == 1.0:
+    if isinstance(delta, DoraDelta) and isinstance(delta.inner, LoraDelta):
+        return delta.with_inner(_folded_lora(name, delta.inner))
+    return _folded_lora(name, delta) if isinstance(delta, LoraDelta) else delta
+
+
+def _folded_lora(name: str, delta: LoraDelta) -> LoraDelta:
+    if delta.scale == 1.0:
         return delta
     up = delta.up.float().mul(delta.scale).to(delta.up.dtype)
     if not bool(up.isfinite().all()):

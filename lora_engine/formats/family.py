@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from lora_engine.adapters import Delta, LoraDelta
+from lora_engine.formats.dit_names import dit_family, told_family
 
 FAMILY = "loraline.base"
 FINGERPRINT = "loraline.fingerprint"
@@ -29,6 +30,9 @@ def family_of(header: Mapping[str, str], modules: Mapping[str, Delta], base_modu
     told = [family for start, family in _VERSIONS.items() if version.startswith(start)]
     if told:
         return told[0]
+    transformer = told_family(header) or dit_family(base_modules) or dit_family(modules)
+    if transformer:
+        return transformer
     if has_sdxl_modules([*modules, *base_modules]):
         return "sdxl"
     return next(filter(None, (_CONTEXT.get(width) for width in context_widths(modules))), "")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,56 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json, sha256_file
 from lora_engine.formats.card import GENERATED, Card, card_header, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
+from lora_engine.formats.contents import CONFIG_FILE, SUFFIX, Contents, read_contents
+from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
+from lora_engine.formats.embeddings import Embedding, check_widths, embed
 from lora_engine.formats.family import FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
-from lora_engine.formats.safetensors_io import LIMITS, Limits, read_safetensors, write_safetensors
+from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
 
-SUFFIX = ".safetensors"
-_CONFIG_FILE, _MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
-_USUAL = ("adapter.safetensors", "pytorch_lora_weights.safetensors")
-_MAX_CONFIG = 1 << 24
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a file of an adapter holds.
+
+    Attributes:
+        adapter: The adapter.
+        card: What the header says of it.
+        embeddings: The words that were learned with it, sorted by token.
+    """
+
+    adapter: Adapter
+    card: Card
+    embeddings: tuple[Embedding, ...] = ()
 
 
 def read_adapter(path: Path, module_names: Names | None = None, *, limits: Limits = LIMITS) -> tuple[Adapter, Card]:
     """Reads an adapter of any format; the format is told by the tensors' names.
 
     Args:
-        path: A `.safetensors` file, or a folder (PEFT's, or one with a single adapter in it).
-        module_names: The base's canonical module names, which kohya's names need; as a mapping to weight shapes
-            (`adapters.module_shapes`), the shapes are checked too.
+        path: A `.safetensors` file, a `.pt` (read by a process that can do no harm), or a folder (PEFT's, or one with a
+            single adapter in it).
+        module_names: The base's canonical module names, which names without dots or with original numbers need unless
+            the published architectures leave no doubt; as a mapping to weight shapes (`adapters.module_shapes`), the
+            shapes are checked too.
         limits: How much the file may claim.
 
     Raises:
         AdapterError: It is no adapter, damaged, of an unknown kind or form, or does not fit; names the file, the
             tensor, the rule and a remedy.
     """
+    bundle = read_bundle(path, module_names, limits=limits)
+    return bundle.adapter, bundle.card
+
+
+def read_bundle(path: Path, module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
+    """As `read_adapter`, with the embeddings that lie in the file, or beside it where a folder is named."""
     with _in_file(path):
-        tensors, metadata = _read(path, limits)
-        codec = detect_codec(tensors, metadata)
-        return codec.decode(tensors, metadata, module_names), read_card(metadata)
+        found = read_contents(path, limits)
+        codec = _codec_of(found)
+        check_widths(found.embeddings, module_names)
+        adapter = codec.decode(found.tensors, found.metadata, module_names)
+        return Bundle(adapter, read_card(found.metadata), found.embeddings)
 
 
 def write_adapter(
@@ -52,6 +76,8 @@ def write_adapter(
     format: str = "loraline",  # noqa: A002 (what it is called in every spec and on the command line)
     card: Card | None = None,
     dtype: torch.dtype | None = None,
+    embeddings: Sequence[Embedding] = (),
+    module_names: Names | None = None,
 ) -> list[Path]:
     """Writes an adapter; the same adapter and card give the same bytes.
 
@@ -60,10 +86,13 @@ def write_adapter(
         adapter: The adapter.
         format: Name of a codec.
         card: What the header says of it.
-        dtype: Dtype of the factors; None keeps them.
+        dtype: Dtype of the factors and embeddings; None keeps them.
+        embeddings: Words that were learned with it. They go into the file or into files of their own beside it, as the
+            program does whose format it is.
+        module_names: The base's modules with their shapes, for formats that count through them (cloneofsimo's).
 
     Returns:
-        The files that were written.
+        The files that were written, those of the embeddings last.
 
     Raises:
         AdapterError: The format or the dtype cannot hold the adapter, or it has no modules.
@@ -75,48 +104,59 @@ def write_adapter(
     if codec.is_folder and path.suffix == SUFFIX:
         remedy = "give a path without .safetensors"
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
-    stated = card or Card()
-    tensors, needed = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), stated)
+    stated, words = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
+    tensors, needed = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), stated, module_names)
+    is_beside = codec.embeddings in embedding_forms
+    if words and not is_beside:
+        inside, flags = embed(codec.embeddings, words)
+        tensors, needed = {**tensors, **inside}, {**needed, **flags}
     header = _header(codec, tensors, stated, needed)
-    if not codec.is_folder:
-        file = path if path.suffix == SUFFIX else path / codec.file_name
-        write_safetensors(file, tensors, header)
-        return [file]
-    return list(_write_folder(path, codec.file_name, tensors, header))
+    if codec.is_folder:
+        files = list(_write_folder(path, codec.file_name, tensors, header))
+    else:
+        files = [path if path.suffix == SUFFIX else path / codec.file_name]
+        write_safetensors(files[0], tensors, header)
+    if words and is_beside:
+        files += write_embeddings(path.parent if path.suffix == SUFFIX else path, words, codec.embeddings)
+    return files
 
 
 def inspect(path: Path) -> dict[str, Any]:
     """What a file is, as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
-    Needs no base; module names are the file's own where they cannot be told otherwise.
+    Needs no base; module names are the file's own where they cannot be told otherwise. A file of embeddings alone has
+    the format `embedding` and no modules.
 
     Raises:
         AdapterError: As `read_adapter`.
     """
     with _in_file(path):
-        tensors, metadata = _read(path, LIMITS)
-        codec = detect_codec(tensors, metadata)
-        modules = codec.read_modules(tensors, metadata)
-        card = read_card(metadata)
-    deltas = list(modules.values())
+        found = read_contents(path, LIMITS)
+        is_adapter = bool(found.tensors) or not found.embeddings
+        codec = detect_codec(found.tensors, found.metadata) if is_adapter else None
+        modules = codec.read_modules(found.tensors, found.metadata) if codec else {}
+        card = read_card(found.metadata)
+    deltas, metadata = list(modules.values()), found.metadata
     factors = [factor for delta in deltas for factor in delta.factors().values()]
-    files = sorted(_files(path))
     return {
-        "format": codec.name,
+        "format": codec.name if codec else "embedding",
         "family": family_of(metadata, modules),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": foreign_reason(tensors),
+        "note": foreign_reason(found.tensors),
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
         "alphas": _count(delta.alpha for delta in deltas),
         "dtypes": _count(str(factor.dtype).removeprefix("torch.") for factor in factors),
         "parameters": sum(factor.numel() for factor in factors),
-        "embeddings": [],
+        "embeddings": [
+            {"token": word.token, "vectors": word.count, "widths": word.widths, "dtypes": _dtypes(word)}
+            for word in found.embeddings
+        ],
         "card": card.model_dump(exclude={"extra"}),
         "metadata": dict(sorted(metadata.items())),
-        "files": {str(file.relative_to(path)) if file != path else file.name: sha256_file(file) for file in files},
-        "size": sum(file.stat().st_size for file in files),
+        "files": {str(file.relative_to(_folder_of(path))): sha256_file(file) for file in sorted(found.files)},
+        "size": sum(file.stat().st_size for file in found.files),
     }
 
 
@@ -141,6 +181,28 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
     )
 
 
+def _codec_of(found: Contents) -> Codec:
+    if not found.tensors and found.embeddings:
+        raise AdapterError(
+            f"the file is a textual-inversion embedding ({found.embeddings[0].token!r}), not an adapter",
+            allowed="an adapter, perhaps with embeddings",
+            remedy="put it where the program looks for embeddings; `loraline inspect` shows what it holds",
+        )
+    return detect_codec(found.tensors, found.metadata)
+
+
+def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
+    return Embedding(embedding.token, {name: tensor.to(dtype=dtype) for name, tensor in embedding.vectors.items()})
+
+
+def _dtypes(embedding: Embedding) -> list[str]:
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in embedding.vectors.values()})
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
 def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, needed: Mapping[str, str]) -> dict[str, str]:
     ours = {**needed, **card_header(card)}
     # What a foreign header said of its base and its architecture was true of these weights; what it said of ranks not.
@@ -154,70 +216,15 @@ def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, needed: Map
 def _write_folder(
     folder: Path, file_name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> Iterator[Path]:
-    beside = {key: text for key, text in header.items() if key.endswith(_CONFIG_FILE)}
+    beside = {key: text for key, text in header.items() if key.endswith(CONFIG_FILE)}
     shared = {key: text for key, text in header.items() if key not in beside}
     for key, text in sorted(beside.items()):
-        part = key.removesuffix(_CONFIG_FILE)
+        part = key.removesuffix(CONFIG_FILE)
         inside = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
         write_safetensors(folder / part / file_name, inside, shared)
         atomic_write(folder / key, text.encode())
         yield folder / part / file_name
         yield folder / key
-
-
-def _read(path: Path, limits: Limits) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.name == _MODEL_FILE and (path.parent / _CONFIG_FILE).is_file():
-        return _read_folder(path.parent, limits)
-    if not path.is_dir():
-        return read_safetensors(path, limits)
-    if any(_parts(path)):
-        return _read_folder(path, limits)
-    return read_safetensors(_only_file(path), limits)
-
-
-def _read_folder(folder: Path, limits: Limits) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for part in _parts(folder):
-        prefix = "" if part == folder else f"{part.name}/"
-        config = part / _CONFIG_FILE
-        if config.stat().st_size > _MAX_CONFIG:
-            problem = f"{prefix}{_CONFIG_FILE} has {config.stat().st_size} bytes"
-            raise AdapterError(problem, allowed=f"at most {_MAX_CONFIG}", remedy="check the file")
-        inside, header = read_safetensors(part / _MODEL_FILE, limits)
-        tensors |= {f"{prefix}{key}": tensor for key, tensor in inside.items()}
-        metadata = header | metadata
-        metadata[f"{prefix}{_CONFIG_FILE}"] = config.read_text(encoding="utf-8", errors="replace")
-    return tensors, metadata
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The folders of a PEFT adapter: the folder itself, or those in it."""
-    if (folder / _CONFIG_FILE).is_file():
-        return [folder]
-    return sorted(inner for inner in folder.iterdir() if (inner / _CONFIG_FILE).is_file())
-
-
-def _only_file(folder: Path) -> Path:
-    for name in _USUAL:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(folder.glob(f"*{SUFFIX}"))
-    if len(found) != 1:
-        raise AdapterError(
-            f"the folder holds {len(found)} .safetensors files",
-            allowed=f"one, or {', '.join(_USUAL)}, or a PEFT folder with {_CONFIG_FILE}",
-            remedy="name the file itself",
-        )
-    return found[0]
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    parts = _parts(path)
-    names = (_CONFIG_FILE, _MODEL_FILE)
-    return [part / name for part in parts for name in names] if parts else [_only_file(path)]
 
 
 def _count(values: Iterable[object]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from lora_engine.adapters import Delta
+from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.errors import AdapterError
 
 T = TypeVar("T")
@@ -31,8 +31,21 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
     return config
 
 
-def alpha_of(config: Mapping[str, Any], path: str, rank: int | None, where: str) -> float | None:
+def alpha_of(
+    config: Mapping[str, Any], path: str, rank: int | None, where: str, key: str = "lora_alpha"
+) -> float | None:
     """Alpha of a module by a configuration, so that `alpha / rank` is PEFT's scale (rsLoRA included); None: unsaid.
+
+    Raises:
+        AdapterError: A value that is no number, or a pattern that is no plain name.
+    """
+    alpha = number_of(config, path, where, key, "alpha_pattern")
+    scale = math.sqrt(rank) if config.get("use_rslora") and rank else 1.0
+    return None if alpha is None else alpha * scale
+
+
+def number_of(config: Mapping[str, Any], path: str, where: str, key: str, pattern_key: str) -> float | None:
+    """The number that a configuration has for a module: of the first pattern that matches, else of `key`; or None.
 
     Patterns are taken as plain names that match the end of a path; anything cleverer is refused, because a regular
     expression from a stranger's file can keep a reader busy for ever.
@@ -40,17 +53,21 @@ def alpha_of(config: Mapping[str, Any], path: str, rank: int | None, where: str)
     Raises:
         AdapterError: A value that is no number, or a pattern that is no plain name.
     """
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    number = config.get(key)
+    patterns = config.get(pattern_key) or {}
+    if not isinstance(patterns, Mapping):
+        problem = f"{pattern_key} is no JSON object"
+        raise AdapterError(problem, where=where, allowed="module names to numbers", remedy="mend the file")
+    for pattern, value in patterns.items():
         if _matches(pattern, path, where):
-            alpha = value
+            number = value
             break
-    if alpha is None:
+    if number is None:
         return None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"alpha is {alpha!r}", where=where, allowed="a finite number", remedy="mend the file")
-    scale = math.sqrt(rank) if config.get("use_rslora") and rank else 1.0
-    return float(alpha) * scale
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        noun = pattern_key.partition("_")[0]
+        raise AdapterError(f"{noun} is {number!r}", where=where, allowed="a finite number", remedy="mend the file")
+    return float(number)
 
 
 def _matches(pattern: str, path: str, where: str) -> bool:
@@ -67,24 +84,51 @@ def _matches(pattern: str, path: str, where: str) -> bool:
 
 def lora_config(modules: Mapping[str, Delta]) -> dict[str, Any]:
     """The configuration that gives each of one component's modules (by path) its rank and alpha."""
-    ranks = {path: delta.rank or 0 for path, delta in modules.items()}
-    alphas = {path: _number(delta.alpha or 0.0) for path, delta in modules.items()}
+    whole = {path: (delta.rank or 0, delta.alpha or 0.0) for path, delta in modules.items()}
+    has_bias = any(isinstance(delta, LoraDelta) and delta.bias is not None for delta in modules.values())
+    return {
+        **ranks_and_alphas(whole, "lora_alpha"),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "use_dora": any(delta.kind == "dora" for delta in modules.values()),
+        "use_rslora": False,
+        **({"lora_bias": True} if has_bias else {}),
+    }
+
+
+def ranks_and_alphas(modules: Mapping[str, tuple[int, float]], alpha_key: str) -> dict[str, Any]:
+    """Rank and alpha, with patterns for the modules (by path) that have others than most, and the targets."""
+    ranks = {path: rank for path, (rank, _) in modules.items()}
+    alphas = {path: _number(alpha) for path, (_, alpha) in modules.items()}
     rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
     return {
         "alpha_pattern": {_exact(path): value for path, value in alphas.items() if value != alpha},
-        "bias": "none",
-        "fan_in_fan_out": False,
+        alpha_key: alpha,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_exact(path): value for path, value in ranks.items() if value != rank},
         "target_modules": sorted(modules),
-        "use_dora": False,
-        "use_rslora": False,
     }
+
+
+def check_one_kind(modules: Mapping[str, Delta], component: str) -> None:
+    """Does nothing where all modules of a component are of one kind: PEFT's settings (`use_dora`) are for them all.
+
+    Raises:
+        AdapterError: They are not.
+    """
+    found = Counter(delta.kind for delta in modules.values())
+    if len(found) > 1:
+        shown = ", ".join(f"{kind} ({count})" for kind, count in sorted(found.items()))
+        raise AdapterError(
+            f"the modules of {component!r} are of several kinds: {shown}",
+            where=component,
+            allowed="one kind for all modules of a component, in PEFT's and diffusers' formats",
+            remedy="choose another format, such as loraline or kohya",
+        )
 
 
 def _exact(path: str) -> str:

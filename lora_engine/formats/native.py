@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import TensorCodec, codecs
-from lora_engine.formats.spelling import LYCORIS
+from lora_engine.formats.spelling import LORALINE
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
 
@@ -15,11 +15,12 @@ class NativeCodec(TensorCodec):
     """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight`."""
 
     name: ClassVar[str] = "loraline"
-    style = LYCORIS
+    style = LORALINE
+    embeddings: ClassVar[str] = "bundle"
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether all names begin with a component, and some end in LyCORIS' factors."""
-        return all(key.startswith(COMPONENTS) for key in keys) and LYCORIS.spells(keys)
+        return all(key.startswith(COMPONENTS) for key in keys) and LORALINE.spells(keys)
 
 
 codecs.add(NativeCodec.name, NativeCodec())

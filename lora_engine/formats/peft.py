@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,9 +16,12 @@ from lora_engine.adapters import Adapter, Delta, canonical_name
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import AlphaRule, TensorCodec, codecs
+from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec, codecs
 from lora_engine.formats.diffusers import without_core
-from lora_engine.formats.lora_config import alpha_of, lora_config, parse_config
+from lora_engine.formats.lora_config import alpha_of, parse_config
+from lora_engine.formats.lora_names import with_scaled_bias
+from lora_engine.formats.peft_embeddings import with_embedding_names
+from lora_engine.formats.peft_types import finished, settings_for, type_of
 from lora_engine.formats.spelling import PEFT
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,6 +29,7 @@ COMPONENT = "loraline.component"
 _PREFIX = "base_model.model."
 _BEGINNINGS = {
     "unet": r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*",
+    "transformer": r"((single_)?transformer_blocks\..*|time_text_embed\..*|(x|context)_embedder|(norm|proj)_out\b.*)",
     "text_encoder": r"(text_model\.)?encoder\.layers\..*",
 }
 # transformers 5 dropped the level from `CLIPTextModel`, and kept it in `CLIPTextModelWithProjection`.
@@ -38,6 +42,7 @@ class PeftCodec(TensorCodec):
     name: ClassVar[str] = "peft"
     file_name: ClassVar[str] = "adapter_model.safetensors"
     is_folder: ClassVar[bool] = True
+    embeddings: ClassVar[str] = "diffusers"
     style = PEFT
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
@@ -65,20 +70,34 @@ class PeftCodec(TensorCodec):
                     remedy="name the whole folder that PEFT saved",
                 )
             config = parse_config(metadata[where], where)
-            if str(config.get("peft_type", "LORA")).upper() != "LORA" or config.get("use_dora"):
-                shown = "DoRA" if config.get("use_dora") else config.get("peft_type")
-                raise AdapterError(f"adapters of PEFT's type {shown!r} are not read", where=where, allowed="LORA")
-            return alpha_of(config, path, rank, where)
+            told = type_of(config, where)
+            return alpha_of(config, path, rank, where, told.alpha) if told.alpha else None
 
         return alpha
 
-    def prepared(self, adapter: Adapter) -> Adapter:
-        """Tucker cores multiplied out."""
-        return replace(adapter, modules={name: without_core(delta) for name, delta in adapter.modules.items()})
+    def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
+        """The modules, as what the configuration in the same folder makes of them."""
+        parts = super()._parts(tensors, metadata)
+        configs: dict[str, dict[str, Any]] = {}
+        for raw, part in parts.items():
+            folder, path = _split(raw)
+            where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
+            if where not in configs:
+                configs[where] = parse_config(metadata.get(where, "{}"), where)
+            parts[raw] = replace(part, delta=finished(part.delta, configs[where], path, where))
+        return parts
 
-    def encode(self, adapter: Adapter, card: Card | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def prepared(self, adapter: Adapter) -> Adapter:
+        """A LoRA's Tucker cores multiplied out."""
+        modules = {name: with_scaled_bias(without_core(delta)) for name, delta in adapter.modules.items()}
+        return replace(adapter, modules=modules)
+
+    def encode(
+        self, adapter: Adapter, card: Card | None = None, names: Names | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors as `<component>/<name>` and configurations as `<component>/adapter_config.json`."""
-        tensors, metadata = super().encode(adapter, card)
+        plain, metadata = super().encode(adapter, card, names)
+        tensors = with_embedding_names(plain)
         if len(_components(adapter)) > 1:
             return tensors, metadata
         return {key.rpartition("/")[2]: tensor for key, tensor in tensors.items()}, metadata
@@ -93,7 +112,8 @@ class PeftCodec(TensorCodec):
         components = _components(adapter)
         header = {"format": "pt"}
         for component, modules in components.items():
-            config = lora_config(modules) | {"base_model_name_or_path": card.base or None, "task_type": None}
+            named = {"base_model_name_or_path": card.base or None, "task_type": None}
+            config = settings_for(modules, component) | named
             folder = f"{component}/" if len(components) > 1 else ""
             header[f"{folder}{CONFIG_FILE}"] = canonical_json(config).decode()
         return header if len(components) > 1 else header | {COMPONENT: next(iter(components), "")}

@@ -5,7 +5,8 @@ A new kind adds its spellings to the styles that can hold it, in a file of its o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from lora_engine.formats.validate import check_delta
 from lora_engine.registries import Registry
 
 ALPHA = "alpha"
+_BESIDE = {"weight": "on_input"}
+"""Suffixes that are too common to tell anything, to the suffix that must stand beside them."""
 
 
 class Spelling(Protocol):
@@ -99,11 +102,15 @@ class Style:
         name: What it is called in messages.
         writes_alpha: Whether alpha goes into the file as a tensor; it is read in any case.
         spellings: Spelling by kind.
+        also: Styles whose spellings are read too, and never written.
+        rewrites: Patterns of names to the form in which the suffixes are the table's, applied in turn.
     """
 
     name: str
     writes_alpha: bool
     spellings: Registry[Spelling] = field(default_factory=lambda: Registry("spelling"))
+    also: tuple[Style, ...] = ()
+    rewrites: tuple[tuple[str, str], ...] = ()
 
     def add(self, spelling: Spelling) -> None:
         """Registers a kind's spelling."""
@@ -112,17 +119,34 @@ class Style:
     @property
     def suffixes(self) -> set[str]:
         """Every suffix that some kind may read, and that of alpha."""
-        return {ALPHA, *(suffix for spelling in self.spellings.values() for suffix in spelling.suffixes)}
+        return {ALPHA, *(suffix for spelling in self.readable for suffix in spelling.suffixes)}
 
-    def split(self, keys: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-        """Each key with the longest suffix of this style that it ends in, after a dot; None where there is none."""
-        known = self.suffixes
+    @property
+    def readable(self) -> list[Spelling]:
+        """Every spelling that is read: the style's own first."""
+        return [*self.spellings.values(), *(spelling for style in self.also for spelling in style.readable)]
+
+    def limited(self, name: str, chosen: Collection[str], also: tuple[Style, ...] = ()) -> Style:
+        """A style of its own name that writes some of this one's kinds, and reads what this one and `also` read."""
+        return Style(name, self.writes_alpha, _Chosen(self.spellings, chosen), (self, *also))
+
+    def split(self, keys: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
+        """Each key with its module and the longest suffix of this style that it ends in; None where there is none."""
+        known, there = self.suffixes, set(keys)
+        rewrites = [pair for style in (self, *self.also) for pair in style.rewrites]
         for key in keys:
-            yield key, _suffix_of(key, known)
+            plain = key
+            for pattern, replacement in rewrites:
+                plain = re.sub(pattern, replacement, plain)
+            suffix = _suffix_of(plain, known)
+            module = plain if suffix is None else plain[: -len(suffix) - 1]
+            if suffix in _BESIDE and f"{module}.{_BESIDE[suffix]}" not in there:
+                module, suffix = plain, None
+            yield key, module, suffix
 
-    def spells(self, keys: Iterable[str]) -> bool:
+    def spells(self, keys: Collection[str]) -> bool:
         """Whether some key ends in a factor of this style."""
-        return any(suffix not in (None, ALPHA) for _, suffix in self.split(keys))
+        return any(suffix not in (None, ALPHA) for _, _, suffix in self.split(keys))
 
     def write(self, module: str, delta: Delta) -> dict[str, Tensor]:
         """The tensors of one module, by key.
@@ -182,10 +206,13 @@ def group_tensors(keys: Collection[str], style: Style) -> Iterator[Group]:
         AdapterError: A tensor that is no factor of any kind, or a module that lacks one; names the tensor.
     """
     modules: dict[str, dict[str, str]] = {}
-    for key, suffix in style.split(sorted(keys)):
+    for key, module, suffix in style.split(sorted(keys)):
         if suffix is None:
             raise _stranger(key, style)
-        modules.setdefault(key[: -len(suffix) - 1], {})[suffix] = key
+        found = modules.setdefault(module, {})
+        if suffix in found:
+            raise _twice(key)
+        found[suffix] = key
     for module, found in sorted(modules.items()):
         yield Group(module, found, _spelling_of(found, style))
 
@@ -198,7 +225,7 @@ def _suffix_of(key: str, known: Collection[str]) -> str | None:
 def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:
     there = [suffix for suffix in found if suffix != ALPHA]
     first = found[there[0] if there else ALPHA]
-    able = [spelling for spelling in style.spellings.values() if set(there) <= set(spelling.suffixes)]
+    able = [spelling for spelling in style.readable if set(there) <= set(spelling.suffixes)]
     if not able:
         raise _stranger(first, style, f" together with {', '.join(repr(found[suffix]) for suffix in there[1:])}")
     lacks = {spelling.missing(there): spelling for spelling in able}
@@ -206,12 +233,7 @@ def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:
         spelling = lacks[None]
         if len({spelling.factor(suffix) for suffix in there}) == len(there):
             return spelling
-        raise AdapterError(
-            "the module has one factor twice, in two spellings",
-            where=f"tensor {first!r}",
-            allowed="one tensor for each factor",
-            remedy="remove one of the spellings",
-        )
+        raise _twice(first)
     raise AdapterError(
         f"the module has no {next(iter(lacks))!r} beside it",
         where=f"tensor {first!r}",
@@ -220,14 +242,68 @@ def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:
     )
 
 
+def _twice(key: str) -> AdapterError:
+    return AdapterError(
+        "the module has one factor twice, in two spellings",
+        where=f"tensor {key!r}",
+        allowed="one tensor for each factor",
+        remedy="remove one of the spellings",
+    )
+
+
 def _stranger(key: str, style: Style, beside: str = "") -> AdapterError:
     suffixes = sorted(style.suffixes - {ALPHA})
     return AdapterError(
-        f"this is no factor of a kind that {style.name} names are known for ({', '.join(style.spellings)}){beside}",
+        f"this is no factor of a kind that {style.name} names are known for ({', '.join(_names(style))}){beside}",
         where=f"tensor {key!r}",
         allowed=f"names that end in {', '.join(suffixes)} or {ALPHA}",
         remedy="convert the adapter with the program that made it",
     )
+
+
+def _names(style: Style) -> list[str]:
+    return list(dict.fromkeys(spelling.kind for spelling in style.readable))
+
+
+class _Chosen(Registry[Spelling]):
+    """Some entries of another registry, also those that are registered there later."""
+
+    def __init__(self, source: Registry[Spelling], chosen: Collection[str]) -> None:
+        super().__init__(source.noun)
+        self._source, self._chosen = source, tuple(chosen)
+
+    def __getitem__(self, name: str) -> Spelling:
+        return self._source[name] if name in self._chosen else super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._chosen and name in self._source
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._source if name in self._chosen)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Extended(Registry[Spelling]):
+    """The entries of another registry, also those that are registered there later, and some more."""
+
+    def __init__(self, source: Registry[Spelling]) -> None:
+        super().__init__(source.noun)
+        self._source = source
+
+    def __getitem__(self, name: str) -> Spelling:
+        return self._source[name] if name in self._source else super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source or super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._source
+        yield from super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self._source) + super().__len__()
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
@@ -240,5 +316,17 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 LYCORIS = Style("LyCORIS", writes_alpha=True)
-DIFFUSERS = Style("diffusers", writes_alpha=False)
+LORALINE = Style("Loraline", writes_alpha=True, spellings=_Extended(LYCORIS.spellings))
+"""LyCORIS' spellings, and our own of the kinds that LyCORIS does not know."""
+DIFFUSERS = Style(
+    "diffusers",
+    writes_alpha=False,
+    rewrites=(
+        # The attention processors of old diffusers, and what ComfyUI reads alike: `to_q_lora.down.weight`.
+        (r"_lora\.(up|down)\.weight$", r".lora.\1.weight"),
+        (r"_lora\.alpha$", ".alpha"),
+        # The name of PEFT's adapter, where somebody saved the live model's names.
+        (r"\.lora_(A|B)\.(?!weight$|bias$)[^.]+\.(weight|bias)$", r".lora_\1.\2"),
+    ),
+)
 PEFT = Style("PEFT", writes_alpha=False)

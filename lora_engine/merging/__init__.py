@@ -1,5 +1,4 @@
-"""Merging adapters: pure functions over deltas, never over factors of different adapters."""
+"""Merging adapters: pure functions over deltas, never over factors of different adapters.
 
-from lora_engine.merging.concatenate import concatenate
-
-__all__ = ["concatenate"]
+`spec` (what a person may set), `weights` and `report` are torch-free; `merge`, `resize` and `files` do the work.
+"""

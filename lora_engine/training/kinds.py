@@ -49,10 +49,11 @@ class Pissa(KindSpec):
 
 
 class Dora(KindSpec):
-    """DoRA: LoRA in direction, and a magnitude for each row (`output`) or column (`input`) of the weight."""
+    """DoRA: an `inner` kind in direction, and a magnitude for each row (`output`) or column (`input`) of the weight."""
 
     name: Literal["dora"] = "dora"
     axis: Literal["output", "input"] = "output"
+    inner: Literal["lora", "loha", "lokr"] = "lora"
 
 
 class Loha(KindSpec):
@@ -73,14 +74,21 @@ class Lokr(KindSpec):
 
 
 class Ia3(KindSpec):
-    """(IA)3: a scale for each output (or input) channel."""
+    """(IA)3 as LyCORIS has it: a gain for each output (or input) channel; the bias stays."""
 
     name: Literal["ia3"] = "ia3"
     axis: Literal["output", "input"] = "output"
 
 
+class PeftIa3(KindSpec):
+    """(IA)3 as PEFT has it: on outputs the bias is scaled too."""
+
+    name: Literal["peft-ia3"] = "peft-ia3"
+    axis: Literal["output", "input"] = "output"
+
+
 class Oft(KindSpec):
-    """OFT as LyCORIS has it (diag-oft): output blocks are rotated; alpha is the constraint, `rescale` adds a scale."""
+    """OFT as LyCORIS has it (diag-oft): output blocks are rotated; rank is the block size, alpha the constraint."""
 
     name: Literal["oft"] = "oft"
     rescale: bool = False
@@ -94,9 +102,11 @@ class Boft(KindSpec):
 
 
 class PeftOft(KindSpec):
-    """OFT as PEFT has it (version 2): input blocks are rotated."""
+    """OFT as PEFT has it (version 2): input blocks are rotated; 0 `terms` is exact, `share` one block for all."""
 
     name: Literal["peft-oft"] = "peft-oft"
+    terms: int = Field(default=5, ge=0)
+    share: bool = False
 
 
 class PeftBoft(KindSpec):
@@ -118,7 +128,7 @@ def _named(value: Any) -> Any:
 
 
 Kind = Annotated[
-    Lora | RsLora | LoraFa | Pissa | Dora | Loha | Lokr | Ia3 | Oft | Boft | PeftOft | PeftBoft | Full,
+    Lora | RsLora | LoraFa | Pissa | Dora | Loha | Lokr | Ia3 | PeftIa3 | Oft | Boft | PeftOft | PeftBoft | Full,
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]

@@ -19,21 +19,21 @@ from lora_engine.training.spec import Prior
 _AT_ONCE = 8
 
 
-def prior_prompt(prior: Prior, class_word: str | None) -> str:
-    """The prompt of the class pictures.
+def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
+    """The prompts of the class pictures.
 
     Raises:
         SettingsError: There is neither a prompt nor a class word.
     """
     if prior.prompt:
-        return prior.prompt
+        return (prior.prompt,) if isinstance(prior.prompt, str) else prior.prompt
     if not class_word:
         raise SettingsError(
             "dreambooth does not know what class the pictures belong to",
             remedy="give class_word in the caption step, give prior a prompt, or use method finetune",
         )
     article = "an" if class_word[0].lower() in "aeiou" else "a"
-    return f"{article} {class_word}"
+    return (f"{article} {class_word}",)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ClassPictures:
     Attributes:
         base: The base, with nothing attached to it.
         prior: How they are drawn.
-        prompt: See `prior_prompt`.
+        prompts: See `prior_prompts`; they take turns.
         folder: Where they are kept, under a name that says everything they depend on.
         seed: Of the run.
         check: Called as they are drawn, with their number so far; may raise to stop.
@@ -51,7 +51,7 @@ class ClassPictures:
 
     base: BaseModel
     prior: Prior
-    prompt: str
+    prompts: tuple[str, ...]
     folder: Path
     seed: int
     check: Callable[[int], None]
@@ -63,19 +63,23 @@ class ClassPictures:
             count = max(1, round(self.prior.count * share / len(sizes)))
             for first in range(0, count, _AT_ONCE):
                 self.check(len(found))
-                files = self._draw_batch(size, range(first, min(first + _AT_ONCE, count)))
-                found += [Example(file, sha256_file(file), self.prompt, size) for file in files]
+                numbers = range(first, min(first + _AT_ONCE, count))
+                prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
+                files = self._draw_batch(size, numbers, prompts)
+                found += [
+                    Example(file, sha256_file(file), prompt, size) for file, prompt in zip(files, prompts, strict=True)
+                ]
         self.check(len(found))
         return tuple(found)
 
-    def _draw_batch(self, size: Size, numbers: range) -> list[Path]:
+    def _draw_batch(self, size: Size, numbers: range, prompts: list[str]) -> list[Path]:
         # A batch that is there in part is drawn again whole, so that a run which was stopped here ends up with the
         # same bytes.
         key = {
             "base": self.base.fingerprint,
             "device": self.base.device.type,
             "dtype": str(self.base.dtype),
-            "prompt": self.prompt,
+            "prompts": prompts,
             "size": list(size),
             "steps": self.prior.steps,
             "guidance": self.prior.guidance,
@@ -88,7 +92,7 @@ class ClassPictures:
             return files
         pictures = generate(
             self.base,
-            [self.prompt] * len(numbers),
+            prompts,
             seeds=[derive_seed(self.seed, "class picture", *size, number) for number in numbers],
             steps=self.prior.steps,
             guidance=self.prior.guidance,

@@ -20,7 +20,7 @@ from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.examples import Conditioner, Encoder, Example, read_examples
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.methods import Workbench, methods
-from lora_engine.training.prior import ClassPictures, prior_prompt
+from lora_engine.training.prior import ClassPictures, prior_prompts
 from lora_engine.training.seeds import generator
 from lora_engine.training.spec import Prior, TrainSettings
 from lora_engine.training.validation import picture_losses
@@ -186,8 +186,8 @@ class _Job:
             self._check()
             self.progress(0, self.settings.steps, {"class_pictures": float(number)})
 
-        prompt = prior_prompt(prior, manifest.class_word)
-        drawing = ClassPictures(base, prior, prompt, self.work / "class", self.settings.seed, told)
+        prompts = prior_prompts(prior, manifest.class_word)
+        drawing = ClassPictures(base, prior, prompts, self.work / "class", self.settings.seed, told)
         return drawing.draw([example.size for example in examples])
 
 

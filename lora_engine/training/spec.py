@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.training.kinds import Kind, Lora
 
+Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -15,7 +16,8 @@ class Prior(BaseModel):
     """Prior preservation (Ruiz et al. 2023, eq. 2): pictures of the class, drawn by the base, are trained on too.
 
     Attributes:
-        prompt: Of the class pictures; None is "a <class word>".
+        prompt: Of the class pictures, or several prompts that take turns: what all shall stay as it is. None is
+            "a <class word>".
         count: How many class pictures are drawn.
         weight: Of their loss beside that of the person's pictures.
         steps: Of the sampler that draws them.
@@ -24,7 +26,7 @@ class Prior(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str | None = Field(default=None, min_length=1, max_length=2000)
+    prompt: Prompt | Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=1000)] | None = None
     count: int = Field(default=32, ge=1, le=10_000)
     weight: _Finite = Field(default=1.0, ge=0.0, le=1000.0)
     steps: int = Field(default=12, ge=1, le=1000)

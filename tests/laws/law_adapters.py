@@ -1,5 +1,7 @@
 """What the laws draw: layers of every type, deltas of every kind, adapters of both."""
 
+import math
+
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -42,8 +44,13 @@ def input_of(layer, seed=0):
 
 def suits(kind, layer):
     """Whether a kind can be on a layer at all: an adapter with a rank cannot be on a norm."""
+    return suits_shape(kind, layer.weight.shape)
+
+
+def suits_shape(kind, shape):
+    """Whether a kind can be on a weight of this shape: blocks cannot be made of every number of channels."""
     try:
-        random_delta(kind, layer.weight.shape)
+        random_delta(kind, shape)
     except SettingsError:
         return False
     return True
@@ -92,16 +99,29 @@ ALPHAS = st.one_of(
 )
 
 
+ONE_BLOCK_SIZE = {"peft-oft": 5, "peft-boft": 5}
+"""Kinds whose blocks have one size for all modules in PEFT's format, and a size that many inputs can be cut into."""
+
+
+def names_for(kind, names):
+    """Those of the modules that the kind can be on."""
+    size = ONE_BLOCK_SIZE.get(kind, 1)
+    return sorted(
+        name for name, shape in names.items() if suits_shape(kind, shape) and math.prod(shape[1:]) % size == 0
+    )
+
+
 @st.composite
-def adapters(draw, kind, *, uniform=False):
+def adapters(draw, kind, *, uniform=False, families=("sd", "sdxl")):
     """An adapter over a random set of modules, of one kind, with or without one rank and alpha for all."""
-    family = draw(st.sampled_from(["sd", "sdxl"]))
+    family = draw(st.sampled_from(families))
     names = NAMES if family == "sd" else SDXL_NAMES
-    chosen = draw(st.lists(st.sampled_from(sorted(names)), min_size=1, max_size=5, unique=True))
+    chosen = draw(st.lists(st.sampled_from(names_for(kind, names)), min_size=1, max_size=5, unique=True))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     rank, alpha, seed = draw(st.integers(1, 5)), draw(ALPHAS), draw(st.integers(0, 2**31))
     modules = {}
     for place, name in enumerate(chosen):
         rank_here, alpha_here = (rank, alpha) if uniform else (draw(st.integers(1, 5)), draw(ALPHAS))
+        rank_here = ONE_BLOCK_SIZE.get(kind, rank_here)
         modules[name] = random_delta(kind, names[name], rank_here, alpha_here, seed + place, dtype)
     return Adapter(modules, family, draw(st.sampled_from([None, "0" * 64])))

@@ -1,4 +1,4 @@
-"""Laws of the exact linear combination."""
+"""Laws of every merge method in the registry, and of the exact linear combination."""
 
 import itertools
 
@@ -6,16 +6,185 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_adapters import NAMES, SDXL_NAMES, adapters
+from law_adapters import NAMES, SDXL_NAMES, adapters, random_delta
+from pydantic import ValidationError
 
-from lora_engine.adapters import Adapter
-from lora_engine.merging import concatenate
+from lora_engine.adapters import Adapter, kinds
+from lora_engine.errors import EngineError, SettingsError
+from lora_engine.merging.concatenate import concatenate
+from lora_engine.merging.deltas import needs_base_values
+from lora_engine.merging.merge import merge_adapters
+from lora_engine.merging.methods import METHODS, Elementwise
+from lora_engine.merging.resize import to_lora
+from lora_engine.merging.spec import SPECS
 
 few = settings(max_examples=20, deadline=None)
+fewer = settings(max_examples=8, deadline=None)
+NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+OTHER = "unet.down_blocks.0.resnets.0.conv1"
+NEEDED = {"svd": {"energy": 1.0}}
+DRAWING = sorted(name for name, method in METHODS.items() if isinstance(method, Elementwise) and method.draws)
+
+
+def options_of(name, **more):
+    """Options under which the method drops nothing, as far as it has them."""
+    fields = SPECS[name].model_fields
+    whole = {key: value for key, value in {"density": 1.0, "window": 0.0}.items() if key in fields}
+    return SPECS[name](**{**whole, **NEEDED.get(name, {}), **more})
 
 
 def dense(adapter, name):
     return adapter.modules[name].delta_weight(torch.zeros(SDXL_NAMES[name], dtype=torch.float64))
+
+
+def close(found, expected, tolerance=1e-5):
+    return float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def random_adapter(seed, names=(NAME, OTHER), rank=3):
+    """Adapters of different seeds have something in common, as those of one task have."""
+    modules = {}
+    for place, name in enumerate(names):
+        common, own = (random_delta("lora", NAMES[name], rank, 2.0, number + place) for number in (1000, seed))
+        modules[name] = own.with_factors({k: f + 0.5 * own.factors()[k] for k, f in common.factors().items()})
+    return Adapter(modules, "sd")
+
+
+def copies(name, adapter):
+    """The adapter as often as the method takes adapters at the least, with weights that add up to 1."""
+    count = METHODS[name].adapters or 1
+    return [adapter] * count, [1.0 / count] * count
+
+
+def test_every_method_has_a_spec_and_every_spec_a_method():
+    assert set(METHODS) == set(SPECS)
+    assert all(method.spec is SPECS[name] for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@fewer
+@given(adapter=adapters("lora"))
+def test_a_merge_of_one_adapter_is_the_adapter(name, adapter):
+    merged, report = merge_adapters(*copies(name, adapter), options_of(name))
+    assert set(merged.modules) == set(adapter.modules)
+    assert report.retained >= 1 - 1e-9
+    for module in adapter.modules:
+        assert close(dense(merged, module), dense(adapter, module))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(DRAWING) - {"slerp", "svd", "ties", "magnitude-prune"}))
+def test_a_merge_of_one_adapter_is_exact_where_nothing_is_dense(name):
+    adapter = random_adapter(0)
+    assert merge_adapters([adapter], [1.0], options_of(name))[0] == adapter
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_the_adapters_changes_no_bit(name):
+    method, options = METHODS[name], SPECS[name](**({"rank": 2} if name == "svd" else {}))
+    count = method.adapters or 3
+    # The last one lacks a module.
+    parts = [*(random_adapter(10 * seed) for seed in range(count - 1)), random_adapter(99, names=(OTHER,))]
+    pairs = list(zip(parts, (0.7, 0.3, 1.1), strict=False))
+    merged = [
+        merge_adapters([part for part, _ in order], [weight for _, weight in order], options, seed=5)[0]
+        for order in itertools.permutations(pairs)
+    ]
+    assert all(one == merged[0] for one in merged)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_seed_gives_one_result_and_a_module_depends_on_no_other(name):
+    options = SPECS[name](**({"rank": 2} if name == "svd" else {}))
+    parts, weights = [random_adapter(0), random_adapter(10)], [0.6, 0.4]
+    merged, _ = merge_adapters(parts, weights, options, seed=5)
+    again, _ = merge_adapters(parts, weights, options, seed=5)
+    assert merged == again
+    alone = [Adapter({OTHER: part.modules[OTHER]}, "sd") for part in parts]
+    single, _ = merge_adapters(alone, weights, options, seed=5)
+    assert single == Adapter({OTHER: merged.modules[OTHER]}, "sd")
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_another_seed_drops_other_elements(name):
+    parts = [random_adapter(0), random_adapter(10)]
+    first, second = (merge_adapters(parts, [1.0, 1.0], SPECS[name](kind="full"), seed=seed)[0] for seed in (1, 2))
+    assert not torch.equal(dense(first, OTHER), dense(second, OTHER))
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_is_dropped_of_an_adapter_does_not_depend_on_its_company(name):
+    one, two = random_adapter(0), random_adapter(10)
+    options = SPECS[name](kind="full")
+    alone = dense(merge_adapters([one], [1.0], options, seed=3)[0], OTHER)
+    other = dense(merge_adapters([two], [1.0], options, seed=3)[0], OTHER)
+    both = dense(merge_adapters([one, two], [1.0, 1.0], options, seed=3)[0], OTHER)
+    assert torch.equal(both == 0, (alone == 0) & (other == 0)) or name == "dare"
+    if name == "dare":
+        torch.testing.assert_close(both, alone + other)
+
+
+# Weights of these are shares: twice all of them is the same merge.
+SHARES = {"interpolate", "slerp", "model-stock", "geometric-median"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("factor", [2.0, 0.25])
+def test_weights_scale_the_merge_or_are_shares(name, factor):
+    parts, options = [random_adapter(0), random_adapter(10)], SPECS[name](**NEEDED.get(name, {}))
+    options = options if name in ("svd", "concatenate") else options.model_copy(update={"kind": "full"})
+    merged, _ = merge_adapters(parts, [0.8, 0.4], options, seed=1)
+    scaled, _ = merge_adapters(parts, [0.8 * factor, 0.4 * factor], options, seed=1)
+    expected = 1.0 if name in SHARES else factor
+    for module in merged.modules:
+        assert close(dense(scaled, module), expected * dense(merged, module), 1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(DRAWING)))
+def test_a_merge_of_scaled_adapters_is_the_scaled_merge(name):
+    parts, options = [random_adapter(0), random_adapter(10)], SPECS[name](**NEEDED.get(name, {}))
+    merged, _ = merge_adapters(parts, [0.8, 0.4], options)
+    louder = [concatenate([part], [3.0]) for part in parts]
+    scaled, _ = merge_adapters(louder, [0.8, 0.4], options)
+    for module in merged.modules:
+        assert close(dense(scaled, module), 3.0 * dense(merged, module), 1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("field", ["density", "window", "scale", "rank", "energy", "error", "tolerance", "iterations"])
+def test_nonsense_is_refused(name, field):
+    bad = {"density": 0.0, "window": 1.5, "scale": float("nan"), "energy": 0.0, "error": 1.0}.get(field, 0)
+    with pytest.raises(ValidationError):
+        SPECS[name](**{**NEEDED.get(name, {}), field: bad})
+
+
+@pytest.mark.parametrize("kind", kinds)
+def test_the_kinds_that_need_the_bases_values_are_known(kind):
+    shape = (6, 4)
+    delta = random_delta(kind, shape).settled()
+    bases = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    one, two = (delta.delta_weight(base) for base in bases)
+    assert needs_base_values(delta) == (not torch.equal(one, two))
+
+
+@pytest.mark.parametrize("kind", kinds)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"concatenate"}))
+def test_methods_merge_across_kinds(name, kind):
+    layer = torch.nn.Linear(8, 8)
+    weight = layer.weight.detach()
+    first = random_delta(kind, (8, 8), 2, 2.0, seed=1).settled()
+    second = to_lora(first, weight, rank=3)[0]
+    parts = [Adapter({"unet.layer": first}), Adapter({"unet.layer": second})]
+    stored = {} if name == "svd" else {"kind": "full"}
+    if needs_base_values(first):
+        with pytest.raises(EngineError, match=f"unet.layer: an adapter of kind '{kind}'.*base's weight"):
+            merge_adapters(parts, [0.5, 0.5], options_of(name, **stored))
+    base = {"unet": torch.nn.ModuleDict({"layer": layer})}
+    merged, _ = merge_adapters(parts, [0.5, 0.5], options_of(name, **stored), base=base)
+    found, sums = merged.modules["unet.layer"].delta_weight(weight), [d.delta_weight(weight) for d in (first, second)]
+    assert bool(torch.isfinite(found).all())
+    assert bool(found.any())
+    if name in ("linear", "interpolate", "svd", "dare", "magnitude-prune", "learned"):
+        assert close(found, 0.5 * sum(sums), 1e-4)
 
 
 @few
@@ -59,3 +228,8 @@ def test_weights_are_linear_in_the_merge(weights, data):
 
 def test_the_names_cover_both_families():
     assert set(NAMES) < set(SDXL_NAMES)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(SettingsError, match="did you mean 'ties'"):
+        METHODS["tiess"]

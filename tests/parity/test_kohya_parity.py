@@ -11,7 +11,7 @@ from law_adapters import NAMES, random_delta
 from lora_engine.adapters import Adapter
 from lora_engine.formats import codecs, write_adapter
 from lora_engine.formats.safetensors_io import read_safetensors
-from lora_engine.merging import concatenate
+from lora_engine.merging.concatenate import concatenate
 
 
 def adapter_of(seed, rank=4, alpha=4.0):

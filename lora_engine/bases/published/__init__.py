@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_engine.bases.published.architecture import Architecture, ComponentConfig
+from lora_engine.bases.published.flux import FLUX, FLUX_SCHNELL
 from lora_engine.bases.published.sd2 import SD2, SD2_BASE
+from lora_engine.bases.published.sd3 import SD3, SD35_LARGE, SD35_MEDIUM
 from lora_engine.bases.published.sd15 import SD15
 from lora_engine.bases.published.sdxl import SDXL
 from lora_engine.registries import Registry
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 published: Registry[Architecture] = Registry("published architecture")
-for _entry in (SD15, SD2, SD2_BASE, SDXL):
+for _entry in (SD15, SD2, SD2_BASE, SDXL, SD3, SD35_MEDIUM, SD35_LARGE, FLUX, FLUX_SCHNELL):
     published.add(_entry.name, _entry)
 
 

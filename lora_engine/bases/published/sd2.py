@@ -1,5 +1,7 @@
-"""Stable Diffusion 2.x (Stability AI): OpenCLIP ViT-H/14. `sd2` is the one of 768 pixels that predicts the velocity
-(2.0-v, 2.1), `sd2-base` the one of 512 that predicts the noise (2.0-base, 2.1-base)."""
+"""Stable Diffusion 2.x (Stability AI): OpenCLIP ViT-H/14.
+
+`sd2` has 768 pixels and predicts the velocity (2.0-v, 2.1); `sd2-base` has 512 and predicts the noise.
+"""
 
 from __future__ import annotations
 

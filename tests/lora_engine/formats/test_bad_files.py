@@ -42,7 +42,6 @@ BAD_TENSORS = {
     "alpha a vector": (good() | {ALPHA: torch.ones(2)}, ALPHA, "one number"),
     "int factors": (good() | {UP: torch.ones(4, 2, dtype=torch.int64)}, UP, "torch.int64"),
     "bool factors": (good() | {UP: torch.ones(4, 2, dtype=torch.bool)}, UP, "torch.bool"),
-    "float8 factors": (good() | {UP: torch.ones(4, 2).to(torch.float8_e4m3fn)}, UP, "float8"),
     "one dimension": (good() | {DOWN: torch.ones(2)}, DOWN, "2 or 4 dimensions"),
     "three dimensions": (good() | {DOWN: torch.ones(2, 3, 1)}, DOWN, "2 or 4 dimensions"),
     "empty factor": (good() | {DOWN: torch.ones(0, 3), UP: torch.ones(4, 0)}, DOWN, "none empty"),
@@ -173,7 +172,8 @@ def test_pickles_are_refused_unread(name, form, tmp_path, monkeypatch):
         content = path.read_bytes()
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", content)
-    with pytest.raises(AdapterError, match="can run code when it is read"):
+    refusal = "can run code when it is read" if path.suffix == ".safetensors" else "nothing else is read"
+    with pytest.raises(AdapterError, match=refusal):
         read_adapter(path)
     assert not (tmp_path / "canary").exists()
     pickle.loads(pickle.dumps(Canary(), protocol=2))

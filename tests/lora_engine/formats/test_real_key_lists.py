@@ -1,4 +1,4 @@
-"""Names and shapes of adapter files seen in the wild: each is read, or refused with the reason."""
+"""Names and shapes of adapter files seen in the wild: each is detected, and read or refused with the reason."""
 
 import json
 from pathlib import Path
@@ -8,28 +8,106 @@ import torch
 from law_adapters import NAMES
 from safetensors.torch import save_file
 
+from lora_engine.adapters import DoraDelta
+from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import AdapterError
-from lora_engine.formats import read_adapter
+from lora_engine.formats import inspect, read_adapter, write_adapter
 
 FOLDER = Path(__file__).resolve().parents[3] / "../shared/keylists"
-REASONS = ("FLUX", "SD3", "transformer", "ComfyUI", "no factor of a kind")
+# Name of the list: format, family, kinds, and how many canonical modules, or what the refusal says.
+EXPECTED = {
+    "anima_lora_kohya_format": ("kohya", "anima", {"lora"}, "Anima (anima), a base family that is not supported"),
+    "anima_lora_peft_format": ("aitoolkit", "anima", {"lora"}, "Anima (anima), a base family that is not supported"),
+    "flux_control_lora_format": ("bfl", "flux", {"lora", "replacement"}, 656),
+    "flux_dora_onetrainer_format": ("onetrainer", "flux", {"dora"}, 506),
+    # Its Kronecker products have no layer's shape: 32 x 96 times 32 x 288 makes 1024 x 27648 for FLUX' 9216 x 3072.
+    "flux_lokr_bfl_format": ("comfyui", "flux", {"lokr"}, "1024 rows and 27648 columns"),
+    "flux_lora_aitoolkit_format": ("aitoolkit", "flux", {"lora"}, 418),
+    "flux_lora_diffusers_format": ("diffusers", "flux", {"lora"}, 494),
+    "flux_lora_kohya_format": ("kohya", "flux", {"lora"}, 494),
+    "flux_lora_xlabs_format": ("xlabs", "flux", {"lora"}, 24),
+    "krea2_lora_kohya_format": ("kohya", "krea2", {"lora"}, "Krea 2 (krea2), a base family that is not supported"),
+    "qwen_image_lora_diffusers_format": ("diffusers", "qwen_image", {"lora"}, "Qwen-Image (qwen_image), a base"),
+}
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the key lists are not beside this checkout")
+every = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason="the key lists are not beside this checkout")
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_a_real_file_is_read_or_refused_with_the_reason(path, tmp_path):
+def file_of(path, folder):
+    """A file of these names; narrow for speed, at the real ratios, with its ranks as they are up to 64."""
     listed = json.loads(path.read_text())["tensors"]
-    # One row of each tensor is enough to tell names; the shapes are real in the number of dimensions.
-    tensors = {name: torch.ones([min(size, 4) for size in shape]) for name, shape in listed.items()}
-    save_file(tensors, tmp_path / "real.safetensors")
-    for names in (None, NAMES):
-        said = outcome(tmp_path / "real.safetensors", names)
-        assert said == "read" or ("real.safetensors" in said and any(reason in said for reason in REASONS)), said
+    whole = "lokr" in path.stem
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.rand([size if whole or size <= 64 else size // 64 for size in shape], generator=generator)
+        for name, shape in listed.items()
+    }
+    save_file(tensors, folder / "real.safetensors")
+    return folder / "real.safetensors"
 
 
-def outcome(path, names):
-    try:
-        adapter, _ = read_adapter(path, names)
-    except AdapterError as error:
-        return str(error)
-    return "read" if adapter.modules else "nothing was read"
+def test_every_list_has_an_expectation():
+    assert {path.stem for path in FOLDER.glob("*.json")} <= set(EXPECTED)
+
+
+@every
+def test_a_real_file_is_detected_with_its_format_family_and_kinds(path, tmp_path):
+    form, family, kinds, _ = EXPECTED[path.stem]
+    found = inspect(file_of(path, tmp_path))
+    assert (found["format"], found["family"], set(found["kinds"])) == (form, family, kinds)
+    assert (found["note"] is None) == (family == "flux")
+
+
+@every
+def test_a_real_file_is_read_whole_or_refused_with_the_reason(path, tmp_path):
+    _, family, kinds, expected = EXPECTED[path.stem]
+    file = file_of(path, tmp_path)
+    if isinstance(expected, str):
+        with pytest.raises(AdapterError) as caught:
+            read_adapter(file)
+        assert expected in str(caught.value)
+        return
+    adapter, _ = read_adapter(file)
+    assert (adapter.base, len(adapter.modules), {delta.kind for delta in adapter.modules.values()}) == (
+        family,
+        expected,
+        kinds,
+    )
+    assert set(adapter.modules) <= {*published_module_shapes("flux"), *norms(adapter)}
+    write_adapter(tmp_path / "again", adapter)
+    assert read_adapter(tmp_path / "again")[0] == adapter
+
+
+def norms(adapter):
+    """RMS norms, which are no adaptable layers of a base."""
+    return [name for name in adapter.modules if ".norm_" in name and "norm_out" not in name]
+
+
+@every
+def test_a_real_file_does_not_fit_stable_diffusion(path, tmp_path):
+    with pytest.raises(AdapterError, match=r"real\.safetensors"):
+        read_adapter(file_of(path, tmp_path), NAMES)
+
+
+def test_the_magnitudes_of_onetrainers_file_are_of_the_inputs(tmp_path):
+    adapter, _ = read_adapter(file_of(FOLDER / "flux_dora_onetrainer_format.json", tmp_path))
+    assert all(isinstance(delta, DoraDelta) and delta.axis == 1 for delta in adapter.modules.values())
+    assert {name.partition(".")[0] for name in adapter.modules} == {"transformer", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("name", ["flux_lora_kohya_format", "flux_lora_diffusers_format", "flux_lora_aitoolkit_format"])
+def test_the_shapes_of_real_files_are_those_of_the_published_base(name):
+    """Full width, on the meta device: only shapes are compared."""
+    listed = json.loads((FOLDER / f"{name}.json").read_text())["tensors"]
+    from lora_engine.formats.dit_names import find_modules
+
+    downs = {key: shape for key, shape in listed.items() if key.endswith(("lora_down.weight", "lora_A.weight"))}
+    modules = {key.rsplit(".lora_", 1)[0]: shape for key, shape in downs.items()}
+    found = find_modules(list(modules), "flux")
+    base = published_module_shapes("flux")
+    assert set(found) == set(modules)
+    for raw, there in found.items():
+        names = [f"transformer.{path}" for path in there.place.parts]
+        up = listed.get(f"{raw}.lora_up.weight") or listed[f"{raw}.lora_B.weight"]
+        assert {base[part][1] for part in names} == {modules[raw][1]}
+        assert sum(base[part][0] for part in names) == up[0]

@@ -5,7 +5,7 @@ import torch
 
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.merging import concatenate
+from lora_engine.merging.concatenate import concatenate
 
 
 def adapter_of(name="unet.a", base="sd", fingerprint=None, shape=(4, 3), dtype=torch.float32):

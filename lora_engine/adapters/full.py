@@ -1,0 +1,127 @@
+"""The whole difference of a weight, of a bias, or of both; the only kind for norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters.delta import Delta, Fault, kinds
+from lora_engine.adapters.layer import LayerOp
+
+
+@dataclass(frozen=True, eq=False)
+class FullDelta(Delta):
+    """A dense difference, on every type of layer.
+
+    Attributes:
+        diff: In the shape of the weight, added to it as it is; None where the bias alone is changed.
+        bias: `[out]`, added to the bias as it is; None where the weight alone is changed.
+    """
+
+    kind: ClassVar[str] = "full"
+    diff: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def alpha(self) -> None:
+        """None: nothing scales the difference but the multiplier."""
+        return
+
+    @property
+    def rank(self) -> None:
+        """None: the difference has no inner dimension."""
+        return
+
+    @classmethod
+    def create(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        alpha: float | None,
+        generator: torch.Generator | None,
+        *,
+        train_bias: bool = False,
+    ) -> Self:
+        """A fresh delta of zeros; with `train_bias` also of the bias, on layers that have one."""
+        of_bias = None if bias is None or not train_bias else torch.zeros(bias.shape)
+        return cls(torch.zeros(weight.shape), of_bias)
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The delta of `diff`, `bias` or both; alpha means nothing here."""
+        return cls(factors.get("diff"), factors.get("bias"))
+
+    def factors(self) -> dict[str, Tensor]:
+        """`diff` and `bias`, whichever there are."""
+        found = {"diff": self.diff, "bias": self.bias}
+        return {name: factor for name, factor in found.items() if factor is not None}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """A delta of other tensors."""
+        return replace(self, diff=factors.get("diff"), bias=factors.get("bias"))
+
+    def delta_weight(self, base: Tensor) -> Tensor:
+        """`diff` in float32 (float64 for a float64 base), in the shape of `base`; zeros without one."""
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        return torch.zeros_like(base, dtype=dtype) if self.diff is None else self.diff.to(dtype).reshape(base.shape)
+
+    def delta_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The factor `bias`, if there is one; at least float32."""
+        return None if self.bias is None else self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
+
+    def forward(
+        self,
+        x: Tensor,
+        out: Tensor,
+        base_weight: Tensor,
+        base_bias: Tensor | None,
+        op: LayerOp,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """The output with that of the layer that has the difference for its weight."""
+        dtype = x.dtype if x.is_floating_point() else out.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if self.diff is None and bias is not None and op.other is None:
+            change = bias.reshape(-1, *(1 for _ in range(op.dims)))  # the same at every place, so nothing to multiply
+        else:
+            diff = torch.zeros_like(base_weight) if self.diff is None else self.diff.reshape(base_weight.shape)
+            change = op(x, diff.to(dtype), bias)
+        return torch.add(out, change.to(out.dtype), alpha=multiplier)
+
+    def fitted(self, weight_shape: Sequence[int]) -> Self:
+        """The same delta with the difference in the number of dimensions that this weight has."""
+        return self if self.diff is None else replace(self, diff=self.diff.reshape(tuple(weight_shape)))
+
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+        """Neither factor, empty factors, a bias of another length than the outputs, a misfit to a weight."""
+        if self.diff is None and self.bias is None:
+            yield Fault("diff", "there is neither a difference of the weight nor of the bias", "one or both", _AGAIN)
+        for name, factor in self.factors().items():
+            allowed = "one dimension, not empty" if name == "bias" else "the shape of a weight, not empty"
+            if factor.dim() == 0 or factor.numel() == 0 or (name == "bias" and factor.dim() > 1):
+                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, _AGAIN)
+                return
+        shape = self.diff.shape if weight_shape is None and self.diff is not None else weight_shape
+        if self.bias is not None and shape is not None and tuple(self.bias.shape) != (shape[0],):
+            allowed = f"[{shape[0]}], one value for each output of the weight {list(shape)}"
+            yield Fault("bias", f"the shape is {list(self.bias.shape)}", allowed, _OTHER_BASE)
+        if self.diff is not None and weight_shape is not None and not _same_layer(self.diff.shape, weight_shape):
+            allowed = f"{list(weight_shape)}, that of the base's weight"
+            yield Fault("diff", f"the shape is {list(self.diff.shape)}", allowed, _OTHER_BASE)
+
+
+def _same_layer(found: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether the shapes are the same, but for the ones that tell a 1 x 1 convolution from a linear layer."""
+    short, long = sorted((tuple(found), tuple(wanted)), key=len)
+    return long == short or (len(short) == 2 and long == (*short, 1, 1))
+
+
+_AGAIN = "save or download the adapter again; the file is damaged or was edited"
+_OTHER_BASE = "name the base that the adapter was made for"
+
+kinds.add(FullDelta.kind, FullDelta)

@@ -1,0 +1,165 @@
+"""(IA)3: a learnt gain for each output or input channel (Liu et al. 2022, arXiv 2205.05638).
+
+LyCORIS and PEFT mean two things by it, which are kept apart as two kinds: LyCORIS stores the gain less one and leaves
+the bias as it is; PEFT stores the gain, and on outputs the bias is scaled with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.layer import LayerOp
+from lora_engine.adapters.rotation import check_has_rows, wide
+
+
+@dataclass(frozen=True, eq=False)
+class Ia3Delta(Delta):
+    """A gain for each channel, as LyCORIS has it: `W' = (1 + scale) * W`, and the bias stays.
+
+    Attributes:
+        scale: One value a channel: `[channels]`, for a convolution `[1, channels, 1, 1]`.
+        axis: Whether the channels are those of the output (rows of the weight) or of the input (columns).
+    """
+
+    kind: ClassVar[str] = "ia3"
+    identity: ClassVar[float] = 0.0
+    """The value of `scale` that changes nothing."""
+    scales_bias: ClassVar[bool] = False
+    """Whether the bias is scaled together with the outputs."""
+    scale: Tensor
+    axis: Literal["output", "input"] = "output"
+
+    @property
+    def alpha(self) -> None:
+        """None: there is no such scale."""
+        return
+
+    @property
+    def rank(self) -> None:
+        """None: there is no inner dimension."""
+        return
+
+    @classmethod
+    def create(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        alpha: float | None,
+        generator: torch.Generator | None,
+        *,
+        axis: Literal["output", "input"] = "output",
+    ) -> Self:
+        """A fresh delta that changes nothing.
+
+        Raises:
+            SettingsError: The layer is a norm.
+        """
+        check_has_rows(weight)
+        return cls(torch.full(cls._shape(weight.shape, axis), cls.identity), axis)
+
+    @classmethod
+    def _shape(cls, weight_shape: Sequence[int], axis: str) -> tuple[int, ...]:
+        channels = weight_shape[0 if axis == "output" else 1]
+        return (channels,) if len(weight_shape) == 2 else (1, channels, *(1 for _ in weight_shape[2:]))
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The delta of `scale`, on outputs; alpha means nothing here."""
+        return cls(factors["scale"])
+
+    def factors(self) -> dict[str, Tensor]:
+        """`scale`."""
+        return {"scale": self.scale}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """The same axis with another tensor."""
+        return replace(self, scale=factors["scale"])
+
+    def _gain(self, dtype: torch.dtype) -> Tensor:
+        return self.scale.flatten().to(dtype) - self.identity
+
+    def delta_weight(self, base: Tensor) -> Tensor:
+        """The gain less one times the weight; float32 (float64 for a float64 base)."""
+        dtype = wide(base)
+        ones = [1 for _ in base.shape[1:]]
+        shape = (-1, *ones) if self.axis == "output" else (1, -1, *ones[1:])
+        return base.to(dtype) * self._gain(dtype).reshape(shape)
+
+    def delta_bias(self, bias: Tensor | None) -> Tensor | None:
+        """None where the bias stays; else the gain less one times the bias, at least float32."""
+        if bias is None or not self.scales_bias or self.axis == "input":
+            return None
+        return bias.to(wide(bias)) * self._gain(wide(bias))
+
+    def forward(
+        self,
+        x: Tensor,
+        out: Tensor,
+        base_weight: Tensor,
+        base_bias: Tensor | None,
+        op: LayerOp,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """The output and a scaled copy of what the layer gives; no second weight is made."""
+        if op.other is not None or op.groups > 1:
+            return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
+        gain = self._gain(wide(self.scale)).to(x.dtype).reshape(-1, *(1 for _ in range(op.dims)))
+        weight = base_weight.to(x.dtype)
+        if self.axis == "input":
+            change = op(x * gain, weight)
+        else:
+            bias = base_bias.to(x.dtype) if self.scales_bias and base_bias is not None else None
+            # The layer anew: `out` may hold what other adapters added, and dropout may have thinned out `x`.
+            change = op(x, weight, bias) * gain
+        return torch.add(out, change.to(out.dtype), alpha=multiplier)
+
+    def fitted(self, weight_shape: Sequence[int]) -> Self:
+        """The same delta with `scale` in the shape that goes with this weight."""
+        return replace(self, scale=self.scale.reshape(self._shape(weight_shape, self.axis)))
+
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+        """An unknown axis, more than one dimension of channels, a misfit to a weight."""
+        if self.axis not in ("output", "input"):
+            yield Fault("axis", f"the axis is {self.axis!r}", "output or input", _AGAIN)
+            return
+        shape = list(self.scale.shape)
+        if self.scale.numel() == 0 or self.scale.dim() == 0 or self.scale.numel() != max(shape):
+            yield Fault("scale", f"the shape is {shape}", "one value a channel, all along one dimension", _AGAIN)
+        elif weight_shape is not None and len(weight_shape) < 2:
+            allowed = "linear layers and convolutions"
+            yield Fault("scale", f"the base's weight {list(weight_shape)} is a norm's", allowed, _OTHER_BASE)
+        elif weight_shape is not None and self.scale.numel() != weight_shape[0 if self.axis == "output" else 1]:
+            channels = weight_shape[0 if self.axis == "output" else 1]
+            allowed = f"{channels} values, one for each {self.axis} of the base's weight {list(weight_shape)}"
+            yield Fault("scale", f"the shape is {shape}", allowed, _OTHER_BASE)
+
+
+class PeftIa3Delta(Ia3Delta):
+    """A gain for each channel, as PEFT has it: `W' = scale * W`, and on outputs `b' = scale * b`.
+
+    `scale` is `[out, 1]` or `[1, in]`, for a convolution `[1, channels, 1, 1]`.
+    """
+
+    kind: ClassVar[str] = "peft-ia3"
+    identity: ClassVar[float] = 1.0
+    scales_bias: ClassVar[bool] = True
+
+    @classmethod
+    def _shape(cls, weight_shape: Sequence[int], axis: str) -> tuple[int, ...]:
+        if len(weight_shape) > 2:
+            return super()._shape(weight_shape, axis)
+        return (weight_shape[0], 1) if axis == "output" else (1, weight_shape[1])
+
+
+_AGAIN = "save or download the adapter again; the file is damaged or was edited"
+_OTHER_BASE = "name the base that the adapter was made for"
+
+kinds.add(Ia3Delta.kind, Ia3Delta)
+kinds.add(PeftIa3Delta.kind, PeftIa3Delta)

@@ -1,0 +1,304 @@
+"""LoKr: delta = scale * kron(left, right), each factor whole or of low rank (LyCORIS, arXiv 2309.14859, section 3).
+
+KronA (arXiv 2212.10650) is the case of two whole factors; on convolutions the kernel is the right factor's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.layer import LayerOp
+from lora_engine.adapters.lora import LoraDelta, check_rank
+from lora_engine.errors import SettingsError
+
+
+@dataclass(frozen=True, eq=False)
+class LokrDelta(Delta):
+    """A Kronecker product: of `left` `[a, b]` and `right` `[c, d]`, for a weight `[a * c, b * d]`.
+
+    Attributes:
+        alpha: The scale is `alpha / r` where a factor is of low rank. Where both are whole it means nothing (the scale
+            is 1), and is always 1 here, whatever a file says: some programs store 9999999999.
+        left: Whole left factor, or None where `left_up` `[a, r]` and `left_down` `[r, b]` are there.
+        right: Whole right factor, for a convolution `[c, d, k, k]`, or None where these are there: `right_up` `[c, r]`
+            and `right_down` `[r, d]`, for a convolution `[r, d * k * k]`; with `right_core` `[r, r, k, k]` (Tucker)
+            `right_up` is `[r, c]` and `right_down` `[r, d]`.
+    """
+
+    kind: ClassVar[str] = "lokr"
+    alpha: float
+    left: Tensor | None = None
+    left_up: Tensor | None = None
+    left_down: Tensor | None = None
+    right: Tensor | None = None
+    right_up: Tensor | None = None
+    right_down: Tensor | None = None
+    right_core: Tensor | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """The inner dimension of the factors that are of low rank; None where both are whole."""
+        return next((len(down) for down in (self.right_down, self.left_down) if down is not None and down.dim()), None)
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`, and 1 where both factors are whole."""
+        return 1.0 if self.rank is None else self.alpha / self.rank
+
+    @classmethod
+    def create(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        alpha: float | None,
+        generator: torch.Generator | None,
+        *,
+        factor: int = -1,
+        full: bool = False,
+        both: bool = False,
+        tucker: bool = False,
+    ) -> Self:
+        """A fresh delta: uniform after Kaiming with a = sqrt(5), the right factor zero by its `down`.
+
+        Args:
+            weight: The base's; its shape is what counts.
+            bias: Not looked at.
+            rank: A factor for which it would save nothing (half of its longer side) stays whole.
+            alpha: None or 0 means `rank`.
+            generator: Where the random factors come from.
+            factor: See `factorise`.
+            full: Both factors stay whole.
+            both: Also the left factor may be of low rank.
+            tucker: On k x k convolutions the right factor gets a core.
+        """
+        if rank < 1:
+            raise SettingsError(f"rank {rank!r}", allowed="a number from 1 on", remedy="choose a larger rank")
+        check_rank(1, weight)
+        (a, c), (b, d) = factorise(weight.shape[0], factor), factorise(weight.shape[1], factor)
+        kernel = tuple(weight.shape[2:])
+        made: dict[str, Tensor] = {}
+        if both and not full and rank < max(a, b) / 2:
+            made |= {"left_up": torch.empty(a, rank), "left_down": torch.empty(rank, b)}
+        else:
+            made["left"] = torch.empty(a, b)
+        if full or rank >= max(c, d) / 2:
+            made["right"] = torch.zeros(c, d, *kernel)
+        elif tucker and math.prod(kernel) > 1:
+            made |= {"right_core": torch.empty(rank, rank, *kernel), "right_up": torch.empty(rank, c)}
+            made["right_down"] = torch.zeros(rank, d)
+        else:
+            made |= {"right_up": torch.empty(c, rank), "right_down": torch.zeros(rank, d * math.prod(kernel))}
+        for name, tensor in made.items():
+            if name not in ("right", "right_down"):
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+        return cls.from_factors(made, float(alpha or rank))
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The delta of the factors; `alpha` None stands for the rank (scale 1)."""
+        made = cls(1.0, **factors)
+        rank = made.rank
+        return made if rank is None else cls(float(rank) if alpha is None else alpha, **factors)
+
+    def factors(self) -> dict[str, Tensor]:
+        """Those that there are."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "alpha"}
+        return {name: factor for name, factor in found.items() if factor is not None}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """The same alpha with other tensors."""
+        return type(self)(self.alpha, **factors)
+
+    def delta_weight(self, base: Tensor) -> Tensor:
+        """`scale * kron(left, right)` in float32 (float64 for a float64 base), in the shape of `base`."""
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        right = self._whole_right(dtype).flatten(1)
+        return torch.kron(self.whole_left(dtype), right).mul(self.scale).reshape(base.shape)
+
+    def forward(
+        self,
+        x: Tensor,
+        out: Tensor,
+        base_weight: Tensor,
+        base_bias: Tensor | None,
+        op: LayerOp,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """The output by way of the factors: the channels as a matrix `[b, d]`, the right one on d, the left one on b.
+
+        With X that matrix, `kron(left, right)` times the channels is `left @ X @ right.T`.
+        """
+        if op.groups > 1 or op.other is not None:
+            return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
+        left = self.whole_left(x.dtype)
+        inner = base_weight.shape[1] // left.shape[1]
+        shape = (base_weight.shape[0] // left.shape[0], inner, *base_weight.shape[2:])
+        grouped = x.reshape(*x.shape[:-1], -1, inner) if op.dims == 0 else x.reshape(-1, inner, *x.shape[-2:])
+        part = self._apply_right(grouped, shape, op)
+        if op.dims == 0:
+            low = (left.to(part.dtype) @ part).flatten(-2)
+        else:
+            mixed = left.to(part.dtype) @ part.reshape(*x.shape[:-3], left.shape[1], -1)
+            low = mixed.reshape(*x.shape[:-3], base_weight.shape[0], *part.shape[-2:])
+        return torch.add(out, low.to(out.dtype), alpha=multiplier * self.scale)
+
+    def _apply_right(self, x: Tensor, shape: Sequence[int], op: LayerOp) -> Tensor:
+        """The right factor, as a weight of that shape, on its share of the channels."""
+        if self.right is not None:
+            return op(x, self.right.to(x.dtype).reshape(tuple(shape)))
+        lora = self._right_as_lora(shape)
+        nothing = x.new_zeros(())  # the sum with it is the difference alone
+        return lora.forward(x, nothing, x.new_empty(()).expand(tuple(shape)), None, op)
+
+    def _right_as_lora(self, shape: Sequence[int]) -> LoraDelta:
+        up, down = _there(self.right_up), _there(self.right_down)
+        ones = [1 for _ in shape[2:]]
+        if self.right_core is not None:
+            return LoraDelta(down, up.T, float(down.shape[0]), self.right_core)
+        return LoraDelta(down.reshape(-1, *shape[1:]), up.reshape(*up.shape[:2], *ones), float(down.shape[0]))
+
+    def whole_left(self, dtype: torch.dtype) -> Tensor:
+        """`[a, b]`, multiplied out where it is of low rank."""
+        if self.left is not None:
+            return self.left.to(dtype)
+        return _there(self.left_up).to(dtype) @ _there(self.left_down).to(dtype)
+
+    def _whole_right(self, dtype: torch.dtype) -> Tensor:
+        if self.right is not None:
+            return self.right.to(dtype)
+        up, down = _there(self.right_up).flatten(1).to(dtype), _there(self.right_down).flatten(1).to(dtype)
+        if self.right_core is None:
+            return up @ down
+        return torch.einsum("mp,mr...->pr...", up, torch.einsum("mn...,nr->mr...", self.right_core.to(dtype), down))
+
+    def fitted(self, weight_shape: Sequence[int]) -> Self:
+        """The same delta with a whole right factor in the number of dimensions that this weight has."""
+        if self.right is None:
+            return self
+        shape = (*self.right.shape[:2], *weight_shape[2:])
+        return self.with_factors({**self.factors(), "right": self.right.reshape(shape)})
+
+    @property
+    def left_sides(self) -> tuple[int, int]:
+        """Rows and columns of the left factor."""
+        return _sides(self.left, self.left_up, self.left_down, 0)
+
+    @property
+    def right_sides(self) -> tuple[int, int]:
+        """Rows and columns of the right factor, with the kernel in the columns; without it where there is a core."""
+        return _sides(self.right, self.right_up, self.right_down, 0 if self.right_core is None else 1)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the delta as a matrix; with a core, columns without the kernel."""
+        (a, b), (c, d) = self.left_sides, self.right_sides
+        return a * c, b * d
+
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+        """A factor that is missing or there twice, ranks that disagree, a bad alpha, a misfit to a weight."""
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            yield Fault(
+                "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
+            )
+        missing = list(self._missing())
+        yield from missing
+        if missing:
+            return
+        for name, factor in self.factors().items():
+            dims = (4,) if name == "right_core" else (2, 4) if name == "right" else (2,)
+            if factor.dim() not in dims or 0 in factor.shape:
+                allowed = f"{' or '.join(map(str, dims))} dimensions, none empty"
+                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, _AGAIN)
+                return
+        yield from self._disagreements()
+        if weight_shape is not None:
+            yield from self._misfits(tuple(weight_shape))
+
+    def _missing(self) -> Iterator[Fault]:
+        for side in ("left", "right"):
+            there = {name.removeprefix(side) for name in self.factors() if name.startswith(side)} - {"_core"}
+            if there not in ({""}, {"_up", "_down"}):
+                shown = ", ".join(sorted(f"{side}{name}" for name in there)) or "nothing"
+                problem = f"of the {side} factor there is {shown}"
+                yield Fault(f"{side}{min(there, default='')}", problem, f"{side} alone, or up and down of it", _AGAIN)
+        if self.right_core is not None and self.right is not None:
+            yield Fault("right_core", "there is a core beside a whole factor", "a core with up and down", _AGAIN)
+
+    def _disagreements(self) -> Iterator[Fault]:
+        rank = self.rank
+        ranks = {"left_up": (self.left_up, 1), "left_down": (self.left_down, 0), "right_down": (self.right_down, 0)}
+        ranks["right_up"] = (self.right_up, 0 if self.right_core is not None else 1)
+        for name, (factor, axis) in ranks.items():
+            if factor is not None and factor.shape[axis] != rank:
+                yield Fault(name, f"the shape is {list(factor.shape)}", f"the rank {rank} in all factors", _AGAIN)
+        if self.right_core is not None and tuple(self.right_core.shape[:2]) != (rank, rank):
+            problem = f"the shape is {list(self.right_core.shape)}"
+            yield Fault("right_core", problem, f"[{rank}, {rank}, k, k]", _AGAIN)
+
+    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
+        rows, columns = self.sides
+        has_core = self.right_core is not None
+        left = "left" if self.left is not None else "left_up"
+        if rows != shape[0]:
+            allowed = f"{shape[0]} rows of the product for the base's weight {list(shape)}"
+            yield Fault(left, f"the product has {rows} rows", allowed, _OTHER_BASE)
+        wanted = math.prod(shape[1:2]) if has_core else math.prod(shape[1:])
+        if columns != wanted:
+            allowed = f"{wanted} columns of the product for the base's weight {list(shape)}"
+            yield Fault(left, f"the product has {columns} columns", allowed, _OTHER_BASE)
+        kernel = self.right_core if has_core else self.right
+        if kernel is not None and _kernel(kernel.shape) != _kernel(shape):
+            allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
+            yield Fault(
+                "right_core" if has_core else "right", f"the shape is {list(kernel.shape)}", allowed, _OTHER_BASE
+            )
+
+
+def factorise(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Two whole numbers whose product is `dimension`, the smaller one first, as LyCORIS chooses them.
+
+    Args:
+        dimension: From 1 on.
+        factor: -1 for the most even split. Else `factor` itself is one of the two where it divides; where it does not,
+            the smaller one is at most it.
+    """
+    if factor > 0 and dimension % factor == 0:
+        small, large = sorted((factor, dimension // factor))
+        return small, large
+    limit = dimension if factor < 0 else factor
+    divisors = [number for number in range(1, math.isqrt(dimension) + 1) if dimension % number == 0]
+    best = max(number for number in divisors if number <= max(1, limit))
+    return best, dimension // best
+
+
+def _sides(whole: Tensor | None, up: Tensor | None, down: Tensor | None, axis: int) -> tuple[int, int]:
+    """Rows and columns of a factor; `axis` is the one of `up` that counts the rows."""
+    if whole is not None:
+        return whole.shape[0], whole[0].numel()
+    return _there(up).shape[axis], _there(down)[0].numel()
+
+
+def _kernel(shape: Sequence[int]) -> tuple[int, ...]:
+    """The kernel of a weight of this shape; none for 1 x 1, which is as good as a linear layer."""
+    return () if math.prod(shape[2:]) == 1 else tuple(shape[2:])
+
+
+def _there(factor: Tensor | None) -> Tensor:
+    """The factor: `faults` says of a delta that lacks it that it is not whole."""
+    if factor is None:
+        raise SettingsError("the delta lacks a factor", remedy="look at its faults before it is used")
+    return factor
+
+
+_AGAIN = "save or download the adapter again; the file is damaged or was edited"
+_OTHER_BASE = "name the base that the adapter was made for"
+
+kinds.add(LokrDelta.kind, LokrDelta)

@@ -1,0 +1,137 @@
+"""BOFT as PEFT has it: the inputs go through butterflies of block rotations, and each output has a gain.
+
+Liu et al. 2023 (arXiv 2311.06243). LyCORIS' BOFT, which turns outputs, is another kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters.delta import Delta, Fault, kinds
+from lora_engine.adapters.rotation import cayley, check_has_rows, nearest_block, turn, wide
+
+
+@dataclass(frozen=True, eq=False)
+class PeftBoftDelta(Delta):
+    """`W' = scale * W (B_m ... B_1)^T`, where `B_i` rotates blocks, between a permutation and its inverse.
+
+    Attributes:
+        blocks: `[m, n, b, b]`, where `n * b` are the inputs (of a convolution with the places of its kernel); a block's
+            rotation is `(I - S)(I + S)^-1` with `S = (block - block^T) / 2`.
+        scale: `[out, 1]`, for a convolution `[1, out]`.
+    """
+
+    kind: ClassVar[str] = "peft-boft"
+    blocks: Tensor
+    scale: Tensor
+
+    @property
+    def alpha(self) -> None:
+        """None: there is no such scale."""
+        return
+
+    @property
+    def rank(self) -> None:
+        """None: there is no inner dimension."""
+        return
+
+    @classmethod
+    def create(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        alpha: float | None,
+        generator: torch.Generator | None,
+        *,
+        butterflies: int = 1,
+    ) -> Self:
+        """A fresh delta that changes nothing; `rank` is the wanted block size.
+
+        Raises:
+            SettingsError: The layer is a norm, or its inputs cannot be cut into blocks for so many butterflies.
+        """
+        check_has_rows(weight)
+        inputs = math.prod(weight.shape[1:])
+        allowed = f"a number of inputs that an even block size times {1 << (butterflies - 1)} divides"
+        if butterflies == 1:
+            allowed = "at least 2 inputs"
+        size = nearest_block(inputs, rank, lambda size: _suits(butterflies, inputs // size, size), allowed)
+        shape = (weight.shape[0], 1) if weight.dim() == 2 else (1, weight.shape[0])
+        return cls(torch.zeros(butterflies, inputs // size, size, size), torch.ones(shape))
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
+        """The delta of `blocks` and `scale`; alpha means nothing here."""
+        return cls(factors["blocks"], factors["scale"])
+
+    def factors(self) -> dict[str, Tensor]:
+        """`blocks` and `scale`."""
+        return {"blocks": self.blocks, "scale": self.scale}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """A delta of other tensors."""
+        return replace(self, blocks=factors["blocks"], scale=factors["scale"])
+
+    def delta_weight(self, base: Tensor) -> Tensor:
+        """`W' - W` in float32 (float64 for a float64 base)."""
+        rows = base.to(wide(base)).flatten(1)
+        blocks = self.blocks.to(wide(self.blocks))
+        changes = cayley((blocks.transpose(-1, -2) - blocks) / 2.0)
+        half, turned = blocks.shape[-1] // 2, rows
+        for stage, change in enumerate(changes.unbind()):
+            turned = turned + (_turn_stage(change, turned, half, 2 << stage) if stage else turn(change, turned))
+        gains = self.scale.flatten().to(rows.dtype)[:, None]
+        return (gains * (turned - rows) + (gains - 1.0) * rows).reshape(base.shape)
+
+    def fitted(self, weight_shape: Sequence[int]) -> Self:
+        """The same delta with `scale` in the shape that goes with this weight."""
+        return replace(self, scale=self.scale.reshape((-1, 1) if len(weight_shape) == 2 else (1, -1)))
+
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+        """Blocks that are not square or too few for the butterflies, a scale of no outputs, a misfit to a weight."""
+        shape = list(self.blocks.shape)
+        if len(shape) != 4 or 0 in shape or shape[-1] != shape[-2]:
+            yield Fault("blocks", f"the shape is {shape}", "[butterflies, n, b, b], none empty", _AGAIN)
+            return
+        if not _suits(*shape[:3]):
+            allowed = "for more than one butterfly an even block size, and blocks that the last butterfly divides"
+            yield Fault("blocks", f"the shape is {shape}", allowed, _AGAIN)
+        gains = list(self.scale.shape)
+        if len(gains) != 2 or 0 in gains or min(gains) != 1:
+            yield Fault("scale", f"the shape is {gains}", "[out, 1] or [1, out]", _AGAIN)
+        elif weight_shape is not None:
+            inputs = math.prod(weight_shape[1:]) if len(weight_shape) > 1 else 0
+            if shape[1] * shape[2] != inputs:
+                problem = f"the shape is {shape}, which rotates {shape[1] * shape[2]} inputs"
+                yield Fault("blocks", problem, f"the inputs of the base's weight {list(weight_shape)}", _OTHER_BASE)
+            elif self.scale.numel() != weight_shape[0]:
+                allowed = f"{weight_shape[0]} values, one for each output of the base's weight {list(weight_shape)}"
+                yield Fault("scale", f"the shape is {gains}", allowed, _OTHER_BASE)
+
+
+def _suits(butterflies: int, number: int, size: int) -> bool:
+    return butterflies == 1 or (size % 2 == 0 and number % (1 << (butterflies - 1)) == 0)
+
+
+def _turn_stage(change: Tensor, rows: Tensor, half: int, pieces: int) -> Tensor:
+    """The change of one butterfly: the rotation between a permutation's inverse and the permutation.
+
+    The permutation takes each run of `pieces` half blocks to its even ones, then its odd ones.
+    """
+    runs = rows.reshape(*rows.shape[:-1], -1, pieces, half)
+    order = torch.cat([torch.arange(0, pieces, 2), torch.arange(1, pieces, 2)]).to(rows.device)
+    there = runs.index_select(-2, order.argsort()).flatten(-3)
+    return turn(change, there).reshape(runs.shape).index_select(-2, order).flatten(-3)
+
+
+_AGAIN = "save or download the adapter again; the file is damaged or was edited"
+_OTHER_BASE = "name the base that the adapter was made for"
+
+kinds.add(PeftBoftDelta.kind, PeftBoftDelta)

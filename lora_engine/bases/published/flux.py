@@ -1,0 +1,67 @@
+"""FLUX.1 (Black Forest Labs): 12 billion parameters, CLIP ViT-L/14 and T5 v1.1 XXL; dev is guided by distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_engine.bases.published.architecture import Architecture, ComponentConfig
+from lora_engine.bases.published.sd3 import T5_REPOSITORY, T5_TOKENIZER, T5_XXL
+from lora_engine.bases.published.sd15 import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
+
+_TRANSFORMER = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": [16, 56, 56],
+}
+_AUTOENCODER = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+}
+
+
+def _architecture(name: str, transformer: dict[str, Any], schedule: dict[str, Any]) -> Architecture:
+    return Architecture(
+        name=name,
+        family="flux",
+        pipeline="FluxPipeline",
+        components={
+            "transformer": ComponentConfig("diffusers", "FluxTransformer2DModel", {**_TRANSFORMER, **transformer}),
+            "vae": ComponentConfig("diffusers", "AutoencoderKL", _AUTOENCODER),
+            "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L),
+            "text_encoder_2": ComponentConfig("transformers", "T5EncoderModel", T5_XXL),
+            "tokenizer": ComponentConfig("transformers", "CLIPTokenizer", TOKENIZER),
+            "tokenizer_2": ComponentConfig("transformers", "T5TokenizerFast", T5_TOKENIZER),
+            "scheduler": ComponentConfig("diffusers", "FlowMatchEulerDiscreteScheduler", {**_SCHEDULE, **schedule}),
+        },
+        adaptable=("transformer", "text_encoder", "text_encoder_2"),
+        tokenizers={"tokenizer": CLIP_L_REPOSITORY, "tokenizer_2": T5_REPOSITORY},
+    )
+
+
+FLUX = _architecture("flux", {"guidance_embeds": True}, {"shift": 3.0, "use_dynamic_shifting": True})
+FLUX_SCHNELL = _architecture("flux-schnell", {"guidance_embeds": False}, {"shift": 1.0, "use_dynamic_shifting": False})

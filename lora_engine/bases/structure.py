@@ -1,0 +1,50 @@
+"""The names and shapes of a base's layers, without its weights: what formats need to read an adapter's names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lora_engine.bases.published import ComponentConfig, empty_module, published, published_module_shapes
+from lora_engine.bases.source import resolve_base
+from lora_engine.errors import BaseModelError
+
+_PREFIXES = ("unet", "transformer", "text_encoder")
+
+
+def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name to shape of the weight, for every adaptable layer of a base.
+
+    Args:
+        base: A published architecture (`sd15`, `sdxl`, ...), or a name for `resolve_base`.
+
+    Raises:
+        BaseModelError: No such base, or its configuration cannot be read.
+    """
+    if base in published:
+        return published_module_shapes(base)
+    from lora_engine.adapters.tree import DictTree, module_shapes
+
+    try:
+        source = resolve_base(base)
+    except BaseModelError as error:
+        names = ", ".join(sorted(published))
+        raise BaseModelError(
+            error.problem, where=error.where, allowed=f"{names}; {error.allowed}", remedy=error.remedy
+        ) from error
+    modules = {}
+    for name, about in sorted(source.layout.index.items()):
+        if name.startswith(_PREFIXES) and isinstance(about, list) and about[0] in ("diffusers", "transformers"):
+            config = _read_config(source.folder / name / "config.json")
+            modules[name] = empty_module(ComponentConfig(about[0], about[1], config))
+    return module_shapes(DictTree(modules, source.family))
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"the configuration cannot be read ({error})", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise BaseModelError("the configuration is no JSON object", where=str(path))
+    return config

@@ -1,0 +1,153 @@
+"""Converting whole checkpoints: an original single file to a diffusers folder, and a folder to a single file.
+
+Everything is checked before the first byte is written: what lacks, what does not fit, what is unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_engine.bases.layout import read_layout
+from lora_engine.bases.published import published
+from lora_engine.checkpoints.folder import components_of, read_components, write_settings
+from lora_engine.checkpoints.names import checkpoint_names, places_of
+from lora_engine.checkpoints.original import open_original
+from lora_engine.checkpoints.plan import folder_architecture, folder_tensors, plan_folder, plan_single_file, refuse
+from lora_engine.checkpoints.recognise import Prediction, recognise
+from lora_engine.checkpoints.tensor_files import write_tensors
+from lora_engine.checkpoints.tokenizers import find_tokenizers, write_tokenizer
+from lora_engine.errors import BaseModelError, SettingsError
+
+Target = Literal["diffusers", "ldm"]
+_WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+# https://github.com/Stability-AI/ModelSpec, version 1.0.0.
+_SPEC = {
+    "sd15": ("stable-diffusion-v1", "512x512"),
+    "sd2": ("stable-diffusion-v2-768-v", "768x768"),
+    "sd2-base": ("stable-diffusion-v2-512", "512x512"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "1024x1024"),
+}
+_log = logging.getLogger(__name__)
+
+
+def convert_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    to: Target,
+    architecture: str | None = None,
+    prediction: Prediction | None = None,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    without_tokenizer: bool = False,
+    averaged: bool = False,
+    drop_unknown: bool = False,
+) -> list[Path]:
+    """Converts a checkpoint, tensor by tensor, in the dtype that each has, and gives the files that it wrote.
+
+    Args:
+        source: A single file (`.safetensors`, `.ckpt`) for `to="diffusers"`, a diffusers folder for `to="ldm"`.
+        out: The folder to make (it must not hold anything), or the `.safetensors` file to write.
+        to: `diffusers` or `ldm`.
+        architecture: `sd15`, `sd2`, `sd2-base`, `sdxl`; None looks at the source.
+        prediction: What the U-Net predicts, where the file does not tell; SD 2 files mostly do not.
+        config: A diffusers folder whose settings hold, for a structure that was never published.
+        tokenizer: A folder with the tokenizer's files, or a diffusers folder that has one.
+        without_tokenizer: Write the folder without.
+        averaged: Take the running averages (EMA) of the U-Net.
+        drop_unknown: Leave out tensors that are not known.
+
+    Raises:
+        BaseModelError: Not convertible, damaged, partial, or `out` is there already; nothing is left behind.
+        AdapterError: The file cannot be read, or is a pickle that asks for more than tensors.
+        SettingsError: An unknown architecture or target.
+    """
+    if architecture is not None:
+        places_of(architecture)
+    if to == "ldm":
+        return _to_single_file(source, out, architecture, prediction, drop_unknown)
+    if to != "diffusers":
+        raise SettingsError(f"a checkpoint cannot be converted to {to!r}", allowed="diffusers, ldm")
+    with open_original(source) as original:
+        recognised = recognise(
+            original.shapes,
+            original.metadata,
+            str(source),
+            architecture=architecture,
+            prediction=prediction,
+            steps=original.steps,
+        )
+        _log.info(
+            "%s: %s, predicts %s (%s)", source, recognised.architecture, recognised.prediction, recognised.decided_by
+        )
+        components = components_of(recognised, config)
+        plans = plan_folder(original, recognised, components, averaged=averaged, drop_unknown=drop_unknown)
+        known = published[recognised.architecture]
+        tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)
+        with _new_folder(out) as folder:
+            written = []
+            for name, folder_of in tokenizers.items():
+                text = components[name.replace("tokenizer", "text_encoder")]
+                written += write_tokenizer(folder_of, folder / name, known.components[name], text)
+            for name, plan in plans.items():
+                path = folder / name / _WEIGHTS[components[name].library]
+                write_tensors(path, plan, {"format": "pt"})
+                written.append(path)
+            parts = {name: part for name, part in components.items() if name in plans or name == "scheduler"}
+            written += write_settings(folder, recognised, parts, bool(tokenizers))
+    return sorted(out / path.relative_to(folder) for path in written)
+
+
+def _to_single_file(
+    folder: Path, out: Path, asked: str | None, prediction: Prediction | None, drop_unknown: bool
+) -> list[Path]:
+    if out.suffix != ".safetensors":
+        raise BaseModelError(
+            "an original file is written as safetensors alone", where=str(out), allowed="*.safetensors"
+        )
+    family = read_layout(folder).family.name
+    components = read_components(folder)
+    architecture = asked or folder_architecture(family, components)
+    names = checkpoint_names(architecture, components)
+    parts = folder_tensors(folder)
+    if not drop_unknown:
+        known = {(entry.component, entry.name) for entry in names}
+        left = [f"{part}: {name}" for part, tensors in parts.items() for name in tensors if (part, name) not in known]
+        refuse(left, "tensors are unknown", str(folder), "the tensors of the base", "ask to drop them")
+    predicted = prediction or components["scheduler"].config.get("prediction_type", "epsilon")
+    write_tensors(out, plan_single_file(names, components, parts), _metadata(architecture, predicted, folder.name))
+    return [out]
+
+
+def _metadata(architecture: str, prediction: Any, title: str) -> dict[str, str]:
+    name, resolution = _SPEC[architecture]
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": name,
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": resolution,
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+    }
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside the one that is wanted, which takes its name when all is written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BaseModelError("there is something already", where=str(out), allowed="a folder that is new or empty")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

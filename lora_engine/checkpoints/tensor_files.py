@@ -1,0 +1,200 @@
+"""Tensors as byte ranges of files: reading what a file holds, and writing a new one without holding it in memory.
+
+A conversion of checkpoints is almost only this: a part of the rows is a range of bytes, and a 1x1 convolution has the
+bytes of the linear layer. Knows safetensors, not checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_engine.errors import BaseModelError
+from lora_engine.files import atomic_write, canonical_json
+from lora_engine.formats.safetensors_io import Limits, read_header
+
+# Bytes of an element, in the order in which the safetensors library lays tensors out.
+SIZES = {
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_RANK = {dtype: place for place, dtype in enumerate(SIZES)}
+# Bytes that are in memory at a time: few enough to stay in a processor's cache between reading and writing.
+BLOCK = 1 << 20
+CHECKPOINT_LIMITS = Limits(file=128 << 30)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a file.
+
+    Attributes:
+        path: The file.
+        offset: First byte in it.
+        dtype: As safetensors names it: `F16`.
+        shape: Of the tensor; rows lie one after the other.
+    """
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """The rows from `first` up to and without `last`, as a tensor of the same file."""
+        stride = self.size // self.shape[0]
+        return StoredTensor(self.path, self.offset + first * stride, self.dtype, (last - first, *self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of a file that is to be written.
+
+    Attributes:
+        shape: Of the tensor.
+        pieces: What it is made of, one after the other; all of one dtype.
+        transposed: Whether it is the transpose of its one piece.
+    """
+
+    shape: tuple[int, ...]
+    pieces: tuple[StoredTensor, ...]
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return self.pieces[0].dtype
+
+
+def stored_tensors(path: Path, limits: Limits = CHECKPOINT_LIMITS) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """What a safetensors file holds, and its metadata; no tensor is read.
+
+    Args:
+        path: The file.
+        limits: What it may claim.
+
+    Raises:
+        AdapterError: No such file, a pickle, or over a limit.
+        BaseModelError: A damaged file or a dtype that is not known.
+    """
+    header, metadata = read_header(path, limits)
+    try:
+        # The library checks that the tensors fill the file without a gap or an overlap, as the file's header claims.
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BaseModelError(
+            f"the file cannot be read: {error}", where=str(path), remedy="save or download the file again"
+        ) from error
+    unknown = sorted({str(entry["dtype"]) for entry in header.values()} - SIZES.keys())
+    if unknown:
+        raise BaseModelError(f"tensors of the dtype {unknown[0]!r}", where=str(path), allowed=", ".join(SIZES))
+    start = 8 + _header_length(path)
+    return {name: _stored(path, start, entry) for name, entry in header.items()}, metadata
+
+
+def write_tensors(path: Path, planned: Mapping[str, PlannedTensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically, copying from file to file; at most a few `BLOCK`s are in memory.
+
+    Args:
+        path: Where it goes.
+        planned: By name. Equal plans over equal files give equal bytes.
+        metadata: Strings for the header.
+    """
+    names = sorted(planned, key=lambda name: (_RANK[planned[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor = planned[name]
+        end = offset + math.prod(tensor.shape) * SIZES[tensor.dtype]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = canonical_json(header)
+    text += b" " * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        with _Sources() as sources:
+            for name in names:
+                for chunk in sources.read(planned[name]):
+                    file.write(chunk)
+
+    atomic_write(path, write)
+
+
+class _Sources:
+    """The files that are read from, each opened once."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, FileIO] = {}
+        self._buffer = memoryview(bytearray(BLOCK))
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self, tensor: PlannedTensor) -> Iterator[bytes | memoryview]:
+        """The bytes of a tensor, block by block; each is only good until the next is asked for."""
+        if not tensor.transposed:
+            for piece in tensor.pieces:
+                yield from self._blocks(piece)
+            return
+        (piece,) = tensor.pieces
+        whole = np.frombuffer(b"".join(map(bytes, self._blocks(piece))), dtype=np.dtype(f"V{SIZES[piece.dtype]}"))
+        turned = whole.reshape(piece.shape).T
+        step = max(1, BLOCK // max(1, piece.shape[0] * SIZES[piece.dtype]))
+        for first in range(0, len(turned), step):
+            yield np.ascontiguousarray(turned[first : first + step]).tobytes()
+
+    def _blocks(self, piece: StoredTensor) -> Iterator[memoryview]:
+        file = self._open.get(piece.path)
+        if file is None:
+            file = self._open[piece.path] = FileIO(piece.path)
+        file.seek(piece.offset)
+        left = piece.size
+        while left:
+            count = file.readinto(self._buffer[: min(left, BLOCK)])
+            if not count:
+                raise BaseModelError("the file became shorter while it was read", where=str(piece.path))
+            yield self._buffer[:count]
+            left -= count
+
+
+def merge_stored(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """What several files (shards) hold together.
+
+    Raises:
+        BaseModelError: A tensor occurs in two of them.
+    """
+    together: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, tensor in stored_tensors(path)[0].items():
+            if name in together:
+                raise BaseModelError(f"the tensor {name!r} is in two files", where=f"{together[name].path}, {path}")
+            together[name] = tensor
+    return together
+
+
+def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    return StoredTensor(path, start + int(entry["data_offsets"][0]), str(entry["dtype"]), tuple(entry["shape"]))
+
+
+def _header_length(path: Path) -> int:
+    with path.open("rb") as file:
+        return int(struct.unpack("<Q", file.read(8))[0])

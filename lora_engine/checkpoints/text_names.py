@@ -1,0 +1,55 @@
+"""The original names of the text encoders, over those of transformers. Literal tables; no tensors.
+
+CLIP is stored under transformers' own names; OpenCLIP (Stable Diffusion 2, the second one of SDXL) under others, with
+the three projections of an attention in one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+
+LEVEL = "text_model."
+_BELOW_LEVEL = ("embeddings.", "encoder.", "final_layer_norm.")
+OPEN_CLIP = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+# In this order, a third of the rows each, in `attn.in_proj_weight` and `attn.in_proj_bias`.
+OPEN_CLIP_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# A linear layer computes x W^T, OpenCLIP x P.
+TRANSPOSED = "text_projection.weight"
+_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def canonical_text_name(name: str) -> str:
+    """The name of a tensor with the level `text_model`, which transformers 5 leaves out of `CLIPTextModel`."""
+    return f"{LEVEL}{name}" if name.startswith(_BELOW_LEVEL) else name
+
+
+def open_clip_name(name: str) -> tuple[str, tuple[int, int]] | None:
+    """OpenCLIP's name of a tensor, and which part of its rows it is: (place, number of parts); None for an unknown one.
+
+    Args:
+        name: As transformers names it, with the level `text_model`.
+    """
+    if name in OPEN_CLIP:
+        return OPEN_CLIP[name], (0, 1)
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return None
+    layer, module, kind = match.groups()
+    block = f"transformer.resblocks.{layer}"
+    if module in OPEN_CLIP_FUSED:
+        return f"{block}.attn.in_proj_{kind}", (OPEN_CLIP_FUSED.index(module), len(OPEN_CLIP_FUSED))
+    inner = OPEN_CLIP_LAYER.get(module)
+    return (f"{block}.{inner}.{kind}", (0, 1)) if inner else None

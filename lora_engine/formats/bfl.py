@@ -1,0 +1,139 @@
+"""Formats of FLUX.1 adapters whose names are the original code's own, with no prefix: those that are only read.
+
+Black Forest Labs' control adapters (`FLUX.1-Depth-dev-lora`, `FLUX.1-Canny-dev-lora`) and XLabs' (`x-flux`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from lora_engine.adapters import Adapter, Delta
+from lora_engine.errors import AdapterError
+from lora_engine.formats.card import Card
+from lora_engine.formats.codec import Names, TensorCodec, codecs
+from lora_engine.formats.dit import Blocks, Dit, NameTable
+from lora_engine.formats.dit_names import Found
+from lora_engine.formats.flux import FLUX
+from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style, TableSpelling
+
+_PREFIX = r"(?:(?:model\.)?diffusion_model\.|transformer\.)?"
+_BLOCKS = r"(?:double|single)_blocks\.\d+\."
+
+
+class ReadOnlyCodec(TensorCodec):
+    """A format that only one program writes and whose readers read better ones too."""
+
+    def encode(
+        self, adapter: Adapter, card: Card | None = None, names: Names | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Always refuses.
+
+        Raises:
+            AdapterError: The format is not written.
+        """
+        raise AdapterError(
+            f"the format {self.name!r} is read and not written",
+            allowed=", ".join(sorted(name for name, codec in codecs.items() if not isinstance(codec, ReadOnlyCodec))),
+            remedy="choose comfyui, which reads the same names",
+        )
+
+    def holds(self, adapter: Adapter) -> bool:
+        """Never."""
+        return False
+
+
+_BFL = Style("Black Forest Labs", writes_alpha=False)
+_BFL.add(
+    TableSpelling("lora", {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}, optional=("bias",))
+)
+_BFL.add(TableSpelling("replacement", {"value": "scale"}))
+
+
+class BflCodec(ReadOnlyCodec):
+    """`double_blocks.0.img_attn.qkv.lora_A.weight`, `lora_B.bias`, and norms' own `query_norm.scale`.
+
+    The scale is 1 throughout: there is no alpha. A norm's `scale` takes the place of the base's.
+    """
+
+    name: ClassVar[str] = "bfl"
+    style = Style("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
+
+    def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether some names begin with the original blocks, and all are known factors."""
+        return any(re.match(_BLOCKS, key) for key in keys) and not any(".processor." in key for key in keys)
+
+
+_XLABS = NameTable(
+    (
+        Blocks(
+            "double_blocks",
+            "transformer_blocks",
+            {
+                "processor.qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "processor.proj_lora1": ("attn.to_out.0",),
+                "processor.qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "processor.proj_lora2": ("attn.to_add_out",),
+            },
+        ),
+        Blocks(
+            "single_blocks",
+            "single_transformer_blocks",
+            {
+                "processor.qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "processor.proj_lora": ("proj_out",),
+            },
+        ),
+    ),
+    {},
+)
+
+
+class XlabsCodec(ReadOnlyCodec):
+    """`double_blocks.0.processor.qkv_lora1.down.weight`: 1 is the picture's stream, 2 the text's; no alpha."""
+
+    name: ClassVar[str] = "xlabs"
+    style = Style(
+        "XLabs",
+        writes_alpha=False,
+        also=(
+            Style(
+                "XLabs",
+                writes_alpha=False,
+                rewrites=((r"_lora(\d?)\.(up|down)\.weight$", r"_lora\1.factor.\2.weight"),),
+            ),
+        ),
+    )
+
+    def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether all names are of processors of the original blocks."""
+        return all(re.match(rf"{_PREFIX}{_BLOCKS}processor\.", key) for key in keys)
+
+    def _placed(
+        self,
+        deltas: Mapping[str, Delta],
+        metadata: Mapping[str, str],
+        family: str,
+        known: Collection[str] | None,
+        shapes: Mapping[str, Sequence[int]],
+    ) -> Iterator[tuple[str, str, Delta]]:
+        dit: Dit = FLUX
+        for raw, delta in deltas.items():
+            place = _XLABS.find(re.sub(rf"^{_PREFIX}", "", raw))
+            if place is None:
+                raise AdapterError(
+                    f"XLabs' adapters have no module {raw!r}",
+                    where=f"module {raw!r}",
+                    allowed=", ".join(name for block in _XLABS.blocks for name in block.modules),
+                    remedy="check where the file comes from",
+                )
+            for name, part in Found(dit, place, "transformer").deltas(delta, f"module {raw!r}", shapes):
+                yield raw, name, part
+
+
+XlabsCodec.style.also[0].add(TableSpelling("lora", {"down": "factor.down.weight", "up": "factor.up.weight"}))
+codecs.add(BflCodec.name, BflCodec())
+codecs.add(XlabsCodec.name, XlabsCodec())

@@ -1,0 +1,277 @@
+"""Deltas of fused layers: one linear layer of the original code that is several in diffusers, such as q, k and v.
+
+The parts lie below each other as rows of the weight. `split` and `fuse` are exact in meaning: what a kind cannot do
+exactly is refused. One `RowRule` a kind; which layers are fused is said by the families' tables (`flux`, `sd3`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters import Delta, FullDelta, LoraDelta
+from lora_engine.errors import AdapterError
+from lora_engine.registries import Registry
+
+Rows = Sequence[int]
+"""How many rows each part has, in their order."""
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """What can be done with the rows of one kind's deltas.
+
+    Attributes:
+        shape: Rows and columns of the weight that a delta is for, as its factors tell them; 0 columns are unknown, and
+            None is for what acts on the inputs alone, for any number of rows.
+        take: The delta of chosen rows, by their numbers; of another kind where that alone is exact.
+        fuse: One delta of parts (None where a part has none) and their rows.
+        split: The deltas of the parts, None where a part does nothing; None for `take` part by part.
+    """
+
+    shape: Callable[[Any], tuple[int, int] | None]
+    take: Callable[[Any, Tensor], Delta]
+    fuse: Callable[[Sequence[Any], Rows], Delta]
+    split: Callable[[Any, Rows], list[Delta | None]] | None = None
+
+
+row_rules: Registry[RowRule] = Registry("rule for fused layers")
+
+
+class UnsplittableError(ValueError):
+    """A kind's rule cannot do this exactly; `split` and `fuse` make it an `AdapterError` that names the place."""
+
+
+def delta_shape(delta: Delta) -> tuple[int, int] | None:
+    """Rows and columns of the weight that a delta is for, None where its kind has no rule or it tells no rows."""
+    return row_rules[delta.kind].shape(delta) if delta.kind in row_rules else None
+
+
+def split(delta: Delta, rows: Rows, where: str) -> list[Delta | None]:
+    """The deltas of a fused layer's parts; None for a part that the delta leaves as it is.
+
+    Args:
+        delta: The delta of the fused layer.
+        rows: Rows of each part; their sum is the rows of the weight.
+        where: What an error names.
+
+    Raises:
+        AdapterError: The kind's factors cannot be split exactly.
+    """
+    rule = _rule(delta, where)
+    try:
+        if rule.split is not None:
+            return rule.split(delta, rows)
+        return [rule.take(delta, index) for index in indices(rows)]
+    except UnsplittableError as error:
+        raise _refusal(delta, str(error), where) from error
+
+
+def fuse(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
+    """The delta of a fused layer whose parts have these; `split` undoes it.
+
+    Raises:
+        AdapterError: The parts are of several kinds, or of one whose factors cannot be put together exactly.
+    """
+    present = [part for part in parts if part is not None]
+    if len({part.kind for part in present}) > 1:
+        kinds = ", ".join(sorted({part.kind for part in present}))
+        raise AdapterError(
+            f"the parts of this fused layer are of several kinds ({kinds})",
+            where=where,
+            allowed="one kind for all of q, k and v",
+            remedy="choose a format with diffusers' names",
+        )
+    try:
+        return _rule(present[0], where).fuse(parts, rows)
+    except UnsplittableError as error:
+        raise _refusal(present[0], str(error), where) from error
+
+
+def swap_halves(delta: Delta, where: str) -> Delta:
+    """The delta with the halves of its rows exchanged, as diffusers exchanged shift and scale of the last norms.
+
+    Raises:
+        AdapterError: As `split`.
+    """
+    rule = _rule(delta, where)
+    rows = (rule.shape(delta) or (0, 0))[0]
+    try:
+        return rule.take(delta, torch.arange(rows).roll(rows // 2))
+    except UnsplittableError as error:
+        raise _refusal(delta, str(error), where) from error
+
+
+def indices(rows: Rows) -> list[Tensor]:
+    """The numbers of the rows of each part."""
+    return list(torch.split(torch.arange(sum(rows)), list(rows)))
+
+
+def _rule(delta: Delta, where: str) -> RowRule:
+    if delta.kind in row_rules:
+        return row_rules[delta.kind]
+    raise _refusal(delta, f"there is no exact rule for the rows of kind {delta.kind!r}", where)
+
+
+def _refusal(delta: Delta, problem: str, where: str) -> AdapterError:
+    return AdapterError(
+        f"the adapter of kind {delta.kind!r} cannot be carried over exactly between the fused layer of the original"
+        f" names and the parts that diffusers has: {problem}",
+        where=where,
+        allowed=f"the kinds {', '.join(row_rules)}, where their factors end at the parts' borders",
+        remedy="convert it with a format that keeps the names of the layers, or to kind lora",
+    )
+
+
+def _take_lora(delta: LoraDelta, index: Tensor) -> LoraDelta:
+    bias = None if delta.bias is None else delta.bias[index].clone()
+    return replace(delta, up=delta.up[index].clone(), bias=bias)
+
+
+def _split_lora(delta: LoraDelta, rows: Rows) -> list[Delta | None]:
+    ups = torch.split(delta.up, list(rows))
+    biases = [None] * len(rows) if delta.bias is None else torch.split(delta.bias, list(rows))
+    used = torch.stack([up.flatten(1).ne(0).any(0) for up in ups])
+    blocks = rank_blocks(used) if delta.mid is None else None
+    parts: list[Delta | None] = []
+    for place, (up, bias) in enumerate(zip(ups, biases, strict=True)):
+        own = slice(None) if blocks is None else blocks[place]
+        dead = bool(used.any()) and not bool(used[place].any())
+        if dead and (bias is None or not bool(bias.any())):
+            parts.append(None)
+            continue
+        down = delta.down[own].clone()
+        alpha = delta.alpha * down.shape[0] / delta.rank
+        parts.append(LoraDelta(down, up[:, own].clone(), alpha, delta.mid, None if bias is None else bias.clone()))
+    return parts
+
+
+def rank_blocks(used: Tensor) -> list[slice] | None:
+    """Which ranks each part has for itself; None where parts share some.
+
+    Args:
+        used: `[parts, rank]`, whether a part's rows of `up` have values in this column.
+    """
+    parts, rank = used.shape
+    if bool((used.sum(0) > 1).any()) or not bool(used.any()):
+        return None
+    if rank % parts == 0:
+        size = rank // parts
+        equal = [slice(place * size, (place + 1) * size) for place in range(parts)]
+        if all(int(row[own].sum()) == int(row.sum()) for row, own in zip(used, equal, strict=True)):
+            return equal
+    # Blocks of several sizes, in the order of the parts; a column that nobody uses goes to the block before it.
+    first = [int(row.nonzero()[0]) if bool(row.any()) else rank for row in used]
+    last = [int(row.nonzero()[-1]) if bool(row.any()) else -1 for row in used]
+    live = [place for place in range(parts) if last[place] >= 0]
+    if any(last[one] >= first[other] for one, other in itertools.pairwise(live)):
+        return None
+    starts = [0, *(first[place] for place in live[1:]), rank]
+    found = {place: slice(starts[number], starts[number + 1]) for number, place in enumerate(live)}
+    return [found.get(place, slice(None)) for place in range(parts)]
+
+
+def _fuse_lora(parts: Sequence[LoraDelta | None], rows: Rows) -> LoraDelta:
+    present = [part for part in parts if part is not None]
+    if any(part.mid is not None for part in present):
+        raise UnsplittableError("it has a Tucker core")
+    dtype = joint_dtype([part.up for part in present])
+    bias = stack_rows([None if part is None else part.bias for part in parts], rows)
+    if _have_same_down(present):
+        first = present[0]
+        up = stack_rows([None if part is None else part.up.flatten(1) for part in parts], rows)
+        return LoraDelta(first.down, first.up if up is None else up, first.alpha, None, bias)
+    one_scale = len({part.scale for part in present}) == 1
+    ups = [None if part is None else part.up.flatten(1) for part in parts]
+    if not one_scale:
+        ups = [
+            None if up is None or part is None else scaled_up(up, part.scale)
+            for up, part in zip(ups, parts, strict=True)
+        ]
+    rank = sum(part.rank for part in present)
+    down = torch.cat([part.down.to(dtype) for part in present])
+    alpha = present[0].alpha * rank / present[0].rank if one_scale else float(rank)
+    return LoraDelta(down, block_rows(ups, rows), alpha, None, bias)
+
+
+def _have_same_down(parts: Sequence[LoraDelta]) -> bool:
+    first = parts[0]
+    return all(
+        part.alpha == first.alpha and part.down.dtype == first.down.dtype and torch.equal(part.down, first.down)
+        for part in parts
+    )
+
+
+def scaled_up(up: Tensor, scale: float) -> Tensor:
+    """`up` times a scale, in its dtype; refuses to overflow."""
+    folded = up.float().mul(scale).to(up.dtype)
+    if not bool(folded.isfinite().all()):
+        raise UnsplittableError(f"the scale {scale!r} cannot be folded into {up.dtype}: a value would overflow")
+    return folded
+
+
+def stack_rows(tensors: Sequence[Tensor | None], rows: Rows) -> Tensor | None:
+    """The tensors below each other, zeros where one is missing; None where all are."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return None
+    dtype, inner = joint_dtype(present), present[0].shape[1:]
+    filled = zip(tensors, rows, strict=True)
+    return torch.cat([torch.zeros(size, *inner, dtype=dtype) if one is None else one.to(dtype) for one, size in filled])
+
+
+def block_rows(tensors: Sequence[Tensor | None], rows: Rows) -> Tensor:
+    """The tensors below and beside each other, like the blocks of a diagonal; zeros everywhere else."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    whole = torch.zeros(sum(rows), sum(tensor.shape[1] for tensor in present), dtype=joint_dtype(present))
+    row = column = 0
+    for tensor, size in zip(tensors, rows, strict=True):
+        if tensor is not None:
+            whole[row : row + size, column : column + tensor.shape[1]] = tensor
+            column += tensor.shape[1]
+        row += size
+    return whole
+
+
+def joint_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _full_shape(delta: FullDelta) -> tuple[int, int]:
+    if delta.diff is None:
+        return (0 if delta.bias is None else delta.bias.shape[0]), 0
+    flat = delta.diff.flatten(1) if delta.diff.dim() > 1 else delta.diff[:, None]
+    return flat.shape[0], flat.shape[1]
+
+
+def _take_full(delta: FullDelta, index: Tensor) -> FullDelta:
+    chosen = {name: factor[index].clone() for name, factor in delta.factors().items()}
+    return delta.with_factors(chosen)
+
+
+def _split_full(delta: FullDelta, rows: Rows) -> list[Delta | None]:
+    parts = [_take_full(delta, index) for index in indices(rows)]
+    live = [any(bool(factor.any()) for factor in part.factors().values()) for part in parts]
+    return [part if alive or not any(live) else None for part, alive in zip(parts, live, strict=True)]
+
+
+def _fuse_full(parts: Sequence[FullDelta | None], rows: Rows) -> FullDelta:
+    diff = stack_rows([None if part is None else part.diff for part in parts], rows)
+    return FullDelta(diff, stack_rows([None if part is None else part.bias for part in parts], rows))
+
+
+def _lora_shape(delta: LoraDelta) -> tuple[int, int]:
+    return delta.up.shape[0], delta.down.flatten(1).shape[1]
+
+
+row_rules.add("lora", RowRule(_lora_shape, _take_lora, _fuse_lora, _split_lora))
+row_rules.add("full", RowRule(_full_shape, _take_full, _fuse_full, _split_full))

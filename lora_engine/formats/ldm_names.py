@@ -1,0 +1,92 @@
+"""The original (CompVis, Stability AI) names of the modules of a Stable Diffusion U-Net, from diffusers' names.
+
+Only from diffusers' to the original; the way back goes through a table of the base's own modules, because SD 1.x and
+2.x (four levels) and SDXL (three) number their blocks alike and mean other modules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+ORIGINAL_BEGINNINGS = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
+
+
+@dataclass(frozen=True)
+class UnetLayout:
+    """How a U-Net's blocks are numbered in the original names.
+
+    Attributes:
+        levels: Resolutions; the last has no downsampler.
+        plain_up: Up blocks without attention, counted as diffusers does.
+        layers: ResNets in each down block; an up block has one more.
+    """
+
+    levels: int
+    plain_up: frozenset[int]
+    layers: int = 2
+
+
+LAYOUTS: Mapping[str, UnetLayout] = {
+    "sd": UnetLayout(4, frozenset({0})),
+    "sdxl": UnetLayout(3, frozenset({2})),
+}
+"""Family to the layout of its published U-Nets."""
+
+
+def original_path(path: str, layout: UnetLayout) -> str | None:
+    """The original path of a module of a U-Net, or None for one that the layout has not."""
+    if path in _OUTSIDE:
+        return _OUTSIDE[path]
+    blocks = _blocks(layout)
+    parts = path.split(".")
+    for length in (5, 4, 3):
+        block = blocks.get(".".join(parts[:length]))
+        if block is None:
+            continue
+        rest = parts[length:]
+        if rest and ".resnets." in path:
+            rest = [_RESNET.get(rest[0], rest[0]), *rest[1:]]
+        return ".".join([block, *rest])
+    return None
+
+
+@functools.cache
+def _blocks(layout: UnetLayout) -> dict[str, str]:
+    """Path of each block to its original one (`openaimodel.py` of the original code numbers them as they are made)."""
+    step = layout.layers + 1
+    table = {
+        **{f"mid_block.resnets.{layer}": f"middle_block.{2 * layer}" for layer in range(2)},
+        "mid_block.attentions.0": "middle_block.1",
+    }
+    for level in range(layout.levels):
+        for layer in range(layout.layers):
+            place = step * level + layer + 1
+            table[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{place}.0"
+            table[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{place}.1"
+        table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{step * (level + 1)}.0.op"
+        for layer in range(step):
+            place = step * level + layer
+            table[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{place}.0"
+            table[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{place}.1"
+        after = 1 if level in layout.plain_up else 2
+        table[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{step * level + layout.layers}.{after}"
+    return table

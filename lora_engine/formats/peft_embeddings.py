@@ -1,0 +1,37 @@
+"""PEFT's names of what sits on embeddings: they have suffixes of their own, and some stand the other way round.
+
+A delta does not know its layer's type, so embeddings are told by the names that models give them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lora_engine.formats.lora_names import EMBEDDING
+from lora_engine.formats.oft_names import ANGLES, OF_EMBEDDING
+
+_EMBEDDINGS = re.compile(
+    r"(.*[./])?(token_embedding|position_embedding|embed_tokens|shared|word_embeddings|position_embeddings"
+    r"|class_embedding|relative_attention_bias|wte|wpe)"
+)
+_FACTOR = {"lora_A.weight": "down", "lora_B.weight": "up"}
+_SPELT = {factor: suffix for suffix, factor in EMBEDDING.items()}
+
+
+def with_embedding_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter, those on embeddings respelt and turned as PEFT has them."""
+    return dict(_respelt(key, tensor) for key, tensor in tensors.items())
+
+
+def _respelt(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+    for suffix, factor in _FACTOR.items():
+        module = key.removesuffix(f".{suffix}")
+        if module != key and _EMBEDDINGS.fullmatch(module):
+            return f"{module}.{_SPELT[factor]}", tensor.T.contiguous()
+    module = key.removesuffix(f".{ANGLES}")
+    if module != key and _EMBEDDINGS.fullmatch(module):
+        return f"{module}.{OF_EMBEDDING}", -tensor
+    return key, tensor

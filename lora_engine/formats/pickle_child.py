@@ -1,0 +1,172 @@
+"""The process that reads a pickled file: `python -m lora_engine.formats.pickle_child FILE FOLDER LIMITS`.
+
+It takes its limits before it opens the file, reads with `weights_only=True`, and writes `tensors.safetensors` and
+`answer.json` into the folder. Only `pickles` starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_engine.errors import AdapterError
+from lora_engine.files import atomic_write, canonical_json
+from lora_engine.formats.safetensors_io import write_safetensors
+
+# What the first checkpoints of Stable Diffusion carry beside tensors. Each name becomes an empty object: nothing of
+# these packages is imported or called.
+INERT = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+# How torch says that a file asks for more than tensors, in the middle of its advice to switch the rule off.
+_REFUSED = re.compile(r"Unsupported (?:global|class|operand|object|type)[^\n]*?(?= by default|\n|$)|Trying to [^\n]*")
+
+
+class Inert:
+    """Stands where a file names something that is not needed; takes any argument and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class Walk:
+    """Turns what was read into nodes and a table of tensors.
+
+    Args:
+        limits: As in `PickleLimits`, by name.
+    """
+
+    def __init__(self, limits: dict[str, int]) -> None:
+        self.limits = limits
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.dropped: list[str] = []
+        self._values = 0
+        self._bytes = 0
+
+    def node(self, value: Any, place: str = "", depth: int = 0) -> dict[str, Any] | None:
+        """The node of a value, or None for one that is left out.
+
+        Raises:
+            AdapterError: Over a limit, or a tensor that no file could hold.
+        """
+        self._values += 1
+        self._bound("values", self._values, "values")
+        self._bound("depth", depth, "levels of containers")
+        if isinstance(value, torch.Tensor):
+            return {"tensor": self._keep(value, place)}
+        if isinstance(value, dict):
+            return {"dict": [entry for pair in value.items() if (entry := self._entry(pair, place, depth))]}
+        if isinstance(value, list | tuple):
+            nodes = (self.node(item, f"{place}[{number}]", depth + 1) for number, item in enumerate(value))
+            return {"list": [node or {"value": None} for node in nodes]}
+        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+            return {"value": value}
+        self._drop(place, value)
+        return None
+
+    def _entry(self, pair: tuple[Any, Any], place: str, depth: int) -> list[Any] | None:
+        key, value = pair
+        if not isinstance(key, str | int):
+            self._drop(place, key)
+            return None
+        node = self.node(value, f"{place}.{key}" if place else str(key), depth + 1)
+        return None if node is None else [key, node]
+
+    def _keep(self, value: torch.Tensor, place: str) -> str:
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise AdapterError(f"the tensor {place!r} is {value.layout} on {value.device}", allowed="a dense tensor")
+        # A tensor of one stored number may claim any shape: what counts is what it takes once it is written out.
+        self._bytes += value.numel() * value.element_size()
+        self._bound("unpacked", self._bytes, "bytes of tensors")
+        self._bound("tensors", len(self.tensors) + 1, "tensors")
+        name = f"t{len(self.tensors)}"
+        self.tensors[name] = value.detach()
+        return name
+
+    def _drop(self, place: str, value: object) -> None:
+        if len(self.dropped) < 100:
+            self.dropped.append(f"{place or 'at the top'}: {type(value).__name__}")
+
+    def _bound(self, rule: str, found: int, what: str) -> None:
+        if found > self.limits[rule]:
+            raise AdapterError(f"it holds {found} {what} or more, and {self.limits[rule]} are allowed")
+
+
+def main(path: Path, folder: Path, limits: dict[str, int]) -> None:
+    """Reads the file and writes the answer."""
+    _limit(path.stat().st_size, limits)
+    try:
+        walk = Walk(limits)
+        content = walk.node(_load(path))
+        write_safetensors(folder / "tensors.safetensors", walk.tensors, {})
+        answer = {"content": content or {"value": None}, "dropped": walk.dropped}
+    except AdapterError as error:
+        answer = {"problem": error.problem}
+    except MemoryError:
+        answer = {
+            "problem": f"reading it takes more than the {limits['memory']} bytes of memory allowed beside the file"
+        }
+    except Exception as error:
+        # The loader raises whatever the file makes it raise, and this process ends here.
+        answer = {"problem": _explain(error, limits)}
+    atomic_write(folder / "answer.json", canonical_json(answer))
+
+
+def _load(path: Path) -> Any:
+    inert = [(Inert, name) for name in INERT]
+    with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]  # pairs are documented, and not annotated
+        if path.open("rb").read(2) == b"PK":
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(str(path), map_location="cpu", weights_only=True)
+
+
+def _limit(size: int, limits: dict[str, int]) -> None:
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limits: the rules of the loader and the clock of the parent are what is left.
+        return
+    # What torch itself has mapped is not the file's doing. A file in the old format is read and then copied.
+    taken = 0
+    with contextlib.suppress(OSError):
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    wanted = {
+        resource.RLIMIT_CPU: limits["seconds"],
+        resource.RLIMIT_AS: taken + limits["memory"] + 3 * size,
+        resource.RLIMIT_FSIZE: limits["unpacked"] + (1 << 30),
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, value in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        # Some systems know a limit by name and do not honour it.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (bound, bound))
+
+
+def _explain(error: Exception, limits: dict[str, int]) -> str:
+    text = str(error)
+    if "alloc" in text and "memory" in text:
+        return f"reading it takes more than the {limits['memory']} bytes of memory allowed beside the file"
+    found = _REFUSED.search(text)
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    what = (found.group() if found else first)[:300]
+    return f"it cannot be read as tensors and plain values alone, and nothing else is read ({what})"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

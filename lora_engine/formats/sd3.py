@@ -1,0 +1,65 @@
+"""Stable Diffusion 3 and 3.5 (Stability AI): module names in the original code and in diffusers, as a literal table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_engine.formats.dit import Blocks, Dit, NameTable, dits
+from lora_engine.formats.fused import Rows
+
+_JOINT = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+}
+_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+
+
+def _rows(parts: Sequence[str], columns: int) -> Rows:
+    return [columns] * len(parts)
+
+
+def _swapped(original: str, shape: tuple[int, int]) -> bool:
+    # The context of the last block is only normed and not computed further: two values where others have six. diffusers
+    # has its continuous norm there, as at the end of the network, with scale before shift.
+    ends = original.endswith("context_block.adaLN_modulation.1") and shape[0] == 2 * shape[1]
+    return ends or original == "final_layer.adaLN_modulation.1"
+
+
+SD3 = Dit(
+    name="sd3",
+    title="Stable Diffusion 3",
+    names=NameTable((Blocks("joint_blocks", "transformer_blocks", _JOINT),), _OUTSIDE),
+    mark=r"joint_blocks_\d+_.+|transformer_blocks_\d+_attn2_(to_|norm).+|pos_embed_proj",
+    widths=(1536, 2432),
+    rows=_rows,
+    swapped=_swapped,
+    text={"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    version="sd3",
+    architecture="stable-diffusion-3/lora",
+)
+dits.add(SD3.name, SD3)

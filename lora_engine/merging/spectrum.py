@@ -1,0 +1,194 @@
+"""The leading singular values and vectors of a large matrix at little cost, and which of them are no noise.
+
+Knows matrices alone: no layer, no file. How much of a delta is to be kept is said by `budget.Budget`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_engine.errors import SettingsError
+from lora_engine.merging.budget import Budget
+
+_FIRST = 32
+_OVERSAMPLING = 16
+_STEPS = 3
+_SAFETY = 3.27  # 99.9 % point of the Tracy-Widom law, in its own unit
+_LOST = 1e-12  # squared size, beside its block's, of a direction that is only rounding of float32
+
+
+@dataclass(frozen=True)
+class LeadingPart:
+    """The leading part of a matrix: `left * values @ right`.
+
+    Attributes:
+        left: `[m, k]`, orthonormal columns.
+        values: `[k]`, the largest first.
+        right: `[k, n]`, orthonormal rows.
+        error: Relative Frobenius error of the part, 0 to 1; 0 for a matrix of zeros.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        """How many singular values it has."""
+        return len(self.values)
+
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """`(left sqrt(values), sqrt(values) right)`: both of one size, which float16 bears best."""
+        root = self.values.sqrt()
+        return self.left * root, root[:, None] * self.right
+
+
+def leading_part(
+    matrix: Tensor, budget: Budget | None, *, generator: torch.Generator, noise: float | None = None
+) -> LeadingPart:
+    """The leading part of a matrix, of the rank that is asked for.
+
+    Args:
+        matrix: `[m, n]`, float32.
+        budget: How much to keep; with a rank alone, or with None, only as much of the spectrum is computed as tells it.
+        generator: Where the sketch comes from; on the CPU.
+        noise: Largest standard deviation of the noise of an element; singular values that noise alone explains are
+            dropped, perhaps all. With neither a budget nor noise nothing would say when to stop.
+
+    Raises:
+        SettingsError: Neither a budget nor noise.
+    """
+    if budget is None and noise is None:
+        raise SettingsError("nothing says how much to keep", allowed="a budget, the noise, or both")
+    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    if total == 0.0:
+        empty = matrix.new_zeros(0)
+        return LeadingPart(matrix.new_zeros(len(matrix), 0), empty, matrix.new_zeros(0, matrix.shape[1]), 0.0)
+    is_partial = budget is None or budget.is_fixed
+    wanted = budget.rank if is_partial and budget is not None and budget.rank else _FIRST
+    while True:
+        is_whole = not is_partial or 4 * wanted >= min(matrix.shape)
+        left, values, right = whole_svd(matrix) if is_whole else sketched_svd(matrix, wanted, generator=generator)
+        count = len(values) if noise is None else _above_noise(matrix, left, values, right, noise)
+        if budget is not None:
+            count = min(count, budget.least_rank(values))
+        elif count == len(values) and not is_whole:
+            wanted *= 2
+            continue
+        return _part(matrix, total, left[:, :count], values[:count], right[:count])
+
+
+def sketched_svd(
+    matrix: Tensor, rank: int, *, generator: torch.Generator, oversampling: int = _OVERSAMPLING, steps: int = _STEPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets from a random block Krylov space (Musco and Musco 2015, algorithm 2).
+
+    For the same products with the matrix this comes nearer to the least possible error than power iterations, which
+    throw the earlier blocks away. On pure Gaussian noise, the hardest spectrum, the error is below 1.0015 times the
+    least one.
+
+    Args:
+        matrix: `[m, n]`, float32.
+        rank: How many triplets.
+        generator: Where the first block comes from; on the CPU.
+        oversampling: How much wider than the rank a block is.
+        steps: Blocks after the first.
+
+    Returns:
+        `[m, rank]`, `[rank]`, `[rank, n]`, float32; fewer where the matrix has a lower rank.
+    """
+    size = min(matrix.shape)
+    start = torch.randn(matrix.shape[1], min(rank + oversampling, size), generator=generator, dtype=matrix.dtype)
+    block = matrix @ start.to(matrix.device)
+    bases, images = matrix.new_zeros(len(matrix), 0), matrix.new_zeros(matrix.shape[1], 0)
+    for step in range(steps + 1):
+        block = _new_directions(bases, block)[:, : size - bases.shape[1]]
+        if not block.shape[1]:
+            break
+        image = matrix.T @ block
+        bases, images = torch.cat([bases, block], dim=1), torch.cat([images, image], dim=1)
+        if step < steps:
+            block = matrix @ image
+    left, values, right = _rotated(bases, images.T)
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def whole_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets that are not zero, by the eigenvectors of the smaller Gram matrix.
+
+    The Gram matrix squares the spectrum, so one more product with the matrix itself sets right what that has blurred.
+
+    Returns:
+        `[m, k]`, `[k]`, `[k, n]`, float32.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        left, values, right = whole_svd(matrix.T)
+        return right.T, values, left.T
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    basis = vectors.flip(1)
+    return _rotated(basis, basis.T @ matrix)
+
+
+def noise_edge(shape: tuple[int, int] | torch.Size, sigma: float) -> float:
+    """The singular value that noise alone does not reach: independent elements of standard deviation `sigma`.
+
+    `sigma (sqrt(m) + sqrt(n))` (Marchenko and Pastur 1967), and above it the 99.9 % point of how the largest one
+    fluctuates in a finite matrix (Johnstone 2001, theorem 1.1).
+    """
+    small, large = (math.sqrt(side) for side in sorted(shape))
+    spread = (small + large) * (1 / small + 1 / large) ** (1 / 3)
+    return sigma * math.sqrt((small + large) ** 2 + _SAFETY * spread)
+
+
+def _above_noise(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor, sigma: float) -> int:
+    above = int((values > noise_edge(matrix.shape, sigma)).sum())
+    # What is left when all that surely is no noise has gone tells how much noise there is; rounding gives the most.
+    # The parts that have gone took their share of the noise with them.
+    free = (matrix.shape[0] - above) * (matrix.shape[1] - above)
+    measured = _rest(matrix, left[:, :above], values[:above], right[:above]) / math.sqrt(max(free, 1))
+    return int((values > noise_edge(matrix.shape, min(sigma, measured))).sum())
+
+
+def _part(matrix: Tensor, total: float, left: Tensor, values: Tensor, right: Tensor) -> LeadingPart:
+    error = math.sqrt(max(0.0, 1.0 - float(values.double().square().sum()) / total))
+    if error < 0.03:  # a difference of nearly equal numbers by then, so the rest itself is measured
+        error = _rest(matrix, left, values, right) / math.sqrt(total)
+    return LeadingPart(left, values, right, error)
+
+
+def _rest(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor) -> float:
+    """Frobenius norm of what a part leaves of a matrix."""
+    rest = torch.addmm(matrix, left * values, right, alpha=-1.0)
+    return float(torch.linalg.vector_norm(rest, dtype=torch.float64))
+
+
+def _new_directions(bases: Tensor, block: Tensor) -> Tensor:
+    """An orthonormal basis of what a block adds to an orthonormal one."""
+    smallest = _LOST * float(block.double().square().sum())
+    # Twice, since the first time leaves rounding errors as large as the least direction that is kept.
+    once = _orthonormal(block - bases @ (bases.T @ block), smallest)
+    return _orthonormal(once - bases @ (bases.T @ once), 1e-3)
+
+
+def _orthonormal(columns: Tensor, smallest: float) -> Tensor:
+    """A basis of the columns' span by their Gram matrix, which costs less than QR and shows what is only rounding."""
+    wide = columns.double()
+    squares, vectors = torch.linalg.eigh(wide.T @ wide)
+    is_sound = squares > smallest
+    return (wide @ (vectors[:, is_sound] / squares[is_sound].sqrt())).to(columns.dtype)
+
+
+def _rotated(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of `basis @ inner`, where the basis is orthonormal."""
+    wide = inner.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    is_sound = squares > squares[0] * 1e-13
+    values, chosen = squares[is_sound].sqrt(), vectors[:, is_sound]
+    right = (chosen.T.to(inner.dtype) @ inner) / values[:, None].to(inner.dtype)
+    return basis @ chosen.to(basis.dtype), values.to(basis.dtype), right

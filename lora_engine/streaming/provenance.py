@@ -1,0 +1,69 @@
+"""What the header of a fused model says of the adapters in it, and which claims of a header no longer hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lora_engine.errors import BaseModelError
+from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+
+FUSED = "loraline.fused"
+# Digests of tensors that are other ones now.
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+@dataclass(frozen=True)
+class FusedAdapter:
+    """An adapter that is part of a model's weights.
+
+    Attributes:
+        sha256: Digest of its file; of a folder, over the digests of its files.
+        weight: Its multiplier.
+        title: What its card calls it.
+    """
+
+    sha256: str
+    weight: float
+    title: str = ""
+
+
+def adapter_digest(path: Path) -> str:
+    """SHA-256 of an adapter's file; of a folder, over the names and digests of its files."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_bytes(canonical_json({str(file.relative_to(path)): sha256_file(file) for file in files}))
+
+
+def fused_adapters(metadata: Mapping[str, str], where: Path) -> list[FusedAdapter]:
+    """The adapters that a header names, in the order in which they were fused.
+
+    Raises:
+        BaseModelError: The header's list is broken.
+    """
+    try:
+        return [FusedAdapter(**_entry(entry)) for entry in json.loads(metadata.get(FUSED, "[]"))]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BaseModelError(
+            f"the list of fused adapters is broken: {error}",
+            where=f"{where}: metadata {FUSED!r}",
+            remedy="take the entry out of the header, or save the model again",
+        ) from error
+
+
+def with_adapters(metadata: Mapping[str, str], adapters: Sequence[FusedAdapter]) -> dict[str, str]:
+    """The metadata with this list of fused adapters, and without digests of what the tensors were before."""
+    kept = {key: text for key, text in metadata.items() if key not in (*_STALE, FUSED)}
+    return kept | ({FUSED: canonical_json([asdict(entry) for entry in adapters]).decode()} if adapters else {})
+
+
+def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what only holds for the tensors as they were."""
+    return with_adapters(metadata, [])
+
+
+def _entry(entry: dict[str, object]) -> dict[str, object]:
+    return {"sha256": str(entry["sha256"]), "weight": float(str(entry["weight"])), "title": str(entry.get("title", ""))}

@@ -1,0 +1,120 @@
+"""The way of a large file to the disk: gathered in one buffer, and written past the page cache where that is possible.
+
+A file of gigabytes that is written through the page cache is copied once more by the kernel, and pushes everything else
+out of the cache. Knows bytes alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lora_engine.streaming.blocks import read_bytes
+
+_SIZE = 8 << 20
+# What the memory, the place and the length of a direct write must be multiples of, on every common disk.
+_PAGE = 4096
+_DIRECT: int = getattr(os, "O_DIRECT", 0)
+# Through the page cache: larger pieces make the kernel look for large pages, which often takes longer than filling.
+_PIECE = 128 << 10
+
+
+class OutputStage:
+    """Appends to an open, empty file.
+
+    Args:
+        output: Its descriptor; nothing was written to it yet.
+    """
+
+    def __init__(self, output: int) -> None:
+        self._output = output
+        self._memory = mmap.mmap(-1, _SIZE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._memory)
+        self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._used = 0
+        self._set_direct(wanted=True)
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Appends bytes."""
+        view = memoryview(content)
+        done = 0
+        while done < len(view):
+            count = min(len(view) - done, self._room(1))
+            self._view[self._used : self._used + count] = view[done : done + count]
+            self._used += count
+            done += count
+
+    def copy(self, source: int, first: int, last: int) -> None:
+        """Appends the bytes from `first` up to and without `last` of an open file."""
+        while first < last:
+            count = min(last - first, self._room(_PAGE))
+            read_bytes(source, self._view[self._used : self._used + count], first)
+            self._used += count
+            first += count
+
+    @contextlib.contextmanager
+    def block(self, size: int) -> Iterator[Tensor]:
+        """The next bytes of the file as a uint8 tensor to be filled within the block; at most `LARGEST`."""
+        self._room(size)
+        yield self._tensor[self._used : self._used + size]
+        self._used += size
+
+    def is_aligned(self, size: int, itemsize: int) -> bool:
+        """Whether the next `size` bytes can be had as numbers of so many bytes each."""
+        self._room(min(size, LARGEST))
+        return size <= LARGEST and self._used % itemsize == 0
+
+    def finish(self) -> None:
+        """Writes what is left; nothing may be appended any more."""
+        self._flush()
+        self._set_direct(wanted=False)
+        self._send(self._used)
+        self._used = 0
+
+    def _room(self, size: int) -> int:
+        if _SIZE - self._used < size:
+            self._flush()
+        return _SIZE - self._used
+
+    def _flush(self) -> None:
+        whole = self._used // _PAGE * _PAGE
+        self._send(whole)
+        rest = self._used - whole
+        self._view[:rest] = self._view[whole : self._used]
+        self._used = rest
+
+    def _send(self, size: int) -> None:
+        done = 0
+        while done < size:
+            piece = size if self._is_direct else done + _PIECE
+            try:
+                done += os.write(self._output, self._view[done : min(piece, size)])
+            except OSError as error:
+                if not self._is_direct or error.errno != errno.EINVAL:
+                    raise
+                self._set_direct(wanted=False)
+            if done % _PAGE:
+                self._set_direct(wanted=False)
+
+    def _set_direct(self, *, wanted: bool) -> None:
+        self._is_direct = False
+        if not _DIRECT:
+            return
+        flags = fcntl.fcntl(self._output, fcntl.F_GETFL)
+        with contextlib.suppress(OSError):  # file systems in memory, and some over the network, cannot
+            fcntl.fcntl(self._output, fcntl.F_SETFL, flags | _DIRECT if wanted else flags & ~_DIRECT)
+            self._is_direct = wanted
+
+
+LARGEST = _SIZE - _PAGE
+"""Bytes of the largest block."""

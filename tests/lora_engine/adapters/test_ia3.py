@@ -1,0 +1,111 @@
+"""(IA)3: what LyCORIS and PEFT mean by it is kept apart, in memory and in files."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_engine.adapters import Adapter, DictTree, Ia3Delta, LoraDelta, PeftIa3Delta, attach, create_adapter
+from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.formats import read_adapter, write_adapter
+
+KOHYA = "lora_unet_layer"
+
+
+def test_the_two_conventions_differ_in_identity_and_bias():
+    gains, weight, bias = torch.tensor([0.5, -1.0]), torch.ones(2, 3), torch.ones(2)
+    lycoris, peft = Ia3Delta(gains), PeftIa3Delta(1 + gains[:, None])
+    assert torch.equal(lycoris.delta_weight(weight), peft.delta_weight(weight))
+    assert lycoris.delta_bias(bias) is None
+    assert torch.equal(peft.delta_bias(bias), gains)
+    assert PeftIa3Delta(torch.ones(1, 3), "input").delta_bias(bias) is None
+
+
+@pytest.mark.parametrize("flag", [torch.tensor(1), torch.tensor(1.0).half(), torch.tensor(True)])
+def test_lycoris_flag_of_the_axis_is_read_in_any_dtype(flag, tmp_path):
+    save_file({f"{KOHYA}.weight": torch.ones(3), f"{KOHYA}.on_input": flag}, tmp_path / "a.safetensors")
+    delta = read_adapter(tmp_path / "a.safetensors", {"unet.layer": (4, 3)})[0].modules["unet.layer"]
+    assert delta.axis == "input"
+    other = {f"{KOHYA}.weight": torch.ones(3), f"{KOHYA}.on_input": torch.zeros_like(flag)}
+    save_file(other, tmp_path / "b.safetensors")
+    with pytest.raises(AdapterError, match="4 values"):
+        read_adapter(tmp_path / "b.safetensors", {"unet.layer": (4, 3)})
+
+
+def test_a_weight_without_the_flag_beside_it_is_no_ia3(tmp_path):
+    """`weight` alone is what any model's file holds; and a diffusers file is not taken for ours."""
+    save_file({f"{KOHYA}.weight": torch.ones(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="no factor of a kind"):
+        read_adapter(tmp_path / "a.safetensors", {"unet.layer": (4, 3)})
+    lora = Adapter({"unet.mid_block.layer": LoraDelta(torch.ones(2, 3), torch.ones(4, 2), 2.0)}, "sd")
+    file = write_adapter(tmp_path / "lora.safetensors", lora, format="diffusers")[0]
+    assert read_adapter(file)[0] == lora
+
+
+def test_a_flag_that_is_no_number_is_refused(tmp_path):
+    tensors = {f"{KOHYA}.weight": torch.ones(3), f"{KOHYA}.on_input": torch.zeros(3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match=r"on_input.*\[3\]"):
+        read_adapter(tmp_path / "a.safetensors", {"unet.layer": (4, 3)})
+
+
+def test_a_format_that_means_something_else_refuses_the_kind(tmp_path):
+    lycoris = Adapter({"unet.layer": Ia3Delta(torch.ones(4))})
+    peft = Adapter({"unet.layer": PeftIa3Delta(torch.ones(4, 1))})
+    for adapter, form in ((lycoris, "peft"), (peft, "kohya"), (lycoris, "comfyui")):
+        with pytest.raises(AdapterError, match="cannot hold"):
+            write_adapter(tmp_path / form, adapter, format=form)
+    assert "unet.layer.weight" in load_file(write_adapter(tmp_path / "a", lycoris)[0])
+
+
+@pytest.mark.parametrize("kind", ["ia3", "peft-ia3"])
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_a_stack_of_adapters_adds_up_what_each_makes_of_the_base(kind, axis):
+    """A gain must not scale what another adapter added: the changes of several adapters are summed."""
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
+    tree = DictTree({"unet": nn.ModuleDict({"layer": layer})})
+    fresh = create_adapter(tree, "*", kind, options={"axis": axis}).modules["unet.layer"]
+    gains = fresh.with_factors({"scale": torch.randn(fresh.scale.shape)})
+    lora = LoraDelta(torch.randn(2, 6), torch.randn(5, 2), 2.0)
+    total = layer.weight + gains.delta_weight(layer.weight) + lora.delta_weight(layer.weight)
+    moved = gains.delta_bias(layer.bias)
+    bias = layer.bias if moved is None else layer.bias + moved
+    for order in ((lora, gains), (gains, lora)):
+        first, second = (attach(tree, Adapter({"unet.layer": delta})) for delta in order)
+        with first, second:
+            found = tree.get_module("unet.layer")(x)
+            torch.testing.assert_close(found, nn.functional.linear(x, total, bias), rtol=1e-5, atol=1e-5)
+            second.detach()
+
+
+def test_norms_are_refused():
+    with pytest.raises(SettingsError, match="kind full"):
+        create_adapter({"unet": nn.ModuleDict({"norm": nn.LayerNorm(4)})}, "*", "ia3")
+
+
+FAULTS = {
+    "another base": (Ia3Delta(torch.ones(4)), (5, 4), r"5 values"),
+    "the other axis": (Ia3Delta(torch.ones(4), "input"), (4, 5), r"5 values"),
+    "a norm": (Ia3Delta(torch.ones(4)), (4,), "linear"),
+    "two dimensions of channels": (Ia3Delta(torch.ones(4, 2)), None, "one dimension"),
+    "nothing": (Ia3Delta(torch.ones(0)), None, "one dimension"),
+    "a single number": (Ia3Delta(torch.tensor(1.0)), None, "one dimension"),
+    "no axis": (Ia3Delta(torch.ones(4), "rows"), None, "output or input"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_structural_faults_of_gains_are_named(case):
+    delta, shape, allowed = FAULTS[case]
+    found = list(delta.faults(shape))
+    assert len(found) == 1
+    assert re.search(allowed, found[0].allowed)
+
+
+def test_gains_take_the_shape_that_goes_with_the_weight():
+    assert Ia3Delta(torch.ones(1, 4, 1, 1)).fitted((4, 3)).scale.shape == (4,)
+    assert Ia3Delta(torch.ones(4)).fitted((4, 3, 3, 3)).scale.shape == (1, 4, 1, 1)
+    assert PeftIa3Delta(torch.ones(1, 4, 1, 1)).fitted((4, 3)).scale.shape == (4, 1)
+    assert PeftIa3Delta(torch.ones(1, 3, 1, 1), "input").fitted((4, 3)).scale.shape == (1, 3)

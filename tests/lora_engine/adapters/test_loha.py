@@ -1,0 +1,121 @@
+"""LoHa: what it computes with and without cores, and what is refused."""
+
+import pytest
+import torch
+from law_adapters import NAMES, input_of, layer_of, op_of, random_delta
+from torch import nn
+
+from lora_engine.adapters import Adapter, DictTree, LohaDelta, create_adapter
+from lora_engine.errors import AdapterError
+from lora_engine.formats import codecs
+
+
+def loha(layer, rank, **options):
+    generator = torch.Generator().manual_seed(0)
+    tree = DictTree({"unet": nn.Sequential(layer)})
+    delta = create_adapter(tree, "*", "loha", rank, 3.0, options=options, generator=generator).modules["unet.0"]
+    factors = {name: torch.randn(factor.shape, generator=generator) for name, factor in delta.factors().items()}
+    return delta.with_factors(factors)
+
+
+def by_hand(delta, shape):
+    first = delta.up1 @ delta.down1
+    return (delta.alpha / delta.rank * first * (delta.up2 @ delta.down2)).reshape(shape)
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "conv 3x3", "conv 1x1", "conv circular", "embedding"])
+def test_the_delta_is_the_product_of_two_products(layer_name):
+    layer = layer_of(layer_name)
+    delta = loha(layer, 2)
+    torch.testing.assert_close(delta.delta_weight(layer.weight), by_hand(delta, layer.weight.shape))
+    assert delta.core1 is None
+
+
+@pytest.mark.parametrize("layer_name", ["conv 3x3", "conv strided", "conv oblong", "conv grouped"])
+def test_with_cores_it_computes_what_its_dense_delta_says(layer_name):
+    layer, op = layer_of(layer_name), op_of(layer_of(layer_name))
+    delta, x = loha(layer, 2, tucker=True), input_of(layer)
+    assert delta.core1.shape == (2, 2, *layer.weight.shape[2:])
+    with torch.no_grad():
+        halves = [
+            torch.einsum("mp,mn...,nr->pr...", up, core, down)
+            for up, core, down in ((delta.up1, delta.core1, delta.down1), (delta.up2, delta.core2, delta.down2))
+        ]
+        torch.testing.assert_close(delta.delta_weight(layer.weight), 1.5 * halves[0] * halves[1])
+        found = delta.forward(x, layer(x), layer.weight, layer.bias, op)
+        expected = op(x, layer.weight + delta.delta_weight(layer.weight), layer.bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (40, 12, 3, 3)])
+def test_the_lora_of_the_rank_squared_is_the_same_delta(shape):
+    delta = random_delta("loha", shape)
+    lora = delta.as_lora(shape)
+    assert lora.rank == 4
+    weight = torch.zeros(shape)
+    torch.testing.assert_close(lora.delta_weight(weight), delta.delta_weight(weight))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(50, 40), nn.Conv2d(12, 40, 3)])
+def test_a_large_layer_takes_the_cheap_way_with_the_same_output_and_gradients(layer):
+    delta, op = loha(layer, 2), op_of(layer)
+    x = torch.randn((3, 50) if isinstance(layer, nn.Linear) else (2, 12, 6, 6))
+    results = []
+    for way in (
+        lambda d: d.forward(x, layer(x), layer.weight, layer.bias, op),
+        lambda d: op(x, layer.weight + d.delta_weight(layer.weight), layer.bias),
+    ):
+        factors = {name: factor.clone().requires_grad_() for name, factor in delta.factors().items()}
+        out = way(delta.with_factors(factors))
+        out.square().mean().backward()
+        results.append((out.detach(), {name: factor.grad for name, factor in factors.items()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+BAD = {
+    "ranks that disagree": ("up2", torch.ones(5, 3), "up2"),
+    "columns that disagree": ("down2", torch.ones(2, 7), "down2"),
+    "three dimensions": ("up1", torch.ones(5, 2, 1), "up1"),
+    "an empty factor": ("down1", torch.ones(2, 0), "down1"),
+    "one core": ("core2", torch.ones(2, 2, 3, 3), "core2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_faults_are_found(case):
+    name, factor, told = BAD[case]
+    good = random_delta("loha", (5, 6))
+    assert list(good.faults((5, 6))) == []
+    bad = good.with_factors({**good.factors(), name: factor})
+    assert told in [fault.factor for fault in bad.faults()]
+
+
+@pytest.mark.parametrize(("shape", "told"), [((6, 6), "up1"), ((5, 7), "down1"), ((5, 6, 3, 3), "down1")])
+def test_a_misfit_to_the_weight_is_found(shape, told):
+    assert [fault.factor for fault in random_delta("loha", (5, 6)).faults(shape)] == [told]
+    assert [fault.factor for fault in loha(nn.Conv2d(4, 6, 3), 2, tucker=True).faults((6, 4, 5, 5))] == [
+        "core1",
+        "core2",
+    ]
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+def test_a_bad_alpha_is_found(alpha):
+    good = random_delta("loha", (5, 6))
+    assert [fault.factor for fault in LohaDelta.from_factors(good.factors(), alpha).faults()] == ["alpha"]
+
+
+def test_a_file_that_lacks_a_factor_is_refused_by_its_name():
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors, metadata = codecs["kohya"].encode(Adapter({name: random_delta("loha", NAMES[name])}, "sd"))
+    del tensors[next(key for key in tensors if key.endswith("hada_w2_a"))]
+    with pytest.raises(AdapterError, match="hada_w2_a"):
+        codecs["kohya"].decode(tensors, metadata, NAMES)
+
+
+def test_diffusers_format_refuses_it_with_the_reason():
+    name = "unet.time_embedding.linear_1"
+    with pytest.raises(AdapterError, match="'loha', because diffusers would not load it"):
+        codecs["diffusers"].encode(Adapter({name: random_delta("loha", NAMES[name])}, "sd"))

@@ -1,0 +1,184 @@
+"""LoKr: what its factors may be, what it computes with each, and what is refused."""
+
+import pytest
+import torch
+from law_adapters import NAMES, input_of, layer_of, op_of, random_delta
+from torch import nn
+
+from lora_engine.adapters import Adapter, DictTree, LokrDelta, create_adapter
+from lora_engine.adapters.lokr import factorise
+from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.formats import codecs, inspect, write_adapter
+
+OPTIONS = {
+    "right of low rank": ({}, 1, {"left", "right_up", "right_down"}),
+    "rank too large to save anything": ({}, 100, {"left", "right"}),
+    "full": ({"full": True}, 1, {"left", "right"}),
+    "both": ({"both": True}, 1, {"left_up", "left_down", "right_up", "right_down"}),
+    "tucker": ({"tucker": True}, 1, {"left", "right_up", "right_down", "right_core"}),
+    "both tucker": (
+        {"both": True, "tucker": True},
+        1,
+        {"left_up", "left_down", "right_up", "right_down", "right_core"},
+    ),
+    "factor": ({"factor": 4}, 1, {"left", "right_up", "right_down"}),
+}
+LAYERS = {
+    "linear": lambda: nn.Linear(24, 40),
+    "conv 3x3": lambda: nn.Conv2d(12, 16, 3, padding=1),
+    "conv strided circular": lambda: nn.Conv2d(12, 16, 3, stride=2, padding=1, padding_mode="circular"),
+    "conv 1x1": lambda: nn.Conv2d(24, 16, 1),
+    "conv grouped": lambda: nn.Conv2d(24, 16, 3, padding=1, groups=2),
+    "embedding": lambda: nn.Embedding(16, 12),
+}
+
+
+def lokr(layer, rank, alpha=3.0, **options):
+    generator = torch.Generator().manual_seed(0)
+    tree = DictTree({"unet": nn.Sequential(layer)})
+    delta = create_adapter(tree, "*", "lokr", rank, alpha, options=options, generator=generator).modules["unet.0"]
+    assert torch.count_nonzero(delta.delta_weight(layer.weight)) == 0
+    factors = {name: torch.randn(factor.shape, generator=generator) for name, factor in delta.factors().items()}
+    return delta.with_factors(factors)
+
+
+def by_hand(delta, shape):
+    left = delta.left if delta.left is not None else delta.left_up @ delta.left_down
+    if delta.right is not None:
+        right = delta.right
+    elif delta.right_core is not None:
+        right = torch.einsum("mp,mn...,nr->pr...", delta.right_up, delta.right_core, delta.right_down)
+    else:
+        right = (delta.right_up @ delta.right_down).reshape(shape[0] // left.shape[0], -1, *shape[2:])
+    return torch.kron(left.reshape(*left.shape, *(1 for _ in shape[2:])), right) * delta.scale
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_form_computes_what_its_dense_delta_says(case, layer_name):
+    torch.manual_seed(0)
+    layer = LAYERS[layer_name]()
+    options, rank, names = OPTIONS[case]
+    delta, op, x = lokr(layer, rank, **options), op_of(layer), input_of(layer)
+    has_kernel = layer.weight.dim() == 4 and layer.weight.shape[-1] > 1
+    assert set(delta.factors()) == (names if has_kernel else names - {"right_core"})
+    assert delta.scale == (1.0 if {"left", "right"} <= names else 3.0)
+    with torch.no_grad():
+        torch.testing.assert_close(delta.delta_weight(layer.weight), by_hand(delta, layer.weight.shape))
+        bias = getattr(layer, "bias", None)
+        expected = op(x, layer.weight + 0.5 * delta.delta_weight(layer.weight), bias)
+        found = delta.forward(x, layer(x), layer.weight, bias, op, 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("layer_name", ["linear", "conv 3x3"])
+def test_gradients_are_those_of_the_dense_delta(case, layer_name):
+    layer = LAYERS[layer_name]()
+    options, rank, _ = OPTIONS[case]
+    delta, op, x = lokr(layer, rank, **options), op_of(layer), input_of(layer)
+    found = []
+    for way in (
+        lambda d: d.forward(x, layer(x), layer.weight, layer.bias, op),
+        lambda d: op(x, layer.weight + d.delta_weight(layer.weight), layer.bias),
+    ):
+        factors = {name: factor.clone().requires_grad_() for name, factor in delta.factors().items()}
+        way(delta.with_factors(factors)).square().mean().backward()
+        found.append({name: factor.grad for name, factor in factors.items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "factor", "split"),
+    [
+        (128, -1, (8, 16)),
+        (250, -1, (10, 25)),
+        (127, -1, (1, 127)),
+        (250, 4, (2, 125)),
+        (360, 16, (15, 24)),
+        (512, 64, (8, 64)),
+        (1, -1, (1, 1)),
+        (6, 0, (1, 6)),
+    ],
+)
+def test_dimensions_are_split_near_the_factor(dimension, factor, split):
+    assert factorise(dimension, factor) == split
+
+
+@pytest.mark.parametrize("alpha", [9999999999.0, 1.0, 0.25, None])
+def test_alpha_means_nothing_beside_two_whole_factors(alpha, tmp_path):
+    """ai-toolkit stores 9999999999."""
+    shape = NAMES["unet.time_embedding.linear_1"]
+    delta = lokr(nn.Linear(shape[1], shape[0]), 1, full=True)
+    key = "lora_unet_time_embedding_linear_1"
+    tensors = {f"{key}.lokr_w1": delta.left, f"{key}.lokr_w2": delta.right}
+    if alpha is not None:
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    read = codecs["kohya"].decode(tensors, {}, NAMES)
+    found = read.modules["unet.time_embedding.linear_1"]
+    assert (found.scale, found.alpha, found.rank) == (1.0, 1.0, None)
+    weight = torch.zeros(shape)
+    torch.testing.assert_close(found.delta_weight(weight), torch.kron(delta.left, delta.right))
+    path = write_adapter(tmp_path / "a.safetensors", Adapter(read.modules, "sd"))[0]
+    assert inspect(path)["kinds"] == {"lokr": 1}
+
+
+GOOD = {"left": (2, 3), "right_up": (3, 2), "right_down": (2, 4)}
+BAD = {
+    "no right": ({"right_up": None, "right_down": None}, "right"),
+    "half a right": ({"right_down": None}, "right_up"),
+    "two lefts": ({"left_up": (2, 2), "left_down": (2, 3)}, "left"),
+    "a core beside a whole factor": (
+        {"right_up": None, "right_down": None, "right": (3, 4), "right_core": (2, 2, 3, 3)},
+        "right_core",
+    ),
+    "a core of another rank": ({"right_core": (3, 2, 3, 3), "right_up": (2, 3)}, "right_core"),
+    "ranks that disagree": ({"right_up": (3, 1)}, "right_up"),
+    "three dimensions": ({"left": (2, 3, 1)}, "left"),
+    "an empty factor": ({"left": (0, 3)}, "left"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_faults_are_found(case):
+    good = LokrDelta.from_factors({name: torch.ones(shape) for name, shape in GOOD.items()}, 1.0)
+    assert list(good.faults((6, 12))) == []
+    changes, told = BAD[case]
+    shapes = {name: shape for name, shape in {**GOOD, **changes}.items() if shape is not None}
+    bad = LokrDelta.from_factors({name: torch.ones(shape) for name, shape in shapes.items()}, 1.0)
+    assert told in [fault.factor for fault in bad.faults((6, 12))]
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (6, 11), (6, 12, 3, 3), (12, 6)])
+def test_a_misfit_to_the_weight_is_found(shape):
+    delta = LokrDelta.from_factors({name: torch.ones(size) for name, size in GOOD.items()}, 1.0)
+    assert {fault.factor for fault in delta.faults(shape)} == {"left"}
+    conv = LokrDelta.from_factors({"left": torch.ones(2, 3), "right": torch.ones(3, 4, 3, 3)}, 1.0)
+    assert [fault.factor for fault in conv.faults((6, 12, 5, 5))][-1] == "right"
+    assert list(conv.faults((6, 12, 3, 3))) == []
+
+
+@pytest.mark.parametrize("alpha", [0.0, -2.0, float("inf")])
+def test_a_bad_alpha_is_found_where_it_matters(alpha):
+    factors = {name: torch.ones(shape) for name, shape in GOOD.items()}
+    assert [fault.factor for fault in LokrDelta.from_factors(factors, alpha).faults()] == ["alpha"]
+    whole = {"left": torch.ones(2, 3), "right": torch.ones(3, 4)}
+    assert list(LokrDelta.from_factors(whole, alpha).faults()) == []
+
+
+@pytest.mark.parametrize("layer_name", ["layer norm", "group norm"])
+def test_a_norm_is_refused(layer_name):
+    with pytest.raises(SettingsError, match="has no rank"):
+        lokr(layer_of(layer_name), 1)
+    with pytest.raises(SettingsError, match="rank 0"):
+        lokr(layer_of("linear"), 0)
+
+
+@pytest.mark.parametrize("missing", ["lokr_w1", "lokr_w2_a", "lokr_w2_b"])
+def test_a_file_that_lacks_a_factor_is_refused_by_its_name(missing):
+    name = "unet.time_embedding.linear_1"
+    tensors, metadata = codecs["kohya"].encode(Adapter({name: random_delta("lokr", NAMES[name], 1)}, "sd"))
+    del tensors[next(key for key in tensors if key.endswith(missing))]
+    with pytest.raises(AdapterError, match=missing):
+        codecs["kohya"].decode(tensors, metadata, NAMES)

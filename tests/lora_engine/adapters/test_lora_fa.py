@@ -1,0 +1,30 @@
+"""LoRA-FA trains `up` alone, and is LoRA in files."""
+
+import torch
+from torch import nn
+
+from lora_engine.adapters import DictTree, LoraDelta, attach, create_adapter
+from lora_engine.formats import inspect, read_adapter, write_adapter
+
+
+def test_training_moves_up_and_leaves_down(tmp_path):
+    torch.manual_seed(0)
+    tree = DictTree({"unet": nn.Sequential(nn.Linear(6, 5))}, "sd")
+    adapter = create_adapter(tree, "*", "lora-fa", 2, generator=torch.Generator().manual_seed(0))
+    with attach(tree, adapter, trainable=True) as attachment:
+        assert [name for name, _ in attachment.named_parameters()] == ["unet.0.up"]
+        optimiser = torch.optim.SGD(attachment.parameters(), 0.1)
+        tree.get_module("unet.0")(torch.randn(3, 6)).square().sum().backward()
+        optimiser.step()
+        after = attachment.adapter()
+    trained, fresh = after.modules["unet.0"], adapter.modules["unet.0"]
+    assert torch.equal(trained.down, fresh.down)
+    assert torch.count_nonzero(trained.up)
+    settled = after.settled()
+    assert type(settled.modules["unet.0"]) is LoraDelta
+    assert torch.equal(
+        settled.modules["unet.0"].delta_weight(torch.zeros(5, 6)), trained.delta_weight(torch.zeros(5, 6))
+    )
+    path = write_adapter(tmp_path / "a.safetensors", settled)[0]
+    assert inspect(path)["kinds"] == {"lora": 1}
+    assert read_adapter(path)[0] == settled

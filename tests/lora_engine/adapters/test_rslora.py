@@ -1,0 +1,27 @@
+"""rsLoRA is LoRA with the alpha that gives its scale."""
+
+import math
+
+import pytest
+import torch
+
+from lora_engine.adapters import DictTree, LoraDelta, create_adapter
+from lora_engine.errors import SettingsError
+
+
+def made(rank, alpha, **options):
+    tree = DictTree({"unet": torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3))})
+    return create_adapter(tree, "*", "rslora", rank, alpha, options=options).modules["unet.0"]
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (4, 1.0), (9, 2.5), (16, None)])
+def test_the_scale_is_alpha_over_the_root_of_the_rank(rank, alpha):
+    delta = made(rank, alpha)
+    assert type(delta) is LoraDelta
+    assert delta.scale == pytest.approx((rank if alpha is None else alpha) / math.sqrt(rank))
+
+
+def test_a_core_can_be_had_and_a_rank_too_large_is_refused():
+    assert made(2, 1.0, tucker=True).mid is not None
+    with pytest.raises(SettingsError, match="rank 17"):
+        made(17, 1.0)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import types
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_engine.errors import AdapterError
+from lora_engine.formats.pickles import PICKLE_LIMITS, is_pickled, read_pickle, unpickled
+
+CONTENT = {
+    "state_dict": {"half": torch.arange(6.0).reshape(2, 3).half(), "turned": torch.arange(6).reshape(2, 3).T},
+    "global_step": 7,
+    "names": ["a", None, True, 1.5, (2, 3)],
+}
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.canary}",))
+
+
+def make_evil(path: Path, canary: Path, how: str) -> Path:
+    evil = {"a": torch.ones(1), "b": Payload(canary)}
+    if how == "raw":
+        path.write_bytes(pickle.dumps(evil, protocol=2))
+    else:
+        torch.save(evil, path, _use_new_zipfile_serialization=how == "archive")
+    return path
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["archive", "legacy"])
+def test_tensors_and_plain_values_are_read(new: bool, tmp_path: Path) -> None:
+    torch.save(CONTENT, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+    found = read_pickle(tmp_path / "x.pt")
+    assert found["global_step"] == 7
+    assert found["names"] == ["a", None, True, 1.5, [2, 3]]
+    for name, tensor in CONTENT["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], tensor)
+        assert found["state_dict"][name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("how", ["archive", pytest.param("legacy", marks=pytest.mark.slow), "raw"])
+def test_a_payload_never_runs(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The switch with which torch would unpickle freely has no say in the child.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    canary = tmp_path / "canary"
+    path = make_evil(tmp_path / "x.ckpt", canary, how)
+    with pytest.raises(AdapterError, match="nothing else is read") as caught:
+        read_pickle(path)
+    assert str(path) in str(caught.value)
+    assert "safetensors" in str(caught.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("how", ["archive", "legacy", "raw"])
+def test_the_payload_works_where_pickles_are_trusted(how: str, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = make_evil(tmp_path / "x.ckpt", canary, how)
+    if how == "raw":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert canary.exists()
+
+
+def test_a_module_beside_the_caller_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('a stranger was imported')")
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    monkeypatch.chdir(tmp_path)
+    assert read_pickle(Path("x.pt"))["a"].tolist() == [1.0]
+
+
+def test_what_the_first_checkpoints_carry_is_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    made = type("ModelCheckpoint", (), {"__module__": name})
+    module.ModelCheckpoint = made  # type: ignore[attr-defined]
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    content = {"state_dict": {"a": torch.ones(1)}, "callbacks": {made: {"best": 1}}, "more": made()}
+    torch.save(content, tmp_path / "x.ckpt")
+    with unpickled(tmp_path / "x.ckpt") as found:
+        assert found.dropped == ("callbacks: type", "more: Inert")
+        assert {key for key, _ in found.content["dict"]} == {"state_dict", "callbacks"}
+
+
+@pytest.mark.parametrize("new", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["archive", "legacy"])
+def test_a_tensor_that_claims_more_than_it_stores_is_refused(new: bool, tmp_path: Path) -> None:
+    # Four bytes in the file, four terabytes once written out.
+    torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+    assert (tmp_path / "x.pt").stat().st_size < 10_000
+    with pytest.raises(AdapterError, match="4000000000000 bytes of tensors"):
+        read_pickle(tmp_path / "x.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limits", "match"),
+    [({"values": 5}, "holds 6 values"), ({"depth": 1}, "holds 2 levels"), ({"tensors": 1}, "holds 2 tensors")],
+)
+def test_what_is_over_a_limit_is_refused(limits: dict[str, int], match: str, tmp_path: Path) -> None:
+    torch.save(CONTENT, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(AdapterError, match=match):
+        read_pickle(tmp_path / "x.pt", limits=replace(PICKLE_LIMITS, **limits))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not honour the limit")
+def test_the_memory_of_the_reader_is_bounded(tmp_path: Path) -> None:
+    torch.save({"numbers": list(range(500_000))}, tmp_path / "x.pt")
+    with pytest.raises(AdapterError, match=r"memory"):
+        read_pickle(tmp_path / "x.pt", limits=replace(PICKLE_LIMITS, memory=1 << 20))
+    assert read_pickle(tmp_path / "x.pt")["numbers"][-1] == 499_999
+
+
+def test_a_reader_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    torch.save(CONTENT, tmp_path / "x.pt")
+    with pytest.raises(AdapterError, match="took more than 0 seconds"):
+        read_pickle(tmp_path / "x.pt", limits=replace(PICKLE_LIMITS, seconds=0))
+
+
+def zipped(path: Path, entries: dict[str, bytes], method: int) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_zip_bomb_is_refused_unread(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.pt", {"x/data.pkl": b"", "x/data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(AdapterError, match="2 entries are compressed"):
+        read_pickle(path)
+
+
+def test_entries_that_claim_more_than_the_file_are_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.pt", {"x/data.pkl": b"abcd"}, zipfile.ZIP_STORED)
+    raw = bytearray(path.read_bytes())
+    central = raw.index(b"PK\x01\x02")
+    for field in (20, 24):
+        raw[central + field : central + field + 4] = (2_000_000_000).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(AdapterError, match="claim 2000000000 bytes"):
+        read_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "no file that torch saved"),
+        (b"PK\x03\x04 and nothing", "archive is damaged"),
+        pytest.param(b"\x80\x02garbage" * 10, "cannot be read", marks=pytest.mark.slow),
+        (b"ustar" * 300, "no file that torch saved"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(content: bytes, match: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.pt").write_bytes(content)
+    with pytest.raises(AdapterError, match=match) as caught:
+        read_pickle(tmp_path / "broken.pt")
+    assert "broken.pt" in str(caught.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no such file"):
+        read_pickle(tmp_path / "none.pt")
+    with pytest.raises(AdapterError, match="not a regular file"):
+        read_pickle(tmp_path)
+
+
+def test_pickles_are_told_from_safetensors_by_their_content(tmp_path: Path) -> None:
+    from safetensors.torch import save
+
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(1)}, buffer)
+    (tmp_path / "a.safetensors").write_bytes(buffer.getvalue())
+    (tmp_path / "b.safetensors").write_bytes(save({"a": torch.ones(1)}))
+    assert is_pickled(tmp_path / "a.safetensors")
+    assert not is_pickled(tmp_path / "b.safetensors")

@@ -1,0 +1,78 @@
+"""What goes through the stage comes out on the disk, byte for byte, however it is cut."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_engine.errors import BaseModelError
+from lora_engine.streaming import stage as stages
+from lora_engine.streaming.blocks import copy_file
+from lora_engine.streaming.stage import LARGEST, OutputStage
+
+MEMORY = Path("/dev/shm")  # a file system that cannot write past the page cache
+
+
+def places(tmp_path):
+    return [tmp_path / "out", *([MEMORY / f"stage-{os.getpid()}"] if MEMORY.is_dir() else [])]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_pieces_of_any_size_arrive_in_order(direct, tmp_path, monkeypatch):
+    if not direct:
+        monkeypatch.setattr(stages, "_DIRECT", 0)
+    draw = random.Random(0)
+    content = draw.randbytes(1 << 20)
+    source = tmp_path / "source"
+    source.write_bytes(content)
+    for place in places(tmp_path):
+        expected = bytearray()
+        with place.open("wb") as file, source.open("rb") as read:
+            stage = OutputStage(file.fileno())
+            for _ in range(60):
+                first = draw.randrange(len(content))
+                piece = content[first : first + draw.choice([0, 1, 7, 4096, 100_000, 1 << 20])]
+                how = draw.randrange(3)
+                if how == 0:
+                    stage.write(piece)
+                elif how == 1:
+                    stage.copy(read.fileno(), first, first + len(piece))
+                elif piece:
+                    with stage.block(len(piece)) as block:
+                        block.copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
+                expected += piece
+            stage.finish()
+        assert place.read_bytes() == bytes(expected)
+        place.unlink()
+
+
+def test_more_than_the_stage_holds_is_written_and_not_offered_as_a_block(tmp_path):
+    content = random.Random(1).randbytes(LARGEST + 12345)
+    with (tmp_path / "out").open("wb") as file:
+        stage = OutputStage(file.fileno())
+        stage.write(b"123")
+        assert not stage.is_aligned(8, 2)
+        stage.write(b"4")
+        assert stage.is_aligned(8, 2)
+        assert not stage.is_aligned(LARGEST + 2, 2)
+        stage.write(content)
+        stage.finish()
+    assert (tmp_path / "out").read_bytes() == b"1234" + content
+
+
+def test_a_source_that_is_too_short_is_refused(tmp_path):
+    (tmp_path / "source").write_bytes(b"1234")
+    with (tmp_path / "out").open("wb") as file, (tmp_path / "source").open("rb") as source:
+        stage = OutputStage(file.fileno())
+        with pytest.raises(BaseModelError, match="ended at byte 4"):
+            stage.copy(source.fileno(), 0, 5)
+
+
+def test_whole_files_are_copied(tmp_path):
+    content = random.Random(2).randbytes(300_001)
+    (tmp_path / "source").write_bytes(content)
+    with (tmp_path / "out").open("wb") as file:
+        copy_file(tmp_path / "source", file.fileno())
+    assert (tmp_path / "out").read_bytes() == content

@@ -1,0 +1,152 @@
+"""PEFT's merges and ours agree where PEFT merges deltas; where it or kohya's scripts go wrong is pinned."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_engine.adapters import Adapter, LoraDelta
+from lora_engine.merging.concatenate import concatenate
+from lora_engine.merging.dare import dare, dare_ties
+from lora_engine.merging.merge import merge_adapters
+from lora_engine.merging.prune import magnitude_prune
+from lora_engine.merging.spec import parse_options
+from lora_engine.merging.ties import ties
+
+LAYERS = {"linear": (lambda: nn.Linear(12, 10), (10, 12)), "conv": (lambda: nn.Conv2d(4, 6, 3), (6, 4, 3, 3))}
+NAMES, RANKS, ALPHAS = ("first", "second"), (3, 3), (5.0, 6.0)
+
+
+def two_adapters(layer, **more):
+    """A layer with two adapters under PEFT, and the same adapters as ours."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYERS[layer][0]())
+    configs = [
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False, **more)
+        for rank, alpha in zip(RANKS, ALPHAS, strict=True)
+    ]
+    theirs = get_peft_model(model, configs[0], "first")
+    theirs.add_adapter("second", configs[1])
+    module = theirs.base_model.model[0]
+    ours = []
+    for name, alpha in zip(NAMES, ALPHAS, strict=True):
+        down, up = module.lora_A[name].weight.detach().clone(), module.lora_B[name].weight.detach().clone()
+        ours.append(Adapter({"unet.0": LoraDelta(down, up, alpha)}))
+    return theirs, ours
+
+
+def their_merge(theirs, weights, how, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.add_weighted_adapter(list(NAMES), weights, "merged", combination_type=how, **more)
+    return theirs.base_model.model[0].get_delta_weight("merged").detach()
+
+
+def our_merge(ours, weights, method, layer, **options):
+    merged, _ = merge_adapters(ours, weights, parse_options(method, options))
+    return merged.modules["unet.0"].delta_weight(torch.zeros(LAYERS[layer][1]))
+
+
+def dense(adapter, layer):
+    return adapter.modules["unet.0"].delta_weight(torch.zeros(LAYERS[layer][1]))
+
+
+def apart(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, -0.5]])
+def test_cat_agrees_with_peft(layer, weights):
+    theirs, ours = two_adapters(layer)
+    expected = their_merge(theirs, weights, "cat")
+    for method in ("concatenate", "linear"):
+        torch.testing.assert_close(our_merge(ours, weights, method, layer), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_svd_agrees_with_peft(layer):
+    theirs, ours = two_adapters(layer)
+    expected = their_merge(theirs, [0.7, 0.3], "svd", svd_rank=2)
+    torch.testing.assert_close(our_merge(ours, [0.7, 0.3], "svd", layer, rank=2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("theirs_name", "name"), [("ties_svd", "ties"), ("magnitude_prune_svd", "magnitude-prune")])
+def test_dense_merges_agree_with_peft(layer, theirs_name, name):
+    theirs, ours = two_adapters(layer)
+    full = min(LAYERS[layer][1][0], LAYERS[layer][1][1] * 9)
+    expected = their_merge(theirs, [0.6, 0.6], theirs_name, density=0.5, svd_rank=full)
+    found = our_merge(ours, [0.6, 0.6], name, layer, density=0.5, kind="full")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("how", "ours_of"), [("dare_linear_svd", dare), ("dare_ties_svd", dare_ties)])
+def test_dare_agrees_with_peft_where_the_masks_are_the_same(how, ours_of, monkeypatch):
+    theirs, ours = two_adapters("linear")
+    masks = [torch.rand(10, 12, generator=torch.Generator().manual_seed(seed)) < 0.6 for seed in (1, 2)]
+    drawn = iter(masks)
+    with monkeypatch.context() as patch:
+        # PEFT draws from the global generator; both sides are given the same masks.
+        patch.setattr(torch, "bernoulli", lambda chances, **_: next(drawn).to(chances.dtype))
+        expected = their_merge(theirs, [0.6, 0.6], how, density=0.6, svd_rank=10)
+    more = {"scale": 1.0} if ours_of is dare_ties else {}
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    found = ours_of([dense(one, "linear") for one in ours], [0.6, 0.6], density=0.6, generators=generators, **more)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pefts_linear_merges_factors_and_is_not_the_weighted_sum():
+    theirs, ours = two_adapters("linear")
+    wanted = 0.7 * dense(ours[0], "linear") + 0.3 * dense(ours[1], "linear")
+    assert apart(their_merge(theirs, [0.7, 0.3], "linear"), wanted) > 0.2
+    assert apart(our_merge(ours, [0.7, 0.3], "linear", "linear"), wanted) < 1e-6
+
+
+def test_pefts_ties_on_factors_is_not_ties():
+    theirs, ours = two_adapters("linear")
+    wanted = ties([dense(one, "linear") for one in ours], [1.0, 1.0], density=0.5, scale=1.0)
+    assert apart(their_merge(theirs, [1.0, 1.0], "ties", density=0.5), wanted) > 0.2
+
+
+def test_peft_elects_signs_before_the_weights_so_that_a_subtracted_adapter_votes_for_itself():
+    theirs, ours = two_adapters("linear")
+    found = their_merge(theirs, [1.0, -1.0], "ties_svd", density=1.0 - 1e-9, svd_rank=10)
+    first, second = (dense(one, "linear") for one in ours)
+    negated = ties([first, -second], [1.0, 1.0], density=1.0, scale=1.0)
+    weighted = ties([first, second], [1.0, -1.0], density=1.0, scale=1.0)
+    assert torch.equal(weighted, negated)
+    assert apart(found, negated) > 0.2
+
+
+def test_pefts_rslora_cat_is_too_strong_by_the_root_of_the_new_rank():
+    theirs, _ = two_adapters("linear", use_rslora=True)
+    module = theirs.base_model.model[0]
+    wanted = 0.7 * module.get_delta_weight("first").detach() + 0.3 * module.get_delta_weight("second").detach()
+    found = their_merge(theirs, [0.7, 0.3], "cat")
+    torch.testing.assert_close(found, sum(RANKS) ** 0.5 * wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "factor"), [(1.0, 0.5), (0.5, 0.25)])
+def test_kohyas_concatenation_is_too_weak(ratio, factor):
+    # networks/merge_lora.py --concat (sd-scripts, February 2026) puts factors side by side, multiplies both of a pair
+    # by the ratio, and keeps the first alpha beside the summed rank: ratio^2 alpha / (2 r) for ratio alpha / r.
+    one, two = (LoraDelta(torch.randn(4, 6), torch.randn(5, 4), 4.0) for _ in range(2))
+    kohya = LoraDelta(
+        torch.cat([ratio * one.down, ratio * two.down]), torch.cat([ratio * one.up, ratio * two.up], dim=1), one.alpha
+    )
+    zeros = torch.zeros(5, 6)
+    wanted = ratio * (one.delta_weight(zeros) + two.delta_weight(zeros))
+    torch.testing.assert_close(kohya.delta_weight(zeros), factor * wanted)
+    ours = concatenate([Adapter({"unet.0": delta}) for delta in (one, two)], [ratio, ratio])
+    torch.testing.assert_close(ours.modules["unet.0"].delta_weight(zeros), wanted)
+
+
+def test_magnitude_pruning_of_two_is_the_sum_of_the_pruned():
+    _, ours = two_adapters("linear")
+    deltas = [dense(one, "linear") for one in ours]
+    each = [magnitude_prune([delta], [0.5], density=0.3) for delta in deltas]
+    torch.testing.assert_close(magnitude_prune(deltas, [0.5, 0.5], density=0.3), sum(each))
+    assert [int((part != 0).sum()) for part in each] == [36, 36]
