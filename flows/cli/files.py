@@ -67,6 +67,9 @@ def convert(
     rank: Annotated[int | None, typer.Option(min=1, help="Of an approximation, the largest.")] = None,
     energy: Annotated[float | None, typer.Option(help="Of an approximation: share to keep, up to 1.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Of a whole model: a folder that has the tokenizer.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Of a whole model: a diffusers folder with the settings of its structure.")
+    ] = None,
     without_tokenizer: Annotated[bool, typer.Option(help="Write a whole model without a tokenizer.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +80,13 @@ def convert(
 
     if is_checkpoint(file):
         done = convert_model(
-            file, output, to, architecture=base, tokenizer=tokenizer, without_tokenizer=without_tokenizer
+            file,
+            output,
+            to,
+            architecture=base,
+            config=config,
+            tokenizer=tokenizer,
+            without_tokenizer=without_tokenizer,
         )
     else:
         wanted = {"rank": rank, "energy": energy} if approximate else None

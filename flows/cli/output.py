@@ -19,10 +19,10 @@ def home_path() -> Path:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output; registry entities become plain objects."""
+    """One JSON document on standard output; registry entities become plain objects, paths become texts."""
     from registry.entities import to_json
 
-    print(json.dumps(to_json(value), indent=2, ensure_ascii=False))
+    print(json.dumps(to_json(value), indent=2, ensure_ascii=False, default=os.fspath))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:

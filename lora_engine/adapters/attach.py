@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
-from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, bias_of, innermost
+from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, bias_of, innermost, is_adaptable
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import ModuleTree, as_tree, module_shapes, weight_shape
 from lora_engine.errors import AdapterError, SettingsError
@@ -242,7 +242,7 @@ def check_fit(base: Base, adapter: Adapter) -> None:
         raise AdapterError("the adapter has no modules", remedy="check the file that it came from")
     for name, delta in adapter.modules.items():
         layer = innermost(tree.get_module(name))
-        if not isinstance(layer, ADAPTABLE):
+        if not is_adaptable(layer):
             raise AdapterError(
                 f"a layer of type {type(layer).__name__!r} cannot carry an adapter",
                 where=name,

@@ -18,7 +18,19 @@ from lora_engine.errors import AdapterError
 if TYPE_CHECKING:
     from lora_engine.adapters.delta import Delta
 
-ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether a layer can carry an adapter: one of the types `ADAPTABLE` that has a weight, or diffusers' `RMSNorm`."""
+    return (isinstance(layer, ADAPTABLE) or _is_rms_norm(layer)) and layer.weight is not None
+
+
+def _is_rms_norm(layer: nn.Module) -> bool:
+    # diffusers has a class of its own, beside torch's, which is not worth importing diffusers for.
+    return isinstance(layer, nn.RMSNorm) or (
+        type(layer).__name__ == "RMSNorm" and type(layer).__module__.startswith("diffusers.")
+    )
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ class LayerOp:
             return cls(other=partial(_layer_norm, tuple(layer.normalized_shape), layer.eps))
         if isinstance(layer, nn.GroupNorm):
             return cls(other=partial(_group_norm, layer.num_groups, layer.eps))
+        if _is_rms_norm(layer):
+            return cls(other=partial(_rms_norm, layer.weight.shape, layer.eps))  # type: ignore[arg-type]
         raise AdapterError(
             f"a layer of type {type(layer).__name__!r} cannot carry an adapter",
             allowed=", ".join(kind.__name__ for kind in ADAPTABLE),
@@ -83,6 +97,11 @@ def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, b
 
 def _group_norm(groups: int, eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.group_norm(x, groups, weight, bias, eps)
+
+
+def _rms_norm(shape: tuple[int, ...], eps: float | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = F.rms_norm(x, shape, weight, eps)
+    return out if bias is None else out + bias
 
 
 class AdaptedLayer(nn.Module):

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import nn
 
-from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, innermost
+from lora_engine.adapters.layer import AdaptedLayer, innermost, is_adaptable
 from lora_engine.errors import AdapterError
 
 _LEVEL = "text_model."
@@ -109,7 +109,7 @@ def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(child, AdaptedLayer):
             below = (*below, f"{path}.")
             yield path, innermost(child)
-        elif isinstance(child, ADAPTABLE) and child.weight is not None:
+        elif is_adaptable(child):
             yield path, child
 
 

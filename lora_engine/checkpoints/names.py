@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lora_engine.bases.published import ComponentConfig, empty_module, published
 from lora_engine.checkpoints.text_names import LEVEL, TRANSPOSED, canonical_text_name, open_clip_name
-from lora_engine.checkpoints.unet_names import unet_blocks, unet_name
 from lora_engine.checkpoints.vae_names import CONVOLUTIONS, vae_blocks, vae_name
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.files import canonical_json
+from lora_engine.formats.ldm_names import UnetLayout, original_path
 
 Change = Literal["none", "convolution", "transposed"]
 AVERAGES = "model_ema."
@@ -184,12 +185,10 @@ def is_buffer(name: str) -> bool:
 
 
 def _component_names(component: str, place: Place, config: ComponentConfig) -> list[TensorName]:
-    blocks: dict[str, str] = {}
-    if place.naming in ("unet", "vae"):
-        blocks = (unet_blocks if place.naming == "unet" else vae_blocks)(config.config)
+    original = _path_naming(place, config)
     entries = []
     for name in tensor_shapes(component, config):
-        entry = _entry(component, name, place, blocks)
+        entry = _entry(component, name, place, original)
         if entry is None:
             raise BaseModelError(
                 f"the original layout has no name for the tensor {name!r}",
@@ -201,7 +200,16 @@ def _component_names(component: str, place: Place, config: ComponentConfig) -> l
     return entries
 
 
-def _entry(component: str, name: str, place: Place, blocks: Mapping[str, str]) -> TensorName | None:
+def _path_naming(place: Place, config: ComponentConfig) -> Callable[[str], str | None]:
+    """From diffusers' path of a module to the original one; text encoders name tensors instead."""
+    if place.naming == "unet":
+        return partial(original_path, layout=UnetLayout.of(config.config))
+    if place.naming == "vae":
+        return partial(vae_name, blocks=vae_blocks(config.config))
+    return lambda path: None
+
+
+def _entry(component: str, name: str, place: Place, original: Callable[[str], str | None]) -> TensorName | None:
     if place.naming == "clip":
         return TensorName(component, name, f"{place.prefix}{name}")
     if place.naming == "open_clip":
@@ -211,7 +219,7 @@ def _entry(component: str, name: str, place: Place, blocks: Mapping[str, str]) -
         change: Change = "transposed" if name == TRANSPOSED else "none"
         return TensorName(component, name, f"{place.prefix}{told[0]}", told[1], change)
     path, _, leaf = name.rpartition(".")
-    stored = (unet_name if place.naming == "unet" else vae_name)(path, blocks)
+    stored = original(path)
     if stored is None:
         return None
     linear = place.naming == "vae" and ".attentions." in name and path.endswith(CONVOLUTIONS) and leaf == "weight"

@@ -17,6 +17,7 @@ from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
 from lora_engine.formats.spelling import LYCORIS
 
+_OTHERWISE = ("ia3", "oft", "boft")
 _PREFIXES = tuple(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes)
 # In these names alone; the others are those of diffusers' format and our own too.
 _TELLING = re.compile(
@@ -30,7 +31,8 @@ class ComfyuiCodec(KohyaCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
     name: ClassVar[str] = "comfyui"
-    style = KohyaCodec.style.limited("ComfyUI", [kind for kind in LYCORIS.spellings if kind != "ia3"])
+    # ComfyUI reads no (IA)3; of OFT and BOFT it applies the strength twice and overlooks the constraint.
+    style = KohyaCodec.style.limited("ComfyUI", [kind for kind in LYCORIS.spellings if kind not in _OTHERWISE])
     transformers = COMFYUI_DIT
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:

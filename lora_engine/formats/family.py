@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from lora_engine.adapters import Delta, LoraDelta
+from lora_engine.adapters import Delta, DoraDelta, FullDelta, LohaDelta, LokrDelta, LoraDelta
 from lora_engine.formats.dit_names import dit_family, told_family
 
 FAMILY = "loraline.base"
@@ -47,4 +47,14 @@ def context_widths(modules: Mapping[str, Delta]) -> list[int]:
     """Widths of the text that the U-Net's cross attention reads, as the adapter's factors tell them."""
     wanted = (".attn2.to_k", ".attn2.to_v")
     found = (delta for name, delta in modules.items() if name.startswith("unet.") and name.endswith(wanted))
-    return [delta.down.shape[1] for delta in found if isinstance(delta, LoraDelta)]
+    return [width for delta in found if (width := _inputs(delta)) is not None]
+
+
+def _inputs(delta: Delta) -> int | None:
+    if isinstance(delta, DoraDelta):
+        return _inputs(delta.inner)
+    if isinstance(delta, LoraDelta):
+        return delta.down.shape[1]
+    if isinstance(delta, LohaDelta | LokrDelta):
+        return delta.sides[1]
+    return delta.diff.shape[1] if isinstance(delta, FullDelta) and delta.diff is not None else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -44,6 +45,13 @@ class UnetLayout:
     plain_up: frozenset[int]
     layers: int = 2
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> UnetLayout:
+        """The layout by the settings of a `UNet2DConditionModel`."""
+        up = list(config["up_block_types"])
+        plain = frozenset(level for level, kind in enumerate(up) if "CrossAttn" not in kind)
+        return cls(len(up), plain, int(config.get("layers_per_block", 2)))
+
 
 LAYOUTS: Mapping[str, UnetLayout] = {
     "sd": UnetLayout(4, frozenset({0})),
@@ -64,7 +72,10 @@ def original_path(path: str, layout: UnetLayout) -> str | None:
             continue
         rest = parts[length:]
         if rest and ".resnets." in path:
-            rest = [_RESNET.get(rest[0], rest[0]), *rest[1:]]
+            # Inside a transformer the two namings agree.
+            if rest[0] not in _RESNET:
+                return None
+            rest = [_RESNET[rest[0]], *rest[1:]]
         return ".".join([block, *rest])
     return None
 

@@ -37,6 +37,8 @@ _ORDER = {
 _RANK = {dtype: place for place, dtype in enumerate(_ORDER)}
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Written at a time: larger pieces make the kernel look for large pages, which often takes longer than filling them.
+_PIECE = 128 << 10
 _AGAIN = "save or download the file again"
 
 
@@ -81,7 +83,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     for chunk in serialize(tensors, metadata):
-        file.write(chunk)
+        for first in range(0, len(chunk), _PIECE):
+            file.write(chunk[first : first + _PIECE])
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

@@ -15,7 +15,7 @@ from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.select import select_modules
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.budget import Budget
-from lora_engine.merging.spectrum import leading_part
+from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.progress import Progress, no_progress
 from lora_engine.streaming.blocks import FLOATS
 from lora_engine.streaming.given import check_same, read_place
@@ -141,8 +141,8 @@ class _Pairs:
     def __init__(self, tuned: StoredModel, base: StoredModel, *, noise_aware: bool) -> None:
         self._tuned, self._base, self._noise_aware = tuned, base, noise_aware
 
-    def difference(self, name: str) -> tuple[Tensor, float | None]:
-        """The difference in float32, and the standard deviation of what rounding may have done to an element of it."""
+    def difference(self, name: str) -> tuple[Tensor, Noise | None]:
+        """The difference in float32, and what rounding may have done to it."""
         one, other = read_place(self._tuned.places[name]), read_place(self._base.places[name])
         difference = one.float().sub_(other.float())
         if not all(math.isfinite(float(end)) for end in torch.aminmax(difference)):
@@ -152,8 +152,9 @@ class _Pairs:
                 allowed="finite weights in both models",
                 remedy="check both files",
             )
-        noise = math.sqrt(rounding_variance(one) + rounding_variance(other)) if self._noise_aware else None
-        return difference, noise
+        if not self._noise_aware or difference.dim() < 2:
+            return difference, None
+        return difference, Noise.of((rounding_variance(one) + rounding_variance(other)).flatten(1))
 
     def is_different(self, name: str) -> bool:
         """Whether the two differ in any bit."""
@@ -174,19 +175,18 @@ class _Pairs:
         return found
 
 
-def rounding_variance(weight: Tensor) -> float:
-    """The mean variance of what rounding to its dtype has done to the elements of a weight.
+def rounding_variance(weight: Tensor) -> Tensor:
+    """The variance of what rounding to its dtype has done to each element of a weight; float64, in its shape.
 
     A number between two powers of two was moved by up to half of the spacing there, evenly: spacing^2 / 12.
     """
     limits = torch.finfo(weight.dtype)
-    exponent = torch.frexp(weight.float()).exponent
-    spacing = torch.exp2(exponent.double()).mul_(limits.eps / 2).clamp_(min=limits.smallest_normal * limits.eps)
-    return float(spacing.square().mean()) / 12
+    spacing = torch.exp2(torch.frexp(weight.float()).exponent.double()).mul_(limits.eps / 2)
+    return spacing.clamp_(min=limits.smallest_normal * limits.eps).square_().div_(12)
 
 
 def _module(
-    difference: Tensor, noise: float | None, budget: Budget | None, kind: str, source: torch.Generator
+    difference: Tensor, noise: Noise | None, budget: Budget | None, kind: str, source: torch.Generator
 ) -> tuple[Delta | None, ExtractedModule]:
     norm = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
     if norm == 0.0:

@@ -17,8 +17,32 @@ from lora_engine.merging.budget import Budget
 _FIRST = 32
 _OVERSAMPLING = 16
 _STEPS = 3
-_SAFETY = 3.27  # 99.9 % point of the Tracy-Widom law, in its own unit
 _LOST = 1e-12  # squared size, beside its block's, of a direction that is only rounding of float32
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How large independent noise in the elements of a matrix may be.
+
+    Attributes:
+        edge: The singular value that noise alone does not reach.
+        energy: The sum of the variances of all elements.
+    """
+
+    edge: float
+    energy: float
+
+    @classmethod
+    def of(cls, variance: Tensor) -> Noise:
+        """The noise of elements of these variances `[m, n]`.
+
+        For equal variances the edge is `sigma (sqrt(m) + sqrt(n))` (Marchenko and Pastur 1967). Rows and columns of a
+        weight are not of one size, and neither is their rounding; in general it is the root of the largest sum of
+        variances in a row, and that in a column (Bandeira and van Handel 2016, theorem 1.1).
+        """
+        wide = variance.double()
+        edge = math.sqrt(float(wide.sum(1).max())) + math.sqrt(float(wide.sum(0).max()))
+        return cls(edge, float(wide.sum()))
 
 
 @dataclass(frozen=True)
@@ -49,7 +73,7 @@ class LeadingPart:
 
 
 def leading_part(
-    matrix: Tensor, budget: Budget | None, *, generator: torch.Generator, noise: float | None = None
+    matrix: Tensor, budget: Budget | None, *, generator: torch.Generator, noise: Noise | None = None
 ) -> LeadingPart:
     """The leading part of a matrix, of the rank that is asked for.
 
@@ -57,8 +81,7 @@ def leading_part(
         matrix: `[m, n]`, float32.
         budget: How much to keep; with a rank alone, or with None, only as much of the spectrum is computed as tells it.
         generator: Where the sketch comes from; on the CPU.
-        noise: Largest standard deviation of the noise of an element; singular values that noise alone explains are
-            dropped, perhaps all. With neither a budget nor noise nothing would say when to stop.
+        noise: The most noise that there may be; singular values that noise alone explains are dropped, perhaps all.
 
     Raises:
         SettingsError: Neither a budget nor noise.
@@ -134,24 +157,14 @@ def whole_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _rotated(basis, basis.T @ matrix)
 
 
-def noise_edge(shape: tuple[int, int] | torch.Size, sigma: float) -> float:
-    """The singular value that noise alone does not reach: independent elements of standard deviation `sigma`.
-
-    `sigma (sqrt(m) + sqrt(n))` (Marchenko and Pastur 1967), and above it the 99.9 % point of how the largest one
-    fluctuates in a finite matrix (Johnstone 2001, theorem 1.1).
-    """
-    small, large = (math.sqrt(side) for side in sorted(shape))
-    spread = (small + large) * (1 / small + 1 / large) ** (1 / 3)
-    return sigma * math.sqrt((small + large) ** 2 + _SAFETY * spread)
-
-
-def _above_noise(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor, sigma: float) -> int:
-    above = int((values > noise_edge(matrix.shape, sigma)).sum())
-    # What is left when all that surely is no noise has gone tells how much noise there is; rounding gives the most.
-    # The parts that have gone took their share of the noise with them.
-    free = (matrix.shape[0] - above) * (matrix.shape[1] - above)
-    measured = _rest(matrix, left[:, :above], values[:above], right[:above]) / math.sqrt(max(free, 1))
-    return int((values > noise_edge(matrix.shape, min(sigma, measured))).sum())
+def _above_noise(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor, noise: Noise) -> int:
+    above = int((values > noise.edge).sum())
+    # What is left when all that surely is no noise has gone tells how much noise there is; the parts that have gone
+    # took their share of it with them.
+    free = (1 - above / matrix.shape[0]) * (1 - above / matrix.shape[1])
+    measured = _rest(matrix, left[:, :above], values[:above], right[:above]) ** 2
+    share = min(1.0, measured / (noise.energy * free)) if free > 0.0 else 1.0
+    return int((values > noise.edge * math.sqrt(share)).sum())
 
 
 def _part(matrix: Tensor, total: float, left: Tensor, values: Tensor, right: Tensor) -> LeadingPart:
@@ -180,7 +193,8 @@ def _orthonormal(columns: Tensor, smallest: float) -> Tensor:
     wide = columns.double()
     squares, vectors = torch.linalg.eigh(wide.T @ wide)
     is_sound = squares > smallest
-    return (wide @ (vectors[:, is_sound] / squares[is_sound].sqrt())).to(columns.dtype)
+    basis: Tensor = wide @ (vectors[:, is_sound] / squares[is_sound].sqrt())
+    return basis.to(columns.dtype)
 
 
 def _rotated(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,9 @@ No model is built and none is held in memory; what an adapter means is said in `
 `checkpoints`.
 """
 
+from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS
 from lora_engine.streaming.fuse import FuseReport, fuse, unfuse
-from lora_engine.streaming.merge import CHECKPOINT_METHODS, CheckpointReport, merge_checkpoints
+from lora_engine.streaming.merge import CheckpointReport, merge_checkpoints
 from lora_engine.streaming.model import StoredModel, open_model
 
 __all__ = [

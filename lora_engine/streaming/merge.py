@@ -128,7 +128,7 @@ def _write(
     models: Sequence[StoredModel],
     method: CheckpointMethod,
     merge: Callable[..., Tensor],
-    note: Mapping[str, str],
+    note: dict[str, str],
     sources: _Sources,
     source: Path,
     target: Path,

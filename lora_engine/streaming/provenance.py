@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_engine.errors import BaseModelError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
@@ -45,8 +46,8 @@ def fused_adapters(metadata: Mapping[str, str], where: Path) -> list[FusedAdapte
         BaseModelError: The header's list is broken.
     """
     try:
-        return [FusedAdapter(**_entry(entry)) for entry in json.loads(metadata.get(FUSED, "[]"))]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return [_entry(entry) for entry in json.loads(metadata.get(FUSED, "[]"))]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BaseModelError(
             f"the list of fused adapters is broken: {error}",
             where=f"{where}: metadata {FUSED!r}",
@@ -65,5 +66,5 @@ def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
     return with_adapters(metadata, [])
 
 
-def _entry(entry: dict[str, object]) -> dict[str, object]:
-    return {"sha256": str(entry["sha256"]), "weight": float(str(entry["weight"])), "title": str(entry.get("title", ""))}
+def _entry(entry: dict[str, Any]) -> FusedAdapter:
+    return FusedAdapter(str(entry["sha256"]), float(entry["weight"]), str(entry.get("title", "")))

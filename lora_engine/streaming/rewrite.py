@@ -31,8 +31,11 @@ class Change(Protocol):
         bound: No element is changed by more than this; infinity where that is not known.
     """
 
-    is_whole: bool
-    bound: float
+    @property
+    def is_whole(self) -> bool: ...  # noqa: D102
+
+    @property
+    def bound(self) -> float: ...  # noqa: D102
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
         """Changes a block in place.

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,6 +23,8 @@ LAYERS = {
     "embedding": lambda: nn.Embedding(6, 4),
     "layer norm": lambda: nn.LayerNorm(6),
     "group norm": lambda: nn.GroupNorm(2, 6),
+    "rms norm": lambda: nn.RMSNorm(6),
+    "rms norm of diffusers": lambda: RMSNorm(6, eps=1e-6),
 }
 
 
@@ -38,7 +41,7 @@ def input_of(layer, seed=0):
         return torch.randn(2, layer.in_channels, 8, 8, generator=generator)
     if isinstance(layer, nn.GroupNorm):
         return torch.randn(3, layer.num_channels, 5, generator=generator)
-    width = layer.in_features if isinstance(layer, nn.Linear) else layer.normalized_shape[0]
+    width = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
     return torch.randn(3, 7, width, generator=generator)
 
 

@@ -9,7 +9,7 @@ from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import write_adapter
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.extract import extract, rounding_variance
-from lora_engine.merging.spectrum import leading_part, noise_edge, sketched_svd, whole_svd
+from lora_engine.merging.spectrum import Noise, leading_part, sketched_svd, whole_svd
 from lora_engine.streaming import fuse
 
 SHAPES = {
@@ -116,14 +116,22 @@ def test_modules_that_only_differ_by_rounding_are_left_out(tmp_path):
         extract(tmp_path / "base.safetensors", tmp_path / "base.safetensors", rank=4)
 
 
-def test_the_noise_is_measured_from_the_weights():
-    weight = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("shape", [(400, 500), (64, 800)])
+def test_the_noise_is_measured_from_the_weights(shape):
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=draw) * torch.rand(shape[0], 1, generator=draw)  # rows are not of one size
     for dtype in (torch.bfloat16, torch.float16):
-        noise = weight.to(dtype).float() - weight
-        assert rounding_variance(weight.to(dtype)) == pytest.approx(float(noise.square().mean()), rel=0.02)
-        edge = noise_edge(weight.shape, rounding_variance(weight.to(dtype)) ** 0.5)
-        largest = float(torch.linalg.matrix_norm(noise, 2))
-        assert 0.95 * edge < largest < edge
+        rounding = weight.to(dtype).float() - weight
+        variance = rounding_variance(weight.to(dtype))
+        noise = Noise.of(variance)
+        assert noise.energy == pytest.approx(float(rounding.square().sum()), rel=0.03)
+        assert 0.75 * noise.edge < float(torch.linalg.matrix_norm(rounding, 2)) < noise.edge
+
+
+def test_equal_noise_has_the_edge_of_marchenko_and_pastur():
+    noise = Noise.of(torch.full((40, 90), 0.25))
+    assert noise.edge == pytest.approx(0.5 * (40**0.5 + 90**0.5))
+    assert noise.energy == pytest.approx(900.0)
 
 
 def test_convolutions_are_truncated_like_their_dense_matrix(tmp_path):

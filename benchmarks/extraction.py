@@ -1,0 +1,111 @@
+"""Extraction at rank 32 against a full singular value decomposition, on the shapes of Stable Diffusion 1.5's U-Net.
+
+    python -m benchmarks.extraction [--rank 32] [--rounds 3] [--all] [--at-least 10]
+
+Processor time, one thread, rounds interleaved; the median of each. For each shape, a difference with a falling
+spectrum (singular value k of size 1 / k) under Gaussian noise, and pure Gaussian noise, which is the hardest; `error`
+is the Frobenius error over the least possible one. Without `--all`, one shape of each group that matters: the totals
+are weighted by how often each shape occurs among the linear and convolution layers, and shapes that were left out count
+as the nearest measured one by number of elements times the smaller side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.bases.published import published_module_shapes
+from lora_engine.merging.budget import Budget
+from lora_engine.merging.spectrum import leading_part
+
+USUAL = (
+    (320, 320), (768, 320), (320, 2880), (640, 640), (640, 768), (640, 5760), (1280, 1280), (1280, 768),
+    (1280, 5120), (1280, 11520), (10240, 1280),
+)  # fmt: skip
+
+
+def shapes() -> Counter[tuple[int, int]]:
+    """Shape of the matrix of every linear and convolution layer of the U-Net, and how often it occurs."""
+    found: Counter[tuple[int, int]] = Counter()
+    for name, shape in published_module_shapes("sd15").items():
+        if name.startswith("unet.") and len(shape) in (2, 4):
+            found[shape[0], torch.Size(shape[1:]).numel()] += 1
+    return found
+
+
+def differences(shape: tuple[int, int], draw: torch.Generator) -> dict[str, Tensor]:
+    size = min(*shape, 256)
+    left, right = torch.randn(shape[0], size, generator=draw), torch.randn(size, shape[1], generator=draw)
+    falling = (left / torch.arange(1, size + 1)) @ right
+    noise = torch.randn(shape, generator=draw)
+    return {"falling": falling + 0.02 * noise, "noise": noise}
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(0)
+    errors, full, ours = {}, [], []
+    for name, matrix in differences(shape, draw).items():
+        for _ in range(rounds if name == "falling" else 1):
+            seconds, (_, values, _) = timed(lambda: torch.linalg.svd(matrix, full_matrices=False))
+            full.append(seconds)
+            seconds, part = timed(lambda: leading_part(matrix, Budget(rank=rank), generator=draw))
+            ours.append(seconds)
+        least = float(values[rank:].double().square().sum()) ** 0.5
+        rest = torch.addmm(matrix, part.left * part.values, part.right, alpha=-1.0)
+        errors[name] = round(float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / least, 5)
+    ratios = [one / other for one, other in zip(full, ours, strict=True)]
+    return {
+        "shape": shape,
+        "full_ms": round(1000 * statistics.median(full), 1),
+        "ours_ms": round(1000 * statistics.median(ours), 1),
+        "faster": round(statistics.median(ratios), 1),
+        "error": errors,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--all", action="store_true", help="measure every shape (a quarter of an hour)")
+    parser.add_argument("--at-least", type=float, help="fail where the weighted ratio is smaller")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    counts = shapes()
+    wanted = [shape for shape in sorted(counts) if chosen.all or shape in USUAL]
+    found = {}
+    for shape in wanted:
+        found[shape] = measure(shape, chosen.rank, chosen.rounds) | {"layers": counts[shape]}
+        print(json.dumps(found[shape]), flush=True)
+    totals = {"full_ms": 0.0, "ours_ms": 0.0}
+    for shape, count in counts.items():
+        near = found[min(found, key=lambda other: abs(cost(other) - cost(shape)))]
+        for name in totals:
+            totals[name] += count * near[name] * cost(shape) / cost(near["shape"])
+    ratio = totals["full_ms"] / totals["ours_ms"]
+    worst = max(error for entry in found.values() for error in entry["error"].values())
+    print(json.dumps({"all_layers": totals, "faster": round(ratio, 1), "largest_error": worst}))
+    if chosen.at_least is not None and ratio < chosen.at_least:
+        raise SystemExit(f"{ratio:.1f} times as fast is less than {chosen.at_least}")
+
+
+def cost(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1] * min(shape)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The verbs on files, on real files: a small base of the real blocks, adapters of several kinds, whole models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import SpecError
+from lora_engine.adapters import Adapter, create_adapter
+from lora_engine.bases.base import load_base
+from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.errors import AdapterError, BaseModelError, EngineError, SettingsError
+from lora_engine.formats import read_adapter, write_adapter
+from lora_engine.merging.spec import SPECS
+from lora_engine.streaming import CHECKPOINT_METHODS
+
+COMPONENT = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    base = load_base(str(write_untrained_base(folder / "base", "small-sd")))
+    for seed, kind in enumerate(("lora", "lokr", "dora")):
+        generator = torch.Generator().manual_seed(seed)
+        fresh = create_adapter(base, ["attention", "text"], kind, 2, generator=generator)
+        moved = {name: delta.with_factors(_moved(delta.factors(), generator)) for name, delta in fresh.modules.items()}
+        write_adapter(folder / f"{kind}.safetensors", Adapter(moved, fresh.base, fresh.fingerprint))
+    return folder
+
+
+def _moved(factors: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in factors.items()}
+
+
+def say(*arguments: object) -> str:
+    result = run(*arguments)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def told(*arguments: object) -> Any:
+    return json.loads(say(*arguments, "--json"))
+
+
+def test_inspect_says_what_a_file_is(files: Path) -> None:
+    adapter = told("inspect", files / "lokr.safetensors")
+    assert (adapter["format"], adapter["family"], list(adapter["kinds"])) == ("loraline", "sd", ["lokr"])
+    assert "lokr" in say("inspect", files / "lokr.safetensors")
+    model = told("inspect", files / "base")
+    assert model["layout"] == "diffusers"
+
+
+def test_validate_counts_and_compares_with_a_base(files: Path) -> None:
+    counted = told("validate", files / "lora.safetensors", "--base", files / "base")
+    assert counted == {"modules": told("inspect", files / "lora.safetensors")["kinds"]["lora"]}
+    assert "whole" in say("validate", files / "lora.safetensors")
+    with pytest.raises(AdapterError, match="the base"):
+        say("validate", files / "lora.safetensors", "--base", "sdxl")
+    with pytest.raises(BaseModelError, match="flux"):
+        say("validate", files / "lora.safetensors", "--base", "nothing")
+
+
+def test_convert_writes_what_others_read_and_says_what_is_lost(files: Path, tmp_path: Path) -> None:
+    done = told("convert", files / "lora.safetensors", "--to", "kohya", "-o", tmp_path / "k.safetensors")
+    assert [Path(entry["file"]).name for entry in done["files"]] == ["k.safetensors"]
+    assert read_adapter(tmp_path / "k.safetensors")[0] == read_adapter(files / "lora.safetensors")[0]
+    arguments = ("convert", files / "lokr.safetensors", "--to", "diffusers", "-o", tmp_path / "d")
+    with pytest.raises(AdapterError, match="cannot hold"):
+        say(*arguments)
+    near = told(*arguments, "--approximate", "--rank", 2, "--base", files / "base")["approximation"]
+    assert 0 < near["retained"] < 1
+    assert near["modules"].keys() == read_adapter(tmp_path / "d")[0].modules.keys()
+    assert "approximated" in say(*arguments, "--approximate", "--rank", 2, "--base", files / "base")
+    with pytest.raises(SettingsError, match="kohya"):
+        say("convert", files / "lora.safetensors", "--to", "kohia", "-o", tmp_path / "x")
+
+
+@pytest.mark.parametrize("method", [name for name in SPECS if name not in ("concatenate", "svd", "learned")])
+def test_every_method_merges_adapters_of_different_kinds(files: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out.safetensors"
+    report = told("merge", files / "lora.safetensors:0.5", files / "lokr.safetensors", "-m", method, "-o", out)
+    assert set(report["modules"]) <= set(read_adapter(files / "lora.safetensors")[0].modules)
+    assert read_adapter(out)[1].recipe["method"] == method
+
+
+def test_merge_takes_settings_and_names_every_method(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    arguments = ("merge", files / "lora.safetensors", files / "lora.safetensors", "-o", out)
+    assert "modules (lora)" in say(*arguments)
+    say(*arguments, "-m", "dare", "--set", "density=0.3", "--set", "rank=2", "--seed", 4)
+    recipe = read_adapter(out)[1].recipe
+    assert recipe["options"] == {"density": 0.3, "rank": 2}
+    assert recipe["seed"] == 4
+    with pytest.raises(EngineError, match="density"):
+        say(*arguments, "-m", "dare", "--set", "density=3")
+    with pytest.raises(SpecError, match="NAME=VALUE"):
+        say(*arguments, "--set", "density")
+    with pytest.raises(SpecError, match="FILE:WEIGHT"):
+        say("merge", "a:b", "-o", out)
+    helped = " ".join(run("merge", "--help").stdout.split())
+    assert all(name in helped for name in (*SPECS, *CHECKPOINT_METHODS))
+
+
+def test_kinds_that_need_the_base_say_so_and_take_it(files: Path, tmp_path: Path) -> None:
+    arguments = ("merge", files / "dora.safetensors", files / "lora.safetensors", "-m", "linear", "-o", tmp_path / "o")
+    with pytest.raises(AdapterError, match="base"):
+        say(*arguments)
+    assert told(*arguments, "--base", files / "base")["modules"]
+
+
+def test_resize_says_what_is_kept(files: Path, tmp_path: Path) -> None:
+    report = told("resize", files / "lora.safetensors", "--rank", 1, "-o", tmp_path / "r.safetensors")
+    assert {entry["rank"] for entry in report["modules"].values()} == {1}
+    adapter, card = read_adapter(tmp_path / "r.safetensors")
+    assert {delta.rank for delta in adapter.modules.values()} == {1}
+    assert card.recipe["resized"]["retained_energy"] == pytest.approx(report["retained"], abs=1e-6)
+    with pytest.raises(AdapterError, match="lokr"):
+        say("resize", files / "lokr.safetensors", "--rank", 1, "-o", tmp_path / "x.safetensors")
+    shown = say("resize", files / "lokr.safetensors", "--rank", 1, "--others", "lora", "-o", tmp_path / "x.safetensors")
+    assert "of the squared norm is kept" in shown
+
+
+def test_fuse_take_out_and_extract_go_round(files: Path, tmp_path: Path) -> None:
+    adapters = (f"{files / 'lora.safetensors'}:0.7", files / "lokr.safetensors")
+    fused = told("fuse", files / "base", *adapters, "-o", tmp_path / "fused")
+    assert fused["fingerprint"] == "same"
+    before, after = load_file(files / "base" / COMPONENT), load_file(tmp_path / "fused" / COMPONENT)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    back = told(
+        "fuse", tmp_path / "fused", *adapters, "-o", tmp_path / "back", "--take-out", "--original", files / "base"
+    )
+    assert back["difference"] < 1e-6
+    say("extract", tmp_path / "fused", "--base", files / "base", "--energy", 1.0, "-o", tmp_path / "found.safetensors")
+    found = read_adapter(tmp_path / "found.safetensors")[0]
+    for name, delta in found.modules.items():
+        if name.startswith("unet."):
+            weight = before[f"{name.removeprefix('unet.')}.weight"]
+            change = after[f"{name.removeprefix('unet.')}.weight"] - weight
+            torch.testing.assert_close(delta.delta_weight(weight), change, rtol=1e-4, atol=1e-6)
+
+
+def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> None:
+    write_untrained_base(tmp_path / "a", "sd15", seed=1)
+    told("convert", tmp_path / "a", "--to", "ldm", "-o", tmp_path / "a.safetensors", "--base", "sd15")
+    assert told("inspect", tmp_path / "a.safetensors")["architecture"] == "sd15"
+    assert "tensors" in say("validate", tmp_path / "a.safetensors")
+    done = told(
+        "merge", tmp_path / "a.safetensors:0.25", tmp_path / "a.safetensors:0.75", "-o", tmp_path / "m.safetensors"
+    )
+    first, merged = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "m.safetensors")
+    assert done["tensors"] + done["kept"] == len(first)
+    for name, tensor in first.items():
+        torch.testing.assert_close(merged[name], tensor)
+    arguments = ("convert", tmp_path / "a.safetensors", "--to", "diffusers", "--config", tmp_path / "a")
+    again = told(*arguments, "--tokenizer", tmp_path / "a", "-o", tmp_path / "again")
+    assert any(entry["file"].endswith(COMPONENT) for entry in again["files"])
+    assert load_file(tmp_path / "again" / COMPONENT).keys() == load_file(tmp_path / "a" / COMPONENT).keys()
+
+
+def test_an_embedding_is_inspected_and_validated(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.randn(2, 768)}, tmp_path / "zorb.safetensors")
+    (word,) = told("inspect", tmp_path / "zorb.safetensors")["embeddings"]
+    assert (word["token"], word["vectors"]) == ("zorb", 2)
+    assert told("validate", tmp_path / "zorb.safetensors") == {"embeddings": 1}
