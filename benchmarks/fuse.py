@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -127,7 +128,9 @@ def run_child(role: str, base: Path, adapter: Path, output: Path) -> None:
         checkpoint_names("sd15")  # diffusers builds its networks, without weights, to know their names
     if role == "fuse":
         fuse(base, [(adapter, 0.8)], output)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # What `getrusage` tells begins with the parent's peak; this does not.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(1024 * int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def remove(path: Path) -> None:

@@ -26,12 +26,12 @@ from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.data.pixels import write_png
 from lora_engine.files import sha256_file
+from lora_engine.seeds import generator
 from lora_engine.training.examples import Encoder, Example
 from lora_engine.training.guards import gradients_off
 from lora_engine.training.loop import FitOptions, fit
 from lora_engine.training.methods import Workbench, methods
 from lora_engine.training.phases import Phase
-from lora_engine.training.seeds import generator
 from lora_engine.training.spec import TrainSettings
 
 

@@ -1,19 +1,10 @@
 """Adapter files of all formats, over the one canonical adapter."""
 
-from lora_engine.formats import lora_names as lora_names  # a new kind adds its spellings with a line like this
+from lora_engine.formats import spellings as spellings
+from lora_engine.formats import transformers as transformers
 
-from lora_engine.formats import loha_names as loha_names  # isort: skip
-from lora_engine.formats import lokr_names as lokr_names  # isort: skip
-from lora_engine.formats import dora_names as dora_names  # isort: skip  # after the kinds that it wraps
-from lora_engine.formats import full_names as full_names
-from lora_engine.formats import ia3_names as ia3_names
-from lora_engine.formats import oft_names as oft_names
-from lora_engine.formats import replacement_names as replacement_names
-
-from lora_engine.formats import fused_kinds as fused_kinds  # isort: skip
-from lora_engine.formats import flux as flux  # isort: skip  # a new family of transformers adds its names
-from lora_engine.formats import sd3 as sd3  # isort: skip
-from lora_engine.formats import kohya as kohya  # isort: skip  # and a new format its codec; detection asks in this order
+# A new format adds its codec with a line like these; detection asks in this order.
+from lora_engine.formats import kohya as kohya  # isort: skip
 from lora_engine.formats import bfl as bfl  # isort: skip
 from lora_engine.formats import kohya_like as kohya_like  # isort: skip
 from lora_engine.formats import comfyui as comfyui  # isort: skip

@@ -15,10 +15,10 @@ from lora_engine.adapters import Adapter, Delta
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Names, TensorCodec, codecs
-from lora_engine.formats.dit import Blocks, Dit, NameTable
-from lora_engine.formats.dit_names import Found
-from lora_engine.formats.flux import FLUX
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style, TableSpelling
+from lora_engine.formats.transformers.dit import Blocks, Dit, NameTable
+from lora_engine.formats.transformers.flux import FLUX
+from lora_engine.formats.transformers.names import Found
 
 _PREFIX = r"(?:(?:model\.)?diffusion_model\.|transformer\.)?"
 _BLOCKS = r"(?:double|single)_blocks\.\d+\."

@@ -20,9 +20,9 @@ from lora_engine.formats.card import Card
 from lora_engine.formats.cloneofsimo_order import CLASSES, CONVOLUTIONS, classes_for, counted
 from lora_engine.formats.codec import Names, TensorCodec, codecs
 from lora_engine.formats.diffusers import without_core
-from lora_engine.formats.dit_names import folded
 from lora_engine.formats.naming import MODULES, listed_modules
 from lora_engine.formats.spelling import Style, TableSpelling
+from lora_engine.formats.transformers.names import folded
 
 _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd2"}

@@ -15,10 +15,10 @@ from lora_engine.adapters import Adapter, Delta
 from lora_engine.adapters.tree import near_names
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
-from lora_engine.formats.dit_names import DitWriting, find_modules, refuse_unsupported
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.spelling import Group, Style, group_tensors
+from lora_engine.formats.transformers.names import DitWriting, find_modules, refuse_unsupported
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Registry
 

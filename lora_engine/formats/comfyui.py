@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import codecs
-from lora_engine.formats.dit_names import COMFYUI_DIT, is_dit
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
 from lora_engine.formats.spelling import LYCORIS
+from lora_engine.formats.transformers.names import COMFYUI_DIT, is_dit
 
 _OTHERWISE = ("ia3", "oft", "boft")
 _PREFIXES = tuple(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes)

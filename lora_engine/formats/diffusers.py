@@ -18,11 +18,11 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, TensorCodec, codecs
-from lora_engine.formats.dit_names import BARE
 from lora_engine.formats.lora_config import alpha_of, check_one_kind, lora_config, parse_config
-from lora_engine.formats.lora_names import with_scaled_bias
 from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
+from lora_engine.formats.spellings.lora import with_scaled_bias
+from lora_engine.formats.transformers.names import BARE
 
 CONFIG = "lora_adapter_metadata"
 # A U-Net's own beginnings, in files that were saved from the network alone.

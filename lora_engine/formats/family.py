@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from lora_engine.adapters import Delta, DoraDelta, FullDelta, LohaDelta, LokrDelta, LoraDelta
-from lora_engine.formats.dit_names import dit_family, told_family
+from lora_engine.formats.transformers.names import dit_family, told_family
 
 FAMILY = "loraline.base"
 FINGERPRINT = "loraline.fingerprint"

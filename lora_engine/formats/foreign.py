@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from lora_engine.formats.unsupported import is_qwen_attention, unsupported, unsupported_family
+from lora_engine.formats.transformers.unsupported import is_qwen_attention, unsupported, unsupported_family
 
 FOREIGN: Mapping[str, str] = {
     r"(unet|text_encoder):\d+:(up|down)": "an adapter in cloneofsimo's form",

@@ -16,13 +16,13 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import TensorCodec, codecs
-from lora_engine.formats.dit import dits
-from lora_engine.formats.dit_names import KOHYA_DIT
 from lora_engine.formats.family import context_widths
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
 from lora_engine.formats.safetensors_io import digests
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
+from lora_engine.formats.transformers.dit import dits
+from lora_engine.formats.transformers.names import KOHYA_DIT
 
 _ARCHITECTURES = {
     "sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora",

@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import codecs
-from lora_engine.formats.dit_names import AITOOLKIT_DIT, LYCORIS_DIT, ONETRAINER_DIT, is_aitoolkit
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS
+from lora_engine.formats.transformers.names import AITOOLKIT_DIT, LYCORIS_DIT, ONETRAINER_DIT, is_aitoolkit
 
 
 class LycorisCodec(KohyaCodec):

@@ -19,10 +19,10 @@ from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec, codecs
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.lora_config import alpha_of, parse_config
-from lora_engine.formats.lora_names import with_scaled_bias
 from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import finished, settings_for, type_of
 from lora_engine.formats.spelling import PEFT
+from lora_engine.formats.spellings.lora import with_scaled_bias
 
 CONFIG_FILE = "adapter_config.json"
 COMPONENT = "loraline.component"

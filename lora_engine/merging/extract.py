@@ -17,10 +17,10 @@ from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.progress import Progress, no_progress
+from lora_engine.seeds import generator
 from lora_engine.streaming.blocks import FLOATS
 from lora_engine.streaming.given import check_same, read_place
 from lora_engine.streaming.model import StoredModel, open_model
-from lora_engine.training.seeds import generator
 
 KINDS = ("lora", "full")
 _EMBEDDINGS = (".token_embedding", ".position_embedding")

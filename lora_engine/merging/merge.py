@@ -26,7 +26,7 @@ from lora_engine.merging.methods import METHODS, Combination, Elementwise
 from lora_engine.merging.report import ModuleReport, Report
 from lora_engine.merging.spec import Concatenate, MergeOptions, Weight
 from lora_engine.merging.weights import weights_by_module
-from lora_engine.training.seeds import generator
+from lora_engine.seeds import generator
 
 
 def merge_adapters(

@@ -16,7 +16,7 @@ from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import Compressed, compress_to
 from lora_engine.merging.deltas import Site, located, needs_base_values
 from lora_engine.merging.report import ModuleReport, Report
-from lora_engine.training.seeds import generator
+from lora_engine.seeds import generator
 
 
 def resize(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.seeds import generator
 from lora_engine.training.examples import Conditioner, Example, Size
-from lora_engine.training.seeds import generator
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.registries import Registry
+from lora_engine.seeds import derive_seed
 from lora_engine.training.batches import Batch, Mixer
 from lora_engine.training.examples import Conditioner, Example
 from lora_engine.training.losses import DenoisingLoss, LossTerm, PriorLoss
 from lora_engine.training.phases import ParameterGroup, Phase, no_surroundings
-from lora_engine.training.seeds import derive_seed
 from lora_engine.training.spec import Prior, TrainSettings
 
 

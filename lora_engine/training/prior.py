@@ -12,8 +12,8 @@ from lora_engine.data.pixels import write_png
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.generate import generate
+from lora_engine.seeds import derive_seed
 from lora_engine.training.examples import Example, Size
-from lora_engine.training.seeds import derive_seed
 from lora_engine.training.spec import Prior
 
 _AT_ONCE = 8

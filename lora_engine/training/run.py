@@ -16,12 +16,12 @@ from lora_engine.errors import DataError, InterruptedRun, SettingsError, Trainin
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.formats import Card, write_adapter
 from lora_engine.progress import Progress, no_progress
+from lora_engine.seeds import generator
 from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.examples import Conditioner, Encoder, Example, read_examples
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.methods import Workbench, methods
 from lora_engine.training.prior import ClassPictures, prior_prompts
-from lora_engine.training.seeds import generator
 from lora_engine.training.spec import Prior, TrainSettings
 from lora_engine.training.validation import picture_losses
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
+from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Conditioner, Example
 from lora_engine.training.methods import predict
-from lora_engine.training.seeds import generator
 
 TIMESTEPS = 8
 

@@ -82,6 +82,7 @@ def test_an_empty_registry_lists_as_an_empty_json_list(home: Path) -> None:
     assert json.loads(done.stdout) == []
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_named(pipeline: Write, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("in the way")

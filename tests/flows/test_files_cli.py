@@ -22,6 +22,8 @@ from lora_engine.formats import read_adapter, write_adapter
 from lora_engine.merging.spec import SPECS
 from lora_engine.streaming import CHECKPOINT_METHODS
 
+pytestmark = pytest.mark.slow
+
 COMPONENT = "unet/diffusion_pytorch_model.safetensors"
 
 

@@ -124,6 +124,7 @@ for form in ("loraline", "peft", "kohya"):
 """
 
 
+@pytest.mark.slow
 def test_equal_adapters_give_equal_bytes_in_every_process(tmp_path):
     found = []
     for process in range(3):

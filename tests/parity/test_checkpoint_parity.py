@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.checkpoints import convert_checkpoint
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CLASSES = {"sd15": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 

@@ -11,6 +11,8 @@ from lora_engine.adapters import Adapter, DictTree, attach, module_shapes, selec
 from lora_engine.formats import read_adapter, write_adapter
 from lora_engine.formats.safetensors_io import read_header
 
+pytestmark = pytest.mark.slow
+
 
 def tree_of(pipeline):
     return DictTree({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, "sd")

@@ -6,6 +6,8 @@ from law_adapters import random_delta
 from parity_models import make_pipeline
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 lycoris = pytest.importorskip("lycoris.kohya", reason="LyCORIS is not installed")
 
 from lora_engine.adapters import Adapter, DictTree, attach, module_shapes, select_modules  # noqa: E402

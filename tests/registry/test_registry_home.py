@@ -82,6 +82,7 @@ def test_empty_database_file_becomes_a_database(empty_home):
     lineage.close()
 
 
+@pytest.mark.slow
 def test_processes_that_make_the_database_at_once_agree(empty_home, spawn):
     script = "import sys; from registry.lineage import Lineage; print(Lineage(sys.argv[1]).start_run('p', {}).id)"
     children = [spawn(script, empty_home.lineage_url) for _ in range(4)]

@@ -16,6 +16,8 @@ import torch
 from lora_engine.errors import AdapterError
 from lora_engine.formats.pickles import PICKLE_LIMITS, is_pickled, read_pickle, unpickled
 
+pytestmark = pytest.mark.slow
+
 CONTENT = {
     "state_dict": {"half": torch.arange(6.0).reshape(2, 3).half(), "turned": torch.arange(6).reshape(2, 3).T},
     "global_step": 7,

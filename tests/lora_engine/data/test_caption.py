@@ -105,6 +105,7 @@ def test_the_interrogator_describes_what_the_world_can_show() -> None:
     assert all(" zorb " in describe(scene, "zorb") for scene in all_scenes())
 
 
+@pytest.mark.slow
 def test_the_interrogator_reads_drawings_of_the_embedded_world(tmp_path: Path) -> None:
     from PIL import Image
 

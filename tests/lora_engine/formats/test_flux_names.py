@@ -11,8 +11,8 @@ from lora_engine.adapters import Adapter, DoraDelta, LoraDelta, same_delta
 from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, detect_codec, inspect, read_adapter, write_adapter
-from lora_engine.formats.dit import TEXT_NAMES, dits
-from lora_engine.formats.dit_names import dit_family
+from lora_engine.formats.transformers.dit import TEXT_NAMES, dits
+from lora_engine.formats.transformers.names import dit_family
 
 FORMATS = ("kohya", "comfyui", "onetrainer", "lycoris", "aitoolkit", "diffusers", "peft", "loraline")
 BASES = {"flux": "flux", "sd3": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}

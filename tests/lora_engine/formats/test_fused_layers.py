@@ -6,7 +6,7 @@ from law_adapters import random_delta
 
 from lora_engine.adapters import DoraDelta, FullDelta, Ia3Delta, LokrDelta, LoraDelta, PeftIa3Delta, same_delta
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.formats.fused import fuse, row_rules, split, swap_halves
+from lora_engine.formats.transformers.fused import fuse, row_rules, split, swap_halves
 
 ROWS, COLUMNS = [8, 8, 8, 32], 8
 

@@ -99,7 +99,7 @@ def test_the_magnitudes_of_onetrainers_file_are_of_the_inputs(tmp_path):
 def test_the_shapes_of_real_files_are_those_of_the_published_base(name):
     """Full width, on the meta device: only shapes are compared."""
     listed = json.loads((FOLDER / f"{name}.json").read_text())["tensors"]
-    from lora_engine.formats.dit_names import find_modules
+    from lora_engine.formats.transformers.names import find_modules
 
     downs = {key: shape for key, shape in listed.items() if key.endswith(("lora_down.weight", "lora_A.weight"))}
     modules = {key.rsplit(".lora_", 1)[0]: shape for key, shape in downs.items()}

@@ -255,6 +255,7 @@ def test_options_are_read_by_method():
         parse_options("svd")
 
 
+@pytest.mark.slow
 def test_weights_are_learned_from_captioned_pictures_on_a_base(tmp_path):
     base = write_untrained_base(tmp_path / "base", "small-sd")
     model = load_base(str(base), device="cpu")

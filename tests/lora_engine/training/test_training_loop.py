@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import InterruptedRun, NonFiniteError, SettingsError
+from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.loop import FitOptions, History, fit
@@ -17,7 +18,6 @@ from lora_engine.training.losses import DenoisingLoss, PriorLoss
 from lora_engine.training.optimisers import optimisers
 from lora_engine.training.phases import ParameterGroup, Phase
 from lora_engine.training.schedules import rate_factor, schedules
-from lora_engine.training.seeds import generator
 
 
 class Toy(nn.Module):

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
+from lora_engine.seeds import derive_seed, generator
 from lora_engine.training.batches import Order, rounds
-from lora_engine.training.seeds import derive_seed, generator
 
 SMALL, LARGE = (16, 16), (32, 16)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
 from lora_engine.training.methods import predict
-from lora_engine.training.seeds import generator
 
 SHAPES = ["small-sd", "small-sd-v", "small-sdxl"]
 

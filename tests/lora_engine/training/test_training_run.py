@@ -142,6 +142,7 @@ def test_what_is_set_counts(
 
 
 @pytest.mark.parametrize(("method", "shape"), [("finetune", "small-sdxl"), ("dreambooth", "small-sd")])
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_gives_the_same_bytes(
     bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Make, method: str, shape: str
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_run_stopped_anywhere_gives_the_same_bytes(
     assert digests(tmp_path / "resumed") == digests(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_text_training_resumes_to_the_same_bytes(
     bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Make
 ) -> None:
@@ -169,6 +171,7 @@ def test_text_training_resumes_to_the_same_bytes(
     assert digests(tmp_path / "resumed") == digests(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_pictures_of_several_sizes_are_trained_together_with_class_pictures_of_their_sizes(
     bases: dict[str, Path], make_dataset: Callable[..., Path], tmp_path: Path, settings: Make
 ) -> None:
@@ -178,6 +181,7 @@ def test_pictures_of_several_sizes_are_trained_together_with_class_pictures_of_t
     assert len(list((tmp_path / "work" / "class").glob("*/*.png"))) == 2 + 1
 
 
+@pytest.mark.slow
 def test_class_pictures_and_caches_are_made_once(
     bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

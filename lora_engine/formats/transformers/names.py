@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.dit import TEXT_NAMES, TRANSFORMER, Dit, Place, Shapes, dits
-from lora_engine.formats.fused import delta_shape
 from lora_engine.formats.spelling import DIFFUSERS, Style
-from lora_engine.formats.unsupported import flattened, is_qwen_attention, unsupported, unsupported_family
+from lora_engine.formats.transformers.dit import TEXT_NAMES, TRANSFORMER, Dit, Place, Shapes, dits
+from lora_engine.formats.transformers.fused import delta_shape
+from lora_engine.formats.transformers.unsupported import flattened, is_qwen_attention, unsupported, unsupported_family
 
 # What stands before the path of a transformer's module, and what then separates its parts; the first that fits counts.
 _BEFORE = {

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_engine.adapters import BoftDelta, Delta, OftDelta, PeftBoftDelta, PeftOftDelta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.ia3_names import check_layout
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 from lora_engine.formats.spelling import LORALINE, LYCORIS, PEFT, TableSpelling, alpha_tensor
+from lora_engine.formats.spellings.ia3 import check_layout
 
 T = TypeVar("T")
 _TERMS, _EPS = "oft_R.terms", "oft_R.eps"

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.fused import Rows, delta_shape, fuse, split, swap_halves
+from lora_engine.formats.transformers.fused import Rows, delta_shape, fuse, split, swap_halves
 from lora_engine.registries import Registry
 
 TRANSFORMER = "transformer"

@@ -14,7 +14,7 @@ from lora_engine.adapters import Delta, DoraDelta, FullDelta, Ia3Delta, LohaDelt
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.replacement import ReplacementDelta
-from lora_engine.formats.fused import (
+from lora_engine.formats.transformers.fused import (
     RowRule,
     Rows,
     UnsplittableError,

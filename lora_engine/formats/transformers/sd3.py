@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_engine.formats.dit import Blocks, Dit, NameTable, dits
-from lora_engine.formats.fused import Rows
+from lora_engine.formats.transformers.dit import Blocks, Dit, NameTable, dits
+from lora_engine.formats.transformers.fused import Rows
 
 _JOINT = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
