@@ -37,7 +37,7 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
                 allowed=", ".join(str(dtype) for dtype in FLOATS),
                 remedy="save the adapter in one of these dtypes",
             )
-        if not _is_finite(tensor):
+        if not _is_finite(tensor) and not _is_idle_alpha(name, tensors):
             count = int((~torch.isfinite(tensor)).sum())
             raise AdapterError(
                 f"{count} of {tensor.numel()} values are NaN or infinite",
@@ -47,8 +47,17 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def _is_idle_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is the alpha of a LoKr of two whole factors, which means nothing.
+
+    ai-toolkit stores 9999999999 there, which is infinite in half precision.
+    """
+    module, dot, suffix = name.rpartition(".")
+    return dot + suffix == ".alpha" and f"{module}.lokr_w1" in tensors and f"{module}.lokr_w2" in tensors
+
+
 def _is_finite(tensor: Tensor) -> bool:
-    # Both ends of the values are found in one pass and are NaN where any value is; `isfinite` takes twenty times as long.
+    # Both ends of the values are found in one pass, NaN where any value is; `isfinite` takes twenty times as long.
     return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 

@@ -1,4 +1,4 @@
-"""Bytes from file to file and between files and tensors, in blocks that stay within the processor's own memory.
+"""Bytes from file to file and between files and tensors, in blocks that stay within the processor's caches.
 
 Reads with `pread` into buffers instead of mapping files, since mapped pages count as memory of the process.
 """
@@ -25,7 +25,7 @@ FLOATS = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """Torch's dtype of each dtype of safetensors that arithmetic is done on."""
-BLOCK = 512 << 10
+BLOCK = 2 << 20
 # Larger pieces make the kernel look for large pages, which on many machines takes longer than filling them.
 _PIECE = 128 << 10
 # Systems and file systems that cannot copy within the kernel.

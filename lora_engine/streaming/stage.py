@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_engine.streaming.blocks import read_bytes
 
-_SIZE = 8 << 20
+_SIZE = 16 << 20
 # What the memory, the place and the length of a direct write must be multiples of, on every common disk.
 _PAGE = 4096
 _DIRECT: int = getattr(os, "O_DIRECT", 0)

@@ -34,6 +34,14 @@ def test_two_adapters_are_trained_merged_and_registered_as_one(environment: dict
     assert len(version.parents) == 2
 
 
+def test_other_kinds_are_trained_merged_and_exported(environment: dict[str, str], home: Path) -> None:
+    spec = EXAMPLES / "kinds" / "pipeline.yaml"
+    run(spec, environment, "factored.steps=2", "directed.steps=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = Versions(Home(home.absolute())).list()
+    assert version.card["recipe"]["method"] == "ties"
+    assert len(version.parents) == 2
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "photographs"

@@ -403,6 +403,11 @@ CORPUS: dict[str, Case] = {
     "LoKr for another base": Case(module({"lokr_w1": ones(2, 2), "lokr_w2": ones(2, 3)}), "base", named=True),
     "LoKr of one dimension": Case(module({"lokr_w1": ones(2), "lokr_w2": ones(2, 3)}), "."),
     "LoKr with a placeholder for alpha": Case(module(LOKR | {"alpha": torch.tensor(9999999999.0)}), READ, named=True),
+    "LoKr with a placeholder for alpha in half precision": Case(
+        module({key: value.half() for key, value in LOKR.items()} | {"alpha": torch.tensor(9999999999.0).half()}),
+        READ,
+        named=True,
+    ),
     "LoKr that would be huge": Case(
         module({"lokr_w1": ones(1000, 1000), "lokr_w2": ones(1000, 1000)}), "base", named=True, dangerous=True
     ),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import struct
 
 import pytest
 import torch
@@ -222,3 +223,20 @@ def test_adapters_of_any_format_are_fused(bases, tmp_path):
         fuse(bases["float16"], [(place, 0.7)], tmp_path / f"{name}-out")
     found = [weights_of(tmp_path / f"{name}-out", TARGETS) for name in ("kohya", "peft", "diffusers")]
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+def test_tensors_that_begin_at_odd_bytes_are_fused(tmp_path):
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).half()
+    header = {
+        "down_blocks.0.flags": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "down_blocks.0.to_q.weight": {"dtype": "F16", "shape": [6, 4], "data_offsets": [3, 51]},
+    }
+    text = json.dumps(header).encode()
+    body = b"\x01\x02\x03" + weight.numpy().tobytes()
+    (tmp_path / "base.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    adapter = Adapter({"unet.down_blocks.0.to_q": LoraDelta(torch.ones(1, 4), torch.ones(6, 1), 1.0)})
+    out = tmp_path / "out.safetensors"
+    fuse(tmp_path / "base.safetensors", [(saved(adapter, tmp_path / "a.safetensors"), 1.0)], out)
+    found = load_file(out)
+    assert torch.equal(found["down_blocks.0.to_q.weight"], (weight.float() + 1).half())
+    assert found["down_blocks.0.flags"].tolist() == [1, 2, 3]
