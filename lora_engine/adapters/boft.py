@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora_engine.adapters.delta import Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, Fault, kinds
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.rotation import cayley, nearest_block, turn, wide
 
@@ -46,7 +46,7 @@ class BoftDelta(OftDelta):
         # Stage i pairs halves of blocks that lie 2^i halves apart, so the last stage needs that many.
         if size % 2 or (number * 2) % (1 << stages):
             allowed = "an even block size, and a number of blocks that the last stage divides"
-            yield Fault("blocks", f"the shape is {list(self.blocks.shape)}", allowed, _AGAIN)
+            yield Fault("blocks", f"the shape is {list(self.blocks.shape)}", allowed, DAMAGED)
 
 
 def _suits(number: int, size: int) -> bool:
@@ -59,7 +59,5 @@ def _turn_stage(change: Tensor, rows: Tensor, stride: int) -> Tensor:
     together = rows.reshape(*lead, -1, 2, stride).transpose(-1, -2).flatten(-3)
     return turn(change, together).reshape(*lead, -1, stride, 2).transpose(-1, -2).flatten(-3)
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
 
 kinds.add(BoftDelta.kind, BoftDelta)

@@ -35,6 +35,11 @@ class Fault:
     remedy: str
 
 
+DAMAGED = "save or download the adapter again; the file is damaged or was edited"
+OTHER_BASE = "name the base that the adapter was made for"
+"""What a person can do about most faults."""
+
+
 class Delta(Protocol):
     """What one adapter does to one layer: factors, and how they make a difference of weights.
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
@@ -189,16 +189,16 @@ class DoraDelta(Delta):
         shape = list(self.magnitude.shape)
         if len(shape) not in (2, 4) or 0 in shape or self.magnitude.numel() != max(shape[:2]):
             allowed = "[out, 1] or [1, in], for a convolution [out, 1, 1, 1] or [1, in, 1, 1]"
-            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, _AGAIN)
+            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
             return
         rows, columns = self._sides
         count = self.magnitude.numel()
         if weight_shape is not None and count != weight_shape[self.axis]:
             allowed = f"{weight_shape[self.axis]} values for the base's weight {list(weight_shape)}"
-            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, "name the base that the adapter was made for")
+            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, OTHER_BASE)
         elif (count != rows) if self.axis == 0 else bool(columns % count):
             allowed = f"[{rows}, 1] or a row of one value for each input, beside the other factors"
-            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, _AGAIN)
+            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
 
 
 def _squares(weight: Tensor, axis: int) -> Tensor:
@@ -209,7 +209,5 @@ def _lines(weight: Tensor, axis: int) -> Tensor:
     """The rows of a weight as a matrix `[out, in * k * k]`, or its columns `[in, out * k * k]`."""
     return weight.flatten(1) if axis == 0 else weight.transpose(0, 1).flatten(1)
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
 
 kinds.add(DoraDelta.kind, DoraDelta)

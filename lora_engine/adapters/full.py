@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, kinds
 from lora_engine.adapters.layer import LayerOp
 
 
@@ -100,19 +100,19 @@ class FullDelta(Delta):
     def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
         """Neither factor, empty factors, a bias of another length than the outputs, a misfit to a weight."""
         if self.diff is None and self.bias is None:
-            yield Fault("diff", "there is neither a difference of the weight nor of the bias", "one or both", _AGAIN)
+            yield Fault("diff", "there is neither a difference of the weight nor of the bias", "one or both", DAMAGED)
         for name, factor in self.factors().items():
             allowed = "one dimension, not empty" if name == "bias" else "the shape of a weight, not empty"
             if factor.dim() == 0 or factor.numel() == 0 or (name == "bias" and factor.dim() > 1):
-                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, _AGAIN)
+                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         shape = self.diff.shape if weight_shape is None and self.diff is not None else weight_shape
         if self.bias is not None and shape is not None and tuple(self.bias.shape) != (shape[0],):
             allowed = f"[{shape[0]}], one value for each output of the weight {list(shape)}"
-            yield Fault("bias", f"the shape is {list(self.bias.shape)}", allowed, _OTHER_BASE)
+            yield Fault("bias", f"the shape is {list(self.bias.shape)}", allowed, OTHER_BASE)
         if self.diff is not None and weight_shape is not None and not _same_layer(self.diff.shape, weight_shape):
             allowed = f"{list(weight_shape)}, that of the base's weight"
-            yield Fault("diff", f"the shape is {list(self.diff.shape)}", allowed, _OTHER_BASE)
+            yield Fault("diff", f"the shape is {list(self.diff.shape)}", allowed, OTHER_BASE)
 
 
 def _same_layer(found: Sequence[int], wanted: Sequence[int]) -> bool:
@@ -120,8 +120,5 @@ def _same_layer(found: Sequence[int], wanted: Sequence[int]) -> bool:
     short, long = sorted((tuple(found), tuple(wanted)), key=len)
     return long == short or (len(short) == 2 and long == (*short, 1, 1))
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(FullDelta.kind, FullDelta)

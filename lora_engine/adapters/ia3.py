@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import check_has_rows, wide
 
@@ -127,18 +127,18 @@ class Ia3Delta(Delta):
     def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
         """An unknown axis, more than one dimension of channels, a misfit to a weight."""
         if self.axis not in ("output", "input"):
-            yield Fault("axis", f"the axis is {self.axis!r}", "output or input", _AGAIN)
+            yield Fault("axis", f"the axis is {self.axis!r}", "output or input", DAMAGED)
             return
         shape = list(self.scale.shape)
         if self.scale.numel() == 0 or self.scale.dim() == 0 or self.scale.numel() != max(shape):
-            yield Fault("scale", f"the shape is {shape}", "one value a channel, all along one dimension", _AGAIN)
+            yield Fault("scale", f"the shape is {shape}", "one value a channel, all along one dimension", DAMAGED)
         elif weight_shape is not None and len(weight_shape) < 2:
             allowed = "linear layers and convolutions"
-            yield Fault("scale", f"the base's weight {list(weight_shape)} is a norm's", allowed, _OTHER_BASE)
+            yield Fault("scale", f"the base's weight {list(weight_shape)} is a norm's", allowed, OTHER_BASE)
         elif weight_shape is not None and self.scale.numel() != weight_shape[0 if self.axis == "output" else 1]:
             channels = weight_shape[0 if self.axis == "output" else 1]
             allowed = f"{channels} values, one for each {self.axis} of the base's weight {list(weight_shape)}"
-            yield Fault("scale", f"the shape is {shape}", allowed, _OTHER_BASE)
+            yield Fault("scale", f"the shape is {shape}", allowed, OTHER_BASE)
 
 
 class PeftIa3Delta(Ia3Delta):
@@ -157,9 +157,6 @@ class PeftIa3Delta(Ia3Delta):
             return super()._shape(weight_shape, axis)
         return (weight_shape[0], 1) if axis == "output" else (1, weight_shape[1])
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(Ia3Delta.kind, Ia3Delta)
 kinds.add(PeftIa3Delta.kind, PeftIa3Delta)

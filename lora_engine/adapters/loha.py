@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 
@@ -145,11 +145,11 @@ class LohaDelta(Delta):
             dims = (4,) if name.startswith("core") else (2, 4)
             if factor.dim() not in dims or 0 in factor.shape:
                 allowed = f"{' or '.join(map(str, dims))} dimensions, none empty"
-                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, _AGAIN)
+                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         if (self.core1 is None) != (self.core2 is None):
             lone = "core2" if self.core1 is None else "core1"
-            yield Fault(lone, "the factor is there without the other core", "both cores or neither", _AGAIN)
+            yield Fault(lone, "the factor is there without the other core", "both cores or neither", DAMAGED)
             return
         yield from self._disagreements()
         if weight_shape is not None:
@@ -166,24 +166,24 @@ class LohaDelta(Delta):
         for name, wanted in {"up1": up, "down1": down, "up2": up, "down2": down}.items():
             factor: Tensor = getattr(self, name)
             if tuple(factor.flatten(1).shape) != wanted:
-                yield Fault(name, f"the shape is {list(factor.shape)}", f"{list(wanted)} beside the others", _AGAIN)
+                yield Fault(name, f"the shape is {list(factor.shape)}", f"{list(wanted)} beside the others", DAMAGED)
         for name, core in (("core1", self.core1), ("core2", self.core2)):
             if core is not None and tuple(core.shape[:2]) != (rank, rank):
-                yield Fault(name, f"the shape is {list(core.shape)}", f"[{rank}, {rank}, k, k]", _AGAIN)
+                yield Fault(name, f"the shape is {list(core.shape)}", f"[{rank}, {rank}, k, k]", DAMAGED)
 
     def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
         rows, columns = self.sides
         if rows != shape[0]:
             allowed = f"{shape[0]} rows for the base's weight {list(shape)}"
-            yield Fault("up1", f"the shape is {list(self.up1.shape)}", allowed, _OTHER_BASE)
+            yield Fault("up1", f"the shape is {list(self.up1.shape)}", allowed, OTHER_BASE)
         wanted = math.prod(shape[1:]) if self.core1 is None else math.prod(shape[1:2])
         if columns != wanted:
             allowed = f"[{self.rank}, {wanted}] for the base's weight {list(shape)}"
-            yield Fault("down1", f"the shape is {list(self.down1.shape)}", allowed, _OTHER_BASE)
+            yield Fault("down1", f"the shape is {list(self.down1.shape)}", allowed, OTHER_BASE)
         for name, core in (("core1", self.core1), ("core2", self.core2)):
             if core is not None and tuple(core.shape[2:]) != shape[2:]:
                 allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
-                yield Fault(name, f"the shape is {list(core.shape)}", allowed, _OTHER_BASE)
+                yield Fault(name, f"the shape is {list(core.shape)}", allowed, OTHER_BASE)
 
 
 def _product(up: Tensor, down: Tensor, core: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -192,8 +192,5 @@ def _product(up: Tensor, down: Tensor, core: Tensor | None, dtype: torch.dtype) 
         return up @ down
     return torch.einsum("mp,mr...->pr...", up, torch.einsum("mn...,nr->mr...", core.to(dtype), down))
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(LohaDelta.kind, LohaDelta)

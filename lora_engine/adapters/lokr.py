@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 from lora_engine.errors import SettingsError
@@ -216,7 +216,7 @@ class LokrDelta(Delta):
             dims = (4,) if name == "right_core" else (2, 4) if name == "right" else (2,)
             if factor.dim() not in dims or 0 in factor.shape:
                 allowed = f"{' or '.join(map(str, dims))} dimensions, none empty"
-                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, _AGAIN)
+                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         yield from self._disagreements()
         if weight_shape is not None:
@@ -228,9 +228,9 @@ class LokrDelta(Delta):
             if there not in ({""}, {"_up", "_down"}):
                 shown = ", ".join(sorted(f"{side}{name}" for name in there)) or "nothing"
                 problem = f"of the {side} factor there is {shown}"
-                yield Fault(f"{side}{min(there, default='')}", problem, f"{side} alone, or up and down of it", _AGAIN)
+                yield Fault(f"{side}{min(there, default='')}", problem, f"{side} alone, or up and down of it", DAMAGED)
         if self.right_core is not None and self.right is not None:
-            yield Fault("right_core", "there is a core beside a whole factor", "a core with up and down", _AGAIN)
+            yield Fault("right_core", "there is a core beside a whole factor", "a core with up and down", DAMAGED)
 
     def _disagreements(self) -> Iterator[Fault]:
         rank = self.rank
@@ -238,10 +238,10 @@ class LokrDelta(Delta):
         ranks["right_up"] = (self.right_up, 0 if self.right_core is not None else 1)
         for name, (factor, axis) in ranks.items():
             if factor is not None and factor.shape[axis] != rank:
-                yield Fault(name, f"the shape is {list(factor.shape)}", f"the rank {rank} in all factors", _AGAIN)
+                yield Fault(name, f"the shape is {list(factor.shape)}", f"the rank {rank} in all factors", DAMAGED)
         if self.right_core is not None and tuple(self.right_core.shape[:2]) != (rank, rank):
             problem = f"the shape is {list(self.right_core.shape)}"
-            yield Fault("right_core", problem, f"[{rank}, {rank}, k, k]", _AGAIN)
+            yield Fault("right_core", problem, f"[{rank}, {rank}, k, k]", DAMAGED)
 
     def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
         rows, columns = self.sides
@@ -249,16 +249,16 @@ class LokrDelta(Delta):
         left = "left" if self.left is not None else "left_up"
         if rows != shape[0]:
             allowed = f"{shape[0]} rows of the product for the base's weight {list(shape)}"
-            yield Fault(left, f"the product has {rows} rows", allowed, _OTHER_BASE)
+            yield Fault(left, f"the product has {rows} rows", allowed, OTHER_BASE)
         wanted = math.prod(shape[1:2]) if has_core else math.prod(shape[1:])
         if columns != wanted:
             allowed = f"{wanted} columns of the product for the base's weight {list(shape)}"
-            yield Fault(left, f"the product has {columns} columns", allowed, _OTHER_BASE)
+            yield Fault(left, f"the product has {columns} columns", allowed, OTHER_BASE)
         kernel = self.right_core if has_core else self.right
         if kernel is not None and _kernel(kernel.shape) != _kernel(shape):
             allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
             yield Fault(
-                "right_core" if has_core else "right", f"the shape is {list(kernel.shape)}", allowed, _OTHER_BASE
+                "right_core" if has_core else "right", f"the shape is {list(kernel.shape)}", allowed, OTHER_BASE
             )
 
 
@@ -297,8 +297,5 @@ def _there(factor: Tensor | None) -> Tensor:
         raise SettingsError("the delta lacks a factor", remedy="look at its faults before it is used")
     return factor
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(LokrDelta.kind, LokrDelta)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.errors import SettingsError
 
@@ -162,32 +162,32 @@ class LoraDelta(Delta):
             )
         for name, factor in self.factors().items():
             if factor.dim() not in ((1,) if name == "bias" else (2, 4)) or 0 in factor.shape:
-                yield Fault(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", _AGAIN)
+                yield Fault(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", DAMAGED)
                 return
         if self.up.flatten(1).shape[1] != self.rank:
             problem = f"the shape is {list(self.up.shape)}, whose rank is not that of `down` {list(self.down.shape)}"
-            yield Fault("up", problem, f"[out, {self.rank}] or [out, {self.rank}, 1, 1]", _AGAIN)
+            yield Fault("up", problem, f"[out, {self.rank}] or [out, {self.rank}, 1, 1]", DAMAGED)
         elif self.mid is not None and (self.mid.dim() != 4 or tuple(self.mid.shape[:2]) != (self.rank, self.rank)):
-            yield Fault("mid", f"the shape is {list(self.mid.shape)}", f"[{self.rank}, {self.rank}, k, k]", _AGAIN)
+            yield Fault("mid", f"the shape is {list(self.mid.shape)}", f"[{self.rank}, {self.rank}, k, k]", DAMAGED)
         elif self.bias is not None and self.bias.shape[0] != self.up.shape[0]:
-            yield Fault("bias", f"the shape is {list(self.bias.shape)}", f"[{self.up.shape[0]}]", _AGAIN)
+            yield Fault("bias", f"the shape is {list(self.bias.shape)}", f"[{self.up.shape[0]}]", DAMAGED)
         elif weight_shape is not None:
             yield from self._misfits(tuple(weight_shape))
 
     def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
         if self.up.shape[0] != shape[0]:
             allowed = f"{shape[0]} rows for the base's weight {list(shape)}"
-            yield Fault("up", f"the shape is {list(self.up.shape)}", allowed, _OTHER_BASE)
+            yield Fault("up", f"the shape is {list(self.up.shape)}", allowed, OTHER_BASE)
         inner = math.prod(shape[1:])
         fits: set[tuple[int, ...]] = {(self.rank, *shape[1:]), (self.rank, inner), (self.rank, inner, 1, 1)}
         if self.mid is not None:
             fits = {(self.rank, shape[1]), (self.rank, shape[1], 1, 1)}
             if tuple(self.mid.shape[2:]) != shape[2:]:
                 allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
-                yield Fault("mid", f"the shape is {list(self.mid.shape)}", allowed, _OTHER_BASE)
+                yield Fault("mid", f"the shape is {list(self.mid.shape)}", allowed, OTHER_BASE)
         if tuple(self.down.shape) not in fits:
             allowed = f"{min(map(list, fits), key=len)} for the base's weight {list(shape)}"
-            yield Fault("down", f"the shape is {list(self.down.shape)}", allowed, _OTHER_BASE)
+            yield Fault("down", f"the shape is {list(self.down.shape)}", allowed, OTHER_BASE)
 
 
 def check_rank(rank: int, weight: Tensor) -> None:
@@ -214,8 +214,5 @@ def check_rank(rank: int, weight: Tensor) -> None:
 def _empty_like(rank: int, weight: Tensor) -> Tensor:
     return torch.empty(rank, *weight.shape[1:])
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(LoraDelta.kind, LoraDelta)

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import cayley, check_has_rows, limited, nearest_block, turn, wide
 
@@ -133,27 +133,24 @@ class OftDelta(Delta):
     def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
         """Blocks that are not square, a constraint below 0, gains for other outputs, a misfit to a weight."""
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            yield Fault("alpha", f"the constraint is {self.alpha!r}", "a finite number, 0 or above", _AGAIN)
+            yield Fault("alpha", f"the constraint is {self.alpha!r}", "a finite number, 0 or above", DAMAGED)
         shape = list(self.blocks.shape)
         if len(shape) != self.dims or 0 in shape or shape[-1] != shape[-2]:
             allowed = f"{'[stages, n, b, b]' if self.dims == 4 else '[n, b, b]'}, none empty"
-            yield Fault("blocks", f"the shape is {shape}", allowed, _AGAIN)
+            yield Fault("blocks", f"the shape is {shape}", allowed, DAMAGED)
             return
         yield from self._own_faults()
         if self.rescale is not None and (self.rescale.dim() == 0 or set(self.rescale.shape[1:]) - {1}):
-            yield Fault("rescale", f"the shape is {list(self.rescale.shape)}", f"[{self.outputs}, 1, ...]", _AGAIN)
+            yield Fault("rescale", f"the shape is {list(self.rescale.shape)}", f"[{self.outputs}, 1, ...]", DAMAGED)
         elif self.rescale is not None and self.rescale.numel() != self.outputs:
             allowed = f"[{self.outputs}, 1, ...], as the blocks {shape} rotate"
-            yield Fault("rescale", f"the shape is {list(self.rescale.shape)}", allowed, _AGAIN)
+            yield Fault("rescale", f"the shape is {list(self.rescale.shape)}", allowed, DAMAGED)
         if weight_shape is not None and (len(weight_shape) < 2 or weight_shape[0] != self.outputs):
             problem = f"the shape is {shape}, which rotates {self.outputs} outputs"
-            yield Fault("blocks", problem, f"the outputs of the base's weight {list(weight_shape)}", _OTHER_BASE)
+            yield Fault("blocks", problem, f"the outputs of the base's weight {list(weight_shape)}", OTHER_BASE)
 
     def _own_faults(self) -> Iterator[Fault]:
         yield from ()
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(OftDelta.kind, OftDelta)

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, kinds
 from lora_engine.adapters.rotation import cayley, check_has_rows, nearest_block, turn, wide
 
 
@@ -98,22 +98,22 @@ class PeftBoftDelta(Delta):
         """Blocks that are not square or too few for the butterflies, a scale of no outputs, a misfit to a weight."""
         shape = list(self.blocks.shape)
         if len(shape) != 4 or 0 in shape or shape[-1] != shape[-2]:
-            yield Fault("blocks", f"the shape is {shape}", "[butterflies, n, b, b], none empty", _AGAIN)
+            yield Fault("blocks", f"the shape is {shape}", "[butterflies, n, b, b], none empty", DAMAGED)
             return
         if not _suits(*shape[:3]):
             allowed = "for more than one butterfly an even block size, and blocks that the last butterfly divides"
-            yield Fault("blocks", f"the shape is {shape}", allowed, _AGAIN)
+            yield Fault("blocks", f"the shape is {shape}", allowed, DAMAGED)
         gains = list(self.scale.shape)
         if len(gains) != 2 or 0 in gains or min(gains) != 1:
-            yield Fault("scale", f"the shape is {gains}", "[out, 1] or [1, out]", _AGAIN)
+            yield Fault("scale", f"the shape is {gains}", "[out, 1] or [1, out]", DAMAGED)
         elif weight_shape is not None:
             inputs = math.prod(weight_shape[1:]) if len(weight_shape) > 1 else 0
             if shape[1] * shape[2] != inputs:
                 problem = f"the shape is {shape}, which rotates {shape[1] * shape[2]} inputs"
-                yield Fault("blocks", problem, f"the inputs of the base's weight {list(weight_shape)}", _OTHER_BASE)
+                yield Fault("blocks", problem, f"the inputs of the base's weight {list(weight_shape)}", OTHER_BASE)
             elif self.scale.numel() != weight_shape[0]:
                 allowed = f"{weight_shape[0]} values, one for each output of the base's weight {list(weight_shape)}"
-                yield Fault("scale", f"the shape is {gains}", allowed, _OTHER_BASE)
+                yield Fault("scale", f"the shape is {gains}", allowed, OTHER_BASE)
 
 
 def _suits(butterflies: int, number: int, size: int) -> bool:
@@ -130,8 +130,5 @@ def _turn_stage(change: Tensor, rows: Tensor, half: int, pieces: int) -> Tensor:
     there = runs.index_select(-2, order.argsort()).flatten(-3)
     return turn(change, there).reshape(runs.shape).index_select(-2, order).flatten(-3)
 
-
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER_BASE = "name the base that the adapter was made for"
 
 kinds.add(PeftBoftDelta.kind, PeftBoftDelta)

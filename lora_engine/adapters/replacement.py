@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, kinds
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +71,11 @@ class ReplacementDelta(Delta):
         """An empty value, or one of another shape than the weight."""
         shape = list(self.value.shape)
         if self.value.dim() == 0 or self.value.numel() == 0:
-            yield Fault("value", f"the shape is {shape}", "the shape of a weight, not empty", _AGAIN)
+            yield Fault("value", f"the shape is {shape}", "the shape of a weight, not empty", DAMAGED)
         elif weight_shape is not None and [n for n in shape if n != 1] != [n for n in weight_shape if n != 1]:
             yield Fault("value", f"the shape is {shape}", f"{list(weight_shape)}, that of the base's weight", _OTHER)
 
 
-_AGAIN = "save or download the adapter again; the file is damaged or was edited"
-_OTHER = "name the base that the adapter was made for"
+_OTHER = OTHER_BASE
 
 kinds.add(ReplacementDelta.kind, ReplacementDelta)
