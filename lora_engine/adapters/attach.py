@@ -32,7 +32,7 @@ class LayerSettings:
         kind: Name of an adapter kind.
         rank: Inner dimension.
         alpha: The scale is `alpha / rank` for most kinds; None stands for the kind's default, a scale of 1.
-        options: The kind's own; see `lora_engine.training.kinds`.
+        options: The kind's own; see `lora_engine.training.specs.kinds`.
     """
 
     kind: str = "lora"

@@ -82,7 +82,7 @@ class Delta(Protocol):
             alpha: None stands for the kind's default.
             generator: Where random factors come from.
             *args: None.
-            **options: The kind's own; see `lora_engine.training.kinds`.
+            **options: The kind's own; see `lora_engine.training.specs.kinds`.
 
         Raises:
             SettingsError: The settings do not suit the layer.

@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_engine.training.kinds import Kind, Lora
+from lora_engine.training.specs.captions import Captions
+from lora_engine.training.specs.kinds import Kind, Lora
+from lora_engine.training.specs.objective import Objective
+from lora_engine.training.specs.rates import Rates
+from lora_engine.training.specs.running import Running
 
 Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -74,6 +78,10 @@ class TrainSettings(BaseModel):
         validate_every: Steps between validations on the held-out pictures; 0 never validates.
         prior: Of `dreambooth`; None takes the defaults of `Prior`.
         precision: Of the frozen base; the adapter is always trained in fp32.
+        objective: Which noise at which timesteps, and how an error counts.
+        captions: How captions change from batch to batch.
+        rates: Learning rates of parts, the optimiser, averages of the weights.
+        running: Devices, memory and speed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +107,10 @@ class TrainSettings(BaseModel):
     validate_every: int = Field(default=0, ge=0)
     prior: Prior | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    objective: Objective = Objective()
+    captions: Captions = Captions()
+    rates: Rates = Rates()
+    running: Running = Running()
 
     @model_validator(mode="after")
     def _prior_belongs_to_dreambooth(self) -> TrainSettings:

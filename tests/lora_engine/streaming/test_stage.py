@@ -31,7 +31,7 @@ def test_pieces_of_any_size_arrive_in_order(direct, tmp_path, monkeypatch):
         expected = bytearray()
         with place.open("wb") as file, source.open("rb") as read:
             stage = OutputStage(file.fileno())
-            for _ in range(60):
+            for _ in range(150):
                 first = draw.randrange(len(content))
                 piece = content[first : first + draw.choice([0, 1, 7, 4096, 100_000, 1 << 20])]
                 how = draw.randrange(3)

@@ -1,0 +1,1 @@
+"""What a person may set about training, by subject; torch-free. `training.spec` puts them together."""
