@@ -5,7 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("benchmarks.line", "benchmarks.loop_overhead", "benchmarks.prior")
+BENCHMARKS = (
+    "benchmarks.line",
+    "benchmarks.loop_overhead",
+    "benchmarks.prior",
+    "benchmarks.resize",
+    "benchmarks.extraction",
+    "benchmarks.fuse",
+    "benchmarks.convert",
+)
 
 if __name__ == "__main__":
     for name in BENCHMARKS:

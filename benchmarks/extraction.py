@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,9 +61,9 @@ def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
     errors, full, ours = {}, [], []
     for name, matrix in differences(shape, draw).items():
         for _ in range(rounds if name == "falling" else 1):
-            seconds, (_, values, _) = timed(lambda: torch.linalg.svd(matrix, full_matrices=False))
+            seconds, (_, values, _) = timed(partial(torch.linalg.svd, matrix, full_matrices=False))
             full.append(seconds)
-            seconds, part = timed(lambda: leading_part(matrix, Budget(rank=rank), generator=draw))
+            seconds, part = timed(partial(leading_part, matrix, Budget(rank=rank), generator=draw))
             ours.append(seconds)
         least = float(values[rank:].double().square().sum()) ** 0.5
         rest = torch.addmm(matrix, part.left * part.values, part.right, alpha=-1.0)

@@ -114,7 +114,7 @@ def extract(
     from flows.cli.display import show_run
     from flows.engine import model_path
     from lora_engine.formats import Card, write_adapter
-    from lora_engine.merging.extract import extract as extract_adapter
+    from lora_engine.streaming import extract as extract_adapter
     from tasks.progress import StepEvent, publish
 
     with show_run(["extract"], Console(stderr=True)):

@@ -8,9 +8,9 @@ from lora_engine.adapters.full import FullDelta
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import write_adapter
 from lora_engine.merging.budget import Budget
-from lora_engine.merging.extract import extract, rounding_variance
 from lora_engine.merging.spectrum import Noise, leading_part, sketched_svd, whole_svd
 from lora_engine.streaming import fuse
+from lora_engine.streaming.extract import extract, rounding_variance
 
 SHAPES = {
     "down_blocks.0.attn.to_q": (96, 160),
