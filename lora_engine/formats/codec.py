@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -173,7 +174,7 @@ class TensorCodec:
                 problem = f"the module {name!r} is in the file twice, under two names"
                 raise AdapterError(problem, where=_source(part), remedy="remove one of the two from the file")
             if shape is not None:
-                check_delta(delta, part.group.sources, shape)
+                check_delta(delta, partial(_sources, part), shape)
             modules[name] = delta if shape is None else delta.fitted(shape)
         return Adapter(modules, family or family_of(metadata, modules, known or ()), metadata.get(FINGERPRINT))
 
@@ -232,6 +233,10 @@ class TensorCodec:
                 delta = delta if alpha is None else group.read(tensors, alpha)
             parts[group.module] = Part(group, delta)
         return parts
+
+
+def _sources(part: Part) -> Mapping[str, str]:
+    return part.group.sources
 
 
 def _source(part: Part) -> str:

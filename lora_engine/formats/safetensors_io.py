@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json
+from lora_engine.formats.stage import OutputStage
 
 # In the order in which the safetensors library lays out tensors; then by name. A file's body is thus the one that the
 # library would write, and hashes over bodies (`sshs_model_hash`) agree.
@@ -34,11 +36,19 @@ _ORDER = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _ORDER.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
 _RANK = {dtype: place for place, dtype in enumerate(_ORDER)}
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# Written at a time: larger pieces make the kernel look for large pages, which often takes longer than filling them.
-_PIECE = 128 << 10
+# From here on a file is written past the page cache, where that is possible.
+_LARGE = 32 << 20
 _AGAIN = "save or download the file again"
 
 
@@ -82,9 +92,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    if sum(tensor.nbytes for tensor in tensors.values()) < _LARGE:
+        for chunk in serialize(tensors, metadata):
+            file.write(chunk)
+        return
+    stage = OutputStage(file.fileno())
     for chunk in serialize(tensors, metadata):
-        for first in range(0, len(chunk), _PIECE):
-            file.write(chunk[first : first + _PIECE])
+        stage.write(chunk)
+    stage.finish()
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -127,12 +142,28 @@ def read_safetensors(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, Ten
     Raises:
         AdapterError: No such file, a pickle, not safetensors, truncated, or over a limit; names the file.
     """
-    metadata = read_header(path, limits)[1]
+    header, metadata = read_header(path, limits)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+        with safe_open(path, framework="pt"):  # checks that the bodies lie one after another and fill the file
+            return _map(path, header), metadata
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterError(f"the file cannot be read: {error}", where=str(path), remedy=_AGAIN) from error
+
+
+def _map(path: Path, header: Mapping[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """The tensors as views of the mapped file; what is written to one reaches no other reader, and never the file."""
+    with path.open("rb") as file:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    found = {}
+    for name, told in header.items():
+        dtype, shape, (first, last) = _DTYPES[told["dtype"]], told["shape"], told["data_offsets"]
+        if first == last:
+            found[name] = torch.empty(shape, dtype=dtype)
+            continue
+        count = (last - first) // dtype.itemsize
+        found[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first).view(shape)
+    return found
 
 
 def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

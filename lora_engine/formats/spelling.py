@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -70,15 +71,18 @@ class TableSpelling:
     aliases: Mapping[str, str] = field(default_factory=dict)
     optional: Collection[str] = ()
 
-    @property
+    @cached_property
     def suffixes(self) -> Collection[str]:
         """Every suffix that is read."""
-        return (*self.names.values(), *self.aliases)
+        return frozenset(self._factors)
 
     def factor(self, suffix: str) -> str:
         """The factor that a suffix stands for."""
-        found = self.aliases.get(suffix)
-        return found or next(factor for factor, name in self.names.items() if name == suffix)
+        return self._factors[suffix]
+
+    @cached_property
+    def _factors(self) -> Mapping[str, str]:
+        return {**{name: factor for factor, name in self.names.items()}, **self.aliases}
 
     def missing(self, suffixes: Collection[str]) -> str | None:
         """The first suffix of the table whose factor is not there, or None."""
@@ -133,11 +137,11 @@ class Style:
     def split(self, keys: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
         """Each key with its module and the longest suffix of this style that it ends in; None where there is none."""
         known, there = self.suffixes, set(keys)
-        rewrites = [pair for style in (self, *self.also) for pair in style.rewrites]
+        rewrites = [(re.compile(old), new) for style in (self, *self.also) for old, new in style.rewrites]
         for key in keys:
             plain = key
             for pattern, replacement in rewrites:
-                plain = re.sub(pattern, replacement, plain)
+                plain = pattern.sub(replacement, plain)
             suffix = _suffix_of(plain, known)
             module = plain if suffix is None else plain[: -len(suffix) - 1]
             if suffix in _BESIDE and f"{module}.{_BESIDE[suffix]}" not in there:
@@ -195,7 +199,7 @@ class Group:
                 raise AdapterError(problem, where=where, allowed="one number", remedy="check the file")
             alpha = float(stored.item())
         delta = self.spelling.read(parts, alpha)
-        check_delta(delta, self.sources)
+        check_delta(delta, lambda: self.sources)
         return delta
 
 
@@ -213,13 +217,22 @@ def group_tensors(keys: Collection[str], style: Style) -> Iterator[Group]:
         if suffix in found:
             raise _twice(key)
         found[suffix] = key
+    # Files hold thousands of modules of a few forms.
+    spellings: dict[frozenset[str], Spelling] = {}
     for module, found in sorted(modules.items()):
-        yield Group(module, found, _spelling_of(found, style))
+        form = frozenset(found)
+        if form not in spellings:
+            spellings[form] = _spelling_of(found, style)
+        yield Group(module, found, spellings[form])
 
 
 def _suffix_of(key: str, known: Collection[str]) -> str | None:
-    dots = (place for place, letter in enumerate(key) if letter == ".")
-    return next((key[place + 1 :] for place in dots if key[place + 1 :] in known), None)
+    rest = key
+    while "." in rest:
+        rest = rest.partition(".")[2]
+        if rest in known:
+            return rest
+    return None
 
 
 def _spelling_of(found: Mapping[str, str], style: Style) -> Spelling:

@@ -6,7 +6,7 @@ How factors have to agree with each other and with the base is each kind's own a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,17 +61,17 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
-def check_delta(delta: Delta, sources: Mapping[str, str], shape: Sequence[int] | None = None) -> None:
+def check_delta(delta: Delta, sources: Callable[[], Mapping[str, str]], shape: Sequence[int] | None = None) -> None:
     """Does nothing for a delta that is whole and, where a weight's shape is given, fits it.
 
     Args:
         delta: The delta.
-        sources: Factor name, or `alpha`, to the name of its tensor in the file.
+        sources: Gives factor name, or `alpha`, to the name of its tensor in the file; asked where there is a fault.
         shape: Shape of the weight of the base.
 
     Raises:
         AdapterError: The first fault; names the tensor.
     """
     for fault in delta.faults(shape):
-        where = f"tensor {sources.get(fault.factor, fault.factor)!r}"
+        where = f"tensor {sources().get(fault.factor, fault.factor)!r}"
         raise AdapterError(fault.problem, where=where, allowed=fault.allowed, remedy=fault.remedy)

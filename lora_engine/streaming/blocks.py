@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.tensor_files import StoredTensor
-from lora_engine.errors import BaseModelError
+from lora_engine.formats.stage import read_bytes, shorter_than
 
 FLOATS = {
     "F64": torch.float64,
@@ -37,20 +37,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_bytes(source: int, view: memoryview, offset: int) -> None:
-    """Fills a view with the bytes of an open file from an offset on.
-
-    Raises:
-        BaseModelError: The file ends before.
-    """
-    done = 0
-    while done < len(view):
-        count = os.preadv(source, [view[done:]], offset + done)
-        if count == 0:
-            raise _shorter(offset + done)
-        done += count
-
-
 def read_tensor(source: int, stored: StoredTensor) -> Tensor:
     """A whole tensor of an open file, in its own dtype, which must be among `FLOATS`."""
     tensor = torch.empty(stored.shape, dtype=FLOATS[stored.dtype])
@@ -70,7 +56,7 @@ def copy_bytes(source: int, output: int, first: int, last: int) -> None:
             while done < last:
                 count = copy(source, output, done, last - done)
                 if count == 0:
-                    raise _shorter(done)
+                    raise shorter_than(done)
                 done += count
         except OSError as error:
             if error.errno not in _UNABLE:
@@ -104,7 +90,3 @@ def _send(source: int, output: int, offset: int, count: int) -> int:
 
 def _read_and_write(source: int, output: int, offset: int, count: int) -> int:
     return os.write(output, os.pread(source, min(count, _PIECE), offset))
-
-
-def _shorter(place: int) -> BaseModelError:
-    return BaseModelError(f"a file ended at byte {place} while it was read", remedy="see who changes it, and try again")

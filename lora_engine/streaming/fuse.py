@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
-from lora_engine.streaming.blocks import FLOATS, as_bytes, read_bytes
+from lora_engine.formats.stage import read_bytes
+from lora_engine.streaming.blocks import FLOATS, as_bytes
 from lora_engine.streaming.changes import open_terms
 from lora_engine.streaming.given import (
     Given,

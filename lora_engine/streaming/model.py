@@ -131,7 +131,7 @@ def _open_pipeline(path: Path) -> StoredModel:
         # Components that the engine does not use (a safety checker) stay with the model that names them.
         if name not in layout.family.components and isinstance(entry, list) and (path / name).is_dir():
             others |= {file for file in (path / name).iterdir() if _is_kept(file)}
-    return StoredModel(path, layout.family.name, files, tuple(sorted(others)), places)
+    return StoredModel(path, layout.family.adapters, files, tuple(sorted(others)), places)
 
 
 def _open_component(path: Path, weights: list[Path], others: tuple[Path, ...], component: str | None) -> StoredModel:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_engine.streaming.blocks import read_bytes
+from lora_engine.errors import BaseModelError
 
 _SIZE = 16 << 20
 # What the memory, the place and the length of a direct write must be multiples of, on every common disk.
@@ -114,6 +114,25 @@ class OutputStage:
         with contextlib.suppress(OSError):  # file systems in memory, and some over the network, cannot
             fcntl.fcntl(self._output, fcntl.F_SETFL, flags | _DIRECT if wanted else flags & ~_DIRECT)
             self._is_direct = wanted
+
+
+def read_bytes(source: int, view: memoryview, offset: int) -> None:
+    """Fills a view with the bytes of an open file from an offset on.
+
+    Raises:
+        BaseModelError: The file ends before.
+    """
+    done = 0
+    while done < len(view):
+        count = os.preadv(source, [view[done:]], offset + done)
+        if count == 0:
+            raise shorter_than(offset + done)
+        done += count
+
+
+def shorter_than(place: int) -> BaseModelError:
+    """The error for a file that ends at a place where it should go on."""
+    return BaseModelError(f"a file ended at byte {place} while it was read", remedy="see who changes it, and try again")
 
 
 LARGEST = _SIZE - _PAGE
