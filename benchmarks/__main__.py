@@ -8,7 +8,11 @@ import sys
 BENCHMARKS = (
     "benchmarks.line",
     "benchmarks.loop_overhead",
+    "benchmarks.training_step",
+    "benchmarks.parameter_counts",
+    "benchmarks.caching",
     "benchmarks.prior",
+    "benchmarks.methods",
     "benchmarks.resize",
     "benchmarks.extraction",
     "benchmarks.fuse",

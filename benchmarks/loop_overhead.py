@@ -33,6 +33,7 @@ from lora_engine.training.loop import FitOptions, fit
 from lora_engine.training.methods import Workbench, methods
 from lora_engine.training.phases import Phase
 from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.methods import Finetune
 
 
 def make_examples(folder: Path, base: BaseModel, count: int) -> tuple[Example, ...]:
@@ -90,7 +91,7 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
         bench = Workbench(
             base, settings, parameters, examples, (), encoder.latents, encoder.conditioning, attachment.dropping
         )
-        phases = methods[settings.method].phases(bench)
+        phases = methods[settings.method.name].phases(bench)
         options = FitOptions(schedule="cosine")
         bare = bare_steps(base, phases[0], settings.steps, settings.learning_rate)
 
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--targets", default="attention")
     parser.add_argument("--at-most", type=float, help="fail where the overhead is larger")
     chosen = parser.parse_args()
-    settings = TrainSettings(method="finetune", steps=chosen.steps, batch=chosen.batch, targets=chosen.targets)
+    settings = TrainSettings(method=Finetune(), steps=chosen.steps, batch=chosen.batch, targets=chosen.targets)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(load_base(chosen.base, device=chosen.device), Path(folder), chosen.rounds, settings)
     print(json.dumps(found))

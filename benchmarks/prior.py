@@ -30,12 +30,13 @@ from lora_engine.formats import read_adapter
 from lora_engine.inference.generate import generate
 from lora_engine.training.run import train
 from lora_engine.training.spec import Prior, TrainSettings
+from lora_engine.training.specs.methods import Dreambooth, Finetune
 
 WORD = "zorb"
 
 
 def with_prior(prompt: tuple[str, ...] | None) -> TrainSettings:
-    return PLAIN.model_copy(update={"method": "dreambooth", "prior": Prior(prompt=prompt, count=40)})
+    return PLAIN.model_copy(update={"method": Dreambooth(), "prior": Prior(prompt=prompt, count=40)})
 
 
 def one_caption_a_shape() -> tuple[str, ...]:
@@ -44,7 +45,7 @@ def one_caption_a_shape() -> tuple[str, ...]:
     return tuple(found[shape] for shape in SHAPES)
 
 
-PLAIN = TrainSettings(method="finetune", rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3)
+PLAIN = TrainSettings(method=Finetune(), rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3)
 RUNS = {
     "finetune, no prior": PLAIN,
     "dreambooth, 40 pictures of the class word": with_prior(None),

@@ -11,7 +11,7 @@ from filelock import FileLock
 from lora_engine.files import atomic_write
 from registry.errors import HomeError, disk_errors
 
-_FOLDERS = ("store", "prefect", "work", "reports", "locks", "mlflow")
+_FOLDERS = ("store", "prefect", "work", "cache", "reports", "locks", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Home:
     def work(self) -> Path:
         """Folder for checkouts and checkpoints; may be deleted while nothing runs."""
         return self.path / "work"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of encoded pictures and texts that training runs share; may be deleted while nothing runs."""
+        return self.path / "cache"
 
     @property
     def reports(self) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from urllib.request import url2pathname
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from lora_engine.files import sha256_file
+from lora_engine.files import sha256_bytes, sha256_file
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import MirrorError, disk_errors
 from registry.home import Home
@@ -32,6 +33,7 @@ _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 _RECORD = "record.json"
+_NO_NAME = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class Mirror:
             metrics += [Metric(name, value, when, step) for step, value in curve]
         for batch in _batches(metrics, _METRICS_AT_ONCE):
             self._client.log_batch(run_id, metrics=batch)
-        params = {str(key): _text(value) for key, value in record["params"].items()}
+        params = {_param_name(str(key)): _text(value) for key, value in record["params"].items()}
         long = {key: value for key, value in params.items() if len(value) > _PARAM_LENGTH}
         for batch in _batches([Param(key, value[:_PARAM_LENGTH]) for key, value in params.items()], _PARAMS_AT_ONCE):
             self._client.log_batch(run_id, params=batch)
@@ -256,6 +258,12 @@ def _tags(version: AdapterVersion) -> dict[str, str]:
         "loraline.card": _text(dict(version.card)),
     }
     return {key: value[:_TAG_LENGTH] for key, value in tags.items() if value}
+
+
+def _param_name(key: str) -> str:
+    # A recipe may hold patterns of layers (`unet.*.to_q`), which MLflow takes for no name.
+    plain = _NO_NAME.sub("_", key)
+    return key if plain == key else f"{plain[:200]}-{sha256_bytes(key.encode())[:8]}"
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,7 @@ class Caption(StepSpec, CaptionSettings):
     dataset: Annotated[str, Takes("manifest")]
 
 
-@step(Caption, gives="manifest", revision=1)
+@step(Caption, gives="manifest", revision=2)
 def caption(spec: Caption, context: Context) -> None:
     """Writes a manifest of the same pictures in which every caption is set."""
     from lora_engine.data.caption import caption as describe

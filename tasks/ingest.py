@@ -17,7 +17,7 @@ class Ingest(StepSpec, IngestSettings):
     consent: Annotated[str | None, External("file")] = None
 
 
-@step(Ingest, gives="manifest", revision=1)
+@step(Ingest, gives="manifest", revision=2)
 def ingest(spec: Ingest, context: Context) -> None:
     """Writes a manifest with a clean copy of every usable picture and its caption."""
     from lora_engine.data.ingest import ingest as take_in

@@ -10,15 +10,15 @@ from tasks.step import Context, step
 
 
 class Preprocess(StepSpec, PreprocessSettings):
-    """To which resolution, and which part of each picture to keep."""
+    """To which resolution or sizes, and which part of each picture to keep."""
 
     uses: Literal["preprocess"] = "preprocess"
     dataset: Annotated[str, Takes("manifest")]
 
 
-@step(Preprocess, gives="manifest", revision=1)
+@step(Preprocess, gives="manifest", revision=2)
 def preprocess(spec: Preprocess, context: Context) -> None:
-    """Writes a manifest whose pictures all have the resolution that was asked for."""
+    """Writes a manifest whose pictures, and their masks, have the sizes that were asked for."""
     from lora_engine.data.preprocess import preprocess as prepare
 
     prepare(context.folder("dataset"), context.out, spec.narrow(PreprocessSettings))

@@ -38,12 +38,12 @@ def still_registered(spec: Register, home: Home, folder: Path) -> bool:
 @step(Register, gives="version", revision=1, holds=still_registered)
 def register(spec: Register, context: Context) -> None:
     """Registers the adapter with its curves, metrics and pictures; writes `version.json`."""
-    from lora_engine.formats import read_adapter
+    from lora_engine.formats import read_bundle
     from registry.policy import decide
     from registry.versions import Versions
 
     adapter_folder, report_folder = context.folder("adapter"), context.optional("report")
-    _, card = read_adapter(adapter_folder / "adapter.safetensors")
+    card = read_bundle(adapter_folder / "adapter.safetensors").card
     report = json.loads((report_folder / "report.json").read_bytes()) if report_folder else {}
     version = Versions(context.home).register(
         spec.name,

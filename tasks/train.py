@@ -10,16 +10,25 @@ from typing import Annotated, Literal
 
 from lora_engine.training.spec import TrainSettings
 from tasks.progress import stop_requested
-from tasks.spec import StepSpec, Takes
+from tasks.spec import External, StepSpec, Takes
 from tasks.step import Context, step
 
 
 class Train(StepSpec, TrainSettings):
-    """What to train, on what, and how."""
+    """What to train, on what, and how.
+
+    Attributes:
+        base: A base model.
+        dataset: The person's pictures, captioned.
+        class_dataset: Class pictures (regularisation images) for `prior`; left out, the base draws them.
+        embedder: A folder with the image model that `method.identity` is judged by; left out, the embedded one.
+    """
 
     uses: Literal["train"] = "train"
     base: str
     dataset: Annotated[str, Takes("manifest")]
+    class_dataset: Annotated[str | None, Takes("manifest")] = None
+    embedder: Annotated[str | None, External("folder")] = None
 
 
 @step(Train, gives="adapter", revision=1)
@@ -27,11 +36,15 @@ def train(spec: Train, context: Context) -> None:
     """Writes the adapter and the record of its training."""
     from lora_engine.training.spawn import train_in_child
 
+    class_dataset = context.optional("class_dataset")
     job = {
         "settings": spec.narrow(TrainSettings).model_dump(mode="json"),
         "base": context.base(spec.base),
         "dataset": str(context.folder("dataset")),
         "out": str(context.out),
         "work": str(context.work),
+        "cache": str(context.home.cache),
+        "class_dataset": class_dataset and str(class_dataset),
+        "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
     }
     train_in_child(job, context.progress, stop=stop_requested)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
-from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, bias_of, innermost, is_adaptable
+from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, bias_of, innermost, is_adaptable, weight_sketch
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import ModuleTree, as_tree, module_shapes, weight_shape
 from lora_engine.errors import AdapterError, SettingsError
@@ -212,10 +212,19 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
     """Adds an adapter into the weights of a base, in place: in float32 (or better), cast to the weight's dtype last.
 
     Raises:
-        AdapterError: The adapter does not fit; the base is then untouched.
+        AdapterError: The adapter does not fit, or a layer is quantised; the base is then untouched.
     """
     tree = as_tree(base)
     check_fit(tree, adapter)
+    for name in adapter.modules:
+        layer = innermost(tree.get_module(name))
+        if weight_sketch(layer) is not layer.weight:
+            raise AdapterError(
+                "a quantised weight cannot take a difference in",
+                where=name,
+                allowed="a base in full precision",
+                remedy="load the base without quantisation, or attach the adapter instead",
+            )
     if multiplier == 0.0:
         return
     for name, delta in adapter.modules.items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters.layer import LayerOp
+from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.registries import Registry
 
 
@@ -49,6 +50,8 @@ class Delta(Protocol):
     kind: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that training does not move."""
+    reads_base: ClassVar[bool] = True
+    """Whether the difference depends on the values of the base's weight, and not on its shape and dtype alone."""
 
     if TYPE_CHECKING:  # at run time a property here would be taken for the default of a dataclass's field
 
@@ -126,6 +129,13 @@ class Delta(Protocol):
         may thin it out. This default forms the dense delta.
         """
         return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
+
+    def whole(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
+        """The frozen layer and this delta in one step, where the kind has one; None means `forward` alone.
+
+        Law: where it is there, it gives what `forward` gives after the layer, and the same gradients.
+        """
+        return None
 
     def faults(self, weight_shape: Sequence[int] | None = None) -> Iterable[Fault]:
         """What is structurally wrong: shapes among the factors, alpha, and the fit to a weight where one is given."""

@@ -23,6 +23,7 @@ class FullDelta(Delta):
     """
 
     kind: ClassVar[str] = "full"
+    reads_base: ClassVar[bool] = False
     diff: Tensor | None = None
     bias: Tensor | None = None
 

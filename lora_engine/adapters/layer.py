@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_engine.adapters.low_rank import is_plain_linear
 from lora_engine.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.
 
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether a layer can carry an adapter: one of the types `ADAPTABLE` that has a weight, or diffusers' `RMSNorm`."""
-    return (isinstance(layer, ADAPTABLE) or _is_rms_norm(layer)) and layer.weight is not None
+    return (isinstance(layer, ADAPTABLE) or _is_rms_norm(layer)) and weight_sketch(layer) is not None
 
 
 def _is_rms_norm(layer: nn.Module) -> bool:
@@ -133,7 +134,7 @@ class AdaptedLayer(nn.Module):
     ) -> None:
         super().__init__()
         layer = innermost(base)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = weight_sketch(layer)
         self.base = base
         self.multiplier = multiplier
         self.dropout = 0.0
@@ -147,17 +148,23 @@ class AdaptedLayer(nn.Module):
         }
         self.factors = nn.ParameterDict(factors)
         self.delta = delta.with_factors(factors)
+        self._whole = self.delta.whole(weight, bias_of(layer), self._op) if base is layer else None
         self.training = base.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output."""
+        whole, usual = self._whole, self.multiplier != 0.0 and not self.dropout and not (args or kwargs)
+        if whole is not None and usual and whole.suits(x) and is_plain_linear(self.base):
+            return whole(x, self.multiplier)
         out: Tensor = self.base(x, *args, **kwargs)
         if self.multiplier == 0.0:
             return out
         if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         layer = self._layer[0]
-        return self.delta.forward(x, out, layer.weight, bias_of(layer), self._op, self.multiplier)  # type: ignore[arg-type]
+        # A quantised layer computes its weight when asked, so only kinds that read it ask.
+        weight: Tensor = layer.weight if self.delta.reads_base else weight_sketch(layer)  # type: ignore[assignment]
+        return self.delta.forward(x, out, weight, bias_of(layer), self._op, self.multiplier)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -166,6 +173,12 @@ class AdaptedLayer(nn.Module):
             if name == "base":
                 raise
             return getattr(self.base, name)
+
+
+def weight_sketch(layer: nn.Module) -> Tensor:
+    """The weight of a layer, or, where it is quantised, a tensor of its shape, dtype and device without its values."""
+    sketch: Tensor | None = layer.__dict__.get("sketch")
+    return layer.weight if sketch is None else sketch  # type: ignore[return-value]
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:

@@ -33,6 +33,7 @@ class LohaDelta(Delta):
     """
 
     kind: ClassVar[str] = "loha"
+    reads_base: ClassVar[bool] = False
     up1: Tensor
     down1: Tensor
     up2: Tensor

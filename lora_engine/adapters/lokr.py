@@ -33,6 +33,7 @@ class LokrDelta(Delta):
     """
 
     kind: ClassVar[str] = "lokr"
+    reads_base: ClassVar[bool] = False
     alpha: float
     left: Tensor | None = None
     left_up: Tensor | None = None

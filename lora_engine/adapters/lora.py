@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
+from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.errors import SettingsError
 
 
@@ -33,6 +34,7 @@ class LoraDelta(Delta):
     """
 
     kind: ClassVar[str] = "lora"
+    reads_base: ClassVar[bool] = False
     down: Tensor
     up: Tensor
     alpha: float
@@ -133,6 +135,13 @@ class LoraDelta(Delta):
         if low.dtype != out.dtype:
             low = low.to(out.dtype)
         return torch.add(out, low, alpha=multiplier * self.scale)
+
+    def whole(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
+        """Linear layers have one; see `low_rank`."""
+        linear = op.dims == 0 and op.other is None and self.down.dim() == self.up.dim() == 2
+        if not linear or self.mid is not None or self.bias is not None:
+            return None
+        return LowRankLinear(weight, bias, self.down, self.up, self.scale)
 
     def _convolve(self, x: Tensor, down: Tensor, up: Tensor, shape: Sequence[int], op: LayerOp) -> Tensor:
         up = up.reshape(shape[0], -1, 1, 1)

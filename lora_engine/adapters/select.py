@@ -10,8 +10,11 @@ from lora_engine.adapters.tree import near_names
 from lora_engine.errors import SettingsError
 
 _ATTENTION = re.compile(r".*\.attn\d*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)")
-_FEED_FORWARD = re.compile(r".*\.ff(_context)?\.net\.(0\.proj|2)")
-_TEXT = re.compile(r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+# FLUX's single blocks have one layer out of attention and feed-forward together, `proj_out`.
+_FEED_FORWARD = re.compile(r".*\.(ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.proj_(mlp|out))")
+_CLIP = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
+_T5 = r"SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)"
+_TEXT = re.compile(rf".*\.({_CLIP}|{_T5})")
 _IN_BLOCK = re.compile(r"[^.]+\.(.*\.)?(\w*blocks|mid_block)\..*")
 _NO_DENOISER = ("text_encoder", "vae")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import nn
 
-from lora_engine.adapters.layer import AdaptedLayer, innermost, is_adaptable
+from lora_engine.adapters.layer import AdaptedLayer, innermost, is_adaptable, weight_sketch
 from lora_engine.errors import AdapterError
 
 _LEVEL = "text_model."
@@ -128,7 +128,7 @@ def module_shapes(base: ModuleTree | Mapping[str, nn.Module]) -> dict[str, tuple
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Shape of the weight of a layer, below its wrappers."""
-    return tuple(innermost(layer).weight.shape)  # type: ignore[arg-type]
+    return tuple(weight_sketch(innermost(layer)).shape)
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.families import families
 from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.quantised import Quantisation, check_quantisation, quantise_base
 from lora_engine.bases.source import BaseSource, resolve_base
 
 
@@ -19,14 +20,18 @@ class BaseModel(Protocol):
     """A diffusion model as training, evaluation and generation see it; frozen, in evaluation mode.
 
     Attributes:
-        family: `sd` or `sdxl`.
+        family: The family that its adapters belong to: `sd`, `sdxl`, `sd3` or `flux`.
         name: What cards call it; free of paths.
         fingerprint: SHA-256 over its files.
         device: Where it computes.
         dtype: Of the network's weights; latents, losses and pictures are float32 everywhere.
-        modules: The adaptable components: `unet`, `text_encoder`[, `text_encoder_2`].
-        noise: The forward process and the parameterisation.
+        modules: The adaptable components: `unet` or `transformer`, `text_encoder`[, `text_encoder_2`[, ...]].
+        noise: The forward process and the parameterisation; a `FlowSchedule` for flow matching.
         default_size: (height, width) in pixels that it was made for.
+        distilled: Whether it was distilled to follow its text: it is asked once a step, and `predict` is told the
+            scale of guidance where its network reads one.
+        inpaints: Whether `predict` needs what `encode_mask` gives.
+        quantisation: How the linear layers of its network are held: `none`, `8bit` or `4bit`.
     """
 
     family: str
@@ -37,6 +42,9 @@ class BaseModel(Protocol):
     modules: dict[str, nn.Module]
     noise: NoiseSchedule
     default_size: tuple[int, int]
+    distilled: bool
+    inpaints: bool
+    quantisation: Quantisation
 
     def module_names(self) -> list[str]:
         """Canonical names of the adaptable layers (Linear, Conv2d), in the order of the model.
@@ -57,6 +65,22 @@ class BaseModel(Protocol):
         """Pixels [n, 3, h, w] in [-1, 1] as scaled latents: the posterior's mode, or a sample with the generator."""
         ...
 
+    def encode_mask(self, mask: Tensor, pixels: Tensor) -> Conditioning:
+        """What an inpainting base is told beside the text; join it to that with `Conditioning.with_tensors`.
+
+        Args:
+            mask: [n, 1, h, w]: 0.5 and above is what is drawn anew, below it is kept.
+            pixels: [n, 3, h, w] in [-1, 1], whole.
+
+        Returns:
+            `mask` [n, 1, height, width] of 0 and 1 and `masked` [n, channels, height, width], the latents of the
+            pictures with grey under the mask; both in the size of the latents.
+
+        Raises:
+            SettingsError: The base is not made for inpainting, or the shapes do not fit.
+        """
+        ...
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents as pixels [n, 3, h, w]; not clipped."""
         ...
@@ -70,7 +94,10 @@ class BaseModel(Protocol):
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the network makes of noisy latents at timesteps [n] (int64); float32; keeps the graph."""
+        """What the network makes of noisy latents at timesteps [n]; float32; keeps the graph.
+
+        Timesteps are int64 numbers into the schedule for diffusion, and any dtype (sigma times 1000) for a flow.
+        """
         ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -81,13 +108,22 @@ class BaseModel(Protocol):
         """
         ...
 
-    def scheduler(self) -> Any:
-        """A fresh sampler of diffusers (DPM-Solver++) with the model's own settings."""
+    def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
+        """A fresh sampler of diffusers with the model's own settings: DPM-Solver++, or Euler's method for a flow.
+
+        Args:
+            steps: Its timesteps are set to so many; None leaves them to the caller.
+            size: (height, width) in pixels, on which the timesteps of some flows depend; None is `default_size`.
+        """
         ...
 
 
 def load_base(
-    source: BaseSource | str, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    source: BaseSource | str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantise: Quantisation = "none",
 ) -> BaseModel:
     """Loads a base model, frozen.
 
@@ -95,13 +131,33 @@ def load_base(
         source: Where it lies, or a name for `resolve_base`.
         device: Where it is to compute; None takes CUDA, else MPS, else the CPU.
         dtype: Of the network and the text encoders; the autoencoder always computes in float32.
+        quantise: How the linear layers of the network's blocks are held; see `quantise_base`.
 
     Raises:
         BaseModelError: It cannot be found or its parts do not fit.
+        SettingsError: What quantisation needs is not installed.
     """
     found = resolve_base(source) if isinstance(source, str) else source
+    check_quantisation(quantise)
     module = importlib.import_module(families[found.family].module)
-    return cast(BaseModel, module.load(found, torch.device(device or default_device()), dtype))
+    base = cast(BaseModel, module.load(found, torch.device(device or default_device()), dtype))
+    quantise_base(base, quantise)
+    base.quantisation = quantise
+    return base
+
+
+def masked_whole(base: BaseModel, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
+    """The conditioning, for an inpainting base with a mask over the whole picture: as if it were a base without mask.
+
+    Args:
+        base: Any base.
+        conditioning: What `encode_text` gave.
+        size: (height, width) in pixels.
+    """
+    if not base.inpaints:
+        return conditioning
+    whole = base.encode_mask(torch.ones(1, 1, *size), torch.zeros(1, 3, *size))
+    return conditioning.with_tensors(whole.index([0] * len(conditioning)))
 
 
 def default_device() -> str:

@@ -38,6 +38,10 @@ class Conditioning:
         """The same values, cut off from any graph."""
         return Conditioning({name: value.detach() for name, value in self.tensors.items()})
 
+    def with_tensors(self, other: Conditioning) -> Conditioning:
+        """The same rows, told more: all tensors of both; those of the other replace ones of the same name."""
+        return Conditioning({**self.tensors, **other.tensors})
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The rows of all parts, one after another."""

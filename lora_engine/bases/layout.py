@@ -15,7 +15,7 @@ from lora_engine.bases.families import Family, families, family_of_pipeline
 from lora_engine.errors import BaseModelError
 
 INDEX = "model_index.json"
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
 _VARIANTS = (None, "fp16")
 
 
@@ -52,6 +52,8 @@ def read_layout(folder: Path) -> Layout:
     variants: dict[str, str | None] = {}
     for component in family.components:
         path = folder / component
+        if component in family.optional and _is_null(index.get(component)):
+            continue
         if not path.is_dir():
             raise BaseModelError(
                 f"the component {component!r} is missing",
@@ -90,6 +92,10 @@ def download_patterns(variant: str | None) -> list[str]:
     parts = sorted({component for family in families.values() for component in family.components})
     settings = [f"{part}/{name}" for part in parts for name in ("*config.json", "vocab.json", "merges.txt")]
     return [INDEX, *settings, "tokenizer*/*.json", "tokenizer*/*.model", *weights]
+
+
+def _is_null(entry: Any) -> bool:
+    return entry is None or (isinstance(entry, list) and not any(entry))
 
 
 def _find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
@@ -132,7 +138,7 @@ def _shards(folder: Path, index: str) -> list[str]:
 
 def _tokenizer_files(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
-    if "tokenizer.json" not in names:
+    if not {"tokenizer.json", "spiece.model"} & set(names):
         _required(folder, "vocab.json")
         _required(folder, "merges.txt")
     return names

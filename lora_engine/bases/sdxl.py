@@ -5,13 +5,15 @@ Source of the computations: `StableDiffusionXLPipeline` of diffusers; a parity t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.long_text import Change, no_change
 from lora_engine.bases.sd import StableDiffusion
 from lora_engine.bases.source import BaseSource
 
@@ -24,19 +26,27 @@ def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Stable
 class StableDiffusionXL(StableDiffusion):
     """A UNet with size conditioning, an autoencoder, CLIP and OpenCLIP text encoders; see `BaseModel`."""
 
-    def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """See `BaseModel`; the size that was there, cropped nowhere, is the size that is wanted."""
+    def tokenizers(self) -> Mapping[str, Any]:
+        """See `ReadsTokens`."""
+        return {"": self.tokenizer, "_2": self.tokenizer_2}
+
+    def encode_tokens(
+        self,
+        tokens: Mapping[str, Mapping[str, Tensor]],
+        size: tuple[int, int] | None = None,
+        change: Change = no_change,
+    ) -> Conditioning:
+        """See `ReadsTokens`; the size that was there, cropped nowhere, is the size that is wanted."""
         states: list[Tensor] = []
         pooled = torch.empty(0)  # the second encoder's
-        for suffix, tokenizer in (("", self.tokenizer), ("_2", self.tokenizer_2)):
-            encoder = self.modules[f"text_encoder{suffix}"]
-            output = encoder(**self._tokens(texts, suffix, tokenizer), output_hidden_states=True)
-            states.append(output.hidden_states[-2].float())
+        for suffix, inputs in tokens.items():
+            output = self.modules[f"text_encoder{suffix}"](**inputs, output_hidden_states=True)
+            states.append(change(suffix, output.hidden_states[-2].float()))
             pooled = output[0].float()
         height, width = size or self.default_size
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
         return Conditioning(
-            {"states": torch.cat(states, dim=-1), "pooled": pooled, "time_ids": ids.repeat(len(texts), 1)}
+            {"states": torch.cat(states, dim=-1), "pooled": pooled, "time_ids": ids.repeat(len(pooled), 1)}
         )
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:

@@ -14,7 +14,7 @@ from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
 TINY = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-_ALLOWED = "`tiny`, a diffusers folder, or a hub id (`owner/name` or `owner/name@revision`)"
+_ALLOWED = "`tiny`, a diffusers folder, a checkpoint file, or a hub id (`owner/name` or `owner/name@revision`)"
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,15 @@ class BaseSource:
         name: As the person gave it, without the revision.
         folder: The diffusers folder.
         revision: The commit, for a base from the hub.
-        family: `sd` or `sdxl`; see `families`.
+        family: A name among `families`.
+        file: The name of the single file that the folder was made from; empty for any other.
     """
 
     name: str
     folder: Path
     revision: str | None
     family: str
+    file: str = ""
 
     @property
     def label(self) -> str:
@@ -40,7 +42,7 @@ class BaseSource:
             return TINY
         if self.revision:
             return f"{self.name}@{self.revision}"
-        return self.folder.name
+        return self.file or self.folder.name
 
     @property
     def layout(self) -> Layout:
@@ -56,7 +58,8 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
     """Finds a base model, downloading it where that is needed and possible.
 
     Args:
-        name: `tiny`, the path of a diffusers folder, or a hub id, which may carry `@revision`.
+        name: `tiny`, the path of a diffusers folder or of a single checkpoint file (converted once, see
+            `single_file`), or a hub id, which may carry `@revision`.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -70,12 +73,8 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(name, path.resolve(), revision)
-    if path.exists():
-        raise BaseModelError(
-            f"{name!r} is a single file, and single checkpoint files are not read yet",
-            allowed=_ALLOWED,
-            remedy="convert it: `StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)`",
-        )
+    if path.is_file():
+        return _from_file(path.resolve(), revision)
     repository, _, pinned = name.partition("@")
     if not _HUB_ID.fullmatch(repository):
         near = difflib.get_close_matches(name, [TINY], n=1)
@@ -96,6 +95,17 @@ def _from_folder(name: str, folder: Path, revision: str | None) -> BaseSource:
     if revision is not None:
         raise BaseModelError(f"{name!r} is a folder and has no revision {revision!r}", remedy="leave the revision out")
     return BaseSource(name, folder, None, read_layout(folder).family.name)
+
+
+def _from_file(file: Path, revision: str | None) -> BaseSource:
+    if revision is not None:
+        raise BaseModelError(
+            f"{file.name!r} is a file and has no revision {revision!r}", remedy="leave the revision out"
+        )
+    from lora_engine.bases.single_file import folder_of_file
+
+    folder = folder_of_file(file, _digest(file))
+    return BaseSource(str(file), folder, None, read_layout(folder).family.name, file.name)
 
 
 def _digest(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lora_engine.bases.families import families
 from lora_engine.bases.published import ComponentConfig, empty_module, published, published_module_shapes
 from lora_engine.bases.source import resolve_base
 from lora_engine.errors import BaseModelError
@@ -37,7 +38,7 @@ def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
         if name.startswith(_PREFIXES) and isinstance(about, list) and about[0] in ("diffusers", "transformers"):
             config = _read_config(source.folder / name / "config.json")
             modules[name] = empty_module(ComponentConfig(about[0], about[1], config))
-    return module_shapes(DictTree(modules, source.family))
+    return module_shapes(DictTree(modules, families[source.family].adapters))
 
 
 def _read_config(path: Path) -> dict[str, object]:

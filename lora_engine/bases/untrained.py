@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from lora_engine.bases.untrained_parts import autoencoder, clip_text_encoder, spelling_tokenizer
+from lora_engine.bases.untrained_transformers import TransformerShape
 from lora_engine.registries import Registry
 
 
+class Shape(Protocol):
+    """The structure of one architecture."""
+
+    def pipeline(self, tokens: int) -> Any:
+        """The pipeline with weights from the global generator, whose CLIPs read so many tokens."""
+        ...
+
+
 @dataclass(frozen=True)
-class Shape:
-    """The structure of one architecture.
+class UnetShape:
+    """The structure of a Stable Diffusion 1, 2 or XL.
 
     Attributes:
         unet: Settings of `UNet2DConditionModel`.
@@ -26,6 +36,7 @@ class Shape:
         vae_layers: Layers of each of its levels.
         text_widths: Width of each text encoder.
         prediction_type: As the scheduler's configuration names it.
+        inpainting: Whether the network reads a mask and masked latents too.
     """
 
     unet: dict[str, Any]
@@ -34,6 +45,42 @@ class Shape:
     prediction_type: str = "epsilon"
     vae_layers: int = 1
     text_widths: tuple[int, ...] = (16, 16)
+    inpainting: bool = False
+
+    def pipeline(self, tokens: int) -> Any:
+        """See `Shape`."""
+        import diffusers
+
+        parts: dict[str, Any] = {
+            "vae": autoencoder(self.vae_channels, self.vae_layers, 4),
+            "unet": self._unet(),
+            "scheduler": diffusers.DDIMScheduler(**_SCHEDULE, prediction_type=self.prediction_type),
+        }
+        for position, layers in enumerate(self.text_layers):
+            suffix = f"_{position + 1}" if position else ""
+            width = self.text_widths[position]
+            parts[f"text_encoder{suffix}"] = clip_text_encoder(layers, width, tokens, projected=position == 1)
+            parts[f"tokenizer{suffix}"] = spelling_tokenizer(tokens)
+        middle = "Inpaint" if self.inpainting else ""
+        if len(self.text_layers) == 1:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            return getattr(diffusers, f"StableDiffusion{middle}Pipeline")(**parts)
+        return getattr(diffusers, f"StableDiffusionXL{middle}Pipeline")(**parts, add_watermarker=False)
+
+    def _unet(self) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        extra: dict[str, Any] = {"in_channels": 9} if self.inpainting else {}
+        if len(self.text_layers) == 2:
+            times = 6 * int(self.unet["addition_time_embed_dim"])
+            extra["projection_class_embeddings_input_dim"] = times + self.text_widths[1]
+        return UNet2DConditionModel(
+            sample_size=8,
+            cross_attention_dim=sum(self.text_widths[: len(self.text_layers)]),
+            norm_num_groups=4,
+            **self.unet,
+            **extra,
+        )
 
 
 _SD = {
@@ -74,15 +121,36 @@ _SMALL = {
 shapes: Registry[Shape] = Registry("shape of an untrained base")
 # The widths of neighbouring levels are equal exactly where they are in the published autoencoder.
 _VAE = (4, 8, 16, 16)
-shapes.add("sd15", Shape(_SD, (12,), _VAE, vae_layers=2))
-shapes.add("sd2", Shape({**_SD, "use_linear_projection": True}, (23,), _VAE, "v_prediction", vae_layers=2))
-shapes.add("sdxl", Shape(_XL, (12, 32), _VAE, vae_layers=2, text_widths=(16, 24)))
-shapes.add("small-sd", Shape(_SMALL, (2,), (8, 8)))
-shapes.add("small-sd-v", Shape(_SMALL, (2,), (8, 8), "v_prediction"))
-shapes.add(
-    "small-sdxl",
-    Shape({**_SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}, (2, 3), (8, 8)),
-)
+shapes.add("sd15", UnetShape(_SD, (12,), _VAE, vae_layers=2))
+shapes.add("sd2", UnetShape({**_SD, "use_linear_projection": True}, (23,), _VAE, "v_prediction", vae_layers=2))
+shapes.add("sdxl", UnetShape(_XL, (12, 32), _VAE, vae_layers=2, text_widths=(16, 24)))
+shapes.add("small-sd", UnetShape(_SMALL, (2,), (8, 8)))
+shapes.add("small-sd-v", UnetShape(_SMALL, (2,), (8, 8), "v_prediction"))
+_SMALL_XL = {**_SMALL, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+shapes.add("small-sdxl", UnetShape(_SMALL_XL, (2, 3), (8, 8)))
+shapes.add("sd-inpainting", UnetShape(_SD, (12,), _VAE, vae_layers=2, inpainting=True))
+shapes.add("sdxl-inpainting", UnetShape(_XL, (12, 32), _VAE, vae_layers=2, text_widths=(16, 24), inpainting=True))
+shapes.add("small-sd-inpainting", UnetShape(_SMALL, (2,), (8, 8), inpainting=True))
+shapes.add("small-sdxl-inpainting", UnetShape(_SMALL_XL, (2, 3), (8, 8), inpainting=True))
+
+# As in the files of Stable Diffusion 3 and 3.5 and of FLUX.1.
+_SHIFTED = {"shift": 3.0}
+_FLUX_SCHEDULE = {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 1.15}
+_SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+_FLUX = {"num_layers": 19, "num_single_layers": 38}
+_WIDE: dict[str, Any] = {"vae_channels": _VAE, "vae_layers": 2, "latent_channels": 16}
+shapes.add("sd3", TransformerShape({"num_layers": 24}, (12, 32), 24, schedule=_SHIFTED, **_WIDE))
+shapes.add("sd35-medium", TransformerShape({"num_layers": 24, **_SD35}, (12, 32), 24, schedule=_SHIFTED, **_WIDE))
+shapes.add("flux", TransformerShape({**_FLUX, "guidance_embeds": True}, (12,), 24, schedule=_FLUX_SCHEDULE, **_WIDE))
+shapes.add("flux-schnell", TransformerShape({**_FLUX, "guidance_embeds": False}, (12,), 24, **_WIDE))
+_TWO = {"num_layers": 2}
+_SMALL_SD35 = {**_TWO, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+_SMALL_FLUX = {"num_layers": 1, "num_single_layers": 2}
+shapes.add("small-sd3", TransformerShape(_TWO, (2, 3), 2, schedule=_SHIFTED))
+shapes.add("small-sd3-without-t5", TransformerShape(_TWO, (2, 3), 0, schedule=_SHIFTED))
+shapes.add("small-sd35", TransformerShape(_SMALL_SD35, (2, 3), 2, schedule=_SHIFTED))
+shapes.add("small-flux", TransformerShape({**_SMALL_FLUX, "guidance_embeds": True}, (2,), 2, schedule=_FLUX_SCHEDULE))
+shapes.add("small-flux-schnell", TransformerShape({**_SMALL_FLUX, "guidance_embeds": False}, (2,), 2))
 
 
 def write_untrained_base(folder: Path, shape: str, *, seed: int = 0, tokens: int = 16) -> Path:
@@ -90,99 +158,16 @@ def write_untrained_base(folder: Path, shape: str, *, seed: int = 0, tokens: int
 
     Args:
         folder: Where it goes; made if it is missing.
-        shape: A name among `shapes`; `sd15`, `sd2` and `sdxl` have the real blocks, `small-*` as few as there can be.
+        shape: A name among `shapes`; `sd15`, `sdxl`, `flux` ... have the real blocks, `small-*` as few as there can be.
         seed: Of the weights; the global generator is left as it was.
-        tokens: How many tokens the text encoders read.
+        tokens: How many tokens CLIP reads.
 
     Raises:
         SettingsError: An unknown shape.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
     wanted = shapes[shape]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts: dict[str, Any] = {
-            "vae": _vae(wanted),
-            "unet": _unet(wanted),
-            "scheduler": DDIMScheduler(**_SCHEDULE, prediction_type=wanted.prediction_type),
-        }
-        for position, layers in enumerate(wanted.text_layers):
-            suffix = f"_{position + 1}" if position else ""
-            width = wanted.text_widths[position]
-            parts[f"text_encoder{suffix}"] = _text_encoder(layers, width, tokens, projected=position == 1)
-            parts[f"tokenizer{suffix}"] = spelling_tokenizer(tokens)
-        if len(wanted.text_layers) == 1:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipeline = StableDiffusionPipeline(**parts)
-        else:
-            pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        pipeline = wanted.pipeline(tokens)
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     return folder
-
-
-def spelling_tokenizer(tokens: int) -> Any:
-    """A CLIP tokenizer that spells every word byte by byte."""
-    from transformers import CLIPTokenizer
-
-    letters = _byte_letters()
-    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {name: number for number, name in enumerate(names)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
-
-
-def _unet(shape: Shape) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    extra: dict[str, Any] = {}
-    if len(shape.text_layers) == 2:
-        times = 6 * int(shape.unet["addition_time_embed_dim"])
-        extra["projection_class_embeddings_input_dim"] = times + shape.text_widths[1]
-    return UNet2DConditionModel(
-        sample_size=8,
-        cross_attention_dim=sum(shape.text_widths[: len(shape.text_layers)]),
-        norm_num_groups=4,
-        **shape.unet,
-        **extra,
-    )
-
-
-def _vae(shape: Shape) -> Any:
-    from diffusers import AutoencoderKL
-
-    levels = len(shape.vae_channels)
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=list(shape.vae_channels),
-        layers_per_block=shape.vae_layers,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-
-
-def _text_encoder(layers: int, width: int, tokens: int, *, projected: bool) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    last = 2 * len(_byte_letters()) + 1
-    settings = CLIPTextConfig(
-        vocab_size=last + 1,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=tokens,
-        bos_token_id=last - 1,
-        eos_token_id=last,
-        pad_token_id=last,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(settings)
-
-
-def _byte_letters() -> list[str]:
-    # The printable stand-ins for the 256 bytes (GPT-2), in which CLIP's vocabulary is written.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in plain]
-    table = {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
-    return [table[byte] for byte in range(256)]

@@ -111,7 +111,7 @@ def _to_single_file(
         raise BaseModelError(
             "an original file is written as safetensors alone", where=str(out), allowed="*.safetensors"
         )
-    family = read_layout(folder).family.name
+    family = read_layout(folder).family.adapters
     components = read_components(folder)
     architecture = asked or folder_architecture(family, components)
     names = checkpoint_names(architecture, components)

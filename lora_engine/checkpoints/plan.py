@@ -137,7 +137,16 @@ def folder_architecture(family: str, components: Mapping[str, ComponentConfig]) 
     Args:
         family: `sd` or `sdxl`.
         components: From `read_components`.
+
+    Raises:
+        BaseModelError: Another family.
     """
+    if family not in ("sd", "sdxl"):
+        raise BaseModelError(
+            f"bases of the family {family!r} are not converted",
+            allowed="sd, sdxl",
+            remedy="keep the diffusers folder, which every part of the line reads",
+        )
     if family == "sdxl":
         return "sdxl"
     # OpenCLIP's text encoder without its last layer is what makes an SD 2; its width may be any.

@@ -34,7 +34,8 @@ def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progr
                 allowed=f"{MAX_CAPTION}",
                 remedy="shorten it",
             )
-        atomic_write(out / picture.file, (dataset / picture.file).read_bytes())
+        for file in picture.files:
+            atomic_write(out / file, (dataset / file).read_bytes())
         pictures.append(picture.model_copy(update={"caption": text}))
     # A later step that names no trigger does not take away the one that an earlier one set.
     words = {name: getattr(settings, name) or getattr(manifest, name) for name in PLACEHOLDERS}

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import os
+import re
 import unicodedata
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from lora_engine.data.images import open_regular
-from lora_engine.data.manifest import MAX_CAPTION
+from lora_engine.data.manifest import MAX_CAPTION, MAX_REPEATS
 from lora_engine.errors import DataError
 
 # Files that people keep beside pictures. Anything else could be a picture under another name and is looked at.
 COMPANIONS = frozenset({".txt", ".caption", ".csv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md"})
+# `star.mask.png`, or `masks/star.png`, is the mask of `star.jpg`.
+MASK, MASKS = ".mask", "masks"
+Owner = tuple[Path, str]
+_REPEATS = re.compile(r"([0-9]{1,9})_")
 _MAX_TEXT = 64 * 1024
 _MAX_TABLE = 64 * 1024 * 1024
 # These turn the reading direction of what follows, so a caption could show other words than it holds.
@@ -49,6 +56,38 @@ def candidates(root: Path) -> Iterator[Path]:
             if not name.startswith(".") and Path(name).suffix.lower() not in COMPANIONS and name != "Thumbs.db"
         ]
     yield from sorted(found, key=lambda path: os.fsencode(path.relative_to(root)))
+
+
+def owner_of_mask(path: Path, root: Path) -> Owner | None:
+    """Whose mask a file is by its name, as (folder, name without ending); None where it is no mask.
+
+    A mask is called `name.mask.png`, or lies in a folder `masks` beside the pictures.
+    """
+    below = path.parent != root and path.parent.name == MASKS
+    if not below and not path.stem.lower().endswith(MASK):
+        return None
+    stem = path.stem[: -len(MASK)] if path.stem.lower().endswith(MASK) else path.stem
+    return path.parent.parent if below else path.parent, stem
+
+
+def repeats_of(name: str, repeats: Literal["folders"] | Mapping[str, int]) -> int:
+    """How often a picture of that name, relative to the folder, comes up; see `IngestSettings`.
+
+    Raises:
+        DataError: A folder's number is 0 or too large.
+    """
+    if repeats != "folders":
+        fitting = [count for pattern, count in repeats.items() if fnmatch.fnmatchcase(name, pattern)]
+        return fitting[-1] if fitting else 1
+    for folder in reversed(PurePosixPath(name).parts[:-1]):
+        if (match := _REPEATS.match(folder)) is not None:
+            count = int(match[1])
+            if not 1 <= count <= MAX_REPEATS:
+                raise DataError(
+                    f"the folder {printable(folder)!r} asks for {count} repeats", allowed=f"1-{MAX_REPEATS}"
+                )
+            return count
+    return 1
 
 
 def printable(name: str) -> str:

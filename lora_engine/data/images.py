@@ -92,9 +92,19 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     atomic_write(path, encode_png(picture))
 
 
+def write_mask(path: Path, mask: Image.Image) -> None:
+    """Writes a mask as 8-bit grey PNG without metadata: same values, same bytes."""
+    atomic_write(path, _encode(mask, "L"))
+
+
 def encode_png(picture: Image.Image) -> bytes:
     """The picture as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata."""
-    plain = Image.frombytes("RGB", picture.size, picture.convert("RGB").tobytes())
+    return _encode(picture, "RGB")
+
+
+def _encode(picture: Image.Image, mode: str) -> bytes:
+    # Out of the bytes alone, so that nothing which the picture carried comes along.
+    plain = Image.frombytes(mode, picture.size, picture.convert(mode).tobytes())
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG", compress_level=6, optimize=False)
     return buffer.getvalue()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_engine.data.folder import candidates, printable, read_caption, read_consent, require_folder
-from lora_engine.data.images import FORMATS, open_with_digest, write_picture
+from PIL import Image
+
+from lora_engine.data.folder import (
+    Owner,
+    candidates,
+    owner_of_mask,
+    printable,
+    read_caption,
+    read_consent,
+    repeats_of,
+    require_folder,
+)
+from lora_engine.data.images import FORMATS, open_picture, open_with_digest, write_mask, write_picture
 from lora_engine.data.manifest import Manifest, Picture, Quarantined
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
@@ -16,10 +29,11 @@ _log = logging.getLogger(__name__)
 
 
 def ingest(images: Path, out: Path, settings: IngestSettings, *, consent: Path | None = None) -> Manifest:
-    """Reads the folder and writes a dataset: `manifest.json` and `pictures/`, without the files' metadata.
+    """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
 
-    A file that cannot be used is quarantined with its reason and the rest goes on. Files with the same bytes are used
-    once. The result depends on the files' bytes and names alone.
+    A file that cannot be used is quarantined with its reason and the rest goes on; a picture with a mask that cannot be
+    used is one of these. Files with the same bytes are used once. The result depends on the files' bytes and names
+    alone.
 
     Args:
         images: The folder; subfolders belong to it.
@@ -31,27 +45,25 @@ def ingest(images: Path, out: Path, settings: IngestSettings, *, consent: Path |
         The manifest that was written.
 
     Raises:
-        DataError: The folder is missing or holds nothing that can be used, or the consent file is not valid.
+        DataError: The folder is missing or holds nothing that can be used, the consent file is not valid, or a pattern
+            of `repeats` fits no picture.
     """
     require_folder(images)
     covered = read_consent(consent) if consent is not None else {}
     pictures: list[Picture] = []
     quarantined: list[Quarantined] = []
-    sources: dict[str, Picture] = {}
-    names: set[str] = set()
-    for path in candidates(images):
+    files, masks = _sort_files(images)
+    names = {path.relative_to(images).as_posix() for path in files}
+    _refuse_idle_patterns(images, settings, names)
+    taking = _Taking(images, out, settings, masks)
+    for path in files:
         name = path.relative_to(images).as_posix()
-        names.add(name)
         try:
-            picture = _take(
-                path, images, out, max_pixels=settings.max_pixels, sources=sources, consent=covered.get(name)
-            )
+            pictures.append(taking.take(path, name, covered.get(name)))
         except DataError as error:
             quarantined.append(Quarantined(source=printable(name), reason=printable(_reason(error))))
             _log.warning("%s is left out: %s", printable(name), quarantined[-1].reason)
-            continue
-        sources[picture.file] = picture
-        pictures.append(picture)
+    quarantined += _idle_masks(images, masks, taking.used_masks)
     if not pictures:
         raise _nothing(images, quarantined)
     if unknown := sorted(set(covered) - names):
@@ -61,25 +73,89 @@ def ingest(images: Path, out: Path, settings: IngestSettings, *, consent: Path |
     return manifest
 
 
-def _take(
-    path: Path, images: Path, out: Path, *, max_pixels: int, sources: dict[str, Picture], consent: str | None
-) -> Picture:
-    sha256, pixels = open_with_digest(path, max_pixels, images)
-    file = f"pictures/{sha256[:16]}.png"
-    if (earlier := sources.get(file)) is not None:
-        same = earlier.sha256 == sha256
-        raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
-    caption = read_caption(path, images)
-    write_picture(out / file, pixels)
-    return Picture(
-        sha256=sha256,
-        file=file,
-        width=pixels.width,
-        height=pixels.height,
-        caption=caption,
-        source=printable(path.relative_to(images).as_posix()),
-        consent=consent,
-    )
+def _sort_files(images: Path) -> tuple[list[Path], dict[Owner, list[Path]]]:
+    files: list[Path] = []
+    masks: dict[Owner, list[Path]] = {}
+    for path in candidates(images):
+        owner = owner_of_mask(path, images)
+        if owner is None:
+            files.append(path)
+        else:
+            masks.setdefault(owner, []).append(path)
+    return files, masks
+
+
+class _Taking:
+    """Takes pictures in, one at a time, and knows which were taken already."""
+
+    def __init__(
+        self, images: Path, out: Path, settings: IngestSettings, masks: Mapping[Owner, Sequence[Path]]
+    ) -> None:
+        self._images, self._out, self._settings, self._masks = images, out, settings, masks
+        self._sources: dict[str, Picture] = {}
+        self.used_masks: set[Path] = set()
+
+    def take(self, path: Path, name: str, consent: str | None) -> Picture:
+        sha256, pixels = open_with_digest(path, self._settings.max_pixels, self._images)
+        file = f"pictures/{sha256[:16]}.png"
+        if (earlier := self._sources.get(file)) is not None:
+            same = earlier.sha256 == sha256
+            raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
+        caption = read_caption(path, self._images)
+        repeats = repeats_of(name, self._settings.repeats)
+        mask = self._open_mask(path, pixels.size)
+        write_picture(self._out / file, pixels)
+        if mask is not None:
+            write_mask(self._out / "masks" / Path(file).name, mask)
+        picture = Picture(
+            sha256=sha256,
+            file=file,
+            width=pixels.width,
+            height=pixels.height,
+            caption=caption,
+            source=printable(name),
+            consent=consent,
+            repeats=repeats,
+            mask=f"masks/{Path(file).name}" if mask is not None else None,
+        )
+        self._sources[file] = picture
+        return picture
+
+    def _open_mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
+        found = self._masks.get((path.parent, path.stem), ())
+        if not found:
+            return None
+        names = [item.relative_to(path.parent).as_posix() for item in found]
+        if len(found) > 1:
+            raise DataError(f"has {len(found)} masks: {', '.join(names)}", allowed="one", remedy="remove the others")
+        try:
+            mask = open_picture(found[0], self._settings.max_pixels, self._images).convert("L")
+        except DataError as error:
+            raise DataError(f"its mask {names[0]} {error.problem}", allowed=error.allowed) from None
+        if mask.size != size:
+            raise DataError(
+                f"its mask {names[0]} has {mask.width} x {mask.height} pixels",
+                allowed=f"those of the picture, {size[0]} x {size[1]}",
+            )
+        self.used_masks.add(found[0])
+        return mask
+
+
+def _idle_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]) -> list[Quarantined]:
+    idle = [path for paths in masks.values() for path in paths if path not in used]
+    reason = "is a mask by its name, and no picture that is used has that name"
+    return [Quarantined(source=printable(path.relative_to(images).as_posix()), reason=reason) for path in sorted(idle)]
+
+
+def _refuse_idle_patterns(images: Path, settings: IngestSettings, names: set[str]) -> None:
+    patterns = settings.repeats if isinstance(settings.repeats, dict) else {}
+    idle = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise DataError(
+            f"repeats names {idle[0]!r}, and no picture has such a name",
+            where=str(images),
+            remedy="write names or patterns relative to this folder, such as 'faces/*'",
+        )
 
 
 def _split(pictures: list[Picture], fraction: float) -> tuple[Picture, ...]:

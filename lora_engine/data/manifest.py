@@ -16,6 +16,7 @@ from lora_engine.files import atomic_write, canonical_json
 
 NAME = "manifest.json"
 MAX_CAPTION = 2_000
+MAX_REPEATS = 10_000
 
 Split = Literal["train", "heldout"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -33,6 +34,9 @@ class Picture(BaseModel):
         source: The name in the person's folder, made printable; for showing only.
         split: `heldout` pictures are never trained on.
         consent: The id of the consent that covers the picture.
+        repeats: How often it comes up in training while a picture with 1 comes up once.
+        mask: Where its mask is inside the artifact: grey, of the picture's size, white where the picture counts in
+            full and black where it does not count; None counts everywhere.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +50,13 @@ class Picture(BaseModel):
     source: str
     split: Split = "train"
     consent: str | None = None
+    repeats: int = Field(default=1, ge=1, le=MAX_REPEATS)
+    mask: str | None = Field(default=None, pattern=r"^masks/[0-9a-f]{16}\.png$")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Everything inside the artifact that belongs to the picture."""
+        return (self.file,) if self.mask is None else (self.file, self.mask)
 
 
 class Quarantined(BaseModel):
@@ -59,6 +70,8 @@ class Quarantined(BaseModel):
 
 class Manifest(BaseModel):
     """A dataset: used pictures + quarantined files = all files of the folder that could be pictures.
+
+    The mask of a used picture belongs to that picture and counts as neither.
 
     Attributes:
         pictures: Ordered by source name.
@@ -110,10 +123,11 @@ class Manifest(BaseModel):
             raise DataError(_first_problem(error), where=str(path), remedy="run ingest again") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"is not JSON ({error})", where=str(path), remedy="run ingest again") from None
-        missing = [picture.file for picture in manifest.pictures if not (folder / picture.file).is_file()]
+        files = [file for picture in manifest.pictures for file in picture.files]
+        missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(manifest.pictures)} pictures are missing, first {', '.join(missing[:3])}",
+                f"{len(missing)} of {len(files)} pictures are missing, first {', '.join(missing[:3])}",
                 where=str(folder),
                 remedy="run ingest again",
             )

@@ -22,6 +22,16 @@ def read_pixels(path: Path) -> Tensor:
     return to_pixels(open_picture(path))
 
 
+def read_mask(path: Path) -> Tensor:
+    """A mask as a float32 tensor [1, height, width] in [0, 1]: 1 where the picture counts in full.
+
+    Raises:
+        DataError: The file cannot be used (see `open_picture`).
+    """
+    values = torch.from_numpy(np.array(open_picture(path).convert("L"), dtype=np.float32))
+    return (values / 255.0)[None]
+
+
 def to_pixels(picture: Image.Image) -> Tensor:
     """An RGB picture as a float32 tensor [3, height, width] in [-1, 1]."""
     values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32))

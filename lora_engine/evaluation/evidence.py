@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters.attach import attach
+from lora_engine.bases.base import masked_whole
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.evaluation.embedder import Embedder
@@ -18,11 +20,12 @@ from lora_engine.evaluation.plan import Plan, Request, derive_seed
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import Values
 from lora_engine.inference.generate import generate
+from lora_engine.inference.words import attach_embeddings
 from lora_engine.progress import Progress
 
 if TYPE_CHECKING:
-    from lora_engine.adapters.adapter import Adapter
     from lora_engine.bases.base import BaseModel
+    from lora_engine.formats import Bundle
 
 GRID = 10
 """Time steps of the validation loss, evenly spaced."""
@@ -35,7 +38,7 @@ def gather_evidence(
     plan: Plan,
     *,
     model: BaseModel,
-    adapter: Adapter,
+    bundle: Bundle,
     embedder: Embedder,
     progress: Progress,
 ) -> Evidence:
@@ -45,7 +48,7 @@ def gather_evidence(
         settings: See `EvaluateSettings`.
         plan: What to draw.
         model: The base, with nothing attached.
-        adapter: What to attach.
+        bundle: What to attach: the adapter, and the words that were learned with it.
         embedder: Handed on to the metrics.
         progress: Counts pictures drawn and losses taken, by both models.
 
@@ -57,7 +60,10 @@ def gather_evidence(
     total = 2 * (len(wanted) + len(plan.paired))
     count = _Counter(progress, total)
     before = _draw(settings, plan, model, wanted, count), _losses(settings, plan, model, count)
-    with attach(model, adapter):
+    with ExitStack() as stack:
+        if bundle.adapter.modules:
+            stack.enter_context(attach(model, bundle.adapter))
+        stack.enter_context(attach_embeddings(model, bundle.embeddings))
         after = _draw(settings, plan, model, wanted, count), _losses(settings, plan, model, count)
     for (drawn, losses), error, who in ((before, BaseModelError, "the base"), (after, AdapterError, "the adapter")):
         if not np.isfinite(losses).all() or not all(key in drawn for key in wanted):
@@ -124,7 +130,8 @@ def _losses(settings: EvaluateSettings, plan: Plan, model: BaseModel, count: _Co
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(GRID, *latents.shape[1:], generator=generator).to(latents.device)
         clean = latents.expand(GRID, -1, -1, -1)
-        condition = model.encode_text([request.prompt], plan.size).index([0] * GRID)
+        text = model.encode_text([request.prompt], plan.size).index([0] * GRID)
+        condition = masked_whole(model, text, plan.size)
         found = model.predict(model.noise.add_noise(clean, noise, steps), steps, condition)
         gap = found.float() - model.noise.target(clean, noise, steps)
         losses.append(float(gap.square().mean()))

@@ -20,7 +20,7 @@ from lora_engine.evaluation.plan import derive_seed, make_plan, read_trained_on
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import compare
 from lora_engine.files import atomic_write, canonical_json, sha256_file
-from lora_engine.formats import read_adapter
+from lora_engine.formats import read_bundle
 from lora_engine.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def evaluate(
     model = load_base(base)
     model.latent_shape(plan.size)
     file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
-    parts, _ = read_adapter(file, module_names=module_shapes(model))
-    evidence = gather_evidence(settings, plan, model=model, adapter=parts, embedder=embedder, progress=progress)
+    bundle = read_bundle(file, module_names=module_shapes(model))
+    evidence = gather_evidence(settings, plan, model=model, bundle=bundle, embedder=embedder, progress=progress)
     # Gates look at the rounded numbers, so that a reader can check them by hand.
     metrics = _rounded(measure(evidence, settings.seed))
     gates = [result.as_dict() for result in check_gates(metrics, settings.gates)]

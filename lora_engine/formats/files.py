@@ -20,7 +20,7 @@ from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.contents import CONFIG_FILE, SUFFIX, Contents, read_contents
 from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
 from lora_engine.formats.embeddings import Embedding, check_widths, embed
-from lora_engine.formats.family import FINGERPRINT, family_of
+from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
 
@@ -30,7 +30,7 @@ class Bundle:
     """What a file of an adapter holds.
 
     Attributes:
-        adapter: The adapter.
+        adapter: The adapter; without modules where words alone were learned.
         card: What the header says of it.
         embeddings: The words that were learned with it, sorted by token.
     """
@@ -56,6 +56,12 @@ def read_adapter(path: Path, module_names: Names | None = None, *, limits: Limit
             tensor, the rule and a remedy.
     """
     bundle = read_bundle(path, module_names, limits=limits)
+    if not bundle.adapter.modules:
+        raise AdapterError(
+            f"the file holds the word {bundle.embeddings[0].token!r} alone, and no adapter",
+            where=str(path),
+            remedy="name an adapter; words alone can be drawn with, evaluated, registered and converted",
+        )
     return bundle.adapter, bundle.card
 
 
@@ -63,8 +69,11 @@ def read_bundle(path: Path, module_names: Names | None = None, *, limits: Limits
     """As `read_adapter`, with the embeddings that lie in the file, or beside it where a folder is named."""
     with _in_file(path):
         found = read_contents(path, limits)
-        codec = _codec_of(found)
         check_widths(found.embeddings, module_names)
+        if not found.tensors and found.embeddings and FAMILY in found.metadata:
+            nothing = Adapter({}, found.metadata[FAMILY], found.metadata.get(FINGERPRINT))
+            return Bundle(nothing, read_card(found.metadata), found.embeddings)
+        codec = _codec_of(found)
         adapter = codec.decode(found.tensors, found.metadata, module_names)
         return Bundle(adapter, read_card(found.metadata), found.embeddings)
 
@@ -88,7 +97,8 @@ def write_adapter(
         card: What the header says of it.
         dtype: Dtype of the factors and embeddings; None keeps them.
         embeddings: Words that were learned with it. They go into the file or into files of their own beside it, as the
-            program does whose format it is.
+            program does whose format it is. Words without an adapter (one without modules) go where a format has files
+            for them, and into our own.
         module_names: The base's modules with their shapes, for formats that count through them (cloneofsimo's).
 
     Returns:
@@ -99,14 +109,16 @@ def write_adapter(
         SettingsError: No such format.
     """
     codec = codecs[format]
-    if not adapter.modules:
+    if not adapter.modules and not _holds_words_alone(codec, embeddings):
         raise AdapterError("the adapter has no modules", where=str(path), remedy="check where it comes from")
     if codec.is_folder and path.suffix == SUFFIX:
         remedy = "give a path without .safetensors"
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
     stated, words = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
-    tensors, needed = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), stated, module_names)
     is_beside = codec.embeddings in embedding_forms
+    if is_beside and not adapter.modules:
+        return write_embeddings(path.parent if path.suffix == SUFFIX else path, words, codec.embeddings)
+    tensors, needed = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), stated, module_names)
     if words and not is_beside:
         inside, flags = embed(codec.embeddings, words)
         tensors, needed = {**tensors, **inside}, {**needed, **flags}
@@ -179,6 +191,10 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
         allowed=", ".join(codecs),
         remedy="convert the adapter with the program that made it, or name the right file",
     )
+
+
+def _holds_words_alone(codec: Codec, embeddings: Sequence[Embedding]) -> bool:
+    return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
 
 
 def _codec_of(found: Contents) -> Codec:

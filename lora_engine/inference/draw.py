@@ -9,8 +9,9 @@ from pathlib import Path
 from lora_engine.adapters import attach
 from lora_engine.bases.base import load_base
 from lora_engine.data.pixels import write_png
-from lora_engine.formats import read_adapter
+from lora_engine.formats import read_bundle
 from lora_engine.inference.generate import generate
+from lora_engine.inference.words import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 
 
@@ -26,7 +27,7 @@ def draw_pictures(
     size: int | None = None,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """Draws one picture a seed with all adapters attached at once.
+    """Draws one picture a seed with all adapters, and the words that they teach, attached at once.
 
     Args:
         prompt: What to draw.
@@ -43,15 +44,19 @@ def draw_pictures(
         The files, in the order of the seeds.
 
     Raises:
-        AdapterError: An adapter is not whole or does not fit the base.
+        AdapterError: An adapter is not whole or does not fit the base, or two teach the same word.
         BaseModelError: No such base.
     """
     model = load_base(base)
     names = model.module_names()
     with ExitStack() as stack:
-        for file, weight in adapters:
-            adapter, _ = read_adapter(file, names)
-            stack.enter_context(attach(model, adapter, weight))
+        bundles = [(read_bundle(file, names), weight) for file, weight in adapters]
+        for bundle, weight in bundles:
+            if bundle.adapter.modules:
+                stack.enter_context(attach(model, bundle.adapter, weight))
+        # The words of all of them, after the last adapter: they lie around the input embedding.
+        words = [word for bundle, _ in bundles for word in bundle.embeddings]
+        stack.enter_context(attach_embeddings(model, words))
         pixels = generate(
             model,
             [prompt] * len(seeds),

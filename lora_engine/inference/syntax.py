@@ -1,4 +1,7 @@
-"""The prompt syntax of the field: `a red zorb <lora:name:0.7>` names an adapter and its weight. Torch-free."""
+"""The prompt syntax of the field: `a red zorb <lora:name:0.7>` names an adapter, `a (red:1.3) zorb` weighs a word.
+
+Torch-free; what a weight does is in `bases/long_text.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import re
 from lora_engine.errors import SettingsError
 
 _TAG = re.compile(r"<lora:([^<>]*)>")
+_PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?[0-9]*\.?[0-9]+)\s*\)|[^\\()\[\]:]+|[\\:]")
+# A bracket's factor where none is written; A1111's convention.
+_EMPHASIS = 1.1
 
 
 def parse_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -27,6 +33,59 @@ def parse_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     if "<lora:" in text:
         raise SettingsError(f"{prompt!r} has an open tag", allowed="<lora:NAME@REF:WEIGHT>", remedy="close it with '>'")
     return text, named
+
+
+def parse_weights(text: str) -> list[tuple[str, float]]:
+    """Splits a text into pieces that count differently, in A1111's syntax.
+
+    `(word)` counts 1.1 times, `[word]` 1/1.1 times and `(word:1.3)` 1.3 times as much; brackets may be nested, and then
+    the factors multiply. One that is never closed reaches to the end; one that closes nothing is text. A backslash
+    takes the meaning from a bracket or backslash.
+
+    Args:
+        text: A caption or prompt, without `<lora:...>`.
+
+    Returns:
+        (piece, weight) in the order of the text; neighbours of equal weight are one piece. An empty text is one piece.
+
+    Raises:
+        SettingsError: A weight is no finite number.
+    """
+    pieces: list[tuple[str, float]] = []
+    open_at: dict[str, list[int]] = {"(": [], "[": []}
+
+    def close(bracket: str, factor: float) -> None:
+        start = open_at[bracket].pop()
+        pieces[start:] = [(piece, weight * factor) for piece, weight in pieces[start:]]
+
+    for match in _PIECE.finditer(text):
+        piece = match[0]
+        if piece in open_at:
+            open_at[piece].append(len(pieces))
+        elif match[1] is not None and open_at["("]:
+            close("(", float(match[1]))
+        elif piece == ")" and open_at["("]:
+            close("(", _EMPHASIS)
+        elif piece == "]" and open_at["["]:
+            close("[", 1 / _EMPHASIS)
+        else:
+            pieces.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
+    for bracket, factor in (("(", _EMPHASIS), ("[", 1 / _EMPHASIS)):
+        while open_at[bracket]:
+            close(bracket, factor)
+    if not all(math.isfinite(weight) for _, weight in pieces):
+        raise SettingsError(f"{text[:200]!r} has a weight without bound", allowed="finite weights, such as (word:1.3)")
+    return _join_equal(pieces)
+
+
+def _join_equal(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    joined: list[tuple[str, float]] = []
+    for piece, weight in pieces:
+        if joined and joined[-1][1] == weight:
+            joined[-1] = (joined[-1][0] + piece, weight)
+        elif piece:
+            joined.append((piece, weight))
+    return joined or [("", 1.0)]
 
 
 def _parse_tag(tag: str) -> tuple[str, float]:

@@ -26,6 +26,8 @@ from typing import TextIO
 
 INTERRUPTED = 130
 _INTERVAL = 0.2
+_MORE = ("cache", "class_dataset", "embedder")
+"""Folders that a job may name."""
 
 
 def main(arguments: list[str]) -> int:
@@ -55,6 +57,7 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
             settings = TrainSettings.model_validate(job["settings"])
             dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
             base = str(job["base"])
+            more = {name: Path(job[name]) if job.get(name) else None for name in _MORE}
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise SettingsError(f"the job cannot be used ({error!r})", where=str(path)) from error
         # A base that is not there is told of at once, without the seconds that the imports take.
@@ -62,7 +65,7 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
         # Heavy, and only now: a signal that comes while this is imported is already heard.
         from lora_engine.training.run import train
 
-        train(settings, base, dataset, out, work, progress=_Teller(channel), stop=stopped.is_set)
+        train(settings, base, dataset, out, work, **more, progress=_Teller(channel), stop=stopped.is_set)
     except OSError as error:
         _tell_error(channel, TrainingError(f"a file cannot be written or read ({error})"))
         return 1

@@ -6,8 +6,10 @@ What moves, on what and towards what is the phases' affair. Nothing here draws a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 from lora_engine.errors import InterruptedRun, NonFiniteError
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
+from lora_engine.training.ema import RunningMean
 from lora_engine.training.guards import deterministic, gradients_off
-from lora_engine.training.optimisers import export_state, import_state, optimisers
+from lora_engine.training.optimiser_state import averaged, export_state, found_rate, import_state, take_mean
+from lora_engine.training.optimisers import build_optimiser
 from lora_engine.training.phases import Phase
 from lora_engine.training.schedules import rate_factor
+from lora_engine.training.specs.rates import Ema
 
 _REMEDY = "lower learning_rate, raise warmup, or look for a broken picture; the last checkpoint is from before it"
 
@@ -35,6 +40,10 @@ class FitOptions:
     checkpoint_every: int = 100
     validate_every: int = 0
     optimiser: str = "adamw"
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    optimiser_options: Mapping[str, Any] = field(default_factory=dict)
+    ema: Ema | None = None
+    loss_scale: float = 1.0
 
 
 @dataclass
@@ -61,6 +70,8 @@ def fit(
     validate: Callable[[], float] | None = None,
     progress: Progress = no_progress,
     stop: Callable[[], bool] = lambda: False,
+    average: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
+    observe: Callable[[int], None] = lambda done: None,
 ) -> History:
     """Runs phases, from the newest checkpoint on where there is one.
 
@@ -72,6 +83,8 @@ def fit(
         validate: Gives the validation loss of the moment; a pure function of the weights.
         progress: Told after every step: steps done, steps in all, values (loss and its terms, rate, gradient's norm).
         stop: Asked before every step; True makes a checkpoint and ends the run.
+        average: Puts the means over all processes of the run into tensors, in place; nothing where there is one.
+        observe: Called after a step, before its checkpoint, with the steps done; looks, and changes nothing.
 
     Returns:
         The whole history, with the part from before a resumption.
@@ -80,7 +93,7 @@ def fit(
         InterruptedRun: `stop` said so; the checkpoint is written.
         NonFiniteError: NaN or Inf in a loss, a gradient or a weight; the last checkpoint is from before it.
     """
-    run = _Run(phases, options, checkpoints, validate)
+    run = _Run(phases, options, checkpoints, validate, average, observe)
     devices = {value.device.type for phase in phases for value in phase.parameters.values()}
     with deterministic(devices), gradients_off(frozen) as everything:
         run.restore()
@@ -93,6 +106,7 @@ def fit(
                 values = run.take_step()
                 run.close_step()
                 progress(run.done, run.total, values)
+            run.leave_phase()
     return run.history
 
 
@@ -103,12 +117,16 @@ class _Run:
         options: FitOptions,
         checkpoints: Checkpoints | None,
         validate: Callable[[], float] | None,
+        average: Callable[[Sequence[Tensor]], None],
+        observe: Callable[[int], None],
     ) -> None:
+        self._average, self._observe = average, observe
         self.phases, self.options, self.history = phases, options, History()
         self.position, self.step = 0, 0
         self._checkpoints, self._validate = checkpoints, validate if options.validate_every else None
         self._values = {name: value for phase in phases for name, value in phase.parameters.items()}
         self._optimiser: torch.optim.Optimizer | None = None
+        self._mean: RunningMean | None = None
         self._restored: Checkpoint | None = None
 
     @property
@@ -129,9 +147,15 @@ class _Run:
             value.grad = None
         for value in phase.parameters.values():
             value.requires_grad_(True)
-        self._optimiser = optimisers[self.options.optimiser](phase.groups, self.options.weight_decay)
+        options = self.options
+        self._optimiser = build_optimiser(
+            options.optimiser, phase.groups, options.weight_decay, options.optimiser_options
+        )
+        self._mean = RunningMean(phase.parameters, options.ema) if options.ema is not None else None
         if self._restored is not None:
             import_state(self._optimiser, self._restored)
+            if self._mean is not None:
+                self._mean.restore(_under("mean/", self._restored.tensors))
             self._restored = None
         if not self.history.validation:
             self._record_validation()
@@ -139,7 +163,7 @@ class _Run:
     def take_step(self) -> dict[str, float]:
         """One optimiser step over `accumulate` batches; gives the values to show."""
         optimiser, phase, accumulate = self._current_optimiser(), self.phases[self.position], self.options.accumulate
-        factor = rate_factor(self.options.schedule, self.step, phase.steps, self.options.warmup)
+        factor = self._factor(phase)
         for settings, group in zip(optimiser.param_groups, phase.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
         parts: list[Tensor] = []
@@ -148,9 +172,11 @@ class _Run:
             with phase.around(number):
                 batch = phase.batch(number)
                 predicted, target = phase.predict(batch)
-            terms = torch.stack([term(predicted, target, batch) for term in phase.terms]) / accumulate
-            torch.autograd.backward(terms.sum())
+                terms = torch.stack([term(predicted, target, batch) for term in phase.terms]) / accumulate
+                # Still inside: checkpointed activations are computed again here, under what held for them.
+                torch.autograd.backward(terms.sum() * self.options.loss_scale)
             parts.append(terms.detach())
+        self._gather(parts)
         norm = self._clip(phase.parameters)
         # One transfer from the device a step, before anything has moved.
         *terms_now, norm_now = torch.cat([torch.stack(parts).sum(dim=0), norm.view(1)]).tolist()
@@ -160,16 +186,34 @@ class _Run:
         self._require_finite("the norm of the gradient", norm_now)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            phase.after(factor)
+        if self._mean is not None:
+            self._mean.update(self.step)
         self._require_finite("the norm of the weights", _norm(phase.parameters.values()).item())
-        rate = phase.groups[0].learning_rate * factor
+        rate = phase.groups[0].learning_rate * factor * found_rate(optimiser)
         self.history.loss.append(loss)
         self.history.rate.append(rate)
         return {"loss": loss, **(values if len(values) > 1 else {}), "learning_rate": rate, "gradient_norm": norm_now}
+
+    def leave_phase(self) -> None:
+        """Makes the means, where there are any, what the phase leaves behind."""
+        take_mean(self._current_optimiser())
+        if self._mean is not None:
+            self._mean.take()
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """While it is open, the parameters are what the phase would leave behind; afterwards, bit for bit as before."""
+        with averaged(self._current_optimiser()), nullcontext() if self._mean is None else self._mean.swapped():
+            yield
 
     def close_step(self) -> None:
         """Counts the step, and validates and saves where one is due."""
         self.step += 1
         last = self.done == self.total
+        with self.settled():
+            self._observe(self.done)
         if last or (self.options.validate_every and self.done % self.options.validate_every == 0):
             self._record_validation()
         if last or self.done % self.options.checkpoint_every == 0:
@@ -182,6 +226,8 @@ class _Run:
         tensors = {f"value/{name}": value.detach() for name, value in self._values.items()}
         tensors["history/loss"] = torch.tensor(self.history.loss, dtype=torch.float64)
         tensors["history/rate"] = torch.tensor(self.history.rate, dtype=torch.float64)
+        if self._mean is not None:
+            tensors |= {f"mean/{name}": value for name, value in self._mean.export().items()}
         state, scalars = export_state(self._current_optimiser())
         facts = {
             "position": self.position,
@@ -209,7 +255,8 @@ class _Run:
 
     def _record_validation(self) -> None:
         if self._validate is not None:
-            value = self._validate()
+            with self.settled():
+                value = self._validate()
             self._require_finite("the validation loss", value)
             self.history.validation.append((self.done, value))
 
@@ -217,6 +264,17 @@ class _Run:
         if self._optimiser is None:
             raise RuntimeError("enter_phase has to come first")
         return self._optimiser
+
+    def _factor(self, phase: Phase) -> float:
+        options = self.options
+        return rate_factor(options.schedule, self.step, phase.steps, options.warmup, **options.schedule_options)
+
+    def _gather(self, parts: list[Tensor]) -> None:
+        # Gradients at their true size, and these and the terms as the means over all processes.
+        gradients = [value.grad for value in self.phases[self.position].parameters.values() if value.grad is not None]
+        if self.options.loss_scale != 1.0:
+            torch._foreach_div_(gradients, self.options.loss_scale)
+        self._average([*parts, *gradients])
 
     def _clip(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         gradients = [value.grad for value in parameters.values() if value.grad is not None]
@@ -229,6 +287,10 @@ class _Run:
         if not math.isfinite(value):
             step = self.done + 1
             raise NonFiniteError(f"{what} is {value} at step {step} of {self.total}", where="training", remedy=_REMEDY)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _norm(values: Iterable[nn.Parameter]) -> Tensor:

@@ -18,6 +18,11 @@ def no_surroundings(number: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def nothing_after(factor: float) -> None:
+    """Nothing is done after a step."""
+    del factor
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a learning rate.
@@ -25,10 +30,12 @@ class ParameterGroup:
     Attributes:
         parameters: By a name that is unique within the run; a parameter keeps its name from phase to phase.
         learning_rate: The highest of the schedule.
+        weight_decay: Of the optimiser; None is that of the run.
     """
 
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
+    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Phase:
         predict: Batch -> (predicted, target).
         terms: What is lowered: their sum.
         around: Number of a batch -> what holds while it goes through the network, such as dropout with its seed.
+        after: The schedule's factor on the rates -> what is done to the parameters when a step has been taken.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Phase:
     predict: Callable[[Batch], tuple[Tensor, Tensor]]
     terms: tuple[LossTerm, ...]
     around: Callable[[int], AbstractContextManager[None]] = no_surroundings
+    after: Callable[[float], None] = nothing_after
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

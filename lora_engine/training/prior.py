@@ -1,15 +1,17 @@
-"""Class pictures: what the base itself draws for the class word, kept so that training does not drift from it."""
+"""Class pictures, kept in training so that it does not drift from them: a dataset's, or what the base itself draws."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from lora_engine.bases.base import BaseModel
+from lora_engine.data.manifest import Manifest
 from lora_engine.data.pixels import write_png
-from lora_engine.errors import SettingsError
+from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.generate import generate
 from lora_engine.seeds import derive_seed
@@ -34,6 +36,48 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
         )
     article = "an" if class_word[0].lower() in "aeiou" else "a"
     return (f"{article} {class_word}",)
+
+
+def read_class_pictures(
+    folder: Path, prior: Prior, class_word: str | None, sizes: Collection[Size]
+) -> tuple[Example, ...]:
+    """The training pictures of a dataset as class pictures; those without a caption get the prompts, taking turns.
+
+    Args:
+        folder: A dataset.
+        prior: For the prompts and the way of the batches.
+        class_word: Of the person's pictures; where there is none, that of the dataset.
+        sizes: Of the person's pictures.
+
+    Raises:
+        DataError: It holds no pictures, or joint batches would have sizes without class pictures.
+        SettingsError: A picture without a caption, and neither a prompt nor a class word.
+    """
+    manifest = Manifest.load(folder)
+    pictures = manifest.of_split("train")
+    if not pictures:
+        raise DataError("there are no class pictures", where=str(folder), remedy="add some, or leave class_dataset out")
+    bare = [picture for picture in pictures if not picture.caption.strip()]
+    prompts = prior_prompts(prior, class_word or manifest.class_word) if bare else ()
+    turns = cycle(prompts)
+    found = tuple(
+        Example(
+            folder / picture.file,
+            sha256_file(folder / picture.file),
+            picture.caption if picture.caption.strip() else next(turns),
+            (picture.height, picture.width),
+        )
+        for picture in pictures
+    )
+    missing = sorted(set(sizes) - {example.size for example in found})
+    if missing and prior.batches == "joint":
+        height, width = missing[0]
+        raise DataError(
+            f"{len(missing)} of the sizes to train in have no class pictures, first {height} x {width}",
+            where=str(folder),
+            remedy="preprocess both datasets alike, or set prior.batches to alternating",
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,7 +122,7 @@ class ClassPictures:
         key = {
             "base": self.base.fingerprint,
             "device": self.base.device.type,
-            "dtype": str(self.base.dtype),
+            "dtype": str(self.base.dtype) if self.base.quantisation == "none" else self.base.quantisation,
             "prompts": prompts,
             "size": list(size),
             "steps": self.prior.steps,

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lora_engine.adapters import Adapter, LayerSettings, attach, create_adapter
+from lora_engine.adapters import Adapter, Attachment, LayerSettings, attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.source import resolve_base
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError, InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
-from lora_engine.formats import Card, write_adapter
+from lora_engine.formats import Bundle, write_adapter
+from lora_engine.formats.embeddings import Embedding
+from lora_engine.inference.words import attach_embeddings
 from lora_engine.progress import Progress, no_progress
-from lora_engine.seeds import generator
+from lora_engine.seeds import derive_seed, generator
+from lora_engine.training.captions import Rewriter
 from lora_engine.training.checkpoint import Checkpoints
-from lora_engine.training.examples import Conditioner, Encoder, Example, read_examples
+from lora_engine.training.distributed import ALONE, Followed, Team, joined
+from lora_engine.training.embeddings import fresh_word
+from lora_engine.training.examples import Encoder, Example, read_examples, text_encoder
+from lora_engine.training.identity import identity_loss
 from lora_engine.training.loop import FitOptions, History, fit
-from lora_engine.training.methods import Workbench, methods
-from lora_engine.training.prior import ClassPictures, prior_prompts
-from lora_engine.training.spec import Prior, TrainSettings
+from lora_engine.training.losses import LossTerm
+from lora_engine.training.machine import choose_device, compile_network, prepare_network
+from lora_engine.training.methods import Dressing, Workbench, methods
+from lora_engine.training.methods.inpainting import hiding
+from lora_engine.training.objective import check_objective
+from lora_engine.training.optimisers import require_optimiser
+from lora_engine.training.prior import ClassPictures, prior_prompts, read_class_pictures
+from lora_engine.training.rates import learning_rates
+from lora_engine.training.record import card_of, curves_of
+from lora_engine.training.samples import SampleWriter
+from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.methods import Inpainting, Words
 from lora_engine.training.validation import picture_losses
 
 ADAPTER = "adapter.safetensors"
 CURVES = "training.json"
-_POINTS = 500
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A mean over pixels leaves each with a gradient near the least that float16 can tell from 0. A power of two is exact.
+_FP16_LOSS_SCALE = 4096.0
 
 
 def train(
@@ -38,6 +55,9 @@ def train(
     out: Path,
     work: Path,
     *,
+    cache: Path | None = None,
+    class_dataset: Path | None = None,
+    embedder: Path | None = None,
     progress: Progress = no_progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -50,7 +70,10 @@ def train(
         base: A name for `resolve_base`.
         dataset: A folder with a manifest, captioned and in the sizes to train in.
         out: Where the artifact goes; nothing is written before the training is through.
-        work: Caches and checkpoints; kept between tries of a job, which makes them resume.
+        work: Checkpoints; kept between tries of a job, which makes them resume.
+        cache: Encoded pictures and texts, which any number of runs may share; None keeps them in `work`.
+        class_dataset: A folder with a manifest: class pictures for prior preservation; None lets the base draw them.
+        embedder: A folder with the model that `method.identity` is judged by; None takes the embedded one.
         progress: Told after each step: steps done, steps in all, values; while class pictures are drawn, their number.
         stop: Asked often; True ends the run as soon as a checkpoint is written.
 
@@ -62,9 +85,10 @@ def train(
         NonFiniteError: NaN or Inf turned up.
         TrainingError: Memory ran out.
     """
-    job = _Job(settings, dataset, work, progress, stop)
+    job = _Job(settings, dataset, work, cache or work, class_dataset, embedder, progress, stop)
     try:
-        adapter, card, history = job.run(base)
+        with joined(settings.running.processes, choose_device(settings.running)) as team:
+            bundle, history = replace(job, team=team, out=out).run(base)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -72,17 +96,24 @@ def train(
             "memory ran out",
             where="training",
             remedy=f"set batch lower (it is {settings.batch}) and accumulate higher (it is {settings.accumulate}) by "
-            "the same factor, set precision to bf16, choose fewer targets, or prepare the pictures at a lower "
-            "resolution; the next run continues from the last checkpoint",
+            "the same factor, set precision to bf16 and running.gradient_checkpointing to true, choose fewer targets, "
+            "or prepare the pictures at a lower resolution; the next run continues from the last checkpoint",
         ) from error
-    curves = {
-        "loss": _thin(history.loss),
-        "lr": _thin(history.rate),
-        "validation_loss": [list(entry) for entry in history.validation],
-        "trained_on": card.data,
-    }
-    atomic_write(out / CURVES, canonical_json(curves))
-    write_adapter(out / ADAPTER, adapter, card=card)
+    if not team.leads:
+        return
+    atomic_write(out / CURVES, canonical_json(curves_of(history, bundle.card.data)))
+    write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    examples: tuple[Example, ...]
+    classes: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        return (*self.examples, *self.classes, *self.heldout)
 
 
 @dataclass(frozen=True)
@@ -90,19 +121,104 @@ class _Job:
     settings: TrainSettings
     dataset: Path
     work: Path
+    cache: Path
+    class_dataset: Path | None
+    embedder: Path | None
     progress: Progress
     stop: Callable[[], bool]
+    team: Team = ALONE
+    out: Path = Path()
 
-    def run(self, base_name: str) -> tuple[Adapter, Card, History]:
+    def run(self, base_name: str) -> tuple[Bundle, History]:
         settings = self.settings
+        require_optimiser(settings.rates.optimiser.name)
         source = resolve_base(base_name)
         manifest = Manifest.load(self.dataset)
         examples, heldout = self._read_pictures(manifest)
         self._check()
-        base = load_base(source, dtype=_PRECISIONS[settings.precision])
-        for size in {example.size for example in (*examples, *heldout)}:
-            base.latent_shape(size)
-        fresh = create_adapter(
+        dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
+        base = load_base(source, device=self.team.device, dtype=dtype, quantise=quantise)
+        prepare_network(base, settings.running)
+        self._check_base(base, (*examples, *heldout))
+        fresh = self._fresh_adapter(base)
+        _check_rates(settings, fresh)
+        word = self._fresh_word(base, manifest, examples)
+        encoder = Encoder(base, self.cache, settings.captions, settings.seed)
+        with self.team.in_turn():
+            pictures = _Pictures(examples, self._class_pictures(base, manifest, examples), heldout)
+            texts, others = [""] if settings.caption_dropout else [], (*pictures.classes, *pictures.heldout)
+            encoder.prepare(pictures.examples, texts, self._check, others=others)
+        trained, words, history = self._fit(base, fresh, word, encoder, pictures, manifest)
+        return Bundle(trained, card_of(settings, base, manifest), words), history
+
+    def _fit(
+        self,
+        base: BaseModel,
+        fresh: Adapter,
+        word: tuple[Embedding, ...],
+        encoder: Encoder,
+        pictures: _Pictures,
+        manifest: Manifest,
+    ) -> tuple[Adapter, tuple[Embedding, ...], History]:
+        settings = self.settings
+        trains_text = bool(word) or any(name.startswith("text_encoder") for name in fresh.modules)
+        conditioner = text_encoder(base, settings.captions) if trains_text else encoder.conditioning
+        team, digest = self.team, self._digest(base, pictures)
+        with ExitStack() as stack:
+            attachment = stack.enter_context(attach(base, fresh, trainable=True)) if fresh.modules else None
+            words = stack.enter_context(attach_embeddings(base, word, trainable=True))
+            compile_network(base, settings.running)
+            bench = Workbench(
+                base=base,
+                settings=settings,
+                parameters=dict(attachment.named_parameters()) if attachment else {},
+                examples=pictures.examples,
+                class_examples=pictures.classes,
+                latents=encoder.latents,
+                conditioner=conditioner,
+                dropping=attachment.dropping if attachment else lambda share, seed: nullcontext(),
+                words=dict(words.named_parameters()),
+                teaching=lambda: _silenced(attachment),
+                teacher=encoder.conditioning,
+                trigger=manifest.trigger,
+                class_word=manifest.class_word,
+                extra=self._extra_terms(base, pictures),
+            )
+            samples = self._samples(base, digest)
+            history = fit(
+                [team.phase(phase) for phase in methods[settings.method.name].phases(bench)],
+                base.modules.values(),
+                _options(settings),
+                checkpoints=(Checkpoints if team.leads else Followed)(self.work / "checkpoints", digest),
+                validate=lambda: _mean(
+                    picture_losses(
+                        base,
+                        encoder.latents,
+                        conditioner,
+                        pictures.heldout,
+                        seed=settings.seed,
+                        dressing=_validation_dressing(base, settings),
+                    )
+                ),
+                progress=self.progress if team.leads else no_progress,
+                stop=lambda: team.any(self.stop()),
+                average=team.average,
+                observe=samples.draw if samples else lambda done: None,
+            )
+            if samples:
+                samples.copy(self.out)
+            adapter = attachment.adapter().to(device="cpu").settled() if attachment else fresh
+            return adapter, words.embeddings(), history
+
+    def _samples(self, base: BaseModel, digest: str) -> SampleWriter | None:
+        wanted = self.settings.samples if self.team.leads else None
+        return SampleWriter(base, wanted, self.work / "samples", digest) if wanted else None
+
+    def _fresh_adapter(self, base: BaseModel) -> Adapter:
+        settings = self.settings
+        if not settings.method.has_adapter:
+            return Adapter({}, base.family, base.fingerprint)
+        return create_adapter(
             base,
             settings.targets,
             settings.kind.name,
@@ -112,52 +228,51 @@ class _Job:
             overrides=_overrides(settings),
             generator=generator(settings.seed, "factors"),
         )
-        encoder = Encoder(base, self.work)
-        class_examples = self._class_pictures(base, manifest, examples)
-        pictures = (*examples, *class_examples, *heldout)
-        encoder.prepare(pictures, [""] if settings.caption_dropout else [], self._check)
-        history, trained = self._fit(base, fresh, encoder, (examples, class_examples, heldout))
-        return trained, _card(settings, base, manifest), history
 
-    def _fit(
-        self, base: BaseModel, fresh: Adapter, encoder: Encoder, pictures: tuple[tuple[Example, ...], ...]
-    ) -> tuple[History, Adapter]:
-        settings, (examples, class_examples, heldout) = self.settings, pictures
-        trains_text = any(name.startswith("text_encoder") for name in fresh.modules)
-        conditioner: Conditioner = base.encode_text if trains_text else encoder.conditioning
-        with attach(base, fresh, trainable=True) as attachment:
-            bench = Workbench(
-                base=base,
-                settings=settings,
-                parameters=dict(attachment.named_parameters()),
-                examples=examples,
-                class_examples=class_examples,
-                latents=encoder.latents,
-                conditioner=conditioner,
-                dropping=attachment.dropping,
+    def _fresh_word(
+        self, base: BaseModel, manifest: Manifest, examples: Sequence[Example]
+    ) -> tuple[Embedding, ...]:
+        method, seed = self.settings.method, self.settings.seed
+        if not isinstance(method, Words):
+            return ()
+        rewriter = Rewriter(self.settings.captions)
+        captions = [rewriter.rewrite(example.caption) for example in examples]
+        return (fresh_word(base, method, manifest.trigger, manifest.class_word, captions, seed=seed),)
+
+    def _extra_terms(self, base: BaseModel, pictures: _Pictures) -> tuple[LossTerm, ...]:
+        wanted = self.settings.method.identity
+        return () if wanted is None else (identity_loss(base, wanted, pictures.examples, self.embedder),)
+
+    def _check_base(self, base: BaseModel, examples: Sequence[Example]) -> None:
+        check_objective(self.settings.objective, base.noise)
+        for size in {example.size for example in examples}:
+            base.latent_shape(size)
+        name = self.settings.method.name
+        if base.inpaints and not isinstance(self.settings.method, Inpainting):
+            raise SettingsError(
+                f"the base {base.name!r} is made for inpainting, and method {name!r} gives it no masks",
+                allowed="method inpainting, or a base without mask",
             )
-            history = fit(
-                methods[settings.method].phases(bench),
-                base.modules.values(),
-                _options(settings),
-                checkpoints=Checkpoints(self.work / "checkpoints", self._digest(base, pictures)),
-                validate=lambda: _mean(picture_losses(base, encoder.latents, conditioner, heldout, seed=settings.seed)),
-                progress=self.progress,
-                stop=self.stop,
+        if self.class_dataset is not None and self.settings.class_pictures is None:
+            raise SettingsError(
+                f"a class_dataset is given, and method {name!r} looks at no class pictures",
+                remedy="leave it out, set prior, or choose method dreambooth",
             )
-            return history, attachment.adapter().to(device="cpu").settled()
 
     def _check(self) -> None:
         if self.stop():
             raise InterruptedRun("stopped while preparing; what is prepared is kept")
 
-    def _digest(self, base: BaseModel, pictures: tuple[tuple[Example, ...], ...]) -> str:
+    def _digest(self, base: BaseModel, pictures: _Pictures) -> str:
         job = {
-            "format": 1,
+            "format": 2,
             "settings": self.settings.model_dump(mode="json"),
             "base": base.fingerprint,
             "device": base.device.type,
-            "pictures": [[[example.digest, example.caption] for example in group] for group in pictures],
+            "pictures": [
+                [example.identity() for example in group]
+                for group in (pictures.examples, pictures.classes, pictures.heldout)
+            ],
         }
         return sha256_bytes(canonical_json(job))
 
@@ -175,12 +290,17 @@ class _Job:
                 f"validate_every is {self.settings.validate_every}, and the dataset holds no pictures out",
                 remedy="set heldout above 0 in the ingest step, or validate_every to 0",
             )
-        return examples, heldout
+        # A validation must compare: nothing is drawn for its captions.
+        words = Rewriter(self.settings.captions)
+        return examples, tuple(replace(example, caption=words.rewrite(example.caption)) for example in heldout)
 
     def _class_pictures(self, base: BaseModel, manifest: Manifest, examples: Sequence[Example]) -> tuple[Example, ...]:
-        if not methods[self.settings.method].uses_prior:
+        prior = self.settings.class_pictures
+        if prior is None:
             return ()
-        prior = self.settings.prior or Prior()
+        sizes = [example.size for example in examples]
+        if self.class_dataset is not None:
+            return read_class_pictures(self.class_dataset, prior, manifest.class_word, sizes)
 
         def told(number: int) -> None:
             self._check()
@@ -188,7 +308,7 @@ class _Job:
 
         prompts = prior_prompts(prior, manifest.class_word)
         drawing = ClassPictures(base, prior, prompts, self.work / "class", self.settings.seed, told)
-        return drawing.draw([example.size for example in examples])
+        return drawing.draw(sizes)
 
 
 def _overrides(settings: TrainSettings) -> dict[str, LayerSettings]:
@@ -200,39 +320,47 @@ def _overrides(settings: TrainSettings) -> dict[str, LayerSettings]:
     return found
 
 
+def _check_rates(settings: TrainSettings, fresh: Adapter) -> None:
+    names = [f"{module}.{factor}" for module, delta in fresh.modules.items() for factor in delta.factors()]
+    if names:
+        learning_rates(names, settings.rates, settings.learning_rate)
+
+
 def _options(settings: TrainSettings) -> FitOptions:
     return FitOptions(
-        schedule=settings.schedule,
+        schedule=settings.schedule.name,
+        schedule_options=settings.schedule.options(),
         warmup=settings.warmup,
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         accumulate=settings.accumulate,
         checkpoint_every=settings.checkpoint_every,
         validate_every=settings.validate_every,
+        optimiser=settings.rates.optimiser.name,
+        optimiser_options=settings.rates.optimiser.options(),
+        ema=settings.rates.ema,
+        loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
     )
 
 
-def _card(settings: TrainSettings, base: BaseModel, manifest: Manifest) -> Card:
-    return Card(
-        title=" ".join(word for word in (manifest.trigger, manifest.class_word) if word),
-        base=base.name,
-        base_fingerprint=base.fingerprint,
-        trigger=manifest.trigger,
-        class_word=manifest.class_word,
-        recipe=settings.model_dump(mode="json"),
-        data=sorted({picture.sha256 for picture in manifest.of_split("train")}),
-        seed=settings.seed,
-    )
+@contextmanager
+def _silenced(attachment: Attachment | None) -> Iterator[None]:
+    """While it is open, the base answers as if nothing were attached."""
+    if attachment is None:
+        yield
+        return
+    before = attachment.multiplier
+    attachment.multiplier = 0.0
+    try:
+        yield
+    finally:
+        attachment.multiplier = before
 
 
-def _thin(values: Sequence[float]) -> list[list[float]]:
-    # Every step up to 500 of them; then evenly spread ones, with the first and the last.
-    count = len(values)
-    if count <= _POINTS:
-        steps = list(range(count))
-    else:
-        steps = sorted({round(place * (count - 1) / (_POINTS - 1)) for place in range(_POINTS)})
-    return [[step + 1, values[step]] for step in steps]
+def _validation_dressing(base: BaseModel, settings: TrainSettings) -> Dressing | None:
+    if not (base.inpaints and isinstance(settings.method, Inpainting)):
+        return None
+    return hiding(base, settings.method, derive_seed(settings.seed, "validation"))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,18 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from lora_engine.registries import Registry
 
-# What is left of the highest rate when the share `x` in [0, 1) of the steps after the warmup is done.
-schedules: Registry[Callable[[float], float]] = Registry("learning-rate schedule")
-schedules.add("constant", lambda x: 1.0)
-schedules.add("cosine", lambda x: 0.5 * (1.0 + math.cos(math.pi * x)))
-schedules.add("linear", lambda x: 1.0 - x)
+Fall = Callable[..., float]
+"""(share `x` in [0, 1) of the steps after the warmup, own options) -> what is left of the highest rate, 0 to 1."""
 
 
-def rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:
-    """The factor on the highest rate in a step, counted from 0."""
+def _constant(x: float) -> float:
+    del x
+    return 1.0
+
+
+def _linear(x: float) -> float:
+    return 1.0 - x
+
+
+def _cosine(x: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * x))
+
+
+def _restarts(x: float, cycles: int = 2) -> float:
+    return _cosine((cycles * x) % 1.0)
+
+
+def _polynomial(x: float, power: float = 2.0) -> float:
+    return float((1.0 - x) ** power)
+
+
+schedules: Registry[Fall] = Registry("learning-rate schedule")
+schedules.add("constant", _constant)
+schedules.add("cosine", _cosine)
+schedules.add("linear", _linear)
+schedules.add("cosine-restarts", _restarts)
+schedules.add("polynomial", _polynomial)
+
+
+def rate_factor(schedule: str, step: int, steps: int, warmup: int, **options: Any) -> float:
+    """The factor on the highest rate in a step, counted from 0.
+
+    Args:
+        schedule: A name among `schedules`.
+        step: From 0 to `steps` - 1.
+        steps: Of the phase.
+        warmup: Steps in which the rate rises in a straight line to the highest.
+        **options: The schedule's own.
+
+    Raises:
+        SettingsError: An unknown schedule.
+    """
+    fall = schedules[schedule]
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return schedules[schedule]((step - warmup) / max(1, steps - warmup))
+    return fall((step - warmup) / max(1, steps - warmup), **options)

@@ -8,33 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.kinds import Kind, Lora
+from lora_engine.training.specs.methods import Dreambooth, Method, Prior
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
 from lora_engine.training.specs.running import Running
+from lora_engine.training.specs.samples import Samples
+from lora_engine.training.specs.schedules import AnySchedule, Cosine
 
-Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Prior(BaseModel):
-    """Prior preservation (Ruiz et al. 2023, eq. 2): pictures of the class, drawn by the base, are trained on too.
-
-    Attributes:
-        prompt: Of the class pictures, or several prompts that take turns: what all shall stay as it is. None is
-            "a <class word>".
-        count: How many class pictures are drawn.
-        weight: Of their loss beside that of the person's pictures.
-        steps: Of the sampler that draws them.
-        guidance: Classifier-free guidance while drawing.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompt: Prompt | Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=1000)] | None = None
-    count: int = Field(default=32, ge=1, le=10_000)
-    weight: _Finite = Field(default=1.0, ge=0.0, le=1000.0)
-    steps: int = Field(default=12, ge=1, le=1000)
-    guidance: _Finite = Field(default=3.0, ge=0.0, le=50.0)
 
 
 class Override(BaseModel):
@@ -57,7 +38,7 @@ class TrainSettings(BaseModel):
     """How an adapter is trained.
 
     Attributes:
-        method: `dreambooth` holds the class by prior preservation; `finetune` trains on pictures and captions alone.
+        method: What is done, by name or with its options (`{name: pivotal, inversion: 0.3}`); see `specs.methods`.
         kind: The adapter kind, by name or with its options (`{name: lokr, factor: 8}`).
         rank: Of every adapted layer.
         alpha: The factors act with alpha / rank; None is the rank.
@@ -67,26 +48,27 @@ class TrainSettings(BaseModel):
         steps: Optimiser steps.
         batch: Pictures a forward pass; prior preservation adds as many class pictures.
         learning_rate: The highest of the schedule.
-        schedule: How the rate goes on after the warmup.
+        schedule: How the rate goes on after the warmup, by name or with its options (`{name: polynomial, power: 3}`).
         warmup: Steps in which the rate rises.
-        weight_decay: Of AdamW.
+        weight_decay: Of the optimiser.
         clip: Largest norm of the gradient; 0 does not clip.
         accumulate: Batches an optimiser step.
         seed: Of the factors, the order, the noise and the class pictures.
         caption_dropout: Share of the captions that are left out, so that guidance keeps working.
         checkpoint_every: Steps between checkpoints.
         validate_every: Steps between validations on the held-out pictures; 0 never validates.
-        prior: Of `dreambooth`; None takes the defaults of `Prior`.
+        prior: Class pictures; None takes the defaults of `Prior` in `dreambooth`, and is none in other methods.
         precision: Of the frozen base; the adapter is always trained in fp32.
         objective: Which noise at which timesteps, and how an error counts.
         captions: How captions change from batch to batch.
         rates: Learning rates of parts, the optimiser, averages of the weights.
         running: Devices, memory and speed.
+        samples: Pictures drawn while training, into the folder `samples` of the artifact; None draws none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["finetune", "dreambooth"] = "dreambooth"
+    method: Method = Dreambooth()
     kind: Kind = Lora()
     rank: int = Field(default=8, ge=1, le=4096)
     alpha: _Finite | None = Field(default=None, gt=0.0)
@@ -96,7 +78,7 @@ class TrainSettings(BaseModel):
     steps: int = Field(ge=1, le=10_000_000)
     batch: int = Field(default=4, ge=1, le=4096)
     learning_rate: _Finite = Field(default=1e-3, gt=0.0)
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: AnySchedule = Cosine()
     warmup: int = Field(default=0, ge=0)
     weight_decay: _Finite = Field(default=0.0, ge=0.0)
     clip: _Finite = Field(default=1.0, ge=0.0)
@@ -106,16 +88,40 @@ class TrainSettings(BaseModel):
     checkpoint_every: int = Field(default=100, ge=1)
     validate_every: int = Field(default=0, ge=0)
     prior: Prior | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     objective: Objective = Objective()
     captions: Captions = Captions()
     rates: Rates = Rates()
     running: Running = Running()
+    samples: Samples | None = None
+
+    @property
+    def class_pictures(self) -> Prior | None:
+        """How class pictures hold the class; None where there are none."""
+        return self.prior or (Prior() if self.method.name == "dreambooth" else None)
 
     @model_validator(mode="after")
-    def _prior_belongs_to_dreambooth(self) -> TrainSettings:
-        if self.prior is not None and self.method != "dreambooth":
-            raise ValueError(f"prior belongs to method 'dreambooth', not to {self.method!r}; leave it out")
+    def _prior_fits_the_method(self) -> TrainSettings:
+        if self.prior is not None and not self.method.takes_prior:
+            raise ValueError(f"prior belongs to method 'dreambooth', not to {self.method.name!r}; leave it out")
+        if self.class_pictures is not None and self.method.preservation is not None:
+            raise ValueError(
+                "preservation and class pictures hold the same thing in two ways; choose one "
+                "(method finetune has no class pictures)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimiser_fits(self) -> TrainSettings:
+        self.rates.check(self.schedule, self.learning_rate)
+        return self
+
+    @model_validator(mode="after")
+    def _processes_share_a_batch(self) -> TrainSettings:
+        if self.batch % self.running.processes:
+            raise ValueError(
+                f"batch {self.batch} cannot be shared among running.processes {self.running.processes}; make it a multiple"
+            )
         return self
 
     @model_validator(mode="after")
@@ -123,3 +129,6 @@ class TrainSettings(BaseModel):
         if self.warmup >= self.steps and self.warmup:
             raise ValueError(f"warmup {self.warmup} must be less than steps {self.steps}")
         return self
+
+
+__all__ = ["Override", "Prior", "TrainSettings"]

@@ -12,7 +12,8 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Conditioner, Example
-from lora_engine.training.methods import predict
+from lora_engine.training.methods import Dressing, predict
+from lora_engine.training.objective import timestep_grid
 
 TIMESTEPS = 8
 
@@ -26,6 +27,7 @@ def picture_losses(
     *,
     seed: int = 0,
     timesteps: int = TIMESTEPS,
+    dressing: Dressing | None = None,
 ) -> list[float]:
     """The denoising loss of each picture with its caption, averaged over a fixed grid.
 
@@ -36,9 +38,9 @@ def picture_losses(
         examples: The pictures.
         seed: Of the noise, which is drawn by the picture's digest and not by its place.
         timesteps: How many timesteps, in the middles of equal parts of the schedule.
+        dressing: What the method puts on a batch, such as masks; asked with a number that the picture's digest gives.
     """
-    count = base.noise.timesteps
-    grid = ((torch.arange(timesteps) + 0.5) * count / timesteps).to(torch.int64).clamp(max=count - 1)
+    grid = timestep_grid(base.noise, timesteps)
     losses: list[float] = []
     for example in examples:
         clean = latents(example)
@@ -49,7 +51,10 @@ def picture_losses(
             timesteps=grid.to(base.device),
             conditioning=conditioner([example.caption], example.size).index([0] * timesteps).to(base.device),
             instances=timesteps,
+            examples=(example,) * timesteps,
         )
+        if dressing is not None:
+            batch = dressing(batch, int(example.digest[:8], 16))
         predicted, target = predict(base, batch)
         losses.append(F.mse_loss(predicted, target).item())
     return losses

@@ -42,6 +42,38 @@ def test_other_kinds_are_trained_merged_and_exported(environment: dict[str, str]
     assert len(version.parents) == 2
 
 
+def test_an_objective_and_rates_of_ones_own_go_down_the_line(environment: dict[str, str], home: Path) -> None:
+    spec = EXAMPLES / "methods" / "objective.yaml"
+    run(spec, environment, "adapter.steps=4", "adapter.validate_every=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = Versions(Home(home.absolute())).list()
+    recipe = version.card["recipe"]
+    assert recipe["objective"]["weighting"] == {"name": "min_snr", "gamma": 5.0}
+    assert recipe["rates"]["optimiser"]["name"] == "adafactor"
+
+
+def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(
+    environment: dict[str, str], home: Path
+) -> None:
+    spec = EXAMPLES / "methods" / "data-path.yaml"
+    run(spec, environment, "adapter.steps=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = Versions(Home(home.absolute())).list()
+    assert version.card["recipe"]["captions"]["shuffle"] is True
+    latents = home / "cache" / "latents"
+    made = {path: path.stat().st_mtime_ns for path in latents.rglob("*.safetensors")}
+    # Twelve pictures, each as it is and in two other colours.
+    assert len(made) == 36
+    run(spec, environment, "adapter.steps=2", "adapter.rank=2", "report.max_pictures=2", "report.steps=2")
+    assert set(latents.rglob("*.safetensors")) == set(made)
+
+
+@pytest.mark.parametrize("spec", sorted((EXAMPLES / "methods").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_method_goes_down_the_line(spec: Path, environment: dict[str, str], home: Path) -> None:
+    trained = "word" if spec.stem == "inversion" else "adapter"
+    run(spec, environment, f"{trained}.steps=2", "report.max_pictures=1", "report.steps=2")
+    (version,) = Versions(Home(home.absolute())).list()
+    assert version.aliases == ("staging",)
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "photographs"
@@ -60,3 +92,10 @@ def test_photographs_go_down_the_line_on_every_base(
     assert len(version.card["data"]) == 9
     exported = {path.name for path in (home / "exports").rglob("*") if path.is_file()}
     assert "adapter_config.json" in exported
+
+
+def test_two_processes_train_and_leave_sample_pictures(environment: dict[str, str], home: Path) -> None:
+    spec = EXAMPLES / "methods" / "running.yaml"
+    run(spec, environment, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=2", "report.steps=2")
+    (version,) = Versions(Home(home.absolute())).list()
+    assert version.card["recipe"]["running"]["processes"] == 2

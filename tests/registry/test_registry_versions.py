@@ -181,6 +181,18 @@ def test_mlflow_shows_what_was_registered(mirrored, register):
     assert listed == {"adapter", "documents", "pictures", "record.json"}
 
 
+def test_patterns_in_a_recipe_are_shown_under_names_that_mlflow_takes(mirrored, register):
+    from mlflow import MlflowClient
+
+    patterns = {"overrides.unet.*.to_q.rank": 4, "overrides.unet.?.to_q.rank": 8, r"layers.re:(a|b)\.c": 1e-4}
+    version = register(mirrored, b"weights", params={"rank": 8, **patterns})
+    run = MlflowClient(mirrored.home.mlflow_url, mirrored.home.mlflow_url).get_run(version.mlflow_run_id)
+    assert run.data.params["rank"] == "8"
+    shown = {key: value for key, value in run.data.params.items() if key.startswith(("overrides.", "layers."))}
+    assert sorted(shown.values()) == ["0.0001", "4", "8"]
+    assert all(key.startswith(("overrides.unet._.to_q.rank-", "layers.re:_a_b__.c-")) for key in shown)
+
+
 def test_mlflow_downloads_production_by_name(mirrored, register, tmp_path, monkeypatch):
     import mlflow
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,32 @@ import pytest
 import torch
 from torch import nn
 
-from lora_engine.adapters import adaptable_layers
+from lora_engine.adapters import adaptable_layers, module_shapes
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.flux import pack, unpack
+from lora_engine.bases.layout import download_patterns, read_layout
+from lora_engine.bases.source import resolve_base
+from lora_engine.bases.structure import base_module_shapes
 from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.errors import BaseModelError, EngineError, SettingsError
 
-SHAPES = ["small-sd", "small-sd-v", "small-sdxl"]
+SHAPES = ["small-sd", "small-sd-v", "small-sdxl", "small-sd-inpainting", "small-sdxl-inpainting"]
+SHAPES += ["small-sd3", "small-sd3-without-t5", "small-flux"]
 TEXTS = ["a red star", "", "sks"]
 
 
 @pytest.fixture(scope="module")
 def bases(untrained: dict[str, Path]) -> dict[str, BaseModel]:
     return {shape: load_base(str(folder), device="cpu") for shape, folder in untrained.items()}
+
+
+def unmasked(base: BaseModel, conditioning: Conditioning) -> Conditioning:
+    """The conditioning with a mask over the whole picture, for bases that read one."""
+    if not base.inpaints:
+        return conditioning
+    whole = base.encode_mask(torch.ones(1, 1, 16, 16), torch.zeros(1, 3, 16, 16))
+    return conditioning.with_tensors(whole.index([0] * len(conditioning)))
 
 
 def pipeline(folder: Path) -> Any:
@@ -33,7 +47,80 @@ def pipeline(folder: Path) -> Any:
 def test_parts_are_those_of_the_pipelines(bases: dict[str, BaseModel]) -> None:
     assert list(bases["small-sd"].modules) == ["unet", "text_encoder"]
     assert list(bases["small-sdxl"].modules) == ["unet", "text_encoder", "text_encoder_2"]
-    assert [bases[shape].noise.parameterisation for shape in SHAPES] == ["eps", "v_prediction", "eps"]
+    assert list(bases["small-sd3"].modules) == ["transformer", "text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert list(bases["small-sd3-without-t5"].modules) == ["transformer", "text_encoder", "text_encoder_2"]
+    assert list(bases["small-flux"].modules) == ["transformer", "text_encoder", "text_encoder_2"]
+    found = [bases[shape].noise.parameterisation for shape in SHAPES]
+    assert found == ["eps", "v_prediction", "eps", "eps", "eps", "flow", "flow", "flow"]
+
+
+def test_adapters_of_inpainting_bases_belong_to_the_bases_that_these_were_made_from(
+    bases: dict[str, BaseModel], untrained: dict[str, Path]
+) -> None:
+    assert [bases[shape].family for shape in SHAPES[3:]] == ["sd", "sdxl", "sd3", "sd3", "flux"]
+    assert resolve_base(str(untrained["small-sd-inpainting"])).family == "sd-inpainting"
+    assert bases["small-sd-inpainting"].module_names() == bases["small-sd"].module_names()
+    assert [bases[shape].inpaints for shape in SHAPES[2:5]] == [False, True, True]
+    assert [bases[shape].distilled for shape in SHAPES[4:]] == [False, False, False, True]
+
+
+def test_names_and_shapes_are_the_same_with_and_without_weights(
+    bases: dict[str, BaseModel], untrained: dict[str, Path]
+) -> None:
+    for shape, folder in untrained.items():
+        assert base_module_shapes(str(folder)) == module_shapes(bases[shape]), shape
+
+
+def test_every_part_of_every_family_is_among_what_is_downloaded(untrained: dict[str, Path]) -> None:
+    patterns = download_patterns(None)
+    for folder in untrained.values():
+        files = read_layout(folder).files
+        assert [file for file in files if not any(fnmatch(file, pattern) for pattern in patterns)] == []
+
+
+def test_a_mask_is_refused_by_a_base_that_reads_none(bases: dict[str, BaseModel]) -> None:
+    with pytest.raises(SettingsError, match="inpainting"):
+        bases["small-flux"].encode_mask(torch.ones(1, 1, 16, 16), torch.zeros(1, 3, 16, 16))
+
+
+def test_an_inpainting_base_without_a_mask_says_what_it_needs(bases: dict[str, BaseModel]) -> None:
+    base = bases["small-sd-inpainting"]
+    with pytest.raises(SettingsError, match="encode_mask"):
+        base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), base.encode_text(["a"]))
+    with pytest.raises(SettingsError, match="shape"):
+        base.encode_mask(torch.ones(1, 1, 8, 8), torch.zeros(1, 3, 16, 16))
+
+
+@torch.no_grad()
+def test_what_lies_under_a_mask_is_not_told_and_the_rest_is(bases: dict[str, BaseModel]) -> None:
+    base = bases["small-sd-inpainting"]
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1.0
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    changed = {side: picture.clone() for side in ("under", "beside")}
+    changed["under"][..., :8] = -1.0
+    changed["beside"][..., 8:] = -1.0
+    told = base.encode_mask(mask, picture)
+    assert torch.equal(base.encode_mask(mask, changed["under"])["masked"], told["masked"])
+    assert not torch.equal(base.encode_mask(mask, changed["beside"])["masked"], told["masked"])
+    assert told["mask"].unique().tolist() == [0.0, 1.0]
+
+
+@torch.no_grad()
+def test_distilled_guidance_is_heard_by_a_network_that_reads_it(bases: dict[str, BaseModel]) -> None:
+    base = bases["small-flux"]
+    noisy = torch.randn(1, *base.latent_shape((16, 16)), generator=torch.Generator().manual_seed(0))
+    text = base.encode_text(["a"])
+    told = [text.with_tensors(Conditioning({"guidance": torch.tensor([scale])})) for scale in (1.0, 4.0)]
+    plain, one, four = (base.predict(noisy, torch.tensor([500.0]), given) for given in (text, *told))
+    assert torch.equal(plain, one)
+    assert not torch.equal(one, four)
+
+
+def test_packing_latents_loses_nothing() -> None:
+    latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    assert pack(latents).shape == (2, 6, 12)
+    assert torch.equal(unpack(pack(latents), 4, 6), latents)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -53,7 +140,9 @@ def test_canonical_names_lead_to_every_adaptable_layer(bases: dict[str, BaseMode
     names = base.module_names()
     layers = [layer for module in base.modules.values() for _, layer in adaptable_layers(module)]
     assert [base.get_module(name) for name in names] == layers
-    texts = [name for name in names if name.startswith("text_encoder") and not name.endswith("text_projection")]
+    t5 = next((part for part, module in base.modules.items() if type(module).__name__ == "T5EncoderModel"), "none")
+    texts = [name for name in names if name.startswith("text_encoder") and not name.startswith(t5)]
+    texts = [name for name in texts if not name.endswith("text_projection")]
     assert texts
     assert all(name.split(".")[1] == "text_model" for name in texts)
 
@@ -103,11 +192,12 @@ def test_latents_are_the_scaled_mode_of_the_posterior(bases: dict[str, BaseModel
     base: Any = bases[shape]
     pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scale = base.vae.config.scaling_factor
-    expected = base.vae.encode(pixels).latent_dist.mode() * scale
+    shift = base.vae.config.shift_factor or 0.0
+    expected = (base.vae.encode(pixels).latent_dist.mode() - shift) * scale
     found = base.encode_images(pixels)
     assert torch.equal(found, expected)
     assert tuple(found.shape[1:]) == base.latent_shape((16, 24))
-    assert torch.equal(base.decode_latents(found), base.vae.decode(expected / scale).sample)
+    assert torch.equal(base.decode_latents(found), base.vae.decode(expected / scale + shift).sample)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -115,11 +205,11 @@ def test_latents_are_the_scaled_mode_of_the_posterior(bases: dict[str, BaseModel
 def test_two_loads_compute_the_same_bits(bases: dict[str, BaseModel], untrained: dict[str, Path], shape: str) -> None:
     other = load_base(str(untrained[shape]), device="cpu")
     pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latents = [base.encode_images(pixels) for base in (bases[shape], other)]
+    latents = [base.encode_images(pixels[..., :16]) for base in (bases[shape], other)]
     assert torch.equal(*latents)
     texts = [base.encode_text(["a", "b"]) for base in (bases[shape], other)]
     predictions = [
-        base.predict(latents[0], torch.tensor([7, 700]), text)
+        base.predict(latents[0], torch.tensor([7, 700]), unmasked(base, text))
         for base, text in zip((bases[shape], other), texts, strict=True)
     ]
     assert torch.equal(*predictions)
@@ -141,7 +231,9 @@ def test_bfloat16_is_near_float32(bases: dict[str, BaseModel], untrained: dict[s
     half = load_base(str(untrained[shape]), device="cpu", dtype=torch.bfloat16)
     noisy = torch.randn(2, *half.latent_shape((16, 16)), generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 900])
-    results = [base.predict(noisy, timesteps, base.encode_text(["a", "b"])) for base in (bases[shape], half)]
+    results = [
+        base.predict(noisy, timesteps, unmasked(base, base.encode_text(["a", "b"]))) for base in (bases[shape], half)
+    ]
     assert results[1].dtype == torch.float32
     assert (results[0] - results[1]).norm() < 0.05 * results[0].norm()
 
@@ -179,9 +271,20 @@ def test_conditionings_are_indexed_and_joined_row_by_row() -> None:
     assert joined["pooled"].flatten().tolist() == [2.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("shape", ["sd15", "sd2", "sdxl"])
+REAL = {"sd15": 64, "sd2": 64, "sdxl": 280, "sd-inpainting": 64, "sdxl-inpainting": 280}
+REAL |= {"sd3": 48, "sd35-medium": 74, "flux": 76, "flux-schnell": 76}
+
+
+@pytest.mark.parametrize("shape", REAL)
 @pytest.mark.slow
 def test_the_real_architectures_load_through_the_same_code(tmp_path: Path, shape: str) -> None:
     base = load_base(str(write_untrained_base(tmp_path / shape, shape)), device="cpu")
     attention = [name for name in base.module_names() if name.endswith((".to_q", ".to_out.0"))]
-    assert len(attention) == {"sd15": 64, "sd2": 64, "sdxl": 280}[shape]
+    assert len(attention) == REAL[shape]
+
+
+@pytest.mark.parametrize("shape", ["sd3", "sd35-medium", "flux", "flux-schnell"])
+@pytest.mark.slow
+def test_an_untrained_transformer_has_the_layers_of_the_published_one(tmp_path: Path, shape: str) -> None:
+    folder = write_untrained_base(tmp_path / shape, shape)
+    assert base_module_shapes(str(folder)).keys() == base_module_shapes(shape).keys()

@@ -140,13 +140,6 @@ def test_shards_outside_the_folder_are_refused(copy: Path) -> None:
         resolve_base(str(copy))
 
 
-def test_a_single_checkpoint_file_is_refused_for_now(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"")
-    with pytest.raises(BaseModelError, match="single checkpoint files"):
-        resolve_base(str(file))
-
-
 def test_a_folder_has_no_revision(copy: Path) -> None:
     with pytest.raises(BaseModelError, match="no revision 'main'"):
         resolve_base(str(copy), "main")

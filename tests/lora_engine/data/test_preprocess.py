@@ -37,7 +37,7 @@ def test_salient_keeps_the_detail_that_center_cuts_away() -> None:
 @pytest.mark.parametrize(("width", "height"), [(96, 32), (32, 96), (64, 64)])
 def test_salient_takes_the_middle_where_nothing_stands_out(width: int, height: int) -> None:
     flat = Image.new("RGB", (width, height), (9, 9, 9))
-    assert CROPS["salient"](flat, 32) == CROPS["center"](flat, 32)
+    assert CROPS["salient"](flat, (32, 32)) == CROPS["center"](flat, (32, 32))
 
 
 def test_a_picture_of_the_wanted_size_is_left_as_it_is() -> None:

@@ -241,7 +241,7 @@ def test_schedules_rise_in_the_warmup_and_never_leave_the_unit_range(name: str) 
     assert all(0.0 < factor <= 1.0 for factor in factors)
     assert factors[:11] == sorted(factors[:11])
     assert factors[10] == 1.0
-    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert (factors[10:] == sorted(factors[10:], reverse=True)) == (name != "cosine-restarts")
 
 
 def test_the_cosine_is_that_of_diffusers() -> None:

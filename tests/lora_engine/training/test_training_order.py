@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from lora_engine.bases.base import load_base
+from lora_engine.data.manifest import Manifest
 from lora_engine.seeds import derive_seed, generator
-from lora_engine.training.batches import Order, rounds
+from lora_engine.training.batches import Mixer, Order, rounds
+from lora_engine.training.examples import Encoder, read_examples
 
 SMALL, LARGE = (16, 16), (32, 16)
 
@@ -62,3 +67,46 @@ def test_seeds_differ_by_purpose() -> None:
     assert all(0 <= derive_seed(0, *purpose) < 1 << 63 for purpose in purposes)
     draws = [torch.rand(2, generator=generator(0, "noise", 1)) for _ in range(2)]
     assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_every_picture_is_seen_equally_often_whatever_the_sizes(batch: int) -> None:
+    sizes = [SMALL] * 7 + [LARGE] * 2 + [(16, 32)]
+    order = Order(sizes, batch, seed=5)
+    # A round is at most as many batches as there are pictures.
+    rounds_of_batches = 10 if batch > 1 else 3
+    seen: Counter[int] = Counter()
+    for number in range(len(sizes) * rounds_of_batches):
+        size, _, places = order.batch(number)
+        assert len(places) == batch
+        assert {sizes[place] for place in places} == {size}
+        seen.update(places)
+    assert set(seen.values()) == {rounds_of_batches * batch}
+
+
+def test_a_short_run_sees_every_size_in_proportion() -> None:
+    sizes = [SMALL] * 60 + [LARGE] * 30 + [(16, 32)] * 10
+    order = Order(sizes, 1, seed=2)
+    for start in range(0, 300, 20):
+        counts = Counter(order.batch(number)[0] for number in range(start, start + 20))
+        assert abs(counts[SMALL] - 12) <= 2
+        assert abs(counts[LARGE] - 6) <= 2
+        assert 1 <= counts[16, 32] <= 4
+
+
+def test_thousands_of_pictures_are_ordered_quickly() -> None:
+    sizes = [((number % 20 + 1) * 8, 64) for number in range(20_000)]
+    order = Order(sizes, 4, seed=2)
+    # Rounds are spread when they begin and not for every batch.
+    assert len({order.batch(number)[2][0] for number in range(200)}) == 200
+    assert order._epoch.cache_info().misses == 1
+
+
+def test_repeats_bring_a_picture_up_so_many_times(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
+    base = load_base(str(bases["small-sd"]), device="cpu")
+    encoder = Encoder(base, tmp_path)
+    first, *others = read_examples(dataset, Manifest.load(dataset), "train")
+    examples = (replace(first, repeats=3), *others)
+    mixer = Mixer(base, encoder.latents, encoder.conditioning, examples, batch=1, seed=1)
+    seen = Counter(mixer(number).examples[0].digest for number in range(2 * (len(examples) + 2)))
+    assert seen == {first.digest: 6} | {example.digest: 2 for example in others}

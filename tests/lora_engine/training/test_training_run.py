@@ -23,6 +23,7 @@ from lora_engine.errors import (
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter
 from lora_engine.training import run as module
+from lora_engine.training.record import thin
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 
@@ -286,8 +287,8 @@ def test_running_out_of_memory_says_what_to_turn_on(
 
 
 def test_long_curves_are_thinned_and_keep_both_ends() -> None:
-    points = module._thin([float(step) for step in range(5000)])
+    points = thin([float(step) for step in range(5000)])
     assert len(points) == 500
     assert points[0] == [1, 0.0]
     assert points[-1] == [5000, 4999.0]
-    assert module._thin([2.0, 3.0]) == [[1, 2.0], [2, 3.0]]
+    assert thin([2.0, 3.0]) == [[1, 2.0], [2, 3.0]]

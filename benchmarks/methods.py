@@ -1,0 +1,85 @@
+"""What does each method learn, and what does it lose? `python -m benchmarks.methods`: the embedded base and a crescent.
+
+The same twelve pictures and as many steps for every method, over several seeds; read by the judge, which is none of the
+models that were trained. Rows are means over the seeds, with the least and the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.prior import WORD, Examiner, make_dataset, one_caption_a_shape, show
+from lora_engine.adapters import attach
+from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.tiny import folder
+from lora_engine.bases.tiny.judge import load_judge
+from lora_engine.evaluation.embedder import load_embedder
+from lora_engine.formats import read_bundle
+from lora_engine.inference.words import attach_embeddings
+from lora_engine.training.run import train
+from lora_engine.training.spec import TrainSettings
+
+LEARNING = {"token": WORD, "vectors": 2, "word_rate": 2e-2}
+PRIOR = {"prompt": one_caption_a_shape(), "count": 40}
+RUNS: dict[str, dict[str, Any]] = {
+    "textual inversion": {"method": {"name": "textual-inversion", **LEARNING}},
+    "pivotal, 30 % inversion": {"method": {"name": "pivotal", **LEARNING, "inversion": 0.3}},
+    "finetune": {"method": "finetune"},
+    "finetune with preservation": {"method": {"name": "finetune", "preservation": {"weight": 1.0}}},
+    "finetune with identity": {"method": {"name": "finetune", "identity": {"weight": 0.1}}},
+    "dreambooth": {"method": "dreambooth", "prior": PRIOR},
+    "dreambooth, alternating": {"method": "dreambooth", "prior": {**PRIOR, "batches": "alternating"}},
+}
+
+
+def settings_of(change: dict[str, Any], seed: int, steps: int) -> TrainSettings:
+    """The settings of a row: the same for all but what the method itself is."""
+    plain = {"rank": 8, "targets": "all", "batch": 6, "learning_rate": 2e-3, "steps": steps, "seed": seed}
+    return TrainSettings.model_validate({**plain, **change})
+
+
+def examine(base: BaseModel, examiner: Examiner, file: Path) -> dict[str, float]:
+    """The figures of the base with what a file holds."""
+    bundle = read_bundle(file)
+    with ExitStack() as stack:
+        if bundle.adapter.modules:
+            stack.enter_context(attach(base, bundle.adapter))
+        stack.enter_context(attach_embeddings(base, bundle.embeddings))
+        return examiner.examine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", default="", help="rows whose title begins so")
+    chosen = parser.parse_args()
+    base = load_base("tiny")
+    examiner = Examiner(base, load_judge(folder()), load_embedder())
+    show("base alone", [examiner.examine()])
+    with tempfile.TemporaryDirectory() as name:
+        dataset = make_dataset(Path(name))
+        for title, change in RUNS.items():
+            if not title.startswith(chosen.only):
+                continue
+            rows = []
+            for seed in range(chosen.seeds):
+                out = Path(name) / f"{title} {seed}"
+                train(
+                    settings_of(change, seed, chosen.steps),
+                    "tiny",
+                    dataset,
+                    out,
+                    out / "work",
+                    cache=Path(name) / "cache",
+                )
+                rows.append(examine(base, examiner, out / "adapter.safetensors"))
+            show(f"{title}: {chosen.seeds} seeds, {chosen.steps} steps", rows)
+
+
+if __name__ == "__main__":
+    main()

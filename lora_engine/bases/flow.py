@@ -1,0 +1,59 @@
+"""What the families of flow matching share: their schedule and their sampler. No network is called here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.latent import LatentModel
+from lora_engine.bases.noise import FlowSchedule, flow_schedule_from
+from lora_engine.bases.source import BaseSource
+from lora_engine.errors import BaseModelError
+
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+class FlowModel(LatentModel):
+    """A transformer whose timesteps are sigmas; see `BaseModel` and `FlowSchedule`."""
+
+    denoiser_name = "transformer"
+    noise: FlowSchedule
+
+    def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """See `BaseModel`."""
+        raise NotImplementedError
+
+    def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """See `BaseModel`."""
+        return self.encode_text(texts, size)
+
+    def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
+        """See `BaseModel`; Euler's method."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        found = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_settings)
+        if steps is not None:
+            found.set_timesteps(device=self.device, mu=self._mu(size), **self._spacing(steps))
+        return found
+
+    def _spacing(self, steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": steps}
+
+    def _mu(self, size: tuple[int, int] | None) -> float | None:
+        if not self.noise.shift.dynamic:
+            return None
+        _, height, width = self.latent_shape(size or self.default_size)
+        return self.noise.shift.mu((height, width))
+
+    def _load_schedule(self, source: BaseSource) -> dict[str, Any]:
+        settings = self._settings_of_scheduler(source)
+        if settings.get("_class_name") != _SCHEDULER:
+            raise BaseModelError(
+                f"the scheduler is {settings.get('_class_name')!r}",
+                where=str(source.folder / "scheduler"),
+                allowed=f"{_SCHEDULER}, with which bases of this family are trained",
+                remedy="put the scheduler's configuration of the published base in its place",
+            )
+        self.noise = flow_schedule_from(settings, self._patch)
+        return settings

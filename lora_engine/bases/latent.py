@@ -1,0 +1,163 @@
+"""What all families share: an autoencoder, a denoiser, text encoders, and a tree of adaptable layers.
+
+No family's own computations live here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.adapters.tree import DictTree
+from lora_engine.bases.components import load_component
+from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.families import families
+from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.quantised import Quantisation
+from lora_engine.bases.source import BaseSource
+from lora_engine.errors import BaseModelError, SettingsError
+
+_log = logging.getLogger(__name__)
+
+
+class LatentModel:
+    """A denoiser of latents, loaded and frozen; a family adds what it computes. See `BaseModel`.
+
+    Args:
+        source: Where it lies.
+        device: Where it computes.
+        dtype: Of the denoiser and the text encoders.
+        denoiser: The class that reads the component `unet` or `transformer`.
+    """
+
+    denoiser_name = "unet"
+    distilled = False
+    inpaints = False
+    quantisation: Quantisation = "none"
+    noise: NoiseSchedule
+
+    def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype, denoiser: Any) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        self.family, self.name = families[source.family].adapters, source.label
+        self.fingerprint = source.fingerprint()
+        self.device, self.dtype = device, dtype
+        self.denoiser: Any = load_component(denoiser, source, self.denoiser_name, dtype).to(device)
+        self.vae: Any = load_component(AutoencoderKL, source, "vae", torch.float32).to(device)
+        self.modules: dict[str, nn.Module] = {self.denoiser_name: self.denoiser}
+        self._index = source.layout.index
+        self._load_text(source)
+        self._scheduler_settings = self._load_schedule(source)
+        self._tree = DictTree(self.modules, self.family, self.fingerprint)
+        self._names = self._tree.module_names()
+        self.default_size = self._default_size()
+        self._check_channels(source)
+
+    def module_names(self) -> list[str]:
+        """See `BaseModel`."""
+        return list(self._names)
+
+    def get_module(self, name: str) -> nn.Module:
+        """See `BaseModel`."""
+        return self._tree.get_module(name)
+
+    def set_module(self, name: str, module: nn.Module) -> None:
+        """See `BaseModel`."""
+        self._tree.set_module(name, module)
+
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See `BaseModel`."""
+        posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+        latents: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
+        return (latents - self._shift) * float(self.vae.config.scaling_factor)
+
+    def encode_mask(self, mask: Tensor, pixels: Tensor) -> Conditioning:
+        """See `BaseModel`; this base has no use for it."""
+        del mask, pixels
+        raise SettingsError(
+            f"the base {self.name!r} is not made for inpainting, and reads no mask",
+            allowed="a base whose network reads a mask, such as stable-diffusion-inpainting",
+            remedy="choose such a base, or leave the masks out",
+        )
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """See `BaseModel`."""
+        scaled = latents.to(self.device, torch.float32) / float(self.vae.config.scaling_factor) + self._shift
+        pixels: Tensor = self.vae.decode(scaled, return_dict=False)[0]
+        return pixels
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """See `BaseModel`."""
+        height, width = size
+        side = self._factor * self._patch
+        if min(size) < side or height % side or width % side:
+            raise SettingsError(
+                f"the base {self.name!r} cannot make pictures of {height} x {width} pixels",
+                allowed=f"multiples of {side}, such as {self.default_size[0]} x {self.default_size[1]}",
+            )
+        return int(self.vae.config.latent_channels), height // self._factor, width // self._factor
+
+    def _load_text(self, source: BaseSource) -> None:
+        raise NotImplementedError
+
+    def _load_schedule(self, source: BaseSource) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _default_size(self) -> tuple[int, int]:
+        side = int(self.denoiser.config.sample_size) * self._factor
+        return side, side
+
+    def _settings_of_scheduler(self, source: BaseSource) -> dict[str, Any]:
+        from diffusers import DDPMScheduler
+
+        try:
+            return dict(DDPMScheduler.load_config(str(source.folder), subfolder="scheduler", local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise BaseModelError(f"cannot be used ({error})", where=str(source.folder / "scheduler")) from error
+
+    @property
+    def _patch(self) -> int:
+        """Latent pixels of the side of what the network takes as one."""
+        return 1
+
+    @property
+    def _factor(self) -> int:
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def _shift(self) -> float:
+        return float(self.vae.config.shift_factor or 0.0)
+
+    def _tokens(self, texts: Sequence[str], suffix: str, tokenizer: Any, limit: int | None = None) -> dict[str, Any]:
+        encoder: Any = self.modules[f"text_encoder{suffix}"]
+        length = min(int(tokenizer.model_max_length), limit or int(encoder.config.max_position_embeddings))
+        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+            if len(ids) > length:
+                _log.warning("the text %r has %d tokens; the base reads the first %d", text[:80], len(ids), length)
+        inputs: dict[str, Any] = {"input_ids": found.input_ids.to(self.device)}
+        if getattr(encoder.config, "use_attention_mask", False):
+            inputs["attention_mask"] = found.attention_mask.to(self.device)
+        return inputs
+
+    def _reads(self) -> Mapping[str, int]:
+        """Channels of each part of what the network reads."""
+        return {"latents": int(self.vae.config.latent_channels)}
+
+    def _network_channels(self) -> int:
+        return int(self.denoiser.config.in_channels)
+
+    def _check_channels(self, source: BaseSource) -> None:
+        network, parts = self._network_channels(), self._reads()
+        if network != sum(parts.values()):
+            told = ", ".join(f"{name} {channels}" for name, channels in parts.items())
+            raise BaseModelError(
+                f"its network takes {network} channels, and there are {sum(parts.values())} ({told})",
+                where=str(source.folder),
+                allowed="a base whose network and autoencoder belong together",
+                remedy="for an inpainting base, model_index.json names an inpainting pipeline",
+            )

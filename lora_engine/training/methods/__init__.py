@@ -1,0 +1,14 @@
+"""Training methods by name: each gives the phases of a run. None has a loop of its own.
+
+Every module of this package is found by itself: a method is added by a file that registers it.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from lora_engine.training.methods.bench import Dressing, Method, Workbench, methods, predict
+
+for _module in sorted(found.name for found in iter_modules(__path__)):
+    import_module(f"{__name__}.{_module}")
+
+__all__ = ["Dressing", "Method", "Workbench", "methods", "predict"]

@@ -1,0 +1,14 @@
+"""DreamBooth (Ruiz et al. 2023): one phase on the person's pictures and on class pictures."""
+
+from __future__ import annotations
+
+from lora_engine.training.methods.bench import Method, Workbench, methods
+from lora_engine.training.methods.denoising import denoising_phase
+from lora_engine.training.phases import Phase
+
+
+def _phases(bench: Workbench) -> list[Phase]:
+    return [denoising_phase(bench, "dreambooth")]
+
+
+methods.add("dreambooth", Method(_phases))

@@ -1,0 +1,30 @@
+"""Pictures that are drawn while an adapter is trained, to see it grow; they change nothing about it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
+_Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class Samples(BaseModel):
+    """Pictures at intervals, each prompt with each seed, so that the same picture can be followed through the run.
+
+    Attributes:
+        every: Steps of training between them.
+        prompts: What is drawn.
+        seeds: Of the noise; the same at every interval.
+        steps: Of the sampler.
+        guidance: Classifier-free guidance.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(ge=1)
+    prompts: Annotated[tuple[_Prompt, ...], Field(min_length=1, max_length=64)]
+    seeds: Annotated[tuple[_Seed, ...], Field(min_length=1, max_length=64)] = (0,)
+    steps: int = Field(default=12, ge=1, le=1000)
+    guidance: float = Field(default=3.0, ge=0.0, le=50.0, allow_inf_nan=False)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_engine.adapters import LayerSettings, attach, collapse, create_adapter, kinds
+from lora_engine.adapters.layer import AdaptedLayer, LayerOp, innermost, weight_sketch
+from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.quantised import Quantisation, QuantisedLinear, check_quantisation
+from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.errors import AdapterError, SettingsError
+
+pytest.importorskip("bitsandbytes")
+
+BITS: tuple[Quantisation, ...] = ("8bit", "4bit")
+# Of the network's output: what rounding to so many bits costs on these layers of random numbers.
+NEAR = {"8bit": 0.02, "4bit": 0.3}
+SHAPES = ["small-sd", "small-flux"]
+Load = Callable[[str, Quantisation], BaseModel]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    root = tmp_path_factory.mktemp("bases")
+    folders: dict[str, Path] = {shape: write_untrained_base(root / shape, shape) for shape in SHAPES}
+    return lambda shape, bits: load_base(str(folders[shape]), device="cpu", quantise=bits)
+
+
+def asked(base: BaseModel) -> tuple[Tensor, Tensor, Conditioning]:
+    noisy = torch.randn(2, *base.latent_shape((16, 16)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return noisy, torch.tensor([100, 700]), base.encode_text(["a", "b"])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_quantised_base_is_near_the_plain_one_and_not_the_same(load: Load, shape: str, bits: Quantisation) -> None:
+    plain, base = load(shape, "none"), load(shape, bits)
+    assert base.module_names() == plain.module_names()
+    expected, found = plain.predict(*asked(plain)), base.predict(*asked(base))
+    gap = float((found - expected).norm() / expected.norm())
+    assert 0.0 < gap < NEAR[bits]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_linear_layers_of_the_blocks_are_quantised_and_no_others(load: Load, bits: Quantisation) -> None:
+    base = load("small-flux", bits)
+    held = {name for name in base.module_names() if isinstance(base.get_module(name), QuantisedLinear)}
+    blocks = ("transformer.transformer_blocks.", "transformer.single_transformer_blocks.")
+    linear = {name for name in base.module_names() if isinstance(base.get_module(name), nn.Linear)}
+    assert held == {name for name in linear if name.startswith(blocks)}
+    assert held < linear
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_layer_computes_with_the_weight_that_it_tells(bits: Quantisation) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48).requires_grad_(False)
+    layer = QuantisedLinear(plain, bits)
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    out = layer(x)
+    torch.testing.assert_close(out, nn.functional.linear(x, layer.weight, layer.bias), rtol=2e-2, atol=2e-2)
+    assert (layer.weight - plain.weight).norm() < NEAR[bits] * plain.weight.norm()
+    assert (layer.sketch.shape, layer.sketch.dtype) == (plain.weight.shape, plain.weight.dtype)
+    assert layer.sketch.untyped_storage().nbytes() == plain.weight.element_size()
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 5, 64), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_lora_trains_on_a_quantised_base_and_nothing_else_moves(load: Load, bits: Quantisation) -> None:
+    base = load("small-sd", bits)
+    before = {name: value.clone() for name, value in base.modules["unet"].state_dict().items()}
+    given = asked(base)
+    with torch.no_grad():
+        target = base.predict(*given) + 0.1
+    adapter = create_adapter(base, "attention", rank=2, generator=torch.Generator().manual_seed(0))
+    with attach(base, adapter, trainable=True) as attachment:
+        optimiser = torch.optim.Adam(attachment.parameters(), lr=0.02)
+        losses = []
+        for _ in range(15):
+            optimiser.zero_grad()
+            loss = nn.functional.mse_loss(base.predict(*given), target)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        own = {id(parameter) for parameter in attachment.parameters()}
+        moved = [value for value in base.modules["unet"].parameters() if value.grad is not None]
+        assert {id(value) for value in moved} == own
+    assert losses[-1] < 0.8 * losses[0]
+    after = base.modules["unet"].state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", sorted(kinds))
+def test_every_kind_means_the_same_over_a_quantised_layer(kind: str, bits: Quantisation) -> None:
+    torch.manual_seed(1)
+    layer = QuantisedLinear(nn.Linear(32, 32).requires_grad_(False), bits)
+    generator = torch.Generator().manual_seed(2)
+    delta = LayerSettings(kind, 4).create(layer, generator)
+    moved = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in delta.factors().items()
+    }
+    delta = delta.with_factors(moved)
+    x = torch.randn(6, 32, generator=generator)
+    wrapped = AdaptedLayer(layer, delta, 0.7)
+    with torch.no_grad():
+        change = 0.7 * delta.delta_weight(layer.weight)
+        bias = delta.delta_bias(layer.bias)
+        expected = layer(x) + LayerOp()(x, change, None if bias is None else 0.7 * bias)
+        torch.testing.assert_close(wrapped(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(kinds))
+def test_a_kind_that_says_so_does_not_read_the_values_of_the_base(kind: str) -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(32, 32)
+    delta = LayerSettings(kind, 4).create(layer, torch.Generator().manual_seed(2))
+    delta = delta.with_factors({name: value + 0.05 for name, value in delta.factors().items()})
+    weight = layer.weight.detach()
+    same = torch.equal(delta.delta_weight(weight), delta.delta_weight(weight + torch.randn(weight.shape)))
+    assert same or delta.reads_base
+
+
+def test_a_difference_is_not_collapsed_into_a_quantised_weight(load: Load) -> None:
+    base = load("small-sd", "8bit")
+    adapter = create_adapter(base, "attention", rank=2)
+    with pytest.raises(AdapterError, match="quantised"):
+        collapse(base, adapter)
+
+
+def test_a_plain_layer_is_its_own_sketch() -> None:
+    layer = nn.Linear(4, 4)
+    assert weight_sketch(innermost(layer)) is layer.weight
+
+
+def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SettingsError, match="quantised"):
+        check_quantisation("4bit")
+    check_quantisation("none")
+
+
+def test_the_setting_is_refused_before_the_base_is_read(load: Load) -> None:
+    with pytest.raises(SettingsError, match="2bit"):
+        load("small-sd", "2bit")  # type: ignore[arg-type]

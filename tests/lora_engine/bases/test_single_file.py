@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_engine.bases.base import load_base
+from lora_engine.bases.single_file import cache_folder
+from lora_engine.bases.source import resolve_base
+from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.checkpoints import convert_checkpoint
+from lora_engine.errors import BaseModelError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow base with the blocks of Stable Diffusion 1.5."""
+    return write_untrained_base(tmp_path_factory.mktemp("folder") / "narrow", "sd15")
+
+
+@pytest.fixture
+def single(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same base as an original single file, with its settings beside it, and an empty cache."""
+    monkeypatch.setenv("LORALINE_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "models"
+    file = convert_checkpoint(folder, place / "narrow.safetensors", to="ldm")[0]
+    shutil.copytree(folder, place / "narrow", ignore=shutil.ignore_patterns("*.safetensors"))
+    return file
+
+
+@torch.no_grad()
+def test_a_single_file_is_the_base_that_it_was_made_from(single: Path, folder: Path) -> None:
+    ours, plain = load_base(str(single), device="cpu"), load_base(str(folder), device="cpu")
+    assert (ours.family, ours.name) == ("sd", "narrow.safetensors")
+    assert ours.module_names() == plain.module_names()
+    noisy = torch.randn(1, *plain.latent_shape((16, 16)), generator=torch.Generator().manual_seed(0))
+    found, expected = (base.predict(noisy, torch.tensor([500]), base.encode_text(["a star"])) for base in (ours, plain))
+    assert torch.equal(found, expected)
+
+
+def test_a_single_file_is_converted_once_and_by_its_content(single: Path, tmp_path: Path) -> None:
+    first = resolve_base(str(single))
+    written = (first.folder / "model_index.json").stat().st_mtime_ns
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(single.parent, moved)
+    (moved / single.name).rename(moved / "other.safetensors")
+    (moved / "narrow").rename(moved / "other")
+    second = resolve_base(str(moved / "other.safetensors"))
+    assert (second.folder, second.fingerprint()) == (first.folder, first.fingerprint())
+    assert (second.folder / "model_index.json").stat().st_mtime_ns == written
+    assert second.label == "other.safetensors"
+
+
+def test_other_settings_beside_the_file_are_another_base(single: Path) -> None:
+    first = resolve_base(str(single))
+    settings = single.parent / "narrow" / "scheduler" / "scheduler_config.json"
+    settings.write_text(settings.read_text().replace("0.012", "0.013"))
+    second = resolve_base(str(single))
+    assert second.folder != first.folder
+    assert second.fingerprint() != first.fingerprint()
+
+
+def test_a_damaged_file_is_refused_and_leaves_no_folder(single: Path) -> None:
+    single.write_bytes(single.read_bytes()[:-100])
+    with pytest.raises(BaseModelError):
+        resolve_base(str(single))
+    assert not [path for path in (cache_folder() / "bases").iterdir() if path.is_dir()]
+
+
+def test_without_a_tokenizer_the_error_says_where_one_is_looked_for(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.rmtree(single.parent / "narrow")
+    with pytest.raises(BaseModelError):
+        resolve_base(str(single))
+
+
+@pytest.mark.parametrize("name", ["model.txt", "model.pth"])
+def test_another_file_is_no_base(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BaseModelError, match=r"\.ckpt"):
+        resolve_base(str(tmp_path / name))
+
+
+def test_a_file_has_no_revision(single: Path) -> None:
+    with pytest.raises(BaseModelError, match="no revision 'main'"):
+        resolve_base(str(single), "main")
+
+
+def test_the_cache_lies_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORALINE_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("LORALINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/loraline")

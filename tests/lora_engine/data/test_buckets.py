@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from lora_engine.data.buckets import bucket_sizes, choose_bucket
+from lora_engine.data.images import open_picture
+from lora_engine.data.ingest import ingest
+from lora_engine.data.manifest import Manifest
+from lora_engine.data.preprocess import preprocess
+from lora_engine.data.spec import Buckets, IngestSettings, PreprocessSettings
+from lora_engine.errors import DataError
+
+Add = Callable[..., Path]
+SMALL = {"crop": "bucket", "resolution": 32, "buckets": {"step": 8, "enlarge": 4.0}}
+
+
+def small(**change: Any) -> PreprocessSettings:
+    return PreprocessSettings.model_validate({**SMALL, **change})
+
+
+@pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (32, 8), (768, 8)])
+def test_buckets_keep_the_area_the_step_and_the_sides(resolution: int, step: int) -> None:
+    buckets = Buckets(step=step)
+    sizes = bucket_sizes(resolution, buckets)
+    low, high = buckets.sides(resolution)
+    assert (resolution, resolution) in sizes
+    assert {(height, width) for width, height in sizes} == set(sizes)
+    for width, height in sizes:
+        assert width % step == height % step == 0
+        assert low <= min(width, height)
+        assert max(width, height) <= high
+        # No whole step more would stay within the area, unless the longest side forbids it.
+        assert width * height <= resolution**2
+        assert (width + step) * height > resolution**2 or (height + step) * width > resolution**2 or width == high
+
+
+def test_the_buckets_of_512_are_those_of_the_field() -> None:
+    found = set(bucket_sizes(512, Buckets(step=64, min_side=256, max_side=1024)))
+    assert {(256, 1024), (320, 768), (384, 640), (448, 576), (512, 512), (576, 448), (1024, 256)} <= found
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_a_picture_goes_where_the_least_is_cut_off_and_is_never_enlarged_beyond_the_limit(w: int, h: int) -> None:
+    buckets = Buckets(step=64, enlarge=1.5)
+    sizes = bucket_sizes(512, buckets)
+    fit = choose_bucket((w, h), sizes, buckets, 512)
+    if fit is None:
+        # What is refused could not fill the smallest side without more than the limit.
+        assert min(w, h) * buckets.enlarge < buckets.sides(512)[0] + 64
+        return
+    assert fit.scale <= buckets.enlarge
+    assert fit.resized[0] >= fit.size[0]
+    assert fit.resized[1] >= fit.size[1]
+    assert fit.size[0] % 64 == fit.size[1] % 64 == 0
+    if fit.size in sizes:
+        wanted = abs(math.log(fit.size[0] / fit.size[1]) - math.log(w / h))
+        assert all(wanted <= abs(math.log(a / b) - math.log(w / h)) + 1e-8 for a, b in sizes) or fit.scale == 1.5
+
+
+def test_the_limit_is_what_holds_a_small_picture_back() -> None:
+    sizes = bucket_sizes(512, Buckets())
+    held = choose_bucket((300, 200), sizes, Buckets(enlarge=1.5), 512)
+    free = choose_bucket((300, 200), sizes, Buckets(enlarge=64.0), 512)
+    assert held is not None
+    assert free is not None
+    assert held.size == (448, 256)
+    assert free.size in sizes
+    assert free.scale > 1.5
+    assert choose_bucket((300, 200), sizes, Buckets(enlarge=1.0), 512) is None
+
+
+@pytest.mark.parametrize("keep", ["center", "salient"])
+def test_every_picture_gets_the_bucket_of_its_shape(images: Path, tmp_path: Path, add_picture: Add, keep: str) -> None:
+    shapes = {"wide.png": (80, 40), "tall.png": (30, 66), "square.png": (50, 50)}
+    for name, (width, height) in shapes.items():
+        add_picture(name, width=width, height=height)
+    ingest(images, tmp_path / "one", IngestSettings())
+    settings = small(buckets={"step": 8, "keep": keep})
+    for out in ("two", "again"):
+        found = preprocess(tmp_path / "one", tmp_path / out, settings)
+    sizes = {picture.source: (picture.width, picture.height) for picture in found.pictures}
+    assert sizes == {"wide.png": (40, 24), "tall.png": (24, 40), "square.png": (32, 32)}
+    for picture in found.pictures:
+        assert open_picture(tmp_path / "two" / picture.file).size == (picture.width, picture.height)
+        assert (tmp_path / "two" / picture.file).read_bytes() == (tmp_path / "again" / picture.file).read_bytes()
+
+
+def test_salient_keeps_of_the_remainder_what_stands_out(images: Path, tmp_path: Path) -> None:
+    # 100 x 32 is wider than any bucket: something has to go, and only the right end holds anything.
+    values = np.full((32, 100, 3), 128, dtype=np.uint8)
+    values[:, 90:] = np.random.default_rng(0).integers(0, 256, (32, 10, 3))
+    Image.fromarray(values).save(images / "a.png")
+    ingest(images, tmp_path / "one", IngestSettings())
+    spread = {}
+    for keep in ("center", "salient"):
+        made = preprocess(tmp_path / "one", tmp_path / keep, small(buckets={"step": 8, "keep": keep, "max_side": 40}))
+        spread[keep] = np.asarray(open_picture(tmp_path / keep / made.pictures[0].file)).std()
+    assert spread["center"] < 2
+    assert spread["salient"] > 10
+
+
+def test_a_picture_too_small_for_any_bucket_is_quarantined_with_its_figures(
+    images: Path, tmp_path: Path, add_picture: Add
+) -> None:
+    add_picture("good.png", width=40, height=32)
+    add_picture("tiny.png", width=4, height=3)
+    ingest(images, tmp_path / "one", IngestSettings())
+    found = preprocess(tmp_path / "one", tmp_path / "two", small(buckets={"step": 8, "enlarge": 2.0}))
+    assert [picture.source for picture in found.pictures] == ["good.png"]
+    assert [item.source for item in found.quarantined] == ["tiny.png"]
+    assert "4 x 3 pixels" in found.quarantined[0].reason
+    assert Manifest.load(tmp_path / "two") == found
+    (images / "good.png").unlink()
+    ingest(images, tmp_path / "three", IngestSettings())
+    with pytest.raises(DataError, match="all 1 pictures are too small"):
+        preprocess(tmp_path / "three", tmp_path / "four", small(buckets={"step": 8, "enlarge": 2.0}))
+    assert not (tmp_path / "four").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"buckets": {"step": 12}}, "multiple of 8"),
+        ({"buckets": {"step": 64}}, "no size fits"),
+        ({"buckets": {"step": 16, "min_side": 24}}, "min_side 24 is not a multiple of step 16"),
+        ({"buckets": {"step": 8, "min_side": 40}}, "no size fits"),
+        ({"crop": "center"}, "buckets belongs to crop 'bucket'"),
+        ({"buckets": {"step": 8, "enlarge": 0.5}}, "enlarge"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        small(**change)
+    assert small().buckets is not None

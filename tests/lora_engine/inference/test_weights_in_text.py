@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_engine.errors import SettingsError
+from lora_engine.inference.syntax import parse_weights
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("", [("", 1.0)]),
+        ("a cat", [("a cat", 1.0)]),
+        ("a (cat)", [("a ", 1.0), ("cat", 1.1)]),
+        ("a ((cat)) b", [("a ", 1.0), ("cat", 1.1 * 1.1), (" b", 1.0)]),
+        ("[cat]", [("cat", 1 / 1.1)]),
+        ("(cat:1.3), dog", [("cat", 1.3), (", dog", 1.0)]),
+        ("(a cat: 0.5 )", [("a cat", 0.5)]),
+        ("(a (b:2) c:1.5)", [("a ", 1.5), ("b", 3.0), (" c", 1.5)]),
+        ("(a:b:1.2)", [("a:b", 1.2)]),
+        (r"a \(cat\) \\", [("a (cat) \\", 1.0)]),
+        ("at 10:30 :)", [("at 10:30 :)", 1.0)]),
+        ("a) b]", [("a) b]", 1.0)]),
+        ("a (cat and dog", [("a ", 1.0), ("cat and dog", 1.1)]),
+        ("x:1.3)", [("x:1.3)", 1.0)]),
+        ("()", [("", 1.0)]),
+    ],
+)
+def test_brackets_weigh_as_in_the_web_ui(text: str, pieces: list[tuple[str, float]]) -> None:
+    found = parse_weights(text)
+    assert [piece for piece, _ in found] == [piece for piece, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+@given(st.text(alphabet="ab ,:.1()[]\\", max_size=40))
+def test_no_letter_is_lost_and_none_is_made_up(text: str) -> None:
+    found = "".join(piece for piece, _ in parse_weights(text))
+    assert re.sub(r"[^ab]", "", found) == re.sub(r"[^ab]", "", text)
+
+
+@given(st.text(max_size=40).filter(lambda text: not set(text) & set("()[]\\")))
+def test_a_text_without_brackets_is_one_piece_as_it_stands(text: str) -> None:
+    assert parse_weights(text) == [(text, 1.0)]
+
+
+def test_a_weight_without_bound_is_refused() -> None:
+    with pytest.raises(SettingsError, match="without bound"):
+        parse_weights(f"(a:{'9' * 400})")

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lora_engine.seeds import generator
+from lora_engine.training.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Rewriter, expand_wildcards
+from lora_engine.training.specs.captions import Captions
+
+CAPTION = "sks, star, red, small, on white"
+
+
+def drawn(settings: Captions, caption: str = CAPTION, count: int = 200) -> list[str]:
+    rewriter = Rewriter(settings)
+    return [rewriter.rewrite(caption, generator(7, "caption", number)) for number in range(count)]
+
+
+@given(st.text(max_size=60))
+def test_by_default_no_caption_changes(caption: str) -> None:
+    rewriter = Rewriter(Captions())
+    assert rewriter.rewrite(caption, generator(0, "x")) == rewriter.rewrite(caption) == caption
+    assert not rewriter.varies(caption)
+
+
+def test_shuffling_keeps_all_tags_and_the_first_ones_in_place() -> None:
+    found = drawn(Captions(shuffle=True, keep_tokens=2))
+    assert all(text.startswith("sks, star, ") for text in found)
+    assert {tuple(sorted(text.split(", "))) for text in found} == {tuple(sorted(CAPTION.split(", ")))}
+    # All six orders of the other three, about equally often.
+    counts = Counter(found)
+    assert len(counts) == 6
+    assert min(counts.values()) > 15
+    assert {text.split(", ")[0] for text in drawn(Captions(shuffle=True))} == set(CAPTION.split(", "))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_tags_are_dropped_at_the_share_and_kept_ones_never(shuffle: bool) -> None:
+    found = drawn(Captions(tag_dropout=0.25, keep_tokens=1, shuffle=shuffle), count=500)
+    assert all(text.split(", ")[0] == "sks" for text in found)
+    left = sum(len(text.split(", ")) - 1 for text in found) / (500 * 4)
+    assert left == pytest.approx(0.75, abs=0.03)
+    if not shuffle:
+        order = CAPTION.split(", ")
+        assert all(sorted(text.split(", "), key=order.index) == text.split(", ") for text in found)
+    assert set(drawn(Captions(tag_dropout=1.0))) == {""}
+
+
+def test_what_is_drawn_depends_on_the_generator_alone() -> None:
+    settings = Captions(shuffle=True, tag_dropout=0.3, templates="object")
+    assert drawn(settings) == drawn(settings)
+    rewriter = Rewriter(settings)
+    assert rewriter.rewrite(CAPTION, generator(8, "caption", 0)) != rewriter.rewrite(
+        CAPTION, generator(7, "caption", 0)
+    )
+
+
+@pytest.mark.parametrize(("name", "known"), [("object", OBJECT_TEMPLATES), ("style", STYLE_TEMPLATES)])
+def test_templates_frame_the_caption(name: Any, known: tuple[str, ...]) -> None:
+    found = drawn(Captions(templates=name), "a zorb")
+    assert set(found) == {template.replace("{}", "a zorb") for template in known}
+    assert all(template.count("{}") == 1 for template in known)
+    own = drawn(Captions(templates=("one {}", "two {}"), prefix="<", suffix=">"), "zorb")
+    assert set(own) == {"<one zorb>", "<two zorb>"}
+
+
+def test_a_caption_may_hold_braces_that_are_no_template() -> None:
+    assert drawn(Captions(templates=("see {} here",)), "a {} b {0}", 1) == ["see a {} b {0} here"]
+
+
+def test_replacements_stand_in_all_places_of_a_piece() -> None:
+    settings = Captions(replacements={"sks": ("zorb", "blik"), "red": ("scarlet",)})
+    assert set(drawn(settings, "sks and sks, red")) == {"zorb and zorb, scarlet", "blik and blik, scarlet"}
+    assert drawn(settings, "nothing", 1) == ["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "possible"),
+    [
+        ("a {red|blue} star", {"a red star", "a blue star"}),
+        ("{a|b}{c|d}", {"ac", "ad", "bc", "bd"}),
+        ("{a|b {c|d}}", {"a", "b c", "b d"}),
+        ("{|very }big", {"big", "very big"}),
+        ("a {b} c", {"a {b} c"}),
+        ("{a|b", {"{a|b"}),
+        ("a|b} {", {"a|b} {"}),
+        ("{a {b|c", {"{a {b|c"}),
+    ],
+)
+def test_wildcards_become_each_of_their_parts_and_other_braces_stay(text: str, possible: set[str]) -> None:
+    found = {expand_wildcards(text, generator(1, "w", number)) for number in range(60)}
+    assert found == possible
+    assert expand_wildcards(text) in possible
+
+
+@given(st.text(alphabet="ab{}|", max_size=24), st.integers(0, 5))
+def test_wildcards_never_fail_and_leave_text_without_a_choice_alone(text: str, seed: int) -> None:
+    found = expand_wildcards(text, generator(seed, "w"))
+    if "|" not in text:
+        assert found == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "still"),
+    [
+        (Captions(shuffle=True, tag_dropout=0.5, prefix="p "), f"p {CAPTION}"),
+        (Captions(templates="object"), f"a photo of a {CAPTION}"),
+        (Captions(replacements={"red": ("blue", "green")}), CAPTION.replace("red", "blue")),
+    ],
+)
+def test_without_a_generator_nothing_is_drawn(settings: Captions, still: str) -> None:
+    assert Rewriter(settings).rewrite(CAPTION) == still
+
+
+@pytest.mark.parametrize(
+    ("change", "caption", "varies"),
+    [
+        ({"shuffle": True}, "a, b", True),
+        ({"shuffle": True}, "alone", False),
+        ({"shuffle": True, "keep_tokens": 1}, "a, b", False),
+        ({"tag_dropout": 0.1}, "alone", True),
+        ({"tag_dropout": 0.1, "keep_tokens": 1}, "alone", False),
+        ({"templates": ("only {}",)}, "a, b", False),
+        ({"templates": "style"}, "a", True),
+        ({"wildcards": True}, "{a|b}", True),
+        ({"wildcards": True}, "a|b", False),
+        ({"replacements": {"a": ("x", "y")}}, "a", True),
+        ({"replacements": {"a": ("x", "y")}}, "b", False),
+        ({"prefix": "x"}, "a, b", False),
+    ],
+)
+def test_varies_says_whether_there_are_several_texts(change: dict[str, Any], caption: str, varies: bool) -> None:
+    settings = Captions(**change)
+    assert Rewriter(settings).varies(caption) is varies
+    assert (len(set(drawn(settings, caption))) > 1) is varies
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"templates": ("no place",)}, r"must hold \{\} once"),
+        ({"templates": ("{} and {}",)}, r"must hold \{\} once"),
+        ({"templates": ("{word}",)}, r"must hold \{\} once"),
+        ({"templates": "subject"}, "object"),
+        ({"tag_dropout": 1.5}, "tag_dropout"),
+        ({"separator": ""}, "separator"),
+        ({"chunks": 0}, "chunks"),
+        ({"colours": {"variants": 0}}, "drawn anew in each step cannot be had"),
+        ({"prefix": "a\nb"}, "prefix"),
+        ({"shufle": True}, "shufle"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        Captions.model_validate(change)

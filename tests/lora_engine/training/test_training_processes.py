@@ -1,0 +1,150 @@
+"""Several processes on one run: the share of each, and that together they do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_engine.bases.conditioning import Conditioning
+from lora_engine.errors import InterruptedRun, SettingsError, TrainingError
+from lora_engine.files import sha256_file
+from lora_engine.formats import read_adapter
+from lora_engine.training.batches import Batch
+from lora_engine.training.distributed import Team
+from lora_engine.training.run import train
+from lora_engine.training.spawn import train_in_child
+from lora_engine.training.spec import TrainSettings
+
+TWO = {"running": {"processes": 2, "device": "cpu"}}
+ONE = {"running": {"device": "cpu"}}
+
+
+def batch_of(rows: int, instances: int) -> Batch:
+    numbers = torch.arange(rows, dtype=torch.float32).view(rows, 1, 1, 1)
+    return Batch(
+        latents=numbers,
+        noise=-numbers,
+        timesteps=torch.arange(rows),
+        conditioning=Conditioning({"states": numbers.view(rows, 1, 1)}),
+        instances=instances,
+    )
+
+
+def test_the_shares_of_a_batch_are_all_of_it_and_hold_as_much_of_each_group() -> None:
+    whole = batch_of(8, 4)
+    shares = [Team(rank, 2).share(whole) for rank in (0, 1)]
+    assert [share.instances for share in shares] == [2, 2]
+    assert shares[0].timesteps.tolist() == [0, 2, 4, 6]
+    assert shares[1].timesteps.tolist() == [1, 3, 5, 7]
+    for share in shares:
+        assert torch.equal(share.latents, -share.noise)
+        assert torch.equal(share.latents.view(-1), share.conditioning["states"].view(-1))
+        assert (share.timesteps[: share.instances] < 4).all()
+    assert Team().share(whole) is whole
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(settings: Callable[..., TrainSettings]) -> None:
+    with pytest.raises(SettingsError, match="3 pictures and 3 others"):
+        Team(0, 2).share(batch_of(6, 3))
+    with pytest.raises(ValueError, match="batch 3 cannot be shared"):
+        settings(batch=3, **TWO)
+
+
+def test_a_single_process_does_not_take_itself_for_several(
+    bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Callable[..., TrainSettings]
+) -> None:
+    with pytest.raises(SettingsError, match="single process"):
+        train(settings(**TWO), str(bases["small-sd"]), dataset, tmp_path / "out", tmp_path / "work")
+
+
+@pytest.fixture
+def job(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def make(name: str, **change: Any) -> dict[str, Any]:
+        settings = {"method": "dreambooth", "prior": {"count": 3, "steps": 2}, "rank": 2, "batch": 4, "seed": 7}
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return {
+            "settings": {**settings, "steps": 6, "accumulate": 2, "checkpoint_every": 2, **change},
+            "base": str(bases["small-sd"]),
+            "dataset": str(dataset),
+            "out": str(folder / "out"),
+            "work": str(folder / "work"),
+        }
+
+    return make
+
+
+def digest(job: dict[str, Any]) -> str:
+    return sha256_file(Path(job["out"]) / "adapter.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives_and_go_on_to_the_same_bytes(job: Callable[..., dict[str, Any]]) -> None:
+    one, two, halted = job("one", **ONE), job("two", **TWO), job("halted", **TWO)
+    train_in_child(one)
+    train_in_child(two)
+    single, _ = read_adapter(Path(one["out"]) / "adapter.safetensors")
+    both, _ = read_adapter(Path(two["out"]) / "adapter.safetensors")
+    assert single.modules.keys() == both.modules.keys()
+    moved = 0.0
+    for name, delta in single.modules.items():
+        for factor, value in delta.factors().items():
+            other = both.modules[name].factors()[factor]
+            torch.testing.assert_close(other, value, rtol=0, atol=1e-6)
+            moved = max(moved, float(value.abs().max())) if factor == "up" else moved
+    assert moved > 1e-3
+    curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
+
+    seen: list[int] = []
+    with pytest.raises(InterruptedRun, match=r"stopped after \d of 6"):
+        train_in_child(halted, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
+    assert not Path(halted["out"]).exists()
+    train_in_child(halted)
+    assert digest(halted) == digest(two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_of_two_dies_the_other_ends_and_the_cause_is_told(
+    job: Callable[..., dict[str, Any]], rank: int
+) -> None:
+    wanted = job("dying", steps=100_000, **TWO)
+    killed: list[int] = []
+
+    def kill(done: int, total: int, values: Any) -> None:
+        if done and not killed:
+            killed.append(child_of(wanted, rank))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match="SIGKILL"):
+        train_in_child(wanted, kill)
+    assert killed
+    for either in (0, 1):
+        with pytest.raises(LookupError):
+            child_of(wanted, either)
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_once_with_its_class(job: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(SettingsError, match="4096"):
+        train_in_child(job("wrong", rank=4096, **TWO))
+
+
+def child_of(job: dict[str, Any], rank: int) -> int:
+    target, place = str(Path(job["work"]) / "job.json").encode(), f"RANK={rank}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            named = target in (path / "cmdline").read_bytes().split(b"\0")
+            if named and place in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+        except OSError:
+            continue
+    raise LookupError("the child is not there")

@@ -1,0 +1,216 @@
+"""One training step's loss and gradients against the training scripts of diffusers: same batch, noise and timesteps.
+
+The reference is written from the scripts' own formulas (`train_text_to_image_lora.py`, `train_dreambooth_lora_sd3.py`,
+`train_dreambooth_lora_flux.py`) with diffusers' schedulers, `compute_snr` and its densities of timesteps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
+from torch import Tensor
+
+from lora_engine.adapters import attach, create_adapter
+from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.flux import TRAINING_GUIDANCE
+from lora_engine.bases.noise import flow_schedule_from
+from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.seeds import generator
+from lora_engine.training.batches import Batch
+from lora_engine.training.losses import DenoisingLoss, PriorLoss
+from lora_engine.training.methods import predict
+from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps, measure_for
+from lora_engine.training.specs.objective import Objective
+
+DIFFUSION = ["small-sd", "small-sd-v", "small-sdxl"]
+FLOW = ["small-sd3", "small-flux", "small-flux-schnell"]
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {shape: write_untrained_base(folder / shape, shape) for shape in (*DIFFUSION, *FLOW)}
+
+
+def batch_for(base: BaseModel, timesteps: Tensor, instances: int, wanted: Objective | None = None) -> Batch:
+    draw = generator(0, "parity")
+    shape = (ROWS, *base.latent_shape((16, 16)))
+    latents = torch.randn(shape, generator=draw)
+    noise = draw_noise(wanted or Objective(), shape, draw)
+    perturbation = draw_perturbation(wanted or Objective(), shape, draw)
+    with torch.no_grad():
+        conditioning = base.encode_text(["a", "b", "c", ""], (16, 16))
+    return Batch(latents, noise, timesteps, conditioning, instances, perturbation=perturbation)
+
+
+def diffusion_reference(
+    base: BaseModel, folder: Path, batch: Batch, prior: float | None, gamma: float | None
+) -> Tensor:
+    scheduler = DDPMScheduler.from_pretrained(str(folder), subfolder="scheduler")
+    noise = batch.noise if batch.perturbation is None else batch.noise + batch.perturbation
+    noisy = scheduler.add_noise(batch.latents, noise, batch.timesteps)
+    added: dict[str, Any] = {}
+    if base.family == "sdxl":
+        added["added_cond_kwargs"] = {
+            "text_embeds": batch.conditioning["pooled"],
+            "time_ids": batch.conditioning["time_ids"],
+        }
+    predicted = base.modules["unet"](noisy, batch.timesteps, batch.conditioning["states"], **added).sample
+    predicts_v = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps) if predicts_v else batch.noise
+    if gamma is None:
+        weights = torch.ones(ROWS)
+    else:
+        snr = compute_snr(scheduler, batch.timesteps)
+        weights = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+        weights = weights / (snr + 1) if predicts_v else weights / snr
+    return joined(F.mse_loss(predicted.float(), target.float(), reduction="none"), weights.view(-1, 1, 1, 1), prior)
+
+
+def flow_reference(base: BaseModel, folder: Path, batch: Batch, prior: float | None) -> Tensor:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder), subfolder="scheduler")
+    sigmas = (batch.timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * batch.latents + sigmas * batch.noise
+    transformer, states, pooled = (
+        base.modules["transformer"],
+        batch.conditioning["states"],
+        batch.conditioning["pooled"],
+    )
+    if base.family == "sd3":
+        predicted = transformer(
+            hidden_states=noisy,
+            timestep=batch.timesteps,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+    else:
+        _, channels, height, width = noisy.shape
+        guidance = torch.full((ROWS,), TRAINING_GUIDANCE) if transformer.config.guidance_embeds else None
+        packed = transformer(
+            hidden_states=FluxPipeline._pack_latents(noisy, ROWS, channels, height, width),
+            timestep=batch.timesteps / 1000,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=torch.zeros(states.shape[1], 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(ROWS, height // 2, width // 2, "cpu", torch.float32),
+            return_dict=False,
+        )[0]
+        predicted = FluxPipeline._unpack_latents(packed, height=height * 8, width=width * 8, vae_scale_factor=8)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme="none", sigmas=sigmas)
+    return joined((predicted.float() - (batch.noise - batch.latents)) ** 2, weighting, prior)
+
+
+def joined(errors: Tensor, weights: Tensor, prior: float | None) -> Tensor:
+    weighed = (weights * errors).reshape(ROWS, -1).mean(dim=1)
+    if prior is None:
+        return weighed.mean()
+    instances, classes = torch.chunk(weighed, 2, dim=0)
+    return instances.mean() + prior * classes.mean()
+
+
+def same_step(base: BaseModel, batch: Batch, wanted: Objective, prior: float | None, reference: Any) -> list[float]:
+    adapter = create_adapter(base, "all", "lora", 2, None, generator=generator(0, "factors"))
+    measure = measure_for(wanted, base.noise)
+    terms = [DenoisingLoss(measure)] if prior is None else [DenoisingLoss(measure), PriorLoss(prior, measure)]
+    with attach(base, adapter, trainable=True) as attachment:
+        with torch.no_grad():
+            for value in attachment.parameters():
+                value.add_(0.05)
+        losses, gradients = [], []
+        ours = torch.stack([term(*predict(base, batch), batch) for term in terms]).sum()
+        for loss in (ours, reference()):
+            losses.append(loss.item())
+            gradients.append(torch.autograd.grad(loss, attachment.parameters()))
+    assert any(theirs.abs().max() > 1e-4 for theirs in gradients[1])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    return losses
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("prior", [None, 0.3])
+@pytest.mark.parametrize("shape", DIFFUSION)
+def test_a_step_of_diffusion_is_the_reference_step(
+    folders: dict[str, Path], shape: str, prior: float | None, gamma: float | None
+) -> None:
+    base = load_base(str(folders[shape]), device="cpu")
+    batch = batch_for(base, torch.tensor([3, 250, 700, 999]), instances=ROWS if prior is None else ROWS // 2)
+    wanted = Objective.model_validate({} if gamma is None else {"weighting": {"name": "min_snr", "gamma": gamma}})
+    mine, theirs = same_step(
+        base, batch, wanted, prior, lambda: diffusion_reference(base, folders[shape], batch, prior, gamma)
+    )
+    assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    other = diffusion_reference(base, folders[shape], batch, prior, 2.0 if gamma is None else None).item()
+    assert mine != pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("prior", [None, 0.3])
+@pytest.mark.parametrize("shape", FLOW)
+def test_a_step_of_flow_matching_is_the_reference_step(
+    folders: dict[str, Path], shape: str, prior: float | None
+) -> None:
+    base = load_base(str(folders[shape]), device="cpu")
+    timesteps = torch.tensor([3.5, 250.0, 700.25, 1000.0])
+    batch = batch_for(base, timesteps, instances=ROWS if prior is None else ROWS // 2)
+    mine, theirs = same_step(
+        base, batch, Objective(), prior, lambda: flow_reference(base, folders[shape], batch, prior)
+    )
+    assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def test_noise_offset_and_input_perturbation_are_those_of_the_reference(folders: dict[str, Path]) -> None:
+    base = load_base(str(folders["small-sd"]), device="cpu")
+    wanted = Objective(noise_offset=0.1, input_perturbation=0.2)
+    batch = batch_for(base, torch.tensor([3, 250, 700, 999]), ROWS, wanted)
+    draw = generator(0, "parity")
+    latents = torch.randn(batch.latents.shape, generator=draw)
+    noise = torch.randn(latents.shape, generator=draw)
+    # train_text_to_image.py: an offset for each channel, then a second noise for the input alone.
+    noise += 0.1 * torch.randn((latents.shape[0], latents.shape[1], 1, 1), generator=draw)
+    perturbed = noise + 0.2 * torch.randn(noise.shape, generator=draw)
+    assert batch.perturbation is not None
+    torch.testing.assert_close(batch.noise, noise)
+    torch.testing.assert_close(batch.noise + batch.perturbation, perturbed)
+    mine, theirs = same_step(
+        base, batch, wanted, None, lambda: diffusion_reference(base, folders["small-sd"], batch, None, None)
+    )
+    assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [
+        ("uniform", {"weighting_scheme": "none"}),
+        (
+            {"name": "logit_normal", "mean": 0.4, "std": 0.7},
+            {"weighting_scheme": "logit_normal", "logit_mean": 0.4, "logit_std": 0.7},
+        ),
+        ({"name": "mode", "scale": 1.29}, {"weighting_scheme": "mode", "mode_scale": 1.29}),
+    ],
+)
+def test_densities_of_timesteps_are_those_of_diffusers(settings: Any, theirs: dict[str, Any]) -> None:
+    wanted = Objective.model_validate({"timesteps": {"distribution": settings}})
+    mine = draw_timesteps(wanted, flow_schedule_from({}), 64, generator(0, "steps"), (8, 8)) / 1000
+    expected = compute_density_for_timestep_sampling(batch_size=64, generator=generator(0, "steps"), **theirs)
+    torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_shift_is_that_of_the_scheduler_of_diffusers(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+    even = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).sigmas
+    ours = flow_schedule_from({"shift": shift}).shift(even, (8, 8))
+    torch.testing.assert_close(ours, scheduler.sigmas)
