@@ -102,7 +102,7 @@ class _Step(torch.autograd.Function):
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         down, up, weight, entered, low = ctx.saved_tensors
         moves_x, moves_down, moves_up = ctx.needs_input_grad[:3]
@@ -112,12 +112,14 @@ class _Step(torch.autograd.Function):
         if moves_up:
             low = torch.mm(entered, ctx.down_t) if ctx.merged else low
             to_up = torch.addmm(up, rows.t(), low, beta=0.0, alpha=ctx.scale)
-        inner = torch.mm(rows, up) if moves_down or (moves_x and not ctx.merged) else None
+        adds_to_x = moves_x and not ctx.merged
+        if moves_down or adds_to_x:
+            inner = torch.mm(rows, up)
         if moves_down:
             to_down = torch.addmm(down, inner.t(), entered, beta=0.0, alpha=ctx.scale)
         if moves_x:
             to_x = torch.mm(rows, weight)
-            if not ctx.merged:
+            if adds_to_x:
                 to_x.addmm_(inner, down, alpha=ctx.scale)
             to_x = to_x if len(shape) == 2 else to_x.view(*shape[:-1], to_x.shape[-1])
         return to_x, to_down, to_up, None, None, None, None

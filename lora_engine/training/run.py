@@ -229,9 +229,7 @@ class _Job:
             generator=generator(settings.seed, "factors"),
         )
 
-    def _fresh_word(
-        self, base: BaseModel, manifest: Manifest, examples: Sequence[Example]
-    ) -> tuple[Embedding, ...]:
+    def _fresh_word(self, base: BaseModel, manifest: Manifest, examples: Sequence[Example]) -> tuple[Embedding, ...]:
         method, seed = self.settings.method, self.settings.seed
         if not isinstance(method, Words):
             return ()

@@ -120,7 +120,8 @@ class TrainSettings(BaseModel):
     def _processes_share_a_batch(self) -> TrainSettings:
         if self.batch % self.running.processes:
             raise ValueError(
-                f"batch {self.batch} cannot be shared among running.processes {self.running.processes}; make it a multiple"
+                f"batch {self.batch} cannot be shared among running.processes {self.running.processes}; "
+                "make it a multiple"
             )
         return self
 

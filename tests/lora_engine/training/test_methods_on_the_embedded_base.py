@@ -101,12 +101,12 @@ def test_preservation_reduces_the_drift_of_the_class(tiny: BaseModel, crescents:
     assert drift["preservation"] < 0.9 * drift["finetune"]
 
 
-def test_identity_raises_the_likeness_of_single_steps(crescents: Path, tmp_path: Path) -> None:
+def test_identity_raises_the_likeness_as_its_embedder_sees_it(crescents: Path, tmp_path: Path) -> None:
     found = {}
     for name in ("finetune", "identity"):
         settings = settings_of("identity", 40)
         if name == "finetune":
-            # The term is measured, and moves nothing.
+            # The same run without the term.
             still = settings.method.model_copy(update={"identity": None})
             settings = settings.model_copy(update={"method": still})
         train(settings, "tiny", crescents, tmp_path / name, tmp_path / f"{name} work")

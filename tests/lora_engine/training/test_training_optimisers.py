@@ -85,7 +85,7 @@ def options(name: str, **change: Any) -> FitOptions:
 
 
 def rate_of(name: str) -> float:
-    return 1.0 if SPECS[name].finds_rate else {"lion": 1e-3}.get(name, 1e-2)
+    return 1.0 if SPECS[name].finds_rate else {"lion": 5e-3}.get(name, 1e-2)
 
 
 def same(first: Problem, second: Problem) -> bool:

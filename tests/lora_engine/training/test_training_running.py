@@ -71,6 +71,8 @@ def test_samples_of_a_run_that_was_stopped_are_the_same(
     assert digests(tmp_path / "resumed") == digests(tmp_path / "straight")
 
 
+# Of torch's own compiler, when it is imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "running",
     [
