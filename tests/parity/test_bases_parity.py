@@ -17,6 +17,8 @@ from lora_engine.bases.flux import pack
 from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.inference.generate import draw_noise, generate
 
+pytestmark = pytest.mark.slow
+
 SIZE = (16, 24)
 STEPS = 3
 TEXTS = ["a red star", "sks"]

@@ -16,6 +16,8 @@ from lora_engine.bases.quantised import Quantisation, QuantisedLinear, check_qua
 from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.errors import AdapterError, SettingsError
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("bitsandbytes")
 
 BITS: tuple[Quantisation, ...] = ("8bit", "4bit")

@@ -22,6 +22,8 @@ from lora_engine.training.methods import methods
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 WORD: dict[str, Any] = {"token": "sks", "vectors": 2, "word_rate": 0.02}
 ALTERNATING = {"count": 3, "steps": 2, "batches": "alternating"}

@@ -18,6 +18,8 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.rates import Rates
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 MODULES = [
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",

@@ -109,7 +109,7 @@ def test_the_base_is_as_it_was(bases: dict[str, Path], dataset: Path, tmp_path: 
     loaded: list[Any] = []
 
     def keep(*arguments: Any, **named: Any) -> Any:
-        loaded.append(load_base(*arguments, device="cpu", **named))
+        loaded.append(load_base(*arguments, **{**named, "device": "cpu"}))
         return loaded[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,6 +22,9 @@ from lora_engine.training.specs.running import Running
 Make = Callable[..., TrainSettings]
 SAMPLES = {"every": 2, "prompts": ["a sks star", "a ring"], "seeds": [3, 5], "steps": 2}
 
+# Torch's compiler warns of things inside itself.
+COMPILED = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
 
 def digests(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): sha256_file(path) for path in sorted(out.rglob("*")) if path.is_file()}
@@ -71,15 +74,13 @@ def test_samples_of_a_run_that_was_stopped_are_the_same(
     assert digests(tmp_path / "resumed") == digests(tmp_path / "straight")
 
 
-# Of torch's own compiler, when it is imported.
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "running",
     [
         {"gradient_checkpointing": True},
         {"channels_last": True},
-        pytest.param({"compile": "regional"}, marks=pytest.mark.slow),
-        pytest.param({"compile": "regional", "gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"compile": "regional"}, marks=COMPILED),
+        pytest.param({"compile": "regional", "gradient_checkpointing": True}, marks=COMPILED),
     ],
 )
 def test_how_it_is_computed_does_not_change_what_is_learnt(
