@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.source import BaseSource
 from lora_engine.errors import BaseModelError
 
@@ -37,7 +38,7 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
         extra = {"torch_dtype": dtype, "low_cpu_mem_usage": _has_accelerate()}
     try:
         # Building a module before its weights are read draws from the global generator; give it back as it was.
-        with torch.random.fork_rng(devices=[]), without_bars():
+        with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
             module = cls.from_pretrained(
                 str(source.folder),
                 subfolder=component,

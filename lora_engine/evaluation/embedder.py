@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.bases.components import align_weights, without_bars
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
@@ -112,7 +113,7 @@ def _load(path: Path, name: str) -> Embedder:
         )
     try:
         # Building a model draws from the global generator; it is given back as it was.
-        with torch.random.fork_rng(devices=[]), without_bars():
+        with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
             model, loading = CLIPModel.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import SettingsError
 from lora_engine.training.batches import Batch
@@ -76,7 +77,7 @@ def load_subject_embedder(folder: Path | None = None) -> SubjectEmbedder:
         folder = tiny_folder() / "clip"
     try:
         # Building a model draws from the global generator; it is given back as it was.
-        with torch.random.fork_rng(devices=[]), without_bars():
+        with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
             model, loading = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.published.architecture import Architecture, ComponentConfig
 from lora_engine.bases.published.flux import FLUX, FLUX_SCHNELL
 from lora_engine.bases.published.sd2 import SD2, SD2_BASE
@@ -57,7 +58,7 @@ def empty_module(component: ComponentConfig) -> nn.Module:
 
     cls: Any = getattr(importlib.import_module(component.library), component.class_name)
     # Random numbers are drawn even for weights that are nowhere; the global generator is given back as it was.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with BUILDING, torch.random.fork_rng(devices=[]), torch.device("meta"):
         module: nn.Module = _build(cls, component)
     return module.requires_grad_(False)
 
