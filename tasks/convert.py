@@ -38,11 +38,10 @@ def convert(spec: Convert, context: Context) -> None:
 
     `approximations.json` says what share of each module was kept where something had to be approximated.
     """
-    import torch
-
     from lora_engine.adapters import module_shapes
     from lora_engine.bases.base import load_base
     from lora_engine.formats import approximate, read_bundle, write_adapter
+    from lora_engine.formats.dtypes import dtype_of
 
     bundle = read_bundle(context.folder("adapter") / "adapter.safetensors")
     needs_base = spec.base is not None and (spec.approximate or _COUNTS in spec.to)
@@ -61,7 +60,7 @@ def convert(spec: Convert, context: Context) -> None:
             adapter,
             format=name,
             card=bundle.card,
-            dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
+            dtype=dtype_of(spec.dtype),
             embeddings=bundle.embeddings,
             module_names=names,
         )

@@ -22,7 +22,7 @@ from lora_engine.formats.lora_config import alpha_of, check_one_kind, lora_confi
 from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
 from lora_engine.formats.spellings.lora import with_scaled_bias
-from lora_engine.formats.transformers.names import BARE
+from lora_engine.formats.transformers.names import BARE, folded, folded_lora
 
 CONFIG = "lora_adapter_metadata"
 # A U-Net's own beginnings, in files that were saved from the network alone.
@@ -128,21 +128,8 @@ def without_core(delta: Delta) -> Delta:
 
 def _folded(name: str, delta: Delta) -> Delta:
     if isinstance(delta, DoraDelta) and isinstance(delta.inner, LoraDelta):
-        return delta.with_inner(_folded_lora(name, delta.inner))
-    return _folded_lora(name, delta) if isinstance(delta, LoraDelta) else delta
-
-
-def _folded_lora(name: str, delta: LoraDelta) -> LoraDelta:
-    if delta.scale == 1.0:
-        return delta
-    up = delta.up.float().mul(delta.scale).to(delta.up.dtype)
-    if not bool(up.isfinite().all()):
-        raise AdapterError(
-            f"the scale {delta.scale!r} cannot be folded into {delta.up.dtype}: a value would overflow",
-            where=name,
-            remedy="write the adapter in float32",
-        )
-    return replace(delta, up=up, alpha=float(delta.rank))
+        return delta.with_inner(folded_lora(name, delta.inner))
+    return folded(name, delta)
 
 
 codecs.add(DiffusersCodec.name, DiffusersCodec())

@@ -246,7 +246,12 @@ def folded(name: str, delta: Delta) -> Delta:
     Raises:
         AdapterError: A value would overflow.
     """
-    if not isinstance(delta, LoraDelta) or delta.scale == 1.0:
+    return folded_lora(name, delta) if isinstance(delta, LoraDelta) else delta
+
+
+def folded_lora(name: str, delta: LoraDelta) -> LoraDelta:
+    """As `folded`, for a LoRA."""
+    if delta.scale == 1.0:
         return delta
     up = delta.up.float().mul(delta.scale).to(delta.up.dtype)
     if not bool(up.isfinite().all()):
