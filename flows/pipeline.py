@@ -17,7 +17,7 @@ from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage import Lineage
-from registry.store import Store
+from registry.store import Store, open_store
 from tasks.step import Outcome
 
 
@@ -58,7 +58,7 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         with _recorded_run(spec, home) as run_id:
             outcomes = run_as_flow(spec.name, submit_steps)(spec, home, run_id, force)
     changed = {step.name: step.reason for step in planned if not outcomes[step.name].cached}
-    return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, Store(home.store)))
+    return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, open_store(home)))
 
 
 def submit_steps(spec: PipelineSpec, home: Home, run_id: str, force: Collection[str]) -> dict[str, Outcome]:

@@ -11,7 +11,7 @@ from flows.spec import REGISTERED, PipelineSpec
 from registry.entities import ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage import Lineage
-from registry.store import Store
+from registry.store import open_store
 from tasks.execution import find_hit
 from tasks.key import cache_key, digest_files
 from tasks.spec import StepSpec
@@ -43,7 +43,7 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
     Raises:
         RegistryError: A registered adapter that the spec names does not exist, or the home cannot be read.
     """
-    store, lineage = Store(home.store), Lineage(home.lineage_url)
+    store, lineage = open_store(home), Lineage(home.lineage_url)
     planned: dict[str, PlannedStep] = {}
     for name, step in spec.steps.items():
         waiting = [target for _, target, _ in step.references() if target in planned and not planned[target].cached]

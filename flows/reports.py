@@ -14,7 +14,7 @@ from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.home import Home
 from registry.lineage import Lineage
-from registry.store import Store
+from registry.store import open_store
 from registry.versions import Versions
 
 
@@ -37,7 +37,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
         return path
     from lora_engine.evaluation.report import render_report
 
-    store = Store(home.store)
+    store = open_store(home)
     lineage = Lineage(home.lineage_url)
     steps = describe_steps(lineage, version)
     with tempfile.TemporaryDirectory(dir=home.work) as name:
@@ -90,12 +90,12 @@ def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:
 
 def read_manifest(home: Home, ref: ArtifactRef) -> Manifest:
     """The manifest of a dataset in the store."""
-    return Manifest.model_validate_json(Store(home.store).read(ref, "manifest.json"))
+    return Manifest.model_validate_json(open_store(home).read(ref, "manifest.json"))
 
 
 def export_folder(home: Home, pipeline: str, step: str, ref: ArtifactRef) -> Path:
     """An export of a run as a plain folder, verified; made anew only where its content changed."""
     folder = home.path / "exports" / pipeline / f"{step}-{ref.sha256[:12]}"
     if not folder.is_dir():
-        Store(home.store).checkout(ref, folder)
+        open_store(home).checkout(ref, folder)
     return folder

@@ -20,7 +20,7 @@ from registry.home import Home
 from registry.lineage import Lineage, artifact_ref, is_alive
 from registry.mirror import Mirror, MirroredVersion
 from registry.promotion import replay
-from registry.store import Store
+from registry.store import Store, open_store
 from registry.tables import ArtifactRow, ContentRow, EventRow, RunRow
 
 _RESTORE = "run the pipeline again (the step that made it is repeated), or restore it from a backup"
@@ -38,7 +38,7 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
     problems = _check_sqlite(home.lineage_db)
     if problems:
         return problems
-    store = Store(home.store)
+    store = open_store(home)
     try:
         lineage = Lineage(home.lineage_url)
     except HomeError as error:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.database import insert_missing
-from registry.entities import Action, AdapterVersion, ArtifactRef, Event, now
+from registry.entities import Action, AdapterVersion, ArtifactRef, Deed, Event, VersionState, now
 from registry.errors import Conflict, UnknownName, UnknownVersion
 from registry.lineage import artifact_ref
 from registry.tables import AliasRow, ArtifactRow, EventRow, NameRow, ParentRow, VersionRow
@@ -97,6 +97,7 @@ def move_alias(
     action: Action,
     actor: str,
     reason: str,
+    details: Mapping[str, Any] | None = None,
 ) -> Event:
     """Points an alias at a version, if it still points at what the caller expects, and logs it: both or nothing.
 
@@ -108,6 +109,7 @@ def move_alias(
         action: How the log calls it.
         actor: Who does it.
         reason: Why.
+        details: What else belongs to the event, such as reasons that were overridden.
 
     Raises:
         Conflict: It points elsewhere; the message says at what, since when, by whom and why.
@@ -116,7 +118,7 @@ def move_alias(
     before = row.version if row is not None else None
     if before != expected:
         raise _conflict(session, version.name, alias, row, expected)
-    event = log_event(session, version, alias, before, action=action, actor=actor, reason=reason)
+    event = log_event(session, version, alias, before, action=action, actor=actor, reason=reason, details=details)
     if row is None:
         session.add(AliasRow(name=version.name, alias=alias, version=version.version, seq=event.seq, mirrored_seq=0))
     else:
@@ -134,18 +136,49 @@ def log_event(
     action: Action,
     actor: str,
     reason: str,
+    details: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Appends to the log of events, within a transaction."""
+    """Appends what happened to an alias to the log, within a transaction."""
     row = EventRow(
         name=version.name,
         alias=alias,
         action=action,
         before=before,
-        after=version.version,
+        after=None if action == "remove" else version.version,
         actor=actor,
         reason=reason,
         gates=[dict(gate) for gate in version.gates],
         at=now(),
+        details=dict(details or {}),
+    )
+    session.add(row)
+    session.flush()
+    return _event(row)
+
+
+def log_deed(
+    session: Session,
+    action: Deed,
+    *,
+    actor: str,
+    reason: str,
+    version: AdapterVersion | None = None,
+    subject: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> Event:
+    """Appends what was done to a version or a subject to the log, within a transaction; it moves no alias."""
+    row = EventRow(
+        name=version.name if version else None,
+        alias=None,
+        action=action,
+        before=None,
+        after=version.version if version else None,
+        actor=actor,
+        reason=reason,
+        gates=[],
+        at=now(),
+        subject=subject or None,
+        details=dict(details or {}),
     )
     session.add(row)
     session.flush()
@@ -209,6 +242,7 @@ def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersio
             passed=row.passed,
             parents=tuple(parents[row.id]),
             params=row.params,
+            state=cast("VersionState", row.state),
         )
         for row in rows
     ]
@@ -228,15 +262,17 @@ def _batches(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
 def _event(row: EventRow) -> Event:
     return Event(
         row.seq,
-        row.name,
-        row.alias,
-        cast("Action", row.action),
+        row.name or "",
+        row.alias or "",
+        cast("Action | Deed", row.action),
         row.before,
         row.after,
         row.actor,
         row.reason,
         tuple(row.gates),
         row.at,
+        row.subject or "",
+        row.details,
     )
 
 

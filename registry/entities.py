@@ -13,7 +13,12 @@ from registry.errors import LineageError, StoreError, VersionError
 
 RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "FAILED", "INTERRUPTED"]
-Action = Literal["stage", "promote", "rollback", "refuse"]
+Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
+"""What moves an alias, or did not; `remove` leaves it pointing at nothing."""
+Deed = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
+"""What else is logged: done to a version, or (revoke, lift) to a subject."""
+VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
+SubjectKind = Literal["picture", "caption", "consent"]
 
 NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62}"
 _NAME = re.compile(NAME_RULE)
@@ -166,6 +171,21 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """Something of the outer world that an artifact holds or was made from; what a walk and a recall can start at.
+
+    Args:
+        id: Digest of a picture's original file, digest of a caption's text, or the id of a consent.
+        kind: Which of them.
+        label: A few words for people.
+    """
+
+    id: str
+    kind: SubjectKind
+    label: str
+
+
+@dataclass(frozen=True)
 class AdapterVersion:
     """A registered adapter: `name@version` and all that is known of it.
 
@@ -187,6 +207,7 @@ class AdapterVersion:
         passed: Whether the gates passed; None where nothing was evaluated.
         parents: `name@version` of adapters it was merged from, and other origins (base, data) as free text.
         params: The recipe as it is shown in MLflow.
+        state: WITHDRAWN may no longer be promoted or handed out; DELETED keeps only its place in the record.
     """
 
     name: str
@@ -206,6 +227,7 @@ class AdapterVersion:
     passed: bool | None
     parents: tuple[str, ...]
     params: Mapping[str, Any] = field(default_factory=dict)
+    state: VersionState = "ACTIVE"
 
     @property
     def ref(self) -> str:
@@ -215,31 +237,36 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class Event:
-    """One entry of the append-only log of aliases; ordered by `seq`, never by the clock.
+    """One entry of the append-only log; ordered by `seq`, never by the clock.
 
     Args:
         seq: Position in the log of the whole registry.
-        name: The adapter.
-        alias: The alias that was moved (or, for `refuse`, that was not).
-        action: stage, promote, rollback or refuse.
+        name: The adapter; empty for what is done to a subject.
+        alias: The alias that was moved (or, for `refuse`, that was not); empty for a deed that moves none.
+        action: What was done.
         before: Version that the alias pointed at; None for none.
-        after: Version that it points at since; for `refuse`, the version that did not get it.
+        after: Version that it points at since; for `refuse`, the version that did not get it; for a deed, the version
+            that it was done to.
         actor: Who.
         reason: Why; for `refuse`, the reasons of the refusal.
         gates: The gates of the version at that moment.
         at: When, by the clock of the machine.
+        subject: The picture or consent that it is about, if it is about one.
+        details: What else belongs to it: reasons that were overridden, files that were exported.
     """
 
     seq: int
     name: str
     alias: str
-    action: Action
+    action: Action | Deed
     before: int | None
     after: int | None
     actor: str
     reason: str
     gates: Sequence[Mapping[str, Any]]
     at: datetime
+    subject: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

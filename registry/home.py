@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from lora_engine.files import atomic_write
 from registry.errors import HomeError, disk_errors
+from registry.settings import Settings, read_settings
 
 _FOLDERS = ("store", "prefect", "work", "cache", "reports", "locks", "mlflow")
 
@@ -96,14 +97,24 @@ class Home:
         return self.path / "mlflow"
 
     @property
+    def settings(self) -> Settings:
+        """Where the parts are kept that need not lie in the folder."""
+        return read_settings(self.path)
+
+    @property
+    def store_url(self) -> str | None:
+        """URL (as fsspec reads it) of the store's blobs, or None for the folder of the home."""
+        return self.settings.store
+
+    @property
     def lineage_url(self) -> str:
         """SQLAlchemy URL of the registry's own database."""
-        return f"sqlite:///{self.lineage_db}"
+        return self.settings.database or f"sqlite:///{self.lineage_db}"
 
     @property
     def mlflow_url(self) -> str:
         """Tracking and registry URI for MLflow's clients and user interface."""
-        return f"sqlite:///{self.mlflow_db}"
+        return self.settings.mlflow or f"sqlite:///{self.mlflow_db}"
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
         """A lock between processes, released by the system when its holder dies.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json
 from registry.database import Database, insert_missing
-from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, now
+from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject, now
 from registry.errors import LineageError
 from registry.tables import ArtifactRow, ContentRow, ExecutionRow, InputRow, RunRow, SubjectRow
 from registry.walk import Direction, Walk, walk
@@ -97,15 +97,15 @@ class Lineage:
         execution: Execution,
         *,
         contents: Mapping[str, FileEntry] | None = None,
-        subjects: Mapping[str, str] | None = None,
+        subjects: Iterable[Subject] = (),
     ) -> None:
         """Records a step, its inputs, its output and what the output holds: all of it in one transaction, or nothing.
 
         Args:
             execution: The step as it happened.
             contents: `store.files(execution.output)`, so that a walk can start at any file.
-            subjects: Digest or id -> label of what the output holds of the outer world: pictures as they came (by the
-                digest of the original file), captions, consents. A walk can start at each.
+            subjects: What the output holds of the outer world: pictures as they came (by the digest of the original
+                file), captions (by the digest of their text), consents (by their id). A walk can start at each.
 
         Raises:
             LineageError: No such run, the execution is recorded already, or a value is no JSON.
@@ -118,7 +118,7 @@ class Lineage:
             record_artifacts(session, execution.inputs.values())
             if execution.output is not None:
                 record_artifacts(session, [execution.output])
-                record_contents(session, execution.output, contents or {}, subjects or {})
+                record_contents(session, execution.output, contents or {}, subjects)
             values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
             inputs = values.pop("inputs")
             session.add(ExecutionRow(**values))
@@ -184,7 +184,7 @@ def record_artifacts(session: Session, refs: Any) -> None:
 
 
 def record_contents(
-    session: Session, ref: ArtifactRef, contents: Mapping[str, FileEntry], subjects: Mapping[str, str]
+    session: Session, ref: ArtifactRef, contents: Mapping[str, FileEntry], subjects: Iterable[Subject] = ()
 ) -> None:
     """Makes known what an artifact holds, within a transaction."""
     insert_missing(
@@ -193,7 +193,7 @@ def record_contents(
     insert_missing(
         session,
         SubjectRow,
-        [{"artifact": ref.sha256, "subject": subject, "label": label} for subject, label in subjects.items()],
+        [{"artifact": ref.sha256, "subject": each.id, "label": each.label, "kind": each.kind} for each in subjects],
     )
 
 

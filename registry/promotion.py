@@ -144,7 +144,7 @@ def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
     """What the aliases must be by the log alone: (name, alias) -> number."""
     aliases: dict[tuple[str, str], int | None] = {}
     for event in sorted(events, key=lambda entry: entry.seq):
-        if event.action != "refuse":
+        if event.alias and event.action != "refuse":
             aliases[event.name, event.alias] = event.after
     return {key: number for key, number in aliases.items() if number is not None}
 

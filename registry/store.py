@@ -21,6 +21,7 @@ from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from registry.blobs import Blobs, LocalBlobs, copy_hashed, damaged
 from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
 from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
+from registry.home import Home
 
 Content = Path | bytes
 
@@ -185,6 +186,11 @@ class Store:
             actual = copy_hashed(source, target)
         if actual != digest:
             raise damaged(digest, actual, where)
+
+
+def open_store(home: Home) -> Store:
+    """The store of a home, wherever its settings keep the bytes."""
+    return Store(home.store)
 
 
 def check_relative(relative: str) -> str:

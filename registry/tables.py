@@ -9,7 +9,7 @@ from sqlalchemy import DDL, JSON, Dialect, ForeignKey, Index, String, UniqueCons
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the schema that this release reads and writes."""
 
 
@@ -62,12 +62,13 @@ class ContentRow(Table):
 
 
 class SubjectRow(Table):
-    """Something of the outer world that an artifact holds or was made from: a picture as it came, a consent."""
+    """Something of the outer world that an artifact holds or was made from: a picture, a caption, a consent."""
 
     __tablename__ = "subjects"
     artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), primary_key=True)
     subject: Mapped[str] = mapped_column(primary_key=True, index=True)
     label: Mapped[str]
+    kind: Mapped[str] = mapped_column(server_default="picture")
 
 
 class RunRow(Table):
@@ -149,6 +150,17 @@ class VersionRow(Table):
     gates: Mapped[list[Any]]
     passed: Mapped[bool | None]
     params: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(server_default="ACTIVE")
+
+
+class RecordRow(Table):
+    """A document that was written about a version: its model card, provenance, bill of materials or signature."""
+
+    __tablename__ = "version_records"
+    version: Mapped[int] = mapped_column(ForeignKey("versions.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), index=True)
+    created_at: Mapped[datetime]
 
 
 class ParentRow(Table):
@@ -162,13 +174,13 @@ class ParentRow(Table):
 
 
 class EventRow(Table):
-    """The append-only log of aliases."""
+    """The append-only log: of aliases, and of all else that somebody decided about a version or a subject."""
 
     __tablename__ = "events"
     __table_args__ = (Index("events_by_alias", "name", "alias"), {"sqlite_autoincrement": True})
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    name: Mapped[str] = mapped_column(ForeignKey("names.name"))
-    alias: Mapped[str]
+    name: Mapped[str | None] = mapped_column(ForeignKey("names.name"))
+    alias: Mapped[str | None]
     action: Mapped[str]
     before: Mapped[int | None]
     after: Mapped[int | None]
@@ -176,6 +188,16 @@ class EventRow(Table):
     reason: Mapped[str]
     gates: Mapped[list[Any]]
     at: Mapped[datetime]
+    subject: Mapped[str | None] = mapped_column(index=True)
+    details: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+
+
+class RevocationRow(Table):
+    """A picture or a consent that may not be used any more; always the replay of the events."""
+
+    __tablename__ = "revocations"
+    subject: Mapped[str] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(ForeignKey("events.seq"))
 
 
 class AliasRow(Table):

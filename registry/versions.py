@@ -25,7 +25,7 @@ from registry.leveling import bring_level, is_level
 from registry.lineage import Lineage, record_artifacts, record_contents
 from registry.policy import decide, numbers
 from registry.promotion import current_actor
-from registry.store import Content, Store, check_relative
+from registry.store import Content, Store, check_relative, open_store
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Versions:
 
     def __init__(self, home: Home, *, store: Store | None = None, lineage: Lineage | None = None) -> None:
         self.home = home
-        self.store = store or Store(home.store)
+        self.store = store or open_store(home)
         self.lineage = lineage or Lineage(home.lineage_url)
         if self.is_level():
             return
@@ -143,7 +143,7 @@ class Versions:
             if row is None:
                 record_artifacts(session, files)
                 for ref, contents in files.items():
-                    record_contents(session, ref, contents, {})
+                    record_contents(session, ref, contents)
                 row = catalog.insert_version(session, name, parents, values)
             if alias_request is not None:
                 self._stage(session, catalog.entities(session, [row])[0], alias_request, actor or current_actor())

@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import InterruptedRun
+from lora_engine.files import sha256_bytes
 from lora_engine.progress import Progress
-from registry.entities import ArtifactRef, Execution, ExecutionStatus, now
+from registry.entities import ArtifactRef, Execution, ExecutionStatus, Subject, now
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage import Lineage
-from registry.store import Store
+from registry.store import Store, open_store
 from tasks.environment import describe_environment
 from tasks.key import cache_key, digest_files
 from tasks.progress import StepEvent, publish, stop_requested
@@ -58,7 +59,7 @@ def execute(job: Job, inputs: Inputs) -> Outcome:
         EngineError, RegistryError, OSError: What the step raised; recorded in lineage before it is passed on.
     """
     home = Home.open(Path(job.home))
-    store, lineage = Store(home.store), Lineage(home.lineage_url)
+    store, lineage = open_store(home), Lineage(home.lineage_url)
     spec = job.load_spec()
     files = digest_files(spec, Path(job.folder))
     key = cache_key(job.kind, spec, Path(job.folder), inputs, files)
@@ -154,9 +155,18 @@ def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs, files: Mapping
 
 
 def _record(lineage: Lineage, execution: Execution, ref: ArtifactRef, store: Store) -> None:
-    subjects: dict[str, str] = {}
+    subjects: list[Subject] = []
     if ref.kind == "manifest":
-        manifest = Manifest.model_validate_json(store.read(ref, "manifest.json"))
-        subjects = {picture.sha256: f"picture {picture.source}" for picture in manifest.pictures}
+        subjects = list(_subjects(Manifest.model_validate_json(store.read(ref, "manifest.json"))))
     done = replace(execution, status="COMPLETED", output=ref, ended_at=now())
     lineage.record(done, contents=store.files(ref), subjects=subjects)
+
+
+def _subjects(manifest: Manifest) -> Iterator[Subject]:
+    """The pictures, captions and consents of a dataset."""
+    for picture in manifest.pictures:
+        yield Subject(picture.sha256, "picture", f"picture {picture.source}")
+        if picture.caption:
+            yield Subject(sha256_bytes(picture.caption.encode()), "caption", f"caption {picture.caption[:80]!r}")
+        if picture.consent:
+            yield Subject(picture.consent, "consent", f"consent {picture.consent}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.entities import AdapterVersion, Execution, now
+from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
 from registry.mirror import Mirror
 from registry.store import Store
@@ -74,7 +74,7 @@ def register() -> Callable[..., AdapterVersion]:
             execution = Execution(
                 f"{run.id}-{step}", run.id, step, step, "1", f"key of {step}", started_at=now(), **values
             )
-            subjects = {"5" * 64: "one.jpg"} if step == "photos" else None
+            subjects = [Subject("5" * 64, "picture", "one.jpg")] if step == "photos" else []
             lineage.record(execution, contents=store.files(execution.output), subjects=subjects)
         lineage.finish_run(run.id, "COMPLETED")
         values = {

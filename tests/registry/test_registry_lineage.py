@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
-from registry.entities import Execution, FileEntry, now
+from registry.entities import Execution, FileEntry, Subject, now
 from registry.errors import LineageError
 from registry.lineage import Lineage
 from registry.tables import RunRow, Table
@@ -32,7 +32,8 @@ def line(lineage, store):
         execution = Execution(
             f"e-{name}", run.id, name, "step", "1", f"key-{name}", inputs=inputs, output=made[name], started_at=now()
         )
-        subjects = {PICTURE: "cat.jpg", "6" * 64: "dog.jpg"} if name == "photos" else {}
+        pictures = {PICTURE: "cat.jpg", "6" * 64: "dog.jpg"} if name == "photos" else {}
+        subjects = [Subject(digest, "picture", label) for digest, label in pictures.items()]
         lineage.record(execution, contents=store.files(made[name]), subjects=subjects)
 
     step("photos", {"manifest.json": b"1", "pictures/cat.png": b"cat"})
@@ -109,7 +110,7 @@ def test_step_is_recorded_whole_or_not_at_all(lineage, store):
 
         event.listen(lineage.database.engine, "after_cursor_execute", fail)
         try:
-            lineage.record(execution, contents=store.files(made), subjects={PICTURE: "cat.jpg"})
+            lineage.record(execution, contents=store.files(made), subjects=[Subject(PICTURE, "picture", "cat.jpg")])
             break
         except RuntimeError:
             event.remove(lineage.database.engine, "after_cursor_execute", fail)
