@@ -10,7 +10,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench docs lock clean
+.PHONY: help setup demo test check lint faults bench docs lock clean
 
 help: ## Says what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ lint: setup ## Checks format, style, types and the layers of the house
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+faults: setup ## Kills, fills disks, races and flips bytes by the hundred, and checks what must hold
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks

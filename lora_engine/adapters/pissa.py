@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
+from lora_engine.decomposition import sketched_svd
 
 _LARGE = 256
-_OVERSAMPLED, _ITERATIONS = 16, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +126,7 @@ def principal_part(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first `rank` singular vectors and values: `[rows, rank]`, `[rank]`, `[rank, columns]`.
 
-    Large matrices take a randomised decomposition (Halko et al. 2011, algorithms 4.4 and 5.1), whose cost grows with
-    the rank instead of the shorter side.
+    Large matrices take a randomised decomposition, whose cost grows with the rank instead of the shorter side.
 
     Args:
         matrix: Two dimensions, float32 or float64.
@@ -137,12 +137,10 @@ def principal_part(
     if shorter <= _LARGE or 8 * rank > shorter:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
-    tried = torch.randn(matrix.shape[1], rank + _OVERSAMPLED, generator=generator, dtype=matrix.dtype)
-    basis = torch.linalg.qr(matrix @ tried).Q
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ left)[:, :rank], values[:rank], right[:rank]
+    left, values, right = sketched_svd(matrix, rank, generator=generator)
+    # A matrix of a lower rank has no more directions: the rest begins, and stays, at nothing.
+    missing = rank - len(values)
+    return F.pad(left, (0, missing)), F.pad(values, (0, missing)), F.pad(right, (0, 0, 0, missing))
 
 
 kinds.add(PissaDelta.kind, PissaDelta)

@@ -86,9 +86,9 @@ def resolve_names(
     Raises:
         AdapterError: A name that the base has not, or that stands for several modules, or no base to look it up in.
     """
-    reason = foreign_reason(raw)
     names = listed_modules(metadata) if known is None else known
     if names is None:
+        reason = foreign_reason(raw)
         found = None if reason else _published(raw, metadata.get("ss_base_model_version", ""), naming)
         if found is not None:
             return dict(found)
@@ -101,6 +101,7 @@ def resolve_names(
     table = name_table(names, is_sdxl=has_sdxl_modules(names) or metadata.get(FAMILY) == "sdxl", naming=naming)
     lost = [name for name in raw if name not in table]
     if lost:
+        reason = foreign_reason(raw)
         raise AdapterError(
             f"{len(lost)} of {len(raw)} modules are not in the base, the first is {lost[0]!r}"
             + (f"; the file is {reason}" if reason else ""),

@@ -116,7 +116,10 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        tensor = tensors[name]
+        # Asked first, since a file has thousands of tensors that need none of it.
+        plain = tensor.detach() if tensor.requires_grad else tensor
+        flat = (plain if plain.device.type == "cpu" else plain.to("cpu")).reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
 

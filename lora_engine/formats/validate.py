@@ -57,8 +57,11 @@ def _is_idle_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() < 2:
+        return all(math.isfinite(value) for value in tensor.flatten().tolist())
     # Both ends of the values are found in one pass, NaN where any value is; `isfinite` takes twenty times as long.
-    return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
+    least, most = torch.aminmax(tensor)
+    return math.isfinite(least.item()) and math.isfinite(most.item())
 
 
 def check_delta(delta: Delta, sources: Callable[[], Mapping[str, str]], shape: Sequence[int] | None = None) -> None:

@@ -69,7 +69,9 @@ _FLUX_BLOCKS, _QWEN_WIDTH = 19, 3072
 
 def unsupported_family(names: Iterable[str]) -> str | None:
     """The unsupported family that an adapter with these names (of tensors or modules) is for, or None."""
-    plain = [flattened(name) for name in names]
+    any_family = re.compile("|".join(entry.pattern for entry in unsupported.values()))
+    # Nearly always nothing fits, which one pass tells.
+    plain = [flat for name in names if any_family.match(flat := flattened(name))]
     for family, entry in unsupported.items():
         if any(re.match(entry.pattern, name) for name in plain):
             return family

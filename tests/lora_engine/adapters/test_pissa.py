@@ -65,6 +65,16 @@ def test_a_large_matrix_is_decomposed_at_random_and_nearly_as_well():
     assert not torch.equal(principal_part(matrix, 4, torch.Generator().manual_seed(2))[0], left)
 
 
+def test_a_large_matrix_of_a_low_rank_has_no_more_than_its_directions():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, 2, generator=generator) @ torch.randn(2, 400, generator=generator)
+    left, values, right = principal_part(matrix, 4, generator)
+    assert (left.shape, values.shape, right.shape) == ((300, 4), (4,), (4, 400))
+    assert values[1] > 1
+    assert torch.all(values[2:] < 1e-3 * values[1])
+    torch.testing.assert_close(left * values @ right, matrix, rtol=0, atol=1e-3)
+
+
 def test_faults_are_found():
     delta = fresh(nn.Linear(9, 7), 2)
     assert list(delta.faults((7, 9))) == []

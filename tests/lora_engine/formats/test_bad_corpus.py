@@ -16,7 +16,7 @@ from lora_engine.formats import inspect, read_adapter
 harmless = {name: case for name, case in CORPUS.items() if not case.dangerous}
 dangerous = {name: case for name, case in CORPUS.items() if case.dangerous}
 # Address space, not memory in use: torch alone maps several gigabytes.
-_LIMIT, _SECONDS = 12 << 30, 60
+_LIMIT, _SECONDS = 12 << 30, 300
 _CHILD = """
 import resource, sys
 from pathlib import Path

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_engine.adapters.full import FullDelta
+from lora_engine.decomposition import sketched_svd, whole_svd
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import write_adapter
 from lora_engine.merging.budget import Budget
-from lora_engine.merging.spectrum import Noise, leading_part, sketched_svd, whole_svd
+from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.streaming import fuse
 from lora_engine.streaming.extract import extract, rounding_variance
 

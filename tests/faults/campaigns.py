@@ -1,0 +1,197 @@
+"""The campaigns: fault points in turn, random kills, races, changed bytes. Each gives its counts and its violations."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from registry import promotion
+from registry.audit import fsck
+from registry.errors import DamagedBlob, MissingBlob
+from registry.home import Home
+from registry.versions import Versions
+from tests.faults.invariants import violations
+from tests.faults.points import Mode, Points, Trial, forked
+from tests.faults.work import NAME, WORKS, Tell, prepare, register, without_mlflow
+
+_FRESH_AFTER = 60  # trials in one home, so that checking stays quick
+
+
+@dataclass
+class Result:
+    """What a campaign counted.
+
+    Attributes:
+        trials: How often something was done to a process or a file.
+        hits: How often it hit: a process that was killed or refused, a change that was noticed.
+        found: Violations, each with the trial it came from.
+        points: Work -> how many fault points it has.
+    """
+
+    trials: int = 0
+    hits: int = 0
+    found: list[str] = field(default_factory=list)
+    points: dict[str, int] = field(default_factory=dict)
+
+    def count(self, name: str, hit: bool, found: list[str]) -> None:
+        self.trials += 1
+        self.hits += hit
+        self.found += [f"{name}: {entry}" for entry in found]
+
+
+def go_through(folder: Path, work: str, mode: Mode, *, most: int = 10_000) -> Result:
+    """Fails at the first fault point of a piece of work, at the second, and so on until it gets through."""
+    result = Result()
+    home = prepare(folder)
+    promised: list[str] = []
+    for at in range(1, most + 1):
+        points = Points(str(home), at, mode)
+        status, lines = _start(home, work, at, points.install).finish()
+        promised += _promises(lines)
+        result.count(f"{work}, {mode} at point {at}", status != 0, violations(home, promised))
+        if status == 0:
+            result.points[work] = at - 1
+            break
+    return result
+
+
+def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlflow: bool = False) -> Result:
+    """Kills a piece of work at a random moment, again and again in homes that go on."""
+    result, source, home, promised = Result(), random.Random(f"{work} {seed}"), folder, list[str]()
+    longest = 0.0
+    if with_mlflow:
+        importlib.import_module("mlflow.tracking")  # once, instead of in every child
+    for number in range(trials):
+        if number % _FRESH_AFTER == 0:
+            home, promised = prepare(folder / str(number)), []
+            for first in (1, 2):  # the second time nothing has to be made anew
+                began = time.monotonic()
+                _start(home, work, seed - first, _nothing, with_mlflow=with_mlflow).finish()
+                longest = time.monotonic() - began
+        trial = _start(home, work, number * 1000 + seed, _nothing, with_mlflow=with_mlflow)
+        time.sleep(source.uniform(0, longest))
+        trial.kill()
+        status, lines = trial.finish()
+        promised += _promises(lines)
+        found = violations(home, promised)
+        if with_mlflow and number % 10 == 9:
+            found += _level_again(home)
+        result.count(f"{work}, kill {number}", status < 0, found)
+    return result
+
+
+def race(folder: Path, races: int, promoters: int = 3) -> Result:
+    """Several processes move one alias from the same state at the same moment; one of them must win."""
+    result = Result()
+    home = prepare(folder, versions=promoters + 1)
+    for number in range(races):
+        waiting, go = os.pipe()
+        before = _answer(forked(lambda tell: tell(str(_standing(home))), before=without_mlflow))
+        current = None if before == "None" else int(before)
+        wanted = [version for version in range(1, promoters + 2) if version != current][:promoters]
+        trials = [forked(_promoter(home, version, current, waiting, go), before=without_mlflow) for version in wanted]
+        os.close(waiting)
+        os.close(go)  # what all wait for: the end of the pipe
+        told = [trial.finish()[1] for trial in trials]
+        winners = sum(lines[-1].startswith("moved") for lines in told)
+        losers = sum("Conflict" in lines[-1] for lines in told)
+        found = [] if (winners, losers) == (1, promoters - 1) else [f"{winners} winners: {told}"]
+        result.count(f"race {number}", True, found + (violations(home) if number % 20 == 19 else []))
+    return result
+
+
+def change_bytes(folder: Path, trials: int, seed: int) -> Result:
+    """Flips a byte of a stored file, cuts it, or deletes it: `fsck` sees it, and reading refuses."""
+    result, source = Result(), random.Random(seed)
+    home = prepare(folder, versions=4)
+    blobs = sorted((home / "store" / "blobs").rglob("*/*"))
+    for _ in range(trials):
+        path, how = source.choice(blobs), source.choice(("flip", "cut", "delete"))
+        whole = path.read_bytes()
+        if how == "delete":
+            path.unlink()
+        else:
+            place = source.randrange(len(whole))
+            changed = bytes([whole[place] ^ (1 << source.randrange(8))])
+            path.write_bytes(whole[:place] + (changed + whole[place + 1 :] if how == "flip" else b""))
+        status, lines = forked(lambda tell: _read_all(home, tell), before=without_mlflow).finish()
+        found = [] if status == 0 else [f"reading ended with {lines}"]
+        touched = path.name
+        served = [line for line in lines if line.startswith("served") and touched in line]
+        found += [f"damaged bytes were handed out: {line}" for line in served]
+        noticed = any(touched in entry.what or touched in entry.where for entry in fsck(Home(home), mlflow=False))
+        found += [] if noticed else ["fsck saw nothing"]
+        path.write_bytes(whole)
+        result.count(f"{how} {path.name[:12]}", noticed, found)
+    result.found += violations(home)
+    return result
+
+
+def _start(home: Path, work: str, seed: int, before: Callable[[], None], *, with_mlflow: bool = False) -> Trial:
+    def prepare_child() -> None:
+        if not with_mlflow:
+            without_mlflow()
+        before()
+
+    return forked(lambda tell: WORKS[work](home, seed, tell), before=prepare_child)
+
+
+def _promises(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("error ")]
+
+
+def _promoter(home: Path, version: int, expected: int | None, waiting: int, go: int) -> Callable[[Tell], None]:
+    def promote(tell: Tell) -> None:
+        os.close(go)
+        versions = Versions(Home.open(home))
+        os.read(waiting, 1)
+        event = promotion.promote(versions, NAME, version, "production", reason="a race", expected=expected)
+        tell(f"moved {NAME} production {event.seq}")
+
+    return promote
+
+
+def _standing(home: Path) -> int | None:
+    versions = Versions(Home.open(home)).list(NAME)
+    return next((version.version for version in versions if "production" in version.aliases), None)
+
+
+def _answer(trial: Trial) -> str:
+    status, lines = trial.finish()
+    if status:
+        raise RuntimeError(f"a question was not answered: {lines}")
+    return lines[-1]
+
+
+def _read_all(home: Path, tell: Tell) -> None:
+    versions = Versions(Home.open(home))
+    for version in versions.list(NAME):
+        try:
+            read = versions.read_adapter(version)
+        except (DamagedBlob, MissingBlob) as error:
+            tell(f"refused {version.ref} {error}")
+        else:
+            # What is served has been verified; its tree too.
+            tell(f"served {version.ref} {version.artifact.sha256} {version.sha256} {len(read)}")
+
+
+def _level_again(home: Path) -> list[str]:
+    """After a registration that gets through, MLflow agrees too."""
+
+    def register_and_check(tell: Tell) -> None:
+        register(home, random.randrange(1 << 40), lambda line: None)
+        for problem in fsck(Home(home)):
+            if problem.severity == "damage":
+                tell(f"fsck: {problem}")
+
+    status, lines = forked(register_and_check).finish()
+    return lines if status == 0 else [f"MLflow could not be brought level: {lines}"]
+
+
+def _nothing() -> None:
+    pass

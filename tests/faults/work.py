@@ -1,0 +1,86 @@
+"""The pieces of work that are disturbed: each tells what is promised as soon as its call came back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import registry.versions
+from registry import promotion
+from registry.home import Home
+from registry.store import open_store
+from registry.versions import Versions
+from tests.faults.points import forked
+
+Tell = Callable[[str], None]
+NAME = "zorb"
+GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
+
+
+def put(home: Path, seed: int, tell: Tell) -> None:
+    """Puts three artifacts that share a file."""
+    store, source = open_store(Home.open(home)), random.Random(seed)
+    shared = source.randbytes(70_000)
+    for number in range(3):
+        files = {"shared.bin": shared, f"own/{number}.bin": source.randbytes(200_000)}
+        tell(f"put {store.put_files('adapter', files).sha256}")
+
+
+def register(home: Path, seed: int, tell: Tell) -> None:
+    """Registers a new adapter with its report, and asks for `staging`."""
+    versions, source = Versions(Home.open(home)), random.Random(seed)
+    artifact = versions.store.put_files("adapter", {"adapter.safetensors": source.randbytes(50_000)})
+    report = versions.store.put_files("report", {"report.json": source.randbytes(2_000)})
+    made = versions.register(
+        NAME,
+        artifact,
+        report=report,
+        metrics={"clip_t": {"adapter": 0.3}},
+        gates=[GATE],
+        passed=True,
+        alias_request="staging",
+        pictures={"before.png": source.randbytes(5_000)},
+        card=CARD,
+    )
+    tell(f"registered {NAME} {made.version} {made.sha256}")
+
+
+def promote(home: Path, seed: int, tell: Tell) -> None:
+    """Moves `production` to some version, on to another, and back."""
+    versions, source = Versions(Home.open(home)), random.Random(seed)
+    numbers = [version.version for version in versions.list(NAME)]
+    current = next((version.version for version in versions.list(NAME) if "production" in version.aliases), None)
+    for number in source.sample([number for number in numbers if number != current], 2):
+        event = promotion.promote(versions, NAME, number, "production", reason="a trial")
+        tell(f"moved {NAME} production {event.seq}")
+    event = promotion.rollback(versions, NAME, reason="a trial")
+    tell(f"moved {NAME} production {event.seq}")
+
+
+CARD = {"title": NAME, "base": "tiny", "license": "apache-2.0"}
+WORKS: Mapping[str, Callable[[Path, int, Tell], None]] = {"put": put, "register": register, "promote": promote}
+
+
+def without_mlflow() -> None:
+    """Lets this process leave MLflow alone, which is many times faster; trials with it are counted on their own."""
+    registry.versions.bring_level = lambda *_arguments, **_settings: None
+
+
+def prepare(folder: Path, versions: int = 3) -> Path:
+    """A home with some versions, in a folder with a canary; gives the home.
+
+    It is made by a forked process, since connections to SQLite must not be open in a process that forks.
+    """
+    folder.mkdir(parents=True)
+    (folder / "canary").write_bytes(b"alive")
+    home = folder / "home"
+
+    def make(tell: Tell) -> None:
+        for seed in range(versions):
+            register(home, -1 - seed, tell)
+
+    status, lines = forked(make, before=without_mlflow).finish()
+    if status:
+        raise RuntimeError(f"the home could not be made: {lines}")
+    return home

@@ -1,0 +1,111 @@
+"""The header's `modelspec.*` against the standard: https://github.com/Stability-AI/ModelSpec, version 1.0.1."""
+
+import hashlib
+import json
+import struct
+
+import pytest
+
+from lora_engine.adapters import Adapter
+from lora_engine.formats import Card, read_adapter, write_adapter
+from lora_engine.formats.codec import codecs
+from lora_engine.formats.safetensors_io import read_header
+from tests.laws.law_adapters import random_delta
+
+MUST = ("sai_model_spec", "architecture", "implementation", "title")
+NAME = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+CARD = Card(
+    title="Zorb",
+    base="tiny",
+    trigger="zorb",
+    class_word="ring",
+    license="CC-BY-4.0",
+    resolution="32x32",
+    prediction="eps",
+    recipe={"method": {"name": "dreambooth"}, "parents": ["Red sha256:" + "a" * 64, "Blue"]},
+)
+
+
+def adapter_of(base: str, width: int) -> Adapter:
+    name = NAME if base in {"sd", "sdxl"} else "transformer.transformer_blocks.0.attn.to_q"
+    return Adapter({name: random_delta("lora", (8, width), 4, 2.0)}, base)
+
+
+def body_of(path) -> bytes:
+    content = path.read_bytes()
+    return content[8 + struct.unpack("<Q", content[:8])[0] :]
+
+
+@pytest.mark.parametrize("form", sorted(set(codecs) - {"bfl", "xlabs", "cloneofsimo"}))  # read only, or count by a base
+def test_every_format_states_what_the_standard_asks_for(form, tmp_path):
+    files = write_adapter(tmp_path / form, adapter_of("sd", 768), format=form, card=CARD)
+    for path in (file for file in files if file.suffix == ".safetensors"):
+        header = read_header(path)[1]
+        assert all(header.get(f"modelspec.{key}") for key in MUST), form
+        assert header["modelspec.sai_model_spec"] == "1.0.1"
+        assert header["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body_of(path)).hexdigest()}"
+        assert "modelspec.date" not in header
+
+
+def test_the_header_says_what_the_card_knows(tmp_path):
+    path = write_adapter(tmp_path, adapter_of("sd", 768), format="kohya", card=CARD)[0]
+    header = read_header(path)[1]
+    said = {key.removeprefix("modelspec."): text for key, text in header.items() if key.startswith("modelspec.")}
+    assert said.pop("hash_sha256") == f"0x{header['sshs_model_hash']}"
+    assert said == {
+        "sai_model_spec": "1.0.1",
+        "architecture": "stable-diffusion-v1/lora",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": "Zorb",
+        "resolution": "32x32",
+        "prediction_type": "epsilon",
+        "license": "CC-BY-4.0",
+        "trigger_phrase": "zorb",
+        "usage_hint": "Trigger: zorb",
+        "merged_from": "Red, Blue",
+        "tags": "lora, dreambooth, ring",
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "width", "prediction", "architecture", "resolution"),
+    [
+        ("sd", 768, "eps", "stable-diffusion-v1/lora", "512x512"),
+        ("sd", 1024, "eps", "stable-diffusion-v2-512/lora", "512x512"),
+        ("sd", 1024, "v_prediction", "stable-diffusion-v2-768-v/lora", "768x768"),
+        ("sdxl", 2048, "eps", "stable-diffusion-xl-v1-base/lora", "1024x1024"),
+        ("flux", 64, "flow", "flux-1-dev/lora", "1024x1024"),
+        ("sd3", 64, "flow", "stable-diffusion-3/lora", "1024x1024"),
+    ],
+)
+def test_architecture_follows_the_base(base, width, prediction, architecture, resolution, tmp_path):
+    path = write_adapter(tmp_path, adapter_of(base, width), card=Card(prediction=prediction))[0]
+    header = read_header(path)[1]
+    assert header["modelspec.architecture"] == architecture
+    assert header["modelspec.resolution"] == resolution
+    assert header["modelspec.title"], "a title is asked for, and there was none"
+
+
+def test_what_we_state_of_a_file_is_stated_anew_and_not_carried_over(tmp_path):
+    first = write_adapter(tmp_path / "first", adapter_of("sd", 768), card=CARD)[0]
+    adapter, card = read_adapter(first)
+    assert card.extra == {}
+    again = write_adapter(tmp_path / "again", adapter, card=card)[0]
+    assert again.read_bytes() == first.read_bytes()
+    other = write_adapter(tmp_path / "other", adapter, card=card.model_copy(update={"title": "Other"}))[0]
+    assert read_header(other)[1]["modelspec.title"] == "Other"
+
+
+def test_a_strangers_date_and_author_are_carried_over_but_not_its_digest(tmp_path):
+    path = write_adapter(tmp_path / "first", adapter_of("sd", 768), card=CARD)[0]
+    adapter, card = read_adapter(path)
+    stranger = {"modelspec.date": "2024-01-02", "modelspec.author": "somebody", "modelspec.hash_sha256": "0x00"}
+    card = card.model_copy(update={"extra": stranger})
+    header = read_header(write_adapter(tmp_path / "second", adapter, card=card)[0])[1]
+    assert (header["modelspec.date"], header["modelspec.author"]) == ("2024-01-02", "somebody")
+    assert header["modelspec.hash_sha256"] != "0x00"
+
+
+def test_old_cards_are_still_read():
+    old = json.dumps({"title": "Zorb", "base": "tiny"})
+    assert Card.model_validate_json(old).resolution is None
