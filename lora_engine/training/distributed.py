@@ -59,11 +59,18 @@ class Team:
                 f"{self.size} processes",
                 remedy="make batch a multiple of running.processes",
             )
-        places = list(range(self.rank, count, self.size))
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        changed = {name: _rows(value, places, count) for name, value in fields.items() if name != "instances"}
+        changed = {name: self._rows(value, count) for name, value in fields.items() if name != "instances"}
         changed["examples"] = batch.examples[self.rank :: self.size]
         return dataclasses.replace(batch, **changed, instances=batch.instances // self.size)
+
+    def _rows(self, value: Any, count: int) -> Any:
+        # What a teacher says is of some rows alone; these are as many times n as all rows are.
+        if isinstance(value, Conditioning):
+            return value.index(range(self.rank, len(value), self.size))
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
+            return value[self.rank :: self.size]
+        return value
 
     def phase(self, phase: Phase) -> Phase:
         """The phase on this process' share of each batch, with randomness of its own around it."""
@@ -158,14 +165,6 @@ def joined(processes: int, device: str | None) -> Iterator[Team]:
     finally:
         torch.distributed.destroy_process_group()
         PartialState._reset_state()
-
-
-def _rows(value: Any, places: Sequence[int], count: int) -> Any:
-    if isinstance(value, Conditioning):
-        return value.index(list(places))
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
-        return value[list(places)]
-    return value
 
 
 def _exchange(work: Callable[[], Any]) -> Any:

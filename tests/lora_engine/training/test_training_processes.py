@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter
 from lora_engine.training.batches import Batch
 from lora_engine.training.distributed import Team
+from lora_engine.training.preservation import TaughtBatch
 from lora_engine.training.run import train
 from lora_engine.training.spawn import train_in_child
 from lora_engine.training.spec import TrainSettings
@@ -48,6 +50,16 @@ def test_the_shares_of_a_batch_are_all_of_it_and_hold_as_much_of_each_group() ->
         assert torch.equal(share.latents.view(-1), share.conditioning["states"].view(-1))
         assert (share.timesteps[: share.instances] < 4).all()
     assert Team().share(whole) is whole
+
+
+def test_a_teachers_lesson_is_shared_with_the_rows_that_it_is_for() -> None:
+    plain = batch_of(8, 4)
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    whole = TaughtBatch(**fields, lesson=plain.conditioning.index(range(4, 8)))
+    for rank in (0, 1):
+        share = Team(rank, 2).share(whole)
+        assert isinstance(share, TaughtBatch)
+        assert share.lesson["states"].view(-1).tolist() == share.timesteps[share.instances :].tolist()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(settings: Callable[..., TrainSettings]) -> None:
@@ -85,11 +97,7 @@ def digest(job: dict[str, Any]) -> str:
     return sha256_file(Path(job["out"]) / "adapter.safetensors")
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives_and_go_on_to_the_same_bytes(job: Callable[..., dict[str, Any]]) -> None:
-    one, two, halted = job("one", **ONE), job("two", **TWO), job("halted", **TWO)
-    train_in_child(one)
-    train_in_child(two)
+def require_same_training(one: dict[str, Any], two: dict[str, Any]) -> None:
     single, _ = read_adapter(Path(one["out"]) / "adapter.safetensors")
     both, _ = read_adapter(Path(two["out"]) / "adapter.safetensors")
     assert single.modules.keys() == both.modules.keys()
@@ -99,7 +107,33 @@ def test_two_processes_give_what_one_gives_and_go_on_to_the_same_bytes(job: Call
             other = both.modules[name].factors()[factor]
             torch.testing.assert_close(other, value, rtol=0, atol=1e-6)
             moved = max(moved, float(value.abs().max())) if factor == "up" else moved
-    assert moved > 1e-3
+    assert moved > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "finetune", "preservation": {"prompt": "a star"}, "mask": {"floor": 0.2, "normalise": True}},
+        {"name": "finetune", "identity": {"until": 0.9}},
+        {"name": "inpainting"},
+    ],
+    ids=["preservation and masks", "identity", "inpainting"],
+)
+def test_two_processes_give_what_one_gives_by_every_method(job: Callable[..., dict[str, Any]], method: Any) -> None:
+    change = {"method": method, "prior": None, "steps": 2, "accumulate": 1}
+    one, two = job("one", **change, **ONE), job("two", **change, **TWO)
+    train_in_child(one)
+    train_in_child(two)
+    require_same_training(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives_and_go_on_to_the_same_bytes(job: Callable[..., dict[str, Any]]) -> None:
+    one, two, halted = job("one", **ONE), job("two", **TWO), job("halted", **TWO)
+    train_in_child(one)
+    train_in_child(two)
+    require_same_training(one, two)
     curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
 
