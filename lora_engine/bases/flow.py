@@ -20,10 +20,6 @@ class FlowModel(LatentModel):
     denoiser_name = "transformer"
     noise: FlowSchedule
 
-    def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """See `BaseModel`."""
-        raise NotImplementedError
-
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`."""
         return self.encode_text(texts, size)

@@ -6,6 +6,7 @@ No family's own computations live here.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from lora_engine.errors import BaseModelError, SettingsError
 _log = logging.getLogger(__name__)
 
 
-class LatentModel:
+class LatentModel(ABC):
     """A denoiser of latents, loaded and frozen; a family adds what it computes. See `BaseModel`.
 
     Args:
@@ -101,11 +102,17 @@ class LatentModel:
             )
         return int(self.vae.config.latent_channels), height // self._factor, width // self._factor
 
-    def _load_text(self, source: BaseSource) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """See `BaseModel`."""
 
+    @abstractmethod
+    def _load_text(self, source: BaseSource) -> None:
+        """Loads tokenizers and text encoders, and adds the encoders to `modules`."""
+
+    @abstractmethod
     def _load_schedule(self, source: BaseSource) -> dict[str, Any]:
-        raise NotImplementedError
+        """Sets `noise`, and gives the settings of the scheduler."""
 
     def _default_size(self) -> tuple[int, int]:
         side = int(self.denoiser.config.sample_size) * self._factor

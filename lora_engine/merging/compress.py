@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import LoraDelta
+from lora_engine.decomposition import sketched_svd, whole_svd
 from lora_engine.errors import AdapterError
 from lora_engine.merging.budget import Budget
-from lora_engine.merging.spectrum import sketched_svd, whole_svd
 
 OVERSAMPLING = 32
 _SKETCHED_FROM = 512

@@ -9,22 +9,21 @@ from pathlib import Path
 
 import torch
 
-from lora_engine.adapters import Adapter, Attachment, LayerSettings, attach, create_adapter
+from lora_engine.adapters import Adapter, Attachment, attach
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.source import resolve_base
 from lora_engine.data.manifest import Manifest
-from lora_engine.errors import DataError, InterruptedRun, SettingsError, TrainingError
+from lora_engine.errors import InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.formats import Bundle, write_adapter
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.words import attach_embeddings
 from lora_engine.progress import Progress, no_progress
-from lora_engine.seeds import derive_seed, generator
-from lora_engine.training.captions import Rewriter
+from lora_engine.seeds import derive_seed
 from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.distributed import ALONE, Followed, Team, joined
-from lora_engine.training.embeddings import fresh_word
-from lora_engine.training.examples import Encoder, Example, read_examples, text_encoder
+from lora_engine.training.examples import Encoder, Example, text_encoder
+from lora_engine.training.fresh import begin_adapter, begin_words
 from lora_engine.training.identity import identity_loss
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import LossTerm
@@ -33,12 +32,11 @@ from lora_engine.training.methods import Dressing, Workbench, methods
 from lora_engine.training.methods.inpainting import hiding
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimisers import require_optimiser
-from lora_engine.training.prior import ClassPictures, prior_prompts, read_class_pictures
-from lora_engine.training.rates import learning_rates
+from lora_engine.training.pictures import Pictures, class_pictures, read_pictures
 from lora_engine.training.record import card_of, curves_of
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.methods import Inpainting, Words
+from lora_engine.training.specs.methods import Inpainting
 from lora_engine.training.validation import picture_losses
 
 ADAPTER = "adapter.safetensors"
@@ -106,17 +104,6 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    examples: tuple[Example, ...]
-    classes: tuple[Example, ...]
-    heldout: tuple[Example, ...]
-
-    @property
-    def all(self) -> tuple[Example, ...]:
-        return (*self.examples, *self.classes, *self.heldout)
-
-
-@dataclass(frozen=True)
 class _Job:
     settings: TrainSettings
     dataset: Path
@@ -134,18 +121,26 @@ class _Job:
         require_optimiser(settings.rates.optimiser.name)
         source = resolve_base(base_name)
         manifest = Manifest.load(self.dataset)
-        examples, heldout = self._read_pictures(manifest)
+        examples, heldout = read_pictures(settings, self.dataset, manifest)
         self._check()
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
         base = load_base(source, device=self.team.device, dtype=dtype, quantise=quantise)
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout))
-        fresh = self._fresh_adapter(base)
-        _check_rates(settings, fresh)
-        word = self._fresh_word(base, manifest, examples)
+        fresh = begin_adapter(base, settings)
+        word = begin_words(base, settings, manifest, examples)
         encoder = Encoder(base, self.cache, settings.captions, settings.seed)
         with self.team.in_turn():
-            pictures = _Pictures(examples, self._class_pictures(base, manifest, examples), heldout)
+            classes = class_pictures(
+                settings,
+                base,
+                manifest,
+                examples,
+                given=self.class_dataset,
+                work=self.work / "class",
+                told=self._tell_drawn,
+            )
+            pictures = Pictures(examples, classes, heldout)
             texts, others = [""] if settings.caption_dropout else [], (*pictures.classes, *pictures.heldout)
             encoder.prepare(pictures.examples, texts, self._check, others=others)
         trained, words, history = self._fit(base, fresh, word, encoder, pictures, manifest)
@@ -157,7 +152,7 @@ class _Job:
         fresh: Adapter,
         word: tuple[Embedding, ...],
         encoder: Encoder,
-        pictures: _Pictures,
+        pictures: Pictures,
         manifest: Manifest,
     ) -> tuple[Adapter, tuple[Embedding, ...], History]:
         settings = self.settings
@@ -214,30 +209,7 @@ class _Job:
         wanted = self.settings.samples if self.team.leads else None
         return SampleWriter(base, wanted, self.work / "samples", digest) if wanted else None
 
-    def _fresh_adapter(self, base: BaseModel) -> Adapter:
-        settings = self.settings
-        if not settings.method.has_adapter:
-            return Adapter({}, base.family, base.fingerprint)
-        return create_adapter(
-            base,
-            settings.targets,
-            settings.kind.name,
-            settings.rank,
-            settings.alpha,
-            options=settings.kind.options(),
-            overrides=_overrides(settings),
-            generator=generator(settings.seed, "factors"),
-        )
-
-    def _fresh_word(self, base: BaseModel, manifest: Manifest, examples: Sequence[Example]) -> tuple[Embedding, ...]:
-        method, seed = self.settings.method, self.settings.seed
-        if not isinstance(method, Words):
-            return ()
-        rewriter = Rewriter(self.settings.captions)
-        captions = [rewriter.rewrite(example.caption) for example in examples]
-        return (fresh_word(base, method, manifest.trigger, manifest.class_word, captions, seed=seed),)
-
-    def _extra_terms(self, base: BaseModel, pictures: _Pictures) -> tuple[LossTerm, ...]:
+    def _extra_terms(self, base: BaseModel, pictures: Pictures) -> tuple[LossTerm, ...]:
         wanted = self.settings.method.identity
         return () if wanted is None else (identity_loss(base, wanted, pictures.examples, self.embedder),)
 
@@ -257,71 +229,23 @@ class _Job:
                 remedy="leave it out, set prior, or choose method dreambooth",
             )
 
+    def _tell_drawn(self, number: int) -> None:
+        self._check()
+        self.progress(0, self.settings.steps, {"class_pictures": float(number)})
+
     def _check(self) -> None:
         if self.stop():
             raise InterruptedRun("stopped while preparing; what is prepared is kept")
 
-    def _digest(self, base: BaseModel, pictures: _Pictures) -> str:
+    def _digest(self, base: BaseModel, pictures: Pictures) -> str:
         job = {
             "format": 2,
             "settings": self.settings.model_dump(mode="json"),
             "base": base.fingerprint,
             "device": base.device.type,
-            "pictures": [
-                [example.identity() for example in group]
-                for group in (pictures.examples, pictures.classes, pictures.heldout)
-            ],
+            "pictures": [[example.identity() for example in group] for group in pictures.groups],
         }
         return sha256_bytes(canonical_json(job))
-
-    def _read_pictures(self, manifest: Manifest) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        examples = read_examples(self.dataset, manifest, "train")
-        if not examples:
-            raise DataError(
-                "there are no pictures to train on", where=str(self.dataset), remedy="lower heldout, or add some"
-            )
-        if not self.settings.validate_every:
-            return examples, ()
-        heldout = read_examples(self.dataset, manifest, "heldout")
-        if not heldout:
-            raise SettingsError(
-                f"validate_every is {self.settings.validate_every}, and the dataset holds no pictures out",
-                remedy="set heldout above 0 in the ingest step, or validate_every to 0",
-            )
-        # A validation must compare: nothing is drawn for its captions.
-        words = Rewriter(self.settings.captions)
-        return examples, tuple(replace(example, caption=words.rewrite(example.caption)) for example in heldout)
-
-    def _class_pictures(self, base: BaseModel, manifest: Manifest, examples: Sequence[Example]) -> tuple[Example, ...]:
-        prior = self.settings.class_pictures
-        if prior is None:
-            return ()
-        sizes = [example.size for example in examples]
-        if self.class_dataset is not None:
-            return read_class_pictures(self.class_dataset, prior, manifest.class_word, sizes)
-
-        def told(number: int) -> None:
-            self._check()
-            self.progress(0, self.settings.steps, {"class_pictures": float(number)})
-
-        prompts = prior_prompts(prior, manifest.class_word)
-        drawing = ClassPictures(base, prior, prompts, self.work / "class", self.settings.seed, told)
-        return drawing.draw(sizes)
-
-
-def _overrides(settings: TrainSettings) -> dict[str, LayerSettings]:
-    found = {}
-    for pattern, special in settings.overrides.items():
-        kind = special.kind or settings.kind
-        alpha = special.alpha or (None if special.rank else settings.alpha)
-        found[pattern] = LayerSettings(kind.name, special.rank or settings.rank, alpha, kind.options())
-    return found
-
-
-def _check_rates(settings: TrainSettings, fresh: Adapter) -> None:
-    names = [f"{module}.{factor}" for module, delta in fresh.modules.items() for factor in delta.factors()]
-    if names:
-        learning_rates(names, settings.rates, settings.learning_rate)
 
 
 def _options(settings: TrainSettings) -> FitOptions:
