@@ -1,24 +1,43 @@
-"""Where bytes are kept by their digest. One backend, the local folder; another one is another class like it."""
+"""Where bytes are kept by their digest: what every backend promises, and how bytes are compared with a digest.
+
+The backends are in `registry.local` (a folder) and `registry.remote` (a URL). Which blobs are wanted is not known here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
-from lora_engine.files import atomic_write, sha256_file, sync_folder
 from registry.entities import is_digest
-from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
+from registry.errors import DamagedBlob, MissingBlob, StoreError
 
 _CHUNK = 1 << 20
 
 
+class Stray(NamedTuple):
+    """Something that lies among the blobs and is none, such as the leftover of a killed writer.
+
+    Args:
+        name: Path within the store.
+        size: Bytes.
+        modified: When it was written, in seconds since the epoch.
+    """
+
+    name: str
+    size: int
+    modified: float
+
+
 class Blobs(Protocol):
-    """A backend: bytes in, bytes out, by digest."""
+    """A backend: bytes in, bytes out, by digest. Any number of processes may use the same place at once.
+
+    A blob is never there by halves: it appears whole under its digest, or not at all, whenever its writer dies.
+    Collecting is safe beside writers: who writes or renews a blob may count on it for the grace period.
+    """
 
     def write(self, digest: str, source: Callable[[], BinaryIO]) -> None:
-        """Stores the bytes that `source` opens, unless they are there already and whole."""
+        """Stores the bytes that `source` opens; what is there and whole is renewed, what is damaged is replaced."""
         ...
 
     def open(self, digest: str) -> BinaryIO:
@@ -38,89 +57,44 @@ class Blobs(Protocol):
         ...
 
     def age(self, digest: str) -> float:
-        """When the blob was written, in seconds since the epoch."""
+        """When the blob was written or renewed last, in seconds since the epoch."""
         ...
 
-    def strays(self) -> Iterator[Path]:
-        """What lies in the store and is no blob, such as the leftovers of a killed writer."""
+    def size(self, digest: str) -> int:
+        """Its bytes, counted by the backend."""
         ...
 
+    def renew(self, digest: str) -> bool:
+        """Makes a blob safe from a collection for another grace period; False where there is none."""
+        ...
 
-class LocalBlobs:
-    """Blobs as files `ab/abcdef...` of a local folder; any number of processes may write at once.
+    def remove(self, digest: str, before: float) -> bool:
+        """Takes a blob away unless it was written or renewed since `before`; gives whether it did."""
+        ...
 
-    Args:
-        folder: The folder.
-    """
+    def set_aside(self, digest: str) -> str:
+        """Moves what is stored under the digest out of the way, unchanged, and says where it lies now."""
+        ...
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def bin(self) -> Iterator[Stray]:
+        """What `remove` took away and a reader could still get back; the names are digests."""
+        ...
 
-    def write(self, digest: str, source: Callable[[], BinaryIO]) -> None:
-        """Stores the bytes that `source` opens; what is there and whole stays, what is damaged is replaced.
+    def take_back(self, digest: str) -> bool:
+        """Puts back what `remove` took away; False where it cannot."""
+        ...
 
-        Raises:
-            StoreError: The bytes have another digest: the source changed while it was read.
-            HomeError: The disk is full or read-only.
-        """
-        path = self.path(digest)
-        if path.is_file() and sha256_file(path) == digest:
-            return
-        with disk_errors(path):
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                sync_folder(self.folder)
-            with source() as stream:
-                atomic_write(path, lambda file: _copy_verified(stream, file, digest, str(path)))
+    def empty_bin(self, digest: str) -> None:
+        """Deletes for good what `remove` took away."""
+        ...
 
-    def open(self, digest: str) -> BinaryIO:
-        """The stored bytes, not yet verified.
+    def strays(self) -> Iterator[Stray]:
+        """What lies in the store and is no blob."""
+        ...
 
-        Raises:
-            MissingBlob: Nothing is stored under the digest.
-        """
-        try:
-            return self.path(digest).open("rb")
-        except FileNotFoundError:
-            raise missing(digest, str(self.path(digest))) from None
-
-    def exists(self, digest: str) -> bool:
-        """Whether something is stored under the digest."""
-        return self.path(digest).is_file()
-
-    def actual_digest(self, digest: str) -> str:
-        """The digest that the stored bytes really have.
-
-        Raises:
-            MissingBlob: Nothing is stored under the digest.
-        """
-        try:
-            return sha256_file(self.path(digest))
-        except FileNotFoundError:
-            raise missing(digest, str(self.path(digest))) from None
-
-    def digests(self) -> Iterator[str]:
-        """All digests that something is stored under, sorted."""
-        for path in sorted(self.folder.glob("[0-9a-f][0-9a-f]/*")):
-            if is_digest(path.name) and path.name.startswith(path.parent.name):
-                yield path.name
-
-    def age(self, digest: str) -> float:
-        """When the blob was written, in seconds since the epoch."""
-        return self.path(digest).stat().st_mtime
-
-    def strays(self) -> Iterator[Path]:
-        """Files that are no blobs."""
-        for path in sorted(self.folder.rglob("*")):
-            is_blob = is_digest(path.name) and path.name.startswith(path.parent.name)
-            if not path.is_dir() and not is_blob:
-                yield path
-
-    def path(self, digest: str) -> Path:
-        """Where the blob of that digest is, or would be."""
-        if not is_digest(digest):
-            raise StoreError(f"{digest!r} is not a digest", allowed="64 lower-case hexadecimal digits")
-        return self.folder / digest[:2] / digest
+    def remove_stray(self, name: str) -> None:
+        """Deletes a stray."""
+        ...
 
 
 def copy_hashed(source: BinaryIO, target: BinaryIO) -> str:
@@ -150,7 +124,12 @@ def damaged(digest: str, actual: str, where: str) -> DamagedBlob:
     )
 
 
-def _copy_verified(source: BinaryIO, target: BinaryIO, digest: str, where: str) -> None:
+def copy_verified(source: BinaryIO, target: BinaryIO, digest: str, where: str) -> None:
+    """Copies a stream that must have that digest.
+
+    Raises:
+        StoreError: It has another one.
+    """
     actual = copy_hashed(source, target)
     if actual != digest:
         raise StoreError(
@@ -158,3 +137,14 @@ def _copy_verified(source: BinaryIO, target: BinaryIO, digest: str, where: str) 
             where=where,
             remedy="see that nothing else writes into the folder, and try again",
         )
+
+
+def check_digest(digest: str) -> str:
+    """The digest, given back if it is one: nothing else may become part of a path.
+
+    Raises:
+        StoreError: It is none.
+    """
+    if not is_digest(digest):
+        raise StoreError(f"{digest!r} is not a digest", allowed="64 lower-case hexadecimal digits")
+    return digest

@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.database import insert_missing
 from registry.entities import Action, AdapterVersion, ArtifactRef, Deed, Event, VersionState, now
-from registry.errors import Conflict, UnknownName, UnknownVersion
+from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
 from registry.lineage import artifact_ref
 from registry.tables import AliasRow, ArtifactRow, EventRow, NameRow, ParentRow, VersionRow
 
@@ -30,7 +30,9 @@ def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
     versions = select(VersionRow).where(VersionRow.name == name)
     text = str(ref)
     if text == "latest":
-        row = session.scalars(versions.order_by(VersionRow.version.desc()).limit(1)).first()
+        # What was withdrawn or deleted is no longer the latest, unless there is nothing else.
+        active_first = (case((VersionRow.state == "ACTIVE", 0), else_=1), VersionRow.version.desc())
+        row = session.scalars(versions.order_by(*active_first).limit(1)).first()
     elif text.isdecimal():
         row = session.scalars(versions.where(VersionRow.version == int(text))).first()
     else:
@@ -113,11 +115,13 @@ def move_alias(
 
     Raises:
         Conflict: It points elsewhere; the message says at what, since when, by whom and why.
+        GoneVersion: The version was withdrawn or deleted meanwhile.
     """
     row = session.get(AliasRow, (version.name, alias), with_for_update=True)
     before = row.version if row is not None else None
     if before != expected:
         raise _conflict(session, version.name, alias, row, expected)
+    require_active(session, version.name, version.version)
     event = log_event(session, version, alias, before, action=action, actor=actor, reason=reason, details=details)
     if row is None:
         session.add(AliasRow(name=version.name, alias=alias, version=version.version, seq=event.seq, mirrored_seq=0))
@@ -125,6 +129,66 @@ def move_alias(
         row.version, row.seq = version.version, event.seq
     session.flush()
     return event
+
+
+def clear_alias(
+    session: Session,
+    version: AdapterVersion,
+    alias: str,
+    *,
+    actor: str,
+    reason: str,
+    details: Mapping[str, Any] | None = None,
+) -> Event:
+    """Lets an alias point at nothing, if it still points at that version, and logs it: both or nothing.
+
+    Raises:
+        Conflict: It points elsewhere.
+    """
+    row = session.get(AliasRow, (version.name, alias), with_for_update=True)
+    if row is None or row.version != version.version:
+        raise _conflict(session, version.name, alias, row, version.version)
+    event = log_event(
+        session, version, alias, version.version, action="remove", actor=actor, reason=reason, details=details
+    )
+    row.version, row.seq = None, event.seq
+    session.flush()
+    return event
+
+
+def set_state(session: Session, version: AdapterVersion, state: VersionState, deed: Deed, **said: Any) -> Event:
+    """Changes the state of a version and logs the deed: both or nothing. MLflow is behind then.
+
+    Args:
+        session: In a writing transaction.
+        version: As it was read in this transaction.
+        state: What it becomes.
+        deed: How the log calls it.
+        said: `actor`, `reason` and what else `log_deed` takes.
+    """
+    row = find_row(session, version.name, version.version)
+    row.state, row.mirrored = state, False
+    return log_deed(session, deed, version=version, **said)
+
+
+def require_active(session: Session, name: str, number: int) -> None:
+    """Raises where a version may not be handed out any more.
+
+    Raises:
+        GoneVersion: Withdrawn or deleted; the message says by whom, when and why.
+    """
+    row = session.scalars(select(VersionRow).where(VersionRow.name == name, VersionRow.version == number)).one()
+    if row.state == "ACTIVE":
+        return
+    deed = {"WITHDRAWN": "withdraw", "DELETED": "delete"}[row.state]
+    events = select(EventRow).where(EventRow.name == name, EventRow.after == number, EventRow.action == deed)
+    event = session.scalars(events.order_by(EventRow.seq.desc()).limit(1)).first()
+    told = f" by {event.actor} on {event.at:%Y-%m-%d}, event {event.seq} ({event.reason})" if event else ""
+    raise GoneVersion(
+        f"was {row.state.lower()}{told}",
+        where=f"{name}@{number}",
+        remedy=f"take another version, or `loraline restore {name}@{number} --reason TEXT` if that was a mistake",
+    )
 
 
 def log_event(

@@ -1,49 +1,63 @@
-"""How the registry talks to its database: one engine, short transactions, the schema's version, worded errors."""
+"""How the registry talks to its database: one engine, short transactions, worded errors, SQLite and PostgreSQL alike.
+
+One writer at a time on both: SQLite knows no other way, and on PostgreSQL a lock of the transaction makes the same
+promise, so that what counts, compares and logs is written once and thought through once. How a schema is made, migrated
+or refused is in `registry.schema`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-from sqlalchemy import Connection, create_engine, event, inspect, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json
-from registry.errors import HomeError, disk_errors
-from registry.tables import SCHEMA, MetaRow, Table
+from registry.errors import HomeError, database_error
+from registry.schema import WRITER, open_file, open_server
+from registry.tables import NAMESPACE, Table
+
+_PATIENCE = 20
+"""Seconds to wait for another writer."""
 
 
 class Database:
-    """The registry's database, with its schema made on first use.
+    """The registry's database, at the schema of this release: made on first use, migrated if an older release wrote it.
 
     Args:
-        url: SQLAlchemy URL.
+        url: SQLAlchemy URL, of SQLite or PostgreSQL.
 
     Raises:
-        HomeError: Damaged, read-only, full, or written by a newer release (and then not touched).
+        HomeError: Not reachable, damaged, read-only, full, or written by a newer release or another program (and then
+            not touched).
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self.where = make_url(url).database or url
-        self.engine = create_engine(url, json_serializer=lambda value: canonical_json(value).decode())
+        parsed = _parse(url)
+        self.url, self.where = url, name_of(url)
+        self.engine = _make_engine(parsed)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
-        if self._is_sqlite:
-            event.listen(self.engine, "connect", _configure_sqlite)
-            event.listen(self.engine, "begin", _begin_sqlite)
-        with self._worded():
-            self._open_schema()
+        try:
+            with self._worded():
+                self._open_schema(parsed)
+        except BaseException:
+            # A connection that stays open would leave its files beside a database that is not to be touched.
+            self.close()
+            raise
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that sees one consistent state and changes nothing."""
-        with self._worded(), Session(self.engine) as session:
+        engine = self.engine
+        if not self._is_sqlite:
+            engine = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with self._worded(), Session(engine) as session:
             yield session
 
     @contextmanager
@@ -52,66 +66,47 @@ class Database:
         # SQLite: take the write lock at once; a reader that turns writer could not wait for it.
         engine = self.engine.execution_options(loraline_write=True)
         with self._worded(), Session(engine, expire_on_commit=False) as session, session.begin():
+            if not self._is_sqlite:
+                session.execute(WRITER)
             yield session
 
     def close(self) -> None:
         """Closes all connections."""
         self.engine.dispose()
 
-    def _open_schema(self) -> None:
-        if self._is_sqlite:
-            path = Path(self.where)
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_file() and path.stat().st_size and self._schema_is_current():
-                return
-            lock = path.parent / "locks" / f"{path.name}.lock"
-            with disk_errors(path):
-                lock.parent.mkdir(parents=True, exist_ok=True)
-            with disk_errors(path), FileLock(lock):
-                self._create_schema()
-        else:
-            self._create_schema()
-
-    def _schema_is_current(self) -> bool:
-        with self.engine.connect() as connection:
-            if not inspect(connection).has_table(MetaRow.__tablename__):
-                return False
-            found = connection.scalar(select(MetaRow.value).where(MetaRow.key == "schema"))
-        if found is None:
-            return False
-        if not found.isdigit() or int(found) > SCHEMA:
-            raise HomeError(
-                f"the database has schema {found!r}",
-                where=self.where,
-                allowed=f"schema {SCHEMA}, which this release reads",
-                remedy="use the newer release of loraline that wrote it; nothing was changed",
-            )
-        return int(found) == SCHEMA
-
-    def _create_schema(self) -> None:
-        if self._schema_is_current():
-            return
-        if self._is_sqlite:
-            connection = self.engine.raw_connection()
+    def _open_schema(self, url: URL) -> None:
+        if not self._is_sqlite:
+            open_server(self.engine, self.where)
+        elif url.database and url.database != ":memory:":
+            without_keys = _make_engine(url, foreign_keys=False)
             try:
-                # Kept in the file for good; set under the lock, since this statement does not wait for others.
-                connection.cursor().execute("PRAGMA journal_mode=WAL")
+                open_file(Path(url.database), without_keys)
             finally:
-                connection.close()
-        with self.write() as session:
-            Table.metadata.create_all(session.connection())
-            insert_missing(session, MetaRow, [{"key": "schema", "value": str(SCHEMA)}])
+                without_keys.dispose()
+        else:
+            raise HomeError("a database in memory is gone with its process", where=self.url, allowed="a file")
 
     @contextmanager
     def _worded(self) -> Iterator[None]:
         try:
             yield
         except DatabaseError as error:
-            worded = _word(str(error.orig), self.where)
+            worded = database_error(str(error.orig), self.where)
             if worded is None:
                 raise
             raise worded from error
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL; None for another database."""
+    parsed = _parse(url)
+    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
+
+
+def name_of(url: str) -> str:
+    """What a database is called in messages: its file, or its URL without the password."""
+    parsed = _parse(url)
+    return parsed.database or "" if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
 
 
 def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -124,13 +119,53 @@ def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[
     session.execute(insert(table).on_conflict_do_nothing(), listed)
 
 
-def _configure_sqlite(connection: Any, _record: Any) -> None:
-    # Leave transactions to `_begin_sqlite`; the driver would begin them too late.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout=20000", "foreign_keys=ON", "synchronous=FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in {"postgresql", "postgres"}:
+            # SQLAlchemy's own default is a driver that is not among our packages.
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        backend = parsed.get_backend_name()
+        if backend not in {"sqlite", "postgresql"}:
+            raise HomeError(f"{backend!r} is no database that the registry knows", allowed="sqlite, postgresql+psycopg")
+        parsed.get_dialect().import_dbapi()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise HomeError(
+            f"this is no URL of a database ({error})",
+            where="LORALINE_DATABASE_URL or loraline.yaml",
+            allowed="sqlite:////PATH or postgresql+psycopg://USER@HOST/DATABASE",
+        ) from error
+    except ImportError as error:
+        raise HomeError(
+            f"PostgreSQL's driver is not installed ({error})",
+            where=parsed.render_as_string(),
+            remedy="pip install 'loraline[postgres]'",
+        ) from error
+    return parsed
+
+
+def _make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
+    engine = create_engine(url, json_serializer=lambda value: canonical_json(value).decode())
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_sqlite(foreign_keys))
+        event.listen(engine, "begin", _begin_sqlite)
+    else:
+        # First of all listeners: SQLAlchemy asks for the current schema when it first connects.
+        event.listen(engine, "connect", _configure_postgres, insert=True)
+    return engine
+
+
+def _configure_sqlite(foreign_keys: bool) -> Callable[[Any, Any], None]:
+    def configure(connection: Any, _record: Any) -> None:
+        # Leave transactions to `_begin_sqlite`; the driver would begin them too late, and end them before DDL.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        keys = "ON" if foreign_keys else "OFF"
+        for pragma in (f"busy_timeout={_PATIENCE * 1000}", f"foreign_keys={keys}", "synchronous=FULL"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return configure
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -138,18 +173,10 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writer else "BEGIN")
 
 
-def _word(message: str, where: str) -> HomeError | None:
-    worded = {
-        "disk is full": ("the disk is full", "free some space and run the same command again"),
-        "readonly": ("the database cannot be written", "make the file and its folder writable"),
-        "read-only": ("the database cannot be written", "make the file and its folder writable"),
-        "unable to open": ("the database cannot be opened", "see that the folder exists and is writable"),
-        "malformed": ("the database is damaged", "restore it from a backup"),
-        "not a database": ("this is not a database", "restore it from a backup, or move it away"),
-        "disk I/O error": ("the disk does not read or write", "check the disk; then run `loraline fsck`"),
-        "database is locked": ("the database was busy for 20 seconds", "see what else uses it, and try again"),
-    }
-    for sign, (problem, remedy) in worded.items():
-        if sign in message:
-            return HomeError(f"{problem} ({message})", where=where, remedy=remedy)
-    return None
+def _configure_postgres(connection: Any, _record: Any) -> None:
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        # A namespace of our own: MLflow may keep its tables, of which some have the same names, in the same database.
+        cursor.execute(f"SET search_path TO {NAMESPACE}")
+        cursor.execute(f"SET lock_timeout TO '{_PATIENCE}s'")
+    connection.autocommit = False

@@ -271,10 +271,17 @@ class Event:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether something may be done, and all reasons why not."""
+    """Whether something may be done, and all reasons why not.
+
+    Args:
+        allowed: Whether it may be done.
+        reasons: All reasons why not.
+        final: Those of the reasons that no override can set aside.
+    """
 
     allowed: bool
     reasons: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,11 @@ RegistryError
 ├── VersionError        a version that cannot be registered
 │   ├── UnknownName         no adapter of that name
 │   ├── UnknownVersion      no such number or alias under that name
-│   └── MirrorError         the truth is recorded, but MLflow could not be brought level with it
+│   ├── MirrorError         the truth is recorded, but MLflow could not be brought level with it
+├── SignatureError      a key that cannot be used, or a signature that cannot be made or does not hold
+│   └── GoneVersion         withdrawn or deleted: known, but not handed out any more
+├── PolicyError         `policy.yaml` or `licenses.yaml` of the home cannot be used
+├── RightsError         a revocation that cannot be made or lifted
 └── PromotionError      an alias that cannot be moved
     ├── Refused             the decision says no; carries all reasons
     └── Conflict            somebody else moved it first
@@ -65,6 +69,22 @@ class MirrorError(VersionError):
     """The registry's own record stands, but MLflow could not be brought level with it."""
 
 
+class SignatureError(RegistryError):
+    """A key that cannot be used, or a signature that cannot be made or does not hold."""
+
+
+class GoneVersion(VersionError):
+    """The version was withdrawn or deleted; the message says by whom, when and why."""
+
+
+class PolicyError(RegistryError):
+    """A policy or a table of licences that cannot be used."""
+
+
+class RightsError(RegistryError):
+    """A revocation that cannot be made or lifted."""
+
+
 class PromotionError(RegistryError):
     """An alias that cannot be moved."""
 
@@ -100,6 +120,31 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _worded(error, path) from error
+
+
+def database_error(message: str, where: str) -> HomeError | None:
+    """What a driver's message means and what to do about it; None where it says nothing of the kind."""
+    worded = {
+        "disk is full": ("the disk is full", "free some space and run the same command again"),
+        "No space left": ("the disk is full", "free some space and run the same command again"),
+        "readonly": ("the database cannot be written", "make the file and its folder writable"),
+        "read-only": ("the database cannot be written", "make the file and its folder writable"),
+        "unable to open": ("the database cannot be opened", "see that the folder exists and is writable"),
+        "malformed": ("the database is damaged", "restore it from a backup"),
+        "not a database": ("this is not a database", "restore it from a backup, or move it away"),
+        "disk I/O error": ("the disk does not read or write", "check the disk; then run `loraline fsck`"),
+        "database is locked": ("the database was busy for 20 seconds", "see what else uses it, and try again"),
+        "lock timeout": ("the database was busy for 20 seconds", "see what else uses it, and try again"),
+        "connection failed": ("the database cannot be reached", "start the server, or mend LORALINE_DATABASE_URL"),
+        "connection is lost": ("the database went away", "see to the server, and run the same command again"),
+        "terminating connection": ("the database went away", "see to the server, and run the same command again"),
+        "server closed the connection": ("the database went away", "see to the server, and run the same command again"),
+        "permission denied": ("the database refuses", "grant the user what it needs (see docs/operations.md)"),
+    }
+    for sign, (problem, remedy) in worded.items():
+        if sign in message:
+            return HomeError(f"{problem} ({message.strip()})", where=where, remedy=remedy)
+    return None
 
 
 def _worded(error: OSError, path: Path) -> Exception:

@@ -1,16 +1,29 @@
-"""Bringing MLflow level: which rows it has not seen yet. Knows rows; MLflow's ways are in `registry.mirror`."""
+"""Bringing MLflow level: which rows it has not seen yet, and whether it is still where it was told of them.
+
+Knows rows; MLflow's ways are in `registry.mirror`.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import exists, select, update
+import json
+from collections.abc import Callable
 
+from sqlalchemy import delete, exists, select, update
+from sqlalchemy.orm import Session
+
+from lora_engine.files import canonical_json
 from registry import catalog
-from registry.database import Database
+from registry.database import Database, name_of, sqlite_file
+from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage import artifact_ref
 from registry.mirror import Mirror
+from registry.records.keep import Shown
 from registry.store import Store
-from registry.tables import AliasRow, ArtifactRow, RunRow, VersionRow
+from registry.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow
+
+_PLACE = "mlflow"
+"""The row of `meta` that says which MLflow was brought level, and where its artifacts lay."""
 
 
 def is_level(home: Home, database: Database) -> bool:
@@ -20,10 +33,20 @@ def is_level(home: Home, database: Database) -> bool:
         moved_alias = exists().where(AliasRow.mirrored_seq < AliasRow.seq)
         if session.scalar(select(new_version | moved_alias)):
             return False
-        return home.mlflow_db.exists() or not session.scalar(select(exists().where(VersionRow.id > 0)))
+        if not session.scalar(select(exists().where(VersionRow.id > 0))):
+            return True
+        return _is_there(home) and _told(session) == _place(home)
 
 
-def bring_level(home: Home, store: Store, database: Database, timeout: float = -1, *, again: bool = False) -> None:
+def bring_level(
+    home: Home,
+    store: Store,
+    database: Database,
+    timeout: float = -1,
+    *,
+    again: bool = False,
+    show: Callable[[AdapterVersion], Shown],
+) -> None:
     """Brings MLflow level under the lock; may be cut off anywhere and repeated.
 
     Args:
@@ -32,6 +55,7 @@ def bring_level(home: Home, store: Store, database: Database, timeout: float = -
         database: The own database.
         timeout: Seconds to wait for the lock; -1 for ever.
         again: Writes what MLflow should have already once more.
+        show: Gives what MLflow shows of a version beyond its row.
 
     Raises:
         MirrorError: MLflow refuses.
@@ -40,11 +64,42 @@ def bring_level(home: Home, store: Store, database: Database, timeout: float = -
     if not again and is_level(home, database):
         return
     with home.lock("mlflow", timeout):
-        if again or not home.mlflow_db.exists():
+        told, place = _read_told(database), _place(home)
+        if again or not _is_there(home) or (told and told["database"] != place["database"]):
             _forget(database)
         mirror = Mirror(home, store)
-        _add_versions(database, mirror)
+        if told != place:
+            with database.read() as session:
+                names = session.scalars(select(NameRow.name)).all()
+            mirror.move_artifacts(names)
+        _add_versions(database, mirror, show)
         _set_aliases(database, mirror)
+        if told != place:
+            with database.write() as session:
+                session.execute(delete(MetaRow).where(MetaRow.key == _PLACE))
+                session.add(MetaRow(key=_PLACE, value=canonical_json(place).decode()))
+
+
+def _is_there(home: Home) -> bool:
+    """Whether MLflow's database is there, as far as that can be said without asking a server."""
+    file = sqlite_file(home.mlflow_url)
+    return file is None or file.exists()
+
+
+def _place(home: Home) -> dict[str, str]:
+    # A database in the home moves with it, and is still the same one.
+    database = "home" if sqlite_file(home.mlflow_url) == home.mlflow_db else name_of(home.mlflow_url)
+    return {"database": database, "artifacts": home.mlflow_artifacts.as_uri()}
+
+
+def _told(session: Session) -> dict[str, str] | None:
+    written = session.scalar(select(MetaRow.value).where(MetaRow.key == _PLACE))
+    return None if written is None else dict(json.loads(written))
+
+
+def _read_told(database: Database) -> dict[str, str] | None:
+    with database.read() as session:
+        return _told(session)
 
 
 def _forget(database: Database) -> None:
@@ -53,7 +108,7 @@ def _forget(database: Database) -> None:
         session.execute(update(AliasRow).values(mirrored_seq=0))
 
 
-def _add_versions(database: Database, mirror: Mirror) -> None:
+def _add_versions(database: Database, mirror: Mirror, show: Callable[[AdapterVersion], Shown]) -> None:
     with database.read() as session:
         # In the order of the numbers, since MLflow counts by itself.
         query = select(VersionRow).where(VersionRow.mirrored.is_(False))
@@ -62,7 +117,10 @@ def _add_versions(database: Database, mirror: Mirror) -> None:
         records = [artifact_ref(session.get_one(ArtifactRow, row.record)) for row in rows]
         ids = [row.id for row in rows]
     for row_id, version, record in zip(ids, versions, records, strict=True):
-        mlflow_run_id = mirror.add_version(version, record)
+        if version.state == "DELETED":
+            mlflow_run_id = mirror.delete_version(version)
+        else:
+            mlflow_run_id = mirror.add_version(version, record, show(version))
         with database.write() as session:
             seen = update(VersionRow).where(VersionRow.id == row_id)
             session.execute(seen.values(mirrored=True, mlflow_run_id=mlflow_run_id))

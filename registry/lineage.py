@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -15,12 +15,12 @@ from uuid import uuid4
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from lora_engine.files import canonical_json
+from lora_engine.files import canonical_json, sha256_bytes
 from registry.database import Database, insert_missing
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject, now
 from registry.errors import LineageError
-from registry.tables import ArtifactRow, ContentRow, ExecutionRow, InputRow, RunRow, SubjectRow
-from registry.walk import Direction, Walk, walk
+from registry.tables import ArtifactRow, ContentRow, DistributionsRow, ExecutionRow, InputRow, RunRow, SubjectRow
+from registry.walk import Direction, Walk, batched, walk
 
 
 class Lineage:
@@ -120,6 +120,7 @@ class Lineage:
                 record_artifacts(session, [execution.output])
                 record_contents(session, execution.output, contents or {}, subjects)
             values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
+            values["environment"] = _store_environment(session, execution.environment)
             inputs = values.pop("inputs")
             session.add(ExecutionRow(**values))
             session.flush()
@@ -152,15 +153,21 @@ class Lineage:
             ).first()
             return None if row is None else _execution(session, row)
 
-    def executions(self, run_id: str | None = None, *, output: str | None = None) -> list[Execution]:
-        """Executions of a run, or those that made an artifact, in the order of their beginning."""
+    def executions(
+        self, run_id: str | None = None, *, output: str | None = None, ids: Sequence[str] | None = None
+    ) -> list[Execution]:
+        """Executions of a run, those that made an artifact, or those of some ids, in the order of their beginning."""
         query = select(ExecutionRow).order_by(ExecutionRow.started_at, ExecutionRow.id)
         if run_id is not None:
             query = query.where(ExecutionRow.run_id == run_id)
         if output is not None:
             query = query.where(ExecutionRow.output == output)
         with self.database.read() as session:
-            return [_execution(session, row) for row in session.scalars(query)]
+            if ids is None:
+                return [_execution(session, row) for row in session.scalars(query)]
+            found = [row[0] for row in batched(session, query, ExecutionRow.id, ids)]
+            found.sort(key=lambda row: (row.started_at, row.id))
+            return [_execution(session, row) for row in found]
 
     def walk(self, start: str, direction: Direction = "up", *, subjects: bool = False) -> Walk:
         """What something was made from (`up`), or what was made from it (`down`).
@@ -200,6 +207,22 @@ def record_contents(
 def artifact_ref(row: ArtifactRow) -> ArtifactRef:
     """The reference of a row."""
     return ArtifactRef(row.kind, row.sha256, row.size)
+
+
+def _store_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment as its row holds it: the list of what was installed is kept once and named by its digest."""
+    listed = environment.get("distributions")
+    if not isinstance(listed, list):
+        return dict(environment)
+    digest = sha256_bytes(canonical_json(listed))
+    insert_missing(session, DistributionsRow, [{"sha256": digest, "listed": listed}])
+    return {**environment, "distributions": digest}
+
+
+def _read_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
+    digest = environment.get("distributions")
+    row = session.get(DistributionsRow, digest) if isinstance(digest, str) else None
+    return dict(environment) if row is None else {**environment, "distributions": row.listed}
 
 
 def _require_json(value: Any, where: str) -> None:
@@ -249,7 +272,7 @@ def _execution(session: Session, row: ExecutionRow) -> Execution:
         inputs={role: artifact_ref(artifact) for role, artifact in inputs},
         output=artifact_ref(output) if output else None,
         status=cast("ExecutionStatus", row.status),
-        environment=row.environment,
+        environment=_read_environment(session, row.environment),
         seed=row.seed,
         started_at=row.started_at,
         ended_at=row.ended_at,

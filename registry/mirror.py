@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,23 @@ from urllib.request import url2pathname
 from sqlalchemy.exc import SQLAlchemyError
 
 from lora_engine.files import sha256_bytes, sha256_file
+from registry.database import name_of, sqlite_file
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import MirrorError, disk_errors
 from registry.home import Home
 from registry.policy import numbers
+from registry.records.facts import Dataset
+from registry.records.keep import Shown
+from registry.relocation import relocate
 from registry.store import Store
+
+_logger = logging.getLogger(__name__)
 
 _PARAMS_AT_ONCE = 100
 _METRICS_AT_ONCE = 1000
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
+_DATASET_DIGEST = 36
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 _RECORD = "record.json"
 _NO_NAME = re.compile(r"[^\w\-. :/]", re.ASCII)
@@ -71,12 +78,13 @@ class Mirror:
         with self.worded("its database"):
             self._client = _open_client(home)
 
-    def add_version(self, version: AdapterVersion, record: ArtifactRef) -> str:
+    def add_version(self, version: AdapterVersion, record: ArtifactRef, shown: Shown) -> str:
         """Makes run, artifacts, registered model and model version what the registry says.
 
         Args:
             version: The version.
             record: The artifact with parameters, curves, pictures and documents.
+            shown: What else is shown of it: its documents and datasets.
 
         Returns:
             The id of its run in MLflow.
@@ -87,10 +95,37 @@ class Mirror:
         with self.worded(version.ref):
             run_id = self._run_for(version)
             self._log_values(run_id, version, json.loads(self.store.read(record, _RECORD)))
-            source = self._copy_files(run_id, version, record)
+            self._log_datasets(run_id, shown.facts.datasets)
+            source = self._copy_files(run_id, version, record, shown.documents)
             self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
             self._ensure_model(version.name)
             self._ensure_version(version, run_id, source)
+            self._describe(version, run_id, shown)
+            self._tell_state(version)
+        return run_id
+
+    def delete_version(self, version: AdapterVersion) -> str:
+        """Takes the bytes of a deleted version away; run and model version stay, so that MLflow counts as we do.
+
+        Returns:
+            The id of its run in MLflow.
+
+        Raises:
+            MirrorError: MLflow refuses, or counts differently.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        with self.worded(version.ref):
+            run_id = self._run_for(version)
+            place = str(self._client.get_run(run_id).info.artifact_uri)
+            artifacts = get_artifact_repository(place)
+            for folder in ("adapter", "pictures"):
+                if artifacts.list_artifacts(folder):
+                    artifacts.delete_artifacts(folder)
+            self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
+            self._ensure_model(version.name)
+            self._ensure_version(version, run_id, f"{place}/adapter")
+            self._tell_state(version)
         return run_id
 
     def set_alias(self, name: str, alias: str, version: int | None) -> None:
@@ -100,6 +135,13 @@ class Mirror:
                 self._client.delete_registered_model_alias(name, alias)
             else:
                 self._client.set_registered_model_alias(name, alias, str(version))
+
+    def move_artifacts(self, names: Iterable[str]) -> None:
+        """Corrects where MLflow looks for the artifacts of these adapters, in case the home was moved."""
+        with self.worded("the places of its artifacts"):
+            moved = relocate(self.home.mlflow_url, names, self.home.mlflow_artifacts.as_uri())
+        if moved:
+            _logger.info("the home was moved; in MLflow, %d places were corrected", sum(moved.values()))
 
     def versions(self) -> list[MirroredVersion]:
         """Everything that MLflow has registered."""
@@ -172,11 +214,61 @@ class Mirror:
         for batch in _batches(tags, _PARAMS_AT_ONCE):
             self._client.log_batch(run_id, tags=batch)
 
-    def _copy_files(self, run_id: str, version: AdapterVersion, record: ArtifactRef) -> str:
+    def _log_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
+        """Shows what was trained on; MLflow's column for a digest is too short for one, so a tag has it whole."""
+        from mlflow.entities import Dataset as LoggedDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        inputs = []
+        for entry in datasets:
+            digest = entry.artifact.sha256
+            profile = {"pictures": entry.count, "trained on": entry.train, "held out": entry.heldout}
+            profile |= {"with a caption": entry.captioned, "covered by a consent": sum(entry.consents.values())}
+            tags = {"mlflow.data.context": "training", "loraline.role": entry.role, "loraline.sha256": digest}
+            inputs.append(
+                DatasetInput(
+                    LoggedDataset(
+                        name=entry.role,
+                        digest=digest[:_DATASET_DIGEST],
+                        source_type="loraline",
+                        source=json.dumps({"artifact": digest}),
+                        profile=json.dumps(profile),
+                    ),
+                    [InputTag(key, value) for key, value in tags.items()],
+                )
+            )
+        if inputs:
+            self._client.log_inputs(run_id, inputs)
+
+    def _describe(self, version: AdapterVersion, run_id: str, shown: Shown) -> None:
+        """The short model card as the description of version, run and registered model, with links into MLflow."""
+        from registry.records.card import render_short
+
+        run = f"#/experiments/{self._client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+        pages = {"Model card": "model-card.html", "Provenance": "provenance.json", "Bill of materials": "ml-bom.json"}
+        links = {"Curves and figures": f"{run}/model-metrics", "Before and after": f"{run}/artifacts/pictures"}
+        links |= {text: f"{run}/artifacts/documents/{file}" for text, file in pages.items()}
+        for parent in shown.facts.parents:
+            name, _, number = parent.name.partition("@")
+            if number.isdecimal():
+                links[f"Parent {parent.name}"] = f"#/models/{name}/versions/{number}"
+        text = render_short(shown.facts, links)
+        self._client.update_model_version(version.name, str(version.version), description=text)
+        self._client.set_tag(run_id, "mlflow.note.content", text)
+        newest = {"filter_string": f"name = '{version.name}'", "order_by": ["version_number DESC"], "max_results": 1}
+        if all(int(found.version) <= version.version for found in self._client.search_model_versions(**newest)):
+            self._client.update_registered_model(version.name, description=text)
+
+    def _copy_files(
+        self, run_id: str, version: AdapterVersion, record: ArtifactRef, documents: Sequence[ArtifactRef]
+    ) -> str:
         """Puts the files where MLflow shows them, and gives the folder that holds the adapter alone."""
         with tempfile.TemporaryDirectory(dir=self.home.work, prefix="mirror-") as temporary:
             folder = Path(temporary) / "files"
             self.store.checkout(record, folder)
+            for document in documents:
+                for file in self.store.files(document):
+                    self.store.checkout_file(document, file, folder / "documents" / file)
             adapter = folder / "adapter" / Path(version.adapter_path).name
             self.store.checkout_file(version.artifact, version.adapter_path, adapter)
             self._client.log_artifacts(run_id, str(folder))
@@ -185,6 +277,9 @@ class Mirror:
         if copied is not None and sha256_file(copied / adapter.name) != version.sha256:
             raise OSError(f"the copy in {copied} is not what was copied")
         return source
+
+    def _tell_state(self, version: AdapterVersion) -> None:
+        self._client.set_model_version_tag(version.name, str(version.version), "loraline.state", version.state)
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -204,16 +299,13 @@ class Mirror:
         except MlflowException as error:
             if error.error_code != _MISSING:
                 raise
-            description = str(version.card.get("title") or version.card.get("description") or "")
-            found = self._client.create_model_version(
-                version.name, source=source, run_id=run_id, tags=_tags(version), description=description
-            )
+            found = self._client.create_model_version(version.name, source=source, run_id=run_id, tags=_tags(version))
         if int(found.version) != version.version or found.tags.get("loraline.sha256") != version.sha256:
             raise MirrorError(
                 f"MLflow has version {found.version} with digest {found.tags.get('loraline.sha256')!r} in its place",
                 where=version.ref,
                 allowed=f"digest {version.sha256}",
-                remedy=f"somebody wrote into {self.home.mlflow_db}; move that file away, and it is built anew",
+                remedy=f"somebody wrote into {name_of(self.home.mlflow_url)}; move that away, and it is built anew",
             )
 
 
@@ -225,20 +317,21 @@ def _open_client(home: Home) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    if not home.mlflow_db.exists():
-        _make_database(home)
+    file = sqlite_file(home.mlflow_url)
+    if file is not None and not file.exists():
+        _make_database(home, file)
     return MlflowClient(tracking_uri=home.mlflow_url, registry_uri=home.mlflow_url)
 
 
-def _make_database(home: Home) -> None:
+def _make_database(home: Home, file: Path) -> None:
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as ModelStore
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as RunStore
 
-    partial = home.path / f".mlflow.db.{os.getpid()}.partial"
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         made = RunStore(f"sqlite:///{partial}", home.mlflow_artifacts.as_uri())
         made.engine.dispose()
-        partial.replace(home.mlflow_db)
+        partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
     # MLflow keeps connections for good: if this process knew a database in this place before, it is that one no more.
@@ -255,7 +348,10 @@ def _tags(version: AdapterVersion) -> dict[str, str]:
         "loraline.run": version.run_id or "",
         "loraline.passed": {True: "yes", False: "no", None: "not evaluated"}[version.passed],
         "loraline.parents": ", ".join(version.parents),
-        "loraline.card": _text(dict(version.card)),
+        "loraline.title": str(version.card.get("title") or ""),
+        "loraline.base": str(version.card.get("base") or "").rpartition("/")[2],
+        "loraline.trigger": str(version.card.get("trigger") or ""),
+        "loraline.license": str(version.card.get("license") or ""),
     }
     return {key: value[:_TAG_LENGTH] for key, value in tags.items() if value}
 

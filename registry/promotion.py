@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from sqlalchemy.orm import Session
+
 from registry import catalog
-from registry.entities import Event, check_alias
+from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
-from registry.policy import decide
+from registry.judgement import current_actor, gather_facts, judge
+from registry.policies import read_policies
+from registry.policy import AliasPolicy, Facts, decide
 
 if TYPE_CHECKING:
     from registry.versions import Versions
 
-__all__ = ["current_actor", "decide", "history", "promote", "replay", "rollback"]
-
-
-def current_actor() -> str:
-    """`user@host` of this process, for the log."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
+__all__ = ["current_actor", "history", "judge", "promote", "read_log", "remove", "replay", "rollback"]
 
 
 def promote(
@@ -36,6 +29,8 @@ def promote(
     reason: str,
     actor: str | None = None,
     expected: int | Literal["now"] | None = "now",
+    structure: Sequence[str] = (),
+    override: bool = False,
 ) -> Event:
     """Points an alias at a version if its policy allows it and nobody moved it meanwhile.
 
@@ -47,6 +42,8 @@ def promote(
         reason: Why; kept for good.
         actor: Who; this process's user by default.
         expected: The number that the alias points at, as the caller knows it (None: nothing); `now` reads it first.
+        structure: What a reading of the adapter file found to be wrong; the registry knows no tensors.
+        override: Sets reasons aside, where the policy lets it; they are kept in the event.
 
     Returns:
         The event; where the alias points at the version already, the event that made it so.
@@ -54,27 +51,33 @@ def promote(
     Raises:
         Refused: With all reasons; the refusal is in the log.
         Conflict: The alias was moved by somebody else.
+        GoneVersion: The version was withdrawn or deleted.
         PromotionError: No reason given.
         UnknownName: No such adapter.
         UnknownVersion: No such version.
         MirrorError: Done and logged, but MLflow is behind; the next command mends it.
     """
     check_alias(to)
-    reason, actor = _require_reason(reason, to), actor or current_actor()
+    reason, actor = require_reason(reason, f"{to!r} cannot move"), actor or current_actor()
     with versions.lineage.database.read() as session:
         version = catalog.read_version(session, name, ref)
         before = catalog.alias_target(session, name, to) if expected == "now" else expected
         if before == version.version == catalog.alias_target(session, name, to):
             return [event for event in catalog.read_events(session, name, to) if event.action != "refuse"][-1]
-    decision = decide(version, to, damage=versions.damage(version))
+        catalog.require_active(session, name, version.version)
+    decision = judge(versions, version, to, actor=actor, damage=versions.damage(version), structure=structure)
+    policy = read_policies(versions.home.path).of(to)
+    action: Action = "promote"
     if not decision.allowed:
-        with versions.lineage.database.write() as session:
-            standing = catalog.alias_target(session, name, to)
-            why = "; ".join(decision.reasons)
-            catalog.log_event(session, version, to, standing, action="refuse", actor=actor, reason=why)
-        raise Refused(f"it cannot become {to!r}", reasons=decision.reasons, where=version.ref, remedy="mend all of it")
+        if not override or decision.final or not policy.overridable:
+            raise _refuse(versions, version, to, decision, actor, _remedy(override, decision, policy))
+        action = "override"
+    details = {"overridden": list(decision.reasons)} if action == "override" else None
     with versions.lineage.database.write() as session:
-        event = catalog.move_alias(session, version, to, expected=before, action="promote", actor=actor, reason=reason)
+        _refuse_revoked(session, versions, version, to, actor)
+        event = catalog.move_alias(
+            session, version, to, expected=before, action=action, actor=actor, reason=reason, details=details
+        )
     versions.sync()
     return event
 
@@ -85,6 +88,7 @@ def rollback(
     alias: str = "production",
     *,
     to: str | int | None = None,
+    to_event: int | None = None,
     reason: str = "rollback",
     actor: str | None = None,
 ) -> Event:
@@ -93,44 +97,80 @@ def rollback(
     Args:
         versions: The registry.
         name: The adapter.
-        alias: The alias.
+        alias: The alias; one that was removed comes back.
         to: An earlier version to go back to, instead of the one before.
+        to_event: The number of an event: go back to what the alias pointed at right after it.
         reason: Why; kept for good.
         actor: Who; this process's user by default.
 
     Raises:
         PromotionError: There is nothing earlier, or `to` never had the alias.
-        Refused: The bytes of the earlier version are no longer whole.
+        Refused: The earlier version is no longer whole, was withdrawn or comes from something revoked, or the actor may
+            not move the alias.
         Conflict: The alias was moved by somebody else meanwhile.
         MirrorError: Done and logged, but MLflow is behind; the next command mends it.
     """
-    reason, actor = _require_reason(reason, alias), actor or current_actor()
+    reason, actor = require_reason(reason, f"{alias!r} cannot move"), actor or current_actor()
     with versions.lineage.database.read() as session:
-        current = catalog.read_version(session, name, alias)
-        stack = _stack(catalog.read_events(session, name, alias))
+        events = catalog.read_events(session, name, alias)
+        if not any(event.action != "refuse" for event in events):
+            catalog.read_version(session, name, alias)
+        current = catalog.alias_target(session, name, alias)
+        had = stack(events)
+        earlier = [number for number in (had if current is None else had[:-1]) if number != current]
         wanted = catalog.find_row(session, name, to).version if to is not None else None
-        earlier = [number for number in stack[:-1] if number != current.version]
+        if to_event is not None:
+            wanted = _target_at(events, to_event, alias)
         if not earlier or (wanted is not None and wanted not in earlier):
             known = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
             raise PromotionError(
                 f"{alias!r} cannot go back" + (f" to version {wanted}" if wanted else ""), where=name, allowed=known
             )
         target = catalog.read_version(session, name, wanted or earlier[-1])
-    damage = versions.damage(target)
-    if damage:
+    # What it once had, it may have again; only what no override sets aside can have changed since.
+    policy = AliasPolicy(movers=read_policies(versions.home.path).of(alias).movers)
+    with versions.lineage.database.read() as session:
+        facts = gather_facts(session, versions, target, policy, actor=actor)
+    decision = decide(target, policy, Facts(damage=versions.damage(target), revoked=facts.revoked, actor=actor))
+    if decision.final:
         raise Refused(
-            f"{alias!r} cannot go back", reasons=damage, where=target.ref, remedy="roll back further with `to`"
+            f"{alias!r} cannot go back",
+            reasons=decision.final,
+            where=target.ref,
+            remedy="roll back further with `--to`",
         )
     with versions.lineage.database.write() as session:
+        _refuse_revoked(session, versions, target, alias, actor)
         event = catalog.move_alias(
-            session, target, alias, expected=current.version, action="rollback", actor=actor, reason=reason
+            session, target, alias, expected=current, action="rollback", actor=actor, reason=reason
         )
     versions.sync()
     return event
 
 
+def remove(versions: Versions, name: str, alias: str, *, reason: str, actor: str | None = None) -> Event:
+    """Lets an alias point at nothing; `rollback` brings it back.
+
+    Raises:
+        Refused: The actor may not move the alias.
+        Conflict: Somebody else moved it meanwhile.
+        UnknownVersion: It points at nothing.
+    """
+    reason, actor = require_reason(reason, f"{alias!r} cannot be removed"), actor or current_actor()
+    with versions.lineage.database.read() as session:
+        version = catalog.read_version(session, name, check_alias(alias))
+    policy = read_policies(versions.home.path).of(alias)
+    if not policy.may_move(actor):
+        why = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
+        raise _refuse(versions, version, alias, Decision(False, (why,), (why,)), actor, "ask one of them")
+    with versions.lineage.database.write() as session:
+        event = catalog.clear_alias(session, version, alias, actor=actor, reason=reason)
+    versions.sync()
+    return event
+
+
 def history(versions: Versions, name: str, alias: str | None = None) -> list[Event]:
-    """The log of an adapter's aliases, oldest first.
+    """The log of an adapter, or of one of its aliases, oldest first.
 
     Raises:
         UnknownName: No such adapter.
@@ -138,6 +178,12 @@ def history(versions: Versions, name: str, alias: str | None = None) -> list[Eve
     with versions.lineage.database.read() as session:
         catalog.find_row(session, name, "latest")
         return catalog.read_events(session, name, alias)
+
+
+def read_log(versions: Versions) -> list[Event]:
+    """The log of the whole registry, oldest first."""
+    with versions.lineage.database.read() as session:
+        return catalog.read_events(session)
 
 
 def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
@@ -149,21 +195,65 @@ def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
     return {key: number for key, number in aliases.items() if number is not None}
 
 
-def _stack(events: Iterable[Event]) -> list[int]:
+def stack(events: Iterable[Event]) -> list[int]:
     """The versions that one alias had, oldest first, without what was rolled back."""
-    stack: list[int] = []
+    had: list[int] = []
     for event in events:
         if event.action == "refuse" or event.after is None:
             continue
-        if event.action == "rollback" and event.after in stack:
-            last = len(stack) - 1 - stack[::-1].index(event.after)
-            del stack[last + 1 :]
+        if event.action == "rollback" and event.after in had:
+            last = len(had) - 1 - had[::-1].index(event.after)
+            del had[last + 1 :]
         else:
-            stack.append(event.after)
-    return stack
+            had.append(event.after)
+    return had
 
 
-def _require_reason(reason: str, alias: str) -> str:
+def require_reason(reason: str, what: str) -> str:
+    """The reason without blanks around it.
+
+    Raises:
+        PromotionError: There is none.
+    """
     if not reason.strip():
-        raise PromotionError(f"{alias!r} cannot move without a reason", remedy="say why; it is kept in the log")
+        raise PromotionError(f"{what} without a reason", remedy="say why; it is kept in the log")
     return reason.strip()
+
+
+def _refuse(
+    versions: Versions, version: AdapterVersion, alias: str, decision: Decision, actor: str, remedy: str
+) -> Refused:
+    """Logs a refusal and gives the error."""
+    with versions.lineage.database.write() as session:
+        standing = catalog.alias_target(session, version.name, alias)
+        why = "; ".join(decision.reasons)
+        catalog.log_event(session, version, alias, standing, action="refuse", actor=actor, reason=why)
+    return Refused(f"it cannot become {alias!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
+
+
+def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
+    if not override:
+        return "mend all of it"
+    if decision.final:
+        return f"no override sets these aside: {'; '.join(decision.final)}"
+    return "the policy of this alias lets nobody override it; mend all of it" if not policy.overridable else ""
+
+
+def _refuse_revoked(session: Session, versions: Versions, version: AdapterVersion, alias: str, actor: str) -> None:
+    """Looks once more, within the transaction: a revocation may have come between the decision and now."""
+    revoked = gather_facts(session, versions, version, AliasPolicy(), actor=actor).revoked
+    if revoked:
+        reasons = tuple(f"{what} was revoked" for what in revoked)
+        raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
+
+
+def _target_at(events: Sequence[Event], seq: int, alias: str) -> int:
+    known = [event.seq for event in events if event.action != "refuse"]
+    pointed = [number for (_, of), number in replay(e for e in events if e.seq <= seq).items() if of == alias]
+    if not known or seq > known[-1] or not pointed:
+        raise PromotionError(
+            f"{alias!r} pointed at nothing after event {seq}" if known and seq <= known[-1] else f"no event {seq} yet",
+            allowed=", ".join(map(str, known[:-1])) or "none; nothing came before",
+            remedy="`loraline log NAME` shows all events",
+        )
+    return pointed[0]

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from registry.errors import HomeError
 
 NAME = "loraline.yaml"
-_VARIABLES = {"store": "LORALINE_STORE_URL", "database": "LORALINE_DATABASE_URL", "mlflow": "LORALINE_MLFLOW_URL"}
+VARIABLES = {"store": "LORALINE_STORE_URL", "database": "LORALINE_DATABASE_URL", "mlflow": "LORALINE_MLFLOW_URL"}
+"""The variables of the environment that name a part's place, for every home that a process opens."""
 
 
 class Settings(BaseModel):
@@ -49,5 +50,5 @@ def read_settings(home: Path) -> Settings:
             allowed=", ".join(Settings.model_fields),
             remedy="mend or remove the file",
         ) from error
-    named = {field: os.environ[name] for field, name in _VARIABLES.items() if os.environ.get(name)}
+    named = {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
     return settings.model_copy(update=named)

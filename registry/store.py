@@ -18,10 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
-from registry.blobs import Blobs, LocalBlobs, copy_hashed, damaged
+from registry.blobs import Blobs, copy_hashed, damaged
 from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
 from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
 from registry.home import Home
+from registry.local import LocalBlobs
+from registry.remote import open_blobs
 
 Content = Path | bytes
 
@@ -64,8 +66,7 @@ class Store:
         for relative in sorted(files):
             check_relative(relative)
             entries[relative] = self._put_file(files[relative])
-        tree = {"kind": kind, "files": {path: vars(entry) for path, entry in entries.items()}}
-        content = canonical_json(tree)
+        content = encode_tree(kind, entries)
         ref = ArtifactRef(kind, sha256_bytes(content), sum(entry.size for entry in entries.values()))
         self.blobs.write(ref.sha256, partial(io.BytesIO, content))
         return ref
@@ -135,6 +136,15 @@ class Store:
         except (MissingBlob, DamagedBlob):
             return False
 
+    def renew(self, ref: ArtifactRef) -> bool:
+        """Makes an artifact safe from a collection for another grace period; False where some of it is gone."""
+        try:
+            digests = [ref.sha256, *(entry.sha256 for entry in self.files(ref).values())]
+        except (MissingBlob, DamagedBlob):
+            return False
+        found = [self.blobs.renew(digest) for digest in digests]  # all of them, wherever the first is gone
+        return all(found)
+
     def verify(self, ref: ArtifactRef) -> list[Problem]:
         """Reads every byte of the artifact again and lists what is gone or damaged; an empty list is good news."""
         try:
@@ -168,9 +178,9 @@ class Store:
             entry = FileEntry(sha256_bytes(content), len(content))
             self.blobs.write(entry.sha256, partial(io.BytesIO, content))
             return entry
-        with _open_regular(content) as file:
+        with open_regular(content) as file:
             entry = FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
-        self.blobs.write(entry.sha256, partial(_open_regular, content))
+        self.blobs.write(entry.sha256, partial(open_regular, content))
         return entry
 
     def _read_blob(self, digest: str, where: str) -> bytes:
@@ -189,8 +199,19 @@ class Store:
 
 
 def open_store(home: Home) -> Store:
-    """The store of a home, wherever its settings keep the bytes."""
-    return Store(home.store)
+    """The store of a home, wherever its settings keep the bytes.
+
+    Raises:
+        StoreError: The settings name a place that cannot be opened.
+        HomeError: The settings cannot be read.
+    """
+    url = home.store_url
+    return Store(home.store, open_blobs(url) if url else None)
+
+
+def encode_tree(kind: str, files: Mapping[str, FileEntry]) -> bytes:
+    """The canonical list of an artifact's files; its digest names the artifact."""
+    return canonical_json({"kind": kind, "files": {path: vars(entry) for path, entry in files.items()}})
 
 
 def check_relative(relative: str) -> str:
@@ -224,7 +245,12 @@ def _scan(folder: Path) -> dict[str, Content]:
     return found
 
 
-def _open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a regular file, never a link, a pipe or a device.
+
+    Raises:
+        StoreError: It is none, or is not there.
+    """
     try:
         # Neither follows a link nor waits for the writer of a pipe, whatever the path has become since the scan.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))

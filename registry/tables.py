@@ -1,22 +1,47 @@
-"""The tables of the registry's own database. Portable SQL; what only SQLite understands is guarded by its dialect."""
+"""The tables of the registry's own database, as this release reads and writes them; older ones are in `migrations`.
+
+Portable SQL: where SQLite and PostgreSQL differ, the type or the statement says so by dialect.
+"""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DDL, JSON, Dialect, ForeignKey, Index, String, UniqueConstraint, event
+from sqlalchemy import (
+    DDL,
+    JSON,
+    BigInteger,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    UniqueConstraint,
+    event,
+    literal_column,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 SCHEMA = 2
 """The version of the schema that this release reads and writes."""
 
+NAMESPACE = "loraline_registry"
+"""PostgreSQL's schema that holds the tables. Not `loraline`: a user of that name, as many will have, would make it the
+first place where every other program of that user looks for its own tables."""
+
+COUNT = BigInteger().with_variant(Integer(), "sqlite")
+"""Sizes and seeds pass 32 bits; SQLite's integers have 64 under either name."""
+
+TEXT = String().with_variant(String(collation="C"), "postgresql")
+"""Text that sorts by its bytes everywhere, as SQLite and Python sort it; beginnings are found by range."""
+
 
 class Instant(TypeDecorator[datetime]):
     """An instant as fixed-width ISO 8601 text in UTC, which sorts as time does on every database."""
 
-    impl = String(32)
+    impl = String(32).with_variant(String(32, collation="C"), "postgresql")
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
@@ -31,7 +56,13 @@ class Instant(TypeDecorator[datetime]):
 class Table(DeclarativeBase):
     """Base of all tables."""
 
-    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, datetime: Instant}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        dict[str, Any]: JSON,
+        list[Any]: JSON,
+        datetime: Instant,
+        int: COUNT,
+        str: TEXT,
+    }
 
 
 class MetaRow(Table):
@@ -87,11 +118,22 @@ class RunRow(Table):
     mlflow_run_id: Mapped[str | None]
 
 
+class DistributionsRow(Table):
+    """All that was installed where steps ran; kept once, named by the environments of the executions."""
+
+    __tablename__ = "distributions"
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    listed: Mapped[list[Any]]
+
+
 class ExecutionRow(Table):
     """A step of a run."""
 
     __tablename__ = "executions"
-    __table_args__ = (Index("executions_by_key", "key", "status", "started_at"),)
+    __table_args__ = (
+        Index("executions_by_key", "key", "status", "started_at"),
+        Index("executions_by_output", "output", "status"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), index=True)
     step: Mapped[str]
@@ -99,7 +141,7 @@ class ExecutionRow(Table):
     revision: Mapped[str]
     key: Mapped[str]
     settings: Mapped[dict[str, Any]]
-    output: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"), index=True)
+    output: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))
     status: Mapped[str]
     environment: Mapped[dict[str, Any]]
     seed: Mapped[int | None]
@@ -173,12 +215,16 @@ class ParentRow(Table):
     text: Mapped[str] = mapped_column(index=True)
 
 
+_NEXT_EVENT = literal_column("(SELECT coalesce(max(seq), 0) + 1 FROM events)", COUNT)
+
+
 class EventRow(Table):
     """The append-only log: of aliases, and of all else that somebody decided about a version or a subject."""
 
     __tablename__ = "events"
     __table_args__ = (Index("events_by_alias", "name", "alias"), {"sqlite_autoincrement": True})
-    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    # Counted by the transaction, which is the only one that writes: a sequence of the server would leave holes.
+    seq: Mapped[int] = mapped_column(primary_key=True, default=_NEXT_EVENT)
     name: Mapped[str | None] = mapped_column(ForeignKey("names.name"))
     alias: Mapped[str | None]
     action: Mapped[str]
@@ -211,12 +257,23 @@ class AliasRow(Table):
     mirrored_seq: Mapped[int]
 
 
-for _verb in ("UPDATE", "DELETE"):
-    event.listen(
-        EventRow.__table__,
-        "after_create",
-        DDL(  # type: ignore[no-untyped-call]
-            f"CREATE TRIGGER events_no_{_verb.lower()} BEFORE {_verb} ON events "
-            f"BEGIN SELECT RAISE(ABORT, 'the log of events is append-only'); END"
-        ).execute_if(dialect="sqlite"),
-    )
+_APPEND_ONLY = {
+    "sqlite": [
+        f"CREATE TRIGGER events_no_{verb.lower()} BEFORE {verb} ON events "
+        f"BEGIN SELECT RAISE(ABORT, 'the log of events is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ],
+    "postgresql": [
+        "CREATE FUNCTION events_refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the log of events is append-only'; END $$",
+        "CREATE TRIGGER events_no_change BEFORE UPDATE OR DELETE OR TRUNCATE ON events "
+        "FOR EACH STATEMENT EXECUTE FUNCTION events_refuse()",
+    ],
+}
+for _dialect, _statements in _APPEND_ONLY.items():
+    for _statement in _statements:
+        event.listen(
+            EventRow.__table__,
+            "after_create",
+            DDL(_statement).execute_if(dialect=_dialect),  # type: ignore[no-untyped-call]
+        )

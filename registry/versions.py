@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from sqlalchemy.orm import Session
 from lora_engine.files import canonical_json
 from registry import catalog
 from registry.blobs import damaged
-from registry.entities import AdapterVersion, ArtifactRef, FileEntry, check_alias, check_name
+from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MirrorError, VersionError
 from registry.home import Home
+from registry.judgement import judge
 from registry.leveling import bring_level, is_level
 from registry.lineage import Lineage, record_artifacts, record_contents
-from registry.policy import decide, numbers
+from registry.policy import numbers
 from registry.promotion import current_actor
+from registry.records.keep import gather_shown, write_missing
 from registry.store import Content, Store, check_relative, open_store
 
 _logger = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Versions:
         gates: Sequence[Mapping[str, Any]] = (),
         passed: bool | None = None,
         parents: Sequence[str] = (),
+        declared: str | None = None,
         alias_request: str | None = None,
         curves: Curves | None = None,
         params: Mapping[str, Any] | None = None,
@@ -96,6 +100,8 @@ class Versions:
             gates: One object a gate: metric, of, min, max, value, passed.
             passed: Whether the gates passed; None where nothing was evaluated.
             parents: `name@version` of adapters it was merged from, and other origins as free text.
+            declared: The licence that it is declared to have (SPDX, or as Hugging Face writes it), before the card's;
+                what it inherits from its base and its data stays as it is.
             alias_request: An alias that it shall have, if the alias's policy allows; a refusal is logged, not raised.
             curves: Metric -> (step, value), shown by MLflow.
             params: The recipe, shown by MLflow.
@@ -106,12 +112,15 @@ class Versions:
         Raises:
             VersionError: A name against the rule, a number that is not finite, a value that JSON cannot hold, or no
                 such file in the artifact.
+            GoneVersion: The very same was registered before, and deleted.
             StoreError: The bytes are not in the store, or not whole.
             MirrorError: Registered, but MLflow is behind; the next command mends it.
         """
         check_name(name)
         if alias_request is not None:
             check_alias(alias_request)
+        if declared is not None:
+            card = {**(card or {}), "license": declared}
         _require_finite(metrics or {}, "metrics")
         _require_finite(curves or {}, "curves")
         _require_json({"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
@@ -145,16 +154,22 @@ class Versions:
                 for ref, contents in files.items():
                     record_contents(session, ref, contents)
                 row = catalog.insert_version(session, name, parents, values)
+            elif row.state == "DELETED":
+                # What was deleted does not come back by being made again, least of all by a schedule.
+                catalog.require_active(session, name, row.version)
             if alias_request is not None:
                 self._stage(session, catalog.entities(session, [row])[0], alias_request, actor or current_actor())
             number = row.version
+        # What dies before its documents are written has them written when MLflow is brought level.
+        write_missing(self, self.show(name, number))
         self.sync()
         return self.show(name, number)
 
-    def list(self, name: str | None = None) -> tuple[AdapterVersion, ...]:
-        """All versions, by name and number; their bytes are not read."""
+    def list(self, name: str | None = None, *, deleted: bool = False) -> tuple[AdapterVersion, ...]:
+        """The versions by name and number, the deleted ones only if asked for; their bytes are not read."""
         with self.lineage.database.read() as session:
-            return tuple(catalog.read_versions(session, name))
+            found = catalog.read_versions(session, name)
+        return tuple(version for version in found if deleted or version.state != "DELETED")
 
     def show(self, name: str, ref: str | int = "latest") -> AdapterVersion:
         """What is known of a version; its bytes are not read.
@@ -176,11 +191,23 @@ class Versions:
         Raises:
             DamagedBlob: The bytes are others; the message names both digests.
             MissingBlob: The bytes are gone.
+            SignatureError: It is signed, and the signature does not hold.
+            GoneVersion: It was withdrawn or deleted.
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
         """
         version = self.show(name, ref)
         self.read_adapter(version)
+        return version
+
+    def require_active(self, version: AdapterVersion) -> AdapterVersion:
+        """The version, given back if it may be handed out; its state is read anew.
+
+        Raises:
+            GoneVersion: It was withdrawn or deleted; the message says by whom, when and why.
+        """
+        with self.lineage.database.read() as session:
+            catalog.require_active(session, version.name, version.version)
         return version
 
     def read_adapter(self, version: AdapterVersion) -> bytes:
@@ -192,6 +219,20 @@ class Versions:
         """Copies the adapter file out, verified and atomic; raises as `get` does."""
         self._check_adapter(version)
         self.store.checkout_file(version.artifact, version.adapter_path, path)
+
+    def log_export(self, version: AdapterVersion, details: Mapping[str, Any], *, actor: str | None = None) -> Event:
+        """Logs that a version was written for another program, so that a recall can tell where it went.
+
+        Args:
+            version: The version.
+            details: The `format`, and the `files` with their digests.
+            actor: Who; this process's user by default.
+        """
+        reason = f"exported as {details.get('format', 'a file')}"
+        with self.lineage.database.write() as session:
+            return catalog.log_deed(
+                session, "export", actor=actor or current_actor(), reason=reason, version=version, details=details
+            )
 
     def damage(self, version: AdapterVersion) -> tuple[str, ...]:
         """What a full verification of a version's adapter and report finds; empty where all is whole."""
@@ -214,15 +255,22 @@ class Versions:
             MirrorError: MLflow refuses; nothing is lost, and the next call goes on from there.
             filelock.Timeout: Another process is at it.
         """
-        bring_level(self.home, self.store, self.lineage.database, timeout, again=again)
+        show = partial(gather_shown, self)
+        bring_level(self.home, self.store, self.lineage.database, timeout, again=again, show=show)
 
     def _check_adapter(self, version: AdapterVersion) -> None:
+        self.require_active(version)
         stored = self.store.files(version.artifact)[version.adapter_path].sha256
         if stored != version.sha256:
             raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
+        from registry.signing import require_valid_signature  # which itself reads versions
+
+        require_valid_signature(self, version)
 
     def _whole_files(self, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:
         for ref in refs:
+            # From here on a collection leaves it to this registration.
+            self.store.renew(ref)
             for problem in self.store.verify(ref):
                 raise DamagedBlob(problem.what, where=problem.where, remedy=problem.remedy)
         return {ref: self.store.files(ref) for ref in refs}
@@ -246,7 +294,7 @@ class Versions:
         if any(event.after == version.version for event in events):
             return
         standing = catalog.alias_target(session, version.name, alias)
-        decision = decide(version, alias)
+        decision = judge(self, version, alias, actor=actor, session=session)
         if decision.allowed:
             catalog.move_alias(
                 session, version, alias, expected=standing, action="stage", actor=actor, reason="registered"

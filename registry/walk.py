@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -106,7 +106,7 @@ def walk(session: Session, start: str, direction: Direction, *, subjects: bool =
                     depths[node] = depth
                     found.append(node)
         level = found
-    described = _describe(session, depths)
+    described = _describe(session, depths) | _describe_subjects(session, first, edges)
     nodes = tuple(Node(*node, depths[node], *described.get(node, ("", {}))) for node in depths)
     return Walk(first, direction, nodes, tuple(edges))
 
@@ -117,8 +117,9 @@ def resolve(session: Session, start: str) -> NodeId:
     Raises:
         LineageError: Nothing, or more than one thing, goes by that name.
     """
-    name, at, ref = start.partition("@")
-    if at:
+    name, at, ref = start.rpartition("@")
+    # A consent may be called by an address, which looks like a version.
+    if at and (_is_name(session, name) or not _is_subject(session, start)):
         return NodeId("version", f"{name}@{_version_number(session, name, ref)}")
     if session.get(RunRow, start) is not None:
         return NodeId("run", start)
@@ -154,6 +155,14 @@ def _resolve_beginning(
         allowed=f"a digest (or its first {_PREFIX} digits), a run's id, name@version or name@alias",
         remedy="`loraline list` shows what is registered",
     )
+
+
+def _is_name(session: Session, name: str) -> bool:
+    return session.scalar(select(VersionRow.id).where(VersionRow.name == name).limit(1)) is not None
+
+
+def _is_subject(session: Session, subject: str) -> bool:
+    return session.scalar(select(SubjectRow.subject).where(SubjectRow.subject == subject).limit(1)) is not None
 
 
 def _version_number(session: Session, name: str, ref: str) -> int:
@@ -218,7 +227,7 @@ def _version_edges(session: Session, refs: list[str]) -> Iterator[Edge]:
         made = select(column, _REF).where(column.is_not(None))
         yield from _edges(session, made, VersionRow.id, ids, ("artifact", "version"), role=role)
     origin = select(ParentRow.parent, ParentRow.text, _REF).join(VersionRow, VersionRow.id == ParentRow.child)
-    for parent, text, child in _batched(session, origin.order_by(ParentRow.position), ParentRow.child, ids):
+    for parent, text, child in batched(session, origin.order_by(ParentRow.position), ParentRow.child, ids):
         source = NodeId("origin" if parent is None else "version", text)
         yield Edge(source, NodeId("version", child), "parent")
 
@@ -238,13 +247,17 @@ def _edges(
     role: str = "",
 ) -> Iterator[Edge]:
     """Edges of a query of (source, target[, role]), for the wanted values of an indexed column."""
-    for row in _batched(session, query, column, wanted):
+    for row in batched(session, query, column, wanted):
         yield Edge(NodeId(ends[0], row[0]), NodeId(ends[1], row[1]), role or row[2])
 
 
-def _batched(
-    session: Session, query: Select[Any], column: ColumnElement[Any] | InstrumentedAttribute[Any], wanted: list[Any]
+def batched(
+    session: Session,
+    query: Select[Any],
+    column: ColumnElement[Any] | InstrumentedAttribute[Any],
+    wanted: Sequence[Any],
 ) -> Iterator[Row[Any]]:
+    """The rows of a query for the wanted values of an indexed column, however many they are."""
     for begin in range(0, len(wanted), _BATCH):
         yield from session.execute(query.where(column.in_(wanted[begin : begin + _BATCH])))
 
@@ -257,7 +270,7 @@ def _version_ids(session: Session, refs: list[str]) -> list[int]:
     ids: list[int] = []
     for name, wanted in numbers.items():
         query = select(VersionRow.id).where(VersionRow.name == name)
-        ids += [row[0] for row in _batched(session, query, VersionRow.version, wanted)]
+        ids += [row[0] for row in batched(session, query, VersionRow.version, wanted)]
     return ids
 
 
@@ -271,21 +284,50 @@ def _by_kind(level: Iterable[NodeId]) -> Mapping[NodeKind, list[str]]:
 def _describe(session: Session, nodes: Iterable[NodeId]) -> dict[NodeId, tuple[str, dict[str, Any]]]:
     kinds = _by_kind(nodes)
     words: dict[NodeId, tuple[str, dict[str, Any]]] = {}
-    for (row,) in _batched(session, select(ArtifactRow), ArtifactRow.sha256, kinds["artifact"]):
+    for (row,) in batched(session, select(ArtifactRow), ArtifactRow.sha256, kinds["artifact"]):
         words[NodeId("artifact", row.sha256)] = (row.kind, {"kind": row.kind, "size": row.size})
-    for (row,) in _batched(session, select(ExecutionRow), ExecutionRow.id, kinds["execution"]):
+    for (row,) in batched(session, select(ExecutionRow), ExecutionRow.id, kinds["execution"]):
         detail = {"step": row.step, "uses": row.uses, "run": row.run_id, "status": row.status, "at": row.started_at}
         words[NodeId("execution", row.id)] = (f"{row.step} ({row.uses})", detail)
-    for (row,) in _batched(session, select(RunRow), RunRow.id, kinds["run"]):
+    for (row,) in batched(session, select(RunRow), RunRow.id, kinds["run"]):
         words[NodeId("run", row.id)] = (row.name, {"status": row.status, "at": row.started_at})
     ids = _version_ids(session, kinds["version"])
-    for (row,) in _batched(session, select(VersionRow), VersionRow.id, ids):
-        query = select(AliasRow.alias).where(AliasRow.name == row.name, AliasRow.version == row.version)
-        aliases = sorted(session.scalars(query))
-        detail = {"sha256": row.sha256, "aliases": aliases, "at": row.created_at}
-        words[NodeId("version", f"{row.name}@{row.version}")] = (", ".join(aliases), detail)
-    for artifact, subject, label in _batched(
-        session, select(SubjectRow.artifact, SubjectRow.subject, SubjectRow.label), SubjectRow.subject, kinds["subject"]
-    ):
-        words[NodeId("subject", subject)] = (label, {"artifact": artifact})
+    aliases = _aliases(session, kinds["version"])
+    for (row,) in batched(session, select(VersionRow), VersionRow.id, ids):
+        ref = f"{row.name}@{row.version}"
+        detail = {"sha256": row.sha256, "aliases": aliases[ref], "at": row.created_at, "state": row.state}
+        words[NodeId("version", ref)] = (", ".join(aliases[ref]), detail)
     return words
+
+
+def _aliases(session: Session, refs: list[str]) -> Mapping[str, list[str]]:
+    """By `name@version`: the aliases that point at it, sorted."""
+    found: dict[str, list[str]] = defaultdict(list)
+    query = select(AliasRow.name, AliasRow.alias, AliasRow.version).order_by(AliasRow.name, AliasRow.alias)
+    for name, alias, number in batched(session, query, AliasRow.name, sorted({ref.rpartition("@")[0] for ref in refs})):
+        found[f"{name}@{number}"].append(alias)
+    return found
+
+
+def _describe_subjects(
+    session: Session, first: NodeId, edges: Iterable[Edge]
+) -> dict[NodeId, tuple[str, dict[str, Any]]]:
+    """What subjects are called, by one row each: one that is in every artifact costs no more than another."""
+    places: dict[str, str] = {}
+    for edge in edges:
+        if edge.source.kind == "subject":
+            places.setdefault(edge.source.id, edge.target.id)
+    if first.kind == "subject" and not places:
+        somewhere = select(SubjectRow.artifact).where(SubjectRow.subject == first.id).limit(1)
+        places[first.id] = session.scalar(somewhere) or ""
+    held: dict[str, list[str]] = defaultdict(list)
+    for subject, artifact in places.items():
+        held[artifact].append(subject)
+    rows = [
+        row
+        for artifact, subjects in held.items()
+        for (row,) in batched(
+            session, select(SubjectRow).where(SubjectRow.artifact == artifact), SubjectRow.subject, subjects
+        )
+    ]
+    return {NodeId("subject", row.subject): (row.label, {"kind": row.kind, "artifact": row.artifact}) for row in rows}

@@ -1,21 +1,119 @@
-"""Fixtures of the registry's tests: real SQLite, real MLflow, real files."""
+"""Fixtures of the registry's tests: real SQLite and PostgreSQL, real MLflow, real files.
+
+Every test that touches a database runs on both, unless it is about SQLite's files (marked `sqlite`). On PostgreSQL such
+a test is slow, but for those marked `quick`: `make check` shall stay short.
+"""
 
 import os
+import pwd
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
+from registry.database import Database
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
 from registry.mirror import Mirror
 from registry.store import Store
 from registry.versions import Versions
+from tests.conftest import find_program
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
+
+
+POSTGRES = pytest.param("postgres", marks=pytest.mark.needs("postgres"))
+SLOW_POSTGRES = pytest.param("postgres", marks=[pytest.mark.needs("postgres"), pytest.mark.slow])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs what asks for a database on each of them."""
+    if "database" in metafunc.fixturenames:
+        marks = {mark.name for mark in metafunc.definition.iter_markers()}
+        other = [] if "sqlite" in marks else [POSTGRES if "quick" in marks else SLOW_POSTGRES]
+        metafunc.parametrize("database", ["sqlite", *other])
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of this session alone, on a socket that only it knows; the URL without a database's name."""
+    # Not below pytest's folder, which only its owner may enter, and of a short name, as sockets ask for.
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    who: dict[str, object] = {}
+    if os.geteuid() == 0:  # the server refuses to run as root
+        user = pwd.getpwnam("nobody")
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
+    bin_folder = Path(os.path.realpath(find_program("postgres"))).parent
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": folder, "text": True, **who}
+    made = subprocess.run(
+        [bin_folder / "initdb", "-D", folder / "data", "-U", "loraline", "-A", "trust", "-E", "UTF8", "--no-sync"],
+        **quiet,
+    )
+    assert made.returncode == 0, made.stderr
+    settings = {"listen_addresses": "", "unix_socket_directories": folder, "max_connections": 300, "fsync": "off"}
+    settings |= {"shared_buffers": "32MB", "synchronous_commit": "off", "full_page_writes": "off"}
+    options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    server = subprocess.Popen([bin_folder / "postgres", "-D", folder / "data", *options], **quiet)
+    url = f"postgresql+psycopg://loraline@/%s?host={folder}"
+    try:
+        while subprocess.run([bin_folder / "pg_isready", "-q", "-h", folder]).returncode:
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.05)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)  # ends at once, cleanly
+        server.communicate(timeout=30)
+        shutil.rmtree(folder)
+
+
+def administer(postgres: str, statement: str) -> None:
+    """Runs a statement on the server outside of any test's database."""
+    import psycopg
+
+    with psycopg.connect((postgres % "postgres").replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(statement)
+
+
+@pytest.fixture
+def postgres_url(postgres: str) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database of this test alone."""
+    name = f"test_{uuid4().hex}"
+    administer(postgres, f"CREATE DATABASE {name} TEMPLATE template0")
+    yield postgres % name
+    administer(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres: str) -> str:
+    """The name of a PostgreSQL database that has our tables, made once since that takes as long as a test."""
+    administer(postgres, "CREATE DATABASE made TEMPLATE template0")
+    Database(postgres % "made").close()
+    return "made"
+
+
+@pytest.fixture
+def postgres_home_url(postgres: str, postgres_template: str) -> Iterator[str]:
+    """The URL of a PostgreSQL database of this test alone, with our tables in it."""
+    name = f"test_{uuid4().hex}"
+    administer(postgres, f"CREATE DATABASE {name} TEMPLATE {postgres_template}")
+    yield postgres % name
+    administer(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database_url(database: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of the database that this test runs on; nothing is registered in it."""
+    if database == "postgres":
+        return str(request.getfixturevalue("postgres_home_url"))
+    return f"sqlite:///{tmp_path / 'home' / 'lineage.db'}"
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +125,11 @@ def fresh_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def empty_home(tmp_path: Path) -> Home:
-    return Home.open(tmp_path / "home")
+def empty_home(tmp_path: Path, database: str, database_url: str) -> Home:
+    home = Home.open(tmp_path / "home")
+    if database != "sqlite":
+        (home.path / "loraline.yaml").write_text(f"database: {database_url}\n")
+    return home
 
 
 @pytest.fixture

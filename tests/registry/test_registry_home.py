@@ -1,16 +1,13 @@
 import errno
 import os
-import sqlite3
 import subprocess
 import sys
 
 import pytest
 
-from lora_engine.files import sha256_file
 from registry.errors import HomeError
 from registry.home import Home
 from registry.lineage import Lineage
-from registry.tables import SCHEMA
 
 
 def test_home_has_its_places(tmp_path):
@@ -54,32 +51,6 @@ def test_disk_that_refuses_is_a_clear_error(tmp_path, monkeypatch, number, words
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(HomeError, match=words):
         Home.open(tmp_path / "home")
-
-
-def test_database_of_a_newer_release_is_refused_untouched(empty_home):
-    Lineage(empty_home.lineage_url).close()
-    with sqlite3.connect(empty_home.lineage_db) as connection:
-        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA + 1),))
-    connection.close()
-    before = sha256_file(empty_home.lineage_db)
-    with pytest.raises(HomeError, match="newer release"):
-        Lineage(empty_home.lineage_url)
-    assert sha256_file(empty_home.lineage_db) == before
-
-
-def test_file_that_is_no_database_is_refused_untouched(empty_home):
-    empty_home.lineage_db.write_bytes(b"this is a letter, not a database" * 100)
-    before = sha256_file(empty_home.lineage_db)
-    with pytest.raises(HomeError, match="not a database"):
-        Lineage(empty_home.lineage_url)
-    assert sha256_file(empty_home.lineage_db) == before
-
-
-def test_empty_database_file_becomes_a_database(empty_home):
-    empty_home.lineage_db.touch()
-    lineage = Lineage(empty_home.lineage_url)
-    assert lineage.runs() == []
-    lineage.close()
 
 
 @pytest.mark.slow

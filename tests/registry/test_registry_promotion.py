@@ -1,18 +1,22 @@
 import dataclasses
-import sqlite3
 import threading
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.exc import DatabaseError
 
 from registry import promotion
 from registry.audit import fsck
 from registry.catalog import alias_table, read_events
+from registry.consent import ConsentFindings
 from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import Conflict, PromotionError, Refused, UnknownVersion, VersionError
-from registry.policy import decide
+from registry.governance import FREE
+from registry.policy import PRESETS, AliasPolicy, Facts
+from registry.policy import decide as decide_by
 from registry.promotion import history, promote, replay, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
@@ -34,6 +38,13 @@ VERSION = AdapterVersion(
     passed=True,
     parents=(),
 )
+
+
+CLEAN = Facts(terms=FREE, consent=ConsentFindings(), actor="ada@lab")
+
+
+def decide(version, alias, **facts):
+    return decide_by(version, PRESETS["default"].get(alias, AliasPolicy()), dataclasses.replace(CLEAN, **facts))
 
 
 def state(versions):
@@ -252,12 +263,8 @@ def test_rollback_of_what_was_never_promoted_is_refused(versions, register):
 @pytest.mark.parametrize("statement", ["UPDATE events SET actor = 'eve'", "DELETE FROM events"])
 def test_events_cannot_be_changed(versions, register, statement):
     register(versions, b"weights", alias_request="staging")
-    with (
-        sqlite3.connect(versions.home.lineage_db) as connection,
-        pytest.raises(sqlite3.IntegrityError, match="append-only"),
-    ):
-        connection.execute(statement)
-    connection.close()
+    with pytest.raises(DatabaseError, match="append-only"), versions.lineage.database.write() as session:
+        session.execute(text(statement))
     assert len(state(versions)[1]) == 1
 
 

@@ -1,0 +1,182 @@
+"""Keys: pairs of one's own on an elliptic curve, and the public ones that a home trusts (`keys/*.pub`).
+
+A public key may say until when it holds, in the text that PEM allows before the key (RFC 7468, section 5.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_engine.files import atomic_write, sha256_bytes
+from registry.entities import now
+from registry.errors import SignatureError, disk_errors
+from registry.home import Home
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+
+FOLDER = "keys"
+SUFFIX = ".pub"
+CURVES = ("secp256r1", "secp384r1", "secp521r1")
+_UNTIL = re.compile(rb"^Valid-Until: (\d{4}-\d{2}-\d{2})\s*$", re.MULTILINE)
+_MAX_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A public key that is trusted.
+
+    Args:
+        path: Its file.
+        fingerprint: SHA-256 of the key in PEM, by which signatures name it.
+        valid_until: The last day on which it holds; None for ever.
+    """
+
+    path: Path
+    fingerprint: str
+    valid_until: date | None = None
+
+    @property
+    def name(self) -> str:
+        """What its file is called."""
+        return self.path.stem
+
+    def has_expired(self, at: datetime | None = None) -> bool:
+        """Whether its last day is over (UTC)."""
+        end = self.valid_until and datetime.combine(self.valid_until, time.max, UTC)
+        return end is not None and (at or now()) > end
+
+
+def make_key(path: Path, passphrase: bytes | None, *, valid_until: date | None = None) -> PublicKey:
+    """Makes a key pair: the private key, encrypted, in a file that only its owner reads; the public one beside it.
+
+    Args:
+        path: Where the private key goes; the public key goes to the same name with `.pub` behind it.
+        passphrase: What encrypts the private key; None leaves it open.
+        valid_until: The last day on which signatures of the key shall be taken.
+
+    Raises:
+        SignatureError: A file is there already.
+    """
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    public_path = path.with_name(path.name + SUFFIX)
+    for file in (path, public_path):
+        if file.exists():
+            raise SignatureError("there is something already", where=str(file), remedy="name another file")
+    key = ec.generate_private_key(ec.SECP256R1())
+    lock = pem.BestAvailableEncryption(passphrase) if passphrase else pem.NoEncryption()
+    secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, lock)
+    until = f"Valid-Until: {valid_until.isoformat()}\n" if valid_until else ""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Private from its first byte on: atomic_write would open it to others at the end.
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_bytes(secret)
+        atomic_write(public_path, until.encode() + _public_pem(key.public_key()))
+    return read_public_key(public_path)
+
+
+def trust_key(home: Home, path: Path) -> PublicKey:
+    """Puts a public key among those that the home trusts.
+
+    Raises:
+        SignatureError: It is no public key that could have signed, or another key of that name is trusted.
+    """
+    key = read_public_key(path)
+    target = home.path / FOLDER / f"{key.name}{SUFFIX}"
+    if target.exists() and target.read_bytes() != path.read_bytes():
+        raise SignatureError(f"another key {key.name!r} is trusted", where=str(target), remedy="rename one of them")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, path.read_bytes())
+    return read_public_key(target)
+
+
+def trusted_keys(home: Home) -> list[PublicKey]:
+    """The public keys of a home, by name.
+
+    Raises:
+        SignatureError: A file among them is no such key.
+    """
+    return [read_public_key(path) for path in sorted((home.path / FOLDER).glob(f"*{SUFFIX}"))]
+
+
+def read_public_key(path: Path) -> PublicKey:
+    """The public key of a file.
+
+    Raises:
+        SignatureError: No such file, or no public key on one of `CURVES`.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        content = path.read_bytes()[:_MAX_BYTES]
+        key = pem.load_pem_public_key(content)
+        until = _UNTIL.search(content.partition(b"-----BEGIN")[0])
+        last = date.fromisoformat(until[1].decode()) if until else None
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise _no_key(f"this is no public key ({error})", path) from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
+        raise _no_key("this is a key of another sort", path)
+    return PublicKey(path, fingerprint(key), last)
+
+
+def read_private_key(path: Path, passphrase: bytes | None) -> EllipticCurvePrivateKey:
+    """The private key of a file.
+
+    Raises:
+        SignatureError: No such file, a wrong or missing passphrase, or no private key on one of `CURVES`.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        key = pem.load_pem_private_key(path.read_bytes(), passphrase or None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise SignatureError(
+            f"the private key cannot be read ({error})", where=str(path), remedy="check the file and the passphrase"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
+        raise _no_key("this is a key of another sort", path)
+    return key
+
+
+def is_encrypted(path: Path) -> bool:
+    """Whether a private key needs a passphrase; False also for what is no key."""
+    try:
+        return b"ENCRYPTED" in path.read_bytes()[:_MAX_BYTES]
+    except OSError:
+        return False
+
+
+def fingerprint(key: EllipticCurvePublicKey) -> str:
+    """SHA-256 of the public key in PEM: how bundles of the model-signing package name a key."""
+    return sha256_bytes(_public_pem(key))
+
+
+def key_of(keys: Sequence[PublicKey], wanted: str) -> PublicKey | None:
+    """The key with that fingerprint; one that has not expired comes first."""
+    found = [key for key in keys if key.fingerprint == wanted]
+    return min(found, key=lambda key: key.has_expired(), default=None)
+
+
+def _public_pem(key: EllipticCurvePublicKey) -> bytes:
+    from cryptography.hazmat.primitives import serialization as pem
+
+    return key.public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _no_key(problem: str, path: Path) -> SignatureError:
+    return SignatureError(
+        problem, where=str(path), allowed=f"PEM files of keys on {', '.join(CURVES)}", remedy="`loraline keys new FILE`"
+    )

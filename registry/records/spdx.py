@@ -1,0 +1,53 @@
+"""Names of licences that other programs know: SPDX identifiers, and what the Hugging Face hub calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+HUB: Mapping[str, str] = {
+    "AGPL-3.0-only": "agpl-3.0",
+    "AGPL-3.0-or-later": "agpl-3.0",
+    "Apache-2.0": "apache-2.0",
+    "Artistic-2.0": "artistic-2.0",
+    "BSD-2-Clause": "bsd-2-clause",
+    "BSD-3-Clause": "bsd-3-clause",
+    "CC-BY-2.0": "cc-by-2.0",
+    "CC-BY-3.0": "cc-by-3.0",
+    "CC-BY-4.0": "cc-by-4.0",
+    "CC-BY-NC-2.0": "cc-by-nc-2.0",
+    "CC-BY-NC-3.0": "cc-by-nc-3.0",
+    "CC-BY-NC-4.0": "cc-by-nc-4.0",
+    "CC-BY-NC-ND-4.0": "cc-by-nc-nd-4.0",
+    "CC-BY-NC-SA-3.0": "cc-by-nc-sa-3.0",
+    "CC-BY-NC-SA-4.0": "cc-by-nc-sa-4.0",
+    "CC-BY-ND-4.0": "cc-by-nd-4.0",
+    "CC-BY-SA-3.0": "cc-by-sa-3.0",
+    "CC-BY-SA-4.0": "cc-by-sa-4.0",
+    "CC0-1.0": "cc0-1.0",
+    "GPL-2.0-only": "gpl-2.0",
+    "GPL-3.0-only": "gpl-3.0",
+    "GPL-3.0-or-later": "gpl-3.0",
+    "ISC": "isc",
+    "LGPL-3.0-only": "lgpl-3.0",
+    "MIT": "mit",
+    "MPL-2.0": "mpl-2.0",
+    "ODbL-1.0": "odbl",
+    "Unlicense": "unlicense",
+}
+"""SPDX identifier -> identifier in the front matter of a model card (https://huggingface.co/docs/hub/repositories-licenses)."""
+
+SPDX = frozenset(HUB)
+"""The SPDX identifiers that are stated as such; every other licence goes by its name."""
+
+_RAIL = {"creativeml-openrail-m", "openrail", "openrail++", "bigscience-openrail-m"}
+
+
+def hub_license(name: str | None) -> dict[str, str]:
+    """The entries of a model card's front matter that name a licence."""
+    if not name:
+        return {"license": "unknown"}
+    if name in HUB:
+        return {"license": HUB[name]}
+    if name.lower() in _RAIL:
+        return {"license": name.lower()}
+    return {"license": "other", "license_name": "-".join(name.lower().split())[:120]}

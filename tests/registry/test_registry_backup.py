@@ -1,0 +1,325 @@
+"""Backups: taken while others write, whole or told otherwise, restored verified or not at all."""
+
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import time
+from contextlib import closing
+
+import pytest
+
+from registry.audit import fsck
+from registry.backup import backup
+from registry.errors import HomeError, RegistryError, StoreError
+from registry.home import Home
+from registry.promotion import history
+from registry.restore import restore
+from registry.versions import Versions
+
+pytestmark = pytest.mark.sqlite
+
+
+@pytest.fixture
+def filled(versions, register):
+    register(versions, b"first weights", alias_request="staging")
+    register(versions, b"second weights", alias_request="staging")
+    (versions.home.path / "loraline.yaml").write_text("{}")
+    return versions
+
+
+def opened(path):
+    return Versions(Home.open(path))
+
+
+def everything(path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["backups", "one.tar"])
+def test_what_is_restored_is_what_was_backed_up(filled, tmp_path, name):
+    done = backup(filled.home, tmp_path / name)
+    assert done.problems == ()
+    assert done.left_out == ()
+    assert done.copied == done.blobs == len(list(filled.store.blobs.digests()))
+    told = restore(tmp_path / name, tmp_path / "new")
+    assert told.blobs == done.blobs
+    assert told.before is None
+    home = Home(tmp_path / "new")
+    assert fsck(home, mlflow=False) == []
+    with closing(opened(home.path)) as again:
+        for number in (1, 2):
+            assert again.show("zorb", number).sha256 == filled.show("zorb", number).sha256
+        assert again.get("zorb", "staging").version == 2
+        assert history(again, "zorb") == history(filled, "zorb")
+    assert (home.path / "loraline.yaml").read_text() == "{}"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_next_backup_adds_only_what_is_new(filled, register, tmp_path):
+    first = backup(filled.home, tmp_path / "backups")
+    assert backup(filled.home, tmp_path / "backups").copied == 0
+    register(filled, b"third weights")
+    third = backup(filled.home, tmp_path / "backups")
+    assert 0 < third.copied < first.copied
+    restore(tmp_path / "backups", tmp_path / "latest")
+    restore(first.path, tmp_path / "first")
+    with closing(opened(tmp_path / "latest")) as latest, closing(opened(tmp_path / "first")) as oldest:
+        assert [len(each.list("zorb")) for each in (latest, oldest)] == [3, 2]
+
+
+def test_damaged_blob_in_the_backup_is_written_again(filled, tmp_path):
+    backup(filled.home, tmp_path / "backups")
+    blob = next((tmp_path / "backups" / "blobs").glob("??/*"))
+    content = blob.read_bytes()
+    blob.write_bytes(b"damaged")
+    backup(filled.home, tmp_path / "backups")
+    assert blob.read_bytes() == content
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import registry.versions
+registry.versions.bring_level = lambda *a, **k: None
+from registry.home import Home
+from registry.versions import Versions
+versions = Versions(Home.open(Path(sys.argv[1])))
+for number in range(1000):
+    ref = versions.store.put_files("adapter", {"adapter.safetensors": b"weights %d" % number})
+    versions.register("busy", ref, alias_request="candidate")
+    print(number, flush=True)
+"""
+
+
+def test_backup_beside_a_writer_is_consistent(filled, tmp_path, spawn):
+    child = spawn(WRITER, filled.home.path)
+    child.stdout.readline()
+    counts = []
+    for number in range(3):
+        done = backup(filled.home, tmp_path / "backups")
+        assert done.problems == ()
+        restore(done.path, tmp_path / f"new{number}")
+        assert fsck(Home(tmp_path / f"new{number}"), mlflow=False) == []
+        with closing(opened(tmp_path / f"new{number}")) as again:
+            counts.append(len(again.list("busy")))
+            assert again.show("busy", "candidate").version == counts[-1]
+            assert again.damage(again.show("busy", "latest")) == ()
+    assert child.poll() is None
+    child.kill()
+    child.communicate()
+    assert counts == sorted(set(counts))
+
+
+def test_backup_of_a_damaged_home_says_so(filled, tmp_path):
+    version = filled.show("zorb", 1)
+    filled.store.blobs.path(version.sha256).write_bytes(b"damaged")
+    filled.store.blobs.path(filled.show("zorb", 2).sha256).unlink()
+    done = backup(filled.home, tmp_path / "backups")
+    assert len(done.problems) == 2
+    assert all("fsck --repair" in problem.remedy for problem in done.problems)
+    assert done.blobs == len(list(filled.store.blobs.digests())) - 1
+
+
+def test_backup_goes_nowhere_where_it_would_do_harm(filled, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"x")
+    with pytest.raises(StoreError, match="something else here"):
+        backup(filled.home, tmp_path / "photos")
+    with pytest.raises(StoreError, match="must not lie in"):
+        backup(filled.home, filled.home.path / "work" / "backups")
+    with filled.home.lock("gc"), pytest.raises(HomeError, match="a collection or another backup"):
+        backup(filled.home, tmp_path / "backups")
+    assert list((tmp_path / "backups" / "snapshots").iterdir()) == []
+
+
+def test_restore_never_writes_over_a_home_unasked(filled, tmp_path):
+    backup(filled.home, tmp_path / "backups")
+    before = everything(filled.home.path)
+    with pytest.raises(HomeError, match="something here already"):
+        restore(tmp_path / "backups", filled.home.path)
+    assert everything(filled.home.path) == before
+    filled.close()
+    told = restore(tmp_path / "backups", filled.home.path, replace=True)
+    assert {path.name for path in told.before.iterdir()} >= {"lineage.db", "store"}
+    assert fsck(filled.home, mlflow=False) == []
+    home = Home.open(tmp_path / "only folders")
+    (home.locks / "x.lock").touch()
+    assert restore(tmp_path / "backups", home.path).before is None
+
+
+def _manifest(place, change):
+    path = next((place / "snapshots").iterdir()) / "manifest.json"
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _blob(place):
+    return max((place / "blobs").glob("??/*"), key=lambda path: path.stat().st_size)
+
+
+def _snapshot(place):
+    return next((place / "snapshots").iterdir())
+
+
+def _link(path, to):
+    path.unlink()
+    path.symlink_to(to)
+
+
+def _newer(place):
+    path = _snapshot(place) / "lineage.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
+    from lora_engine.files import sha256_file
+
+    _manifest(place, lambda it: it["files"].update({"lineage.db": sha256_file(path)}))
+
+
+HARM = {
+    "blob changed": (lambda place: _blob(place).write_bytes(b"x"), "digest"),
+    "blob gone": (lambda place: _blob(place).unlink(), "no such file"),
+    "blob is a link": (lambda place: _link(_blob(place), "/etc/hostname"), "regular"),
+    "database changed": (lambda place: (_snapshot(place) / "lineage.db").write_bytes(b"x"), "digest"),
+    "database gone": (lambda place: (_snapshot(place) / "lineage.db").unlink(), "no such file"),
+    "database of a newer release": (_newer, "schema 99"),
+    "manifest gone": (lambda place: (_snapshot(place) / "manifest.json").unlink(), "no backup"),
+    "manifest is no JSON": (lambda place: (_snapshot(place) / "manifest.json").write_text("{"), "cannot be read"),
+    "another format": (lambda place: _manifest(place, lambda it: it.update(format=9)), "format 9"),
+    "file that climbs": (
+        lambda place: _manifest(place, lambda it: it["files"].update({"../../evil.yaml": "0" * 64})),
+        r"evil\.yaml",
+    ),
+    "file of no backup": (lambda place: _manifest(place, lambda it: it["files"].update({"x.py": "0" * 64})), r"x\.py"),
+    "blob that climbs": (lambda place: _manifest(place, lambda it: it["blobs"].update({"../evil": 1})), "not a digest"),
+    "nothing finished": (lambda place: shutil.rmtree(_snapshot(place)), "no finished backup"),
+    "settings that say nothing": (
+        lambda place: (
+            (_snapshot(place) / "loraline.yaml").write_text("what: ever"),
+            _manifest(place, lambda it: it["files"].update({"loraline.yaml": _digest(b"what: ever")})),
+        ),
+        "settings cannot be read",
+    ),
+}
+
+
+def _digest(content):
+    from lora_engine.files import sha256_bytes
+
+    return sha256_bytes(content)
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_backup_that_is_not_whole_changes_nothing(filled, tmp_path, harm):
+    place = tmp_path / "backups"
+    backup(filled.home, place)
+    do, words = HARM[harm]
+    do(place)
+    before = everything(filled.home.path)
+    for target, replace in ((tmp_path / "new", False), (filled.home.path, True)):
+        with pytest.raises(RegistryError, match=words):
+            restore(place, target, replace=replace)
+    assert not (tmp_path / "new").exists()
+    assert everything(filled.home.path) == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def _archive(path, *members):
+    with tarfile.open(path, "w") as archive:
+        for info in members:
+            archive.addfile(info, __import__("io").BytesIO(b"\0" * info.size))
+
+
+def _member(name, kind=tarfile.REGTYPE, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, 4 if kind == tarfile.REGTYPE else 0
+    return info
+
+
+EVIL = {
+    "climbs": (_member("../evil"),),
+    "absolute": (_member("/tmp/evil"),),
+    "link": (_member("snapshots", tarfile.SYMTYPE, "/tmp"), _member("snapshots/evil")),
+    "hard link": (_member("evil", tarfile.LNKTYPE, "/etc/hostname"),),
+    "pipe": (_member("evil", tarfile.FIFOTYPE),),
+    "device": (_member("evil", tarfile.CHRTYPE),),
+    "twice": (_member("evil"), _member("evil")),
+}
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_archive_never_leaves_its_folder(tmp_path, kind):
+    _archive(tmp_path / "evil.tar", *EVIL[kind])
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(StoreError):
+        restore(tmp_path / "evil.tar", tmp_path / "new")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
+    backup(filled.home, tmp_path / "one.tar")
+    content = (tmp_path / "one.tar").read_bytes()
+    (tmp_path / "half.tar").write_bytes(content[: len(content) // 2])
+    with pytest.raises(RegistryError):
+        restore(tmp_path / "half.tar", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tmp_path, spawn):
+    first = backup(filled.home, tmp_path / "backups")
+    script = (
+        "import sys; from pathlib import Path; from registry.home import Home; from registry.backup import backup\n"
+        "home = Home(Path(sys.argv[1])); print('ready', flush=True)\n"
+        "while True: backup(home, Path(sys.argv[2]))"
+    )
+    for trial in range(4):
+        child = spawn(script, filled.home.path, tmp_path / "backups")
+        child.stdout.readline()
+        time.sleep(0.05 * trial)
+        child.kill()
+        child.communicate()
+        for snapshot in (tmp_path / "backups" / "snapshots").iterdir():
+            assert snapshot.name.startswith(".") or (snapshot / "manifest.json").is_file()
+    assert backup(filled.home, tmp_path / "backups").problems == ()
+    restore(first.path, tmp_path / "first")
+    restore(tmp_path / "backups", tmp_path / "last")
+    assert fsck(Home(tmp_path / "last"), mlflow=False) == []
+
+
+def test_blobs_behind_a_url_are_backed_up_and_put_back(versions, register, tmp_path, monkeypatch):
+    from registry.remote import open_blobs
+    from registry.store import Store
+
+    versions.store = Store(versions.home.store, open_blobs("memory://backed-up"))
+    register(versions, b"weights")
+    (versions.home.path / "loraline.yaml").write_text("store: memory://backed-up\n")
+    done = backup(versions.home, tmp_path / "backups")
+    assert done.problems == ()
+    for digest in list(versions.store.blobs.digests()):
+        versions.store.blobs.set_aside(digest)
+    restore(tmp_path / "backups", tmp_path / "new")
+    assert len(list(versions.store.blobs.digests())) == done.blobs
+    assert fsck(Home(tmp_path / "new"), mlflow=False) == []
+
+
+@pytest.mark.slow
+def test_mlflow_is_whole_again_after_a_restore(mirrored, register, tmp_path, spawn):
+    register(mirrored, b"weights", alias_request="staging")
+    backup(mirrored.home, tmp_path / "backups")
+    mirrored.close()
+    os.rename(mirrored.home.path, tmp_path / "lost")  # noqa: PTH104
+    restore(tmp_path / "backups", tmp_path / "elsewhere")
+    # A process of its own, as a command would be: MLflow remembers where a run's files were.
+    script = (
+        "import sys; from pathlib import Path; from registry.audit import fsck; from registry.home import Home\n"
+        "from registry.versions import Versions\n"
+        "home = Home.open(Path(sys.argv[1])); Versions(home).sync(); assert fsck(home) == [], fsck(home)"
+    )
+    child = spawn(script, tmp_path / "elsewhere")
+    _, words = child.communicate(timeout=200)
+    assert child.returncode == 0, words
+    source = next((tmp_path / "elsewhere" / "mlflow").rglob("adapter.safetensors"))
+    assert source.read_bytes() == b"weights"

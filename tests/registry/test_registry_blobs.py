@@ -1,0 +1,366 @@
+"""What every backend of the store promises, on a folder, in memory, and on S3 through a server of its own."""
+
+import hashlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from registry.entities import ArtifactRef
+from registry.errors import DamagedBlob, MissingBlob, StoreError
+from registry.home import Home
+from registry.local import LocalBlobs
+from registry.remote import FsspecBlobs, open_blobs
+from registry.store import Store, open_store
+
+BIG = os.urandom(1 << 20) * 52  # more than one part of an upload to S3
+MIDDLE = BIG[: 3 << 20]
+FOREVER = 1e12
+
+
+def digest_of(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def write(blobs, content):
+    digest = digest_of(content)
+    blobs.write(digest, partial(io.BytesIO, content))
+    return digest
+
+
+def read(blobs, digest):
+    with blobs.open(digest) as stream:
+        return stream.read()
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """The address of a server that speaks S3."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log)
+    until = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < until:
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+    log.close()
+
+
+@pytest.fixture
+def bucket(s3, monkeypatch):
+    """The URL of a folder in a bucket of its own."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"b{uuid4().hex}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}/loraline"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["folder", "file URL", "memory", "S3"])
+def blobs(request, tmp_path):
+    if request.param == "folder":
+        return LocalBlobs(tmp_path / "blobs")
+    if request.param == "file URL":
+        return open_blobs((tmp_path / "with space").as_uri())
+    if request.param == "memory":
+        return open_blobs(f"memory://{uuid4().hex}")
+    return open_blobs(request.getfixturevalue("bucket"))
+
+
+def damage(blobs, digest, content=b"something else"):
+    if isinstance(blobs, LocalBlobs):
+        blobs.path(digest).parent.mkdir(parents=True, exist_ok=True)
+        blobs.path(digest).write_bytes(content)
+    else:
+        blobs._fs.pipe_file(blobs._key(digest), content)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"some bytes", pytest.param(BIG, marks=pytest.mark.slow)], ids=["empty", "small", "big"]
+)
+def test_what_is_read_is_what_was_written(blobs, content):
+    digest = write(blobs, content)
+    assert read(blobs, digest) == content
+    assert blobs.exists(digest)
+    assert blobs.actual_digest(digest) == digest
+    assert list(blobs.digests()) == [digest]
+    assert blobs.size(digest) == len(content)
+    assert abs(blobs.age(digest) - time.time()) < 60
+    assert list(blobs.strays()) == []
+
+
+def test_absent_blob_is_missing(blobs):
+    digest = digest_of(b"never written")
+    assert not blobs.exists(digest)
+    assert not blobs.renew(digest)
+    assert not blobs.remove(digest, FOREVER)
+    for ask in (blobs.open, blobs.actual_digest, blobs.set_aside):
+        with pytest.raises(MissingBlob, match=digest):
+            ask(digest)
+
+
+def test_damaged_blob_is_replaced(blobs):
+    digest = write(blobs, b"some bytes")
+    damage(blobs, digest)
+    assert blobs.actual_digest(digest) == digest_of(b"something else")
+    write(blobs, b"some bytes")
+    assert read(blobs, digest) == b"some bytes"
+
+
+class Broken(io.BytesIO):
+    """A source that fails after its first piece."""
+
+    def read(self, size=-1):
+        if self.tell():
+            raise OSError("the cable was pulled")
+        return super().read(min(size, len(self.getbuffer()) - 1000))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        partial(io.BytesIO, b"other bytes"),
+        partial(Broken, MIDDLE),
+        pytest.param(partial(Broken, BIG), marks=pytest.mark.slow),
+    ],
+    ids=["other bytes", "broken", "broken after a part"],
+)
+@pytest.mark.parametrize("held", [False, True])
+def test_what_fails_midway_is_never_visible(blobs, source, held):
+    digest = digest_of(BIG)
+    if held:
+        write(blobs, b"some bytes")
+        damage(blobs, digest)
+    with pytest.raises((StoreError, OSError), match=r"changed while|cable"):
+        blobs.write(digest, source)
+    assert blobs.exists(digest) == held
+    assert not held or read(blobs, digest) == b"something else"
+    assert list(blobs.strays()) == []
+
+
+def test_removed_blob_is_gone_from_the_next_collection_on(blobs):
+    digest = write(blobs, b"some bytes")
+    assert not blobs.remove(digest, blobs.age(digest) - 1)
+    assert blobs.exists(digest)
+    assert blobs.remove(digest, FOREVER)
+    for entry in list(blobs.bin()):
+        assert read(blobs, entry.name) == b"some bytes"
+        assert abs(entry.modified - time.time()) < 60
+        blobs.empty_bin(entry.name)
+    assert not blobs.exists(digest)
+    assert list(blobs.digests()) == list(blobs.bin()) == list(blobs.strays()) == []
+
+
+def test_writing_again_keeps_a_blob_from_the_bin(blobs):
+    digest = write(blobs, b"some bytes")
+    blobs.remove(digest, FOREVER)
+    write(blobs, b"some bytes")
+    for entry in list(blobs.bin()):
+        blobs.empty_bin(entry.name)
+    assert read(blobs, digest) == b"some bytes"
+
+
+def test_renewed_blob_outlives_the_bin(blobs):
+    digest = write(blobs, b"some bytes")
+    blobs.remove(digest, FOREVER)
+    if blobs.renew(digest):
+        assert list(blobs.bin()) == []
+        assert read(blobs, digest) == b"some bytes"
+    else:
+        assert isinstance(blobs, LocalBlobs)
+        assert not blobs.exists(digest)
+
+
+def test_what_is_set_aside_is_kept_unchanged(blobs):
+    digest = write(blobs, b"some bytes")
+    damage(blobs, digest)
+    where = blobs.set_aside(digest)
+    assert digest in where
+    assert not blobs.exists(digest)
+    assert list(blobs.digests()) == list(blobs.strays()) == []
+    kept = Path(where).read_bytes() if isinstance(blobs, LocalBlobs) else blobs._fs.cat_file(where)
+    assert kept == b"something else"
+
+
+def test_stray_is_listed_and_removed(blobs):
+    write(blobs, b"some bytes")
+    if isinstance(blobs, LocalBlobs):
+        (blobs.folder / ".x.partial").write_bytes(b"half")
+    else:
+        blobs._fs.pipe_file(f"{blobs._root}/unfinished/x", b"half")
+    (stray,) = blobs.strays()
+    assert stray.size == 4
+    blobs.remove_stray(stray.name)
+    assert list(blobs.strays()) == []
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "A" * 64, "", "a" * 63])
+def test_only_digests_name_blobs(blobs, name):
+    for ask in (blobs.open, blobs.exists, blobs.renew):
+        with pytest.raises(StoreError, match="not a digest"):
+            ask(name)
+
+
+def test_store_works_alike_on_every_backend(blobs, tmp_path):
+    store = Store(tmp_path / "unused", blobs)
+    files = {"adapter.safetensors": MIDDLE, "deep/notes.txt": b"notes", "empty": b""}
+    ref = store.put_files("adapter", files)
+    assert ref == Store(tmp_path / "other").put_files("adapter", files)
+    assert store.has(ref)
+    assert store.verify(ref) == []
+    assert store.renew(ref)
+    store.checkout(ref, tmp_path / "out")
+    assert {path: (tmp_path / "out" / path).read_bytes() for path in files} == files
+    digest = store.files(ref)["adapter.safetensors"].sha256
+    damage(blobs, digest)
+    with pytest.raises(DamagedBlob, match=digest_of(b"something else")):
+        store.checkout_file(ref, "adapter.safetensors", tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    blobs.set_aside(digest)
+    assert len(store.verify(ref)) == 1
+    assert not store.renew(ref)
+
+
+WRITER = """
+import io, sys
+from functools import partial
+from pathlib import Path
+from hashlib import sha256
+from registry.store import Store
+from registry.remote import open_blobs
+from pathlib import Path
+store = Store(Path("unused"), open_blobs(sys.argv[1]))
+for number in range(4):
+    store.put_files("manifest", {"same": b"the same for all" * 1000, "own": f"{sys.argv[2]} {number}".encode()})
+print(store.put_files("adapter", {"a": b"x" * (6 << 20), "b": b"b"}).sha256)
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", pytest.param("S3", marks=pytest.mark.slow)])
+def test_eight_writers_lose_nothing(kind, tmp_path, spawn, request):
+    url = str(tmp_path / "blobs") if kind == "folder" else request.getfixturevalue("bucket")
+    children = [spawn(WRITER, url, number) for number in range(8)]
+    answers = [child.communicate(timeout=240) for child in children]
+    assert [child.returncode for child in children] == [0] * 8, answers
+    (digest,) = {out.strip() for out, _ in answers}
+    blobs = open_blobs(url)
+    found = list(blobs.digests())
+    assert len(found) == 3 + 1 + 8 * 4 * 2
+    assert [blobs.actual_digest(entry) for entry in found] == found
+    assert list(blobs.strays()) == []
+    assert Store(tmp_path, blobs).verify(ArtifactRef("adapter", digest, 0)) == []
+
+
+KILLED = """
+import io, sys, time
+from hashlib import sha256
+from registry.remote import open_blobs
+class Slow(io.BytesIO):
+    def read(self, size=-1):
+        if self.tell() > 51 << 20:
+            print("half of it is written", flush=True)
+            time.sleep(60)
+        return super().read(min(size, 1 << 20))
+content = b"x" * (52 << 20)
+open_blobs(sys.argv[1]).write(sha256(content).hexdigest(), lambda: Slow(content))
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", pytest.param("S3", marks=pytest.mark.slow)])
+def test_killed_writer_leaves_no_half_blob(kind, tmp_path, spawn, request):
+    url = str(tmp_path / "blobs") if kind == "folder" else request.getfixturevalue("bucket")
+    content = b"x" * (52 << 20)
+    child = spawn(KILLED, url)
+    assert child.stdout.readline().startswith("half")
+    child.kill()
+    child.communicate()
+    blobs = open_blobs(url)
+    assert list(blobs.digests()) == []
+    assert not blobs.exists(digest_of(content))
+    for stray in list(blobs.strays()):
+        blobs.remove_stray(stray.name)
+    assert read(blobs, write(blobs, content)) == content
+
+
+def test_home_keeps_its_blobs_where_the_settings_say(tmp_path, bucket, monkeypatch):
+    home = Home.open(tmp_path / "home")
+    assert open_store(home).blobs.folder == home.store / "blobs"
+    (home.path / "loraline.yaml").write_text(f"store: {bucket}\n")
+    ref = open_store(home).put_files("manifest", {"a": b"in the bucket"})
+    assert list(home.store.rglob("*")) == []
+    assert FsspecBlobs(bucket).exists(ref.sha256)
+    monkeypatch.setenv("LORALINE_STORE_URL", (tmp_path / "elsewhere").as_uri())
+    assert open_store(home).blobs.folder == tmp_path / "elsewhere"
+
+
+def test_unknown_protocol_is_worded():
+    with pytest.raises(StoreError, match=r"Protocol not known: carrier-pigeon.*s3://"):
+        open_blobs("carrier-pigeon://coop/loraline")
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    from fsspec.registry import _registry
+
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(StoreError, match=r'pip install "loraline\[s3\]"'):
+        open_blobs("s3://bucket/folder")
+
+
+def test_absent_bucket_is_worded(bucket):
+    absent = open_blobs("s3://no-such-bucket-anywhere/x")
+    digest = digest_of(b"x")
+    for ask in (partial(write, absent, b"x"), partial(absent.open, digest), lambda: list(absent.digests())):
+        with pytest.raises(StoreError, match=r"no such bucket.*loraline\.yaml"):
+            ask()
+
+
+def test_absent_credentials_are_worded(bucket, monkeypatch, tmp_path):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"no credentials.*AWS_ACCESS_KEY_ID"):
+        write(open_blobs(bucket), b"x")
+
+
+def test_server_that_does_not_answer_is_worded(bucket, monkeypatch):
+    import s3fs
+
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(StoreError, match="does not answer"):
+            open_blobs(bucket).exists(digest_of(b"x"))

@@ -1,0 +1,266 @@
+"""What is stated about pictures, from the table and the files to the manifest, and what ingest leaves out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from lora_engine.data.consent import read_consent
+from lora_engine.data.evidence import read_evidence
+from lora_engine.data.ingest import ingest
+from lora_engine.data.manifest import Manifest
+from lora_engine.data.spec import IngestSettings
+from lora_engine.errors import DataError
+from lora_engine.files import sha256_file
+from registry.errors import RightsError
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.revocation import lift, revoke
+from registry.versions import Versions
+from tasks.exclusion import find_excluded
+from tasks.execution import execute
+from tasks.ingest import Ingest
+from tasks.step import STEPS, Job
+
+HEADER = "file,consent,owner,license,rights,person,scope,expires,revocable,source,opt_out,ai_generated\n"
+WHOLE = (
+    HEADER + "0.png,C-1,Ada,cc-by-4.0,consent,yes,commercial,2031-12-31,yes,a shoot,ai.txt/2026-05-01/clear,no\n"
+    "1.png,,,,own,no,,,,,,\n"
+)
+
+
+def draw(path: Path, seed: int = 0, **saved: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path, **saved)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    for index in range(3):
+        draw(tmp_path / "images" / f"{index}.png", index)
+    return tmp_path / "images"
+
+
+def table(tmp_path, text):
+    path = tmp_path / "consent.csv"
+    path.write_text(text)
+    return path
+
+
+def test_all_that_is_stated_comes_into_the_manifest_and_back(images, tmp_path):
+    ingest(images, tmp_path / "out", IngestSettings(), consent=table(tmp_path, WHOLE))
+    first, second, third = Manifest.load(tmp_path / "out").pictures
+    assert first.consent == "C-1"
+    assert first.rights.model_dump(mode="json") == {
+        "owner": "Ada",
+        "license": "cc-by-4.0",
+        "rights": "consent",
+        "person": True,
+        "scope": "commercial",
+        "expires": "2031-12-31",
+        "revocable": True,
+        "source": "a shoot",
+        "opt_out": {"tool": "ai.txt", "checked": "2026-05-01", "result": "clear"},
+        "ai_generated": False,
+        "evidence": [],
+    }
+    assert (second.consent, second.rights.rights, second.rights.person) == (None, "own", False)
+    assert (third.consent, third.rights) == (None, None)
+
+
+def test_a_picture_about_which_nothing_is_stated_is_written_as_it_always_was(images, tmp_path):
+    ingest(images, tmp_path / "out", IngestSettings())
+    assert b"rights" not in (tmp_path / "out" / "manifest.json").read_bytes()
+
+
+def test_a_manifest_of_before_is_still_read(images, tmp_path):
+    ingest(images, tmp_path / "out", IngestSettings())
+    path = tmp_path / "out" / "manifest.json"
+    old = json.loads(path.read_bytes())
+    assert all("rights" not in picture for picture in old["pictures"])
+    assert len(Manifest.load(tmp_path / "out").pictures) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,consent,expires\n0.png,C-1,31.12.2030\n", "row 2: '31.12.2030' is not a day"),
+        ("file,person\n0.png,maybe\n", "row 2: 'maybe' is neither yes nor no"),
+        ("file,rights\n0.png,stolen\n", "row 2: rights 'stolen' cannot be used"),
+        ("file,scope\n0.png,all\n", "row 2: scope 'all'"),
+        ("file,opt_out\n0.png,ai.txt\n", "row 2: opt_out 'ai.txt'"),
+        ("file,opt_out\n0.png,ai.txt/2026-01-01/perhaps\n", "row 2: opt_out"),
+        ("file,consent,expirs\n0.png,C-1,2030-01-01\n", "the column 'expirs' is not known"),
+        ("file,owner\n0.png," + "x" * 201 + "\n", "owner has 201 characters"),
+        ("file,owner\n0.png,\n", "row 2 needs a file and a consent id, or another statement"),
+    ],
+)
+def test_a_statement_that_cannot_be_understood_stops_the_run(tmp_path, text, said):
+    with pytest.raises(DataError, match=said):
+        read_consent(table(tmp_path, text))
+
+
+def test_british_spelling_and_other_columns_are_taken(tmp_path):
+    stated = read_consent(table(tmp_path, "file,Licence,remarks\n0.png,cc0-1.0,nice\n"))
+    assert stated["0.png"].rights.license == "cc0-1.0"
+
+
+def xmp(kind: str) -> bytes:
+    source = f"http://cv.iptc.org/newscodes/digitalsourcetype/{kind}"
+    return f'<rdf:Description Iptc4xmpExt:DigitalSourceType="{source}"/>'.encode()
+
+
+def chunks(**texts: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    return info
+
+
+def exif(comment: bytes) -> Image.Exif:
+    made = Image.Exif()
+    made.get_ifd(0x8769)[0x9286] = comment
+    return made
+
+
+TRAINED = "digital-source-type-trained-algorithmic-media"
+COMFY = {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": '{"nodes": []}'}
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "wanted"),
+    [
+        ("a.png", lambda: {"pnginfo": chunks(parameters="a cat\nSteps: 20")}, ("a1111-parameters",)),
+        ("a.png", lambda: {"pnginfo": chunks(**COMFY)}, ("comfyui-prompt", "comfyui-workflow")),
+        ("a.png", lambda: {"pnginfo": chunks(prompt="write soon", workflow="mine")}, ()),
+        ("a.jpg", lambda: {"exif": exif(b"UNICODE\0" + "a cat\nSteps: 20".encode("utf-16-be"))}, ("a1111-parameters",)),
+        ("a.jpg", lambda: {"exif": exif(b"ASCII\0\0\0a holiday")}, ()),
+        ("a.jpg", lambda: {"xmp": xmp("trainedAlgorithmicMedia")}, (TRAINED,)),
+        ("a.webp", lambda: {"xmp": xmp("trainedAlgorithmicMedia")}, (TRAINED,)),
+        (
+            "a.jpg",
+            lambda: {"xmp": xmp("compositeWithTrainedAlgorithmicMedia")},
+            ("digital-source-type-composite-with-trained-algorithmic-media",),
+        ),
+        ("a.jpg", lambda: {"xmp": xmp("digitalCapture")}, ()),
+        ("a.png", dict, ()),
+    ],
+)
+def test_signs_of_generation_are_seen_and_their_absence_says_nothing(tmp_path, name, saved, wanted):
+    path = draw(tmp_path / name, **saved())
+    assert read_evidence(path, tmp_path) == wanted
+
+
+def test_signs_are_named_in_the_manifest_and_no_metadata_reaches_an_artifact(tmp_path):
+    place = Image.Exif()
+    place[0x8825] = {1: "N", 2: (52.0, 31.0, 12.0), 3: "E", 4: (13.0, 24.0, 18.0)}
+    place[0x010F] = "SECRET-CAMERA"
+    draw(
+        tmp_path / "images" / "gps.jpg",
+        1,
+        exif=place,
+        xmp=xmp("trainedAlgorithmicMedia") + b"SECRET-XMP",
+        comment=b"SECRET",
+    )
+    draw(tmp_path / "images" / "made.png", 2, pnginfo=chunks(parameters="SECRET-PROMPT Steps: 20"))
+    ingest(tmp_path / "images", tmp_path / "out", IngestSettings())
+    found = {picture.source: picture.rights.evidence for picture in Manifest.load(tmp_path / "out").pictures}
+    assert found == {"gps.jpg": (TRAINED,), "made.png": ("a1111-parameters",)}
+    for path in (each for each in (tmp_path / "out").rglob("*") if each.is_file()):
+        assert not any(word in path.read_bytes() for word in (b"SECRET", b"Exif", b"eXIf", b"xmp", b"tEXt"))
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert dict(picture.getexif()) == {}
+                assert picture.info == {}
+    # What is looked for above is in the files that came.
+    assert b"SECRET" in (tmp_path / "images" / "gps.jpg").read_bytes()
+    with Image.open(tmp_path / "images" / "gps.jpg") as picture:
+        assert picture.getexif().get_ifd(0x8825)
+
+
+def test_revoked_pictures_and_consents_are_quarantined_with_the_reason(images, tmp_path):
+    revoked = ("C-1", sha256_file(images / "2.png"))
+    manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=table(tmp_path, WHOLE), revoked=revoked)
+    assert [picture.source for picture in manifest.pictures] == ["1.png"]
+    assert {each.source: each.reason for each in manifest.quarantined} == {
+        "0.png": "its consent 'C-1' was revoked",
+        "2.png": "the picture was revoked",
+    }
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 1
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home.open(tmp_path / "state")
+
+
+@pytest.fixture
+def photos(home, images, tmp_path):
+    """Runs ingest on the folder in a home; gives (artifact, whether it was cached, manifest)."""
+    table(tmp_path, WHOLE)
+
+    def run():
+        lineage = Lineage(home.lineage_url)
+        spec = Ingest(images="images", consent="consent.csv").model_dump(mode="json")
+        job = Job("photos", "ingest", spec, str(tmp_path), str(home.path), lineage.start_run("t", {}).id)
+        outcome = execute(job, {})
+        lineage.close()
+        opened = Versions(home)
+        manifest = Manifest.model_validate_json(opened.store.read(outcome.ref, "manifest.json"))
+        opened.close()
+        return outcome.ref, outcome.cached, manifest
+
+    return run
+
+
+def test_after_a_revocation_ingest_works_again_without_it_and_after_lifting_finds_the_old_result(home, photos, images):
+    first, _, _ = photos()
+    assert photos()[1], "nothing changed"
+    versions = Versions(home)
+    revoke(versions, str(images / "1.png"), reason="r")
+    second, cached, manifest = photos()
+    assert not cached
+    assert [picture.source for picture in manifest.pictures] == ["0.png", "2.png"]
+    assert photos()[:2] == (second, True)
+    lift(versions, str(images / "1.png"), reason="r")
+    assert photos()[:2] == (first, True)
+
+
+def test_a_revocation_elsewhere_leaves_the_cache_of_a_folder_alone(home, photos):
+    first, _, _ = photos()
+    revoke(Versions(home), "f" * 64, reason="a picture of another folder")
+    assert photos()[:2] == (first, True)
+
+
+def test_a_consent_stays_revoked_for_its_pictures_even_if_the_table_no_longer_names_it(home, photos, tmp_path):
+    photos()
+    revoke(Versions(home), "C-1", reason="r")
+    table(tmp_path, WHOLE.replace("C-1", "C-2"))
+    assert "0.png" not in [picture.source for picture in photos()[2].pictures]
+
+
+def test_only_what_touches_a_step_enters_its_name(home, images, tmp_path):
+    table(tmp_path, WHOLE)
+    versions = Versions(home)
+    spec, kind = Ingest(images="images", consent="consent.csv"), STEPS["ingest"]
+    assert find_excluded(kind, spec, tmp_path, versions.lineage) == ()
+    for subject in (str(images / "2.png"), "f" * 64):
+        revoke(versions, subject, reason="r")
+    assert find_excluded(kind, spec, tmp_path, versions.lineage) == (sha256_file(images / "2.png"),)
+    assert find_excluded(STEPS["caption"], spec, tmp_path, versions.lineage) == ()
+
+
+def test_a_step_whose_dataset_was_revoked_since_does_not_run(home, photos, images, tmp_path):
+    ref, _, _ = photos()
+    versions = Versions(home)
+    revoke(versions, str(images / "1.png"), reason="between the steps")
+    run = versions.lineage.start_run("t", {})
+    spec = {"uses": "preprocess", "dataset": "photos", "resolution": 32}
+    job = Job("prepared", "preprocess", spec, str(tmp_path), str(home.path), run.id)
+    with pytest.raises(RightsError, match="revoked meanwhile: picture"):
+        execute(job, {"dataset": (ref,)})
+    lift(versions, str(images / "1.png"), reason="r")
+    assert execute(job, {"dataset": (ref,)}).ref.kind == "manifest"

@@ -1,0 +1,214 @@
+import threading
+
+import pytest
+
+from registry import catalog
+from registry.audit import fsck
+from registry.deletion import delete, restore, withdraw
+from registry.entities import Execution, now
+from registry.errors import Conflict, GoneVersion, PromotionError, Refused
+from registry.mirror import Mirror
+from registry.promotion import history, promote, remove, replay
+from registry.store import open_store
+
+
+def state(versions, number, name="zorb"):
+    return versions.show(name, number).state
+
+
+@pytest.mark.parametrize("act", [withdraw, delete])
+def test_nothing_is_taken_out_of_use_without_a_reason(versions, register, act):
+    register(versions, b"1")
+    with pytest.raises(PromotionError, match="without a reason"):
+        act(versions, "zorb", 1, reason=" ")
+    assert state(versions, 1) == "ACTIVE"
+
+
+@pytest.mark.parametrize("act", [withdraw, delete])
+def test_what_is_out_of_use_is_not_handed_out_and_every_refusal_says_what_happened(versions, register, act, tmp_path):
+    version = register(versions, b"1")
+    register(versions, b"2")
+    act(versions, "zorb", 1, reason="a face in it", actor="ada@lab")
+    for use in (
+        lambda: versions.get("zorb", 1),
+        lambda: versions.read_adapter(version),
+        lambda: versions.checkout_adapter(version, tmp_path / "out"),
+        lambda: promote(versions, "zorb", 1, "production", reason="r"),
+        lambda: promote(versions, "zorb", 1, "production", reason="r", override=True),
+    ):
+        with pytest.raises(GoneVersion, match=r"zorb@1: was (withdrawn|deleted) by ada@lab on .*\(a face in it\)"):
+            use()
+    assert versions.get("zorb", 2).version == 2
+    assert versions.show("zorb", 1).sha256 == version.sha256
+
+
+def test_a_deleted_version_keeps_its_number_and_leaves_the_list(versions, register):
+    for content in (b"1", b"2"):
+        register(versions, content)
+    delete(versions, "zorb", 2, reason="r")
+    assert [version.version for version in versions.list()] == [1]
+    assert [version.version for version in versions.list(deleted=True)] == [1, 2]
+    assert versions.show("zorb").version == 1
+    assert register(versions, b"3").version == 3
+
+
+def test_what_was_deleted_does_not_come_back_by_being_made_again(versions, register):
+    register(versions, b"1")
+    delete(versions, "zorb", 1, reason="r")
+    with pytest.raises(GoneVersion, match="loraline restore zorb@1"):
+        register(versions, b"1", alias_request="staging")
+    restore(versions, "zorb", 1, reason="after all")
+    assert register(versions, b"1").version == 1
+
+
+def test_what_production_points_at_is_kept(versions, register):
+    register(versions, b"1")
+    promote(versions, "zorb", 1, "production", reason="r")
+    for act in (withdraw, delete):
+        with pytest.raises(Refused, match="'production' points at it"):
+            act(versions, "zorb", 1, reason="r")
+    assert state(versions, 1) == "ACTIVE"
+    remove(versions, "zorb", "production", reason="r")
+    delete(versions, "zorb", 1, reason="r")
+    assert state(versions, 1) == "DELETED"
+
+
+def test_what_is_staged_is_deleted_in_two_steps(versions, register):
+    register(versions, b"1", alias_request="staging")
+    with pytest.raises(Refused, match="'staging' points at it"):
+        delete(versions, "zorb", 1, reason="r")
+    event = withdraw(versions, "zorb", 1, reason="first")
+    assert event.details["aliases"] == ["staging"]
+    assert versions.show("zorb", 1).aliases == ()
+    delete(versions, "zorb", 1, reason="then")
+    assert [event.action for event in history(versions, "zorb")] == ["stage", "remove", "withdraw", "delete"]
+    assert replay(history(versions, "zorb")) == {}
+
+
+def merge_of(versions, register, *parents, content=b"merged", named=True):
+    """A version merged from others: by their names, or only by the artifacts that the step took."""
+    run = versions.lineage.start_run("merge", {})
+    adapter = versions.store.put_files("adapter", {"adapter.safetensors": content})
+    inputs = {f"adapters.{place}": parent.artifact for place, parent in enumerate(parents)}
+    done = Execution(run.id, run.id, "m", "merge", "1", run.id, {}, inputs, adapter, started_at=now())
+    versions.lineage.record(done, contents=versions.store.files(adapter))
+    origins = [parent.ref for parent in parents] if named else []
+    return versions.register("merged", adapter, parents=[*origins, "base:tiny"], gates=[GATE], passed=True)
+
+
+GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_ancestor_of_what_is_in_production_is_kept(versions, register, named):
+    first = register(versions, b"1", report=None, passed=None, gates=[])
+    child = merge_of(versions, register, first, named=named)
+    grandchild = merge_of(versions, register, child, content=b"again", named=named)
+    assert grandchild.ref == "merged@2"
+    promote(versions, "merged", 2, "production", reason="r", override=True)
+    for name in ("zorb", "merged"):
+        with pytest.raises(Refused, match="merged@2, which has the protected alias 'production', was made from it"):
+            delete(versions, name, 1, reason="r")
+        withdraw(versions, name, 1, reason="out of use, and still kept")
+        with pytest.raises(Refused, match="was made from it"):
+            delete(versions, name, 1, reason="r")
+    remove(versions, "merged", "production", reason="r")
+    delete(versions, "zorb", 1, reason="r")
+
+
+def test_an_ancestor_of_what_is_staged_is_deleted_in_two_steps(versions, register):
+    first = register(versions, b"1")
+    merge_of(versions, register, first)
+    promote(versions, "merged", 1, "staging", reason="r")
+    with pytest.raises(Refused, match="withdraw this one first"):
+        delete(versions, "zorb", 1, reason="r")
+    withdraw(versions, "zorb", 1, reason="r")
+    delete(versions, "zorb", 1, reason="r")
+
+
+def test_the_same_bytes_under_another_name_do_not_hold_each_other(versions, register):
+    first = register(versions, b"1")
+    versions.register("other", first.artifact, parents=["base:tiny"], gates=[GATE], passed=True)
+    promote(versions, "other", 1, "production", reason="r")
+    delete(versions, "zorb", 1, reason="r")
+    assert versions.get("other", "production").sha256 == first.sha256
+
+
+def test_a_version_comes_back_if_its_bytes_are_whole(versions, register):
+    version = register(versions, b"1")
+    with pytest.raises(Refused, match="is in use"):
+        restore(versions, "zorb", 1, reason="r")
+    for act in (withdraw, delete):
+        act(versions, "zorb", 1, reason="r")
+    restore(versions, "zorb", 1, reason="r")
+    assert versions.get("zorb", 1).sha256 == version.sha256
+    delete(versions, "zorb", 1, reason="r")
+    versions.store.blobs.path(version.sha256).unlink()
+    with pytest.raises(Refused, match="are gone"):
+        restore(versions, "zorb", 1, reason="r")
+    with pytest.raises(GoneVersion):
+        delete(versions, "zorb", 1, reason="twice")
+
+
+def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, register, monkeypatch):
+    damage, barrier = versions.damage, threading.Barrier(2, timeout=60)
+    real = catalog.read_version
+
+    def meet(version):
+        barrier.wait()  # the promotion has decided and not written; the deletion has not begun
+        return damage(version)
+
+    for number in range(1, 9):
+        register(versions, f"{number}".encode())
+    monkeypatch.setattr(versions, "damage", meet)
+    assert catalog.read_version is real
+    for number in range(1, 9):
+        outcomes = {}
+
+        def run(name, act, outcomes=outcomes):
+            try:
+                outcomes[name] = act()
+            except (Refused, GoneVersion, Conflict) as error:
+                outcomes[name] = error
+
+        def remove_it(number=number):
+            barrier.wait()
+            return delete(versions, "zorb", number, reason="race")
+
+        jobs = {
+            "promote": lambda number=number: promote(versions, "zorb", number, "candidate", reason="race"),
+            "delete": remove_it,
+        }
+        threads = [threading.Thread(target=run, args=job) for job in jobs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        failed = [name for name, outcome in outcomes.items() if isinstance(outcome, Exception)]
+        assert len(failed) == 1, outcomes
+        version = versions.show("zorb", number)
+        assert (version.state, "candidate" in version.aliases) == (
+            ("ACTIVE", True) if failed == ["delete"] else ("DELETED", False)
+        )
+    assert replay(history(versions, "zorb")).keys() <= {("zorb", "candidate")}
+
+
+def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_version(mirrored, register):
+    for content in (b"1", b"2"):
+        register(mirrored, content)
+    promote(mirrored, "zorb", 1, "canary", reason="r")
+    withdraw(mirrored, "zorb", 1, reason="r")
+    client = Mirror(mirrored.home, open_store(mirrored.home))._client
+    shown = client.get_model_version("zorb", "1")
+    assert (shown.tags["loraline.state"], list(shown.aliases)) == ("WITHDRAWN", [])
+    copies = list(mirrored.home.mlflow_artifacts.rglob("adapter.safetensors"))
+    assert len(copies) == 2
+    delete(mirrored, "zorb", 1, reason="r")
+    assert client.get_model_version("zorb", "1").tags["loraline.state"] == "DELETED"
+    (copy,) = mirrored.home.mlflow_artifacts.rglob("adapter.safetensors")
+    assert copy.read_bytes() == b"2"
+    assert mirrored.is_level()
+    assert fsck(mirrored.home, grace=0) == []
+    restore(mirrored, "zorb", 1, reason="r")
+    assert client.get_model_version("zorb", "1").tags["loraline.state"] == "ACTIVE"
+    assert len(list(mirrored.home.mlflow_artifacts.rglob("adapter.safetensors"))) == 2

@@ -1,0 +1,355 @@
+"""Collecting: what somebody needs stays, the rest goes, and nobody who writes meanwhile notices."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import update
+
+from registry import catalog
+from registry.audit import fsck
+from registry.entities import Execution, now
+from registry.errors import HomeError, StoreError
+from registry.gc import collect
+from registry.remote import open_blobs
+from registry.store import Store
+from registry.tables import ArtifactRow, RecordRow, RunRow, VersionRow
+
+OLD = 10 * 24 * 3600
+
+
+def age(store, seconds=OLD):
+    """Makes everything that is stored old."""
+    for path in store.folder.rglob("*"):
+        os.utime(path, (time.time() - seconds,) * 2, follow_symlinks=False)
+
+
+def sql(versions, statement):
+    with versions.lineage.database.write() as session:
+        session.execute(statement)
+
+
+def age_runs(versions, days=100):
+    sql(versions, update(RunRow).values(started_at=now() - timedelta(days=days)))
+
+
+def record(versions, name, inputs, output, status="COMPLETED"):
+    """A run of its own with one step."""
+    run = versions.lineage.start_run(name, {})
+    execution = Execution(run.id, run.id, "step", "step", "1", run.id, inputs=inputs, output=output)
+    versions.lineage.record(execution, contents=versions.store.files(output))
+    versions.lineage.finish_run(run.id, status)
+    return run
+
+
+def whole(versions, ref):
+    return versions.store.verify(ref) == []
+
+
+@pytest.fixture
+def registered(versions, register):
+    """One old version of an old run, and old artifacts that nobody needs."""
+    register(versions, b"weights", alias_request="staging")
+    return versions
+
+
+def put(versions, content, kind="manifest"):
+    return versions.store.put_files(kind, {"a": content, "shared": b"in many artifacts"})
+
+
+def test_what_nobody_refers_to_goes_and_the_rest_stays(registered):
+    orphan = put(registered, b"nobody wants me")
+    age(registered.store)
+    age_runs(registered)
+    before = set(registered.store.blobs.digests())
+    done = collect(registered.home)
+    gone = before - set(registered.store.blobs.digests())
+    assert gone == {item.name for item in done.items} == {orphan.sha256, *_files(orphan)}
+    assert done.size > 0
+    assert done.kept == len(before) - len(gone)
+    assert not registered.store.has(orphan)
+    assert fsck(registered.home, mlflow=False) == []
+    assert collect(registered.home).items == ()
+
+
+def _files(ref):
+    from hashlib import sha256
+
+    return {sha256(content).hexdigest() for content in (b"nobody wants me", b"in many artifacts")}
+
+
+def test_dry_run_says_the_same_and_does_nothing(registered):
+    put(registered, b"nobody wants me")
+    age(registered.store)
+    before = list(registered.store.blobs.digests())
+    planned = collect(registered.home, dry_run=True)
+    assert list(registered.store.blobs.digests()) == before
+    done = collect(registered.home)
+    assert planned.items == done.items
+    assert planned.dry_run
+    assert len(done.items) == 3
+
+
+def test_young_blobs_wait(registered):
+    orphan = put(registered, b"to be recorded in a moment")
+    assert collect(registered.home).items == ()
+    assert collect(registered.home).waiting == 3
+    assert whole(registered, orphan)
+    assert len(collect(registered.home, grace=0).items) == 3
+
+
+@pytest.mark.parametrize("again", [lambda v, ref: put(v, b"again"), lambda v, ref: v.store.renew(ref)])
+def test_what_is_put_or_found_again_is_young_again(registered, again):
+    orphan = put(registered, b"again")
+    age(registered.store)
+    again(registered, orphan)
+    assert collect(registered.home).items == ()
+    assert whole(registered, orphan)
+    age(registered.store)
+    assert len(collect(registered.home).items) == 3
+
+
+def _version_row(versions, **values):
+    sql(versions, update(VersionRow).values(**values))
+
+
+def test_all_that_a_version_is_and_comes_from_stays_for_good(registered):
+    version = registered.show("zorb", 1)
+    age(registered.store)
+    age_runs(registered, days=10_000)
+    record(registered, "stripes", {}, put(registered, b"a later run of the same pipeline"))
+    collect(registered.home, keep_runs=0)
+    for digest in registered.lineage.walk("zorb@1").nodes:
+        if digest.kind == "artifact":
+            assert registered.store.blobs.exists(digest.id)
+    assert registered.damage(version) == ()
+
+
+def test_deleted_version_keeps_nothing_unless_an_alias_or_a_child_needs_it(registered, register):
+    register(registered, b"child", name="merged", parents=["zorb@1"])
+    artifact = registered.show("zorb", 1).artifact
+    age(registered.store)
+    age_runs(registered)
+    record(registered, "stripes", {}, put(registered, b"a later run of the same pipeline"))
+
+    def collected():
+        collect(registered.home, keep_runs=0)
+        return not registered.store.has(artifact)
+
+    sql(registered, update(VersionRow).where(VersionRow.name == "zorb").values(state="DELETED"))
+    with registered.lineage.database.write() as session:
+        version = catalog.read_version(session, "zorb", 1)
+    assert version.aliases == ("staging",)
+    assert not collected()
+    with registered.lineage.database.write() as session:
+        row = session.get(catalog.AliasRow, ("zorb", "staging"))
+        row.version = None
+    assert not collected()
+    sql(registered, update(VersionRow).where(VersionRow.name == "merged").values(state="DELETED"))
+    assert collected()
+
+
+def test_records_of_versions_stay(registered):
+    card = put(registered, b"# a model card", "record")
+    with registered.lineage.database.write() as session:
+        session.add(ArtifactRow(**card.to_json()))
+        session.flush()
+        row = catalog.find_row(session, "zorb", 1)
+        session.add(RecordRow(version=row.id, kind="card", artifact=card.sha256, created_at=now()))
+    age(registered.store)
+    collect(registered.home, keep_runs=0)
+    assert whole(registered, card)
+    _version_row(registered, state="DELETED")
+    sql(registered, update(catalog.AliasRow).values(version=None))
+    collect(registered.home, keep_runs=0)
+    assert not registered.store.has(card)
+
+
+def test_artifacts_of_recent_running_and_last_runs_stay(versions):
+    refs = {name: put(versions, name.encode()) for name in ("read", "old", "recent", "last", "running")}
+    old = record(versions, "nightly", {}, refs["old"])
+    last = record(versions, "nightly", {"data": refs["read"]}, refs["last"])
+    running = record(versions, "weekly", {}, refs["running"])
+    sql(versions, update(RunRow).where(RunRow.id == running.id).values(status="RUNNING"))
+    for run, days in ((old, 100), (last, 90), (running, 80)):
+        sql(versions, update(RunRow).where(RunRow.id == run.id).values(started_at=now() - timedelta(days=days)))
+    record(versions, "weekly", {}, refs["recent"], status="FAILED")
+    age(versions.store)
+    collect(versions.home, keep_runs=30)
+    assert [name for name, ref in refs.items() if not versions.store.has(ref)] == ["old"]
+    sql(versions, update(RunRow).where(RunRow.id == running.id).values(process="another boot/1"))
+    collect(versions.home, keep_runs=0)
+    assert [name for name, ref in refs.items() if versions.store.has(ref)] == ["read", "last"]
+
+
+def test_what_was_collected_is_no_problem(registered):
+    result = put(registered, b"a result that could be made again")
+    record(registered, "other", {}, result)
+    record(registered, "other", {}, put(registered, b"the next result"))
+    age(registered.store)
+    age_runs(registered)
+    sql(registered, update(RunRow).where(RunRow.name == "other").values(started_at=now() - timedelta(days=50)))
+    with registered.lineage.database.write() as session:
+        run = session.scalars(catalog.select(RunRow).where(RunRow.name == "other")).first()
+        run.started_at = now() - timedelta(days=60)
+    collect(registered.home)
+    assert not registered.store.has(result)
+    assert fsck(registered.home, mlflow=False) == []
+
+
+def test_nothing_goes_while_the_files_of_something_needed_are_unknown(registered):
+    version = registered.show("zorb", 1)
+    put(registered, b"nobody wants me")
+    age(registered.store)
+    path = registered.store.blobs.path(version.artifact.sha256)
+    content = path.read_bytes()
+    path.write_bytes(b"damaged")
+    sql(registered, catalog.select(1))
+    before = list(registered.store.blobs.digests())
+    assert collect(registered.home, dry_run=True).items  # the record still has its files
+    with registered.lineage.database.write() as session:
+        from registry.tables import ContentRow
+
+        session.query(ContentRow).filter(ContentRow.artifact == version.artifact.sha256).delete()
+    with pytest.raises(StoreError, match=r"nothing was collected.*fsck --repair"):
+        collect(registered.home)
+    assert list(registered.store.blobs.digests()) == before
+    path.write_bytes(content)
+    assert collect(registered.home).items
+
+
+def test_leftovers_and_dead_work_go_when_they_are_old(registered):
+    home, key = registered.home, "ab" * 32
+    places = [
+        home.store / "blobs" / ".x.partial",
+        home.path / ".mlflow.db.1.partial",
+        home.reports / ".r.html.partial",
+        home.cache / "latents" / ".t.partial",
+        home.work / "mirror-abc" / "files" / "adapter",
+        home.work / "tmpabc" / "artifact",
+        home.work / key / "kept" / "checkpoint",
+    ]
+    for path in places:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"four")
+    (home.work / "link").symlink_to(home.reports)
+    assert collect(home).items == ()
+    age(Store(home.path))
+    with home.lock(key):
+        done = collect(home)
+    assert (home.work / key / "kept" / "checkpoint").exists()
+    collect(home)
+    assert not any(path.exists() for path in places)
+    assert list(home.work.iterdir()) == []
+    assert home.reports.is_dir()
+    assert {item.what for item in done.items} == {"leftover", "work"}
+    assert sum(item.size for item in done.items if not item.name.endswith("link")) == 6 * 4
+
+
+def test_second_collection_and_backup_wait_for_the_first(registered):
+    with registered.home.lock("gc"), pytest.raises(HomeError, match="another collection or a backup"):
+        collect(registered.home)
+
+
+def test_blobs_behind_a_url_go_in_two_collections(versions, monkeypatch):
+    monkeypatch.setenv("LORALINE_STORE_URL", "memory://collected")
+    store = Store(versions.home.store, open_blobs("memory://collected"))
+    first, second = (store.put_files("manifest", {"a": content}) for content in (b"unwanted", b"wanted after all"))
+    done = collect(versions.home, grace=-1)
+    assert len(done.items) == 4
+    assert done.binned > 0
+    assert store.verify(first) == store.verify(second) == []
+    run = versions.lineage.start_run("late", {})
+    execution = Execution(run.id, run.id, "step", "step", "1", "key", output=second)
+    versions.lineage.record(execution, contents=store.files(second))
+    again = collect(versions.home, grace=-1)
+    assert {item.what for item in again.items} == {"bin"}
+    assert again.binned == 0
+    assert not store.has(first)
+    assert store.verify(second) == []
+    assert list(store.blobs.bin()) == []
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from registry.entities import Execution
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.store import Store
+home = Home.open(Path(sys.argv[1]))
+store, lineage = Store(home.store), Lineage(home.lineage_url)
+print("ready", flush=True)
+run = lineage.start_run(f"writer {sys.argv[2]}", {})
+for turn in range(15):
+    # The same few artifacts again and again: old ones that are there, and some that a collection took.
+    ref = store.put_files("manifest", {"a": b"a%d" % (turn % 5), "own": f"{sys.argv[2]} {turn % 5}".encode()})
+    time.sleep(0.002)
+    assert store.verify(ref) == [], store.verify(ref)
+    if turn % 5 == 4:
+        done = Execution(f"{sys.argv[2]}-{turn}", run.id, "s", "s", "1", "k", output=ref)
+        lineage.record(done, contents=store.files(ref))
+        print(ref.sha256, flush=True)
+lineage.finish_run(run.id, "COMPLETED")
+"""
+
+COLLECTOR = """
+import os, sys, time
+from pathlib import Path
+from registry.gc import collect
+from registry.home import Home
+home = Home.open(Path(sys.argv[1]))
+print("ready", flush=True)
+until = time.time() + float(sys.argv[2])
+while time.time() < until:
+    # Everything that was not written or found just now looks old.
+    for path in (home.store / "blobs").glob("??/*"):
+        try:
+            if path.stat().st_mtime < time.time() - 0.5:
+                os.utime(path, (1, 1))
+        except FileNotFoundError:
+            pass
+    collect(home, grace=30, keep_runs=0)
+"""
+
+
+def test_writers_lose_nothing_to_a_collection_that_runs_beside_them(versions, spawn):
+    home = versions.home
+    stale = [versions.store.put_files("manifest", {"a": b"a%d" % n, "own": b"of an earlier time"}) for n in range(5)]
+    age(versions.store)
+    collectors = [spawn(COLLECTOR, home.path, 60)]
+    assert collectors[0].stdout.readline() == "ready\n"
+    writers = [spawn(WRITER, home.path, number) for number in range(3)]
+    answers = [writer.communicate(timeout=120) for writer in writers]
+    for collector in collectors:
+        collector.kill()
+        collector.communicate()
+    assert [writer.returncode for writer in writers] == [0, 0, 0], answers
+    recorded = {line for out, _ in answers for line in out.split()[1:]}
+    assert recorded
+    assert fsck(home, mlflow=False, grace=1e9) == []
+    assert not any(versions.store.has(ref) for ref in stale)  # the collection did work meanwhile
+    for digest in recorded:
+        assert versions.store.blobs.actual_digest(digest) == digest
+
+
+@pytest.mark.slow
+def test_collection_that_is_killed_leaves_nothing_wrong(registered, spawn):
+    for number in range(300):
+        put(registered, b"nobody wants me %d" % number)
+    record(registered, "other", {}, put(registered, b"recorded but unwanted"))
+    record(registered, "other", {}, put(registered, b"its last run"))
+    age_runs(registered)
+    for trial in range(4):
+        age(registered.store)
+        child = spawn(COLLECTOR, registered.home.path, 30)
+        child.stdout.readline()
+        time.sleep(0.01 * trial)
+        child.kill()
+        child.communicate()
+        assert [p for p in fsck(registered.home, mlflow=False) if p.severity == "damage"] == []
+    age(registered.store)
+    collect(registered.home, keep_runs=0)
+    assert fsck(registered.home, mlflow=False) == []
+    assert not any(item.what == "artifact" for item in collect(registered.home, grace=0, keep_runs=0).items)

@@ -1,0 +1,321 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from registry.entities import Execution, now
+from registry.errors import PolicyError
+from registry.governance import (
+    FREE,
+    PERMISSIONS,
+    TAINTS,
+    Terms,
+    allows_commercial,
+    conflicts,
+    inherit,
+    is_within,
+    meet,
+    unknown,
+)
+from registry.licenses import read_licenses
+from registry.terms import terms_of
+
+TABLE = read_licenses()
+WORDS = st.frozensets(st.sampled_from(["notice", "attribution", "uses:a", "uses:b", *TAINTS]), max_size=3)
+TERMS = st.builds(
+    Terms,
+    permissions=st.frozensets(st.sampled_from(sorted(PERMISSIONS))),
+    obligations=WORDS,
+    restrictions=WORDS,
+    licenses=WORDS,
+    share_alike=st.frozensets(st.sampled_from(["CC-BY-SA-4.0", "CC-BY-NC-SA-4.0"])),
+    unknown=st.frozensets(st.sampled_from(["a base", "a picture"])),
+)
+GIVEN = st.one_of(TERMS, st.sampled_from([entry.terms for entry in TABLE.licenses]))
+
+
+@st.composite
+def graphs(draw, most=1000):
+    """What each node brings in, and its parents, which come before it."""
+    size = draw(st.integers(1, most))
+    pool = draw(st.lists(GIVEN, min_size=1, max_size=6))
+    random = draw(st.randoms(use_true_random=False))
+    own = {node: random.choice([FREE, FREE, *pool]) for node in range(size)}
+    parents = {
+        node: random.sample(range(node), random.randint(0, min(node, 3)))
+        for node in range(size)
+        if random.random() < 0.9
+    }
+    return own, parents
+
+
+@given(GIVEN)
+def test_meet_is_idempotent_and_free_is_neutral(one):
+    assert meet(one, one) == one == meet(one, FREE) == meet(FREE, one) == meet(one)
+    assert meet() == FREE
+
+
+@given(GIVEN, GIVEN)
+def test_meet_is_commutative_and_never_looser_than_either(one, other):
+    both = meet(one, other)
+    assert both == meet(other, one)
+    assert is_within(both, one)
+    assert is_within(both, other)
+    assert both.permissions <= one.permissions & other.permissions
+    assert bool(conflicts(both)) >= bool(conflicts(one))
+
+
+@given(GIVEN, GIVEN, GIVEN)
+def test_meet_is_associative(one, two, three):
+    assert meet(meet(one, two), three) == meet(one, meet(two, three)) == meet(one, two, three)
+
+
+@given(GIVEN)
+def test_a_taint_takes_its_permission_away_wherever_it_comes_from(one):
+    tainted = meet(one, Terms(restrictions=frozenset({"non-commercial"})))
+    assert not allows_commercial(tainted)
+    assert not meet(one, unknown("a base")).permissions
+    assert allows_commercial(FREE)
+
+
+@settings(max_examples=15, deadline=None)
+@given(graphs())
+def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
+    own, parents = graph
+    resolved = inherit(own, parents)
+    assert resolved.keys() == own.keys()
+    for node, sources in parents.items():
+        assert is_within(resolved[node], own[node])
+        assert all(is_within(resolved[node], resolved[source]) for source in sources)
+
+
+@settings(max_examples=15, deadline=None)
+@given(graphs(), st.data())
+def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, data):
+    own, parents = graph
+    edges = [(node, source) for node, sources in parents.items() for source in sources]
+    if not edges:
+        return
+    node, source = data.draw(st.sampled_from(edges))
+    fewer = {**parents, node: [each for each in parents[node] if each != source]}
+    before, after = inherit(own, fewer), inherit(own, parents)
+    assert all(is_within(after[each], before[each]) for each in own)
+
+
+@settings(max_examples=30, deadline=None)
+@given(graphs(60))
+def test_terms_are_those_of_all_ancestors_together_in_any_order(graph):
+    own, parents = graph
+    resolved = inherit(own, parents)
+
+    def ancestors(node):
+        return {node}.union(*(ancestors(source) for source in parents.get(node, ())))
+
+    for node in own:
+        assert resolved[node] == meet(*(own[each] for each in sorted(ancestors(node), reverse=True)))
+
+
+def test_two_that_claim_to_come_from_each_other_have_the_terms_of_both():
+    own = {"a": TABLE.find("MIT").terms, "b": TABLE.find("cc-by-nc-4.0").terms, "c": unknown("c")}
+    resolved = inherit(own, {"a": ["b"], "b": ["a"]})
+    assert resolved["a"] == resolved["b"] == meet(own["a"], own["b"])
+    assert resolved["c"] == own["c"]
+
+
+def test_differing_share_alike_and_no_derivatives_stand_in_the_way():
+    same, other = TABLE.find("cc-by-sa-4.0").terms, TABLE.find("cc-by-nc-sa-4.0").terms
+    assert conflicts(same) == conflicts(meet(same, same, TABLE.find("mit").terms)) == ()
+    assert "which cannot be met together" in conflicts(meet(same, other))[0]
+    assert "no-derivatives" in conflicts(TABLE.find("cc-by-nd-4.0").terms)[0]
+    assert conflicts(unknown("base 'x'")) == ("no licence is known for base 'x'",)
+
+
+def test_the_table_that_is_shipped_is_dated_disclaims_and_knows_what_hugging_face_writes():
+    assert TABLE.note == "not legal advice"
+    assert TABLE.date.year >= 2026
+    for written in ("creativeml-openrail-m", "openrail++", "apache-2.0", "cc-by-nc-4.0", "CC-BY-NC-4.0", "mit"):
+        assert TABLE.find(written) is not None, written
+    assert TABLE.find("openrail++").id == "LicenseRef-CreativeML-OpenRAIL++-M"
+    for entry in TABLE.licenses:
+        assert entry.url.startswith("https://")
+        # A digest is only stated for a text at an address that cannot come to hold another one.
+        assert entry.sha256 is None or re.search("/[0-9a-f]{40}/", entry.url)
+
+
+def test_the_digest_of_apache_is_that_of_our_own_copy():
+    from lora_engine.files import sha256_file
+
+    assert TABLE.find("Apache-2.0").sha256 == sha256_file(Path(__file__).parents[2] / "LICENSE")
+
+
+@pytest.mark.parametrize(
+    ("base", "carried", "commercial"),
+    [
+        ("tiny", "Apache-2.0", True),
+        ("sd15", "LicenseRef-CreativeML-OpenRAIL-M", True),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5@abc123", "LicenseRef-CreativeML-OpenRAIL-M", True),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "LicenseRef-CreativeML-OpenRAIL++-M-SDXL", True),
+        ("sd3", "LicenseRef-Stability-Community", True),
+        ("flux", "LicenseRef-FLUX-1-dev-NC", False),
+        ("black-forest-labs/FLUX.1-schnell", "Apache-2.0", True),
+    ],
+)
+def test_every_published_base_carries_its_licence(base, carried, commercial):
+    terms = TABLE.terms_of_base(base)
+    assert terms.licenses == {carried}
+    assert allows_commercial(terms) is commercial
+    assert conflicts(terms) == ()
+
+
+def test_an_unknown_base_and_an_unstated_licence_allow_nothing():
+    for terms in (TABLE.terms_of_base("/models/mine", "a" * 64), TABLE.terms_of_license("NOASSERTION", "it")):
+        assert not terms.permissions
+        assert conflicts(terms)
+    assert "'my own words' is not in the table" in conflicts(TABLE.terms_of_license("my own words", "it"))[0]
+
+
+def test_the_embedded_base_is_known_by_its_fingerprint_too():
+    from lora_engine.bases.source import resolve_base
+
+    assert TABLE.terms_of_base("/anywhere", resolve_base("tiny").fingerprint()).licenses == {"Apache-2.0"}
+
+
+def test_a_home_adds_licences_and_says_what_its_bases_carry(tmp_path):
+    own = {
+        "date": "2026-11-01",
+        "licenses": [{"id": "LicenseRef-House", "permissions": ["commercial", "derivatives"], "aliases": ["house"]}],
+        "bases": [{"license": "house", "fingerprints": ["a" * 64], "hub": ["our/base"]}],
+    }
+    (tmp_path / "licenses.yaml").write_text(yaml.safe_dump(own))
+    table = read_licenses(tmp_path)
+    assert table.terms_of_base("anything", "a" * 64).licenses == {"LicenseRef-House"}
+    assert table.terms_of_base("our/base@1").permissions == {"commercial", "derivatives"}
+    assert table.find("mit") is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("licenses: [", "is no YAML"),
+        ("date: 2026-01-01\nlicences: []", "licences"),
+        ("date: 2026-01-01\nbases: [{license: gone}]", "no licence has that id"),
+        (
+            "date: 2026-01-01\nlicenses: [{id: X, permissions: [commercial], restrictions: [non-commercial]}]",
+            "leave one out",
+        ),
+        ("date: 2026-01-01\nlicenses: [{id: X, permissions: [], aliases: [mit]}]", "two licences go by 'mit'"),
+    ],
+)
+def test_a_table_that_is_not_one_is_refused_with_its_place(tmp_path, text, said):
+    (tmp_path / "licenses.yaml").write_text(text)
+    with pytest.raises(PolicyError, match=said) as caught:
+        read_licenses(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+PICTURE = {"source": "a.png", "width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
+
+
+@pytest.fixture
+def line(versions):
+    """Registers what a line of steps on some base makes of some pictures or adapters; gives the version."""
+
+    def make(name, content, base="tiny", pictures=(), adapters=(), uses="train", **values):
+        store, lineage = versions.store, versions.lineage
+        run = lineage.start_run(name, {})
+        inputs = {f"adapters.{place}": version.artifact for place, version in enumerate(adapters)}
+        if pictures:
+            entries = [PICTURE | {"sha256": f"{place:064x}", **each} for place, each in enumerate(pictures)]
+            inputs["dataset"] = store.put_files(
+                "manifest", {"manifest.json": json.dumps({"pictures": entries}).encode()}
+            )
+        adapter = store.put_files("adapter", {"adapter.safetensors": content})
+        told = {"settings": {"base": base}} if base else {}
+        done = Execution(run.id, run.id, name, uses, "1", run.id, told, inputs, adapter, started_at=now())
+        lineage.record(done, contents=store.files(adapter))
+        lineage.finish_run(run.id, "COMPLETED")
+        return versions.register(name, adapter, run_id=run.id, **values)
+
+    return make
+
+
+def test_an_adapter_has_the_terms_of_its_base_and_of_every_picture(versions, line):
+    nc = {"rights": {"license": "cc-by-nc-4.0", "rights": "licence"}}
+    plain, tainted = line("a", b"a", pictures=[{}]), line("b", b"b", pictures=[{}, nc, nc])
+    assert allows_commercial(terms_of(versions, plain).terms)
+    resolved = terms_of(versions, tainted)
+    assert not allows_commercial(resolved.terms)
+    assert resolved.terms.licenses == {"Apache-2.0", "CC-BY-NC-4.0"}
+    assert {source.what for source in resolved.sources} == {"base tiny", "2 pictures under cc-by-nc-4.0"}
+
+
+@pytest.mark.parametrize("uses", ["merge", "extract", "distil", "convert"])
+def test_terms_come_through_every_way_of_making_an_adapter_of_adapters(versions, line, uses):
+    free = line("free", b"1")
+    bound = line("bound", b"2", declared="cc-by-nc-4.0")
+    made = line("made", b"3", adapters=[free, bound], uses=uses)
+    again = line("again", b"4", base=None, adapters=[made], uses=uses)
+    alone = line("alone", b"5", adapters=[free], uses=uses)
+    for version in (made, again):
+        assert "CC-BY-NC-4.0" in terms_of(versions, version).terms.licenses
+        assert not allows_commercial(terms_of(versions, version).terms)
+    assert allows_commercial(terms_of(versions, alone).terms)
+
+
+def test_terms_come_through_parents_by_name_and_by_the_digest_of_their_file(versions, line):
+    bound = line("bound", b"2", declared="cc-by-nc-4.0")
+    by_name = line("by-name", b"3", parents=["bound@1", "base:tiny"])
+    by_file = line("by-file", b"4", parents=[f"0.5 bound sha256:{bound.sha256}"])
+    neither = line("neither", b"5", parents=["0.5 bound sha256:" + "0" * 64])
+    assert not allows_commercial(terms_of(versions, by_name).terms)
+    assert not allows_commercial(terms_of(versions, by_file).terms)
+    assert allows_commercial(terms_of(versions, neither).terms)
+
+
+def test_the_same_bytes_under_another_name_keep_what_was_declared_of_them(versions, line):
+    first = line("first", b"same", declared="cc-by-nc-4.0")
+    second = versions.register("second", first.artifact)
+    assert not allows_commercial(terms_of(versions, second).terms)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"base": "/models/mine"}, "base '/models/mine'"),
+        ({"base": None}, "neither base nor licence"),
+        ({"declared": "so to speak"}, "is not in the table"),
+        ({"pictures": [{"rights": {"rights": "licence"}}]}, "1 picture used by a licence"),
+        ({"pictures": [{"rights": {"license": "mine"}}]}, "'mine' is not in the table"),
+    ],
+)
+def test_what_is_unknown_anywhere_on_the_way_blocks(versions, line, values, said):
+    reasons = conflicts(terms_of(versions, line("a", b"a", **values)).terms)
+    assert any(said in reason for reason in reasons), reasons
+
+
+def test_a_consent_for_training_alone_taints(versions, line):
+    scoped = [{"rights": {"rights": "consent", "scope": scope}} for scope in ("train", "commercial")]
+    assert not allows_commercial(terms_of(versions, line("a", b"a", pictures=scoped)).terms)
+    assert allows_commercial(terms_of(versions, line("b", b"b", pictures=scoped[1:])).terms)
+
+
+def test_a_dataset_that_cannot_be_read_is_unknown(versions, line):
+    version = line("a", b"a", pictures=[{}])
+    (entry,) = [
+        entry
+        for node in versions.lineage.walk(version.ref).nodes
+        if node.label == "manifest"
+        for entry in [versions.store.files(_ref(node))["manifest.json"]]
+    ]
+    versions.store.blobs.path(entry.sha256).unlink()
+    assert "cannot be read" in conflicts(terms_of(versions, version).terms)[0]
+
+
+def _ref(node):
+    from registry.entities import ArtifactRef
+
+    return ArtifactRef("manifest", node.id, node.detail["size"])

@@ -1,0 +1,511 @@
+"""A database of every age: made, migrated whole or not at all, or refused untouched."""
+
+import json
+import os
+import shutil
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, func, inspect, select, text
+
+from lora_engine.files import sha256_file
+from registry.audit import fsck
+from registry.database import Database
+from registry.errors import HomeError
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.promotion import promote
+from registry.schema import MIGRATIONS, migrate
+from registry.tables import NAMESPACE, SCHEMA, ExecutionRow, MetaRow, Table, VersionRow
+from registry.versions import Versions
+
+SCHEMA_1 = (Path(__file__).parent / "data" / "schema-1.sql").read_text()
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A database of the first schema, as its release left it."""
+    path = tmp_path / "old" / "lineage.db"
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCHEMA_1)
+    return path
+
+
+def url(path):
+    return f"sqlite:///{path}"
+
+
+def rows(path):
+    """Every row of every table, by table, but for the number of the schema."""
+    with closing(sqlite3.connect(path)) as connection:
+        tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {table: connection.execute(f'SELECT * FROM "{table}" ORDER BY 1, 2').fetchall() for table in tables}
+
+
+def shape(engine):
+    """Tables, columns, keys, indexes and triggers of a database, as far as it can tell them."""
+    with engine.connect() as connection:
+        schema = NAMESPACE if engine.dialect.name == "postgresql" else None
+        inspector = inspect(connection)
+        found = {
+            table: {
+                "columns": [
+                    {key: str(column.get(key)) for key in ("name", "type", "nullable", "default", "primary_key")}
+                    | {"collation": getattr(column["type"], "collation", None)}
+                    for column in inspector.get_columns(table, schema)
+                ],
+                "key": inspector.get_pk_constraint(table, schema)["constrained_columns"],
+                "foreign": sorted(
+                    (key["constrained_columns"], key["referred_table"], key["referred_columns"])
+                    for key in inspector.get_foreign_keys(table, schema)
+                ),
+                "unique": sorted(key["column_names"] for key in inspector.get_unique_constraints(table, schema)),
+                "indexes": sorted((key["name"], key["column_names"]) for key in inspector.get_indexes(table, schema)),
+            }
+            for table in inspector.get_table_names(schema)
+        }
+        if schema:
+            triggers = "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY tgname"
+            found["sequences"] = inspector.get_sequence_names(schema)
+        else:
+            triggers = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name"
+        found["triggers"] = [tuple(row) for row in connection.execute(text(triggers))]
+        return found
+
+
+def opened(address):
+    database = Database(address)
+    database.close()
+    return database.engine
+
+
+def test_every_schema_has_its_revision():
+    assert sorted(path.stem for path in MIGRATIONS.glob("revision_*.py")) == [
+        f"revision_{number}" for number in range(1, SCHEMA + 1)
+    ]
+
+
+def test_first_revision_makes_what_the_first_release_made(old):
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        connection.execute(text("PRAGMA foreign_keys=OFF"))
+        migrate(connection, 0, 1)
+        connection.commit()
+        made = shape(engine)
+    wanted = create_engine(url(old))
+    assert made == shape(wanted)
+    wanted.dispose()
+    engine.dispose()
+
+
+@pytest.mark.sqlite
+def test_migrated_schema_is_the_created_one(old, tmp_path):
+    migrated, created = opened(url(old)), opened(url(tmp_path / "new" / "lineage.db"))
+    found = shape(migrated)
+    assert found == shape(created)
+    assert len(found) == len(Table.metadata.tables) + 1 + len({"sqlite_sequence"} & set(found))
+    assert [name for name, _ in found["triggers"]] == ["events_no_delete", "events_no_update"]
+    with closing(sqlite3.connect(old)) as connection:
+        (events,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'events'").fetchone()
+    assert "AUTOINCREMENT" in events
+    for engine in (migrated, created):
+        engine.dispose()
+
+
+def test_migration_keeps_every_row_and_a_copy_of_the_old_file(old):
+    before = rows(old)
+    opened(url(old)).dispose()
+    copy = old.with_name("lineage.db.schema-1.bak")
+    assert rows(copy) == before
+    after = rows(old)
+    assert after.pop("meta") == [("schema", str(SCHEMA))]
+    for table, entries in before.items():
+        if table != "meta":
+            assert [row[: len(entries[0])] for row in after[table]] == entries, table
+    # Nothing else lies about, and the copy is an ordinary database.
+    assert sorted(path.name for path in old.parent.iterdir()) == ["lineage.db", "lineage.db.schema-1.bak", "locks"]
+    opened(url(copy)).dispose()
+
+
+def test_migrated_home_is_used_like_any_other(tmp_path, old, monkeypatch):
+    home = Home.open(tmp_path / "home")
+    shutil.copy(old, home.lineage_db)
+    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    versions = Versions(home)
+    version = versions.show("zorb", "production")
+    assert (version.version, version.state, version.size) == (1, "ACTIVE", 3_000_000_000)
+    walk = versions.lineage.walk("5" * 64, "down")
+    assert {node.id for node in walk.nodes if node.kind == "version"} == {"zorb@1"}
+    assert versions.lineage.executions("run1")[0].environment == {"packages": {"torch": "2.13.0"}}
+    with versions.lineage.database.write() as session, pytest.raises(Exception, match="append-only"):
+        session.execute(text("DELETE FROM events"))
+    artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"x"})
+    versions.register("zorb", artifact, passed=True, gates=[{"metric": "m", "value": 1, "min": 0, "passed": True}])
+    event = promote(versions, "zorb", 2, "mine", reason="after the migration")
+    assert event.seq == 3
+    versions.close()
+    assert "refers to nothing" not in str(fsck(home, mlflow=False))
+
+
+def test_earlier_copy_is_never_overwritten(old):
+    shutil.copy(old, old.with_name("first"))
+    opened(url(old)).dispose()
+    with closing(sqlite3.connect(old.with_name("first"))) as connection, connection:
+        connection.execute("UPDATE runs SET name = 'another'")
+    old.with_name("first").replace(old)
+    opened(url(old)).dispose()
+    names = {path.name: rows(path)["runs"][0][1] for path in old.parent.glob("*.bak*")}
+    assert names == {"lineage.db.schema-1.bak": "stripes", "lineage.db.schema-1.bak2": "another"}
+
+
+KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import alembic.migration, alembic.operations, alembic.script
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from registry.database import Database
+
+old, folder, by = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+count = 0
+
+def strike(*arguments):
+    global count
+    count += 1
+    if count == fault:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def trace(frame, kind, argument):
+    ours = "/registry/" in frame.f_code.co_filename
+    if ours and kind == "line":
+        strike()
+    return trace if ours else None
+
+for fault in range(1, 10_000):
+    path = folder / f"{fault:04}" / "lineage.db"
+    path.parent.mkdir()
+    if old.exists():
+        shutil.copy(old, path)
+    if not (child := os.fork()):
+        if by == "statement":
+            for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
+                event.listen(Engine, name, strike)
+        else:
+            sys.settrace(trace)
+        Database(f"sqlite:///{path}").close()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        print(fault, os.WEXITSTATUS(status))
+        break
+"""
+
+
+def struck(spawn, tmp_path, old, by):
+    """What a process that was killed at the first, second, ... statement or line left, until one got through."""
+    folder = tmp_path / "struck"
+    folder.mkdir()
+    out, errors = spawn(KILLED, old, folder, by).communicate(timeout=500)
+    faults, status = map(int, out.split())
+    assert status == 0, errors
+    paths = [entry / "lineage.db" for entry in sorted(folder.iterdir())]
+    assert len(paths) == faults
+    return paths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["statement", "line"])
+def test_migration_killed_anywhere_leaves_the_old_or_the_new(old, tmp_path, spawn, by):
+    paths = struck(spawn, tmp_path, old, by)
+    assert len(paths) > 40
+    first, last = rows(old), rows(paths[-1])
+    seen = set()
+    for path in paths:
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        found = rows(path)
+        assert found in (first, last), path
+        seen.add(found == last)
+        # Whatever is called a copy is one.
+        assert all(rows(copy) == first for copy in path.parent.glob("*.bak*"))
+        opened(url(path)).dispose()
+        assert rows(path) == last
+    assert seen == {True, False}
+
+
+@pytest.mark.slow
+def test_making_killed_anywhere_leaves_nothing_or_all(tmp_path, spawn):
+    paths = struck(spawn, tmp_path, tmp_path / "absent", "line")
+    left = [path.exists() for path in paths]
+    assert sorted(left) == left
+    assert set(left) == {True, False}
+    for path in paths:
+        opened(url(path)).dispose()
+        assert rows(path)["meta"] == [("schema", str(SCHEMA))]
+
+
+def damage(path, begin, end):
+    content = bytearray(path.read_bytes())
+    content[begin:end] = b"\xa5" * (end - begin)
+    path.write_bytes(content)
+
+
+def sql(path, *statements):
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def fresh(path):
+    opened(url(path)).dispose()
+    shutil.rmtree(path.parent / "locks")
+
+
+def newer(path):
+    fresh(path)
+    sql(path, f"UPDATE meta SET value = '{SCHEMA + 1}'", "CREATE TABLE more (a)")
+
+
+def newer_with_a_log(path):
+    """As a killed process of a newer release leaves it: with what it wrote in the log alone."""
+    fresh(path)
+    aside = path.with_name("aside")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute(f"UPDATE meta SET value = '{SCHEMA + 1}'")
+        connection.commit()
+        shutil.copy(path, aside)
+        shutil.copy(path.with_name("lineage.db-wal"), path.with_name("aside-wal"))
+    for name in ("", "-wal"):
+        path.with_name(f"aside{name}").replace(path.with_name(f"lineage.db{name}"))
+
+
+def truncated(path):
+    fresh(path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def broken_schema(path):
+    fresh(path)
+    damage(path, 100, 4096)
+
+
+def broken_old_page(path):
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCHEMA_1)
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'versions'").fetchone()
+    damage(path, (page - 1) * 4096, page * 4096 - 100)
+
+
+def dangling_old_row(path):
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCHEMA_1)
+        connection.execute("DELETE FROM names")
+        connection.commit()
+
+
+REFUSED = {
+    "newer": (newer, "newer release"),
+    "newer, with a log": (newer_with_a_log, "newer release"),
+    "older than the first": (lambda p: (fresh(p), sql(p, "UPDATE meta SET value = '0'")), "schema 0"),
+    "MLflow's": (lambda p: sql(p, "CREATE TABLE alembic_version (version_num)"), "another program"),
+    "with a meta of its own": (lambda p: sql(p, "CREATE TABLE meta (a)"), "another program"),
+    "with another meta": (lambda p: sql(p, "CREATE TABLE meta (key, value)"), "another program"),
+    "no number": (lambda p: (fresh(p), sql(p, "UPDATE meta SET value = 'two'")), "another program"),
+    "a letter": (lambda p: p.write_bytes(b"this is a letter, not a database" * 100), "not a database"),
+    "a short letter": (lambda p: p.write_bytes(b"x"), "not a database"),
+    "empty": (lambda p: p.write_bytes(b""), "empty file"),
+    "truncated": (truncated, "damaged"),
+    "truncated within the header": (lambda p: (fresh(p), os.truncate(p, 60)), "not a database"),
+    "damaged header": (lambda p: (fresh(p), damage(p, 0, 40)), "not a database"),
+    "damaged list of tables": (broken_schema, "damaged"),
+    "old with a damaged page": (broken_old_page, "damaged"),
+    "old with a row that refers to nothing": (dangling_old_row, "refer to nothing"),
+    "gone but for its log": (lambda p: p.with_name("lineage.db-wal").write_bytes(b"x" * 100), "is gone"),
+    "a folder": (lambda p: p.mkdir(), "cannot be opened"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_database_that_cannot_be_used_is_refused_untouched(tmp_path, what):
+    make, words = REFUSED[what]
+    path = tmp_path / "place" / "lineage.db"
+    path.parent.mkdir()
+    make(path)
+
+    def look():
+        return {
+            entry.name: sha256_file(entry)
+            for entry in path.parent.iterdir()
+            # An old database is looked at under the lock, and was copied before a row was found that refers to nothing.
+            if entry.is_file() and not entry.name.endswith((".bak", "-shm"))
+        }
+
+    before = look()
+    for _ in range(2):
+        with pytest.raises(HomeError, match=words) as caught:
+            Database(url(path))
+        assert caught.value.remedy
+        assert "place" in str(caught.value)
+        assert look() == before
+    # A reader of a log needs an index of it, which is nobody's data; no other database leaves any.
+    assert path.with_name("lineage.db-shm").exists() == (what == "newer, with a log")
+
+
+def test_reading_the_schema_leaves_no_trace(tmp_path):
+    path = tmp_path / "lineage.db"
+    fresh(path)
+    before = sha256_file(path)
+    lineage = Lineage(url(path))
+    assert lineage.runs() == []
+    lineage.close()
+    assert sha256_file(path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lineage.db"]
+
+
+def test_database_without_tables_is_filled(tmp_path):
+    # What a process that was killed between two statements of the first release left.
+    path = tmp_path / "lineage.db"
+    sql(path, "PRAGMA journal_mode=WAL")
+    assert path.stat().st_size
+    opened(url(path)).dispose()
+    assert rows(path)["meta"] == [("schema", str(SCHEMA))]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("nonsense", "no URL of a database"),
+        ("oracle://host/name", "no database that the registry knows"),
+        ("mysql+unknown://host/name", "database"),
+        ("sqlite://", "in memory"),
+        ("postgresql+psycopg://nobody:secret@127.0.0.1:9/x", "cannot be reached"),
+    ],
+)
+def test_address_that_leads_nowhere_is_worded_without_its_password(address, words):
+    with pytest.raises(HomeError, match=words) as caught:
+        Database(address)
+    assert "secret" not in str(caught.value)
+
+
+def test_writers_at_once_wait_for_the_migration(old):
+    found, failures = [], []
+
+    def work(number):
+        try:
+            lineage = Lineage(url(old))
+            found.append(lineage.start_run(f"run {number}", {}).id)
+            lineage.close()
+        except HomeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert {row[0] for row in rows(old)["runs"]} == {"run1", *found}
+    assert len(list(old.parent.glob("*.bak*"))) == 1
+
+
+# PostgreSQL
+
+
+def old_server(address):
+    """The first schema with the rows of the file, on a server."""
+    engine = create_engine(address)
+    # SQLite has no truth values of its own.
+    written = SCHEMA_1.replace("'ml1', 1,", "'ml1', true,").replace("'[]', 1, '{", "'[]', true, '{")
+    statements = [part.strip() for part in written.split(";\n") if part.startswith("INSERT")]
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA {NAMESPACE}"))
+        connection.execute(text(f"SET search_path TO {NAMESPACE}"))
+        migrate(connection, 0, 1)
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    return engine
+
+
+@pytest.mark.needs("postgres")
+def test_migrated_schema_is_the_created_one_on_postgres(postgres, postgres_template, postgres_url):
+    engine = old_server(postgres_url)
+    database, made = Database(postgres_url), Database(postgres % postgres_template)
+    found = shape(database.engine)
+    assert found == shape(made.engine)
+    assert len(found) == len(Table.metadata.tables) + 2
+    assert [name for name, _ in found["triggers"]] == ["events_no_change"]
+    with database.read() as session:
+        assert session.scalar(select(MetaRow.value).where(MetaRow.key == "schema")) == str(SCHEMA)
+        assert session.scalar(select(ExecutionRow.seed).where(ExecutionRow.id == "e2")) == 2**40
+        assert session.scalar(select(VersionRow.state)) == "ACTIVE"
+    with engine.connect() as connection:
+        copied = connection.scalar(text(f"SELECT count(*) FROM {NAMESPACE}_schema_1.events"))
+        assert copied == connection.scalar(text(f"SELECT count(*) FROM {NAMESPACE}.events")) == 2
+    for each in (database, made):
+        each.close()
+    engine.dispose()
+
+
+class PowerGone(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.needs("postgres")
+def test_migration_cut_off_at_every_statement_leaves_the_old_on_postgres(postgres_url):
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    engine = old_server(postgres_url)
+    before, faults = shape(engine), 0
+    while True:
+        faults += 1
+        left = iter(range(faults - 1, -1, -1))
+
+        def fail(*_arguments, left=left):
+            if next(left, None) == 0:
+                raise PowerGone
+
+        event.listen(Engine, "after_cursor_execute", fail)
+        try:
+            Database(postgres_url).close()
+            break
+        except PowerGone:
+            pass
+        finally:
+            event.remove(Engine, "after_cursor_execute", fail)
+        assert shape(engine) == before
+    assert faults > 30
+    assert shape(engine) != before
+    engine.dispose()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("postgres")
+@pytest.mark.parametrize("value", [str(SCHEMA + 1), "0", "two", None])
+def test_server_that_cannot_be_used_is_refused_untouched(postgres_url, value):
+    Database(postgres_url).close()
+    engine = create_engine(postgres_url)
+    with engine.begin() as connection:
+        connection.execute(text(f"SET search_path TO {NAMESPACE}"))
+        connection.execute(text("DELETE FROM meta"))
+        if value is not None:
+            connection.execute(text("INSERT INTO meta VALUES ('schema', :value)"), {"value": value})
+    before = shape(engine)
+    with pytest.raises(HomeError, match=r"newer release|another program"):
+        Database(postgres_url)
+    assert shape(engine) == before
+    with engine.connect() as connection:
+        assert connection.scalars(text(f"SELECT value FROM {NAMESPACE}.meta")).all() == ([value] if value else [])
+    engine.dispose()
+
+
+def test_fixture_holds_a_row_in_every_table(old):
+    with closing(sqlite3.connect(old)) as connection:
+        counts = {table: connection.execute(f"SELECT {func.count()} FROM {table}").fetchone()[0] for table in rows(old)}
+    assert all(counts.values()), json.dumps(counts)

@@ -1,0 +1,70 @@
+"""What a person sees: MLflow's own server and interface over a home, in a real browser."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def server(home):
+    """The address of MLflow's server over the home."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "start_new_session": True}
+    process = subprocess.Popen([*command, "--backend-store-uri", home.mlflow_url], **quiet)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{address}/health", process)
+        yield address
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(60)
+
+
+def wait_for(address, process):
+    for _ in range(600):
+        assert process.poll() is None
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                assert answer.status == 200
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    pytest.fail(f"{address} does not answer")
+
+
+def read_page(address, folder) -> str:
+    """The text of a page once its scripts have run."""
+    browser = next(path for name in CHROMIUM if (path := shutil.which(name)))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}"]
+    command += ["--virtual-time-budget=60000", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return " ".join(re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", " ", done.stdout, flags=re.DOTALL).split())
+
+
+@pytest.mark.slow
+@pytest.mark.sqlite
+@pytest.mark.needs("chromium")
+def test_model_page_shows_name_version_alias_and_description(mirrored, register, request, tmp_path):
+    register(mirrored, b"weights", alias_request="candidate")
+    server = request.getfixturevalue("server")
+    text = read_page(f"{server}/#/models/zorb/versions/1", tmp_path / "browser")
+    for shown in ("zorb", "Version 1", "candidate", "Model card", "Bill of materials", "loraline.sha256"):
+        assert shown in text, text
+    assert "clip_t" in text, "the figures are in the description"
+    missing = read_page(f"{server}/#/models/zorb/versions/2", tmp_path / "browser")
+    assert "candidate" not in missing

@@ -1,0 +1,259 @@
+import dataclasses
+from datetime import UTC, date, datetime
+
+import pytest
+
+from registry.consent import ConsentFindings, find_consent
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.errors import PolicyError, PromotionError, Refused
+from registry.governance import FREE, meet, unknown
+from registry.licenses import read_licenses
+from registry.policies import read_policies
+from registry.policy import PRESETS, AliasPolicy, Facts, decide
+from registry.promotion import history, promote, remove, replay, rollback
+
+GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
+VERSION = AdapterVersion(
+    name="zorb",
+    version=1,
+    sha256="a" * 64,
+    size=1,
+    artifact=ArtifactRef("adapter", "b" * 64, 1),
+    adapter_path="adapter.safetensors",
+    report=None,
+    aliases=(),
+    created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    run_id=None,
+    mlflow_run_id=None,
+    card={},
+    metrics={},
+    gates=(GATE,),
+    passed=True,
+    parents=(),
+)
+CLEAN = Facts(terms=FREE, consent=ConsentFindings(), signature=(), actor="ada@lab")
+NC = read_licenses().find("cc-by-nc-4.0").terms
+STRICT = AliasPolicy(needs_licence="commercial", needs_consent="complete", needs_signature=True, movers=("ada@*",))
+
+
+@pytest.mark.parametrize(
+    ("policy", "facts", "reason", "is_final"),
+    [
+        (AliasPolicy(), {"damage": ("gone",)}, "not whole: gone", True),
+        (AliasPolicy(), {"structure": ("NaN in x",)}, "not a sound adapter: NaN in x", True),
+        (AliasPolicy(), {"revoked": ("consent 'C-1'",)}, "consent 'C-1' was revoked", True),
+        (AliasPolicy(movers=("eve@*", "bob")), {}, "ada@lab may not move this alias; eve@*, bob may", True),
+        (AliasPolicy(needs_licence="known"), {"terms": unknown("base 'x'")}, "no licence is known for base 'x'", False),
+        (AliasPolicy(needs_licence="known"), {"terms": None}, "was not looked at", False),
+        (AliasPolicy(needs_licence="commercial"), {"terms": NC}, "commercial use is not allowed (CC-BY-NC-4.0)", False),
+        (AliasPolicy(needs_consent="known"), {"consent": ConsentFindings(1, ("expired",))}, "expired", False),
+        (AliasPolicy(needs_consent="known"), {"consent": None}, "was not looked at", False),
+        (AliasPolicy(needs_consent="complete"), {"consent": ConsentFindings(1, (), ("no basis",))}, "no basis", False),
+        (AliasPolicy(needs_signature=True), {"signature": ("unsigned",)}, "unsigned", False),
+        (AliasPolicy(needs_signature=True), {"signature": None}, "was not checked", False),
+    ],
+)
+def test_every_fact_against_a_version_is_a_reason_where_the_policy_asks(policy, facts, reason, is_final):
+    decision = decide(VERSION, policy, dataclasses.replace(CLEAN, **facts))
+    assert not decision.allowed
+    assert len(decision.reasons) == 1
+    assert reason in decision.reasons[0]
+    assert bool(decision.final) is is_final
+    assert decide(VERSION, policy.model_copy(update={"movers": ("*",)}), CLEAN).allowed
+
+
+def test_what_a_policy_does_not_ask_for_is_no_reason():
+    poor = Facts(terms=unknown("it"), consent=ConsentFindings(1, ("expired",), ("no basis",)), signature=("unsigned",))
+    assert decide(VERSION, AliasPolicy(), poor).allowed
+
+
+def test_all_reasons_of_all_kinds_come_at_once():
+    facts = Facts(
+        damage=("gone",),
+        structure=("NaN",),
+        terms=meet(NC, unknown("a base")),
+        consent=ConsentFindings(2, ("expired",), ("no basis",)),
+        revoked=("picture 5",),
+        signature=("unsigned",),
+        actor="eve@lab",
+    )
+    version = dataclasses.replace(VERSION, state="WITHDRAWN", passed=False, gates=())
+    policy = STRICT.model_copy(update={"needs_evaluation": True, "needs_gate": True})
+    decision = decide(version, policy, facts)
+    assert len(decision.reasons) == 11
+    assert len(decision.final) == 5
+
+
+def test_default_policy_lets_own_pictures_without_a_word_into_production():
+    datasets = {ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, "source": "own.png"},)}
+    found = find_consent(datasets, date(2026, 11, 1))
+    assert found.missing
+    for alias in ("staging", "production"):
+        assert decide(VERSION, PRESETS["default"][alias], dataclasses.replace(CLEAN, consent=found)).allowed
+    strict = decide(VERSION, PRESETS["strict"]["production"], dataclasses.replace(CLEAN, consent=found))
+    assert not strict.allowed
+
+
+def test_expired_consent_is_found_on_the_day_after():
+    datasets = {
+        ArtifactRef("manifest", "c" * 64, 1): (
+            {"sha256": "1" * 64, "source": "a.png", "rights": {"expires": "2026-06-30"}},
+        )
+    }
+    assert find_consent(datasets, date(2026, 6, 30)).broken == ()
+    assert find_consent(datasets, date(2026, 7, 1)).broken == ("1 picture may be used until 2026-06-30 only: a.png",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({}, "without a basis"),
+        ({"rights": {"rights": "own"}}, "do not say whether they show a person"),
+        ({"rights": {"rights": "own", "person": True}}, "without the consent's id"),
+        ({"rights": {"rights": "consent", "person": False}}, "without the consent's id"),
+        ({"rights": {"rights": "licence", "person": False}}, "not named"),
+        ({"rights": {"rights": "tdm", "person": False}}, "without a check for opt-outs"),
+    ],
+)
+def test_a_complete_record_says_basis_person_consent_licence_and_opt_out(entry, said):
+    def find(picture):
+        return find_consent(
+            {ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, **picture},)}, date(2026, 1, 1)
+        )
+
+    assert any(said in reason for reason in find(entry).missing)
+    whole = {"consent": "C-1", "rights": {"rights": "consent", "person": True}}
+    assert find(whole).missing == ()
+
+
+def test_an_owner_who_opted_out_stands_in_the_way_of_what_was_mined():
+    rights = {"rights": "tdm", "opt_out": {"tool": "ai.txt", "checked": "2026-01-01", "result": "opted-out"}}
+    found = find_consent({ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, "rights": rights},)}, date.max)
+    assert "opted out" in found.broken[0]
+
+
+def test_without_a_file_the_default_policy_counts(tmp_path):
+    policies = read_policies(tmp_path)
+    assert policies.of("production") == PRESETS["default"]["production"]
+    assert policies.of("mine") == AliasPolicy()
+    assert policies.recall == "flag"
+
+
+def test_a_file_chooses_a_preset_and_changes_single_aliases(tmp_path):
+    (tmp_path / "policy.yaml").write_text(
+        "policy: strict\nrecall: withdraw\naliases:\n"
+        "  production: {needs_signature: false, movers: [ada@lab, '*@release']}\n  canary: {needs_evaluation: true}\n"
+    )
+    policies = read_policies(tmp_path)
+    production = policies.of("production")
+    assert (production.needs_consent, production.needs_signature) == ("complete", False)
+    assert [production.may_move(actor) for actor in ("ada@lab", "bot@release", "eve@lab")] == [True, True, False]
+    assert policies.of("canary").needs_evaluation
+    assert policies.recall == "withdraw"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("policy: lax", "policy: Input should be 'default' or 'strict'"),
+        ("aliases: {production: {needs_gates: true}}", "production: needs_gates"),
+        ("aliases: {production: {needs_gate: 'no'}}", "valid boolean"),
+        ("aliases: {production: {needs_licence: some}}", "'none', 'known' or 'commercial'"),
+        ("aliases: {Production: {}}", "cannot be an alias"),
+        ("aliases: {production: {movers: []}}", "at least 1 item"),
+        ("aliases: [", "is no YAML"),
+        ("polcy: strict", "polcy"),
+    ],
+)
+def test_a_policy_that_is_not_understood_is_refused_with_its_place(tmp_path, text, said):
+    (tmp_path / "policy.yaml").write_text(text)
+    with pytest.raises(PolicyError, match=said) as caught:
+        read_policies(tmp_path)
+    assert str(tmp_path / "policy.yaml") in str(caught.value)
+
+
+def test_every_mistake_of_a_policy_is_told_at_once(tmp_path):
+    (tmp_path / "policy.yaml").write_text("aliases: {a: {x: 1}, b: {y: 2}}")
+    with pytest.raises(PolicyError, match=r"aliases\.a: x.*aliases\.b: y"):
+        read_policies(tmp_path)
+
+
+def write_policy(versions, text):
+    (versions.home.path / "policy.yaml").write_text(text)
+
+
+def test_an_override_is_an_event_that_keeps_what_was_set_aside(versions, register):
+    register(versions, b"bad", passed=False, gates=[{**GATE, "value": -1}], parents=["base:gone/base"])
+    with pytest.raises(Refused):
+        promote(versions, "zorb", 1, "production", reason="please")
+    event = promote(versions, "zorb", 1, "production", reason="I know better", actor="ada@lab", override=True)
+    assert (event.action, event.after, event.actor) == ("override", 1, "ada@lab")
+    assert len(event.details["overridden"]) == 2
+    assert replay(history(versions, "zorb")) == {("zorb", "production"): 1}
+
+
+def test_an_override_of_nothing_is_a_promotion(versions, register):
+    register(versions, b"good")
+    assert promote(versions, "zorb", 1, "production", reason="r", override=True).action == "promote"
+
+
+def test_an_override_needs_a_policy_that_lets_it_and_whole_bytes(versions, register):
+    register(versions, b"bad", passed=False, gates=[{**GATE, "value": -1}])
+    with pytest.raises(Refused, match="no override sets these aside: it is not a sound"):
+        promote(versions, "zorb", 1, "production", reason="r", override=True, structure=("NaN",))
+    write_policy(versions, "aliases: {production: {overridable: false}}")
+    with pytest.raises(Refused, match="lets nobody override"):
+        promote(versions, "zorb", 1, "production", reason="r", override=True)
+    assert [event.action for event in history(versions, "zorb")] == ["refuse", "refuse"]
+
+
+def test_a_protected_alias_is_moved_taken_back_and_removed_by_its_movers_alone(versions, register):
+    for content in (b"1", b"2"):
+        register(versions, content)
+    write_policy(versions, "aliases: {production: {movers: [ada@lab]}}")
+    for number in (1, 2):
+        promote(versions, "zorb", number, "production", reason="r", actor="ada@lab")
+    eve = {"reason": "mine", "actor": "eve@lab"}
+    for move in (
+        lambda: promote(versions, "zorb", 1, "production", **eve),
+        lambda: promote(versions, "zorb", 1, "production", override=True, **eve),
+        lambda: rollback(versions, "zorb", **eve),
+        lambda: remove(versions, "zorb", "production", **eve),
+    ):
+        with pytest.raises(Refused, match="eve@lab may not move this alias"):
+            move()
+    assert versions.show("zorb", "production").version == 2
+    assert rollback(versions, "zorb", actor="ada@lab").after == 1
+    assert remove(versions, "zorb", "production", reason="r", actor="ada@lab").before == 1
+
+
+def test_a_removed_alias_comes_back_by_rollback_and_by_the_number_of_an_event(versions, register):
+    for content in (b"1", b"2", b"3"):
+        register(versions, content)
+    events = [promote(versions, "zorb", number, "production", reason="next") for number in (1, 2, 3)]
+    removed = remove(versions, "zorb", "production", reason="off")
+    assert (removed.action, removed.before, removed.after) == ("remove", 3, None)
+    assert rollback(versions, "zorb").after == 3
+    assert rollback(versions, "zorb", to_event=events[0].seq).after == 1
+    with pytest.raises(PromotionError, match="pointed at nothing after event"):
+        rollback(versions, "zorb", to_event=removed.seq)
+    with pytest.raises(PromotionError, match="no event 99 yet"):
+        rollback(versions, "zorb", to_event=99)
+    assert replay(history(versions, "zorb")) == {("zorb", "production"): 1}
+
+
+def test_staging_at_registration_asks_for_a_known_licence(versions, register):
+    assert register(versions, b"known", alias_request="staging").aliases == ("staging",)
+    refused = register(versions, b"unknown", alias_request="staging", parents=["base:gone/base"])
+    assert refused.aliases == ()
+    assert "base 'gone/base'" in history(versions, "zorb", "staging")[-1].reason
+
+
+def test_a_strict_home_asks_production_for_more(versions, register):
+    register(versions, b"good")
+    write_policy(versions, "policy: strict")
+    with pytest.raises(Refused) as caught:
+        promote(versions, "zorb", 1, "production", reason="r", override=True)
+    assert any("signature" in reason or "signed" in reason for reason in caught.value.reasons)
+    (versions.home.path / "policy.yaml").unlink()
+    assert promote(versions, "zorb", 1, "production", reason="r").action == "promote"
