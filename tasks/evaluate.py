@@ -17,7 +17,7 @@ class Evaluate(StepSpec, EvaluateSettings):
     adapter: Annotated[str, Takes("adapter")]
     dataset: Annotated[str, Takes("manifest")]
     heldout: Annotated[str | None, Takes("manifest")] = None
-    prompts: Annotated[str | None, External("file")] = None
+    prompts: Annotated[str | None, External("file", kept=True)] = None
 
 
 @step(Evaluate, gives="report", revision=1)

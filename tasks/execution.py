@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+from lora_engine.compute import describe_compute
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import InterruptedRun
 from lora_engine.files import sha256_bytes
@@ -23,7 +25,8 @@ from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import Store, open_store
 from tasks.environment import describe_environment
-from tasks.key import cache_key, digest_files
+from tasks.exclusion import find_excluded, refuse_revoked, with_excluded
+from tasks.key import cache_key, describe_base, digest_files
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.spec import StepSpec
 from tasks.step import Context, Inputs, Job, Outcome
@@ -36,6 +39,8 @@ def find_hit(job: Job, spec: StepSpec, key: str, store: Store, lineage: Lineage)
     ref = lineage.find_cached(key)
     if ref is None:
         return None, "no earlier result"
+    # From here on a collection leaves it to whoever asked.
+    store.renew(ref)
     problems = store.verify(ref)
     if problems:
         return None, f"the earlier result is damaged: {problems[0]}"
@@ -61,17 +66,23 @@ def execute(job: Job, inputs: Inputs) -> Outcome:
     home = Home.open(Path(job.home))
     store, lineage = open_store(home), Lineage(home.lineage_url)
     spec = job.load_spec()
+    excluded = job.excluded
+    if excluded is None:
+        excluded = find_excluded(job.kind, spec, Path(job.folder), lineage)
     files = digest_files(spec, Path(job.folder))
-    key = cache_key(job.kind, spec, Path(job.folder), inputs, files)
-    execution = _describe(job, spec, key, inputs, files)
+    key = cache_key(job.kind, spec, Path(job.folder), inputs, with_excluded(files, excluded))
+    execution = _describe(job, spec, key, inputs, files, excluded)
     try:
         _refuse_if_stopped(job.name)
+        refuse_revoked(inputs, lineage, f"step {job.name!r}")
         with home.lock(key):
             hit, _ = (None, "") if job.force else find_hit(job, spec, key, store, lineage)
             if hit is None:
                 publish(StepEvent(job.name, "started"))
-                ref = _work(job, spec, key, inputs, home, store)
-                _record(lineage, execution, ref, store)
+                ref, compute = _work(job, spec, key, inputs, home, store, excluded)
+                told = {**execution.environment, "compute": compute} if compute else execution.environment
+                kept = {**execution.inputs, **_keep(spec, Path(job.folder), files, store)}
+                _record(lineage, replace(execution, inputs=kept, environment=told), ref, store)
                 shutil.rmtree(home.work / key, ignore_errors=True)
                 publish(StepEvent(job.name, "completed"))
                 return Outcome(ref, cached=False)
@@ -93,7 +104,9 @@ def execute(job: Job, inputs: Inputs) -> Outcome:
         lineage.close()
 
 
-def _work(job: Job, spec: StepSpec, key: str, inputs: Inputs, home: Home, store: Store) -> ArtifactRef:
+def _work(
+    job: Job, spec: StepSpec, key: str, inputs: Inputs, home: Home, store: Store, excluded: tuple[str, ...]
+) -> tuple[ArtifactRef, dict[str, Any]]:
     work = home.work / key
     # What an earlier try left unfinished is of no use, but for the folder that the step itself kept for this.
     out, taken = work / "out", work / "inputs"
@@ -118,9 +131,20 @@ def _work(job: Job, spec: StepSpec, key: str, inputs: Inputs, home: Home, store:
         out=out,
         work=work / "kept",
         progress=_progress(job.name),
+        excluded=excluded,
     )
     job.kind.work(spec, context)
-    return store.put(job.kind.gives, out)
+    return store.put(job.kind.gives, out), context.compute or describe_compute()
+
+
+def _keep(spec: StepSpec, folder: Path, files: Mapping[str, str], store: Store) -> dict[str, ArtifactRef]:
+    """The user's files that the store keeps, as artifacts; one that was changed while the step ran is not kept."""
+    kept = {}
+    for field, path in spec.kept_files().items():
+        content = (folder / path).read_bytes()
+        if sha256_bytes(content) == files[field]:
+            kept[field] = store.put_files("file", {f"{field}{Path(path).suffix}": content})
+    return kept
 
 
 def _progress(name: str) -> Progress:
@@ -136,7 +160,14 @@ def _refuse_if_stopped(name: str) -> None:
         raise InterruptedRun("stopped as asked", where=f"step {name!r}", remedy="run the same command to continue")
 
 
-def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs, files: Mapping[str, str]) -> Execution:
+def _describe(
+    job: Job, spec: StepSpec, key: str, inputs: Inputs, files: Mapping[str, str], excluded: tuple[str, ...]
+) -> Execution:
+    own, folder = spec.own_settings(), Path(job.folder)
+    base = own.get("base")
+    settings: dict[str, Any] = {"settings": own, "files": dict(files)}
+    settings |= {"base": describe_base(base, folder)} if base else {}
+    settings |= {"excluded": list(excluded)} if excluded else {}
     single = {field: refs[0] for field, refs in inputs.items() if len(refs) == 1}
     several = {f"{field}.{i}": ref for field, refs in inputs.items() if len(refs) > 1 for i, ref in enumerate(refs)}
     return Execution(
@@ -146,7 +177,7 @@ def _describe(job: Job, spec: StepSpec, key: str, inputs: Inputs, files: Mapping
         uses=job.uses,
         revision=str(job.kind.revision),
         key=key,
-        settings={"settings": spec.own_settings(), "files": dict(files)},
+        settings=settings,
         inputs=single | several,
         status="FAILED",
         environment=describe_environment(),

@@ -54,6 +54,22 @@ def digest_path(path: Path) -> str:
     return sha256_bytes(canonical_json(entries))
 
 
+def describe_base(base: str, folder: Path) -> dict[str, str]:
+    """What finds a base again and proves that it is the same: its label, where it lies if that is a path, fingerprint.
+
+    Args:
+        base: As the pipeline file names it.
+        folder: Where the pipeline file lies.
+    """
+    from lora_engine.bases.source import TINY, resolve_base
+
+    located = locate_base(base, folder)
+    source = resolve_base(located)
+    is_path = source.revision is None and source.name != TINY
+    path = {"path": str(Path(located).expanduser().resolve())} if is_path else {}
+    return {"label": source.label, "fingerprint": base_fingerprint(base, folder)} | path
+
+
 @lru_cache(maxsize=8)
 def base_fingerprint(base: str, folder: Path) -> str:
     """The digest of a base model's weights and configuration; read once per process."""

@@ -81,7 +81,7 @@ class Merge(StepSpec):
         return self
 
 
-@step(Merge, gives="adapter", revision=2)
+@step(Merge, gives="adapter", revision=3)
 def merge(spec: Merge, context: Context) -> None:
     """Writes the merged adapter."""
     from lora_engine.merging.files import merge_files

@@ -39,13 +39,14 @@ def still_registered(spec: Register, home: Home, folder: Path) -> bool:
 def register(spec: Register, context: Context) -> None:
     """Registers the adapter with its curves, metrics and pictures; writes `version.json`."""
     from lora_engine.formats import read_bundle
-    from registry.policy import decide
+    from registry.judgement import judge
     from registry.versions import Versions
 
     adapter_folder, report_folder = context.folder("adapter"), context.optional("report")
     card = read_bundle(adapter_folder / "adapter.safetensors").card
     report = json.loads((report_folder / "report.json").read_bytes()) if report_folder else {}
-    version = Versions(context.home).register(
+    versions = Versions(context.home)
+    version = versions.register(
         spec.name,
         context.refs["adapter"][0],
         report=context.refs["report"][0] if report_folder else None,
@@ -66,7 +67,7 @@ def register(spec: Register, context: Context) -> None:
         "sha256": version.sha256,
         "alias": spec.alias,
     }
-    said["refused"] = list(decide(version, spec.alias).reasons) if spec.alias else []
+    said["refused"] = list(judge(versions, version, spec.alias).reasons) if spec.alias else []
     atomic_write(context.out / "version.json", canonical_json(said))
 
 

@@ -23,9 +23,13 @@ class Takes:
 
 @dataclass(frozen=True)
 class External:
-    """Marks a field whose value is a path, relative to the pipeline file; its content enters the cache key."""
+    """Marks a field whose value is a path, relative to the pipeline file; its content enters the cache key.
+
+    A file that is `kept` goes into the store beside the result, so that the step can be repeated without it.
+    """
 
     what: Literal["file", "folder"]
+    kept: bool = False
 
 
 class StepSpec(BaseModel):
@@ -49,6 +53,11 @@ class StepSpec(BaseModel):
             value = getattr(self, field)
             if value is not None:
                 yield field, value, marker.what
+
+    def kept_files(self) -> dict[str, str]:
+        """Field -> path as written, of the files that the store keeps."""
+        kept = [field for field, marker in _marked(type(self), External) if marker.kept]
+        return {field: getattr(self, field) for field in kept if getattr(self, field) is not None}
 
     def own_settings(self) -> dict[str, Any]:
         """Everything that is neither a reference nor a path: what enters the cache key as it stands."""

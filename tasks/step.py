@@ -6,8 +6,8 @@ How a step is run (cache, verification, lineage) is in `tasks.execution`; how it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Context:
         out: The empty folder to fill; all of it becomes the step's artifact.
         work: A folder that outlives this try: whatever a later try of the very same work can use.
         progress: Takes (done, total, figures); raises `InterruptedRun` once a stop was requested.
+        excluded: Digests of pictures and ids of consents among the user's files that were revoked: to be left out.
+        compute: Where a step that computes in another process tells what it computed with; for lineage.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Context:
     out: Path
     work: Path
     progress: Progress
+    excluded: tuple[str, ...] = ()
+    compute: dict[str, Any] = field(default_factory=dict)
 
     def folder(self, field: str) -> Path:
         """The folder of a reference that must be there."""
@@ -62,6 +66,7 @@ class Context:
 
 Work = Callable[[Any, Context], None]
 Holds = Callable[[Any, Home, Path], bool]
+Excludes = Callable[[Any, Path, Collection[str]], Collection[str]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class StepKind:
         work: The function itself.
         holds: For a step that also changes something outside its artifact: whether that change still stands
             (spec, home, the artifact's folder). A cached result counts only where it does.
+        excludes: For a step that takes in what can be revoked: what of the revoked is among the user's files (spec,
+            folder of the pipeline file, all that is revoked). It becomes part of the name of the work.
     """
 
     name: str
@@ -84,17 +91,25 @@ class StepKind:
     revision: int
     work: Work
     holds: Holds | None = None
+    excludes: Excludes | None = None
 
 
 STEPS: Registry[StepKind] = Registry("step")
 
 
-def step(spec: type[StepSpec], *, gives: str, revision: int, holds: Holds | None = None) -> Callable[[Work], Work]:
+def step(
+    spec: type[StepSpec],
+    *,
+    gives: str,
+    revision: int,
+    holds: Holds | None = None,
+    excludes: Excludes | None = None,
+) -> Callable[[Work], Work]:
     """Registers the decorated function as the step that `spec` describes (see `StepKind`)."""
 
     def register(work: Work) -> Work:
         name = spec.model_fields["uses"].default
-        STEPS.add(name, StepKind(name, spec, gives, revision, work, holds))
+        STEPS.add(name, StepKind(name, spec, gives, revision, work, holds, excludes))
         return work
 
     return register
@@ -102,7 +117,10 @@ def step(spec: type[StepSpec], *, gives: str, revision: int, holds: Holds | None
 
 @dataclass(frozen=True)
 class Job:
-    """One step of one run, ready to execute once its inputs are known. Plain data: it may cross processes."""
+    """One step of one run, ready to execute once its inputs are known. Plain data: it may cross processes.
+
+    `excluded` is what a repetition leaves out as revoked, as it was then; None asks the home what is revoked now.
+    """
 
     name: str
     uses: str
@@ -111,6 +129,7 @@ class Job:
     home: str
     run_id: str
     force: bool = False
+    excluded: tuple[str, ...] | None = None
 
     @property
     def kind(self) -> StepKind:

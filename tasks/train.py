@@ -31,7 +31,7 @@ class Train(StepSpec, TrainSettings):
     embedder: Annotated[str | None, External("folder")] = None
 
 
-@step(Train, gives="adapter", revision=1)
+@step(Train, gives="adapter", revision=2)
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and the record of its training."""
     from lora_engine.training.spawn import train_in_child
@@ -47,4 +47,4 @@ def train(spec: Train, context: Context) -> None:
         "class_dataset": class_dataset and str(class_dataset),
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
     }
-    train_in_child(job, context.progress, stop=stop_requested)
+    context.compute.update(train_in_child(job, context.progress, stop=stop_requested))

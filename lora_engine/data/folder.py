@@ -1,10 +1,8 @@
-"""What lies in a person's folder: which files could be pictures, their captions and their consent. No decoding here."""
+"""What lies in a person's folder: which files could be pictures, and their captions. No decoding here."""
 
 from __future__ import annotations
 
-import csv
 import fnmatch
-import io
 import os
 import re
 import unicodedata
@@ -23,7 +21,6 @@ MASK, MASKS = ".mask", "masks"
 Owner = tuple[Path, str]
 _REPEATS = re.compile(r"([0-9]{1,9})_")
 _MAX_TEXT = 64 * 1024
-_MAX_TABLE = 64 * 1024 * 1024
 # These turn the reading direction of what follows, so a caption could show other words than it holds.
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
 
@@ -126,38 +123,6 @@ def clean_text(text: str) -> str:
     spaced = (" " if character.isspace() else character for character in unicodedata.normalize("NFC", text))
     kept = (c for c in spaced if unicodedata.category(c) not in {"Cc", "Cs"} and c not in _DIRECTION)
     return " ".join("".join(kept).split())
-
-
-def read_consent(path: Path) -> dict[str, str]:
-    """Which consent covers which file: `consent.csv` with the columns `file` and `consent`.
-
-    Raises:
-        DataError: Names the line and what is wrong.
-    """
-    where = str(path)
-    if not path.is_file():
-        raise DataError("there is no such consent file", where=where, remedy="give a CSV with columns file,consent")
-    with open_regular(path, path.parent) as file:
-        content = file.read(_MAX_TABLE + 1)
-    if len(content) > _MAX_TABLE:
-        raise DataError("is too large", where=where, allowed=f"{_MAX_TABLE:,} bytes")
-    try:
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig")), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"is not a UTF-8 CSV file ({error})", where=where) from None
-    covered: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        name, consent = (row.get("file") or "").strip(), clean_text(row.get("consent") or "")
-        if not name or not consent or len(consent) > 200:
-            raise DataError(
-                f"row {number} needs a file and a consent id of at most 200 characters",
-                where=where,
-                allowed="the columns file,consent",
-            )
-        if name in covered:
-            raise DataError(f"row {number} names {name!r} a second time", where=where)
-        covered[name] = consent
-    return covered
 
 
 def _raise_unreadable(error: OSError) -> None:

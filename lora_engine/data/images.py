@@ -26,8 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 30
 
-# What Pillow raises on broken files, by its decoders and its metadata readers.
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -39,6 +38,7 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
+"""What Pillow raises on broken files, by its decoders and its metadata readers."""
 
 
 def open_picture(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> Image.Image:
@@ -121,7 +121,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
         raise DataError("is not a picture that can be read", where=name, allowed=", ".join(FORMATS)) from None
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(f"is broken ({str(error) or type(error).__name__})", where=name) from None
 
 

@@ -5,30 +5,39 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from lora_engine.data.consent import Statement, read_consent
+from lora_engine.data.evidence import read_evidence
 from lora_engine.data.folder import (
     Owner,
     candidates,
     owner_of_mask,
     printable,
     read_caption,
-    read_consent,
     repeats_of,
     require_folder,
 )
 from lora_engine.data.images import FORMATS, open_picture, open_with_digest, write_mask, write_picture
 from lora_engine.data.manifest import Manifest, Picture, Quarantined
+from lora_engine.data.rights import Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 
-def ingest(images: Path, out: Path, settings: IngestSettings, *, consent: Path | None = None) -> Manifest:
+def ingest(
+    images: Path,
+    out: Path,
+    settings: IngestSettings,
+    *,
+    consent: Path | None = None,
+    revoked: Collection[str] = (),
+) -> Manifest:
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
 
     A file that cannot be used is quarantined with its reason and the rest goes on; a picture with a mask that cannot be
@@ -39,7 +48,8 @@ def ingest(images: Path, out: Path, settings: IngestSettings, *, consent: Path |
         images: The folder; subfolders belong to it.
         out: Where the dataset is written.
         settings: See `IngestSettings`.
-        consent: A CSV with the columns file,consent; the names are relative to the folder.
+        consent: What is stated about each picture, as `read_consent` takes it; names are relative to the folder.
+        revoked: Digests of pictures and ids of consents that may not be used any more; such pictures are quarantined.
 
     Returns:
         The manifest that was written.
@@ -55,11 +65,11 @@ def ingest(images: Path, out: Path, settings: IngestSettings, *, consent: Path |
     files, masks = _sort_files(images)
     names = {path.relative_to(images).as_posix() for path in files}
     _refuse_idle_patterns(images, settings, names)
-    taking = _Taking(images, out, settings, masks)
+    taking = _Taking(images, out, settings, masks, frozenset(revoked))
     for path in files:
         name = path.relative_to(images).as_posix()
         try:
-            pictures.append(taking.take(path, name, covered.get(name)))
+            pictures.append(taking.take(path, name, covered.get(name, Statement())))
         except DataError as error:
             quarantined.append(Quarantined(source=printable(name), reason=printable(_reason(error))))
             _log.warning("%s is left out: %s", printable(name), quarantined[-1].reason)
@@ -89,14 +99,24 @@ class _Taking:
     """Takes pictures in, one at a time, and knows which were taken already."""
 
     def __init__(
-        self, images: Path, out: Path, settings: IngestSettings, masks: Mapping[Owner, Sequence[Path]]
+        self,
+        images: Path,
+        out: Path,
+        settings: IngestSettings,
+        masks: Mapping[Owner, Sequence[Path]],
+        revoked: frozenset[str],
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, masks
+        self._revoked = revoked
         self._sources: dict[str, Picture] = {}
         self.used_masks: set[Path] = set()
 
-    def take(self, path: Path, name: str, consent: str | None) -> Picture:
+    def take(self, path: Path, name: str, stated: Statement) -> Picture:
+        if stated.consent in self._revoked:
+            raise DataError(f"its consent {stated.consent!r} was revoked")
         sha256, pixels = open_with_digest(path, self._settings.max_pixels, self._images)
+        if sha256 in self._revoked:
+            raise DataError("the picture was revoked")
         file = f"pictures/{sha256[:16]}.png"
         if (earlier := self._sources.get(file)) is not None:
             same = earlier.sha256 == sha256
@@ -114,12 +134,17 @@ class _Taking:
             height=pixels.height,
             caption=caption,
             source=printable(name),
-            consent=consent,
+            consent=stated.consent,
             repeats=repeats,
             mask=f"masks/{Path(file).name}" if mask is not None else None,
+            rights=self._rights(path, stated),
         )
         self._sources[file] = picture
         return picture
+
+    def _rights(self, path: Path, stated: Statement) -> Rights | None:
+        evidence = read_evidence(path, self._images)
+        return (stated.rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else stated.rights
 
     def _open_mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
         found = self._masks.get((path.parent, path.stem), ())

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from lora_engine.data.rights import Rights
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write, canonical_json
 
@@ -37,6 +46,7 @@ class Picture(BaseModel):
         repeats: How often it comes up in training while a picture with 1 comes up once.
         mask: Where its mask is inside the artifact: grey, of the picture's size, white where the picture counts in
             full and black where it does not count; None counts everywhere.
+        rights: What is stated about it, and what its file gave away; None where there is neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +62,15 @@ class Picture(BaseModel):
     consent: str | None = None
     repeats: int = Field(default=1, ge=1, le=MAX_REPEATS)
     mask: str | None = Field(default=None, pattern=r"^masks/[0-9a-f]{16}\.png$")
+    rights: Rights | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_rights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A picture about which nothing is stated is written as it always was: same dataset, same digest.
+        written: dict[str, Any] = serialize(self)
+        if self.rights is None:
+            written.pop("rights", None)
+        return written
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ class Card(BaseModel):
         data: SHA-256 of the pictures that it was made from.
         seed: Seed of its making.
         license: SPDX identifier, or text.
+        resolution: `width`x`height` in pixels that the base was made for.
+        prediction: What the base predicts: `eps`, `v_prediction` or `flow`.
         extra: Everything else that the header held, carried over as it is.
     """
 
@@ -50,14 +52,14 @@ class Card(BaseModel):
     data: list[str] = []
     seed: int | None = None
     license: str | None = None
+    resolution: str | None = None
+    prediction: str | None = None
     extra: dict[str, str] = {}
 
 
 def card_header(card: Card) -> dict[str, str]:
-    """What the card adds to a header: itself as canonical JSON, and the `modelspec.*` that other programs show."""
-    header = {CARD: canonical_json(card.model_dump(exclude={"extra"}, exclude_defaults=True)).decode()}
-    shown = {"title": card.title, "license": card.license, "trigger_phrase": card.trigger}
-    return header | {f"modelspec.{name}": text for name, text in shown.items() if text}
+    """The card itself as canonical JSON; the `modelspec.*` that other programs show are in `modelspec`."""
+    return {CARD: canonical_json(card.model_dump(exclude={"extra"}, exclude_defaults=True)).decode()}
 
 
 def read_card(header: Mapping[str, str]) -> Card:

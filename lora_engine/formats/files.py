@@ -22,6 +22,8 @@ from lora_engine.formats.embedding_files import embedding_forms, write_embedding
 from lora_engine.formats.embeddings import Embedding, check_widths, embed
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
+from lora_engine.formats.kohya import KohyaCodec
+from lora_engine.formats.modelspec import HASH, model_spec, tensor_digest
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
 
 
@@ -122,7 +124,8 @@ def write_adapter(
     if words and not is_beside:
         inside, flags = embed(codec.embeddings, words)
         tensors, needed = {**tensors, **inside}, {**needed, **flags}
-    header = _header(codec, tensors, stated, needed)
+    ours = {**needed, **model_spec(adapter, stated, kohya_names=isinstance(codec, KohyaCodec)), **card_header(stated)}
+    header = _header(codec, tensors, stated, ours)
     if codec.is_folder:
         files = list(_write_folder(path, codec.file_name, tensors, header))
     else:
@@ -219,14 +222,18 @@ def _folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, needed: Mapping[str, str]) -> dict[str, str]:
-    ours = {**needed, **card_header(card)}
+def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mapping[str, str]) -> dict[str, str]:
     # What a foreign header said of its base and its architecture was true of these weights; what it said of ranks not.
     kept = {key: text for key, text in card.extra.items() if key not in ours or key.startswith("modelspec.")}
     told = {key: text for key, text in card.extra.items() if key in ("ss_base_model_version", "ss_v2")}
     generated = sorted(key for key in ours if key not in kept and key not in told and not key.startswith("loraline."))
     header = {**ours, **kept, **told, GENERATED: canonical_json(generated).decode()}
-    return header | codec.seal(tensors, header)
+    seal = codec.seal(tensors, header)
+    if not codec.is_folder:
+        # Kohya's digest is over the same bytes; they are read once.
+        body = seal.get("sshs_model_hash")
+        seal = {**seal, HASH: f"0x{body}" if body else tensor_digest(tensors)}
+    return header | seal
 
 
 def _write_folder(
@@ -237,7 +244,7 @@ def _write_folder(
     for key, text in sorted(beside.items()):
         part = key.removesuffix(CONFIG_FILE)
         inside = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        write_safetensors(folder / part / file_name, inside, shared)
+        write_safetensors(folder / part / file_name, inside, {**shared, HASH: tensor_digest(inside)})
         atomic_write(folder / key, text.encode())
         yield folder / part / file_name
         yield folder / key

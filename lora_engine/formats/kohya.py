@@ -16,19 +16,12 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import TensorCodec, codecs
-from lora_engine.formats.family import context_widths
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
+from lora_engine.formats.modelspec import base_version
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
 from lora_engine.formats.safetensors_io import digests
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
-from lora_engine.formats.transformers.dit import dits
 from lora_engine.formats.transformers.names import KOHYA_DIT
-
-_ARCHITECTURES = {
-    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora",
-    "sd_v2": "stable-diffusion-v2-512/lora",
-    "sd_v1": "stable-diffusion-v1/lora",
-}
 
 
 class KohyaCodec(TensorCodec):
@@ -67,22 +60,20 @@ class KohyaCodec(TensorCodec):
         return resolve_names(raw, metadata, known)
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
-        """The `ss_*` that readers look for, `modelspec.*`, and the canonical names for ourselves."""
+        """The `ss_*` that readers look for, and the canonical names for ourselves."""
         ranks = {delta.rank for delta in adapter.modules.values()}
         alphas = {delta.alpha for delta in adapter.modules.values()}
         kinds = {delta.kind for delta in adapter.modules.values()}
-        version = _version(adapter)
+        version = base_version(adapter, card)
         header = {
             MODULES: canonical_json(list(adapter.modules)).decode(),
             "ss_network_module": "networks.lora" if kinds == {"lora"} else "lycoris.kohya",
             **_stated("ss_network_dim", ranks),
             **_stated("ss_network_alpha", alphas),
-            "ss_v2": str(version == "sd_v2"),
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "ss_v2": str(version.startswith("sd_v2")),
         }
         if version:
-            header |= {"ss_base_model_version": version, "modelspec.architecture": _architecture(adapter, version)}
+            header["ss_base_model_version"] = version
         if card.base:
             header["ss_sd_model_name"] = card.base
         return header | ({"ss_output_name": card.title} if card.title else {})
@@ -91,20 +82,6 @@ class KohyaCodec(TensorCodec):
         """Kohya's two digests: over the tensors with the `ss_*` metadata alone."""
         whole, short = digests(tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
         return {"sshs_model_hash": whole, "sshs_legacy_hash": short}
-
-
-def _architecture(adapter: Adapter, version: str) -> str:
-    return dits[adapter.base].architecture if adapter.base in dits else _ARCHITECTURES[version]
-
-
-def _version(adapter: Adapter) -> str:
-    if adapter.base == "sdxl":
-        return "sdxl_base_v1-0"
-    if adapter.base in dits:
-        return dits[adapter.base].version
-    if adapter.base != "sd":
-        return ""
-    return "sd_v2" if 1024 in context_widths(adapter.modules) else "sd_v1"
 
 
 def _stated(key: str, values: Collection[float | None]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,14 @@ def merged_card(
         },
         data=sorted({digest for card in cards for digest in card.data}),
         license=licenses.pop() if len(licenses) == 1 else None,
+        resolution=_shared(card.resolution for card in cards),
+        prediction=_shared(card.prediction for card in cards),
     )
+
+
+def _shared(values: Iterable[str | None]) -> str | None:
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
 
 
 def _shown(weight: Weight, title: str) -> str:

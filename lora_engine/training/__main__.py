@@ -4,7 +4,7 @@ Standard output carries events, one JSON object a line:
 
     {"event": "progress", "done": 3, "total": 400, "values": {"loss": 0.21}}
     {"event": "error", "type": "SettingsError", "message": ..., "where": ..., "allowed": ..., "remedy": ...}
-    {"event": "done"}
+    {"event": "done", "compute": {"device": "cpu", "threads": 2, ...}}
 
 SIGTERM, SIGINT and, where standard input is a pipe, its end (the caller died) make it write a checkpoint and end with
 code 130 and an `InterruptedRun`. Other errors end with code 1.
@@ -72,7 +72,11 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
     except EngineError as error:
         _tell_error(channel, error)
         return INTERRUPTED if isinstance(error, InterruptedRun) else 1
-    _tell(channel, {"event": "done"})
+    # Only now: what describes torch would import it.
+    from lora_engine.compute import describe_compute
+    from lora_engine.training.machine import choose_device
+
+    _tell(channel, {"event": "done", "compute": describe_compute(choose_device(settings.running))})
     return 0
 
 

@@ -26,6 +26,8 @@ def card_of(settings: TrainSettings, base: BaseModel, manifest: Manifest) -> Car
         recipe=settings.model_dump(mode="json", exclude={"samples"}),
         data=sorted({picture.sha256 for picture in manifest.of_split("train")}),
         seed=settings.seed,
+        resolution="{1}x{0}".format(*base.default_size),
+        prediction=base.noise.parameterisation,
     )
 
 

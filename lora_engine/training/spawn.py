@@ -42,7 +42,7 @@ def train_in_child(
     python: str = sys.executable,
     stop: Callable[[], bool] | None = None,
     grace: float = GRACE,
-) -> None:
+) -> dict[str, Any]:
     """Runs `lora_engine.training` on a job in a process of its own, or in `running.processes`, and waits for it.
 
     Args:
@@ -52,6 +52,9 @@ def train_in_child(
         python: The interpreter.
         stop: Asked several times a second; True asks the child to write its checkpoint and end.
         grace: Seconds that the child has for that before it is killed.
+
+    Returns:
+        What the training computed with, as `describe_compute` tells it.
 
     Raises:
         EngineError: What the child met, in the class that it met it in; `InterruptedRun` where it was stopped;
@@ -80,6 +83,7 @@ def train_in_child(
         finally:
             watch.end()
         watch.report(stderr)
+        return watch.compute
 
 
 def _processes(job: Mapping[str, Any]) -> int:
@@ -116,6 +120,7 @@ class _Watch:
         self._told: set[int] = set()
         self._ended: list[int] = []
         self._deadline: float | None = None
+        self.compute: dict[str, Any] = {}
 
     def listen(self, stop: Callable[[], bool] | None) -> None:
         """Returns when all have ended; has them ended where one of them fails."""
@@ -151,6 +156,8 @@ class _Watch:
             self._told.add(rank)
         elif event.get("event") == "done":
             self._finished.add(rank)
+            if rank == 0:
+                self.compute = dict(event.get("compute") or {})
 
     def _hurry(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

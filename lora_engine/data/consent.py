@@ -1,0 +1,173 @@
+"""`consent.csv`: what a person states about each picture of a folder, one row a picture."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lora_engine.data.folder import clean_text
+from lora_engine.data.images import open_regular
+from lora_engine.data.rights import OptOut, Rights
+from lora_engine.errors import DataError
+
+COLUMNS = (
+    "file",
+    "consent",
+    "owner",
+    "license",
+    "rights",
+    "person",
+    "scope",
+    "expires",
+    "revocable",
+    "source",
+    "opt_out",
+    "ai_generated",
+)
+_MAX_TABLE = 64 * 1024 * 1024
+_MAX_CELL = 200
+_SPELLINGS = {"licence": "license"}
+_TRUTH = {"yes": True, "no": False}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One row of the table.
+
+    Args:
+        consent: The id of the consent that covers the picture.
+        rights: What else is stated.
+    """
+
+    consent: str | None = None
+    rights: Rights | None = None
+
+
+def read_consent(path: Path) -> dict[str, Statement]:
+    """What is stated about which file: `consent.csv` with the column `file` and any of the others of `COLUMNS`.
+
+    Other columns are passed over, unless they look like a slip of the pen.
+
+    Args:
+        path: The table, in UTF-8. `person`, `revocable` and `ai_generated` are `yes` or `no`; `expires` is a day such
+            as 2027-12-31; `opt_out` is `tool/day/result` with the result `clear` or `opted-out`.
+
+    Raises:
+        DataError: Names the row and what is wrong.
+    """
+    where = str(path)
+    if not path.is_file():
+        raise DataError("there is no such consent file", where=where, remedy="give a CSV with columns file,consent")
+    stated: dict[str, Statement] = {}
+    for number, row in enumerate(_rows(path), start=2):
+        name = row.pop("file", "")
+        if not name or not any(row.values()):
+            raise DataError(
+                f"row {number} needs a file and a consent id, or another statement about it",
+                where=where,
+                allowed=f"the columns {','.join(COLUMNS)}",
+            )
+        if name in stated:
+            raise DataError(f"row {number} names {name!r} a second time", where=where)
+        try:
+            stated[name] = _statement(row)
+        except DataError as error:
+            raise DataError(f"row {number}: {error.problem}", where=where, allowed=error.allowed) from None
+    return stated
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    where = str(path)
+    with open_regular(path, path.parent) as file:
+        content = file.read(_MAX_TABLE + 1)
+    if len(content) > _MAX_TABLE:
+        raise DataError("is too large", where=where, allowed=f"{_MAX_TABLE:,} bytes")
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), strict=True)
+        names = {field: _column(field, where) for field in reader.fieldnames or ()}
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"is not a UTF-8 CSV file ({error})", where=where) from None
+    # The name of a file is taken as it is, but for blanks around it; the rest is shown to people and is one clean line.
+    return [
+        {
+            column: (row.get(field) or "").strip() if column == "file" else clean_text(row.get(field) or "")
+            for field, column in names.items()
+            if column in COLUMNS
+        }
+        for row in rows
+    ]
+
+
+def _column(field: str, where: str) -> str:
+    column = field.strip().lower()
+    column = _SPELLINGS.get(column, column)
+    near = difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.8)
+    if column not in COLUMNS and near:
+        # A right that nobody reads would be a right that is not kept.
+        raise DataError(
+            f"the column {field!r} is not known",
+            where=where,
+            allowed=", ".join(COLUMNS),
+            remedy=f"{near[0]!r} is meant?",
+        )
+    return column
+
+
+def _statement(row: Mapping[str, str]) -> Statement:
+    cells = {column: text for column, text in row.items() if text}
+    for column, text in cells.items():
+        if len(text) > _MAX_CELL:
+            raise DataError(f"{column} has {len(text)} characters", allowed=f"at most {_MAX_CELL}")
+    consent = cells.pop("consent", None)
+    values = {column: _READ.get(column, str)(text) for column, text in cells.items()}
+    try:
+        return Statement(consent, Rights.model_validate(values) if values else None)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{place} {cells.get(place, '')!r} cannot be used ({first['msg']})") from None
+
+
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in _TRUTH:
+        raise DataError(f"{text!r} is neither yes nor no", allowed="yes, no, or nothing")
+    return _TRUTH[text.lower()]
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise DataError(f"{text!r} is not a day", allowed="days such as 2027-12-31") from None
+
+
+def _opt_out(text: str) -> OptOut:
+    tool, _, rest = text.partition("/")
+    day, _, result = rest.partition("/")
+    try:
+        return OptOut.model_validate({"tool": tool.strip(), "checked": _day(day.strip()), "result": result.strip()})
+    except (ValidationError, DataError):
+        raise DataError(
+            f"opt_out {text!r} cannot be used",
+            allowed="tool/day/result, such as ai.txt/2026-05-01/clear or .../opted-out",
+        ) from None
+
+
+_READ: Mapping[str, Callable[[str], Any]] = {
+    "person": _yes_or_no,
+    "revocable": _yes_or_no,
+    "ai_generated": _yes_or_no,
+    "expires": _day,
+    "opt_out": _opt_out,
+    "rights": str.lower,
+    "scope": str.lower,
+}

@@ -1,0 +1,94 @@
+"""The `modelspec.*` of a header: Stability AI's metadata standard 1.0.1, which model browsers show.
+
+A function of the adapter and its card alone: no clock is read, so the same training gives the same bytes. Hence no
+`date`; a date that a file came with is carried over by whoever writes it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lora_engine.adapters import Adapter
+from lora_engine.formats.card import Card
+from lora_engine.formats.family import context_widths
+from lora_engine.formats.safetensors_io import serialize
+from lora_engine.formats.transformers.dit import dits
+
+PREFIX = "modelspec."
+HASH = f"{PREFIX}hash_sha256"
+SPECIFICATION = "1.0.1"
+SGM = "https://github.com/Stability-AI/generative-models"
+_V = "v_prediction"
+# Version of the base, as kohya names it -> (architecture, resolution).
+_ARCHITECTURES = {
+    "sdxl_base_v1-0": ("stable-diffusion-xl-v1-base/lora", "1024x1024"),
+    "sd_v2_v": ("stable-diffusion-v2-768-v/lora", "768x768"),
+    "sd_v2": ("stable-diffusion-v2-512/lora", "512x512"),
+    "sd_v1": ("stable-diffusion-v1/lora", "512x512"),
+}
+_DIT_RESOLUTION = "1024x1024"
+_PREDICTIONS = {_V: "v", "v": "v", "epsilon": "epsilon", "eps": "epsilon"}
+
+
+def base_version(adapter: Adapter, card: Card) -> str:
+    """What kohya calls the base's version; empty for a family that it does not know."""
+    if adapter.base == "sdxl":
+        return "sdxl_base_v1-0"
+    if adapter.base in dits:
+        return dits[adapter.base].version
+    if adapter.base != "sd":
+        return ""
+    if 1024 not in context_widths(adapter.modules):
+        return "sd_v1"
+    return "sd_v2_v" if _PREDICTIONS.get(card.prediction or "") == "v" else "sd_v2"
+
+
+def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, str]:
+    """What the standard asks for and what it recommends, without the digest of the tensors.
+
+    Args:
+        adapter: The adapter.
+        card: What is known of it.
+        kohya_names: Whether its tensors are named as the original code's, and not as diffusers'.
+    """
+    version, parents = base_version(adapter, card), card.recipe.get("parents") or ()
+    architecture, resolution = _architecture(adapter, version)
+    kinds = sorted({delta.kind for delta in adapter.modules.values()})
+    said = {
+        "sai_model_spec": SPECIFICATION,
+        "architecture": architecture,
+        "implementation": SGM if kohya_names else "diffusers",
+        "title": card.title or f"{' and '.join(kinds) or 'embedding'} for {card.base or adapter.base or 'any base'}",
+        "resolution": card.resolution or resolution,
+        "prediction_type": _PREDICTIONS.get(card.prediction or ""),
+        "license": card.license,
+        "trigger_phrase": card.trigger,
+        "usage_hint": f"Trigger: {card.trigger}" if card.trigger else None,
+        "merged_from": ", ".join(str(parent).partition(" sha256:")[0] for parent in parents),
+        "tags": ", ".join(dict.fromkeys([*kinds, *_methods(card), *filter(None, [card.class_word])])),
+    }
+    return {f"{PREFIX}{name}": text for name, text in said.items() if text}
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that follows the header of the canonical file, as the standard writes it: `0x` and hexadecimal."""
+    digest = hashlib.sha256()
+    for place, chunk in enumerate(serialize(tensors, {})):
+        if place:
+            digest.update(chunk)
+    return f"0x{digest.hexdigest()}"
+
+
+def _architecture(adapter: Adapter, version: str) -> tuple[str, str]:
+    if adapter.base in dits:
+        return dits[adapter.base].architecture, _DIT_RESOLUTION
+    return _ARCHITECTURES.get(version, ("", ""))
+
+
+def _methods(card: Card) -> list[str]:
+    method = card.recipe.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else method
+    return [str(name)] if name else []
