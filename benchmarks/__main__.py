@@ -17,6 +17,7 @@ BENCHMARKS = (
     "benchmarks.extraction",
     "benchmarks.fuse",
     "benchmarks.convert",
+    "benchmarks.walk",
 )
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from registry.entities import ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage import Lineage
 from registry.store import open_store
+from tasks.exclusion import find_excluded, with_excluded
 from tasks.execution import find_hit
 from tasks.key import cache_key, digest_files
 from tasks.spec import StepSpec
@@ -57,11 +58,12 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
         elif waiting:
             planned[name] = PlannedStep(name, step.uses, False, f"takes from {_listed(waiting)}, which will run", None)
         else:
+            excluded = find_excluded(job.kind, step, spec.folder, lineage)
             files = digest_files(step, spec.folder)
-            key = cache_key(job.kind, step, spec.folder, inputs, files)
+            key = cache_key(job.kind, step, spec.folder, inputs, with_excluded(files, excluded))
             ref, reason = find_hit(job, step, key, store, lineage)
             if ref is None and reason == "no earlier result":
-                reason = _what_changed(step, inputs, files, lineage.last_execution(spec.name, name))
+                reason = _what_changed(step, inputs, files, excluded, lineage.last_execution(spec.name, name))
             planned[name] = PlannedStep(name, step.uses, ref is not None, reason, ref)
     return list(planned.values())
 
@@ -79,16 +81,21 @@ def registered_adapter(target: str, home: Home) -> Outcome:
         raise SpecError(f"{target!r} is neither a step nor name@version")
     from registry.versions import Versions
 
-    return Outcome(Versions(home).show(match["name"], match["ref"]).artifact, cached=True)
+    versions = Versions(home)
+    return Outcome(versions.require_active(versions.show(match["name"], match["ref"])).artifact, cached=True)
 
 
-def _what_changed(step: StepSpec, inputs: Inputs, files: Mapping[str, str], last: Execution | None) -> str:
+def _what_changed(
+    step: StepSpec, inputs: Inputs, files: Mapping[str, str], excluded: tuple[str, ...], last: Execution | None
+) -> str:
     if last is None:
         return "never ran"
     changes = _differences(last.settings.get("settings", {}), step.own_settings())
     for field, written, _ in step.externals():
         if last.settings.get("files", {}).get(field) != files[field]:
             changes.append(f"{field}: the content of {written} changed")
+    if tuple(last.settings.get("excluded", ())) != excluded:
+        changes.append("other pictures or consents are revoked")
     before = _by_field(last.inputs)
     for field, refs in inputs.items():
         if before.get(field) != [ref.sha256 for ref in refs]:

@@ -12,7 +12,12 @@ import typer
 
 import flows.cli.algebra as algebra_verbs
 import flows.cli.files as files_verbs
+import flows.cli.history as history_verbs
 import flows.cli.line as line_verbs
+import flows.cli.lineage as lineage_verbs
+import flows.cli.records as record_verbs
+import flows.cli.rights as rights_verbs
+import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
 
 app = typer.Typer(
@@ -23,7 +28,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _module in (line_verbs, version_verbs, files_verbs, algebra_verbs):
+_MODULES = (
+    line_verbs,
+    version_verbs,
+    lineage_verbs,
+    files_verbs,
+    algebra_verbs,
+    history_verbs,
+    record_verbs,
+    rights_verbs,
+    upkeep_verbs,
+)
+for _module in _MODULES:
     _module.add_verbs(app)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+_WIDE = 240
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -32,10 +33,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a digest that is cut short is of no use
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
-    Console().print(table)
+    console = Console()
+    # A file or a pipe is as wide as a row needs.
+    (console if console.is_terminal else Console(width=_WIDE)).print(table)
 
 
 def clean(cell: object) -> str:

@@ -1,4 +1,4 @@
-"""The verbs on versions: list, show, lineage, report, export, promote, rollback, fsck."""
+"""The verbs on versions: list, show, report, export, promote, rollback."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     app.command("list")(list_versions)
-    for verb in (show, lineage, report, export, promote, rollback, fsck):
+    for verb in (show, report, export, promote, rollback):
         app.command()(verb)
 
 
 def list_versions(
-    name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Deleted versions too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List registered adapters, their versions and aliases."""
     from flows.cli.output import print_json, print_table
     from registry.versions import Versions
 
-    versions = Versions(_home()).list(name)
+    versions = Versions(_home()).list(name, deleted=everything)
     if as_json:
         print_json([describe(version) for version in versions])
         return
@@ -39,7 +41,7 @@ def list_versions(
         (
             v.name,
             v.version,
-            ", ".join(v.aliases),
+            ", ".join(v.aliases) if v.state == "ACTIVE" else v.state,
             _gates(v),
             v.sha256[:16],
             f"{v.size / 1024:.0f} KiB",
@@ -54,24 +56,37 @@ def show(ref: Ref, as_json: Json = False) -> None:
     """Show one version: recipe, metrics, gates, parents, card."""
     from flows.cli.output import print_facts, print_json, print_table
     from flows.promote import find_version
+    from flows.rights import describe_rights
     from registry.versions import Versions
 
-    version = find_version(Versions(_home()), ref)
+    versions = Versions(_home())
+    version = find_version(versions, ref)
+    rights = describe_rights(versions, version)
     if as_json:
-        print_json(describe(version, whole=True))
+        print_json(describe(version, whole=True) | {"rights": rights})
         return
     print_facts(
         [
             ("version", version.ref),
+            ("state", "" if version.state == "ACTIVE" else version.state),
             ("aliases", ", ".join(version.aliases)),
             ("sha256", version.sha256),
             ("size", f"{version.size} bytes"),
             ("created", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
             ("gates", _gates(version)),
             ("parents", ", ".join(version.parents)),
+            ("licences", ", ".join(rights["terms"]["licenses"])),
+            ("commercial use", "allowed" if rights["commercial"] else "not allowed"),
+            ("obligations", ", ".join(rights["terms"]["obligations"])),
+            ("restrictions", ", ".join(rights["terms"]["restrictions"])),
+            ("in the way", "; ".join(rights["conflicts"])),
+            ("revoked", "; ".join(rights["revoked"])),
             ("MLflow run", version.mlflow_run_id),
         ]
     )
+    if rights["sources"]:
+        rows = [(entry["what"], entry["where"], ", ".join(_asked(entry))) for entry in rights["sources"]]
+        print_table(("rights come from", "where", "which asks for or forbids"), rows)
     if version.metrics:
         rows = [
             (name, *(f"{metric[key]:.4f}" for key in ("base", "adapter", "difference")), metric["better"])
@@ -80,24 +95,6 @@ def show(ref: Ref, as_json: Json = False) -> None:
         print_table(("metric", "base", "adapter", "difference", "better"), rows)
     if version.params:
         print_table(("recipe", ""), sorted(version.params.items()))
-
-
-def lineage(
-    ref: Annotated[str, typer.Argument(metavar="REF|DIGEST", help="name@ref, a run, or a digest of anything.")],
-    down: Annotated[
-        bool, typer.Option("--down", help="What was made from it, instead of what it was made from.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Walk lineage, up to the pictures or down to the versions."""
-    from flows.cli.output import print_json, print_table
-    from registry.lineage import Lineage
-
-    walk = Lineage(_home().lineage_url).walk(ref, "down" if down else "up", subjects=True)
-    if as_json:
-        print_json(walk)
-        return
-    print_table(("", "kind", "what", "digest or id"), [(n.depth, n.kind, n.label, n.id[:32]) for n in walk.nodes])
 
 
 def report(
@@ -116,33 +113,57 @@ def report(
 
 def export(
     ref: Ref,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="loraline, kohya, diffusers, peft, comfyui.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write into.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="FILE.safetensors, or a folder to write into.")
+    ],
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="Where the format's names need one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    approximate: Annotated[bool, typer.Option(help="Write what FORMAT cannot hold as the nearest LoRA.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of an approximation, the largest.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Of an approximation: share to keep, up to 1.")] = None,
+    with_records: Annotated[
+        bool, typer.Option(help="Also its documents, and the registered file they are about.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Write a registered adapter in another program's format."""
-    import tempfile
+    """Write a registered adapter, verified, in another program's format."""
+    from flows.cli.output import print_json
+    from flows.exporting import export_version
+    from flows.records import records_beside, write_documents
 
-    from flows.promote import find_version
-    from lora_engine.files import sha256_file
-    from lora_engine.formats import read_adapter, write_adapter
-    from registry.versions import Versions
-
-    versions = Versions(_home())
-    with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "adapter.safetensors"
-        versions.checkout_adapter(find_version(versions, ref), source)
-        adapter, card = read_adapter(source)
-        for path in write_adapter(output, adapter, format=to, card=card):
-            print(f"{path}  sha256 {sha256_file(path)}")
+    wanted = {"rank": rank, "energy": energy} if approximate else None
+    done = export_version(_home(), ref, to, output, base=base, dtype=dtype, approximation=wanted)
+    documents = (
+        write_documents(_home(), done.version, records_beside(output), with_adapter=True) if with_records else []
+    )
+    if as_json:
+        print_json({**vars(done), "records": documents})
+        return
+    for entry in [*done.files, *documents]:
+        print(f"{entry['file']}  sha256 {entry['sha256']}")
+    if done.approximation:
+        print(f"approximated: {done.approximation['retained']:.4%} of the squared norm is kept")
 
 
 def promote(
-    ref: Ref, to: Annotated[str, typer.Option(metavar="ALIAS", help="The alias, such as production.")], reason: Reason
+    ref: Ref,
+    to: Annotated[str, typer.Option(metavar="ALIAS", help="The alias, such as production.")],
+    reason: Reason,
+    override: Annotated[
+        bool, typer.Option("--override", help="Set reasons aside, where the policy lets you; they stay in the log.")
+    ] = False,
 ) -> None:
-    """Give an alias to a version; refused unless its gates passed. Logged, and undone by rollback."""
+    """Give an alias to a version; refused with all reasons unless its policy is met. Logged; undone by rollback."""
     from flows.promote import promote_version
 
-    event = promote_version(_home(), ref, to, reason)
+    event = promote_version(_home(), ref, to, reason, override=override)
     _print_move(event)
 
 
@@ -150,29 +171,14 @@ def rollback(
     name: Annotated[str, typer.Argument(help="The adapter.")],
     alias: Annotated[str, typer.Option(help="The alias to take back.")] = "production",
     to: Annotated[int | None, typer.Option(help="A version; by default the one before.")] = None,
+    to_event: Annotated[int | None, typer.Option(help="As the alias was right after this event of the log.")] = None,
     reason: Reason = "rollback",
 ) -> None:
     """Take an alias back to where it was before."""
     from flows.promote import roll_back
 
-    event = roll_back(_home(), name, alias, to, reason)
+    event = roll_back(_home(), name, alias, to, reason, to_event=to_event)
     _print_move(event)
-
-
-def fsck(as_json: Json = False) -> None:
-    """Prove that bytes, digests, events, aliases and MLflow agree."""
-    from flows.cli.output import print_json, print_table
-    from registry.audit import fsck as audit
-
-    problems = audit(_home())
-    if as_json:
-        print_json(problems)
-    elif problems:
-        print_table(("problem", "where", "to do"), [(p.what, p.where, p.remedy) for p in problems])
-    else:
-        print("Everything agrees: bytes, digests, lineage, aliases, MLflow.")
-    if any(problem.severity == "damage" for problem in problems):
-        raise typer.Exit(1)
 
 
 def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
         "size": version.size,
         "created_at": version.created_at,
         "passed": version.passed,
+        "state": version.state,
     }
     if not whole:
         return short
@@ -199,6 +206,11 @@ def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
         "run_id": version.run_id,
         "mlflow_run_id": version.mlflow_run_id,
     }
+
+
+def _asked(source: dict[str, Any]) -> list[str]:
+    terms = source["terms"]
+    return [*terms["obligations"], *terms["restrictions"], *(f"unknown: {what}" for what in terms["unknown"])]
 
 
 def _print_move(event: Event) -> None:

@@ -1,0 +1,177 @@
+"""The verbs on what is said about versions: card, records, sign, verify, and the keys for signing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.output import Json, home_path
+
+if TYPE_CHECKING:
+    from registry.home import Home
+    from registry.keys import PublicKey
+
+Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
+_VARIABLE = "LORALINE_KEY_PASSPHRASE"
+
+keys_app = typer.Typer(help="Keys for signing: make one, trust one, list those that are trusted.", no_args_is_help=True)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Adds this module's verbs to the command."""
+    for verb in (card, records, sign, verify):
+        app.command()(verb)
+    keys_app.command("new")(new_key)
+    keys_app.command("trust")(trust)
+    keys_app.command("list")(list_keys)
+    app.add_typer(keys_app, name="keys")
+
+
+def card(
+    ref: Ref,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="FILE.md or FILE.html; else it is printed.")
+    ] = None,
+) -> None:
+    """Show the model card of a version, or write it."""
+    from flows.records import read_card, write_card
+
+    if output is None:
+        print(read_card(_home(), ref, html=False).decode(), end="")
+        return
+    write_card(_home(), ref, output)
+    print(output)
+
+
+def records(
+    ref: Ref,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write into.")],
+    with_adapter: Annotated[bool, typer.Option(help="Also the adapter file as it is registered.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write all documents of a version: model card, provenance, bill of materials, signature."""
+    from flows.cli.output import print_json
+    from flows.records import write_documents
+
+    written = write_documents(_home(), ref, output, with_adapter=with_adapter)
+    if as_json:
+        print_json(written)
+        return
+    for entry in written:
+        print(f"{entry['file']}  sha256 {entry['sha256']}")
+
+
+def sign(
+    ref: Ref,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="The private key, as `loraline keys new` makes it.")],
+    as_json: Json = False,
+) -> None:
+    """Sign a version: its adapter file and its provenance. The passphrase is asked for, or LORALINE_KEY_PASSPHRASE."""
+    from flows.cli.output import print_json
+    from flows.records import sign_version
+
+    version, signature = sign_version(_home(), ref, key, _passphrase(key))
+    if as_json:
+        print_json({"version": version.ref, "key": signature.key, "digests": signature.digests})
+        return
+    print(f"{version.ref} is signed with key {signature.key[:16]}")
+    for file, digest in sorted(signature.digests.items()):
+        print(f"{file}  sha256 {digest}")
+
+
+def verify(
+    ref: Ref,
+    signed: Annotated[bool, typer.Option("--signed", help="Also fail where there is no signature.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify a version: bytes, structure, documents, signature. Exit code 1 if anything is wrong."""
+    from dataclasses import asdict
+
+    from flows.cli.output import print_json, print_table
+    from flows.records import verify_version
+
+    found = verify_version(_home(), ref, must_be_signed=signed)
+    if as_json:
+        print_json(asdict(found) | {"holds": found.holds})
+    else:
+        no_signature = f"signed with the key {found.signed_by}" if found.signed_by else "not signed"
+        good = {"bytes": f"sha256 {found.sha256}", "structure": "a whole adapter", "records": "whole, about this file"}
+        rows = []
+        for what in ("bytes", "structure", "records", "signature"):
+            findings = getattr(found, what)
+            rows += [(what, "WRONG", finding) for finding in findings]
+            rows += [] if findings else [(what, "good", good.get(what, no_signature))]
+        print_table(("", "", found.version), rows)
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+def new_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key; FILE.pub is the public one.")],
+    without_passphrase: Annotated[bool, typer.Option(help="Leave the private key unencrypted.")] = False,
+    days: Annotated[int | None, typer.Option(min=1, help="For how many days it holds; for ever by default.")] = None,
+    trust_it: Annotated[bool, typer.Option("--trust", help="Trust it in this home at once.")] = False,
+) -> None:
+    """Make a key pair for signing (ECDSA, P-256); nothing of it leaves this machine."""
+    from datetime import timedelta
+
+    from registry.entities import now
+    from registry.keys import make_key, trust_key
+
+    secret = None
+    if not without_passphrase:
+        secret = os.environ.get(_VARIABLE) or typer.prompt(
+            "Passphrase", hide_input=True, confirmation_prompt=True, err=True
+        )
+    home = _home() if trust_it else None
+    until = None if days is None else (now() + timedelta(days=days)).date()
+    key = make_key(file, secret.encode() if secret else None, valid_until=until)
+    print(f"{file}  private: keep it to yourself")
+    print(f"{key.path}  public: key {key.fingerprint[:16]}{_until(key)}")
+    if home is not None:
+        print(f"{trust_key(home, key.path).path}  trusted here")
+
+
+def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A public key in PEM.")]) -> None:
+    """Trust a public key in this home: signatures made with its private key hold here."""
+    from registry.keys import trust_key
+
+    key = trust_key(_home(), file)
+    print(f"{key.path}  trusted: key {key.fingerprint[:16]}{_until(key)}")
+
+
+def list_keys(as_json: Json = False) -> None:
+    """List the public keys that this home trusts; remove a file to trust it no more."""
+    from flows.cli.output import print_json, print_table
+    from registry.keys import trusted_keys
+
+    keys = trusted_keys(_home())
+    if as_json:
+        listed = [(key, None if key.valid_until is None else key.valid_until.isoformat()) for key in keys]
+        print_json([{"name": key.name, "key": key.fingerprint, "valid_until": until} for key, until in listed])
+        return
+    rows = [(key.name, key.fingerprint[:16], key.valid_until, "EXPIRED" if key.has_expired() else "") for key in keys]
+    print_table(("name", "key", "valid until", ""), rows)
+
+
+def _passphrase(key: Path) -> bytes | None:
+    """Of an encrypted key: what the environment says, else what a person types. Never a word of the command line."""
+    from registry.keys import is_encrypted
+
+    if not is_encrypted(key):
+        return None
+    given = os.environ.get(_VARIABLE) or typer.prompt("Passphrase", hide_input=True, err=True)
+    return str(given).encode()
+
+
+def _until(key: PublicKey) -> str:
+    return f", valid until {key.valid_until}" if key.valid_until else ""
+
+
+def _home() -> Home:
+    from registry.home import Home
+
+    return Home.open(home_path(), create=False)

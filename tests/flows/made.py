@@ -1,0 +1,104 @@
+"""Versions that are made for real, without Prefect and MLflow: what tests of reproduce, diff and import start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flows.importing import Imported, Wish, import_adapter
+from flows.plan import make_job, registered_adapter
+from flows.spec import load_spec
+from lora_engine.adapters import Adapter, LoraDelta
+from lora_engine.bases.structure import base_module_shapes
+from lora_engine.formats import Card, write_adapter
+from registry.entities import AdapterVersion
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.versions import Versions
+from tasks.execution import execute
+
+MERGE = """\
+name: both
+base: tiny
+seed: 7
+steps:
+  mix: {uses: merge, adapters: [one@1, two@1], weights: [1.0, 0.5], method: svd, rank: 3}
+  release: {uses: register, adapter: mix}
+"""
+TRAIN = """\
+name: small
+base: tiny
+seed: 7
+steps:
+  photos:   {uses: ingest, images: images/, heldout: 0.5}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
+  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 3, batch: 2}
+  report:
+    uses: evaluate
+    adapter: adapter
+    dataset: captions
+    prompts: prompts.txt
+    seeds: 1
+    steps: 1
+    max_pictures: 1
+    gates: {validation_loss: {max: 10.0}}
+  release:  {uses: register, adapter: adapter, report: report, alias: trial}
+"""
+
+
+def random_adapter(seed: int, rank: int = 2, modules: int = 4, scale: float = 0.1) -> Adapter:
+    """A LoRA of the embedded base with random factors on its first attention layers."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: shape for name, shape in sorted(base_module_shapes("tiny").items()) if ".attn" in name}
+
+    def draw(*shape: int) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    return Adapter(
+        {
+            name: LoraDelta(draw(rank, shape[1]), draw(shape[0], rank), float(rank))
+            for name, shape in list(shapes.items())[:modules]
+        },
+        "sd",
+    )
+
+
+def write_random(path: Path, seed: int, *, form: str = "kohya", card: Card | None = None, rank: int = 2) -> Path:
+    """Such an adapter as a file (or folder) of a format."""
+    write_adapter(path, random_adapter(seed, rank), format=form, card=card)
+    return path
+
+
+def bring_in(home: Home, file: Path, name: str, *, license_id: str = "MIT", **more: str) -> Imported:
+    """Imports a file for the embedded base."""
+    return import_adapter(home, file, Wish(name, "tiny", license_id, **more))
+
+
+def run_line(path: Path, home: Home) -> AdapterVersion:
+    """Runs a pipeline file step by step in this process; gives the version that its step `release` registered."""
+    spec, lineage = load_spec(path), Lineage(home.lineage_url)
+    run = lineage.start_run(spec.name, spec.source)
+    made = {}
+    for name, step in spec.steps.items():
+        inputs: dict = {}
+        for field, target, _ in step.references():
+            ref = made[target] if target in made else registered_adapter(target, home).ref
+            inputs[field] = (*inputs.get(field, ()), ref)
+        made[name] = execute(make_job(spec, name, home, run.id, force=False), inputs).ref
+    lineage.finish_run(run.id, "COMPLETED")
+    lineage.close()
+    return Versions(home).show(spec.name)
+
+
+def make_merge(folder: Path) -> tuple[Home, AdapterVersion]:
+    """A home with two imported adapters and a version that was merged of them."""
+    home = Home.open(folder / "home")
+    for seed, name in enumerate(("one", "two")):
+        bring_in(home, write_random(folder / f"{name}.safetensors", seed), name)
+    path = folder / "both.yaml"
+    path.write_text(MERGE)
+    version = run_line(path, home)
+    path.unlink()
+    return home, version

@@ -1,0 +1,269 @@
+"""Foreign files become versions: checked in full, with their own bytes, a stated licence and a recorded origin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import SpecError
+from flows.importing import Wish, import_adapter
+from flows.spec import load_spec
+from lora_engine.adapters import Adapter
+from lora_engine.errors import AdapterError
+from lora_engine.files import sha256_file
+from lora_engine.formats import Card, codecs, read_bundle, write_adapter
+from lora_engine.formats.embeddings import Embedding
+from registry import catalog
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.versions import Versions
+from tests.flows.made import bring_in, random_adapter, run_line, write_random
+
+
+@pytest.fixture(autouse=True)
+def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+
+
+@pytest.fixture
+def opened(home: Path) -> Home:
+    return Home.open(home)
+
+
+def say(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("form", sorted(name for name in codecs if name not in ("bfl", "cloneofsimo", "xlabs")))
+def test_an_adapter_of_any_format_is_registered_as_what_it_does(opened: Home, tmp_path: Path, form: str) -> None:
+    path = tmp_path / ("file" if codecs[form].is_folder else "file.safetensors")
+    write_random(path, 0, form=form)
+    done = bring_in(opened, path, "foreign")
+    versions = Versions(opened)
+    out = tmp_path / "back.safetensors"
+    versions.checkout_adapter(done.version, out)
+    bundle = read_bundle(out)
+    from lora_engine.merging.compare import compare_adapters
+
+    assert compare_adapters(random_adapter(0), bundle.adapter).relative == pytest.approx(0.0, abs=1e-6)
+    assert (done.version.ref, done.version.passed, done.version.gates) == ("foreign@1", None, ())
+    assert (bundle.card.license, bundle.card.base, bundle.adapter.base) == ("MIT", "tiny", "sd")
+    assert done.version.parents == ("base:tiny",)
+    kept = versions.store.files(done.artifact)
+    assert {name: entry.sha256 for name, entry in kept.items()} == dict(done.original)
+
+
+def test_a_pickled_file_is_read_by_the_child_and_kept_as_it_came(opened: Home, tmp_path: Path) -> None:
+    tensors = load_file(write_random(tmp_path / "k.safetensors", 0))
+    torch.save(tensors, tmp_path / "k.pt")
+    done = bring_in(opened, tmp_path / "k.pt", "pickled")
+    assert done.original == {"k.pt": sha256_file(tmp_path / "k.pt")}
+
+
+def test_what_the_header_says_is_kept_and_what_is_said_here_counts(opened: Home, tmp_path: Path) -> None:
+    path = write_random(tmp_path / "k.safetensors", 0)
+    header = {"ss_output_name": "Zorb", "modelspec.license": "MIT", "modelspec.trigger_phrase": "old", "ss_tag": "x"}
+    save_file(load_file(path), path, header)
+    said = json.loads(
+        say(
+            "import",
+            path,
+            "--name",
+            "foreign",
+            "--base",
+            "tiny",
+            "--license",
+            "apache-2.0",
+            "--trigger",
+            "new",
+            "--json",
+        )
+    )
+    card = said["card"]
+    assert (card["title"], card["license"], card["trigger"]) == ("Zorb", "Apache-2.0", "new")
+    assert card["extra"]["ss_tag"] == "x"
+    say("export", "foreign@1", "--to", "kohya", "-o", tmp_path / "out.safetensors")
+    exported = json.loads(say("inspect", tmp_path / "out.safetensors", "--json"))
+    assert exported["metadata"]["modelspec.license"] == "Apache-2.0"
+    assert exported["metadata"]["ss_tag"] == "x"
+
+
+@pytest.mark.parametrize(("form", "name"), [("loraline", "file.safetensors"), ("kohya", "folder")])
+def test_words_in_a_bundle_or_beside_come_along(opened: Home, tmp_path: Path, form: str, name: str) -> None:
+    word = Embedding("sks", {"text_encoder": torch.ones(1, base_width())})
+    write_adapter(tmp_path / name, random_adapter(0), format=form, embeddings=[word])
+    done = bring_in(opened, tmp_path / name, "bundle")
+    out = tmp_path / "back.safetensors"
+    Versions(opened).checkout_adapter(done.version, out)
+    assert read_bundle(out).embeddings == (word,)
+
+
+def base_width() -> int:
+    from lora_engine.bases.structure import base_module_shapes
+
+    return base_module_shapes("tiny")["text_encoder.text_model.embeddings.token_embedding"][1]
+
+
+def test_the_same_bytes_are_the_same_version_and_another_licence_is_another(opened: Home, tmp_path: Path) -> None:
+    path = write_random(tmp_path / "k.safetensors", 0)
+    first = bring_in(opened, path, "foreign")
+    again = bring_in(opened, path.rename(tmp_path / "renamed.safetensors"), "foreign")
+    assert (first.is_new, again.is_new) == (True, False)
+    assert again.version == first.version
+    other = bring_in(opened, tmp_path / "renamed.safetensors", "foreign", license_id="Apache-2.0")
+    assert other.version.version == 2
+    with Versions(opened).lineage.database.read() as session:
+        deeds = [(event.action, event.after) for event in catalog.read_events(session, "foreign")]
+    assert deeds == [("import", 1), ("import", 2)]
+
+
+def test_lineage_leads_from_the_digest_of_the_file_to_the_version_and_back(opened: Home, tmp_path: Path) -> None:
+    path = write_random(tmp_path / "k.safetensors", 0)
+    done = bring_in(opened, path, "foreign")
+    lineage = Lineage(opened.lineage_url)
+    assert "foreign@1" in {node.id for node in lineage.walk(sha256_file(path), "down").nodes}
+    assert done.artifact.sha256 in {node.id for node in lineage.walk("foreign@1").nodes}
+    (run,) = lineage.runs()
+    assert (run.name, run.status, done.version.run_id) == ("import", "COMPLETED", run.id)
+
+
+def test_a_licence_must_be_stated_and_known_or_said_to_be_unknown(opened: Home, tmp_path: Path) -> None:
+    path = write_random(tmp_path / "k.safetensors", 0, card=Card(title="Zorb", license="Foo-1"))
+    done = CliRunner().invoke(app, ["import", str(path), "--name", "foreign", "--base", "tiny"])
+    assert isinstance(done.exception, SpecError)
+    assert "Foo-1" in str(done.exception)
+    with pytest.raises(SpecError, match=r"Apache-2\.0"):
+        bring_in(opened, path, "foreign", license_id="Foo-1")
+    with pytest.raises(SpecError, match="not in the table"):
+        bring_in(opened, path, "foreign", license_id="noassertion")
+    assert Versions(opened).list() == ()
+    assert bring_in(opened, path, "foreign", license_id="NOASSERTION").version.card["license"] == "NOASSERTION"
+
+
+def test_an_alias_with_gates_is_refused_with_its_reason_and_exit_code_1(opened: Home, tmp_path: Path) -> None:
+    path = write_random(tmp_path / "k.safetensors", 0)
+    told = json.loads(
+        say("import", path, "--name", "f", "--base", "tiny", "--license", "MIT", "--alias", "staging", "--json", code=1)
+    )
+    assert "gates were not run" in told["refused"]
+    assert told["aliases"] == []
+    free = json.loads(
+        say("import", path, "--name", "f", "--base", "tiny", "--license", "MIT", "--alias", "trial", "--json")
+    )
+    assert (free["is_new"], free["aliases"]) == (False, ["trial"])
+
+
+def broken_nan(tensors: dict[str, torch.Tensor]) -> None:
+    next(tensor for tensor in tensors.values() if tensor.dim())[0] = float("nan")
+
+
+def broken_shape(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in tensors if name.endswith("lora_down.weight"))
+    tensors[name] = torch.zeros(2, 7)
+
+
+def broken_names(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"what.{name}"] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("damage", [broken_nan, broken_shape, broken_names])
+def test_what_is_not_whole_is_refused_and_nothing_is_registered(opened: Home, tmp_path: Path, damage) -> None:
+    path = write_random(tmp_path / "k.safetensors", 0)
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    with pytest.raises(AdapterError):
+        bring_in(opened, path, "foreign")
+    lineage = Lineage(opened.lineage_url)
+    assert (Versions(opened).list(), lineage.runs()) == ((), [])
+    assert list(opened.work.iterdir()) == []
+
+
+def test_a_file_for_another_base_is_refused(opened: Home, tmp_path: Path) -> None:
+    adapter = random_adapter(0)
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, Adapter(adapter.modules, "sd", "0" * 64))
+    with pytest.raises(AdapterError, match="0000"):
+        bring_in(opened, path, "foreign")
+    with pytest.raises(AdapterError):
+        import_adapter(opened, write_random(tmp_path / "k.safetensors", 0), Wish("foreign", "sd15", "MIT"))
+
+
+def test_a_version_goes_out_in_every_format_as_a_file_or_a_folder(opened: Home, tmp_path: Path) -> None:
+    done = bring_in(opened, write_random(tmp_path / "k.safetensors", 0), "foreign")
+    for form in (name for name in codecs if name not in ("bfl", "xlabs")):
+        base = ["--base", "tiny"] if form == "cloneofsimo" else []
+        out = tmp_path / form
+        told = json.loads(say("export", "foreign@1", "--to", form, "-o", out, "--json", *base))
+        assert told["sha256"] == done.version.sha256
+        assert all(sha256_file(Path(entry["file"])) == entry["sha256"] for entry in told["files"])
+        assert out.is_dir()
+    file = tmp_path / "half.safetensors"
+    said = say("export", "foreign@1", "--to", "kohya", "-o", file, "--dtype", "float16")
+    assert said.split() == [str(file), "sha256", sha256_file(file)]
+    assert {tensor.dtype for name, tensor in load_file(file).items() if "lora" in name} >= {torch.float16}
+
+
+@pytest.mark.parametrize("name", ["out.pt", "taken", "folder.safetensors"])
+def test_an_output_that_is_named_like_something_else_is_refused(opened: Home, tmp_path: Path, name: str) -> None:
+    bring_in(opened, write_random(tmp_path / "k.safetensors", 0), "foreign")
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    done = CliRunner().invoke(app, ["export", "foreign@1", "--to", "kohya", "-o", str(tmp_path / name)])
+    assert isinstance(done.exception, SpecError)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+EVALUATE = """\
+name: foreign
+base: tiny
+seed: 7
+steps:
+  photos:   {uses: ingest, images: images/, heldout: 0.5}
+  captions: {uses: caption, dataset: photos, captioner: template, trigger: sks, class_word: star}
+  report:
+    uses: evaluate
+    adapter: foreign@1
+    dataset: captions
+    seeds: 1
+    steps: 1
+    max_pictures: 1
+    gates: {validation_loss: {max: 10.0}}
+  release:  {uses: register, adapter: foreign@1, report: report, alias: trial}
+"""
+
+
+def test_a_registered_adapter_may_be_evaluated_and_registered_by_name(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "line.yaml"
+    path.write_text(EVALUATE)
+    spec = load_spec(path)
+    assert ("adapter", "foreign@1", "adapter") in list(spec.steps["report"].references())
+    assert ("adapter", "foreign@1", "adapter") in list(spec.steps["release"].references())
+
+
+@pytest.mark.slow
+def test_an_imported_version_gets_its_gates_from_a_pipeline_and_keeps_licence_and_parents(
+    opened: Home, tmp_path: Path
+) -> None:
+    from tests.flows.conftest import draw_noise
+
+    first = bring_in(opened, write_random(tmp_path / "k.safetensors", 0), "foreign").version
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        draw_noise(tmp_path / "images" / f"{index}.png", index)
+    path = tmp_path / "line.yaml"
+    path.write_text(EVALUATE)
+    second = run_line(path, opened)
+    assert (second.ref, second.passed, second.sha256) == ("foreign@2", True, first.sha256)
+    assert (second.card["license"], second.parents) == ("MIT", first.parents)
+    assert second.aliases == ("trial",)

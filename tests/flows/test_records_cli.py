@@ -1,0 +1,133 @@
+"""The verbs on documents and signatures, over a home with a registered adapter of real tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_engine.adapters import Adapter, LoraDelta
+from lora_engine.files import sha256_file
+from lora_engine.formats import Card, write_adapter
+from registry.home import Home
+from registry.store import open_store
+from registry.versions import Versions
+
+MODULE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+DOCUMENTS = {"model-card.md", "model-card.html", "provenance.json", "ml-bom.json"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with `zorb@1`, made once."""
+    folder = tmp_path_factory.mktemp("records")
+    delta = LoraDelta(down=torch.ones(2, 768), up=torch.ones(8, 2), alpha=2.0)
+    card = Card(title="Zorb", base="tiny", trigger="zorb", license="CC-BY-4.0")
+    write_adapter(folder / "adapter", Adapter({MODULE: delta}, "sd"), card=card)
+    home = Home.open(folder / "home")
+    versions = Versions(home)
+    ref = versions.store.put("adapter", folder / "adapter")
+    versions.register("zorb", ref, card=card.model_dump(mode="json"))
+    versions.close()
+    return home.path
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path) -> Path:
+    """A copy of that home, for one test."""
+    subprocess.run(["cp", "-a", made, tmp_path / "home"], check=True)
+    return tmp_path / "home"
+
+
+def loraline(*arguments: object, home: Path, secret: str = "a secret") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"LORALINE_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
+    environment["LORALINE_KEY_PASSPHRASE"] = secret
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def done(*arguments: object, home: Path) -> str:
+    found = loraline(*arguments, home=home)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_card_is_printed_and_written(home: Path, tmp_path: Path) -> None:
+    text = done("card", "zorb", home=home)
+    assert text.startswith("---\nbase_model: tiny\n")
+    done("card", "zorb@1", "-o", tmp_path / "card.md", home=home)
+    assert (tmp_path / "card.md").read_text() == text
+    done("card", "zorb@1", "-o", tmp_path / "card.html", home=home)
+    assert (tmp_path / "card.html").read_text().startswith("<!doctype html>")
+    refused = loraline("card", "zorb@1", "-o", tmp_path / "card.pdf", home=home)
+    assert refused.returncode == 2
+    assert ".md or .html" in refused.stderr
+
+
+def test_records_are_written_with_their_digests(home: Path, tmp_path: Path) -> None:
+    listed = json.loads(done("records", "zorb", "-o", tmp_path / "out", "--json", home=home))
+    assert {Path(entry["file"]).name for entry in listed} == DOCUMENTS
+    for entry in listed:
+        assert sha256_file(Path(entry["file"])) == entry["sha256"]
+
+
+@pytest.mark.slow
+def test_version_is_signed_verified_and_refused_once_it_was_touched(home: Path, tmp_path: Path) -> None:
+    key = tmp_path / "release"
+    done("keys", "new", key, "--trust", "--days", 30, home=home)
+    assert b"ENCRYPTED" in key.read_bytes()
+    (listed,) = json.loads(done("keys", "list", "--json", home=home))
+    assert listed["name"] == "release"
+    unsigned = json.loads(done("verify", "zorb", "--json", home=home))
+    assert (unsigned["holds"], unsigned["is_signed"]) == (True, False)
+    assert loraline("verify", "zorb", "--signed", home=home).returncode == 1
+    assert loraline("sign", "zorb", "--key", key, home=home, secret="wrong").returncode == 1
+    signed = json.loads(done("sign", "zorb", "--key", key, "--json", home=home))
+    assert signed["key"] == listed["key"]
+    assert json.loads(done("verify", "zorb", "--signed", "--json", home=home))["signed_by"] == "release"
+    (home / "keys" / "release.pub").unlink()
+    for arguments in (["verify", "zorb"], ["export", "zorb", "--to", "kohya", "-o", tmp_path / "out"]):
+        refused = loraline(*arguments, home=home)
+        assert refused.returncode == 1
+        assert "not among the 0 trusted public keys" in refused.stdout + refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_export_with_records_is_what_another_program_verifies(home: Path, tmp_path: Path) -> None:
+    key = tmp_path / "release"
+    done("keys", "new", key, "--without-passphrase", "--trust", home=home)
+    done("sign", "zorb@1", "--key", key, home=home)
+    done("export", "zorb@1", "--to", "kohya", "-o", tmp_path / "out", "--with-records", home=home)
+    records = tmp_path / "out" / "records"
+    assert {path.name for path in records.iterdir()} == DOCUMENTS | {"signature.json", "adapter.safetensors"}
+    command = [sys.executable, "-m", "model_signing", "verify", "key", records, "--ignore_unsigned_files"]
+    command += ["--signature", records / "signature.json", "--public_key", f"{key}.pub"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    beside = json.loads(
+        done("export", "zorb", "--to", "kohya", "-o", tmp_path / "z.safetensors", "--with-records", "--json", home=home)
+    )
+    assert {Path(entry["file"]).parent.name for entry in beside["records"]} == {"z-records"}
+
+
+def test_verify_finds_what_is_wrong_with_each_part(home: Path) -> None:
+    store, versions = open_store(Home.open(home)), Versions(Home.open(home))
+    version = versions.show("zorb")
+    with versions.lineage.database.read() as session:
+        from registry.records.keep import read_records
+
+        bill = read_records(session, version)["ml-bom"]
+    versions.close()
+    store.blobs.path(store.files(bill)["ml-bom.json"].sha256).write_bytes(b"{}")
+    wrong = json.loads(loraline("verify", "zorb", "--json", home=home).stdout)
+    assert (wrong["holds"], wrong["bytes"], wrong["structure"]) == (False, [], [])
+    assert wrong["records"][0].startswith("ml-bom.json:")
+    store.blobs.path(version.sha256).write_bytes(b"no adapter")
+    wrong = loraline("verify", "zorb", "--json", home=home)
+    assert wrong.returncode == 1
+    assert version.sha256 in json.loads(wrong.stdout)["bytes"][0]

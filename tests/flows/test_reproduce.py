@@ -1,0 +1,282 @@
+"""Versions are built again from lineage alone: a merge of registered versions here, a whole training marked slow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import NotReproducible
+from flows.reproduce import find_recipe, reproduce
+from flows.verdict import TOLERANCES, Reproduction
+from lora_engine.errors import InterruptedRun
+from registry.entities import AdapterVersion
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.store import open_store
+from registry.tables import ExecutionRow, Table
+from tasks.progress import StepEvent, clear_stop, listening, request_stop
+from tests.flows.conftest import draw_noise
+from tests.flows.made import TRAIN, make_merge, run_line
+
+Rewrite = Callable[[Callable[[dict[str, Any]], None]], None]
+
+
+@pytest.fixture(autouse=True)
+def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    patch = pytest.MonkeyPatch()
+    patch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    folder = tmp_path_factory.mktemp("merge")
+    make_merge(folder)
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def merged(first: Path, tmp_path: Path) -> tuple[Home, AdapterVersion]:
+    """A home of this test's own, with a version `both@1` that was merged of `one@1` and `two@1`."""
+    shutil.copytree(first / "home", tmp_path / "home")
+    home = Home.open(tmp_path / "home")
+    with closing(Lineage(home.lineage_url)) as lineage:
+        from flows.origins import read_version
+
+        return home, read_version(lineage, "both@1")
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where workspaces are made; none may be left at the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    # Libraries keep caches there too.
+    assert list(folder.glob("loraline-*")) == []
+
+
+@pytest.fixture
+def rewrite(merged: tuple[Home, AdapterVersion]) -> Rewrite:
+    """Changes what is recorded of the step `mix`."""
+
+    def change(edit: Callable[[dict[str, Any]], None]) -> None:
+        with closing(Lineage(merged[0].lineage_url)) as lineage, lineage.database.write() as session:
+            row = session.scalars(select(ExecutionRow).where(ExecutionRow.step == "mix")).one()
+            values = {name: getattr(row, name) for name in ("settings", "environment", "revision")}
+            values = json.loads(json.dumps(values))
+            edit(values)
+            for name, value in values.items():
+                setattr(row, name, value)
+
+    return change
+
+
+def build(home: Home, ref: str = "both@1", **options: Any) -> Reproduction:
+    return reproduce(home, find_recipe(home, ref, **options))
+
+
+def content_of(home: Home) -> dict[str, Any]:
+    """All rows of the home's database and the digests of its store."""
+    with closing(Lineage(home.lineage_url)) as lineage, lineage.database.read() as session:
+        rows = {
+            name: sorted(map(str, session.execute(table.select()).all()))
+            for name, table in Table.metadata.tables.items()
+        }
+    return rows | {"blobs": list(open_store(home).blobs.digests())}
+
+
+def test_a_merge_of_registered_versions_is_built_again_to_the_byte_and_the_home_stays_as_it_is(
+    merged: tuple[Home, AdapterVersion], temporary: Path
+) -> None:
+    home, version = merged
+    before = content_of(home)
+    told = build(home)
+    assert (told.verdict, told.rebuilt) == ("identical", version.sha256)
+    assert [(step.name, step.same) for step in told.steps] == [("mix", True)]
+    assert told.surroundings == []
+    assert content_of(home) == before
+
+
+def test_a_home_that_keeps_its_records_elsewhere_is_not_written_to_either(
+    merged: tuple[Home, AdapterVersion], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORALINE_DATABASE_URL", merged[0].lineage_url)
+    before = content_of(merged[0])
+    assert build(merged[0]).verdict == "identical"
+    assert content_of(merged[0]) == before
+
+
+def test_the_recorded_number_of_threads_is_used_and_another_one_is_told(
+    merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    rewrite(lambda values: values["environment"]["compute"].update(threads=threads + 1))
+    assert build(merged[0]).surroundings == []
+    assert torch.get_num_threads() == threads
+
+    monkeypatch.setattr("flows.rebuild.recorded_threads", lambda _step: threads)
+    (found,) = build(merged[0]).surroundings
+    assert (found.what, found.before, found.now, found.steps) == ("compute.threads", threads + 1, threads, ("mix",))
+
+
+def test_a_package_of_another_version_is_told(
+    merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite
+) -> None:
+    def age(values: dict[str, Any]) -> None:
+        values["environment"]["distributions"] = ["torch==1.0"]
+
+    rewrite(age)
+    told = build(merged[0])
+    assert told.verdict == "identical"
+    (torch_row,) = [found for found in told.surroundings if found.what == "packages.torch"]
+    assert torch_row.before == "1.0"
+    assert torch_row.now.startswith("2.")
+
+
+@pytest.mark.parametrize(
+    ("weight", "verdict", "code"), [(0.5 * (1 + 1e-3), "within tolerance", 0), (0.9, "differs", 1)]
+)
+def test_other_weights_are_told_apart_by_how_far_they_are(
+    merged: tuple[Home, AdapterVersion],
+    temporary: Path,
+    rewrite: Rewrite,
+    monkeypatch: pytest.MonkeyPatch,
+    weight: float,
+    verdict: str,
+    code: int,
+) -> None:
+    rewrite(lambda values: values["settings"]["settings"].update(weights=[1.0, weight]))
+    monkeypatch.setenv("LORALINE_HOME", str(merged[0].path))
+    said = CliRunner().invoke(app, ["reproduce", "both@1", "--json"])
+    assert said.exit_code == code, said.output
+    told = json.loads(said.stdout)
+    assert told["verdict"] == verdict
+    assert (told["weights"]["relative"] <= TOLERANCES["fp32"]) == (code == 0)
+    assert told["sha256"] != told["rebuilt"]
+    assert "recipe.weights" in [change["path"] for change in told["card"]]
+
+
+def test_a_damaged_or_lost_origin_is_refused_with_its_name(merged: tuple[Home, AdapterVersion]) -> None:
+    home, _ = merged
+    found = find_recipe(home, "both@1").plan
+    ref = next(iter(found.taken.values()))[0]
+    store = open_store(home)
+    digest = store.files(ref)["adapter.safetensors"].sha256
+    (blob,) = home.store.rglob(digest)
+    blob.chmod(0o644)
+    blob.write_bytes(b"\0" + blob.read_bytes()[1:])
+    with pytest.raises(NotReproducible, match=f"adapter {ref.sha256[:12]}.*digest"):
+        find_recipe(home, "both@1")
+    blob.unlink()
+    with pytest.raises(NotReproducible, match="gone"):
+        find_recipe(home, "both@1")
+
+
+def test_lineage_that_lost_a_step_says_what_is_missing(merged: tuple[Home, AdapterVersion], rewrite: Rewrite) -> None:
+    home, version = merged
+    with closing(Lineage(home.lineage_url)) as lineage, lineage.database.write() as session:
+        session.scalars(select(ExecutionRow).where(ExecutionRow.step == "mix")).one().status = "FAILED"
+    with pytest.raises(
+        NotReproducible, match=f"no step is recorded that made the adapter {version.artifact.sha256[:16]}"
+    ):
+        find_recipe(home, "both@1")
+
+
+def test_another_base_is_named_with_both_fingerprints_and_needs_to_be_forced(
+    merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite
+) -> None:
+    rewrite(lambda values: values["settings"]["base"].update(fingerprint="0" * 64))
+    with pytest.raises(
+        NotReproducible, match=r"'tiny' with fingerprint 0000000000000000 .*tiny has fingerprint [1-9a-f]"
+    ):
+        find_recipe(merged[0], "both@1")
+    with pytest.raises(NotReproducible, match="--force-differences"):
+        find_recipe(merged[0], "both@1", base="tiny")
+    told = build(merged[0], base="tiny", force=True)
+    assert len(told.doubts) == 1
+    assert [found.what for found in told.surroundings] == ["base.fingerprint"]
+
+
+def test_a_step_of_another_revision_is_refused_unless_forced(
+    merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite
+) -> None:
+    rewrite(lambda values: values.update(revision="0"))
+    with pytest.raises(NotReproducible, match="revision 0 of merge"):
+        find_recipe(merged[0], "both@1")
+    assert "revision" in [found.what for found in build(merged[0], force=True).surroundings]
+
+
+def test_an_imported_version_says_why_it_cannot_be_reproduced(merged: tuple[Home, AdapterVersion]) -> None:
+    with pytest.raises(NotReproducible, match="imported from a file"):
+        find_recipe(merged[0], "one@1")
+
+
+def test_a_stop_removes_the_workspace(merged: tuple[Home, AdapterVersion], temporary: Path) -> None:
+    def stop(event: StepEvent) -> None:
+        if event.kind == "started":
+            request_stop()
+            raise KeyboardInterrupt
+
+    recipe = find_recipe(merged[0], "both@1")
+    try:
+        with listening(stop), pytest.raises((KeyboardInterrupt, InterruptedRun)):
+            reproduce(merged[0], recipe)
+    finally:
+        clear_stop()
+
+
+def test_a_workspace_that_is_kept_holds_the_same_artifact(
+    merged: tuple[Home, AdapterVersion], temporary: Path, tmp_path: Path
+) -> None:
+    home, version = merged
+    keep = tmp_path / "kept"
+    reproduce(home, find_recipe(home, "both@1"), keep=keep)
+    assert open_store(Home.open(keep)).verify(version.artifact) == []
+    with pytest.raises(FileExistsError):
+        reproduce(home, find_recipe(home, "both@1"), keep=keep)
+
+
+@pytest.mark.slow
+def test_a_training_is_built_again_to_the_byte_without_pictures_prompts_and_pipeline(
+    tmp_path: Path, temporary: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        draw_noise(tmp_path / "images" / f"{index}.png", index)
+    (tmp_path / "prompts.txt").write_text("a red sks star\n")
+    path = tmp_path / "line.yaml"
+    path.write_text(TRAIN)
+    home = Home.open(tmp_path / "home")
+    version = run_line(path, home)
+    moved = tmp_path / "moved"
+    (tmp_path / "images").rename(moved)
+    path.unlink()
+    (tmp_path / "prompts.txt").unlink()
+
+    before = content_of(home)
+    told = build(home, "small@1")
+    assert (told.verdict, told.rebuilt) == ("identical", version.sha256)
+    states = {step.name: step.same for step in told.steps}
+    assert states == {"photos": None, "prepared": True, "captions": True, "adapter": True, "report": True}
+    assert content_of(home) == before
+
+    recipe = find_recipe(home, "small@1", given={"photos.images": moved})
+    assert recipe.plan.pieces[0].name == "photos"
+    draw_noise(moved / "more.png", 9)
+    with pytest.raises(NotReproducible, match="does not hold what step 'photos' read as images"):
+        find_recipe(home, "small@1", given={"photos.images": moved})

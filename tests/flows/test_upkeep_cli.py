@@ -1,0 +1,110 @@
+"""The verbs of upkeep, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.errors import SpecError
+from flows.upkeep import collect_garbage, parse_time
+from registry.entities import Execution
+from registry.home import Home
+from registry.lineage import Lineage
+from registry.store import open_store
+from tests.flows.test_cli import loraline
+
+
+@pytest.fixture
+def filled(home: Path) -> Home:
+    """A home with one old artifact that nobody needs and one that a recent run made."""
+    opened = Home.open(home)
+    store, lineage = open_store(opened), Lineage(opened.lineage_url)
+    store.put_files("manifest", {"a": b"nobody wants me"})
+    kept = store.put_files("manifest", {"a": b"made by a run"})
+    run = lineage.start_run("stripes", {})
+    lineage.record(Execution("e", run.id, "s", "s", "1", "k", output=kept), contents=store.files(kept))
+    lineage.finish_run(run.id, "COMPLETED")
+    lineage.close()
+    for path in (opened.store / "blobs").glob("??/*"):
+        os.utime(path, (time.time() - 1e6,) * 2)
+    return opened
+
+
+def test_gc_says_what_would_go_then_deletes_it(filled: Home, home: Path) -> None:
+    planned = loraline("gc", "--dry-run", "--json", home=home)
+    assert planned.returncode == 0, planned.stderr
+    told = json.loads(planned.stdout)
+    assert told["dry_run"]
+    assert len(told["items"]) == 2
+    assert len(list(open_store(filled).blobs.digests())) == 4
+    done = loraline("gc", home=home)
+    assert "2 things went" in done.stdout
+    assert "2 blobs stay" in done.stdout
+    assert len(list(open_store(filled).blobs.digests())) == 2
+    assert "0 things went" in loraline("gc", "--grace", "7d", home=home).stdout
+
+
+def test_gc_prunes_the_training_cache(filled: Home) -> None:
+    for index, name in enumerate(("old", "new")):
+        path = filled.cache / "latents" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (index + 1, index + 1))
+    assert collect_garbage(filled, grace=0, keep_runs=30, cache=150, dry_run=True).cache == 0
+    assert collect_garbage(filled, grace=0, keep_runs=30, cache=150).cache == 100
+    assert [path.name for path in filled.cache.rglob("*.safetensors")] == ["new.safetensors"]
+
+
+def test_fsck_finds_and_with_repair_mends(filled: Home, home: Path) -> None:
+    assert loraline("fsck", home=home).returncode == 0
+    lineage = Lineage(filled.lineage_url)
+    (execution,) = lineage.executions()
+    lineage.close()
+    assert execution.output is not None
+    (filled.store / "blobs" / execution.output.sha256[:2] / execution.output.sha256).write_bytes(b"damaged")
+    found = loraline("fsck", "--json", home=home)
+    assert found.returncode == 1
+    assert [problem["severity"] for problem in json.loads(found.stdout)].count("damage") == 1
+    mended = loraline("fsck", "--repair", "--json", home=home)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert [each["done"] for each in json.loads(mended.stdout)["repaired"]] == [True]
+
+
+def test_doctor_passes_here_and_fails_where_something_is_broken(filled: Home, home: Path) -> None:
+    good = loraline("doctor", "--json", home=home)
+    found = json.loads(good.stdout)
+    assert good.returncode == 0, found
+    assert {entry["about"] for entry in found} >= {"packages", "home", "device", "store"}
+    (filled.path / "loraline.yaml").write_text("stor: x")
+    bad = loraline("doctor", home=home)
+    assert bad.returncode == 1
+    assert "stor" in bad.stdout
+
+
+def test_backup_and_restore(filled: Home, home: Path, tmp_path: Path) -> None:
+    first = loraline("backup", str(tmp_path / "backups"), home=home)
+    assert first.returncode == 0, first.stderr
+    assert "2 blobs, 2 of them new" in first.stdout
+    assert "0 of them new" in loraline("backup", str(tmp_path / "backups"), home=home).stdout
+    refused = loraline("restore-backup", str(tmp_path / "backups"), home=home)
+    assert refused.returncode == 1
+    assert "something here already" in refused.stderr
+    new = tmp_path / "new"
+    told = loraline("restore-backup", str(tmp_path / "backups"), "--json", home=new)
+    assert json.loads(told.stdout)["blobs"] == 2
+    assert loraline("fsck", home=new).returncode == 0
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("24h", 86_400), ("7d", 604_800), ("0", 0)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1h", "1y", "infd", "nan"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="no time"):
+        parse_time(text)
