@@ -26,7 +26,7 @@ from sqlalchemy import insert, text
 from sqlalchemy.engine import make_url
 
 from registry.entities import now
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from registry.tables import (
     AliasRow,
     ArtifactRow,

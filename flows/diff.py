@@ -17,8 +17,8 @@ from lora_engine.files import sha256_file
 from registry.entities import AdapterVersion
 from registry.errors import StoreError
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 
 
 @dataclass(frozen=True)

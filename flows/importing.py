@@ -19,9 +19,9 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json, sha256_bytes
 from registry import catalog
 from registry.entities import AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
+from registry.governance.licenses import read_licenses
 from registry.home import Home
-from registry.licenses import read_licenses
-from registry.lineage import record_contents
+from registry.lineage.record import record_contents
 from registry.versions import Versions
 from tasks.environment import describe_environment
 from tasks.register import flatten

@@ -10,7 +10,7 @@ from flows.spec import REGISTERED
 from registry import catalog
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.errors import LineageError
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 
 FILE = "file"
 """The kind of artifact that keeps one of the user's files as it was."""

@@ -16,8 +16,8 @@ from lora_engine.errors import EngineError, InterruptedRun
 from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import Store, open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import Store, open_store
 from tasks.step import Outcome
 
 

@@ -10,8 +10,8 @@ from flows.errors import SpecError
 from flows.spec import REGISTERED, PipelineSpec
 from registry.entities import ArtifactRef, Execution
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 from tasks.exclusion import find_excluded, with_excluded
 from tasks.execution import find_hit
 from tasks.key import cache_key, digest_files

@@ -19,8 +19,8 @@ from lora_engine.compute import threads
 from lora_engine.errors import BaseModelError
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import Store, open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import Store, open_store
 from tasks.execution import execute
 from tasks.key import digest_path
 from tasks.spec import StepSpec

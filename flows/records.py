@@ -17,7 +17,7 @@ from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
 from registry.home import Home
 from registry.records.keep import CARD, FILES, SIGNATURE, find_records, read_document, write_missing
-from registry.signing import Signature, is_signed, sign, signature_findings, verify
+from registry.records.signing import Signature, is_signed, sign, signature_findings, verify
 from registry.versions import Versions
 
 

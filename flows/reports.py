@@ -13,8 +13,8 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 from registry.versions import Versions
 
 

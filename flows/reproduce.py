@@ -14,8 +14,8 @@ from flows.verdict import Reproduction, judge
 from flows.workspace import workspace
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 from tasks.exclusion import refuse_revoked
 
 

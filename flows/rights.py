@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from registry.ancestry import trace
-from registry.consent import find_consent
 from registry.entities import AdapterVersion, now
-from registry.governance import Terms, allows_commercial, conflicts
-from registry.licenses import read_licenses
-from registry.revoked import revoked_ancestors, revoked_subjects
-from registry.terms import read_datasets, resolve_terms
+from registry.governance.ancestry import trace
+from registry.governance.consent import find_consent
+from registry.governance.lattice import Terms, allows_commercial, conflicts
+from registry.governance.licenses import read_licenses
+from registry.governance.revoked import revoked_ancestors, revoked_subjects
+from registry.governance.terms import read_datasets, resolve_terms
 from registry.versions import Versions
 
 

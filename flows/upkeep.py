@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.errors import SpecError
-from registry.doctor import Finding, doctor
-from registry.gc import Collection, collect
+from registry.audit.doctor import Finding, doctor
+from registry.audit.gc import Collection, collect
 from registry.home import Home
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -29,7 +29,7 @@ class Upkeep:
 
 
 def collect_garbage(home: Home, *, grace: float, keep_runs: float, cache: int = CACHE, dry_run: bool = False) -> Upkeep:
-    """Deletes what nobody needs (see `registry.gc.collect`), and of the training cache what was not used for longest.
+    """Deletes what nobody needs (see `registry.audit.gc`), and of the training cache what was not used for longest.
 
     Args:
         home: The home.

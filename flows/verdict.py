@@ -16,7 +16,7 @@ from flows.rebuild import Rebuilding
 from flows.weights import compare_weights, read_card
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.errors import LineageError, StoreError
-from registry.store import Store
+from registry.store.artifacts import Store
 
 Verdict = Literal["identical", "within tolerance", "differs"]
 

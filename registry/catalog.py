@@ -14,7 +14,7 @@ from lora_engine.files import canonical_json, sha256_bytes
 from registry.database import insert_missing
 from registry.entities import Action, AdapterVersion, ArtifactRef, Deed, Event, VersionState, now
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
-from registry.lineage import artifact_ref
+from registry.lineage.record import artifact_ref
 from registry.tables import AliasRow, ArtifactRow, EventRow, NameRow, ParentRow, VersionRow
 
 _BATCH = 500

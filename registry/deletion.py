@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
 
 from registry import catalog
-from registry.descent import descendants
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused
-from registry.policies import Policies, read_policies
+from registry.governance.descent import descendants
+from registry.governance.policies import Policies, read_policies
 from registry.promotion import current_actor, require_reason
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from registry import catalog
 from registry.database import Database, name_of, sqlite_file
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.lineage import artifact_ref
+from registry.lineage.record import artifact_ref
 from registry.mirror import Mirror
 from registry.records.keep import Shown
-from registry.store import Store
+from registry.store.artifacts import Store
 from registry.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow
 
 _PLACE = "mlflow"

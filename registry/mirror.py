@@ -24,12 +24,12 @@ from lora_engine.files import sha256_bytes, sha256_file
 from registry.database import name_of, sqlite_file
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import MirrorError, disk_errors
+from registry.governance.policy import numbers
 from registry.home import Home
-from registry.policy import numbers
 from registry.records.facts import Dataset
 from registry.records.keep import Shown
 from registry.relocation import relocate
-from registry.store import Store
+from registry.store.artifacts import Store
 
 _logger = logging.getLogger(__name__)
 

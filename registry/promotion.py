@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 from registry import catalog
 from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
-from registry.judgement import current_actor, gather_facts, judge
-from registry.policies import read_policies
-from registry.policy import AliasPolicy, Facts, decide
+from registry.governance.judgement import current_actor, gather_facts, judge
+from registry.governance.policies import read_policies
+from registry.governance.policy import AliasPolicy, Facts, decide
 
 if TYPE_CHECKING:
     from registry.versions import Versions

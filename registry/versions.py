@@ -18,17 +18,17 @@ from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json
 from registry import catalog
-from registry.blobs import damaged
 from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MirrorError, VersionError
+from registry.governance.judgement import judge
+from registry.governance.policy import numbers
 from registry.home import Home
-from registry.judgement import judge
 from registry.leveling import bring_level, is_level
-from registry.lineage import Lineage, record_artifacts, record_contents
-from registry.policy import numbers
+from registry.lineage.record import Lineage, record_artifacts, record_contents
 from registry.promotion import current_actor
 from registry.records.keep import gather_shown, write_missing
-from registry.store import Content, Store, check_relative, open_store
+from registry.store.artifacts import Content, Store, check_relative, open_store
+from registry.store.blobs import damaged
 
 _logger = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ class Versions:
         stored = self.store.files(version.artifact)[version.adapter_path].sha256
         if stored != version.sha256:
             raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
-        from registry.signing import require_valid_signature  # which itself reads versions
+        from registry.records.signing import require_valid_signature  # which itself reads versions
 
         require_valid_signature(self, version)
 

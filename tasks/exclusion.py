@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from registry.ancestry import held_subjects
 from registry.errors import RightsError
-from registry.lineage import Lineage
-from registry.revoked import read_revoked, revoked_subjects
+from registry.governance.ancestry import held_subjects
+from registry.governance.revoked import read_revoked, revoked_subjects
+from registry.lineage.record import Lineage
 from tasks.spec import StepSpec
 from tasks.step import Inputs, StepKind
 

@@ -22,8 +22,8 @@ from lora_engine.progress import Progress
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, Subject, now
 from registry.errors import RegistryError
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import Store, open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import Store, open_store
 from tasks.environment import describe_environment
 from tasks.exclusion import find_excluded, refuse_revoked, with_excluded
 from tasks.key import cache_key, describe_base, digest_files

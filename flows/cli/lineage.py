@@ -35,7 +35,7 @@ def lineage(
     from flows.cli.output import print_json, print_table
     from lora_engine.files import atomic_write, sha256_file
     from registry.home import Home
-    from registry.lineage import Lineage
+    from registry.lineage.record import Lineage
 
     opened = Lineage(Home.open(home_path(), create=False).lineage_url)
     try:
@@ -43,11 +43,11 @@ def lineage(
         start = sha256_file(Path(ref)) if "@" not in ref and Path(ref).is_file() else ref
         walk = opened.walk(start, "down" if down else "up", subjects=True)
         if output is not None:
-            from registry.picture import draw
+            from registry.lineage.picture import draw
 
             atomic_write(output, draw(walk))
         if openlineage is not None:
-            from registry.openlineage import to_lines, to_openlineage
+            from registry.lineage.openlineage import to_lines, to_openlineage
 
             atomic_write(openlineage, to_lines(to_openlineage(opened, walk)))
     finally:

@@ -12,7 +12,7 @@ from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
     from registry.home import Home
-    from registry.keys import PublicKey
+    from registry.records.keys import PublicKey
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 _VARIABLE = "LORALINE_KEY_PASSPHRASE"
@@ -119,7 +119,7 @@ def new_key(
     from datetime import timedelta
 
     from registry.entities import now
-    from registry.keys import make_key, trust_key
+    from registry.records.keys import make_key, trust_key
 
     secret = None
     if not without_passphrase:
@@ -137,7 +137,7 @@ def new_key(
 
 def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A public key in PEM.")]) -> None:
     """Trust a public key in this home: signatures made with its private key hold here."""
-    from registry.keys import trust_key
+    from registry.records.keys import trust_key
 
     key = trust_key(_home(), file)
     print(f"{key.path}  trusted: key {key.fingerprint[:16]}{_until(key)}")
@@ -146,7 +146,7 @@ def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A publi
 def list_keys(as_json: Json = False) -> None:
     """List the public keys that this home trusts; remove a file to trust it no more."""
     from flows.cli.output import print_json, print_table
-    from registry.keys import trusted_keys
+    from registry.records.keys import trusted_keys
 
     keys = trusted_keys(_home())
     if as_json:
@@ -159,7 +159,7 @@ def list_keys(as_json: Json = False) -> None:
 
 def _passphrase(key: Path) -> bytes | None:
     """Of an encrypted key: what the environment says, else what a person types. Never a word of the command line."""
-    from registry.keys import is_encrypted
+    from registry.records.keys import is_encrypted
 
     if not is_encrypted(key):
         return None

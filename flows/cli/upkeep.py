@@ -53,9 +53,9 @@ def fsck(
 ) -> None:
     """Prove that bytes, digests, events, aliases and MLflow agree."""
     from flows.cli.output import print_json, print_table
-    from registry.audit import fsck as audit
+    from registry.audit.fsck import fsck as audit
+    from registry.audit.repair import repair as mend
     from registry.home import Home
-    from registry.repair import repair as mend
 
     home = Home.open(home_path(), create=False)
     done = mend(home) if repair else []
@@ -94,7 +94,7 @@ def backup(
 ) -> None:
     """Copy databases, settings and every blob that they name, while others work; again, and only what is new."""
     from flows.cli.output import print_json, print_table
-    from registry.backup import backup as act
+    from registry.audit.backup import backup as act
     from registry.home import Home
 
     done = act(Home.open(home_path(), create=False), target)
@@ -117,7 +117,7 @@ def restore_backup(
 ) -> None:
     """Make LORALINE_HOME from a backup: verified whole first, then in its place at once."""
     from flows.cli.output import print_json
-    from registry.restore import restore
+    from registry.audit.restore import restore
 
     done = restore(source, home_path(), replace=replace)
     if as_json:

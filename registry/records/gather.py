@@ -13,11 +13,11 @@ from sqlalchemy import select
 
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.errors import RegistryError
-from registry.lineage import Lineage
+from registry.governance.terms import terms_of
+from registry.lineage.record import Lineage
 from registry.records.facts import Dataset, Facts, Parent, Sample, Terms, without_paths
-from registry.store import Store
+from registry.store.artifacts import Store
 from registry.tables import VersionRow
-from registry.terms import terms_of
 
 if TYPE_CHECKING:
     from registry.versions import Versions

@@ -13,16 +13,16 @@ from sqlalchemy.orm import Session
 from lora_engine.files import canonical_json
 from registry.entities import AdapterVersion, ArtifactRef, now
 from registry.errors import StoreError, VersionError
-from registry.lineage import Lineage, artifact_ref, record_artifacts, record_contents
+from registry.lineage.record import Lineage, artifact_ref, record_artifacts, record_contents
 from registry.records.facts import Facts
 from registry.records.gather import bare_facts, gather_facts
 from registry.records.mlbom import mlbom
 from registry.records.provenance import provenance
-from registry.store import Store
+from registry.store.artifacts import Store
 from registry.tables import ArtifactRow, RecordRow, VersionRow
 
 if TYPE_CHECKING:
-    from registry.store import Content
+    from registry.store.artifacts import Content
     from registry.versions import Versions
 
 _logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from registry.entities import to_json
-from registry.policy import numbers
+from registry.governance.policy import numbers
 from registry.records.facts import Dataset, Facts, Terms
 from registry.records.limits import limits
 from registry.records.spdx import SPDX

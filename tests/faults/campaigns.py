@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from registry import promotion
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.errors import DamagedBlob, MissingBlob
 from registry.home import Home
 from registry.versions import Versions

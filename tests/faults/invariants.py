@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.home import Home
 
 

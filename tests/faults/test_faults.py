@@ -95,9 +95,9 @@ def test_the_trials_catch_a_write_that_is_not_atomic(tmp_path):
 
     def harmed():
         without_mlflow()
-        import registry.blobs
+        import registry.store.blobs
 
-        registry.blobs.atomic_write = write_in_place
+        registry.store.blobs.atomic_write = write_in_place
 
     found = []
     for at in range(1, 30):

@@ -9,7 +9,7 @@ from pathlib import Path
 import registry.versions
 from registry import promotion
 from registry.home import Home
-from registry.store import open_store
+from registry.store.artifacts import open_store
 from registry.versions import Versions
 from tests.faults.points import forked
 

@@ -14,7 +14,7 @@ from lora_engine.bases.structure import base_module_shapes
 from lora_engine.formats import Card, write_adapter
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from registry.versions import Versions
 from tasks.execution import execute
 

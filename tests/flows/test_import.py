@@ -21,7 +21,7 @@ from lora_engine.formats import Card, codecs, read_bundle, write_adapter
 from lora_engine.formats.embeddings import Embedding
 from registry import catalog
 from registry.home import Home
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from registry.versions import Versions
 from tests.flows.made import bring_in, random_adapter, run_line, write_random
 

@@ -16,8 +16,8 @@ from flows.spec import load_spec
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError, InterruptedRun
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import Store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import Store
 from tasks.execution import find_hit
 from tasks.key import cache_key, digest_files
 from tasks.progress import StepEvent, clear_stop, listening, request_stop

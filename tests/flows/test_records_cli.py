@@ -15,7 +15,7 @@ from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.files import sha256_file
 from lora_engine.formats import Card, write_adapter
 from registry.home import Home
-from registry.store import open_store
+from registry.store.artifacts import open_store
 from registry.versions import Versions
 
 MODULE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

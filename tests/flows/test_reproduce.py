@@ -21,8 +21,8 @@ from flows.verdict import TOLERANCES, Reproduction
 from lora_engine.errors import InterruptedRun
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 from registry.tables import ExecutionRow, Table
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
 from tests.flows.conftest import draw_noise

@@ -19,7 +19,7 @@ import yaml
 
 from flows.template import write_pipeline
 from registry.home import Home
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from tests.flows.conftest import draw_noise
 
 PROJECT = Path(__file__).resolve().parents[2]

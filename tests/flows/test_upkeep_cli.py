@@ -13,8 +13,8 @@ from flows.errors import SpecError
 from flows.upkeep import collect_garbage, parse_time
 from registry.entities import Execution
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import open_store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 from tests.flows.test_cli import loraline
 
 

@@ -22,7 +22,7 @@ from registry.database import Database
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
 from registry.mirror import Mirror
-from registry.store import Store
+from registry.store.artifacts import Store
 from registry.versions import Versions
 from tests.conftest import find_program
 

@@ -3,7 +3,7 @@ import sqlite3
 
 import pytest
 
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.mirror import Mirror
 from registry.promotion import promote
 
@@ -200,7 +200,7 @@ def test_absent_database_is_found(empty_home):
 
 
 def test_home_without_versions_needs_no_mlflow(empty_home):
-    from registry.lineage import Lineage
+    from registry.lineage.record import Lineage
 
     Lineage(empty_home.lineage_url).close()
     assert fsck(empty_home) == []

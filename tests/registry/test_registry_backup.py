@@ -10,12 +10,12 @@ from contextlib import closing
 
 import pytest
 
-from registry.audit import fsck
-from registry.backup import backup
+from registry.audit.backup import backup
+from registry.audit.fsck import fsck
+from registry.audit.restore import restore
 from registry.errors import HomeError, RegistryError, StoreError
 from registry.home import Home
 from registry.promotion import history
-from registry.restore import restore
 from registry.versions import Versions
 
 pytestmark = pytest.mark.sqlite
@@ -271,7 +271,7 @@ def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
 def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tmp_path, spawn):
     first = backup(filled.home, tmp_path / "backups")
     script = (
-        "import sys; from pathlib import Path; from registry.home import Home; from registry.backup import backup\n"
+        "import sys; from pathlib import Path\nfrom registry.home import Home\nfrom registry.audit.backup import backup\n"
         "home = Home(Path(sys.argv[1])); print('ready', flush=True)\n"
         "while True: backup(home, Path(sys.argv[2]))"
     )
@@ -290,8 +290,8 @@ def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tm
 
 
 def test_blobs_behind_a_url_are_backed_up_and_put_back(versions, register, tmp_path, monkeypatch):
-    from registry.remote import open_blobs
-    from registry.store import Store
+    from registry.store.artifacts import Store
+    from registry.store.remote import open_blobs
 
     versions.store = Store(versions.home.store, open_blobs("memory://backed-up"))
     register(versions, b"weights")
@@ -314,7 +314,7 @@ def test_mlflow_is_whole_again_after_a_restore(mirrored, register, tmp_path, spa
     restore(tmp_path / "backups", tmp_path / "elsewhere")
     # A process of its own, as a command would be: MLflow remembers where a run's files were.
     script = (
-        "import sys; from pathlib import Path; from registry.audit import fsck; from registry.home import Home\n"
+        "import sys; from pathlib import Path; from registry.audit.fsck import fsck; from registry.home import Home\n"
         "from registry.versions import Versions\n"
         "home = Home.open(Path(sys.argv[1])); Versions(home).sync(); assert fsck(home) == [], fsck(home)"
     )

@@ -17,9 +17,9 @@ import pytest
 from registry.entities import ArtifactRef
 from registry.errors import DamagedBlob, MissingBlob, StoreError
 from registry.home import Home
-from registry.local import LocalBlobs
-from registry.remote import FsspecBlobs, open_blobs
-from registry.store import Store, open_store
+from registry.store.artifacts import Store, open_store
+from registry.store.local import LocalBlobs
+from registry.store.remote import FsspecBlobs, open_blobs
 
 BIG = os.urandom(1 << 20) * 52  # more than one part of an upload to S3
 MIDDLE = BIG[: 3 << 20]
@@ -253,8 +253,8 @@ import io, sys
 from functools import partial
 from pathlib import Path
 from hashlib import sha256
-from registry.store import Store
-from registry.remote import open_blobs
+from registry.store.artifacts import Store
+from registry.store.remote import open_blobs
 from pathlib import Path
 store = Store(Path("unused"), open_blobs(sys.argv[1]))
 for number in range(4):
@@ -281,7 +281,7 @@ def test_eight_writers_lose_nothing(kind, tmp_path, spawn, request):
 KILLED = """
 import io, sys, time
 from hashlib import sha256
-from registry.remote import open_blobs
+from registry.store.remote import open_blobs
 class Slow(io.BytesIO):
     def read(self, size=-1):
         if self.tell() > 51 << 20:

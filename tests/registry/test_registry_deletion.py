@@ -3,13 +3,13 @@ import threading
 import pytest
 
 from registry import catalog
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.deletion import delete, restore, withdraw
 from registry.entities import Execution, now
 from registry.errors import Conflict, GoneVersion, PromotionError, Refused
 from registry.mirror import Mirror
 from registry.promotion import history, promote, remove, replay
-from registry.store import open_store
+from registry.store.artifacts import open_store
 
 
 def state(versions, number, name="zorb"):

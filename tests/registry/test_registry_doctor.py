@@ -11,8 +11,8 @@ from contextlib import closing
 
 import pytest
 
-from registry.doctor import KNOWN_BREAKS, Finding, check_packages, doctor
-from registry.doctor_places import file_system_of
+from registry.audit.doctor import KNOWN_BREAKS, Finding, check_packages, doctor
+from registry.audit.doctor_places import file_system_of
 from registry.home import Home
 from registry.settings import NAME
 
@@ -129,7 +129,7 @@ def test_kind_of_file_system_is_read_from_the_mounts(tmp_path):
 
 
 def test_sqlite_on_a_network_file_system_is_found(look, monkeypatch):
-    monkeypatch.setattr("registry.doctor.file_system_of", lambda _path: "nfs4")
+    monkeypatch.setattr("registry.audit.doctor.file_system_of", lambda _path: "nfs4")
     (finding,) = find(look(), "database", "broken")
     assert "nfs4" in finding.found
     assert "PostgreSQL" in finding.remedy

@@ -8,12 +8,12 @@ import pytest
 from sqlalchemy import update
 
 from registry import catalog
-from registry.audit import fsck
+from registry.audit.fsck import fsck
+from registry.audit.gc import collect
 from registry.entities import Execution, now
 from registry.errors import HomeError, StoreError
-from registry.gc import collect
-from registry.remote import open_blobs
-from registry.store import Store
+from registry.store.artifacts import Store
+from registry.store.remote import open_blobs
 from registry.tables import ArtifactRow, RecordRow, RunRow, VersionRow
 
 OLD = 10 * 24 * 3600
@@ -276,8 +276,8 @@ import sys, time
 from pathlib import Path
 from registry.entities import Execution
 from registry.home import Home
-from registry.lineage import Lineage
-from registry.store import Store
+from registry.lineage.record import Lineage
+from registry.store.artifacts import Store
 home = Home.open(Path(sys.argv[1]))
 store, lineage = Store(home.store), Lineage(home.lineage_url)
 print("ready", flush=True)
@@ -297,7 +297,7 @@ lineage.finish_run(run.id, "COMPLETED")
 COLLECTOR = """
 import os, sys, time
 from pathlib import Path
-from registry.gc import collect
+from registry.audit.gc import collect
 from registry.home import Home
 home = Home.open(Path(sys.argv[1]))
 print("ready", flush=True)

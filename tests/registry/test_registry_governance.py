@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from registry.entities import Execution, now
 from registry.errors import PolicyError
-from registry.governance import (
+from registry.governance.lattice import (
     FREE,
     PERMISSIONS,
     TAINTS,
@@ -21,8 +21,8 @@ from registry.governance import (
     meet,
     unknown,
 )
-from registry.licenses import read_licenses
-from registry.terms import terms_of
+from registry.governance.licenses import read_licenses
+from registry.governance.terms import terms_of
 
 TABLE = read_licenses()
 WORDS = st.frozensets(st.sampled_from(["notice", "attribution", "uses:a", "uses:b", *TAINTS]), max_size=3)

@@ -7,7 +7,7 @@ import pytest
 
 from registry.errors import HomeError
 from registry.home import Home
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 
 
 def test_home_has_its_places(tmp_path):
@@ -55,7 +55,9 @@ def test_disk_that_refuses_is_a_clear_error(tmp_path, monkeypatch, number, words
 
 @pytest.mark.slow
 def test_processes_that_make_the_database_at_once_agree(empty_home, spawn):
-    script = "import sys; from registry.lineage import Lineage; print(Lineage(sys.argv[1]).start_run('p', {}).id)"
+    script = (
+        "import sys; from registry.lineage.record import Lineage; print(Lineage(sys.argv[1]).start_run('p', {}).id)"
+    )
     children = [spawn(script, empty_home.lineage_url) for _ in range(4)]
     answers = [child.communicate(timeout=60) for child in children]
     assert [child.returncode for child in children] == [0] * 4, answers
@@ -67,8 +69,8 @@ def test_processes_that_make_the_database_at_once_agree(empty_home, spawn):
 def test_reading_needs_neither_mlflow_nor_torch():
     script = """
 import sys
-import registry, registry.entities, registry.store, registry.lineage
-import registry.versions, registry.promotion, registry.audit
+import registry, registry.entities, registry.store.artifacts, registry.lineage.record
+import registry.versions, registry.promotion, registry.audit.fsck
 print(sorted({"mlflow", "torch", "prefect", "numpy"} & set(sys.modules)))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}

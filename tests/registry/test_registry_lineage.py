@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from registry.entities import Execution, FileEntry, Subject, now
 from registry.errors import LineageError
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from registry.tables import DistributionsRow, ExecutionRow, RunRow, Table
 
 PICTURE = "5" * 64
@@ -176,7 +176,7 @@ def test_walk_from_a_run_and_an_execution_finds_their_artifacts(lineage, line):
 
 
 def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
-    monkeypatch.setattr("registry.walk._BATCH", 7)
+    monkeypatch.setattr("registry.lineage.walk._BATCH", 7)
     run = lineage.start_run("p", {})
     source = store.put_files("manifest", {"a": b"source"})
     for number in range(40):

@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import create_engine, func, inspect, select, text
 
 from lora_engine.files import sha256_file
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.database import Database
 from registry.errors import HomeError
 from registry.home import Home
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from registry.promotion import promote
 from registry.schema import MIGRATIONS, migrate
 from registry.tables import NAMESPACE, SCHEMA, ExecutionRow, MetaRow, Table, VersionRow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.home import Home
 from registry.promotion import promote
 from registry.relocation import relocate

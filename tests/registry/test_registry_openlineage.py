@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from registry.entities import Execution, now
-from registry.openlineage import run_uuid, to_lines, to_openlineage
+from registry.lineage.openlineage import run_uuid, to_lines, to_openlineage
 
 FACETS = {
     "type": "object",

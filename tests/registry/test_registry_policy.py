@@ -3,13 +3,13 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from registry.consent import ConsentFindings, find_consent
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import PolicyError, PromotionError, Refused
-from registry.governance import FREE, meet, unknown
-from registry.licenses import read_licenses
-from registry.policies import read_policies
-from registry.policy import PRESETS, AliasPolicy, Facts, decide
+from registry.governance.consent import ConsentFindings, find_consent
+from registry.governance.lattice import FREE, meet, unknown
+from registry.governance.licenses import read_licenses
+from registry.governance.policies import read_policies
+from registry.governance.policy import PRESETS, AliasPolicy, Facts, decide
 from registry.promotion import history, promote, remove, replay, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}

@@ -9,15 +9,15 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import DatabaseError
 
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.catalog import alias_table, read_events
 from registry.database import Database, name_of, sqlite_file
 from registry.errors import HomeError
 from registry.home import Home
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 from registry.mirror import Mirror
 from registry.promotion import promote, replay
-from registry.store import open_store
+from registry.store.artifacts import open_store
 from registry.tables import NAMESPACE, Table
 from registry.versions import Versions
 
@@ -254,7 +254,7 @@ def test_mlflow_of_another_place_is_told_everything(tmp_path, postgres_url, regi
 def test_verbs_need_no_driver_on_sqlite(tmp_path):
     script = """
 import sys
-from registry.lineage import Lineage
+from registry.lineage.record import Lineage
 Lineage(sys.argv[1]).close()
 print(sorted({"psycopg", "alembic", "mlflow"} & set(sys.modules)))
 """

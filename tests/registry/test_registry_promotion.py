@@ -9,14 +9,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
 from registry import promotion
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.catalog import alias_table, read_events
-from registry.consent import ConsentFindings
 from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import Conflict, PromotionError, Refused, UnknownVersion, VersionError
-from registry.governance import FREE
-from registry.policy import PRESETS, AliasPolicy, Facts
-from registry.policy import decide as decide_by
+from registry.governance.consent import ConsentFindings
+from registry.governance.lattice import FREE
+from registry.governance.policy import PRESETS, AliasPolicy, Facts
+from registry.governance.policy import decide as decide_by
 from registry.promotion import history, promote, replay, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}

@@ -5,9 +5,9 @@ import os
 import pytest
 
 from registry import catalog
-from registry.audit import fsck
+from registry.audit.fsck import fsck
+from registry.audit.repair import repair
 from registry.promotion import promote
-from registry.repair import repair
 from tests.registry.test_registry_audit import (
     DAMAGE_IN_MLFLOW,
     aged,
@@ -155,9 +155,9 @@ def test_damaged_database_is_left_to_a_backup(plain):
 REPAIR = """
 import sys
 from pathlib import Path
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.home import Home
-from registry.repair import repair
+from registry.audit.repair import repair
 home = Home(Path(sys.argv[1]))
 done = repair(home)
 assert done

@@ -12,10 +12,10 @@ from sqlalchemy import update
 from registry import catalog
 from registry.entities import now
 from registry.errors import SignatureError
-from registry.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
-from registry.lineage import record_artifacts, record_contents
+from registry.lineage.record import record_artifacts, record_contents
 from registry.records.keep import PROVENANCE, SIGNATURE, find_records, keep, read_document
-from registry.signing import is_signed, sign, signature_findings, verify
+from registry.records.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
+from registry.records.signing import is_signed, sign, signature_findings, verify
 from registry.tables import VersionRow
 
 SECRET = b"a passphrase"

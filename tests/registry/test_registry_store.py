@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import lora_engine.files
 from registry.entities import ArtifactRef
 from registry.errors import DamagedBlob, HomeError, MissingBlob, StoreError
-from registry.store import Store
+from registry.store.artifacts import Store
 
 FILES = {"a.txt": b"first", "deep/b.bin": bytes(range(256)), "deep/empty": b""}
 
@@ -245,7 +245,7 @@ def test_two_processes_putting_the_same_tree_agree(store, tmp_path, spawn):
         (files / f"{number}.bin").write_bytes(os.urandom(2000))
     script = """
 import sys, pathlib
-from registry.store import Store
+from registry.store.artifacts import Store
 print(Store(pathlib.Path(sys.argv[1])).put("manifest", pathlib.Path(sys.argv[2])).sha256)
 """
     children = [spawn(script, store.folder, files) for _ in range(2)]

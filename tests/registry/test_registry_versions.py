@@ -6,12 +6,12 @@ import pytest
 from filelock import Timeout
 
 from registry import mirror as mirror_module
-from registry.audit import fsck
+from registry.audit.fsck import fsck
 from registry.entities import to_json
 from registry.errors import DamagedBlob, MirrorError, MissingBlob, UnknownName, UnknownVersion, VersionError
 from registry.mirror import Mirror
 from registry.promotion import history
-from registry.store import Store
+from registry.store.artifacts import Store
 from registry.versions import Versions
 
 

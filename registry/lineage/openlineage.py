@@ -1,0 +1,151 @@
+"""A walk as OpenLineage run events (https://openlineage.io/spec/2-0-2), for programs that gather lineage everywhere.
+
+An execution is a run, its step a job, an artifact a dataset without a schema. Writes nothing and reads only lineage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from uuid import UUID, uuid5
+
+from lora_engine.files import canonical_json
+from registry.entities import ArtifactRef, Execution, Run
+from registry.lineage.record import Lineage
+from registry.lineage.walk import Walk
+
+NAMESPACE = "loraline"
+_SPEC = "https://openlineage.io/spec"
+_SCHEMA = f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent"
+_FACETS = {
+    "parent": "1-0-1/ParentRunFacet.json",
+    "processing_engine": "1-1-1/ProcessingEngineRunFacet.json",
+    "errorMessage": "1-0-1/ErrorMessageRunFacet.json",
+    "jobType": "2-0-3/JobTypeJobFacet.json",
+    "version": "1-0-1/DatasetVersionDatasetFacet.json",
+    "datasetType": "1-0-0/DatasetTypeDatasetFacet.json",
+    "outputStatistics": "1-0-2/OutputStatisticsOutputDatasetFacet.json",
+}
+"""Facets of the standard and the version that each follows; every other one is our own, and begins with `loraline`."""
+_ENDS = {"COMPLETED": "COMPLETE", "CACHED": "COMPLETE", "FAILED": "FAIL", "INTERRUPTED": "ABORT"}
+_IDS = UUID("7c1f6a0e-5d0b-5b7e-9d0e-2f6f6c6f7261")
+_MODELS = {"adapter", "merged", "version"}
+
+
+def to_openlineage(lineage: Lineage, walk: Walk) -> list[dict[str, Any]]:
+    """The events of every execution in a walk: its START and its end, in the order of time.
+
+    Args:
+        lineage: Where the executions are read.
+        walk: What `Lineage.walk` gave.
+    """
+    executions = lineage.executions(ids=[node.id for node in walk.nodes if node.kind == "execution"])
+    runs = {run_id: lineage.run(run_id) for run_id in sorted({execution.run_id for execution in executions})}
+    called = _registered(walk)
+    events = [event for each in executions for event in _events(each, runs[each.run_id], called)]
+    return sorted(events, key=lambda event: (event["eventTime"], event["eventType"] != "START"))
+
+
+def to_lines(events: list[dict[str, Any]]) -> bytes:
+    """The events as JSON lines, the form that OpenLineage's file transport reads and writes."""
+    return b"".join(canonical_json(event) + b"\n" for event in events)
+
+
+def run_uuid(identifier: str) -> str:
+    """The UUID by which an execution or a run is known outside: its own where it is one, else one made of it."""
+    try:
+        return str(UUID(identifier))
+    except ValueError:
+        return str(uuid5(_IDS, identifier))
+
+
+def _events(execution: Execution, run: Run, called: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    base = {
+        "producer": _producer(),
+        "schemaURL": _SCHEMA,
+        "job": {
+            "namespace": NAMESPACE,
+            "name": f"{run.name}.{execution.step}",
+            "facets": {
+                "jobType": _facet("jobType", processingType="BATCH", integration="LORALINE", jobType=execution.uses)
+            },
+        },
+        "inputs": [_dataset(ref, called, role) for role, ref in execution.inputs.items()],
+    }
+    started = {"eventType": "START", "eventTime": _time(execution.started_at), "outputs": []}
+    yield base | started | {"run": _run(execution, run, ended=False)}
+    made = [_made(execution.output, called)] if execution.output else []
+    ended = {"eventType": _ENDS[execution.status], "eventTime": _time(execution.ended_at or execution.started_at)}
+    yield base | ended | {"run": _run(execution, run, ended=True), "outputs": made}
+
+
+def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
+    parent = {"run": {"runId": run_uuid(run.id)}, "job": {"namespace": NAMESPACE, "name": run.name}}
+    told = {key: value for key, value in execution.environment.items() if key != "distributions"}
+    facets = {
+        "parent": _facet("parent", **parent),
+        "processing_engine": _facet("processing_engine", name="loraline", version=_version()),
+        "loraline_execution": _facet(
+            "loraline_execution",
+            execution=execution.id,
+            key=execution.key,
+            revision=execution.revision,
+            seed=execution.seed,
+            cached=execution.status == "CACHED",
+            settings=dict(execution.settings),
+            environment=told,
+        ),
+    }
+    if ended and execution.error:
+        facets["errorMessage"] = _facet("errorMessage", message=execution.error, programmingLanguage="PYTHON")
+    return {"runId": run_uuid(execution.id), "facets": facets}
+
+
+def _dataset(ref: ArtifactRef, called: Mapping[str, list[dict[str, Any]]], role: str = "") -> dict[str, Any]:
+    facets = {
+        "version": _facet("version", datasetVersion=ref.sha256),
+        "datasetType": _facet("datasetType", datasetType="MODEL" if ref.kind in _MODELS else "FILE", subType=ref.kind),
+    }
+    if ref.sha256 in called:
+        facets["loraline_versions"] = _facet("loraline_versions", versions=called[ref.sha256])
+    if role:
+        facets["loraline_role"] = _facet("loraline_role", role=role)
+    return {"namespace": NAMESPACE, "name": f"{ref.kind}/{ref.sha256}", "facets": facets}
+
+
+def _made(ref: ArtifactRef, called: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    statistics = {"outputStatistics": _facet("outputStatistics", size=ref.size)}
+    return _dataset(ref, called) | {"outputFacets": statistics}
+
+
+def _registered(walk: Walk) -> dict[str, list[dict[str, Any]]]:
+    """By the digest of an artifact: the versions that it was registered as, as far as the walk met them."""
+    details = {node.id: node.detail for node in walk.nodes if node.kind == "version"}
+    called: dict[str, list[dict[str, Any]]] = {}
+    for edge in walk.edges:
+        if edge.source.kind == "artifact" and edge.target.kind == "version":
+            entry = {"ref": edge.target.id, "role": edge.role, "aliases": details[edge.target.id].get("aliases", [])}
+            called.setdefault(edge.source.id, []).append(entry)
+    return called
+
+
+def _facet(name: str, /, **values: Any) -> dict[str, Any]:
+    schema = f"{_SPEC}/facets/{_FACETS[name]}" if name in _FACETS else f"urn:loraline:facet:{name}:1"
+    return {"_producer": _producer(), "_schemaURL": schema, **values}
+
+
+def _time(instant: datetime) -> str:
+    return instant.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _producer() -> str:
+    return f"urn:loraline:{_version()}"
+
+
+def _version() -> str:
+    try:
+        return version("loraline")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,305 @@
+"""Lineage: which runs there were, what each of their steps read and made, and what can be taken from the cache.
+
+Knows digests and records, never bytes; how to walk the graph is in `registry.lineage.walk`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from lora_engine.files import canonical_json, sha256_bytes
+from registry.database import Database, insert_missing
+from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject, now
+from registry.errors import LineageError
+from registry.lineage.walk import Direction, Walk, batched, walk
+from registry.tables import ArtifactRow, ContentRow, DistributionsRow, ExecutionRow, InputRow, RunRow, SubjectRow
+
+
+class Lineage:
+    """The record of runs and executions.
+
+    Args:
+        url: SQLAlchemy URL of the database; its tables are made on first use.
+
+    Raises:
+        HomeError: The database cannot be used, or a newer release wrote it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.database = Database(url)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.database.close()
+
+    def start_run(self, name: str, spec: Mapping[str, Any]) -> Run:
+        """Records that this process begins to work through a spec.
+
+        Raises:
+            LineageError: The spec holds what JSON cannot.
+        """
+        _require_json(spec, f"spec of run {name!r}")
+        run = Run(uuid4().hex, name, dict(spec), "RUNNING", os.getpid(), socket.gethostname(), now())
+        with self.database.write() as session:
+            session.add(RunRow(**vars(run), process=_process_mark(run.pid)))
+        return run
+
+    def finish_run(self, run_id: str, status: RunStatus) -> Run:
+        """Records how a run ended; the first end counts.
+
+        Raises:
+            LineageError: No such run.
+        """
+        with self.database.write() as session:
+            session.execute(
+                update(RunRow)
+                .where(RunRow.id == run_id, RunRow.status == "RUNNING")
+                .values(status=status, ended_at=now())
+            )
+            return _run(_get_run(session, run_id))
+
+    def find_dead_runs(self) -> list[Run]:
+        """Marks as CRASHED every run of this host whose process is gone, and gives those runs."""
+        with self.database.write() as session:
+            running = session.scalars(
+                select(RunRow).where(RunRow.status == "RUNNING", RunRow.host == socket.gethostname())
+            ).all()
+            dead = [row for row in running if not is_alive(row)]
+            for row in dead:
+                row.status, row.ended_at = "CRASHED", now()
+            return [_run(row) for row in dead]
+
+    def run(self, run_id: str) -> Run:
+        """The run of that id.
+
+        Raises:
+            LineageError: No such run.
+        """
+        with self.database.read() as session:
+            return _run(_get_run(session, run_id))
+
+    def runs(self, limit: int = 100) -> list[Run]:
+        """The latest runs, newest first."""
+        with self.database.read() as session:
+            rows = session.scalars(select(RunRow).order_by(RunRow.started_at.desc(), RunRow.id).limit(limit))
+            return [_run(row) for row in rows]
+
+    def record(
+        self,
+        execution: Execution,
+        *,
+        contents: Mapping[str, FileEntry] | None = None,
+        subjects: Iterable[Subject] = (),
+    ) -> None:
+        """Records a step, its inputs, its output and what the output holds: all of it in one transaction, or nothing.
+
+        Args:
+            execution: The step as it happened.
+            contents: `store.files(execution.output)`, so that a walk can start at any file.
+            subjects: What the output holds of the outer world: pictures as they came (by the digest of the original
+                file), captions (by the digest of their text), consents (by their id). A walk can start at each.
+
+        Raises:
+            LineageError: No such run, the execution is recorded already, or a value is no JSON.
+        """
+        _require_json([execution.settings, execution.environment], f"step {execution.step!r}")
+        with self.database.write() as session:
+            _get_run(session, execution.run_id)
+            if session.get(ExecutionRow, execution.id) is not None:
+                raise LineageError(f"execution {execution.id!r} is recorded already", remedy="give each one its own id")
+            record_artifacts(session, execution.inputs.values())
+            if execution.output is not None:
+                record_artifacts(session, [execution.output])
+                record_contents(session, execution.output, contents or {}, subjects)
+            values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
+            values["environment"] = _store_environment(session, execution.environment)
+            inputs = values.pop("inputs")
+            session.add(ExecutionRow(**values))
+            session.flush()
+            session.add_all(
+                InputRow(execution=execution.id, role=role, artifact=ref.sha256, position=position)
+                for position, (role, ref) in enumerate(inputs.items())
+            )
+
+    def find_cached(self, key: str) -> ArtifactRef | None:
+        """What the latest completed execution with this cache key made; whether its bytes are whole is not checked."""
+        with self.database.read() as session:
+            row = session.scalars(
+                select(ArtifactRow)
+                .join(ExecutionRow, ExecutionRow.output == ArtifactRow.sha256)
+                .where(ExecutionRow.key == key, ExecutionRow.status == "COMPLETED")
+                .order_by(ExecutionRow.started_at.desc())
+                .limit(1)
+            ).first()
+            return None if row is None else artifact_ref(row)
+
+    def last_execution(self, name: str, step: str) -> Execution | None:
+        """The latest completed execution of the step of that name, in any run of the spec of that name."""
+        with self.database.read() as session:
+            row = session.scalars(
+                select(ExecutionRow)
+                .join(RunRow, RunRow.id == ExecutionRow.run_id)
+                .where(RunRow.name == name, ExecutionRow.step == step, ExecutionRow.status.in_(("COMPLETED", "CACHED")))
+                .order_by(ExecutionRow.started_at.desc())
+                .limit(1)
+            ).first()
+            return None if row is None else _execution(session, row)
+
+    def executions(
+        self, run_id: str | None = None, *, output: str | None = None, ids: Sequence[str] | None = None
+    ) -> list[Execution]:
+        """Executions of a run, those that made an artifact, or those of some ids, in the order of their beginning."""
+        query = select(ExecutionRow).order_by(ExecutionRow.started_at, ExecutionRow.id)
+        if run_id is not None:
+            query = query.where(ExecutionRow.run_id == run_id)
+        if output is not None:
+            query = query.where(ExecutionRow.output == output)
+        with self.database.read() as session:
+            if ids is None:
+                return [_execution(session, row) for row in session.scalars(query)]
+            found = [row[0] for row in batched(session, query, ExecutionRow.id, ids)]
+            found.sort(key=lambda row: (row.started_at, row.id))
+            return [_execution(session, row) for row in found]
+
+    def walk(self, start: str, direction: Direction = "up", *, subjects: bool = False) -> Walk:
+        """What something was made from (`up`), or what was made from it (`down`).
+
+        Args:
+            start: A digest (of an artifact, of a file in one, of an adapter file, of a picture as it came), at least
+                six of its first digits, the id of a subject or a run, or `name@version` or `name@alias`.
+            direction: `up` towards the origins, `down` towards what follows.
+            subjects: Whether an upward walk also lists the subjects (pictures, ...) of every artifact that it meets.
+
+        Raises:
+            LineageError: Nothing, or more than one thing, goes by that name.
+        """
+        with self.database.read() as session:
+            return walk(session, start, direction, subjects=subjects)
+
+
+def record_artifacts(session: Session, refs: Any) -> None:
+    """Makes the artifacts known, within a transaction."""
+    insert_missing(session, ArtifactRow, [ref.to_json() for ref in refs])
+
+
+def record_contents(
+    session: Session, ref: ArtifactRef, contents: Mapping[str, FileEntry], subjects: Iterable[Subject] = ()
+) -> None:
+    """Makes known what an artifact holds, within a transaction."""
+    insert_missing(
+        session, ContentRow, [{"artifact": ref.sha256, "path": path, **vars(entry)} for path, entry in contents.items()]
+    )
+    insert_missing(
+        session,
+        SubjectRow,
+        [{"artifact": ref.sha256, "subject": each.id, "label": each.label, "kind": each.kind} for each in subjects],
+    )
+
+
+def artifact_ref(row: ArtifactRow) -> ArtifactRef:
+    """The reference of a row."""
+    return ArtifactRef(row.kind, row.sha256, row.size)
+
+
+def _store_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment as its row holds it: the list of what was installed is kept once and named by its digest."""
+    listed = environment.get("distributions")
+    if not isinstance(listed, list):
+        return dict(environment)
+    digest = sha256_bytes(canonical_json(listed))
+    insert_missing(session, DistributionsRow, [{"sha256": digest, "listed": listed}])
+    return {**environment, "distributions": digest}
+
+
+def _read_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
+    digest = environment.get("distributions")
+    row = session.get(DistributionsRow, digest) if isinstance(digest, str) else None
+    return dict(environment) if row is None else {**environment, "distributions": row.listed}
+
+
+def _require_json(value: Any, where: str) -> None:
+    try:
+        canonical_json(value)
+    except (ValueError, TypeError) as error:
+        raise LineageError(f"a value that JSON cannot hold: {error}", where=where, allowed="finite JSON") from error
+
+
+def _get_run(session: Session, run_id: str) -> RunRow:
+    row = session.get(RunRow, run_id)
+    if row is None:
+        raise LineageError(f"no run {run_id!r}", remedy="start it with `start_run`")
+    return row
+
+
+def _run(row: RunRow) -> Run:
+    return Run(
+        row.id,
+        row.name,
+        row.spec,
+        cast("RunStatus", row.status),
+        row.pid,
+        row.host,
+        row.started_at,
+        row.ended_at,
+        row.mlflow_run_id,
+    )
+
+
+def _execution(session: Session, row: ExecutionRow) -> Execution:
+    inputs = session.execute(
+        select(InputRow.role, ArtifactRow)
+        .join(ArtifactRow, ArtifactRow.sha256 == InputRow.artifact)
+        .where(InputRow.execution == row.id)
+        .order_by(InputRow.position)
+    )
+    output = session.get(ArtifactRow, row.output) if row.output else None
+    return Execution(
+        id=row.id,
+        run_id=row.run_id,
+        step=row.step,
+        uses=row.uses,
+        revision=row.revision,
+        key=row.key,
+        settings=row.settings,
+        inputs={role: artifact_ref(artifact) for role, artifact in inputs},
+        output=artifact_ref(output) if output else None,
+        status=cast("ExecutionStatus", row.status),
+        environment=_read_environment(session, row.environment),
+        seed=row.seed,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        error=row.error,
+    )
+
+
+def is_alive(row: RunRow) -> bool:
+    """Whether the process of a run still lives, as far as this host can tell; another host's are taken to live."""
+    if row.host != socket.gethostname():
+        return True
+    try:
+        os.kill(row.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    # The number may have been given to another process since.
+    return not row.process or _process_mark(row.pid) == row.process
+
+
+def _process_mark(pid: int) -> str:
+    """What tells a process from a later one with the same number: boot and start time; empty where unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    # A zombie has ended; only its parent has not looked yet.
+    return "" if fields[0] == "Z" else f"{boot}/{fields[19]}"

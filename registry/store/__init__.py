@@ -1,0 +1,1 @@
+"""The content-addressed store: artifacts as trees of files, and where their bytes are kept."""

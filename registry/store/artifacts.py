@@ -1,0 +1,289 @@
+"""The content-addressed store: an artifact is a tree of files, named by the digest of its canonical list.
+
+Every read is verified. The same content is kept once, whoever puts it. What an artifact means is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from lora_engine.files import atomic_write, canonical_json, sha256_bytes
+from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
+from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
+from registry.home import Home
+from registry.store.blobs import Blobs, copy_hashed, damaged
+from registry.store.local import LocalBlobs
+from registry.store.remote import open_blobs
+
+Content = Path | bytes
+
+
+class Store:
+    """Artifacts by their digest.
+
+    Args:
+        folder: Where the blobs live; used to make the local backend.
+        blobs: Another backend.
+    """
+
+    def __init__(self, folder: Path, blobs: Blobs | None = None) -> None:
+        self.folder = folder
+        self.blobs: Blobs = blobs if blobs is not None else LocalBlobs(folder / "blobs")
+
+    def put(self, kind: str, folder: Path) -> ArtifactRef:
+        """Stores every file of a folder, and gives the reference to the tree. Empty folders are not kept.
+
+        Raises:
+            StoreError: The folder is missing or empty, or holds a link, a device or a name that is not portable.
+            HomeError: The disk is full or read-only.
+        """
+        return self.put_files(kind, _scan(folder))
+
+    def put_files(self, kind: str, files: Mapping[str, Content]) -> ArtifactRef:
+        """Stores files given one by one, as `put` would if they lay in a folder.
+
+        Args:
+            kind: What the artifact is.
+            files: Relative path with `/` -> a file to copy, or the bytes themselves.
+
+        Raises:
+            StoreError: No file, a link, or a relative path that leaves the tree.
+            HomeError: The disk is full or read-only.
+        """
+        if not files:
+            raise StoreError(f"an artifact of kind {kind!r} without files", allowed="at least one file")
+        entries: dict[str, FileEntry] = {}
+        for relative in sorted(files):
+            check_relative(relative)
+            entries[relative] = self._put_file(files[relative])
+        content = encode_tree(kind, entries)
+        ref = ArtifactRef(kind, sha256_bytes(content), sum(entry.size for entry in entries.values()))
+        self.blobs.write(ref.sha256, partial(io.BytesIO, content))
+        return ref
+
+    def files(self, ref: ArtifactRef) -> dict[str, FileEntry]:
+        """The files of an artifact: relative path -> digest and size; the list itself is verified.
+
+        Raises:
+            MissingBlob: The list is gone.
+            DamagedBlob: The list is not what was stored, or is of another kind.
+        """
+        return _parse_tree(self._read_blob(ref.sha256, f"list of {ref.kind} {ref.sha256[:12]}"), ref)
+
+    def read(self, ref: ArtifactRef, relative: str) -> bytes:
+        """The verified bytes of one file of an artifact.
+
+        Raises:
+            StoreError: The artifact has no such file; or `MissingBlob`, `DamagedBlob`.
+        """
+        return self._read_blob(self._entry(ref, relative).sha256, f"{relative} of {ref.kind} {ref.sha256[:12]}")
+
+    def checkout(self, ref: ArtifactRef, folder: Path) -> None:
+        """Copies an artifact out, verified; the folder appears whole or not at all.
+
+        Args:
+            ref: The artifact.
+            folder: Where it goes; must not exist, or be empty.
+
+        Raises:
+            StoreError: The folder holds something; or `MissingBlob`, `DamagedBlob`.
+            HomeError: The disk is full or read-only.
+        """
+        files = self.files(ref)
+        with disk_errors(folder):
+            if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+                raise StoreError("there is something here already", where=str(folder), remedy="name an empty folder")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:100]}.", suffix=".partial"))
+            try:
+                for relative, entry in files.items():
+                    target = temporary / relative
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with target.open("wb") as file:
+                        self._copy_out(entry.sha256, file, f"{relative} of {ref.kind} {ref.sha256[:12]}")
+                temporary.chmod(0o755)
+                temporary.replace(folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+    def checkout_file(self, ref: ArtifactRef, relative: str, path: Path) -> None:
+        """Copies one file of an artifact out, verified and atomic; an existing file is replaced.
+
+        Raises:
+            StoreError: The artifact has no such file; or `MissingBlob`, `DamagedBlob`.
+            HomeError: The disk is full or read-only.
+        """
+        digest = self._entry(ref, relative).sha256
+        where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
+        with disk_errors(path):
+            atomic_write(path, lambda file: self._copy_out(digest, file, where))
+
+    def has(self, ref: ArtifactRef) -> bool:
+        """Whether every byte of the artifact seems to be there: all blobs exist; only the list is verified."""
+        try:
+            return all(self.blobs.exists(entry.sha256) for entry in self.files(ref).values())
+        except (MissingBlob, DamagedBlob):
+            return False
+
+    def renew(self, ref: ArtifactRef) -> bool:
+        """Makes an artifact safe from a collection for another grace period; False where some of it is gone."""
+        try:
+            digests = [ref.sha256, *(entry.sha256 for entry in self.files(ref).values())]
+        except (MissingBlob, DamagedBlob):
+            return False
+        found = [self.blobs.renew(digest) for digest in digests]  # all of them, wherever the first is gone
+        return all(found)
+
+    def verify(self, ref: ArtifactRef) -> list[Problem]:
+        """Reads every byte of the artifact again and lists what is gone or damaged; an empty list is good news."""
+        try:
+            files = self.files(ref)
+        except (MissingBlob, DamagedBlob) as error:
+            return [_finding(error)]
+        problems = []
+        for relative, entry in files.items():
+            where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
+            try:
+                actual = self.blobs.actual_digest(entry.sha256)
+            except MissingBlob as error:
+                problems.append(_finding(error, where))
+                continue
+            if actual != entry.sha256:
+                problems.append(_finding(damaged(entry.sha256, actual, where)))
+        return problems
+
+    def _entry(self, ref: ArtifactRef, relative: str) -> FileEntry:
+        files = self.files(ref)
+        if relative not in files:
+            raise StoreError(
+                f"no file {relative!r}",
+                where=f"{ref.kind} {ref.sha256[:12]}",
+                allowed=f"one of its {len(files)} files: {', '.join(list(files)[:8])}",
+            )
+        return files[relative]
+
+    def _put_file(self, content: Content) -> FileEntry:
+        if isinstance(content, bytes):
+            entry = FileEntry(sha256_bytes(content), len(content))
+            self.blobs.write(entry.sha256, partial(io.BytesIO, content))
+            return entry
+        with open_regular(content) as file:
+            entry = FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
+        self.blobs.write(entry.sha256, partial(open_regular, content))
+        return entry
+
+    def _read_blob(self, digest: str, where: str) -> bytes:
+        with self.blobs.open(digest) as file:
+            content = file.read()
+        actual = sha256_bytes(content)
+        if actual != digest:
+            raise damaged(digest, actual, where)
+        return content
+
+    def _copy_out(self, digest: str, target: BinaryIO, where: str) -> None:
+        with self.blobs.open(digest) as source:
+            actual = copy_hashed(source, target)
+        if actual != digest:
+            raise damaged(digest, actual, where)
+
+
+def open_store(home: Home) -> Store:
+    """The store of a home, wherever its settings keep the bytes.
+
+    Raises:
+        StoreError: The settings name a place that cannot be opened.
+        HomeError: The settings cannot be read.
+    """
+    url = home.store_url
+    return Store(home.store, open_blobs(url) if url else None)
+
+
+def encode_tree(kind: str, files: Mapping[str, FileEntry]) -> bytes:
+    """The canonical list of an artifact's files; its digest names the artifact."""
+    return canonical_json({"kind": kind, "files": {path: vars(entry) for path, entry in files.items()}})
+
+
+def check_relative(relative: str) -> str:
+    """The relative path of a file in an artifact, given back if it is portable and stays inside.
+
+    Raises:
+        StoreError: It is absolute, climbs, or holds a character that some system cannot write.
+    """
+    parts = relative.split("/")
+    bad_part = any(part in {"", ".", ".."} or len(part.encode(errors="replace")) > 255 for part in parts)
+    if bad_part or not relative.isprintable() or "\\" in relative or PurePosixPath(relative).is_absolute():
+        raise StoreError(
+            f"{relative!r} cannot be the path of a file in an artifact",
+            allowed="relative paths of printable names with '/', without '.', '..' and backslashes",
+        )
+    return relative
+
+
+def _scan(folder: Path) -> dict[str, Content]:
+    if folder.is_symlink() or not folder.is_dir():
+        raise StoreError("not a folder", where=str(folder), allowed="a folder of regular files")
+    found: dict[str, Content] = {}
+    for base, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = Path(base) / name
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                found[path.relative_to(folder).as_posix()] = path
+            elif not stat.S_ISDIR(mode):
+                raise _irregular(path)
+    return found
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a regular file, never a link, a pipe or a device.
+
+    Raises:
+        StoreError: It is none, or is not there.
+    """
+    try:
+        # Neither follows a link nor waits for the writer of a pipe, whatever the path has become since the scan.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise StoreError("no such file", where=str(path)) from None
+    except OSError as error:
+        raise _irregular(path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def _irregular(path: Path) -> StoreError:
+    return StoreError(
+        "not a regular file that can be read",
+        where=str(path),
+        allowed="regular files; no links, pipes or devices",
+        remedy="replace it with a copy of the file it stands for",
+    )
+
+
+def _parse_tree(content: bytes, ref: ArtifactRef) -> dict[str, FileEntry]:
+    where = f"list of {ref.kind} {ref.sha256[:12]}"
+    try:
+        tree = json.loads(content)
+        files = {check_relative(path): FileEntry(**entry) for path, entry in tree["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedBlob("the digest names no list of files", where=where) from error
+    if tree.get("kind") != ref.kind or not all(is_digest(entry.sha256) for entry in files.values()):
+        raise DamagedBlob(f"it lists an artifact of kind {tree.get('kind')!r}", where=where, allowed=repr(ref.kind))
+    return files
+
+
+def _finding(error: StoreError, where: str = "") -> Problem:
+    return Problem(error.problem, where or error.where, error.remedy)
