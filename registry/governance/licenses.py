@@ -1,4 +1,4 @@
-"""The table of licences: `licenses.yaml` beside this file, and what a home adds to it. Finding only; not legal advice."""
+"""The table of licences: `licenses.yaml` beside this file, and what a home adds to it. No legal advice."""
 
 from __future__ import annotations
 

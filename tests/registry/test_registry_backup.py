@@ -271,7 +271,8 @@ def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
 def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tmp_path, spawn):
     first = backup(filled.home, tmp_path / "backups")
     script = (
-        "import sys; from pathlib import Path\nfrom registry.home import Home\nfrom registry.audit.backup import backup\n"
+        "import sys; from pathlib import Path; from registry.home import Home\n"
+        "from registry.audit.backup import backup\n"
         "home = Home(Path(sys.argv[1])); print('ready', flush=True)\n"
         "while True: backup(home, Path(sys.argv[2]))"
     )

@@ -322,7 +322,7 @@ from registry.home import Home
 module.bring_level = lambda *arguments, **settings: os._exit(9)
 versions = module.Versions(Home.open(sys.argv[1]))
 artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"weights"})
-versions.register("zorb", artifact, passed=True, alias_request="staging")
+versions.register("zorb", artifact, passed=True, alias_request="staging", card={"license": "apache-2.0"})
 """
 
 
