@@ -10,7 +10,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint faults bench docs lock clean
+.PHONY: help setup demo test check quick lint faults bench docs lock clean
 
 help: ## Says what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,10 @@ demo: setup ## Trains, evaluates, registers and exports one adapter; says where 
 test: lint ## Runs all checks: lint, then every test, with the share of branches that must be covered
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
-check: lint ## Runs the fast checks: lint, then the quick tests
+check: setup ## Runs the fast checks: lint and the quick tests, side by side
+	$(MAKE) --jobs=2 lint quick
+
+quick: setup
 	$(PYTEST) -m "not slow"
 
 lint: setup ## Checks format, style, types and the layers of the house
@@ -50,7 +53,7 @@ docs: setup ## Checks that the commands and links in the documentation hold
 	$(BIN)/python -m pytest tests/docs
 
 lock: ## Locks the packages anew from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra photographs --universal --python-version 3.11 --upgrade \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra photographs --extra optimisers --universal --python-version 3.11 --upgrade \
 	  $(TORCH_OWN:%=--no-emit-package %) --generate-hashes --no-annotate --no-header --quiet --output-file requirements.lock
 
 clean: ## Removes .venv and all caches (never .loraline)

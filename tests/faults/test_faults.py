@@ -48,6 +48,7 @@ def test_changed_bytes_are_noticed_and_never_served(tmp_path):
     assert (result.hits, result.found) == (10, [])
 
 
+@pytest.mark.slow
 def test_a_point_that_is_not_reached_disturbs_nothing(tmp_path):
     home = prepare(tmp_path / "trial")
     points = Points(str(home), 10_000, "kill")

@@ -14,6 +14,8 @@ from flows.spec import load_spec
 from flows.template import write_pipeline
 from tests.flows.conftest import draw_noise
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., Path]
 
 HEAVY = ("torch", "diffusers", "transformers", "mlflow", "prefect", "numpy", "sqlalchemy")

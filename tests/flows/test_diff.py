@@ -25,6 +25,8 @@ from registry.home import Home
 from registry.versions import Versions
 from tests.flows.made import random_adapter, write_random
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from registry.lineage.record import Lineage
 from registry.versions import Versions
 from tests.flows.made import bring_in, random_adapter, run_line, write_random
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:

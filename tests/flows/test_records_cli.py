@@ -18,6 +18,8 @@ from registry.home import Home
 from registry.store.artifacts import open_store
 from registry.versions import Versions
 
+pytestmark = pytest.mark.slow
+
 MODULE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 DOCUMENTS = {"model-card.md", "model-card.html", "provenance.json", "ml-bom.json"}
 

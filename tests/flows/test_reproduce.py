@@ -28,6 +28,8 @@ from tasks.progress import StepEvent, clear_stop, listening, request_stop
 from tests.flows.conftest import draw_noise
 from tests.flows.made import TRAIN, make_merge, run_line
 
+pytestmark = pytest.mark.slow
+
 Rewrite = Callable[[Callable[[dict[str, Any]], None]], None]
 
 

@@ -20,6 +20,8 @@ from registry.home import Home
 from registry.versions import Versions
 from tests.flows.conftest import PREPARE
 
+pytestmark = pytest.mark.slow
+
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
 PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png", "source": "face.png"}
 ONE, TWO = "1" * 64, "2" * 64

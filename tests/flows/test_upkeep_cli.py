@@ -17,6 +17,8 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tests.flows.test_cli import loraline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def filled(home: Path) -> Home:

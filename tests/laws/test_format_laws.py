@@ -53,6 +53,7 @@ def test_decode_of_encode_is_the_adapter(form, kind, data):
         torch.testing.assert_close(back.modules[name].delta_weight(weight), expected, rtol=coarse, atol=atol)
 
 
+@pytest.mark.slow
 @pairs
 @few
 @given(data=st.data())
@@ -63,6 +64,7 @@ def test_a_format_holds_one_rank_and_alpha_exactly(form, kind, data):
     assert codecs[form].holds(adapter)
 
 
+@pytest.mark.slow
 @pairs
 @few
 @given(data=st.data())

@@ -31,6 +31,7 @@ from lora_engine.errors import AdapterError  # noqa: E402
 from lora_engine.formats import read_adapter, write_adapter  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     # PEFT looks for a compiler of CUDA before it rotates on the CPU.
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),

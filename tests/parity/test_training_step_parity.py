@@ -32,6 +32,8 @@ from lora_engine.training.methods import predict
 from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps, measure_for
 from lora_engine.training.specs.objective import Objective
 
+pytestmark = pytest.mark.slow
+
 DIFFUSION = ["small-sd", "small-sd-v", "small-sdxl"]
 FLOW = ["small-sd3", "small-flux", "small-flux-schnell"]
 ROWS = 4

@@ -157,6 +157,7 @@ def test_good_home_has_no_problems(good):
     assert fsck(good.home, grace=0) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", DAMAGE)
 def test_each_damage_is_found(plain, harm):
     assert fsck(plain.home, mlflow=False) == []
@@ -173,6 +174,7 @@ def test_row_that_refers_to_nothing_is_found(plain):
     assert any("refers to nothing" in problem.what for problem in fsck(plain.home, mlflow=False))
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
 def test_each_difference_to_mlflow_is_found(good, harm):

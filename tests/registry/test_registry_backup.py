@@ -18,7 +18,7 @@ from registry.home import Home
 from registry.promotion import history
 from registry.versions import Versions
 
-pytestmark = pytest.mark.sqlite
+pytestmark = [pytest.mark.sqlite, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from registry.store.artifacts import Store, open_store
 from registry.store.local import LocalBlobs
 from registry.store.remote import FsspecBlobs, open_blobs
 
+pytestmark = pytest.mark.slow
+
 BIG = os.urandom(1 << 20) * 52  # more than one part of an upload to S3
 MIDDLE = BIG[: 3 << 20]
 FOREVER = 1e12
@@ -354,6 +356,7 @@ def test_absent_credentials_are_worded(bucket, monkeypatch, tmp_path):
         write(open_blobs(bucket), b"x")
 
 
+@pytest.mark.slow
 def test_server_that_does_not_answer_is_worded(bucket, monkeypatch):
     import s3fs
 

@@ -16,6 +16,8 @@ from registry.audit.doctor_places import file_system_of
 from registry.home import Home
 from registry.settings import NAME
 
+pytestmark = pytest.mark.slow
+
 GOOD = {"fastapi": "0.150.0", "sqlalchemy": "2.0.58", "pillow": "13.0.0", "torch": "2.13.0"}
 
 

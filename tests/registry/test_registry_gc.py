@@ -16,6 +16,8 @@ from registry.store.artifacts import Store
 from registry.store.remote import open_blobs
 from registry.tables import ArtifactRow, RecordRow, RunRow, VersionRow
 
+pytestmark = pytest.mark.slow
+
 OLD = 10 * 24 * 3600
 
 

@@ -11,7 +11,7 @@ from registry.promotion import promote
 from registry.relocation import relocate
 from registry.versions import Versions
 
-pytestmark = pytest.mark.sqlite
+pytestmark = [pytest.mark.sqlite, pytest.mark.slow]
 
 
 def download(home, folder):

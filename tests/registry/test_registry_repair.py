@@ -18,6 +18,8 @@ from tests.registry.test_registry_audit import (
     sql,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def fill(versions, register):
     register(versions, b"first weights", alias_request="staging")

@@ -10,6 +10,8 @@ from registry.governance.revocation import lift, revoke
 from registry.governance.revoked import read_revoked
 from registry.promotion import history, promote, read_log, replay
 
+pytestmark = pytest.mark.slow
+
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
 PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
 COPY = {"file": "/mnt/x.safetensors", "sha256": "0" * 64}

@@ -14,6 +14,8 @@ from registry.promotion import history
 from registry.store.artifacts import Store
 from registry.versions import Versions
 
+pytestmark = pytest.mark.slow
+
 
 def test_version_is_read_as_it_was_registered(mirrored, register):
     version = register(mirrored, b"weights", alias_request="staging")

@@ -18,6 +18,8 @@ from lora_engine.bases.structure import base_module_shapes
 from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.errors import BaseModelError, EngineError, SettingsError
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ["small-sd", "small-sd-v", "small-sdxl", "small-sd-inpainting", "small-sdxl-inpainting"]
 SHAPES += ["small-sd3", "small-sd3-without-t5", "small-flux"]
 TEXTS = ["a red star", "", "sks"]

@@ -20,6 +20,8 @@ from lora_engine.merging.concatenate import concatenate
 from lora_engine.merging.deltas import needs_base_values
 from lora_engine.streaming import fuse, unfuse
 
+pytestmark = pytest.mark.slow
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
 KINDS = sorted({random_delta(kind, (8, 8)).settled().kind for kind in kinds} - {"lora"})
 

@@ -123,6 +123,7 @@ def test_the_base_is_as_it_was(bases: dict[str, Path], dataset: Path, tmp_path: 
         assert all(torch.equal(mine[key], fresh[key]) for key in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -19,6 +19,8 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.running import Running
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 SAMPLES = {"every": 2, "prompts": ["a sks star", "a ring"], "seeds": [3, 5], "steps": 2}
 
