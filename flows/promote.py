@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 
 from lora_engine.errors import EngineError
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, Event
 from registry.errors import StoreError
 from registry.home import Home
-from registry.promotion import current_actor, promote, rollback
+from registry.promotion import promote, rollback
 from registry.versions import Versions
 
 

@@ -112,7 +112,9 @@ def sign_version(home: Home, ref: str, key: Path, passphrase: bytes | None) -> t
     """
     versions = Versions(home)
     version = find_version(versions, ref)
-    return version, sign(versions, version, key, passphrase, actor=acting())
+    signature = sign(versions, version, key, passphrase, actor=acting())
+    versions.sync()
+    return version, signature
 
 
 def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Verification:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sqlalchemy.orm import Session
 
 from registry import catalog
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused
 from registry.governance.descent import descendants
 from registry.governance.policies import Policies, read_policies
-from registry.promotion import current_actor, require_reason
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
+from registry.promotion import require_reason
+from registry.versions import Versions
 
 
 def withdraw(versions: Versions, name: str, ref: str | int, *, reason: str, actor: str | None = None) -> Event:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sqlalchemy.orm import Session
 
 from registry import catalog
+from registry.actors import current_actor
 from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
-from registry.governance.judgement import current_actor, gather_facts, judge
+from registry.governance.judgement import gather_facts, judge
 from registry.governance.policies import read_policies
 from registry.governance.policy import AliasPolicy, Facts, decide
+from registry.versions import Versions
 
-if TYPE_CHECKING:
-    from registry.versions import Versions
-
-__all__ = ["current_actor", "history", "judge", "promote", "read_log", "remove", "replay", "rollback"]
+__all__ = ["history", "judge", "promote", "read_log", "remove", "replay", "rollback"]
 
 
 def promote(

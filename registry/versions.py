@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json
 from registry import catalog
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MirrorError, VersionError
 from registry.governance.judgement import judge
@@ -25,9 +26,10 @@ from registry.governance.policy import numbers
 from registry.home import Home
 from registry.leveling import bring_level, is_level
 from registry.lineage.record import Lineage, record_artifacts, record_contents
-from registry.promotion import current_actor
+from registry.opened import Opened
 from registry.records.keep import gather_shown, write_missing
-from registry.store.artifacts import Content, Store, check_relative, open_store
+from registry.records.signing import require_valid_signature
+from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ _logger = logging.getLogger(__name__)
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-class Versions:
+class Versions(Opened):
     """The named, numbered adapters of a home.
 
     Opening it brings MLflow level if a process died before it could; it costs nothing where all is level.
@@ -50,9 +52,7 @@ class Versions:
     """
 
     def __init__(self, home: Home, *, store: Store | None = None, lineage: Lineage | None = None) -> None:
-        self.home = home
-        self.store = store or open_store(home)
-        self.lineage = lineage or Lineage(home.lineage_url)
+        super().__init__(home, store=store, lineage=lineage)
         if self.is_level():
             return
         try:
@@ -61,10 +61,6 @@ class Versions:
             _logger.debug("another process brings MLflow level")
         except (MirrorError, HomeError) as error:
             _logger.warning("%s", error)
-
-    def close(self) -> None:
-        """Closes the database."""
-        self.lineage.close()
 
     def register(
         self,
@@ -234,12 +230,6 @@ class Versions:
                 session, "export", actor=actor or current_actor(), reason=reason, version=version, details=details
             )
 
-    def damage(self, version: AdapterVersion) -> tuple[str, ...]:
-        """What a full verification of a version's adapter and report finds; empty where all is whole."""
-        refs = [version.artifact, *([version.report] if version.report else [])]
-        problems = [problem for ref in refs for problem in self.store.verify(ref)]
-        return tuple(f"{problem.where}: {problem.what}" for problem in problems)
-
     def is_level(self) -> bool:
         """Whether MLflow shows all that is registered, as far as the own database knows."""
         return is_level(self.home, self.lineage.database)
@@ -263,7 +253,6 @@ class Versions:
         stored = self.store.files(version.artifact)[version.adapter_path].sha256
         if stored != version.sha256:
             raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
-        from registry.records.signing import require_valid_signature  # which itself reads versions
 
         require_valid_signature(self, version)
 

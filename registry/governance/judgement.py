@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
-import os
-import socket
 from collections.abc import Sequence
 from datetime import date
-from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, Decision, now
 from registry.governance.ancestry import trace
 from registry.governance.consent import find_consent
@@ -19,22 +16,12 @@ from registry.governance.policies import read_policies
 from registry.governance.policy import AliasPolicy, Facts, decide
 from registry.governance.revoked import revoked_ancestors, revoked_subjects
 from registry.governance.terms import read_datasets, resolve_terms
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
-
-
-def current_actor() -> str:
-    """Who acts, for the log: LORALINE_ACTOR, or `user@host` of this process."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
-    return os.environ.get("LORALINE_ACTOR") or f"{user}@{socket.gethostname()}"
+from registry.opened import Opened
+from registry.records.signing import signature_findings
 
 
 def judge(
-    versions: Versions,
+    opened: Opened,
     version: AdapterVersion,
     alias: str,
     *,
@@ -47,7 +34,7 @@ def judge(
     """Whether a version may have an alias, by the home's policy and all that is known of the version.
 
     Args:
-        versions: The registry.
+        opened: The registry.
         version: The version.
         alias: The alias.
         actor: Who asks; this process's user by default.
@@ -59,21 +46,21 @@ def judge(
     Raises:
         PolicyError: The home's policy or table of licences cannot be used.
     """
-    policy, actor = read_policies(versions.home.path).of(alias), actor or current_actor()
+    policy, actor = read_policies(opened.home.path).of(alias), actor or current_actor()
     if session is None:
-        with versions.lineage.database.read() as own:
-            facts = gather_facts(own, versions, version, policy, actor=actor, today=today)
+        with opened.lineage.database.read() as own:
+            facts = gather_facts(own, opened, version, policy, actor=actor, today=today)
     else:
-        facts = gather_facts(session, versions, version, policy, actor=actor, today=today)
+        facts = gather_facts(session, opened, version, policy, actor=actor, today=today)
     found = {**vars(facts), "damage": damage, "structure": structure}
     if policy.needs_signature:
-        found["signature"] = check_signature(versions, version)
+        found["signature"] = check_signature(opened, version)
     return decide(version, policy, Facts(**found))
 
 
 def gather_facts(
     session: Session,
-    versions: Versions,
+    opened: Opened,
     version: AdapterVersion,
     policy: AliasPolicy,
     *,
@@ -89,19 +76,15 @@ def gather_facts(
     found = revoked_ancestors(session, ancestry, revoked)
     if not asks:
         return Facts(actor=actor, revoked=found)
-    datasets = read_datasets(versions.store, ancestry.datasets)
+    datasets = read_datasets(opened.store, ancestry.datasets)
     return Facts(
         actor=actor,
         revoked=found,
-        terms=resolve_terms(ancestry, datasets, read_licenses(versions.home.path)).terms,
+        terms=resolve_terms(ancestry, datasets, read_licenses(opened.home.path)).terms,
         consent=find_consent(datasets, today or now().date()),
     )
 
 
-def check_signature(versions: Versions, version: AdapterVersion) -> tuple[str, ...]:
+def check_signature(opened: Opened, version: AdapterVersion) -> tuple[str, ...]:
     """What is wrong with a version's signature; empty where it is signed and the signature fits."""
-    try:
-        from registry.records.signing import signature_findings
-    except ImportError:
-        return ("signatures cannot be checked by this installation",)
-    return tuple(signature_findings(versions, version))
+    return tuple(signature_findings(opened, version))

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,11 +20,9 @@ from registry.governance.descent import Descent, descendants, holding
 from registry.governance.revoked import revoked_ancestors, revoked_subjects
 from registry.governance.terms import read_datasets
 from registry.lineage.record import artifact_ref
+from registry.opened import Opened
 from registry.promotion import stack
 from registry.tables import ArtifactRow, EventRow, ExecutionRow, RunRow, SubjectRow
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
 
 Recall = Literal["flag", "withdraw"]
 PREFIX = 6
@@ -64,12 +62,12 @@ class Reach:
     event: int | None = None
 
 
-def find_reach(session: Session, versions: Versions, text: str, policy: Recall) -> tuple[Reach, list[AdapterVersion]]:
+def find_reach(session: Session, opened: Opened, text: str, policy: Recall) -> tuple[Reach, list[AdapterVersion]]:
     """What a picture or a consent has reached, and the reached versions themselves; changes nothing.
 
     Args:
         session: Reading or writing.
-        versions: The registry.
+        opened: The registry.
         text: A picture file, the digest of one or its beginning, or the id of a consent.
         policy: What would be done about it.
 
@@ -80,7 +78,7 @@ def find_reach(session: Session, versions: Versions, text: str, policy: Recall) 
     manifests = [session.get_one(ArtifactRow, digest) for digest in holding(session, [subject])]
     pictures = {subject} if kind == "picture" else set()
     if kind == "consent":
-        for entries in read_datasets(versions.store, map(artifact_ref, manifests)).values():
+        for entries in read_datasets(opened.store, map(artifact_ref, manifests)).values():
             pictures |= {entry["sha256"] for entry in entries or () if entry.get("consent") == subject}
     # A consent reaches its pictures in every dataset, also in those that name another consent or none.
     starts = holding(session, {subject, *pictures})
@@ -89,7 +87,7 @@ def find_reach(session: Session, versions: Versions, text: str, policy: Recall) 
         (version for version in descent.versions if version.state != "DELETED"),
         key=lambda each: (each.name, each.version),
     )
-    taken_back = _fallbacks(session, versions, reached) if policy == "withdraw" else {}
+    taken_back = _fallbacks(session, opened, reached) if policy == "withdraw" else {}
     found = Reach(
         subject=subject,
         kind=kind,
@@ -169,7 +167,7 @@ def _exports(session: Session, descent: Descent, reached: Sequence[AdapterVersio
     return tuple(written)
 
 
-def _fallbacks(session: Session, versions: Versions, reached: Sequence[AdapterVersion]) -> dict[str, int | None]:
+def _fallbacks(session: Session, opened: Opened, reached: Sequence[AdapterVersion]) -> dict[str, int | None]:
     """Per alias of something reached: the last version that had it and can have it again, or None."""
     refs = {each.ref for each in reached}
     fallbacks: dict[str, int | None] = {}
@@ -183,7 +181,7 @@ def _fallbacks(session: Session, versions: Versions, reached: Sequence[AdapterVe
                 if each.ref not in refs
                 and each.state == "ACTIVE"
                 and not revoked_in(session, each)
-                and not versions.damage(each)
+                and not opened.damage(each)
             )
             fallbacks[f"{version.name}@{alias}"] = next(fit, None)
     return fallbacks

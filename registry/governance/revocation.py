@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lora_engine.files import sha256_file
 from registry import catalog
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused, RightsError
 from registry.governance.policies import Policies, read_policies
 from registry.governance.reached import PREFIX, Reach, Recall, find_reach, revoked_in
 from registry.governance.revoked import Revocation, standing_revocations
-from registry.promotion import current_actor, require_reason
+from registry.promotion import require_reason
 from registry.tables import EventRow, RevocationRow, VersionRow
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
+from registry.versions import Versions
 
 
 def revoke(

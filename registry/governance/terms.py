@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError
@@ -14,10 +14,8 @@ from registry.governance.ancestry import Ancestry, trace
 from registry.governance.lattice import FREE, NON_COMMERCIAL, Terms, inherit, meet, unknown
 from registry.governance.licenses import Licenses, read_licenses
 from registry.lineage.walk import NodeId
+from registry.opened import Opened
 from registry.store.artifacts import Store
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
 
 Entry = Mapping[str, Any]
 _BASE = "base:"
@@ -47,16 +45,16 @@ class ResolvedTerms:
     sources: tuple[Source, ...]
 
 
-def terms_of(versions: Versions, version: AdapterVersion) -> ResolvedTerms:
+def terms_of(opened: Opened, version: AdapterVersion) -> ResolvedTerms:
     """What may be done with a version, by everything that it was made from.
 
     Raises:
         PolicyError: The home's table of licences cannot be used.
     """
-    with versions.lineage.database.read() as session:
+    with opened.lineage.database.read() as session:
         ancestry = trace(session, version.artifact)
-    datasets = read_datasets(versions.store, ancestry.datasets)
-    return resolve_terms(ancestry, datasets, read_licenses(versions.home.path))
+    datasets = read_datasets(opened.store, ancestry.datasets)
+    return resolve_terms(ancestry, datasets, read_licenses(opened.home.path))
 
 
 def resolve_terms(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import select
 
@@ -15,32 +15,30 @@ from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.errors import RegistryError
 from registry.governance.terms import terms_of
 from registry.lineage.record import Lineage
+from registry.opened import Opened
 from registry.records.facts import Dataset, Facts, Parent, Sample, Terms, without_paths
 from registry.store.artifacts import Store
 from registry.tables import VersionRow
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
 
 MAX_PICTURE_BYTES = 6 << 20
 """How much of pictures is kept for the pages that embed them."""
 _MAX_SAMPLES = 6
 
 
-def gather_facts(versions: Versions, version: AdapterVersion) -> Facts:
+def gather_facts(opened: Opened, version: AdapterVersion) -> Facts:
     """What is known of a version; what is read of its report and its datasets is verified.
 
     Raises:
         StoreError: The report or a manifest is gone or damaged.
     """
-    store, lineage = versions.store, versions.lineage
+    store, lineage = opened.store, opened.lineage
     steps = list(_steps(lineage, version))
     maker = next((step for step in reversed(steps) if step.output == version.artifact), None)
     report = _read_object(store, version.report, "report.json") if version.report else {}
     run_id = maker.run_id if maker else version.run_id
     return Facts(
         version=version,
-        terms=_terms(versions, version),
+        terms=_terms(opened, version),
         report=report,
         maker=maker,
         run=lineage.run(run_id) if run_id else None,
@@ -58,9 +56,9 @@ def bare_facts(version: AdapterVersion) -> Facts:
     return Facts(version, Terms((stated,) if stated else (), "stated in the adapter's card"))
 
 
-def _terms(versions: Versions, version: AdapterVersion) -> Terms:
+def _terms(opened: Opened, version: AdapterVersion) -> Terms:
     try:
-        resolved = terms_of(versions, version)
+        resolved = terms_of(opened, version)
     except RegistryError as error:
         return Terms((), f"it could not be told: {error.problem}", unknown=("it",))
     terms = resolved.terms

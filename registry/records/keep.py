@@ -14,6 +14,7 @@ from lora_engine.files import canonical_json
 from registry.entities import AdapterVersion, ArtifactRef, now
 from registry.errors import StoreError, VersionError
 from registry.lineage.record import Lineage, artifact_ref, record_artifacts, record_contents
+from registry.opened import Opened
 from registry.records.facts import Facts
 from registry.records.gather import bare_facts, gather_facts
 from registry.records.mlbom import mlbom
@@ -23,7 +24,6 @@ from registry.tables import ArtifactRow, RecordRow, VersionRow
 
 if TYPE_CHECKING:
     from registry.store.artifacts import Content
-    from registry.versions import Versions
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def read_records(session: Session, version: AdapterVersion) -> dict[str, Artifac
     return {kind: artifact_ref(row) for kind, row in session.execute(query)}
 
 
-def write_missing(versions: Versions, version: AdapterVersion) -> dict[str, ArtifactRef]:
+def write_missing(opened: Opened, version: AdapterVersion) -> dict[str, ArtifactRef]:
     """Writes the documents that a version should have and has not; gives all that it has, by kind.
 
     May be repeated and cut off anywhere: what is written stays as it was first written.
@@ -76,12 +76,12 @@ def write_missing(versions: Versions, version: AdapterVersion) -> dict[str, Arti
     Raises:
         StoreError: What they are made from is gone or damaged.
     """
-    store, lineage = versions.store, versions.lineage
+    store, lineage = opened.store, opened.lineage
     known = find_records(lineage, version)
     wanted = [kind for kind in _WRITERS if kind not in known]
     if not wanted:
         return known
-    facts = gather_facts(versions, version)
+    facts = gather_facts(opened, version)
     made = {kind: store.put_files(kind, _WRITERS[kind](facts)) for kind in wanted}
     with lineage.database.write() as session:
         # Another process may have been first; then its documents are the ones.
@@ -112,15 +112,15 @@ class Shown:
     documents: tuple[ArtifactRef, ...]
 
 
-def gather_shown(versions: Versions, version: AdapterVersion) -> Shown:
+def gather_shown(opened: Opened, version: AdapterVersion) -> Shown:
     """What MLflow shows of a version; documents that are missing are written first.
 
     Where what they are made from is gone, only what the row says is shown: one damaged version shall not keep all
     others from being shown.
     """
     try:
-        records = write_missing(versions, version)
-        return Shown(gather_facts(versions, version), tuple(records.values()))
+        records = write_missing(opened, version)
+        return Shown(gather_facts(opened, version), tuple(records.values()))
     except StoreError as error:
         _logger.warning("the documents of %s cannot be written: %s", version.ref, error)
         return Shown(bare_facts(version), ())

@@ -13,18 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_engine.files import sha256_file
 from registry import catalog
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, is_digest
 from registry.errors import DamagedBlob, MissingBlob, SignatureError
-from registry.promotion import current_actor
+from registry.opened import Opened
 from registry.records.keep import FILES, PROVENANCE, SIGNATURE, find_records, keep, read_document, write_missing
 from registry.records.keys import PublicKey, fingerprint, key_of, read_private_key, trusted_keys
-
-if TYPE_CHECKING:
-    from registry.versions import Versions
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PREDICATE = "https://model_signing/signature/v1.0"
@@ -49,12 +47,12 @@ class Signature:
 
 
 def sign(
-    versions: Versions, version: AdapterVersion, key: Path, passphrase: bytes | None = None, *, actor: str | None = None
+    opened: Opened, version: AdapterVersion, key: Path, passphrase: bytes | None = None, *, actor: str | None = None
 ) -> Signature:
     """Signs a version, verifies what was signed, and keeps the bundle with it; an earlier signature is replaced.
 
     Args:
-        versions: The registry.
+        opened: The registry.
         version: The version; its bytes are verified first.
         key: The private key, a PEM file.
         passphrase: What the key is encrypted with.
@@ -65,86 +63,85 @@ def sign(
         StoreError: The bytes are not whole.
     """
     own = fingerprint(read_private_key(key, passphrase).public_key())
-    known = trusted_keys(versions.home)
+    known = trusted_keys(opened.home)
     trusted, problem = key_of(known, own), _key_problem(own, known)
     if trusted is None or problem:
         raise SignatureError(problem, where=str(key), remedy="`loraline keys trust FILE.pub`, then sign again")
-    write_missing(versions, version)
-    with _folder(versions, version) as folder:
+    write_missing(opened, version)
+    with _folder(opened, version) as folder:
         content = _sign_folder(folder, key, passphrase)
         signature = _parse(content)
         findings = list(_check(content, signature, version, folder, trusted.path))
     if findings:
         raise SignatureError("; ".join(findings), where=version.ref, remedy="run `loraline fsck`, then sign again")
-    ref = versions.store.put_files(SIGNATURE, {_FILE: content})
+    ref = opened.store.put_files(SIGNATURE, {_FILE: content})
     details = {"key": own, "bundle": ref.sha256, "digests": dict(signature.digests)}
-    with versions.lineage.database.write() as session:
-        keep(session, versions.store, version, SIGNATURE, ref)
+    with opened.lineage.database.write() as session:
+        keep(session, opened.store, version, SIGNATURE, ref)
         who = actor or current_actor()
         catalog.log_deed(session, "sign", actor=who, reason="signed", version=version, details=details)
-    versions.sync()
     return signature
 
 
-def verify(versions: Versions, version: AdapterVersion, keys: Sequence[PublicKey] | None = None) -> PublicKey:
+def verify(opened: Opened, version: AdapterVersion, keys: Sequence[PublicKey] | None = None) -> PublicKey:
     """The key that a version is validly signed with.
 
     Args:
-        versions: The registry.
+        opened: The registry.
         version: The version.
         keys: The keys that are trusted; those of the home by default.
 
     Raises:
         SignatureError: It is not signed, or the signature does not hold; says why.
     """
-    known = trusted_keys(versions.home) if keys is None else keys
-    findings = signature_findings(versions, version, known)
+    known = trusted_keys(opened.home) if keys is None else keys
+    findings = signature_findings(opened, version, known)
     if findings:
         raise SignatureError("; ".join(findings), where=version.ref, remedy="see `loraline verify`")
-    found = key_of(known, _parse(_read_bundle(versions, version)).key)
+    found = key_of(known, _parse(_read_bundle(opened, version)).key)
     if found is None:  # cannot be: the findings would have said so
         raise SignatureError("the key is gone", where=version.ref)
     return found
 
 
-def is_signed(versions: Versions, version: AdapterVersion) -> bool:
+def is_signed(opened: Opened, version: AdapterVersion) -> bool:
     """Whether a version has a signature, whatever it is worth."""
-    return SIGNATURE in find_records(versions.lineage, version)
+    return SIGNATURE in find_records(opened.lineage, version)
 
 
 def signature_findings(
-    versions: Versions, version: AdapterVersion, keys: Sequence[PublicKey] | None = None
+    opened: Opened, version: AdapterVersion, keys: Sequence[PublicKey] | None = None
 ) -> tuple[str, ...]:
     """Why the signature of a version does not hold; empty where it does.
 
     Args:
-        versions: The registry.
+        opened: The registry.
         version: The version.
         keys: The keys that are trusted; those of the home by default.
     """
-    if not is_signed(versions, version):
+    if not is_signed(opened, version):
         return ("it is not signed",)
     try:
-        known = trusted_keys(versions.home) if keys is None else keys
-        bundle = _read_bundle(versions, version)
+        known = trusted_keys(opened.home) if keys is None else keys
+        bundle = _read_bundle(opened, version)
         signature = _parse(bundle)
         problem = _key_problem(signature.key, known)
         if problem:
             return (problem,)
         key = key_of(known, signature.key)
-        with _folder(versions, version) as folder:
+        with _folder(opened, version) as folder:
             return tuple(_check(bundle, signature, version, folder, key.path if key else Path()))
     except (SignatureError, MissingBlob, DamagedBlob) as error:
         return (f"{error.where}: {error.problem}" if error.where else error.problem,)
 
 
-def require_valid_signature(versions: Versions, version: AdapterVersion) -> None:
+def require_valid_signature(opened: Opened, version: AdapterVersion) -> None:
     """Lets a version pass that is validly signed, or not signed at all; what may be had unsigned, policies decide.
 
     Raises:
         SignatureError: It has a signature that does not hold.
     """
-    findings = signature_findings(versions, version) if is_signed(versions, version) else ()
+    findings = signature_findings(opened, version) if is_signed(opened, version) else ()
     if findings:
         raise SignatureError(
             "; ".join(findings), where=version.ref, remedy=f"do not use it before `loraline verify {version.ref}` holds"
@@ -201,8 +198,8 @@ def _key_problem(wanted: str, known: Sequence[PublicKey]) -> str:
     return ""
 
 
-def _read_bundle(versions: Versions, version: AdapterVersion) -> bytes:
-    return read_document(versions.store, find_records(versions.lineage, version), version, _FILE)
+def _read_bundle(opened: Opened, version: AdapterVersion) -> bytes:
+    return read_document(opened.store, find_records(opened.lineage, version), version, _FILE)
 
 
 def _parse(content: bytes) -> Signature:
@@ -230,12 +227,12 @@ def _read_form(bundle: dict[str, Any]) -> Signature | None:
 
 
 @contextmanager
-def _folder(versions: Versions, version: AdapterVersion) -> Iterator[Path]:
+def _folder(opened: Opened, version: AdapterVersion) -> Iterator[Path]:
     """The folder that is signed, for a while: verified copies of the adapter file and the provenance."""
-    store, records = versions.store, find_records(versions.lineage, version)
+    store, records = opened.store, find_records(opened.lineage, version)
     if PROVENANCE not in records:
         raise SignatureError("it has no provenance", where=version.ref, remedy=f"`loraline records {version.ref}`")
-    with tempfile.TemporaryDirectory(dir=versions.home.work, prefix="signing-") as temporary:
+    with tempfile.TemporaryDirectory(dir=opened.home.work, prefix="signing-") as temporary:
         folder = Path(temporary) / version.ref
         adapter = PurePosixPath(version.adapter_path).name
         store.checkout_file(version.artifact, version.adapter_path, folder / adapter)
