@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,7 +59,7 @@ def register(spec: Register, context: Context) -> None:
         alias_request=spec.alias,
         curves=read_curves(adapter_folder),
         params=flatten(card.recipe),
-        pictures=dict(_pictures(report_folder)) if report_folder else {},
+        pictures=dict(_pictures(adapter_folder, report_folder)),
     )
     said: dict[str, Any] = {
         "name": spec.name,
@@ -92,5 +92,9 @@ def read_curves(adapter_folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def _pictures(report_folder: Path) -> list[tuple[str, Path]]:
-    return [(path.name, path) for path in sorted((report_folder / "pictures").glob("*.png"))]
+def _pictures(adapter_folder: Path, report_folder: Path | None) -> Iterator[tuple[str, Path]]:
+    """The report's pictures, and the samples that were drawn while the adapter was trained."""
+    for path in sorted((report_folder / "pictures").glob("*.png")) if report_folder else ():
+        yield path.name, path
+    for path in sorted(adapter_folder.glob("samples/step-*/*.png")):
+        yield path.relative_to(adapter_folder).as_posix(), path

@@ -99,3 +99,5 @@ def test_two_processes_train_and_leave_sample_pictures(environment: dict[str, st
     run(spec, environment, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=2", "report.steps=2")
     (version,) = Versions(Home(home.absolute())).list()
     assert version.card["recipe"]["running"]["processes"] == 2
+    shown = {path.parent.name for path in (home / "mlflow").rglob("samples/*/*.png")}
+    assert shown == {"step-000001", "step-000002"}, "MLflow shows the pictures of every interval"
