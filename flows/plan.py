@@ -82,7 +82,11 @@ def registered_adapter(target: str, home: Home) -> Outcome:
     from registry.versions import Versions
 
     versions = Versions(home)
-    return Outcome(versions.require_active(versions.show(match["name"], match["ref"])).artifact, cached=True)
+    try:
+        # What is merged or evaluated further is verified as what is handed out: bytes, state and signature.
+        return Outcome(versions.get(match["name"], match["ref"]).artifact, cached=True)
+    finally:
+        versions.close()
 
 
 def _what_changed(

@@ -119,7 +119,7 @@ class Mirror:
             run_id = self._run_for(version)
             place = str(self._client.get_run(run_id).info.artifact_uri)
             artifacts = get_artifact_repository(place)
-            for folder in ("adapter", "pictures"):
+            for folder in ("adapter", "pictures", "documents"):
                 if artifacts.list_artifacts(folder):
                     artifacts.delete_artifacts(folder)
             self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))

@@ -253,7 +253,6 @@ class Versions(Opened):
         stored = self.store.files(version.artifact)[version.adapter_path].sha256
         if stored != version.sha256:
             raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
-
         require_valid_signature(self, version)
 
     def _whole_files(self, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:

@@ -209,6 +209,7 @@ def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_versio
     assert client.get_model_version("zorb", "1").tags["loraline.state"] == "DELETED"
     (copy,) = mirrored.home.mlflow_artifacts.rglob("adapter.safetensors")
     assert copy.read_bytes() == b"2"
+    assert len(list(mirrored.home.mlflow_artifacts.rglob("model-card.html"))) == 1, "its documents have pictures"
     assert mirrored.is_level()
     assert fsck(mirrored.home, grace=0) == []
     restore(mirrored, "zorb", 1, reason="r")
