@@ -11,9 +11,9 @@ from registry import catalog
 from registry.actors import current_actor
 from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
-from registry.governance.judgement import gather_facts, judge
 from registry.governance.policies import read_policies
 from registry.governance.policy import AliasPolicy, Facts, decide
+from registry.judgement import gather_facts, judge
 from registry.versions import Versions
 
 __all__ = ["history", "judge", "promote", "read_log", "remove", "replay", "rollback"]

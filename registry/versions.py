@@ -21,9 +21,9 @@ from registry import catalog
 from registry.actors import current_actor
 from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MirrorError, VersionError
-from registry.governance.judgement import judge
 from registry.governance.policy import numbers
 from registry.home import Home
+from registry.judgement import judge
 from registry.leveling import bring_level, is_level
 from registry.lineage.record import Lineage, record_artifacts, record_contents
 from registry.opened import Opened

@@ -39,7 +39,7 @@ def still_registered(spec: Register, home: Home, folder: Path) -> bool:
 def register(spec: Register, context: Context) -> None:
     """Registers the adapter with its curves, metrics and pictures; writes `version.json`."""
     from lora_engine.formats import read_bundle
-    from registry.governance.judgement import judge
+    from registry.judgement import judge
     from registry.versions import Versions
 
     adapter_folder, report_folder = context.folder("adapter"), context.optional("report")

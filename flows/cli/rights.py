@@ -10,7 +10,7 @@ from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
     from registry.entities import Event
-    from registry.governance.reached import Reach
+    from registry.reached import Reach
     from registry.versions import Versions
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
@@ -39,7 +39,7 @@ def revoke(
     from flows.cli.output import print_json
     from flows.errors import SpecError
     from flows.promote import acting
-    from registry.governance.revocation import revoke as recall
+    from registry.revocation import revoke as recall
 
     if policy not in {None, "flag", "withdraw"}:
         raise SpecError(f"{policy!r} is no policy", where="--policy", allowed="flag, withdraw")
@@ -60,7 +60,7 @@ def revoke(
 def lift(subject: Subject, reason: Reason, as_json: Json = False) -> None:
     """Lift a revocation: train with it again, and use again what was withdrawn for it."""
     from flows.promote import acting
-    from registry.governance.revocation import lift as undo
+    from registry.revocation import lift as undo
 
     event = undo(_versions(), subject, reason=reason, actor=acting())
     restored = ", ".join(event.details["restored"]) or "nothing"

@@ -1,4 +1,4 @@
-"""What is revoked now, as promotion, training and recall ask. Reads only; `registry.governance.revocation` writes."""
+"""What is revoked now, as promotion, training and recall ask. Reads only; `registry.revocation` writes."""
 
 from __future__ import annotations
 

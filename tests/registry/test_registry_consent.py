@@ -15,9 +15,9 @@ from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from registry.errors import RightsError
-from registry.governance.revocation import lift, revoke
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.revocation import lift, revoke
 from registry.versions import Versions
 from tasks.exclusion import find_excluded
 from tasks.execution import execute

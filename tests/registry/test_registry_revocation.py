@@ -6,9 +6,9 @@ from lora_engine.files import sha256_bytes
 from registry import promotion
 from registry.entities import Execution, Subject, now
 from registry.errors import PromotionError, Refused, RightsError
-from registry.governance.revocation import lift, revoke
 from registry.governance.revoked import read_revoked
 from registry.promotion import history, promote, read_log, replay
+from registry.revocation import lift, revoke
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from registry.actors import current_actor
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused, RightsError
 from registry.governance.policies import Policies, read_policies
-from registry.governance.reached import PREFIX, Reach, Recall, find_reach, revoked_in
 from registry.governance.revoked import Revocation, standing_revocations
 from registry.promotion import require_reason
+from registry.reached import PREFIX, Reach, Recall, find_reach, revoked_in
 from registry.tables import EventRow, RevocationRow, VersionRow
 from registry.versions import Versions
 
