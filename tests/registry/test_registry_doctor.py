@@ -107,6 +107,7 @@ def _future(path):
         connection.execute("INSERT INTO meta VALUES ('schema', '99')")
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("make", "words"),
     [(_future, "schema 99"), (lambda path: path.write_bytes(b"no database" * 999), "not a database|damaged")],
@@ -130,6 +131,7 @@ def test_kind_of_file_system_is_read_from_the_mounts(tmp_path):
     assert file_system_of(tmp_path, tmp_path / "absent") == ""
 
 
+@pytest.mark.sqlite
 def test_sqlite_on_a_network_file_system_is_found(look, monkeypatch):
     monkeypatch.setattr("registry.audit.doctor.file_system_of", lambda _path: "nfs4")
     (finding,) = find(look(), "database", "broken")
