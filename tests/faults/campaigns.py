@@ -52,10 +52,11 @@ def go_through(folder: Path, work: str, mode: Mode, *, most: int = 10_000) -> Re
     promised: list[str] = []
     for at in range(1, most + 1):
         points = Points(str(home), at, mode)
-        status, lines = _start(home, work, at, points.install).finish()
+        status, lines = _start(home, work, at, points.install, points=points).finish()
         promised += _promises(lines)
         result.count(f"{work}, {mode} at point {at}", status != 0, violations(home, promised))
-        if status == 0:
+        # A full disk may be borne; so the end is where the point is never come to.
+        if any(line.startswith("points ") and int(line.split()[1]) < at for line in lines):
             result.points[work] = at - 1
             break
     return result
@@ -134,17 +135,30 @@ def change_bytes(folder: Path, trials: int, seed: int) -> Result:
     return result
 
 
-def _start(home: Path, work: str, seed: int, before: Callable[[], None], *, with_mlflow: bool = False) -> Trial:
+def _start(
+    home: Path,
+    work: str,
+    seed: int,
+    before: Callable[[], None],
+    *,
+    with_mlflow: bool = False,
+    points: Points | None = None,
+) -> Trial:
     def prepare_child() -> None:
         if not with_mlflow:
             without_mlflow()
         before()
 
-    return forked(lambda tell: WORKS[work](home, seed, tell), before=prepare_child)
+    def do(tell: Tell) -> None:
+        WORKS[work](home, seed, tell)
+        if points is not None:
+            tell(f"points {points.count}")
+
+    return forked(do, before=prepare_child)
 
 
 def _promises(lines: list[str]) -> list[str]:
-    return [line for line in lines if not line.startswith("error ")]
+    return [line for line in lines if not line.startswith(("error ", "points "))]
 
 
 def _promoter(home: Path, version: int, expected: int | None, waiting: int, go: int) -> Callable[[Tell], None]:
