@@ -10,7 +10,8 @@ from typing import Any
 
 from flows.engine import convert_adapter
 from flows.errors import SpecError
-from flows.promote import acting, find_version
+from flows.promote import find_version
+from registry.actors import current_actor
 from registry.home import Home
 from registry.versions import Versions
 
@@ -72,7 +73,7 @@ def export_version(
             versions.checkout_adapter(version, source)
             done = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
         # Where it went, for a recall.
-        versions.log_export(version, {"format": to, "files": done["files"]}, actor=acting())
+        versions.log_export(version, {"format": to, "files": done["files"]}, actor=current_actor())
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, done["files"], done["approximation"])

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from flows.errors import SpecError
-from flows.promote import acting
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json, sha256_bytes
 from registry import catalog
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
 from registry.governance.licenses import read_licenses
 from registry.home import Home
@@ -239,13 +239,18 @@ def _register(
         parents=card.recipe["parents"],
         alias_request=wish.alias,
         params=flatten(card.recipe),
-        actor=acting(),
+        actor=current_actor(),
     )
     if is_new:
         details = {"license": wish.license, "base": card.base, "files": dict(original), "format": facts["format"]}
         with versions.lineage.database.write() as session:
             catalog.log_deed(
-                session, "import", actor=acting(), reason="imported from a file", version=version, details=details
+                session,
+                "import",
+                actor=current_actor(),
+                reason="imported from a file",
+                version=version,
+                details=details,
             )
     return Imported(version, str(facts["format"]), original, foreign, is_new, _refusal(versions, version, wish.alias))
 

@@ -37,7 +37,7 @@ def promote_version(home: Home, ref: str, alias: str, reason: str, *, override: 
         version.version,
         alias,
         reason=reason,
-        actor=acting(),
+        actor=current_actor(),
         structure=find_structure(versions, version),
         override=override,
     )
@@ -45,7 +45,7 @@ def promote_version(home: Home, ref: str, alias: str, reason: str, *, override: 
 
 def roll_back(home: Home, name: str, alias: str, to: int | None, reason: str, *, to_event: int | None = None) -> Event:
     """Points the alias back at what it pointed at before, at a version that it once had, or as an event left it."""
-    return rollback(Versions(home), name, alias, to=to, to_event=to_event, reason=reason, actor=acting())
+    return rollback(Versions(home), name, alias, to=to, to_event=to_event, reason=reason, actor=current_actor())
 
 
 def find_structure(versions: Versions, version: AdapterVersion) -> tuple[str, ...]:
@@ -76,8 +76,3 @@ def find_version(versions: Versions, ref: str) -> AdapterVersion:
     """
     name, _, version = ref.partition("@")
     return versions.show(name, version or "latest")
-
-
-def acting() -> str:
-    """Who is acting, for the log: LORALINE_ACTOR, or user@host."""
-    return current_actor()

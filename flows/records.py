@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flows.errors import SpecError
-from flows.promote import acting, find_version
+from flows.promote import find_version
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, sha256_bytes
+from registry.actors import current_actor
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
 from registry.home import Home
@@ -112,7 +113,7 @@ def sign_version(home: Home, ref: str, key: Path, passphrase: bytes | None) -> t
     """
     versions = Versions(home)
     version = find_version(versions, ref)
-    signature = sign(versions, version, key, passphrase, actor=acting())
+    signature = sign(versions, version, key, passphrase, actor=current_actor())
     versions.sync()
     return version, signature
 

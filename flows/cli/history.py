@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, open_home
 
 if TYPE_CHECKING:
     from flows.changes import Change
     from flows.diff import Difference
     from flows.importing import Imported
     from flows.verdict import Reproduction
-    from registry.home import Home
 
 _MOST_MODULES = 12
 _MOST_TEXT = 60
@@ -57,7 +56,7 @@ def reproduce(
     from flows.reproduce import find_recipe
     from flows.reproduce import reproduce as build_again
 
-    home = _home()
+    home = open_home()
     recipe = find_recipe(home, ref, base=base, given=_places(given or []), force=force_differences)
     with stoppable(), show_run([piece.name for piece in recipe.plan.pieces], Console(stderr=True)):
         told = build_again(home, recipe, keep=keep)
@@ -79,7 +78,7 @@ def diff(
     from flows.diff import diff as compare
 
     only_files = Path(first).exists() and Path(second).exists()
-    told = compare(None if only_files else _home(), first, second)
+    told = compare(None if only_files else open_home(), first, second)
     if as_json:
         print_json(told.as_json())
     else:
@@ -105,7 +104,7 @@ def import_file(
     from flows.cli.versions import describe
     from flows.importing import Wish, import_adapter, look_at
 
-    home = _home()
+    home = open_home()
     stated = license_id or _ask_license(file, look_at(file))
     done = import_adapter(home, file, Wish(name, base, stated, trigger, alias))
     if as_json:
@@ -242,9 +241,3 @@ def _places(given: list[str]) -> dict[str, Path]:
             raise SpecError(f"{text!r}", where="--given", allowed="STEP.FIELD=PATH, such as photos.images=pictures/")
         places[name] = Path(path)
     return places
-
-
-def _home() -> Home:
-    from registry.home import Home
-
-    return Home.open(home_path(), create=False)

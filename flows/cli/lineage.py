@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, open_home
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -34,10 +34,9 @@ def lineage(
     """Walk lineage, up to the pictures or down to the versions."""
     from flows.cli.output import print_json, print_table
     from lora_engine.files import atomic_write, sha256_file
-    from registry.home import Home
     from registry.lineage.record import Lineage
 
-    opened = Lineage(Home.open(home_path(), create=False).lineage_url)
+    opened = Lineage(open_home().lineage_url)
     try:
         # A file stands for its bytes: a picture as it came, an adapter, an export.
         start = sha256_file(Path(ref)) if "@" not in ref and Path(ref).is_file() else ref

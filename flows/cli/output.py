@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from registry.home import Home
 
 _WIDE = 240
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -17,6 +20,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def home_path() -> Path:
     """Where all state lives: `LORALINE_HOME`, or `.loraline` in the working folder."""
     return Path(os.environ.get("LORALINE_HOME") or ".loraline")
+
+
+def open_home() -> Home:
+    """The home that all verbs on what is registered work with; it must be there.
+
+    Raises:
+        HomeError: There is none yet.
+    """
+    from registry.home import Home
+
+    return Home.open(home_path(), create=False)
 
 
 def print_json(value: Any) -> None:

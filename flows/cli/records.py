@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, open_home
 
 if TYPE_CHECKING:
-    from registry.home import Home
     from registry.records.keys import PublicKey
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
@@ -40,9 +39,9 @@ def card(
     from flows.records import read_card, write_card
 
     if output is None:
-        print(read_card(_home(), ref, html=False).decode(), end="")
+        print(read_card(open_home(), ref, html=False).decode(), end="")
         return
-    write_card(_home(), ref, output)
+    write_card(open_home(), ref, output)
     print(output)
 
 
@@ -56,7 +55,7 @@ def records(
     from flows.cli.output import print_json
     from flows.records import write_documents
 
-    written = write_documents(_home(), ref, output, with_adapter=with_adapter)
+    written = write_documents(open_home(), ref, output, with_adapter=with_adapter)
     if as_json:
         print_json(written)
         return
@@ -73,7 +72,7 @@ def sign(
     from flows.cli.output import print_json
     from flows.records import sign_version
 
-    version, signature = sign_version(_home(), ref, key, _passphrase(key))
+    version, signature = sign_version(open_home(), ref, key, _passphrase(key))
     if as_json:
         print_json({"version": version.ref, "key": signature.key, "digests": signature.digests})
         return
@@ -93,7 +92,7 @@ def verify(
     from flows.cli.output import print_json, print_table
     from flows.records import verify_version
 
-    found = verify_version(_home(), ref, must_be_signed=signed)
+    found = verify_version(open_home(), ref, must_be_signed=signed)
     if as_json:
         print_json(asdict(found) | {"holds": found.holds})
     else:
@@ -126,7 +125,7 @@ def new_key(
         secret = os.environ.get(_VARIABLE) or typer.prompt(
             "Passphrase", hide_input=True, confirmation_prompt=True, err=True
         )
-    home = _home() if trust_it else None
+    home = open_home() if trust_it else None
     until = None if days is None else (now() + timedelta(days=days)).date()
     key = make_key(file, secret.encode() if secret else None, valid_until=until)
     print(f"{file}  private: keep it to yourself")
@@ -139,7 +138,7 @@ def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A publi
     """Trust a public key in this home: signatures made with its private key hold here."""
     from registry.records.keys import trust_key
 
-    key = trust_key(_home(), file)
+    key = trust_key(open_home(), file)
     print(f"{key.path}  trusted: key {key.fingerprint[:16]}{_until(key)}")
 
 
@@ -148,7 +147,7 @@ def list_keys(as_json: Json = False) -> None:
     from flows.cli.output import print_json, print_table
     from registry.records.keys import trusted_keys
 
-    keys = trusted_keys(_home())
+    keys = trusted_keys(open_home())
     if as_json:
         listed = [(key, None if key.valid_until is None else key.valid_until.isoformat()) for key in keys]
         print_json([{"name": key.name, "key": key.fingerprint, "valid_until": until} for key, until in listed])
@@ -169,9 +168,3 @@ def _passphrase(key: Path) -> bytes | None:
 
 def _until(key: PublicKey) -> str:
     return f", valid until {key.valid_until}" if key.valid_until else ""
-
-
-def _home() -> Home:
-    from registry.home import Home
-
-    return Home.open(home_path(), create=False)

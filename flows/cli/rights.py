@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, open_home
 
 if TYPE_CHECKING:
     from registry.entities import Event
@@ -38,7 +38,7 @@ def revoke(
     """Recall a picture or a consent: find all that was made from it, and train without it from now on."""
     from flows.cli.output import print_json
     from flows.errors import SpecError
-    from flows.promote import acting
+    from registry.actors import current_actor
     from registry.revocation import revoke as recall
 
     if policy not in {None, "flag", "withdraw"}:
@@ -47,7 +47,7 @@ def revoke(
         _versions(),
         subject,
         reason=reason,
-        actor=acting(),
+        actor=current_actor(),
         policy="withdraw" if policy == "withdraw" else "flag" if policy else None,
         dry_run=dry_run,
     )
@@ -59,10 +59,10 @@ def revoke(
 
 def lift(subject: Subject, reason: Reason, as_json: Json = False) -> None:
     """Lift a revocation: train with it again, and use again what was withdrawn for it."""
-    from flows.promote import acting
+    from registry.actors import current_actor
     from registry.revocation import lift as undo
 
-    event = undo(_versions(), subject, reason=reason, actor=acting())
+    event = undo(_versions(), subject, reason=reason, actor=current_actor())
     restored = ", ".join(event.details["restored"]) or "nothing"
     _done(event, as_json, f"{event.details['kind']} {event.subject} may be used again; in use again: {restored}")
 
@@ -94,11 +94,11 @@ def unalias(
     as_json: Json = False,
 ) -> None:
     """Remove an alias; `rollback` brings it back."""
-    from flows.promote import acting
+    from registry.actors import current_actor
     from registry.promotion import remove
 
     name, _, alias = ref.partition("@")
-    event = remove(_versions(), name, alias, reason=reason, actor=acting())
+    event = remove(_versions(), name, alias, reason=reason, actor=current_actor())
     _done(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
@@ -167,11 +167,12 @@ def _export_row(entry: Any) -> tuple[str, str]:
 
 
 def _change(act: Any, ref: str, reason: str, as_json: bool, word: str) -> None:
-    from flows.promote import acting, find_version
+    from flows.promote import find_version
+    from registry.actors import current_actor
 
     versions = _versions()
     version = find_version(versions, ref)
-    event = act(versions, version.name, version.version, reason=reason, actor=acting())
+    event = act(versions, version.name, version.version, reason=reason, actor=current_actor())
     _done(event, as_json, f"{version.ref}: {word}")
 
 
@@ -185,7 +186,6 @@ def _done(event: Event, as_json: bool, text: str) -> None:
 
 
 def _versions() -> Versions:
-    from registry.home import Home
     from registry.versions import Versions
 
-    return Versions(Home.open(home_path(), create=False))
+    return Versions(open_home())

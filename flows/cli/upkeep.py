@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, home_path, open_home
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -26,9 +26,8 @@ def gc(
     """Delete what no version and no recent run needs, and what killed processes left behind."""
     from flows.cli.output import print_json, print_table
     from flows.upkeep import collect_garbage, parse_time
-    from registry.home import Home
 
-    home = Home.open(home_path(), create=False)
+    home = open_home()
     seconds = parse_time(grace)
     done = collect_garbage(home, grace=seconds, keep_runs=keep_runs, cache=int(cache * (1 << 30)), dry_run=dry_run)
     found = done.collection
@@ -55,9 +54,8 @@ def fsck(
     from flows.cli.output import print_json, print_table
     from registry.audit.fsck import fsck as audit
     from registry.audit.repair import repair as mend
-    from registry.home import Home
 
-    home = Home.open(home_path(), create=False)
+    home = open_home()
     done = mend(home) if repair else []
     problems = audit(home)
     if as_json:
@@ -95,9 +93,8 @@ def backup(
     """Copy databases, settings and every blob that they name, while others work; again, and only what is new."""
     from flows.cli.output import print_json, print_table
     from registry.audit.backup import backup as act
-    from registry.home import Home
 
-    done = act(Home.open(home_path(), create=False), target)
+    done = act(open_home(), target)
     if as_json:
         print_json(done)
     else:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, open_home
 
 if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
-    from registry.home import Home
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
@@ -33,7 +32,7 @@ def list_versions(
     from flows.cli.output import print_json, print_table
     from registry.versions import Versions
 
-    versions = Versions(_home()).list(name, deleted=everything)
+    versions = Versions(open_home()).list(name, deleted=everything)
     if as_json:
         print_json([describe(version) for version in versions])
         return
@@ -59,7 +58,7 @@ def show(ref: Ref, as_json: Json = False) -> None:
     from flows.rights import describe_rights
     from registry.versions import Versions
 
-    versions = Versions(_home())
+    versions = Versions(open_home())
     version = find_version(versions, ref)
     rights = describe_rights(versions, version)
     if as_json:
@@ -104,7 +103,7 @@ def report(
     from flows.errors import PipelineFailed
     from flows.reports import write_report
 
-    if write_report(_home(), ref, output) is None:
+    if write_report(open_home(), ref, output) is None:
         raise PipelineFailed(
             f"{ref} was never evaluated", remedy="add an evaluate step and hand its report to register"
         )
@@ -139,9 +138,9 @@ def export(
     from flows.records import records_beside, write_documents
 
     wanted = {"rank": rank, "energy": energy} if approximate else None
-    done = export_version(_home(), ref, to, output, base=base, dtype=dtype, approximation=wanted)
+    done = export_version(open_home(), ref, to, output, base=base, dtype=dtype, approximation=wanted)
     documents = (
-        write_documents(_home(), done.version, records_beside(output), with_adapter=True) if with_records else []
+        write_documents(open_home(), done.version, records_beside(output), with_adapter=True) if with_records else []
     )
     if as_json:
         print_json({**vars(done), "records": documents})
@@ -163,7 +162,7 @@ def promote(
     """Give an alias to a version; refused with all reasons unless its policy is met. Logged; undone by rollback."""
     from flows.promote import promote_version
 
-    event = promote_version(_home(), ref, to, reason, override=override)
+    event = promote_version(open_home(), ref, to, reason, override=override)
     _print_move(event)
 
 
@@ -177,7 +176,7 @@ def rollback(
     """Take an alias back to where it was before."""
     from flows.promote import roll_back
 
-    event = roll_back(_home(), name, alias, to, reason, to_event=to_event)
+    event = roll_back(open_home(), name, alias, to, reason, to_event=to_event)
     _print_move(event)
 
 
@@ -220,9 +219,3 @@ def _print_move(event: Event) -> None:
 
 def _gates(version: AdapterVersion) -> str:
     return {True: "passed", False: "FAILED", None: "not run"}[version.passed]
-
-
-def _home() -> Home:
-    from registry.home import Home
-
-    return Home.open(home_path(), create=False)
