@@ -213,11 +213,13 @@ def draw(
         guidance: Scale of classifier-free guidance.
         size: Pixels of a side; None for the base's own.
     """
+    from lora_engine.bases.source import resolve_base
+    from lora_engine.compute import fitting_threads, threads
     from lora_engine.inference.draw import draw_pictures
     from lora_engine.inference.syntax import parse_prompt
 
     text, named = parse_prompt(prompt)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, threads(fitting_threads([resolve_base(base)])):
         adapters = [(_fetch(ref, home, Path(name) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
         return draw_pictures(
             text,

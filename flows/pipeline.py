@@ -12,13 +12,15 @@ from flows.errors import PipelineFailed
 from flows.plan import make_job, plan_pipeline, registered_adapter
 from flows.prefect import run_as_flow, step_task
 from flows.spec import PipelineSpec
+from lora_engine.bases.source import BaseSource, resolve_base
+from lora_engine.compute import fitting_threads, threads
 from lora_engine.errors import EngineError, InterruptedRun
 from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
-from tasks.step import Outcome
+from tasks.step import Outcome, locate_base
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     planned = plan_pipeline(spec, home, force=force)
     outcomes = {step.name: Outcome(step.ref, cached=True) for step in planned if step.ref is not None}
     if len(outcomes) < len(planned):
-        with _recorded_run(spec, home) as run_id:
+        with _recorded_run(spec, home) as run_id, threads(fitting_threads(_bases(spec))):
             outcomes = run_as_flow(spec.name, submit_steps)(spec, home, run_id, force)
     changed = {step.name: step.reason for step in planned if not outcomes[step.name].cached}
     return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, open_store(home)))
@@ -107,6 +109,11 @@ def _recorded_run(spec: PipelineSpec, home: Home) -> Iterator[str]:
             lineage.finish_run(run.id, status)
     finally:
         lineage.close()
+
+
+def _bases(spec: PipelineSpec) -> list[BaseSource]:
+    named = {base for step in spec.steps.values() if (base := getattr(step, "base", None))}
+    return [resolve_base(locate_base(base, spec.folder)) for base in sorted(named)]
 
 
 def _read_versions(spec: PipelineSpec, outcomes: Mapping[str, Outcome], store: Store) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,11 @@ class BaseSource:
         """The files that make the base."""
         return read_layout(self.folder)
 
+    @property
+    def size(self) -> int:
+        """How many bytes its files have."""
+        return sum((self.folder / name).stat().st_size for name in self.layout.files)
+
     def fingerprint(self) -> str:
         """SHA-256 over the relative names and digests of all files that make the base: weights and configuration."""
         return sha256_bytes(canonical_json({name: _digest(self.folder / name) for name in self.layout.files}))

@@ -121,6 +121,8 @@ class Lineage:
                 record_contents(session, execution.output, contents or {}, subjects)
             values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
             values["environment"] = _store_environment(session, execution.environment)
+            # An error quotes what it was about, and no text of PostgreSQL may hold NUL.
+            values["error"] = execution.error and execution.error.replace("\0", "\ufffd")
             inputs = values.pop("inputs")
             session.add(ExecutionRow(**values))
             session.flush()
