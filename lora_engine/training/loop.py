@@ -39,6 +39,7 @@ class FitOptions:
     accumulate: int = 1
     checkpoint_every: int = 100
     validate_every: int = 0
+    observe_every: int = 0
     optimiser: str = "adamw"
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     optimiser_options: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def fit(
         progress: Told after every step: steps done, steps in all, values (loss and its terms, rate, gradient's norm).
         stop: Asked before every step; True makes a checkpoint and ends the run.
         average: Puts the means over all processes of the run into tensors, in place; nothing where there is one.
-        observe: Called after a step, before its checkpoint, with the steps done; looks, and changes nothing.
+        observe: Called every `observe_every` steps, before the checkpoint, with the steps done; looks, changes nothing.
 
     Returns:
         The whole history, with the part from before a resumption.
@@ -212,9 +213,10 @@ class _Run:
         """Counts the step, and validates and saves where one is due."""
         self.step += 1
         last = self.done == self.total
-        with self.settled():
-            self._observe(self.done)
-        if last or (self.options.validate_every and self.done % self.options.validate_every == 0):
+        if _is_due(self.done, self.options.observe_every):
+            with self.settled():
+                self._observe(self.done)
+        if last or _is_due(self.done, self.options.validate_every):
             self._record_validation()
         if last or self.done % self.options.checkpoint_every == 0:
             self.save()
@@ -287,6 +289,10 @@ class _Run:
         if not math.isfinite(value):
             step = self.done + 1
             raise NonFiniteError(f"{what} is {value} at step {step} of {self.total}", where="training", remedy=_REMEDY)
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -258,6 +258,7 @@ def _options(settings: TrainSettings) -> FitOptions:
         accumulate=settings.accumulate,
         checkpoint_every=settings.checkpoint_every,
         validate_every=settings.validate_every,
+        observe_every=settings.samples.every if settings.samples else 0,
         optimiser=settings.rates.optimiser.name,
         optimiser_options=settings.rates.optimiser.options(),
         ema=settings.rates.ema,

@@ -20,11 +20,11 @@ ABOUT = "samples.json"
 
 @dataclass(frozen=True)
 class SampleWriter:
-    """Draws the samples of a run when their step has come.
+    """Draws the samples of a run.
 
     Attributes:
         base: With the adapter attached.
-        samples: Which, and how often.
+        samples: Which.
         folder: Where they are kept until the run is through.
         job: Digest of all that the job depends on; the samples of another job are not taken for its own.
     """
@@ -35,9 +35,7 @@ class SampleWriter:
     job: str
 
     def draw(self, done: int) -> None:
-        """Draws those that are due after so many steps; what is there already is not drawn again."""
-        if done % self.samples.every:
-            return
+        """Draws those of the moment after so many steps; what is there already is not drawn again."""
         wanted = [
             (number, prompt, seed) for number, prompt in enumerate(self.samples.prompts) for seed in self.samples.seeds
         ]

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.kinds import Kind, Lora
-from lora_engine.training.specs.methods import Dreambooth, Method, Prior
+from lora_engine.training.specs.methods import Dreambooth, Method, Prior, Words
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
 from lora_engine.training.specs.running import Running
@@ -114,6 +114,12 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _optimiser_fits(self) -> TrainSettings:
         self.rates.check(self.schedule, self.learning_rate)
+        optimiser = self.rates.optimiser
+        if optimiser.finds_rate and isinstance(self.method, Words):
+            raise ValueError(
+                f"optimiser {optimiser.name} finds one rate for all parameters, and method {self.method.name!r} has "
+                "a rate of its own for the word; choose another optimiser"
+            )
         return self
 
     @model_validator(mode="after")

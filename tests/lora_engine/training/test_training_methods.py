@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "textual-inversion": {"method": {"name": "textual-inversion", **WORD}},
     "pivotal": {"method": {"name": "pivotal", **WORD}},
     "pivotal with class pictures": {"method": {"name": "pivotal", **WORD}, "prior": ALTERNATING},
+    "pivotal with means": {"method": {"name": "pivotal", **WORD}, "rates": {"ema": {"decay": 0.8}}},
     "inpainting": {"method": "inpainting"},
     "masked": {"method": {"name": "finetune", "mask": {"temperature": 2.0}}},
     "identity": {"method": {"name": "finetune", "identity": {"until": 1.0}}},

@@ -255,6 +255,20 @@ def test_the_mean_is_that_of_its_definition_and_is_what_is_left() -> None:
     assert not torch.equal(problem.up, seen[-1])
 
 
+def test_a_look_is_taken_when_it_is_due_and_sees_the_mean() -> None:
+    problem, seen, now = Problem(), {}, {}
+    fit(
+        phases(problem, 0.01),
+        [problem],
+        options("adamw", ema=Ema(decay=0.9), observe_every=6),
+        observe=lambda done: seen.update({done: problem.up.detach().clone()}),
+        progress=lambda done, total, values: now.update({done: problem.up.detach().clone()}),
+    )
+    assert list(seen) == [6, 12]
+    assert not torch.equal(seen[6], now[6])
+    assert torch.equal(seen[12], problem.up)
+
+
 def test_the_last_step_is_left_where_that_is_wanted_and_the_mean_is_validated() -> None:
     def run(ema: Ema | None) -> tuple[Problem, History]:
         problem = Problem()
@@ -290,6 +304,8 @@ def test_the_memory_of_a_mean_grows_to_its_decay() -> None:
         ({"rates": {"optimiser": "schedule-free", "ema": {}}, "schedule": "constant"}, "leave out ema"),
         ({"rates": {"optimiser": "prodigy", "text": 0.5}, "learning_rate": 1.0}, "leave out text"),
         ({"rates": {"optimiser": "prodigy", "up_ratio": 4.0}, "learning_rate": 1.0}, "leave out up_ratio"),
+        ({"rates": {"optimiser": "prodigy"}, "learning_rate": 1.0, "method": "pivotal"}, "another optimiser"),
+        ({"rates": {"optimiser": "prodigy"}, "learning_rate": 1.0, "method": "textual-inversion"}, "another optimiser"),
         ({"rates": {"optimiser": {"name": "lion", "eps": 1e-8}}}, "eps"),
         ({"rates": {"optimiser": {"name": "adamw", "betas": [0.9, 1.0]}}}, "betas"),
         ({"rates": {"ema": {"decay": 1.0}}}, "decay"),
