@@ -23,7 +23,7 @@ from lora_engine.formats.embeddings import Embedding, check_widths, embed
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.kohya import KohyaCodec
-from lora_engine.formats.modelspec import HASH, model_spec, tensor_digest
+from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
 
 
@@ -228,12 +228,8 @@ def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mappi
     told = {key: text for key, text in card.extra.items() if key in ("ss_base_model_version", "ss_v2")}
     generated = sorted(key for key in ours if key not in kept and key not in told and not key.startswith("loraline."))
     header = {**ours, **kept, **told, GENERATED: canonical_json(generated).decode()}
-    seal = codec.seal(tensors, header)
-    if not codec.is_folder:
-        # Kohya's digest is over the same bytes; they are read once.
-        body = seal.get("sshs_model_hash")
-        seal = {**seal, HASH: f"0x{body}" if body else tensor_digest(tensors)}
-    return header | seal
+    header |= codec.seal(tensors, header)
+    return header if codec.is_folder else header | DIGEST
 
 
 def _write_folder(
@@ -244,7 +240,7 @@ def _write_folder(
     for key, text in sorted(beside.items()):
         part = key.removesuffix(CONFIG_FILE)
         inside = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        write_safetensors(folder / part / file_name, inside, {**shared, HASH: tensor_digest(inside)})
+        write_safetensors(folder / part / file_name, inside, {**shared, **DIGEST})
         atomic_write(folder / key, text.encode())
         yield folder / part / file_name
         yield folder / key

@@ -19,7 +19,7 @@ from lora_engine.formats.codec import TensorCodec, codecs
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.modelspec import base_version
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
-from lora_engine.formats.safetensors_io import digests
+from lora_engine.formats.safetensors_io import BODY_SHA256, short_digest
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
 from lora_engine.formats.transformers.names import KOHYA_DIT
 
@@ -80,8 +80,8 @@ class KohyaCodec(TensorCodec):
 
     def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Kohya's two digests: over the tensors with the `ss_*` metadata alone."""
-        whole, short = digests(tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
-        return {"sshs_model_hash": whole, "sshs_legacy_hash": short}
+        told = {key: text for key, text in metadata.items() if key.startswith("ss_")}
+        return {"sshs_model_hash": BODY_SHA256, "sshs_legacy_hash": short_digest(tensors, told)}
 
 
 def _stated(key: str, values: Collection[float | None]) -> dict[str, str]:

@@ -6,19 +6,17 @@ A function of the adapter and its card alone: no clock is read, so the same trai
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-
-from torch import Tensor
 
 from lora_engine.adapters import Adapter
 from lora_engine.formats.card import Card
 from lora_engine.formats.family import context_widths
-from lora_engine.formats.safetensors_io import serialize
+from lora_engine.formats.safetensors_io import BODY_SHA256
 from lora_engine.formats.transformers.dit import dits
 
 PREFIX = "modelspec."
-HASH = f"{PREFIX}hash_sha256"
+DIGEST = {f"{PREFIX}hash_sha256": f"0x{BODY_SHA256}"}
+"""The standard's digest of the tensors, as the writer is to fill it in."""
 SPECIFICATION = "1.0.1"
 SGM = "https://github.com/Stability-AI/generative-models"
 _V = "v_prediction"
@@ -71,15 +69,6 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
         "tags": ", ".join(dict.fromkeys([*kinds, *_methods(card), *filter(None, [card.class_word])])),
     }
     return {f"{PREFIX}{name}": text for name, text in said.items() if text}
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that follows the header of the canonical file, as the standard writes it: `0x` and hexadecimal."""
-    digest = hashlib.sha256()
-    for place, chunk in enumerate(serialize(tensors, {})):
-        if place:
-            digest.update(chunk)
-    return f"0x{digest.hexdigest()}"
 
 
 def _architecture(adapter: Adapter, version: str) -> tuple[str, str]:

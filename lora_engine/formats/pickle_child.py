@@ -18,6 +18,7 @@ import torch
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json
+from lora_engine.formats.pickles import over_memory
 from lora_engine.formats.safetensors_io import write_safetensors
 
 # What the first checkpoints of Stable Diffusion carry beside tensors. Each name becomes an empty object: nothing of
@@ -117,9 +118,7 @@ def main(path: Path, folder: Path, limits: dict[str, int]) -> None:
     except AdapterError as error:
         answer = {"problem": error.problem}
     except MemoryError:
-        answer = {
-            "problem": f"reading it takes more than the {limits['memory']} bytes of memory allowed beside the file"
-        }
+        answer = {"problem": over_memory(limits["memory"])}
     except Exception as error:
         # The loader raises whatever the file makes it raise, and this process ends here.
         answer = {"problem": _explain(error, limits)}
@@ -161,7 +160,7 @@ def _limit(size: int, limits: dict[str, int]) -> None:
 def _explain(error: Exception, limits: dict[str, int]) -> str:
     text = str(error)
     if "alloc" in text and "memory" in text:
-        return f"reading it takes more than the {limits['memory']} bytes of memory allowed beside the file"
+        return over_memory(limits["memory"])
     found = _REFUSED.search(text)
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     what = (found.group() if found else first)[:300]

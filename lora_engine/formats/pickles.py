@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,9 @@ _STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _REMEDY = "ask its maker for a .safetensors file, and do not open this one by other means unless you trust its maker"
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LANG")
 _ANSWER = 256 << 20
+_POLL = 0.2
+# The C library asks for more than half of this at a time.
+_LEAST_ROOM = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -175,9 +179,11 @@ def _run_child(path: Path, folder: Path, limits: PickleLimits) -> dict[str, Any]
             start_new_session=True,
         )
         try:
-            code = child.wait(timeout=2 * limits.seconds)
-        except subprocess.TimeoutExpired:
+            code = _wait(child, time.monotonic() + 2 * limits.seconds)
+        except TimeoutError:
             return {"problem": f"reading it took more than {2 * limits.seconds} seconds, which is the limit"}
+        except MemoryError:
+            return {"problem": over_memory(limits.memory)}
         finally:
             # Also where the caller was interrupted while it waited.
             child.kill()
@@ -187,6 +193,35 @@ def _run_child(path: Path, folder: Path, limits: PickleLimits) -> dict[str, Any]
             found = json.loads(answer.read_bytes())
             return found if isinstance(found, dict) else {}
         return {"problem": _death(code, stderr, limits)}
+
+
+def _wait(child: subprocess.Popen[bytes], deadline: float) -> int:
+    while True:
+        try:
+            return child.wait(timeout=max(0.0, min(_POLL, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline:
+                raise TimeoutError from None
+            # An interpreter that finds no room even for its error can try for ever (CPython 3.11, `exception_unwind`).
+            if _is_out_of_memory(child.pid):
+                raise MemoryError from None
+
+
+def _is_out_of_memory(pid: int) -> bool:
+    """Whether the process has taken what it may, as far as the system tells."""
+    try:
+        import resource
+
+        limit = resource.prlimit(pid, resource.RLIMIT_AS)[0]
+        taken = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, AttributeError, OSError, IndexError):
+        return False
+    return limit != resource.RLIM_INFINITY and limit - taken < _LEAST_ROOM
+
+
+def over_memory(limit: int) -> str:
+    """The problem of a file whose reading takes too much memory."""
+    return f"reading it takes more than the {limit} bytes of memory allowed beside the file"
 
 
 def _death(code: int, stderr: IO[bytes], limits: PickleLimits) -> str:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +50,8 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # From here on a file is written past the page cache, where that is possible.
 _LARGE = 32 << 20
+BODY_SHA256 = "[the SHA-256 of the body]".center(64, "-")
+"""Stands in a header for the digest of all that follows it, and is as long; the writer puts the digest there."""
 _AGAIN = "save or download the file again"
 
 
@@ -78,7 +81,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Args:
         path: Where it goes.
         tensors: By name, on any device, of torch's plain dtypes (no complex numbers, no float8).
-        metadata: Strings for the header.
+        metadata: Strings for the header; `BODY_SHA256` in them becomes the digest of the tensors' bytes.
 
     Raises:
         AdapterError: A tensor of another dtype; nothing is written.
@@ -92,14 +95,33 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    if sum(tensor.nbytes for tensor in tensors.values()) < _LARGE:
-        for chunk in serialize(tensors, metadata):
-            file.write(chunk)
+    head, *body = serialize(tensors, metadata)
+    if BODY_SHA256.encode() not in head:
+        _append(file, [head, *body])
+        return
+    # The digest belongs at the beginning and is known at the end. It is taken while the disk is waited for.
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(_digest, body)
+        _append(file, [head, *body])
+    file.seek(0)
+    file.write(bytes(head).replace(BODY_SHA256.encode(), digest.result().encode()))
+
+
+def _append(file: BinaryIO, chunks: Sequence[bytes | memoryview]) -> None:
+    if sum(map(len, chunks)) < _LARGE:
+        file.writelines(chunks)
         return
     stage = OutputStage(file.fileno())
-    for chunk in serialize(tensors, metadata):
+    for chunk in chunks:
         stage.write(chunk)
     stage.finish()
+
+
+def _digest(body: Sequence[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in body:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -123,16 +145,15 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
         yield flat.view(torch.uint8).numpy().data
 
 
-def digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """SHA-256 of the body, and the old short digest of 64 KiB from the first mebibyte on, as kohya defines both."""
-    body, window = hashlib.sha256(), hashlib.sha256()
-    position, start, end = 0, 0x100000, 0x110000
-    for place, chunk in enumerate(serialize(tensors, metadata)):
-        if place:
-            body.update(chunk)
+def short_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The old digest of kohya and A1111: eight digits, of 64 KiB of the file from the first mebibyte on."""
+    window, position, start, end = hashlib.sha256(), 0, 0x100000, 0x110000
+    for chunk in serialize(tensors, metadata):
         window.update(chunk[max(0, start - position) : max(0, end - position)])
         position += len(chunk)
-    return body.hexdigest(), window.hexdigest()[:8]
+        if position >= end:
+            break
+    return window.hexdigest()[:8]
 
 
 def read_safetensors(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], dict[str, str]]:

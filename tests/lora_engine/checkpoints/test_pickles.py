@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
+import subprocess
 import sys
+import time
 import types
 import zipfile
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import pytest
 import torch
 
 from lora_engine.errors import AdapterError
-from lora_engine.formats.pickles import PICKLE_LIMITS, is_pickled, read_pickle, unpickled
+from lora_engine.formats.pickles import PICKLE_LIMITS, _wait, is_pickled, read_pickle, unpickled
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +134,27 @@ def test_the_memory_of_the_reader_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"memory"):
         read_pickle(tmp_path / "x.pt", limits=replace(PICKLE_LIMITS, memory=1 << 20))
     assert read_pickle(tmp_path / "x.pt")["numbers"][-1] == 499_999
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what a process may take")
+def test_a_reader_that_has_no_memory_left_and_goes_on_is_ended() -> None:
+    code = """
+import pathlib, resource, time
+taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + {room}, taken + {room}))
+print("ready", flush=True)
+time.sleep(60 if {room} < 1 << 20 else 0)
+"""
+    cases: list[tuple[int, AbstractContextManager[Any]]]
+    cases = [(1 << 12, pytest.raises(MemoryError)), (1 << 26, contextlib.nullcontext())]
+    for room, ends in cases:
+        command = [sys.executable, "-S", "-c", code.format(room=room)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            with ends:
+                assert _wait(child, time.monotonic() + 50) == 0
+            child.kill()
 
 
 def test_a_reader_that_takes_too_long_is_ended(tmp_path: Path) -> None:
