@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import random
 import time
@@ -45,21 +46,22 @@ class Result:
         self.found += [f"{name}: {entry}" for entry in found]
 
 
-def go_through(folder: Path, work: str, mode: Mode, *, most: int = 10_000) -> Result:
-    """Fails at the first fault point of a piece of work, at the second, and so on until it gets through."""
+def go_through(folder: Path, work: str, mode: Mode, *, every: int = 1) -> Result:
+    """Fails at the first fault point of a piece of work, at the next (every so many), until it gets through."""
     result = Result()
     home = prepare(folder)
     promised: list[str] = []
-    for at in range(1, most + 1):
+    for at in itertools.count(1, every):
         points = Points(str(home), at, mode)
         status, lines = _start(home, work, at, points.install, points=points).finish()
         promised += _promises(lines)
         result.count(f"{work}, {mode} at point {at}", status != 0, violations(home, promised))
         # A full disk may be borne; so the end is where the point is never come to.
-        if any(line.startswith("points ") and int(line.split()[1]) < at for line in lines):
-            result.points[work] = at - 1
-            break
-    return result
+        passed = [int(line.split()[1]) for line in lines if line.startswith("points ")]
+        if passed and passed[0] < at:
+            result.points[work] = passed[0]
+            return result
+    raise AssertionError("the count has no end")
 
 
 def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlflow: bool = False) -> Result:

@@ -1,4 +1,4 @@
-"""Every fault point once, a few random trials, and the checks themselves; `make faults` runs the long campaigns."""
+"""Every fifth fault point, a few random trials, and the checks themselves; `make faults` runs the long campaigns."""
 
 import sqlite3
 from contextlib import closing
@@ -18,9 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 @pytest.mark.slow
 @pytest.mark.parametrize(("work", "mode"), [*((work, "kill") for work in WORKS), ("register", "full")])
 def test_a_fault_at_any_point_leaves_all_or_nothing(tmp_path, work, mode):
-    result = go_through(tmp_path / "trials", work, mode)
+    result = go_through(tmp_path / "trials", work, mode, every=5)
     assert result.points[work] > 20
-    assert result.hits == result.points[work] if mode == "kill" else result.hits > 20
+    # The last trial is the one that gets through; a full disk may be borne before.
+    assert result.hits == result.trials - 1 if mode == "kill" else result.hits > 4
     assert result.found == []
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
+from flows.summary import summarise
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions import Versions
@@ -25,9 +26,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 def run(spec: Path, home: Path, *changes: str) -> AdapterVersion:
     """Runs an example in this process (`test_line` runs the command); gives the newest version."""
-    opened = Home.open(home.absolute())
-    result = run_pipeline(load_spec(spec, changes), opened)
+    opened, loaded = Home.open(home.absolute()), load_spec(spec, changes)
+    result = run_pipeline(loaded, opened)
     assert not result.refusals
+    assert summarise(loaded, opened, result)
     return Versions(opened).list()[-1]
 
 
@@ -60,7 +62,7 @@ def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(home:
     assert version.card["recipe"]["captions"]["shuffle"] is True
 
     def encoded() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (home / "cache" / "latents").rglob("*.safetensors")}
+        return {path: path.stat().st_ino for path in (home / "cache" / "latents").rglob("*.safetensors")}
 
     made = encoded()
     # Twelve pictures, each as it is and in two other colours.
