@@ -10,7 +10,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check quick lint faults bench docs lock clean
+.PHONY: help setup demo test check quick lint coverage faults bench docs lock clean
 
 help: ## Says what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,8 +28,9 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup ## Trains, evaluates, registers and exports one adapter; says where the results are
 	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
-test: lint ## Runs all checks: lint, then every test, with the share of branches that must be covered
-	$(PYTEST) --cov --cov-report=term:skip-covered
+test: lint ## Runs all checks: lint, the quick tests with the share of branches that they must cover, the slow tests
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
+	$(PYTEST) -m slow
 
 check: setup ## Runs the fast checks: lint and the quick tests, side by side
 	$(MAKE) --jobs=2 lint quick
@@ -42,6 +43,9 @@ lint: setup ## Checks format, style, types and the layers of the house
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+coverage: setup ## Counts the branches that all tests reach together, which takes much longer
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=86
 
 faults: setup ## Kills, fills disks, races and flips bytes by the hundred, and checks what must hold
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
