@@ -29,7 +29,7 @@ def run(spec: Path, home: Path, *changes: str) -> AdapterVersion:
     opened, loaded = Home.open(home.absolute()), load_spec(spec, changes)
     result = run_pipeline(loaded, opened)
     assert not result.refusals
-    assert summarise(loaded, opened, result)
+    assert dict(summarise(loaded, opened, result))["registry"]
     return Versions(opened).list()[-1]
 
 
