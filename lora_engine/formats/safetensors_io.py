@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import atomic_write, canonical_json
+from lora_engine.files import atomic_write, canonical_json, sha256_chunks
 from lora_engine.formats.stage import OutputStage
 
 # In the order in which the safetensors library lays out tensors; then by name. A file's body is thus the one that the
@@ -101,7 +101,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         return
     # The digest belongs at the beginning and is known at the end. It is taken while the disk is waited for.
     with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_digest, body)
+        digest = beside.submit(sha256_chunks, body)
         _append(file, [head, *body])
     file.seek(0)
     file.write(bytes(head).replace(BODY_SHA256.encode(), digest.result().encode()))
@@ -115,13 +115,6 @@ def _append(file: BinaryIO, chunks: Sequence[bytes | memoryview]) -> None:
     for chunk in chunks:
         stage.write(chunk)
     stage.finish()
-
-
-def _digest(body: Sequence[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for chunk in body:
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

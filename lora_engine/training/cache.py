@@ -6,7 +6,6 @@ whole or not at all, and is believed only where it proves to hold what was writt
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import stat
@@ -18,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.files import canonical_json, sha256_bytes, sha256_chunks
 from lora_engine.formats.safetensors_io import read_safetensors, serialize, write_safetensors
 
 _log = logging.getLogger(__name__)
@@ -125,10 +124,7 @@ def prune(cache: Path, size: int) -> int:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     # Over names, types and shapes as well: all that is in a file but for what the digest stands in.
-    digest = hashlib.sha256()
-    for chunk in serialize(tensors, {}):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_chunks(serialize(tensors, {}))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -24,18 +24,18 @@ METHODS = sorted(path for path in (EXAMPLES / "methods").glob("*.yaml") if path.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 
-def run(spec: Path, home: Path, *changes: str) -> AdapterVersion:
-    """Runs an example in this process (`test_line` runs the command); gives the newest version."""
+def run(spec: Path, home: Path, *changes: str) -> tuple[AdapterVersion, ...]:
+    """Runs an example in this process (`test_line` runs the command); gives all versions that there are then."""
     opened, loaded = Home.open(home.absolute()), load_spec(spec, changes)
     result = run_pipeline(loaded, opened)
     assert not result.refusals
     assert dict(summarise(loaded, opened, result))["registry"]
-    return Versions(opened).list()[-1]
+    return Versions(opened).list()
 
 
 def test_two_adapters_are_trained_merged_and_registered_as_one(home: Path) -> None:
     spec = EXAMPLES / "merge" / "pipeline.yaml"
-    version = run(spec, home, "shape.steps=4", "frame.steps=4", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(spec, home, "shape.steps=4", "frame.steps=4", "report.max_pictures=2", "report.steps=2")
     assert version.aliases == ("staging",)
     assert version.card["recipe"]["weights"] == [1.0, 0.8]
     assert len(version.parents) == 2
@@ -43,14 +43,17 @@ def test_two_adapters_are_trained_merged_and_registered_as_one(home: Path) -> No
 
 def test_other_kinds_are_trained_merged_and_exported(home: Path) -> None:
     spec = EXAMPLES / "kinds" / "pipeline.yaml"
-    version = run(spec, home, "factored.steps=2", "directed.steps=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(spec, home, "factored.steps=2", "directed.steps=2", "report.max_pictures=2", "report.steps=2")
     assert version.card["recipe"]["method"] == "ties"
     assert len(version.parents) == 2
 
 
 def test_an_objective_and_rates_of_ones_own_go_down_the_line(home: Path) -> None:
     spec = EXAMPLES / "methods" / "objective.yaml"
-    version = run(spec, home, "adapter.steps=4", "adapter.validate_every=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(
+        spec, home, "adapter.steps=4", "adapter.validate_every=2", "report.max_pictures=2", "report.steps=2"
+    )
+    assert version.aliases == ("staging",)
     recipe = version.card["recipe"]
     assert recipe["objective"]["weighting"] == {"name": "min_snr", "gamma": 5.0}
     assert recipe["rates"]["optimiser"]["name"] == "adafactor"
@@ -58,7 +61,8 @@ def test_an_objective_and_rates_of_ones_own_go_down_the_line(home: Path) -> None
 
 def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(home: Path) -> None:
     spec = EXAMPLES / "methods" / "data-path.yaml"
-    version = run(spec, home, "adapter.steps=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(spec, home, "adapter.steps=2", "report.max_pictures=2", "report.steps=2")
+    assert version.aliases == ("staging",)
     assert version.card["recipe"]["captions"]["shuffle"] is True
 
     def encoded() -> dict[Path, int]:
@@ -74,7 +78,7 @@ def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(home:
 @pytest.mark.parametrize("spec", METHODS, ids=lambda path: path.stem)
 def test_every_method_goes_down_the_line(spec: Path, home: Path) -> None:
     trained = "word" if spec.stem == "inversion" else "adapter"
-    version = run(spec, home, f"{trained}.steps=2", "report.max_pictures=1", "report.steps=2")
+    (version,) = run(spec, home, f"{trained}.steps=2", "report.max_pictures=1", "report.steps=2")
     assert version.aliases == ("staging",)
 
 
@@ -88,7 +92,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("base", ["tiny", "sd15", "sdxl"])
 def test_photographs_go_down_the_line_on_every_base(photographs: Path, home: Path, base: str) -> None:
-    version = run(photographs / f"{base}.yaml", home, "adapter.steps=2")
+    (version,) = run(photographs / f"{base}.yaml", home, "adapter.steps=2")
     assert version.aliases == ("staging",)
     assert len(version.card["data"]) == 9
     exported = {path.name for path in (home / "exports").rglob("*") if path.is_file()}
@@ -97,7 +101,10 @@ def test_photographs_go_down_the_line_on_every_base(photographs: Path, home: Pat
 
 def test_two_processes_train_and_leave_sample_pictures(home: Path) -> None:
     spec = EXAMPLES / "methods" / "running.yaml"
-    version = run(spec, home, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(
+        spec, home, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=2", "report.steps=2"
+    )
+    assert version.aliases == ("staging",)
     assert version.card["recipe"]["running"]["processes"] == 2
     shown = {path.parent.name for path in (home / "mlflow").rglob("samples/*/*.png")}
     assert shown == {"step-000001", "step-000002"}, "MLflow shows the pictures of every interval"
