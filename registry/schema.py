@@ -24,7 +24,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 WRITER = text("SELECT pg_advisory_xact_lock(7020041002071)")
 """Waits until this transaction is the only one that writes (PostgreSQL); released at its end, or with its process."""
 _OLDEST = 1
-_MAGIC, _HEADER = b"SQLite format 3\0", 100
+_HEADER = 100
 
 
 def open_file(path: Path, engine: Engine) -> None:
@@ -98,11 +98,7 @@ def file_schema(path: Path) -> int | None:
                 remedy="restore the database from a backup, or move the log away",
             )
         return None
-    if not path.stat().st_size:
-        raise HomeError(
-            "the database is an empty file", where=str(path), remedy="restore it from a backup, or move it away"
-        )
-    _check_header(path)
+    _check_size(path)
     # A writer removes the log when it closes, and a reader does not; so each leaves what it found.
     mode = "ro" if log.exists() and log.stat().st_size else "rw"
     try:
@@ -114,6 +110,19 @@ def file_schema(path: Path) -> int | None:
             return _known_schema([row[0] for row in rows], str(path))
     except sqlite3.DatabaseError as error:
         raise _unreadable(error, path) from error
+
+
+def _check_size(path: Path) -> None:
+    """Refuses what SQLite would take for a new database.
+
+    SQLite itself sees whether the rest is one. The file is never opened by other means than SQLite's: when a process
+    closes a file, the system lets go of all locks that it has on it, those of its open connections too. Another process
+    then takes itself for the last one, and removes the log that the first one goes on writing to.
+    """
+    size = path.stat().st_size
+    if size < _HEADER:
+        what = "this is not a database" if size else "the database is an empty file"
+        raise HomeError(what, where=str(path), remedy="restore it from a backup, or move it away")
 
 
 def back_up(path: Path, found: int) -> Path:
@@ -221,19 +230,6 @@ def _copy_tables(connection: Connection, found: int) -> None:
     connection.execute(text(f"CREATE SCHEMA {copy}"))
     for table in inspect(connection).get_table_names(NAMESPACE):
         connection.execute(text(f"CREATE TABLE {copy}.{table} AS TABLE {NAMESPACE}.{table}"))
-
-
-def _check_header(path: Path) -> None:
-    """Refuses what does not begin like a database; SQLite itself takes a very short file for an empty one."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_HEADER)
-    except OSError as error:
-        raise HomeError(
-            f"the database cannot be opened ({error.strerror})", where=str(path), remedy="move away what lies there"
-        ) from error
-    if len(content) < _HEADER or not content.startswith(_MAGIC):
-        raise HomeError("this is not a database", where=str(path), remedy="restore it from a backup, or move it away")
 
 
 def _check_file(path: Path) -> None:

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -64,6 +65,27 @@ def test_processes_that_make_the_database_at_once_agree(empty_home, spawn):
     lineage = Lineage(empty_home.lineage_url)
     assert {run.id for run in lineage.runs()} == {out.strip() for out, _ in answers}
     lineage.close()
+
+
+LOOK = "import sys; from registry.lineage.record import Lineage; print(len(Lineage(sys.argv[1]).runs()))"
+
+
+@pytest.mark.quick
+def test_what_is_committed_is_there_for_others_though_its_process_opened_the_database_twice(empty_home, spawn):
+    url = empty_home.lineage_url
+
+    def others_see():
+        out, err = spawn(LOOK, url).communicate(timeout=60)
+        return int(out), err
+
+    with closing(Lineage(url)) as lineage:
+        lineage.start_run("one", {})
+        # Whatever opens and closes the file here must not let go of the locks of the open connection.
+        Lineage(url).close()
+        assert others_see() == (1, "")
+        lineage.start_run("two", {})
+        assert others_see() == (2, "")
+        assert len(lineage.runs()) == 2
 
 
 def test_reading_needs_neither_mlflow_nor_torch():
