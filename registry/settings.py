@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lora_engine.files import atomic_write
 from registry.errors import HomeError
 
 NAME = "loraline.yaml"
@@ -37,12 +38,21 @@ def read_settings(home: Path) -> Settings:
     Raises:
         HomeError: The file is no YAML, or holds something else.
     """
+    named = {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
+    return read_file(home).model_copy(update=named)
+
+
+def read_file(home: Path) -> Settings:
+    """The settings that the home's own file names.
+
+    Raises:
+        HomeError: As `read_settings`.
+    """
     path = home / NAME
     try:
-        written = yaml.safe_load(path.read_bytes()) or {}
-        settings = Settings.model_validate(written)
+        return Settings.model_validate(yaml.safe_load(path.read_bytes()) or {})
     except FileNotFoundError:
-        settings = Settings()
+        return Settings()
     except (yaml.YAMLError, ValidationError) as error:
         raise HomeError(
             f"the settings cannot be read ({error})",
@@ -50,5 +60,8 @@ def read_settings(home: Path) -> Settings:
             allowed=", ".join(Settings.model_fields),
             remedy="mend or remove the file",
         ) from error
-    named = {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
-    return settings.model_copy(update=named)
+
+
+def write_file(home: Path, settings: Settings) -> None:
+    """Makes these the settings that the home's own file names."""
+    atomic_write(home / NAME, yaml.safe_dump(settings.model_dump(exclude_none=True)).encode())

@@ -1,4 +1,4 @@
-"""The verbs of upkeep: gc, fsck, doctor, backup, restore-backup."""
+"""The verbs of upkeep: gc, fsck, doctor, backup, restore-backup, copy-database."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flows.cli.output import Json, home_path, open_home
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (gc, fsck, doctor, backup, restore_backup):
+    for verb in (gc, fsck, doctor, backup, restore_backup, copy_database):
         app.command()(verb)
 
 
@@ -125,6 +125,23 @@ def restore_backup(
         print(f"What was there before is in {done.before}")
     for each in done.left_out:
         print(f"Not restored: {each}")
+
+
+def copy_database(
+    target: Annotated[str, typer.Argument(metavar="URL", help="An empty database: postgresql+psycopg://, sqlite:///.")],
+    as_json: Json = False,
+) -> None:
+    """Copy the registry's own tables to another database, such as from SQLite to PostgreSQL."""
+    from flows.cli.output import print_json, print_table
+    from registry.transfer import transfer
+
+    home = open_home()
+    done = transfer(home.lineage_url, target)
+    if as_json:
+        print_json(done)
+        return
+    print_table(("table", "rows"), list(done.items()))
+    print(f"Copied. To use it, name it as `database` in {home.path / 'loraline.yaml'}, or in LORALINE_DATABASE_URL.")
 
 
 def _size(size: int) -> str:

@@ -29,6 +29,7 @@ from registry.home import Home
 from registry.records import keys
 from registry.store.artifacts import Store, open_store
 from registry.store.local import LocalBlobs
+from registry.transfer import transfer
 
 FORMAT = 1
 BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
@@ -131,20 +132,21 @@ def _backup(home: Home, target: Path) -> Backup:
 def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, Manifest]:
     left_out = []
     Database(home.lineage_url).close()  # of this release's schema from here on, or refused
-    for name, url in zip(DATABASES, (home.lineage_url, home.mlflow_url), strict=True):
-        file = sqlite_file(url)
-        if file is None:
-            left_out.append(f"{name_of(url)}: back it up with `pg_dump`, before this")
-        elif file.exists():
-            copy_database(file, folder / name)
+    own, mlflow = (folder / name for name in DATABASES)
+    if (file := sqlite_file(home.lineage_url)) is not None:
+        copy_database(file, own)
+    else:
+        _copy_server(home.lineage_url, own)
+    if (file := sqlite_file(home.mlflow_url)) is None:
+        left_out.append(f"{name_of(home.mlflow_url)}: MLflow's tables, which are written again from the registry")
+    elif file.exists():
+        copy_database(file, mlflow)
     for pattern in KEPT:
         for path in sorted(home.path.glob(pattern)):
             if path.is_file() and not path.is_symlink():
                 atomic_write(folder / path.relative_to(home.path), path.read_bytes())
-    own = folder / DATABASES[0]
-    url = f"sqlite:///{own}" if own.exists() else home.lineage_url
     store, blobs = open_store(home), LocalBlobs(target / BLOBS)
-    with closing(Database(url)) as database:
+    with closing(Database(f"sqlite:///{own}")) as database:
         found, problems = _named_blobs(database, store)
     held, size, copied = {}, 0, 0
     for digest, where in sorted(found.items()):
@@ -187,6 +189,14 @@ def _named_blobs(database: Database, store: Store) -> tuple[dict[str, str], list
             found[ref.sha256] = f"list of {ref.kind} {ref.sha256}"
             found |= {entry.sha256: f"{path} of {ref.kind} {ref.sha256}" for path, entry in files.items()}
     return found, problems
+
+
+def _copy_server(url: str, target: Path) -> None:
+    """Copies our tables from a server to a file, which is one file then, and checked."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        made = Path(beside) / target.name
+        transfer(url, f"sqlite:///{made}")
+        copy_database(made, target)
 
 
 def copy_database(source: Path, target: Path) -> None:

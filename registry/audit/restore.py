@@ -19,11 +19,12 @@ from lora_engine.files import atomic_write, sync_folder
 from registry.audit.archive import SUFFIX, unpack
 from registry.audit.backup import BLOBS, DATABASES, FORMAT, KEPT, MANIFEST, SNAPSHOTS, Manifest
 from registry.audit.check_rows import check_sqlite
+from registry.database import name_of, sqlite_file
 from registry.entities import now
 from registry.errors import HomeError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
 from registry.schema import file_schema
-from registry.settings import read_settings
+from registry.settings import Settings, read_file, read_settings, write_file
 from registry.store.artifacts import check_relative, open_regular, open_store
 from registry.store.blobs import Blobs, check_digest, copy_verified
 from registry.store.local import LocalBlobs
@@ -40,7 +41,7 @@ class Restored:
         created_at: When the backup was taken.
         blobs: Number of blobs.
         before: Where the home that was there before lies now, if there was one.
-        left_out: In words, what the backup never held.
+        left_out: In words, what the backup never held, and which servers the home had its tables on.
     """
 
     home: Path
@@ -75,11 +76,11 @@ def restore(source: Path, home: Path, *, replace: bool = False) -> Restored:
         try:
             with _opened(source, beside / "unpacked") as (snapshot, blobs):
                 manifest = _read_manifest(snapshot)
-                _rebuild(snapshot, blobs, manifest, beside / "home")
+                servers = _rebuild(snapshot, blobs, manifest, beside / "home")
             before = _switch(beside / "home", home)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    return Restored(home, manifest.created_at, len(manifest.blobs), before, manifest.left_out)
+    return Restored(home, manifest.created_at, len(manifest.blobs), before, (*manifest.left_out, *servers))
 
 
 def holds_something(home: Path) -> bool:
@@ -136,8 +137,8 @@ def _read_manifest(snapshot: Path) -> Manifest:
     return manifest
 
 
-def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Path) -> None:
-    """Makes the home in another folder, from verified copies alone."""
+def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Path) -> tuple[str, ...]:
+    """Makes the home in another folder, from verified copies alone; gives the servers that it does not use any more."""
     folder.mkdir()
     for name, digest in manifest.files.items():
         _copy(snapshot / name, folder / name, digest)
@@ -148,6 +149,7 @@ def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Pat
     if DATABASES[0] in manifest.files:
         file_schema(folder / DATABASES[0])
         _prepare(folder / DATABASES[0])
+    servers = _leave_servers(folder) if DATABASES[0] in manifest.files else ()
     # The settings say where the bytes are kept; a store behind a URL keeps what it has, and gets what it lacks.
     blobs: Blobs = open_store(Home(folder)).blobs
     for digest in manifest.blobs:
@@ -156,6 +158,19 @@ def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Pat
         except (StoreError, MissingBlob) as error:
             where = f"blob {digest} in {source.folder}"
             raise StoreError(error.problem, where=where, remedy="take another backup") from error
+    return servers
+
+
+def _leave_servers(folder: Path) -> tuple[str, ...]:
+    """Has the home use the tables that the backup holds, and not those of a server that go on or are lost."""
+    settings = read_file(folder)
+    if settings.database is None or sqlite_file(settings.database):
+        return ()
+    left = [f"{name_of(settings.database)}: the tables are in {DATABASES[0]}; `loraline copy-database` copies them"]
+    if settings.mlflow is not None and not sqlite_file(settings.mlflow):
+        left.append(f"{name_of(settings.mlflow)}: MLflow's tables are written to {DATABASES[1]}")
+    write_file(folder, Settings(store=settings.store, mlflow=None if len(left) > 1 else settings.mlflow))
+    return tuple(left)
 
 
 def _copy(source: Path, target: Path, digest: str) -> None:
