@@ -111,10 +111,9 @@ def _append(file: BinaryIO, chunks: Sequence[bytes | memoryview]) -> None:
     if sum(map(len, chunks)) < _LARGE:
         file.writelines(chunks)
         return
-    stage = OutputStage(file.fileno())
-    for chunk in chunks:
-        stage.write(chunk)
-    stage.finish()
+    with OutputStage(file.fileno()) as stage:
+        for chunk in chunks:
+            stage.write(chunk)
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

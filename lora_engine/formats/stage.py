@@ -1,7 +1,7 @@
-"""The way of a large file to the disk: gathered in one buffer, and written past the page cache where that is possible.
+"""The way of a large file to the disk: gathered in two buffers, and written past the page cache where that is possible.
 
 A file of gigabytes that is written through the page cache is copied once more by the kernel, and pushes everything else
-out of the cache. Knows bytes alone.
+out of the cache. One buffer is filled while the disk takes the other. Knows bytes alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from lora_engine.errors import BaseModelError
 
-_SIZE = 16 << 20
+# Of each of the two buffers.
+_SIZE = 8 << 20
 # What the memory, the place and the length of a direct write must be multiples of, on every common disk.
 _PAGE = 4096
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
@@ -27,7 +31,7 @@ _PIECE = 128 << 10
 
 
 class OutputStage:
-    """Appends to an open, empty file.
+    """Appends to an open, empty file, within a `with` block; at its end, all is written, and no error was passed over.
 
     Args:
         output: Its descriptor; nothing was written to it yet.
@@ -35,14 +39,22 @@ class OutputStage:
 
     def __init__(self, output: int) -> None:
         self._output = output
-        self._memory = mmap.mmap(-1, _SIZE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without large pages
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._memory)
-        self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._buffers = (_Buffer(), _Buffer())
         self._used = 0
+        self._disk = ThreadPoolExecutor(1)
+        self._sent: Future[None] | None = None
         self._set_direct(wanted=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Whatever happens, nothing writes to the descriptor after the block, when it may be another file's.
+        with self._disk:
+            if error is None:
+                self._finish()
 
     def write(self, content: bytes | memoryview) -> None:
         """Appends bytes."""
@@ -50,7 +62,7 @@ class OutputStage:
         done = 0
         while done < len(view):
             count = min(len(view) - done, self._room(1))
-            self._view[self._used : self._used + count] = view[done : done + count]
+            self._buffers[0].view[self._used : self._used + count] = view[done : done + count]
             self._used += count
             done += count
 
@@ -58,7 +70,7 @@ class OutputStage:
         """Appends the bytes from `first` up to and without `last` of an open file."""
         while first < last:
             count = min(last - first, self._room(_PAGE))
-            read_bytes(source, self._view[self._used : self._used + count], first)
+            read_bytes(source, self._buffers[0].view[self._used : self._used + count], first)
             self._used += count
             first += count
 
@@ -66,7 +78,7 @@ class OutputStage:
     def block(self, size: int) -> Iterator[Tensor]:
         """The next bytes of the file as a uint8 tensor to be filled within the block; at most `LARGEST`."""
         self._room(size)
-        yield self._tensor[self._used : self._used + size]
+        yield self._buffers[0].tensor[self._used : self._used + size]
         self._used += size
 
     def is_aligned(self, size: int, itemsize: int) -> bool:
@@ -74,12 +86,11 @@ class OutputStage:
         self._room(min(size, LARGEST))
         return size <= LARGEST and self._used % itemsize == 0
 
-    def finish(self) -> None:
-        """Writes what is left; nothing may be appended any more."""
+    def _finish(self) -> None:
         self._flush()
+        self._wait()
         self._set_direct(wanted=False)
-        self._send(self._used)
-        self._used = 0
+        self._send(self._buffers[0].view[: self._used])
 
     def _room(self, size: int) -> int:
         if _SIZE - self._used < size:
@@ -87,18 +98,26 @@ class OutputStage:
         return _SIZE - self._used
 
     def _flush(self) -> None:
+        """Hands the whole pages of the filled buffer to the disk; the rest begins the other one."""
+        self._wait()
+        filled, free = self._buffers
         whole = self._used // _PAGE * _PAGE
-        self._send(whole)
         rest = self._used - whole
-        self._view[:rest] = self._view[whole : self._used]
-        self._used = rest
+        free.view[:rest] = filled.view[whole : self._used]
+        self._sent = self._disk.submit(self._send, filled.view[:whole])
+        self._buffers, self._used = (free, filled), rest
 
-    def _send(self, size: int) -> None:
+    def _wait(self) -> None:
+        if self._sent is not None:
+            self._sent.result()
+            self._sent = None
+
+    def _send(self, view: memoryview) -> None:
         done = 0
-        while done < size:
-            piece = size if self._is_direct else done + _PIECE
+        while done < len(view):
+            piece = len(view) if self._is_direct else done + _PIECE
             try:
-                done += os.write(self._output, self._view[done : min(piece, size)])
+                done += os.write(self._output, view[done:piece])
             except OSError as error:
                 if not self._is_direct or error.errno != errno.EINVAL:
                     raise
@@ -114,6 +133,18 @@ class OutputStage:
         with contextlib.suppress(OSError):  # file systems in memory, and some over the network, cannot
             fcntl.fcntl(self._output, fcntl.F_SETFL, flags | _DIRECT if wanted else flags & ~_DIRECT)
             self._is_direct = wanted
+
+
+class _Buffer:
+    """Memory in large pages, seen as bytes and as numbers."""
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, _SIZE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(memory)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def read_bytes(source: int, view: memoryview, offset: int) -> None:

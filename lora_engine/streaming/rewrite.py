@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -85,11 +84,12 @@ def _write(
     watch: Watch | None,
 ) -> None:
     ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
-    stage = OutputStage(file.fileno())
-    stage.write(_header(ordered, metadata))
-    if ordered:
-        source = os.open(ordered[0][1].path, os.O_RDONLY)
-        try:
+    with OutputStage(file.fileno()) as stage:
+        stage.write(_header(ordered, metadata))
+        if not ordered:
+            return
+        with ordered[0][1].path.open("rb", buffering=0) as opened:
+            source = opened.fileno()
             copied = ordered[0][1].offset
             for name, stored in ordered:
                 if name not in changes:
@@ -99,9 +99,6 @@ def _write(
                 copied = stored.offset + stored.size
             last = ordered[-1][1]
             stage.copy(source, copied, last.offset + last.size)
-        finally:
-            os.close(source)
-    stage.finish()
 
 
 def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]) -> bytes:

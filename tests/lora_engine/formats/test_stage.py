@@ -29,8 +29,7 @@ def test_pieces_of_any_size_arrive_in_order(direct, tmp_path, monkeypatch):
     source.write_bytes(content)
     for place in places(tmp_path):
         expected = bytearray()
-        with place.open("wb") as file, source.open("rb") as read:
-            stage = OutputStage(file.fileno())
+        with place.open("wb") as file, source.open("rb") as read, OutputStage(file.fileno()) as stage:
             for _ in range(150):
                 first = draw.randrange(len(content))
                 piece = content[first : first + draw.choice([0, 1, 7, 4096, 100_000, 1 << 20])]
@@ -43,31 +42,41 @@ def test_pieces_of_any_size_arrive_in_order(direct, tmp_path, monkeypatch):
                     with stage.block(len(piece)) as block:
                         block.copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
                 expected += piece
-            stage.finish()
         assert place.read_bytes() == bytes(expected)
         place.unlink()
 
 
 def test_more_than_the_stage_holds_is_written_and_not_offered_as_a_block(tmp_path):
     content = random.Random(1).randbytes(LARGEST + 12345)
-    with (tmp_path / "out").open("wb") as file:
-        stage = OutputStage(file.fileno())
+    with (tmp_path / "out").open("wb") as file, OutputStage(file.fileno()) as stage:
         stage.write(b"123")
         assert not stage.is_aligned(8, 2)
         stage.write(b"4")
         assert stage.is_aligned(8, 2)
         assert not stage.is_aligned(LARGEST + 2, 2)
         stage.write(content)
-        stage.finish()
     assert (tmp_path / "out").read_bytes() == b"1234" + content
 
 
 def test_a_source_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "source").write_bytes(b"1234")
-    with (tmp_path / "out").open("wb") as file, (tmp_path / "source").open("rb") as source:
-        stage = OutputStage(file.fileno())
-        with pytest.raises(BaseModelError, match="ended at byte 4"):
-            stage.copy(source.fileno(), 0, 5)
+    with (
+        (tmp_path / "out").open("wb") as file,
+        (tmp_path / "source").open("rb") as source,
+        pytest.raises(BaseModelError, match="ended at byte 4"),
+        OutputStage(file.fileno()) as stage,
+    ):
+        stage.copy(source.fileno(), 0, 5)
+
+
+def test_a_disk_that_takes_no_more_is_told_of_and_nothing_is_written_after_the_block():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("wb", buffering=0) as file:
+        for size in (1, 3 * LARGEST):
+            with pytest.raises(OSError, match="No space left"), OutputStage(file.fileno()) as stage:
+                stage.write(bytes(size))
 
 
 def test_whole_files_are_copied(tmp_path):
