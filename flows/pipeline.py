@@ -11,6 +11,7 @@ from typing import Any
 from flows.errors import PipelineFailed
 from flows.plan import make_job, plan_pipeline, registered_adapter
 from flows.prefect import run_as_flow, step_task
+from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.compute import fitting_threads, threads
@@ -57,7 +58,7 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     planned = plan_pipeline(spec, home, force=force)
     outcomes = {step.name: Outcome(step.ref, cached=True) for step in planned if step.ref is not None}
     if len(outcomes) < len(planned):
-        with _recorded_run(spec, home) as run_id, threads(fitting_threads(_bases(spec))):
+        with prefect_server(), _recorded_run(spec, home) as run_id, threads(fitting_threads(_bases(spec))):
             outcomes = run_as_flow(spec.name, submit_steps)(spec, home, run_id, force)
     changed = {step.name: step.reason for step in planned if not outcomes[step.name].cached}
     return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, open_store(home)))

@@ -24,11 +24,12 @@ Result = TypeVar("Result")
 def configure_prefect(home: Home) -> None:
     """Points Prefect at the home, before its first import; what the environment already says wins.
 
-    Without a server (`PREFECT_API_URL`), Prefect starts one of its own for the run and ends it afterwards.
+    Without a server (`PREFECT_API_URL`), the run gets one of its own: see `flows.server`.
     """
     settings = {
         "PREFECT_HOME": str(home.prefect),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        # The first request waits for a server that is still starting.
+        "PREFECT_API_REQUEST_TIMEOUT": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows.prefect import configure_prefect
+from flows.server import prefect_server as running_server
+from registry.home import Home
+
 PREPARE = """\
 name: try
 base: tiny
@@ -46,19 +50,9 @@ def draw_noise(path: Path, seed: int) -> None:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One server of Prefect's own for the session, by its address; each run alone would start its own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-    patch.setenv("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    patch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    patch.setenv("DO_NOT_TRACK", "true")
-    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=240):
-        yield str(PREFECT_API_URL.value())
-    patch.undo()
+    configure_prefect(Home(tmp_path_factory.mktemp("prefect")))
+    with running_server() as address:
+        yield address
 
 
 @pytest.fixture
