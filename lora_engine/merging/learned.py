@@ -77,7 +77,7 @@ def learn_weights(
     offsets = [torch.zeros(len(names), device=device, requires_grad=True) for names in groups]
     tables = [weights_by_module(weight, adapter.modules) for weight, adapter in zip(start, adapters, strict=True)]
     sites = _sites(adapters, tables, groups, offsets, options.per)
-    with gradients_off(roots), deterministic({device.type}), _weighed(tree, sites):
+    with gradients_off(roots), deterministic(wanted=device.type == "cpu"), _weighed(tree, sites):
         _descend(offsets, losses, options, progress)
     moved = [dict(zip(names, offset.tolist(), strict=True)) for names, offset in zip(groups, offsets, strict=True)]
     return [_result(weight, table, move, options.per) for weight, table, move in zip(start, tables, moved, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,12 +25,12 @@ def gradients_off(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
 
 
 @contextlib.contextmanager
-def deterministic(devices: Collection[str]) -> Iterator[None]:
-    """Deterministic operations while the work is on CPUs alone.
+def deterministic(*, wanted: bool) -> Iterator[None]:
+    """Deterministic operations alone, if that is wanted; those that have no such form raise `RuntimeError`.
 
-    There every operation has a deterministic form; elsewhere some have none, and would be refused.
+    On a CPU every operation has one.
     """
-    if set(devices) - {"cpu"}:
+    if not wanted:
         yield
         return
     enabled = torch.are_deterministic_algorithms_enabled()

@@ -96,7 +96,7 @@ def fit(
     """
     run = _Run(phases, options, checkpoints, validate, average, observe)
     devices = {value.device.type for phase in phases for value in phase.parameters.values()}
-    with deterministic(devices), gradients_off(frozen) as everything:
+    with deterministic(wanted=devices <= {"cpu"}), gradients_off(frozen) as everything:
         run.restore()
         for position in range(run.position, len(phases)):
             run.enter_phase(position, everything)

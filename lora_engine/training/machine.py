@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ def choose_device(running: Running) -> str | None:
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
+    if running.deterministic:
+        # cuBLAS reads it when it first works; without it, torch refuses its products of matrices.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     wanted = running.device
     if wanted in there and not there[wanted]():
         raise SettingsError(

@@ -24,6 +24,7 @@ from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.distributed import ALONE, Followed, Team, joined
 from lora_engine.training.examples import Encoder, Example, text_encoder
 from lora_engine.training.fresh import begin_adapter, begin_words
+from lora_engine.training.guards import deterministic
 from lora_engine.training.identity import identity_loss
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import LossTerm
@@ -78,16 +79,25 @@ def train(
     Raises:
         BaseModelError: The base cannot be found or read.
         DataError: The dataset cannot be used.
-        SettingsError: The settings do not suit the base or the dataset.
+        SettingsError: The settings do not suit the base, the dataset or the device.
         InterruptedRun: `stop` said so.
         NonFiniteError: NaN or Inf turned up.
         TrainingError: Memory ran out.
     """
     job = _Job(settings, dataset, work, cache or work, class_dataset, embedder, progress, stop)
     try:
-        with joined(settings.running.processes, choose_device(settings.running)) as team:
+        with (
+            joined(settings.running.processes, choose_device(settings.running)) as team,
+            deterministic(wanted=settings.running.deterministic),
+        ):
             bundle, history = replace(job, team=team, out=out).run(base)
     except (MemoryError, RuntimeError) as error:
+        if _is_not_deterministic(error):
+            raise SettingsError(
+                f"an operation has no deterministic form here ({str(error).splitlines()[0]})",
+                where="running.deterministic",
+                remedy="leave running.deterministic out, or train on a CPU",
+            ) from error
         if not _is_out_of_memory(error):
             raise
         raise TrainingError(
@@ -288,6 +298,13 @@ def _validation_dressing(base: BaseModel, settings: TrainSettings) -> Dressing |
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _is_not_deterministic(error: BaseException) -> bool:
+    # torch's words; the second ones where the workspace of cuBLAS was set to something else.
+    return any(
+        phrase in str(error) for phrase in ("deterministic implementation", "Deterministic behavior was enabled")
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

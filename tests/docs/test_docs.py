@@ -44,7 +44,7 @@ def known_verbs() -> set[str]:
 
 
 def shown_verbs(page: Path) -> set[str]:
-    return set(re.findall(r"(?:^|[`\s])loraline ([a-z]+)\b", "\n".join(code_of(page))))
+    return set(re.findall(r"(?:^|[`\s])loraline ([a-z]+(?:-[a-z]+)*)\b", "\n".join(code_of(page))))
 
 
 def code_of(page: Path) -> list[str]:

@@ -20,6 +20,8 @@ class Running(BaseModel):
         attention: `sdpa` is torch's own; `xformers` needs that package.
         compile: `regional` compiles the blocks that the network repeats (`torch.compile`): slow first steps, then
             faster ones; needs a working compiler.
+        deterministic: On a GPU, takes only operations that give the same bits every time: slower, and refused where an
+            operation has no such form. On a CPU that is always so.
         quantise: How the frozen network is held: `8bit` and `4bit` need far less memory for it and lose a little;
             the adapter is trained in full precision. They need the extra `quantised`.
     """
@@ -32,4 +34,5 @@ class Running(BaseModel):
     channels_last: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     compile: Literal["none", "regional"] = "none"
+    deterministic: bool = False
     quantise: Literal["none", "8bit", "4bit"] = "none"

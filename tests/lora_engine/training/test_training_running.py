@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from lora_engine.adapters import Adapter
+from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import InterruptedRun, SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter
+from lora_engine.training.fresh import begin_adapter
 from lora_engine.training.machine import choose_device
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
@@ -123,6 +127,31 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass(bases: dict[str
         return sum(sizes)
 
     assert kept(Running(gradient_checkpointing=True)) < 0.5 * kept(Running())
+
+
+def test_an_operation_without_a_deterministic_form_is_refused_by_name_and_only_where_that_is_asked_for(
+    bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def begin(base: BaseModel, chosen: TrainSettings) -> Adapter:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # torch has no deterministic form of it
+        return begin_adapter(base, chosen)
+
+    monkeypatch.setattr("lora_engine.training.run.begin_adapter", begin)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    base = str(bases["small-sd"])
+    train(settings(), base, dataset, tmp_path / "plain", tmp_path / "work")
+    with pytest.raises(
+        SettingsError, match=r"put_ does not have a deterministic implementation.*running.deterministic"
+    ):
+        train(settings(running={"deterministic": True}), base, dataset, tmp_path / "out", tmp_path / "work")
+    assert seen == [False, True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_precision_bases_train(bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Make) -> None:
