@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json
-from registry.errors import HomeError, database_error
+from registry.errors import HomeError, RegistryError, database_error
 from registry.schema import WRITER, open_file, open_server
 from registry.tables import NAMESPACE, Table
 
@@ -117,6 +117,18 @@ def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[
     dialect = session.connection().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
     session.execute(insert(table).on_conflict_do_nothing(), listed)
+
+
+def require_json(error: type[RegistryError], value: Any, where: str) -> None:
+    """Does nothing for a value that a column of JSON can hold.
+
+    Raises:
+        error: It holds NaN, infinity, or what is no JSON.
+    """
+    try:
+        canonical_json(value)
+    except (ValueError, TypeError) as cause:
+        raise error(f"a value that JSON cannot hold: {cause}", where=where, allowed="finite JSON") from cause
 
 
 def _parse(url: str) -> URL:

@@ -10,8 +10,8 @@ RegistryError
 │   ├── UnknownName         no adapter of that name
 │   ├── UnknownVersion      no such number or alias under that name
 │   ├── MirrorError         the truth is recorded, but MLflow could not be brought level with it
-├── SignatureError      a key that cannot be used, or a signature that cannot be made or does not hold
 │   └── GoneVersion         withdrawn or deleted: known, but not handed out any more
+├── SignatureError      a key that cannot be used, or a signature that cannot be made or does not hold
 ├── PolicyError         `policy.yaml` or `licenses.yaml` of the home cannot be used
 ├── RightsError         a revocation that cannot be made or lifted
 └── PromotionError      an alias that cannot be moved

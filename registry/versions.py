@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from lora_engine.files import canonical_json
 from registry import catalog
 from registry.actors import current_actor
+from registry.database import require_json
 from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MirrorError, VersionError
 from registry.governance.policy import numbers
@@ -119,7 +120,7 @@ class Versions(Opened):
             card = {**(card or {}), "license": declared}
         _require_finite(metrics or {}, "metrics")
         _require_finite(curves or {}, "curves")
-        _require_json({"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
+        require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
         files = self._whole_files([artifact, *([report] if report else [])])
         if adapter_file not in files[artifact]:
             raise VersionError(
@@ -298,10 +299,3 @@ def _require_finite(values: Mapping[str, Any], what: str) -> None:
     if broken:
         first = ", ".join(f"{path} = {value!r}" for path, value in list(broken.items())[:4])
         raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=what, allowed="finite numbers")
-
-
-def _require_json(value: Any, where: str) -> None:
-    try:
-        canonical_json(value)
-    except (ValueError, TypeError) as error:
-        raise VersionError(f"a value that JSON cannot hold: {error}", where=where, allowed="finite JSON") from error

@@ -16,7 +16,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json, sha256_bytes
-from registry.database import Database, insert_missing
+from registry.database import Database, insert_missing, require_json
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject, now
 from registry.errors import LineageError
 from registry.lineage.walk import Direction, Walk, batched, walk
@@ -46,7 +46,7 @@ class Lineage:
         Raises:
             LineageError: The spec holds what JSON cannot.
         """
-        _require_json(spec, f"spec of run {name!r}")
+        require_json(LineageError, spec, f"spec of run {name!r}")
         run = Run(uuid4().hex, name, dict(spec), "RUNNING", os.getpid(), socket.gethostname(), now())
         with self.database.write() as session:
             session.add(RunRow(**vars(run), process=_process_mark(run.pid)))
@@ -110,7 +110,7 @@ class Lineage:
         Raises:
             LineageError: No such run, the execution is recorded already, or a value is no JSON.
         """
-        _require_json([execution.settings, execution.environment], f"step {execution.step!r}")
+        require_json(LineageError, [execution.settings, execution.environment], f"step {execution.step!r}")
         with self.database.write() as session:
             _get_run(session, execution.run_id)
             if session.get(ExecutionRow, execution.id) is not None:
@@ -225,13 +225,6 @@ def _read_environment(session: Session, environment: Mapping[str, Any]) -> dict[
     digest = environment.get("distributions")
     row = session.get(DistributionsRow, digest) if isinstance(digest, str) else None
     return dict(environment) if row is None else {**environment, "distributions": row.listed}
-
-
-def _require_json(value: Any, where: str) -> None:
-    try:
-        canonical_json(value)
-    except (ValueError, TypeError) as error:
-        raise LineageError(f"a value that JSON cannot hold: {error}", where=where, allowed="finite JSON") from error
 
 
 def _get_run(session: Session, run_id: str) -> RunRow:
