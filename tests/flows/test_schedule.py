@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -136,8 +137,8 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         return dict(run)
 
     def trainings() -> int:
-        lineage = Lineage(Home(home).lineage_url)
-        done = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == "train"]
+        with closing(Lineage(Home(home).lineage_url)) as lineage:
+            done = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == "train"]
         return sum(execution.status == "COMPLETED" for execution in done)
 
     with started(
