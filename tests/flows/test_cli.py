@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import yaml
 
 from flows.spec import load_spec
 from flows.template import write_pipeline
+from tests.flows.commands import loraline
 from tests.flows.conftest import draw_noise
 
 pytestmark = pytest.mark.slow
@@ -19,12 +19,6 @@ pytestmark = pytest.mark.slow
 Write = Callable[..., Path]
 
 HEAVY = ("torch", "diffusers", "transformers", "mlflow", "prefect", "numpy", "sqlalchemy")
-
-
-def loraline(*arguments: str, home: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"LORALINE_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["promote", "--help"]])

@@ -5,13 +5,22 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
 from flows.summary import summarise
+from lora_engine.compute import describe_compute
+from lora_engine.progress import Progress
+from lora_engine.training.machine import choose_device
+from lora_engine.training.run import train
+from lora_engine.training.spawn import train_in_child as spawn_train
+from lora_engine.training.spec import TrainSettings
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions import Versions
@@ -22,6 +31,27 @@ LOOKED_AT = {"data-path", "objective", "running"}
 METHODS = sorted(path for path in (EXAMPLES / "methods").glob("*.yaml") if path.stem not in LOOKED_AT)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+
+@pytest.fixture(autouse=True)
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the examples train in this process, since a child's imports take longer than their few steps.
+
+    Trainings in a child are the subject of `test_training_process`, and of `test_line` for the whole line.
+    """
+    one_at_a_time = threading.Lock()  # as in a child, where what a training sets for all threads is its own
+
+    def train_in_child(job: Mapping[str, Any], progress: Progress, **how: Any) -> dict[str, Any]:
+        settings = TrainSettings.model_validate(job["settings"])
+        if settings.running.processes > 1:
+            return spawn_train(job, progress, **how)
+        places = {name: Path(job[name]) if job[name] else None for name in ("cache", "class_dataset", "embedder")}
+        with one_at_a_time:
+            dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
+            train(settings, job["base"], dataset, out, work, **places, progress=progress)  # type: ignore[arg-type]
+        return describe_compute(choose_device(settings.running))
+
+    monkeypatch.setattr("lora_engine.training.spawn.train_in_child", train_in_child)
 
 
 def run(spec: Path, home: Path, *changes: str) -> tuple[AdapterVersion, ...]:

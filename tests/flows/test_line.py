@@ -17,6 +17,7 @@ import pytest
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions import Versions
+from tests.flows.commands import loraline_here
 from tests.flows.made import run_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,9 +102,15 @@ def versions(home: Path) -> tuple[AdapterVersion, ...]:
 def test_the_line_gives_a_staged_version_that_can_be_promoted_and_taken_back(
     spec: Path, home: Path, loraline: Command, tmp_path: Path
 ) -> None:
+    def say(*arguments: object) -> str:
+        # In this process: what the verbs are as processes, `test_tour` shows.
+        done = loraline_here(*arguments, home=home)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     first = loraline("run", spec)
     assert "small@1" in first.stdout
-    (listed,) = json.loads(loraline("list", "--json").stdout)
+    (listed,) = json.loads(say("list", "--json"))
     assert listed["name"] == "small"
     assert listed["aliases"] == ["staging"]
     assert {"version", "sha256", "size", "created_at"} <= listed.keys()
@@ -116,33 +123,29 @@ def test_the_line_gives_a_staged_version_that_can_be_promoted_and_taken_back(
     again = loraline("run", spec)
     assert "0 ran, 6 were there already" in again.stdout
 
-    shown = json.loads(loraline("show", "small@staging", "--json").stdout)
+    shown = json.loads(say("show", "small@staging", "--json"))
     assert {"recipe", "metrics", "gates", "parents", "card"} <= shown.keys()
     assert shown["metrics"]["validation_loss"]["adapter"] > 0
 
-    loraline("promote", "small@staging", "--to", "production", "--reason", "looks right")
+    say("promote", "small@staging", "--to", "production", "--reason", "looks right")
     loraline("run", spec, "--set", "adapter.steps=6")
-    loraline("promote", "small@staging", "--to", "production", "--reason", "shorter")
+    say("promote", "small@staging", "--to", "production", "--reason", "shorter")
     assert Versions(Home(home.absolute())).show("small", "production").version == 2
-    loraline("rollback", "small")
+    say("rollback", "small")
     assert Versions(Home(home.absolute())).show("small", "production").version == 1
 
-    up = loraline("lineage", "small@1").stdout
+    up = say("lineage", "small@1")
     assert up.count("picture ") == 24
     picture = next(
-        node
-        for node in json.loads(loraline("lineage", "small@1", "--json").stdout)["nodes"]
-        if "picture" in node["label"]
+        node for node in json.loads(say("lineage", "small@1", "--json"))["nodes"] if "picture" in node["label"]
     )
-    assert "small@2" in loraline("lineage", picture["id"], "--down").stdout
+    assert "small@2" in say("lineage", picture["id"], "--down")
 
-    loraline("export", "small@production", "--to", "kohya", "-o", tmp_path / "out")
+    say("export", "small@production", "--to", "kohya", "-o", tmp_path / "out")
     assert list((tmp_path / "out").glob("*.safetensors"))
-    loraline(
-        "generate", "a red zorb <lora:small@production:0.7>", "-o", tmp_path / "pictures", "-n", "1", "--steps", "2"
-    )
+    say("generate", "a red zorb <lora:small@production:0.7>", "-o", tmp_path / "pictures", "-n", "1", "--steps", "2")
     assert (tmp_path / "pictures" / "0.png").is_file()
-    assert "agrees" in loraline("fsck").stdout
+    assert "agrees" in say("fsck")
     download_with_mlflow(home, tmp_path / "downloaded", shown["sha256"])
 
 

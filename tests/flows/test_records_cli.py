@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_engine.formats import Card, write_adapter
 from registry.home import Home
 from registry.store.artifacts import open_store
 from registry.versions import Versions
+from tests.flows.commands import loraline_here
 
 pytestmark = pytest.mark.slow
 
@@ -47,10 +47,7 @@ def home(made: Path, tmp_path: Path) -> Path:
 
 
 def loraline(*arguments: object, home: Path, secret: str = "a secret") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"LORALINE_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
-    environment["LORALINE_KEY_PASSPHRASE"] = secret
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return loraline_here(*arguments, home=home, LORALINE_KEY_PASSPHRASE=secret)
 
 
 def done(*arguments: object, home: Path) -> str:

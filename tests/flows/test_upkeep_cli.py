@@ -15,7 +15,7 @@ from registry.entities import Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
-from tests.flows.test_cli import loraline
+from tests.flows.commands import loraline_here as loraline
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +99,19 @@ def test_backup_and_restore(filled: Home, home: Path, tmp_path: Path) -> None:
     told = loraline("restore-backup", str(tmp_path / "backups"), "--json", home=new)
     assert json.loads(told.stdout)["blobs"] == 2
     assert loraline("fsck", home=new).returncode == 0
+
+
+def test_tables_are_copied_to_a_database_that_then_serves(filled: Home, home: Path, tmp_path: Path) -> None:
+    other = f"sqlite:///{tmp_path / 'other' / 'lineage.db'}"
+    done = loraline("copy-database", other, "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["runs"] == 1
+    again = loraline("copy-database", other, home=home)
+    assert again.returncode == 1
+    assert "holds something already" in again.stderr
+    (filled.path / "loraline.yaml").write_text(f"database: {other}\n")
+    filled.lineage_db.unlink()
+    assert loraline("fsck", home=home).returncode == 0
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("24h", 86_400), ("7d", 604_800), ("0", 0)])
