@@ -119,9 +119,6 @@ class Team:
             self.wait()
 
 
-ALONE = Team()
-
-
 class Followed(Checkpoints):
     """The checkpoints as those see them who do not lead: read, never written."""
 

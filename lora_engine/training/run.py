@@ -1,50 +1,25 @@
-"""`train`: from a dataset to an adapter in a folder. Prepares, attaches, lets the loop run, writes."""
+"""`train`: from a dataset to an adapter in a folder. What is done in between is in `job`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lora_engine.adapters import Adapter, Attachment, attach
-from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.source import resolve_base
-from lora_engine.data.manifest import Manifest
-from lora_engine.errors import InterruptedRun, SettingsError, TrainingError
-from lora_engine.files import atomic_write, canonical_json, sha256_bytes
-from lora_engine.formats import Bundle, write_adapter
-from lora_engine.formats.embeddings import Embedding
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.errors import SettingsError, TrainingError
+from lora_engine.files import atomic_write, canonical_json
+from lora_engine.formats import write_adapter
 from lora_engine.progress import Progress, no_progress
-from lora_engine.seeds import derive_seed
-from lora_engine.training.checkpoint import Checkpoints
-from lora_engine.training.distributed import ALONE, Followed, Team, joined
-from lora_engine.training.examples import Encoder, Example, text_encoder
-from lora_engine.training.fresh import begin_adapter, begin_words
+from lora_engine.training.distributed import joined
 from lora_engine.training.guards import deterministic
-from lora_engine.training.identity import identity_loss
-from lora_engine.training.loop import FitOptions, History, fit
-from lora_engine.training.losses import LossTerm
-from lora_engine.training.machine import choose_device, compile_network, prepare_network
-from lora_engine.training.methods import Dressing, Workbench, methods
-from lora_engine.training.methods.inpainting import hiding
-from lora_engine.training.objective import check_objective
-from lora_engine.training.optimisers import require_optimiser
-from lora_engine.training.pictures import Pictures, class_pictures, read_pictures
-from lora_engine.training.record import card_of, curves_of
-from lora_engine.training.samples import SampleWriter
+from lora_engine.training.job import TrainingJob
+from lora_engine.training.machine import choose_device
+from lora_engine.training.record import curves_of
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.methods import Inpainting
-from lora_engine.training.validation import picture_losses
 
 ADAPTER = "adapter.safetensors"
 CURVES = "training.json"
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A mean over pixels leaves each with a gradient near the least that float16 can tell from 0. A power of two is exact.
-_FP16_LOSS_SCALE = 4096.0
 
 
 def train(
@@ -84,13 +59,15 @@ def train(
         NonFiniteError: NaN or Inf turned up.
         TrainingError: Memory ran out.
     """
-    job = _Job(settings, dataset, work, cache or work, class_dataset, embedder, progress, stop)
     try:
         with (
             joined(settings.running.processes, choose_device(settings.running)) as team,
             deterministic(wanted=settings.running.deterministic),
         ):
-            bundle, history = replace(job, team=team, out=out).run(base)
+            job = TrainingJob(
+                settings, dataset, work, cache or work, class_dataset, embedder, progress, stop, team, out
+            )
+            bundle, history = job.run(base)
     except (MemoryError, RuntimeError) as error:
         if _is_not_deterministic(error):
             raise SettingsError(
@@ -111,193 +88,6 @@ def train(
         return
     atomic_write(out / CURVES, canonical_json(curves_of(history, bundle.card.data)))
     write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)
-
-
-@dataclass(frozen=True)
-class _Job:
-    settings: TrainSettings
-    dataset: Path
-    work: Path
-    cache: Path
-    class_dataset: Path | None
-    embedder: Path | None
-    progress: Progress
-    stop: Callable[[], bool]
-    team: Team = ALONE
-    out: Path = Path()
-
-    def run(self, base_name: str) -> tuple[Bundle, History]:
-        settings = self.settings
-        require_optimiser(settings.rates.optimiser.name)
-        source = resolve_base(base_name)
-        manifest = Manifest.load(self.dataset)
-        examples, heldout = read_pictures(settings, self.dataset, manifest)
-        self._check()
-        dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
-        base = load_base(source, device=self.team.device, dtype=dtype, quantise=quantise)
-        prepare_network(base, settings.running)
-        self._check_base(base, (*examples, *heldout))
-        fresh = begin_adapter(base, settings)
-        word = begin_words(base, settings, manifest, examples)
-        encoder = Encoder(base, self.cache, settings.captions, settings.seed)
-        with self.team.in_turn():
-            classes = class_pictures(
-                settings,
-                base,
-                manifest,
-                examples,
-                given=self.class_dataset,
-                work=self.work / "class",
-                told=self._tell_drawn,
-            )
-            pictures = Pictures(examples, classes, heldout)
-            texts, others = [""] if settings.caption_dropout else [], (*pictures.classes, *pictures.heldout)
-            encoder.prepare(pictures.examples, texts, self._check, others=others)
-        trained, words, history = self._fit(base, fresh, word, encoder, pictures, manifest)
-        return Bundle(trained, card_of(settings, base, manifest), words), history
-
-    def _fit(
-        self,
-        base: BaseModel,
-        fresh: Adapter,
-        word: tuple[Embedding, ...],
-        encoder: Encoder,
-        pictures: Pictures,
-        manifest: Manifest,
-    ) -> tuple[Adapter, tuple[Embedding, ...], History]:
-        settings = self.settings
-        trains_text = bool(word) or any(name.startswith("text_encoder") for name in fresh.modules)
-        conditioner = text_encoder(base, settings.captions) if trains_text else encoder.conditioning
-        team, digest = self.team, self._digest(base, pictures)
-        with ExitStack() as stack:
-            attachment = stack.enter_context(attach(base, fresh, trainable=True)) if fresh.modules else None
-            words = stack.enter_context(attach_embeddings(base, word, trainable=True))
-            compile_network(base, settings.running)
-            bench = Workbench(
-                base=base,
-                settings=settings,
-                parameters=dict(attachment.named_parameters()) if attachment else {},
-                examples=pictures.examples,
-                class_examples=pictures.classes,
-                latents=encoder.latents,
-                conditioner=conditioner,
-                dropping=attachment.dropping if attachment else lambda share, seed: nullcontext(),
-                words=dict(words.named_parameters()),
-                teaching=lambda: _silenced(attachment),
-                teacher=encoder.conditioning,
-                trigger=manifest.trigger,
-                class_word=manifest.class_word,
-                extra=self._extra_terms(base, pictures),
-            )
-            samples = self._samples(base, digest)
-            history = fit(
-                [team.phase(phase) for phase in methods[settings.method.name].phases(bench)],
-                base.modules.values(),
-                _options(settings),
-                checkpoints=(Checkpoints if team.leads else Followed)(self.work / "checkpoints", digest),
-                validate=lambda: _mean(
-                    picture_losses(
-                        base,
-                        encoder.latents,
-                        conditioner,
-                        pictures.heldout,
-                        seed=settings.seed,
-                        dressing=_validation_dressing(base, settings),
-                    )
-                ),
-                progress=self.progress if team.leads else no_progress,
-                stop=lambda: team.any(self.stop()),
-                average=team.average,
-                observe=samples.draw if samples else lambda done: None,
-            )
-            if samples:
-                samples.copy(self.out)
-            adapter = attachment.adapter().to(device="cpu").settled() if attachment else fresh
-            return adapter, words.embeddings(), history
-
-    def _samples(self, base: BaseModel, digest: str) -> SampleWriter | None:
-        wanted = self.settings.samples if self.team.leads else None
-        return SampleWriter(base, wanted, self.work / "samples", digest) if wanted else None
-
-    def _extra_terms(self, base: BaseModel, pictures: Pictures) -> tuple[LossTerm, ...]:
-        wanted = self.settings.method.identity
-        return () if wanted is None else (identity_loss(base, wanted, pictures.examples, self.embedder),)
-
-    def _check_base(self, base: BaseModel, examples: Sequence[Example]) -> None:
-        check_objective(self.settings.objective, base.noise)
-        for size in {example.size for example in examples}:
-            base.latent_shape(size)
-        name = self.settings.method.name
-        if base.inpaints and not isinstance(self.settings.method, Inpainting):
-            raise SettingsError(
-                f"the base {base.name!r} is made for inpainting, and method {name!r} gives it no masks",
-                allowed="method inpainting, or a base without mask",
-            )
-        if self.class_dataset is not None and self.settings.class_pictures is None:
-            raise SettingsError(
-                f"a class_dataset is given, and method {name!r} looks at no class pictures",
-                remedy="leave it out, set prior, or choose method dreambooth",
-            )
-
-    def _tell_drawn(self, number: int) -> None:
-        self._check()
-        self.progress(0, self.settings.steps, {"class_pictures": float(number)})
-
-    def _check(self) -> None:
-        if self.stop():
-            raise InterruptedRun("stopped while preparing; what is prepared is kept")
-
-    def _digest(self, base: BaseModel, pictures: Pictures) -> str:
-        job = {
-            "format": 2,
-            "settings": self.settings.model_dump(mode="json"),
-            "base": base.fingerprint,
-            "device": base.device.type,
-            "pictures": [[example.identity() for example in group] for group in pictures.groups],
-        }
-        return sha256_bytes(canonical_json(job))
-
-
-def _options(settings: TrainSettings) -> FitOptions:
-    return FitOptions(
-        schedule=settings.schedule.name,
-        schedule_options=settings.schedule.options(),
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        accumulate=settings.accumulate,
-        checkpoint_every=settings.checkpoint_every,
-        validate_every=settings.validate_every,
-        observe_every=settings.samples.every if settings.samples else 0,
-        optimiser=settings.rates.optimiser.name,
-        optimiser_options=settings.rates.optimiser.options(),
-        ema=settings.rates.ema,
-        loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
-    )
-
-
-@contextmanager
-def _silenced(attachment: Attachment | None) -> Iterator[None]:
-    """While it is open, the base answers as if nothing were attached."""
-    if attachment is None:
-        yield
-        return
-    before = attachment.multiplier
-    attachment.multiplier = 0.0
-    try:
-        yield
-    finally:
-        attachment.multiplier = before
-
-
-def _validation_dressing(base: BaseModel, settings: TrainSettings) -> Dressing | None:
-    if not (base.inpaints and isinstance(settings.method, Inpainting)):
-        return None
-    return hiding(base, settings.method, derive_seed(settings.seed, "validation"))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _is_not_deterministic(error: BaseException) -> bool:

@@ -139,7 +139,7 @@ def test_an_operation_without_a_deterministic_form_is_refused_by_name_and_only_w
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # torch has no deterministic form of it
         return begin_adapter(base, chosen)
 
-    monkeypatch.setattr("lora_engine.training.run.begin_adapter", begin)
+    monkeypatch.setattr("lora_engine.training.job.begin_adapter", begin)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back afterwards
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     base = str(bases["small-sd"])
