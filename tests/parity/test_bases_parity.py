@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_engine.adapters import Adapter, LoraDelta, attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.flux import pack
 from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.formats import write_adapter
 from lora_engine.inference.generate import draw_noise, generate
 
 pytestmark = pytest.mark.slow
@@ -204,3 +206,44 @@ def test_sd2_takes_the_normed_output_of_its_cut_text_encoder(tmp_path: Path) -> 
     noisy, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([7, 900])
     expected = pipeline.unet(noisy, t, encoder_hidden_states=theirs).sample
     torch.testing.assert_close(base.predict(noisy, t, Conditioning({"states": theirs})), expected)
+
+
+ADAPTED = [
+    ("small-sd", "attention", "diffusers"),
+    ("small-sdxl", "attention", "diffusers"),
+    ("small-sdxl", "attention, text", "diffusers"),
+    ("small-sdxl-inpainting", "attention", "diffusers"),
+    ("small-sd3", "attention", "diffusers"),
+    ("small-flux", "attention", "diffusers"),
+]
+
+
+@pytest.mark.parametrize(("shape", "targets", "form"), ADAPTED)
+@torch.no_grad()
+def test_a_picture_with_an_adapter_is_that_of_the_pipeline_which_loaded_our_file(
+    bases: dict[str, BaseModel], pipelines: dict[str, Any], tmp_path: Path, shape: str, targets: str, form: str
+) -> None:
+    base, pipeline, draw = bases[shape], pipelines[shape], torch.Generator().manual_seed(5)
+    fresh = create_adapter(base, targets.split(", "), rank=2, alpha=1.0, generator=draw)
+    adapter = Adapter(
+        {
+            name: LoraDelta(delta.down, 0.5 * torch.randn(delta.up.shape, generator=draw), delta.alpha)
+            for name, delta in fresh.modules.items()
+            if isinstance(delta, LoraDelta)
+        },
+        fresh.base,
+    )
+    assert adapter.modules.keys() == fresh.modules.keys()
+    path = tmp_path / ("adapter" if form == "diffusers" else "adapter.safetensors")
+    write_adapter(path, adapter, format=form)
+    plain = draw_theirs(pipeline, base, shape, 4.0)
+    pipeline.load_lora_weights(path)
+    try:
+        theirs = draw_theirs(pipeline, base, shape, 4.0)
+    finally:
+        pipeline.unload_lora_weights()
+    with attach(base, adapter):
+        found = draw_ours(base, shape, 4.0) / 2 + 0.5
+    assert (found - plain).abs().max() > 1e-2
+    torch.testing.assert_close(theirs, found, rtol=0, atol=5e-5)
+    torch.testing.assert_close(draw_theirs(pipeline, base, shape, 4.0), plain, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from lora_engine.data.pixels import write_png
 from lora_engine.errors import AdapterError, DataError, InterruptedRun, SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter, read_bundle
-from lora_engine.training import run as module
+from lora_engine.training import job as module
 from lora_engine.training.methods import methods
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings

@@ -22,7 +22,7 @@ from lora_engine.errors import (
 )
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter
-from lora_engine.training import run as module
+from lora_engine.training import job as module
 from lora_engine.training.record import thin
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
