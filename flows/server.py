@@ -66,7 +66,8 @@ def _start() -> tuple[str, subprocess.Popen[bytes], Path]:
     # The socket listens from here on, so that no one else takes the port and no one has to ask whether it is ready.
     with socket.create_server(("127.0.0.1", 0)) as listening, log.open("wb") as words:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listening.fileno())],
+            # -P: many a Prefect project has a folder `flows`, which would be taken for ours.
+            [sys.executable, "-P", "-m", "flows.server", str(listening.fileno())],
             env=os.environ | settings,
             stdin=subprocess.PIPE,
             stdout=words,

@@ -43,8 +43,13 @@ except PipelineFailed as error:
 
 def start(home: Path, script: str, **more: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | more
-    command = [sys.executable, "-c", BEGIN + script, str(home)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", "-c", BEGIN + script, str(home)]
+    elsewhere = home.parent / "project"
+    (elsewhere / "flows").mkdir(parents=True, exist_ok=True)  # as projects that use Prefect often have
+    (elsewhere / "flows" / "__init__.py").touch()
+    return subprocess.Popen(
+        command, cwd=elsewhere, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def is_up(address: str) -> bool:
