@@ -167,9 +167,11 @@ def _leave_servers(folder: Path) -> tuple[str, ...]:
     if settings.database is None or sqlite_file(settings.database):
         return ()
     left = [f"{name_of(settings.database)}: the tables are in {DATABASES[0]}; `loraline copy-database` copies them"]
-    if settings.mlflow is not None and not sqlite_file(settings.mlflow):
-        left.append(f"{name_of(settings.mlflow)}: MLflow's tables are written to {DATABASES[1]}")
-    write_file(folder, Settings(store=settings.store, mlflow=None if len(left) > 1 else settings.mlflow))
+    mlflow = settings.mlflow
+    if mlflow is not None and not sqlite_file(mlflow):
+        left.append(f"{name_of(mlflow)}: MLflow's tables are written to {DATABASES[1]}")
+        mlflow = None
+    write_file(folder, Settings(store=settings.store, mlflow=mlflow))
     return tuple(left)
 
 
