@@ -18,6 +18,7 @@ from lora_engine.errors import AdapterError
 
 if TYPE_CHECKING:
     from lora_engine.adapters.delta import Delta
+    from lora_engine.adapters.shared_input import SharedInput
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -120,6 +121,8 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         dropout: Share of the input that the delta does not see (as PEFT's `lora_dropout`); see `Attachment.dropping`.
+        whole: The layer and the delta in one step, where the kind has that and the layer is not wrapped already.
+        shared: The layers that are called with the same input, where there are others.
     """
 
     base: nn.Module
@@ -148,14 +151,18 @@ class AdaptedLayer(nn.Module):
         }
         self.factors = nn.ParameterDict(factors)
         self.delta = delta.with_factors(factors)
-        self._whole = self.delta.whole(weight, bias_of(layer), self._op) if base is layer else None
+        self.whole = self.delta.whole(weight, bias_of(layer), self._op) if base is layer else None
+        self.shared: SharedInput | None = None
         self.training = base.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output."""
-        whole, usual = self._whole, self.multiplier != 0.0 and not self.dropout and not (args or kwargs)
-        if whole is not None and usual and whole.suits(x) and is_plain_linear(self.base):
-            return whole(x, self.multiplier)
+        if not (args or kwargs):
+            shared = None if self.shared is None else self.shared.output(self, x)
+            if shared is not None:
+                return shared
+            if self.whole is not None and self.goes_whole(x):
+                return self.whole(x, self.multiplier)
         out: Tensor = self.base(x, *args, **kwargs)
         if self.multiplier == 0.0:
             return out
@@ -165,6 +172,11 @@ class AdaptedLayer(nn.Module):
         # A quantised layer computes its weight when asked, so only kinds that read it ask.
         weight: Tensor = layer.weight if self.delta.reads_base else weight_sketch(layer)  # type: ignore[assignment]
         return self.delta.forward(x, out, weight, bias_of(layer), self._op, self.multiplier)
+
+    def goes_whole(self, x: Tensor) -> bool:
+        """Whether the layer and the delta are one step for this input, now."""
+        whole, usual = self.whole, self.multiplier != 0.0 and not self.dropout
+        return whole is not None and usual and whole.suits(x) and is_plain_linear(self.base)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters import kinds
 from lora_engine.adapters.layer import AdaptedLayer
-from lora_engine.adapters.low_rank import LowRankLinear, _merges
+from lora_engine.adapters.low_rank import LowRankLinear, merges
 
 # With few rows the difference is added to each of them, with many it is merged into the weight.
 SHAPES = {"side": (3, 12, 20, 3), "merged": (400, 12, 20, 3)}
@@ -40,11 +40,11 @@ def results(adapted: AdaptedLayer, x: Tensor) -> dict[str, Tensor]:
 
 
 def by_the_long_way(adapted: AdaptedLayer, x: Tensor) -> dict[str, Tensor]:
-    whole, adapted._whole = adapted._whole, None
+    whole, adapted.whole = adapted.whole, None
     try:
         return results(adapted, x)
     finally:
-        adapted._whole = whole
+        adapted.whole = whole
 
 
 @pytest.mark.parametrize("way", SHAPES)
@@ -54,7 +54,7 @@ def test_in_one_step_outputs_and_gradients_are_the_same(way: str, bias: bool, di
     rows, inputs, outputs, rank = SHAPES[way]
     adapted = wrapped(inputs, outputs, rank, bias=bias)
     x = torch.randn(*(2, rows, inputs)[3 - dims :], generator=torch.Generator().manual_seed(1))
-    assert _merges(x.view(-1, inputs), adapted.factors["down"], adapted.factors["up"]) == (way == "merged")
+    assert merges(x.numel() // inputs, adapted.factors["down"], adapted.factors["up"]) == (way == "merged")
     mine, theirs = results(adapted, x), by_the_long_way(adapted, x)
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -69,7 +69,7 @@ def test_the_written_out_gradients_are_the_true_ones(way: str) -> None:
         torch.randn(*shape, generator=draw, dtype=torch.float64)
         for shape in ((rows, inputs), (rank, inputs), (outputs, rank), (outputs, inputs), (outputs,))
     )
-    assert _merges(x, down, up) == (way == "merged")
+    assert merges(rows, down, up) == (way == "merged")
 
     def apply(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return LowRankLinear(weight, bias, down, up, 1.5)(x, 0.5)
@@ -129,6 +129,6 @@ def test_a_base_that_learns_gets_its_gradient() -> None:
 
 
 def test_low_precision_is_never_merged_since_that_would_round_the_difference_away() -> None:
-    rows, down, up = torch.zeros(400, 12), torch.zeros(3, 12), torch.zeros(20, 3)
-    assert _merges(rows, down, up)
-    assert not _merges(rows.bfloat16(), down.bfloat16(), up.bfloat16())
+    down, up = torch.zeros(3, 12), torch.zeros(20, 3)
+    assert merges(400, down, up)
+    assert not merges(400, down.bfloat16(), up.bfloat16())
