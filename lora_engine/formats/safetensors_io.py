@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import atomic_write, canonical_json, sha256_chunks
-from lora_engine.formats.stage import OutputStage
+from lora_engine.files import append_chunks, atomic_write, canonical_json, sha256_chunks
 
 # In the order in which the safetensors library lays out tensors; then by name. A file's body is thus the one that the
 # library would write, and hashes over bodies (`sshs_model_hash`) agree.
@@ -48,8 +47,6 @@ _DTYPES = {name: dtype for dtype, name in _ORDER.items()} | {
 _RANK = {dtype: place for place, dtype in enumerate(_ORDER)}
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# From here on a file is written past the page cache, where that is possible.
-_LARGE = 32 << 20
 BODY_SHA256 = "[the SHA-256 of the body]".center(64, "-")
 """Stands in a header for the digest of all that follows it, and is as long; the writer puts the digest there."""
 _AGAIN = "save or download the file again"
@@ -97,23 +94,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     head, *body = serialize(tensors, metadata)
     if BODY_SHA256.encode() not in head:
-        _append(file, [head, *body])
+        append_chunks(file, [head, *body])
         return
     # The digest belongs at the beginning and is known at the end. It is taken while the disk is waited for.
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(sha256_chunks, body)
-        _append(file, [head, *body])
+        append_chunks(file, [head, *body])
     file.seek(0)
     file.write(bytes(head).replace(BODY_SHA256.encode(), digest.result().encode()))
-
-
-def _append(file: BinaryIO, chunks: Sequence[bytes | memoryview]) -> None:
-    if sum(map(len, chunks)) < _LARGE:
-        file.writelines(chunks)
-        return
-    with OutputStage(file.fileno()) as stage:
-        for chunk in chunks:
-            stage.write(chunk)
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

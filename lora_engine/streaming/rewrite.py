@@ -18,8 +18,8 @@ from torch import Tensor
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json
-from lora_engine.formats.stage import OutputStage, read_bytes
 from lora_engine.streaming.blocks import BLOCK, FLOATS, as_bytes
+from lora_engine.streaming.stage import OutputStage, read_bytes
 
 
 class Change(Protocol):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lora_engine.errors import BaseModelError
-from lora_engine.formats import stage as stages
-from lora_engine.formats.stage import LARGEST, OutputStage
+from lora_engine.streaming import stage as stages
 from lora_engine.streaming.blocks import copy_file
+from lora_engine.streaming.stage import LARGEST, OutputStage
 
 MEMORY = Path("/dev/shm")  # a file system that cannot write past the page cache
 

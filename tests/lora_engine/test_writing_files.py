@@ -1,0 +1,54 @@
+"""Files written whole: what is appended piece by piece is what lies there."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from lora_engine.files import append_chunks, atomic_write
+
+
+def test_pieces_of_every_size_lie_one_after_another(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    pieces = [draw.randbytes(size) for size in (0, 1, 7, 4095, 1 << 20, (9 << 20) + 5, 3)]
+    chunks = [piece if place % 2 else memoryview(piece) for place, piece in enumerate(pieces)]
+    atomic_write(tmp_path / "out", lambda file: append_chunks(file, chunks))
+    assert (tmp_path / "out").read_bytes() == b"".join(pieces)
+
+
+def test_what_was_written_before_and_after_keeps_its_place(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as file:
+        file.write(b"first ")
+        append_chunks(file, [b"second "])
+        file.write(b"third")
+        file.seek(0)
+        file.write(b"FIRST")
+    assert (tmp_path / "out").read_bytes() == b"FIRST second third"
+
+
+def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, view: plain(descriptor, view[:1000]))
+    content = random.Random(1).randbytes(12345)
+    with (tmp_path / "out").open("wb") as file:
+        append_chunks(file, [content])
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_where_the_system_takes_no_advice_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    content = random.Random(2).randbytes(9 << 20)
+    with (tmp_path / "out").open("wb") as file:
+        append_chunks(file, [content])
+    assert (tmp_path / "out").read_bytes() == content
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+def test_a_full_disk_is_said() -> None:
+    with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as file:
+        append_chunks(file, [bytes(10)])
