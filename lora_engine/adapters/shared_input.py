@@ -84,9 +84,10 @@ class SharedInput:
         return out
 
     def _now(self, x: Tensor) -> tuple[Any, ...]:
-        # All that an output depends on: what changed between two calls is not to be passed over.
+        # The values that an output depends on: what changed between two calls is not to be passed over.
         settings = [(layer.multiplier, layer.dropout) for layer in self._layers]
-        versions = [tensor._version for step in self._steps for tensor in (step.weight, step.down, step.up)]
+        values = [tensor for step in self._steps for tensor in (step.weight, step.bias, step.down, step.up)]
+        versions = [tensor._version for tensor in values if tensor is not None]
         return (x._version, torch.is_grad_enabled(), *settings, *versions)
 
     def _compute(self, x: Tensor) -> dict[AdaptedLayer, Tensor | None]:

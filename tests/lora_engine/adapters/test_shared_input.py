@@ -163,11 +163,21 @@ def other_tensor(net: Net, x: Tensor) -> Tensor:
 
 
 def written_in_between(net: Net, x: Tensor) -> Tensor:
-    x = x * 1.0
-    query = net.attn1.to_q(x.detach())
+    x = x.clone()
     with torch.no_grad():
+        query = net.attn1.to_q(x)
         x.add_(1)
-    return query + net.attn1.to_k(x)
+        return query + net.attn1.to_k(x)
+
+
+def bias_moved_in_between(net: Net, x: Tensor) -> Tensor:
+    query = net.attn1.to_q(x)
+    with torch.no_grad():
+        net.attn1.to_k.base.bias.add_(1)
+    out = query + net.attn1.to_k(x)
+    with torch.no_grad():
+        net.attn1.to_k.base.bias.sub_(1)
+    return out
 
 
 def factor_moved_in_between(net: Net, x: Tensor) -> Tensor:
@@ -206,6 +216,7 @@ def hooked(net: Net, x: Tensor) -> Tensor:
     [
         other_tensor,
         written_in_between,
+        bias_moved_in_between,
         factor_moved_in_between,
         strength_changed_in_between,
         backwards_and_twice,
