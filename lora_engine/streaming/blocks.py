@@ -25,7 +25,7 @@ FLOATS = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """Torch's dtype of each dtype of safetensors that arithmetic is done on."""
-BLOCK = 2 << 20
+BLOCK = 1 << 20
 # Larger pieces make the kernel look for large pages, which on many machines takes longer than filling them.
 _PIECE = 128 << 10
 # Systems and file systems that cannot copy within the kernel.

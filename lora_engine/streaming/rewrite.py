@@ -19,7 +19,7 @@ from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.streaming.blocks import BLOCK, FLOATS, as_bytes
-from lora_engine.streaming.stage import OutputStage, read_bytes
+from lora_engine.streaming.stage import PAGE, OutputStage, read_bytes
 
 
 class Change(Protocol):
@@ -112,7 +112,9 @@ def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]
             "data_offsets": [first, first + stored.size],
         }
     text = canonical_json(header)
-    text += b" " * (-len(text) % 8)
+    # The body keeps its place within a page, so that what is only copied can go by pages.
+    spaces = (start - 8 - len(text)) % PAGE if start % 8 == 0 else -len(text) % 8
+    text += b" " * spaces
     return struct.pack("<Q", len(text)) + text
 
 

@@ -1,7 +1,9 @@
 """The way of a large file to the disk: gathered in two buffers, and written past the page cache where that is possible.
 
 A file of gigabytes that is written through the page cache is copied once more by the kernel, and pushes everything else
-out of the cache. One buffer is filled while the disk takes the other. Knows bytes alone.
+out of the cache. One buffer is filled while the disk takes the other. What is only copied goes to the disk straight
+from the pages of its file, a fifth of the work, where it lies in both files at the same place of a page. Knows bytes
+alone.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from torch import Tensor
 from lora_engine.errors import BaseModelError
 
 # Of each of the two buffers.
-_SIZE = 8 << 20
-# What the memory, the place and the length of a direct write must be multiples of, on every common disk.
-_PAGE = 4096
+_SIZE = 2 << 20
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 # Through the page cache: larger pieces make the kernel look for large pages, which often takes longer than filling.
 _PIECE = 128 << 10
+# Fewer bytes are sooner read than mapped.
+_WORTH_MAPPING = 1 << 20
+# Of a mapped file at once, since its pages count as memory of the process.
+_WINDOW = 4 << 20
+PAGE = 4096
+"""What the memory, the place and the length of a direct write must be multiples of, on every common disk."""
 
 
 class OutputStage:
@@ -41,8 +47,9 @@ class OutputStage:
         self._output = output
         self._buffers = (_Buffer(), _Buffer())
         self._used = 0
+        self._before = 0
         self._disk = ThreadPoolExecutor(1)
-        self._sent: Future[None] | None = None
+        self._sent: list[Future[None]] = []
         self._set_direct(wanted=True)
 
     def __enter__(self) -> Self:
@@ -67,9 +74,30 @@ class OutputStage:
             done += count
 
     def copy(self, source: int, first: int, last: int) -> None:
-        """Appends the bytes from `first` up to and without `last` of an open file."""
+        """Appends the bytes from `first` up to and without `last` of an open file, which may be closed afterwards.
+
+        Raises:
+            BaseModelError: The file ends before. Where it is cut meanwhile, a later call may tell, or the block's end.
+        """
+        if self._is_direct and last - first >= _WORTH_MAPPING and (self._before + self._used - first) % PAGE == 0:
+            edge, end = first + -first % PAGE, last - last % PAGE
+            self._read(source, first, edge)
+            first = end if self._copy_pages(source, edge, end) else edge
+        self._read(source, first, last)
+
+    def _copy_pages(self, source: int, first: int, last: int) -> bool:
+        try:
+            mapping = mmap.mmap(source, last - first, access=mmap.ACCESS_READ, offset=first)
+        except (OSError, ValueError):  # a file system that maps nothing, larger pages, or a file that ends before
+            return False
+        self._flush()
+        self._sent.append(self._disk.submit(self._send_pages, mapping, first))
+        self._before += last - first
+        return True
+
+    def _read(self, source: int, first: int, last: int) -> None:
         while first < last:
-            count = min(last - first, self._room(_PAGE))
+            count = min(last - first, self._room(PAGE))
             read_bytes(source, self._buffers[0].view[self._used : self._used + count], first)
             self._used += count
             first += count
@@ -101,16 +129,29 @@ class OutputStage:
         """Hands the whole pages of the filled buffer to the disk; the rest begins the other one."""
         self._wait()
         filled, free = self._buffers
-        whole = self._used // _PAGE * _PAGE
+        whole = self._used // PAGE * PAGE
         rest = self._used - whole
         free.view[:rest] = filled.view[whole : self._used]
-        self._sent = self._disk.submit(self._send, filled.view[:whole])
+        self._sent.append(self._disk.submit(self._send, filled.view[:whole]))
+        self._before += whole
         self._buffers, self._used = (free, filled), rest
 
     def _wait(self) -> None:
-        if self._sent is not None:
-            self._sent.result()
-            self._sent = None
+        while self._sent:
+            self._sent.pop(0).result()
+
+    def _send_pages(self, mapping: mmap.mmap, first: int) -> None:
+        # The mapping is left to be closed with its last view, which the frames of an error may still hold.
+        view = memoryview(mapping)
+        for begin in range(0, len(view), _WINDOW):
+            window = view[begin : begin + _WINDOW]
+            try:
+                self._send(window)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                raise shorter_than(first + begin) from error  # where a mapped file was cut, there is no memory
+            mapping.madvise(mmap.MADV_DONTNEED, begin, len(window))
 
     def _send(self, view: memoryview) -> None:
         done = 0
@@ -122,7 +163,7 @@ class OutputStage:
                 if not self._is_direct or error.errno != errno.EINVAL:
                     raise
                 self._set_direct(wanted=False)
-            if done % _PAGE:
+            if done % PAGE:
                 self._set_direct(wanted=False)
 
     def _set_direct(self, *, wanted: bool) -> None:
@@ -166,5 +207,5 @@ def shorter_than(place: int) -> BaseModelError:
     return BaseModelError(f"a file ended at byte {place} while it was read", remedy="see who changes it, and try again")
 
 
-LARGEST = _SIZE - _PAGE
+LARGEST = _SIZE - PAGE
 """Bytes of the largest block."""

@@ -75,6 +75,8 @@ def test_everything_else_keeps_its_bytes_and_the_header_names_the_adapter(bases,
     metadata = metadata_of(tmp_path / "out" / UNET)
     assert json.loads(metadata.pop("loraline.fused")) == [{"sha256": sha256_file(path), "title": "", "weight": 0.5}]
     assert metadata == {"format": "pt", "note": "kept"}  # and the digest of what the tensors were is gone
+    lengths = [int.from_bytes((folder / UNET).read_bytes()[:8], "little") for folder in (base, tmp_path / "out")]
+    assert lengths[0] % 4096 == lengths[1] % 4096  # so that large tensors can go by pages
 
 
 def test_fusing_two_is_fusing_their_concatenation(bases, tmp_path):

@@ -1,5 +1,6 @@
 """What goes through the stage comes out on the disk, byte for byte, however it is cut."""
 
+import mmap
 import os
 import random
 from pathlib import Path
@@ -44,6 +45,48 @@ def test_pieces_of_any_size_arrive_in_order(direct, tmp_path, monkeypatch):
                 expected += piece
         assert place.read_bytes() == bytes(expected)
         place.unlink()
+
+
+@pytest.mark.parametrize("before", [0, 8, 4095])
+def test_what_lies_at_the_same_place_of_a_page_goes_from_the_pages_of_its_file(before, tmp_path, monkeypatch):
+    content = random.Random(3).randbytes(9_000_001)
+    source = tmp_path / "source"
+    source.write_bytes(content)
+    went = []
+    by_pages = OutputStage._copy_pages
+    monkeypatch.setattr(OutputStage, "_copy_pages", lambda *given: went.append(by_pages(*given)) or went[-1])
+    with (tmp_path / "out").open("wb") as file, OutputStage(file.fileno()) as stage:
+        is_direct = stage._is_direct
+        stage.write(content[:before])
+        with source.open("rb") as read:
+            stage.copy(read.fileno(), before, 5_000_000)
+        with stage.block(1_000_000) as block:
+            block.copy_(torch.frombuffer(bytearray(content[5_000_000:6_000_000]), dtype=torch.uint8))
+        with source.open("rb") as read:
+            stage.copy(read.fileno(), 6_000_000, len(content))
+            stage.copy(read.fileno(), 5, len(content))
+    assert (tmp_path / "out").read_bytes() == content + content[5:]
+    assert went == ([True, True] if is_direct else [])
+
+
+def test_a_source_that_is_cut_while_its_pages_are_written_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_bytes(bytes(8 << 20))
+    real = mmap.mmap
+
+    def mapped_and_cut(descriptor, *given, **options):
+        mapping = real(descriptor, *given, **options)
+        if descriptor != -1:
+            os.truncate(source, 4096)
+        return mapping
+
+    with (tmp_path / "out").open("wb") as file:
+        stage = OutputStage(file.fileno())
+        if not stage._is_direct:
+            pytest.skip("this file system cannot write past the page cache")
+        monkeypatch.setattr(mmap, "mmap", mapped_and_cut)
+        with source.open("rb") as read, pytest.raises(BaseModelError, match="ended at byte"), stage:
+            stage.copy(read.fileno(), 0, 8 << 20)
 
 
 def test_more_than_the_stage_holds_is_written_and_not_offered_as_a_block(tmp_path):
