@@ -9,6 +9,7 @@ from lora_engine.adapters import peft_boft as peft_boft
 from lora_engine.adapters import peft_oft as peft_oft
 from lora_engine.adapters import replacement as replacement
 from lora_engine.adapters import rslora as rslora
+from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.attach import Attachment, LayerSettings, attach, check_fit, collapse, create_adapter
 from lora_engine.adapters.boft import BoftDelta
@@ -16,7 +17,7 @@ from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds, same_
 from lora_engine.adapters.dora import DoraDelta
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.ia3 import Ia3Delta, PeftIa3Delta
-from lora_engine.adapters.layer import AdaptedLayer, LayerOp, innermost
+from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
 from lora_engine.adapters.lora import LoraDelta

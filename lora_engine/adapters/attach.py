@@ -14,9 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
-from lora_engine.adapters.layer import ADAPTABLE, AdaptedLayer, bias_of, innermost, is_adaptable, weight_sketch
+from lora_engine.adapters.layer import ADAPTABLE, bias_of, is_adaptable, weight_sketch
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.shared_input import share_inputs
 from lora_engine.adapters.tree import ModuleTree, as_tree, module_shapes, weight_shape
@@ -203,7 +204,7 @@ def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: 
         name: AdaptedLayer(tree.get_module(name), delta, multiplier, trainable=trainable)
         for name, delta in adapter.modules.items()
     }
-    share_inputs(tree, layers)
+    share_inputs(layers, tree.get_module)
     for name, layer in layers.items():
         tree.set_module(name, layer)
     return Attachment(tree, adapter, layers)

@@ -8,18 +8,14 @@ one cannot go in one step (`AdaptedLayer.goes_whole`), each computes for itself;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_engine.adapters.low_rank import apply_frozen, merges
-
-if TYPE_CHECKING:
-    from lora_engine.adapters.layer import AdaptedLayer
-    from lora_engine.adapters.tree import ModuleTree
+from lora_engine.adapters.low_rank import LowRankLinear, apply_frozen, merges
 
 # Weight and bias of a layer; weight, `down` and `up` transposed.
 _Frozen = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -34,26 +30,41 @@ _SIBLINGS = (
 )
 
 
-def share_inputs(tree: ModuleTree, layers: Mapping[str, AdaptedLayer]) -> None:
+class Sharing(Protocol):
+    """What an `AdaptedLayer` shows of itself here."""
+
+    multiplier: float
+    dropout: float
+    whole: LowRankLinear | None
+    shared: SharedInput | None
+
+    def goes_whole(self, x: Tensor) -> bool: ...  # noqa: D102
+
+
+def share_inputs(layers: Mapping[str, Sharing], module: Callable[[str], nn.Module]) -> None:
     """Joins those of the layers, by canonical name, that get one tensor from the module around them.
 
     Layers join where each goes in one step with its delta and all have one scale. The keys and values of a
     cross-attention stay apart: their input seldom takes a gradient, and there is little else to share.
+
+    Args:
+        layers: By canonical name.
+        module: Gives the module of a canonical name.
     """
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for leaves in _SIBLINGS:
             found = [layers[name] for leaf in leaves if (name := f"{parent}.{leaf}") in layers]
             scales = {None if layer.whole is None else layer.whole.scale for layer in found}
-            if len(found) > 1 and len(scales) == 1 and None not in scales and not _crosses(tree, parent, leaves):
+            if len(found) > 1 and len(scales) == 1 and None not in scales and not _crosses(module, parent, leaves):
                 shared = SharedInput(found)
                 for layer in found:
                     layer.shared = shared
 
 
-def _crosses(tree: ModuleTree, parent: str, leaves: Sequence[str]) -> bool:
+def _crosses(module: Callable[[str], nn.Module], parent: str, leaves: Sequence[str]) -> bool:
     # diffusers' attentions say it; where the parent is a whole component, there is nothing to ask.
     asked = "to_q" in leaves and "." in parent
-    return asked and bool(getattr(tree.get_module(parent), "is_cross_attention", False))
+    return asked and bool(getattr(module(parent), "is_cross_attention", False))
 
 
 class SharedInput:
@@ -63,14 +74,14 @@ class SharedInput:
         layers: Two or more, each with a `whole`, all of one scale.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
+    def __init__(self, layers: Sequence[Sharing]) -> None:
         self._layers = tuple(layers)
         self._steps = [layer.whole for layer in layers if layer.whole is not None]
-        self._ready: dict[AdaptedLayer, Tensor | None] = {}
+        self._ready: dict[Sharing, Tensor | None] = {}
         self._input: Tensor | None = None
         self._state: tuple[Any, ...] = ()
 
-    def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
+    def output(self, layer: Sharing, x: Tensor) -> Tensor | None:
         """What a layer gives for an input; None where it is to compute for itself."""
         if torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -90,8 +101,8 @@ class SharedInput:
         versions = [tensor._version for tensor in values if tensor is not None]
         return (x._version, torch.is_grad_enabled(), *settings, *versions)
 
-    def _compute(self, x: Tensor) -> dict[AdaptedLayer, Tensor | None]:
-        apart: dict[AdaptedLayer, Tensor | None] = dict.fromkeys(self._layers)
+    def _compute(self, x: Tensor) -> dict[Sharing, Tensor | None]:
+        apart: dict[Sharing, Tensor | None] = dict.fromkeys(self._layers)
         multiplier = self._layers[0].multiplier
         if any(layer.multiplier != multiplier or not layer.goes_whole(x) for layer in self._layers):
             return apart

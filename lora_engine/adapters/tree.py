@@ -12,7 +12,8 @@ from typing import Protocol
 
 from torch import nn
 
-from lora_engine.adapters.layer import AdaptedLayer, innermost, is_adaptable, weight_sketch
+from lora_engine.adapters.adapted import AdaptedLayer, innermost
+from lora_engine.adapters.layer import is_adaptable, weight_sketch
 from lora_engine.errors import AdapterError
 
 _LEVEL = "text_model."

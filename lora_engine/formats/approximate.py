@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
-from lora_engine.adapters.layer import innermost
+from lora_engine.adapters.adapted import innermost
 from lora_engine.adapters.tree import ModuleTree
 from lora_engine.errors import AdapterError
 from lora_engine.formats.codec import Names, codecs

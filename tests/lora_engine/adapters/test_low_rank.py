@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.adapters import kinds
-from lora_engine.adapters.layer import AdaptedLayer
+from lora_engine.adapters.adapted import AdaptedLayer
 from lora_engine.adapters.low_rank import LowRankLinear, merges
 
 # With few rows the difference is added to each of them, with many it is merged into the weight.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters import Adapter, Attachment, DictTree, attach, create_adapter
 from lora_engine.adapters import shared_input as module
-from lora_engine.adapters.layer import AdaptedLayer
+from lora_engine.adapters.adapted import AdaptedLayer
 from lora_engine.adapters.shared_input import SharedInput
 
 INNER, OTHER, ROWS = 12, 10, 5

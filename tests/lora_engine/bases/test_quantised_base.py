@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.adapters import LayerSettings, attach, collapse, create_adapter, kinds
-from lora_engine.adapters.layer import AdaptedLayer, LayerOp, innermost, weight_sketch
+from lora_engine.adapters.adapted import AdaptedLayer, innermost
+from lora_engine.adapters.layer import LayerOp, weight_sketch
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.quantised import Quantisation, QuantisedLinear, check_quantisation
