@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_engine.bases.published.architecture import Architecture, ComponentConfig
-from lora_engine.bases.published.sd3 import T5_REPOSITORY, T5_TOKENIZER, T5_XXL
+from lora_engine.bases.published.sd3 import AUTOENCODER, T5_REPOSITORY, T5_TOKENIZER, T5_XXL
 from lora_engine.bases.published.sd15 import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
 
 _TRANSFORMER = {
@@ -19,22 +19,7 @@ _TRANSFORMER = {
     "pooled_projection_dim": 768,
     "axes_dims_rope": [16, 56, 56],
 }
-_AUTOENCODER = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "act_fn": "silu",
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
+_AUTOENCODER = {**AUTOENCODER, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "base_image_seq_len": 256,

@@ -36,7 +36,8 @@ T5_TOKENIZER = {
     "model_max_length": 512,
 }
 T5_REPOSITORY = "google/t5-v1_1-xxl"
-_AUTOENCODER = {
+# Of SD 3 and FLUX.1, whose own differ in scale and shift alone.
+AUTOENCODER = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -47,11 +48,10 @@ _AUTOENCODER = {
     "latent_channels": 16,
     "norm_num_groups": 32,
     "sample_size": 1024,
-    "scaling_factor": 1.5305,
-    "shift_factor": 0.0609,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+_AUTOENCODER = {**AUTOENCODER, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 _TRANSFORMER = {
     "sample_size": 128,
     "patch_size": 2,
