@@ -111,6 +111,8 @@ class TensorCodec:
     is_folder: ClassVar[bool] = False
     embeddings: ClassVar[str] = "kohya"
     families: ClassVar[tuple[str, ...]] = ()
+    keeps_alpha: ClassVar[bool] = True
+    """Whether alpha goes into the file; if not, the scale goes into a factor."""
     style: ClassVar[Style]
     transformers: ClassVar[DitWriting | None] = None
     """How the modules of diffusion transformers are written, where not as `raw_name` says."""

@@ -1,7 +1,7 @@
-"""diffusers' format (`load_lora_weights`): canonical names with PEFT's factors, alpha in the header at most.
+"""diffusers' format (`load_lora_weights`): canonical names with PEFT's factors, and the scale in `up`.
 
-A reader that overlooks the header takes scale 1, and diffusers 0.42 gives mixed alphas the commonest one. So alpha is
-left to the header only where rank and alpha are the same throughout; otherwise the scale is folded into `up`.
+diffusers keeps alpha in the header. ComfyUI overlooks it and takes scale 1, and diffusers 0.42 itself gives mixed
+alphas the commonest one. So what is written needs no alpha; the header's is only read.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, DoraDelta, LoraDelta, canonical_name
 from lora_engine.errors import AdapterError
-from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, TensorCodec, codecs
-from lora_engine.formats.lora_config import alpha_of, check_one_kind, lora_config, parse_config
+from lora_engine.formats.lora_config import alpha_of, check_one_kind, parse_config
 from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
 from lora_engine.formats.spellings.lora import with_scaled_bias
@@ -42,6 +41,7 @@ class DiffusersCodec(TensorCodec):
     name: ClassVar[str] = "diffusers"
     file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
     embeddings: ClassVar[str] = "diffusers"
+    keeps_alpha: ClassVar[bool] = False
     style = Style("diffusers", writes_alpha=False, spellings=DIFFUSERS.spellings, also=(DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
@@ -71,10 +71,8 @@ class DiffusersCodec(TensorCodec):
         return alpha
 
     def prepared(self, adapter: Adapter) -> Adapter:
-        """Tucker cores multiplied out, and the scale folded unless rank and alpha are the same throughout."""
-        modules = {name: without_core(delta) for name, delta in adapter.modules.items()}
-        if len({(delta.rank, delta.alpha) for delta in modules.values()}) > 1:
-            modules = {name: _folded(name, delta) for name, delta in modules.items()}
+        """Tucker cores multiplied out, and the scale folded."""
+        modules = {name: _folded(name, without_core(delta)) for name, delta in adapter.modules.items()}
         return replace(adapter, modules={name: with_scaled_bias(delta) for name, delta in modules.items()})
 
     def encode(
@@ -96,20 +94,18 @@ class DiffusersCodec(TensorCodec):
         return super().encode(adapter, card, names)
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
-        """`lora_adapter_metadata` where alpha is not the rank."""
+        """What `save_lora_weights` writes.
+
+        Raises:
+            AdapterError: One component has modules of several kinds.
+        """
         components: dict[str, dict[str, Delta]] = {}
         for name, delta in adapter.modules.items():
             component, _, path = name.partition(".")
-            # PEFT matches the ends of names, so the short path fits text encoders with and without the level.
-            components.setdefault(component, {})[path.removeprefix("text_model.")] = delta
+            components.setdefault(component, {})[path] = delta
         for component, modules in components.items():
             check_one_kind(modules, component)
-        if all(delta.alpha == delta.rank for delta in adapter.modules.values()):
-            return {"format": "pt"}
-        whole: dict[str, Any] = {}
-        for component, modules in components.items():
-            whole |= {f"{component}.{key}": value for key, value in lora_config(modules).items()}
-        return {"format": "pt", CONFIG: canonical_json(whole).decode()}
+        return {"format": "pt"}
 
 
 def _plain(name: str) -> str:

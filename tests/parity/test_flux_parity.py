@@ -146,9 +146,8 @@ def test_the_model_itself_loads_our_file_without_a_pipeline(family, tmp_path):
     model = make()
     adapter = adapter_for(model, family)
     path = write_adapter(tmp_path, adapter, format="diffusers")[0]
-    tensors, header = read_safetensors(path)
-    config = json.loads(header["lora_adapter_metadata"])
-    model.load_lora_adapter(dict(tensors), prefix="transformer", metadata=config)
+    tensors, _ = read_safetensors(path)
+    model.load_lora_adapter(dict(tensors), prefix="transformer")
     torch.testing.assert_close(run(model), ours(adapter, family), rtol=0, atol=1e-5)
 
 
