@@ -32,7 +32,7 @@ class Convert(StepSpec):
     energy: float | None = Field(default=None, gt=0, le=1)
 
 
-@step(Convert, gives="export", revision=3)
+@step(Convert, gives="export", revision=4)
 def convert(spec: Convert, context: Context) -> None:
     """Writes one folder a format, and `exports.json` which lists the files of each.
 

@@ -1,10 +1,11 @@
-"""Making an adapter fit a format that cannot hold its kinds: each such module becomes the nearest LoRA.
+"""Making an adapter fit a format that cannot hold all of it: each module that it refuses becomes the nearest LoRA.
 
 The compression itself is `lora_engine.merging`'s; here is which modules need it, and what is lost by it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,10 +16,11 @@ from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.adapters.adapted import innermost
 from lora_engine.adapters.tree import ModuleTree
 from lora_engine.errors import AdapterError
-from lora_engine.formats.codec import Names, codecs
+from lora_engine.formats.codec import Codec, Names, codecs
 
 ENERGY = 0.99
 """Share of the squared Frobenius norm that is kept where nothing else is asked for."""
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def approximate(
     base: ModuleTree | None = None,
     module_names: Names | None = None,
 ) -> Approximation:
-    """The adapter as near as a format can hold it; exact, and the same object, where it holds every kind.
+    """The adapter as near as a format can hold it; exact, and the same object, where it holds every module.
 
     Args:
         adapter: The adapter.
@@ -60,13 +62,9 @@ def approximate(
         AdapterError: A module needs the base; or no module of the adapter can be in the format.
         SettingsError: No such format, or an impossible rank or share.
     """
-    able = codecs[format].kinds_for(adapter)
-    wanted = {name: delta for name, delta in adapter.modules.items() if delta.kind not in able}
+    wanted = _refused(adapter, codecs[format], module_names)
     if not wanted:
         return Approximation(adapter, {}, 1.0)
-    if LoraDelta.kind not in able:
-        problem, allowed = f"the format {format!r} cannot hold LoRA either", ", ".join(codecs)
-        raise AdapterError(problem, where=next(iter(wanted)), allowed=allowed, remedy="choose another format")
     shapes = module_names if isinstance(module_names, Mapping) else {}
     share = ENERGY if energy is None and rank is None else energy
     modules, retained, kept, before = dict(adapter.modules), {}, 0.0, 0.0
@@ -84,8 +82,34 @@ def approximate(
             modules[name] = found
     if not modules:
         problem = "no module of the adapter can be approximated by LoRA: all are differences of vectors"
-        raise AdapterError(problem, where=next(iter(wanted)), remedy="choose another format")
+        raise AdapterError(problem, where=min(wanted), remedy="choose another format")
     return Approximation(replace(adapter, modules=modules), retained, kept / before if before else 1.0)
+
+
+def _refused(adapter: Adapter, codec: Codec, names: Names | None) -> set[str]:
+    """The modules that a format does not take as they are, those that are LoRA already left out.
+
+    Some formats put modules of one block together; where that cannot be, it is all of the block.
+    """
+    others = {name for name, delta in adapter.modules.items() if delta.kind != LoraDelta.kind}
+    found = {name for name in others if not _takes(codec, adapter, {name}, names)}
+    blocks: dict[str, set[str]] = {}
+    for name in adapter.modules:
+        if name not in found and (start := _BLOCK.match(name)):
+            blocks.setdefault(start[0], set()).add(name)
+    for block in blocks.values():
+        if block & others and len(block) > 1 and not _takes(codec, adapter, block, names):
+            found |= block & others
+    return found
+
+
+def _takes(codec: Codec, adapter: Adapter, chosen: set[str], names: Names | None) -> bool:
+    modules = {name: delta for name, delta in adapter.modules.items() if name in chosen}
+    try:
+        codec.encode(replace(adapter, modules=modules), None, names)
+    except AdapterError:
+        return False
+    return True
 
 
 def _nearest(

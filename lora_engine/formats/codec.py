@@ -79,10 +79,6 @@ class Codec(Protocol):
         """
         ...
 
-    def kinds_for(self, adapter: Adapter) -> Collection[str]:
-        """The kinds that the format can hold for an adapter of such a base."""
-        ...
-
     def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """What the complete metadata lack yet, such as digests of the tensors."""
         ...
@@ -139,10 +135,6 @@ class TensorCodec:
         """Metadata beyond the family and the fingerprint of the base."""
         return {}
 
-    def kinds_for(self, adapter: Adapter) -> Collection[str]:
-        """Those that the style spells."""
-        return list(self._style_for(adapter).spellings)
-
     def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Nothing more."""
         return {}
@@ -187,7 +179,11 @@ class TensorCodec:
         ready = self.prepared(adapter)
         tensors: dict[str, Tensor] = {}
         for name, raw, delta in self._named(ready):
-            written = self._style_for(ready).write(raw, delta)
+            try:
+                written = self._style_for(ready).write(raw, delta)
+            except AdapterError as error:
+                where = error.where or name
+                raise AdapterError(error.problem, where=where, allowed=error.allowed, remedy=error.remedy) from error
             if not tensors.keys().isdisjoint(written):
                 problem = f"the module {name!r} has the same name in this format as another one"
                 raise AdapterError(problem, where=next(iter(written)), remedy="choose another format")

@@ -10,7 +10,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
-from lora_engine.formats.codec import codecs
+from torch import Tensor
+
+from lora_engine.adapters import Adapter, DoraDelta
+from lora_engine.errors import AdapterError
+from lora_engine.formats.card import Card
+from lora_engine.formats.codec import Names, codecs
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
@@ -48,6 +53,25 @@ class ComfyuiCodec(KohyaCodec):
         """Canonical names by way of a table of the base's modules, flattened or dotted."""
         naming = FLAT if all(name.startswith(STARTS) for name in raw) else DOTTED
         return resolve_names(raw, metadata, known, naming)
+
+    def encode(
+        self, adapter: Adapter, card: Card | None = None, names: Names | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata.
+
+        Raises:
+            AdapterError: As others, and for a DoRA whose magnitude is that of the outputs: there ComfyUI divides by
+                the norm of the base's weight and not of the changed one (`weight_decompose`).
+        """
+        for name, delta in adapter.modules.items():
+            if isinstance(delta, DoraDelta) and delta.axis == 0:
+                raise AdapterError(
+                    "the magnitude is that of the outputs, and ComfyUI divides by the norm of the base's weight there",
+                    where=name,
+                    allowed=f"a magnitude of the inputs, [1, in]; this one has {list(delta.magnitude.shape)}",
+                    remedy="train with axis: input, or ask for an approximation, which is a LoRA",
+                )
+        return super().encode(adapter, card, names)
 
 
 codecs.add(ComfyuiCodec.name, ComfyuiCodec())

@@ -59,10 +59,10 @@ def suits_shape(kind, shape):
     return True
 
 
-def random_delta(kind, shape, rank=2, alpha=3.0, seed=0, dtype=torch.float32):
+def random_delta(kind, shape, rank=2, alpha=3.0, seed=0, dtype=torch.float32, **options):
     """A delta of the kind with no factor at zero."""
     generator = torch.Generator().manual_seed(seed)
-    fresh = kinds[kind].create(torch.randn(shape, generator=generator), None, rank, alpha, generator)
+    fresh = kinds[kind].create(torch.randn(shape, generator=generator), None, rank, alpha, generator, **options)
     factors = {key: torch.randn(value.shape, generator=generator) for key, value in fresh.factors().items()}
     return fresh.with_factors({key: (value * 0.5).to(dtype) for key, value in factors.items()})
 
@@ -115,7 +115,7 @@ def names_for(kind, names):
 
 
 @st.composite
-def adapters(draw, kind, *, uniform=False, families=("sd", "sdxl")):
+def adapters(draw, kind, *, uniform=False, families=("sd", "sdxl"), options=None):
     """An adapter over a random set of modules, of one kind, with or without one rank and alpha for all."""
     family = draw(st.sampled_from(families))
     names = NAMES if family == "sd" else SDXL_NAMES
@@ -126,5 +126,5 @@ def adapters(draw, kind, *, uniform=False, families=("sd", "sdxl")):
     for place, name in enumerate(chosen):
         rank_here, alpha_here = (rank, alpha) if uniform else (draw(st.integers(1, 5)), draw(ALPHAS))
         rank_here = ONE_BLOCK_SIZE.get(kind, rank_here)
-        modules[name] = random_delta(kind, names[name], rank_here, alpha_here, seed + place, dtype)
+        modules[name] = random_delta(kind, names[name], rank_here, alpha_here, seed + place, dtype, **(options or {}))
     return Adapter(modules, family, draw(st.sampled_from([None, "0" * 64])))

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from law_adapters import random_delta
 from safetensors.torch import save_file
 
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import AdapterError
-from lora_engine.formats import approximate, codecs, detect_codec, inspect, read_adapter
+from lora_engine.formats import codecs, detect_codec, inspect, read_adapter
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 
 SD1, SDXL = published_module_shapes("sd15"), published_module_shapes("sdxl")
@@ -200,38 +199,3 @@ def test_programs_write_the_names_that_they_read():
         assert flat[form] == {text, "lora_unet_input_blocks_4_1_proj_in"}
     for form in ("lycoris", "onetrainer"):
         assert flat[form] == {text, "lora_unet_down_blocks_1_attentions_0_proj_in"}
-
-
-def test_what_a_format_cannot_hold_is_refused_and_approximated_only_when_asked():
-    shape = (6, 8)
-    names = {"unet.a": shape, "unet.b": shape}
-    adapter = Adapter({"unet.a": random_delta("loha", shape), "unet.b": random_delta("lora", shape)}, "sd")
-    with pytest.raises(AdapterError, match=r"unet\.a: .*'loha'"):
-        codecs["diffusers"].encode(adapter)
-    exact = approximate(adapter, "kohya")
-    assert exact.adapter is adapter
-    assert (exact.retained, exact.total) == ({}, 1.0)
-    near = approximate(adapter, "diffusers", rank=2, module_names=names)
-    assert near.adapter.modules["unet.b"] is adapter.modules["unet.b"]
-    weight = torch.zeros(shape)
-    dense, found = (one.modules["unet.a"].delta_weight(weight) for one in (adapter, near.adapter))
-    lost = float((dense - found).square().sum() / dense.square().sum())
-    assert near.adapter.modules["unet.a"].rank == 2
-    assert near.retained == {"unet.a": pytest.approx(1 - lost, abs=1e-5)}
-    assert near.retained["unet.a"] < near.total < 1
-    full = approximate(adapter, "diffusers", rank=6, module_names=names)
-    assert full.total == pytest.approx(1, abs=1e-6)
-    codecs["diffusers"].encode(full.adapter)
-    assert approximate(adapter, "diffusers").total >= 0.99
-    with pytest.raises(AdapterError, match=r"unet\.a.*base"):
-        approximate(Adapter({"unet.a": random_delta("ia3", shape)}, "sd"), "diffusers", module_names=names)
-
-
-def test_an_approximation_never_passes_over_what_it_leaves_out():
-    adapter = Adapter({"unet.a": random_delta("full", (6,)), "unet.b": random_delta("lora", (6, 8))}, "sd")
-    near = approximate(adapter, "diffusers")
-    assert list(near.adapter.modules) == ["unet.b"]
-    assert near.retained == {"unet.a": 0.0}
-    assert near.total < 1
-    with pytest.raises(AdapterError, match="no module"):
-        approximate(Adapter({"unet.a": random_delta("full", (6,))}, "sd"), "diffusers")

@@ -1,0 +1,82 @@
+"""What a format cannot hold is refused, and written as the nearest LoRA where that is asked for."""
+
+import pytest
+import torch
+from law_adapters import random_delta
+from torch import nn
+
+from lora_engine.adapters import Adapter, DictTree
+from lora_engine.errors import AdapterError
+from lora_engine.formats import approximate, codecs
+
+
+def test_what_a_format_cannot_hold_is_refused_and_approximated_only_when_asked():
+    shape = (6, 8)
+    names = {"unet.a": shape, "unet.b": shape}
+    adapter = Adapter({"unet.a": random_delta("loha", shape), "unet.b": random_delta("lora", shape)}, "sd")
+    with pytest.raises(AdapterError, match=r"unet\.a: .*'loha'"):
+        codecs["diffusers"].encode(adapter)
+    exact = approximate(adapter, "kohya")
+    assert exact.adapter is adapter
+    assert (exact.retained, exact.total) == ({}, 1.0)
+    near = approximate(adapter, "diffusers", rank=2, module_names=names)
+    assert near.adapter.modules["unet.b"] is adapter.modules["unet.b"]
+    weight = torch.zeros(shape)
+    dense, found = (one.modules["unet.a"].delta_weight(weight) for one in (adapter, near.adapter))
+    lost = float((dense - found).square().sum() / dense.square().sum())
+    assert near.adapter.modules["unet.a"].rank == 2
+    assert near.retained == {"unet.a": pytest.approx(1 - lost, abs=1e-5)}
+    assert near.retained["unet.a"] < near.total < 1
+    full = approximate(adapter, "diffusers", rank=6, module_names=names)
+    assert full.total == pytest.approx(1, abs=1e-6)
+    codecs["diffusers"].encode(full.adapter)
+    assert approximate(adapter, "diffusers").total >= 0.99
+    with pytest.raises(AdapterError, match=r"unet\.a.*base"):
+        approximate(Adapter({"unet.a": random_delta("ia3", shape)}, "sd"), "diffusers", module_names=names)
+
+
+def test_an_approximation_never_passes_over_what_it_leaves_out():
+    adapter = Adapter({"unet.a": random_delta("full", (6,)), "unet.b": random_delta("lora", (6, 8))}, "sd")
+    near = approximate(adapter, "diffusers")
+    assert list(near.adapter.modules) == ["unet.b"]
+    assert near.retained == {"unet.a": 0.0}
+    assert near.total < 1
+    with pytest.raises(AdapterError, match="no module"):
+        approximate(Adapter({"unet.a": random_delta("full", (6,))}, "sd"), "diffusers")
+
+
+@pytest.mark.parametrize(("form", "axis"), [("comfyui", "output"), ("diffusers", "input")])
+def test_a_magnitude_that_a_format_cannot_hold_is_approximated(form, axis):
+    layers = nn.ModuleDict({"mid_block": nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6)})})
+    base = DictTree({"unet": layers}, "sd")
+    held = "input" if axis == "output" else "output"
+    modules = {
+        f"unet.mid_block.{name}": random_delta("dora", (6, 8), axis=here) for name, here in (("a", axis), ("b", held))
+    }
+    with pytest.raises(AdapterError, match=r"unet\.mid_block\.a: the magnitude"):
+        codecs[form].encode(Adapter(modules, "sd"))
+    near = approximate(Adapter(modules, "sd"), form, rank=6, base=base)
+    assert near.adapter.modules["unet.mid_block.b"] is modules["unet.mid_block.b"]
+    found = near.adapter.modules["unet.mid_block.a"]
+    assert found.kind == "lora"
+    weight = layers["mid_block"]["a"].weight.detach()
+    torch.testing.assert_close(
+        found.delta_weight(weight), modules["unet.mid_block.a"].delta_weight(weight), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_parts_that_cannot_be_put_together_are_approximated_together():
+    names = {f"transformer.transformer_blocks.0.{part}": (12, 12) for part in ("attn.to_q", "attn.to_k", "attn.to_v")}
+    names |= {"transformer.transformer_blocks.1.attn.to_out.0": (12, 12)}
+    adapter = Adapter({n: random_delta("lokr", s, seed=i) for i, (n, s) in enumerate(names.items())}, "flux")
+    with pytest.raises(AdapterError, match="cannot be carried over exactly"):
+        codecs["comfyui"].encode(adapter)
+    near = approximate(adapter, "comfyui", rank=12, module_names=names)
+    codecs["comfyui"].encode(near.adapter)
+    *parts, alone = names
+    assert sorted(near.retained) == sorted(parts)
+    assert near.adapter.modules[alone] is adapter.modules[alone]
+    for name in parts:
+        weight = torch.zeros(12, 12)
+        found, wanted = (one.modules[name].delta_weight(weight) for one in (near.adapter, adapter))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
