@@ -24,6 +24,7 @@ from lora_engine.formats.transformers.names import COMFYUI_DIT, is_dit
 
 _OTHERWISE = ("ia3", "oft", "boft")
 _PREFIXES = tuple(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes)
+_TEXT_LAYER = re.compile(r"\.(self_attn|mlp)\.")
 # In these names alone; the others are those of diffusers' format and our own too.
 _TELLING = re.compile(
     r"(text_encoders\.clip_\w\.transformer|clip_[lg]|lora_unet|lora_te[12]?)\..*"
@@ -60,10 +61,18 @@ class ComfyuiCodec(KohyaCodec):
         """The tensors and the metadata.
 
         Raises:
-            AdapterError: As others, and for a DoRA whose magnitude is that of the outputs: there ComfyUI divides by
-                the norm of the base's weight and not of the changed one (`weight_decompose`).
+            AdapterError: As others; for a DoRA whose magnitude is that of the outputs, where ComfyUI divides by the
+                norm of the base's weight and not of the changed one (`weight_decompose`); and for layers of text
+                encoders that it does not look for under kohya's names (`LORA_CLIP_MAP`).
         """
         for name, delta in adapter.modules.items():
+            if name.startswith("text_encoder") and not (_TEXT_LAYER.search(name) or COMFYUI_DIT.suits(adapter)):
+                raise AdapterError(
+                    "ComfyUI reads no change of this layer of a text encoder",
+                    where=name,
+                    allowed="the layers of its attentions and feed-forwards (self_attn, mlp)",
+                    remedy="leave the module out, or choose another format",
+                )
             if isinstance(delta, DoraDelta) and delta.axis == 0:
                 raise AdapterError(
                     "the magnitude is that of the outputs, and ComfyUI divides by the norm of the base's weight there",

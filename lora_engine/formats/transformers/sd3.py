@@ -39,14 +39,21 @@ _OUTSIDE = {
 }
 
 
+# Of the published models: 3 medium and 3.5 medium, and 3.5 large.
+_WIDTHS = (1536, 2432)
+
+
 def _rows(parts: Sequence[str], columns: int) -> Rows:
     return [columns] * len(parts)
 
 
 def _swapped(original: str, shape: tuple[int, int]) -> bool:
     # The context of the last block is only normed and not computed further: two values where others have six. diffusers
-    # has its continuous norm there, as at the end of the network, with scale before shift.
-    ends = original.endswith("context_block.adaLN_modulation.1") and shape[0] == 2 * shape[1]
+    # has its continuous norm there, as at the end of the network, with scale before shift. A change of the bias or of
+    # whole rows does not say how wide the layer is.
+    rows, columns = shape
+    widths = (columns,) if columns else _WIDTHS
+    ends = original.endswith("context_block.adaLN_modulation.1") and rows in [2 * width for width in widths]
     return ends or original == "final_layer.adaLN_modulation.1"
 
 
@@ -55,7 +62,7 @@ SD3 = Dit(
     title="Stable Diffusion 3",
     names=NameTable((Blocks("joint_blocks", "transformer_blocks", _JOINT),), _OUTSIDE),
     mark=r"joint_blocks_\d+_.+|transformer_blocks_\d+_attn2_(to_|norm).+|pos_embed_proj",
-    widths=(1536, 2432),
+    widths=_WIDTHS,
     rows=_rows,
     swapped=_swapped,
     text={"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},

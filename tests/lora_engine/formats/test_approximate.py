@@ -65,6 +65,15 @@ def test_a_magnitude_that_a_format_cannot_hold_is_approximated(form, axis):
     )
 
 
+@pytest.mark.parametrize("module", ["final_layer_norm", "embeddings.token_embedding"])
+def test_comfyui_is_not_given_layers_of_text_encoders_that_it_does_not_read(module):
+    name, shape = f"text_encoder.text_model.{module}", (6,) if module.endswith("norm") else (6, 8)
+    adapter = Adapter({name: random_delta("full", shape)}, "sd")
+    with pytest.raises(AdapterError, match=f"{name}: ComfyUI reads no change"):
+        codecs["comfyui"].encode(adapter)
+    codecs["kohya"].encode(adapter)
+
+
 def test_parts_that_cannot_be_put_together_are_approximated_together():
     names = {f"transformer.transformer_blocks.0.{part}": (12, 12) for part in ("attn.to_q", "attn.to_k", "attn.to_v")}
     names |= {"transformer.transformer_blocks.1.attn.to_out.0": (12, 12)}

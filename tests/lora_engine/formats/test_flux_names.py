@@ -7,7 +7,7 @@ import torch
 from law_adapters import random_delta
 from safetensors.torch import save_file
 
-from lora_engine.adapters import Adapter, DoraDelta, LoraDelta, same_delta
+from lora_engine.adapters import Adapter, DoraDelta, FullDelta, LoraDelta, same_delta
 from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, detect_codec, inspect, read_adapter, write_adapter
@@ -161,6 +161,20 @@ def test_the_context_of_sd3s_last_block_has_its_halves_exchanged_and_of_others_n
     assert ups[1].flatten().tolist() == [*range(8, 16), *range(8)]
     back = codecs["comfyui"].decode(tensors, metadata)
     assert all(same_delta(back.modules[name], delta) for name, delta in modules.items())
+
+
+@pytest.mark.parametrize("width", [1536, 2432])
+def test_a_bias_alone_is_known_to_be_of_sd3s_last_block_by_the_published_widths(width):
+    path = "transformer.transformer_blocks.{}.norm1_context.linear"
+    biases = {path.format(0): torch.arange(6.0 * width), path.format(23): torch.arange(2.0 * width)}
+    adapter = Adapter({name: FullDelta(None, bias) for name, bias in biases.items()}, "sd3")
+    tensors, metadata = codecs["comfyui"].encode(adapter)
+    first, last = (
+        tensors[f"diffusion_model.joint_blocks.{n}.context_block.adaLN_modulation.1.diff_b"] for n in (0, 23)
+    )
+    assert torch.equal(first, biases[path.format(0)])
+    assert torch.equal(last, biases[path.format(23)].roll(width))
+    assert codecs["comfyui"].decode(tensors, metadata) == adapter
 
 
 def test_a_lonely_query_is_written_with_zeros_for_key_and_value(tmp_path):
