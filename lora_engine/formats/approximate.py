@@ -62,34 +62,37 @@ def approximate(
         AdapterError: A module needs the base; or no module of the adapter can be in the format.
         SettingsError: No such format, or an impossible rank or share.
     """
-    wanted = _refused(adapter, codecs[format], module_names)
-    if not wanted:
-        return Approximation(adapter, {}, 1.0)
+    codec = codecs[format]
     shapes = module_names if isinstance(module_names, Mapping) else {}
     share = ENERGY if energy is None and rank is None else energy
-    modules, retained, kept, before = dict(adapter.modules), {}, 0.0, 0.0
+    done, retained, sizes = adapter, {}, {}
+    # What stays as it was may not go together with what became LoRA, so the format is asked again.
+    while wanted := _refused(done, codec, module_names):
+        modules = dict(done.modules)
+        for name in wanted:
+            layer = innermost(base.get_module(name)) if base is not None else None
+            found, retained[name], sizes[name] = _nearest(name, modules.pop(name), layer, shapes.get(name), rank, share)
+            if found is not None:
+                modules[name] = found
+        if not modules:
+            problem = "no module of the adapter can be approximated by LoRA: all are differences of vectors"
+            raise AdapterError(problem, where=wanted[0], remedy="choose another format")
+        done = replace(adapter, modules={name: modules[name] for name in adapter.modules if name in modules})
+    if done is adapter:
+        return Approximation(adapter, {}, 1.0)
     for name, delta in adapter.modules.items():
-        layer = innermost(base.get_module(name)) if base is not None else None
-        if name not in wanted:
-            size = _size(delta, layer, shapes.get(name))
-            kept, before = kept + size, before + size
-            continue
-        found, retained[name], size = _nearest(name, delta, layer, shapes.get(name), rank, share)
-        kept, before = kept + size * retained[name], before + size
-        if found is None:
-            del modules[name]
-        else:
-            modules[name] = found
-    if not modules:
-        problem = "no module of the adapter can be approximated by LoRA: all are differences of vectors"
-        raise AdapterError(problem, where=min(wanted), remedy="choose another format")
-    return Approximation(replace(adapter, modules=modules), retained, kept / before if before else 1.0)
+        if name not in retained:
+            layer = innermost(base.get_module(name)) if base is not None else None
+            sizes[name] = _size(delta, layer, shapes.get(name))
+    kept, before = sum(size * retained.get(name, 1.0) for name, size in sizes.items()), sum(sizes.values())
+    return Approximation(done, retained, kept / before if before else 1.0)
 
 
-def _refused(adapter: Adapter, codec: Codec, names: Names | None) -> set[str]:
+def _refused(adapter: Adapter, codec: Codec, names: Names | None) -> list[str]:
     """The modules that a format does not take as they are, those that are LoRA already left out.
 
-    Some formats put modules of one block together; where that cannot be, it is all of the block.
+    Some formats put modules of one block together, and some want one kind throughout. Where that is refused, and none
+    of the modules alone, it is all of the block, or all.
     """
     others = {name for name, delta in adapter.modules.items() if delta.kind != LoraDelta.kind}
     found = {name for name in others if not _takes(codec, adapter, {name}, names)}
@@ -100,7 +103,9 @@ def _refused(adapter: Adapter, codec: Codec, names: Names | None) -> set[str]:
     for block in blocks.values():
         if block & others and len(block) > 1 and not _takes(codec, adapter, block, names):
             found |= block & others
-    return found
+    if not found and others and not _takes(codec, adapter, set(adapter.modules), names):
+        found = others
+    return [name for name in adapter.modules if name in found]
 
 
 def _takes(codec: Codec, adapter: Adapter, chosen: set[str], names: Names | None) -> bool:

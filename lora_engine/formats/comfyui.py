@@ -24,7 +24,7 @@ from lora_engine.formats.transformers.names import COMFYUI_DIT, is_dit
 
 _OTHERWISE = ("ia3", "oft", "boft")
 _PREFIXES = tuple(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes)
-_TEXT_LAYER = re.compile(r"\.(self_attn|mlp)\.")
+_TEXT_LAYER = re.compile(r"\.(self_attn|mlp)\.|^text_encoder_2\.text_projection$")
 # In these names alone; the others are those of diffusers' format and our own too.
 _TELLING = re.compile(
     r"(text_encoders\.clip_\w\.transformer|clip_[lg]|lora_unet|lora_te[12]?)\..*"
@@ -70,7 +70,7 @@ class ComfyuiCodec(KohyaCodec):
                 raise AdapterError(
                     "ComfyUI reads no change of this layer of a text encoder",
                     where=name,
-                    allowed="the layers of its attentions and feed-forwards (self_attn, mlp)",
+                    allowed="those of its attentions and feed-forwards (self_attn, mlp), SDXL's second text_projection",
                     remedy="leave the module out, or choose another format",
                 )
             if isinstance(delta, DoraDelta) and delta.axis == 0:

@@ -47,7 +47,7 @@ class OutputStage:
         self._output = output
         self._buffers = (_Buffer(), _Buffer())
         self._used = 0
-        self._before = 0
+        self._before = 0  # bytes that were handed to the disk already
         self._disk = ThreadPoolExecutor(1)
         self._sent: list[Future[None]] = []
         self._set_direct(wanted=True)

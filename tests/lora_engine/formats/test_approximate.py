@@ -45,6 +45,22 @@ def test_an_approximation_never_passes_over_what_it_leaves_out():
         approximate(Adapter({"unet.a": random_delta("full", (6,))}, "sd"), "diffusers")
 
 
+def test_what_may_not_stay_beside_an_approximation_is_approximated_too():
+    """diffusers wants one kind for all modules of a component."""
+    base = DictTree({"unet": nn.ModuleDict({name: nn.Linear(8, 6) for name in "abc"})}, "sd")
+    modules = {
+        "unet.a": random_delta("dora", (6, 8), axis="input"),
+        "unet.b": random_delta("dora", (6, 8)),
+        "unet.c": random_delta("lora", (6, 8)),
+    }
+    near = approximate(Adapter(modules, "sd"), "diffusers", rank=6, base=base)
+    assert list(near.adapter.modules) == list(modules)
+    assert set(near.retained) == {"unet.a", "unet.b"}
+    assert near.adapter.modules["unet.c"] is modules["unet.c"]
+    assert near.total == pytest.approx(1, abs=1e-6)
+    codecs["diffusers"].encode(near.adapter)
+
+
 @pytest.mark.parametrize(("form", "axis"), [("comfyui", "output"), ("diffusers", "input")])
 def test_a_magnitude_that_a_format_cannot_hold_is_approximated(form, axis):
     layers = nn.ModuleDict({"mid_block": nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6)})})
@@ -56,7 +72,9 @@ def test_a_magnitude_that_a_format_cannot_hold_is_approximated(form, axis):
     with pytest.raises(AdapterError, match=r"unet\.mid_block\.a: the magnitude"):
         codecs[form].encode(Adapter(modules, "sd"))
     near = approximate(Adapter(modules, "sd"), form, rank=6, base=base)
-    assert near.adapter.modules["unet.mid_block.b"] is modules["unet.mid_block.b"]
+    codecs[form].encode(near.adapter)
+    if form == "comfyui":  # the other takes no two kinds
+        assert near.adapter.modules["unet.mid_block.b"] is modules["unet.mid_block.b"]
     found = near.adapter.modules["unet.mid_block.a"]
     assert found.kind == "lora"
     weight = layers["mid_block"]["a"].weight.detach()
@@ -72,6 +90,12 @@ def test_comfyui_is_not_given_layers_of_text_encoders_that_it_does_not_read(modu
     with pytest.raises(AdapterError, match=f"{name}: ComfyUI reads no change"):
         codecs["comfyui"].encode(adapter)
     codecs["kohya"].encode(adapter)
+
+
+def test_comfyui_is_given_the_projection_of_sdxls_second_text_encoder():
+    adapter = Adapter({"text_encoder_2.text_projection": random_delta("lora", (6, 8))}, "sdxl")
+    tensors, _ = codecs["comfyui"].encode(adapter)
+    assert {key.partition(".")[0] for key in tensors} == {"lora_te2_text_projection"}
 
 
 def test_parts_that_cannot_be_put_together_are_approximated_together():
