@@ -184,8 +184,8 @@ class LokrDelta(Delta):
         """The same delta with a whole right factor in the number of dimensions that this weight has."""
         if self.right is None:
             return self
-        shape = (*self.right.shape[:2], *weight_shape[2:])
-        return self.with_factors({**self.factors(), "right": self.right.reshape(shape)})
+        right = self.right.reshape(self.right.shape[0], -1, *weight_shape[2:])
+        return self.with_factors({**self.factors(), "right": right})
 
     @property
     def left_sides(self) -> tuple[int, int]:
@@ -256,7 +256,9 @@ class LokrDelta(Delta):
             allowed = f"{wanted} columns of the product for the base's weight {list(shape)}"
             yield Fault(left, f"the product has {columns} columns", allowed, OTHER_BASE)
         kernel = self.right_core if has_core else self.right
-        if kernel is not None and _kernel(kernel.shape) != _kernel(shape):
+        # ComfyUI's trainer keeps the kernel in the columns of a matrix.
+        is_flat = kernel is not None and kernel.dim() == 2 and kernel.shape[1] % math.prod(shape[2:]) == 0
+        if kernel is not None and _kernel(kernel.shape) != _kernel(shape) and not is_flat:
             allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
             yield Fault(
                 "right_core" if has_core else "right", f"the shape is {list(kernel.shape)}", allowed, OTHER_BASE

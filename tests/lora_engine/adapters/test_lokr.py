@@ -182,3 +182,18 @@ def test_a_file_that_lacks_a_factor_is_refused_by_its_name(missing):
     del tensors[next(key for key in tensors if key.endswith(missing))]
     with pytest.raises(AdapterError, match=missing):
         codecs["kohya"].decode(tensors, metadata, NAMES)
+
+
+def test_a_right_factor_with_the_kernel_in_its_columns_is_that_of_the_convolution():
+    """ComfyUI's trainer saves it so; the weight's own order of elements is that of the columns."""
+    layer = layer_of("conv 3x3")
+    shape, draw = tuple(layer.weight.shape), torch.Generator().manual_seed(0)
+    left = torch.randn(2, 2, generator=draw)
+    flat = LokrDelta(1.0, left=left, right=torch.randn(3, 18, generator=draw))
+    assert list(flat.faults(shape)) == []
+    fitted = flat.fitted(shape)
+    assert fitted.right.shape == (3, 2, 3, 3)
+    assert torch.equal(fitted.delta_weight(layer.weight), flat.delta_weight(layer.weight))
+    # Cut within a kernel, the columns are no convolution's.
+    cut = LokrDelta(1.0, left=torch.randn(2, 9, generator=draw), right=torch.randn(3, 4, generator=draw))
+    assert [fault.factor for fault in cut.faults(shape)] == ["right"]
