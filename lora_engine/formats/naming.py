@@ -21,7 +21,7 @@ MODULES = "loraline.modules"
 """Metadata key: the canonical names of the file's modules, which we write for ourselves."""
 PREFIXES: Mapping[str, str] = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 PREFIXES_SDXL: Mapping[str, str] = {**PREFIXES, "text_encoder": "lora_te1"}
-STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_unet_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,10 @@ class Naming:
         return f"{prefix}{self.joint}{path.replace('.', self.joint)}"
 
 
-# LyCORIS' wrapper is around one module, whichever it is.
+# LyCORIS' wrapper is around one module, whichever it is; kohya's own OFT has a prefix for itself.
 FLAT = Naming(
     {
-        "unet": ("lora_unet", "lycoris"),
+        "unet": ("lora_unet", "lycoris", "oft_unet"),
         "text_encoder": ("lora_te", "lora_te1", "lycoris"),
         "text_encoder_2": ("lora_te2", "lycoris"),
     },

@@ -117,6 +117,18 @@ def test_sdxl_in_diffusers_names_is_read_too():
     assert KOHYA.decode(tensors, {}, SDXL_NAMES) == adapter
 
 
+@pytest.mark.parametrize(("names", "family"), [(NAMES, "sd"), (SDXL_NAMES, "sdxl")])
+def test_kohyas_own_oft_has_a_prefix_for_itself(names, family):
+    inside = {name: (8, 8) for name in names if name.startswith("unet.") and len(names[name]) == 2}
+    adapter = Adapter({name: random_delta("oft", shape) for name, shape in inside.items()}, family)
+    tensors, _ = KOHYA.encode(adapter)
+    renamed = {key.replace("lora_unet_", "oft_unet_"): tensor for key, tensor in tensors.items()}
+    assert KOHYA.detect(renamed, {})
+    found = KOHYA.decode(renamed, {}, inside)
+    assert found.modules.keys() == inside.keys()
+    assert found == KOHYA.decode(tensors, {}, inside)
+
+
 def test_a_module_in_both_spellings_is_refused():
     both = KOHYA.encode(small(SDXL_NAMES, "sdxl"))[0] | KOHYA.encode(small(SDXL_NAMES, "sd"))[0]
     with pytest.raises(AdapterError, match="in the file twice"):
