@@ -37,7 +37,7 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
                 allowed=", ".join(str(dtype) for dtype in FLOATS),
                 remedy="save the adapter in one of these dtypes",
             )
-        if not _is_finite(tensor) and not _is_idle_alpha(name, tensors):
+        if not is_finite(tensor) and not _is_idle_alpha(name, tensors):
             count = int((~torch.isfinite(tensor)).sum())
             raise AdapterError(
                 f"{count} of {tensor.numel()} values are NaN or infinite",
@@ -56,7 +56,8 @@ def _is_idle_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return dot + suffix == ".alpha" and f"{module}.lokr_w1" in tensors and f"{module}.lokr_w2" in tensors
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     if tensor.numel() < 2:
         return all(math.isfinite(value) for value in tensor.flatten().tolist())
     # Both ends of the values are found in one pass, NaN where any value is; `isfinite` takes twenty times as long.

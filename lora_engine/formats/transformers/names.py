@@ -16,6 +16,7 @@ from lora_engine.formats.spelling import DIFFUSERS, Style
 from lora_engine.formats.transformers.dit import TEXT_NAMES, TRANSFORMER, Dit, Place, Shapes, dits
 from lora_engine.formats.transformers.fused import delta_shape
 from lora_engine.formats.transformers.unsupported import flattened, is_qwen_attention, unsupported, unsupported_family
+from lora_engine.formats.validate import is_finite
 
 # What stands before the path of a transformer's module, and what then separates its parts; the first that fits counts.
 _BEFORE = {
@@ -253,8 +254,8 @@ def folded_lora(name: str, delta: LoraDelta) -> LoraDelta:
     """As `folded`, for a LoRA."""
     if delta.scale == 1.0:
         return delta
-    up = delta.up.float().mul(delta.scale).to(delta.up.dtype)
-    if not bool(up.isfinite().all()):
+    up = delta.up.mul(delta.scale)  # in float32 at least, and rounded once
+    if abs(delta.scale) > 1.0 and not is_finite(up):
         raise AdapterError(
             f"the scale {delta.scale!r} cannot be folded into {delta.up.dtype}: a value would overflow",
             where=name,
