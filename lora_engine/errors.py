@@ -13,6 +13,8 @@ WordedError                 the root of the registry's tree, too
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class WordedError(Exception):
     """An error worded for the person who can mend it.
@@ -32,6 +34,10 @@ class WordedError(Exception):
         if remedy:
             parts.append(f"To do: {remedy}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
+
+    def at(self, where: str) -> Self:
+        """The same error with another place, for those who know better where it is."""
+        return type(self)(self.problem, where=where, allowed=self.allowed, remedy=self.remedy)
 
 
 class EngineError(WordedError):

@@ -102,7 +102,7 @@ def create_adapter(
         except SettingsError as error:
             if error.where:
                 raise
-            raise SettingsError(error.problem, where=name, allowed=error.allowed, remedy=error.remedy) from error
+            raise error.at(name) from error
     return Adapter(modules, tree.family, tree.fingerprint)
 
 

@@ -70,8 +70,9 @@ def approximate(
     while wanted := _refused(done, codec, module_names):
         modules = dict(done.modules)
         for name in wanted:
-            layer = innermost(base.get_module(name)) if base is not None else None
-            found, retained[name], sizes[name] = _nearest(name, modules.pop(name), layer, shapes.get(name), rank, share)
+            found, retained[name], sizes[name] = _nearest(
+                name, modules.pop(name), _layer(base, name), shapes.get(name), rank, share
+            )
             if found is not None:
                 modules[name] = found
         if not modules:
@@ -82,8 +83,7 @@ def approximate(
         return Approximation(adapter, {}, 1.0)
     for name, delta in adapter.modules.items():
         if name not in retained:
-            layer = innermost(base.get_module(name)) if base is not None else None
-            sizes[name] = _size(delta, layer, shapes.get(name))
+            sizes[name] = _size(delta, _layer(base, name), shapes.get(name))
     kept, before = sum(size * retained.get(name, 1.0) for name, size in sizes.items()), sum(sizes.values())
     return Approximation(done, retained, kept / before if before else 1.0)
 
@@ -144,6 +144,10 @@ def _nearest(
     size = _size(found, None, None) / retained if retained else 0.0
     dtype = next(iter(delta.factors().values())).dtype
     return found.with_factors({key: factor.to(dtype) for key, factor in found.factors().items()}), retained, size
+
+
+def _layer(base: ModuleTree | None, name: str) -> nn.Module | None:
+    return None if base is None else innermost(base.get_module(name))
 
 
 def _of(layer: nn.Module | None, name: str) -> Tensor | None:

@@ -182,8 +182,7 @@ class TensorCodec:
             try:
                 written = self._style_for(ready).write(raw, delta)
             except AdapterError as error:
-                where = error.where or name
-                raise AdapterError(error.problem, where=where, allowed=error.allowed, remedy=error.remedy) from error
+                raise error.at(error.where or name) from error
             if not tensors.keys().isdisjoint(written):
                 problem = f"the module {name!r} has the same name in this format as another one"
                 raise AdapterError(problem, where=next(iter(written)), remedy="choose another format")

@@ -114,7 +114,7 @@ def _named(path: Path, content: object, token: str, component: str) -> list[Embe
         return embeddings_in(content, token, component)
     except AdapterError as error:
         where = f"{path}: {error.where}" if error.where else str(path)
-        raise AdapterError(error.problem, where=where, allowed=error.allowed, remedy=error.remedy) from error
+        raise error.at(where) from error
 
 
 def _file_name(token: str) -> str:

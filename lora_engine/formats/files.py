@@ -259,4 +259,4 @@ def _in_file(path: Path) -> Iterator[None]:
         if error.where.startswith(str(path)):
             raise
         where = f"{path}: {error.where}" if error.where else str(path)
-        raise AdapterError(error.problem, where=where, allowed=error.allowed, remedy=error.remedy) from error
+        raise error.at(where) from error

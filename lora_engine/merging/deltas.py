@@ -127,7 +127,7 @@ def located(name: str) -> Iterator[None]:
     except EngineError as error:
         if error.where:
             raise
-        raise type(error)(error.problem, where=name, allowed=error.allowed, remedy=error.remedy) from error
+        raise error.at(name) from error
 
 
 def full_delta(weight: Tensor, bias: Tensor | None) -> FullDelta:

@@ -255,7 +255,7 @@ def folded_lora(name: str, delta: LoraDelta) -> LoraDelta:
     if delta.scale == 1.0:
         return delta
     up = delta.up.mul(delta.scale)  # in float32 at least, and rounded once
-    if abs(delta.scale) > 1.0 and not is_finite(up):
+    if abs(delta.scale) > 1.0 and not is_finite(up):  # a smaller scale makes nothing larger
         raise AdapterError(
             f"the scale {delta.scale!r} cannot be folded into {delta.up.dtype}: a value would overflow",
             where=name,
