@@ -55,7 +55,7 @@ def convert_adapter(
     dtype: str | None,
     approximation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Writes an adapter in another format and says what was written, and what had to be approximated.
+    """Writes an adapter in another format and says what was written, and what had to be approximated or supposed.
 
     Args:
         file: The adapter.
@@ -88,7 +88,7 @@ def convert_adapter(
         module_names=names,
     )
     files = [{"file": str(path), "sha256": sha256_file(path)} for path in written]
-    return {"format": to, "files": files, "approximation": told}
+    return {"format": to, "files": files, "approximation": told, "assumed": bundle.assumed or None}
 
 
 def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[str, Any]:

@@ -176,7 +176,9 @@ def _read(path: Path, wish: Wish, original: Mapping[str, str], form: str) -> Bun
                 where=path.name,
                 remedy="name the base that it was made for",
             )
-    card = _card(bundle.card, wish, label, fingerprint or adapter.fingerprint, original, form)
+    imported = {"format": form, "files": sorted(original.values())}
+    imported |= {"assumed": bundle.assumed} if bundle.assumed else {}
+    card = _card(bundle.card, wish, label, fingerprint or adapter.fingerprint, imported)
     return Bundle(
         replace(adapter, base=family, fingerprint=fingerprint or adapter.fingerprint), card, bundle.embeddings
     )
@@ -193,11 +195,10 @@ def _describe_base(base: str) -> tuple[str, str, str | None]:
     return source.label, families[source.family].adapters, source.fingerprint()
 
 
-def _card(card: Card, wish: Wish, label: str, fingerprint: str | None, original: Mapping[str, str], form: str) -> Card:
+def _card(card: Card, wish: Wish, label: str, fingerprint: str | None, imported: Mapping[str, Any]) -> Card:
     stated = {"license": wish.license} | ({"trigger": wish.trigger} if wish.trigger else {})
     # What is said here takes the place of what the header said of the same.
     replaced = {"modelspec.license", *(["modelspec.trigger_phrase"] if wish.trigger else [])}
-    imported = {"format": form, "files": sorted(original.values())}
     made = {"made": card.recipe} if card.recipe else {}
     return card.model_copy(
         update={

@@ -96,6 +96,8 @@ def convert(
         return
     for entry in done["files"]:
         print(f"{entry['file']}  sha256 {entry['sha256']}")
+    if done.get("assumed"):
+        print(f"assumed: {done['assumed']}")
     if done.get("approximation"):
         modules = done["approximation"]["modules"]
         worst = min(modules, key=modules.__getitem__)

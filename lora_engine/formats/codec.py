@@ -20,6 +20,7 @@ from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.spelling import Group, Style, group_tensors
 from lora_engine.formats.transformers.names import DitWriting, find_modules, refuse_unsupported
+from lora_engine.formats.transformers.unsupported import unsupported_family
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Registry
 
@@ -153,6 +154,8 @@ class TensorCodec:
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Names | None = None) -> Adapter:
         """The adapter of a file's tensors and metadata."""
+        if FAMILY not in metadata:
+            refuse_unsupported(unsupported_family(tensors) or "", f"tensor {min(tensors)!r}")
         parts = self._parts(tensors, metadata)
         shapes = names if isinstance(names, Mapping) else {}
         known = None if names is None else dict.fromkeys(names)

@@ -1,7 +1,8 @@
 """ComfyUI's format: kohya's, for Stable Diffusion and SDXL, as ComfyUI reads none of PEFT's names of attention layers.
 
 Such a file is detected as kohya's, which it is. Read are also the dotted original names that ComfyUI calls generic
-(`diffusion_model.input_blocks...`), and those of the Open Model Initiative (`unet.input_blocks...`, `clip_l...`).
+(`diffusion_model.input_blocks...`), those of the Open Model Initiative (`unet.input_blocks...`, `clip_l...`), and
+OneTrainer's, which have no prefix (`input_blocks...`, `joint_blocks...`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from lora_engine.formats.spelling import LYCORIS
 from lora_engine.formats.transformers.names import COMFYUI_DIT, is_dit
 
 _OTHERWISE = ("ia3", "oft", "boft")
-_PREFIXES = tuple(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes)
+_BARE = tuple(f"{beginning}." for beginning in ORIGINAL_BEGINNINGS)
+_PREFIXES = (*(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes if prefix), *_BARE)
+_BARE_SD3 = re.compile(r"joint_blocks\.\d+\.")
 _TEXT_LAYER = re.compile(r"\.(self_attn|mlp)\.|^text_encoder_2\.text_projection$")
 # In these names alone; the others are those of diffusers' format and our own too.
 _TELLING = re.compile(
     r"(text_encoders\.clip_\w\.transformer|clip_[lg]|lora_unet|lora_te[12]?)\..*"
-    rf"|(\w+\.)+?({'|'.join(ORIGINAL_BEGINNINGS)})\..*"
+    rf"|(\w+\.)*?({'|'.join(ORIGINAL_BEGINNINGS)})\..*"
     r"|(model\.)?diffusion_model\.(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\..*"
 )
 
@@ -44,6 +47,8 @@ class ComfyuiCodec(KohyaCodec):
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether the names are dotted, and some are such that other formats have not."""
         is_dotted = all(key.startswith(_PREFIXES) for key in keys)
+        if any(_BARE_SD3.match(key) for key in keys):
+            return True
         if all(key.startswith(("diffusion_model.", "text_encoders.")) for key in keys) and is_dit(keys):
             return True
         return is_dotted and any(_TELLING.fullmatch(key) for key in keys)

@@ -6,7 +6,7 @@ Which format they are of is not asked here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from lora_engine.formats.safetensors_io import Limits, read_safetensors
 
 SUFFIX = ".safetensors"
 CONFIG_FILE, MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
+OLD_MODEL_FILE = "adapter_model.bin"
+PEFT_PREFIX = "base_model.model."
 _USUAL = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")
 _TEXT, _TOKENS = ".text_encoder", ".ti"
 _MAX_CONFIG = 1 << 24
@@ -37,12 +39,14 @@ class Contents:
         metadata: Of the file.
         embeddings: Those of the file and, where a folder was named, of the files beside it.
         files: The files that were read.
+        assumed: What had to be supposed to give the tensors a meaning; empty for nothing.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     embeddings: tuple[Embedding, ...] = ()
     files: tuple[Path, ...] = ()
+    assumed: str = ""
 
 
 def read_contents(path: Path, limits: Limits) -> Contents:
@@ -51,7 +55,7 @@ def read_contents(path: Path, limits: Limits) -> Contents:
     Raises:
         AdapterError: As `read_safetensors` and `read_pickle`; or the folder does not tell which file is meant.
     """
-    if path.name == MODEL_FILE and (path.parent / CONFIG_FILE).is_file():
+    if path.name in (MODEL_FILE, OLD_MODEL_FILE) and (path.parent / CONFIG_FILE).is_file():
         return _read_peft(path.parent, limits)
     if not path.is_dir():
         return _read_pickled(path) if _is_pickled(path) else _read_file(path, limits)
@@ -60,7 +64,7 @@ def read_contents(path: Path, limits: Limits) -> Contents:
     lists = {file: embeddings_of_file(file) for file in beside}
     more = [embedding for embeddings in lists.values() for embedding in embeddings or ()]
     files = (*found.files, *(file for file, embeddings in lists.items() if embeddings))
-    return Contents(found.tensors, found.metadata, tuple(join_embeddings([*found.embeddings, *more])), files)
+    return replace(found, embeddings=tuple(join_embeddings([*found.embeddings, *more])), files=files)
 
 
 def _is_pickled(path: Path) -> bool:
@@ -77,7 +81,26 @@ def _sorted_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path
     if alone is not None:
         return Contents({}, metadata, tuple(alone), (path,))
     rest, embeddings = take_embeddings(tensors, metadata)
-    return Contents({name: _plain(tensor) for name, tensor in rest.items()}, metadata, tuple(embeddings), (path,))
+    plain = {name: _plain(tensor) for name, tensor in rest.items()}
+    return Contents(plain, metadata, tuple(embeddings), (path,), _supposed_scale(plain, path))
+
+
+def _supposed_scale(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """What is supposed of a file in PEFT's names that has its strength nowhere; the programs that read such do it too.
+
+    Raises:
+        AdapterError: It has PEFT's own file name, so that its configuration was left behind.
+    """
+    is_peft = bool(tensors) and all(name.startswith(PEFT_PREFIX) for name in tensors)
+    if not is_peft or any(name.endswith(".alpha") for name in tensors):
+        return ""
+    if path.name in (MODEL_FILE, OLD_MODEL_FILE):
+        raise AdapterError(
+            f"the file {CONFIG_FILE!r} is missing, which says how strong the adapter is",
+            allowed=f"{CONFIG_FILE} beside {MODEL_FILE}",
+            remedy="name the whole folder that PEFT saved",
+        )
+    return f"scale 1: there is no alpha in the file, and no {CONFIG_FILE} beside it"
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -133,12 +156,25 @@ def _read_peft(folder: Path, limits: Limits) -> Contents:
         if config.stat().st_size > _MAX_CONFIG:
             problem = f"{prefix}{CONFIG_FILE} has {config.stat().st_size} bytes"
             raise AdapterError(problem, allowed=f"at most {_MAX_CONFIG}", remedy="check the file")
-        inside, header = read_safetensors(part / MODEL_FILE, limits)
+        weights, inside, header = _read_weights(part, limits)
         tensors |= {f"{prefix}{key}": _plain(tensor) for key, tensor in inside.items()}
-        metadata = header | metadata
+        metadata = {**header, **metadata}
         metadata[f"{prefix}{CONFIG_FILE}"] = config.read_text(encoding="utf-8", errors="replace")
-        files += [config, part / MODEL_FILE]
+        files += [config, weights]
     return Contents(tensors, metadata, (), tuple(files))
+
+
+def _read_weights(part: Path, limits: Limits) -> tuple[Path, Mapping[str, Tensor], Mapping[str, str]]:
+    """The weights beside a configuration; a pickle, as PEFT saved it before 0.6, where there is nothing else."""
+    pickled = part / OLD_MODEL_FILE
+    if (part / MODEL_FILE).exists() or not pickled.is_file():
+        return part / MODEL_FILE, *read_safetensors(part / MODEL_FILE, limits)
+    content = read_pickle(pickled)
+    if not isinstance(content, Mapping) or not all(isinstance(entry, Tensor) for entry in content.values()):
+        allowed = "the weights of a PEFT adapter"
+        problem, remedy = "the file does not hold tensors by name", "save the adapter again with a newer PEFT"
+        raise AdapterError(problem, where=str(pickled), allowed=allowed, remedy=remedy)
+    return pickled, {str(name): tensor for name, tensor in content.items()}, {}
 
 
 def _parts(folder: Path) -> list[Path]:

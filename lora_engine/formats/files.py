@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter
+from lora_engine.adapters import Adapter, Delta
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json, sha256_file
 from lora_engine.formats.card import GENERATED, Card, card_header, read_card
@@ -25,6 +25,7 @@ from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
+from lora_engine.formats.transformers.names import dit_family
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Bundle:
         adapter: The adapter; without modules where words alone were learned.
         card: What the header says of it.
         embeddings: The words that were learned with it, sorted by token.
+        assumed: What had to be supposed, since the file does not say it; empty for nothing.
     """
 
     adapter: Adapter
     card: Card
     embeddings: tuple[Embedding, ...] = ()
+    assumed: str = ""
 
 
 def read_adapter(path: Path, module_names: Names | None = None, *, limits: Limits = LIMITS) -> tuple[Adapter, Card]:
@@ -77,7 +80,7 @@ def read_bundle(path: Path, module_names: Names | None = None, *, limits: Limits
             return Bundle(nothing, read_card(found.metadata), found.embeddings)
         codec = _codec_of(found)
         adapter = codec.decode(found.tensors, found.metadata, module_names)
-        return Bundle(adapter, read_card(found.metadata), found.embeddings)
+        return Bundle(adapter, read_card(found.metadata), found.embeddings, found.assumed)
 
 
 def write_adapter(
@@ -149,15 +152,17 @@ def inspect(path: Path) -> dict[str, Any]:
         found = read_contents(path, LIMITS)
         is_adapter = bool(found.tensors) or not found.embeddings
         codec = detect_codec(found.tensors, found.metadata) if is_adapter else None
-        modules = codec.read_modules(found.tensors, found.metadata) if codec else {}
+        note = foreign_reason(found.tensors)
+        modules, fault = _modules_of(codec, found, is_foreign=note is not None)
         card = read_card(found.metadata)
     deltas, metadata = list(modules.values()), found.metadata
     factors = [factor for delta in deltas for factor in delta.factors().values()]
     return {
         "format": codec.name if codec else "embedding",
-        "family": family_of(metadata, modules),
+        "family": family_of(metadata, modules) or dit_family(found.tensors),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": foreign_reason(found.tensors),
+        "note": f"{note}; {fault}" if fault else note,
+        "assumed": found.assumed or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
@@ -173,6 +178,18 @@ def inspect(path: Path) -> dict[str, Any]:
         "files": {str(file.relative_to(_folder_of(path))): sha256_file(file) for file in sorted(found.files)},
         "size": sum(file.stat().st_size for file in found.files),
     }
+
+
+def _modules_of(codec: Codec | None, found: Contents, *, is_foreign: bool) -> tuple[Mapping[str, Delta], str]:
+    """The deltas; of a base that is not supported, what keeps them from being read, in their place."""
+    if codec is None:
+        return {}, ""
+    try:
+        return codec.read_modules(found.tensors, found.metadata), ""
+    except AdapterError as error:
+        if not is_foreign:
+            raise
+        return {}, f"its factors are not read either: {error}"
 
 
 def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:

@@ -12,7 +12,13 @@ from lora_engine.formats.codec import codecs
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
 from lora_engine.formats.spelling import DIFFUSERS, LYCORIS
-from lora_engine.formats.transformers.names import AITOOLKIT_DIT, LYCORIS_DIT, ONETRAINER_DIT, is_aitoolkit
+from lora_engine.formats.transformers.names import (
+    AITOOLKIT_DIT,
+    LYCORIS_DIT,
+    ONETRAINER_DIT,
+    is_aitoolkit,
+    is_initiative,
+)
 
 
 class LycorisCodec(KohyaCodec):
@@ -28,7 +34,11 @@ class LycorisCodec(KohyaCodec):
 
 
 class OnetrainerCodec(KohyaCodec):
-    """OneTrainer: diffusers' names for every family; its embeddings lie in the same file."""
+    """OneTrainer: diffusers' names for every family; its embeddings lie in the same file.
+
+    Read are also its files in the names of the Open Model Initiative (`transformer.double_blocks.0.img_attn.qkv.0`),
+    which have the parts of fused layers one by one.
+    """
 
     name: ClassVar[str] = "onetrainer"
     style = LYCORIS.limited("OneTrainer", ("lora", "loha", "lokr", "dora"), (DIFFUSERS,))
@@ -36,6 +46,10 @@ class OnetrainerCodec(KohyaCodec):
     original = ()
     starts = (*STARTS, "lora_transformer_")
     embeddings = "clip"
+
+    def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether all names begin as OneTrainer's flattened ones do, or are the initiative's."""
+        return super().detect(keys, metadata) or is_initiative(keys)
 
 
 class AitoolkitCodec(KohyaCodec):

@@ -37,8 +37,9 @@ class Naming:
     joint: str
 
     def spell(self, prefix: str, path: str) -> str:
-        """The name of a module."""
-        return f"{prefix}{self.joint}{path.replace('.', self.joint)}"
+        """The name of a module; without a prefix, the path alone."""
+        spelt = path.replace(".", self.joint)
+        return f"{prefix}{self.joint}{spelt}" if prefix else spelt
 
 
 # LyCORIS' wrapper is around one module, whichever it is; kohya's own OFT has a prefix for itself.
@@ -50,10 +51,10 @@ FLAT = Naming(
     },
     "_",
 )
-# ComfyUI's, the Open Model Initiative's (`clip_l`) and those that OneTrainer has inside.
+# ComfyUI's, the Open Model Initiative's (`clip_l`), and OneTrainer's, inside and in its original layout (no prefix).
 DOTTED = Naming(
     {
-        "unet": ("diffusion_model", "model.diffusion_model", "unet", "unet.base_model.model", "lora_unet"),
+        "unet": ("diffusion_model", "model.diffusion_model", "unet", "unet.base_model.model", "lora_unet", ""),
         "text_encoder": (
             *("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer", "clip_l"),
             *("text_encoder", "text_encoder.base_model.model", "lora_te", "lora_te1"),

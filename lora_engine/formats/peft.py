@@ -17,6 +17,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec, codecs
+from lora_engine.formats.contents import CONFIG_FILE, MODEL_FILE, PEFT_PREFIX
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.peft_embeddings import with_embedding_names
@@ -24,9 +25,7 @@ from lora_engine.formats.peft_types import finished, settings_for, type_of
 from lora_engine.formats.spelling import PEFT
 from lora_engine.formats.spellings.lora import with_scaled_bias
 
-CONFIG_FILE = "adapter_config.json"
 COMPONENT = "loraline.component"
-_PREFIX = "base_model.model."
 _BEGINNINGS = {
     "unet": r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*",
     "transformer": r"((single_)?transformer_blocks\..*|time_text_embed\..*|(x|context)_embedder|(norm|proj)_out\b.*)",
@@ -40,14 +39,14 @@ class PeftCodec(TensorCodec):
     """`base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight`."""
 
     name: ClassVar[str] = "peft"
-    file_name: ClassVar[str] = "adapter_model.safetensors"
+    file_name: ClassVar[str] = MODEL_FILE
     is_folder: ClassVar[bool] = True
     embeddings: ClassVar[str] = "diffusers"
     style = PEFT
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether all names begin as PEFT's do."""
-        return bool(keys) and all(key.rpartition("/")[2].startswith(_PREFIX) for key in keys)
+        return bool(keys) and all(key.rpartition("/")[2].startswith(PEFT_PREFIX) for key in keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
@@ -58,17 +57,13 @@ class PeftCodec(TensorCodec):
         return {name: canonical_name(folder or alone, path) for name, (folder, path) in split.items()}
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
-        """Alpha from the configuration in the same folder."""
+        """Alpha from the configuration in the same folder; where there is none, the scale is 1."""
 
         def alpha(raw: str, rank: int | None) -> float | None:
             folder, path = _split(raw)
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
             if where not in metadata:
-                raise AdapterError(
-                    f"the file {where!r} is missing, which says how strong the adapter is",
-                    allowed=f"{CONFIG_FILE} beside {self.file_name}",
-                    remedy="name the whole folder that PEFT saved",
-                )
+                return None
             config = parse_config(metadata[where], where)
             told = type_of(config, where)
             return alpha_of(config, path, rank, where, told.alpha) if told.alpha else None
@@ -105,7 +100,7 @@ class PeftCodec(TensorCodec):
     def raw_name(self, name: str, family: str) -> str:
         """`<component>/base_model.model.<path>`."""
         component, _, path = name.partition(".")
-        return f"{component}/{_PREFIX}{_live_path(component, path)}"
+        return f"{component}/{PEFT_PREFIX}{_live_path(component, path)}"
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
         """One configuration for each component."""
@@ -133,7 +128,7 @@ def _live_path(component: str, path: str) -> str:
 
 def _split(raw: str) -> tuple[str, str]:
     folder, _, name = raw.rpartition("/")
-    return folder, name.removeprefix(_PREFIX)
+    return folder, name.removeprefix(PEFT_PREFIX)
 
 
 def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[str] | None) -> str:

@@ -76,6 +76,19 @@ def test_validate_counts_and_compares_with_a_base(files: Path) -> None:
         say("validate", files / "lora.safetensors", "--base", "nothing")
 
 
+def test_convert_says_what_it_had_to_suppose(tmp_path: Path) -> None:
+    path = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    lone = {f"{path}.lora_A.weight": torch.ones(2, 320), f"{path}.lora_B.weight": torch.ones(320, 2)}
+    save_file(lone, tmp_path / "lone.safetensors")
+    wanted = ("convert", tmp_path / "lone.safetensors", "--to", "kohya", "-o", tmp_path / "out.safetensors")
+    assert "scale 1" in told(*wanted)["assumed"]
+    assert "assumed: scale 1" in say(*wanted)
+    assert load_file(tmp_path / "out.safetensors").keys() == {
+        f"lora_unet_{path.removeprefix('base_model.model.').replace('.', '_')}.{factor}"
+        for factor in ("alpha", "lora_down.weight", "lora_up.weight")
+    }
+
+
 def test_convert_writes_what_others_read_and_says_what_is_lost(files: Path, tmp_path: Path) -> None:
     done = told("convert", files / "lora.safetensors", "--to", "kohya", "-o", tmp_path / "k.safetensors")
     assert [Path(entry["file"]).name for entry in done["files"]] == ["k.safetensors"]

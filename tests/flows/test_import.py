@@ -70,6 +70,15 @@ def test_a_pickled_file_is_read_by_the_child_and_kept_as_it_came(opened: Home, t
     assert done.original == {"k.pt": sha256_file(tmp_path / "k.pt")}
 
 
+def test_what_had_to_be_supposed_is_in_the_card(opened: Home, tmp_path: Path) -> None:
+    write_random(tmp_path / "folder", 0, form="peft")
+    lone = (tmp_path / "folder" / "adapter_model.safetensors").rename(tmp_path / "lone.safetensors")
+    done = bring_in(opened, lone, "lone")
+    Versions(opened).checkout_adapter(done.version, tmp_path / "back.safetensors")
+    card = read_bundle(tmp_path / "back.safetensors").card
+    assert card.recipe["imported"]["assumed"] == read_bundle(lone).assumed != ""
+
+
 def test_what_the_header_says_is_kept_and_what_is_said_here_counts(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
     header = {"ss_output_name": "Zorb", "modelspec.license": "MIT", "modelspec.trigger_phrase": "old", "ss_tag": "x"}

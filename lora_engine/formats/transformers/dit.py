@@ -133,11 +133,19 @@ def _table(separator: str, outside: Mapping[str, str], blocks: Iterable[Blocks])
             (
                 re.compile(rf"{re.escape(written(block.original))}{mark}(\d{{1,4}}){mark}(.+)"),
                 block,
-                {written(name): (name, parts) for name, parts in block.modules.items()},
+                {written(name): (name, parts) for name, parts in _with_single_parts(block)},
             )
             for block in blocks
         ],
     )
+
+
+def _with_single_parts(block: Blocks) -> Iterator[tuple[str, tuple[str, ...]]]:
+    # OneTrainer has fused layers in their parts: `qkv.0` to `qkv.2`, and `linear1.3` for what follows them.
+    for name, parts in block.modules.items():
+        yield name, parts
+        if len(parts) > 1:
+            yield from ((f"{name}.{number}", (part,)) for number, part in enumerate(parts))
 
 
 def _place(block: Blocks, name: str, parts: Sequence[str], number: int) -> Place:

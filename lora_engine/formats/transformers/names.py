@@ -33,7 +33,8 @@ _T5 = {"text_encoder_2.encoder.block.": "flux", "text_encoder_3.": "sd3"}  # can
 BARE = ("transformer_blocks.", "single_transformer_blocks.")
 """How names in diffusers begin that have no component before them."""
 _NUMBERED = re.compile(r"lora_te([123]?)_(.+)")
-_NAMED = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.(?:transformer\.)?(.+)")
+_NAMED = re.compile(r"(?:text_encoders\.)?(clip_l|clip_g|t5(?:xxl)?)\.(?:transformer\.)?(.+)")
+_INITIATIVE = re.compile(rf"{TRANSFORMER}\.(double|single|joint)_blocks\.\d+\.")
 _HEADER = {
     "flux": re.compile(r"flux([-_.]?(1|dev|schnell).*|/.*)?", re.IGNORECASE),
     "sd3": re.compile(r"(sd[-_.]?|stable[-_.]diffusion[-_.]v?)3.*", re.IGNORECASE),
@@ -53,6 +54,12 @@ def is_aitoolkit(keys: Collection[str]) -> bool:
 def is_dit(keys: Collection[str]) -> bool:
     """Whether some tensors are a diffusion transformer's, of a supported family or another."""
     return bool(dit_family(keys))
+
+
+def is_initiative(keys: Collection[str]) -> bool:
+    """Whether tensors are named as the Open Model Initiative has it: original names below diffusers' component."""
+    starts = (f"{TRANSFORMER}.", "clip_l.", "clip_g.", "t5.")
+    return all(key.startswith(starts) for key in keys) and any(_INITIATIVE.match(key) for key in keys)
 
 
 def dit_family(names: Mapping[str, Delta] | Collection[str]) -> str:
@@ -146,7 +153,7 @@ def _find(raw: str, dit: Dit) -> Found | None:
     if numbered:
         return _find_text(dit, numbered[2], "_", int(numbered[1] or 1))
     if named:
-        return _find_text(dit, named[2], ".", 0, named[1])
+        return _find_text(dit, named[2], ".", 0, "t5xxl" if named[1] == "t5" else named[1])
     component, _, rest = raw.partition(".")
     if component in dit.text:
         return _find_text(dit, rest, ".", 0, dit.text[component])

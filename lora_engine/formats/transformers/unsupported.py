@@ -49,14 +49,26 @@ _FAMILIES = {
     "qwen_image": ("Qwen-Image", r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_"),
     "flux2": ("FLUX.2", r"(double|single)_stream_modulation_|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"),
     "chroma": ("Chroma", r"distilled_guidance_layer_"),
-    "hunyuan_video": ("HunyuanVideo", r"double_blocks_\d+_(img|txt)_mlp_fc|txt_in_individual_token_refiner_"),
+    # FLUX.1 has 38 single blocks.
+    "hunyuan_video": (
+        "HunyuanVideo, or another with more blocks than FLUX.1",
+        r"double_blocks_\d+_(img|txt)_mlp_fc|txt_in_individual_token_refiner_"
+        r"|context_embedder_token_refiner_|single_(transformer_)?blocks_(3[89]|[4-9]\d|\d{3})_",
+    ),
     "hidream": ("HiDream", r"(double|single)_stream_blocks_\d+_"),
-    "wan": ("Wan", r"blocks_\d+_((self|cross)_attn_(q|k|v|o|k_img|v_img)|ffn_\d|modulation)(?=_|$)"),
+    "wan": (
+        "Wan",
+        r"blocks_\d+_((self|cross)_attn_(q|k|v|o|k_img|v_img)|ffn_\d|modulation)(?=_|$)"
+        r"|blocks_\d+_(attn[12]_(to|add)_|ffn_net_)",
+    ),
     "z_image": (
         "Z-Image or Lumina 2",
         r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|attn|adaLN)_",
     ),
-    "ltx_video": ("LTX-Video or PixArt", r"transformer_blocks_\d+_(attn1|scale_shift_table)(?=_|$)|patchify_proj"),
+    "ltx_video": (
+        "LTX-Video, PixArt, Sana or another with blocks like theirs",
+        r"transformer_blocks_\d+_(attn1|scale_shift_table)(?=_|$)|patchify_proj",
+    ),
     "hunyuan_dit": ("Hunyuan-DiT", r"blocks_\d+_attn1_(Wqkv|out_proj)"),
     "cascade": ("Stable Cascade", r"(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise)_"),
 }
@@ -95,7 +107,8 @@ def is_qwen_attention(names: Iterable[str], width: int | None) -> bool:
 
 def flattened(name: str) -> str:
     """A name of a module or tensor with underscores for dots, without the prefix that a program put before it."""
-    flat = name.rpartition("/")[2].replace(".", "_")
+    # With dots there is no doubt where `transformer` is the component.
+    flat = name.rpartition("/")[2].removeprefix("transformer.").replace(".", "_")
     for prefix in PREFIXES:
         if flat.startswith(prefix) and not flat.startswith("transformer_blocks_"):
             flat = flat.removeprefix(prefix)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lora_engine.adapters import Adapter
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.files import sha256_file
-from lora_engine.formats import Card, codecs, inspect, read_adapter, write_adapter
+from lora_engine.formats import Card, codecs, inspect, read_adapter, read_bundle, write_adapter
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.safetensors_io import read_header, read_safetensors, write_safetensors
 
@@ -190,6 +190,70 @@ def test_a_bad_peft_configuration_is_refused(config, problem, tmp_path):
     with pytest.raises(AdapterError, match=problem) as caught:
         read_adapter(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def peft_tensors():
+    path = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    return {f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": torch.ones(4, 2)}
+
+
+def test_a_lone_file_in_pefts_names_is_read_at_scale_1_and_says_so(tmp_path):
+    save_file(peft_tensors(), tmp_path / "zorb.safetensors")
+    bundle = read_bundle(tmp_path / "zorb.safetensors")
+    (delta,) = bundle.adapter.modules.values()
+    assert torch.equal(delta.delta_weight(torch.zeros(4, 4)), torch.full((4, 4), 2.0))
+    assert "scale 1" in bundle.assumed
+    assert inspect(tmp_path / "zorb.safetensors")["assumed"] == bundle.assumed
+
+
+def test_a_lone_file_that_has_its_alphas_supposes_nothing(tmp_path):
+    tensors = peft_tensors()
+    stem = next(iter(tensors)).removesuffix(".lora_A.weight")
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "zorb.safetensors")
+    bundle = read_bundle(tmp_path / "zorb.safetensors")
+    assert [delta.alpha for delta in bundle.adapter.modules.values()] == [1.0]
+    assert not bundle.assumed
+
+
+@pytest.mark.slow
+def test_weights_that_an_old_peft_pickled_are_read_with_their_configuration(tmp_path):
+    torch.save(peft_tensors(), tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json' is missing"):
+        read_bundle(tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    for path in (tmp_path, tmp_path / "adapter_model.bin"):
+        bundle = read_bundle(path)
+        assert [delta.alpha for delta in bundle.adapter.modules.values()] == [4.0]
+        assert not bundle.assumed
+
+
+def test_a_file_of_a_strange_family_is_told_by_it_though_its_factors_are_broken(tmp_path):
+    # As InvokeAI has it for Anima: a magnitude of fewer rows than the Kronecker product.
+    stem = "diffusion_model.blocks.0.cross_attn.k_proj"
+    factors = {"lokr_w1": torch.ones(8, 2), "lokr_w2": torch.ones(2, 8), "dora_scale": torch.ones(8)}
+    save_file({f"{stem}.{name}": tensor for name, tensor in factors.items()}, tmp_path / "x.safetensors")
+    found = inspect(tmp_path / "x.safetensors")
+    assert (found["family"], found["kinds"]) == ("anima", {})
+    assert "Anima" in found["note"]
+    assert "dora_scale" in found["note"]
+    with pytest.raises(AdapterError, match=r"for Anima \(anima\)"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (["transformer.blocks.0.attn1.to_q", "transformer.blocks.0.ffn.net.0.proj"], "wan"),
+        (["transformer.single_transformer_blocks.39.attn.to_q"], "hunyuan_video"),
+        (["transformer.transformer_blocks.0.attn1.to_q"], "ltx_video"),
+        (["transformer.single_transformer_blocks.37.attn.to_q"], "flux"),
+    ],
+)
+def test_families_with_names_like_others_are_told_apart(names, family, tmp_path):
+    shapes = {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2)}
+    tensors = {f"{name}.{factor}": torch.ones(shape) for name in names for factor, shape in shapes.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert inspect(tmp_path / "x.safetensors")["family"] == family
 
 
 def test_a_peft_folder_finds_its_component_or_says_that_it_cannot(tmp_path):
