@@ -1,7 +1,8 @@
 # Two commands matter: `make demo` (set up, run the line once, say where everything is) and `make test` (set up, check all).
 PYTHON ?= python3
-# One process a core, one thread each; a file's tests stay together, since they share servers and models.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# One process a core, one thread each; a file's tests stay together, since they share servers and models. A process that
+# died is not started again, or the test that ended it would run, and end the next one, up to eight times.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
 VENV := .venv
 BIN := $(VENV)/bin
 # What torch brings along itself, so that the lock serves CPU and GPU builds of it alike.

@@ -52,25 +52,26 @@ def postgres() -> Iterator[str]:
         os.chown(folder, user.pw_uid, user.pw_gid)
         who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
     bin_folder = Path(os.path.realpath(find_program("postgres"))).parent
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": folder, "text": True, **who}
-    made = subprocess.run(
-        [bin_folder / "initdb", "-D", folder / "data", "-U", "loraline", "-A", "trust", "-E", "UTF8", "--no-sync"],
-        **quiet,
-    )
-    assert made.returncode == 0, made.stderr
+    initdb = [bin_folder / "initdb", "-D", folder / "data", "-U", "loraline", "-A", "trust", "-E", "UTF8", "--no-sync"]
     settings = {"listen_addresses": "", "unix_socket_directories": folder, "max_connections": 300, "fsync": "off"}
     settings |= {"shared_buffers": "32MB", "synchronous_commit": "off", "full_page_writes": "off"}
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    server = subprocess.Popen([bin_folder / "postgres", "-D", folder / "data", *options], **quiet)
+    # Into a file: it reports every statement that tests make fail, and waits for ever where a pipe is full of that.
+    told = folder / "server.log"
+    with told.open("wb") as log:
+        where = {"stdout": log, "stderr": log, "cwd": folder, **who}
+        made = subprocess.run(initdb, **where)
+        assert made.returncode == 0, told.read_text()
+        server = subprocess.Popen([bin_folder / "postgres", "-D", folder / "data", *options], **where)
     url = f"postgresql+psycopg://loraline@/%s?host={folder}"
     try:
         while subprocess.run([bin_folder / "pg_isready", "-q", "-h", folder]).returncode:
-            assert server.poll() is None, server.stderr.read()
+            assert server.poll() is None, told.read_text()
             time.sleep(0.05)
         yield url
     finally:
         server.send_signal(signal.SIGINT)  # ends at once, cleanly
-        server.communicate(timeout=30)
+        server.wait(timeout=30)
         shutil.rmtree(folder)
 
 
