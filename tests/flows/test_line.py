@@ -128,7 +128,8 @@ def test_the_line_gives_a_staged_version_that_can_be_promoted_and_taken_back(
     assert shown["metrics"]["validation_loss"]["adapter"] > 0
 
     say("promote", "small@staging", "--to", "production", "--reason", "looks right")
-    loraline("run", spec, "--set", "adapter.steps=6")
+    spec.write_text(LINE.replace("steps: 12", "steps: 6"))
+    run_line(spec, Home(home.absolute()))
     say("promote", "small@staging", "--to", "production", "--reason", "shorter")
     assert Versions(Home(home.absolute())).show("small", "production").version == 2
     say("rollback", "small")

@@ -103,8 +103,13 @@ def _entry(inner: str) -> str:
     return "dora" if inner == next(iter(INNER)) else f"dora of {inner}"
 
 
-_PEFT_MARKS = tuple(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight"))
+# ai-toolkit's, in both of its namings.
+_AITOOLKIT = "magnitude"
+_PEFT_MARKS = (
+    *(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight")),
+    _AITOOLKIT,
+)
 for _inner in INNER:
-    LYCORIS.spellings.add(_entry(_inner), DoraSpelling(LYCORIS, _inner, ("dora_scale",)))
+    LYCORIS.spellings.add(_entry(_inner), DoraSpelling(LYCORIS, _inner, ("dora_scale", _AITOOLKIT)))
 for _style in (PEFT, DIFFUSERS):
     _style.spellings.add(_entry("lora"), PeftDoraSpelling(_style, "lora", _PEFT_MARKS))
