@@ -31,7 +31,8 @@ demo: setup ## Trains, evaluates, registers and exports one adapter; says where 
 
 test: lint ## Runs all checks: lint, the quick tests with the share of branches that they must cover, the slow tests
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
-	$(PYTEST) -m slow
+	$(PYTEST) -m whole --dist load --maxschedchunk=1
+	$(PYTEST) -m "slow and not whole"
 
 check: setup ## Runs the fast checks: lint and the quick tests, side by side
 	$(MAKE) --jobs=2 lint quick

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import TensorCodec, codecs
-from lora_engine.formats.spelling import LORALINE
+from lora_engine.formats.spelling import DIFFUSERS, LORALINE
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
 
@@ -19,8 +19,10 @@ class NativeCodec(TensorCodec):
     embeddings: ClassVar[str] = "bundle"
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin with a component, and some end in LyCORIS' factors."""
-        return all(key.startswith(COMPONENTS) for key in keys) and LORALINE.spells(keys)
+        """Whether all names begin with a component, and some end in LyCORIS' factors, none in diffusers' alone."""
+        if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE.spells(keys):
+            return False
+        return not DIFFUSERS.spells([key for key, _, suffix in LORALINE.split(keys) if suffix is None])
 
 
 codecs.add(NativeCodec.name, NativeCodec())

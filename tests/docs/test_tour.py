@@ -21,6 +21,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_every_command_of_the_tour_does_what_the_page_says(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = os.environ | {"LORALINE_HOME": str(tmp_path / "home")}

@@ -23,7 +23,7 @@ from tests.flows.made import run_line
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "examples" / "zorb" / "images"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 TRAINED = f"""\
 name: small

@@ -73,10 +73,15 @@ class DoraSpelling:
 
 @dataclass(frozen=True)
 class PeftDoraSpelling(DoraSpelling):
-    """PEFT's form: `[out]` on linear layers, `[1, out, 1, 1]` on convolutions, always of the outputs."""
+    """PEFT's form: `[out]` on linear layers, `[1, out, 1, 1]` on convolutions, always of the outputs.
+
+    OneTrainer has LyCORIS' magnitude beside PEFT's factors, which is read as LyCORIS'.
+    """
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
         """The delta, with the magnitude as a column."""
+        if _LYCORIS in tensors:
+            return super().read(tensors, alpha)
         delta = DoraDelta.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
         magnitude = delta.magnitude
         if magnitude.dim() == 4 and magnitude.shape[0] == 1:
@@ -103,13 +108,10 @@ def _entry(inner: str) -> str:
     return "dora" if inner == next(iter(INNER)) else f"dora of {inner}"
 
 
-# ai-toolkit's, in both of its namings.
-_AITOOLKIT = "magnitude"
-_PEFT_MARKS = (
-    *(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight")),
-    _AITOOLKIT,
-)
+# ai-toolkit has a name of its own, in both of its namings.
+_LYCORIS, _AITOOLKIT = "dora_scale", "magnitude"
+_PEFT_MARKS = tuple(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight"))
 for _inner in INNER:
-    LYCORIS.spellings.add(_entry(_inner), DoraSpelling(LYCORIS, _inner, ("dora_scale", _AITOOLKIT)))
-for _style in (PEFT, DIFFUSERS):
-    _style.spellings.add(_entry("lora"), PeftDoraSpelling(_style, "lora", _PEFT_MARKS))
+    LYCORIS.spellings.add(_entry(_inner), DoraSpelling(LYCORIS, _inner, (_LYCORIS, _AITOOLKIT)))
+PEFT.spellings.add(_entry("lora"), PeftDoraSpelling(PEFT, "lora", _PEFT_MARKS))
+DIFFUSERS.spellings.add(_entry("lora"), PeftDoraSpelling(DIFFUSERS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))

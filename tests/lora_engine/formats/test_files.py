@@ -256,6 +256,23 @@ def test_families_with_names_like_others_are_told_apart(names, family, tmp_path)
     assert inspect(tmp_path / "x.safetensors")["family"] == family
 
 
+@pytest.mark.parametrize(
+    ("prefix", "factors"),
+    [
+        ("lora_unet_mid_block_attentions_0_proj_in", ("lora_down.weight", "lora_up.weight")),
+        ("transformer.single_transformer_blocks.0.proj_out", ("lora_A.weight", "lora_B.weight")),
+    ],
+)
+def test_ai_toolkits_magnitudes_are_of_the_outputs(prefix, factors, tmp_path):
+    down, up = factors
+    tensors = {down: torch.ones(2, 6), up: torch.ones(4, 2), "magnitude": torch.arange(1.0, 5.0)}
+    save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    (delta,) = read_adapter(tmp_path / "x.safetensors")[0].modules.values()
+    weight = torch.zeros(4, 6)
+    norms = (weight + delta.delta_weight(weight)).norm(dim=1)
+    torch.testing.assert_close(norms, torch.arange(1.0, 5.0))
+
+
 def test_a_peft_folder_finds_its_component_or_says_that_it_cannot(tmp_path):
     tensors = {
         "base_model.model.odd.place.lora_A.weight": torch.ones(2, 4),

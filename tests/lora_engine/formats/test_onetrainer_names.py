@@ -139,3 +139,14 @@ def test_a_part_that_the_layer_has_not_is_refused(tmp_path):
     stray = lora("transformer.double_blocks.0.img_attn.qkv.3", W, W, NATIVE, draw)
     with pytest.raises(AdapterError, match=r"qkv\.3"):
         read_adapter(saved(known | stray, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["double_blocks.0.img_attn.proj", "diffusion_model.single_blocks.0.linear2", "transformer.proj_out"],
+)
+@pytest.mark.parametrize(("shape", "axis"), [((1, W), 1), ((W, 1), 0)])
+def test_magnitudes_beside_pefts_factors_are_of_the_side_that_their_shape_tells(name, shape, axis, tmp_path):
+    tensors = lora(name, W, W, PEFT, torch.Generator().manual_seed(0)) | {f"{name}.dora_scale": torch.ones(shape)}
+    (delta,) = read_adapter(saved(tensors, tmp_path))[0].modules.values()
+    assert (delta.kind, delta.axis, delta.inner.alpha) == ("dora", axis, 2.0)
