@@ -118,14 +118,18 @@ def _read_pickled(path: Path) -> Contents:
     alone = embeddings_in(content, path.name.removesuffix(path.suffix).removesuffix(_TOKENS))
     if alone is not None:
         return Contents({}, {}, tuple(alone), (path,))
+    return _sorted_out(_named(content, path), {}, path)
+
+
+def _named(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(entry, Tensor) for entry in content.values()):
         raise AdapterError(
             "the file holds neither tensors by name nor a list of them",
             where=str(path),
-            allowed="an adapter of kohya's or LyCORIS', cloneofsimo's list, or a textual-inversion embedding",
+            allowed="an adapter of kohya's, LyCORIS' or PEFT's, cloneofsimo's list, or a textual-inversion embedding",
             remedy="name the right file",
         )
-    return _sorted_out({str(name): tensor for name, tensor in content.items()}, {}, path)
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 def _read_lists(path: Path, weights: list[Tensor]) -> Contents:
@@ -169,12 +173,7 @@ def _read_weights(part: Path, limits: Limits) -> tuple[Path, Mapping[str, Tensor
     pickled = part / OLD_MODEL_FILE
     if (part / MODEL_FILE).exists() or not pickled.is_file():
         return part / MODEL_FILE, *read_safetensors(part / MODEL_FILE, limits)
-    content = read_pickle(pickled)
-    if not isinstance(content, Mapping) or not all(isinstance(entry, Tensor) for entry in content.values()):
-        allowed = "the weights of a PEFT adapter"
-        problem, remedy = "the file does not hold tensors by name", "save the adapter again with a newer PEFT"
-        raise AdapterError(problem, where=str(pickled), allowed=allowed, remedy=remedy)
-    return pickled, {str(name): tensor for name, tensor in content.items()}, {}
+    return pickled, _named(read_pickle(pickled), pickled), {}
 
 
 def _parts(folder: Path) -> list[Path]:

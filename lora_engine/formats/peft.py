@@ -62,9 +62,7 @@ class PeftCodec(TensorCodec):
         def alpha(raw: str, rank: int | None) -> float | None:
             folder, path = _split(raw)
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
-            if where not in metadata:
-                return None
-            config = parse_config(metadata[where], where)
+            config = parse_config(metadata.get(where, "{}"), where)
             told = type_of(config, where)
             return alpha_of(config, path, rank, where, told.alpha) if told.alpha else None
 
