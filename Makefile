@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` (set up, run the line once, say where everything is) and `make test` (set up, check all).
 PYTHON ?= python3
-# One process a core, one thread each; a file's tests stay together, since they share servers and models. A process that
-# died is not started again, or the test that ended it would run, and end the next one, up to eight times.
+# One process per core, one thread each. The tests of a file stay together, since they share servers and models; the
+# longest files come first (tests/measured.py). A worker that died is not restarted: the same test would end the next one.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check quick lint coverage faults bench docs lock clean
+.PHONY: help setup demo test check quick nightly durations lint faults bench docs lock clean
 
 help: ## Says what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,27 +29,29 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup ## Trains, evaluates, registers and exports one adapter; says where the results are
 	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
-test: lint ## Runs all checks: lint, the quick tests with the share of branches that they must cover, the slow tests
-	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
-	$(PYTEST) -m whole --dist load --maxschedchunk=1
-	$(PYTEST) -m "slow and not whole"
+test: lint ## Runs all checks but those of nightly
+	$(PYTEST) --durations=40
 
-check: setup ## Runs the fast checks: lint and the quick tests, side by side
+check: setup ## Runs lint and the tests that take less than two seconds each
 	$(MAKE) --jobs=2 lint quick
 
 quick: setup
 	$(PYTEST) -m "not slow"
 
-lint: setup ## Checks format, style, types and the layers of the house
+nightly: lint ## Runs everything with branch coverage, new hypothesis examples and the full fault campaigns; takes hours
+	$(PYTEST) --nightly --hypothesis-profile=nightly --durations=40 --cov --cov-report=term:skip-covered
+	$(MAKE) faults
+
+durations: setup ## Measures every test again and rewrites tests/durations.json
+	$(PYTEST) --store-durations
+
+lint: setup ## Checks format, style, types and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-coverage: setup ## Counts the branches that all tests reach together, which takes much longer
-	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=86
-
-faults: setup ## Kills, fills disks, races and flips bytes by the hundred, and checks what must hold
+faults: setup ## Runs the full fault campaigns: kills, full disks, races, flipped bytes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 bench: setup ## Measures what benchmarks/README.md reports

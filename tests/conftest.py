@@ -1,4 +1,4 @@
-"""What all tests share: programs that only some machines have, and an empty home."""
+"""What all tests share: programs that only some machines have, an empty home, marks and hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import lora_engine  # noqa: F401  (it sets how torch's threads wait, which must come before torch)
 
+pytest_plugins = ["tests.measured"]
+
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome")}
 FOLDERS = ("/usr/lib/postgresql/*/bin",)
-"""Where programs lie that distributions keep out of the path."""
+"""Folders of programs that distributions keep out of the path."""
+
+# `make test` draws the same examples each time; `make nightly` draws new ones (`--hypothesis-profile=nightly`).
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
 
 
 def find_program(program: str) -> str | None:
-    """The path of a program under any of its names, or None."""
+    """Returns the path of a program under any of its names, or None."""
     names = PROGRAMS.get(program, (program,))
     beside = (
         str(path) for folder in FOLDERS for name in names for path in sorted(Path("/").glob(f"{folder[1:]}/{name}"))
@@ -37,7 +45,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty LORALINE_HOME of this test alone."""
+    """Returns an empty LORALINE_HOME of this test alone."""
     path = tmp_path / "home"
     monkeypatch.setenv("LORALINE_HOME", str(path))
     return path

@@ -1,0 +1,86 @@
+"""A pytest plug-in: measured durations decide which tests are slow and in which order workers take the files.
+
+`tests/durations.json` is refreshed by `make durations`. A file that was never measured is taken first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+DURATIONS = Path(__file__).parent / "durations.json"
+SLOW = 2.0
+"""Seconds from which on a test, its own fixtures included, is left out of `make check`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("loraline")
+    group.addoption("--nightly", action="store_true", help="Run the tests marked nightly too.")
+    group.addoption("--store-durations", action="store_true", help=f"Write {DURATIONS.name} from this run.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Measured(config), "loraline-durations")
+
+
+class _Measured:
+    """The durations of earlier runs, applied to this one, and those of this run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {"files": {}, "slow": {}}
+        self.files: dict[str, float] = stored["files"]
+        self.slow: dict[str, float] = stored["slow"]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Marks what was measured as slow, and leaves out what belongs to `make nightly`."""
+        nightly = []
+        for item in items:
+            if item.nodeid in self.slow:
+                item.add_marker("slow")
+            if item.get_closest_marker("nightly") and not self.config.option.nightly:
+                nightly.append(item)
+        if nightly:
+            self.config.hook.pytest_deselected(items=nightly)
+            items[:] = [item for item in items if item not in set(nightly)]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+        """Gives out whole files, the longest first, so that fixtures are shared and workers end together."""
+        return _LongestFirst(config, log, self.files) if config.option.dist == "loadfile" else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not self.config.option.store_durations or hasattr(self.config, "workerinput"):
+            return
+        files: defaultdict[str, float] = defaultdict(float)
+        for nodeid, seconds in self.seconds.items():
+            files[nodeid.partition("::")[0]] += seconds
+        slow = {nodeid: round(seconds, 1) for nodeid, seconds in self.seconds.items() if seconds >= SLOW}
+        stored = {"files": {file: round(seconds, 1) for file, seconds in sorted(files.items())}}
+        DURATIONS.write_text(json.dumps(stored | {"slow": dict(sorted(slow.items()))}, indent=1) + "\n")
+
+
+class _LongestFirst(LoadScopeScheduling):
+    """Load scheduling by file, in the order of measured seconds."""
+
+    def __init__(self, config: pytest.Config, log: Any, files: dict[str, float]) -> None:
+        super().__init__(config, log)
+        self.files = files
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0]
+
+    def _assign_work_unit(self, node: Any) -> None:
+        longest = max(self.workqueue, key=lambda file: self.files.get(file, float("inf")))
+        self.workqueue.move_to_end(longest, last=False)
+        super()._assign_work_unit(node)
