@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineResult
+    from flows.plan import PlannedStep
     from flows.spec import PipelineSpec
     from registry.home import Home
 
@@ -58,12 +59,13 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
     from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
-    steps = plan_pipeline(loaded, Home.open(home_path()), force=_known(force, loaded))
+    planned = plan_pipeline(loaded, Home.open(home_path()), force=_known(force, loaded))
     if as_json:
-        print_json(steps)
+        print_json([_planned(step) for step in planned.steps])
         return
     rows = [
-        (step.name, step.uses, "cached" if step.cached else "run", "" if step.cached else step.reason) for step in steps
+        (step.name, step.job.kind.name, *(("cached", "") if step.cached else ("run", step.reason)))
+        for step in planned.steps
     ]
     print_table(("step", "uses", "would", "because"), rows)
 
@@ -86,11 +88,18 @@ def run(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
         result = run_pipeline(loaded, home, force=_known(force, loaded))
     if as_json:
-        print_json({"changed": result.changed, "outcomes": result.outcomes, "versions": result.versions})
+        outcomes = {name: {"ref": end.ref, "cached": end.cached} for name, end in result.outcomes.items()}
+        versions = {name: registered.to_json() for name, registered in result.versions.items()}
+        print_json({"changed": result.changed, "outcomes": outcomes, "versions": versions})
     else:
         _summarise(loaded, home, result)
     if result.refusals:
         raise typer.Exit(1)
+
+
+def _planned(step: PlannedStep) -> dict[str, Any]:
+    ref = step.outcome.ref if step.outcome else None
+    return {"name": step.name, "uses": step.job.kind.name, "cached": step.cached, "reason": step.reason, "ref": ref}
 
 
 def _known(force: list[str] | None, spec: PipelineSpec) -> frozenset[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flows.importing import Imported, Wish, import_adapter
-from flows.plan import make_job, registered_adapter
+from flows.plan import registered_adapter
 from flows.spec import load_spec
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.structure import base_module_shapes
@@ -17,6 +17,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.versions import Versions
 from tasks.execution import execute
+from tasks.job import prepare_job
 
 MERGE = """\
 name: both
@@ -84,9 +85,9 @@ def run_line(path: Path, home: Home) -> AdapterVersion:
     for name, step in spec.steps.items():
         inputs: dict = {}
         for field, target, _ in step.references():
-            ref = made[target] if target in made else registered_adapter(target, home).ref
+            ref = made[target] if target in made else registered_adapter(target, home)
             inputs[field] = (*inputs.get(field, ()), ref)
-        made[name] = execute(make_job(spec, name, home, run.id, force=False), inputs).ref
+        made[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
     return Versions(home).show(spec.name)
