@@ -27,26 +27,6 @@ steps:
   mix: {uses: merge, adapters: [one@1, two@1], weights: [1.0, 0.5], method: svd, rank: 3}
   release: {uses: register, adapter: mix}
 """
-TRAIN = """\
-name: small
-base: tiny
-seed: 7
-steps:
-  photos:   {uses: ingest, images: images/, heldout: 0.5}
-  prepared: {uses: preprocess, dataset: photos, resolution: 32}
-  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
-  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 3, batch: 2}
-  report:
-    uses: evaluate
-    adapter: adapter
-    dataset: captions
-    prompts: prompts.txt
-    seeds: 1
-    steps: 1
-    max_pictures: 1
-    gates: {validation_loss: {max: 10.0}}
-  release:  {uses: register, adapter: adapter, report: report, alias: trial}
-"""
 
 
 def random_adapter(seed: int, rank: int = 2, modules: int = 4, scale: float = 0.1) -> Adapter:

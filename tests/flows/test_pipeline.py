@@ -26,7 +26,7 @@ from tests.flows.conftest import PREPARE, draw_noise
 
 Write = Callable[..., Path]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def run(path: Path, home: Path, *overrides: str, force: tuple[str, ...] = ()) -> PipelineResult:
