@@ -12,8 +12,6 @@ from lora_engine.bases.base import load_base
 from lora_engine.bases.long_text import ReadsTokens, _split, encode_long, weigh
 from lora_engine.errors import SettingsError
 
-pytestmark = pytest.mark.slow
-
 LONG = "a red star on a blue ground"
 SHAPES = ("small-sd", "small-sd-v", "small-sdxl")
 

@@ -14,10 +14,7 @@ from lora_engine.adapters.layer import LayerOp, weight_sketch
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.quantised import Quantisation, QuantisedLinear, check_quantisation
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.errors import AdapterError, SettingsError
-
-pytestmark = pytest.mark.slow
 
 pytest.importorskip("bitsandbytes")
 
@@ -29,10 +26,8 @@ Load = Callable[[str, Quantisation], BaseModel]
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    root = tmp_path_factory.mktemp("bases")
-    folders: dict[str, Path] = {shape: write_untrained_base(root / shape, shape) for shape in SHAPES}
-    return lambda shape, bits: load_base(str(folders[shape]), device="cpu", quantise=bits)
+def load(untrained_base: Callable[[str], Path]) -> Load:
+    return lambda shape, bits: load_base(str(untrained_base(shape)), device="cpu", quantise=bits)
 
 
 def asked(base: BaseModel) -> tuple[Tensor, Tensor, Conditioning]:

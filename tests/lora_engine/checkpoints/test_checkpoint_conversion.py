@@ -14,8 +14,6 @@ from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints import convert_checkpoint, inspect_checkpoint
 from lora_engine.errors import BaseModelError
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_there_and_back_gives_every_tensor_byte_for_byte(

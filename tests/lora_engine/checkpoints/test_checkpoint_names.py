@@ -19,8 +19,6 @@ from lora_engine.checkpoints.recognise import recognise
 from lora_engine.errors import SettingsError
 from lora_engine.formats.ldm_names import LAYOUTS, UnetLayout
 
-pytestmark = pytest.mark.slow
-
 # Written by hand, not from the tables: what each architecture stores, and how many tensors that are.
 COUNTS = {
     "sd15": {"unet": 686, "vae": 248, "text_encoder": 196},

@@ -15,8 +15,6 @@ from transformers import CLIPTokenizer
 from lora_engine.checkpoints import convert_checkpoint, inspect_checkpoint
 from lora_engine.errors import AdapterError, BaseModelError, EngineError, SettingsError
 
-pytestmark = pytest.mark.slow
-
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 

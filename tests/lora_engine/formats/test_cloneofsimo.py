@@ -193,7 +193,7 @@ def test_the_scale_goes_into_the_factor():
     torch.testing.assert_close(back.delta_weight(weight), delta.delta_weight(weight))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_readers")
 def test_pickled_lists_are_read_with_their_companions(tmp_path):
     tensors, _, deltas = file_of(*TARGETS["default"])
     for part, middle in (("unet", ""), ("text_encoder", ".text_encoder")):

@@ -137,7 +137,6 @@ fuse(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)], Path(sys.argv[3]))
 
 
 @pytest.mark.parametrize("model", [".", UNET])
-@pytest.mark.slow
 def test_a_killed_run_leaves_no_output_and_the_source_as_it_was(model, bases, tmp_path):
     base = bases["float32"]
     before = digest(base)

@@ -93,7 +93,7 @@ def test_folders_are_merged_however_they_are_sharded(bases, tmp_path):
     assert (tmp_path / "out" / "model_index.json").read_bytes() == (one / "model_index.json").read_bytes()
 
 
-def test_models_that_differ_are_refused_before_work_starts(three, bases, tmp_path):
+def test_models_that_differ_are_refused_before_work_starts(three, untrained_base, tmp_path):
     other = noisy(tmp_path / "other.safetensors", 4, rows=5)
     lacking = tmp_path / "lacking.safetensors"
     save_file({name: t for name, t in load_file(three[0]).items() if name != "b"}, lacking)
@@ -105,7 +105,7 @@ def test_models_that_differ_are_refused_before_work_starts(three, bases, tmp_pat
         with pytest.raises(BaseModelError, match=problem):
             merge_checkpoints(models, [0.5, 0.5], tmp_path / "out.safetensors", component="unet")
     with pytest.raises(BaseModelError, match="tensors are not in both"):
-        merge_checkpoints([bases["float32"], bases["sdxl"]], [0.5, 0.5], tmp_path / "out")
+        merge_checkpoints([untrained_base("small-sd"), untrained_base("small-sdxl")], [0.5, 0.5], tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
