@@ -64,7 +64,7 @@ def test_other_settings_beside_the_file_are_another_base(single: Path) -> None:
 
 def test_a_damaged_file_is_refused_and_leaves_no_folder(single: Path) -> None:
     single.write_bytes(single.read_bytes()[:-100])
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=r"narrow\.safetensors"):
         resolve_base(str(single))
     assert not [path for path in (cache_folder() / "bases").iterdir() if path.is_dir()]
 
@@ -74,7 +74,7 @@ def test_without_a_tokenizer_the_error_says_where_one_is_looked_for(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     shutil.rmtree(single.parent / "narrow")
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=r"needs the tokenizer.*vocab\.json"):
         resolve_base(str(single))
 
 

@@ -89,6 +89,7 @@ def test_a_unet_that_reads_other_channels_is_named(small: dict[str, Tensor], tmp
     refuse(path, tmp_path, "InstructPix2Pix")
 
 
+@pytest.mark.usefixtures("forked_readers")
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "x.ckpt")
     refuse(tmp_path / "x.ckpt", tmp_path, "no table of tensors")

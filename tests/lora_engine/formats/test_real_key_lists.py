@@ -47,7 +47,7 @@ def file_of(path, folder):
 
 
 def test_every_list_has_an_expectation():
-    assert {path.stem for path in FOLDER.glob("*.json")} <= set(EXPECTED)
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(EXPECTED)
 
 
 @every
