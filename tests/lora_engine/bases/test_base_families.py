@@ -281,10 +281,5 @@ def test_the_real_architectures_load_through_the_same_code(untrained_base: Calla
     base = load_base(str(untrained_base(shape)), device="cpu")
     attention = [name for name in base.module_names() if name.endswith((".to_q", ".to_out.0"))]
     assert len(attention) == REAL[shape]
-
-
-@pytest.mark.parametrize("shape", ["sd3", "sd35-medium", "flux", "flux-schnell"])
-def test_an_untrained_transformer_has_the_layers_of_the_published_one(
-    untrained_base: Callable[[str], Path], shape: str
-) -> None:
-    assert base_module_shapes(str(untrained_base(shape))).keys() == base_module_shapes(shape).keys()
+    if "transformer" in base.modules:
+        assert set(base.module_names()) == base_module_shapes(shape).keys()

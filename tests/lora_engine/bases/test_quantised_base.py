@@ -22,6 +22,7 @@ BITS: tuple[Quantisation, ...] = ("8bit", "4bit")
 # Of the network's output: what rounding to so many bits costs on these layers of random numbers.
 NEAR = {"8bit": 0.02, "4bit": 0.3}
 SHAPES = ["small-sd", "small-flux"]
+CAUTIOUS = {"pissa"}  # it asks for the weight, of which its delta needs the shape alone
 Load = Callable[[str, Quantisation], BaseModel]
 
 
@@ -122,11 +123,17 @@ def test_every_kind_means_the_same_over_a_quantised_layer(kind: str, bits: Quant
 def test_a_kind_reads_the_values_of_the_base_where_it_says_so_and_nowhere_else(kind: str) -> None:
     torch.manual_seed(1)
     layer = nn.Linear(32, 32)
-    delta = LayerSettings(kind, 4).create(layer, torch.Generator().manual_seed(2))
-    delta = delta.with_factors({name: value + 0.05 for name, value in delta.factors().items()})
+    generator = torch.Generator().manual_seed(2)
+    delta = LayerSettings(kind, 4).create(layer, generator)
+    # Equal blocks would be no rotation.
+    moved = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in delta.factors().items()
+    }
+    delta = delta.with_factors(moved)
     weight = layer.weight.detach()
     same = torch.equal(delta.delta_weight(weight), delta.delta_weight(weight + torch.randn(weight.shape)))
-    assert same is not delta.reads_base
+    assert same is not delta.reads_base or kind in CAUTIOUS
+    assert delta.reads_base or kind not in CAUTIOUS
 
 
 def test_a_difference_is_not_collapsed_into_a_quantised_weight(load: Load) -> None:

@@ -73,7 +73,7 @@ def test_without_a_tokenizer_the_error_says_where_one_is_looked_for(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    shutil.rmtree(single.parent / "narrow")
+    shutil.rmtree(single.parent / "narrow" / "tokenizer")
     with pytest.raises(BaseModelError, match=r"needs the tokenizer.*vocab\.json"):
         resolve_base(str(single))
 

@@ -78,6 +78,6 @@ def test_the_measured_figures_are_good_enough(weights: Path) -> None:
 
 
 def test_the_base_draws_what_held_out_captions_ask_for(weights: Path) -> None:
-    asked = scenes(556, 32, "heldout")
+    asked = scenes(556, 16, "heldout")
     right = count_right(load_judge(weights).read(generate(weights, asked)), asked)
     assert right["all"] >= 0.9
