@@ -41,7 +41,7 @@ def test_what_is_checked_out_is_what_was_put(store, folder, tmp_path):
     assert store.verify(ref) == []
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}(/[a-z0-9]{1,8}x)?", fullmatch=True), st.binary(), min_size=1))
 def test_same_content_has_same_digest_in_any_order(store, files):
     files = {f"{path}.f": content for path, content in files.items()}
