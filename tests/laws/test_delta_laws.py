@@ -38,7 +38,7 @@ def test_a_fresh_adapter_is_zero_in_effect(kind, layer_name):
 
 
 @pairs
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 3), st.floats(0.1, 20), st.floats(-2, 2), st.integers(0, 2**31))
 def test_forward_is_the_layer_with_the_changed_weight(kind, layer_name, rank, alpha, multiplier, seed):
     layer, op = layer_of(layer_name), op_of(layer_of(layer_name))

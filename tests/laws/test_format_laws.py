@@ -19,7 +19,7 @@ pairs = pytest.mark.parametrize(
     ("form", "kind"),
     [(codec, kind) for codec, entry in codecs.items() for kind in kinds if kind in entry.style.spellings],
 )
-few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # What a format holds of a kind only under a setting: ComfyUI applies a magnitude of the outputs otherwise.

@@ -18,8 +18,8 @@ from lora_engine.merging.methods import METHODS, Elementwise
 from lora_engine.merging.resize import to_lora
 from lora_engine.merging.spec import SPECS
 
-few = settings(max_examples=20, deadline=None)
-fewer = settings(max_examples=8, deadline=None)
+few = settings(max_examples=20)
+fewer = settings(max_examples=8)
 NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OTHER = "unet.down_blocks.0.resnets.0.conv1"
 NEEDED = {"svd": {"energy": 1.0}}
