@@ -121,20 +121,30 @@ COMBINED = {"name": "dreambooth", "mask": {"floor": 0.2, "normalise": True}, "id
 """One method with class images, masks and an embedder: what the processes of a run share or make for themselves."""
 
 
-def test_two_processes_give_what_one_gives_and_resume_to_the_same_bytes(job: Callable[..., dict[str, Any]]) -> None:
-    one, two, halted = (job(name, method=COMBINED, **how) for name, how in (("one", ONE), ("two", TWO), ("halt", TWO)))
+def halt_and_resume(wanted: dict[str, Any]) -> None:
+    seen: list[int] = []
+    with pytest.raises(InterruptedRun, match=r"stopped after \d of 6"):
+        train_in_child(wanted, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
+    assert not Path(wanted["out"]).exists()
+    train_in_child(wanted, lambda done, total, values: seen.append(done))
+    assert sorted(seen) == seen
+
+
+def test_two_processes_that_were_stopped_and_resumed_give_what_one_gives(job: Callable[..., dict[str, Any]]) -> None:
+    one, two = (job(name, method=COMBINED, **how) for name, how in (("one", ONE), ("two", TWO)))
     train_here(one)
-    train_in_child(two)
+    halt_and_resume(two)
     require_same_training(one, two)
     curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
     assert len(curves[0]) == 6
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
 
-    seen: list[int] = []
-    with pytest.raises(InterruptedRun, match=r"stopped after \d of 6"):
-        train_in_child(halted, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
-    assert not Path(halted["out"]).exists()
-    train_in_child(halted)
+
+@pytest.mark.nightly
+def test_two_processes_resume_to_the_bytes_of_two_that_were_left_alone(job: Callable[..., dict[str, Any]]) -> None:
+    two, halted = job("two", method=COMBINED, **TWO), job("halted", method=COMBINED, **TWO)
+    train_in_child(two)
+    halt_and_resume(halted)
     assert digest(halted) == digest(two)
 
 
