@@ -67,7 +67,6 @@ def test_the_number_is_put_back(free):
         assert torch.get_num_threads() == before
 
 
-@pytest.mark.slow
 def test_torch_is_not_imported_for_it():
     environment = {name: value for name, value in os.environ.items() if name != THREADS}
     run = subprocess.run([sys.executable, "-c", NO_TORCH], env=environment, capture_output=True, text=True, check=True)

@@ -15,8 +15,6 @@ from lora_engine.evaluation.run import evaluate
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.formats import read_adapter, write_adapter
 
-pytestmark = pytest.mark.slow
-
 MakeDataset = Callable[..., Path]
 
 # diffusers 0.42 under numpy 2.

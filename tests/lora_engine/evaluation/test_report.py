@@ -183,7 +183,6 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     assert all(low - 1e-12 <= tick <= max(high, low) + 1e-9 for tick in ticks)
 
 
-@pytest.mark.slow
 @pytest.mark.needs("chromium")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_browser_shows_every_picture_and_nothing_wider_than_itself(

@@ -10,8 +10,6 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.errors import SettingsError
 from lora_engine.inference.generate import draw_noise, generate
 
-pytestmark = pytest.mark.slow
-
 
 def draw(base: BaseModel, prompts: list[str], seeds: list[int], **settings: Any) -> torch.Tensor:
     return generate(base, prompts, seeds=seeds, **{"steps": 3, **settings})

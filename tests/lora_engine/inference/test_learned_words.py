@@ -17,8 +17,6 @@ from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.draw import draw_pictures
 from lora_engine.inference.words import attach_embeddings
 
-pytestmark = pytest.mark.slow
-
 SHAPES = ["small-sd", "small-sdxl", "small-flux"]
 
 

@@ -7,20 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from lora_engine.bases.base import BaseModel
 from lora_engine.bases.untrained import write_untrained_base
+from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest, Picture
 from lora_engine.data.pixels import write_png
+from lora_engine.data.preprocess import preprocess
+from lora_engine.data.spec import IngestSettings, PreprocessSettings
 from lora_engine.training.spec import TrainSettings
+from tests.lora_engine.training.runs import Runs, load_once
 
 # Shapes this small only lose by being spread over cores.
 torch.set_num_threads(1)
+SHAPES = ("small-sd", "small-sd-v", "small-sdxl", "small-sd-inpainting")
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {shape: write_untrained_base(folder / shape, shape) for shape in ("small-sd", "small-sd-v", "small-sdxl")}
+    return {shape: write_untrained_base(folder / shape, shape) for shape in SHAPES}
 
 
 def write_dataset(folder: Path, sizes: list[int], heldout: int = 0, **about: Any) -> Path:
@@ -55,6 +62,41 @@ def dataset(make_dataset: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
+def masked(dataset: Path) -> Path:
+    """The usual dataset with a mask over the left half of each image."""
+    manifest = Manifest.load(dataset)
+    pictures = []
+    for picture in manifest.pictures:
+        mask = torch.full((3, picture.height, picture.width), -1.0)
+        mask[:, :, : picture.width // 2] = 1.0
+        name = f"masks/{Path(picture.file).name}"
+        write_png(dataset / name, mask)
+        pictures.append(picture.model_copy(update={"mask": name}))
+    manifest.model_copy(update={"pictures": tuple(pictures)}).save(dataset)
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of three shapes, with masks, repeats and captions in tags, as the steps make them."""
+    folder = tmp_path_factory.mktemp("varied")
+    images = folder / "images"
+    for number, (width, height) in enumerate([(32, 32), (64, 32), (64, 30), (30, 70), (33, 31)]):
+        path = images / ("3_often" if number == 1 else "") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiles = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(number))
+        values = (tiles * 255).to(torch.uint8).numpy()
+        Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST).save(path)
+        path.with_suffix(".txt").write_text(f"{{a|b}}, (c:1.2), sks, on white, number {number}")
+        if number % 2:
+            Image.new("L", (width, height), 200).save(path.with_name(f"{number}.mask.png"))
+    ingest(images, folder / "one", IngestSettings(heldout=0.2, repeats="folders"))
+    wanted = {"resolution": 32, "crop": "bucket", "buckets": {"step": 8, "keep": "salient"}}
+    preprocess(folder / "one", folder / "dataset", PreprocessSettings.model_validate(wanted))
+    return folder / "dataset"
+
+
+@pytest.fixture
 def settings() -> Callable[..., TrainSettings]:
     def make(**change: Any) -> TrainSettings:
         plain: dict[str, Any] = {"method": "finetune", "rank": 2, "steps": 4, "batch": 2, "seed": 7}
@@ -63,3 +105,21 @@ def settings() -> Callable[..., TrainSettings]:
         return TrainSettings.model_validate({**plain, **change})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[..., BaseModel]]:
+    """What all runs of a worker share: encoded images and texts, and loaded bases."""
+    return tmp_path_factory.mktemp("encoded"), load_once()
+
+
+@pytest.fixture
+def runs(
+    bases: dict[str, Path],
+    dataset: Path,
+    tmp_path: Path,
+    settings: Callable[..., TrainSettings],
+    shared: tuple[Path, Callable[..., BaseModel]],
+) -> Runs:
+    """Runs on the usual dataset; see `Runs`."""
+    return Runs(bases, dataset, tmp_path, *shared, settings)

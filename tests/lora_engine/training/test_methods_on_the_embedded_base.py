@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
@@ -26,12 +26,13 @@ from lora_engine.formats import read_bundle
 from lora_engine.inference.generate import generate
 from lora_engine.inference.words import attach_embeddings
 from lora_engine.training.identity import load_subject_embedder
+from lora_engine.training.methods import methods
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
-
-pytestmark = pytest.mark.slow
+from tests.lora_engine.training.runs import curves_of
 
 WORD = {"token": "zorb", "vectors": 2, "word_rate": 2e-2}
+WORD_METHODS = ("textual-inversion", "pivotal")
 METHODS: dict[str, dict[str, Any]] = {
     "textual-inversion": {"method": {"name": "textual-inversion", **WORD}},
     "pivotal": {"method": {"name": "pivotal", **WORD, "inversion": 0.3}},
@@ -82,16 +83,60 @@ def likeness(tiny: BaseModel, out: Path | None) -> float:
     return float(F.cosine_similarity(embedder.embed_pictures(drawn), wanted).mean())
 
 
+@pytest.fixture(scope="module")
+def short(crescents: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains a method for as few steps as show what it is for; once for all tests."""
+    folder, known = tmp_path_factory.mktemp("short"), dict[str, Path]()
+
+    def run(name: str) -> Path:
+        if name not in known:
+            out = folder / name
+            # A word learns more slowly than an adapter.
+            steps = 30 if name in WORD_METHODS else 10
+            train(settings_of(name, steps), "tiny", crescents, out, folder / f"{name} work", cache=folder / "cache")
+            known[name] = out
+        return known[name]
+
+    return run
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_lowers_the_loss_on_pictures_that_it_has_not_seen(
-    crescents: Path, tmp_path: Path, name: str
-) -> None:
-    train(settings_of(name, 30), "tiny", crescents, tmp_path / "out", tmp_path / "work")
-    curves = json.loads((tmp_path / "out" / "training.json").read_bytes())
-    (_, before), (_, after) = curves["validation_loss"]
-    assert after < 0.97 * before
+def test_every_method_lowers_the_loss_on_pictures_that_it_has_not_seen(short: Callable[[str], Path], name: str) -> None:
+    (_, before), (_, after) = curves_of(short(name))["validation_loss"]
+    assert after < before * (0.97 if name in WORD_METHODS else 0.9)
 
 
+def test_every_method_is_tried_on_the_embedded_base() -> None:
+    assert {TrainSettings.model_validate({"steps": 9, **change}).method.name for change in METHODS.values()} == set(
+        methods
+    )
+
+
+def predict_with(tiny: BaseModel, out: Path | None, prompts: list[str]) -> torch.Tensor:
+    """What the network predicts for the same noisy latents at three timesteps."""
+    noisy = torch.randn(len(prompts), *tiny.latent_shape((32, 32)), generator=torch.Generator().manual_seed(0))
+    with ExitStack() as stack, torch.no_grad():
+        if out is not None:
+            stack.enter_context(attach(tiny, read_bundle(out / "adapter.safetensors").adapter))
+        conditioning = tiny.encode_text(prompts, (32, 32))
+        steps = [torch.full((len(prompts),), step) for step in (200, 500, 800)]
+        return torch.cat([tiny.predict(noisy, step, conditioning) for step in steps])
+
+
+RINGS = [f"a {colour} ring on a {ground} background" for colour in ("red", "green") for ground in ("white", "black")]
+
+
+def test_preservation_holds_the_predictions_for_the_class(tiny: BaseModel, short: Callable[[str], Path]) -> None:
+    expected = predict_with(tiny, None, RINGS)
+    drift = {
+        name: (predict_with(tiny, short(name), RINGS) - expected).square().mean().sqrt().item()
+        for name in ("finetune", "preservation")
+    }
+    # Over the seeds 0 to 2 the ratio is 0.80 to 0.82.
+    assert 0 < drift["preservation"] < 0.92 * drift["finetune"]
+
+
+@pytest.mark.nightly
 def test_preservation_reduces_the_drift_of_the_class(tiny: BaseModel, crescents: Path, tmp_path: Path) -> None:
     prompts = [
         f"a {colour} ring on a {ground} background" for colour in ("red", "blue") for ground in ("white", "black")
@@ -103,6 +148,7 @@ def test_preservation_reduces_the_drift_of_the_class(tiny: BaseModel, crescents:
     assert drift["preservation"] < 0.9 * drift["finetune"]
 
 
+@pytest.mark.nightly
 def test_identity_brings_the_drawn_subject_nearer_to_its_pictures_as_the_embedder_sees_them(
     tiny: BaseModel, crescents: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +171,7 @@ def test_identity_brings_the_drawn_subject_nearer_to_its_pictures_as_the_embedde
     assert mean(nearness("with", seed) - nearness("without", seed) for seed in range(3)) > 0.01
 
 
+@pytest.mark.nightly
 def test_pivotal_tuning_beats_inversion_and_dreambooth_beats_nothing(
     tiny: BaseModel, crescents: Path, tmp_path: Path
 ) -> None:

@@ -22,8 +22,6 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.captions import Captions
 
-pytestmark = pytest.mark.slow
-
 Tensors = dict[str, torch.Tensor]
 
 

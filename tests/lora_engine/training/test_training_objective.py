@@ -293,7 +293,8 @@ def test_what_does_not_suit_a_base_is_refused(settings: Any, schedule: NoiseSche
     ],
 )
 def test_objectives_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValidationError, match=list(value)[-1] if isinstance(value, dict) else name):
         objective(**settings)
 
 

@@ -33,8 +33,6 @@ from lora_engine.training.specs.objective import L1, L2, Huber, SmoothL1
 from lora_engine.training.specs.rates import AnyOptimiser, Ema, Optimiser
 from lora_engine.training.specs.schedules import AnySchedule
 
-pytestmark = pytest.mark.slow
-
 SPECS: dict[str, Optimiser] = {found().name: found() for found in get_args(get_args(AnyOptimiser)[0])}
 MODULES = {name: module._PACKAGES.get(name, ("torch", ""))[0] for name in SPECS}
 EVERY = [

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.errors import InterruptedRun, SettingsError, TrainingError
+from lora_engine.errors import BaseModelError, EngineError, InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import sha256_file
-from lora_engine.formats import read_adapter
+from lora_engine.formats import read_bundle
 from lora_engine.training.batches import Batch
 from lora_engine.training.distributed import Team
 from lora_engine.training.preservation import TaughtBatch
@@ -103,8 +103,7 @@ def digest(job: dict[str, Any]) -> str:
 
 
 def require_same_training(one: dict[str, Any], two: dict[str, Any]) -> None:
-    single, _ = read_adapter(Path(one["out"]) / "adapter.safetensors")
-    both, _ = read_adapter(Path(two["out"]) / "adapter.safetensors")
+    single, both = (read_bundle(Path(done["out"]) / "adapter.safetensors").adapter for done in (one, two))
     assert single.modules.keys() == both.modules.keys()
     moved = 0.0
     for name, delta in single.modules.items():
@@ -112,50 +111,71 @@ def require_same_training(one: dict[str, Any], two: dict[str, Any]) -> None:
             other = both.modules[name].factors()[factor]
             torch.testing.assert_close(other, value, rtol=0, atol=1e-6)
             moved = max(moved, float(value.abs().max())) if factor == "up" else moved
-    assert moved > 1e-4
+    words = [read_bundle(Path(done["out"]) / "adapter.safetensors").embeddings for done in (one, two)]
+    for mine, theirs in zip(*words, strict=True):
+        torch.testing.assert_close(dict(mine.vectors), dict(theirs.vectors), rtol=0, atol=1e-6)
+    assert moved > 1e-4 or words[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    [
-        {
-            "name": "finetune",
-            "preservation": {"prompt": "a star"},
-            "mask": {"floor": 0.2, "normalise": True},
-            "identity": {"until": 0.9},
-        },
-        {"name": "inpainting"},
-    ],
-    ids=["preservation, masks and identity", "inpainting"],
-)
-def test_two_processes_give_what_one_gives_by_every_method(job: Callable[..., dict[str, Any]], method: Any) -> None:
-    change = {"method": method, "prior": None, "steps": 2, "accumulate": 1}
-    one, two = job("one", **change, **ONE), job("two", **change, **TWO)
-    train_here(one)
-    train_in_child(two)
-    require_same_training(one, two)
+COMBINED = {"name": "dreambooth", "mask": {"floor": 0.2, "normalise": True}, "identity": {"until": 0.9}}
+"""One method with class images, masks and an embedder: what the processes of a run share or make for themselves."""
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives_and_go_on_to_the_same_bytes(job: Callable[..., dict[str, Any]]) -> None:
-    one, two, halted = job("one", **ONE), job("two", **TWO), job("halted", **TWO)
-    train_here(one)
-    train_in_child(two)
-    require_same_training(one, two)
-    curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
-    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
-
+def halt_and_resume(wanted: dict[str, Any]) -> None:
     seen: list[int] = []
     with pytest.raises(InterruptedRun, match=r"stopped after \d of 6"):
-        train_in_child(halted, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
-    assert not Path(halted["out"]).exists()
-    train_in_child(halted)
+        train_in_child(wanted, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
+    assert not Path(wanted["out"]).exists()
+    train_in_child(wanted, lambda done, total, values: seen.append(done))
+    assert sorted(seen) == seen
+
+
+def test_two_processes_that_were_stopped_and_resumed_give_what_one_gives(job: Callable[..., dict[str, Any]]) -> None:
+    one, two = (job(name, method=COMBINED, **how) for name, how in (("one", ONE), ("two", TWO)))
+    train_here(one)
+    halt_and_resume(two)
+    require_same_training(one, two)
+    curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
+    assert len(curves[0]) == 6
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.nightly
+def test_two_processes_resume_to_the_bytes_of_two_that_were_left_alone(job: Callable[..., dict[str, Any]]) -> None:
+    two, halted = job("two", method=COMBINED, **TWO), job("halted", method=COMBINED, **TWO)
+    train_in_child(two)
+    halt_and_resume(halted)
     assert digest(halted) == digest(two)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "method": {
+                "name": "finetune",
+                "preservation": {"prompt": "a star"},
+                "mask": {"floor": 0.2, "normalise": True},
+                "identity": {"until": 0.9},
+            },
+            "prior": None,
+        },
+        {"method": {"name": "inpainting"}, "prior": None},
+        {"method": {"name": "textual-inversion", "token": "sks"}, "prior": None},
+        {"method": {"name": "pivotal", "token": "sks"}},
+        {"method": {"name": "dreambooth"}},
+    ],
+    ids=["preservation, masks and identity", "inpainting", "textual-inversion", "pivotal", "dreambooth"],
+)
+def test_two_processes_give_what_one_gives_by_every_method(job: Callable[..., dict[str, Any]], change: Any) -> None:
+    one, two = (job(name, **change, steps=2, accumulate=1, **how) for name, how in (("one", ONE), ("two", TWO)))
+    train_here(one)
+    train_in_child(two)
+    require_same_training(one, two)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_when_one_of_two_dies_the_other_ends_and_the_cause_is_told(
     job: Callable[..., dict[str, Any]], rank: int
 ) -> None:
@@ -175,10 +195,23 @@ def test_when_one_of_two_dies_the_other_ends_and_the_cause_is_told(
             child_of(wanted, either)
 
 
-@pytest.mark.slow
-def test_an_error_of_all_processes_is_told_once_with_its_class(job: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(SettingsError, match="4096"):
-        train_in_child(job("wrong", rank=4096, **TWO))
+@pytest.mark.parametrize(
+    ("parts", "change", "error", "problem"),
+    [
+        # Before the processes have joined, and after it.
+        ({"base": "./nowhere"}, {}, BaseModelError, "nowhere"),
+        pytest.param({}, {"rank": 4096}, SettingsError, "4096", marks=pytest.mark.nightly),
+    ],
+)
+def test_an_error_of_all_processes_is_told_once_with_its_class(
+    job: Callable[..., dict[str, Any]],
+    parts: dict[str, Any],
+    change: dict[str, Any],
+    error: type[EngineError],
+    problem: str,
+) -> None:
+    with pytest.raises(error, match=problem):
+        train_in_child({**job("wrong", **change, **TWO), **parts})
 
 
 def child_of(job: dict[str, Any], rank: int) -> int:

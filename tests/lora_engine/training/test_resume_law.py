@@ -1,0 +1,272 @@
+"""The resume law: a run that ended early and is started again gives the bytes of a run that was left alone.
+
+Cases come from the registries of methods and optimizers. `make test` runs a covering design, see `covering`;
+`make nightly` runs every combination. Real processes that are killed are in test_training_process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from lora_engine.training import job, loop
+from lora_engine.training.loop import fit
+from lora_engine.training.methods import methods
+from lora_engine.training.optimisers import _PACKAGES, optimisers
+from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.rates import AnyOptimiser, Optimiser
+from tests.lora_engine.training.runs import Ending, Runs, digests, factors_of
+
+STEPS, ACCUMULATE, CHECKPOINT_EVERY = 4, 2, 2
+USUAL: dict[str, Any] = {
+    "steps": STEPS,
+    "accumulate": ACCUMULATE,
+    "checkpoint_every": CHECKPOINT_EVERY,
+    "validate_every": 2,
+    "warmup": 1,
+    "dropout": 0.2,
+    "caption_dropout": 0.2,
+    "weight_decay": 0.01,
+}
+EMAS: dict[str, dict[str, Any] | None] = {"plain": None, "ema": {"decay": 0.8}}
+SPECS: dict[str, Optimiser] = {found().name: found() for found in get_args(get_args(AnyOptimiser)[0])}
+
+Point = Callable[[int], tuple[Ending, int]]
+"""From the steps of the first phase to how a run ends early, and the step from which it must resume."""
+
+
+def _last_checkpoint(step: int) -> int:
+    return step if step == STEPS else step - step % CHECKPOINT_EVERY
+
+
+POINTS: dict[str, Point] = {
+    "asked while it prepares": lambda first: (Ending(poll=2), 0),
+    "asked within an accumulation group": lambda first: (Ending(batch=0), 1),
+    "crashes within an accumulation group": lambda first: (Ending(batch=5, crashes=True), 2),
+    "asked at a checkpoint": lambda first: (Ending(step=2), 2),
+    # Methods of one phase: the end of the run, before its artifact is written.
+    "asked at the end of the first phase": lambda first: (Ending(step=first), first),
+    "crashes at the end of the first phase": lambda first: (Ending(step=first, crashes=True), _last_checkpoint(first)),
+    "crashes in the last step": lambda first: (Ending(batch=STEPS * ACCUMULATE - 1, crashes=True), 2),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str
+    optimiser: str
+    ema: str
+    point: str
+
+    def __str__(self) -> str:
+        return ", ".join((self.method, self.optimiser, self.ema, self.point))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.method, self.optimiser, self.ema)
+
+
+def settings_of(method: str, optimiser: str, ema: str) -> dict[str, Any]:
+    spec = SPECS[optimiser]
+    return {
+        **USUAL,
+        "method": method,
+        "learning_rate": 1.0 if spec.finds_rate else 1e-3,
+        "schedule": "constant" if spec.averages else "cosine",
+        "rates": {"optimiser": optimiser, "ema": EMAS[ema]},
+    }
+
+
+def fits(method: str, optimiser: str, ema: str) -> bool:
+    try:
+        TrainSettings.model_validate(settings_of(method, optimiser, ema))
+    except ValidationError:
+        return False
+    return True
+
+
+def covering() -> Iterator[Case]:
+    """A covering design: each method with each stop point, and each optimizer with each kind of average.
+
+    The pairs of optimizer and average are dealt out to the methods, those that fit few methods first. Each method goes
+    through the stop points with its pairs in turn.
+    """
+    hands: dict[str, list[tuple[str, str]]] = {method: [] for method in methods}
+    takers = {pair: [method for method in methods if fits(method, *pair)] for pair in product(optimisers, EMAS)}
+    for pair in sorted((pair for pair in takers if takers[pair]), key=lambda pair: len(takers[pair])):
+        hands[min(takers[pair], key=lambda method: len(hands[method]))].append(pair)
+    for method, pairs in hands.items():
+        for number, point in enumerate(POINTS):
+            yield Case(method, *pairs[number % len(pairs)], point)
+
+
+COVERING = tuple(covering())
+EVERY = tuple(Case(*case) for case in product(methods, optimisers, EMAS, POINTS) if fits(*case[:3]))
+
+
+def parameter(case: Case) -> Any:
+    package = _PACKAGES.get(case.optimiser, ("torch", "torch"))[0]
+    missing = importlib.util.find_spec(package) is None
+    marks = [pytest.mark.skipif(missing, reason=f"{package} is not installed")]
+    return pytest.param(case, id=str(case), marks=marks if case in COVERING else [*marks, pytest.mark.nightly])
+
+
+def test_the_design_covers_every_pair_that_it_should() -> None:
+    assert set(optimisers) == set(SPECS)
+    assert set(COVERING) <= set(EVERY)
+    assert {(case.method, case.point) for case in COVERING} == set(product(methods, POINTS))
+    unfit = {(name, "ema") for name, spec in SPECS.items() if spec.averages}
+    assert {(case.optimiser, case.ema) for case in COVERING} == set(product(optimisers, EMAS)) - unfit
+    assert {(case.ema, case.point) for case in COVERING} == set(product(EMAS, POINTS))
+    for method in methods:
+        assert len({case.optimiser for case in COVERING if case.method == method}) >= 2
+
+
+@dataclass(frozen=True)
+class Straight:
+    """A run that was left alone: its digests, and the steps of its first phase."""
+
+    digests: dict[str, str]
+    first: int
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Straight]:
+    return {}
+
+
+@pytest.fixture
+def straight(runs: Runs, known: dict[str, Straight], monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], Straight]:
+    """Runs the settings of a case without an interruption; once for all cases that share them."""
+
+    def run(case: Case) -> Straight:
+        key = str(case.settings)
+        if key not in known:
+            firsts: list[int] = []
+
+            def note(phases: Any, *rest: Any, **more: Any) -> Any:
+                firsts.append(phases[0].steps)
+                return fit(phases, *rest, **more)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(job, "fit", note)
+                out = runs("straight", **case.settings)
+            known[key] = Straight(digests(out), *firsts)
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("case", [parameter(case) for case in EVERY])
+def test_a_run_that_ended_early_resumes_to_the_same_bytes(
+    runs: Runs, straight: Callable[[Case], Straight], case: Case
+) -> None:
+    expected = straight(case)
+    ending, resumes_at = POINTS[case.point](expected.first)
+    # A request that comes in the last step finds nothing left to stop.
+    ends_early = ending.crashes or ending.step != STEPS
+    out, steps = runs.resume("resumed", [ending] if ends_early else [], **case.settings)
+    assert steps == list(range(resumes_at + 1 if ends_early else 1, STEPS + 1))
+    assert digests(out) == expected.digests
+
+
+def test_a_request_in_the_last_step_comes_too_late_to_stop_a_run(runs: Runs) -> None:
+    ending = Ending(batch=STEPS * ACCUMULATE - 1)
+    assert digests(runs("asked", ending=ending, **USUAL)) == digests(runs("straight", **USUAL))
+    assert ending.asked
+    assert ending.steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "mean"])
+def test_a_state_that_is_not_restored_changes_the_bytes(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    chosen = settings_of("finetune", "adamw", "ema")
+    expected = digests(runs("straight", **chosen))
+    if forgotten == "optimizer":
+        monkeypatch.setattr(loop, "import_state", lambda *_: None)
+    else:
+        monkeypatch.setattr(loop.RunningMean, "restore", lambda *_: None)
+    out, steps = runs.resume("resumed", [Ending(step=2)], **chosen)
+    assert steps == [3, 4]
+    assert digests(out).keys() == expected.keys()
+    assert digests(out)["adapter.safetensors"] != expected["adapter.safetensors"]
+
+
+WORD = {"token": "sks", "vectors": 2, "word_rate": 0.02}
+ALTERNATING = {"count": 3, "steps": 2, "batches": "alternating"}
+TEXT = ["attention", "text"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pivotal with class images": {"method": {"name": "pivotal", **WORD}, "prior": ALTERNATING},
+    "alternating class images": {"method": "dreambooth", "prior": ALTERNATING},
+    "masks, identity, preservation": {
+        "method": {"name": "finetune", "preservation": {}, "mask": {"temperature": 2.0}, "identity": {"until": 1.0}},
+        "targets": TEXT,
+    },
+    "two text encoders and samples": {
+        "targets": TEXT,
+        "rates": {"ema": {"decay": 0.8, "written": "last"}},
+        "samples": {"every": 2, "prompts": ["a ring"], "seeds": [1], "steps": 2},
+        "shape": "small-sdxl",
+    },
+    "objective and rates": {
+        "method": "dreambooth",
+        "targets": TEXT,
+        "objective": {
+            "weighting": "min_snr",
+            "loss": {"name": "huber", "delta": 0.3},
+            "timesteps": {"distribution": "logit_normal", "low": 0.2},
+            "noise_offset": 0.1,
+            "pyramid": {},
+            "input_perturbation": 0.1,
+        },
+        "rates": {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}},
+        "schedule": {"name": "cosine-restarts", "cycles": 2},
+        "shape": "small-sd-v",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_with_options_that_draw_or_look_at_more_resumes_to_the_same_bytes(
+    runs: Runs, masked: Path, name: str
+) -> None:
+    chosen = {**USUAL, **OPTIONS[name], "dataset": masked}
+    expected = runs("straight", **chosen)
+    assert any(value.any() for key, value in factors_of(expected).items() if key.endswith("up"))
+    out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **chosen)
+    assert steps == [3, 4]
+    assert digests(out) == digests(expected)
+
+
+CAPTIONS: dict[str, Any] = {
+    "wildcards": True,
+    "replacements": {"on": ["on", "upon"]},
+    "shuffle": True,
+    "keep_tokens": 1,
+    "tag_dropout": 0.2,
+    "templates": ["a photo of {}", "{}"],
+    "prefix": "the ",
+    "weights": True,
+    "chunks": 2,
+    "flip": True,
+    "colours": {"variants": 1, "hue": 0.1},
+}
+
+
+@pytest.mark.parametrize(("shape", "targets"), [("small-sdxl", "attention"), ("small-sd", TEXT)])
+def test_a_run_with_changing_captions_and_looks_resumes_to_the_same_bytes(
+    runs: Runs, varied: Path, tmp_path: Path, shape: str, targets: Any
+) -> None:
+    chosen = {**USUAL, "captions": CAPTIONS, "targets": targets, "shape": shape, "dataset": varied}
+    expected = runs("straight", passed={"cache": tmp_path / "encoded by this run alone"}, **chosen)
+    out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **chosen)
+    assert steps == [3, 4]
+    assert digests(out) == digests(expected)

@@ -1,0 +1,110 @@
+"""Each setting counts: a run with one setting changed writes something else than the same run without the change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.lora_engine.training.runs import Runs, curves_of, factors_of
+
+Plain = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def plain(runs: Runs, known: dict[str, Path]) -> Plain:
+    """Runs settings without the change; once for all tests that share them."""
+
+    def run(settings: dict[str, Any]) -> Path:
+        key = str({name: value for name, value in settings.items() if name != "dataset"})
+        if key not in known:
+            known[key] = runs("plain", **settings)
+        return known[key]
+
+    return run
+
+
+def flattened(out: Path) -> torch.Tensor:
+    return torch.cat([value.flatten() for name, value in factors_of(out).items() if name.endswith("up")])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 8},
+        {"learning_rate": 2e-3},
+        {"rank": 3},
+        {"caption_dropout": 1.0},
+        {"dropout": 0.5},
+        {"overrides": {"unet.*.to_q": {"rank": 1}}},
+        {"weight_decay": 10.0},
+        {"clip": 1e-3},
+        {"accumulate": 2},
+        {"batch": 3},
+        {"warmup": 1},
+        {"alpha": 1.0},
+    ],
+    ids=str,
+)
+def test_each_setting_of_a_run_counts(runs: Runs, plain: Plain, change: dict[str, Any]) -> None:
+    before, after = plain({"steps": 3}), runs("changed", **{"steps": 3, **change})
+    adapters = [(out / "adapter.safetensors").read_bytes() for out in (before, after)]
+    assert adapters[0] != adapters[1]
+    first, second = factors_of(before), factors_of(after)
+    assert first.keys() == second.keys()
+    # The card holds the settings, so the tensors must differ too.
+    assert any(value.shape != second[name].shape or not value.equal(second[name]) for name, value in first.items())
+
+
+OBJECTIVE: dict[str, Any] = {
+    "weighting": "min_snr",
+    "loss": {"name": "huber", "delta": 0.3},
+    "timesteps": {"distribution": "logit_normal", "low": 0.2},
+    "noise_offset": 0.1,
+    "pyramid": {},
+    "input_perturbation": 0.1,
+}
+RATES: dict[str, Any] = {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}, "optimiser": "adafactor"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective": {key: value}} for key, value in OBJECTIVE.items()]
+    + [{"rates": {key: value}} for key, value in RATES.items()]
+    + [{"schedule": {"name": "polynomial", "power": 3.0}}],
+    ids=lambda change: str(change)[:60],
+)
+def test_each_setting_of_objective_rates_and_schedule_counts(runs: Runs, plain: Plain, change: dict[str, Any]) -> None:
+    usual = {"method": "dreambooth", "targets": ["attention", "text"], "steps": 3}
+    assert not torch.equal(flattened(plain(usual)), flattened(runs("changed", **usual, **change)))
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        {"shuffle": True},
+        {"tag_dropout": 0.5},
+        {"templates": "object"},
+        {"prefix": "x "},
+        {"wildcards": True},
+        {"weights": True},
+        {"chunks": 2},
+        {"flip": True},
+        {"colours": {"variants": 2}},
+    ],
+    ids=str,
+)
+def test_each_setting_of_captions_and_looks_counts(
+    runs: Runs, plain: Plain, varied: Path, captions: dict[str, Any]
+) -> None:
+    usual = {"dataset": varied, "steps": 3}
+    before, after = plain(usual), runs("changed", captions=captions, **usual)
+    assert curves_of(before)["loss"] != curves_of(after)["loss"]
