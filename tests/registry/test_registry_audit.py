@@ -157,7 +157,6 @@ def test_good_home_has_no_problems(good):
     assert fsck(good.home, grace=0) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("harm", DAMAGE)
 def test_each_damage_is_found(plain, harm):
     assert fsck(plain.home, mlflow=False) == []
@@ -168,14 +167,11 @@ def test_each_damage_is_found(plain, harm):
     assert all(problem.remedy for problem in found)
 
 
-@pytest.mark.sqlite
 def test_row_that_refers_to_nothing_is_found(plain):
     sql(plain, "PRAGMA foreign_keys=OFF", "DELETE FROM names")
     assert any("refers to nothing" in problem.what for problem in fsck(plain.home, mlflow=False))
 
 
-@pytest.mark.slow
-@pytest.mark.sqlite
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
 def test_each_difference_to_mlflow_is_found(good, harm):
     do, what, where = DAMAGE_IN_MLFLOW[harm]
@@ -185,7 +181,6 @@ def test_each_difference_to_mlflow_is_found(good, harm):
     assert all(problem.remedy for problem in found)
 
 
-@pytest.mark.sqlite
 def test_damaged_database_is_found(plain):
     plain.close()
     content = bytearray(plain.home.lineage_db.read_bytes())
@@ -196,7 +191,6 @@ def test_damaged_database_is_found(plain):
     assert all("lineage.db" in problem.where for problem in found)
 
 
-@pytest.mark.sqlite
 def test_absent_database_is_found(empty_home):
     assert [problem.what for problem in fsck(empty_home)] == ["the database is gone"]
 

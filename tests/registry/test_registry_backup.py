@@ -18,8 +18,6 @@ from registry.home import Home
 from registry.promotion import history
 from registry.versions import Versions
 
-pytestmark = [pytest.mark.sqlite, pytest.mark.slow]
-
 
 @pytest.fixture
 def filled(versions, register):
@@ -267,7 +265,6 @@ def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
 def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tmp_path, spawn):
     first = backup(filled.home, tmp_path / "backups")
     script = (
@@ -306,7 +303,6 @@ def test_blobs_behind_a_url_are_backed_up_and_put_back(versions, register, tmp_p
     assert fsck(Home(tmp_path / "new"), mlflow=False) == []
 
 
-@pytest.mark.slow
 def test_mlflow_is_whole_again_after_a_restore(mirrored, register, tmp_path, spawn):
     register(mirrored, b"weights", alias_request="staging")
     backup(mirrored.home, tmp_path / "backups")

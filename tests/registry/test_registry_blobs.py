@@ -21,8 +21,6 @@ from registry.store.artifacts import Store, open_store
 from registry.store.local import LocalBlobs
 from registry.store.remote import FsspecBlobs, open_blobs
 
-pytestmark = pytest.mark.slow
-
 BIG = os.urandom(1 << 20) * 52  # more than one part of an upload to S3
 MIDDLE = BIG[: 3 << 20]
 FOREVER = 1e12
@@ -104,9 +102,7 @@ def damage(blobs, digest, content=b"something else"):
         blobs._fs.pipe_file(blobs._key(digest), content)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"some bytes", pytest.param(BIG, marks=pytest.mark.slow)], ids=["empty", "small", "big"]
-)
+@pytest.mark.parametrize("content", [b"", b"some bytes", BIG], ids=["empty", "small", "big"])
 def test_what_is_read_is_what_was_written(blobs, content):
     digest = write(blobs, content)
     assert read(blobs, digest) == content
@@ -150,7 +146,7 @@ class Broken(io.BytesIO):
     [
         partial(io.BytesIO, b"other bytes"),
         partial(Broken, MIDDLE),
-        pytest.param(partial(Broken, BIG), marks=pytest.mark.slow),
+        partial(Broken, BIG),
     ],
     ids=["other bytes", "broken", "broken after a part"],
 )
@@ -265,7 +261,7 @@ print(store.put_files("adapter", {"a": b"x" * (6 << 20), "b": b"b"}).sha256)
 """
 
 
-@pytest.mark.parametrize("kind", ["folder", pytest.param("S3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["folder", "S3"])
 def test_eight_writers_lose_nothing(kind, tmp_path, spawn, request):
     url = str(tmp_path / "blobs") if kind == "folder" else request.getfixturevalue("bucket")
     children = [spawn(WRITER, url, number) for number in range(8)]
@@ -295,7 +291,7 @@ open_blobs(sys.argv[1]).write(sha256(content).hexdigest(), lambda: Slow(content)
 """
 
 
-@pytest.mark.parametrize("kind", ["folder", pytest.param("S3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["folder", "S3"])
 def test_killed_writer_leaves_no_half_blob(kind, tmp_path, spawn, request):
     url = str(tmp_path / "blobs") if kind == "folder" else request.getfixturevalue("bucket")
     content = b"x" * (52 << 20)
@@ -356,7 +352,6 @@ def test_absent_credentials_are_worded(bucket, monkeypatch, tmp_path):
         write(open_blobs(bucket), b"x")
 
 
-@pytest.mark.slow
 def test_server_that_does_not_answer_is_worded(bucket, monkeypatch):
     import s3fs
 

@@ -150,7 +150,6 @@ def test_a_version_comes_back_if_its_bytes_are_whole(versions, register):
         delete(versions, "zorb", 1, reason="twice")
 
 
-@pytest.mark.slow
 def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, register, monkeypatch):
     damage, barrier = versions.damage, threading.Barrier(2, timeout=60)
     real = catalog.read_version
@@ -194,7 +193,6 @@ def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, regist
     assert replay(history(versions, "zorb")).keys() <= {("zorb", "candidate")}
 
 
-@pytest.mark.slow
 def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_version(mirrored, register):
     for content in (b"1", b"2"):
         register(mirrored, content)

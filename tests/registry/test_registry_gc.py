@@ -16,8 +16,6 @@ from registry.store.artifacts import Store
 from registry.store.remote import open_blobs
 from registry.tables import ArtifactRow, RecordRow, RunRow, VersionRow
 
-pytestmark = pytest.mark.slow
-
 OLD = 10 * 24 * 3600
 
 
@@ -337,7 +335,6 @@ def test_writers_lose_nothing_to_a_collection_that_runs_beside_them(versions, sp
         assert versions.store.blobs.actual_digest(digest) == digest
 
 
-@pytest.mark.slow
 def test_collection_that_is_killed_leaves_nothing_wrong(registered, spawn):
     for number in range(300):
         put(registered, b"nobody wants me %d" % number)

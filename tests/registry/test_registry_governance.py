@@ -82,7 +82,6 @@ def test_a_taint_takes_its_permission_away_wherever_it_comes_from(one):
     assert allows_commercial(FREE)
 
 
-@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(graphs())
 def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
@@ -94,7 +93,6 @@ def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
         assert all(is_within(resolved[node], resolved[source]) for source in sources)
 
 
-@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(graphs(), st.data())
 def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, data):
@@ -255,7 +253,6 @@ def test_an_adapter_has_the_terms_of_its_base_and_of_every_picture(versions, lin
     assert {source.what for source in resolved.sources} == {"base tiny", "2 pictures under cc-by-nc-4.0"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("uses", ["merge", "extract", "distil", "convert"])
 def test_terms_come_through_every_way_of_making_an_adapter_of_adapters(versions, line, uses):
     free = line("free", b"1")

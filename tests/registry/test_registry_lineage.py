@@ -186,7 +186,6 @@ def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
     assert len(lineage.walk(source.sha256, "down").nodes) == 81
 
 
-@pytest.mark.sqlite
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_cost_of_a_walk_follows_its_answer(lineage, store, line, direction):
     run, made = line
@@ -260,7 +259,6 @@ def test_value_that_json_cannot_hold_is_refused(lineage):
     assert lineage.runs() == []
 
 
-@pytest.mark.sqlite
 def test_connection_keeps_the_promises_of_durability(lineage):
     with Session(lineage.database.engine) as session:
         values = {

@@ -102,7 +102,6 @@ def test_first_revision_makes_what_the_first_release_made(old):
     engine.dispose()
 
 
-@pytest.mark.sqlite
 def test_migrated_schema_is_the_created_one(old, tmp_path):
     migrated, created = opened(url(old)), opened(url(tmp_path / "new" / "lineage.db"))
     found = shape(migrated)
@@ -217,7 +216,6 @@ def struck(spawn, tmp_path, old, by):
     return paths
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("by", ["statement", "line"])
 def test_migration_killed_anywhere_leaves_the_old_or_the_new(old, tmp_path, spawn, by):
     paths = struck(spawn, tmp_path, old, by)
@@ -237,7 +235,6 @@ def test_migration_killed_anywhere_leaves_the_old_or_the_new(old, tmp_path, spaw
     assert seen == {True, False}
 
 
-@pytest.mark.slow
 def test_making_killed_anywhere_leaves_nothing_or_all(tmp_path, spawn):
     paths = struck(spawn, tmp_path, tmp_path / "absent", "line")
     left = [path.exists() for path in paths]
@@ -455,7 +452,6 @@ class PowerGone(Exception):
     pass
 
 
-@pytest.mark.slow
 @pytest.mark.needs("postgres")
 def test_migration_cut_off_at_every_statement_leaves_the_old_on_postgres(postgres_url):
     from sqlalchemy import event
@@ -485,7 +481,6 @@ def test_migration_cut_off_at_every_statement_leaves_the_old_on_postgres(postgre
     engine.dispose()
 
 
-@pytest.mark.slow
 @pytest.mark.needs("postgres")
 @pytest.mark.parametrize("value", [str(SCHEMA + 1), "0", "two", None])
 def test_server_that_cannot_be_used_is_refused_untouched(postgres_url, value):

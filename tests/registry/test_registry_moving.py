@@ -11,8 +11,6 @@ from registry.promotion import promote
 from registry.relocation import relocate
 from registry.versions import Versions
 
-pytestmark = [pytest.mark.sqlite, pytest.mark.slow]
-
 
 def download(home, folder):
     """What MLflow's own client hands out as production."""

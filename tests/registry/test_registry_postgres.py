@@ -157,7 +157,6 @@ print(",".join(won))
 """
 
 
-@pytest.mark.slow
 def test_of_200_concurrent_promotions_each_has_one_winner(tmp_path, versions, register, spawn):
     register(versions, b"1")
     register(versions, b"2")
@@ -190,7 +189,6 @@ for number in range(int(sys.argv[3])):
 """
 
 
-@pytest.mark.slow
 def test_processes_registering_at_once_count_without_holes(empty_home, spawn):
     children = [spawn(REGISTER, empty_home.path, number, 2) for number in range(8)]
     answers = [child.communicate(timeout=300) for child in children]
@@ -206,7 +204,6 @@ def test_processes_registering_at_once_count_without_holes(empty_home, spawn):
     assert fsck(empty_home, grace=0, mlflow=False) == []
 
 
-@pytest.mark.slow
 def test_mlflow_and_the_registry_share_one_database(server_home, register):
     versions = Versions(server_home)
     register(versions, b"old", alias_request="staging")
@@ -236,7 +233,6 @@ def test_mlflow_and_the_registry_share_one_database(server_home, register):
     assert fsck(moved_home, grace=0) == []
 
 
-@pytest.mark.slow
 def test_mlflow_of_another_place_is_told_everything(tmp_path, postgres_url, register):
     home = Home.open(tmp_path / "home")
     versions = Versions(home)

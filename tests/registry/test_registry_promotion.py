@@ -208,7 +208,6 @@ except Conflict as error:
 """
 
 
-@pytest.mark.slow
 def test_of_two_processes_promoting_from_the_same_state_exactly_one_wins(versions, register, spawn, tmp_path):
     register(versions, b"1")
     register(versions, b"2")

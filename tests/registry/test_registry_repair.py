@@ -18,8 +18,6 @@ from tests.registry.test_registry_audit import (
     sql,
 )
 
-pytestmark = pytest.mark.slow
-
 
 def fill(versions, register):
     register(versions, b"first weights", alias_request="staging")
@@ -144,7 +142,6 @@ def test_broken_result_of_the_cache_is_moved_aside(plain, register):
     assert fsck(plain.home, mlflow=False) == []
 
 
-@pytest.mark.sqlite
 def test_damaged_database_is_left_to_a_backup(plain):
     plain.close()
     plain.home.lineage_db.write_bytes(b"no database" * 1000)
@@ -175,8 +172,6 @@ def repaired(versions, spawn):
     assert child.returncode == 0, words
 
 
-@pytest.mark.slow
-@pytest.mark.sqlite
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
 def test_mlflow_is_brought_level_or_built_anew(good, harm, spawn):
     assert fsck(good.home) == []
@@ -186,8 +181,6 @@ def test_mlflow_is_brought_level_or_built_anew(good, harm, spawn):
     repaired(good, spawn)
 
 
-@pytest.mark.slow
-@pytest.mark.sqlite
 def test_adapter_is_put_back_from_mlflows_copy(good):
     flip(good.store.blobs.path(good.show("zorb", 1).sha256))
     assert copy_in_mlflow(good).read_bytes() == b"first weights"
@@ -197,8 +190,6 @@ def test_adapter_is_put_back_from_mlflows_copy(good):
     assert fsck(good.home) == []
 
 
-@pytest.mark.slow
-@pytest.mark.sqlite
 def test_damaged_mlflow_is_kept_aside(good, spawn):
     damaged = b"no database" * 1000
     good.home.mlflow_db.write_bytes(damaged)

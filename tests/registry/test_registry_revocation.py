@@ -10,8 +10,6 @@ from registry.governance.revoked import read_revoked
 from registry.promotion import history, promote, read_log, replay
 from registry.revocation import lift, revoke
 
-pytestmark = pytest.mark.slow
-
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
 PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
 COPY = {"file": "/mnt/x.safetensors", "sha256": "0" * 64}
