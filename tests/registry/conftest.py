@@ -4,12 +4,13 @@ What depends on the database is in test_database_contract.py, which alone runs o
 store of blobs is in test_registry_blobs.py.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def versions(empty_home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vers
     opened.close()
 
 
-def close_mlflow() -> None:
+def _close_mlflow() -> None:
     """Closes the connections that MLflow keeps per database for the life of the process."""
     if "mlflow" in sys.modules:
         from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as ModelStore
@@ -52,6 +53,11 @@ def close_mlflow() -> None:
 
         for engine in (*RunStore._engine_map.values(), *ModelStore._engine_map.values()):
             engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def close_mlflow() -> Callable[[], None]:
+    return _close_mlflow
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +69,7 @@ def place_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path | Non
     path = tmp_path_factory.mktemp("placed") / "home"
 
     def place(template: Path | None) -> Home:
-        close_mlflow()
+        _close_mlflow()
         shutil.rmtree(path, ignore_errors=True)
         if template is not None:
             shutil.copytree(template, path)
@@ -77,7 +83,7 @@ def fresh_template(place_home: Callable[[Path | None], Home], tmp_path_factory: 
     """Returns a copy of a home in which MLflow has made its tables."""
     home = place_home(None)
     Mirror(home, Store(home.store))
-    close_mlflow()
+    _close_mlflow()
     return Path(shutil.copytree(home.path, tmp_path_factory.mktemp("fresh") / "home"))
 
 
@@ -92,7 +98,7 @@ def filled_template(
     promote(opened, "zorb", 1, "production", reason="looks right")
     assert opened.is_level()
     opened.close()
-    close_mlflow()
+    _close_mlflow()
     return Path(shutil.copytree(opened.home.path, tmp_path_factory.mktemp("filled") / "home"))
 
 
@@ -100,7 +106,7 @@ def filled_template(
 def home(place_home: Callable[[Path | None], Home], fresh_template: Path) -> Iterator[Home]:
     """Yields an empty home in which MLflow has made its tables."""
     yield place_home(fresh_template)
-    close_mlflow()
+    _close_mlflow()
 
 
 @pytest.fixture
@@ -115,7 +121,7 @@ def mirrored(home: Home) -> Iterator[Versions]:
 def filled_home(place_home: Callable[[Path | None], Home], filled_template: Path) -> Iterator[Home]:
     """Yields a home like `filled_template`."""
     yield place_home(filled_template)
-    close_mlflow()
+    _close_mlflow()
 
 
 @pytest.fixture
@@ -168,6 +174,51 @@ def register_adapter(versions: Versions, content: bytes, name: str = "zorb", **c
 @pytest.fixture(scope="session")
 def register() -> Callable[..., AdapterVersion]:
     return register_adapter
+
+
+PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
+
+
+@pytest.fixture
+def from_pictures(versions: Versions) -> Callable[..., AdapterVersion]:
+    """Returns a function that registers what a pipeline makes of images ({digest: consent}) or of other versions."""
+
+    def make(
+        content: bytes,
+        pictures: Mapping[str, str | None] | None = None,
+        name: str = "zorb",
+        adapters: Sequence[AdapterVersion] = (),
+        promoted: str | None = None,
+        **values: object,
+    ) -> AdapterVersion:
+        store, lineage = versions.store, versions.lineage
+        run = lineage.start_run(f"make {name}", {})
+        inputs = {f"adapters.{place}": version.artifact for place, version in enumerate(adapters)}
+        if pictures is not None:
+            entries = [PICTURE | {"sha256": p, "source": f"{p[:1]}.png", "consent": c} for p, c in pictures.items()]
+            manifest = json.dumps({"pictures": entries}).encode()
+            dataset = inputs["dataset"] = store.put_files("manifest", {"manifest.json": manifest})
+            subjects = [Subject(digest, "picture", "p") for digest in pictures]
+            subjects += [Subject(consent, "consent", "c") for consent in pictures.values() if consent]
+            key = f"{run.id}-i"
+            taken = Execution(key, run.id, "i", "ingest", "1", key, output=dataset, started_at=now())
+            lineage.record(taken, contents=store.files(dataset), subjects=subjects)
+        adapter = store.put_files("adapter", {"adapter.safetensors": content})
+        uses = "merge" if adapters else "train"
+        settings = {"settings": {"base": "tiny"}}
+        made = Execution(run.id, run.id, uses, uses, "1", run.id, settings, inputs, adapter, started_at=now())
+        lineage.record(made, contents=store.files(adapter))
+        written = store.put_files("export", {"kohya/a.safetensors": b"as kohya " + content})
+        key = f"{run.id}-c"
+        convert = Execution(key, run.id, "c", "convert", "1", key, {}, {"adapter": adapter}, written)
+        lineage.record(convert, contents=store.files(written))
+        lineage.finish_run(run.id, "COMPLETED")
+        version = versions.register(name, adapter, run_id=run.id, gates=[GATE], passed=True, **values)
+        if promoted:
+            promote(versions, name, version.version, promoted, reason="r")
+        return version
+
+    return make
 
 
 PRELOADED = [

@@ -5,36 +5,10 @@ import pytest
 
 from registry.audit.fsck import fsck
 from registry.mirror import Mirror
-from registry.promotion import promote
-
-
-def fill(versions, register):
-    register(versions, b"first weights", alias_request="staging")
-    register(versions, b"second weights", alias_request="staging")
-    promote(versions, "zorb", 1, "production", reason="looks right")
-
-
-@pytest.fixture
-def good(mirrored, register):
-    fill(mirrored, register)
-    return mirrored
-
-
-@pytest.fixture
-def plain(versions, register):
-    """A good home that MLflow was never told of."""
-    fill(versions, register)
-    return versions
 
 
 def sql(versions, *statements):
-    """Writes past every guard, as somebody with the file or the server could."""
-    if versions.lineage.database.engine.dialect.name == "postgresql":
-        with versions.lineage.database.engine.begin() as connection:
-            for statement in ("SET LOCAL session_replication_role = replica", *statements):
-                if not statement.startswith(("PRAGMA", "DROP TRIGGER")):
-                    connection.exec_driver_sql(statement)
-        return
+    """Writes past every guard, as anything with access to the file can."""
     connection = sqlite3.connect(versions.home.lineage_db)
     with connection:
         for statement in statements:
