@@ -93,6 +93,8 @@ def test_backup_beside_a_writer_is_consistent(filled, tmp_path, spawn):
     assert child.stdout.readline() == "0\n"
     counts = []
     for number in range(2):
+        while number and filled.show("busy").version <= counts[-1]:
+            time.sleep(0.01)
         done = backup(filled.home, tmp_path / "backups")
         assert done.problems == ()
         restore(done.path, tmp_path / f"new{number}")
@@ -248,7 +250,7 @@ EVIL = {
 def test_archive_never_leaves_its_folder(tmp_path, kind):
     _archive(tmp_path / "evil.tar", *EVIL[kind])
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match=r"no regular file|cannot be the path|there twice"):
         restore(tmp_path / "evil.tar", tmp_path / "new")
     assert set(tmp_path.rglob("*")) == before
 
@@ -257,7 +259,7 @@ def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
     backup(filled.home, tmp_path / "one.tar")
     content = (tmp_path / "one.tar").read_bytes()
     (tmp_path / "half.tar").write_bytes(content[: len(content) // 2])
-    with pytest.raises(RegistryError):
+    with pytest.raises(RegistryError, match=r"not a whole archive|no finished backup|no such file|digest"):
         restore(tmp_path / "half.tar", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

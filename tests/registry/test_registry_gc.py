@@ -120,9 +120,9 @@ def test_all_that_a_version_is_and_comes_from_stays_for_good(registered):
     age_runs(registered, days=10_000)
     record(registered, "stripes", {}, put(registered, b"a later run of the same pipeline"))
     collect(registered.home, keep_runs=0)
-    for digest in registered.lineage.walk("zorb@1").nodes:
-        if digest.kind == "artifact":
-            assert registered.store.blobs.exists(digest.id)
+    artifacts = [node.id for node in registered.lineage.walk("zorb@1").nodes if node.kind == "artifact"]
+    assert len(artifacts) == 2, "the adapter and the dataset that it was trained on"
+    assert all(map(registered.store.blobs.exists, artifacts))
     assert registered.damage(version) == ()
 
 

@@ -82,7 +82,7 @@ def test_a_taint_takes_its_permission_away_wherever_it_comes_from(one):
     assert allows_commercial(FREE)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(graphs())
 def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
     own, parents = graph
@@ -93,7 +93,7 @@ def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
         assert all(is_within(resolved[node], resolved[source]) for source in sources)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(graphs(), st.data())
 def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, data):
     own, parents = graph
@@ -106,7 +106,7 @@ def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, da
     assert all(is_within(after[each], before[each]) for each in own)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(graphs(60))
 def test_terms_are_those_of_all_ancestors_together_in_any_order(graph):
     own, parents = graph

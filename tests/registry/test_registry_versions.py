@@ -92,25 +92,25 @@ def test_adapter_file_of_a_version_is_a_start(versions, register):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"metrics": {"clip_t": float("nan")}},
-        {"metrics": {"deep": {"list": [1.0, float("inf")]}}},
-        {"curves": {"loss": [(0, float("nan"))]}},
-        {"params": {"rate": float("nan")}},
-        {"card": {"set": {1}}},
-        {"name": "../evil"},
-        {"name": "Zorb"},
-        {"name": "-rf"},
-        {"name": "x" * 64},
-        {"alias_request": "latest"},
-        {"alias_request": "v3"},
-        {"alias_request": "3"},
-        {"alias_request": "a.b"},
+        ({"metrics": {"clip_t": float("nan")}}, "clip_t = nan"),
+        ({"metrics": {"deep": {"list": [1.0, float("inf")]}}}, "deep.list.1 = inf"),
+        ({"curves": {"loss": [(0, float("nan"))]}}, "numbers are not finite"),
+        ({"params": {"rate": float("nan")}}, "JSON cannot hold"),
+        ({"card": {"set": {1}}}, "JSON cannot hold"),
+        ({"name": "../evil"}, "cannot be the name"),
+        ({"name": "Zorb"}, "cannot be the name"),
+        ({"name": "-rf"}, "cannot be the name"),
+        ({"name": "x" * 64}, "cannot be the name"),
+        ({"alias_request": "latest"}, "cannot be an alias"),
+        ({"alias_request": "v3"}, "cannot be an alias"),
+        ({"alias_request": "3"}, "cannot be an alias"),
+        ({"alias_request": "a.b"}, "cannot be an alias"),
     ],
 )
-def test_what_cannot_be_registered_leaves_nothing(versions, register, changes):
-    with pytest.raises(VersionError):
+def test_what_cannot_be_registered_leaves_nothing(versions, register, changes, words):
+    with pytest.raises(VersionError, match=words):
         register(versions, b"weights", **changes)
     assert versions.list() == ()
 
