@@ -27,6 +27,8 @@ from tests.flows.commands import say
 from tests.flows.made import run_line
 from tests.flows.shared import Trained
 
+pytestmark = pytest.mark.usefixtures("trained_here")
+
 Write = Callable[..., Path]
 
 
