@@ -21,6 +21,7 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
+from tasks.imports import import_for
 from tasks.step import Outcome, locate_base
 
 
@@ -59,6 +60,8 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     outcomes = {step.name: Outcome(step.ref, cached=True) for step in planned if step.ref is not None}
     if len(outcomes) < len(planned):
         with prefect_server(), _recorded_run(spec, home) as run_id, threads(fitting_threads(_bases(spec))):
+            # While Prefect's server starts, and within `threads`, which torch reads when it is imported.
+            import_for((spec.steps[step.name] for step in planned if step.ref is None), spec.folder)
             outcomes = run_as_flow(spec.name, submit_steps)(spec, home, run_id, force)
     changed = {step.name: step.reason for step in planned if not outcomes[step.name].cached}
     return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, open_store(home)))

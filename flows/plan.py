@@ -71,7 +71,16 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
 def make_job(spec: PipelineSpec, name: str, home: Home, run_id: str, *, force: bool) -> Job:
     """One step of the spec as plain data."""
     step = spec.steps[name]
-    return Job(name, step.uses, step.model_dump(mode="json"), str(spec.folder), str(home.path), run_id, force)
+    return Job(
+        name,
+        step.uses,
+        step.model_dump(mode="json"),
+        str(spec.folder),
+        str(home.path),
+        run_id,
+        force,
+        concurrency=spec.concurrency,
+    )
 
 
 def registered_adapter(target: str, home: Home) -> Outcome:

@@ -132,6 +132,7 @@ def _work(
         work=work / "kept",
         progress=_progress(job.name),
         excluded=excluded,
+        concurrency=job.concurrency,
     )
     job.kind.work(spec, context)
     return store.put(job.kind.gives, out), context.compute or describe_compute()

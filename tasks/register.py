@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from lora_engine.files import atomic_write, canonical_json
 from registry.home import Home
 from tasks.spec import StepSpec, Takes
-from tasks.step import Context, step
+from tasks.step import Context, always, step
 
 
 class Register(StepSpec):
@@ -35,7 +35,13 @@ def still_registered(spec: Register, home: Home, folder: Path) -> bool:
         return False
 
 
-@step(Register, gives="version", revision=1, holds=still_registered)
+@step(
+    Register,
+    gives="version",
+    revision=1,
+    holds=still_registered,
+    imports=always("lora_engine.formats", "registry.judgement", "registry.versions"),
+)
 def register(spec: Register, context: Context) -> None:
     """Registers the adapter with its curves, metrics and pictures; writes `version.json`."""
     from lora_engine.formats import read_bundle

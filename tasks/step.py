@@ -6,7 +6,7 @@ How a step is run (cache, verification, lineage) is in `tasks.execution`; how it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Context:
         progress: Takes (done, total, figures); raises `InterruptedRun` once a stop was requested.
         excluded: Digests of pictures and ids of consents among the user's files that were revoked: to be left out.
         compute: Where a step that computes in another process tells what it computed with; for lineage.
+        concurrency: How many trainings may use one device at the same time; None takes the default of the device.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Context:
     progress: Progress
     excluded: tuple[str, ...] = ()
     compute: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | None = None
 
     def folder(self, field: str) -> Path:
         """The folder of a reference that must be there."""
@@ -67,6 +69,12 @@ class Context:
 Work = Callable[[Any, Context], None]
 Holds = Callable[[Any, Home, Path], bool]
 Excludes = Callable[[Any, Path, Collection[str]], Collection[str]]
+Imports = Callable[[Any, Path], Iterable[str]]
+
+
+def always(*modules: str) -> Imports:
+    """Returns the declaration of a step that imports the same modules whatever its settings are."""
+    return lambda spec, folder: modules
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class StepKind:
             (spec, home, the artifact's folder). A cached result counts only where it does.
         excludes: For a step that takes in what can be revoked: what of the revoked is among the user's files (spec,
             folder of the pipeline file, all that is revoked). It becomes part of the name of the work.
+        imports: The names of the modules that the step imports while it works (spec, folder of the pipeline file): they
+            are imported before any step starts, see `tasks.imports`.
     """
 
     name: str
@@ -92,6 +102,7 @@ class StepKind:
     work: Work
     holds: Holds | None = None
     excludes: Excludes | None = None
+    imports: Imports | None = None
 
 
 STEPS: Registry[StepKind] = Registry("step")
@@ -104,12 +115,13 @@ def step(
     revision: int,
     holds: Holds | None = None,
     excludes: Excludes | None = None,
+    imports: Imports | None = None,
 ) -> Callable[[Work], Work]:
     """Registers the decorated function as the step that `spec` describes (see `StepKind`)."""
 
     def register(work: Work) -> Work:
         name = spec.model_fields["uses"].default
-        STEPS.add(name, StepKind(name, spec, gives, revision, work, holds, excludes))
+        STEPS.add(name, StepKind(name, spec, gives, revision, work, holds, excludes, imports))
         return work
 
     return register
@@ -120,6 +132,7 @@ class Job:
     """One step of one run, ready to execute once its inputs are known. Plain data: it may cross processes.
 
     `excluded` is what a repetition leaves out as revoked, as it was then; None asks the home what is revoked now.
+    `concurrency` is how many trainings may use one device at the same time; it is not part of the cache key.
     """
 
     name: str
@@ -130,6 +143,7 @@ class Job:
     run_id: str
     force: bool = False
     excluded: tuple[str, ...] | None = None
+    concurrency: int | None = None
 
     @property
     def kind(self) -> StepKind:
