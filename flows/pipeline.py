@@ -32,6 +32,7 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tasks.execution import record_hit
+from tasks.imports import import_for
 from tasks.job import Outcome
 from tasks.step import locate_base
 
@@ -71,6 +72,8 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     outcomes = plan.hits
     if len(outcomes) < len(plan.steps):
         with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
+            # While Prefect's server starts, and within `threads`, which torch reads when it is imported.
+            import_for(step.job for step in plan.steps if not step.cached)
             outcomes |= run_as_flow(plan.name, run_steps)(plan.steps, home, run_id)
     changed = {step.name: step.reason for step in plan.steps if not outcomes[step.name].cached}
     in_order = {step.name: outcomes[step.name] for step in plan.steps}

@@ -97,7 +97,7 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
             for field, target, _ in step.references():
                 source = _source(target, planned, home)
                 sources[field] = (*sources.get(field, ()), source)
-            job = prepare_job(name, step, spec.folder, revoked)
+            job = prepare_job(name, step, spec.folder, revoked, concurrency=spec.concurrency)
             planned[name] = planner.plan(PlannedStep(job, sources, "forced", force=name in force))
     finally:
         lineage.close()

@@ -155,6 +155,7 @@ def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Executi
         work=work / "kept",
         progress=_progress(job.name),
         excluded=job.excluded,
+        concurrency=job.concurrency,
     )
     job.kind.work(job.spec, context)
     summary = (out / job.kind.summary).read_bytes() if job.kind.summary else b""

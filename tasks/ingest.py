@@ -10,7 +10,7 @@ from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 from tasks.digests import PathDigest
 from tasks.spec import External, StepSpec
-from tasks.step import Context, step
+from tasks.step import Context, always, step
 
 
 class Ingest(StepSpec, IngestSettings):
@@ -40,7 +40,14 @@ def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], re
     return (consents | {*files["images"].files.values()}) & {*revoked}
 
 
-@step(Ingest, gives="manifest", revision=3, summary="manifest.json", excludes=find_revoked)
+@step(
+    Ingest,
+    gives="manifest",
+    revision=3,
+    summary="manifest.json",
+    excludes=find_revoked,
+    imports=always("lora_engine.data.ingest"),
+)
 def ingest(spec: Ingest, context: Context) -> None:
     """Writes a manifest with a clean copy of every usable picture and its caption."""
     from lora_engine.data.ingest import ingest as take_in

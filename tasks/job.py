@@ -31,6 +31,8 @@ class Job:
         files: Field -> digest of the user's file or folder.
         excluded: Digests of revoked images and ids of revoked consents among the user's files, sorted.
         base: Label, fingerprint and, if it is local, path of the base model; None for a step without one.
+        concurrency: How many trainings may use one device at the same time; None takes the default of the device. It
+            changes no bytes, so it is not part of the cache key.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Job:
     files: Mapping[str, PathDigest] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     base: Mapping[str, str] | None = None
+    concurrency: int | None = None
 
     @property
     def kind(self) -> StepKind:
@@ -81,7 +84,7 @@ class Job:
         """Returns this job, or the same step read again if the user's files changed since it was prepared."""
         if self.files_are_current():
             return self
-        return prepare_job(self.name, self.spec, self.folder, read_revoked(lineage))
+        return prepare_job(self.name, self.spec, self.folder, read_revoked(lineage), concurrency=self.concurrency)
 
     def files_are_current(self) -> bool:
         """Returns True if no file of the user changed since this job was prepared; reads no bytes."""
@@ -104,7 +107,9 @@ class Outcome:
     summary: bytes = field(default=b"", repr=False)
 
 
-def prepare_job(name: str, spec: StepSpec, folder: Path, revoked: Collection[str] = ()) -> Job:
+def prepare_job(
+    name: str, spec: StepSpec, folder: Path, revoked: Collection[str] = (), *, concurrency: int | None = None
+) -> Job:
     """Reads the user's files and the base of a step, each once.
 
     Args:
@@ -112,6 +117,7 @@ def prepare_job(name: str, spec: StepSpec, folder: Path, revoked: Collection[str
         spec: Its settings.
         folder: The folder of the pipeline file.
         revoked: Digests of images and ids of consents that are revoked.
+        concurrency: How many trainings may use one device at the same time.
 
     Raises:
         EngineError, OSError: The base or a file cannot be read.
@@ -120,7 +126,8 @@ def prepare_job(name: str, spec: StepSpec, folder: Path, revoked: Collection[str
     excludes = STEPS[spec.uses].excludes
     excluded = sorted(excludes(spec, folder, files, revoked)) if excludes is not None and revoked else ()
     base = getattr(spec, "base", None)
-    return Job(name, spec, folder, files, tuple(excluded), _describe_base(base, folder) if base else None)
+    described = _describe_base(base, folder) if base else None
+    return Job(name, spec, folder, files, tuple(excluded), described, concurrency)
 
 
 def _describe_base(base: str, folder: Path) -> dict[str, str]:

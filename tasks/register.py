@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from lora_engine.files import atomic_write, canonical_json
 from registry.home import Home
 from tasks.spec import StepSpec, Takes
-from tasks.step import Context, step
+from tasks.step import Context, always, step
 
 
 class Register(StepSpec):
@@ -38,7 +38,14 @@ def is_still_registered(home: Home, summary: bytes) -> bool:
         versions.close()
 
 
-@step(Register, gives="version", revision=2, summary="version.json", is_still_valid=is_still_registered)
+@step(
+    Register,
+    gives="version",
+    revision=2,
+    summary="version.json",
+    is_still_valid=is_still_registered,
+    imports=always("lora_engine.formats", "registry.versions"),
+)
 def register(spec: Register, context: Context) -> None:
     """Registers the adapter with its curves, metrics and images; writes `version.json`."""
     from lora_engine.formats import read_bundle

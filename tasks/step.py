@@ -6,7 +6,7 @@ How a step is run (cache, verification, lineage) is in `tasks.execution`; how it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Context:
         progress: Takes (done, total, figures); raises `InterruptedRun` once a stop was requested.
         excluded: Digests of pictures and ids of consents among the user's files that were revoked: to be left out.
         compute: Where a step that computes in another process tells what it computed with; for lineage.
+        concurrency: How many trainings may use one device at the same time; None takes the default of the device.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Context:
     progress: Progress
     excluded: tuple[str, ...] = ()
     compute: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | None = None
 
     def folder(self, field: str) -> Path:
         """The folder of a reference that must be there."""
@@ -68,6 +70,12 @@ class Context:
 Work = Callable[[Any, Context], None]
 IsStillValid = Callable[[Home, bytes], bool]
 Excludes = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
+Imports = Callable[[Any, Path], Iterable[str]]
+
+
+def always(*modules: str) -> Imports:
+    """Returns the declaration of a step that imports the same modules whatever its settings are."""
+    return lambda spec, folder: modules
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class StepKind:
             summary file) and returns False if that change is gone. A cached result counts only if it returns True.
         excludes: For a step that reads what can be revoked: takes (spec, folder of the pipeline file, digests of the
             user's files, everything revoked) and returns what of it is among the files. It enters the cache key.
+        imports: Takes (spec, folder of the pipeline file) and returns the names of the modules that the step imports
+            while it works; they are imported before any step starts, see `tasks.imports`.
     """
 
     name: str
@@ -95,6 +105,7 @@ class StepKind:
     summary: str | None = None
     is_still_valid: IsStillValid | None = None
     excludes: Excludes | None = None
+    imports: Imports | None = None
 
 
 STEPS: Registry[StepKind] = Registry("step")
@@ -108,12 +119,13 @@ def step(
     summary: str | None = None,
     is_still_valid: IsStillValid | None = None,
     excludes: Excludes | None = None,
+    imports: Imports | None = None,
 ) -> Callable[[Work], Work]:
     """Registers the decorated function as the step that `spec` describes (see `StepKind`)."""
 
     def register(work: Work) -> Work:
         name = spec.model_fields["uses"].default
-        STEPS.add(name, StepKind(name, spec, gives, revision, work, summary, is_still_valid, excludes))
+        STEPS.add(name, StepKind(name, spec, gives, revision, work, summary, is_still_valid, excludes, imports))
         return work
 
     return register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The pipeline file, YAML or JSON.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the file.")]
 Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Run a step even if it is cached.")]
+
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        min=1,
+        metavar="N",
+        help="How many trainings may use one device at the same time.  [default: 1 on a GPU; on a CPU by its cores]",
+    ),
+]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -70,7 +81,13 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
     print_table(("step", "uses", "would", "because"), rows)
 
 
-def run(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:
+def run(
+    spec: SpecPath,
+    changes: Overrides = None,
+    force: Forced = None,
+    concurrency: Concurrency = None,
+    as_json: Json = False,
+) -> None:
     """Run a pipeline: only what has to run, everything recorded."""
     from rich.console import Console
 
@@ -83,6 +100,8 @@ def run(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json
     from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
+    if concurrency is not None:
+        loaded = replace(loaded, concurrency=concurrency)
     home = Home.open(home_path())
     configure_prefect(home)
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
