@@ -234,7 +234,11 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(PRELOADED)
 
 
-def _run_script(script: str, arguments: list[str], out: Connection, errors: Connection) -> None:
+def _run_script(
+    script: str, arguments: list[str], environment: Mapping[str, str], out: Connection, errors: Connection
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     for descriptor, pipe in ((1, out), (2, errors)):
         os.dup2(pipe.fileno(), descriptor)
         pipe.close()
@@ -251,7 +255,9 @@ class Child:
 
     def __init__(self, script: str, arguments: list[str]) -> None:
         (read_out, out), (read_errors, errors) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
-        self._process = FORKSERVER.Process(target=_run_script, args=(script, arguments, out, errors), daemon=True)
+        self._process = FORKSERVER.Process(
+            target=_run_script, args=(script, arguments, dict(os.environ), out, errors), daemon=True
+        )
         self._process.start()
         self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (read_out, read_errors))
         for pipe in (read_out, read_errors, out, errors):
