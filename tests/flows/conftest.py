@@ -6,14 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.flows.commands import PLAIN
-from tests.flows.shared import prefect_database, prefect_server, trained, trained_here, trained_home
+from tests.flows.shared import draw_noise, prefect_database, prefect_server, trained, trained_here, trained_home
 
-__all__ = ["prefect_database", "prefect_server", "trained", "trained_here", "trained_home"]
+__all__ = ["draw_noise", "prefect_database", "prefect_server", "trained", "trained_here", "trained_home"]
 
 PREPARE = """\
 name: try
@@ -40,12 +38,6 @@ def pipeline(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def draw_noise(path: Path, seed: int) -> None:
-    """A 48 x 64 picture of coloured noise."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ from unittest.mock import patch
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from flows.prefect import configure_prefect
 from flows.server import prefect_server as running_server
@@ -28,7 +30,6 @@ from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions import Versions
 
-IMAGES = Path(__file__).resolve().parents[2] / "examples" / "zorb" / "images"
 LINE = """\
 name: small
 base: tiny
@@ -51,6 +52,23 @@ steps:
   exports:  {uses: convert, adapter: adapter, to: [kohya, diffusers, peft]}
 """
 DATABASE = "prefect.db"
+
+
+def draw_noise(path: Path, seed: int) -> None:
+    """A 48 x 64 picture of coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_line(folder: Path, text: str = LINE) -> Path:
+    """Writes a pipeline file, with eight images and the prompts beside it, and returns its path."""
+    (folder / "images").mkdir()
+    for index in range(8):
+        draw_noise(folder / "images" / f"{index}.png", index)
+    (folder / "prompts.txt").write_text("a red zorb\n")
+    path = folder / "line.yaml"
+    path.write_text(text)
+    return path
 
 
 @dataclass(frozen=True)
@@ -168,11 +186,8 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.flows.made import run_line
 
     def train(folder: Path) -> None:
-        shutil.copytree(IMAGES, folder / "images")
-        (folder / "prompts.txt").write_text("a red zorb\n")
-        (folder / "line.yaml").write_text(LINE)
         with training_here():
-            run_line(folder / "line.yaml", Home.open(folder / "home"))
+            run_line(write_line(folder), Home.open(folder / "home"))
 
     return fill_once(tmp_path_factory, "trained", train)
 
