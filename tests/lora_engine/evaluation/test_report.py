@@ -141,12 +141,22 @@ def test_nothing_from_a_file_becomes_markup(
     assert "&lt;script&gt;" in page
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "pictures/../../x.png", "pictures/gone.png", 7])
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "pictures/../../secret.png", "secret.png", 7])
 def test_a_report_cannot_show_files_from_elsewhere(
-    render: Callable[..., str], report: dict[str, Any], name: Any
+    render: Callable[..., str], report: dict[str, Any], tmp_path: Path, name: Any
 ) -> None:
-    report["samples"][0]["base"] = name
-    with pytest.raises(DataError):
+    for folder in (tmp_path, tmp_path / "report"):
+        write_picture(folder / "secret.png", Image.new("RGB", (8, 8)))
+    report["samples"][0]["base"] = name.format(tmp_path) if isinstance(name, str) else name
+    with pytest.raises(DataError, match="names the picture"):
+        render()
+
+
+def test_an_image_that_a_report_names_and_that_is_missing_is_an_error(
+    render: Callable[..., str], report: dict[str, Any]
+) -> None:
+    report["samples"][0]["base"] = "pictures/gone.png"
+    with pytest.raises(DataError, match=r"gone\.png"):
         render()
 
 

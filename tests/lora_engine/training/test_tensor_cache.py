@@ -116,7 +116,7 @@ def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path) -> None:
 
     def work() -> None:
         def make() -> Tensors:
-            together.wait(timeout=30)
+            together.wait(timeout=600)
             return {"a": torch.arange(1000.0)}
 
         found.append(TensorCache(tmp_path).get({"n": 1}, make)["a"])

@@ -1,4 +1,7 @@
-"""What training is for, on a base that draws: it learns what it is shown, and prior preservation holds the rest."""
+"""What prior preservation is for, on a base that draws: what was not trained stays as it is.
+
+Shorter runs do not show it whatever the seed, so this belongs to `make nightly` alone.
+"""
 
 from __future__ import annotations
 
@@ -73,25 +76,6 @@ def train_with_and_without(misnamed: Path, folder: Path, steps: int, prior: dict
         settings = TrainSettings.model_validate({**plain, **change})
         train(settings, "tiny", misnamed, folder / name, folder / "work")
     return {name: folder / name for name in changes}
-
-
-def test_prior_preservation_holds_the_predictions_for_the_class(
-    tiny: BaseModel, misnamed: Path, tmp_path: Path
-) -> None:
-    noisy = torch.randn(len(PROMPTS), *tiny.latent_shape((32, 32)), generator=torch.Generator().manual_seed(0))
-
-    def predict() -> torch.Tensor:
-        conditioning = tiny.encode_text(PROMPTS, (32, 32))
-        steps = [torch.full((len(PROMPTS),), step) for step in (200, 500, 800)]
-        with torch.no_grad():
-            return torch.cat([tiny.predict(noisy, step, conditioning) for step in steps])
-
-    expected, drift = predict(), {}
-    for name, out in train_with_and_without(misnamed, tmp_path, 10, {"count": 4, "steps": 4}).items():
-        adapter, _ = read_adapter(out / "adapter.safetensors")
-        with attach(tiny, adapter):
-            drift[name] = (predict() - expected).square().mean().sqrt().item()
-    assert 0 < drift["with"] < 0.9 * drift["without"]
 
 
 @pytest.mark.nightly

@@ -186,10 +186,21 @@ def test_a_child_that_ends_well_without_a_result_is_an_error(job: dict[str, Any]
 
 
 def test_a_child_that_does_not_heed_the_stop_is_killed(job: dict[str, Any], tmp_path: Path) -> None:
-    python = fake_python(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)")
-    started = time.monotonic()
+    body = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('{"event": "progress", "done": 1, "total": 2, "values": {}}', flush=True)
+time.sleep(1000)
+"""
+    told: list[int] = []
     with pytest.raises(TrainingError, match="SIGKILL"):
-        train_in_child(job, python=python, stop=lambda: time.monotonic() > started + 1, grace=0.5)
+        train_in_child(
+            job,
+            lambda done, total, values: told.append(done),
+            python=fake_python(tmp_path, body),
+            # Only once the child ignores the signal, however long it took to start.
+            stop=lambda: bool(told),
+            grace=0.5,
+        )
 
 
 def test_lines_that_are_no_events_do_no_harm(job: dict[str, Any], tmp_path: Path) -> None:
