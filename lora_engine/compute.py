@@ -86,8 +86,8 @@ def count_cores() -> int:
 
 def count_threads() -> int:
     """Returns how many threads a process that is started now computes with: `OMP_NUM_THREADS`, or one a core."""
-    told = os.environ.get(THREADS, "")
-    return int(told) if told.isdecimal() and int(told) else count_cores()
+    limit = os.environ.get(THREADS, "")
+    return int(limit) if limit.isdecimal() and int(limit) else count_cores()
 
 
 def measure_memory() -> int:

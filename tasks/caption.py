@@ -19,7 +19,7 @@ class Caption(StepSpec, CaptionSettings):
 
 
 def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
-    """Gives the modules that this captioner imports; only the interrogator needs torch."""
+    """Yields the names of the modules that this captioner imports; only the interrogator needs torch."""
     del folder
     yield "lora_engine.data.caption"
     if spec.captioner == "interrogator":

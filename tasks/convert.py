@@ -41,7 +41,7 @@ def needs_base(spec: Convert) -> bool:
 
 
 def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
-    """Gives the modules that a conversion imports; that of its base where the base is loaded."""
+    """Yields the names of the modules that a conversion imports; that of its base where the base is loaded."""
     yield from ("lora_engine.adapters", "lora_engine.bases.base", "lora_engine.formats", "lora_engine.formats.dtypes")
     if spec.base is not None and needs_base(spec):
         yield base_module(spec.base, folder)

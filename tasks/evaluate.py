@@ -24,7 +24,7 @@ class Evaluate(StepSpec, EvaluateSettings):
 
 
 def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
-    """Gives the modules that an evaluation imports, that of its base among them."""
+    """Yields the names of the modules that an evaluation imports, that of its base among them."""
     yield "lora_engine.evaluation.run"
     yield base_module(spec.base, folder)
 

@@ -85,7 +85,7 @@ class Merge(StepSpec):
 
 
 def find_imports(spec: Merge, folder: Path) -> Iterator[str]:
-    """Gives the modules that a merge imports; that of its base where the base is certain to be loaded."""
+    """Yields the names of the modules that a merge imports; that of its base where the base is certain to be loaded."""
     yield "lora_engine.merging.files"
     if spec.method == "learned" and spec.base is not None:
         yield base_module(spec.base, folder)

@@ -144,6 +144,7 @@ def test_the_table_that_is_shipped_is_dated_disclaims_and_knows_what_hugging_fac
         assert entry.url.startswith("https://")
         # A digest is only stated for a text at an address that cannot come to hold another one.
         assert entry.sha256 is None or re.search("/[0-9a-f]{40}/", entry.url)
+    assert any(entry.sha256 for entry in TABLE.licenses)
 
 
 def test_the_digest_of_apache_is_that_of_our_own_copy():
