@@ -121,7 +121,7 @@ def test_all_that_a_version_is_and_comes_from_stays_for_good(registered):
     record(registered, "stripes", {}, put(registered, b"a later run of the same pipeline"))
     collect(registered.home, keep_runs=0)
     artifacts = [node.id for node in registered.lineage.walk("zorb@1").nodes if node.kind == "artifact"]
-    assert len(artifacts) == 2, "the adapter and the dataset that it was trained on"
+    assert len(artifacts) == 3, "the adapter, its report, and the dataset that it was trained on"
     assert all(map(registered.store.blobs.exists, artifacts))
     assert registered.damage(version) == ()
 

@@ -167,8 +167,10 @@ from pathlib import Path
 import alembic.migration, alembic.operations, alembic.script
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+import registry
 from registry.database import Database
 
+package = str(Path(registry.__file__).parent) + os.sep
 old, folder, by, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 count = 0
 
@@ -179,7 +181,7 @@ def strike(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 def trace(frame, kind, argument):
-    ours = "/registry/" in frame.f_code.co_filename
+    ours = frame.f_code.co_filename.startswith(package)
     if ours and kind == "line":
         strike()
     return trace if ours else None
