@@ -25,11 +25,12 @@ from tests.flows.shared import DATABASE, LINE, Trained, training_here, write_lin
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "trained_here")
 
-# Enough steps to be stopped between the first checkpoint and the end.
+TRAINED = LINE[: LINE.index("  report:")]
+# Enough steps to be stopped between two checkpoints.
 SHORT = (
-    LINE[: LINE.index("  report:")].replace("steps: 12", "steps: 60")
-    + "  release:  {uses: register, adapter: adapter}\n"
+    TRAINED.replace("steps: 12, batch: 4", "steps: 40, batch: 2") + "  release:  {uses: register, adapter: adapter}\n"
 )
+assert "steps: 40" in SHORT
 
 
 @pytest.fixture
@@ -154,22 +155,27 @@ def command_lines() -> Iterator[bytes]:
 def test_two_runs_at_once_train_once_and_agree(
     spec: Path, home: Path, environment: dict[str, str], prefect_database: Path
 ) -> None:
-    spec.write_text(LINE.replace("steps: 12", "steps: 3").replace("max_pictures: 2", "max_pictures: 1"))
-    # One as a user starts it, with a server of its own; a prepared database saves that server its migrations.
+    whole = LINE.replace("steps: 12", "steps: 3").replace("max_pictures: 2", "max_pictures: 1")
+    spec.write_text(whole)
+    part = spec.with_name("part.yaml")
+    part.write_text(whole[: whole.index("  report:")])
+    # The whole line as a user starts it, with a server of its own; the copy saves that server its migrations.
     (home / "prefect").mkdir(parents=True)
     shutil.copy(prefect_database, home / "prefect" / DATABASE)
     alone = {name: value for name, value in environment.items() if not name.startswith("PREFECT_")}
-    with loraline_process(alone, "run", spec) as one, loraline_process(environment, "run", spec, "--json") as two:
+    with loraline_process(alone, "run", spec) as one, loraline_process(environment, "run", part, "--json") as two:
         (text, warnings), (document, progress) = (process.communicate(timeout=600) for process in (one, two))
     assert [one.returncode, two.returncode] == [0, 0], warnings + progress
     # The summary is on standard output. With --json, that is one document, and the progress is on standard error.
-    assert "version" in text
-    assert "small@1" in text
-    assert json.loads(document)["versions"]["release"]["version"] == 1
-    assert "adapter" in progress
+    assert "staging -> small@1" in text
+    assert "loraline show small@1" in text
+    (version,) = versions(home)
+    assert json.loads(document)["outcomes"]["adapter"]["ref"]["sha256"] == version.artifact.sha256
+    assert "adapter: " in progress
     assert "Traceback" not in warnings + progress
+    assert (home / "reports" / "small-1.html").is_file()
+    assert {path.name for path in (home / "exports").glob("small/*/*")} >= {"kohya", "diffusers", "peft"}
 
-    assert len(versions(home)) == 1
     with closing(Lineage(Home(home.absolute()).lineage_url)) as lineage:
         trained = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == "train"]
     assert sorted(execution.status for execution in trained) == ["CACHED", "COMPLETED"]
