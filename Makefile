@@ -11,7 +11,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check quick nightly durations lint faults bench docs lock clean
+.PHONY: help setup demo test check quick nightly mutants durations lint faults bench docs lock clean
 
 help: ## Says what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ quick: setup
 nightly: lint ## Runs everything with branch coverage, new hypothesis examples and the full fault campaigns; takes hours
 	$(PYTEST) --nightly --hypothesis-profile=nightly --durations=40 --cov --cov-report=term:skip-covered
 	$(MAKE) faults
+
+mutants: setup ## Makes small changes to ten central modules and counts those that the tests notice
+	$(BIN)/python -m tools.mutants
 
 durations: setup ## Measures every test again and rewrites tests/durations.json
 	$(PYTEST) --store-durations

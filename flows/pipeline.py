@@ -1,16 +1,27 @@
-"""`run_pipeline`: the main path, from a checked spec to a registered adapter."""
+"""`run_pipeline`: the main path, from a checked spec to a registered adapter.
+
+The way from `loraline run` to an optimizer step:
+
+1. `flows.cli.line.run` reads the pipeline file (`flows.spec.load_spec`) and calls `run_pipeline`.
+2. `flows.plan.plan_pipeline` reads the user's files and every earlier result once, and says which steps are left.
+3. `run_steps` submits what is left as Prefect tasks, each with the futures of the steps that it takes from.
+4. `tasks.execution.execute` checks out a step's inputs, calls the step and records it in lineage.
+5. `tasks.train.train` starts `lora_engine.training.spawn.train_in_child`; the child calls `training.run.train`.
+6. `training.job` builds base, adapter, data and method; `training.loop.fit` is the only loop.
+7. `tasks.register.register` gives the adapter a version; `flows.registered` reads what the registry says of it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from flows.errors import PipelineFailed
-from flows.plan import make_job, plan_pipeline, registered_adapter
-from flows.prefect import run_as_flow, step_task
+from flows.plan import Plan, PlannedStep, plan_pipeline
+from flows.prefect import run_as_flow, submit_step
+from flows.registered import RegisteredVersion, read_registered
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
@@ -20,32 +31,34 @@ from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.store.artifacts import Store, open_store
-from tasks.step import Outcome, locate_base
+from tasks.execution import record_hit
+from tasks.imports import import_for
+from tasks.job import Outcome
+from tasks.step import locate_base
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What a run gave.
+    """The result of a run.
 
-    Args:
-        outcomes: Per step, its artifact and whether it was there already.
+    Attributes:
+        outcomes: Per step, its artifact and whether it was cached.
         changed: Per step that had to run, why; empty when nothing had changed, and then nothing was started either.
-        versions: What each `register` step says of its version: the content of `version.json`.
+        versions: Per `register` step, what the registry says of its version now.
     """
 
     outcomes: Mapping[str, Outcome]
     changed: Mapping[str, str]
-    versions: Mapping[str, dict[str, Any]]
+    versions: Mapping[str, RegisteredVersion]
 
     @property
-    def refusals(self) -> dict[str, list[str]]:
-        """Per `register` step whose alias was refused by the gates: the reasons."""
-        return {name: version["refused"] for name, version in self.versions.items() if version["refused"]}
+    def refusals(self) -> dict[str, tuple[str, ...]]:
+        """Returns the reasons per `register` step whose version may not have the alias that it asks for."""
+        return {name: registered.refused for name, registered in self.versions.items() if registered.refused}
 
 
 def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> PipelineResult:
-    """Runs every step that has to run, independent ones at the same time, and believes no result unverified.
+    """Runs every step that has to run, independent ones at the same time; takes no earlier result unverified.
 
     Args:
         spec: The pipeline.
@@ -55,25 +68,28 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     Raises:
         EngineError, RegistryError, OSError: The first failure, after the steps that do not depend on it have finished.
     """
-    planned = plan_pipeline(spec, home, force=force)
-    outcomes = {step.name: Outcome(step.ref, cached=True) for step in planned if step.ref is not None}
-    if len(outcomes) < len(planned):
-        with prefect_server(), _recorded_run(spec, home) as run_id, threads(fitting_threads(_bases(spec))):
-            outcomes = run_as_flow(spec.name, submit_steps)(spec, home, run_id, force)
-    changed = {step.name: step.reason for step in planned if not outcomes[step.name].cached}
-    return PipelineResult(outcomes, changed, _read_versions(spec, outcomes, open_store(home)))
+    plan = plan_pipeline(spec, home, force=force)
+    outcomes = plan.hits
+    if len(outcomes) < len(plan.steps):
+        with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
+            # While Prefect's server starts, and within `threads`, which torch reads when it is imported.
+            import_for(step.job for step in plan.steps if not step.cached)
+            outcomes |= run_as_flow(plan.name, run_steps)(plan.steps, home, run_id)
+    changed = {step.name: step.reason for step in plan.steps if not outcomes[step.name].cached}
+    in_order = {step.name: outcomes[step.name] for step in plan.steps}
+    return PipelineResult(in_order, changed, read_registered(plan, outcomes, home))
 
 
-def submit_steps(spec: PipelineSpec, home: Home, run_id: str, force: Collection[str]) -> dict[str, Outcome]:
-    """Submits each step with the futures of those that it takes from, and waits for all."""
+def run_steps(steps: Sequence[PlannedStep], home: Home, run_id: str) -> dict[str, Outcome]:
+    """Submits each step that is not cached with the futures of those that it takes from, and waits for all."""
     futures: dict[str, Any] = {}
-    for name, step in spec.steps.items():
-        inputs: dict[str, list[Any]] = {}
-        for field, target, _ in step.references():
-            source = futures[target] if target in futures else registered_adapter(target, home)
-            inputs.setdefault(field, []).append(source)
-        job = make_job(spec, name, home, run_id, force=name in force)
-        futures[name] = step_task(name).submit(job, inputs)
+    for step in steps:
+        if not step.cached:
+            inputs = {
+                field: [futures[each] if isinstance(each, str) else each for each in sources]
+                for field, sources in step.sources.items()
+            }
+            futures[step.name] = submit_step(step.job, inputs, home, run_id, force=step.force)
     results = {name: _wait(future) for name, future in futures.items()}
     failures = {name: result for name, result in results.items() if isinstance(result, BaseException)}
     # What failed by itself comes before what could not start because of it.
@@ -93,14 +109,17 @@ def _wait(future: Any) -> Any:
 
 
 @contextmanager
-def _recorded_run(spec: PipelineSpec, home: Home) -> Iterator[str]:
-    """Records that a run began and how it ended; runs that died without a word are marked first."""
+def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
+    """Records a run with its cached steps and its end; first marks runs whose process is gone as CRASHED."""
     lineage = Lineage(home.lineage_url)
     status: RunStatus = "FAILED"
     try:
         lineage.find_dead_runs()
-        run = lineage.start_run(spec.name, spec.source)
+        run = lineage.start_run(plan.name, plan.source)
         try:
+            for step in plan.steps:
+                if step.outcome is not None:
+                    record_hit(step.job, step.inputs, step.outcome, lineage, run.id)
             yield run.id
             status = "COMPLETED"
         except (InterruptedRun, KeyboardInterrupt):
@@ -112,14 +131,6 @@ def _recorded_run(spec: PipelineSpec, home: Home) -> Iterator[str]:
         lineage.close()
 
 
-def _bases(spec: PipelineSpec) -> list[BaseSource]:
-    named = {base for step in spec.steps.values() if (base := getattr(step, "base", None))}
-    return [resolve_base(locate_base(base, spec.folder)) for base in sorted(named)]
-
-
-def _read_versions(spec: PipelineSpec, outcomes: Mapping[str, Outcome], store: Store) -> dict[str, dict[str, Any]]:
-    return {
-        name: json.loads(store.read(outcomes[name].ref, "version.json"))
-        for name, step in spec.steps.items()
-        if step.uses == "register"
-    }
+def _bases(plan: Plan) -> list[BaseSource]:
+    named = {(base, step.job.folder) for step in plan.steps if (base := getattr(step.job.spec, "base", None))}
+    return [resolve_base(base) for base in sorted(locate_base(base, folder) for base, folder in named)]

@@ -7,16 +7,18 @@ module is cheap; importing Prefect itself takes seconds and happens inside the f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from registry.entities import ArtifactRef
 from registry.home import Home
 from tasks.execution import execute
-from tasks.step import Job, Outcome
+from tasks.job import Job, Outcome
 
 if TYPE_CHECKING:
     from prefect import Task
+    from prefect.futures import PrefectFuture
 
 Result = TypeVar("Result")
 
@@ -49,9 +51,23 @@ def run_as_flow(name: str, function: Callable[..., Result]) -> Callable[..., Res
     return wrapped  # type: ignore[no-any-return]
 
 
-def step_task(name: str) -> Any:
-    """The Prefect task of a step, under the step's own name."""
-    return _task().with_options(name=name, task_run_name=name)
+def submit_step(
+    job: Job, inputs: Mapping[str, Sequence[Any]], home: Home, run_id: str, *, force: bool
+) -> PrefectFuture[Outcome]:
+    """Submits a step as a Prefect task of its own name.
+
+    Args:
+        job: The step.
+        inputs: Reference field -> artifacts, and futures of the steps that will make them.
+        home: Where all state lives.
+        run_id: The run that it is recorded under.
+        force: True runs it even if there is an earlier result.
+    """
+    from prefect.utilities.annotations import quote
+
+    named = _task().with_options(name=job.name, task_run_name=job.name)
+    future: PrefectFuture[Outcome] = named.submit(quote(job), inputs, quote(home), run_id, force)
+    return future
 
 
 @lru_cache(maxsize=1)
@@ -65,10 +81,14 @@ def _task() -> Any:
     return declare(_execute)
 
 
-def _execute(job: Job, inputs: Mapping[str, list[Outcome]]) -> Any:
+def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: Home, run_id: str, force: bool) -> Any:
     from prefect.states import Completed
 
-    outcome = execute(job, {field: tuple(item.ref for item in items) for field, items in inputs.items()})
+    refs = {
+        field: tuple(item.ref if isinstance(item, Outcome) else item for item in items)
+        for field, items in inputs.items()
+    }
+    outcome = execute(job, refs, home, run_id, force=force)
     return Completed(name="Cached", data=outcome) if outcome.cached else outcome
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -21,10 +21,11 @@ from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
+from tasks.digests import digest_path
 from tasks.execution import execute
-from tasks.key import digest_path
+from tasks.job import Job, prepare_job
 from tasks.spec import StepSpec
-from tasks.step import STEPS, Job
+from tasks.step import STEPS
 
 NAME_OF_BASE = "base"
 
@@ -111,7 +112,7 @@ def _add_piece(
     files: dict[str, Path | ArtifactRef] = {role: ref for role, ref in step.inputs.items() if ref.kind == FILE}
     for role in reads_outside(step):
         path = given[f"{name}.{role}"]
-        if not path.exists() or digest_path(path) != step.settings["files"][role]:
+        if not path.exists() or digest_path(path).sha256 != step.settings["files"][role]:
             told.reasons.append(f"{path} does not hold what step {name!r} read as {role}")
         files[role] = path.resolve()
     values = dict(step.settings.get("settings", {}))
@@ -191,7 +192,7 @@ def rebuild(plan: Rebuilding, store: Store, home: Home, run: tuple[str, Mapping[
                     name = role.partition(".")[0]
                     inputs[name] = (*inputs.get(name, ()), made.get(ref.sha256, ref))
             with threads(recorded_threads(piece.recorded)):
-                outcome = execute(_job(piece, own, home, run_id), inputs)
+                outcome = execute(_job(piece, own, home), inputs, home, run_id)
             if piece.recorded.output is not None:
                 made[piece.recorded.output.sha256] = outcome.ref
         lineage.finish_run(run_id, "COMPLETED")
@@ -213,7 +214,7 @@ def _copy(ref: ArtifactRef, source: Store, target: Store, home: Home) -> None:
         target.put(ref.kind, folder)
 
 
-def _job(piece: Piece, store: Store, home: Home, run_id: str) -> Job:
+def _job(piece: Piece, store: Store, home: Home) -> Job:
     folder = home.path / "files" / piece.name
     folder.mkdir(parents=True, exist_ok=True)
     paths: dict[str, str] = {}
@@ -224,13 +225,6 @@ def _job(piece: Piece, store: Store, home: Home, run_id: str) -> Job:
             paths[role] = name
         else:
             paths[role] = str(source)
-    spec = piece.spec.model_copy(update=paths)
-    return Job(
-        name=piece.name,
-        uses=piece.recorded.uses,
-        spec=spec.model_dump(mode="json"),
-        folder=str(folder),
-        home=str(home.path),
-        run_id=run_id,
-        excluded=tuple(piece.recorded.settings.get("excluded", ())),
-    )
+    job = prepare_job(piece.name, piece.spec.model_copy(update=paths), folder)
+    # What was left out as revoked then is left out again, whatever is revoked now.
+    return replace(job, excluded=tuple(piece.recorded.settings.get("excluded", ())))

@@ -56,7 +56,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             dataset_folder=folders["dataset"] if dataset is not None else None,
             recipe=dict(version.params),
             lineage=steps,
-            version={key: getattr(version, key) for key in ("name", "version", "sha256", "size", "aliases")},
+            version={key: getattr(version, key) for key in ("name", "version", "sha256", "size")},
         )
         atomic_write(path, page.encode())
         pictures = path.with_suffix("")

@@ -26,7 +26,7 @@ class Retraining:
     Args:
         changed: Per step that ran, why; empty when nothing had changed and nothing ran.
         versions: `name@version` of what was registered.
-        staged: Those of them whose gates passed.
+        staged: Those of them that got the alias that their pipeline asks for.
         compared: Per version and metric: the adapter's figure in production (None if there is none) and now.
     """
 
@@ -49,10 +49,8 @@ def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
     """
     state = Home.open(Path(home))
     result = run_pipeline(load_spec(Path(spec)), state)
-    new = {
-        f"{said['name']}@{said['version']}": said for name, said in result.versions.items() if name in result.changed
-    }
-    staged = [ref for ref, said in new.items() if said["alias"] and not said["refused"]]
+    new = {entry.version.ref: entry for name, entry in result.versions.items() if name in result.changed}
+    staged = [ref for ref, entry in new.items() if entry.has_alias]
     compared = {ref: compare(Versions(state), ref, "production") for ref in new}
     return asdict(Retraining(dict(result.changed), list(new), staged, compared))
 

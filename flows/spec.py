@@ -35,6 +35,7 @@ class _Head(BaseModel):
     base: str = "tiny"
     seed: int = Field(0, ge=0, lt=2**63)
     description: str = ""
+    concurrency: int | None = Field(None, ge=1)
     steps: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
@@ -49,6 +50,7 @@ class PipelineSpec:
         steps: The steps by name, each after all that it takes from.
         folder: What paths in the file are relative to.
         source: The pipeline file's data as written, with overrides applied: the recipe to keep.
+        concurrency: How many trainings may use one device at the same time; None takes the default of the device.
     """
 
     name: str
@@ -57,6 +59,7 @@ class PipelineSpec:
     steps: Mapping[str, StepSpec]
     folder: Path
     source: Mapping[str, Any]
+    concurrency: int | None = None
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
@@ -79,7 +82,8 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
     for name in order:
         _check_files(name, steps[name], folder, document)
         _check_base(name, steps[name], folder, document)
-    return PipelineSpec(head.name, head.base, head.seed, {name: steps[name] for name in order}, folder, document.data)
+    ordered = {name: steps[name] for name in order}
+    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency)
 
 
 def _override(document: Document, override: str) -> None:

@@ -1,4 +1,4 @@
-"""What a person is told at the end of a run: what there is now, where it is, and what to do next."""
+"""The end of a run in words: what there is now, where it is, and what to do next."""
 
 from __future__ import annotations
 
@@ -6,42 +6,55 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.pipeline import PipelineResult
-from flows.reports import export_folder, read_manifest, write_report
+from flows.registered import RegisteredVersion
+from flows.reports import export_folder, write_report
 from flows.spec import PipelineSpec
+from lora_engine.data.manifest import Manifest
 from registry.home import Home
+
+_SHOWN = 8
 
 
 def summarise(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterator[tuple[str, object]]:
-    """Label and text of each fact, in the order in which they are read."""
+    """Yields label and text of each fact, in the order in which they are read."""
     cached = sum(outcome.cached for outcome in result.outcomes.values())
     yield "steps", f"{len(result.outcomes) - cached} ran, {cached} were there already"
     for name, step in spec.steps.items():
         if step.uses == "ingest":
-            manifest = read_manifest(home, result.outcomes[name].ref)
-            for item in manifest.quarantined[:8]:
+            manifest = Manifest.model_validate_json(result.outcomes[name].summary)
+            for item in manifest.quarantined[:_SHOWN]:
                 yield "left out", f"{item.source}: {item.reason}"
-            if len(manifest.quarantined) > 8:
-                yield "left out", f"and {len(manifest.quarantined) - 8} more; the report lists all"
-    for version in result.versions.values():
-        ref = f"{version['name']}@{version['version']}"
-        yield "version", f"{ref}  sha256 {version['sha256'][:16]}"
-        if version["refused"]:
-            yield "gates", "FAILED: " + "; ".join(version["refused"])
-        elif version["alias"]:
-            yield "alias", f"{version['alias']} -> {ref} (gates passed)"
-        report = write_report(home, ref)
-        yield "report", report
-        yield "pictures", report.with_suffix("") if report else None
+            if len(manifest.quarantined) > _SHOWN:
+                yield "left out", f"and {len(manifest.quarantined) - _SHOWN} more; the report lists all"
+    for registered in result.versions.values():
+        yield from _describe_version(home, registered)
     for name, step in spec.steps.items():
         if step.uses == "convert":
             folder = export_folder(home, spec.name, name, result.outcomes[name].ref)
             yield "exports", f"{folder}{_formats(folder)}"
     yield "registry", f"mlflow ui --backend-store-uri {home.mlflow_url}"
-    for version in result.versions.values():
-        ref = f"{version['name']}@{version['version']}"
+    for registered in result.versions.values():
+        ref = registered.version.ref
         yield "next", f"loraline show {ref}"
-        if not version["refused"]:
+        if not registered.gone and not registered.refused:
             yield "next", f'loraline promote {ref} --to production --reason "..."'
+
+
+def _describe_version(home: Home, registered: RegisteredVersion) -> Iterator[tuple[str, object]]:
+    version, alias = registered.version, registered.alias
+    yield "version", f"{version.ref}  sha256 {version.sha256[:16]}"
+    if registered.gone:
+        yield "state", f"{version.state}: it {registered.gone}"
+    yield "gates", version.gate_status
+    if registered.has_alias:
+        yield "alias", f"{alias} -> {version.ref}"
+    elif alias is not None:
+        holder = "points at no version" if registered.holder is None else f"is at {version.name}@{registered.holder}"
+        refused = f"; {version.ref} was refused: {'; '.join(registered.refused)}" if registered.refused else ""
+        yield "alias", f"{alias} {holder}{refused}"
+    report = write_report(home, version.ref) if version.state != "DELETED" else None
+    yield "report", report
+    yield "images", report.with_suffix("") if report else None
 
 
 def _formats(folder: Path) -> str:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 THREADS = "OMP_NUM_THREADS"
 _SMALL = 64 * 2**20
+_CORES = 2
+_PROCESS = 2**30
+_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def describe_compute(device: str | None = None) -> dict[str, Any]:
@@ -51,6 +55,49 @@ def fitting_threads(bases: Collection[BaseSource]) -> int | None:
     """
     small = bool(bases) and all(base.size < _SMALL for base in bases)
     return 1 if small and THREADS not in os.environ else None
+
+
+def fitting_trainings(device: str, *, cores: int, memory: int, threads: int, processes: int, base: int) -> int:
+    """Returns how many trainings one device takes at the same time unless a user says otherwise; at least 1.
+
+    A GPU takes one. On a CPU a training counts for as many cores as it has threads, and for two where it has one: the
+    run that started it, Prefect's server and evaluations compute beside it. A process of it is assumed to need 1 GiB
+    and four times the size of the base: twice for weights in float32 that are float16 in the files, and as much for
+    activations.
+
+    Args:
+        device: `cpu`, or the name of anything else.
+        cores: Of this machine.
+        memory: Of this machine, in bytes.
+        threads: That each process of a training computes with.
+        processes: Of one training.
+        base: Size of the base's files in bytes.
+    """
+    if device != "cpu":
+        return 1
+    busy = max(_CORES, min(cores, threads * processes))
+    return max(1, min(cores // busy, memory // (processes * (_PROCESS + 4 * base))))
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_threads() -> int:
+    """Returns how many threads a process that is started now computes with: `OMP_NUM_THREADS`, or one a core."""
+    limit = os.environ.get(THREADS, "")
+    return int(limit) if limit.isdecimal() and int(limit) else count_cores()
+
+
+def measure_memory() -> int:
+    """Returns the memory of this machine in bytes, or of this process' control group where that may use less."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        allowed = _GROUP.read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(allowed)) if allowed.isdecimal() else memory
 
 
 @contextmanager

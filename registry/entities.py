@@ -234,6 +234,15 @@ class AdapterVersion:
         """`name@version`."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def gate_status(self) -> Literal["passed", "FAILED", "none set", "not run"]:
+        """Returns how its gates ended; `none set` if it was evaluated without gates, `not run` if it was not."""
+        if self.passed is None:
+            return "not run"
+        if not self.gates:
+            return "none set"
+        return "passed" if self.passed else "FAILED"
+
 
 @dataclass(frozen=True)
 class Event:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from lora_engine.data.spec import CaptionSettings
@@ -16,7 +18,15 @@ class Caption(StepSpec, CaptionSettings):
     dataset: Annotated[str, Takes("manifest")]
 
 
-@step(Caption, gives="manifest", revision=2)
+def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
+    """Yields the names of the modules that this captioner imports; only the interrogator needs torch."""
+    del folder
+    yield "lora_engine.data.caption"
+    if spec.captioner == "interrogator":
+        yield "lora_engine.data.interrogator"
+
+
+@step(Caption, gives="manifest", revision=2, imports=find_imports)
 def caption(spec: Caption, context: Context) -> None:
     """Writes a manifest of the same pictures in which every caption is set."""
     from lora_engine.data.caption import caption as describe

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lora_engine.files import atomic_write, canonical_json
+from tasks.imports import base_module
 from tasks.spec import StepSpec, Takes
 from tasks.step import Context, step
 
@@ -32,7 +35,19 @@ class Convert(StepSpec):
     energy: float | None = Field(default=None, gt=0, le=1)
 
 
-@step(Convert, gives="export", revision=4)
+def needs_base(spec: Convert) -> bool:
+    """Returns whether the conversion loads its base, for values or for the names of modules."""
+    return spec.approximate or _COUNTS in spec.to
+
+
+def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
+    """Yields the names of the modules that a conversion imports; that of its base where the base is loaded."""
+    yield from ("lora_engine.adapters", "lora_engine.bases.base", "lora_engine.formats", "lora_engine.formats.dtypes")
+    if spec.base is not None and needs_base(spec):
+        yield base_module(spec.base, folder)
+
+
+@step(Convert, gives="export", revision=4, imports=find_imports)
 def convert(spec: Convert, context: Context) -> None:
     """Writes one folder a format, and `exports.json` which lists the files of each.
 
@@ -44,8 +59,7 @@ def convert(spec: Convert, context: Context) -> None:
     from lora_engine.formats.dtypes import dtype_of
 
     bundle = read_bundle(context.folder("adapter") / "adapter.safetensors")
-    needs_base = spec.base is not None and (spec.approximate or _COUNTS in spec.to)
-    base = load_base(context.base(spec.base), device="cpu") if needs_base and spec.base else None
+    base = load_base(context.base(spec.base), device="cpu") if spec.base is not None and needs_base(spec) else None
     names = None if base is None else module_shapes(base)
     exports, approximations = {}, {}
     for name in spec.to:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from lora_engine.evaluation.spec import EvaluateSettings
+from tasks.imports import base_module
 from tasks.spec import External, StepSpec, Takes
 from tasks.step import Context, step
 
@@ -20,7 +23,13 @@ class Evaluate(StepSpec, EvaluateSettings):
     prompts: Annotated[str | None, External("file", kept=True)] = None
 
 
-@step(Evaluate, gives="report", revision=1)
+def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
+    """Yields the names of the modules that an evaluation imports, that of its base among them."""
+    yield "lora_engine.evaluation.run"
+    yield base_module(spec.base, folder)
+
+
+@step(Evaluate, gives="report", revision=1, imports=find_imports)
 def evaluate(spec: Evaluate, context: Context) -> None:
     """Writes the report: metrics with intervals, gates, and the pictures behind them."""
     from lora_engine.evaluation.prompts import read_prompts

@@ -1,46 +1,19 @@
-"""What a step must leave out because it was revoked: part of the name of its work."""
+"""Refuses datasets that hold revoked images or consents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from registry.errors import RightsError
 from registry.governance.ancestry import held_subjects
-from registry.governance.revoked import read_revoked, revoked_subjects
+from registry.governance.revoked import revoked_subjects
 from registry.lineage.record import Lineage
-from tasks.spec import StepSpec
-from tasks.step import Inputs, StepKind
-
-_REVOKED = "revoked"
-"""The entry beside the digests of the user's files, in the cache key, that names what is left out of them."""
-
-
-def find_excluded(kind: StepKind, spec: StepSpec, folder: Path, lineage: Lineage) -> tuple[str, ...]:
-    """Digests of the pictures and ids of the consents among the step's own files that were revoked, sorted.
-
-    Args:
-        kind: The kind of step.
-        spec: Its settings.
-        folder: Where the pipeline file lies.
-        lineage: Where revocations are known.
-    """
-    if kind.excludes is None:
-        return ()
-    revoked = read_revoked(lineage)
-    return tuple(sorted(kind.excludes(spec, folder, revoked))) if revoked else ()
-
-
-def with_excluded(files: Mapping[str, str], excluded: tuple[str, ...]) -> dict[str, str]:
-    """The digests of the user's files, and what is left out of them; the same as before where that is nothing."""
-    return {**files, _REVOKED: " ".join(excluded)} if excluded else dict(files)
+from tasks.step import Inputs
 
 
 def refuse_revoked(inputs: Inputs, lineage: Lineage, where: str) -> None:
-    """Stops a step whose dataset holds what was revoked since the dataset was made.
+    """Raises if a dataset holds an image or consent that was revoked after the dataset was made.
 
     Raises:
-        RightsError: It does.
+        RightsError: Names what was revoked.
     """
     datasets = {ref.sha256 for refs in inputs.values() for ref in refs if ref.kind == "manifest"}
     with lineage.database.read() as session:

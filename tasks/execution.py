@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from uuid import uuid4
 
 from lora_engine.compute import describe_compute
 from lora_engine.data.manifest import Manifest
-from lora_engine.errors import InterruptedRun
+from lora_engine.errors import DataError, InterruptedRun
 from lora_engine.files import sha256_bytes
 from lora_engine.progress import Progress
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, Subject, now
@@ -25,89 +24,114 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
 from tasks.environment import describe_environment
-from tasks.exclusion import find_excluded, refuse_revoked, with_excluded
-from tasks.key import cache_key, describe_base, digest_files
+from tasks.exclusion import refuse_revoked
+from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish, stop_requested
-from tasks.spec import StepSpec
-from tasks.step import Context, Inputs, Job, Outcome
+from tasks.step import Context, Inputs
 
 _log = logging.getLogger(__name__)
 
 
-def find_hit(job: Job, spec: StepSpec, key: str, store: Store, lineage: Lineage) -> tuple[ArtifactRef | None, str]:
-    """The verified result of an earlier execution of the same work, or why there is none."""
+NEVER = "no earlier result"
+"""The reason of `find_hit` if nothing was made under that key yet."""
+
+
+def find_hit(
+    job: Job, key: str, home: Home, store: Store, lineage: Lineage, known: set[str] | None = None
+) -> tuple[Outcome | None, str]:
+    """Returns the verified result of an earlier execution with that key, or why there is none.
+
+    Every byte of the artifact is read, once; its grace period for a collection starts again. Blobs whose digests are
+    in `known` are not read again, and those found sound are added to it.
+    """
     ref = lineage.find_cached(key)
     if ref is None:
-        return None, "no earlier result"
-    # From here on a collection leaves it to whoever asked.
-    store.renew(ref)
-    problems = store.verify(ref)
+        return None, NEVER
+    problems, summary = store.inspect(ref, job.kind.summary, renew=True, known=known)
     if problems:
-        return None, f"the earlier result is damaged: {problems[0]}"
-    if job.kind.holds is not None:
-        home = Home(Path(job.home))
-        # A folder of its own: a plan and a run may look at the same time, and a killed one leaves its folder behind.
-        with tempfile.TemporaryDirectory(dir=home.work) as name:
-            peek = Path(name) / "artifact"
-            store.checkout(ref, peek)
-            if not job.kind.holds(spec, home, peek):
-                return None, "what it did has been changed since"
-    return ref, "cached"
+        return None, f"the earlier result is damaged: {problems[0].what}"
+    hit = Outcome(ref, cached=True, summary=summary or b"")
+    if job.kind.is_still_valid is not None and not job.kind.is_still_valid(home, hit.summary):
+        return None, "what it did has been changed since"
+    return hit, "cached"
 
 
-def execute(job: Job, inputs: Inputs) -> Outcome:
+def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = False) -> Outcome:
     """Runs one step, or finds that it need not run.
 
     A second run that wants the same work waits for the first one and then takes its result.
 
+    Args:
+        job: The step.
+        inputs: Reference field -> artifacts.
+        home: Where all state lives.
+        run_id: The run that this execution is recorded under.
+        force: True runs it even if there is an earlier result.
+
     Raises:
         EngineError, RegistryError, OSError: What the step raised; recorded in lineage before it is passed on.
     """
-    home = Home.open(Path(job.home))
     store, lineage = open_store(home), Lineage(home.lineage_url)
-    spec = job.load_spec()
-    excluded = job.excluded
-    if excluded is None:
-        excluded = find_excluded(job.kind, spec, Path(job.folder), lineage)
-    files = digest_files(spec, Path(job.folder))
-    key = cache_key(job.kind, spec, Path(job.folder), inputs, with_excluded(files, excluded))
-    execution = _describe(job, spec, key, inputs, files, excluded)
     try:
-        _refuse_if_stopped(job.name)
-        refuse_revoked(inputs, lineage, f"step {job.name!r}")
-        with home.lock(key):
-            hit, _ = (None, "") if job.force else find_hit(job, spec, key, store, lineage)
-            if hit is None:
-                publish(StepEvent(job.name, "started"))
-                ref, compute = _work(job, spec, key, inputs, home, store, excluded)
-                told = {**execution.environment, "compute": compute} if compute else execution.environment
-                kept = {**execution.inputs, **_keep(spec, Path(job.folder), files, store)}
-                _record(lineage, replace(execution, inputs=kept, environment=told), ref, store)
-                shutil.rmtree(home.work / key, ignore_errors=True)
-                publish(StepEvent(job.name, "completed"))
-                return Outcome(ref, cached=False)
-        lineage.record(replace(execution, status="CACHED", output=hit, ended_at=now()))
-        publish(StepEvent(job.name, "cached"))
-        return Outcome(hit, cached=True)
-    except BaseException as error:
-        interrupted = isinstance(error, InterruptedRun | KeyboardInterrupt)
-        status: ExecutionStatus = "INTERRUPTED" if interrupted else "FAILED"
-        publish(StepEvent(job.name, "failed", text=str(error)))
-        failed = replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}")
+        job = job.refreshed(lineage)
+        execution = _describe(job, inputs, run_id)
         try:
-            lineage.record(failed)
-        except RegistryError as second:
-            # On a full disk even the failure cannot be recorded; what matters is the first error.
-            _log.warning("the failure of %s could not be recorded: %s", job.name, second)
-        raise
+            _refuse_if_stopped(job.name)
+            refuse_revoked(inputs, lineage, f"step {job.name!r}")
+            with home.lock(execution.key):
+                hit = None if force else find_hit(job, execution.key, home, store, lineage)[0]
+                if hit is None:
+                    return _run(job, inputs, home, store, lineage, execution)
+            _record_hit(job, hit, execution, lineage)
+        except BaseException as error:
+            _record_failure(job, error, execution, lineage)
+            raise
+        return hit
     finally:
         lineage.close()
 
 
-def _work(
-    job: Job, spec: StepSpec, key: str, inputs: Inputs, home: Home, store: Store, excluded: tuple[str, ...]
-) -> tuple[ArtifactRef, dict[str, Any]]:
-    work = home.work / key
+def record_hit(job: Job, inputs: Inputs, hit: Outcome, lineage: Lineage, run_id: str) -> None:
+    """Records and announces that a run takes the earlier result of a step."""
+    _record_hit(job, hit, _describe(job, inputs, run_id), lineage)
+
+
+def _run(job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, execution: Execution) -> Outcome:
+    publish(StepEvent(job.name, "started"))
+    outcome, compute = _work(job, inputs, home, store, execution)
+    kept = _keep(job, store)
+    if not job.files_are_current():
+        raise DataError(
+            "the files that it reads changed while it ran",
+            where=f"step {job.name!r}",
+            remedy="run the same command again, and leave the files alone until it has finished",
+        )
+    environment = {**execution.environment, "compute": compute} if compute else execution.environment
+    done = replace(execution, inputs={**execution.inputs, **kept}, environment=environment)
+    _record(lineage, done, outcome.ref, store)
+    shutil.rmtree(home.work / execution.key, ignore_errors=True)
+    publish(StepEvent(job.name, "completed"))
+    return outcome
+
+
+def _record_hit(job: Job, hit: Outcome, execution: Execution, lineage: Lineage) -> None:
+    lineage.record(replace(execution, status="CACHED", output=hit.ref, ended_at=now()))
+    publish(StepEvent(job.name, "cached"))
+
+
+def _record_failure(job: Job, error: BaseException, execution: Execution, lineage: Lineage) -> None:
+    interrupted = isinstance(error, InterruptedRun | KeyboardInterrupt)
+    status: ExecutionStatus = "INTERRUPTED" if interrupted else "FAILED"
+    publish(StepEvent(job.name, "failed", text=str(error)))
+    try:
+        lineage.record(replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}"))
+    except RegistryError as second:
+        # On a full disk even the failure cannot be recorded; what matters is the first error.
+        _log.warning("the failure of %s could not be recorded: %s", job.name, second)
+
+
+def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Execution) -> tuple[Outcome, dict[str, Any]]:
+    work = home.work / execution.key
     # What an earlier try left unfinished is of no use, but for the folder that the step itself kept for this.
     out, taken = work / "out", work / "inputs"
     for folder in (out, taken):
@@ -119,32 +143,31 @@ def _work(
         folders[field] = tuple(taken / field / str(position) for position in range(len(refs)))
         for ref, folder in zip(refs, folders[field], strict=True):
             store.checkout(ref, folder)
-    base = Path(job.folder)
     context = Context(
         name=job.name,
         home=home,
-        run_id=job.run_id,
-        folder_of_spec=base,
+        run_id=execution.run_id,
+        folder_of_spec=job.folder,
         refs=inputs,
         inputs=folders,
-        files={field: base / path for field, path, _ in spec.externals()},
+        files={field: job.folder / path for field, path, _ in job.spec.externals()},
         out=out,
         work=work / "kept",
         progress=_progress(job.name),
-        excluded=excluded,
+        excluded=job.excluded,
+        concurrency=job.concurrency,
     )
-    job.kind.work(spec, context)
-    return store.put(job.kind.gives, out), context.compute or describe_compute()
+    job.kind.work(job.spec, context)
+    summary = (out / job.kind.summary).read_bytes() if job.kind.summary else b""
+    return Outcome(store.put(job.kind.gives, out), cached=False, summary=summary), context.compute or describe_compute()
 
 
-def _keep(spec: StepSpec, folder: Path, files: Mapping[str, str], store: Store) -> dict[str, ArtifactRef]:
-    """The user's files that the store keeps, as artifacts; one that was changed while the step ran is not kept."""
-    kept = {}
-    for field, path in spec.kept_files().items():
-        content = (folder / path).read_bytes()
-        if sha256_bytes(content) == files[field]:
-            kept[field] = store.put_files("file", {f"{field}{Path(path).suffix}": content})
-    return kept
+def _keep(job: Job, store: Store) -> dict[str, ArtifactRef]:
+    """Returns the user's files that the store keeps, as artifacts."""
+    return {
+        field: store.put_files("file", {f"{field}{Path(path).suffix}": (job.folder / path).read_bytes()})
+        for field, path in job.spec.kept_files().items()
+    }
 
 
 def _progress(name: str) -> Progress:
@@ -160,28 +183,21 @@ def _refuse_if_stopped(name: str) -> None:
         raise InterruptedRun("stopped as asked", where=f"step {name!r}", remedy="run the same command to continue")
 
 
-def _describe(
-    job: Job, spec: StepSpec, key: str, inputs: Inputs, files: Mapping[str, str], excluded: tuple[str, ...]
-) -> Execution:
-    own, folder = spec.own_settings(), Path(job.folder)
-    base = own.get("base")
-    settings: dict[str, Any] = {"settings": own, "files": dict(files)}
-    settings |= {"base": describe_base(base, folder)} if base else {}
-    settings |= {"excluded": list(excluded)} if excluded else {}
+def _describe(job: Job, inputs: Inputs, run_id: str) -> Execution:
     single = {field: refs[0] for field, refs in inputs.items() if len(refs) == 1}
     several = {f"{field}.{i}": ref for field, refs in inputs.items() if len(refs) > 1 for i, ref in enumerate(refs)}
     return Execution(
         id=uuid4().hex,
-        run_id=job.run_id,
+        run_id=run_id,
         step=job.name,
-        uses=job.uses,
+        uses=job.kind.name,
         revision=str(job.kind.revision),
-        key=key,
-        settings=settings,
+        key=job.key(inputs),
+        settings=job.recorded_settings,
         inputs=single | several,
         status="FAILED",
         environment=describe_environment(),
-        seed=getattr(spec, "seed", None),
+        seed=getattr(job.spec, "seed", None),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from lora_engine.merging.spec import SPECS, AnyMergeOptions, Concatenate, Weight
+from tasks.imports import base_module
 from tasks.spec import StepSpec, Takes
 from tasks.step import Context, step
 
@@ -81,7 +84,14 @@ class Merge(StepSpec):
         return self
 
 
-@step(Merge, gives="adapter", revision=3)
+def find_imports(spec: Merge, folder: Path) -> Iterator[str]:
+    """Yields the names of the modules that a merge imports; that of its base where the base is certain to be loaded."""
+    yield "lora_engine.merging.files"
+    if spec.method == "learned" and spec.base is not None:
+        yield base_module(spec.base, folder)
+
+
+@step(Merge, gives="adapter", revision=3, imports=find_imports)
 def merge(spec: Merge, context: Context) -> None:
     """Writes the merged adapter."""
     from lora_engine.merging.files import merge_files

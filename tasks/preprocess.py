@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from lora_engine.data.spec import PreprocessSettings
 from tasks.spec import StepSpec, Takes
-from tasks.step import Context, step
+from tasks.step import Context, always, step
 
 
 class Preprocess(StepSpec, PreprocessSettings):
@@ -16,7 +16,7 @@ class Preprocess(StepSpec, PreprocessSettings):
     dataset: Annotated[str, Takes("manifest")]
 
 
-@step(Preprocess, gives="manifest", revision=2)
+@step(Preprocess, gives="manifest", revision=2, imports=always("lora_engine.data.preprocess"))
 def preprocess(spec: Preprocess, context: Context) -> None:
     """Writes a manifest whose pictures, and their masks, have the sizes that were asked for."""
     from lora_engine.data.preprocess import preprocess as prepare

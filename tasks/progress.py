@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["started", "progress", "cached", "completed", "failed"]
+Kind = Literal["started", "waiting", "progress", "cached", "completed", "failed"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StepEvent:
         done: How many units of its work are done.
         total: Of how many; 0 where it is not known.
         values: Figures of the moment, such as `loss`.
-        text: For `failed`, why.
+        text: For `failed`, why; for `waiting`, for what.
     """
 
     step: str

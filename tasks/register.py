@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from lora_engine.files import atomic_write, canonical_json
 from registry.home import Home
 from tasks.spec import StepSpec, Takes
-from tasks.step import Context, step
+from tasks.step import Context, always, step
 
 
 class Register(StepSpec):
@@ -23,23 +23,32 @@ class Register(StepSpec):
     alias: str | None = None
 
 
-def still_registered(spec: Register, home: Home, folder: Path) -> bool:
-    """Whether the version that was registered is still known; its alias may have moved on since, and may stay there."""
+def is_still_registered(home: Home, summary: bytes) -> bool:
+    """Returns True if the registry knows the version; its state and its alias may have changed since."""
     from registry.errors import RegistryError
     from registry.versions import Versions
 
-    said = json.loads((folder / "version.json").read_bytes())
+    registered = json.loads(summary)
+    versions = Versions(home)
     try:
-        return bool(Versions(home).show(said["name"], said["version"]).sha256 == said["sha256"])
+        return versions.show(registered["name"], registered["version"]).sha256 == str(registered["sha256"])
     except RegistryError:
         return False
+    finally:
+        versions.close()
 
 
-@step(Register, gives="version", revision=1, holds=still_registered)
+@step(
+    Register,
+    gives="version",
+    revision=2,
+    summary="version.json",
+    is_still_valid=is_still_registered,
+    imports=always("lora_engine.formats", "registry.versions"),
+)
 def register(spec: Register, context: Context) -> None:
-    """Registers the adapter with its curves, metrics and pictures; writes `version.json`."""
+    """Registers the adapter with its curves, metrics and images; writes `version.json`."""
     from lora_engine.formats import read_bundle
-    from registry.judgement import judge
     from registry.versions import Versions
 
     adapter_folder, report_folder = context.folder("adapter"), context.optional("report")
@@ -61,14 +70,8 @@ def register(spec: Register, context: Context) -> None:
         params=flatten(card.recipe),
         pictures=dict(_pictures(adapter_folder, report_folder)),
     )
-    said: dict[str, Any] = {
-        "name": spec.name,
-        "version": version.version,
-        "sha256": version.sha256,
-        "alias": spec.alias,
-    }
-    said["refused"] = list(judge(versions, version, spec.alias).reasons) if spec.alias else []
-    atomic_write(context.out / "version.json", canonical_json(said))
+    registered = {"name": spec.name, "version": version.version, "sha256": version.sha256}
+    atomic_write(context.out / "version.json", canonical_json(registered))
 
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

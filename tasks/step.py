@@ -6,7 +6,7 @@ How a step is run (cache, verification, lineage) is in `tasks.execution`; how it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lora_engine.progress import Progress
 from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
 from registry.home import Home
+from tasks.digests import PathDigest
 from tasks.spec import StepSpec
 
 
@@ -35,6 +36,7 @@ class Context:
         progress: Takes (done, total, figures); raises `InterruptedRun` once a stop was requested.
         excluded: Digests of pictures and ids of consents among the user's files that were revoked: to be left out.
         compute: Where a step that computes in another process tells what it computed with; for lineage.
+        concurrency: How many trainings may use one device at the same time; None takes the default of the device.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Context:
     progress: Progress
     excluded: tuple[str, ...] = ()
     compute: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | None = None
 
     def folder(self, field: str) -> Path:
         """The folder of a reference that must be there."""
@@ -65,8 +68,14 @@ class Context:
 
 
 Work = Callable[[Any, Context], None]
-Holds = Callable[[Any, Home, Path], bool]
-Excludes = Callable[[Any, Path, Collection[str]], Collection[str]]
+IsStillValid = Callable[[Home, bytes], bool]
+Excludes = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
+Imports = Callable[[Any, Path], Iterable[str]]
+
+
+def always(*modules: str) -> Imports:
+    """Returns the declaration of a step that imports the same modules whatever its settings are."""
+    return lambda spec, folder: modules
 
 
 @dataclass(frozen=True)
@@ -79,10 +88,13 @@ class StepKind:
         gives: The kind of artifact that it gives.
         revision: Raised by hand whenever the same inputs would now give something else.
         work: The function itself.
-        holds: For a step that also changes something outside its artifact: whether that change still stands
-            (spec, home, the artifact's folder). A cached result counts only where it does.
-        excludes: For a step that takes in what can be revoked: what of the revoked is among the user's files (spec,
-            folder of the pipeline file, all that is revoked). It becomes part of the name of the work.
+        summary: The file of the artifact that plans and summaries show; read while the artifact is verified.
+        is_still_valid: For a step that also changes something outside its artifact: takes (home, content of the
+            summary file) and returns False if that change is gone. A cached result counts only if it returns True.
+        excludes: For a step that reads what can be revoked: takes (spec, folder of the pipeline file, digests of the
+            user's files, everything revoked) and returns what of it is among the files. It enters the cache key.
+        imports: Takes (spec, folder of the pipeline file) and returns the names of the modules that the step imports
+            while it works; they are imported before any step starts, see `tasks.imports`.
     """
 
     name: str
@@ -90,8 +102,10 @@ class StepKind:
     gives: str
     revision: int
     work: Work
-    holds: Holds | None = None
+    summary: str | None = None
+    is_still_valid: IsStillValid | None = None
     excludes: Excludes | None = None
+    imports: Imports | None = None
 
 
 STEPS: Registry[StepKind] = Registry("step")
@@ -102,51 +116,19 @@ def step(
     *,
     gives: str,
     revision: int,
-    holds: Holds | None = None,
+    summary: str | None = None,
+    is_still_valid: IsStillValid | None = None,
     excludes: Excludes | None = None,
+    imports: Imports | None = None,
 ) -> Callable[[Work], Work]:
     """Registers the decorated function as the step that `spec` describes (see `StepKind`)."""
 
     def register(work: Work) -> Work:
         name = spec.model_fields["uses"].default
-        STEPS.add(name, StepKind(name, spec, gives, revision, work, holds, excludes))
+        STEPS.add(name, StepKind(name, spec, gives, revision, work, summary, is_still_valid, excludes, imports))
         return work
 
     return register
-
-
-@dataclass(frozen=True)
-class Job:
-    """One step of one run, ready to execute once its inputs are known. Plain data: it may cross processes.
-
-    `excluded` is what a repetition leaves out as revoked, as it was then; None asks the home what is revoked now.
-    """
-
-    name: str
-    uses: str
-    spec: dict[str, Any]
-    folder: str
-    home: str
-    run_id: str
-    force: bool = False
-    excluded: tuple[str, ...] | None = None
-
-    @property
-    def kind(self) -> StepKind:
-        """The step's entry in `STEPS`."""
-        return STEPS[self.uses]
-
-    def load_spec(self) -> StepSpec:
-        """The spec as its own class."""
-        return self.kind.spec.model_validate(self.spec)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a step ended: with which artifact, and whether it had to work for it."""
-
-    ref: ArtifactRef
-    cached: bool
 
 
 Inputs = Mapping[str, tuple[ArtifactRef, ...]]

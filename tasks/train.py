@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from lora_engine.bases.source import resolve_base
+from lora_engine.compute import count_cores, count_threads, fitting_trainings, measure_memory
 from lora_engine.training.spec import TrainSettings
+from tasks.devices import device_slots
 from tasks.progress import stop_requested
 from tasks.spec import External, StepSpec, Takes
-from tasks.step import Context, step
+from tasks.step import Context, always, step
 
 
 class Train(StepSpec, TrainSettings):
@@ -31,7 +34,7 @@ class Train(StepSpec, TrainSettings):
     embedder: Annotated[str | None, External("folder")] = None
 
 
-@step(Train, gives="adapter", revision=2)
+@step(Train, gives="adapter", revision=2, imports=always("lora_engine.training.machine"))
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and the record of its training."""
     from lora_engine.training.spawn import train_in_child
@@ -47,4 +50,19 @@ def train(spec: Train, context: Context) -> None:
         "class_dataset": class_dataset and str(class_dataset),
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
     }
-    context.compute.update(train_in_child(job, context.progress, stop=stop_requested))
+    with device_slots(context.home, device_limits(spec, context), context.name) as slots:
+        context.compute.update(train_in_child(job, context.progress, stop=stop_requested, inherit=slots))
+
+
+def device_limits(spec: Train, context: Context) -> dict[str, int]:
+    """Returns how many trainings may use each device that this one will use: as the run says, or as the device fits."""
+    from lora_engine.training.machine import used_devices
+
+    facts = {
+        "cores": count_cores(),
+        "memory": measure_memory(),
+        "threads": count_threads(),
+        "processes": spec.running.processes,
+        "base": resolve_base(context.base(spec.base)).size,
+    }
+    return {device: context.concurrency or fitting_trainings(device, **facts) for device in used_devices(spec.running)}

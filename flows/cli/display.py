@@ -22,7 +22,14 @@ from rich.text import Text
 
 from tasks.progress import StepEvent, listening
 
-_MARKS = {"completed": "[green]✓[/]", "cached": "[blue]=[/]", "failed": "[red]✗[/]", "started": "…", "progress": "…"}
+_MARKS = {
+    "completed": "[green]✓[/]",
+    "cached": "[blue]=[/]",
+    "failed": "[red]✗[/]",
+    "started": "…",
+    "waiting": "…",
+    "progress": "…",
+}
 
 
 class _Rate(ProgressColumn):
@@ -68,8 +75,8 @@ def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
     values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
     if event.kind == "progress":
         progress.update(row, mark=_MARKS["progress"], total=event.total or None, completed=event.done, note=values)
-    elif event.kind == "started":
-        progress.update(row, mark=_MARKS["started"], note="")
+    elif event.kind in {"started", "waiting"}:
+        progress.update(row, mark=_MARKS[event.kind], note=event.text)
     else:
         progress.start_task(row)
         total = progress.tasks[row].total or 1
@@ -93,4 +100,4 @@ def _print_line(event: StepEvent, console: Console) -> None:
         console.print(f"{event.step}: {event.done}/{event.total} {values}".rstrip(), highlight=False)
         return
     words = {"started": "started", "cached": "cached, verified", "completed": "done", "failed": "FAILED"}
-    console.print(f"{event.step}: {words[event.kind]}", highlight=False)
+    console.print(f"{event.step}: {words.get(event.kind, event.text)}", highlight=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,12 +12,23 @@ from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineResult
+    from flows.plan import PlannedStep
     from flows.spec import PipelineSpec
     from registry.home import Home
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The pipeline file, YAML or JSON.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the file.")]
 Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Run a step even if it is cached.")]
+
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        min=1,
+        metavar="N",
+        help="How many trainings may use one device at the same time.  [default: 1 on a GPU; on a CPU by its cores]",
+    ),
+]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -58,17 +70,24 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
     from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
-    steps = plan_pipeline(loaded, Home.open(home_path()), force=_known(force, loaded))
+    planned = plan_pipeline(loaded, Home.open(home_path()), force=_known(force, loaded))
     if as_json:
-        print_json(steps)
+        print_json([_planned(step) for step in planned.steps])
         return
     rows = [
-        (step.name, step.uses, "cached" if step.cached else "run", "" if step.cached else step.reason) for step in steps
+        (step.name, step.job.kind.name, *(("cached", "") if step.cached else ("run", step.reason)))
+        for step in planned.steps
     ]
     print_table(("step", "uses", "would", "because"), rows)
 
 
-def run(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:
+def run(
+    spec: SpecPath,
+    changes: Overrides = None,
+    force: Forced = None,
+    concurrency: Concurrency = None,
+    as_json: Json = False,
+) -> None:
     """Run a pipeline: only what has to run, everything recorded."""
     from rich.console import Console
 
@@ -81,16 +100,25 @@ def run(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json
     from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
+    if concurrency is not None:
+        loaded = replace(loaded, concurrency=concurrency)
     home = Home.open(home_path())
     configure_prefect(home)
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
         result = run_pipeline(loaded, home, force=_known(force, loaded))
     if as_json:
-        print_json({"changed": result.changed, "outcomes": result.outcomes, "versions": result.versions})
+        outcomes = {name: {"ref": end.ref, "cached": end.cached} for name, end in result.outcomes.items()}
+        versions = {name: registered.to_json() for name, registered in result.versions.items()}
+        print_json({"changed": result.changed, "outcomes": outcomes, "versions": versions})
     else:
         _summarise(loaded, home, result)
     if result.refusals:
         raise typer.Exit(1)
+
+
+def _planned(step: PlannedStep) -> dict[str, Any]:
+    ref = step.outcome.ref if step.outcome else None
+    return {"name": step.name, "uses": step.job.kind.name, "cached": step.cached, "reason": step.reason, "ref": ref}
 
 
 def _known(force: list[str] | None, spec: PipelineSpec) -> frozenset[str]:

@@ -41,7 +41,7 @@ def list_versions(
             v.name,
             v.version,
             ", ".join(v.aliases) if v.state == "ACTIVE" else v.state,
-            _gates(v),
+            v.gate_status,
             v.sha256[:16],
             f"{v.size / 1024:.0f} KiB",
             f"{v.created_at:%Y-%m-%d %H:%M}",
@@ -72,7 +72,7 @@ def show(ref: Ref, as_json: Json = False) -> None:
             ("sha256", version.sha256),
             ("size", f"{version.size} bytes"),
             ("created", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
-            ("gates", _gates(version)),
+            ("gates", version.gate_status),
             ("parents", ", ".join(version.parents)),
             ("licences", ", ".join(rights["terms"]["licenses"])),
             ("commercial use", "allowed" if rights["commercial"] else "not allowed"),
@@ -215,7 +215,3 @@ def _asked(source: dict[str, Any]) -> list[str]:
 def _print_move(event: Event) -> None:
     before, after = event.before or "none", event.after or "none"
     print(f"{event.alias}: {event.name}@{before} -> {event.name}@{after}  (event {event.seq})")
-
-
-def _gates(version: AdapterVersion) -> str:
-    return {True: "passed", False: "FAILED", None: "not run"}[version.passed]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.families import families
 from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.quantised import Quantisation, check_quantisation, quantise_base
 from lora_engine.bases.source import BaseSource, resolve_base
 
@@ -139,7 +140,8 @@ def load_base(
     """
     found = resolve_base(source) if isinstance(source, str) else source
     check_quantisation(quantise)
-    module = importlib.import_module(families[found.family].module)
+    with BUILDING:
+        module = importlib.import_module(families[found.family].module)
     base = cast(BaseModel, module.load(found, torch.device(device or default_device()), dtype))
     quantise_base(base, quantise)
     base.quantisation = quantise

@@ -62,7 +62,8 @@ def load_tokenizer(cls: Any, source: BaseSource, component: str) -> Any:
         BaseModelError: The files are damaged.
     """
     try:
-        return cls.from_pretrained(str(source.folder), subfolder=component, local_files_only=True)
+        with BUILDING:
+            return cls.from_pretrained(str(source.folder), subfolder=component, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _unreadable(source.folder / component, error) from error
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.noise import FlowSchedule, flow_schedule_from
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.source import BaseSource
 from lora_engine.errors import BaseModelError
 
@@ -26,9 +29,8 @@ class FlowModel(LatentModel):
 
     def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
         """See `BaseModel`; Euler's method."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        found = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_settings)
+        with BUILDING:
+            found = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_settings)
         if steps is not None:
             found.set_timesteps(device=self.device, mu=self._mu(size), **self._spacing(steps))
         return found

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
@@ -33,8 +35,6 @@ class Flux(FlowModel):
     distilled = True
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
         super().__init__(source, device, dtype, FluxTransformer2DModel)
 
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -87,8 +87,6 @@ class Flux(FlowModel):
         return int(self.denoiser.config.in_channels) // 4
 
     def _load_text(self, source: BaseSource) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
         self.tokenizer: Any = load_tokenizer(CLIPTokenizer, source, "tokenizer")
         self.tokenizer_2: Any = load_tokenizer(T5TokenizerFast, source, "tokenizer_2")
         for name, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):

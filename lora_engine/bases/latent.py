@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from lora_engine.adapters.tree import DictTree
@@ -42,8 +44,6 @@ class LatentModel(ABC):
     noise: NoiseSchedule
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype, denoiser: Any) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
         self.family, self.name = families[source.family].adapters, source.label
         self.fingerprint = source.fingerprint()
         self.device, self.dtype = device, dtype
@@ -119,8 +119,6 @@ class LatentModel(ABC):
         return side, side
 
     def _settings_of_scheduler(self, source: BaseSource) -> dict[str, Any]:
-        from diffusers import DDPMScheduler
-
         try:
             return dict(DDPMScheduler.load_config(str(source.folder), subfolder="scheduler", local_files_only=True))
         except (OSError, ValueError) as error:

@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.long_text import Change, no_change
 from lora_engine.bases.noise import schedule_from
+from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.source import BaseSource
 from lora_engine.errors import BaseModelError
 
@@ -29,8 +33,6 @@ class StableDiffusion(LatentModel):
     """A UNet, an autoencoder and one CLIP text encoder; see `BaseModel`."""
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
         super().__init__(source, device, dtype, UNet2DConditionModel)
 
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -70,10 +72,9 @@ class StableDiffusion(LatentModel):
 
     def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
         """See `BaseModel`."""
-        from diffusers import DPMSolverMultistepScheduler
-
         del size
-        found = DPMSolverMultistepScheduler.from_config(self._scheduler_settings)
+        with BUILDING:
+            found = DPMSolverMultistepScheduler.from_config(self._scheduler_settings)
         if steps is not None:
             found.set_timesteps(steps, device=self.device)
         return found
@@ -87,17 +88,14 @@ class StableDiffusion(LatentModel):
         return None
 
     def _load_text(self, source: BaseSource) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
-
         self.tokenizer = load_tokenizer(CLIPTokenizer, source, "tokenizer")
         self.modules["text_encoder"] = load_component(CLIPTextModel, source, "text_encoder", self.dtype).to(self.device)
 
     def _load_schedule(self, source: BaseSource) -> dict[str, Any]:
-        from diffusers import DDPMScheduler
-
         settings = self._settings_of_scheduler(source)
         try:
-            training = DDPMScheduler.from_config(settings)
+            with BUILDING:
+                training = DDPMScheduler.from_config(settings)
         except (ValueError, NotImplementedError) as error:
             raise BaseModelError(f"cannot be used ({error})", where=str(source.folder / "scheduler")) from error
         self.noise = schedule_from(training.alphas_cumprod, str(training.config.prediction_type))

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
@@ -29,8 +31,6 @@ class StableDiffusion3(FlowModel):
     """A transformer that reads text and picture together, an autoencoder, two CLIPs and a T5; see `BaseModel`."""
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
         super().__init__(source, device, dtype, SD3Transformer2DModel)
 
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -67,8 +67,6 @@ class StableDiffusion3(FlowModel):
         return states.float()
 
     def _load_text(self, source: BaseSource) -> None:
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
         self.tokenizer: Any = load_tokenizer(CLIPTokenizer, source, "tokenizer")
         self.tokenizer_2: Any = load_tokenizer(CLIPTokenizer, source, "tokenizer_2")
         classes = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
@@ -67,8 +68,6 @@ class StableDiffusionXL(StableDiffusion):
         return {"text_embeds": conditioning["pooled"].to(self.dtype), "time_ids": conditioning["time_ids"]}
 
     def _load_text(self, source: BaseSource) -> None:
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-
         super()._load_text(source)
         self.tokenizer_2 = load_tokenizer(CLIPTokenizer, source, "tokenizer_2")
         second = load_component(CLIPTextModelWithProjection, source, "text_encoder_2", self.dtype)

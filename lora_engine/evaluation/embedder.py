@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel
 
 from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.bases.one_at_a_time import BUILDING
@@ -102,8 +103,6 @@ def load_embedder(folder: str | Path | None = None) -> Embedder:
 
 
 def _load(path: Path, name: str) -> Embedder:
-    from transformers import AutoTokenizer, CLIPModel
-
     config = _read_json(path / "config.json")
     if config is None or config.get("model_type") != "clip":
         raise SettingsError(

@@ -57,7 +57,7 @@ def render_report(
         recipe: Settings; nested ones are shown as `outer.inner`.
         lineage: One mapping a step: `step`, `uses`, `output` (its digest), `inputs` (names or digests, listed or by
             role).
-        version: `name`, `version`, `sha256`, `aliases`, `size`, `created_at`; any of them.
+        version: `name`, `version`, `sha256`, `size`, `created_at`; any of them.
 
     Raises:
         DataError: A picture that the report names is missing or not inside its folder.

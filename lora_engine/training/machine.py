@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_engine.bases.base import BaseModel
+from lora_engine.bases.base import BaseModel, default_device
 from lora_engine.errors import SettingsError
 from lora_engine.training.specs.running import Running
 
@@ -35,6 +35,23 @@ def choose_device(running: Running) -> str | None:
             remedy="set it to auto, or install the build of torch for this device and its driver",
         )
     return None if wanted == "auto" else wanted
+
+
+def used_devices(running: Running) -> tuple[str, ...]:
+    """Returns the names of the devices that a training computes on: `cpu`, `mps`, or `cuda-0` for the first GPU.
+
+    A GPU is named as `CUDA_VISIBLE_DEVICES` names it, so that processes that see different GPUs name them differently.
+
+    Args:
+        running: With several processes, each has a GPU of its own.
+    """
+    device = default_device() if running.device == "auto" else running.device
+    if device == "mps" and running.processes > 1:
+        device = "cpu"  # as `joined` chooses
+    if device != "cuda":
+        return (device,)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(f"cuda-{visible[at] if at < len(visible) else at}" for at in range(running.processes))
 
 
 def prepare_network(base: BaseModel, running: Running) -> None:

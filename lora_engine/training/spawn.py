@@ -42,6 +42,7 @@ def train_in_child(
     python: str = sys.executable,
     stop: Callable[[], bool] | None = None,
     grace: float = GRACE,
+    inherit: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Runs `lora_engine.training` on a job in a process of its own, or in `running.processes`, and waits for it.
 
@@ -52,6 +53,7 @@ def train_in_child(
         python: The interpreter.
         stop: Asked several times a second; True asks the child to write its checkpoint and end.
         grace: Seconds that the child has for that before it is killed.
+        inherit: Open descriptors that the child keeps open until it ends, such as those of locks.
 
     Returns:
         What the training computed with, as `describe_compute` tells it.
@@ -73,6 +75,7 @@ def train_in_child(
                 stderr=stderr,
                 # A group of its own: Ctrl-C in a terminal reaches the caller alone, who then stops the child in order.
                 start_new_session=True,
+                pass_fds=tuple(inherit),
                 env=environment,
             )
             for environment in _environments(_processes(job), Path(meeting) / "meeting")

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
@@ -26,6 +26,18 @@ from registry.store.local import LocalBlobs
 from registry.store.remote import open_blobs
 
 Content = Path | bytes
+
+
+class Inspection(NamedTuple):
+    """The result of reading an artifact whole.
+
+    Args:
+        problems: What is missing or damaged; empty for a sound artifact.
+        kept: Verified bytes of the file that was asked for; None if it is not there or not sound.
+    """
+
+    problems: list[Problem]
+    kept: bytes | None = None
 
 
 class Store:
@@ -146,22 +158,41 @@ class Store:
         return all(found)
 
     def verify(self, ref: ArtifactRef) -> list[Problem]:
-        """Reads every byte of the artifact again and lists what is gone or damaged; an empty list is good news."""
+        """Reads every byte of the artifact and returns what is missing or damaged."""
+        return self.inspect(ref).problems
+
+    def inspect(
+        self, ref: ArtifactRef, keep: str | None = None, *, renew: bool = False, known: set[str] | None = None
+    ) -> Inspection:
+        """Reads every byte of the artifact once, and returns what is missing or damaged.
+
+        Args:
+            ref: The artifact.
+            keep: Relative path of a file whose bytes are returned too.
+            renew: True also restarts the grace period of each blob, before it is read.
+            known: Digests of blobs that were found sound a moment ago and are not read again; sound ones are added.
+        """
+        known = set() if known is None else known
+        if renew:
+            self.blobs.renew(ref.sha256)
         try:
             files = self.files(ref)
         except (MissingBlob, DamagedBlob) as error:
-            return [_finding(error)]
-        problems = []
+            return Inspection([_finding(error)])
+        problems, kept = [], None
         for relative, entry in files.items():
             where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
             try:
-                actual = self.blobs.actual_digest(entry.sha256)
-            except MissingBlob as error:
+                if renew:
+                    self.blobs.renew(entry.sha256)
+                if relative == keep:
+                    kept = self._read_blob(entry.sha256, where)
+                elif entry.sha256 not in known and (actual := self.blobs.actual_digest(entry.sha256)) != entry.sha256:
+                    raise damaged(entry.sha256, actual, where)
+                known.add(entry.sha256)
+            except (MissingBlob, DamagedBlob) as error:
                 problems.append(_finding(error, where))
-                continue
-            if actual != entry.sha256:
-                problems.append(_finding(damaged(entry.sha256, actual, where)))
-        return problems
+        return Inspection(problems, kept)
 
     def _entry(self, ref: ArtifactRef, relative: str) -> FileEntry:
         files = self.files(ref)

@@ -1,16 +1,15 @@
-"""The tour of docs/tour.md, command by command, as a reader would type it."""
+"""The tour of docs/tour.md, command by command, in one process; `test_line` shows the command as a process."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.flows.commands import loraline_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,29 +19,25 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.slow
-@pytest.mark.whole
-def test_every_command_of_the_tour_does_what_the_page_says(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("prefect_server", "trained_here")
+def test_every_command_of_the_tour_does_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    environment = os.environ | {"LORALINE_HOME": str(tmp_path / "home")}
+    monkeypatch.chdir(tmp_path)
     said = {}
     for line in commands():
-        _, *words = shlex.split(line, comments=True)
-        done = subprocess.run(
-            [sys.executable, "-c", "from flows.cli import main; main()", *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        program, *words = shlex.split(line, comments=True)
+        assert program == "loraline"
+        done = loraline_here(*words, home=tmp_path / "home")
         assert (done.returncode != 0) == ("# refused" in line), f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr, line
+        # A command that the page repeats is asked for its last output.
         said[line] = done.stdout + done.stderr
+    assert len(said) > 20
     told = "\n".join(said.values())
     assert "verdict   identical" in told
     assert "crescent@production -> version 1: removed" in told
     assert "its consent 'C-2' was revoked" in told
+    assert "crescent@3" in said["loraline run examples/tour/pipeline.yaml"]
     assert said["loraline list --all"].count("WITHDRAWN") == 2
     assert "production" in said["loraline list --all"]
     assert "Everything agrees" in said["loraline fsck"]

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,10 @@ from registry.home import Home
 from registry.versions import Versions
 from tests.faults.invariants import violations
 from tests.faults.points import Mode, Points, Trial, forked
-from tests.faults.work import NAME, WORKS, Tell, prepare, register, without_mlflow
+from tests.faults.work import NAME, WORKS, Tell, copy_home, prepare, promised_by, register, without_mlflow
 
 _FRESH_AFTER = 60  # trials in one home, so that checking stays quick
+_SEED = 5  # of the work in a sweep: the same in all of its trials, so that they have the same points
 
 
 @dataclass
@@ -33,12 +35,14 @@ class Result:
         hits: How often it hit: a process that was killed or refused, a change that was noticed.
         found: Violations, each with the trial it came from.
         points: Work -> how many fault points it has.
+        kinds: Of a sweep, the kinds of points at which the work failed.
     """
 
     trials: int = 0
     hits: int = 0
     found: list[str] = field(default_factory=list)
     points: dict[str, int] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=list)
 
     def count(self, name: str, hit: bool, found: list[str]) -> None:
         self.trials += 1
@@ -63,8 +67,47 @@ def go_through(folder: Path, work: str, mode: Mode, *, every: int = 1) -> Result
     return result
 
 
+def sweep(folder: Path, work: str, mode: Mode) -> Result:
+    """Fails at one of the last fault points of each kind, each time in a copy of the same home, and once at none."""
+    result = Result()
+    whole = prepare(folder / "whole")
+    promised = promised_by(whole)
+    counts = Counter(_list_kinds(copy_home(whole, folder / "counted"), work))
+    result.points[work] = counts.total()
+    for number, (kind, count) in enumerate([*counts.items(), ("none", 1)]):
+        home = copy_home(whole, folder / str(number))
+        # Not the very last of many: new folders, and with them a few points, depend on digests of what has the time.
+        points = Points(str(home), count - count // 8, mode, kind)
+        status, lines = _start(home, work, _SEED, points.install).finish()
+        result.count(f"{work}, {mode} at {kind}", status != 0, violations(home, [*promised, *_promises(lines)]))
+        if status != 0:
+            result.kinds.append(kind)
+    return result
+
+
+def _list_kinds(home: Path, work: str) -> list[str]:
+    points = Points(str(home))
+
+    def list_all(tell: Tell) -> None:
+        WORKS[work](home, _SEED, lambda _: None)
+        for kind in points.kinds:
+            tell(kind)
+
+    def before() -> None:
+        without_mlflow()
+        points.install()
+
+    status, kinds = forked(list_all, before=before).finish()
+    if status:
+        raise RuntimeError(f"{work} failed without a fault: {kinds}")
+    return kinds
+
+
 def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlflow: bool = False) -> Result:
-    """Kills a piece of work at a random moment, again and again in homes that go on."""
+    """Kills a piece of work at a random moment, again and again in the same homes; every trial may be the last one.
+
+    Where a trial ends before it is killed, the next ones are killed within the time that it took.
+    """
     result, source, home, promised = Result(), random.Random(f"{work} {seed}"), folder, list[str]()
     longest = 0.0
     if with_mlflow:
@@ -76,13 +119,16 @@ def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlfl
                 began = time.monotonic()
                 _start(home, work, seed - first, _nothing, with_mlflow=with_mlflow).finish()
                 longest = time.monotonic() - began
+        began = time.monotonic()
         trial = _start(home, work, number * 1000 + seed, _nothing, with_mlflow=with_mlflow)
         time.sleep(source.uniform(0, longest))
         trial.kill()
         status, lines = trial.finish()
+        if status == 0:
+            longest = min(longest, time.monotonic() - began)
         promised += _promises(lines)
         found = violations(home, promised)
-        if with_mlflow and number % 10 == 9:
+        if with_mlflow and (number % 10 == 9 or number == trials - 1):
             found += _level_again(home)
         result.count(f"{work}, kill {number}", status < 0, found)
     return result
@@ -104,7 +150,8 @@ def race(folder: Path, races: int, promoters: int = 3) -> Result:
         winners = sum(lines[-1].startswith("moved") for lines in told)
         losers = sum("Conflict" in lines[-1] for lines in told)
         found = [] if (winners, losers) == (1, promoters - 1) else [f"{winners} winners: {told}"]
-        result.count(f"race {number}", True, found + (violations(home) if number % 20 == 19 else []))
+        checked = number % 20 == 19 or number == races - 1
+        result.count(f"race {number}", True, found + (violations(home) if checked else []))
     return result
 
 
@@ -114,8 +161,8 @@ def change_bytes(folder: Path, trials: int, seed: int) -> Result:
     home = prepare(folder, versions=4)
     # Not the locks that lie beside them.
     blobs = sorted(path for path in (home / "store" / "blobs").glob("??/*") if is_digest(path.name))
-    for _ in range(trials):
-        path, how = source.choice(blobs), source.choice(("flip", "cut", "delete"))
+    for number in range(trials):
+        path, how = source.choice(blobs), ("flip", "cut", "delete")[number % 3]
         whole = path.read_bytes()
         if how == "delete":
             path.unlink()

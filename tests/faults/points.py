@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -28,15 +29,18 @@ class Points:
 
     Args:
         folder: Only files below it count.
-        at: The point to fail at, from 1 on.
-        mode: `count` fails nowhere; `kill` ends the process as SIGKILL does; `full-once` and `full` let the disk be
-            full at that point, or from that point on.
+        at: The point to fail at, from 1 on; 0 fails nowhere.
+        mode: `count` belongs to 0; `kill` ends the process as SIGKILL does; `full-once` and `full` let the disk be full
+            at that point, or from that point on.
+        kind: Only points of this kind are counted; None counts all. A kind is an operation without what is drawn at
+            random: `open partial`, `fsync after os.rename`, `INSERT versions`, `SELECT`, `commit`.
     """
 
-    def __init__(self, folder: str, at: int = 0, mode: Mode = "count") -> None:
-        self.folder, self.at, self.mode = folder, at, mode
+    def __init__(self, folder: str, at: int = 0, mode: Mode = "count", kind: str | None = None) -> None:
+        self.folder, self.at, self.mode, self.kind = folder, at, mode, kind
         self.count = 0
-        self.names: list[str] = []
+        self.kinds: list[str] = []
+        self._is_reached = False
 
     def install(self) -> None:
         """Hooks into file operations, `fsync` and SQL of this process; there is no way back."""
@@ -70,14 +74,21 @@ class Points:
             raise sqlite3.OperationalError("database or disk is full")
 
     def _is_due(self, name: str) -> bool:
-        self.count += 1
-        self.names.append(name)
-        due = self.count == self.at or (self.mode == "full" and self.count > self.at)
-        if not due or self.mode == "count":
+        self.kinds.append(self._kind_of(name))
+        is_counted = self.kind in {None, self.kinds[-1]}
+        self.count += is_counted
+        is_first = is_counted and self.count == self.at
+        self._is_reached |= is_first
+        if not is_first and not (self.mode == "full" and self._is_reached):
             return False
         if self.mode == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         return True
+
+    def _kind_of(self, name: str) -> str:
+        if name == "fsync" and self.kinds:
+            return f"fsync after {self.kinds[-1]}"
+        return re.sub(r"^open .*\.(\w+)$", r"open \1", name)
 
     def _audit(self, name: str, arguments: tuple[Any, ...]) -> None:
         if name == "open":
@@ -91,7 +102,10 @@ class Points:
         return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(self.folder)
 
     def _on_statement(self, _connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        self.pass_sql(statement.split(None, 2)[0].upper())
+        verb, *rest = statement.split(None, 3)
+        # `INSERT INTO versions`, `UPDATE aliases`, `DELETE FROM aliases`; reads are all alike.
+        table = {"INSERT": rest[1:2], "DELETE": rest[1:2], "UPDATE": rest[:1]}.get(verb.upper(), [])
+        self.pass_sql(" ".join([verb.upper(), *table]))
 
 
 def forked(work: Callable[[Callable[[str], None]], None], *, before: Callable[[], None] = lambda: None) -> Trial:

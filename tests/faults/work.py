@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
+import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import registry.versions
@@ -84,3 +87,19 @@ def prepare(folder: Path, versions: int = 3) -> Path:
     if status:
         raise RuntimeError(f"the home could not be made: {lines}")
     return home
+
+
+def copy_home(home: Path, folder: Path) -> Path:
+    """Copies a prepared home with its canary into a new folder; returns the copy. Nothing may have the home open."""
+    shutil.copytree(home.parent, folder)
+    return folder / home.name
+
+
+def promised_by(home: Path) -> list[str]:
+    """Returns what a home at rest promises: lines for `violations`, one for each version and each move of an alias."""
+    with closing(sqlite3.connect(home / "lineage.db")) as connection:
+        versions = connection.execute("SELECT name, version, sha256 FROM versions").fetchall()
+        moves = connection.execute("SELECT name, alias, seq FROM events WHERE alias IS NOT NULL").fetchall()
+    return [f"registered {name} {number} {digest}" for name, number, digest in versions] + [
+        f"moved {name} {alias} {seq}" for name, alias, seq in moves
+    ]

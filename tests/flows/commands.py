@@ -1,12 +1,14 @@
-"""The command line in a process of its own, as its users meet it, and in this one, which has imported everything."""
+"""The command line as a process, as users meet it, and in this process, which has its imports already."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,11 +17,23 @@ from flows.cli import main
 PLAIN = {"COLUMNS": "200", "NO_COLOR": "1"}
 
 
-def loraline(*arguments: object, home: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command; its imports take seconds."""
-    environment = os.environ | PLAIN | {"LORALINE_HOME": str(home)}
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+@contextlib.contextmanager
+def loraline_process(environment: Mapping[str, str], *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Starts the command in a process group of its own, and kills the group at the end of the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def loraline_here(*arguments: object, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -36,3 +50,11 @@ def loraline_here(*arguments: object, home: Path, **more: str) -> subprocess.Com
         except SystemExit as ended:
             code = ended.code
     return subprocess.CompletedProcess(sys.argv, int(code or 0), out.getvalue(), err.getvalue())
+
+
+def say(*arguments: object, home: Path, code: int = 0) -> str:
+    """Runs the command in this process and returns its standard output; it must end with that exit code."""
+    done = loraline_here(*arguments, home=home)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout

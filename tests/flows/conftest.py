@@ -1,18 +1,17 @@
-"""Pipelines on small drawn pictures, and one Prefect server for all tests of this folder."""
+"""Small pipelines on drawn images, and the fixtures of `tests.flows.shared`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from flows.prefect import configure_prefect
-from flows.server import prefect_server as running_server
-from registry.home import Home
+from tests.flows.commands import PLAIN
+from tests.flows.shared import draw_noise, prefect_database, prefect_server, trained, trained_here, trained_home
+
+__all__ = ["draw_noise", "prefect_database", "prefect_server", "trained", "trained_here", "trained_home"]
 
 PREPARE = """\
 name: try
@@ -41,26 +40,9 @@ def pipeline(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def draw_noise(path: Path, seed: int) -> None:
-    """A 48 x 64 picture of coloured noise."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One server of Prefect's own for the session, by its address; each run alone would start its own."""
-    configure_prefect(Home(tmp_path_factory.mktemp("prefect")))
-    with running_server() as address:
-        yield address
-
-
 @pytest.fixture
 def environment(prefect_server: str, home: Path) -> dict[str, str]:
-    """The environment of a command line that runs in this test's home and on the shared server."""
-    return os.environ | {
-        "LORALINE_HOME": str(home),
-        "PREFECT_API_URL": prefect_server,
-        "COLUMNS": "200",
-        "NO_COLOR": "1",
-    }
+    """The environment of a process that runs in this test's home and on the shared server."""
+    # One thread, as in `trained_here`: another number may change the last bits of a training.
+    own = {"LORALINE_HOME": str(home), "PREFECT_API_URL": prefect_server, "OMP_NUM_THREADS": "1"}
+    return os.environ | PLAIN | own

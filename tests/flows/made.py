@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flows.importing import Imported, Wish, import_adapter
-from flows.plan import make_job, registered_adapter
+from flows.plan import registered_adapter
 from flows.spec import load_spec
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.structure import base_module_shapes
@@ -17,6 +17,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.versions import Versions
 from tasks.execution import execute
+from tasks.job import prepare_job
 
 MERGE = """\
 name: both
@@ -25,26 +26,6 @@ seed: 7
 steps:
   mix: {uses: merge, adapters: [one@1, two@1], weights: [1.0, 0.5], method: svd, rank: 3}
   release: {uses: register, adapter: mix}
-"""
-TRAIN = """\
-name: small
-base: tiny
-seed: 7
-steps:
-  photos:   {uses: ingest, images: images/, heldout: 0.5}
-  prepared: {uses: preprocess, dataset: photos, resolution: 32}
-  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
-  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 3, batch: 2}
-  report:
-    uses: evaluate
-    adapter: adapter
-    dataset: captions
-    prompts: prompts.txt
-    seeds: 1
-    steps: 1
-    max_pictures: 1
-    gates: {validation_loss: {max: 10.0}}
-  release:  {uses: register, adapter: adapter, report: report, alias: trial}
 """
 
 
@@ -84,9 +65,9 @@ def run_line(path: Path, home: Home) -> AdapterVersion:
     for name, step in spec.steps.items():
         inputs: dict = {}
         for field, target, _ in step.references():
-            ref = made[target] if target in made else registered_adapter(target, home).ref
+            ref = made[target] if target in made else registered_adapter(target, home)
             inputs[field] = (*inputs.get(field, ()), ref)
-        made[name] = execute(make_job(spec, name, home, run.id, force=False), inputs).ref
+        made[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
     return Versions(home).show(spec.name)

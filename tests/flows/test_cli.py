@@ -11,10 +11,8 @@ import yaml
 
 from flows.spec import load_spec
 from flows.template import write_pipeline
-from tests.flows.commands import loraline
+from tests.flows.commands import loraline_here as loraline
 from tests.flows.conftest import draw_noise
-
-pytestmark = pytest.mark.slow
 
 Write = Callable[..., Path]
 
@@ -78,7 +76,6 @@ def test_an_empty_registry_lists_as_an_empty_json_list(home: Path) -> None:
     assert json.loads(done.stdout) == []
 
 
-@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_named(pipeline: Write, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("in the way")
@@ -92,12 +89,19 @@ def test_init_writes_a_pipeline_that_lacks_only_pictures(tmp_path: Path, home: P
     done = loraline("init", str(tmp_path / "mine"), home=home)
     assert done.returncode == 0
     path = tmp_path / "mine" / "pipeline.yaml"
-    assert (
-        list(load_spec(path).steps) == ["photos", "prepared", "captions", "adapter", "report", "release", "exports"]
-        or path
-    )
+    steps = load_spec(path).steps
+    assert set(steps) == {"photos", "prepared", "captions", "adapter", "report", "release", "exports"}
+    order = list(steps)
+    for name, step in steps.items():
+        needed = [order.index(target) for _, target, _ in step.references()]
+        assert max(needed, default=-1) < order.index(name), "a step comes after those that it takes from"
+    draw_noise(tmp_path / "mine" / "images" / "0.png", 0)
+    planned = json.loads(loraline("plan", path, "--json", home=home).stdout)
+    assert [step["name"] for step in planned] == order
+    before = path.read_bytes()
     again = loraline("init", str(tmp_path / "mine"), home=home)
     assert again.returncode == 0
+    assert path.read_bytes() == before
 
 
 def test_written_pipelines_are_valid_and_relative_to_their_file(tmp_path: Path) -> None:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
 from flows.summary import summarise
-from lora_engine.compute import describe_compute
-from lora_engine.progress import Progress
-from lora_engine.training.machine import choose_device
-from lora_engine.training.run import train
-from lora_engine.training.spawn import train_in_child as spawn_train
-from lora_engine.training.spec import TrainSettings
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions import Versions
@@ -30,42 +21,30 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LOOKED_AT = {"data-path", "objective", "running"}
 METHODS = sorted(path for path in (EXAMPLES / "methods").glob("*.yaml") if path.stem not in LOOKED_AT)
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+# Trainings in a child process are the subject of `test_training_process`, and of `test_line` for the whole line.
+pytestmark = pytest.mark.usefixtures("prefect_server", "trained_here")
 
 
-@pytest.fixture(autouse=True)
-def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the examples train in this process, since a child's imports take longer than their few steps.
-
-    Trainings in a child are the subject of `test_training_process`, and of `test_line` for the whole line.
-    """
-    one_at_a_time = threading.Lock()  # as in a child, where what a training sets for all threads is its own
-
-    def train_in_child(job: Mapping[str, Any], progress: Progress, **how: Any) -> dict[str, Any]:
-        settings = TrainSettings.model_validate(job["settings"])
-        if settings.running.processes > 1:
-            return spawn_train(job, progress, **how)
-        places = {name: Path(job[name]) if job[name] else None for name in ("cache", "class_dataset", "embedder")}
-        with one_at_a_time:
-            dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
-            train(settings, job["base"], dataset, out, work, **places, progress=progress)  # type: ignore[arg-type]
-        return describe_compute(choose_device(settings.running))
-
-    monkeypatch.setattr("lora_engine.training.spawn.train_in_child", train_in_child)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One home for all examples, so equal images are ingested, captioned and encoded once."""
+    return tmp_path_factory.mktemp("examples") / "home"
 
 
 def run(spec: Path, home: Path, *changes: str) -> tuple[AdapterVersion, ...]:
-    """Runs an example in this process (`test_line` runs the command); gives all versions that there are then."""
+    """Runs an example in this process (`test_line` runs the command) and returns all versions of its adapter."""
     opened, loaded = Home.open(home.absolute()), load_spec(spec, changes)
     result = run_pipeline(loaded, opened)
+    assert {"train", "evaluate", "register"} <= {loaded.steps[name].uses for name in result.changed}
     assert not result.refusals
     assert dict(summarise(loaded, opened, result))["registry"]
-    return Versions(opened).list()
+    with closing(Versions(opened)) as versions:
+        return versions.list(loaded.name)
 
 
 def test_two_adapters_are_trained_merged_and_registered_as_one(home: Path) -> None:
     spec = EXAMPLES / "merge" / "pipeline.yaml"
-    (version,) = run(spec, home, "shape.steps=4", "frame.steps=4", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(spec, home, "shape.steps=4", "frame.steps=4", "report.max_pictures=1", "report.steps=2")
     assert version.aliases == ("staging",)
     assert version.card["recipe"]["weights"] == [1.0, 0.8]
     assert len(version.parents) == 2
@@ -73,7 +52,7 @@ def test_two_adapters_are_trained_merged_and_registered_as_one(home: Path) -> No
 
 def test_other_kinds_are_trained_merged_and_exported(home: Path) -> None:
     spec = EXAMPLES / "kinds" / "pipeline.yaml"
-    (version,) = run(spec, home, "factored.steps=2", "directed.steps=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(spec, home, "factored.steps=2", "directed.steps=2", "report.max_pictures=1", "report.steps=2")
     assert version.card["recipe"]["method"] == "ties"
     assert len(version.parents) == 2
 
@@ -81,7 +60,7 @@ def test_other_kinds_are_trained_merged_and_exported(home: Path) -> None:
 def test_an_objective_and_rates_of_ones_own_go_down_the_line(home: Path) -> None:
     spec = EXAMPLES / "methods" / "objective.yaml"
     (version,) = run(
-        spec, home, "adapter.steps=4", "adapter.validate_every=2", "report.max_pictures=2", "report.steps=2"
+        spec, home, "adapter.steps=4", "adapter.validate_every=2", "report.max_pictures=1", "report.steps=2"
     )
     assert version.aliases == ("staging",)
     recipe = version.card["recipe"]
@@ -89,9 +68,10 @@ def test_an_objective_and_rates_of_ones_own_go_down_the_line(home: Path) -> None
     assert recipe["rates"]["optimiser"]["name"] == "adafactor"
 
 
-def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(home: Path) -> None:
+def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(tmp_path: Path) -> None:
+    home = tmp_path / "home"  # of its own: other examples encode some of these images too
     spec = EXAMPLES / "methods" / "data-path.yaml"
-    (version,) = run(spec, home, "adapter.steps=2", "report.max_pictures=2", "report.steps=2")
+    (version,) = run(spec, home, "adapter.steps=2", "report.max_pictures=1", "report.steps=2")
     assert version.aliases == ("staging",)
     assert version.card["recipe"]["captions"]["shuffle"] is True
 
@@ -101,7 +81,7 @@ def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(home:
     made = encoded()
     # Twelve pictures, each as it is and in two other colours.
     assert len(made) == 36
-    run(spec, home, "adapter.steps=2", "adapter.rank=2", "report.max_pictures=2", "report.steps=2")
+    run(spec, home, "adapter.steps=2", "adapter.rank=2", "report.max_pictures=1", "report.steps=2")
     assert encoded() == made
 
 
@@ -116,7 +96,7 @@ def test_every_method_goes_down_the_line(spec: Path, home: Path) -> None:
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "photographs"
     shutil.copytree(EXAMPLES / "photographs", folder, ignore=shutil.ignore_patterns("images", "bases"))
-    subprocess.run([sys.executable, folder / "prepare.py"], check=True, capture_output=True, timeout=300)
+    runpy.run_path(str(folder / "prepare.py"), run_name="__main__")
     return folder
 
 
@@ -125,16 +105,16 @@ def test_photographs_go_down_the_line_on_every_base(photographs: Path, home: Pat
     (version,) = run(photographs / f"{base}.yaml", home, "adapter.steps=2")
     assert version.aliases == ("staging",)
     assert len(version.card["data"]) == 9
-    exported = {path.name for path in (home / "exports").rglob("*") if path.is_file()}
+    exported = {path.name for path in (home / "exports" / f"photographs-{base}").rglob("*") if path.is_file()}
     assert "adapter_config.json" in exported
 
 
 def test_two_processes_train_and_leave_sample_pictures(home: Path) -> None:
     spec = EXAMPLES / "methods" / "running.yaml"
     (version,) = run(
-        spec, home, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=2", "report.steps=2"
+        spec, home, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=1", "report.steps=2"
     )
     assert version.aliases == ("staging",)
     assert version.card["recipe"]["running"]["processes"] == 2
-    shown = {path.parent.name for path in (home / "mlflow").rglob("samples/*/*.png")}
+    shown = {path.parent.name for path in (home / "mlflow" / version.name).rglob("samples/*/*.png")}
     assert shown == {"step-000001", "step-000002"}, "MLflow shows the pictures of every interval"

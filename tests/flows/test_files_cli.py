@@ -22,8 +22,6 @@ from lora_engine.formats import read_adapter, write_adapter
 from lora_engine.merging.spec import SPECS
 from lora_engine.streaming import CHECKPOINT_METHODS
 
-pytestmark = pytest.mark.slow
-
 COMPONENT = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -98,7 +96,7 @@ def test_convert_writes_what_others_read_and_says_what_is_lost(files: Path, tmp_
         say(*arguments)
     near = told(*arguments, "--approximate", "--rank", 2, "--base", files / "base")["approximation"]
     assert 0 < near["retained"] < 1
-    assert near["modules"].keys() == read_adapter(tmp_path / "d")[0].modules.keys()
+    assert near["modules"].keys() == read_adapter(tmp_path / "d")[0].modules.keys() != set()
     assert "approximated" in say(*arguments, "--approximate", "--rank", 2, "--base", files / "base")
     with pytest.raises(SettingsError, match="kohya"):
         say("convert", files / "lora.safetensors", "--to", "kohia", "-o", tmp_path / "x")
@@ -108,7 +106,7 @@ def test_convert_writes_what_others_read_and_says_what_is_lost(files: Path, tmp_
 def test_every_method_merges_adapters_of_different_kinds(files: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out.safetensors"
     report = told("merge", files / "lora.safetensors:0.5", files / "lokr.safetensors", "-m", method, "-o", out)
-    assert set(report["modules"]) <= set(read_adapter(files / "lora.safetensors")[0].modules)
+    assert set() < set(report["modules"]) <= set(read_adapter(files / "lora.safetensors")[0].modules)
     assert read_adapter(out)[1].recipe["method"] == method
 
 
@@ -161,11 +159,12 @@ def test_fuse_take_out_and_extract_go_round(files: Path, tmp_path: Path) -> None
     assert back["difference"] < 1e-6
     say("extract", tmp_path / "fused", "--base", files / "base", "--energy", 1.0, "-o", tmp_path / "found.safetensors")
     found = read_adapter(tmp_path / "found.safetensors")[0]
-    for name, delta in found.modules.items():
-        if name.startswith("unet."):
-            weight = before[f"{name.removeprefix('unet.')}.weight"]
-            change = after[f"{name.removeprefix('unet.')}.weight"] - weight
-            torch.testing.assert_close(delta.delta_weight(weight), change, rtol=1e-4, atol=1e-6)
+    in_unet = {name: delta for name, delta in found.modules.items() if name.startswith("unet.")}
+    assert in_unet
+    for name, delta in in_unet.items():
+        weight = before[f"{name.removeprefix('unet.')}.weight"]
+        change = after[f"{name.removeprefix('unet.')}.weight"] - weight
+        torch.testing.assert_close(delta.delta_weight(weight), change, rtol=1e-4, atol=1e-6)
 
 
 def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> None:
@@ -177,7 +176,8 @@ def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> N
         "merge", tmp_path / "a.safetensors:0.25", tmp_path / "a.safetensors:0.75", "-o", tmp_path / "m.safetensors"
     )
     first, merged = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "m.safetensors")
-    assert done["tensors"] + done["kept"] == len(first)
+    assert done["tensors"] + done["kept"] == len(first) > 0
+    assert merged.keys() == first.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(merged[name], tensor)
     arguments = ("convert", tmp_path / "a.safetensors", "--to", "diffusers", "--config", tmp_path / "a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,6 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.versions import Versions
 from tests.flows.made import bring_in, random_adapter, run_line, write_random
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +171,9 @@ def test_an_alias_with_gates_is_refused_with_its_reason_and_exit_code_1(opened: 
     assert (free["is_new"], free["aliases"]) == (False, ["trial"])
 
 
+Damage = Callable[[dict[str, torch.Tensor]], None]
+
+
 def broken_nan(tensors: dict[str, torch.Tensor]) -> None:
     next(tensor for tensor in tensors.values() if tensor.dim())[0] = float("nan")
 
@@ -186,13 +188,15 @@ def broken_names(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"what.{name}"] = tensors.pop(name)
 
 
-@pytest.mark.parametrize("damage", [broken_nan, broken_shape, broken_names])
-def test_what_is_not_whole_is_refused_and_nothing_is_registered(opened: Home, tmp_path: Path, damage) -> None:
+@pytest.mark.parametrize(("damage", "problem"), [(broken_nan, "NaN"), (broken_shape, "shape"), (broken_names, "name")])
+def test_what_is_not_whole_is_refused_and_nothing_is_registered(
+    opened: Home, tmp_path: Path, damage: Damage, problem: str
+) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match=problem):
         bring_in(opened, path, "foreign")
     lineage = Lineage(opened.lineage_url)
     assert (Versions(opened).list(), lineage.runs()) == ((), [])
@@ -205,7 +209,7 @@ def test_a_file_for_another_base_is_refused(opened: Home, tmp_path: Path) -> Non
     write_adapter(path, Adapter(adapter.modules, "sd", "0" * 64))
     with pytest.raises(AdapterError, match="0000"):
         bring_in(opened, path, "foreign")
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match="sd15"):
         import_adapter(opened, write_random(tmp_path / "k.safetensors", 0), Wish("foreign", "sd15", "MIT"))
 
 
@@ -216,12 +220,17 @@ def test_a_version_goes_out_in_every_format_as_a_file_or_a_folder(opened: Home, 
         out = tmp_path / form
         told = json.loads(say("export", "foreign@1", "--to", form, "-o", out, "--json", *base))
         assert told["sha256"] == done.version.sha256
-        assert all(sha256_file(Path(entry["file"])) == entry["sha256"] for entry in told["files"])
+        assert (
+            [entry["sha256"] for entry in told["files"]] == [sha256_file(Path(e["file"])) for e in told["files"]] != []
+        )
         assert out.is_dir()
     file = tmp_path / "half.safetensors"
     said = say("export", "foreign@1", "--to", "kohya", "-o", file, "--dtype", "float16")
     assert said.split() == [str(file), "sha256", sha256_file(file)]
-    assert {tensor.dtype for name, tensor in load_file(file).items() if "lora" in name} >= {torch.float16}
+    factors = {
+        name: tensor for name, tensor in load_file(file).items() if name.endswith(("_down.weight", "_up.weight"))
+    }
+    assert {tensor.dtype for tensor in factors.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", ["out.pt", "taken", "folder.safetensors"])
@@ -262,7 +271,6 @@ def test_a_registered_adapter_may_be_evaluated_and_registered_by_name(tmp_path: 
     assert ("adapter", "foreign@1", "adapter") in list(spec.steps["release"].references())
 
 
-@pytest.mark.slow
 def test_an_imported_version_gets_its_gates_from_a_pipeline_and_keeps_licence_and_parents(
     opened: Home, tmp_path: Path
 ) -> None:

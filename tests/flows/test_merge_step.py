@@ -4,8 +4,7 @@ import pytest
 
 from flows.errors import SpecError
 from flows.spec import load_spec
-from tasks.key import cache_key
-from tasks.step import STEPS
+from tasks.job import prepare_job
 
 STEPS_BEFORE = """
   one: {uses: train, dataset: captions, steps: 1}
@@ -28,7 +27,7 @@ def merge_of(spec):
 
 
 def key_of(spec):
-    return cache_key(STEPS["merge"], merge_of(spec), spec.folder, {}, {})
+    return prepare_job("both", merge_of(spec), spec.folder).key({})
 
 
 def test_the_old_spelling_stays_valid_and_concatenates(load):

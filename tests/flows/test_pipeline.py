@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from flows.pipeline import PipelineResult, run_pipeline
-from flows.plan import make_job, plan_pipeline
+from flows.plan import plan_pipeline
 from flows.spec import load_spec
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError, InterruptedRun
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store
-from tasks.execution import find_hit
-from tasks.key import cache_key, digest_files
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
-from tasks.step import STEPS, Job
 from tests.flows.conftest import PREPARE, draw_noise
 
 Write = Callable[..., Path]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def run(path: Path, home: Path, *overrides: str, force: tuple[str, ...] = ()) -> PipelineResult:
@@ -58,32 +53,6 @@ def test_a_second_run_does_nothing_and_a_changed_value_runs_only_what_depends_on
     assert forced.outcomes["prepared"].ref == first.outcomes["prepared"].ref
 
 
-def test_a_killed_look_into_a_cached_result_does_not_block_the_next(
-    pipeline: Write, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = load_spec(pipeline())
-    result = run_pipeline(spec, Home.open(home))
-    looked: list[Path] = []
-
-    def holds(_: object, __: Home, folder: Path) -> bool:
-        looked.append(folder)
-        if len(looked) == 1:
-            raise KeyboardInterrupt  # in the midst of the look
-        return (folder / "manifest.json").is_file()
-
-    monkeypatch.setattr(Job, "kind", property(lambda job: replace(STEPS[job.uses], holds=holds)))
-    opened = Home.open(home)
-    job = make_job(spec, "photos", opened, run_id="", force=False)
-    step = spec.steps["photos"]
-    key = cache_key(job.kind, step, spec.folder, {}, digest_files(step, spec.folder))
-    look = partial(find_hit, job, step, key, Store(opened.store), Lineage(opened.lineage_url))
-    with pytest.raises(KeyboardInterrupt):
-        look()
-    looked[0].mkdir(parents=True)  # what a SIGKILL at that moment would have left
-    assert look() == (result.outcomes["photos"].ref, "cached")
-    assert len(set(looked)) == 2
-
-
 def test_a_new_picture_runs_everything_that_sees_it(pipeline: Write, home: Path) -> None:
     path = pipeline()
     run(path, home)
@@ -107,7 +76,7 @@ def test_a_damaged_blob_runs_its_producer_again_and_nothing_else(pipeline: Write
         content[10] ^= 1
         blob.write_bytes(content)
 
-    planned = {step.name: step for step in plan_pipeline(load_spec(path), Home.open(home))}
+    planned = {step.name: step for step in plan_pipeline(load_spec(path), Home.open(home)).steps}
     assert "damaged" in planned["captions"].reason
 
     second = run(path, home)
@@ -153,7 +122,7 @@ def test_an_independent_step_is_finished_and_kept_when_another_fails(pipeline: W
     (broken / "x.png").write_text("no")
     with pytest.raises(DataError):
         run(path, home)
-    planned = {step.name: step.cached for step in plan_pipeline(load_spec(path), Home.open(home))}
+    planned = {step.name: step.cached for step in plan_pipeline(load_spec(path), Home.open(home)).steps}
     assert planned == {"photos": True, "prepared": True, "captions": True, "others": False}
 
 

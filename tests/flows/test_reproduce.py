@@ -1,4 +1,4 @@
-"""Versions are built again from lineage alone: a merge of registered versions here, a whole training marked slow."""
+"""Versions are built again from lineage alone: a merge of registered versions, and a whole training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from registry.store.artifacts import open_store
 from registry.tables import ExecutionRow, Table
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
 from tests.flows.conftest import draw_noise
-from tests.flows.made import TRAIN, make_merge, run_line
-
-pytestmark = pytest.mark.slow
+from tests.flows.made import make_merge
+from tests.flows.shared import Trained
 
 Rewrite = Callable[[Callable[[dict[str, Any]], None]], None]
 
@@ -229,8 +228,11 @@ def test_an_imported_version_says_why_it_cannot_be_reproduced(merged: tuple[Home
 
 
 def test_a_stop_removes_the_workspace(merged: tuple[Home, AdapterVersion], temporary: Path) -> None:
+    workspaces = []
+
     def stop(event: StepEvent) -> None:
         if event.kind == "started":
+            workspaces.extend(temporary.glob("loraline-*"))
             request_stop()
             raise KeyboardInterrupt
 
@@ -240,6 +242,7 @@ def test_a_stop_removes_the_workspace(merged: tuple[Home, AdapterVersion], tempo
             reproduce(merged[0], recipe)
     finally:
         clear_stop()
+    assert [workspace.exists() for workspace in workspaces] == [False]
 
 
 def test_a_workspace_that_is_kept_holds_the_same_artifact(
@@ -253,22 +256,15 @@ def test_a_workspace_that_is_kept_holds_the_same_artifact(
         reproduce(home, find_recipe(home, "both@1"), keep=keep)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("trained_here")
 def test_a_training_is_built_again_to_the_byte_without_pictures_prompts_and_pipeline(
-    tmp_path: Path, temporary: Path
+    trained: Trained, tmp_path: Path, temporary: Path
 ) -> None:
-    (tmp_path / "images").mkdir()
-    for index in range(4):
-        draw_noise(tmp_path / "images" / f"{index}.png", index)
-    (tmp_path / "prompts.txt").write_text("a red sks star\n")
-    path = tmp_path / "line.yaml"
-    path.write_text(TRAIN)
-    home = Home.open(tmp_path / "home")
-    version = run_line(path, home)
+    home, version = trained.home, trained.version()
     moved = tmp_path / "moved"
-    (tmp_path / "images").rename(moved)
-    path.unlink()
-    (tmp_path / "prompts.txt").unlink()
+    (trained.spec.parent / "images").rename(moved)
+    trained.spec.unlink()
+    (trained.spec.parent / "prompts.txt").unlink()
 
     before = content_of(home)
     told = build(home, "small@1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,32 +13,48 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import httpx
 import pytest
 import yaml
 
-from flows.template import write_pipeline
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tests.flows.conftest import draw_noise
+from tests.flows.shared import DATABASE, wait_until_up
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).parent / "prefect")
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole]
+# Without evaluation and export, which `test_line` runs in processes: each import of torch takes seconds.
+LINE = """\
+name: nightly
+base: tiny
+seed: 7
+steps:
+  photos:   {uses: ingest, images: images/}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
+  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2}
+  release:  {uses: register, adapter: adapter, alias: trial}
+"""
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path, prefect_database: Path) -> dict[str, str]:
+    """The settings of a server, a worker and a user of this test alone."""
+    (tmp_path / "prefect").mkdir()
+    shutil.copy(prefect_database, tmp_path / "prefect" / DATABASE)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return os.environ | {
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return plain | {
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "OMP_NUM_THREADS": "1",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "LORALINE_PROJECT": str(PROJECT),
@@ -50,16 +67,8 @@ def server(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     port = api.rpartition(":")[2].removesuffix("/api")
     command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui"]
     with started(command, environment, tmp_path / "server.log"):
-        wait_for(lambda: is_up(api), 180, "the server answers")
+        wait_until_up(api)
         yield api
-
-
-def is_up(api: str) -> bool:
-    try:
-        with urlopen(f"{api}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 class started:
@@ -89,13 +98,20 @@ def wait_for(condition: Any, seconds: float, what: str) -> Any:
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        time.sleep(0.5)
+        time.sleep(1)
     raise AssertionError(f"after {seconds} s still not: {what}")
 
 
-def flow_runs(api: str, *states: str) -> list[dict[str, Any]]:
-    wanted = {"flow_runs": {"state": {"type": {"any_": list(states)}}}, "limit": 200}
-    return list(httpx.post(f"{api}/flow_runs/filter", json=wanted, timeout=30).json())
+def post(api: str, path: str, body: dict[str, Any]) -> Any:
+    answer = httpx.post(f"{api}/{path}", json=body, timeout=60)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def read(api: str, path: str) -> Any:
+    """What the server has under that path; None where there is nothing."""
+    answer = httpx.get(f"{api}/{path}", timeout=60)
+    return None if answer.status_code == 404 else answer.raise_for_status().json()
 
 
 def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
@@ -103,47 +119,39 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
 ) -> None:
     images = tmp_path / "work" / "images"
     images.mkdir(parents=True)
-    for index in range(5):
+    for index in range(4):
         draw_noise(images / f"{index}.png", index)
-    spec = write_pipeline(images, "sks", "star", steps=2)
-    spec.write_text(spec.read_text().replace("method: dreambooth", "method: finetune"))
+    spec = images.parent / "line.yaml"
+    spec.write_text(LINE)
     home = tmp_path / "home"
     deployment = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
     deployment["deployments"][0]["parameters"] = {"spec": str(spec), "home": str(home)}
     config = tmp_path / "prefect.yaml"
     config.write_text(yaml.safe_dump(deployment))
 
-    def prefect(*arguments: str) -> None:
-        done = subprocess.run(
-            [PREFECT, *arguments], env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    prefect("work-pool", "create", "local", "--type", "process")
-    prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(config))
-    scheduled = wait_for(lambda: flow_runs(server, "SCHEDULED"), 120, "runs are SCHEDULED")
-    assert all(run["deployment_id"] for run in scheduled)
-
-    def retrain() -> dict[str, Any]:
-        before = {run["id"] for run in flow_runs(server, "COMPLETED", "FAILED", "CRASHED")}
-        prefect("deployment", "run", "retrain/nightly")
-
-        def finished() -> list[dict[str, Any]]:
-            runs = flow_runs(server, "COMPLETED", "FAILED", "CRASHED")
-            return [run for run in runs if run["id"] not in before and run["deployment_id"]]
-
-        (run,) = wait_for(finished, 400, "the run has ended")
-        assert run["state"]["type"] == "COMPLETED", run["state"]
-        return dict(run)
+    def retrain() -> None:
+        run = post(server, f"deployments/{nightly['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+        ended = wait_for(lambda: ended_run(server, run["id"]), 600, "the run has ended")
+        assert ended["state"]["type"] == "COMPLETED", ended["state"]
 
     def trainings() -> int:
         with closing(Lineage(Home(home).lineage_url)) as lineage:
             done = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == "train"]
         return sum(execution.status == "COMPLETED" for execution in done)
 
-    with started(
-        [PREFECT, "worker", "start", "--pool", "local", "--type", "process"], environment, tmp_path / "worker.log"
-    ):
+    worker = [PREFECT, "worker", "start", "--pool", "local", "--type", "process"]
+    with started(worker, environment, tmp_path / "worker.log"):
+        # The worker makes its pool.
+        wait_for(lambda: read(server, "work_pools/local"), 300, "the work pool is there")
+        deploy = [PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(config)]
+        done = subprocess.run(deploy, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        nightly = read(server, "deployments/name/retrain/nightly")
+        assert [schedule["schedule"]["cron"] for schedule in nightly["schedules"]] == ["0 3 * * *"]
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200}
+        scheduled = wait_for(lambda: post(server, "flow_runs/filter", wanted), 300, "runs are SCHEDULED")
+        assert {run["deployment_id"] for run in scheduled} == {nightly["id"]}
+
         retrain()
         assert trainings() == 1
         retrain()
@@ -151,3 +159,8 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         draw_noise(images / "new.png", 99)
         retrain()
         assert trainings() == 2
+
+
+def ended_run(api: str, run: str) -> Any:
+    found = read(api, f"flow_runs/{run}")
+    return found if found["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None

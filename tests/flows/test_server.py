@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.flows.shared import DATABASE
 
 BEGIN = """
 import sys, time
@@ -39,6 +40,13 @@ try:
 except PipelineFailed as error:
     print(error)
 """
+
+
+@pytest.fixture(autouse=True)
+def migrated(home: Path, prefect_database: Path) -> None:
+    """Saves the servers their migrations. The server of `prefect_server` starts without a database."""
+    (home / "prefect").mkdir(parents=True)
+    shutil.copy(prefect_database, home / "prefect" / DATABASE)
 
 
 def start(home: Path, script: str, **more: str) -> subprocess.Popen[str]:

@@ -17,8 +17,6 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tests.flows.commands import loraline_here as loraline
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def filled(home: Path) -> Home:

@@ -7,33 +7,60 @@ from diffusers.models.normalization import RMSNorm
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_engine.adapters import Adapter, LayerOp, LoraDelta, kinds
+from lora_engine.adapters import Adapter, DictTree, LayerOp, LoraDelta, create_adapter, kinds
+from lora_engine.adapters.layer import bias_of
 from lora_engine.errors import SettingsError
 
+# Outputs that butterflies can be made of, inputs that PEFT's blocks divide, and sides that LoKr can split.
 LAYERS = {
-    "linear": lambda: nn.Linear(6, 5),
-    "linear without bias": lambda: nn.Linear(6, 5, bias=False),
-    "conv 3x3": lambda: nn.Conv2d(4, 6, 3, padding=1),
-    "conv 1x1": lambda: nn.Conv2d(6, 4, 1),
-    "conv strided": lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1),
-    "conv dilated": lambda: nn.Conv2d(3, 6, 3, padding="same", dilation=2, bias=False),
-    "conv circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
-    "conv oblong": lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1)),
-    "conv grouped": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
-    "embedding": lambda: nn.Embedding(6, 4),
-    "layer norm": lambda: nn.LayerNorm(6),
-    "group norm": lambda: nn.GroupNorm(2, 6),
-    "rms norm": lambda: nn.RMSNorm(6),
-    "rms norm of diffusers": lambda: RMSNorm(6, eps=1e-6),
+    "linear": lambda: nn.Linear(20, 8),
+    "linear without bias": lambda: nn.Linear(12, 16, bias=False),
+    "conv 3x3": lambda: nn.Conv2d(12, 16, 3, padding=1),
+    "conv 1x1": lambda: nn.Conv2d(12, 16, 1),
+    "conv strided": lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1),
+    "conv dilated": lambda: nn.Conv2d(4, 8, 3, padding="same", dilation=2, bias=False),
+    "conv circular": lambda: nn.Conv2d(12, 16, 3, stride=2, padding=1, padding_mode="circular"),
+    "conv oblong": lambda: nn.Conv2d(4, 8, (1, 3), padding=(0, 1)),
+    "conv grouped": lambda: nn.Conv2d(8, 16, 3, padding=1, groups=2),
+    "embedding": lambda: nn.Embedding(16, 12),
+    "layer norm": lambda: nn.LayerNorm(8),
+    "group norm": lambda: nn.GroupNorm(2, 8),
+    "rms norm": lambda: nn.RMSNorm(8),
+    "rms norm of diffusers": lambda: RMSNorm(8, eps=1e-6),
 }
+"""Every type of layer that can carry an adapter, small; the laws, the kinds' own tests and parity share the table."""
+MATRICES = [name for name in LAYERS if "norm" not in name]
+"""The layers whose weight has a rank."""
 
 
 def layer_of(name, seed=0):
+    """Returns a layer of the table; its weights follow from the seed."""
     torch.manual_seed(seed)
     return LAYERS[name]()
 
 
+def tree_of(layer):
+    """Returns a tree with the layer as its only module, `unet.0`."""
+    return DictTree({"unet": nn.Sequential(layer)})
+
+
+def fresh_delta(layer, kind, rank=2, alpha=None, seed=0, **options):
+    """Returns the delta that `create_adapter` begins with on a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter = create_adapter(tree_of(layer), "*", kind, rank, alpha, options=options, generator=generator)
+    return adapter.modules["unet.0"]
+
+
+def moved_delta(layer, kind, rank=2, alpha=None, seed=0, spread=0.3, **options):
+    """Returns a delta as after training: a fresh one, whose every factor is moved."""
+    fresh, generator = fresh_delta(layer, kind, rank, alpha, seed, **options), torch.Generator().manual_seed(seed + 1)
+    factors = fresh.factors().items()
+    moved = {key: value + spread * torch.randn(value.shape, generator=generator) for key, value in factors}
+    return fresh.with_factors(moved)
+
+
 def input_of(layer, seed=0):
+    """Returns a random input that the layer takes."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(layer, nn.Embedding):
         return torch.randint(layer.num_embeddings, (3, 7), generator=generator)
@@ -43,6 +70,32 @@ def input_of(layer, seed=0):
         return torch.randn(3, layer.num_channels, 5, generator=generator)
     width = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
     return torch.randn(3, 7, width, generator=generator)
+
+
+def forward_of(delta, layer, x, multiplier=1.0):
+    """Returns what the delta makes of the layer's output."""
+    return delta.forward(x, layer(x), layer.weight, bias_of(layer), op_of(layer), multiplier)
+
+
+def dense_output(delta, layer, x, multiplier=1.0):
+    """Returns what the layer gives with the changed weight and bias: the meaning that `forward` is held to."""
+    bias, change = bias_of(layer), delta.delta_bias(bias_of(layer))
+    if change is not None:
+        bias = multiplier * change + (0 if bias is None else bias)
+    return op_of(layer)(x, layer.weight + multiplier * delta.delta_weight(layer.weight), bias)
+
+
+def gradients_of(delta, output):
+    """Returns the output of a delta with copies of the factors, and each factor's gradient under a fixed probe."""
+    factors = {key: factor.detach().clone().requires_grad_() for key, factor in delta.factors().items()}
+    out = output(delta.with_factors(factors))
+    (out * probe_for(out)).sum().backward()
+    return out.detach(), {key: factor.grad for key, factor in factors.items()}
+
+
+def probe_for(out):
+    """Returns a fixed random direction in which an output is differentiated."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
 
 
 def suits(kind, layer):

@@ -6,19 +6,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_adapters import LAYERS, input_of, layer_of, op_of, random_delta, suits, tucker_delta
+from law_adapters import (
+    LAYERS,
+    dense_output,
+    forward_of,
+    input_of,
+    layer_of,
+    op_of,
+    random_delta,
+    suits,
+    tree_of,
+    tucker_delta,
+)
 from torch import nn
 
 from lora_engine.adapters import Adapter, DictTree, LoraDelta, attach, collapse, create_adapter, kinds
 from lora_engine.adapters.layer import bias_of
 
-pairs = pytest.mark.parametrize(
-    ("kind", "layer_name"), [(kind, name) for kind in kinds for name in LAYERS if suits(kind, layer_of(name))]
-)
+PAIRS = [(kind, name) for kind in kinds for name in LAYERS if suits(kind, layer_of(name))]
+pairs = pytest.mark.parametrize(("kind", "layer_name"), PAIRS)
 
 
-def tree_of(layer):
-    return DictTree({"unet": nn.Sequential(layer)})
+def test_every_kind_and_every_layer_is_held_to_the_laws():
+    assert {kind for kind, _ in PAIRS} == set(kinds)
+    assert {layer for _, layer in PAIRS} == set(LAYERS)
+    assert set(PAIRS) >= {("full", layer) for layer in LAYERS}
+    assert set(PAIRS) >= {(kind, layer) for kind in kinds for layer in LAYERS if "norm" not in layer}
 
 
 def adapter_of(kind, layer, seed=1):
@@ -38,28 +51,25 @@ def test_a_fresh_adapter_is_zero_in_effect(kind, layer_name):
 
 
 @pairs
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 3), st.floats(0.1, 20), st.floats(-2, 2), st.integers(0, 2**31))
 def test_forward_is_the_layer_with_the_changed_weight(kind, layer_name, rank, alpha, multiplier, seed):
-    layer, op = layer_of(layer_name), op_of(layer_of(layer_name))
+    layer = layer_of(layer_name)
     delta = random_delta(kind, layer.weight.shape, rank, alpha, seed)
     x = input_of(layer, seed)
     with torch.no_grad():
-        bias, change = bias_of(layer), delta.delta_bias(bias_of(layer))
-        expected_bias = bias if change is None else (0 if bias is None else bias) + multiplier * change
-        expected = op(x, layer.weight + multiplier * delta.delta_weight(layer.weight), expected_bias)
-        found = delta.forward(x, layer(x), layer.weight, bias_of(layer), op, multiplier)
+        expected = dense_output(delta, layer, x, multiplier)
+        found = forward_of(delta, layer, x, multiplier)
     assert delta.delta_weight(layer.weight).dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("layer_name", [name for name in LAYERS if name.startswith("conv")])
 def test_a_tucker_core_computes_what_its_dense_delta_says(layer_name):
-    layer, op = layer_of(layer_name), op_of(layer_of(layer_name))
+    layer = layer_of(layer_name)
     delta, x = tucker_delta(layer.weight.shape), input_of(layer)
     with torch.no_grad():
-        expected = op(x, layer.weight + 0.5 * delta.delta_weight(layer.weight), bias_of(layer))
-        found = delta.forward(x, layer(x), layer.weight, bias_of(layer), op, 0.5)
+        expected, found = dense_output(delta, layer, x, 0.5), forward_of(delta, layer, x, 0.5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(delta.without_core().delta_weight(layer.weight), delta.delta_weight(layer.weight))
 
@@ -107,6 +117,7 @@ def test_detach_restores_the_very_same_base(kind, layer_name):
     with attach(tree, adapter_of(kind, layer), trainable=True) as attachment:
         assert not tree.get_module("unet.0").training
         tree.get_module("unet.0")(x).sum().backward()
+        assert len(attachment.parameters()) > 0
         assert all(parameter.grad is not None for parameter in attachment.parameters())
     assert calls == [1]
     assert layer.weight.grad is None
@@ -132,6 +143,24 @@ def test_stacked_attachments_come_off_in_any_order(kind, layer_name, first_off):
         with attach(tree, adapter_of(kind, layer, 2 - first_off), 0.5):
             assert torch.equal(tree.get_module("unet.0")(x), left)
     assert tree.get_module("unet.0") is layer
+
+
+@pairs
+def test_a_stack_adds_up_what_each_adapter_makes_of_the_base(kind, layer_name):
+    """No delta scales or turns what another adapter added."""
+    layer, x = layer_of(layer_name), input_of(layer_of(layer_name))
+    tree, own = tree_of(layer), random_delta(kind, layer.weight.shape, seed=1)
+    other = random_delta("full", layer.weight.shape, seed=2)
+    bias, change = bias_of(layer), own.delta_bias(bias_of(layer))
+    bias = bias if change is None else change + (0 if bias is None else bias)
+    weight = layer.weight + own.delta_weight(layer.weight) + other.delta_weight(layer.weight)
+    expected = op_of(layer)(x, weight, bias)
+    for order in ((own, other), (other, own)):
+        lower, upper = (attach(tree, Adapter({"unet.0": delta})) for delta in order)
+        with torch.no_grad(), lower, upper:
+            found = tree.get_module("unet.0")(x)
+            upper.detach()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pairs

@@ -1,8 +1,13 @@
-"""Tiny random models of the real classes."""
+"""Tiny random models of the real classes, and what they compute under an adapter of ours."""
+
+from functools import cache
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from law_adapters import random_delta
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lora_engine.adapters import Adapter, DictTree, attach, module_shapes, select_modules
 
 
 def make_tokenizer():
@@ -60,3 +65,42 @@ def make_unet():
         attention_head_dim=4,
         norm_num_groups=4,
     )
+
+
+@cache
+def plain_pipeline():
+    """Returns a pipeline for attaching alone: nobody loads a file into it."""
+    return make_pipeline()
+
+
+def tree_of(pipeline):
+    return DictTree({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, "sd")
+
+
+@cache
+def pipeline_shapes():
+    return module_shapes(tree_of(make_pipeline()))
+
+
+def adapter_for(kind="lora", ranks=(2,), alphas=(1.0,), targets=("all", "text")):
+    """Returns a random adapter for the pipeline, whose ranks and alphas take turns."""
+    shapes = pipeline_shapes()
+    modules = {
+        name: random_delta(kind, shapes[name], ranks[place % len(ranks)], alphas[place % len(alphas)], place)
+        for place, name in enumerate(select_modules(shapes, list(targets)))
+    }
+    return Adapter(modules, "sd")
+
+
+@torch.no_grad()
+def predict(pipeline):
+    """Returns what the two adapted networks compute together."""
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    states = pipeline.text_encoder(torch.tensor([[52, 3, 1, 53]])).last_hidden_state
+    return pipeline.unet(noisy, torch.tensor([500]), states).sample
+
+
+def ours(adapter, compute=predict):
+    """Returns what the pipeline computes with the adapter attached."""
+    with attach(tree_of(plain_pipeline()), adapter):
+        return compute(plain_pipeline())

@@ -19,8 +19,6 @@ from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.formats import write_adapter
 from lora_engine.inference.generate import draw_noise, generate
 
-pytestmark = pytest.mark.slow
-
 SIZE = (16, 24)
 STEPS = 3
 TEXTS = ["a red star", "sks"]

@@ -6,8 +6,6 @@ from parity_models import make_pipeline
 
 from lora_engine.formats import Embedding, read_embeddings, write_embeddings
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_diffusers_loads_our_embeddings(count, tmp_path):

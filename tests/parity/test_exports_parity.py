@@ -2,44 +2,14 @@
 
 import pytest
 import torch
-from law_adapters import random_delta
-from parity_models import make_pipeline
+from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_kohya
+from lycoris import kohya as lycoris
+from parity_models import adapter_for, make_pipeline, ours, pipeline_shapes, plain_pipeline, predict
+from safetensors.torch import save_file
 from torch import nn
 
-pytestmark = pytest.mark.slow
-
-lycoris = pytest.importorskip("lycoris.kohya", reason="LyCORIS is not installed")
-
-from lora_engine.adapters import Adapter, DictTree, attach, module_shapes, select_modules  # noqa: E402
-from lora_engine.formats import codecs, read_adapter, write_adapter  # noqa: E402
-
-
-def tree_of(pipeline):
-    return DictTree({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, "sd")
-
-
-def adapter_for(kind="lora", rank=2, alpha=1.0, targets=("all", "text")):
-    shapes = module_shapes(tree_of(make_pipeline()))
-    names = select_modules(shapes, list(targets))
-    modules = {name: random_delta(kind, shapes[name], rank, alpha, place) for place, name in enumerate(names)}
-    return Adapter(modules, "sd")
-
-
-def states_of(pipeline):
-    return pipeline.text_encoder(torch.tensor([[52, 3, 1, 53]])).last_hidden_state
-
-
-def predict(pipeline, states=None):
-    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        given = states_of(pipeline) if states is None else states
-        return pipeline.unet(noisy, torch.tensor([500]), given).sample
-
-
-def ours(adapter, compute=predict):
-    pipeline = make_pipeline()
-    with attach(tree_of(pipeline), adapter):
-        return compute(pipeline)
+from lora_engine.errors import AdapterError
+from lora_engine.formats import codecs, read_adapter, write_adapter
 
 
 class OldTextEncoder(nn.Module):
@@ -64,11 +34,10 @@ def test_lycoris_computes_what_we_do_from_our_files(form, kind, tmp_path):
     adapter = adapter_for(kind)
     file = write_adapter(tmp_path, adapter, format=form)[0]
     pipeline = make_pipeline()
-    plain = predict(pipeline)
     network = load_in_lycoris(file, pipeline, OldTextEncoder(pipeline.text_encoder))
     assert len(network.unet_loras) + len(network.text_encoder_loras) == len(adapter.modules)
     expected = ours(adapter)
-    assert (expected - plain).abs().max() > 1e-3
+    assert (expected - predict(plain_pipeline())).abs().max() > 1e-3
     torch.testing.assert_close(predict(pipeline), expected, rtol=0, atol=2e-5)
 
 
@@ -81,21 +50,20 @@ def test_lycoris_silently_loses_text_encoders_of_transformers_5(tmp_path):
     network = load_in_lycoris(file, pipeline, pipeline.text_encoder)
     count = sum(name.startswith("unet.") for name in adapter.modules)
     assert (len(network.unet_loras), len(network.text_encoder_loras)) == (count, 0)
-    back = read_adapter(file, module_shapes(tree_of(pipeline)))[0]
+    back = read_adapter(file, pipeline_shapes())[0]
     assert back == adapter, "we find them under every version"
 
 
 def test_lycoris_needs_every_alpha_and_we_write_every_alpha(tmp_path):
     tensors, _ = codecs["lycoris"].encode(adapter_for(targets=("attention",)))
-    modules = {key.split(".")[0] for key in tensors}
+    modules = {key.split(".", maxsplit=1)[0] for key in tensors}
+    assert len(modules) > 1
     assert all(f"{module}.alpha" in tensors for module in modules)
-    from safetensors.torch import save_file
-
     save_file({k: v for k, v in tensors.items() if not k.endswith(".alpha")}, tmp_path / "a.safetensors")
     pipeline = make_pipeline()
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="NoneType"):
         load_in_lycoris(tmp_path / "a.safetensors", pipeline, OldTextEncoder(pipeline.text_encoder))
-    back = read_adapter(tmp_path / "a.safetensors", module_shapes(tree_of(pipeline)))[0]
+    back = read_adapter(tmp_path / "a.safetensors", pipeline_shapes())[0]
     assert {delta.scale for delta in back.modules.values()} == {1.0}
 
 
@@ -105,18 +73,16 @@ def test_diffusers_refuses_what_our_diffusers_format_refuses(kind, tmp_path):
     file = write_adapter(tmp_path / "a.safetensors", adapter, format="kohya")[0]
     with pytest.raises(ValueError, match="renamed"):
         make_pipeline().load_lora_weights(file)
-    with pytest.raises(Exception, match="diffusers would not load it"):
+    with pytest.raises(AdapterError, match="diffusers would not load it"):
         write_adapter(tmp_path / "b", adapter, format="diffusers")
 
 
 def test_kohya_names_written_by_diffusers_lose_alpha_and_are_still_found():
-    from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_kohya
-
-    adapter = adapter_for(rank=4, alpha=1.0, targets=("attention",))
+    adapter = adapter_for(ranks=(4,), targets=("attention",))
     tensors = {k: v for k, v in codecs["diffusers"].encode(adapter)[0].items() if k.startswith("unet.")}
     theirs = convert_state_dict_to_kohya(tensors, original_type=StateDictType.PEFT)
     assert {float(value) for key, value in theirs.items() if key.endswith(".alpha")} == {4.0}
-    names = module_shapes(tree_of(make_pipeline()))
+    names = pipeline_shapes()
     back = codecs["kohya"].decode({key: value.float() for key, value in theirs.items()}, {}, names)
     assert back.modules.keys() == {name for name in adapter.modules if name.startswith("unet.")}
     assert {delta.scale for delta in back.modules.values()} == {1.0}

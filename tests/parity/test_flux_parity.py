@@ -11,8 +11,6 @@ from lora_engine.adapters import Adapter, DictTree, attach, module_shapes, selec
 from lora_engine.formats import codecs, read_adapter, write_adapter
 from lora_engine.formats.safetensors_io import read_safetensors
 
-pytestmark = pytest.mark.slow
-
 
 def make_flux():
     torch.manual_seed(0)

@@ -7,6 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 from law_adapters import NAMES, random_delta
+from peers import lycoris_pair
+from torch import nn
 
 from lora_engine.adapters import Adapter
 from lora_engine.formats import codecs, write_adapter
@@ -61,3 +63,13 @@ def test_the_digests_in_the_header_are_kohyas(dtype, tmp_path):
     body = path.read_bytes()
     own = int.from_bytes(body[:8], "little")
     assert metadata["sshs_model_hash"] == hashlib.sha256(body[8 + own :]).hexdigest()
+
+
+def test_kohyas_merge_overlooks_a_tucker_core_and_ours_does_not():
+    """`merge_lora.py` of sd-scripts (February 2026) convolves `up` with `down`, whatever is in between."""
+    pair = lycoris_pair("lora tucker", "conv 3x3")
+    down, up = (pair.tensors[f"unet.layer.lora_{side}.weight"] for side in ("down", "up"))
+    overlooked = nn.functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+    assert overlooked.shape == (16, 12, 1, 1), "and so the kernel is lost as well"
+    assert pair.delta.mid is not None
+    assert pair.delta.delta_weight(pair.layer.weight).shape == (16, 12, 3, 3)

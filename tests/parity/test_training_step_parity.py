@@ -32,8 +32,6 @@ from lora_engine.training.methods import predict
 from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps, measure_for
 from lora_engine.training.specs.objective import Objective
 
-pytestmark = pytest.mark.slow
-
 DIFFUSION = ["small-sd", "small-sd-v", "small-sdxl"]
 FLOW = ["small-sd3", "small-flux", "small-flux-schnell"]
 ROWS = 4
@@ -43,6 +41,11 @@ ROWS = 4
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {shape: write_untrained_base(folder / shape, shape) for shape in (*DIFFUSION, *FLOW)}
+
+
+@pytest.fixture(scope="module")
+def bases(folders: dict[str, Path]) -> dict[str, BaseModel]:
+    return {shape: load_base(str(folder), device="cpu") for shape, folder in folders.items()}
 
 
 def batch_for(base: BaseModel, timesteps: Tensor, instances: int, wanted: Objective | None = None) -> Batch:
@@ -146,9 +149,9 @@ def same_step(base: BaseModel, batch: Batch, wanted: Objective, prior: float | N
 @pytest.mark.parametrize("prior", [None, 0.3])
 @pytest.mark.parametrize("shape", DIFFUSION)
 def test_a_step_of_diffusion_is_the_reference_step(
-    folders: dict[str, Path], shape: str, prior: float | None, gamma: float | None
+    folders: dict[str, Path], bases: dict[str, BaseModel], shape: str, prior: float | None, gamma: float | None
 ) -> None:
-    base = load_base(str(folders[shape]), device="cpu")
+    base = bases[shape]
     batch = batch_for(base, torch.tensor([3, 250, 700, 999]), instances=ROWS if prior is None else ROWS // 2)
     wanted = Objective.model_validate({} if gamma is None else {"weighting": {"name": "min_snr", "gamma": gamma}})
     mine, theirs = same_step(
@@ -162,9 +165,9 @@ def test_a_step_of_diffusion_is_the_reference_step(
 @pytest.mark.parametrize("prior", [None, 0.3])
 @pytest.mark.parametrize("shape", FLOW)
 def test_a_step_of_flow_matching_is_the_reference_step(
-    folders: dict[str, Path], shape: str, prior: float | None
+    folders: dict[str, Path], bases: dict[str, BaseModel], shape: str, prior: float | None
 ) -> None:
-    base = load_base(str(folders[shape]), device="cpu")
+    base = bases[shape]
     timesteps = torch.tensor([3.5, 250.0, 700.25, 1000.0])
     batch = batch_for(base, timesteps, instances=ROWS if prior is None else ROWS // 2)
     mine, theirs = same_step(
@@ -173,8 +176,10 @@ def test_a_step_of_flow_matching_is_the_reference_step(
     assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
 
 
-def test_noise_offset_and_input_perturbation_are_those_of_the_reference(folders: dict[str, Path]) -> None:
-    base = load_base(str(folders["small-sd"]), device="cpu")
+def test_noise_offset_and_input_perturbation_are_those_of_the_reference(
+    folders: dict[str, Path], bases: dict[str, BaseModel]
+) -> None:
+    base = bases["small-sd"]
     wanted = Objective(noise_offset=0.1, input_perturbation=0.2)
     batch = batch_for(base, torch.tensor([3, 250, 700, 999]), ROWS, wanted)
     draw = generator(0, "parity")

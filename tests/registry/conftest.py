@@ -1,142 +1,34 @@
-"""Fixtures of the registry's tests: real SQLite and PostgreSQL, real MLflow, real files.
+"""Fixtures of the registry's tests: a home on SQLite and local files, MLflow at one path, processes that start fast.
 
-Every test that touches a database runs on both, unless it is about SQLite's files (marked `sqlite`). On PostgreSQL such
-a test is slow, but for those marked `quick`: `make check` shall stay short.
+What depends on the database is in test_database_contract.py, which alone runs on PostgreSQL too; what depends on the
+store of blobs is in test_registry_blobs.py.
 """
 
+import json
+import multiprocessing
 import os
-import pwd
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
-from registry.database import Database
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
 from registry.mirror import Mirror
+from registry.promotion import promote
 from registry.store.artifacts import Store
 from registry.versions import Versions
-from tests.conftest import find_program
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
 
 
-POSTGRES = pytest.param("postgres", marks=pytest.mark.needs("postgres"))
-SLOW_POSTGRES = pytest.param("postgres", marks=[pytest.mark.needs("postgres"), pytest.mark.slow])
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs what asks for a database on each of them."""
-    if "database" in metafunc.fixturenames:
-        marks = {mark.name for mark in metafunc.definition.iter_markers()}
-        other = [] if "sqlite" in marks else [POSTGRES if "quick" in marks else SLOW_POSTGRES]
-        metafunc.parametrize("database", ["sqlite", *other])
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of this session alone, on a socket that only it knows; the URL without a database's name."""
-    # Not below pytest's folder, which only its owner may enter, and of a short name, as sockets ask for.
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    who: dict[str, object] = {}
-    if os.geteuid() == 0:  # the server refuses to run as root
-        user = pwd.getpwnam("nobody")
-        os.chown(folder, user.pw_uid, user.pw_gid)
-        who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
-    bin_folder = Path(os.path.realpath(find_program("postgres"))).parent
-    initdb = [bin_folder / "initdb", "-D", folder / "data", "-U", "loraline", "-A", "trust", "-E", "UTF8", "--no-sync"]
-    settings = {"listen_addresses": "", "unix_socket_directories": folder, "max_connections": 300, "fsync": "off"}
-    settings |= {"shared_buffers": "32MB", "synchronous_commit": "off", "full_page_writes": "off"}
-    options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    # Into a file: it reports every statement that tests make fail, and waits for ever where a pipe is full of that.
-    told = folder / "server.log"
-    with told.open("wb") as log:
-        where = {"stdout": log, "stderr": log, "cwd": folder, **who}
-        made = subprocess.run(initdb, **where)
-        assert made.returncode == 0, told.read_text()
-        server = subprocess.Popen([bin_folder / "postgres", "-D", folder / "data", *options], **where)
-    url = f"postgresql+psycopg://loraline@/%s?host={folder}"
-    try:
-        while subprocess.run([bin_folder / "pg_isready", "-q", "-h", folder]).returncode:
-            assert server.poll() is None, told.read_text()
-            time.sleep(0.05)
-        yield url
-    finally:
-        server.send_signal(signal.SIGINT)  # ends at once, cleanly
-        server.wait(timeout=30)
-        shutil.rmtree(folder)
-
-
-def administer(postgres: str, statement: str) -> None:
-    """Runs a statement on the server outside of any test's database."""
-    import psycopg
-
-    with psycopg.connect((postgres % "postgres").replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(statement)
-
-
 @pytest.fixture
-def postgres_url(postgres: str) -> Iterator[str]:
-    """The URL of an empty PostgreSQL database of this test alone."""
-    name = f"test_{uuid4().hex}"
-    administer(postgres, f"CREATE DATABASE {name} TEMPLATE template0")
-    yield postgres % name
-    administer(postgres, f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture(scope="session")
-def postgres_template(postgres: str) -> str:
-    """The name of a PostgreSQL database that has our tables, made once since that takes as long as a test."""
-    administer(postgres, "CREATE DATABASE made TEMPLATE template0")
-    Database(postgres % "made").close()
-    return "made"
-
-
-@pytest.fixture
-def postgres_home_url(postgres: str, postgres_template: str) -> Iterator[str]:
-    """The URL of a PostgreSQL database of this test alone, with our tables in it."""
-    name = f"test_{uuid4().hex}"
-    administer(postgres, f"CREATE DATABASE {name} TEMPLATE {postgres_template}")
-    yield postgres % name
-    administer(postgres, f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture
-def database_url(database: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of the database that this test runs on; nothing is registered in it."""
-    if database == "postgres":
-        return str(request.getfixturevalue("postgres_home_url"))
-    return f"sqlite:///{tmp_path / 'home' / 'lineage.db'}"
-
-
-@pytest.fixture(scope="session")
-def fresh_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database as it is after its first start, made once since that takes seconds."""
-    home = Home.open(tmp_path_factory.mktemp("mlflow") / "home")
-    Mirror(home, Store(home.store))
-    return home.mlflow_db
-
-
-@pytest.fixture
-def empty_home(tmp_path: Path, database: str, database_url: str) -> Home:
-    home = Home.open(tmp_path / "home")
-    if database != "sqlite":
-        (home.path / "loraline.yaml").write_text(f"database: {database_url}\n")
-    return home
-
-
-@pytest.fixture
-def home(empty_home: Home, fresh_mlflow: Path) -> Home:
-    shutil.copy(fresh_mlflow, empty_home.mlflow_db)
-    return empty_home
+def empty_home(tmp_path: Path) -> Home:
+    return Home.open(tmp_path / "home")
 
 
 @pytest.fixture
@@ -145,65 +37,272 @@ def store(empty_home: Home) -> Store:
 
 
 @pytest.fixture
-def mirrored(home: Home) -> Iterator[Versions]:
-    """Versions that MLflow is told of."""
-    opened = Versions(home)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def versions(empty_home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Versions]:
-    """Versions that MLflow is not told of, which is many times faster."""
+    """Yields the versions of an empty home; MLflow is never written, which is many times faster."""
     monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
     opened = Versions(empty_home)
     yield opened
     opened.close()
 
 
-@pytest.fixture
-def register() -> Callable[..., AdapterVersion]:
-    """Registers an adapter of some bytes, as a pipeline would after its steps."""
+def _close_mlflow() -> None:
+    """Closes the connections that MLflow keeps per database for the life of the process."""
+    if "mlflow" in sys.modules:
+        from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as ModelStore
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as RunStore
 
-    def make(versions: Versions, content: bytes, name: str = "zorb", **changes: object) -> AdapterVersion:
+        for engine in (*RunStore._engine_map.values(), *ModelStore._engine_map.values()):
+            engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def close_mlflow() -> Callable[[], None]:
+    return _close_mlflow
+
+
+@pytest.fixture(scope="session")
+def place_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path | None], Home]:
+    """Returns a function that puts a copy of a home, or an empty one, at the one path where MLflow is used.
+
+    MLflow keeps an engine and a store per path, and stores absolute paths. At the same path a copy is ready at once.
+    """
+    path = tmp_path_factory.mktemp("placed") / "home"
+
+    def place(template: Path | None) -> Home:
+        _close_mlflow()
+        shutil.rmtree(path, ignore_errors=True)
+        if template is not None:
+            shutil.copytree(template, path)
+        return Home.open(path)
+
+    return place
+
+
+@pytest.fixture(scope="session")
+def fresh_template(place_home: Callable[[Path | None], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a copy of a home in which MLflow has made its tables."""
+    home = place_home(None)
+    Mirror(home, Store(home.store))
+    _close_mlflow()
+    return Path(shutil.copytree(home.path, tmp_path_factory.mktemp("fresh") / "home"))
+
+
+@pytest.fixture(scope="session")
+def filled_template(
+    place_home: Callable[[Path | None], Home], fresh_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Returns a copy of a home with two versions, in staging the second, in production the first; MLflow has both."""
+    opened = Versions(place_home(fresh_template))
+    register_adapter(opened, b"first weights", alias_request="staging")
+    register_adapter(opened, b"second weights", alias_request="staging")
+    promote(opened, "zorb", 1, "production", reason="looks right")
+    assert opened.is_level()
+    opened.close()
+    _close_mlflow()
+    return Path(shutil.copytree(opened.home.path, tmp_path_factory.mktemp("filled") / "home"))
+
+
+@pytest.fixture
+def home(place_home: Callable[[Path | None], Home], fresh_template: Path) -> Iterator[Home]:
+    """Yields an empty home in which MLflow has made its tables."""
+    yield place_home(fresh_template)
+    _close_mlflow()
+
+
+@pytest.fixture
+def mirrored(home: Home) -> Iterator[Versions]:
+    """Yields the versions of an empty home, which are written to MLflow."""
+    opened = Versions(home)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def filled_home(place_home: Callable[[Path | None], Home], filled_template: Path) -> Iterator[Home]:
+    """Yields a home like `filled_template`."""
+    yield place_home(filled_template)
+    _close_mlflow()
+
+
+@pytest.fixture
+def good(filled_home: Home) -> Iterator[Versions]:
+    """Yields the versions of a home like `filled_template`."""
+    opened = Versions(filled_home)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def plain(filled_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Versions]:
+    """Yields the versions of a home like `filled_template` without MLflow, which is never written."""
+    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    ignored = shutil.ignore_patterns("mlflow", "mlflow.db")
+    opened = Versions(Home.open(shutil.copytree(filled_template, tmp_path / "home", ignore=ignored)))
+    yield opened
+    opened.close()
+
+
+def register_adapter(versions: Versions, content: bytes, name: str = "zorb", **changes: object) -> AdapterVersion:
+    """Registers an adapter of these bytes, as a pipeline does after its steps."""
+    store, lineage = versions.store, versions.lineage
+    run = lineage.start_run("stripes", {"seed": 7})
+    dataset = store.put_files("manifest", {"manifest.json": b"{}", "pictures/one.png": b"one as it was prepared"})
+    adapter = store.put_files("adapter", {"adapter.safetensors": content, "training.json": b"{}"})
+    report = store.put_files("report", {"report.json": b"{}" + content, "pictures/x.png": b"x"})
+    train = {"inputs": {"dataset": dataset}, "output": adapter}
+    for step, values in {"photos": {"output": dataset}, "adapter": train}.items():
+        execution = Execution(f"{run.id}-{step}", run.id, step, step, "1", f"key of {step}", started_at=now(), **values)
+        subjects = [Subject("5" * 64, "picture", "one.jpg")] if step == "photos" else []
+        lineage.record(execution, contents=store.files(execution.output), subjects=subjects)
+    lineage.finish_run(run.id, "COMPLETED")
+    values = {
+        "report": report,
+        "run_id": run.id,
+        "card": {"title": "Zorb"},
+        "metrics": {"clip_t": {"base": 0.2, "adapter": 0.21, "difference": 0.01}},
+        "gates": [GATE],
+        "passed": True,
+        "parents": ["base:tiny"],
+        "curves": {"loss": [(0, 1.0), (1, 0.5)]},
+        "params": {"rank": 8},
+        "pictures": {"x.png": b"x"},
+        "documents": {"report.html": b"<p>x</p>"},
+    }
+    return versions.register(name, adapter, **(values | changes))
+
+
+@pytest.fixture(scope="session")
+def register() -> Callable[..., AdapterVersion]:
+    return register_adapter
+
+
+PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
+
+
+@pytest.fixture
+def from_pictures(versions: Versions) -> Callable[..., AdapterVersion]:
+    """Returns a function that registers what a pipeline makes of images ({digest: consent}) or of other versions."""
+
+    def make(
+        content: bytes,
+        pictures: Mapping[str, str | None] | None = None,
+        name: str = "zorb",
+        adapters: Sequence[AdapterVersion] = (),
+        promoted: str | None = None,
+        **values: object,
+    ) -> AdapterVersion:
         store, lineage = versions.store, versions.lineage
-        run = lineage.start_run("stripes", {"seed": 7})
-        dataset = store.put_files("manifest", {"manifest.json": b"{}", "pictures/one.png": b"one as it was prepared"})
-        adapter = store.put_files("adapter", {"adapter.safetensors": content, "training.json": b"{}"})
-        report = store.put_files("report", {"report.json": b"{}" + content, "pictures/x.png": b"x"})
-        train = {"inputs": {"dataset": dataset}, "output": adapter}
-        for step, values in {"photos": {"output": dataset}, "adapter": train}.items():
-            execution = Execution(
-                f"{run.id}-{step}", run.id, step, step, "1", f"key of {step}", started_at=now(), **values
-            )
-            subjects = [Subject("5" * 64, "picture", "one.jpg")] if step == "photos" else []
-            lineage.record(execution, contents=store.files(execution.output), subjects=subjects)
+        run = lineage.start_run(f"make {name}", {})
+        inputs = {f"adapters.{place}": version.artifact for place, version in enumerate(adapters)}
+        if pictures is not None:
+            entries = [PICTURE | {"sha256": p, "source": f"{p[:1]}.png", "consent": c} for p, c in pictures.items()]
+            manifest = json.dumps({"pictures": entries}).encode()
+            dataset = inputs["dataset"] = store.put_files("manifest", {"manifest.json": manifest})
+            subjects = [Subject(digest, "picture", "p") for digest in pictures]
+            subjects += [Subject(consent, "consent", "c") for consent in pictures.values() if consent]
+            key = f"{run.id}-i"
+            taken = Execution(key, run.id, "i", "ingest", "1", key, output=dataset, started_at=now())
+            lineage.record(taken, contents=store.files(dataset), subjects=subjects)
+        adapter = store.put_files("adapter", {"adapter.safetensors": content})
+        uses = "merge" if adapters else "train"
+        settings = {"settings": {"base": "tiny"}}
+        made = Execution(run.id, run.id, uses, uses, "1", run.id, settings, inputs, adapter, started_at=now())
+        lineage.record(made, contents=store.files(adapter))
+        written = store.put_files("export", {"kohya/a.safetensors": b"as kohya " + content})
+        key = f"{run.id}-c"
+        convert = Execution(key, run.id, "c", "convert", "1", key, {}, {"adapter": adapter}, written)
+        lineage.record(convert, contents=store.files(written))
         lineage.finish_run(run.id, "COMPLETED")
-        values = {
-            "report": report,
-            "run_id": run.id,
-            "card": {"title": "Zorb"},
-            "metrics": {"clip_t": {"base": 0.2, "adapter": 0.21, "difference": 0.01}},
-            "gates": [GATE],
-            "passed": True,
-            "parents": ["base:tiny"],
-            "curves": {"loss": [(0, 1.0), (1, 0.5)]},
-            "params": {"rank": 8},
-            "pictures": {"x.png": b"x"},
-            "documents": {"report.html": b"<p>x</p>"},
-        }
-        return versions.register(name, adapter, **(values | changes))
+        version = versions.register(name, adapter, run_id=run.id, gates=[GATE], passed=True, **values)
+        if promoted:
+            promote(versions, name, version.version, promoted, reason="r")
+        return version
 
     return make
 
 
+PRELOADED = [
+    "registry.audit.backup",
+    "registry.audit.fsck",
+    "registry.audit.gc",
+    "registry.promotion",
+    "registry.records.signing",
+    "registry.store.remote",
+    "s3fs",
+]
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(PRELOADED)
+
+
+def _run_script(
+    script: str, arguments: list[str], environment: Mapping[str, str], out: Connection, errors: Connection
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, pipe in ((1, out), (2, errors)):
+        os.dup2(pipe.fileno(), descriptor)
+        pipe.close()
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.argv = ["-c", *arguments]
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+
+class Child:
+    """A process of its own, with the part of `subprocess.Popen` that the tests use.
+
+    It is forked from a server process that has the registry imported, and shares nothing with the test's process.
+    """
+
+    def __init__(self, script: str, arguments: list[str]) -> None:
+        (read_out, out), (read_errors, errors) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
+        self._process = FORKSERVER.Process(
+            target=_run_script, args=(script, arguments, dict(os.environ), out, errors), daemon=True
+        )
+        self._process.start()
+        self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (read_out, read_errors))
+        for pipe in (read_out, read_errors, out, errors):
+            pipe.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        """Kills the process if it still runs, and closes the pipes."""
+        self._process.kill()
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for the end, and returns what was written; both must fit into a pipe."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired("the child", timeout)
+        with self.stdout, self.stderr:
+            return self.stdout.read(), self.stderr.read()
+
+
 @pytest.fixture
-def spawn() -> Callable[..., subprocess.Popen]:
-    """Starts another Python process with this one's import path."""
+def spawn() -> Iterator[Callable[..., Child]]:
+    """Yields a function that runs a script with arguments in a process of its own; those left are killed at the end."""
+    children: list[Child] = []
 
-    def start(script: str, *arguments: object) -> subprocess.Popen:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(script: str, *arguments: object) -> Child:
+        children.append(Child(script, list(map(str, arguments))))
+        return children[-1]
 
-    return start
+    yield start
+    for child in children:
+        child.close()

@@ -15,14 +15,16 @@ from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from registry.errors import RightsError
+from registry.governance.revoked import read_revoked
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.revocation import lift, revoke
 from registry.versions import Versions
-from tasks.exclusion import find_excluded
+from tasks.caption import Caption
 from tasks.execution import execute
 from tasks.ingest import Ingest
-from tasks.step import STEPS, Job
+from tasks.job import prepare_job
+from tasks.preprocess import Preprocess
 
 HEADER = "file,consent,owner,license,rights,person,scope,expires,revocable,source,opt_out,ai_generated\n"
 WHOLE = (
@@ -204,9 +206,9 @@ def photos(home, images, tmp_path):
 
     def run():
         lineage = Lineage(home.lineage_url)
-        spec = Ingest(images="images", consent="consent.csv").model_dump(mode="json")
-        job = Job("photos", "ingest", spec, str(tmp_path), str(home.path), lineage.start_run("t", {}).id)
-        outcome = execute(job, {})
+        spec = Ingest(images="images", consent="consent.csv")
+        job = prepare_job("photos", spec, tmp_path, read_revoked(lineage))
+        outcome = execute(job, {}, home, lineage.start_run("t", {}).id)
         lineage.close()
         opened = Versions(home)
         manifest = Manifest.model_validate_json(opened.store.read(outcome.ref, "manifest.json"))
@@ -245,12 +247,16 @@ def test_a_consent_stays_revoked_for_its_pictures_even_if_the_table_no_longer_na
 def test_only_what_touches_a_step_enters_its_name(home, images, tmp_path):
     table(tmp_path, WHOLE)
     versions = Versions(home)
-    spec, kind = Ingest(images="images", consent="consent.csv"), STEPS["ingest"]
-    assert find_excluded(kind, spec, tmp_path, versions.lineage) == ()
+    spec = Ingest(images="images", consent="consent.csv")
+
+    def excluded(step):
+        return prepare_job("step", step, tmp_path, read_revoked(versions.lineage)).excluded
+
+    assert excluded(spec) == ()
     for subject in (str(images / "2.png"), "f" * 64):
         revoke(versions, subject, reason="r")
-    assert find_excluded(kind, spec, tmp_path, versions.lineage) == (sha256_file(images / "2.png"),)
-    assert find_excluded(STEPS["caption"], spec, tmp_path, versions.lineage) == ()
+    assert excluded(spec) == (sha256_file(images / "2.png"),)
+    assert excluded(Caption(dataset="photos", captioner="files")) == ()
 
 
 def test_a_step_whose_dataset_was_revoked_since_does_not_run(home, photos, images, tmp_path):
@@ -258,9 +264,8 @@ def test_a_step_whose_dataset_was_revoked_since_does_not_run(home, photos, image
     versions = Versions(home)
     revoke(versions, str(images / "1.png"), reason="between the steps")
     run = versions.lineage.start_run("t", {})
-    spec = {"uses": "preprocess", "dataset": "photos", "resolution": 32}
-    job = Job("prepared", "preprocess", spec, str(tmp_path), str(home.path), run.id)
+    job = prepare_job("prepared", Preprocess(dataset="photos", resolution=32), tmp_path)
     with pytest.raises(RightsError, match="revoked meanwhile: picture"):
-        execute(job, {"dataset": (ref,)})
+        execute(job, {"dataset": (ref,)}, home, run.id)
     lift(versions, str(images / "1.png"), reason="r")
-    assert execute(job, {"dataset": (ref,)}).ref.kind == "manifest"
+    assert execute(job, {"dataset": (ref,)}, home, run.id).ref.kind == "manifest"

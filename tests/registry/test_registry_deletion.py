@@ -1,12 +1,9 @@
-import threading
-
 import pytest
 
-from registry import catalog
 from registry.audit.fsck import fsck
 from registry.deletion import delete, restore, withdraw
 from registry.entities import Execution, now
-from registry.errors import Conflict, GoneVersion, PromotionError, Refused
+from registry.errors import GoneVersion, PromotionError, Refused
 from registry.mirror import Mirror
 from registry.promotion import history, promote, remove, replay
 from registry.store.artifacts import open_store
@@ -150,51 +147,6 @@ def test_a_version_comes_back_if_its_bytes_are_whole(versions, register):
         delete(versions, "zorb", 1, reason="twice")
 
 
-@pytest.mark.slow
-def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, register, monkeypatch):
-    damage, barrier = versions.damage, threading.Barrier(2, timeout=60)
-    real = catalog.read_version
-
-    def meet(version):
-        barrier.wait()  # the promotion has decided and not written; the deletion has not begun
-        return damage(version)
-
-    for number in range(1, 9):
-        register(versions, f"{number}".encode())
-    monkeypatch.setattr(versions, "damage", meet)
-    assert catalog.read_version is real
-    for number in range(1, 9):
-        outcomes = {}
-
-        def run(name, act, outcomes=outcomes):
-            try:
-                outcomes[name] = act()
-            except (Refused, GoneVersion, Conflict) as error:
-                outcomes[name] = error
-
-        def remove_it(number=number):
-            barrier.wait()
-            return delete(versions, "zorb", number, reason="race")
-
-        jobs = {
-            "promote": lambda number=number: promote(versions, "zorb", number, "candidate", reason="race"),
-            "delete": remove_it,
-        }
-        threads = [threading.Thread(target=run, args=job) for job in jobs.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        failed = [name for name, outcome in outcomes.items() if isinstance(outcome, Exception)]
-        assert len(failed) == 1, outcomes
-        version = versions.show("zorb", number)
-        assert (version.state, "candidate" in version.aliases) == (
-            ("ACTIVE", True) if failed == ["delete"] else ("DELETED", False)
-        )
-    assert replay(history(versions, "zorb")).keys() <= {("zorb", "candidate")}
-
-
-@pytest.mark.slow
 def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_version(mirrored, register):
     for content in (b"1", b"2"):
         register(mirrored, content)

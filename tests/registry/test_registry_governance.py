@@ -82,8 +82,7 @@ def test_a_taint_takes_its_permission_away_wherever_it_comes_from(one):
     assert allows_commercial(FREE)
 
 
-@pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(graphs())
 def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
     own, parents = graph
@@ -94,8 +93,7 @@ def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
         assert all(is_within(resolved[node], resolved[source]) for source in sources)
 
 
-@pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(graphs(), st.data())
 def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, data):
     own, parents = graph
@@ -108,7 +106,7 @@ def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, da
     assert all(is_within(after[each], before[each]) for each in own)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(graphs(60))
 def test_terms_are_those_of_all_ancestors_together_in_any_order(graph):
     own, parents = graph
@@ -146,6 +144,7 @@ def test_the_table_that_is_shipped_is_dated_disclaims_and_knows_what_hugging_fac
         assert entry.url.startswith("https://")
         # A digest is only stated for a text at an address that cannot come to hold another one.
         assert entry.sha256 is None or re.search("/[0-9a-f]{40}/", entry.url)
+    assert any(entry.sha256 for entry in TABLE.licenses)
 
 
 def test_the_digest_of_apache_is_that_of_our_own_copy():
@@ -255,7 +254,6 @@ def test_an_adapter_has_the_terms_of_its_base_and_of_every_picture(versions, lin
     assert {source.what for source in resolved.sources} == {"base tiny", "2 pictures under cc-by-nc-4.0"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("uses", ["merge", "extract", "distil", "convert"])
 def test_terms_come_through_every_way_of_making_an_adapter_of_adapters(versions, line, uses):
     free = line("free", b"1")

@@ -54,23 +54,9 @@ def test_disk_that_refuses_is_a_clear_error(tmp_path, monkeypatch, number, words
         Home.open(tmp_path / "home")
 
 
-@pytest.mark.slow
-def test_processes_that_make_the_database_at_once_agree(empty_home, spawn):
-    script = (
-        "import sys; from registry.lineage.record import Lineage; print(Lineage(sys.argv[1]).start_run('p', {}).id)"
-    )
-    children = [spawn(script, empty_home.lineage_url) for _ in range(4)]
-    answers = [child.communicate(timeout=60) for child in children]
-    assert [child.returncode for child in children] == [0] * 4, answers
-    lineage = Lineage(empty_home.lineage_url)
-    assert {run.id for run in lineage.runs()} == {out.strip() for out, _ in answers}
-    lineage.close()
-
-
 LOOK = "import sys; from registry.lineage.record import Lineage; print(len(Lineage(sys.argv[1]).runs()))"
 
 
-@pytest.mark.quick
 def test_what_is_committed_is_there_for_others_though_its_process_opened_the_database_twice(empty_home, spawn):
     url = empty_home.lineage_url
 

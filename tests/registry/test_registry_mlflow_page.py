@@ -56,8 +56,6 @@ def read_page(address, folder) -> str:
     return " ".join(re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", " ", done.stdout, flags=re.DOTALL).split())
 
 
-@pytest.mark.slow
-@pytest.mark.sqlite
 @pytest.mark.needs("chromium")
 def test_model_page_shows_name_version_alias_and_description(mirrored, register, request, tmp_path):
     register(mirrored, b"weights", alias_request="candidate")

@@ -3,15 +3,10 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from registry.audit.fsck import fsck
 from registry.home import Home
-from registry.promotion import promote
 from registry.relocation import relocate
 from registry.versions import Versions
-
-pytestmark = [pytest.mark.sqlite, pytest.mark.slow]
 
 
 def download(home, folder):
@@ -29,35 +24,26 @@ def download(home, folder):
     return (Path(path) / "adapter.safetensors").read_bytes()
 
 
-@pytest.fixture
-def filled(mirrored, register):
-    register(mirrored, b"old", alias_request="staging")
-    register(mirrored, b"weights", alias_request="staging")
-    promote(mirrored, "zorb", "staging", "production", reason="looks right")
-    mirrored.close()
-    return mirrored.home
-
-
-def test_moved_home_hands_out_production_by_name(filled, tmp_path, monkeypatch):
+def test_moved_home_hands_out_production_by_name(filled_home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     moved = tmp_path / "another place" / "home"
     moved.parent.mkdir()
-    filled.path.rename(moved)
+    filled_home.path.rename(moved)
     home = Home.open(moved)
     assert fsck(home, grace=0) != []  # MLflow still looks where nothing is
     versions = Versions(home)
     assert versions.is_level()
     versions.close()
     assert fsck(home, grace=0) == []
-    assert not filled.path.exists()
-    assert download(home, tmp_path / "out") == b"weights"
+    assert not filled_home.path.exists()
+    assert download(home, tmp_path / "out") == b"first weights"
 
 
-def test_pages_of_a_moved_home_show_its_files(filled, tmp_path):
+def test_pages_of_a_moved_home_show_its_files(filled_home, tmp_path):
     from mlflow import MlflowClient
 
-    before = Versions(filled).show("zorb", "production")
-    filled.path.rename(tmp_path / "moved")
+    before = Versions(filled_home).show("zorb", "production")
+    filled_home.path.rename(tmp_path / "moved")
     home = Home.open(tmp_path / "moved")
     Versions(home).close()
     client = MlflowClient(home.mlflow_url, home.mlflow_url)
@@ -70,39 +56,38 @@ def test_pages_of_a_moved_home_show_its_files(filled, tmp_path):
     assert mine.info.artifact_uri.startswith(home.mlflow_artifacts.as_uri())
 
 
-def test_copy_of_a_home_does_not_look_into_the_other_one(filled, tmp_path, register):
-    shutil.copytree(filled.path, tmp_path / "copy")
+def test_copy_of_a_home_does_not_look_into_the_other_one(filled_home, tmp_path, register):
+    shutil.copytree(filled_home.path, tmp_path / "copy")
     copy = Home.open(tmp_path / "copy")
     versions = Versions(copy)
     register(versions, b"only in the copy", alias_request="staging")
     versions.close()
     assert fsck(copy, grace=0) == []
-    assert fsck(filled, grace=0) == []
-    shutil.rmtree(filled.path)
+    assert fsck(filled_home, grace=0) == []
+    shutil.rmtree(filled_home.path)
     assert fsck(copy, grace=0) == []
-    assert download(copy, tmp_path / "out") == b"weights"
+    assert download(copy, tmp_path / "out") == b"first weights"
 
 
-def test_only_our_own_places_are_moved(filled):
+def test_only_our_own_places_are_moved(filled_home):
     from mlflow import MlflowClient
 
-    client = MlflowClient(filled.mlflow_url, filled.mlflow_url)
+    client = MlflowClient(filled_home.mlflow_url, filled_home.mlflow_url)
     elsewhere = client.create_experiment("elsewhere", artifact_location="file:///elsewhere/zorb")
-    alike = client.create_experiment("alike", artifact_location=f"{filled.mlflow_artifacts.as_uri()}-too/alike")
-    moved = relocate(filled.mlflow_url, ["zorb"], "file:///new")
+    alike = client.create_experiment("alike", artifact_location=f"{filled_home.mlflow_artifacts.as_uri()}-too/alike")
+    moved = relocate(filled_home.mlflow_url, ["zorb"], "file:///new")
     assert moved["model_versions.source"] == 2
     assert client.get_experiment(elsewhere).artifact_location == "file:///elsewhere/zorb"
     assert client.get_experiment(alike).artifact_location.endswith("-too/alike")
-    assert relocate(filled.mlflow_url, ["zorb"], "file:///new") == {}
-    relocate(filled.mlflow_url, ["zorb"], filled.mlflow_artifacts.as_uri())
-    assert fsck(filled, grace=0) == []
+    assert relocate(filled_home.mlflow_url, ["zorb"], "file:///new") == {}
+    relocate(filled_home.mlflow_url, ["zorb"], filled_home.mlflow_artifacts.as_uri())
+    assert fsck(filled_home, grace=0) == []
 
 
-def test_home_that_was_not_moved_is_not_asked_about(mirrored, register, monkeypatch):
+def test_home_that_was_not_moved_is_not_asked_about(good, register, monkeypatch):
     def fail(*_arguments):
         raise AssertionError("nothing moved")
 
-    register(mirrored, b"weights")
     monkeypatch.setattr("registry.mirror.relocate", fail)
-    register(mirrored, b"more")
-    assert mirrored.is_level()
+    register(good, b"more")
+    assert good.is_level()

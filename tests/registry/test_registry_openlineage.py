@@ -86,7 +86,6 @@ def walked(versions, register):
     return versions.lineage, versions.lineage.walk("zorb@staging", subjects=True), version
 
 
-@pytest.mark.quick
 def test_events_of_a_walk_keep_to_the_rules(walked):
     lineage, walk, version = walked
     events = to_openlineage(lineage, walk)

@@ -1,14 +1,10 @@
 import dataclasses
-import threading
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
-from sqlalchemy.exc import DatabaseError
 
-from registry import promotion
 from registry.audit.fsck import fsck
 from registry.catalog import alias_table, read_events
 from registry.entities import AdapterVersion, ArtifactRef, Event
@@ -152,75 +148,6 @@ def test_stale_expectation_is_a_conflict_that_tells_what_changed(versions, regis
     assert versions.show("zorb", "production").version == 2
 
 
-def test_of_two_promotions_from_the_same_state_exactly_one_wins(versions, register, monkeypatch):
-    register(versions, b"0")
-    register(versions, b"1")
-    register(versions, b"2")
-    promote(versions, "zorb", 3, "production", reason="start")
-    damage, barrier = versions.damage, threading.Barrier(2, timeout=30)
-
-    def meet(version):
-        barrier.wait()  # both have read the state and decided; neither has written
-        return damage(version)
-
-    monkeypatch.setattr(versions, "damage", meet)
-    for _round in range(20):
-        expected = versions.show("zorb", "production").version
-        rivals = [number for number in (1, 2, 3) if number != expected]
-        outcomes = {}
-
-        def run(number, outcomes=outcomes):
-            try:
-                outcomes[number] = promote(versions, "zorb", number, "production", reason="race").after
-            except Conflict:
-                outcomes[number] = None
-
-        threads = [threading.Thread(target=run, args=(number,)) for number in rivals]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        winners = [number for number, after in outcomes.items() if after is not None]
-        assert len(outcomes) == 2
-        assert winners == [versions.show("zorb", "production").version]
-    aliases, events = state(versions)
-    assert len(events) == 21
-    assert replay(events) == aliases
-
-
-PROMOTE = """
-import pathlib, sys, time
-from registry import promotion
-from registry.errors import Conflict
-from registry.home import Home
-from registry.versions import Versions
-Versions.sync = lambda *arguments, **settings: None
-versions = Versions(Home.open(sys.argv[1]))
-mine, go = int(sys.argv[2]), pathlib.Path(sys.argv[3])
-(go.parent / f"ready{mine}").touch()
-while not go.exists():
-    time.sleep(0.001)
-try:
-    promotion.promote(versions, "zorb", mine, "production", reason="race", expected=None)
-    print("won")
-except Conflict as error:
-    print("lost", error)
-"""
-
-
-@pytest.mark.slow
-def test_of_two_processes_promoting_from_the_same_state_exactly_one_wins(versions, register, spawn, tmp_path):
-    register(versions, b"1")
-    register(versions, b"2")
-    children = [spawn(PROMOTE, versions.home.path, number, tmp_path / "go") for number in (1, 2)]
-    while not all((tmp_path / f"ready{number}").exists() for number in (1, 2)):
-        assert all(child.poll() is None for child in children)
-    (tmp_path / "go").touch()
-    answers = [child.communicate(timeout=60)[0] for child in children]
-    assert sorted(answer.split()[0] for answer in answers) == ["lost", "won"]
-    assert len(state(versions)[1]) == 1
-
-
 def test_rollback_goes_back_one_further_each_time(mirrored, register):
     for content in (b"1", b"2", b"3"):
         version = register(mirrored, content)
@@ -259,28 +186,6 @@ def test_rollback_of_what_was_never_promoted_is_refused(versions, register):
     register(versions, b"1")
     with pytest.raises(UnknownVersion, match="production"):
         rollback(versions, "zorb")
-
-
-@pytest.mark.parametrize("statement", ["UPDATE events SET actor = 'eve'", "DELETE FROM events"])
-def test_events_cannot_be_changed(versions, register, statement):
-    register(versions, b"weights", alias_request="staging")
-    with pytest.raises(DatabaseError, match="append-only"), versions.lineage.database.write() as session:
-        session.execute(text(statement))
-    assert len(state(versions)[1]) == 1
-
-
-def test_failed_promotion_leaves_neither_alias_nor_event(versions, register, monkeypatch):
-    register(versions, b"weights")
-    real = promotion.catalog.move_alias
-
-    def die(*arguments, **settings):
-        real(*arguments, **settings)
-        raise RuntimeError("the power is gone")
-
-    monkeypatch.setattr(promotion.catalog, "move_alias", die)
-    with pytest.raises(RuntimeError, match="power"):
-        promote(versions, "zorb", 1, "production", reason="r")
-    assert state(versions) == ({}, [])
 
 
 MOVES = st.lists(st.tuples(st.sampled_from(["promote", "rollback", "refuse"]), st.integers(1, 4)), max_size=30)

@@ -18,8 +18,6 @@ from registry.records.mlbom import mlbom
 from registry.records.provenance import provenance
 from registry.records.spdx import HUB, hub_license
 
-pytestmark = pytest.mark.slow
-
 EVIL = "<script>alert(1)</script> | `x` [a](javascript:b)\n# not a heading"
 METRICS = {
     "clip_t": {"base": 0.2, "adapter": 0.25, "difference": 0.05, "interval": [0.01, 0.09], "n": 6, "verdict": "better"}

@@ -4,13 +4,11 @@ import pytest
 
 from lora_engine.files import sha256_bytes
 from registry import promotion
-from registry.entities import Execution, Subject, now
+from registry.entities import Execution, now
 from registry.errors import PromotionError, Refused, RightsError
 from registry.governance.revoked import read_revoked
 from registry.promotion import history, promote, read_log, replay
 from registry.revocation import lift, revoke
-
-pytestmark = pytest.mark.slow
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
 PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
@@ -19,40 +17,8 @@ ONE, TWO, THREE = ("1" * 64, "2" * 64, "3" * 64)
 
 
 @pytest.fixture
-def line(versions):
-    """Registers what a line makes of pictures ({digest: consent}) or of other versions; gives the version."""
-
-    def make(content, pictures=None, name="zorb", adapters=(), promoted=None):
-        store, lineage = versions.store, versions.lineage
-        run = lineage.start_run(f"make {name}", {})
-        inputs = {f"adapters.{place}": version.artifact for place, version in enumerate(adapters)}
-        if pictures is not None:
-            entries = [PICTURE | {"sha256": p, "source": f"{p[:1]}.png", "consent": c} for p, c in pictures.items()]
-            manifest = json.dumps({"pictures": entries}).encode()
-            dataset = inputs["dataset"] = store.put_files("manifest", {"manifest.json": manifest})
-            subjects = [Subject(digest, "picture", "p") for digest in pictures]
-            subjects += [Subject(consent, "consent", "c") for consent in pictures.values() if consent]
-            taken = Execution(
-                f"{run.id}-i", run.id, "i", "ingest", "1", f"{run.id}-i", output=dataset, started_at=now()
-            )
-            lineage.record(taken, contents=store.files(dataset), subjects=subjects)
-        adapter = store.put_files("adapter", {"adapter.safetensors": content})
-        uses = "merge" if adapters else "train"
-        told = {"settings": {"base": "tiny"}}
-        made = Execution(run.id, run.id, uses, uses, "1", run.id, told, inputs, adapter, started_at=now())
-        lineage.record(made, contents=store.files(adapter))
-        written = store.put_files("export", {"kohya/a.safetensors": b"as kohya " + content})
-        convert = Execution(
-            f"{run.id}-c", run.id, "c", "convert", "1", f"{run.id}-c", {}, {"adapter": adapter}, written
-        )
-        lineage.record(convert, contents=store.files(written))
-        lineage.finish_run(run.id, "COMPLETED")
-        version = versions.register(name, adapter, run_id=run.id, gates=[GATE], passed=True)
-        if promoted:
-            promote(versions, name, version.version, promoted, reason="r")
-        return version
-
-    return make
+def line(from_pictures):
+    return from_pictures
 
 
 def test_a_consent_reaches_every_dataset_run_version_merge_export_and_alias(versions, line):

@@ -18,8 +18,6 @@ from registry.records.keys import fingerprint, make_key, read_private_key, read_
 from registry.records.signing import is_signed, sign, signature_findings, verify
 from registry.tables import VersionRow
 
-pytestmark = pytest.mark.slow
-
 SECRET = b"a passphrase"
 
 

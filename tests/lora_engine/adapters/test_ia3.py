@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from law_adapters import MATRICES, dense_output, forward_of, input_of, layer_of, moved_delta
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_engine.adapters import Adapter, DictTree, Ia3Delta, LoraDelta, PeftIa3Delta, attach, create_adapter
+from lora_engine.adapters import Adapter, Ia3Delta, LoraDelta, PeftIa3Delta, create_adapter
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.formats import read_adapter, write_adapter
 
@@ -61,23 +62,14 @@ def test_a_format_that_means_something_else_refuses_the_kind(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ia3", "peft-ia3"])
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_a_stack_of_adapters_adds_up_what_each_makes_of_the_base(kind, axis):
-    """A gain must not scale what another adapter added: the changes of several adapters are summed."""
-    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
-    tree = DictTree({"unet": nn.ModuleDict({"layer": layer})})
-    fresh = create_adapter(tree, "*", kind, options={"axis": axis}).modules["unet.layer"]
-    gains = fresh.with_factors({"scale": torch.randn(fresh.scale.shape)})
-    lora = LoraDelta(torch.randn(2, 6), torch.randn(5, 2), 2.0)
-    total = layer.weight + gains.delta_weight(layer.weight) + lora.delta_weight(layer.weight)
-    moved = gains.delta_bias(layer.bias)
-    bias = layer.bias if moved is None else layer.bias + moved
-    for order in ((lora, gains), (gains, lora)):
-        first, second = (attach(tree, Adapter({"unet.layer": delta})) for delta in order)
-        with first, second:
-            found = tree.get_module("unet.layer")(x)
-            torch.testing.assert_close(found, nn.functional.linear(x, total, bias), rtol=1e-5, atol=1e-5)
-            second.detach()
+def test_a_gain_of_the_inputs_computes_what_its_dense_delta_says(kind):
+    for name in MATRICES:  # a gain of the outputs is the laws' affair
+        layer = layer_of(name)
+        delta, x = moved_delta(layer, kind, axis="input"), input_of(layer)
+        assert delta.scale.numel() == layer.weight.shape[1]
+        with torch.no_grad():
+            found, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_norms_are_refused():

@@ -28,8 +28,8 @@ def wrapped(inputs: int, outputs: int, rank: int, *, bias: bool = True, kind: st
     return AdaptedLayer(layer, delta.with_factors(factors), 0.7, trainable=True)
 
 
-def results(adapted: AdaptedLayer, x: Tensor) -> dict[str, Tensor]:
-    entering = x.detach().clone().requires_grad_()
+def results(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[str, Tensor]:
+    entering = x.detach().clone().requires_grad_(learns)
     out = adapted(entering)
     (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
     found = {"out": out.detach(), "x": entering.grad}
@@ -39,10 +39,10 @@ def results(adapted: AdaptedLayer, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def by_the_long_way(adapted: AdaptedLayer, x: Tensor) -> dict[str, Tensor]:
+def by_the_long_way(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[str, Tensor]:
     whole, adapted.whole = adapted.whole, None
     try:
-        return results(adapted, x)
+        return results(adapted, x, learns=learns)
     finally:
         adapted.whole = whole
 
@@ -103,29 +103,127 @@ def test_what_an_optimiser_writes_is_seen_at_the_next_step() -> None:
     torch.testing.assert_close(results(adapted, x.double())["out"].float(), after, rtol=1e-4, atol=1e-4)
 
 
-def hooked(adapted: AdaptedLayer) -> None:
-    adapted.base.register_forward_hook(lambda layer, given, out: out + 100)
+@pytest.mark.parametrize("way", SHAPES)
+def test_an_input_that_takes_no_gradient_leaves_the_factors_theirs(way: str) -> None:
+    rows, inputs, outputs, rank = SHAPES[way]
+    adapted = wrapped(inputs, outputs, rank)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
+    mine, theirs = results(adapted, x, learns=False), by_the_long_way(adapted, x, learns=False)
+    assert mine["x"] is None
+    for name in ("out", "down", "up"):
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()))
 
 
-def replaced(adapted: AdaptedLayer) -> None:
-    plain = adapted.base.forward
-    adapted.base.forward = lambda x: plain(x) + 100
+@pytest.mark.parametrize(
+    ("kind", "learns", "way", "count"),
+    [
+        ("lora", True, "side", 5),  # the factors, the weight, the rows, and what the rows have between the factors
+        ("lora", False, "side", 4),
+        ("lora-fa", True, "side", 4),
+        ("lora-fa", False, "side", 3),
+        ("lora", True, "merged", 4),
+        ("lora", False, "merged", 3),
+        ("lora-fa", True, "merged", 4),
+    ],
+)
+def test_the_backward_pass_keeps_only_what_a_gradient_needs(kind: str, learns: bool, way: str, count: int) -> None:
+    rows, inputs, outputs, rank = SHAPES[way]
+    adapted, packed = wrapped(inputs, outputs, rank, kind=kind), []
+    x = torch.ones(rows, inputs, requires_grad=learns)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        adapted(x)
+    assert len(packed) == count
 
 
-@pytest.mark.parametrize("change", [hooked, replaced])
-def test_a_layer_that_does_more_than_multiply_is_called(change: Callable[[AdaptedLayer], None]) -> None:
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replaced(layer: nn.Linear) -> None:
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 100  # type: ignore[method-assign]
+
+
+def parameterless(layer: nn.Linear) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+
+
+MORE: dict[str, Callable[[nn.Linear], object]] = {
+    "a hook": lambda layer: layer.register_forward_hook(lambda layer, given, out: out + 100),
+    "a hook before": lambda layer: layer.register_forward_pre_hook(lambda layer, given: None),
+    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda layer, into, out: None),
+    "a hook before the backward pass": lambda layer: layer.register_full_backward_pre_hook(lambda layer, out: None),
+    "another forward": replaced,
+    "another class": lambda layer: setattr(layer, "__class__", Doubling),
+    "a weight that is no parameter": parameterless,
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_a_layer_that_does_more_than_multiply_is_called(more: str) -> None:
     adapted = wrapped(12, 20, 3)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    assert adapted.goes_whole(x)
     before = results(adapted, x)["out"]
-    change(adapted)
-    torch.testing.assert_close(results(adapted, x)["out"], before + 100, rtol=1e-5, atol=1e-4)
+    MORE[more](adapted.base)
+    assert not adapted.goes_whole(x)
+    if more in ("a hook", "another forward"):
+        torch.testing.assert_close(results(adapted, x)["out"], before + 100, rtol=1e-5, atol=1e-4)
 
 
-def test_a_base_that_learns_gets_its_gradient() -> None:
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(12), torch.ones(12, 3).t(), torch.ones(3, 12, dtype=torch.float64)],
+    ids=["one dimension", "not contiguous", "another dtype"],
+)
+def test_inputs_that_one_step_cannot_take_go_through_the_layer(x: Tensor) -> None:
     adapted = wrapped(12, 20, 3)
-    adapted.base.requires_grad_(True)
+    assert adapted.goes_whole(torch.ones(3, 12))
+    assert not adapted.goes_whole(x)
+    if x.dtype == torch.float32:
+        out = adapted(x)
+        torch.testing.assert_close(out, adapted(x.expand(2, *x.shape).contiguous())[0], rtol=1e-5, atol=1e-4)
+
+
+def test_under_autocast_the_layer_is_called() -> None:
+    adapted = wrapped(12, 20, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not adapted.goes_whole(torch.ones(3, 12))
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_of_which_one_part_learns_gets_its_gradient(part: str) -> None:
+    adapted = wrapped(12, 20, 3)
+    getattr(adapted.base, part).requires_grad_(True)
+    assert not adapted.goes_whole(torch.ones(3, 12))
     results(adapted, torch.ones(3, 12))
-    assert adapted.base.weight.grad is not None
+    assert getattr(adapted.base, part).grad is not None
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "rank", "merged"),
+    [
+        (16, 8, 8, 4, True),
+        (15, 8, 8, 4, False),  # what the rows have between the factors is smaller than the weight
+        (9, 8, 8, 8, True),
+        (8, 8, 8, 8, False),  # as many rows as columns
+        (13, 4, 12, 8, True),
+        (6, 4, 12, 8, False),
+        (7, 4, 12, 8, True),
+        (7, 12, 4, 8, True),
+    ],
+)
+def test_the_difference_is_merged_where_that_costs_less(
+    rows: int, inputs: int, outputs: int, rank: int, merged: bool
+) -> None:
+    down, up = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
+    assert merges(rows, down, up) == merged
+    assert merges(rows, down.double(), up.double()) == merged
 
 
 def test_low_precision_is_never_merged_since_that_would_round_the_difference_away() -> None:

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from law_adapters import fresh_delta, tree_of
 from torch import nn
 
-from lora_engine.adapters import DictTree, LoraDelta, PissaDelta, attach, create_adapter
+from lora_engine.adapters import LoraDelta, PissaDelta, attach, create_adapter
 from lora_engine.adapters.pissa import principal_part
 from lora_engine.errors import SettingsError
 
 
 def fresh(layer, rank, alpha=None):
-    return create_adapter(DictTree({"unet": nn.Sequential(layer)}), "*", "pissa", rank, alpha).modules["unet.0"]
+    return fresh_delta(layer, "pissa", rank, alpha)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(9, 7), nn.Conv2d(4, 6, 3), nn.Embedding(9, 5)])
@@ -39,7 +40,7 @@ def test_the_settled_lora_is_the_same_delta_with_the_same_scale():
 
 def test_what_it_began_as_is_not_trained():
     layer = nn.Linear(9, 7)
-    tree = DictTree({"unet": nn.Sequential(layer)})
+    tree = tree_of(layer)
     adapter = create_adapter(tree, "*", "pissa", 2)
     with attach(tree, adapter, trainable=True) as attachment:
         assert {name.split(".")[-1] for name, _ in attachment.named_parameters()} == {"down", "up"}

@@ -8,9 +8,7 @@ from torch import nn
 from lora_engine.adapters import (
     Adapter,
     BoftDelta,
-    DictTree,
     LayerOp,
-    LoraDelta,
     OftDelta,
     PeftBoftDelta,
     PeftOftDelta,
@@ -114,18 +112,6 @@ def test_pefts_constraint_holds_back_the_value_and_lets_the_gradient_through():
     # Two blocks: each norm, which is sqrt(2) of the angle, is at most 0.1 / sqrt(2).
     capped = PeftOftDelta(torch.tensor([[0.05], [0.001]]))
     torch.testing.assert_close(delta.delta_weight(weight), capped.delta_weight(weight))
-
-
-@pytest.mark.parametrize("kind", ROTATIONS)
-def test_a_stack_adds_up_and_no_rotation_turns_another_adapters_share(kind):
-    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
-    tree = DictTree({"unet": nn.ModuleDict({"layer": layer})})
-    rotation, lora = random_rotation(kind, layer.weight.detach()), LoraDelta(torch.randn(2, 8), torch.randn(8, 2), 2.0)
-    total = layer.weight + rotation.delta_weight(layer.weight) + lora.delta_weight(layer.weight)
-    with attach(tree, Adapter({"unet.layer": lora})), attach(tree, Adapter({"unet.layer": rotation})) as upper:
-        found = tree.get_module("unet.layer")(x)
-        torch.testing.assert_close(found, nn.functional.linear(x, total, layer.bias), rtol=1e-4, atol=1e-4)
-        upper.detach()
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)

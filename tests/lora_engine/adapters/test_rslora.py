@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from law_adapters import fresh_delta
 
-from lora_engine.adapters import DictTree, LoraDelta, create_adapter
+from lora_engine.adapters import LoraDelta
 from lora_engine.errors import SettingsError
 
 
 def made(rank, alpha, **options):
-    tree = DictTree({"unet": torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3))})
-    return create_adapter(tree, "*", "rslora", rank, alpha, options=options).modules["unet.0"]
+    return fresh_delta(torch.nn.Conv2d(16, 16, 3), "rslora", rank, alpha, **options)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (4, 1.0), (9, 2.5), (16, None)])

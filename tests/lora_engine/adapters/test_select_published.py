@@ -1,10 +1,14 @@
 """What the presets mean on the published architectures, counted."""
 
+from functools import cache
+
 import pytest
 
 from lora_engine.adapters import select_modules
 from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import SettingsError
+
+shapes_of = cache(published_module_shapes)
 
 # Architecture to counts in the order of PRESETS; None is not looked at. Attention of SD 3: 8 layers a block (the last
 # gives no text), 4 more in each of the 13 blocks of 3.5 medium with a second attention. FLUX: 19 x 8 + 38 x 3.
@@ -22,7 +26,7 @@ PRESETS = ("attention", "attention+ff", "linear", "all", "norms", "text")
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_each_preset_means_so_many_layers(name):
-    modules = published_module_shapes(name)
+    modules = shapes_of(name)
     for preset, count in zip(PRESETS, COUNTS[name], strict=True):
         if count == 0:
             with pytest.raises(SettingsError, match="means no module"):
@@ -32,7 +36,7 @@ def test_each_preset_means_so_many_layers(name):
 
 
 def test_the_feed_forward_of_flux_has_its_single_blocks_too():
-    found = select_modules(published_module_shapes("flux"), "attention+ff")
+    found = select_modules(shapes_of("flux"), "attention+ff")
     assert "transformer.single_transformer_blocks.37.proj_mlp" in found
     assert "transformer.single_transformer_blocks.37.proj_out" in found
     assert "transformer.transformer_blocks.0.ff_context.net.2" in found
@@ -40,7 +44,7 @@ def test_the_feed_forward_of_flux_has_its_single_blocks_too():
 
 
 def test_the_text_of_flux_is_clip_and_t5():
-    found = select_modules(published_module_shapes("flux"), "text")
+    found = select_modules(shapes_of("flux"), "text")
     assert "text_encoder.text_model.encoder.layers.0.mlp.fc1" in found
     assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in found
     assert "text_encoder_2.encoder.block.23.layer.1.DenseReluDense.wo" in found

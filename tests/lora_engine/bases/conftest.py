@@ -1,10 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from lora_engine.bases.untrained import write_untrained_base
 
 SHAPES = (
     "small-sd",
@@ -19,6 +18,5 @@ SHAPES = (
 
 
 @pytest.fixture(scope="session")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {shape: write_untrained_base(folder / shape, shape) for shape in SHAPES}
+def untrained(untrained_base: Callable[[str], Path]) -> dict[str, Path]:
+    return {shape: untrained_base(shape) for shape in SHAPES}

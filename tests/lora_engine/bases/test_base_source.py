@@ -166,7 +166,7 @@ def test_without_network_and_cache_the_error_names_every_way_out() -> None:
 def test_half_a_base_in_the_cache_is_not_taken_for_a_whole_one(hub_cache: Path, untrained: dict[str, Path]) -> None:
     folder = fill_cache(hub_cache, untrained["small-sd"])
     shutil.rmtree(folder / "unet")
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match="the component 'unet' is missing"):
         resolve_base("org/name")
 
 

@@ -61,6 +61,7 @@ def test_sigmas_are_shifted_as_by_the_scheduler_for_every_size(
 
     theirs = FlowMatchEulerDiscreteScheduler(**settings)
     ours = flow_schedule_from(theirs.config).shift
+    assert ours.dynamic == settings.get("use_dynamic_shifting", False)
     plain = np.linspace(1.0, 0.1, 10)
     mu = calculate_shift(size[0] * size[1] // 4, max_shift=theirs.config.max_shift)
     theirs.set_timesteps(sigmas=plain, mu=mu)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,25 +10,24 @@ import torch
 from lora_engine.bases.base import load_base
 from lora_engine.bases.single_file import cache_folder
 from lora_engine.bases.source import resolve_base
-from lora_engine.bases.untrained import write_untrained_base
-from lora_engine.checkpoints import convert_checkpoint
 from lora_engine.errors import BaseModelError
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(untrained_base: Callable[[str], Path]) -> Path:
     """A narrow base with the blocks of Stable Diffusion 1.5."""
-    return write_untrained_base(tmp_path_factory.mktemp("folder") / "narrow", "sd15")
+    return untrained_base("sd15")
 
 
 @pytest.fixture
-def single(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def single(
+    untrained_file: Callable[[str], Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The same base as an original single file, with its settings beside it, and an empty cache."""
     monkeypatch.setenv("LORALINE_CACHE", str(tmp_path / "cache"))
     place = tmp_path / "models"
-    file = convert_checkpoint(folder, place / "narrow.safetensors", to="ldm")[0]
     shutil.copytree(folder, place / "narrow", ignore=shutil.ignore_patterns("*.safetensors"))
-    return file
+    return Path(shutil.copy(untrained_file("sd15"), place / "narrow.safetensors"))
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_other_settings_beside_the_file_are_another_base(single: Path) -> None:
 
 def test_a_damaged_file_is_refused_and_leaves_no_folder(single: Path) -> None:
     single.write_bytes(single.read_bytes()[:-100])
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=r"narrow\.safetensors"):
         resolve_base(str(single))
     assert not [path for path in (cache_folder() / "bases").iterdir() if path.is_dir()]
 
@@ -73,8 +73,8 @@ def test_without_a_tokenizer_the_error_says_where_one_is_looked_for(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    shutil.rmtree(single.parent / "narrow")
-    with pytest.raises(BaseModelError):
+    shutil.rmtree(single.parent / "narrow" / "tokenizer")
+    with pytest.raises(BaseModelError, match=r"needs the tokenizer.*vocab\.json"):
         resolve_base(str(single))
 
 

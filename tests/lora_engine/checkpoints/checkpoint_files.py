@@ -29,6 +29,7 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def same_bytes(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         other = right[name]

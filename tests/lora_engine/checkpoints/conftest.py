@@ -1,37 +1,28 @@
 from __future__ import annotations
 
 import sys
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_engine.bases.untrained import write_untrained_base
-from lora_engine.checkpoints import convert_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from checkpoint_files import ARCHITECTURES
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "formats")]
+from checkpoint_files import ARCHITECTURES  # noqa: E402 (the path is set above)
+from forked_readers import forked_readers  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(untrained_base: Callable[[str], Path]) -> dict[str, Path]:
     """Narrow bases with the real blocks, as diffusers folders."""
-    root = tmp_path_factory.mktemp("folders")
-    with warnings.catch_warnings():
-        # Saving a pipeline without a safety checker makes diffusers say so.
-        warnings.simplefilter("ignore")
-        return {name: write_untrained_base(root / name, name) for name in ARCHITECTURES}
+    return {name: untrained_base(name) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="session")
-def singles(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> dict[str, Path]:
+def singles(untrained_file: Callable[[str], Path]) -> dict[str, Path]:
     """The same bases as original single files."""
-    root = tmp_path_factory.mktemp("singles")
-    return {
-        name: convert_checkpoint(folder, root / f"{name}.safetensors", to="ldm")[0] for name, folder in folders.items()
-    }
+    return {name: untrained_file(name) for name in ARCHITECTURES}
 
 
 @pytest.fixture

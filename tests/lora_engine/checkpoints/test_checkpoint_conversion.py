@@ -14,8 +14,6 @@ from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints import convert_checkpoint, inspect_checkpoint
 from lora_engine.errors import BaseModelError
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_there_and_back_gives_every_tensor_byte_for_byte(
@@ -60,6 +58,7 @@ def test_the_architecture_is_told_from_the_folder(
 ) -> None:
     found, single = inspect_checkpoint(folders[name]), inspect_checkpoint(singles[name])
     assert found["architecture"] == name
+    assert found["components"].keys() == single["components"].keys() >= {"unet", "vae", "text_encoder"}
     for component, summary in found["components"].items():
         assert summary["parameters"] == single["components"][component]["parameters"]
 
@@ -175,6 +174,7 @@ def test_shards_are_read_together(folders: dict[str, Path], singles: dict[str, P
     same_bytes(load_file(singles["sd15"]), load_file(again))
 
 
+@pytest.mark.usefixtures("forked_readers")
 def test_a_pickled_checkpoint_becomes_the_same_folder(
     folders: dict[str, Path], small: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -19,8 +19,6 @@ from lora_engine.checkpoints.recognise import recognise
 from lora_engine.errors import SettingsError
 from lora_engine.formats.ldm_names import LAYOUTS, UnetLayout
 
-pytestmark = pytest.mark.slow
-
 # Written by hand, not from the tables: what each architecture stores, and how many tensors that are.
 COUNTS = {
     "sd15": {"unet": 686, "vae": 248, "text_encoder": 196},
@@ -194,6 +192,7 @@ def test_a_file_of_the_published_shapes_is_recognised_and_planned_whole(name: st
         assert told.architecture == ("sd2" if name == "sd2-base" else name)
         components = components_of(told, None)
         plans = plan_folder(original, told, components)
+    assert plans.keys() == {entry.component for entry in checkpoint_names(name)}
     for component, plan in plans.items():
         assert {entry: tensor.shape for entry, tensor in plan.items()} == tensor_shapes(
             component, components[component]

@@ -15,8 +15,6 @@ from transformers import CLIPTokenizer
 from lora_engine.checkpoints import convert_checkpoint, inspect_checkpoint
 from lora_engine.errors import AdapterError, BaseModelError, EngineError, SettingsError
 
-pytestmark = pytest.mark.slow
-
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -91,6 +89,7 @@ def test_a_unet_that_reads_other_channels_is_named(small: dict[str, Tensor], tmp
     refuse(path, tmp_path, "InstructPix2Pix")
 
 
+@pytest.mark.usefixtures("forked_readers")
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "x.ckpt")
     refuse(tmp_path / "x.ckpt", tmp_path, "no table of tensors")

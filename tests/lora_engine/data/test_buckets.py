@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -50,21 +50,32 @@ def test_the_buckets_of_512_are_those_of_the_field() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
+@example(214, 492)  # held back by the limit, and what it gets is among the sizes too
 def test_a_picture_goes_where_the_least_is_cut_off_and_is_never_enlarged_beyond_the_limit(w: int, h: int) -> None:
     buckets = Buckets(step=64, enlarge=1.5)
     sizes = bucket_sizes(512, buckets)
+    low, _ = buckets.sides(512)
     fit = choose_bucket((w, h), sizes, buckets, 512)
+    distances = {size: abs(math.log(size[0] / size[1]) - math.log(w / h)) for size in sizes}
+    nearest = [size for size in sizes if distances[size] <= min(distances.values()) + 1e-8]
+    within_limit = {max(size[0] / w, size[1] / h) <= buckets.enlarge for size in nearest}
     if fit is None:
-        # What is refused could not fill the smallest side without more than the limit.
-        assert min(w, h) * buckets.enlarge < buckets.sides(512)[0] + 64
+        # Only what cannot fill the smallest side is refused.
+        assert False in within_limit
+        assert min(w, h) * buckets.enlarge < low
         return
-    assert fit.scale <= buckets.enlarge
+    assert fit.scale == max(fit.size[0] / w, fit.size[1] / h) <= buckets.enlarge
     assert fit.resized[0] >= fit.size[0]
     assert fit.resized[1] >= fit.size[1]
     assert fit.size[0] % 64 == fit.size[1] % 64 == 0
-    if fit.size in sizes:
-        wanted = abs(math.log(fit.size[0] / fit.size[1]) - math.log(w / h))
-        assert all(wanted <= abs(math.log(a / b) - math.log(w / h)) + 1e-8 for a, b in sizes) or fit.scale == 1.5
+    if within_limit == {True}:
+        assert fit.size in nearest
+    if within_limit == {False}:
+        # Each side is cut to whole steps within the limit, and no further.
+        assert any(
+            all(got == min(side, int(own * buckets.enlarge) // 64 * 64) for got, side, own in zip(*sides, strict=True))
+            for sides in ((fit.size, size, (w, h)) for size in nearest)
+        )
 
 
 def test_the_limit_is_what_holds_a_small_picture_back() -> None:

@@ -35,6 +35,7 @@ class Case:
         named: Whether it is read for `BASE`.
         file: What it is called.
         dangerous: Whether reading it might take much memory or time, so that a limited child process does it.
+        nightly: Whether refusing it takes more than ten seconds.
     """
 
     build: Callable[[Path], None]
@@ -42,6 +43,7 @@ class Case:
     named: bool = False
     file: str = "a.safetensors"
     dangerous: bool = False
+    nightly: bool = False
 
 
 def ones(*shape, dtype=torch.float32):
@@ -490,7 +492,7 @@ CORPUS: dict[str, Case] = {
     "a zip bomb in disguise": Case(zip_bomb, PICKLE, dangerous=True),
     # Size.
     "a hundred thousand tensors and one": Case(many(100_001), "100001 tensors", dangerous=True),
-    "a million tensors": Case(many(1_000_000), "1000000 tensors", dangerous=True),
+    "a million tensors": Case(many(1_000_000), "1000000 tensors", dangerous=True, nightly=True),
     "a sparse file of a terabyte": Case(sparse(1 << 40, b"\x02\0\0\0\0\0\0\0{}"), "bytes", dangerous=True),
     "a sparse header": Case(sparse(99_999_999 + 8, struct.pack("<Q", 99_999_999)), "broken", dangerous=True),
 }

@@ -164,7 +164,7 @@ class Canary:
 
 @pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.bin", "a.safetensors"])
 @pytest.mark.parametrize("form", ["zip", "raw"])
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_readers")
 def test_pickles_are_refused_unread(name, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name

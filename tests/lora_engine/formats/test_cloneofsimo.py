@@ -193,7 +193,7 @@ def test_the_scale_goes_into_the_factor():
     torch.testing.assert_close(back.delta_weight(weight), delta.delta_weight(weight))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_readers")
 def test_pickled_lists_are_read_with_their_companions(tmp_path):
     tensors, _, deltas = file_of(*TARGETS["default"])
     for part, middle in (("unet", ""), ("text_encoder", ".text_encoder")):
@@ -202,7 +202,7 @@ def test_pickled_lists_are_read_with_their_companions(tmp_path):
         torch.save(weights, tmp_path / f"zorb{middle}.pt")
     torch.save({"<s1>": torch.ones(5)}, tmp_path / "zorb.ti.pt")
     bundle = read_bundle(tmp_path / "zorb.pt", NAMES)
-    assert bundle.adapter.modules == Adapter(deltas).modules or bundle.adapter == Adapter(deltas, bundle.adapter.base)
+    assert bundle.adapter == Adapter(deltas, bundle.adapter.base)
     assert [word.token for word in bundle.embeddings] == ["<s1>"]
     alone = read_adapter(tmp_path / "zorb.text_encoder.pt", NAMES)[0]
     assert alone.modules.keys() == {name for name in deltas if name.startswith("text_encoder.")}

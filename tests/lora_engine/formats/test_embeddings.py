@@ -41,7 +41,7 @@ PICKLED = {
 
 
 @pytest.mark.parametrize("case", PICKLED)
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_readers")
 def test_pickled_forms_are_read(case, tmp_path):
     content, token, vectors = PICKLED[case]
     torch.save(content, tmp_path / "file.pt")
@@ -178,7 +178,7 @@ def test_other_programs_bundles_are_read(tmp_path):
         read_bundle(tmp_path / "out.safetensors")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_readers")
 def test_an_embedding_alone_is_inspected_and_is_no_adapter(tmp_path):
     torch.save(a1111(VECTORS), tmp_path / "zorb.pt")
     found = json.loads(json.dumps(inspect(tmp_path / "zorb.pt")))

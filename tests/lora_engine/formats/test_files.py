@@ -215,7 +215,7 @@ def test_a_lone_file_that_has_its_alphas_supposes_nothing(tmp_path):
     assert not bundle.assumed
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_readers")
 def test_weights_that_an_old_peft_pickled_are_read_with_their_configuration(tmp_path):
     torch.save(peft_tensors(), tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_config\.json' is missing"):

@@ -39,7 +39,9 @@ def body_of(path) -> bytes:
 @pytest.mark.parametrize("form", sorted(set(codecs) - {"bfl", "xlabs", "cloneofsimo"}))  # read only, or count by a base
 def test_every_format_states_what_the_standard_asks_for(form, tmp_path):
     files = write_adapter(tmp_path / form, adapter_of("sd", 768), format=form, card=CARD)
-    for path in (file for file in files if file.suffix == ".safetensors"):
+    written = [file for file in files if file.suffix == ".safetensors"]
+    assert written
+    for path in written:
         header = read_header(path)[1]
         assert all(header.get(f"modelspec.{key}") for key in MUST), form
         assert header["modelspec.sai_model_spec"] == "1.0.1"

@@ -120,9 +120,18 @@ def test_large_deltas_are_sketched_with_little_loss_and_the_same_bytes():
     assert float((weight - dense(first.delta, weight.shape)).norm()) <= 1.002 * least
 
 
-@pytest.mark.parametrize("asked", [{}, {"rank": 0}, {"energy": 1.1}, {"error": -0.1}, {"energy": float("nan")}])
-def test_impossible_budgets_are_refused(asked):
-    with pytest.raises(SettingsError):
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({}, "nothing says how much to keep"),
+        ({"rank": 0}, "rank is 0"),
+        ({"energy": 1.1}, "energy is 1.1"),
+        ({"error": -0.1}, "error is -0.1"),
+        ({"energy": float("nan")}, "energy is nan"),
+    ],
+)
+def test_impossible_budgets_are_refused(asked, problem):
+    with pytest.raises(SettingsError, match=problem):
         Budget(**asked)
 
 

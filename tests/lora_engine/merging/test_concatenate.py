@@ -29,9 +29,18 @@ def test_adapters_for_different_bases_are_refused(other, problem):
         concatenate([adapter_of(fingerprint="a"), other], [1.0, 1.0])
 
 
-@pytest.mark.parametrize("weights", [[], [1.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, 1.0, 1.0]])
-def test_weights_that_do_not_fit_are_refused(weights):
-    with pytest.raises(SettingsError):
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ([], "0 weights for 2 adapters"),
+        ([1.0], "1 weights for 2 adapters"),
+        ([1.0, float("nan")], "the weight nan"),
+        ([1.0, float("inf")], "the weight inf"),
+        ([1.0, 1.0, 1.0], "3 weights for 2 adapters"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights, problem):
+    with pytest.raises(SettingsError, match=problem):
         concatenate([adapter_of(), adapter_of()], weights)
 
 

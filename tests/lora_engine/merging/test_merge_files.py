@@ -7,7 +7,6 @@ from torch import nn
 
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.bases.base import load_base
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.data.manifest import Manifest, Picture
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import AdapterError, NonFiniteError, SettingsError
@@ -255,9 +254,8 @@ def test_options_are_read_by_method():
         parse_options("svd")
 
 
-@pytest.mark.slow
-def test_weights_are_learned_from_captioned_pictures_on_a_base(tmp_path):
-    base = write_untrained_base(tmp_path / "base", "small-sd")
+def test_weights_are_learned_from_captioned_pictures_on_a_base(untrained_base, tmp_path):
+    base = untrained_base("small-sd")
     model = load_base(str(base), device="cpu")
     fresh = create_adapter(model, ["attention", "text"], rank=2, generator=torch.Generator().manual_seed(0))
     files = []

@@ -76,7 +76,10 @@ def weights_of(path, modules, **options):
     """Weight and bias of modules, as they lie in a model's files."""
     places = open_model(path, **options).places
     names = [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
-    return {name: read_place(places[name]) for name in names if name in places}
+    found = {name: read_place(places[name]) for name in names if name in places}
+    assert found
+    assert {name.rpartition(".")[0] for name in found} == set(modules)
+    return found
 
 
 @functools.cache

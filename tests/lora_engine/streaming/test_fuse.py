@@ -3,6 +3,7 @@
 import itertools
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,7 @@ from lora_engine.merging.concatenate import concatenate
 from lora_engine.merging.deltas import needs_base_values
 from lora_engine.streaming import fuse, unfuse
 
-pytestmark = pytest.mark.slow
-
+STORED = "conditioner.embedders.1.model.text_projection"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 KINDS = sorted({random_delta(kind, (8, 8)).settled().kind for kind in kinds} - {"lora"})
 
@@ -94,10 +94,16 @@ def test_two_runs_give_the_same_bytes(bases, tmp_path):
     path = saved(adapter_for(bases["bfloat16"]), tmp_path / "a.safetensors")
     for name in ("one", "two"):
         fuse(bases["bfloat16"], [(path, 0.7)], tmp_path / name)
-    assert all(
-        file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
-        for file in (tmp_path / "one").rglob("*.*")
-    )
+    contents = [
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name).rglob("*")
+            if file.is_file()
+        }
+        for name in ("one", "two")
+    ]
+    assert Path(UNET) in contents[0]
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -189,32 +195,61 @@ def test_other_float_dtypes_are_fused_in_wider_arithmetic(dtype, bases, tmp_path
         torch.testing.assert_close(after[f"{name}.weight"].to(wide), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sd15", "sd2", "sdxl"])
-def test_an_original_file_is_fused_like_the_folder_that_it_came_from(architecture, tmp_path, recwarn):
-    from lora_engine.bases.untrained import write_untrained_base
+ATTENTIONS = {
+    "lora": "unet.down_blocks.1.attentions.0",
+    "lokr": "unet.down_blocks.1.attentions.1",
+    "dora": "unet.down_blocks.2.attentions.0",
+}
+CONVOLUTIONS = {
+    "lora": "unet.mid_block.resnets.1.conv2",
+    "lokr": "unet.mid_block.resnets.0.conv1",
+    "dora": "unet.down_blocks.1.resnets.0.conv1",
+}
 
-    folder = write_untrained_base(tmp_path / "folder", architecture)
-    recwarn.clear()
-    (single,) = convert_checkpoint(folder, tmp_path / "single.safetensors", to="ldm")
+
+@pytest.mark.parametrize("architecture", ["sd15", "sd2", "sdxl"])
+def test_an_original_file_is_fused_like_the_folder_that_it_came_from(
+    architecture, untrained_base, untrained_file, tmp_path
+):
+    folder, single = untrained_base(architecture), untrained_file(architecture)
     encoder = "text_encoder_2" if architecture == "sdxl" else "text_encoder"
-    layer = f"{encoder}.text_model.encoder.layers.3"
-    unet = "unet.down_blocks.1.attentions.0"
-    targets = [f"{layer}.self_attn.k_proj", f"{layer}.self_attn.v_proj", f"{layer}.mlp.fc1", f"{unet}.proj_in"]
-    targets += [f"{unet}.transformer_blocks.0.attn2.to_k", "unet.mid_block.resnets.1.conv2"]
-    if architecture == "sdxl":
-        targets.append("text_encoder_2.text_projection")
-    for kind in ("lora", "lokr", "dora"):
-        path = saved(adapter_for(folder, kind, targets=targets), tmp_path / f"{kind}.safetensors")
-        fuse(folder, [(path, 0.7)], tmp_path / f"{kind}-folder")
-        fuse(single, [(path, 0.7)], tmp_path / f"{kind}-single.safetensors")
-        (expected,) = convert_checkpoint(tmp_path / f"{kind}-folder", tmp_path / f"{kind}.x.safetensors", to="ldm")
-        one, two = load_file(expected), load_file(tmp_path / f"{kind}-single.safetensors")
-        assert one.keys() == two.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7, msg=f"{kind} {name}")
-        changed = [name for name, tensor in load_file(single).items() if not torch.equal(tensor, two[name])]
-        assert len(changed) == len(targets) - (0 if architecture == "sd15" else 1)  # k and v lie in one tensor
+    modules = {}
+    for number, (kind, attention) in enumerate(ATTENTIONS.items()):
+        layer = f"{encoder}.text_model.encoder.layers.{number + 3}"
+        targets = [f"{layer}.self_attn.k_proj", f"{layer}.self_attn.v_proj", f"{layer}.mlp.fc1"]
+        targets += [f"{attention}.proj_in", f"{attention}.transformer_blocks.0.attn2.to_k", CONVOLUTIONS[kind]]
+        of_kind = adapter_for(folder, kind, targets=targets).modules
+        assert of_kind.keys() == set(targets)
+        modules |= of_kind
+    path = saved(Adapter(modules), tmp_path / "a.safetensors")
+    fuse(folder, [(path, 0.7)], tmp_path / "folder")
+    fuse(single, [(path, 0.7)], tmp_path / "single.safetensors")
+    (converted,) = convert_checkpoint(tmp_path / "folder", tmp_path / "converted.safetensors", to="ldm")
+    before, expected, found = (load_file(file) for file in (single, converted, tmp_path / "single.safetensors"))
+    assert expected.keys() == found.keys() == before.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, found[name])}
+    # One tensor holds k and v of a layer.
+    assert len(changed) == len(modules) - (0 if architecture == "sd15" else len(ATTENTIONS))
+    for name in expected:
+        if name in changed:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7, msg=name)
+        else:
+            assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "dora"])
+def test_a_weight_that_an_original_file_stores_transposed_is_fused_like_the_folders(
+    kind, untrained_base, untrained_file, tmp_path
+):
+    name = "text_encoder_2.text_projection"
+    folder, single = untrained_base("sdxl"), untrained_file("sdxl")
+    path = saved(adapter_for(folder, kind, targets=[name]), tmp_path / "a.safetensors")
+    fuse(folder / "text_encoder_2", [(path, 0.7)], tmp_path / "folder")
+    fuse(single, [(path, 0.7)], tmp_path / "single.safetensors")
+    stored, fused = (load_file(file)[STORED] for file in (single, tmp_path / "single.safetensors"))
+    of_folder = load_file(tmp_path / "folder" / "model.safetensors")["text_projection.weight"]
+    assert not torch.equal(fused, stored)
+    torch.testing.assert_close(fused.T, of_folder, rtol=1e-6, atol=1e-7)
 
 
 def test_adapters_of_any_format_are_fused(bases, tmp_path):

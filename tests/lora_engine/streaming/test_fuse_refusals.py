@@ -1,6 +1,7 @@
 """What fusing refuses, before a byte is written; and what is left when it is stopped half way."""
 
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
@@ -95,11 +96,18 @@ def test_places_that_cannot_be_are_refused(bases, tmp_path):
             fuse(model, [(path, 1.0)], out)
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty", "strange.safetensors"])
-def test_what_is_no_model_is_refused(name, bases, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nothing", "no such file or folder"),
+        ("empty", "holds 0 files of weights"),
+        ("strange.safetensors", "nothing tells which component"),
+    ],
+)
+def test_what_is_no_model_is_refused(name, problem, tmp_path):
     (tmp_path / "empty").mkdir()
     save_file({"a": torch.ones(2, 2)}, tmp_path / "strange.safetensors")
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=problem):
         open_model(tmp_path / name)
 
 
@@ -123,33 +131,36 @@ def test_a_weight_of_integers_is_refused(bases, tmp_path):
 
 
 CHILD = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 from lora_engine.streaming import fuse, rewrite
 written = rewrite._write_changed
 def slowly(*arguments):
     written(*arguments)
-    Path(sys.argv[4]).touch()
+    Path(sys.argv[2], threading.current_thread().name).touch()
     time.sleep(60)
 rewrite._write_changed = slowly
-fuse(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)], Path(sys.argv[3]))
+adapter = [(Path(sys.argv[1]), 1.0)]
+pairs = zip(sys.argv[3::2], sys.argv[4::2])
+for number, (model, out) in enumerate(pairs):
+    threading.Thread(target=fuse, args=(Path(model), adapter, Path(out)), name=f"half{number}").start()
 """
 
 
-@pytest.mark.parametrize("model", [".", UNET])
-@pytest.mark.slow
-def test_a_killed_run_leaves_no_output_and_the_source_as_it_was(model, bases, tmp_path):
+def test_a_killed_run_leaves_no_output_and_the_source_as_it_was(bases, tmp_path):
     base = bases["float32"]
     before = digest(base)
     path = saved(adapter_for(base, targets=TARGETS[:2]), tmp_path / "a.safetensors")
-    out, half = tmp_path / ("out" if model == "." else "out.safetensors"), tmp_path / "half"
-    command = [sys.executable, "-c", CHILD, str(base / model), str(path), str(out), str(half)]
-    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not half.exists() and child.poll() is None:
+    outputs = {base: tmp_path / "out", base / UNET: tmp_path / "out.safetensors"}
+    half = [tmp_path / "half0", tmp_path / "half1"]
+    command = [sys.executable, "-c", CHILD, path, tmp_path, *itertools.chain(*outputs.items())]
+    child = subprocess.Popen([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not all(file.exists() for file in half) and child.poll() is None:
         time.sleep(0.02)
     assert child.poll() is None
-    assert list(tmp_path.glob(".*.partial"))  # it was in the middle of it
+    # Both were in the middle of it.
+    assert len(list(tmp_path.glob(".*.partial"))) == len(outputs)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert not out.exists()
+    assert not any(out.exists() for out in outputs.values())
     assert digest(base) == before

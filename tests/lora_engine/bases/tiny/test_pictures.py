@@ -61,5 +61,7 @@ def test_batches_are_in_the_range_that_the_autoencoder_takes() -> None:
 
 def test_labels_are_the_places_of_the_words() -> None:
     drawn = scenes(2, 10, "any")
-    for name, classes in label(drawn).items():
+    labels = label(drawn)
+    assert labels.keys() == ATTRIBUTES.keys()
+    for name, classes in labels.items():
         assert [ATTRIBUTES[name][index] for index in classes.tolist()] == [getattr(scene, name) for scene in drawn]

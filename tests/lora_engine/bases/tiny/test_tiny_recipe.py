@@ -1,7 +1,9 @@
-"""The recipe runs from nothing to a measured base, and goes on where it was."""
+"""The recipe runs from nothing to a measured base, and resumes an interrupted build."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from lora_engine.bases.tiny.card import read_figures
 from lora_engine.bases.tiny.recipe import STAGES, build
 from lora_engine.bases.tiny.stage import BuildSettings
-from lora_engine.errors import TrainingError
+from lora_engine.errors import BaseModelError, TrainingError
 
 SMALL = BuildSettings(
     scenes=64,
@@ -24,7 +26,7 @@ SMALL = BuildSettings(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_stage_of_the_recipe_runs_once(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "weights"
     build(work, out, SMALL, captions=4)
@@ -41,11 +43,42 @@ def test_every_stage_of_the_recipe_runs_once(tmp_path: Path) -> None:
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == weights
 
 
-@pytest.mark.slow
-def test_a_training_that_fails_stops_the_build_and_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def diffusion_is_next(tmp_path: Path) -> Path:
+    """A work folder in which all trainings but the last have results, none of them sound."""
     work = tmp_path / "work"
-    for name in ("tokenizer", "clip", "vae", "vae.json", "judge.safetensors"):
-        (work / name).mkdir(parents=True)
+    for stage in STAGES.values():
+        (work / stage.result).mkdir(parents=True)
+    (work / STAGES["diffusion"].result).rmdir()
+    return work
+
+
+@pytest.mark.nightly
+def test_a_training_that_fails_stops_the_build_and_is_named(diffusion_is_next: Path, tmp_path: Path) -> None:
+    for name in ("clip", "vae"):
+        (diffusion_is_next / name).mkdir(exist_ok=True)
     with pytest.raises(TrainingError, match="'diffusion' ended with exit code 1"):
-        build(work, tmp_path / "out", SMALL)
+        build(diffusion_is_next, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def no_training_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process of a training ends at once with exit code 1."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+
+
+@pytest.mark.usefixtures("no_training_can_start")
+def test_a_process_that_fails_stops_the_build_and_its_training_is_named(
+    diffusion_is_next: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="'diffusion' ended with exit code 1"):
+        build(diffusion_is_next, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_training_can_start")
+def test_a_training_whose_result_is_there_is_not_run_again(diffusion_is_next: Path, tmp_path: Path) -> None:
+    (diffusion_is_next / STAGES["diffusion"].result).mkdir()
+    with pytest.raises(BaseModelError, match="unet, text_encoder"):  # assembly is reached, and has nothing to assemble
+        build(diffusion_is_next, tmp_path / "out", SMALL)

@@ -22,7 +22,6 @@ from lora_engine.formats import read_adapter, write_adapter
 
 ROOT, CPU = os.environ.get("COMFYUI", ""), torch.device("cpu")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not ROOT, reason="COMFYUI names no checkout of ComfyUI"),
 ]

@@ -19,7 +19,6 @@ from lora_engine.formats import read_adapter, write_adapter
 
 ROOT = os.environ.get("SD_SCRIPTS", "")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not ROOT, reason="SD_SCRIPTS names no checkout of kohya's sd-scripts"),
 ]

@@ -1,0 +1,85 @@
+"""What the registry says now about the versions that a pipeline registered; read when it is shown, never cached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flows.plan import Plan
+from registry.entities import AdapterVersion
+from registry.errors import GoneVersion, UnknownVersion
+from registry.home import Home
+from registry.judgement import judge
+from registry.versions import Versions
+from tasks.job import Outcome
+from tasks.register import Register
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """The version of one `register` step, as it is now.
+
+    Attributes:
+        version: The version.
+        alias: The alias that the step asks for, or None.
+        holder: Number of the version that the alias points at now; None if it points at nothing.
+        refused: All reasons why the version may not have the alias; empty if it has it, or may have it.
+        gone: Who withdrew or deleted the version, when and why; empty for an active one.
+    """
+
+    version: AdapterVersion
+    alias: str | None
+    holder: int | None
+    refused: tuple[str, ...]
+    gone: str
+
+    @property
+    def has_alias(self) -> bool:
+        """Returns True if the alias that the step asks for points at this version."""
+        return self.alias is not None and self.holder == self.version.version
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a plain object for programs."""
+        return {
+            "name": self.version.name,
+            "version": self.version.version,
+            "sha256": self.version.sha256,
+            "state": self.version.state,
+            "gates": self.version.gate_status,
+            "alias": self.alias,
+            "alias_version": self.holder,
+            "refused": list(self.refused),
+        }
+
+
+def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> dict[str, RegisteredVersion]:
+    """Reads what the registry says of the version of each `register` step, by the step's name."""
+    specs = {step.name: step.job.spec for step in plan.steps if isinstance(step.job.spec, Register)}
+    if not specs:
+        return {}
+    versions = Versions(home)
+    try:
+        return {name: _read(versions, json.loads(outcomes[name].summary), spec.alias) for name, spec in specs.items()}
+    finally:
+        versions.close()
+
+
+def _read(versions: Versions, recorded: Mapping[str, Any], alias: str | None) -> RegisteredVersion:
+    version = versions.show(recorded["name"], recorded["version"])
+    holder = _holder(versions, version.name, alias) if alias else None
+    try:
+        versions.require_active(version)
+    except GoneVersion as error:
+        return RegisteredVersion(version, alias, holder, (), error.problem)
+    if alias is None or holder == version.version:
+        return RegisteredVersion(version, alias, holder, (), "")
+    return RegisteredVersion(version, alias, holder, judge(versions, version, alias).reasons, "")
+
+
+def _holder(versions: Versions, name: str, alias: str) -> int | None:
+    try:
+        return versions.show(name, alias).version
+    except UnknownVersion:
+        return None

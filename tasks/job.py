@@ -1,0 +1,149 @@
+"""`Job`: one step of a pipeline with all that its result depends on except its inputs, read once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_engine.files import canonical_json, sha256_bytes
+from registry.entities import ArtifactRef
+from registry.governance.revoked import read_revoked
+from registry.lineage.record import Lineage
+from tasks.digests import PathDigest, digest_path
+from tasks.spec import StepSpec
+from tasks.step import STEPS, Inputs, StepKind, locate_base
+
+_REVOKED = "revoked"
+"""The entry beside the digests of the user's files, in the cache key, that names what is left out of them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step, ready to execute once its inputs are known. Plain data: it may cross processes.
+
+    Attributes:
+        name: The step's name in the pipeline.
+        spec: Its settings.
+        folder: The folder that relative paths in the spec start from.
+        files: Field -> digest of the user's file or folder.
+        excluded: Digests of revoked images and ids of revoked consents among the user's files, sorted.
+        base: Label, fingerprint and, if it is local, path of the base model; None for a step without one.
+        concurrency: How many trainings may use one device at the same time; None takes the default of the device. It
+            changes no bytes, so it is not part of the cache key.
+    """
+
+    name: str
+    spec: StepSpec
+    folder: Path
+    files: Mapping[str, PathDigest] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    base: Mapping[str, str] | None = None
+    concurrency: int | None = None
+
+    @property
+    def kind(self) -> StepKind:
+        """Returns the step's entry in `STEPS`."""
+        return STEPS[self.spec.uses]
+
+    @property
+    def file_digests(self) -> dict[str, str]:
+        """Returns the digests of the user's files by field."""
+        return {name: digest.sha256 for name, digest in self.files.items()}
+
+    @property
+    def recorded_settings(self) -> dict[str, Any]:
+        """Returns what lineage keeps of this step beside its inputs."""
+        recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
+        recorded |= {"base": dict(self.base)} if self.base else {}
+        recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
+        return recorded
+
+    def key(self, inputs: Inputs) -> str:
+        """Returns the cache key: equal keys mean equal results.
+
+        The key is made of the step's name and revision, its own settings, the digests of its inputs, the content of
+        the user's files and the fingerprint of the base; not of names, paths or times.
+        """
+        own = self.spec.own_settings()
+        own.pop("base", None)
+        revoked = {_REVOKED: " ".join(self.excluded)} if self.excluded else {}
+        parts = {
+            "step": self.kind.name,
+            "revision": self.kind.revision,
+            "settings": own,
+            "inputs": {name: [ref.sha256 for ref in refs] for name, refs in inputs.items() if refs},
+            "files": self.file_digests | revoked,
+            "base": self.base["fingerprint"] if self.base else None,
+        }
+        return sha256_bytes(canonical_json(parts))
+
+    def refreshed(self, lineage: Lineage) -> Job:
+        """Returns this job, or the same step read again if the user's files changed since it was prepared."""
+        if self.files_are_current():
+            return self
+        return prepare_job(self.name, self.spec, self.folder, read_revoked(lineage), concurrency=self.concurrency)
+
+    def files_are_current(self) -> bool:
+        """Returns True if no file of the user changed since this job was prepared; reads no bytes."""
+        paths = {name: self.folder / path for name, path, _ in self.spec.externals()}
+        return all(digest.is_current(paths[name]) for name, digest in self.files.items())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended.
+
+    Attributes:
+        ref: Its artifact.
+        cached: True if an earlier result was taken.
+        summary: Content of the artifact's summary file (`StepKind.summary`); empty for a kind without one.
+    """
+
+    ref: ArtifactRef
+    cached: bool
+    summary: bytes = field(default=b"", repr=False)
+
+
+def prepare_job(
+    name: str, spec: StepSpec, folder: Path, revoked: Collection[str] = (), *, concurrency: int | None = None
+) -> Job:
+    """Reads the user's files and the base of a step, each once.
+
+    Args:
+        name: The step's name in the pipeline.
+        spec: Its settings.
+        folder: The folder of the pipeline file.
+        revoked: Digests of images and ids of consents that are revoked.
+        concurrency: How many trainings may use one device at the same time.
+
+    Raises:
+        EngineError, OSError: The base or a file cannot be read.
+    """
+    files = {role: digest_path(folder / path) for role, path, _ in spec.externals()}
+    excludes = STEPS[spec.uses].excludes
+    excluded = sorted(excludes(spec, folder, files, revoked)) if excludes is not None and revoked else ()
+    base = getattr(spec, "base", None)
+    described = _describe_base(base, folder) if base else None
+    return Job(name, spec, folder, files, tuple(excluded), described, concurrency)
+
+
+def _describe_base(base: str, folder: Path) -> dict[str, str]:
+    """Returns what finds a base again and proves that it is the same: label, path of a local one, fingerprint."""
+    from lora_engine.bases.source import TINY, resolve_base
+
+    located = locate_base(base, folder)
+    source = resolve_base(located)
+    is_path = source.revision is None and source.name != TINY
+    path = {"path": str(Path(located).expanduser().resolve())} if is_path else {}
+    return {"label": source.label, "fingerprint": _fingerprint(located)} | path
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(located: str) -> str:
+    """Returns the digest of a base model's weights and configuration; read once per process."""
+    from lora_engine.bases.source import resolve_base
+
+    return resolve_base(located).fingerprint()

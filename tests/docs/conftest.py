@@ -1,0 +1,7 @@
+"""Fixtures of the tests that run the line."""
+
+from __future__ import annotations
+
+from tests.flows.shared import prefect_server, trained_here
+
+__all__ = ["prefect_server", "trained_here"]

@@ -1,0 +1,207 @@
+"""Expensive parts that tests share: one trained home, one Prefect database, one server in each worker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from flows.prefect import configure_prefect
+from flows.server import prefect_server as running_server
+from lora_engine.compute import describe_compute, threads
+from lora_engine.progress import Progress
+from lora_engine.training.spawn import train_in_child
+from registry.entities import AdapterVersion
+from registry.home import Home
+from registry.versions import Versions
+
+LINE = """\
+name: small
+base: tiny
+seed: 7
+steps:
+  photos:   {uses: ingest, images: images/, heldout: 0.5}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, captioner: template, trigger: zorb, class_word: ring}
+  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 12, batch: 4, checkpoint_every: 3}
+  report:
+    uses: evaluate
+    adapter: adapter
+    dataset: captions
+    prompts: prompts.txt
+    seeds: 1
+    steps: 1
+    max_pictures: 2
+    gates: {validation_loss: {max: 10.0}}
+  release:  {uses: register, adapter: adapter, report: report, alias: staging}
+  exports:  {uses: convert, adapter: adapter, to: [kohya, diffusers, peft]}
+"""
+DATABASE = "prefect.db"
+
+
+def draw_noise(path: Path, seed: int) -> None:
+    """A 48 x 64 picture of coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_line(folder: Path, text: str = LINE) -> Path:
+    """Writes a pipeline file, with eight images and the prompts beside it, and returns its path."""
+    (folder / "images").mkdir()
+    for index in range(8):
+        draw_noise(folder / "images" / f"{index}.png", index)
+    (folder / "prompts.txt").write_text("a red zorb\n")
+    path = folder / "line.yaml"
+    path.write_text(text)
+    return path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A home in which every step of a small line is cached.
+
+    Args:
+        home: The home; holds `small@1` with the alias `staging`.
+        spec: The pipeline file; its images and prompts are in the same folder.
+    """
+
+    home: Home
+    spec: Path
+
+    def version(self, ref: str | int = 1) -> AdapterVersion:
+        """Reads a version of `small`."""
+        with closing(Versions(self.home)) as versions:
+            return versions.show("small", ref)
+
+
+def run_folder(factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder that all workers of a test run share."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def fill_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """Returns a folder that one worker fills, while the others wait, and that all read."""
+    root = run_folder(factory)
+    folder, partial = root / name, root / f"{name}.partial"
+    with FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            fill(partial)
+            partial.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prefect server that all tests of a worker use; without it, each process starts its own."""
+    home = Home.open(tmp_path_factory.mktemp("prefect"))
+    configure_prefect(home)
+    database = home.prefect / DATABASE
+
+    def migrate(folder: Path) -> None:
+        # Migrating takes longer than the rest of the start, so only the first server of a test run does it.
+        with running_server() as address:
+            wait_until_up(address)
+            with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(folder / DATABASE)) as target:
+                source.backup(target)
+
+    prepared = fill_once(tmp_path_factory, "prefect-database", migrate)
+    if not database.exists():
+        shutil.copy(prepared / DATABASE, database)
+    with running_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def prefect_database(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database without flow runs. A copy of it in a new PREFECT_HOME saves that server its migrations."""
+    return run_folder(tmp_path_factory) / "prefect-database" / DATABASE
+
+
+def wait_until_up(address: str) -> None:
+    """Returns once the server answers, which it does after its migrations."""
+    deadline = time.monotonic() + 300
+    while True:
+        try:
+            with urlopen(f"{address}/health", timeout=300) as answer:
+                assert answer.read() == b"true"
+                return
+        except (URLError, ConnectionError):
+            assert time.monotonic() < deadline, f"no server answers at {address}"
+            time.sleep(0.1)
+
+
+@contextmanager
+def training_here() -> Iterator[None]:
+    """Trains in this process, because importing torch in a child takes longer than a few steps."""
+    from lora_engine.training.machine import choose_device
+    from lora_engine.training.run import train
+    from lora_engine.training.spec import TrainSettings
+
+    one_at_a_time = threading.Lock()  # a training changes global state of torch
+
+    def train_here(job: Mapping[str, Any], progress: Progress, **options: Any) -> dict[str, Any]:
+        settings = TrainSettings.model_validate(job["settings"])
+        if settings.running.processes > 1:
+            return train_in_child(job, progress, **options)
+        optional = {name: Path(job[name]) if job[name] else None for name in ("cache", "class_dataset", "embedder")}
+        dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
+        stop = options.get("stop") or (lambda: False)
+        with one_at_a_time, threads(1):
+            train(settings, job["base"], dataset, out, work, **optional, progress=progress, stop=stop)  # type: ignore[arg-type]
+            return describe_compute(choose_device(settings.running))
+
+    with patch("lora_engine.training.spawn.train_in_child", train_here):
+        yield
+
+
+@pytest.fixture
+def trained_here() -> Iterator[None]:
+    """Trains in the test's process. Tests whose subject is the child process do without it."""
+    with training_here():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the line, its images and the home that it filled; made once in a test run, and never changed."""
+
+    from tests.flows.made import run_line
+
+    def train(folder: Path) -> None:
+        with training_here():
+            run_line(write_line(folder), Home.open(folder / "home"))
+
+    return fill_once(tmp_path_factory, "trained", train)
+
+
+@pytest.fixture
+def trained(trained_home: Path, tmp_path: Path) -> Trained:
+    """A copy of the trained home for one test."""
+    return copy_trained(trained_home, tmp_path / "trained")
+
+
+def copy_trained(trained_home: Path, folder: Path) -> Trained:
+    """Copies the trained home and what it was made of."""
+    shutil.copytree(trained_home, folder)
+    copy = Trained(Home.open(folder / "home"), folder / "line.yaml")
+    # MLflow records absolute places of artifacts. Opening a home that was moved corrects them.
+    Versions(copy.home).close()
+    return copy

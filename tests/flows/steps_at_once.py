@@ -1,0 +1,45 @@
+"""`loraline` in a process that tells which modules of heavy libraries a step's thread imported without the lock.
+
+Run as `python -m tests.flows.steps_at_once REPORT ARGUMENTS...`; one name a line is written to the file REPORT. What a
+race between threads breaks now and then, this finds every time.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+HEAVY = {"accelerate", "diffusers", "huggingface_hub", "lora_engine", "numpy", "safetensors", "torch", "transformers"}
+
+
+class Watch:
+    """A finder of modules that finds none, and notes what is looked for beside the main thread."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name.partition(".")[0] in HEAVY and threading.current_thread() is not threading.main_thread():
+            lock = getattr(sys.modules.get("lora_engine.bases.one_at_a_time"), "BUILDING", None)
+            if lock is None or not lock._is_owned():
+                self.seen.append(f"{name} in {threading.current_thread().name}")
+        return None
+
+
+def main() -> None:
+    report, arguments = Path(sys.argv[1]), sys.argv[2:]
+    watch = Watch()
+    sys.meta_path.insert(0, watch)
+    from flows.cli import main as loraline
+
+    sys.argv = ["loraline", *arguments]
+    try:
+        loraline()
+    finally:
+        report.write_text("".join(f"{line}\n" for line in watch.seen))
+
+
+if __name__ == "__main__":
+    main()

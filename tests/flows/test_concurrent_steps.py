@@ -1,0 +1,99 @@
+"""Six evaluations, two captionings and two trainings that start at once in a process that has imported nothing yet."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.points import forked
+from tests.faults.work import Tell, without_mlflow
+from tests.flows.conftest import PREPARE, draw_noise
+from tests.flows.made import bring_in, run_line, write_random
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+EVALUATE = "{{uses: evaluate, adapter: one@1, dataset: captions, seeds: 1, steps: 1, max_pictures: 1, seed: {}}}"
+CAPTION = "{{uses: caption, dataset: prepared, captioner: interrogator, trigger: sks{}}}"
+TRAIN = "{{uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2, seed: {}}}"
+STEPS = {
+    **{f"report{number}": EVALUATE.format(number) for number in range(6)},
+    **{f"words{number}": CAPTION.format(number) for number in range(2)},
+    **{f"adapter{number}": TRAIN.format(number) for number in range(2)},
+}
+HELD_OUT = PREPARE.replace("images: images/", "images: images/, heldout: 0.5")
+LINE = HELD_OUT + "".join(f"  {name}: {step}\n" for name, step in STEPS.items())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the pipeline file, and a home with a registered adapter and the captioned pictures."""
+    folder = tmp_path_factory.mktemp("at-once")
+    (folder / "images").mkdir()
+    for index in range(4):
+        draw_noise(folder / "images" / f"{index}.png", index)
+    (folder / "first.yaml").write_text(HELD_OUT + "  release: {uses: register, adapter: one@1}\n")
+
+    def make(tell: Tell) -> None:
+        from registry.home import Home
+
+        home = Home.open(folder / "home")
+        bring_in(home, write_random(folder / "one.safetensors", 0), "one")
+        tell(run_line(folder / "first.yaml", home).ref)
+
+    status, lines = forked(make, before=without_mlflow).finish()
+    assert (status, lines) == (0, ["try@1"])
+    (folder / "pipeline.yaml").write_text(LINE)
+    return folder
+
+
+@pytest.mark.parametrize("attempt", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(2, 11))])
+def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
+    prepared: Path, tmp_path: Path, environment: dict[str, str], attempt: int
+) -> None:
+    del attempt
+    folder = tmp_path / "line"
+    shutil.copytree(prepared, folder)
+    command = [sys.executable, "-m", "tests.flows.steps_at_once", str(tmp_path / "report"), "run"]
+    done = subprocess.run(
+        [*command, str(folder / "pipeline.yaml"), "--concurrency", "1"],
+        env=environment | {"LORALINE_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "report").read_text() == ""
+    lines = done.stdout.splitlines()
+    assert {f"{name}: done" for name in STEPS} <= set(lines)
+    assert {f"{name}: cached, verified" for name in ("photos", "prepared", "captions")} <= set(lines)
+    assert_in_turns(lines, "adapter0", "adapter1")
+
+
+def assert_in_turns(lines: list[str], one: str, other: str) -> None:
+    """Fails unless one of two trainings waited, and made its first step after the last one of the other."""
+    (waiting,) = {one, other} & {line.partition(":")[0] for line in lines if line.endswith("waiting for device cpu")}
+    steps = [match.group(1) for line in lines if (match := re.match(rf"({one}|{other}): \d+/\d+ ", line))]
+    first = other if waiting == one else one
+    assert steps == sorted(steps, key=lambda name: name != first)
+    assert {one, other} == set(steps)
+
+
+def test_a_run_without_models_does_not_import_torch(prepared: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom flows.spec import load_spec\n"
+        "from tasks.imports import import_for\nfrom tasks.job import prepare_job\n"
+        "spec = load_spec(Path(sys.argv[1]))\n"
+        "jobs = {name: prepare_job(name, step, spec.folder) for name, step in spec.steps.items()}\n"
+        "import_for(jobs[name] for name in ('photos', 'prepared', 'captions'))\n"
+        "print('torch' in sys.modules)\n"
+        "import_for(jobs.values())\n"
+        "print('torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(prepared / "pipeline.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["False", "True"], done.stderr

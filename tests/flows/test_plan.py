@@ -1,0 +1,186 @@
+"""The plan is computed once: what a run reads, and that what can change later is read when it is shown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import tasks.digests
+from flows.pipeline import run_pipeline
+from flows.spec import load_spec
+from flows.summary import summarise
+from lora_engine.errors import DataError
+from lora_engine.files import sha256_file
+from registry.home import Home
+from registry.lineage.record import Lineage
+from registry.store.local import LocalBlobs
+from tasks.digests import digest_path
+from tasks.execution import execute
+from tasks.job import prepare_job
+from tasks.progress import StepEvent, listening
+from tests.flows.commands import say
+from tests.flows.made import run_line
+from tests.flows.shared import Trained
+
+pytestmark = pytest.mark.usefixtures("trained_here")
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts how often each blob of the store and each file of the user is read."""
+    counted: Counter[str] = Counter()
+
+    def counting(read: Callable[[LocalBlobs, str], object]) -> Callable[[LocalBlobs, str], object]:
+        def count(blobs: LocalBlobs, digest: str) -> object:
+            counted[digest] += 1
+            return read(blobs, digest)
+
+        return count
+
+    def count_file(path: Path) -> str:
+        counted[str(path)] += 1
+        return sha256_file(path)
+
+    for name in ("open", "actual_digest"):
+        monkeypatch.setattr(LocalBlobs, name, counting(getattr(LocalBlobs, name)))
+    monkeypatch.setattr(tasks.digests, "sha256_file", count_file)
+    return counted
+
+
+def test_a_cached_run_and_its_summary_read_each_artifact_and_each_file_of_the_user_once(
+    trained: Trained, reads: Counter[str]
+) -> None:
+    spec = load_spec(trained.spec)
+    list(summarise(spec, trained.home, run_pipeline(spec, trained.home)))  # renders report and exports
+    reads.clear()
+    result = run_pipeline(spec, trained.home)
+    facts = dict(summarise(spec, trained.home, result))
+    assert facts["steps"] == "0 ran, 7 were there already"
+    images = [str(path) for path in (trained.spec.parent / "images").iterdir()]
+    assert len(images) >= 12
+    # Images of the right size leave preprocessing as they came, so two steps may give the same artifact.
+    artifacts = Counter(outcome.ref.sha256 for outcome in result.outcomes.values())
+    assert {*images, *artifacts} <= set(reads)
+    assert {name: count for name, count in reads.items() if count != artifacts.get(name, 1)} == {}
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_takes_over_what_the_plan_found_and_records_it(pipeline: Write, home: Path, reads: Counter[str]) -> None:
+    path, opened = pipeline(), Home.open(home)
+    run_line_without_versions(path, opened)
+    reads.clear()
+    result = run_pipeline(load_spec(path, ["captions.trigger=other"]), opened)
+    assert [name for name, outcome in result.outcomes.items() if not outcome.cached] == ["captions"]
+    photos = result.outcomes["photos"].ref.sha256
+    assert reads[photos] == 1
+    with closing(Lineage(opened.lineage_url)) as lineage:
+        states = {each.step: each.status for each in lineage.executions(lineage.runs()[0].id)}
+    assert states == {"photos": "CACHED", "prepared": "CACHED", "captions": "COMPLETED"}
+
+
+def run_line_without_versions(path: Path, home: Home) -> None:
+    spec = load_spec(path)
+    with closing(Lineage(home.lineage_url)) as lineage:
+        run = lineage.start_run(spec.name, spec.source)
+        made = {}
+        for name, step in spec.steps.items():
+            inputs = {field: (made[target],) for field, target, _ in step.references()}
+            made[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
+        lineage.finish_run(run.id, "COMPLETED")
+
+
+def test_a_cached_run_shows_where_the_alias_is_now(trained: Trained) -> None:
+    home = trained.home.path
+    assert "staging -> small@1" in say("run", trained.spec, home=home)
+    longer = trained.spec.with_name("longer.yaml")
+    longer.write_text(trained.spec.read_text().replace("steps: 12", "steps: 4"))
+    run_line(longer, trained.home)
+    assert "staging is at small@2" in say("run", trained.spec, home=home)
+
+    say("withdraw", "small@1", "--reason", "wrong images", home=home)
+    withdrawn = say("run", trained.spec, home=home)
+    assert "WITHDRAWN" in withdrawn
+    assert "(wrong images)" in withdrawn
+    assert "staging is at small@2" in withdrawn
+    assert "loraline promote" not in withdrawn
+
+    say("delete", "small@1", "--reason", "by request", home=home)
+    deleted = say("run", trained.spec, home=home)
+    assert "DELETED" in deleted
+    assert "(by request)" in deleted
+    assert "loraline promote" not in deleted
+    (release,) = json.loads(say("run", trained.spec, "--json", home=home))["versions"].values()
+    assert (release["state"], release["alias_version"]) == ("DELETED", 2)
+
+
+def test_an_evaluation_without_gates_is_not_called_passed(trained: Trained) -> None:
+    home = trained.home.path
+    assert "passed" in say("show", "small@1", home=home)
+    trained.spec.write_text(trained.spec.read_text().replace("gates: {validation_loss: {max: 10.0}}", "gates: {}"))
+    assert run_line(trained.spec, trained.home).version == 2
+    for verb in (["run", trained.spec], ["show", "small@2"], ["list"]):
+        assert "none set" in say(*verb, home=home)
+    assert "passed" not in say("show", "small@2", home=home)
+
+
+def test_a_refused_alias_fails_the_cached_run_too_until_the_version_may_have_it(trained: Trained) -> None:
+    home = trained.home.path
+    trained.spec.write_text(trained.spec.read_text().replace("max: 10.0", "max: -10.0"))
+    run_line(trained.spec, trained.home)
+    refused = say("run", trained.spec, home=home, code=1)
+    assert "FAILED" in refused
+    assert "staging is at small@1; small@2 was refused: " in refused
+    assert "validation_loss" in refused
+
+
+def test_a_step_whose_files_change_while_it_runs_fails_and_leaves_nothing_cached(pipeline: Write, home: Path) -> None:
+    spec, opened = load_spec(pipeline()), Home.open(home)
+
+    def change(event: StepEvent) -> None:
+        if event.kind == "started":
+            (spec.folder / "images" / "late.png").write_bytes((spec.folder / "images" / "0.png").read_bytes())
+
+    job = prepare_job("photos", spec.steps["photos"], spec.folder)
+    with closing(Lineage(opened.lineage_url)) as lineage:
+        run = lineage.start_run(spec.name, spec.source)
+        with listening(change), pytest.raises(DataError, match="changed while it ran"):
+            execute(job, {}, opened, run.id)
+        assert lineage.find_cached(job.key({})) is None
+        # The same job again: its digests are old now, so the files are read anew.
+        outcome = execute(job, {}, opened, run.id)
+        assert lineage.find_cached(job.key({})) is None
+        (done,) = (each for each in lineage.executions(run.id) if each.status == "COMPLETED")
+    assert done.settings["files"]["images"] == digest_path(spec.folder / "images").sha256
+    assert b"late.png" in outcome.summary
+
+
+def test_digests_notice_every_change_of_a_folder_without_reading_it(tmp_path: Path, reads: Counter[str]) -> None:
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "a.txt").write_text("one")
+    (folder / "link").symlink_to("below")
+    digest = digest_path(folder)
+    assert reads == {str(folder / "below" / "a.txt"): 1}
+    assert digest.is_current(folder)
+
+    def changes(change: Callable[[], object]) -> bool:
+        change()
+        return not digest.is_current(folder) and digest_path(folder).sha256 != digest.sha256
+
+    reads.clear()
+    digest.is_current(folder)
+    assert not reads
+    assert changes(lambda: (folder / "b.txt").write_text("new"))
+    (folder / "b.txt").unlink()
+    assert changes(lambda: (folder / "below" / "a.txt").write_text("two"))
+    digest = digest_path(folder)
+    (folder / "link").unlink()
+    assert changes(lambda: (folder / "link").symlink_to("elsewhere"))
+    assert not digest.is_current(tmp_path / "absent")

@@ -1,0 +1,207 @@
+"""Slots of a device, between real processes of one home; what happens is told by the processes, not by a clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_engine.compute import fitting_trainings
+from lora_engine.errors import InterruptedRun
+from lora_engine.training.machine import used_devices
+from lora_engine.training.specs.running import Running
+from registry.home import Home
+from tasks.devices import count_holders, device_slot, device_slots
+from tasks.progress import StepEvent, clear_stop, listening, request_stop
+from tests.faults.points import Trial, forked
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+TURNS = 20
+GIB = 2**30
+
+
+@pytest.fixture
+def opened(home: Path) -> Home:
+    return Home.open(home)
+
+
+@pytest.fixture
+def stopping() -> Iterator[Callable[[], None]]:
+    yield request_stop
+    clear_stop()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Returns when the condition holds; pytest's time limit ends a test in which it never does."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def hold(home: Home, device: str, limit: int, keep: Callable[[int], None]) -> Trial:
+    """Starts a process that takes a slot, makes a file `held`, and then does what `keep` says with the descriptor."""
+
+    def work(tell: Callable[[str], None]) -> None:
+        with device_slot(home, device, limit) as descriptor:
+            (home.path / "held").touch()
+            keep(descriptor)
+            tell("released")
+
+    return forked(work)
+
+
+def sleep_long(_: int) -> None:
+    time.sleep(600)
+
+
+def test_two_processes_of_one_home_never_hold_the_only_slot_at_the_same_time(opened):
+    marker = opened.path / "inside"
+
+    def take_turns(tell: Callable[[str], None]) -> None:
+        for _ in range(TURNS):
+            with device_slot(opened, "cpu", 1):
+                # Made by one at a time; a second holder would find it.
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                marker.unlink()
+            tell("turn")
+
+    trials = [forked(take_turns) for _ in range(2)]
+    assert [trial.finish() for trial in trials] == [(0, ["turn"] * TURNS)] * 2
+
+
+def test_with_two_slots_two_processes_hold_one_each_and_a_third_waits(opened):
+    trials = []
+    for name in ("first", "second"):
+
+        def meet(tell: Callable[[str], None], name: str = name) -> None:
+            with device_slot(opened, "cpu", 2):
+                (opened.path / name).touch()
+                # Returns only if both are inside at once.
+                wait_for(lambda: all((opened.path / other).exists() for other in ("first", "second", "third waited")))
+            tell(name)
+
+        trials.append(forked(meet))
+    wait_for(lambda: (opened.path / "first").exists() and (opened.path / "second").exists())
+    assert count_holders(opened, "cpu") == 2
+    with device_slot(opened, "cpu", 2, on_wait=(opened.path / "third waited").touch):
+        assert (opened.path / "third waited").exists()
+    assert [trial.finish() for trial in trials] == [(0, ["first"]), (0, ["second"])]
+
+
+def test_a_higher_limit_counts_the_holders_of_a_lower_one_and_the_other_way_round(opened):
+    waits = []
+    with device_slot(opened, "cpu", 1), device_slot(opened, "cpu", 2), device_slot(opened, "cpu", 3):
+        assert count_holders(opened, "cpu") == 3
+        for limit in (1, 2, 3):
+            request_stop()
+            try:
+                with (
+                    pytest.raises(InterruptedRun),
+                    device_slot(opened, "cpu", limit, on_wait=lambda limit=limit: waits.append(limit)),
+                ):
+                    pass
+            finally:
+                clear_stop()
+    assert waits == [1, 2, 3]
+    assert count_holders(opened, "cpu") == 0
+
+
+def test_another_device_and_another_home_have_slots_of_their_own(opened, tmp_path):
+    other = Home.open(tmp_path / "other")
+    with device_slot(opened, "cuda-0", 1), device_slot(opened, "cuda-1", 1), device_slot(other, "cuda-0", 1):
+        assert [count_holders(opened, device) for device in ("cuda-0", "cuda-1", "cpu")] == [1, 1, 0]
+
+
+def test_a_killed_holder_frees_its_slot(opened):
+    holder = hold(opened, "cpu", 1, sleep_long)
+    wait_for((opened.path / "held").exists)
+    assert count_holders(opened, "cpu") == 1
+    holder.kill()
+    assert holder.finish() == (-signal.SIGKILL, [])
+    with device_slot(opened, "cpu", 1):
+        assert count_holders(opened, "cpu") == 1
+
+
+def test_a_slot_stays_taken_until_the_process_that_inherited_it_ends(opened):
+    number = opened.path / "number"
+
+    def start_and_sleep(descriptor: int) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[descriptor])
+        number.write_text(f"{child.pid}\n")
+        sleep_long(descriptor)
+
+    holder = hold(opened, "cpu", 1, start_and_sleep)
+    wait_for(lambda: number.exists() and number.read_text().endswith("\n"))
+    holder.kill()
+    assert holder.finish()[0] == -signal.SIGKILL
+    child = int(number.read_text())
+    try:
+        assert count_holders(opened, "cpu") == 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+    wait_for(lambda: count_holders(opened, "cpu") == 0)
+
+
+def test_a_stop_ends_a_step_that_waits_and_leaves_the_slot_alone(opened, stopping):
+    events: list[StepEvent] = []
+    with device_slot(opened, "cpu", 1):
+
+        def stop_when_it_waits(event: StepEvent) -> None:
+            events.append(event)
+            stopping()
+
+        with (
+            listening(stop_when_it_waits),
+            pytest.raises(InterruptedRun, match=r"step 'adapter': stopped while waiting for device 'cpu'"),
+            device_slots(opened, {"cpu": 1}, "adapter"),
+        ):
+            pytest.fail("it did not wait")
+        assert count_holders(opened, "cpu") == 1
+    assert events == [StepEvent("adapter", "waiting", text="waiting for device cpu")]
+
+
+def test_a_step_of_several_devices_gives_back_the_first_when_it_stops_waiting_for_the_second(opened, stopping):
+    with device_slot(opened, "cuda-1", 1):
+        stopping()
+        with pytest.raises(InterruptedRun, match="cuda-1"), device_slots(opened, {"cuda-1": 1, "cuda-0": 1}, "adapter"):
+            pytest.fail("it did not wait")
+        assert [count_holders(opened, device) for device in ("cuda-0", "cuda-1")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "threads", "processes", "memory", "base", "expected"),
+    [
+        ("cuda-0", 64, 1, 1, 512 * GIB, 0, 1),
+        ("mps", 8, 1, 1, 64 * GIB, 0, 1),
+        ("cpu", 1, 1, 1, 8 * GIB, 0, 1),
+        ("cpu", 2, 1, 1, 8 * GIB, 0, 1),  # the run itself needs the other core
+        ("cpu", 16, 1, 1, 64 * GIB, 0, 8),
+        ("cpu", 16, 16, 1, 64 * GIB, 0, 1),
+        ("cpu", 16, 4, 1, 64 * GIB, 0, 4),
+        ("cpu", 16, 4, 2, 64 * GIB, 0, 2),
+        ("cpu", 16, 16, 4, 64 * GIB, 0, 1),
+        ("cpu", 16, 1, 1, 3 * GIB, 0, 3),
+        ("cpu", 16, 1, 1, 64 * GIB, 4 * GIB, 3),  # 17 GiB each
+        ("cpu", 16, 1, 1, GIB // 2, 0, 1),
+    ],
+)
+def test_the_default_number_of_trainings_follows_from_cores_and_memory(
+    device, cores, threads, processes, memory, base, expected
+):
+    given = fitting_trainings(device, cores=cores, memory=memory, threads=threads, processes=processes, base=base)
+    assert given == expected
+
+
+def test_a_gpu_is_named_as_the_environment_numbers_it(monkeypatch):
+    running = Running(device="cuda", processes=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert used_devices(running) == ("cuda-0", "cuda-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1")
+    assert used_devices(running) == ("cuda-3", "cuda-1")
+    assert used_devices(Running(device="cpu", processes=2)) == ("cpu",)
