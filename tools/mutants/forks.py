@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -28,11 +28,14 @@ HEAVY = ("torch", "diffusers", "transformers", "mlflow", "sqlalchemy", "prefect"
 
 
 def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
-    """Returns the result of work in a fork; `["<error>"]` if it raised, None if it ended otherwise or took too long.
+    """Returns the result of work in a fork; None if it died or took too long.
 
     Args:
         work: A function without arguments; its result is pickled.
         seconds: Limit in processor seconds; six times that is the limit in wall time. None means no limit.
+
+    Raises:
+        Exception: What work raised. Of other exceptions, such as KeyboardInterrupt, `["<name>"]` is the result.
     """
     reading, writing = Pipe(duplex=False)
     child = os.fork()
@@ -44,17 +47,21 @@ def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
         for number in range(3):
             os.dup2(nothing, number)
         try:
-            result = work()
-        except BaseException as error:
+            writing.send(work())
+        except Exception as error:
+            writing.send(error)
             os.write(errors, traceback.format_exc().encode())
-            result = [f"<{type(error).__name__}>"]
-        writing.send(result)
+        except BaseException as error:
+            # Ctrl-C, or whatever else pytest does not take for a failure of the test.
+            writing.send([f"<{type(error).__name__}>"])
         os._exit(0)
     writing.close()
+    result = None
     try:
-        return reading.recv() if reading.poll(None if seconds is None else 6 * seconds) else None
+        if reading.poll(None if seconds is None else 6 * seconds):
+            result = reading.recv()
     except EOFError:
-        return None
+        pass
     finally:
         reading.close()
         # The group includes servers that the tests started.
@@ -62,24 +69,32 @@ def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
             with contextlib.suppress(ProcessLookupError):
                 kill(target, signal.SIGKILL)
         os.waitpid(child, 0)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def run_tests(items: Sequence[pytest.Item], *, stop: bool = True) -> list[str]:
     """Runs tests and returns the ids of those that failed; with `stop`, of the first only."""
-    failed: dict[str, None] = {}
-
-    def note(report: pytest.TestReport) -> None:
-        if report.failed:
-            failed[report.nodeid] = None
-
+    recorder = _Recorder()
     for item, following in zip(items, [*items[1:], None], strict=False):
         if item is items[0]:
-            item.config.pluginmanager.register(SimpleNamespace(pytest_runtest_logreport=note))
+            item.config.pluginmanager.register(recorder)
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        if failed and stop:
+        if recorder.failed and stop:
             item.session._setupstate.teardown_exact(None)
             break
-    return list(failed)
+    return list(recorder.failed)
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.failed: dict[str, None] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes a failure, in any phase of the test."""
+        if report.failed:
+            self.failed[report.nodeid] = None
 
 
 def import_heavy(names: Iterable[str]) -> None:
