@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tools.mutants.forks import find_functions, import_heavy, in_fork, replace_code, run_tests
+from tools.mutants.forks import LAZY, find_functions, import_heavy, in_fork, replace_code, run_tests
 from tools.mutants.mutating import Codes, Mutant, sample
 from tools.mutants.reach import LONGEST, Measure, Selection
 
@@ -45,7 +45,7 @@ class Check:
         self._options = options
         self._measured = json.loads(options.reach.read_text()) if options.reach and options.reach.exists() else {}
         slow = json.loads(options.durations.read_text())["slow"] if options.durations.exists() else {}
-        self._long = {nodeid for nodeid, seconds in slow.items() if seconds > 2 * LONGEST}
+        self._long = {nodeid for nodeid, seconds in slow.items() if seconds > LONGEST}
 
     def pytest_configure(self) -> None:
         """Makes hypothesis draw the same examples each time."""
@@ -56,6 +56,7 @@ class Check:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Draws and runs the mutants of each module, after measuring what its tests reach."""
+        import_heavy(LAZY)
         for name in self._options.modules or MODULES:
             place, folders = MODULES[name]
             measured = [self._measure(session, folder) for folder in folders]

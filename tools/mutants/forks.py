@@ -25,6 +25,14 @@ import pytest
 from tools.mutants.mutating import Codes
 
 HEAVY = ("torch", "diffusers", "transformers", "mlflow", "sqlalchemy", "prefect", "PIL", "numpy", "pydantic")
+LAZY = (
+    "diffusers.models.unets.unet_2d_condition",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "prefect.flows",
+    "transformers.models.clip.modeling_clip",
+)
+"""Modules that take seconds to import, which no single test shall be charged with."""
 
 
 def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
