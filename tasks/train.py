@@ -34,7 +34,7 @@ class Train(StepSpec, TrainSettings):
     embedder: Annotated[str | None, External("folder")] = None
 
 
-@step(Train, gives="adapter", revision=2, imports=always("lora_engine.training.machine"))
+@step(Train, gives="adapter", revision=2, imports=always("lora_engine.training.machine", "lora_engine.training.spawn"))
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and the record of its training."""
     from lora_engine.training.spawn import train_in_child
