@@ -235,10 +235,11 @@ def test_weights_that_overflow_stop_in_the_same_step_whatever_the_optimiser(name
         fit(phases(problem, 1e30, steps=40), [problem], options(name, clip=0.0))
 
 
-def test_the_mean_is_that_of_its_definition_and_is_what_is_left() -> None:
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_mean_is_that_of_its_definition_and_is_what_is_left(warmup: bool) -> None:
     seen: list[Tensor] = []
     problem = Problem()
-    chosen = options("adamw", ema=Ema(decay=0.8, warmup=False))
+    chosen = options("adamw", ema=Ema(decay=0.8, warmup=warmup))
     (only,) = phases(problem, 0.01)[:1]
     fit(
         [only],
@@ -247,8 +248,10 @@ def test_the_mean_is_that_of_its_definition_and_is_what_is_left() -> None:
         progress=lambda done, total, values: seen.append(problem.up.detach().clone()),
     )
     mean = torch.zeros(72, 64)
-    for value in seen:
-        mean = 0.8 * mean + 0.2 * value
+    assert len(seen) == 6
+    for step, value in enumerate(seen):
+        share = min(0.8, (1 + step) / (10 + step)) if warmup else 0.8
+        mean = share * mean + (1 - share) * value
     torch.testing.assert_close(problem.up.detach(), mean)
     assert not torch.equal(problem.up, seen[-1])
 
