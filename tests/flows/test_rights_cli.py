@@ -213,7 +213,7 @@ def test_the_next_run_of_the_same_pipeline_leaves_a_revoked_picture_out(
     assert used() == (everything, ["captions", "photos", "prepared"])
     loraline("revoke", path.parent / "images" / "2.png", "--reason", "asked")
     planned = {step["name"]: step for step in json.loads(loraline("plan", path, "--json").stdout)}
-    assert planned["photos"]["reason"] == "other pictures or consents are revoked"
+    assert planned["photos"]["reason"] == "other images or consents are revoked"
     assert used() == (["0.png", "1.png", "3.png"], ["captions", "photos", "prepared"])
     assert used() == (["0.png", "1.png", "3.png"], [])
     loraline("lift", path.parent / "images" / "2.png", "--reason", "a mistake")

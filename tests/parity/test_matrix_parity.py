@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from law_adapters import LAYERS, forward_of, gradients_of, input_of, layer_of, probe_for
+from law_adapters import LAYERS, input_of, layer_of, probe_for
 from peers import EXCEPTIONS, FORMS, UNCOMPARED, compared, exception_of, model_of, pair_of, peft_side, slug
 from peft import PeftModel
 
-from lora_engine.adapters import Adapter, kinds
+from lora_engine.adapters import AdaptedLayer, Adapter, kinds
 from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, read_adapter, write_adapter
 
@@ -71,8 +71,9 @@ def test_outputs_agree_at_full_strength_and_at_half(peer, form, layer):
     pair, told, one = pair_of(peer, form, layer), FORMS[peer][form], exception_of(peer, form, layer)
     x = input_of(pair.layer)
     assert pair.delta.kind == told.read_as
+    adapted = AdaptedLayer(pair.layer, pair.delta)
     with torch.no_grad():
-        found = forward_of(pair.delta, pair.layer, x)
+        found = adapted(x)
         assert (found - pair.layer(x)).abs().max() > 1e-4
         if one is not None and one.kind == "weight":
             if one.match:
@@ -83,7 +84,8 @@ def test_outputs_agree_at_full_strength_and_at_half(peer, form, layer):
             return
         close(found, pair.call(x))
         if told.half:
-            found, theirs = forward_of(pair.delta, pair.layer, x, 0.5), pair.half(x)
+            adapted.multiplier = 0.5
+            found, theirs = adapted(x), pair.half(x)
             assert torch.allclose(found, theirs, rtol=1e-4, atol=1e-4) == (told.half == "same")
 
 
@@ -118,7 +120,10 @@ WITH_OUTPUTS = [cell for cell in CELLS if (one := exception_of(*cell)) is None o
 def test_gradients_of_every_factor_agree(peer, form, layer):
     pair, told = pair_of(peer, form, layer), FORMS[peer][form]
     x = input_of(pair.layer)
-    _, ours = gradients_of(pair.delta, lambda delta: forward_of(delta, pair.layer, x))
+    adapted = AdaptedLayer(pair.layer, pair.delta, trainable=True)
+    out = adapted(x)
+    (out * probe_for(out)).sum().backward()
+    ours = {factor: parameter.grad for factor, parameter in adapted.factors.items()}
     theirs = pair.parameters()
     assert theirs.keys() == ours.keys()
     out = pair.call(x)

@@ -84,7 +84,7 @@ def render(tmp_path: Path, report: dict[str, Any], make_dataset: Callable[..., P
                     "inputs": {"dataset": "1" * 64, "x": "3" * 64},
                 },
             ],
-            "version": {"name": "crescents", "version": 3, "sha256": "9" * 64, "aliases": ["staging"]},
+            "version": {"name": "crescents", "version": 3, "sha256": "9" * 64},
         }
         return render_report(title, report, tmp_path / "report", **{**plain, **change})
 
@@ -106,7 +106,7 @@ def test_the_page_tells_the_whole_story(render: Callable[..., str]) -> None:
     for told in (
         "1 of 2 gates failed", "a red zorb", "seed 5", "Likeness to the real picture", "+0.200", "+0.100 to +0.300",
         "at least 0.1 and at most 1", "prior.weight", "attention, unet.*", "photos", "333333333333", "cut.png",
-        "is broken", "crescents 3 (staging)", "9" * 64, "&lt;lora:crescents:1&gt;", "2 held out", "one unit only",
+        "is broken", "crescents 3", "9" * 64, "&lt;lora:crescents:1&gt;", "2 held out", "one unit only",
     ):  # fmt: skip
         assert told in page, told
     assert "from photos, 333333333333" in page
