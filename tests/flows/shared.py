@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
@@ -137,13 +136,13 @@ def prefect_database(prefect_server: str, tmp_path_factory: pytest.TempPathFacto
 
 def wait_until_up(address: str) -> None:
     """Returns once the server answers, which it does after its migrations."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while True:
         try:
-            with urlopen(f"{address}/health", timeout=300) as answer:
+            with urlopen(f"{address}/health", timeout=60) as answer:
                 assert answer.read() == b"true"
                 return
-        except (URLError, ConnectionError):
+        except OSError:  # refused, reset, or not answered in time
             assert time.monotonic() < deadline, f"no server answers at {address}"
             time.sleep(0.1)
 
