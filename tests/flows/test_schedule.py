@@ -20,24 +20,20 @@ import yaml
 
 from registry.home import Home
 from registry.lineage.record import Lineage
-from tests.flows.conftest import draw_noise
+from tests.flows.conftest import PREPARE, draw_noise
 from tests.flows.shared import DATABASE, wait_until_up
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).parent / "prefect")
 
 # Without evaluation and export, which `test_line` runs in processes: each import of torch takes seconds.
-LINE = """\
-name: nightly
-base: tiny
-seed: 7
-steps:
-  photos:   {uses: ingest, images: images/}
-  prepared: {uses: preprocess, dataset: photos, resolution: 32}
-  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
+LINE = (
+    PREPARE.replace("name: try", "name: nightly")
+    + """\
   adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2}
   release:  {uses: register, adapter: adapter, alias: trial}
 """
+)
 
 
 @pytest.fixture

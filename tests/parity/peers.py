@@ -286,11 +286,11 @@ _NORM_NAMES = {"diff": "w_norm", "bias": "b_norm"}
 @cache
 def lycoris_pair(form: str, layer_name: str) -> Pair:
     """Returns LyCORIS' module on a layer, with random factors, and ours."""
-    told = LYCORIS[form]
+    entry = LYCORIS[form]
     layer = layer_of(layer_name)
     plain = copy.deepcopy(layer).requires_grad_(False)
-    options = {"multiplier": 1.0, "lora_dim": 1, "alpha": 0.5, **told.options}
-    theirs = told.make("unet_layer", layer, **({} if told.make is NormModule else options))
+    options = {"multiplier": 1.0, "lora_dim": 1, "alpha": 0.5, **entry.options}
+    theirs = entry.make("unet_layer", layer, **({} if entry.make is NormModule else options))
     for name, parameter in list(theirs.named_parameters()):
         if name == "dora_scale":
             theirs.dora_scale = nn.Parameter(parameter.detach() * 1.3)  # a parameter also after the cast
@@ -310,8 +310,8 @@ def lycoris_pair(form: str, layer_name: str) -> Pair:
             theirs.multiplier = 1.0
 
     def parameters() -> dict[str, Tensor]:
-        inner = re.findall(r"\w+", form)[2] if told.kind == "dora" else told.read_as
-        names: Mapping[str, str] = _NORM_NAMES if told.make is NormModule else _LYCORIS_NAMES
+        inner = re.findall(r"\w+", form)[2] if entry.kind == "dora" else entry.read_as
+        names: Mapping[str, str] = _NORM_NAMES if entry.make is NormModule else _LYCORIS_NAMES
         if inner in ("lora", "loha", "lokr"):
             names = {**codecs["loraline"].style.spellings[inner].names, "magnitude": "dora_scale"}
         live = dict(theirs.named_parameters())

@@ -68,9 +68,9 @@ def test_what_a_peer_lacks_it_still_lacks(peer, form, layer):
 @cells
 def test_outputs_agree_at_full_strength_and_at_half(peer, form, layer):
     """Ours is a part of the whole change for every kind; DoRA and some rotations of the peers scale what is within."""
-    pair, told, one = pair_of(peer, form, layer), FORMS[peer][form], exception_of(peer, form, layer)
+    pair, entry, one = pair_of(peer, form, layer), FORMS[peer][form], exception_of(peer, form, layer)
     x = input_of(pair.layer)
-    assert pair.delta.kind == told.read_as
+    assert pair.delta.kind == entry.read_as
     adapted = AdaptedLayer(pair.layer, pair.delta)
     with torch.no_grad():
         found = adapted(x)
@@ -83,10 +83,10 @@ def test_outputs_agree_at_full_strength_and_at_half(peer, form, layer):
                 assert (found - pair.call(x)).abs().max() > 1e-3, "the peer's output is that of its own weight now"
             return
         close(found, pair.call(x))
-        if told.half:
+        if entry.half:
             adapted.multiplier = 0.5
             found, theirs = adapted(x), pair.half(x)
-            assert torch.allclose(found, theirs, rtol=1e-4, atol=1e-4) == (told.half == "same")
+            assert torch.allclose(found, theirs, rtol=1e-4, atol=1e-4) == (entry.half == "same")
 
 
 @cells
@@ -118,7 +118,7 @@ WITH_OUTPUTS = [cell for cell in CELLS if (one := exception_of(*cell)) is None o
 
 @pytest.mark.parametrize(("peer", "form", "layer"), WITH_OUTPUTS)
 def test_gradients_of_every_factor_agree(peer, form, layer):
-    pair, told = pair_of(peer, form, layer), FORMS[peer][form]
+    pair, entry = pair_of(peer, form, layer), FORMS[peer][form]
     x = input_of(pair.layer)
     adapted = AdaptedLayer(pair.layer, pair.delta, trainable=True)
     out = adapted(x)
@@ -133,12 +133,12 @@ def test_gradients_of_every_factor_agree(peer, form, layer):
         expected = found[factor]
         if peer == "peft" and layer == "embedding":  # its factors are transposed, its angles have the other sign
             expected = -expected if factor == "angles" else expected.T
-        scale = told.gradients.get(factor, 1.0)
+        scale = entry.gradients.get(factor, 1.0)
         if scale is not None:
             expected = scale * expected.reshape(gradient.shape)
             size = max(1.0, float(expected.abs().max()))
             agreed[factor] = torch.allclose(gradient.to(expected.dtype), expected, rtol=1e-3, atol=1e-4 * size)
-    if peer == "lycoris" and told.kind == "dora":
+    if peer == "lycoris" and entry.kind == "dora":
         assert agreed.pop("magnitude")
         assert not all(agreed.values()), "LyCORIS holds the norm now: compare these gradients too"
     else:

@@ -140,7 +140,7 @@ def test_pefts_gradient_of_loha_with_cores_is_wrong_and_ours_is_that_of_its_own_
     pair = peft_pair("loha cores", "conv 3x3")
     x, layer = input_of(pair.layer), pair.layer
     theirs = pair.parameters()
-    told = dict(zip(theirs, torch.autograd.grad(pair.call(x).square().mean(), theirs.values()), strict=True))
+    gradients = dict(zip(theirs, torch.autograd.grad(pair.call(x).square().mean(), theirs.values()), strict=True))
     factors = {name: f.clone().requires_grad_() for name, f in pair.delta.factors().items()}
     halves = [
         torch.einsum("mp,mnkl,nr->prkl", factors[f"up{half}"], factors[f"core{half}"], factors[f"down{half}"])
@@ -155,7 +155,7 @@ def test_pefts_gradient_of_loha_with_cores_is_wrong_and_ours_is_that_of_its_own_
     assert ours.keys() == right.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, right[name], rtol=1e-3, atol=1e-5)
-        agrees = torch.allclose(told[name], right[name], rtol=1e-3, atol=1e-5)
+        agrees = torch.allclose(gradients[name], right[name], rtol=1e-3, atol=1e-5)
         assert agrees == (name not in ("up1", "up2")), (
             f"{name}: PEFT's backward has changed; compare its gradients again"
         )

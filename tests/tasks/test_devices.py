@@ -1,4 +1,4 @@
-"""Slots of a device, between real processes of one home; what happens is told by the processes, not by a clock."""
+"""Slots of a device, between real processes of one home; the processes report what happens, and no clock is asked."""
 
 from __future__ import annotations
 

@@ -21,6 +21,16 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.running import Running
 
+OBJECTIVE: dict[str, Any] = {
+    "weighting": "min_snr",
+    "loss": {"name": "huber", "delta": 0.3},
+    "timesteps": {"distribution": "logit_normal", "low": 0.2},
+    "noise_offset": 0.1,
+    "pyramid": {},
+    "input_perturbation": 0.1,
+}
+"""Every setting of an objective, each other than its default."""
+
 
 class CrashedRun(Exception):
     """Ends a run as a killed process would: nothing more is written."""

@@ -22,7 +22,7 @@ from lora_engine.training.methods import methods
 from lora_engine.training.optimisers import _PACKAGES, optimisers
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.rates import AnyOptimiser, Optimiser
-from tests.lora_engine.training.runs import Ending, Runs, digests, factors_of
+from tests.lora_engine.training.runs import OBJECTIVE, Ending, Runs, digests, factors_of
 
 STEPS, ACCUMULATE, CHECKPOINT_EVERY = 4, 2, 2
 USUAL: dict[str, Any] = {
@@ -219,14 +219,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "objective and rates": {
         "method": "dreambooth",
         "targets": TEXT,
-        "objective": {
-            "weighting": "min_snr",
-            "loss": {"name": "huber", "delta": 0.3},
-            "timesteps": {"distribution": "logit_normal", "low": 0.2},
-            "noise_offset": 0.1,
-            "pyramid": {},
-            "input_perturbation": 0.1,
-        },
+        "objective": OBJECTIVE,
         "rates": {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}},
         "schedule": {"name": "cosine-restarts", "cycles": 2},
         "shape": "small-sd-v",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.lora_engine.training.runs import Runs, curves_of, factors_of
+from tests.lora_engine.training.runs import OBJECTIVE, Runs, curves_of, factors_of
 
 Plain = Callable[[dict[str, Any]], Path]
 
@@ -64,14 +64,6 @@ def test_each_setting_of_a_run_counts(runs: Runs, plain: Plain, change: dict[str
     assert any(value.shape != second[name].shape or not value.equal(second[name]) for name, value in first.items())
 
 
-OBJECTIVE: dict[str, Any] = {
-    "weighting": "min_snr",
-    "loss": {"name": "huber", "delta": 0.3},
-    "timesteps": {"distribution": "logit_normal", "low": 0.2},
-    "noise_offset": 0.1,
-    "pyramid": {},
-    "input_perturbation": 0.1,
-}
 RATES: dict[str, Any] = {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}, "optimiser": "adafactor"}
 
 

@@ -100,12 +100,12 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_a_run
         assert child.stdin is not None
         assert child.stdout is not None
         thread = when_checkpointed(job, kept + 3, child.stdin.close)
-        told = [json.loads(line) for line in child.stdout]
+        messages = [json.loads(line) for line in child.stdout]
         thread.join()
     assert child.returncode == 130
-    assert (told[-1]["event"], told[-1]["type"]) == ("error", "InterruptedRun")
+    assert (messages[-1]["event"], messages[-1]["type"]) == ("error", "InterruptedRun")
     kept = last_checkpoint(job)
-    assert f"stopped after {kept} of 30" in told[-1]["message"]
+    assert f"stopped after {kept} of 30" in messages[-1]["message"]
     assert not Path(job["out"]).exists()
 
     events: list[tuple[int, int, dict[str, float]]] = []
@@ -138,15 +138,15 @@ while not asked:
 print('{"event": "error", "type": "InterruptedRun", "message": "kept", "where": "here"}')
 sys.exit(130)
 """
-    told: list[int] = []
+    steps: list[int] = []
     with pytest.raises(InterruptedRun, match="here: kept"):
         train_in_child(
             job,
-            lambda done, total, values: told.append(done),
+            lambda done, total, values: steps.append(done),
             python=fake_python(tmp_path, body),
-            stop=lambda: bool(told),
+            stop=lambda: bool(steps),
         )
-    assert told == [1]
+    assert steps == [1]
 
 
 def fake_python(tmp_path: Path, body: str) -> str:
@@ -191,14 +191,14 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print('{"event": "progress", "done": 1, "total": 2, "values": {}}', flush=True)
 time.sleep(1000)
 """
-    told: list[int] = []
+    steps: list[int] = []
     with pytest.raises(TrainingError, match="SIGKILL"):
         train_in_child(
             job,
-            lambda done, total, values: told.append(done),
+            lambda done, total, values: steps.append(done),
             python=fake_python(tmp_path, body),
             # Only once the child ignores the signal, however long it took to start.
-            stop=lambda: bool(told),
+            stop=lambda: bool(steps),
             grace=0.5,
         )
 
