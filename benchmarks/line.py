@@ -29,7 +29,7 @@ def timed(command: list[str], environment: dict[str, str]) -> float:
 
 def loraline(*arguments: str) -> list[str]:
     """The command line in this interpreter."""
-    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from flows.cli import start; start()", *arguments]
 
 
 def main() -> None:

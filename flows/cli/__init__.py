@@ -43,8 +43,16 @@ for _module in _MODULES:
     _module.add_verbs(app)
 
 
+def start() -> None:
+    """Runs the console script `loraline`, in a process of its own."""
+    from lora_engine.lean import hide_optional
+
+    hide_optional()
+    main()
+
+
 def main() -> None:
-    """The console script `loraline`."""
+    """Runs the command in `sys.argv` and ends with its exit code."""
     from flows.cli.output import explain
     from lora_engine.errors import EngineError, InterruptedRun
     from registry.errors import RegistryError

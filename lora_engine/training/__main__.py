@@ -12,6 +12,7 @@ code 130 and an `InterruptedRun`. Other errors end with code 1.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
+
+from lora_engine.lean import optional_hidden
 
 INTERRUPTED = 130
 _INTERVAL = 0.2
@@ -47,6 +50,7 @@ def main(arguments: list[str]) -> int:
 def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
     from pydantic import ValidationError
 
+    from lora_engine.bases.families import families
     from lora_engine.bases.source import resolve_base
     from lora_engine.errors import EngineError, InterruptedRun, SettingsError, TrainingError
     from lora_engine.training.spec import TrainSettings
@@ -60,10 +64,12 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
             more = {name: Path(job[name]) if job.get(name) else None for name in _MORE}
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise SettingsError(f"the job cannot be used ({error!r})", where=str(path)) from error
-        # A base that is not there is told of at once, without the seconds that the imports take.
-        resolve_base(base)
+        # A missing base is reported before the imports, which take seconds.
+        family = resolve_base(base).family
         # Heavy, and only now: a signal that comes while this is imported is already heard.
-        from lora_engine.training.run import train
+        with optional_hidden():
+            importlib.import_module(families[family].module)
+            from lora_engine.training.run import train
 
         train(settings, base, dataset, out, work, **more, progress=_Teller(channel), stop=stopped.is_set)
     except OSError as error:

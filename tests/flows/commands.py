@@ -21,7 +21,7 @@ PLAIN = {"COLUMNS": "200", "NO_COLOR": "1"}
 def loraline_process(environment: Mapping[str, str], *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Starts the command in a process group of its own, and kills the group at the end of the block."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from flows.cli import start; start()", *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

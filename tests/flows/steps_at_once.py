@@ -32,7 +32,7 @@ def main() -> None:
     report, arguments = Path(sys.argv[1]), sys.argv[2:]
     watch = Watch()
     sys.meta_path.insert(0, watch)
-    from flows.cli import main as loraline
+    from flows.cli import start as loraline
 
     sys.argv = ["loraline", *arguments]
     try:

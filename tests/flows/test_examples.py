@@ -109,12 +109,14 @@ def test_photographs_go_down_the_line_on_every_base(photographs: Path, home: Pat
     assert "adapter_config.json" in exported
 
 
-def test_two_processes_train_and_leave_sample_pictures(home: Path) -> None:
+# Each process imports torch anew; `test_training_processes` compares two with one.
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_a_training_leaves_sample_images_of_every_interval(home: Path, processes: int) -> None:
     spec = EXAMPLES / "methods" / "running.yaml"
-    (version,) = run(
-        spec, home, "adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=1", "report.steps=2"
-    )
+    assert load_spec(spec).steps["adapter"].running.processes == 2
+    changes = ("adapter.steps=2", "adapter.samples.every=1", "report.max_pictures=1", "report.steps=2")
+    (version,) = run(spec, home, f"adapter.running.processes={processes}", *changes)
     assert version.aliases == ("staging",)
-    assert version.card["recipe"]["running"]["processes"] == 2
+    assert version.card["recipe"]["running"]["processes"] == processes
     shown = {path.parent.name for path in (home / "mlflow" / version.name).rglob("samples/*/*.png")}
-    assert shown == {"step-000001", "step-000002"}, "MLflow shows the pictures of every interval"
+    assert shown == {"step-000001", "step-000002"}, "MLflow shows the images of every interval"

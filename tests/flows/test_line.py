@@ -135,7 +135,7 @@ def wait_for_checkpoint(home: Path, before: set[str], process: subprocess.Popen[
     while not checkpoints(home) - before:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def wait_for_children(home: Path) -> None:
@@ -143,7 +143,7 @@ def wait_for_children(home: Path) -> None:
     deadline = time.monotonic() + 120
     while any(os.fsencode(home) in command for command in command_lines()):
         assert time.monotonic() < deadline, "the training outlived its run"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def command_lines() -> Iterator[bytes]:

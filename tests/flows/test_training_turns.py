@@ -21,6 +21,7 @@ from tests.faults.points import Trial, forked
 from tests.faults.work import Tell
 from tests.flows.commands import loraline_here
 from tests.flows.conftest import PREPARE
+from tests.flows.shared import training_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -30,6 +31,9 @@ ONE = PREPARE + f"  adapter: {TRAIN.format(1)}\n"
 
 
 def test_two_processes_of_one_home_never_train_at_the_same_time(pipeline, home):
+    import lora_engine.bases.sd
+    import lora_engine.training.run  # noqa: F401 (once, for both processes)
+
     path = pipeline(BY_TURNS)
     log = home.absolute().parent / "log"
 
@@ -44,7 +48,8 @@ def test_two_processes_of_one_home_never_train_at_the_same_time(pipeline, home):
                     append(log, f"{name} {count_holders(opened, 'cpu')}\n")
 
             made = {}
-            with listening(note):
+            # The next test trains in a child, which holds the slot with its parent.
+            with listening(note), training_here():
                 for step in ("photos", "prepared", "captions", name):
                     source = {"dataset": (made[spec.steps[step].dataset],)} if step != "photos" else {}
                     job = prepare_job(step, spec.steps[step], spec.folder, concurrency=spec.concurrency)

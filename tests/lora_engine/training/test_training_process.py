@@ -16,6 +16,7 @@ import pytest
 
 from lora_engine.errors import BaseModelError, InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import sha256_file
+from lora_engine.progress import Progress, no_progress
 from lora_engine.training.run import train
 from lora_engine.training.spawn import train_in_child
 from lora_engine.training.spec import TrainSettings
@@ -46,11 +47,10 @@ def digest(job: dict[str, Any]) -> str:
     return sha256_file(Path(job["out"]) / "adapter.safetensors")
 
 
-def train_here(job: dict[str, Any], tmp_path: Path) -> str:
-    here = {**job, "out": str(tmp_path / "here"), "work": str(tmp_path / "here-work")}
-    settings = TrainSettings.model_validate(here["settings"])
-    train(settings, here["base"], Path(here["dataset"]), Path(here["out"]), Path(here["work"]))
-    return digest(here)
+def resume_here(job: dict[str, Any], progress: Progress = no_progress) -> None:
+    """Trains in this process from the job's last checkpoint, or from the start where it has none."""
+    dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
+    train(TrainSettings.model_validate(job["settings"]), job["base"], dataset, out, work, progress=progress)
 
 
 def when_checkpointed(job: dict[str, Any], step: int, act: Callable[[], None]) -> threading.Thread:
@@ -109,11 +109,13 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_a_run
     assert not Path(job["out"]).exists()
 
     events: list[tuple[int, int, dict[str, float]]] = []
-    train_in_child(job, lambda done, total, values: events.append((done, total, dict(values))))
+    resume_here(job, lambda done, total, values: events.append((done, total, dict(values))))
     assert next(done for done, _, values in events if "loss" in values) > kept
     assert events[-1][:2] == (30, 30)
     assert {"loss", "denoising", "prior", "learning_rate", "gradient_norm"} == set(events[-1][2])
-    assert digest(job) == train_here(job, tmp_path)
+    fresh = {**job, "out": str(tmp_path / "fresh"), "work": str(tmp_path / "fresh-work")}
+    resume_here(fresh)
+    assert digest(job) == digest(fresh)
 
 
 def test_errors_of_the_child_keep_their_class_and_their_parts(job: dict[str, Any]) -> None:
