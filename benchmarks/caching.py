@@ -29,7 +29,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
 from lora_engine.training.examples import Encoder, Example, Size
 from lora_engine.training.loop import FitOptions, fit
-from lora_engine.training.methods import Workbench, methods
+from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.methods import Finetune
 
@@ -63,7 +63,7 @@ class Runs:
         kind, draw = settings.kind.name, generator(settings.seed, "factors")
         adapter = create_adapter(base, settings.targets, kind, settings.rank, generator=draw)
         with attach(base, adapter, trainable=True) as attachment:
-            bench = Workbench(
+            bench = MethodContext(
                 base=base,
                 settings=settings,
                 parameters=dict(attachment.named_parameters()),
@@ -71,7 +71,7 @@ class Runs:
                 class_examples=(),
                 latents=source.latents,
                 conditioner=source.conditioning,
-                dropping=attachment.dropping,
+                adapter_dropout=attachment.adapter_dropout,
             )
             phases = methods[settings.method.name].phases(bench)
             return fit(phases, base.modules.values(), FitOptions(schedule="cosine")).loss

@@ -27,10 +27,10 @@ from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.data.pixels import write_png
 from lora_engine.files import sha256_file
 from lora_engine.seeds import generator
+from lora_engine.training.determinism import gradients_off
 from lora_engine.training.examples import Encoder, Example
-from lora_engine.training.guards import gradients_off
 from lora_engine.training.loop import FitOptions, fit
-from lora_engine.training.methods import Workbench, methods
+from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.phases import Phase
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.methods import Finetune
@@ -88,8 +88,8 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
     )
     with attach(base, adapter, trainable=True) as attachment:
         parameters = dict(attachment.named_parameters())
-        bench = Workbench(
-            base, settings, parameters, examples, (), encoder.latents, encoder.conditioning, attachment.dropping
+        bench = MethodContext(
+            base, settings, parameters, examples, (), encoder.latents, encoder.conditioning, attachment.adapter_dropout
         )
         phases = methods[settings.method.name].phases(bench)
         options = FitOptions(schedule="cosine")

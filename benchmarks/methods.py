@@ -19,7 +19,7 @@ from lora_engine.bases.tiny import folder
 from lora_engine.bases.tiny.judge import load_judge
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.formats import read_bundle
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 

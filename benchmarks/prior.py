@@ -68,7 +68,7 @@ class Examiner:
     def __init__(self, base: BaseModel, judge: Judge, embedder: Embedder) -> None:
         self._base, self._judge, self._embedder = base, judge, embedder
         self._new, self._known = scenes(901, 24, "concept"), scenes(902, 48, "train")
-        self._wanted = self._embedder.embed_pictures(to_pixels(render(self._new)))
+        self._wanted = self._embedder.embed_images(to_pixels(render(self._new)))
         self._before = self._draw(self._known, None)
 
     def examine(self) -> dict[str, float]:
@@ -76,7 +76,7 @@ class Examiner:
         new, known = self._draw(self._new, WORD), self._draw(self._known, None)
         return {
             "crescents read": mean(row["shape"] == CONCEPT for row in self._judge.read(new)),
-            "paired CLIP-I": float(F.cosine_similarity(self._embedder.embed_pictures(new), self._wanted).mean()),
+            "paired CLIP-I": float(F.cosine_similarity(self._embedder.embed_images(new), self._wanted).mean()),
             "known right": count_right(self._judge.read(known), self._known)["all"],
             "known shapes": count_right(self._judge.read(known), self._known)["shape"],
             "drift (levels of 255)": float((known - self._before).square().mean().sqrt() * 127.5),

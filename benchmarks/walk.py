@@ -27,7 +27,7 @@ from sqlalchemy.engine import make_url
 
 from registry.entities import now
 from registry.lineage.record import Lineage
-from registry.tables import (
+from registry.store.tables import (
     AliasRow,
     ArtifactRow,
     ContentRow,

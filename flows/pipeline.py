@@ -2,13 +2,13 @@
 
 The way from `loraline run` to an optimizer step:
 
-1. `flows.cli.line.run` reads the pipeline file (`flows.spec.load_spec`) and calls `run_pipeline`.
+1. `flows.cli.pipeline.run` reads the pipeline file (`flows.spec.load_spec`) and calls `run_pipeline`.
 2. `flows.plan.plan_pipeline` reads the user's files and every earlier result once, and says which steps are left.
 3. `run_steps` submits what is left as Prefect tasks, each with the futures of the steps that it takes from.
 4. `tasks.execution.execute` checks out a step's inputs, calls the step and records it in lineage.
-5. `tasks.train.train` starts `lora_engine.training.spawn.train_in_child`; the child calls `training.run.train`.
+5. `tasks.steps.train.train` starts `lora_engine.training.spawn.train_in_child`; the child calls `training.run.train`.
 6. `training.job` builds base, adapter, data and method; `training.loop.fit` is the only loop.
-7. `tasks.register.register` gives the adapter a version; `flows.registered` reads what the registry says of it.
+7. `tasks.steps.register.register` gives the adapter a version; `flows.registered` reads what the registry says of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from flows.errors import PipelineFailed
 from flows.plan import Plan, PlannedStep, plan_pipeline
 from flows.prefect import run_as_flow, submit_step
 from flows.registered import RegisteredVersion, read_registered
@@ -31,6 +30,7 @@ from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
+from tasks.errors import PipelineFailed
 from tasks.execution import record_hit
 from tasks.imports import import_for
 from tasks.job import Outcome

@@ -9,15 +9,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flows.errors import SpecError
-from flows.spec import REGISTERED, PipelineSpec
+from flows.spec import PipelineSpec
 from registry.entities import ArtifactRef, Execution
-from registry.governance.revoked import read_revoked
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.policy.revocations import read_revoked
 from registry.store.artifacts import Store, open_store
+from tasks.errors import SpecError
 from tasks.execution import NEVER, find_hit
 from tasks.job import Job, Outcome, prepare_job
+from tasks.spec import REGISTERED
 from tasks.step import Inputs
 
 Sources = Mapping[str, tuple[ArtifactRef | str, ...]]
@@ -114,7 +115,7 @@ def registered_adapter(target: str, home: Home) -> ArtifactRef:
     match = REGISTERED.fullmatch(target)
     if match is None:
         raise SpecError(f"{target!r} is neither a step nor name@version")
-    from registry.versions import Versions
+    from registry.versions.versions import Versions
 
     versions = Versions(home)
     try:

@@ -11,10 +11,10 @@ from flows.plan import Plan
 from registry.entities import AdapterVersion
 from registry.errors import GoneVersion, UnknownVersion
 from registry.home import Home
-from registry.judgement import judge
-from registry.versions import Versions
+from registry.policy.evaluate import evaluate_policy
+from registry.versions.versions import Versions
 from tasks.job import Outcome
-from tasks.register import Register
+from tasks.steps.register import Register
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _read(versions: Versions, recorded: Mapping[str, Any], alias: str | None) ->
         return RegisteredVersion(version, alias, holder, (), error.problem)
     if alias is None or holder == version.version:
         return RegisteredVersion(version, alias, holder, (), "")
-    return RegisteredVersion(version, alias, holder, judge(versions, version, alias).reasons, "")
+    return RegisteredVersion(version, alias, holder, evaluate_policy(versions, version, alias).reasons, "")
 
 
 def _holder(versions: Versions, name: str, alias: str) -> int | None:

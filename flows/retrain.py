@@ -12,11 +12,11 @@ from typing import Any
 from prefect import flow
 
 from flows.pipeline import run_pipeline
-from flows.promote import find_version
 from flows.spec import load_spec
 from registry.errors import UnknownName, UnknownVersion
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
+from tasks.operations.promote import find_version
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from flows.errors import PipelineFailed
 from lora_engine.errors import EngineError
 from registry.errors import RegistryError
+from tasks.errors import PipelineFailed
 
 _PATIENCE = 5.0  # seconds that the server has to end by itself
 

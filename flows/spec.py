@@ -17,13 +17,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flows.document import Document, Where, parse_value, read_document
-from flows.errors import SpecError
+from flows.yaml_source import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
-from tasks.spec import StepSpec
+from tasks.errors import SpecError
+from tasks.spec import REGISTERED, StepSpec
 from tasks.step import STEPS, locate_base
-
-REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
 
 
 class _Head(BaseModel):
@@ -182,14 +180,14 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
                     )
                 continue
             if target not in steps:
-                fitting = [other for other, its in steps.items() if STEPS[its.uses].gives == kind]
+                fitting = [other for other, its in steps.items() if STEPS[its.uses].produces == kind]
                 raise SpecError(
                     f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, fitting)
                 )
-            gives = STEPS[steps[target].uses].gives
-            if gives != kind:
+            produces = STEPS[steps[target].uses].produces
+            if produces != kind:
                 raise SpecError(
-                    f"{name}.{field} is {target!r}, a step that gives a {gives}",
+                    f"{name}.{field} is {target!r}, a step that gives a {produces}",
                     where=where,
                     allowed=f"a step that gives a {kind}",
                 )

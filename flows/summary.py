@@ -7,15 +7,15 @@ from pathlib import Path
 
 from flows.pipeline import PipelineResult
 from flows.registered import RegisteredVersion
-from flows.reports import export_folder, write_report
 from flows.spec import PipelineSpec
 from lora_engine.data.manifest import Manifest
 from registry.home import Home
+from tasks.operations.report import export_folder, write_report
 
 _SHOWN = 8
 
 
-def summarise(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterator[tuple[str, object]]:
+def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterator[tuple[str, object]]:
     """Yields label and text of each fact, in the order in which they are read."""
     cached = sum(outcome.cached for outcome in result.outcomes.values())
     yield "steps", f"{len(result.outcomes) - cached} ran, {cached} were there already"

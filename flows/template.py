@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from string import Template
 
-from flows.errors import SpecError
 from lora_engine.files import atomic_write
+from tasks.errors import SpecError
 
 _PIPELINE = Template("""\
 # A Loraline pipeline. `loraline plan $file` says what a run would do; `loraline run $file` does it.

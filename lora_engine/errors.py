@@ -53,7 +53,7 @@ class BaseModelError(EngineError):
 
 
 class DataError(EngineError):
-    """Pictures, captions or a manifest that cannot be used."""
+    """Images, captions or a manifest that cannot be used."""
 
 
 class SettingsError(EngineError):

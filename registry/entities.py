@@ -15,7 +15,7 @@ RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "FAILED", "INTERRUPTED"]
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """What moves an alias, or did not; `remove` leaves it pointing at nothing."""
-Deed = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
+EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
 """What else is logged: done to a version, or (revoke, lift) to a subject."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
@@ -267,7 +267,7 @@ class Event:
     seq: int
     name: str
     alias: str
-    action: Action | Deed
+    action: Action | EventType
     before: int | None
     after: int | None
     actor: str

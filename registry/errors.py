@@ -9,7 +9,7 @@ RegistryError
 ├── VersionError        a version that cannot be registered
 │   ├── UnknownName         no adapter of that name
 │   ├── UnknownVersion      no such number or alias under that name
-│   ├── MirrorError         the truth is recorded, but MLflow could not be brought level with it
+│   ├── MlflowError         the truth is recorded, but MLflow could not be brought level with it
 │   └── GoneVersion         withdrawn or deleted: known, but not handed out any more
 ├── SignatureError      a key that cannot be used, or a signature that cannot be made or does not hold
 ├── PolicyError         `policy.yaml` or `licenses.yaml` of the home cannot be used
@@ -65,7 +65,7 @@ class UnknownVersion(VersionError):
     """No such number or alias under that name."""
 
 
-class MirrorError(VersionError):
+class MlflowError(VersionError):
     """The registry's own record stands, but MLflow could not be brought level with it."""
 
 
@@ -124,7 +124,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def database_error(message: str, where: str) -> HomeError | None:
     """What a driver's message means and what to do about it; None where it says nothing of the kind."""
-    worded = {
+    with_context = {
         "disk is full": ("the disk is full", "free some space and run the same command again"),
         "No space left": ("the disk is full", "free some space and run the same command again"),
         "readonly": ("the database cannot be written", "make the file and its folder writable"),
@@ -141,7 +141,7 @@ def database_error(message: str, where: str) -> HomeError | None:
         "server closed the connection": ("the database went away", "see to the server, and run the same command again"),
         "permission denied": ("the database refuses", "grant the user what it needs (see docs/operations.md)"),
     }
-    for sign, (problem, remedy) in worded.items():
+    for sign, (problem, remedy) in with_context.items():
         if sign in message:
             return HomeError(f"{problem} ({message.strip()})", where=where, remedy=remedy)
     return None

@@ -1,11 +1,6 @@
-"""The steps of a pipeline, one file each; importing the package fills `tasks.step.STEPS`.
+"""Combines the engine and the registry: `steps` of pipelines, `operations` on adapters and versions, their execution.
 
-A step takes folders and its own spec and writes one folder. It holds no loops and no maths: those are the engine's.
-To add a step, add a file here that declares its spec and is decorated with `tasks.step.step`.
+Importing the package fills `tasks.step.STEPS`.
 """
 
-import importlib
-import pkgutil
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import tasks.steps  # noqa: F401 (registers the steps)

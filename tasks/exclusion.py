@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from registry.errors import RightsError
-from registry.governance.ancestry import held_subjects
-from registry.governance.revoked import revoked_subjects
 from registry.lineage.record import Lineage
+from registry.policy.ancestry import held_subjects
+from registry.policy.revocations import revoked_subjects
 from tasks.step import Inputs
 
 

@@ -47,7 +47,7 @@ def find_hit(
     ref = lineage.find_cached(key)
     if ref is None:
         return None, NEVER
-    problems, summary = store.inspect(ref, job.kind.summary, renew=True, known=known)
+    problems, summary = store.inspect(ref, job.kind.summary, touch=True, known=known)
     if problems:
         return None, f"the earlier result is damaged: {problems[0].what}"
     hit = Outcome(ref, cached=True, summary=summary or b"")
@@ -159,7 +159,9 @@ def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Executi
     )
     job.kind.work(job.spec, context)
     summary = (out / job.kind.summary).read_bytes() if job.kind.summary else b""
-    return Outcome(store.put(job.kind.gives, out), cached=False, summary=summary), context.compute or describe_compute()
+    return Outcome(
+        store.put(job.kind.produces, out), cached=False, summary=summary
+    ), context.compute or describe_compute()
 
 
 def _keep(job: Job, store: Store) -> dict[str, ArtifactRef]:

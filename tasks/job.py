@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import ArtifactRef
-from registry.governance.revoked import read_revoked
 from registry.lineage.record import Lineage
+from registry.policy.revocations import read_revoked
 from tasks.digests import PathDigest, digest_path
 from tasks.spec import StepSpec
 from tasks.step import STEPS, Inputs, StepKind, locate_base
@@ -123,8 +123,8 @@ def prepare_job(
         EngineError, OSError: The base or a file cannot be read.
     """
     files = {role: digest_path(folder / path) for role, path, _ in spec.externals()}
-    excludes = STEPS[spec.uses].excludes
-    excluded = sorted(excludes(spec, folder, files, revoked)) if excludes is not None and revoked else ()
+    find_excluded = STEPS[spec.uses].find_excluded
+    excluded = sorted(find_excluded(spec, folder, files, revoked)) if find_excluded is not None and revoked else ()
     base = getattr(spec, "base", None)
     described = _describe_base(base, folder) if base else None
     return Job(name, spec, folder, files, tuple(excluded), described, concurrency)

@@ -5,6 +5,7 @@ No step lives here, and nothing that runs one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -12,10 +13,12 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 Settings = TypeVar("Settings", bound=BaseModel)
+REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
+"""A registered adapter where a step expects a reference: `name@version` or `name@alias`."""
 
 
 @dataclass(frozen=True)
-class Takes:
+class Input:
     """Marks a field whose value names a step (or a registered adapter) that gives an artifact of this kind."""
 
     kind: str
@@ -41,7 +44,7 @@ class StepSpec(BaseModel):
 
     def references(self) -> Iterator[tuple[str, str, str]]:
         """Gives (field, name of the step or `name@version`, kind of artifact) for each reference."""
-        for field, marker in _marked(type(self), Takes):
+        for field, marker in _marked(type(self), Input):
             value = getattr(self, field)
             names = [] if value is None else [value] if isinstance(value, str) else value
             for name in names:
@@ -61,7 +64,7 @@ class StepSpec(BaseModel):
 
     def own_settings(self) -> dict[str, Any]:
         """Everything that is neither a reference nor a path: what enters the cache key as it stands."""
-        outside = {field for field, _ in _marked(type(self), Takes)} | {
+        outside = {field for field, _ in _marked(type(self), Input)} | {
             field for field, _ in _marked(type(self), External)
         }
         return self.model_dump(mode="json", exclude=outside)
@@ -71,7 +74,7 @@ class StepSpec(BaseModel):
         return settings.model_validate(self.model_dump(include=set(settings.model_fields)))
 
 
-Marker = TypeVar("Marker", Takes, External)
+Marker = TypeVar("Marker", Input, External)
 
 
 def _marked(spec: type[StepSpec], marker: type[Marker]) -> Iterator[tuple[str, Marker]]:

@@ -69,7 +69,7 @@ class Context:
 
 Work = Callable[[Any, Context], None]
 IsStillValid = Callable[[Home, bytes], bool]
-Excludes = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
+FindExcluded = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
 Imports = Callable[[Any, Path], Iterable[str]]
 
 
@@ -99,12 +99,12 @@ class StepKind:
 
     name: str
     spec: type[StepSpec]
-    gives: str
+    produces: str
     revision: int
     work: Work
     summary: str | None = None
     is_still_valid: IsStillValid | None = None
-    excludes: Excludes | None = None
+    find_excluded: FindExcluded | None = None
     imports: Imports | None = None
 
 
@@ -114,18 +114,18 @@ STEPS: Registry[StepKind] = Registry("step")
 def step(
     spec: type[StepSpec],
     *,
-    gives: str,
+    produces: str,
     revision: int,
     summary: str | None = None,
     is_still_valid: IsStillValid | None = None,
-    excludes: Excludes | None = None,
+    find_excluded: FindExcluded | None = None,
     imports: Imports | None = None,
 ) -> Callable[[Work], Work]:
     """Registers the decorated function as the step that `spec` describes (see `StepKind`)."""
 
     def register(work: Work) -> Work:
         name = spec.model_fields["uses"].default
-        STEPS.add(name, StepKind(name, spec, gives, revision, work, summary, is_still_valid, excludes, imports))
+        STEPS.add(name, StepKind(name, spec, produces, revision, work, summary, is_still_valid, find_excluded, imports))
         return work
 
     return register

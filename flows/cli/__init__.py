@@ -10,15 +10,15 @@ import sys
 
 import typer
 
-import flows.cli.algebra as algebra_verbs
 import flows.cli.files as files_verbs
+import flows.cli.governance as rights_verbs
 import flows.cli.history as history_verbs
-import flows.cli.line as line_verbs
 import flows.cli.lineage as lineage_verbs
+import flows.cli.pipeline as line_verbs
 import flows.cli.records as record_verbs
-import flows.cli.rights as rights_verbs
 import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
+import flows.cli.weights as algebra_verbs
 
 app = typer.Typer(
     name="loraline",

@@ -48,7 +48,7 @@ def inspect(file: File, as_json: Json = False) -> None:
 def validate(file: File, base: Base = None, as_json: Json = False) -> None:
     """Check a file's structure, with --base names and shapes too; exit code 1 if it is not whole."""
     from flows.cli.output import print_json
-    from flows.engine import check_file
+    from tasks.operations.adapter_files import check_file
 
     facts = check_file(file, base)
     if as_json:
@@ -75,8 +75,8 @@ def convert(
 ) -> None:
     """Write an adapter, or a whole model, in another format."""
     from flows.cli.output import print_json
-    from flows.engine import convert_adapter, convert_model
     from lora_engine.checkpoints import is_checkpoint
+    from tasks.operations.adapter_files import convert_adapter, convert_model
 
     if is_checkpoint(file):
         done = convert_model(
@@ -122,7 +122,7 @@ def generate(
 
     from flows.cli.display import show_run
     from flows.cli.output import home_path
-    from flows.engine import draw
+    from tasks.operations.adapter_files import draw
     from tasks.progress import StepEvent, publish
 
     with show_run(["generate"], Console()):

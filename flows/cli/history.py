@@ -12,10 +12,10 @@ import typer
 from flows.cli.output import Json, open_home
 
 if TYPE_CHECKING:
-    from flows.changes import Change
-    from flows.diff import Difference
-    from flows.importing import Imported
-    from flows.verdict import Reproduction
+    from tasks.operations.changes import Change
+    from tasks.operations.diff import Difference
+    from tasks.operations.import_adapter import ImportResult
+    from tasks.operations.reproduction_report import ReproductionReport
 
 _MOST_MODULES = 12
 _MOST_TEXT = 60
@@ -53,8 +53,8 @@ def reproduce(
     from flows.cli.display import show_run
     from flows.cli.output import print_json
     from flows.cli.stopping import stoppable
-    from flows.reproduce import find_recipe
-    from flows.reproduce import reproduce as build_again
+    from tasks.operations.reproduce import find_recipe
+    from tasks.operations.reproduce import reproduce as build_again
 
     home = open_home()
     recipe = find_recipe(home, ref, base=base, given=_places(given or []), force=force_differences)
@@ -75,7 +75,7 @@ def diff(
 ) -> None:
     """Show how two versions or files differ: recipe, data, base, figures, rights, weights."""
     from flows.cli.output import print_json
-    from flows.diff import diff as compare
+    from tasks.operations.diff import diff as compare
 
     only_files = Path(first).exists() and Path(second).exists()
     told = compare(None if only_files else open_home(), first, second)
@@ -102,11 +102,11 @@ def import_file(
     """Register somebody else's adapter: checked in full, its own bytes kept beside, its licence stated."""
     from flows.cli.output import print_json
     from flows.cli.versions import describe
-    from flows.importing import Wish, import_adapter, look_at
+    from tasks.operations.import_adapter import ImportRequest, import_adapter, inspect_file
 
     home = open_home()
-    stated = license_id or _ask_license(file, look_at(file))
-    done = import_adapter(home, file, Wish(name, base, stated, trigger, alias))
+    stated = license_id or _ask_license(file, inspect_file(file))
+    done = import_adapter(home, file, ImportRequest(name, base, stated, trigger, alias))
     if as_json:
         told = {"format": done.format, "original": done.original, "is_new": done.is_new, "refused": done.refused}
         print_json(describe(done.version, whole=True) | told)
@@ -119,7 +119,7 @@ def import_file(
 def _ask_license(file: Path, facts: dict[str, Any]) -> str:
     import sys
 
-    from flows.errors import SpecError
+    from tasks.errors import SpecError
 
     card = facts["card"]
     known = {"licence": card.get("license"), "title": card.get("title"), "base": card.get("base")}
@@ -135,7 +135,7 @@ def _ask_license(file: Path, facts: dict[str, Any]) -> str:
     )
 
 
-def _print_import(done: Imported) -> None:
+def _print_import(done: ImportResult) -> None:
     from flows.cli.output import print_facts
 
     version = done.version
@@ -199,7 +199,7 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _print_reproduction(told: Reproduction) -> None:
+def _print_reproduction(told: ReproductionReport) -> None:
     from flows.cli.output import print_facts, print_table
 
     words = {True: "same", False: "DIFFERS", None: "taken"}
@@ -232,7 +232,7 @@ def _weights(told: dict[str, Any] | None) -> str:
 
 
 def _places(given: list[str]) -> dict[str, Path]:
-    from flows.errors import SpecError
+    from tasks.errors import SpecError
 
     places = {}
     for text in given:

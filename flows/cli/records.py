@@ -11,7 +11,7 @@ import typer
 from flows.cli.output import Json, open_home
 
 if TYPE_CHECKING:
-    from registry.records.keys import PublicKey
+    from registry.documents.keys import PublicKey
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 _VARIABLE = "LORALINE_KEY_PASSPHRASE"
@@ -36,7 +36,7 @@ def card(
     ] = None,
 ) -> None:
     """Show the model card of a version, or write it."""
-    from flows.records import read_card, write_card
+    from tasks.operations.documents import read_card, write_card
 
     if output is None:
         print(read_card(open_home(), ref, html=False).decode(), end="")
@@ -53,7 +53,7 @@ def records(
 ) -> None:
     """Write all documents of a version: model card, provenance, bill of materials, signature."""
     from flows.cli.output import print_json
-    from flows.records import write_documents
+    from tasks.operations.documents import write_documents
 
     written = write_documents(open_home(), ref, output, with_adapter=with_adapter)
     if as_json:
@@ -70,7 +70,7 @@ def sign(
 ) -> None:
     """Sign a version: its adapter file and its provenance. The passphrase is asked for, or LORALINE_KEY_PASSPHRASE."""
     from flows.cli.output import print_json
-    from flows.records import sign_version
+    from tasks.operations.documents import sign_version
 
     version, signature = sign_version(open_home(), ref, key, _passphrase(key))
     if as_json:
@@ -90,7 +90,7 @@ def verify(
     from dataclasses import asdict
 
     from flows.cli.output import print_json, print_table
-    from flows.records import verify_version
+    from tasks.operations.documents import verify_version
 
     found = verify_version(open_home(), ref, must_be_signed=signed)
     if as_json:
@@ -117,8 +117,8 @@ def new_key(
     """Make a key pair for signing (ECDSA, P-256); nothing of it leaves this machine."""
     from datetime import timedelta
 
+    from registry.documents.keys import make_key, trust_key
     from registry.entities import now
-    from registry.records.keys import make_key, trust_key
 
     secret = None
     if not without_passphrase:
@@ -136,7 +136,7 @@ def new_key(
 
 def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A public key in PEM.")]) -> None:
     """Trust a public key in this home: signatures made with its private key hold here."""
-    from registry.records.keys import trust_key
+    from registry.documents.keys import trust_key
 
     key = trust_key(open_home(), file)
     print(f"{key.path}  trusted: key {key.fingerprint[:16]}{_until(key)}")
@@ -145,7 +145,7 @@ def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A publi
 def list_keys(as_json: Json = False) -> None:
     """List the public keys that this home trusts; remove a file to trust it no more."""
     from flows.cli.output import print_json, print_table
-    from registry.records.keys import trusted_keys
+    from registry.documents.keys import trusted_keys
 
     keys = trusted_keys(open_home())
     if as_json:
@@ -158,7 +158,7 @@ def list_keys(as_json: Json = False) -> None:
 
 def _passphrase(key: Path) -> bytes | None:
     """Of an encrypted key: what the environment says, else what a person types. Never a word of the command line."""
-    from registry.records.keys import is_encrypted
+    from registry.documents.keys import is_encrypted
 
     if not is_encrypted(key):
         return None

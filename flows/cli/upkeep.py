@@ -25,7 +25,7 @@ def gc(
 ) -> None:
     """Delete what no version and no recent run needs, and what killed processes left behind."""
     from flows.cli.output import print_json, print_table
-    from flows.upkeep import collect_garbage, parse_time
+    from tasks.operations.maintenance import collect_garbage, parse_time
 
     home = open_home()
     seconds = parse_time(grace)
@@ -52,11 +52,11 @@ def fsck(
 ) -> None:
     """Prove that bytes, digests, events, aliases and MLflow agree."""
     from flows.cli.output import print_json, print_table
-    from registry.audit.fsck import fsck as audit
-    from registry.audit.repair import repair as mend
+    from registry.maintenance.fsck import fsck as audit
+    from registry.maintenance.repair import repair as repair_home
 
     home = open_home()
-    done = mend(home) if repair else []
+    done = repair_home(home) if repair else []
     problems = audit(home)
     if as_json:
         print_json({"repaired": done, "problems": problems} if repair else problems)
@@ -75,7 +75,7 @@ def fsck(
 def doctor(as_json: Json = False) -> None:
     """Say what is wrong with this installation, and how to mend it."""
     from flows.cli.output import print_json, print_table
-    from flows.upkeep import examine
+    from tasks.operations.maintenance import examine
 
     found = examine(home_path())
     if as_json:
@@ -92,7 +92,7 @@ def backup(
 ) -> None:
     """Copy databases, settings and every blob that they name, while others work; again, and only what is new."""
     from flows.cli.output import print_json, print_table
-    from registry.audit.backup import backup as act
+    from registry.maintenance.backup import backup as act
 
     done = act(open_home(), target)
     if as_json:
@@ -114,7 +114,7 @@ def restore_backup(
 ) -> None:
     """Make LORALINE_HOME from a backup: verified whole first, then in its place at once."""
     from flows.cli.output import print_json
-    from registry.audit.restore import restore
+    from registry.maintenance.restore import restore
 
     done = restore(source, home_path(), replace=replace)
     if as_json:
@@ -133,10 +133,10 @@ def copy_database(
 ) -> None:
     """Copy the registry's own tables to another database, such as from SQLite to PostgreSQL."""
     from flows.cli.output import print_json, print_table
-    from registry.transfer import transfer
+    from registry.store.copy_database import copy_tables
 
     home = open_home()
-    done = transfer(home.lineage_url, target)
+    done = copy_tables(home.lineage_url, target)
     if as_json:
         print_json(done)
         return

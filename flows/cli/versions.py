@@ -30,7 +30,7 @@ def list_versions(
 ) -> None:
     """List registered adapters, their versions and aliases."""
     from flows.cli.output import print_json, print_table
-    from registry.versions import Versions
+    from registry.versions.versions import Versions
 
     versions = Versions(open_home()).list(name, deleted=everything)
     if as_json:
@@ -54,9 +54,9 @@ def list_versions(
 def show(ref: Ref, as_json: Json = False) -> None:
     """Show one version: recipe, metrics, gates, parents, card."""
     from flows.cli.output import print_facts, print_json, print_table
-    from flows.promote import find_version
-    from flows.rights import describe_rights
-    from registry.versions import Versions
+    from registry.versions.versions import Versions
+    from tasks.operations.promote import find_version
+    from tasks.operations.rights import describe_rights
 
     versions = Versions(open_home())
     version = find_version(versions, ref)
@@ -100,8 +100,8 @@ def report(
     ref: Ref, output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The file to write.")]
 ) -> None:
     """Write the report of a version as one HTML file."""
-    from flows.errors import PipelineFailed
-    from flows.reports import write_report
+    from tasks.errors import PipelineFailed
+    from tasks.operations.report import write_report
 
     if write_report(open_home(), ref, output) is None:
         raise PipelineFailed(
@@ -134,8 +134,8 @@ def export(
 ) -> None:
     """Write a registered adapter, verified, in another program's format."""
     from flows.cli.output import print_json
-    from flows.exporting import export_version
-    from flows.records import records_beside, write_documents
+    from tasks.operations.documents import records_beside, write_documents
+    from tasks.operations.export_adapter import export_version
 
     wanted = {"rank": rank, "energy": energy} if approximate else None
     done = export_version(open_home(), ref, to, output, base=base, dtype=dtype, approximation=wanted)
@@ -160,7 +160,7 @@ def promote(
     ] = False,
 ) -> None:
     """Give an alias to a version; refused with all reasons unless its policy is met. Logged; undone by rollback."""
-    from flows.promote import promote_version
+    from tasks.operations.promote import promote_version
 
     event = promote_version(open_home(), ref, to, reason, override=override)
     _print_move(event)
@@ -174,7 +174,7 @@ def rollback(
     reason: Reason = "rollback",
 ) -> None:
     """Take an alias back to where it was before."""
-    from flows.promote import roll_back
+    from tasks.operations.promote import roll_back
 
     event = roll_back(open_home(), name, alias, to, reason, to_event=to_event)
     _print_move(event)

@@ -13,7 +13,7 @@ from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.attach import Attachment, LayerSettings, attach, check_fit, collapse, create_adapter
 from lora_engine.adapters.boft import BoftDelta
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds, same_delta
+from lora_engine.adapters.delta import Delta, Issue, dense_forward, kinds, same_delta
 from lora_engine.adapters.dora import DoraDelta
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.ia3 import Ia3Delta, PeftIa3Delta
@@ -38,7 +38,7 @@ __all__ = [
     "Delta",
     "DictTree",
     "DoraDelta",
-    "Fault",
+    "Issue",
     "FullDelta",
     "Ia3Delta",
     "LayerOp",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_engine.adapters.delta import Delta
-from lora_engine.adapters.layer import LayerOp, bias_of, weight_sketch
+from lora_engine.adapters.layer import LayerOp, bias_of, meta_weight
 from lora_engine.adapters.low_rank import is_plain_linear
 from lora_engine.adapters.shared_input import SharedInput
 
@@ -27,7 +27,7 @@ class AdaptedLayer(nn.Module):
         trainable: Whether the factors (those that the delta does not freeze) take gradients.
 
     Attributes:
-        dropout: Share of the input that the delta does not see (as PEFT's `lora_dropout`); see `Attachment.dropping`.
+        dropout: Share of the input that the delta does not see (as PEFT's `lora_dropout`); see `Attachment.adapter_dropout`.
         whole: The layer and the delta in one step, where the kind has that and the layer is not wrapped already.
         shared: The layers that are called with the same input, where there are others.
     """
@@ -44,7 +44,7 @@ class AdaptedLayer(nn.Module):
     ) -> None:
         super().__init__()
         layer = innermost(base)
-        weight = weight_sketch(layer)
+        weight = meta_weight(layer)
         self.base = base
         self.multiplier = multiplier
         self.dropout = 0.0
@@ -58,7 +58,7 @@ class AdaptedLayer(nn.Module):
         }
         self.factors = nn.ParameterDict(factors)
         self.delta = delta.with_factors(factors)
-        self.whole = self.delta.whole(weight, bias_of(layer), self._op) if base is layer else None
+        self.fused_forward = self.delta.fused_forward(weight, bias_of(layer), self._op) if base is layer else None
         self.shared: SharedInput | None = None
         self.training = base.training
 
@@ -68,8 +68,8 @@ class AdaptedLayer(nn.Module):
             shared = None if self.shared is None else self.shared.output(self, x)
             if shared is not None:
                 return shared
-            if self.whole is not None and self.goes_whole(x):
-                return self.whole(x, self.multiplier)
+            if self.fused_forward is not None and self.can_fuse(x):
+                return self.fused_forward(x, self.multiplier)
         out: Tensor = self.base(x, *args, **kwargs)
         if self.multiplier == 0.0:
             return out
@@ -77,13 +77,13 @@ class AdaptedLayer(nn.Module):
             x = F.dropout(x, self.dropout)
         layer = self._layer[0]
         # A quantised layer computes its weight when asked, so only kinds that read it ask.
-        weight: Tensor = layer.weight if self.delta.reads_base else weight_sketch(layer)  # type: ignore[assignment]
+        weight: Tensor = layer.weight if self.delta.reads_base else meta_weight(layer)  # type: ignore[assignment]
         return self.delta.forward(x, out, weight, bias_of(layer), self._op, self.multiplier)
 
-    def goes_whole(self, x: Tensor) -> bool:
+    def can_fuse(self, x: Tensor) -> bool:
         """Whether the layer and the delta are one step for this input, now."""
-        whole, usual = self.whole, self.multiplier != 0.0 and not self.dropout
-        return whole is not None and usual and whole.suits(x) and is_plain_linear(self.base)
+        fused_forward, usual = self.fused_forward, self.multiplier != 0.0 and not self.dropout
+        return fused_forward is not None and usual and fused_forward.applies_to(x) and is_plain_linear(self.base)
 
     def __getattr__(self, name: str) -> Any:
         try:

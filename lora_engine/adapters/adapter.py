@@ -43,9 +43,9 @@ class Adapter:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def settled(self) -> Adapter:
-        """The adapter as it goes into files; see `Delta.settled`."""
-        return replace(self, modules={name: delta.settled() for name, delta in self.modules.items()})
+    def to_export(self) -> Adapter:
+        """The adapter as it goes into files; see `Delta.to_export`."""
+        return replace(self, modules={name: delta.to_export() for name, delta in self.modules.items()})
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """The adapter with its factors in another dtype or on another device.

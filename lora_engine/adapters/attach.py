@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
-from lora_engine.adapters.layer import ADAPTABLE, bias_of, is_adaptable, weight_sketch
+from lora_engine.adapters.layer import ADAPTABLE, bias_of, is_adaptable, meta_weight
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.shared_input import share_inputs
 from lora_engine.adapters.tree import ModuleTree, as_tree, module_shapes, weight_shape
@@ -127,7 +127,7 @@ class Attachment:
             layer.multiplier = value
 
     @contextmanager
-    def dropping(self, share: float, seed: int) -> Iterator[None]:
+    def adapter_dropout(self, share: float, seed: int) -> Iterator[None]:
         """While it is open, each layer's delta sees its input without a random share of it.
 
         Args:
@@ -221,7 +221,7 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
     check_fit(tree, adapter)
     for name in adapter.modules:
         layer = innermost(tree.get_module(name))
-        if weight_sketch(layer) is not layer.weight:
+        if meta_weight(layer) is not layer.weight:
             raise AdapterError(
                 "a quantised weight cannot take a difference in",
                 where=name,

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, Issue, kinds
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.rotation import cayley, nearest_block, turn, wide
 
@@ -31,7 +31,7 @@ class BoftDelta(OftDelta):
     @classmethod
     def _block_shape(cls, outputs: int, wanted: int) -> tuple[int, ...]:
         allowed = "a number of outputs that is an even block size times a power of 2"
-        size = nearest_block(outputs, wanted, lambda size: _suits(outputs // size, size), allowed)
+        size = nearest_block(outputs, wanted, lambda size: _applies_to(outputs // size, size), allowed)
         return (outputs // size).bit_length(), outputs // size, size, size
 
     def _change(self, rows: Tensor) -> Tensor:
@@ -41,15 +41,15 @@ class BoftDelta(OftDelta):
             turned = turned + _turn_stage(change, turned, half << stage)
         return turned - rows
 
-    def _own_faults(self) -> Iterator[Fault]:
+    def _own_faults(self) -> Iterator[Issue]:
         stages, number, size = self.blocks.shape[:3]
         # Stage i pairs halves of blocks that lie 2^i halves apart, so the last stage needs that many.
         if size % 2 or (number * 2) % (1 << stages):
             allowed = "an even block size, and a number of blocks that the last stage divides"
-            yield Fault("blocks", f"the shape is {list(self.blocks.shape)}", allowed, DAMAGED)
+            yield Issue("blocks", f"the shape is {list(self.blocks.shape)}", allowed, DAMAGED)
 
 
-def _suits(number: int, size: int) -> bool:
+def _applies_to(number: int, size: int) -> bool:
     return size % 2 == 0 and number & (number - 1) == 0
 
 

@@ -20,7 +20,7 @@ from lora_engine.registries import Registry
 
 
 @dataclass(frozen=True)
-class Fault:
+class Issue:
     """One thing that is wrong with a delta.
 
     Attributes:
@@ -130,22 +130,22 @@ class Delta(Protocol):
         """
         return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
 
-    def whole(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
+    def fused_forward(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
         """The frozen layer and this delta in one step, where the kind has one; None means `forward` alone.
 
         Law: where it is there, it gives what `forward` gives after the layer, and the same gradients.
         """
         return None
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterable[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterable[Issue]:
         """What is structurally wrong: shapes among the factors, alpha, and the fit to a weight where one is given."""
         ...
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with its factors in the number of dimensions that this weight has (1x1 conv or linear)."""
         return self
 
-    def settled(self) -> Delta:
+    def to_export(self) -> Delta:
         """The same delta as it goes into files: kinds that exist for training alone become the kind that they train."""
         return self
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
@@ -88,8 +88,8 @@ class DoraDelta(Delta):
         rest = {name: factor for name, factor in factors.items() if name != MAGNITUDE}
         kind: type[Inner] = next((kind for name, kind in _TELLING.items() if name in rest), LokrDelta)
         magnitude = factors[MAGNITUDE]
-        whole = magnitude.unsqueeze(1) if magnitude.dim() == 1 else magnitude
-        return cls(kind.from_factors(rest, alpha), whole)
+        fused_forward = magnitude.unsqueeze(1) if magnitude.dim() == 1 else magnitude
+        return cls(kind.from_factors(rest, alpha), fused_forward)
 
     def factors(self) -> dict[str, Tensor]:
         """The inner delta's, and `magnitude`."""
@@ -169,18 +169,18 @@ class DoraDelta(Delta):
         own = ((up @ (down @ down.T)) * up).sum(1)
         return lines.square().sum(1) + 2 * inner.scale * crossed + inner.scale**2 * own
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with a magnitude in the number of dimensions that this weight has."""
         ones = [1 for _ in weight_shape[2:]]
         magnitude = self.magnitude.reshape(*self.magnitude.shape[:2], *ones)
-        return type(self)(self.inner.fitted(weight_shape), magnitude)
+        return type(self)(self.inner.reshaped_for(weight_shape), magnitude)
 
     @property
     def _sides(self) -> tuple[int, int]:
         inner = self.inner
         return (inner.up.shape[0], inner.down[0].numel()) if isinstance(inner, LoraDelta) else inner.sides
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """The inner delta's, and a magnitude that is neither a row nor a column or has another length."""
         inner = list(self.inner.faults(weight_shape))
         yield from inner
@@ -189,16 +189,16 @@ class DoraDelta(Delta):
         shape = list(self.magnitude.shape)
         if len(shape) not in (2, 4) or 0 in shape or self.magnitude.numel() != max(shape[:2]):
             allowed = "[out, 1] or [1, in], for a convolution [out, 1, 1, 1] or [1, in, 1, 1]"
-            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
+            yield Issue(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
             return
         rows, columns = self._sides
         count = self.magnitude.numel()
         if weight_shape is not None and count != weight_shape[self.axis]:
             allowed = f"{weight_shape[self.axis]} values for the base's weight {list(weight_shape)}"
-            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, OTHER_BASE)
+            yield Issue(MAGNITUDE, f"the shape is {shape}", allowed, OTHER_BASE)
         elif (count != rows) if self.axis == 0 else bool(columns % count):
             allowed = f"[{rows}, 1] or a row of one value for each input, beside the other factors"
-            yield Fault(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
+            yield Issue(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
 
 
 def _squares(weight: Tensor, axis: int) -> Tensor:

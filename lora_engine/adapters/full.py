@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
 from lora_engine.adapters.layer import LayerOp
 
 
@@ -94,26 +94,26 @@ class FullDelta(Delta):
             change = op(x, diff.to(dtype), bias)
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with the difference in the number of dimensions that this weight has."""
         return self if self.diff is None else replace(self, diff=self.diff.reshape(tuple(weight_shape)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Neither factor, empty factors, a bias of another length than the outputs, a misfit to a weight."""
         if self.diff is None and self.bias is None:
-            yield Fault("diff", "there is neither a difference of the weight nor of the bias", "one or both", DAMAGED)
+            yield Issue("diff", "there is neither a difference of the weight nor of the bias", "one or both", DAMAGED)
         for name, factor in self.factors().items():
             allowed = "one dimension, not empty" if name == "bias" else "the shape of a weight, not empty"
             if factor.dim() == 0 or factor.numel() == 0 or (name == "bias" and factor.dim() > 1):
-                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         shape = self.diff.shape if weight_shape is None and self.diff is not None else weight_shape
         if self.bias is not None and shape is not None and tuple(self.bias.shape) != (shape[0],):
             allowed = f"[{shape[0]}], one value for each output of the weight {list(shape)}"
-            yield Fault("bias", f"the shape is {list(self.bias.shape)}", allowed, OTHER_BASE)
+            yield Issue("bias", f"the shape is {list(self.bias.shape)}", allowed, OTHER_BASE)
         if self.diff is not None and weight_shape is not None and not _same_layer(self.diff.shape, weight_shape):
             allowed = f"{list(weight_shape)}, that of the base's weight"
-            yield Fault("diff", f"the shape is {list(self.diff.shape)}", allowed, OTHER_BASE)
+            yield Issue("diff", f"the shape is {list(self.diff.shape)}", allowed, OTHER_BASE)
 
 
 def _same_layer(found: Sequence[int], wanted: Sequence[int]) -> bool:

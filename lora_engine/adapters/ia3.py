@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import check_has_rows, wide
 
@@ -120,25 +120,25 @@ class Ia3Delta(Delta):
             change = op(x, weight, bias) * gain
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with `scale` in the shape that goes with this weight."""
         return replace(self, scale=self.scale.reshape(self._shape(weight_shape, self.axis)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """An unknown axis, more than one dimension of channels, a misfit to a weight."""
         if self.axis not in ("output", "input"):
-            yield Fault("axis", f"the axis is {self.axis!r}", "output or input", DAMAGED)
+            yield Issue("axis", f"the axis is {self.axis!r}", "output or input", DAMAGED)
             return
         shape = list(self.scale.shape)
         if self.scale.numel() == 0 or self.scale.dim() == 0 or self.scale.numel() != max(shape):
-            yield Fault("scale", f"the shape is {shape}", "one value a channel, all along one dimension", DAMAGED)
+            yield Issue("scale", f"the shape is {shape}", "one value a channel, all along one dimension", DAMAGED)
         elif weight_shape is not None and len(weight_shape) < 2:
             allowed = "linear layers and convolutions"
-            yield Fault("scale", f"the base's weight {list(weight_shape)} is a norm's", allowed, OTHER_BASE)
+            yield Issue("scale", f"the base's weight {list(weight_shape)} is a norm's", allowed, OTHER_BASE)
         elif weight_shape is not None and self.scale.numel() != weight_shape[0 if self.axis == "output" else 1]:
             channels = weight_shape[0 if self.axis == "output" else 1]
             allowed = f"{channels} values, one for each {self.axis} of the base's weight {list(weight_shape)}"
-            yield Fault("scale", f"the shape is {shape}", allowed, OTHER_BASE)
+            yield Issue("scale", f"the shape is {shape}", allowed, OTHER_BASE)
 
 
 class PeftIa3Delta(Ia3Delta):

@@ -16,7 +16,7 @@ ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.
 
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether a layer can carry an adapter: one of the types `ADAPTABLE` that has a weight, or diffusers' `RMSNorm`."""
-    return (isinstance(layer, ADAPTABLE) or _is_rms_norm(layer)) and weight_sketch(layer) is not None
+    return (isinstance(layer, ADAPTABLE) or _is_rms_norm(layer)) and meta_weight(layer) is not None
 
 
 def _is_rms_norm(layer: nn.Module) -> bool:
@@ -97,7 +97,7 @@ def _rms_norm(shape: tuple[int, ...], eps: float | None, x: Tensor, weight: Tens
     return out if bias is None else out + bias
 
 
-def weight_sketch(layer: nn.Module) -> Tensor:
+def meta_weight(layer: nn.Module) -> Tensor:
     """The weight of a layer, or, where it is quantised, a tensor of its shape, dtype and device without its values."""
     sketch: Tensor | None = layer.__dict__.get("sketch")
     return layer.weight if sketch is None else sketch  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 
@@ -77,10 +77,10 @@ class LohaDelta(Delta):
             return nn.init.normal_(torch.empty(shape), std=spread, generator=generator)
 
         up1, down1, down2 = normal(0.1, *up), normal(1.0, rank, columns), normal(1.0, rank, columns)
-        whole = cls(up1, down1, torch.zeros(up), down2, float(alpha or rank))
+        fused_forward = cls(up1, down1, torch.zeros(up), down2, float(alpha or rank))
         if not has_cores:
-            return whole
-        return replace(whole, core1=normal(0.1, rank, rank, *kernel), core2=normal(0.1, rank, rank, *kernel))
+            return fused_forward
+        return replace(fused_forward, core1=normal(0.1, rank, rank, *kernel), core2=normal(0.1, rank, rank, *kernel))
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
@@ -132,25 +132,25 @@ class LohaDelta(Delta):
         down = down.reshape(-1, *weight_shape[1:])
         return LoraDelta(down, up.reshape(*up.shape, *ones), self.scale * down.shape[0])
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with matrices of two dimensions, whatever the layer."""
         return self.with_factors({name: f.flatten(1) if name in _MATRICES else f for name, f in self.factors().items()})
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Ranks or sides that disagree, one core without the other, a bad alpha, a misfit to a weight."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Fault(
+            yield Issue(
                 "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
             )
         for name, factor in self.factors().items():
             dims = (4,) if name.startswith("core") else (2, 4)
             if factor.dim() not in dims or 0 in factor.shape:
                 allowed = f"{' or '.join(map(str, dims))} dimensions, none empty"
-                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         if (self.core1 is None) != (self.core2 is None):
             lone = "core2" if self.core1 is None else "core1"
-            yield Fault(lone, "the factor is there without the other core", "both cores or neither", DAMAGED)
+            yield Issue(lone, "the factor is there without the other core", "both cores or neither", DAMAGED)
             return
         yield from self._disagreements()
         if weight_shape is not None:
@@ -161,30 +161,30 @@ class LohaDelta(Delta):
         """Rows and columns of the delta as a matrix; with cores, columns without the kernel."""
         return self.up1.flatten(1).shape[0 if self.core1 is None else 1], self.down1[0].numel()
 
-    def _disagreements(self) -> Iterator[Fault]:
+    def _disagreements(self) -> Iterator[Issue]:
         rank, (rows, columns) = self.rank, self.sides
         up, down = ((rows, rank) if self.core1 is None else (rank, rows)), (rank, columns)
         for name, wanted in {"up1": up, "down1": down, "up2": up, "down2": down}.items():
             factor: Tensor = getattr(self, name)
             if tuple(factor.flatten(1).shape) != wanted:
-                yield Fault(name, f"the shape is {list(factor.shape)}", f"{list(wanted)} beside the others", DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", f"{list(wanted)} beside the others", DAMAGED)
         for name, core in (("core1", self.core1), ("core2", self.core2)):
             if core is not None and tuple(core.shape[:2]) != (rank, rank):
-                yield Fault(name, f"the shape is {list(core.shape)}", f"[{rank}, {rank}, k, k]", DAMAGED)
+                yield Issue(name, f"the shape is {list(core.shape)}", f"[{rank}, {rank}, k, k]", DAMAGED)
 
-    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
+    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Issue]:
         rows, columns = self.sides
         if rows != shape[0]:
             allowed = f"{shape[0]} rows for the base's weight {list(shape)}"
-            yield Fault("up1", f"the shape is {list(self.up1.shape)}", allowed, OTHER_BASE)
+            yield Issue("up1", f"the shape is {list(self.up1.shape)}", allowed, OTHER_BASE)
         wanted = math.prod(shape[1:]) if self.core1 is None else math.prod(shape[1:2])
         if columns != wanted:
             allowed = f"[{self.rank}, {wanted}] for the base's weight {list(shape)}"
-            yield Fault("down1", f"the shape is {list(self.down1.shape)}", allowed, OTHER_BASE)
+            yield Issue("down1", f"the shape is {list(self.down1.shape)}", allowed, OTHER_BASE)
         for name, core in (("core1", self.core1), ("core2", self.core2)):
             if core is not None and tuple(core.shape[2:]) != shape[2:]:
                 allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
-                yield Fault(name, f"the shape is {list(core.shape)}", allowed, OTHER_BASE)
+                yield Issue(name, f"the shape is {list(core.shape)}", allowed, OTHER_BASE)
 
 
 def _product(up: Tensor, down: Tensor, core: Tensor | None, dtype: torch.dtype) -> Tensor:

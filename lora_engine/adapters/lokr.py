@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 from lora_engine.errors import SettingsError
@@ -180,7 +180,7 @@ class LokrDelta(Delta):
             return up @ down
         return torch.einsum("mp,mr...->pr...", up, torch.einsum("mn...,nr->mr...", self.right_core.to(dtype), down))
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with a whole right factor in the number of dimensions that this weight has."""
         if self.right is None:
             return self
@@ -203,10 +203,10 @@ class LokrDelta(Delta):
         (a, b), (c, d) = self.left_sides, self.right_sides
         return a * c, b * d
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """A factor that is missing or there twice, ranks that disagree, a bad alpha, a misfit to a weight."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Fault(
+            yield Issue(
                 "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
             )
         missing = list(self._missing())
@@ -217,50 +217,50 @@ class LokrDelta(Delta):
             dims = (4,) if name == "right_core" else (2, 4) if name == "right" else (2,)
             if factor.dim() not in dims or 0 in factor.shape:
                 allowed = f"{' or '.join(map(str, dims))} dimensions, none empty"
-                yield Fault(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         yield from self._disagreements()
         if weight_shape is not None:
             yield from self._misfits(tuple(weight_shape))
 
-    def _missing(self) -> Iterator[Fault]:
+    def _missing(self) -> Iterator[Issue]:
         for side in ("left", "right"):
             there = {name.removeprefix(side) for name in self.factors() if name.startswith(side)} - {"_core"}
             if there not in ({""}, {"_up", "_down"}):
                 shown = ", ".join(sorted(f"{side}{name}" for name in there)) or "nothing"
                 problem = f"of the {side} factor there is {shown}"
-                yield Fault(f"{side}{min(there, default='')}", problem, f"{side} alone, or up and down of it", DAMAGED)
+                yield Issue(f"{side}{min(there, default='')}", problem, f"{side} alone, or up and down of it", DAMAGED)
         if self.right_core is not None and self.right is not None:
-            yield Fault("right_core", "there is a core beside a whole factor", "a core with up and down", DAMAGED)
+            yield Issue("right_core", "there is a core beside a whole factor", "a core with up and down", DAMAGED)
 
-    def _disagreements(self) -> Iterator[Fault]:
+    def _disagreements(self) -> Iterator[Issue]:
         rank = self.rank
         ranks = {"left_up": (self.left_up, 1), "left_down": (self.left_down, 0), "right_down": (self.right_down, 0)}
         ranks["right_up"] = (self.right_up, 0 if self.right_core is not None else 1)
         for name, (factor, axis) in ranks.items():
             if factor is not None and factor.shape[axis] != rank:
-                yield Fault(name, f"the shape is {list(factor.shape)}", f"the rank {rank} in all factors", DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", f"the rank {rank} in all factors", DAMAGED)
         if self.right_core is not None and tuple(self.right_core.shape[:2]) != (rank, rank):
             problem = f"the shape is {list(self.right_core.shape)}"
-            yield Fault("right_core", problem, f"[{rank}, {rank}, k, k]", DAMAGED)
+            yield Issue("right_core", problem, f"[{rank}, {rank}, k, k]", DAMAGED)
 
-    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
+    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Issue]:
         rows, columns = self.sides
         has_core = self.right_core is not None
         left = "left" if self.left is not None else "left_up"
         if rows != shape[0]:
             allowed = f"{shape[0]} rows of the product for the base's weight {list(shape)}"
-            yield Fault(left, f"the product has {rows} rows", allowed, OTHER_BASE)
+            yield Issue(left, f"the product has {rows} rows", allowed, OTHER_BASE)
         wanted = math.prod(shape[1:2]) if has_core else math.prod(shape[1:])
         if columns != wanted:
             allowed = f"{wanted} columns of the product for the base's weight {list(shape)}"
-            yield Fault(left, f"the product has {columns} columns", allowed, OTHER_BASE)
+            yield Issue(left, f"the product has {columns} columns", allowed, OTHER_BASE)
         kernel = self.right_core if has_core else self.right
         # ComfyUI's trainer keeps the kernel in the columns of a matrix.
         is_flat = kernel is not None and kernel.dim() == 2 and kernel.shape[1] % math.prod(shape[2:]) == 0
         if kernel is not None and _kernel(kernel.shape) != _kernel(shape) and not is_flat:
             allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
-            yield Fault(
+            yield Issue(
                 "right_core" if has_core else "right", f"the shape is {list(kernel.shape)}", allowed, OTHER_BASE
             )
 
@@ -282,10 +282,10 @@ def factorise(dimension: int, factor: int = -1) -> tuple[int, int]:
     return best, dimension // best
 
 
-def _sides(whole: Tensor | None, up: Tensor | None, down: Tensor | None, axis: int) -> tuple[int, int]:
+def _sides(fused_forward: Tensor | None, up: Tensor | None, down: Tensor | None, axis: int) -> tuple[int, int]:
     """Rows and columns of a factor; `axis` is the one of `up` that counts the rows."""
-    if whole is not None:
-        return whole.shape[0], whole[0].numel()
+    if fused_forward is not None:
+        return fused_forward.shape[0], fused_forward[0].numel()
     return _there(up).shape[axis], _there(down)[0].numel()
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.errors import SettingsError
@@ -136,7 +136,7 @@ class LoraDelta(Delta):
             low = low.to(out.dtype)
         return torch.add(out, low, alpha=multiplier * self.scale)
 
-    def whole(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
+    def fused_forward(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
         """Linear layers have one; see `low_rank`."""
         linear = op.dims == 0 and op.other is None and self.down.dim() == self.up.dim() == 2
         if not linear or self.mid is not None or self.bias is not None:
@@ -156,47 +156,47 @@ class LoraDelta(Delta):
         core, down = self.mid.float(), self.down.flatten(1).float()
         return replace(self, down=torch.einsum("mn...,nr->mr...", core, down).to(self.down.dtype), mid=None)
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with two-dimensional factors for a linear layer, four-dimensional ones for a convolution."""
         down = self.down if self.mid is None else self.down.flatten(1)
         kernel = tuple(weight_shape[1:]) if self.mid is None else (weight_shape[1], *(1 for _ in weight_shape[2:]))
         ones = [1 for _ in weight_shape[2:]]
         return replace(self, down=down.reshape(-1, *kernel), up=self.up.reshape(self.up.shape[0], -1, *ones))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Ranks that disagree, dimensions that no layer has, an alpha that is not positive, a misfit to a weight."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Fault(
+            yield Issue(
                 "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
             )
         for name, factor in self.factors().items():
             if factor.dim() not in ((1,) if name == "bias" else (2, 4)) or 0 in factor.shape:
-                yield Fault(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", DAMAGED)
                 return
         if self.up.flatten(1).shape[1] != self.rank:
             problem = f"the shape is {list(self.up.shape)}, whose rank is not that of `down` {list(self.down.shape)}"
-            yield Fault("up", problem, f"[out, {self.rank}] or [out, {self.rank}, 1, 1]", DAMAGED)
+            yield Issue("up", problem, f"[out, {self.rank}] or [out, {self.rank}, 1, 1]", DAMAGED)
         elif self.mid is not None and (self.mid.dim() != 4 or tuple(self.mid.shape[:2]) != (self.rank, self.rank)):
-            yield Fault("mid", f"the shape is {list(self.mid.shape)}", f"[{self.rank}, {self.rank}, k, k]", DAMAGED)
+            yield Issue("mid", f"the shape is {list(self.mid.shape)}", f"[{self.rank}, {self.rank}, k, k]", DAMAGED)
         elif self.bias is not None and self.bias.shape[0] != self.up.shape[0]:
-            yield Fault("bias", f"the shape is {list(self.bias.shape)}", f"[{self.up.shape[0]}]", DAMAGED)
+            yield Issue("bias", f"the shape is {list(self.bias.shape)}", f"[{self.up.shape[0]}]", DAMAGED)
         elif weight_shape is not None:
             yield from self._misfits(tuple(weight_shape))
 
-    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Fault]:
+    def _misfits(self, shape: tuple[int, ...]) -> Iterator[Issue]:
         if self.up.shape[0] != shape[0]:
             allowed = f"{shape[0]} rows for the base's weight {list(shape)}"
-            yield Fault("up", f"the shape is {list(self.up.shape)}", allowed, OTHER_BASE)
+            yield Issue("up", f"the shape is {list(self.up.shape)}", allowed, OTHER_BASE)
         inner = math.prod(shape[1:])
         fits: set[tuple[int, ...]] = {(self.rank, *shape[1:]), (self.rank, inner), (self.rank, inner, 1, 1)}
         if self.mid is not None:
             fits = {(self.rank, shape[1]), (self.rank, shape[1], 1, 1)}
             if tuple(self.mid.shape[2:]) != shape[2:]:
                 allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
-                yield Fault("mid", f"the shape is {list(self.mid.shape)}", allowed, OTHER_BASE)
+                yield Issue("mid", f"the shape is {list(self.mid.shape)}", allowed, OTHER_BASE)
         if tuple(self.down.shape) not in fits:
             allowed = f"{min(map(list, fits), key=len)} for the base's weight {list(shape)}"
-            yield Fault("down", f"the shape is {list(self.down.shape)}", allowed, OTHER_BASE)
+            yield Issue("down", f"the shape is {list(self.down.shape)}", allowed, OTHER_BASE)
 
 
 def check_rank(rank: int, weight: Tensor) -> None:

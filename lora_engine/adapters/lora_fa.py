@@ -14,7 +14,7 @@ class LoraFaDelta(LoraDelta):
     kind: ClassVar[str] = "lora-fa"
     frozen: ClassVar[frozenset[str]] = frozenset({"down", "mid"})
 
-    def settled(self) -> LoraDelta:
+    def to_export(self) -> LoraDelta:
         """The LoRA of the same factors."""
         return LoraDelta(self.down, self.up, self.alpha, self.mid, self.bias)
 

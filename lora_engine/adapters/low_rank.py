@@ -33,7 +33,7 @@ class LowRankLinear:
         self._views: Views | None = None
         self._places: tuple[int, ...] = ()
 
-    def suits(self, x: Tensor) -> bool:
+    def applies_to(self, x: Tensor) -> bool:
         """Whether this input can be taken, now: one dtype, nothing to learn in the base, no compiler looking on."""
         if torch.compiler.is_compiling():
             return False

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import cayley, check_has_rows, limited, nearest_block, turn, wide
 
@@ -124,32 +124,32 @@ class OftDelta(Delta):
         change = self._rescaled(plain.movedim(channel, -1)).movedim(-1, channel)
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with `rescale` in the number of dimensions that this weight has."""
         if self.rescale is None:
             return self
         return replace(self, rescale=self.rescale.reshape(-1, *(1 for _ in weight_shape[1:])))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Blocks that are not square, a constraint below 0, gains for other outputs, a misfit to a weight."""
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            yield Fault("alpha", f"the constraint is {self.alpha!r}", "a finite number, 0 or above", DAMAGED)
+            yield Issue("alpha", f"the constraint is {self.alpha!r}", "a finite number, 0 or above", DAMAGED)
         shape = list(self.blocks.shape)
         if len(shape) != self.dims or 0 in shape or shape[-1] != shape[-2]:
             allowed = f"{'[stages, n, b, b]' if self.dims == 4 else '[n, b, b]'}, none empty"
-            yield Fault("blocks", f"the shape is {shape}", allowed, DAMAGED)
+            yield Issue("blocks", f"the shape is {shape}", allowed, DAMAGED)
             return
         yield from self._own_faults()
         if self.rescale is not None and (self.rescale.dim() == 0 or set(self.rescale.shape[1:]) - {1}):
-            yield Fault("rescale", f"the shape is {list(self.rescale.shape)}", f"[{self.outputs}, 1, ...]", DAMAGED)
+            yield Issue("rescale", f"the shape is {list(self.rescale.shape)}", f"[{self.outputs}, 1, ...]", DAMAGED)
         elif self.rescale is not None and self.rescale.numel() != self.outputs:
             allowed = f"[{self.outputs}, 1, ...], as the blocks {shape} rotate"
-            yield Fault("rescale", f"the shape is {list(self.rescale.shape)}", allowed, DAMAGED)
+            yield Issue("rescale", f"the shape is {list(self.rescale.shape)}", allowed, DAMAGED)
         if weight_shape is not None and (len(weight_shape) < 2 or weight_shape[0] != self.outputs):
             problem = f"the shape is {shape}, which rotates {self.outputs} outputs"
-            yield Fault("blocks", problem, f"the outputs of the base's weight {list(weight_shape)}", OTHER_BASE)
+            yield Issue("blocks", problem, f"the outputs of the base's weight {list(weight_shape)}", OTHER_BASE)
 
-    def _own_faults(self) -> Iterator[Fault]:
+    def _own_faults(self) -> Iterator[Issue]:
         yield from ()
 
 

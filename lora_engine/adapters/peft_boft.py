@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
 from lora_engine.adapters.rotation import cayley, check_has_rows, nearest_block, turn, wide
 
 
@@ -62,7 +62,7 @@ class PeftBoftDelta(Delta):
         allowed = f"a number of inputs that an even block size times {1 << (butterflies - 1)} divides"
         if butterflies == 1:
             allowed = "at least 2 inputs"
-        size = nearest_block(inputs, rank, lambda size: _suits(butterflies, inputs // size, size), allowed)
+        size = nearest_block(inputs, rank, lambda size: _applies_to(butterflies, inputs // size, size), allowed)
         shape = (weight.shape[0], 1) if weight.dim() == 2 else (1, weight.shape[0])
         return cls(torch.zeros(butterflies, inputs // size, size, size), torch.ones(shape))
 
@@ -90,33 +90,33 @@ class PeftBoftDelta(Delta):
         gains = self.scale.flatten().to(rows.dtype)[:, None]
         return (gains * (turned - rows) + (gains - 1.0) * rows).reshape(base.shape)
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with `scale` in the shape that goes with this weight."""
         return replace(self, scale=self.scale.reshape((-1, 1) if len(weight_shape) == 2 else (1, -1)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Blocks that are not square or too few for the butterflies, a scale of no outputs, a misfit to a weight."""
         shape = list(self.blocks.shape)
         if len(shape) != 4 or 0 in shape or shape[-1] != shape[-2]:
-            yield Fault("blocks", f"the shape is {shape}", "[butterflies, n, b, b], none empty", DAMAGED)
+            yield Issue("blocks", f"the shape is {shape}", "[butterflies, n, b, b], none empty", DAMAGED)
             return
-        if not _suits(*shape[:3]):
+        if not _applies_to(*shape[:3]):
             allowed = "for more than one butterfly an even block size, and blocks that the last butterfly divides"
-            yield Fault("blocks", f"the shape is {shape}", allowed, DAMAGED)
+            yield Issue("blocks", f"the shape is {shape}", allowed, DAMAGED)
         gains = list(self.scale.shape)
         if len(gains) != 2 or 0 in gains or min(gains) != 1:
-            yield Fault("scale", f"the shape is {gains}", "[out, 1] or [1, out]", DAMAGED)
+            yield Issue("scale", f"the shape is {gains}", "[out, 1] or [1, out]", DAMAGED)
         elif weight_shape is not None:
             inputs = math.prod(weight_shape[1:]) if len(weight_shape) > 1 else 0
             if shape[1] * shape[2] != inputs:
                 problem = f"the shape is {shape}, which rotates {shape[1] * shape[2]} inputs"
-                yield Fault("blocks", problem, f"the inputs of the base's weight {list(weight_shape)}", OTHER_BASE)
+                yield Issue("blocks", problem, f"the inputs of the base's weight {list(weight_shape)}", OTHER_BASE)
             elif self.scale.numel() != weight_shape[0]:
                 allowed = f"{weight_shape[0]} values, one for each output of the base's weight {list(weight_shape)}"
-                yield Fault("scale", f"the shape is {gains}", allowed, OTHER_BASE)
+                yield Issue("scale", f"the shape is {gains}", allowed, OTHER_BASE)
 
 
-def _suits(butterflies: int, number: int, size: int) -> bool:
+def _applies_to(butterflies: int, number: int, size: int) -> bool:
     return butterflies == 1 or (size % 2 == 0 and number % (1 << (butterflies - 1)) == 0)
 
 

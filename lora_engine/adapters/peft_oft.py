@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import cayley, check_has_rows, nearest_block, neumann, turn, wide
 
@@ -127,15 +127,15 @@ class PeftOftDelta(Delta):
         change = op(turned, base_weight.to(x.dtype))
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Angles of no block, settings out of range, a misfit to a weight."""
         if self.terms < 0:
-            yield Fault("terms", f"the series has {self.terms!r} terms", "0 (exact) or more", DAMAGED)
+            yield Issue("terms", f"the series has {self.terms!r} terms", "0 (exact) or more", DAMAGED)
         if self.eps is not None and not (math.isfinite(self.eps) and self.eps > 0):
-            yield Fault("eps", f"the constraint is {self.eps!r}", "a finite number above 0, or none", DAMAGED)
+            yield Issue("eps", f"the constraint is {self.eps!r}", "a finite number above 0, or none", DAMAGED)
         shape, size = list(self.angles.shape), self.block_size if self.angles.dim() == 2 else 0
         if len(shape) != 2 or 0 in shape or shape[1] != size * (size - 1) // 2:
-            yield Fault("angles", f"the shape is {shape}", "[n, b * (b - 1) / 2] for a block size b", DAMAGED)
+            yield Issue("angles", f"the shape is {shape}", "[n, b * (b - 1) / 2] for a block size b", DAMAGED)
             return
         if weight_shape is None:
             return
@@ -143,7 +143,7 @@ class PeftOftDelta(Delta):
         if inputs == 0 or inputs % size or shape[0] not in (1, inputs // size):
             problem = f"the shape is {shape}, which is {shape[0]} blocks of {size}"
             allowed = f"blocks for the {inputs} inputs of the base's weight {list(weight_shape)}"
-            yield Fault("angles", problem, allowed, OTHER_BASE)
+            yield Issue("angles", problem, allowed, OTHER_BASE)
 
 
 kinds.add(PeftOftDelta.kind, PeftOftDelta)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Fault, dense_forward, kinds
+from lora_engine.adapters.delta import Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 from lora_engine.decomposition import sketched_svd
@@ -99,7 +99,7 @@ class PissaDelta(Delta):
         start = self._start().forward(x, nothing, base_weight, base_bias, op)
         return torch.add(out, trained - start, alpha=multiplier)
 
-    def settled(self) -> LoraDelta:
+    def to_export(self) -> LoraDelta:
         """The same delta as a LoRA of twice the rank and the same scale, exactly."""
         down = torch.cat([self.down, self.down_start])
         return LoraDelta(down, torch.cat([self.up, -self.up_start], dim=1), 2 * self.alpha)
@@ -110,7 +110,7 @@ class PissaDelta(Delta):
     def _start(self) -> LoraDelta:
         return LoraDelta(self.down_start, self.up_start, self.alpha)
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """What is wrong with either half, and a start of another shape than what began there."""
         yield from self._trained().faults(weight_shape)
         for fault in self._start().faults(weight_shape):
@@ -118,7 +118,7 @@ class PissaDelta(Delta):
                 yield replace(fault, factor=f"{fault.factor}_start")
         if self.down.shape != self.down_start.shape:
             problem, allowed = f"the shape is {list(self.down_start.shape)}", f"that of `down`, {list(self.down.shape)}"
-            yield Fault("down_start", problem, allowed, "train the adapter again")
+            yield Issue("down_start", problem, allowed, "train the adapter again")
 
 
 def principal_part(

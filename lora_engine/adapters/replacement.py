@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Fault, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +63,17 @@ class ReplacementDelta(Delta):
         dtype = torch.promote_types(base.dtype, torch.float32)
         return self.value.to(dtype).reshape(base.shape) - base.to(dtype)
 
-    def fitted(self, weight_shape: Sequence[int]) -> Self:
+    def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """The same delta with the value in the number of dimensions that this weight has."""
         return type(self)(self.value.reshape(tuple(weight_shape)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Fault]:
+    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """An empty value, or one of another shape than the weight."""
         shape = list(self.value.shape)
         if self.value.dim() == 0 or self.value.numel() == 0:
-            yield Fault("value", f"the shape is {shape}", "the shape of a weight, not empty", DAMAGED)
+            yield Issue("value", f"the shape is {shape}", "the shape of a weight, not empty", DAMAGED)
         elif weight_shape is not None and [n for n in shape if n != 1] != [n for n in weight_shape if n != 1]:
-            yield Fault("value", f"the shape is {shape}", f"{list(weight_shape)}, that of the base's weight", _OTHER)
+            yield Issue("value", f"the shape is {shape}", f"{list(weight_shape)}, that of the base's weight", _OTHER)
 
 
 _OTHER = OTHER_BASE

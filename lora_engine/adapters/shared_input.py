@@ -3,7 +3,7 @@
 An attention calls `to_q`, `to_k` and `to_v` with the very same tensor. The first that is called computes for all, and
 the others hand out what is ready. So the backward pass meets them together: the gradients to the input are added up as
 they are computed, and the factors `down` are one matrix in it. Where layers do not get the same tensor after all, or
-one cannot go in one step (`AdaptedLayer.goes_whole`), each computes for itself; the meaning is the same.
+one cannot go in one step (`AdaptedLayer.can_fuse`), each computes for itself; the meaning is the same.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Sharing(Protocol):
 
     multiplier: float
     dropout: float
-    whole: LowRankLinear | None
+    fused_forward: LowRankLinear | None
     shared: SharedInput | None
 
-    def goes_whole(self, x: Tensor) -> bool: ...  # noqa: D102
+    def can_fuse(self, x: Tensor) -> bool: ...  # noqa: D102
 
 
 def share_inputs(layers: Mapping[str, Sharing], module: Callable[[str], nn.Module]) -> None:
@@ -54,7 +54,7 @@ def share_inputs(layers: Mapping[str, Sharing], module: Callable[[str], nn.Modul
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for leaves in _SIBLINGS:
             found = [layers[name] for leaf in leaves if (name := f"{parent}.{leaf}") in layers]
-            scales = {None if layer.whole is None else layer.whole.scale for layer in found}
+            scales = {None if layer.fused_forward is None else layer.fused_forward.scale for layer in found}
             if len(found) > 1 and len(scales) == 1 and None not in scales and not _crosses(module, parent, leaves):
                 shared = SharedInput(found)
                 for layer in found:
@@ -71,12 +71,12 @@ class SharedInput:
     """Layers that are called with the same tensor, one after another.
 
     Args:
-        layers: Two or more, each with a `whole`, all of one scale.
+        layers: Two or more, each with a `fused_forward`, all of one scale.
     """
 
     def __init__(self, layers: Sequence[Sharing]) -> None:
         self._layers = tuple(layers)
-        self._steps = [layer.whole for layer in layers if layer.whole is not None]
+        self._steps = [layer.fused_forward for layer in layers if layer.fused_forward is not None]
         self._ready: dict[Sharing, Tensor | None] = {}
         self._input: Tensor | None = None
         self._state: tuple[Any, ...] = ()
@@ -104,7 +104,7 @@ class SharedInput:
     def _compute(self, x: Tensor) -> dict[Sharing, Tensor | None]:
         apart: dict[Sharing, Tensor | None] = dict.fromkeys(self._layers)
         multiplier = self._layers[0].multiplier
-        if any(layer.multiplier != multiplier or not layer.goes_whole(x) for layer in self._layers):
+        if any(layer.multiplier != multiplier or not layer.can_fuse(x) for layer in self._layers):
             return apart
         downs, ups, views = zip(*(step.factors_in(x.dtype) for step in self._steps), strict=True)
         rows = x.numel() // x.shape[-1]

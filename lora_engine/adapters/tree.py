@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import nn
 
 from lora_engine.adapters.adapted import AdaptedLayer, innermost
-from lora_engine.adapters.layer import is_adaptable, weight_sketch
+from lora_engine.adapters.layer import is_adaptable, meta_weight
 from lora_engine.errors import AdapterError
 
 _LEVEL = "text_model."
@@ -129,7 +129,7 @@ def module_shapes(base: ModuleTree | Mapping[str, nn.Module]) -> dict[str, tuple
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Shape of the weight of a layer, below its wrappers."""
-    return tuple(weight_sketch(innermost(layer)).shape)
+    return tuple(meta_weight(innermost(layer)).shape)
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.families import families
 from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.bases.one_at_a_time import BUILDING
-from lora_engine.bases.quantised import Quantisation, check_quantisation, quantise_base
+from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 
 
@@ -45,7 +45,7 @@ class BaseModel(Protocol):
     default_size: tuple[int, int]
     distilled: bool
     inpaints: bool
-    quantisation: Quantisation
+    quantisation: Quantization
 
     def module_names(self) -> list[str]:
         """Canonical names of the adaptable layers (Linear, Conv2d), in the order of the model.
@@ -124,7 +124,7 @@ def load_base(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-    quantise: Quantisation = "none",
+    quantise: Quantization = "none",
 ) -> BaseModel:
     """Loads a base model, frozen.
 
@@ -132,18 +132,18 @@ def load_base(
         source: Where it lies, or a name for `resolve_base`.
         device: Where it is to compute; None takes CUDA, else MPS, else the CPU.
         dtype: Of the network and the text encoders; the autoencoder always computes in float32.
-        quantise: How the linear layers of the network's blocks are held; see `quantise_base`.
+        quantise: How the linear layers of the network's blocks are held; see `quantize_base`.
 
     Raises:
         BaseModelError: It cannot be found or its parts do not fit.
         SettingsError: What quantisation needs is not installed.
     """
     found = resolve_base(source) if isinstance(source, str) else source
-    check_quantisation(quantise)
+    check_quantization(quantise)
     with BUILDING:
         module = importlib.import_module(families[found.family].module)
     base = cast(BaseModel, module.load(found, torch.device(device or default_device()), dtype))
-    quantise_base(base, quantise)
+    quantize_base(base, quantise)
     base.quantisation = quantise
     return base
 

@@ -20,7 +20,7 @@ from lora_engine.bases.components import load_component
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.families import families
 from lora_engine.bases.noise import NoiseSchedule
-from lora_engine.bases.quantised import Quantisation
+from lora_engine.bases.quantized import Quantization
 from lora_engine.bases.source import BaseSource
 from lora_engine.errors import BaseModelError, SettingsError
 
@@ -40,7 +40,7 @@ class LatentModel(ABC):
     denoiser_name = "unet"
     distilled = False
     inpaints = False
-    quantisation: Quantisation = "none"
+    quantisation: Quantization = "none"
     noise: NoiseSchedule
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype, denoiser: Any) -> None:

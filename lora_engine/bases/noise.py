@@ -18,7 +18,7 @@ from lora_engine.registries import Registry
 
 
 @dataclass(frozen=True)
-class Parameterisation:
+class Parameterization:
     """One way to noise a picture and to state what is predicted.
 
     Attributes:
@@ -52,10 +52,10 @@ def _flow(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return noise - x0
 
 
-parameterisations: Registry[Parameterisation] = Registry("parameterisation")
-parameterisations.add("eps", Parameterisation(_diffuse, _noise))
-parameterisations.add("v_prediction", Parameterisation(_diffuse, _velocity))
-parameterisations.add("flow", Parameterisation(_interpolate, _flow))
+parameterisations: Registry[Parameterization] = Registry("parameterisation")
+parameterisations.add("eps", Parameterization(_diffuse, _noise))
+parameterisations.add("v_prediction", Parameterization(_diffuse, _velocity))
+parameterisations.add("flow", Parameterization(_interpolate, _flow))
 
 # The names in the scheduler configurations of diffusers.
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v_prediction"}

@@ -19,7 +19,7 @@ from lora_engine.checkpoints.folder import components_of, read_components, write
 from lora_engine.checkpoints.names import checkpoint_names, places_of
 from lora_engine.checkpoints.original import open_original
 from lora_engine.checkpoints.plan import folder_architecture, folder_tensors, plan_folder, plan_single_file, refuse
-from lora_engine.checkpoints.recognise import Prediction, recognise
+from lora_engine.checkpoints.recognize import Prediction, recognize
 from lora_engine.checkpoints.tensor_files import write_tensors
 from lora_engine.checkpoints.tokenizers import find_tokenizers, write_tokenizer
 from lora_engine.errors import BaseModelError, SettingsError
@@ -75,7 +75,7 @@ def convert_checkpoint(
     if to != "diffusers":
         raise SettingsError(f"a checkpoint cannot be converted to {to!r}", allowed="diffusers, ldm")
     with open_original(source) as original:
-        recognised = recognise(
+        recognised = recognize(
             original.shapes,
             original.metadata,
             str(source),

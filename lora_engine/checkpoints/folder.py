@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.published import ComponentConfig, published
-from lora_engine.checkpoints.recognise import Recognised
+from lora_engine.checkpoints.recognize import Recognised
 from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write
 

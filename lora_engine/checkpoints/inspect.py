@@ -14,7 +14,7 @@ from lora_engine.checkpoints.leftovers import reason_unused
 from lora_engine.checkpoints.names import AVERAGES, checkpoint_names, stored_name
 from lora_engine.checkpoints.original import OriginalFile, open_original
 from lora_engine.checkpoints.plan import folder_architecture, folder_tensors
-from lora_engine.checkpoints.recognise import recognise
+from lora_engine.checkpoints.recognize import recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import BaseModelError
 from lora_engine.formats.pickles import is_pickled
@@ -63,7 +63,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _inspect_original(original: OriginalFile) -> dict[str, Any]:
-    told = recognise(original.shapes, original.metadata, str(original.path), steps=original.steps)
+    told = recognize(original.shapes, original.metadata, str(original.path), steps=original.steps)
     names = checkpoint_names(told.architecture)
     pairs = [(entry, stored_name(entry, original.tensors)) for entry in names]
     missing = sorted({entry.stored for entry, key in pairs if key is None})

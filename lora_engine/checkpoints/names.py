@@ -21,7 +21,7 @@ from lora_engine.formats.ldm_names import UnetLayout, original_path
 
 Change = Literal["none", "convolution", "transposed"]
 AVERAGES = "model_ema."
-Naming = Literal["unet", "vae", "clip", "open_clip"]
+ModuleNaming = Literal["unet", "vae", "clip", "open_clip"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Place:
     """Where an original file keeps a component: the prefix of its names and the naming behind it."""
 
     prefix: str
-    naming: Naming
+    naming: ModuleNaming
 
 
 _SHARED = {"unet": Place("model.diffusion_model.", "unet"), "vae": Place("first_stage_model.", "vae")}

@@ -18,7 +18,7 @@ from lora_engine.checkpoints.names import (
     tensor_shapes,
 )
 from lora_engine.checkpoints.original import OriginalFile
-from lora_engine.checkpoints.recognise import Recognised
+from lora_engine.checkpoints.recognize import Recognised
 from lora_engine.checkpoints.tensor_files import PlannedTensor, StoredTensor, merge_stored
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.checkpoints.vae_names import current_vae_name

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_engine.data.folder import clean_text
-from lora_engine.data.manifest import MAX_CAPTION, Manifest, Picture
+from lora_engine.data.manifest import MAX_CAPTION, ImageEntry, Manifest
 from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import atomic_write
@@ -21,7 +21,7 @@ def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progr
 
     Raises:
         DataError: The dataset is not whole, or a caption becomes too long.
-        SettingsError: Pictures without a caption, and neither trigger nor class word to make one from.
+        SettingsError: Images without a caption, and neither trigger nor class word to make one from.
     """
     manifest = Manifest.load(dataset)
     captions = _CAPTIONERS[settings.captioner](dataset, manifest, settings, progress)
@@ -69,7 +69,7 @@ def _from_files(_dataset: Path, manifest: Manifest, settings: CaptionSettings, _
     return [_own_or_template(picture, settings) for picture in manifest.pictures]
 
 
-def _own_or_template(picture: Picture, settings: CaptionSettings) -> str:
+def _own_or_template(picture: ImageEntry, settings: CaptionSettings) -> str:
     if not picture.caption:
         return render_template(settings)
     if settings.trigger is None or holds_word(picture.caption, settings.trigger):

@@ -34,7 +34,7 @@ def read_evidence(path: Path, root: Path) -> tuple[Evidence, ...]:
     that ComfyUI writes (`prompt`, `workflow`), and the digital source type of IPTC in XMP.
 
     Args:
-        path: A file that `open_picture` takes.
+        path: A file that `open_image` takes.
         root: A link that leads out of this folder is refused.
 
     Raises:

@@ -41,7 +41,7 @@ BROKEN = (
 """What Pillow raises on broken files, by its decoders and its metadata readers."""
 
 
-def open_picture(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> Image.Image:
+def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> Image.Image:
     """The picture as RGB, 8 bits a channel, upright, without metadata.
 
     16-bit greys are scaled, transparency is laid over white, the EXIF orientation is applied.
@@ -58,7 +58,7 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = N
 
 
 def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> tuple[str, Image.Image]:
-    """The SHA-256 of the file's bytes and the picture (see `open_picture`), both from one opening of the file."""
+    """The SHA-256 of the file's bytes and the picture (see `open_image`), both from one opening of the file."""
     with open_regular(path, root or path.parent) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise DataError(f"is larger than {MAX_BYTES:,} bytes", where=path.name)
@@ -87,7 +87,7 @@ def open_regular(path: Path, root: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
+def write_image(path: Path, picture: Image.Image) -> None:
     """Writes an RGB picture as PNG without metadata: same pixels, same bytes."""
     atomic_write(path, encode_png(picture))
 

@@ -21,8 +21,8 @@ from lora_engine.data.folder import (
     repeats_of,
     require_folder,
 )
-from lora_engine.data.images import FORMATS, open_picture, open_with_digest, write_mask, write_picture
-from lora_engine.data.manifest import Manifest, Picture, Quarantined
+from lora_engine.data.images import FORMATS, open_image, open_with_digest, write_image, write_mask
+from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.rights import Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
@@ -60,7 +60,7 @@ def ingest(
     """
     require_folder(images)
     covered = read_consent(consent) if consent is not None else {}
-    pictures: list[Picture] = []
+    pictures: list[ImageEntry] = []
     quarantined: list[Quarantined] = []
     files, masks = _sort_files(images)
     names = {path.relative_to(images).as_posix() for path in files}
@@ -108,10 +108,10 @@ class _Taking:
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, masks
         self._revoked = revoked
-        self._sources: dict[str, Picture] = {}
+        self._sources: dict[str, ImageEntry] = {}
         self.used_masks: set[Path] = set()
 
-    def take(self, path: Path, name: str, stated: Statement) -> Picture:
+    def take(self, path: Path, name: str, stated: Statement) -> ImageEntry:
         if stated.consent in self._revoked:
             raise DataError(f"its consent {stated.consent!r} was revoked")
         sha256, pixels = open_with_digest(path, self._settings.max_pixels, self._images)
@@ -124,10 +124,10 @@ class _Taking:
         caption = read_caption(path, self._images)
         repeats = repeats_of(name, self._settings.repeats)
         mask = self._open_mask(path, pixels.size)
-        write_picture(self._out / file, pixels)
+        write_image(self._out / file, pixels)
         if mask is not None:
             write_mask(self._out / "masks" / Path(file).name, mask)
-        picture = Picture(
+        picture = ImageEntry(
             sha256=sha256,
             file=file,
             width=pixels.width,
@@ -154,7 +154,7 @@ class _Taking:
         if len(found) > 1:
             raise DataError(f"has {len(found)} masks: {', '.join(names)}", allowed="one", remedy="remove the others")
         try:
-            mask = open_picture(found[0], self._settings.max_pixels, self._images).convert("L")
+            mask = open_image(found[0], self._settings.max_pixels, self._images).convert("L")
         except DataError as error:
             raise DataError(f"its mask {names[0]} {error.problem}", allowed=error.allowed) from None
         if mask.size != size:
@@ -183,7 +183,7 @@ def _refuse_idle_patterns(images: Path, settings: IngestSettings, names: set[str
         )
 
 
-def _split(pictures: list[Picture], fraction: float) -> tuple[Picture, ...]:
+def _split(pictures: list[ImageEntry], fraction: float) -> tuple[ImageEntry, ...]:
     if fraction == 0.0 or len(pictures) < 2:
         return tuple(pictures)
     count = min(max(1, round(len(pictures) * fraction)), len(pictures) - 1)

@@ -46,7 +46,7 @@ def interrogate(
     known = _embed_captions(seer)
     texts: list[str] = []
     for done, path in enumerate(pictures, start=1):
-        best = int((known @ seer.embed_pictures(read_pixels(path)[None])[0]).argmax())
+        best = int((known @ seer.embed_images(read_pixels(path)[None])[0]).argmax())
         texts.append(describe(scenes[best], settings.trigger))
         if progress is not None:
             progress(done, len(pictures), {})

@@ -31,7 +31,7 @@ Split = Literal["train", "heldout"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Picture(BaseModel):
+class ImageEntry(BaseModel):
     """One usable picture.
 
     Attributes:
@@ -102,7 +102,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImageEntry, ...]
     quarantined: tuple[Quarantined, ...] = ()
     trigger: str | None = None
     class_word: str | None = None
@@ -117,7 +117,7 @@ class Manifest(BaseModel):
             seen[picture.file] = picture.source
         return self
 
-    def of_split(self, split: Split) -> tuple[Picture, ...]:
+    def of_split(self, split: Split) -> tuple[ImageEntry, ...]:
         """The pictures of one split, in the manifest's order."""
         return tuple(picture for picture in self.pictures if picture.split == split)
 

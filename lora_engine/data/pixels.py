@@ -1,4 +1,4 @@
-"""Pictures as tensors and back. The only module of `data` that imports torch at its top."""
+"""Images as tensors and back. The only module of `data` that imports torch at its top."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_engine.data.images import open_picture, write_picture
+from lora_engine.data.images import open_image, write_image
 from lora_engine.errors import DataError
 
 
@@ -17,18 +17,18 @@ def read_pixels(path: Path) -> Tensor:
     """The picture as a float32 tensor [3, height, width] in [-1, 1].
 
     Raises:
-        DataError: The file cannot be used (see `open_picture`).
+        DataError: The file cannot be used (see `open_image`).
     """
-    return to_pixels(open_picture(path))
+    return to_pixels(open_image(path))
 
 
 def read_mask(path: Path) -> Tensor:
     """A mask as a float32 tensor [1, height, width] in [0, 1]: 1 where the picture counts in full.
 
     Raises:
-        DataError: The file cannot be used (see `open_picture`).
+        DataError: The file cannot be used (see `open_image`).
     """
-    values = torch.from_numpy(np.array(open_picture(path).convert("L"), dtype=np.float32))
+    values = torch.from_numpy(np.array(open_image(path).convert("L"), dtype=np.float32))
     return (values / 255.0)[None]
 
 
@@ -38,7 +38,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
     return (values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
+def to_image(pixels: Tensor) -> Image.Image:
     """A tensor [3, height, width] in [-1, 1] (clipped) as an RGB picture.
 
     Raises:
@@ -57,6 +57,6 @@ def write_png(path: Path, pixels: Tensor) -> None:
     """Writes a tensor [3, height, width] in [-1, 1] as an 8-bit PNG: same values, same bytes.
 
     Raises:
-        DataError: See `to_picture`.
+        DataError: See `to_image`.
     """
-    write_picture(path, to_picture(pixels))
+    write_image(path, to_image(pixels))

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_engine.data.buckets import Fit, Sides, bucket_sizes, choose_bucket, fit_into
-from lora_engine.data.images import open_picture, write_mask, write_picture
-from lora_engine.data.manifest import Manifest, Picture, Quarantined
+from lora_engine.data.images import open_image, write_image, write_mask
+from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.spec import Buckets, PreprocessSettings
 from lora_engine.errors import DataError
 from lora_engine.registries import Registry
@@ -36,19 +36,19 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manife
     manifest = Manifest.load(dataset)
     keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
     choose = _chooser(settings)
-    done: list[Picture] = []
+    done: list[ImageEntry] = []
     quarantined = list(manifest.quarantined)
     for picture in manifest.pictures:
-        pixels = open_picture(dataset / picture.file, root=dataset)
+        pixels = open_image(dataset / picture.file, root=dataset)
         fit = choose(pixels.size)
         if fit is None:
             quarantined.append(Quarantined(source=picture.source, reason=_too_small(picture, settings)))
             continue
         resized = _resize(pixels, fit)
         box = CROPS[keep](resized, fit.size)
-        write_picture(out / picture.file, resized.crop(box))
+        write_image(out / picture.file, resized.crop(box))
         if picture.mask is not None:
-            mask = open_picture(dataset / picture.mask, root=dataset).convert("L")
+            mask = open_image(dataset / picture.mask, root=dataset).convert("L")
             write_mask(out / picture.mask, _resize_mask(mask, fit).crop(box))
         done.append(picture.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
     if not done:
@@ -98,7 +98,7 @@ def _chooser(settings: PreprocessSettings) -> Callable[[Sides], Fit | None]:
     return lambda picture: choose_bucket(picture, sizes, buckets, settings.resolution)
 
 
-def _too_small(picture: Picture, settings: PreprocessSettings) -> str:
+def _too_small(picture: ImageEntry, settings: PreprocessSettings) -> str:
     buckets = settings.buckets or Buckets()
     return (
         f"{picture.width} x {picture.height} pixels are too small for a bucket with sides of "

@@ -54,8 +54,8 @@ class Embedder:
         self._std = torch.tensor(std).view(1, 3, 1, 1)
 
     @torch.inference_mode()
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
-        """Pictures [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1."""
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Images [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1."""
         parts = [
             self._model.get_image_features(pixel_values=self._prepare(part)).pooler_output
             for part in torch.split(pixels, _PICTURES)

@@ -15,12 +15,12 @@ from lora_engine.bases.base import masked_whole
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.evaluation.embedder import Embedder
-from lora_engine.evaluation.metrics import Evidence, Shots
+from lora_engine.evaluation.metrics import Evidence, ImagePair
 from lora_engine.evaluation.plan import Plan, Request, derive_seed
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import Values
 from lora_engine.inference.generate import generate
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def gather_evidence(
         if not np.isfinite(losses).all() or not all(key in drawn for key in wanted):
             raise error(f"pictures or losses made with {who} hold NaN or Inf", remedy="train again, with a lower rate")
 
-    def shots(requests: Sequence[Request]) -> tuple[Shots, ...]:
+    def shots(requests: Sequence[Request]) -> tuple[ImagePair, ...]:
         return tuple(
-            Shots(
+            ImagePair(
                 request,
                 base=torch.stack([before[0][request.prompt, seed] for seed in request.seeds]),
                 adapter=torch.stack([after[0][request.prompt, seed] for seed in request.seeds]),

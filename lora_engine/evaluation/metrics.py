@@ -16,7 +16,7 @@ from lora_engine.registries import Registry
 
 
 @dataclass(frozen=True)
-class Shots:
+class ImagePair:
     """What base and adapter drew for one request, with the same seeds.
 
     Attributes:
@@ -44,9 +44,9 @@ class Evidence:
         embedder: What sees.
     """
 
-    paired: tuple[Shots, ...]
-    asked: tuple[Shots, ...]
-    unasked: tuple[Shots, ...]
+    paired: tuple[ImagePair, ...]
+    asked: tuple[ImagePair, ...]
+    unasked: tuple[ImagePair, ...]
     losses: tuple[Values, Values]
     embedder: Embedder
 
@@ -59,10 +59,10 @@ METRICS: Registry[Metric] = Registry("metric")
 def clip_i_paired(evidence: Evidence) -> Pair:
     """Cosine of a generated picture and the real picture of the same caption (unpaired means mislead)."""
 
-    def likeness(shots: Shots, drawn: Tensor) -> Tensor:
+    def likeness(shots: ImagePair, drawn: Tensor) -> Tensor:
         if shots.reference is None:
             raise ValueError(f"the paired request {shots.request.prompt!r} has no real picture")
-        return _see(evidence, drawn) @ evidence.embedder.embed_pictures(shots.reference[None])[0]
+        return _see(evidence, drawn) @ evidence.embedder.embed_images(shots.reference[None])[0]
 
     return _by_prompt(evidence.paired, likeness)
 
@@ -70,7 +70,7 @@ def clip_i_paired(evidence: Evidence) -> Pair:
 def clip_t(evidence: Evidence) -> Pair:
     """Cosine of a generated picture and its prompt, read without the trigger, which no embedder knows."""
 
-    def agreement(shots: Shots, drawn: Tensor) -> Tensor:
+    def agreement(shots: ImagePair, drawn: Tensor) -> Tensor:
         return _see(evidence, drawn) @ evidence.embedder.embed_texts([shots.request.reading])[0]
 
     return _by_prompt(evidence.asked, agreement)
@@ -79,7 +79,7 @@ def clip_t(evidence: Evidence) -> Pair:
 def drift(evidence: Evidence) -> Pair:
     """1 - cosine to the base's picture of the same seed, on prompts without the trigger; the base's own is 0."""
 
-    def distance(shots: Shots, drawn: Tensor) -> Tensor:
+    def distance(shots: ImagePair, drawn: Tensor) -> Tensor:
         return 1.0 - (_see(evidence, drawn) * _see(evidence, shots.base)).sum(dim=-1)
 
     return _from_zero(_by_prompt(evidence.unasked, distance))
@@ -88,7 +88,7 @@ def drift(evidence: Evidence) -> Pair:
 def drift_pixels(evidence: Evidence) -> Pair:
     """Root mean square difference to the base's picture of the same seed, as a share of the full range."""
 
-    def distance(shots: Shots, drawn: Tensor) -> Tensor:
+    def distance(shots: ImagePair, drawn: Tensor) -> Tensor:
         gap = (drawn.double() - shots.base.double()) / 255.0
         return gap.square().mean(dim=(1, 2, 3)).sqrt()
 
@@ -108,11 +108,11 @@ METRICS.add("validation_loss", validation_loss)
 
 
 def _see(evidence: Evidence, drawn: Tensor) -> Tensor:
-    return evidence.embedder.embed_pictures(drawn.float() / 127.5 - 1.0)
+    return evidence.embedder.embed_images(drawn.float() / 127.5 - 1.0)
 
 
-def _by_prompt(shots: tuple[Shots, ...], value: Callable[[Shots, Tensor], Tensor]) -> Pair:
-    # Pictures of one prompt are not independent of each other: the unit of resampling is the prompt, and its value
+def _by_prompt(shots: tuple[ImagePair, ...], value: Callable[[ImagePair, Tensor], Tensor]) -> Pair:
+    # Images of one prompt are not independent of each other: the unit of resampling is the prompt, and its value
     # the mean over its seeds. A single prompt leaves its seeds as units.
     base = [value(item, item.base) for item in shots]
     adapter = [value(item, item.adapter) for item in shots]

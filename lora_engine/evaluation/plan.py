@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_engine.data.manifest import Manifest, Picture
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.errors import DataError
 from lora_engine.evaluation.prompts import without_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
@@ -29,7 +29,7 @@ class Request:
     prompt: str
     reading: str
     seeds: tuple[int, ...]
-    picture: Picture | None = None
+    picture: ImageEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def make_plan(
     folder, measured_on, pictures = _choose(manifest, dataset, heldout, settings.max_pictures, frozenset(trained_on))
     trigger, class_word = manifest.trigger, manifest.class_word
 
-    def request(prompt: str, picture: Picture | None = None) -> Request:
+    def request(prompt: str, picture: ImageEntry | None = None) -> Request:
         reading = without_trigger(prompt, trigger, class_word)
         seeds = tuple(derive_seed(settings.seed, "picture", k, prompt) for k in range(settings.seeds))
         return Request(prompt, reading, seeds, picture)
@@ -119,7 +119,7 @@ def derive_seed(*parts: object) -> int:
 
 def _choose(
     manifest: Manifest, dataset: Path, heldout: Path | None, limit: int, trained_on: frozenset[str]
-) -> tuple[Path, Literal["heldout", "training"], list[Picture]]:
+) -> tuple[Path, Literal["heldout", "training"], list[ImageEntry]]:
     folder, source = dataset, manifest
     if heldout is not None:
         folder, source = heldout, Manifest.load(heldout)
@@ -137,11 +137,11 @@ def _choose(
     return folder, "heldout", _first(pictures, limit)
 
 
-def _first(pictures: Sequence[Picture], limit: int) -> list[Picture]:
+def _first(pictures: Sequence[ImageEntry], limit: int) -> list[ImageEntry]:
     return sorted(pictures, key=lambda picture: picture.sha256)[:limit]
 
 
-def _size(pictures: Sequence[Picture]) -> tuple[int, int]:
+def _size(pictures: Sequence[ImageEntry]) -> tuple[int, int]:
     sizes = {(picture.height, picture.width) for picture in pictures}
     if len(sizes) > 1:
         raise DataError(

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from lora_engine.data.images import encode_png, open_picture
+from lora_engine.data.images import encode_png, open_image
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError
 from lora_engine.evaluation.catalogue import CATALOGUE, MetricInfo
@@ -221,7 +221,7 @@ def _embed(folder: Path, name: str) -> dict[str, Any]:
     # The name comes out of a file that others may have written.
     if not isinstance(name, str) or not _PICTURE_NAME.fullmatch(name):
         raise DataError(f"names the picture {name!r}", where=str(folder), allowed="names like pictures/00-base.png")
-    picture = open_picture(folder / name, root=folder)
+    picture = open_image(folder / name, root=folder)
     pixel_art = max(picture.size) <= _PIXEL_ART_SIDE
     if pixel_art:
         kind, content = "png", encode_png(picture)

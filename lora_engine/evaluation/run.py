@@ -15,7 +15,7 @@ from lora_engine.evaluation.catalogue import CATALOGUE, MetricInfo
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import gather_evidence
 from lora_engine.evaluation.gates import check_gates
-from lora_engine.evaluation.metrics import METRICS, Evidence, Shots
+from lora_engine.evaluation.metrics import METRICS, Evidence, ImagePair
 from lora_engine.evaluation.plan import derive_seed, make_plan, read_trained_on
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import compare
@@ -127,7 +127,7 @@ def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def _write_sample(kind: str, index: int, shots: Shots, out: Path) -> dict[str, Any]:
+def _write_sample(kind: str, index: int, shots: ImagePair, out: Path) -> dict[str, Any]:
     pictures: dict[str, Tensor | None] = {
         "base": shots.base[0].float() / 127.5 - 1.0,
         "adapter": shots.adapter[0].float() / 127.5 - 1.0,

@@ -42,7 +42,7 @@ class EvaluateSettings(BaseModel):
     """How an adapter is compared with its base.
 
     Attributes:
-        seeds: Pictures per prompt, from base and adapter alike.
+        seeds: Images per prompt, from base and adapter alike.
         seed: What the pictures' seeds, the noise of the validation loss and the resampling are derived from.
         steps: Denoising steps per picture.
         guidance: Classifier-free guidance; 1 is none.

@@ -1,6 +1,6 @@
 """Adapter files of all formats, over the one canonical adapter."""
 
-from lora_engine.formats import spellings as spellings
+from lora_engine.formats import key_layouts as key_layouts
 from lora_engine.formats import transformers as transformers
 
 # A new format adds its codec with a line like these; detection asks in this order.

@@ -15,8 +15,8 @@ from lora_engine.adapters import Adapter, Delta
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Names, TensorCodec, codecs
-from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style, TableSpelling
-from lora_engine.formats.transformers.dit import Blocks, Dit, NameTable
+from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout, TableFactorKeys
+from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames
 from lora_engine.formats.transformers.flux import FLUX
 from lora_engine.formats.transformers.names import Found
 
@@ -41,16 +41,16 @@ class ReadOnlyCodec(TensorCodec):
             remedy="choose comfyui, which reads the same names",
         )
 
-    def holds(self, adapter: Adapter) -> bool:
+    def is_lossless(self, adapter: Adapter) -> bool:
         """Never."""
         return False
 
 
-_BFL = Style("Black Forest Labs", writes_alpha=False)
+_BFL = KeyLayout("Black Forest Labs", writes_alpha=False)
 _BFL.add(
-    TableSpelling("lora", {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}, optional=("bias",))
+    TableFactorKeys("lora", {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}, optional=("bias",))
 )
-_BFL.add(TableSpelling("replacement", {"value": "scale"}))
+_BFL.add(TableFactorKeys("replacement", {"value": "scale"}))
 
 
 class BflCodec(ReadOnlyCodec):
@@ -60,7 +60,7 @@ class BflCodec(ReadOnlyCodec):
     """
 
     name: ClassVar[str] = "bfl"
-    style = Style("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
+    style = KeyLayout("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether some names begin with the original blocks, and all are known factors."""
@@ -96,11 +96,11 @@ class XlabsCodec(ReadOnlyCodec):
     """`double_blocks.0.processor.qkv_lora1.down.weight`: 1 is the picture's stream, 2 the text's; no alpha."""
 
     name: ClassVar[str] = "xlabs"
-    style = Style(
+    style = KeyLayout(
         "XLabs",
         writes_alpha=False,
         also=(
-            Style(
+            KeyLayout(
                 "XLabs",
                 writes_alpha=False,
                 rewrites=((r"_lora(\d?)\.(up|down)\.weight$", r"_lora\1.factor.\2.weight"),),
@@ -112,7 +112,7 @@ class XlabsCodec(ReadOnlyCodec):
         """Whether all names are of processors of the original blocks."""
         return all(re.match(rf"{_PREFIX}{_BLOCKS}processor\.", key) for key in keys)
 
-    def _placed(
+    def _normalized(
         self,
         deltas: Mapping[str, Delta],
         metadata: Mapping[str, str],
@@ -120,7 +120,7 @@ class XlabsCodec(ReadOnlyCodec):
         known: Collection[str] | None,
         shapes: Mapping[str, Sequence[int]],
     ) -> Iterator[tuple[str, str, Delta]]:
-        dit: Dit = FLUX
+        dit: TransformerNames = FLUX
         for raw, delta in deltas.items():
             place = _XLABS.find(re.sub(rf"^{_PREFIX}", "", raw))
             if place is None:
@@ -134,6 +134,6 @@ class XlabsCodec(ReadOnlyCodec):
                 yield raw, name, part
 
 
-XlabsCodec.style.also[0].add(TableSpelling("lora", {"down": "factor.down.weight", "up": "factor.up.weight"}))
+XlabsCodec.style.also[0].add(TableFactorKeys("lora", {"down": "factor.down.weight", "up": "factor.up.weight"}))
 codecs.add(BflCodec.name, BflCodec())
 codecs.add(XlabsCodec.name, XlabsCodec())

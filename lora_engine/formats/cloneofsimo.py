@@ -20,16 +20,16 @@ from lora_engine.formats.card import Card
 from lora_engine.formats.cloneofsimo_order import CLASSES, CONVOLUTIONS, classes_for, counted
 from lora_engine.formats.codec import Names, TensorCodec, codecs
 from lora_engine.formats.diffusers import without_core
+from lora_engine.formats.key_layout import KeyLayout, TableFactorKeys
 from lora_engine.formats.naming import MODULES, listed_modules
-from lora_engine.formats.spelling import Style, TableSpelling
 from lora_engine.formats.transformers.names import folded
 
 _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd2"}
 T = TypeVar("T")
 
-STYLE = Style("cloneofsimo", writes_alpha=False, rewrites=((_KEY.pattern, r"\1:\2.\3"),))
-STYLE.add(TableSpelling("lora", {"down": "down", "up": "up"}))
+STYLE = KeyLayout("cloneofsimo", writes_alpha=False, rewrites=((_KEY.pattern, r"\1:\2.\3"),))
+STYLE.add(TableFactorKeys("lora", {"down": "down", "up": "up"}))
 
 
 class CloneofsimoCodec(TensorCodec):
@@ -60,7 +60,7 @@ class CloneofsimoCodec(TensorCodec):
             else:
                 sequence = [name for name in sequence if name.startswith(f"{component}.")]
             # A module below two of the classes comes twice, and the later one counts.
-            places = dict(_placed(component, deltas, sequence))
+            places = dict(_normalized(component, deltas, sequence))
             found |= {f"{component}:{number}": name for name, number in places.items()}
         return {name: path for name, path in found.items() if not _is_filling(raw[name])}
 
@@ -69,7 +69,7 @@ class CloneofsimoCodec(TensorCodec):
         modules = super().read_modules(tensors, metadata)
         return {name: delta for name, delta in modules.items() if not _is_filling(delta)}
 
-    def prepared(self, adapter: Adapter) -> Adapter:
+    def to_supported(self, adapter: Adapter) -> Adapter:
         """Scales folded into `up`, Tucker cores multiplied out."""
         modules = {name: folded(name, without_core(delta)) for name, delta in adapter.modules.items()}
         return Adapter(modules, adapter.base, adapter.fingerprint)
@@ -84,7 +84,7 @@ class CloneofsimoCodec(TensorCodec):
             card: Not used.
             names: The base's modules with their shapes; None takes the published architecture.
         """
-        ready = self.prepared(adapter)
+        ready = self.to_supported(adapter)
         tensors: dict[str, Tensor] = {}
         listed: list[str] = []
         header = super().encode(Adapter({}, adapter.base, adapter.fingerprint), card)[1]
@@ -170,7 +170,7 @@ def _in_order(component: str, raw: Mapping[str, Delta]) -> list[Delta]:
     return [raw[f"{component}:{number}"] for number in numbers]
 
 
-def _placed(component: str, deltas: Sequence[Delta], sequence: Sequence[str]) -> Iterator[tuple[str, int]]:
+def _normalized(component: str, deltas: Sequence[Delta], sequence: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Each module with its number: as the loader does, a convolution is passed over where a matrix comes, and back."""
     number = 0
     for name in sequence:
@@ -216,8 +216,8 @@ def _factors(name: str, delta: Delta, shape: Sequence[int]) -> tuple[Tensor, Ten
         what = "a bias" if delta.kind == "lora" else f"an adapter of kind {delta.kind!r}"
         remedy = "choose another format, or ask for an approximation"
         raise AdapterError(f"the format cannot hold {what}", where=name, allowed="plain LoRA", remedy=remedy)
-    fitted = delta.fitted(shape)
-    return fitted.up, fitted.down
+    reshaped_for = delta.reshaped_for(shape)
+    return reshaped_for.up, reshaped_for.down
 
 
 codecs.add(CloneofsimoCodec.name, CloneofsimoCodec())

@@ -17,10 +17,10 @@ from lora_engine.adapters.tree import near_names
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
-from lora_engine.formats.foreign import foreign_reason
-from lora_engine.formats.spelling import Group, Style, group_tensors
-from lora_engine.formats.transformers.names import DitWriting, find_modules, refuse_unsupported
+from lora_engine.formats.key_layout import Group, KeyLayout, group_tensors
+from lora_engine.formats.transformers.names import ExportNaming, find_modules, refuse_unsupported
 from lora_engine.formats.transformers.unsupported import unsupported_family
+from lora_engine.formats.unsupported import unsupported_reason
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Registry
 
@@ -80,11 +80,11 @@ class Codec(Protocol):
         """
         ...
 
-    def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """What the complete metadata lack yet, such as digests of the tensors."""
         ...
 
-    def holds(self, adapter: Adapter) -> bool:
+    def is_lossless(self, adapter: Adapter) -> bool:
         """Whether decoding what `encode` gives is the very same adapter, not only one of the same meaning."""
         ...
 
@@ -110,8 +110,8 @@ class TensorCodec:
     families: ClassVar[tuple[str, ...]] = ()
     keeps_alpha: ClassVar[bool] = True
     """Whether alpha goes into the file; if not, the scale goes into a factor."""
-    style: ClassVar[Style]
-    transformers: ClassVar[DitWriting | None] = None
+    style: ClassVar[KeyLayout]
+    transformers: ClassVar[ExportNaming | None] = None
     """How the modules of diffusion transformers are written, where not as `raw_name` says."""
 
     def raw_name(self, name: str, family: str) -> str:
@@ -128,7 +128,7 @@ class TensorCodec:
         """Where alpha comes from for modules without an alpha tensor; None is the kind's default."""
         return lambda raw, rank: None
 
-    def prepared(self, adapter: Adapter) -> Adapter:
+    def to_supported(self, adapter: Adapter) -> Adapter:
         """An adapter of the same meaning that the format can hold."""
         return adapter
 
@@ -136,17 +136,17 @@ class TensorCodec:
         """Metadata beyond the family and the fingerprint of the base."""
         return {}
 
-    def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Nothing more."""
         return {}
 
-    def holds(self, adapter: Adapter) -> bool:
+    def is_lossless(self, adapter: Adapter) -> bool:
         """Whether nothing had to be changed for the format."""
-        if self.prepared(adapter) != adapter:
+        if self.to_supported(adapter) != adapter:
             return False
         special = self.transformers
         # What is put together is taken apart again by its zeros, which a factor may have had before.
-        return special is None or not special.suits(adapter) or self.decode(*self.encode(adapter)) == adapter
+        return special is None or not special.applies_to(adapter) or self.decode(*self.encode(adapter)) == adapter
 
     def read_modules(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Delta]:
         """The deltas by the file's own module names."""
@@ -163,23 +163,23 @@ class TensorCodec:
         family = family_of(metadata, deltas, known or ())
         refuse_unsupported(family, _source(next(iter(parts.values()))))
         modules: dict[str, Delta] = {}
-        for raw, name, delta in self._placed(deltas, metadata, family, known, shapes):
+        for raw, name, delta in self._normalized(deltas, metadata, family, known, shapes):
             part, shape = parts[raw], shapes.get(name)
             if known is not None and name not in known:
-                raise _unknown(_source(part), name, known, foreign_reason(tensors))
+                raise _unknown(_source(part), name, known, unsupported_reason(tensors))
             if name in modules:
                 problem = f"the module {name!r} is in the file twice, under two names"
                 raise AdapterError(problem, where=_source(part), remedy="remove one of the two from the file")
             if shape is not None:
                 check_delta(delta, partial(_sources, part), shape)
-            modules[name] = delta if shape is None else delta.fitted(shape)
+            modules[name] = delta if shape is None else delta.reshaped_for(shape)
         return Adapter(modules, family or family_of(metadata, modules, known or ()), metadata.get(FINGERPRINT))
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata."""
-        ready = self.prepared(adapter)
+        ready = self.to_supported(adapter)
         tensors: dict[str, Tensor] = {}
         for name, raw, delta in self._named(ready):
             try:
@@ -193,7 +193,7 @@ class TensorCodec:
         base = {FAMILY: adapter.base, FINGERPRINT: adapter.fingerprint}
         return tensors, self.header(ready, card or Card()) | {key: text for key, text in base.items() if text}
 
-    def _placed(
+    def _normalized(
         self,
         deltas: Mapping[str, Delta],
         metadata: Mapping[str, str],
@@ -212,15 +212,15 @@ class TensorCodec:
 
     def _named(self, adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
         """Name, the file's name and delta of each module; fused layers are put together."""
-        if self.transformers is not None and self.transformers.suits(adapter):
+        if self.transformers is not None and self.transformers.applies_to(adapter):
             yield from ((raw, raw, delta) for raw, delta in self.transformers.raw_modules(adapter))
             return
         for name, delta in adapter.modules.items():
             yield name, self.raw_name(name, adapter.base), delta
 
-    def _style_for(self, adapter: Adapter) -> Style:
+    def _style_for(self, adapter: Adapter) -> KeyLayout:
         special = self.transformers
-        return special.style if special and special.style and special.suits(adapter) else self.style
+        return special.style if special and special.style and special.applies_to(adapter) else self.style
 
     def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
         validate_tensors(tensors)

@@ -17,10 +17,10 @@ from lora_engine.adapters import Adapter, DoraDelta
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Names, codecs
+from lora_engine.formats.key_layout import LYCORIS
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
-from lora_engine.formats.spelling import LYCORIS
 from lora_engine.formats.transformers.names import COMFYUI_DIT, is_dit
 
 _OTHERWISE = ("ia3", "oft", "boft")
@@ -71,7 +71,7 @@ class ComfyuiCodec(KohyaCodec):
                 encoders that it does not look for under kohya's names (`LORA_CLIP_MAP`).
         """
         for name, delta in adapter.modules.items():
-            if name.startswith("text_encoder") and not (_TEXT_LAYER.search(name) or COMFYUI_DIT.suits(adapter)):
+            if name.startswith("text_encoder") and not (_TEXT_LAYER.search(name) or COMFYUI_DIT.applies_to(adapter)):
                 raise AdapterError(
                     "ComfyUI reads no change of this layer of a text encoder",
                     where=name,

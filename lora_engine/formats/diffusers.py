@@ -17,10 +17,10 @@ from lora_engine.adapters import Adapter, Delta, DoraDelta, LoraDelta, canonical
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, TensorCodec, codecs
+from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
+from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, check_one_kind, parse_config
 from lora_engine.formats.native import COMPONENTS
-from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
-from lora_engine.formats.spellings.lora import with_scaled_bias
 from lora_engine.formats.transformers.names import BARE, folded, folded_lora
 
 CONFIG = "lora_adapter_metadata"
@@ -42,13 +42,13 @@ class DiffusersCodec(TensorCodec):
     file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
     embeddings: ClassVar[str] = "diffusers"
     keeps_alpha: ClassVar[bool] = False
-    style = Style("diffusers", writes_alpha=False, spellings=DIFFUSERS.spellings, also=(DIFFUSERS, LYCORIS))
+    style = KeyLayout("diffusers", writes_alpha=False, spellings=DIFFUSERS.spellings, also=(DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether all names begin with a component, or with a transformer's blocks, and end in known factors."""
         if all(key.startswith(BARE) for key in keys):
-            return self.style.spells(keys)
-        return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS.spells(keys)
+            return self.style.matches(keys)
+        return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS.matches(keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
@@ -70,7 +70,7 @@ class DiffusersCodec(TensorCodec):
 
         return alpha
 
-    def prepared(self, adapter: Adapter) -> Adapter:
+    def to_supported(self, adapter: Adapter) -> Adapter:
         """Tucker cores multiplied out, and the scale folded."""
         modules = {name: _folded(name, without_core(delta)) for name, delta in adapter.modules.items()}
         return replace(adapter, modules={name: with_scaled_bias(delta) for name, delta in modules.items()})

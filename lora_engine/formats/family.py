@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from lora_engine.adapters import Delta, DoraDelta, FullDelta, LohaDelta, LokrDelta, LoraDelta
-from lora_engine.formats.transformers.names import dit_family, told_family
+from lora_engine.formats.transformers.names import dit_family, family_from_header
 
 FAMILY = "loraline.base"
 FINGERPRINT = "loraline.fingerprint"
@@ -30,7 +30,7 @@ def family_of(header: Mapping[str, str], modules: Mapping[str, Delta], base_modu
     told = [family for start, family in _VERSIONS.items() if version.startswith(start)]
     if told:
         return told[0]
-    transformer = told_family(header) or dit_family(base_modules) or dit_family(modules)
+    transformer = family_from_header(header) or dit_family(base_modules) or dit_family(modules)
     if transformer:
         return transformer
     if has_sdxl_modules([*modules, *base_modules]):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json, sha256_file
 from lora_engine.formats.card import GENERATED, Card, card_header, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.contents import CONFIG_FILE, SUFFIX, Contents, read_contents
 from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
 from lora_engine.formats.embeddings import Embedding, check_widths, embed
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
-from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
+from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_contents
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
 from lora_engine.formats.transformers.names import dit_family
+from lora_engine.formats.unsupported import unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Bundle:
     adapter: Adapter
     card: Card
     embeddings: tuple[Embedding, ...] = ()
-    assumed: str = ""
+    assumptions: str = ""
 
 
-def read_adapter(path: Path, module_names: Names | None = None, *, limits: Limits = LIMITS) -> tuple[Adapter, Card]:
+def read_adapter(
+    path: str | PathLike[str], module_names: Names | None = None, *, limits: Limits = LIMITS
+) -> tuple[Adapter, Card]:
     """Reads an adapter of any format; the format is told by the tensors' names.
 
     Args:
@@ -70,8 +73,9 @@ def read_adapter(path: Path, module_names: Names | None = None, *, limits: Limit
     return bundle.adapter, bundle.card
 
 
-def read_bundle(path: Path, module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
+def read_bundle(path: str | PathLike[str], module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
     """As `read_adapter`, with the embeddings that lie in the file, or beside it where a folder is named."""
+    path = Path(path)
     with _in_file(path):
         found = read_contents(path, limits)
         check_widths(found.embeddings, module_names)
@@ -80,11 +84,11 @@ def read_bundle(path: Path, module_names: Names | None = None, *, limits: Limits
             return Bundle(nothing, read_card(found.metadata), found.embeddings)
         codec = _codec_of(found)
         adapter = codec.decode(found.tensors, found.metadata, module_names)
-        return Bundle(adapter, read_card(found.metadata), found.embeddings, found.assumed)
+        return Bundle(adapter, read_card(found.metadata), found.embeddings, found.assumptions)
 
 
 def write_adapter(
-    path: Path,
+    path: str | PathLike[str],
     adapter: Adapter,
     *,
     format: str = "loraline",  # noqa: A002 (what it is called in every spec and on the command line)
@@ -113,7 +117,7 @@ def write_adapter(
         AdapterError: The format or the dtype cannot hold the adapter, or it has no modules.
         SettingsError: No such format.
     """
-    codec = codecs[format]
+    path, codec = Path(path), codecs[format]
     if not adapter.modules and not _holds_words_alone(codec, embeddings):
         raise AdapterError("the adapter has no modules", where=str(path), remedy="check where it comes from")
     if codec.is_folder and path.suffix == SUFFIX:
@@ -139,7 +143,7 @@ def write_adapter(
     return files
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     """What a file is, as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
     Needs no base; module names are the file's own where they cannot be told otherwise. A file of embeddings alone has
@@ -148,11 +152,12 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         AdapterError: As `read_adapter`.
     """
+    path = Path(path)
     with _in_file(path):
         found = read_contents(path, LIMITS)
         is_adapter = bool(found.tensors) or not found.embeddings
         codec = detect_codec(found.tensors, found.metadata) if is_adapter else None
-        note = foreign_reason(found.tensors)
+        note = unsupported_reason(found.tensors)
         modules, fault = _modules_of(codec, found, is_foreign=note is not None)
         card = read_card(found.metadata)
     deltas, metadata = list(modules.values()), found.metadata
@@ -162,7 +167,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "family": family_of(metadata, modules) or dit_family(found.tensors),
         "fingerprint": metadata.get(FINGERPRINT),
         "note": f"{note}; {fault}" if fault else note,
-        "assumed": found.assumed or None,
+        "assumed": found.assumptions or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
@@ -180,7 +185,7 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _modules_of(codec: Codec | None, found: Contents, *, is_foreign: bool) -> tuple[Mapping[str, Delta], str]:
+def _modules_of(codec: Codec | None, found: RawFile, *, is_foreign: bool) -> tuple[Mapping[str, Delta], str]:
     """The deltas; of a base that is not supported, what keeps them from being read, in their place."""
     if codec is None:
         return {}, ""
@@ -204,7 +209,7 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
     for codec in codecs.values():
         if codec.detect(keys, metadata):
             return codec
-    reason = foreign_reason(keys)
+    reason = unsupported_reason(keys)
     raise AdapterError(
         f"the file is {reason}, which is not read" if reason else "the tensors' names are of no known adapter format",
         where=f"tensor {min(keys)!r}",
@@ -217,7 +222,7 @@ def _holds_words_alone(codec: Codec, embeddings: Sequence[Embedding]) -> bool:
     return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
 
 
-def _codec_of(found: Contents) -> Codec:
+def _codec_of(found: RawFile) -> Codec:
     if not found.tensors and found.embeddings:
         raise AdapterError(
             f"the file is a textual-inversion embedding ({found.embeddings[0].token!r}), not an adapter",
@@ -245,7 +250,7 @@ def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mappi
     told = {key: text for key, text in card.extra.items() if key in ("ss_base_model_version", "ss_v2")}
     generated = sorted(key for key in ours if key not in kept and key not in told and not key.startswith("loraline."))
     header = {**ours, **kept, **told, GENERATED: canonical_json(generated).decode()}
-    header |= codec.seal(tensors, header)
+    header |= codec.finalize_metadata(tensors, header)
     return header if codec.is_folder else header | DIGEST
 
 

@@ -16,11 +16,11 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import TensorCodec, codecs
+from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.modelspec import base_version
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
 from lora_engine.formats.safetensors_io import BODY_SHA256, short_digest
-from lora_engine.formats.spelling import DIFFUSERS, LYCORIS, Style
 from lora_engine.formats.transformers.names import KOHYA_DIT
 
 
@@ -28,7 +28,7 @@ class KohyaCodec(TensorCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
     name: ClassVar[str] = "kohya"
-    style = Style("kohya", writes_alpha=True, spellings=LYCORIS.spellings, also=(DIFFUSERS,))
+    style = KeyLayout("kohya", writes_alpha=True, spellings=LYCORIS.spellings, also=(DIFFUSERS,))
     transformers = KOHYA_DIT
     starts: ClassVar[tuple[str, ...]] = STARTS
     original: ClassVar[Collection[str]] = ("sdxl",)
@@ -78,7 +78,7 @@ class KohyaCodec(TensorCodec):
             header["ss_sd_model_name"] = card.base
         return header | ({"ss_output_name": card.title} if card.title else {})
 
-    def seal(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Kohya's two digests: over the tensors with the `ss_*` metadata alone."""
         told = {key: text for key, text in metadata.items() if key.startswith("ss_")}
         return {"sshs_model_hash": BODY_SHA256, "sshs_legacy_hash": short_digest(tensors, told)}

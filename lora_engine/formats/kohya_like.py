@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import codecs
+from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
-from lora_engine.formats.spelling import DIFFUSERS, LYCORIS
 from lora_engine.formats.transformers.names import (
     AITOOLKIT_DIT,
     LYCORIS_DIT,

@@ -12,7 +12,7 @@ from lora_engine.adapters import Adapter
 from lora_engine.formats.card import Card
 from lora_engine.formats.family import context_widths
 from lora_engine.formats.safetensors_io import BODY_SHA256
-from lora_engine.formats.transformers.dit import dits
+from lora_engine.formats.transformers.dit import transformer_names
 
 PREFIX = "modelspec."
 DIGEST = {f"{PREFIX}hash_sha256": f"0x{BODY_SHA256}"}
@@ -35,8 +35,8 @@ def base_version(adapter: Adapter, card: Card) -> str:
     """What kohya calls the base's version; empty for a family that it does not know."""
     if adapter.base == "sdxl":
         return "sdxl_base_v1-0"
-    if adapter.base in dits:
-        return dits[adapter.base].version
+    if adapter.base in transformer_names:
+        return transformer_names[adapter.base].version
     if adapter.base != "sd":
         return ""
     if 1024 not in context_widths(adapter.modules):
@@ -72,8 +72,8 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
 
 
 def _architecture(adapter: Adapter, version: str) -> tuple[str, str]:
-    if adapter.base in dits:
-        return dits[adapter.base].architecture, _DIT_RESOLUTION
+    if adapter.base in transformer_names:
+        return transformer_names[adapter.base].architecture, _DIT_RESOLUTION
     return _ARCHITECTURES.get(version, ("", ""))
 
 

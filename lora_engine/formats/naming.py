@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from lora_engine.adapters.tree import near_names
 from lora_engine.errors import AdapterError
 from lora_engine.formats.family import FAMILY, has_sdxl_modules
-from lora_engine.formats.foreign import foreign_reason
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
+from lora_engine.formats.unsupported import unsupported_reason
 
 MODULES = "loraline.modules"
 """Metadata key: the canonical names of the file's modules, which we write for ourselves."""
@@ -25,7 +25,7 @@ STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_
 
 
 @dataclass(frozen=True, eq=False)
-class Naming:
+class ModuleNaming:
     """How files name the modules of a component: what precedes the path, and what its levels are joined with.
 
     Attributes:
@@ -34,16 +34,16 @@ class Naming:
     """
 
     prefixes: Mapping[str, tuple[str, ...]]
-    joint: str
+    separator: str
 
     def spell(self, prefix: str, path: str) -> str:
         """The name of a module; without a prefix, the path alone."""
-        spelt = path.replace(".", self.joint)
-        return f"{prefix}{self.joint}{spelt}" if prefix else spelt
+        spelt = path.replace(".", self.separator)
+        return f"{prefix}{self.separator}{spelt}" if prefix else spelt
 
 
 # LyCORIS' wrapper is around one module, whichever it is; kohya's own OFT has a prefix for itself.
-FLAT = Naming(
+FLAT = ModuleNaming(
     {
         "unet": ("lora_unet", "lycoris", "oft_unet"),
         "text_encoder": ("lora_te", "lora_te1", "lycoris"),
@@ -52,7 +52,7 @@ FLAT = Naming(
     "_",
 )
 # ComfyUI's, the Open Model Initiative's (`clip_l`), and OneTrainer's, inside and in its original layout (no prefix).
-DOTTED = Naming(
+DOTTED = ModuleNaming(
     {
         "unet": ("diffusion_model", "model.diffusion_model", "unet", "unet.base_model.model", "lora_unet", ""),
         "text_encoder": (
@@ -73,7 +73,7 @@ _VERSIONS = {"sd": "sd_", "sdxl": "sdxl_"}  # of `ss_base_model_version`
 
 
 def resolve_names(
-    raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None, naming: Naming = FLAT
+    raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None, naming: ModuleNaming = FLAT
 ) -> dict[str, str]:
     """Canonical name of each of a file's module names.
 
@@ -89,7 +89,7 @@ def resolve_names(
     """
     names = listed_modules(metadata) if known is None else known
     if names is None:
-        reason = foreign_reason(raw)
+        reason = unsupported_reason(raw)
         found = None if reason else _published(raw, metadata.get("ss_base_model_version", ""), naming)
         if found is not None:
             return dict(found)
@@ -102,7 +102,7 @@ def resolve_names(
     table = name_table(names, is_sdxl=has_sdxl_modules(names) or metadata.get(FAMILY) == "sdxl", naming=naming)
     lost = [name for name in raw if name not in table]
     if lost:
-        reason = foreign_reason(raw)
+        reason = unsupported_reason(raw)
         raise AdapterError(
             f"{len(lost)} of {len(raw)} modules are not in the base, the first is {lost[0]!r}"
             + (f"; the file is {reason}" if reason else ""),
@@ -113,7 +113,7 @@ def resolve_names(
     return {name: _one(name, table[name]) for name in raw}
 
 
-def name_table(names: Collection[str], *, is_sdxl: bool, naming: Naming = FLAT) -> dict[str, set[str]]:
+def name_table(names: Collection[str], *, is_sdxl: bool, naming: ModuleNaming = FLAT) -> dict[str, set[str]]:
     """Every name that programs give the modules of a base, to the canonical names that it may stand for."""
     table: dict[str, set[str]] = {}
     for name in names:
@@ -132,7 +132,7 @@ def listed_modules(metadata: Mapping[str, str]) -> list[str] | None:
     return names if is_list and names else None
 
 
-def _spellings(name: str, *, is_sdxl: bool, naming: Naming) -> Iterator[str]:
+def _spellings(name: str, *, is_sdxl: bool, naming: ModuleNaming) -> Iterator[str]:
     component, _, path = name.partition(".")
     original = original_path(path, LAYOUTS["sdxl" if is_sdxl else "sd"]) if component == "unet" else None
     # Programs that took the names from transformers 5 lack the level.
@@ -154,7 +154,7 @@ def _one(spelt: str, names: set[str]) -> str:
     return next(iter(names))
 
 
-def _published(raw: Collection[str], version: str, naming: Naming) -> Mapping[str, str] | None:
+def _published(raw: Collection[str], version: str, naming: ModuleNaming) -> Mapping[str, str] | None:
     """The names by way of the published architectures, where exactly one reading of all of them is possible."""
     wanted = [family for family in _PUBLISHED if version.startswith(_VERSIONS[family])] or list(_PUBLISHED)
     readings = []
@@ -166,7 +166,7 @@ def _published(raw: Collection[str], version: str, naming: Naming) -> Mapping[st
 
 
 @functools.cache
-def _published_table(family: str, naming: Naming) -> dict[str, set[str]]:
+def _published_table(family: str, naming: ModuleNaming) -> dict[str, set[str]]:
     # The architectures import diffusers, which only files without a base and without our header need.
     from lora_engine.bases.published import published_module_shapes
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from lora_engine.formats.codec import TensorCodec, codecs
-from lora_engine.formats.spelling import DIFFUSERS, LORALINE
+from lora_engine.formats.key_layout import DIFFUSERS, LORALINE
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
 
@@ -20,9 +20,9 @@ class NativeCodec(TensorCodec):
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether all names begin with a component, and some end in LyCORIS' factors, none in diffusers' alone."""
-        if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE.spells(keys):
+        if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE.matches(keys):
             return False
-        return not DIFFUSERS.spells([key for key, _, suffix in LORALINE.split(keys) if suffix is None])
+        return not DIFFUSERS.matches([key for key, _, suffix in LORALINE.split(keys) if suffix is None])
 
 
 codecs.add(NativeCodec.name, NativeCodec())

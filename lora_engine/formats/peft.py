@@ -17,13 +17,13 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec, codecs
-from lora_engine.formats.contents import CONFIG_FILE, MODEL_FILE, PEFT_PREFIX
 from lora_engine.formats.diffusers import without_core
+from lora_engine.formats.key_layout import PEFT
+from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import finished, settings_for, type_of
-from lora_engine.formats.spelling import PEFT
-from lora_engine.formats.spellings.lora import with_scaled_bias
+from lora_engine.formats.raw_file import CONFIG_FILE, MODEL_FILE, PEFT_PREFIX
 
 COMPONENT = "loraline.component"
 _BEGINNINGS = {
@@ -80,7 +80,7 @@ class PeftCodec(TensorCodec):
             parts[raw] = replace(part, delta=finished(part.delta, configs[where], path, where))
         return parts
 
-    def prepared(self, adapter: Adapter) -> Adapter:
+    def to_supported(self, adapter: Adapter) -> Adapter:
         """A LoRA's Tucker cores multiplied out."""
         modules = {name: with_scaled_bias(without_core(delta)) for name, delta in adapter.modules.items()}
         return replace(adapter, modules=modules)

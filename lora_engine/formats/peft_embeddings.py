@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lora_engine.formats.spellings.lora import EMBEDDING
-from lora_engine.formats.spellings.oft import ANGLES, OF_EMBEDDING
+from lora_engine.formats.key_layouts.lora import EMBEDDING
+from lora_engine.formats.key_layouts.oft import ANGLES, OF_EMBEDDING
 
 _EMBEDDINGS = re.compile(
     r"(.*[./])?(token_embedding|position_embedding|embed_tokens|shared|word_embeddings|position_embeddings"

@@ -1,1 +1,1 @@
-"""Pictures from a base model, with or without attached adapters."""
+"""Images from a base model, with or without attached adapters."""

@@ -1,4 +1,4 @@
-"""Pictures from a prompt and adapter files, written as PNG."""
+"""Images from a prompt and adapter files, written as PNG."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lora_engine.bases.base import load_base
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import read_bundle
 from lora_engine.inference.generate import generate
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 
 
-def draw_pictures(
+def draw_images(
     prompt: str,
     folder: Path,
     *,

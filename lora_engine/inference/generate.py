@@ -1,4 +1,4 @@
-"""Pictures from prompts: the plain sampler with classifier-free guidance. Adapters are attached by the caller."""
+"""Images from prompts: the plain sampler with classifier-free guidance. Adapters are attached by the caller."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def generate(
         height: In pixels; None takes the base's own.
         width: In pixels; None takes the base's own.
         negative: What to lead away from; a base with distilled guidance does not read it.
-        batch: Pictures at once.
+        batch: Images at once.
         masks: For inpainting bases, what `encode_mask` gives, one row a picture; None draws the whole picture anew.
         progress: Told after each batch: pictures done, pictures in all.
 

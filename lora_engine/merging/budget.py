@@ -48,9 +48,9 @@ class Budget:
     cumulative: float | None = None
 
     def __post_init__(self) -> None:
-        for name, (allowed, suits) in _ALLOWED.items():
+        for name, (allowed, applies_to) in _ALLOWED.items():
             value = getattr(self, name)
-            if value is not None and not suits(value):
+            if value is not None and not applies_to(value):
                 raise SettingsError(f"{name} is {value!r}", allowed=allowed, remedy=f"choose another {name}")
         if all(getattr(self, field.name) is None for field in fields(self)):
             raise SettingsError(

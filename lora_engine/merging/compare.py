@@ -19,7 +19,7 @@ from lora_engine.adapters.attach import Base
 from lora_engine.errors import AdapterError
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.merging.compress import plain_factors, shape_of
-from lora_engine.merging.deltas import Site, needs_base_values
+from lora_engine.merging.deltas import ModuleDeltas, needs_base_values
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _sizes(name: str, pair: tuple[Delta | None, Delta | None], base: Base | None
             return _Sizes(), ""
         return None, "what it adds follows from the base's weight alone"
     try:
-        site = Site.of(name, there, base)
+        site = ModuleDeltas.of(name, there, base)
     except AdapterError as error:
         return None, error.problem
     return _sizes_of_dense(*(None if delta is None else site.dense(delta) for delta in (first, second))), ""

@@ -42,7 +42,7 @@ def content_digest(delta: Delta) -> str:
 
 
 @dataclass(frozen=True)
-class Site:
+class ModuleDeltas:
     """Where deltas meet.
 
     Attributes:
@@ -67,7 +67,7 @@ class Site:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         shape: tuple[int, ...] | None = None,
-    ) -> Site:
+    ) -> ModuleDeltas:
         """The site of some deltas, with the base's weight from a base model or as it is given.
 
         Raises:

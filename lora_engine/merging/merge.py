@@ -21,7 +21,7 @@ from lora_engine.files import sha256_bytes
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import compress_to
 from lora_engine.merging.concatenate import check_bases, combine_exactly, refuse_others
-from lora_engine.merging.deltas import Site, content_digest, full_delta, located
+from lora_engine.merging.deltas import ModuleDeltas, content_digest, full_delta, located
 from lora_engine.merging.methods import METHODS, Combination, Elementwise
 from lora_engine.merging.report import ModuleReport, Report
 from lora_engine.merging.spec import Concatenate, MergeOptions, Weight
@@ -64,7 +64,7 @@ def merge_adapters(
         raise SettingsError(
             f"{method.name} of {len(adapters)} adapters", allowed=f"{method.adapters}", remedy="choose another method"
         )
-    adapters = [adapter.settled() for adapter in adapters]
+    adapters = [adapter.to_export() for adapter in adapters]
     names = sorted({name for adapter in adapters for name in adapter.modules})
     tables = [weights_by_module(w, a.modules, names) for a, w in zip(adapters, weights, strict=True)]
     plans = []
@@ -99,7 +99,7 @@ class _Plan:
     name: str
     terms: tuple[tuple[Delta | None, float], ...]
     coefficients: tuple[float, ...] | None
-    site: Site | None
+    site: ModuleDeltas | None
     method: Combination | Elementwise
     options: MergeOptions
     seed: int
@@ -125,7 +125,7 @@ class _Plan:
                 return cls(name, ordered, coefficients, None, method, options, seed)
             if method.lora_only:
                 refuse_others(name, [delta for delta, _ in active])
-        site = Site.of(name, [delta for delta, _ in ordered if delta is not None], base)
+        site = ModuleDeltas.of(name, [delta for delta, _ in ordered if delta is not None], base)
         return cls(name, ordered, coefficients, site, method, options, seed)
 
     def run(self) -> Result | None:
@@ -218,8 +218,8 @@ class _Plan:
         return min(most, sum(delta.rank or most for delta, weight in self.terms if delta is not None and weight))
 
     @property
-    def _site(self) -> Site:
-        return cast(Site, self.site)
+    def _site(self) -> ModuleDeltas:
+        return cast(ModuleDeltas, self.site)
 
 
 def _active(terms: Terms, coefficients: Sequence[float]) -> list[tuple[Delta, float]]:

@@ -14,7 +14,7 @@ from lora_engine.adapters.attach import Base
 from lora_engine.errors import AdapterError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import Compressed, compress_to
-from lora_engine.merging.deltas import Site, located, needs_base_values
+from lora_engine.merging.deltas import ModuleDeltas, located, needs_base_values
 from lora_engine.merging.report import ModuleReport, Report
 from lora_engine.seeds import generator
 
@@ -59,13 +59,13 @@ def resize(
         AdapterError: A module is not LoRA, or needs the base and none is given.
     """
     budget = Budget(rank, energy, error, threshold, ratio, cumulative)
-    adapter = adapter.settled()
+    adapter = adapter.to_export()
     if others == "refuse":
         _refuse_others(adapter)
     modules: dict[str, Delta] = {}
     reports: dict[str, ModuleReport] = {}
     for name, delta in adapter.modules.items():
-        site = Site.of(name, [delta], base) if others == "lora" and not isinstance(delta, LoraDelta) else None
+        site = ModuleDeltas.of(name, [delta], base) if others == "lora" and not isinstance(delta, LoraDelta) else None
         if not isinstance(delta, LoraDelta) and (site is None or len(site.shape) < 2):
             modules[name], reports[name] = delta, ModuleReport(delta.kind, delta.rank)
             continue
@@ -110,18 +110,18 @@ def to_lora(
         AdapterError: The base's weight or its shape is needed, or the delta is a vector's.
     """
     budget = Budget(rank, energy, error)
-    delta = delta.settled()
+    delta = delta.to_export()
     if isinstance(delta, LoraDelta):
         found = compress_to(delta, budget)
         return found.delta, found.retained
     wanted = None if shape is None else tuple(shape)
-    site = Site.of("", [delta], weight=base_weight, bias=base_bias, shape=wanted)
+    site = ModuleDeltas.of("", [delta], weight=base_weight, bias=base_bias, shape=wanted)
     weight, bias = site.dense(delta)
     found = compress_to(weight, budget, generator)
     return replace(found.delta, bias=bias), found.retained
 
 
-def _compressed(name: str, delta: Delta, site: Site | None, budget: Budget, seed: int) -> Compressed:
+def _compressed(name: str, delta: Delta, site: ModuleDeltas | None, budget: Budget, seed: int) -> Compressed:
     if site is None:
         return compress_to(cast(LoraDelta, delta), budget)
     weight, bias = site.dense(delta)

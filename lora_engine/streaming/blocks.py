@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.tensor_files import StoredTensor
-from lora_engine.streaming.stage import read_bytes, shorter_than
+from lora_engine.streaming.direct_writer import read_bytes, shorter_than
 
 FLOATS = {
     "F64": torch.float64,

@@ -19,7 +19,7 @@ from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
 from lora_engine.streaming.blocks import FLOATS
-from lora_engine.streaming.given import check_same, read_place
+from lora_engine.streaming.inputs import check_same, read_place
 from lora_engine.streaming.model import StoredModel, open_model
 
 KINDS = ("lora", "full")

@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
 from lora_engine.streaming.blocks import FLOATS, as_bytes
-from lora_engine.streaming.changes import open_terms
-from lora_engine.streaming.given import (
+from lora_engine.streaming.direct_writer import read_bytes
+from lora_engine.streaming.inputs import (
     Given,
     Sameness,
     Terms,
@@ -30,7 +30,7 @@ from lora_engine.streaming.model import StoredModel, open_model
 from lora_engine.streaming.output import check_output, copy_whole, write_model
 from lora_engine.streaming.provenance import FusedAdapter, fused_adapters, with_adapters
 from lora_engine.streaming.rewrite import Watch, rewrite
-from lora_engine.streaming.stage import read_bytes
+from lora_engine.streaming.updates import open_terms
 
 
 @dataclass(frozen=True)

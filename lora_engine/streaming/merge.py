@@ -18,11 +18,11 @@ from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS, CheckpointMethod
 from lora_engine.streaming.blocks import FLOATS, as_bytes
+from lora_engine.streaming.direct_writer import read_bytes
 from lora_engine.streaming.model import StoredModel, open_model
 from lora_engine.streaming.output import check_apart, check_output, copy_whole, write_model
 from lora_engine.streaming.provenance import without_stale
 from lora_engine.streaming.rewrite import rewrite
-from lora_engine.streaming.stage import read_bytes
 
 MERGED = "loraline.merged"
 

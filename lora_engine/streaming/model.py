@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_engine.bases.layout import INDEX, read_layout
 from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints.names import checkpoint_names, stored_name
-from lora_engine.checkpoints.recognise import recognise
+from lora_engine.checkpoints.recognize import recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.errors import BaseModelError
@@ -150,7 +150,7 @@ def _open_original(
     path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], architecture: str | None
 ) -> StoredModel:
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    found = recognise(shapes, metadata, str(path), architecture=architecture)
+    found = recognize(shapes, metadata, str(path), architecture=architecture)
     places: dict[str, Place] = {}
     for entry in checkpoint_names(found.architecture):
         key = stored_name(entry, tensors)

@@ -19,7 +19,7 @@ from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.streaming.blocks import BLOCK, FLOATS, as_bytes
-from lora_engine.streaming.stage import PAGE, OutputStage, read_bytes
+from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
 
 
 class Change(Protocol):
@@ -84,7 +84,7 @@ def _write(
     watch: Watch | None,
 ) -> None:
     ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
-    with OutputStage(file.fileno()) as stage:
+    with DirectWriter(file.fileno()) as stage:
         stage.write(_header(ordered, metadata))
         if not ordered:
             return
@@ -119,7 +119,7 @@ def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]
 
 
 def _write_changed(
-    source: int, stage: OutputStage, name: str, stored: StoredTensor, change: Change, watch: Watch | None
+    source: int, stage: DirectWriter, name: str, stored: StoredTensor, change: Change, watch: Watch | None
 ) -> None:
     dtype = FLOATS[stored.dtype]
     rows = stored.shape[0] if stored.shape else 1
@@ -144,7 +144,7 @@ def _write_changed(
 
 
 @contextlib.contextmanager
-def _next_block(stage: OutputStage, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def _next_block(stage: DirectWriter, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """The next bytes of the file as numbers to be filled: in the stage's own memory where they fit."""
     if stage.is_aligned(size, dtype.itemsize):
         with stage.block(size) as raw:

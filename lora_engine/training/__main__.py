@@ -80,7 +80,7 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
         return INTERRUPTED if isinstance(error, InterruptedRun) else 1
     # Only now: what describes torch would import it.
     from lora_engine.compute import describe_compute
-    from lora_engine.training.machine import choose_device
+    from lora_engine.training.device import choose_device
 
     _tell(channel, {"event": "done", "compute": describe_compute(choose_device(settings.running))})
     return 0

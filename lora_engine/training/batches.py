@@ -13,9 +13,9 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
+from lora_engine.training.augmentations import augmentations_of
 from lora_engine.training.captions import Rewriter
 from lora_engine.training.examples import Conditioner, Example, Size
-from lora_engine.training.looks import looks_of
 from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.objective import Objective
@@ -139,7 +139,7 @@ class Mixer:
         self._seed, self._batch, self._dropout = seed, batch, caption_dropout
         self._examples = [example for example in examples for _ in range(example.repeats)]
         self._rewriter = Rewriter(captions or Captions())
-        self._looks = looks_of(captions or Captions(), seed)
+        self._looks = augmentations_of(captions or Captions(), seed)
         self._objective = objective or Objective()
         self._order = Order([example.size for example in self._examples], batch, seed)
         self._classes: dict[Size, list[Example]] = {}
@@ -177,6 +177,6 @@ class Mixer:
         words, looks = (generator(self._seed, purpose, number) for purpose in ("caption", "look"))
         picks = torch.randint(len(self._looks), (len(chosen),), generator=looks).tolist()
         return [
-            replace(example, caption=self._rewriter.rewrite(example.caption, words), look=self._looks[pick])
+            replace(example, caption=self._rewriter.rewrite(example.caption, words), augmentation=self._looks[pick])
             for example, pick in zip(chosen, picks, strict=True)
         ]

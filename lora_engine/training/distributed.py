@@ -30,7 +30,7 @@ _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes of a run, as one of them sees them; alone by default, and then nothing here does anything.
 
     Attributes:
@@ -44,7 +44,7 @@ class Team:
     device: str | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process is the one that writes and tells."""
         return self.rank == 0
 
@@ -112,14 +112,14 @@ class Team:
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
         """The leader first, then all the others: what it has written, they find."""
-        if not self.leads:
+        if not self.is_main_process:
             self.wait()
         yield
-        if self.leads:
+        if self.is_main_process:
             self.wait()
 
 
-class Followed(Checkpoints):
+class ReadOnlyCheckpoints(Checkpoints):
     """The checkpoints as those see them who do not lead: read, never written."""
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
@@ -127,7 +127,7 @@ class Followed(Checkpoints):
 
 
 @contextlib.contextmanager
-def joined(processes: int, device: str | None) -> Iterator[Team]:
+def process_group(processes: int, device: str | None) -> Iterator[ProcessGroup]:
     """Joins the processes of a run until the block ends.
 
     Args:
@@ -139,7 +139,7 @@ def joined(processes: int, device: str | None) -> Iterator[Team]:
         TrainingError: The others cannot be reached.
     """
     if processes == 1:
-        yield Team(device=device)
+        yield ProcessGroup(device=device)
         return
     rank, meeting = int(os.environ.get("RANK", "-1")), os.environ.get(RENDEZVOUS)
     if int(os.environ.get("WORLD_SIZE", "1")) != processes or rank < 0 or not meeting:
@@ -158,7 +158,7 @@ def joined(processes: int, device: str | None) -> Iterator[Team]:
     where = Path(meeting).resolve().as_uri()
     _exchange(lambda: PartialState(cpu=on_cpu, init_method=where, rank=rank, world_size=processes, timeout=_PATIENCE))
     try:
-        yield Team(rank, processes, "cpu" if on_cpu else f"cuda:{rank}")
+        yield ProcessGroup(rank, processes, "cpu" if on_cpu else f"cuda:{rank}")
     finally:
         torch.distributed.destroy_process_group()
         PartialState._reset_state()

@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from lora_engine.bases.base import BaseModel
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.formats.embeddings import Embedding
-from lora_engine.inference.words import check_words, text_encoders, word_pattern
+from lora_engine.inference.textual_inversion import check_embeddings, text_encoders, token_pattern
 from lora_engine.seeds import generator
-from lora_engine.training.specs.methods import Words
+from lora_engine.training.specs.methods import TokenSettings
 
 _SHOWN = 3
 
 
-def fresh_word(
-    base: BaseModel, settings: Words, trigger: str | None, class_word: str | None, captions: Sequence[str], *, seed: int
+def init_token(
+    base: BaseModel,
+    settings: TokenSettings,
+    trigger: str | None,
+    class_word: str | None,
+    captions: Sequence[str],
+    *,
+    seed: int,
 ) -> Embedding:
     """The word as it begins, for every text encoder of the base.
 
@@ -39,7 +45,7 @@ def fresh_word(
         raise SettingsError(
             "there is no word to learn", remedy="give the method a token, or the caption step a trigger"
         )
-    if not any(word_pattern(token).search(caption) for caption in captions):
+    if not any(token_pattern(token).search(caption) for caption in captions):
         shown = ", ".join(repr(caption) for caption in captions[:_SHOWN])
         raise SettingsError(
             f"none of the {len(captions)} captions holds the word {token!r}, first {shown}",
@@ -51,16 +57,16 @@ def fresh_word(
     initialiser = settings.initialiser or class_word
     try:
         found = Embedding(token, {part: _begin(base, part, initialiser, settings.vectors, seed) for part in parts})
-        check_words(base, [found])
+        check_embeddings(base, [found])
     except AdapterError as error:
         raise SettingsError(error.problem, where=error.where, allowed=error.allowed, remedy=error.remedy) from error
     return found
 
 
 def norm_decay(
-    base: BaseModel, words: Mapping[str, nn.Parameter], settings: Words, rate: float
+    base: BaseModel, words: Mapping[str, nn.Parameter], settings: TokenSettings, rate: float
 ) -> Callable[[float], None]:
-    """What pulls the vectors' norms towards that of ordinary words; see `Words.norm_decay`.
+    """What pulls the vectors' norms towards that of ordinary words; see `TokenSettings.norm_decay`.
 
     Args:
         base: With the words attached.

@@ -1,4 +1,4 @@
-"""Pictures with captions as the loop sees them: latents and text embeddings, cached by content, never by position."""
+"""Images with captions as the loop sees them: latents and text embeddings, cached by content, never by position."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from lora_engine.inference.syntax import parse_weights
+from lora_engine.training.augmentations import PLAIN, Augmentation, augmentations_of
 from lora_engine.training.cache import TensorCache
 from lora_engine.training.captions import Rewriter
-from lora_engine.training.looks import PLAIN, Look, looks_of
 from lora_engine.training.specs.captions import Captions
 
 Size = tuple[int, int]
@@ -47,7 +47,7 @@ class Example:
     size: Size
     mask: Path | None = None
     repeats: int = 1
-    look: Look = PLAIN
+    augmentation: Augmentation = PLAIN
 
     def identity(self) -> list[str | int]:
         """All that a run depends on of it, as JSON values."""
@@ -56,11 +56,11 @@ class Example:
 
     def pixels(self) -> Tensor:
         """float32 [3, height, width] in [-1, 1], in its look."""
-        return self.look.apply(read_pixels(self.file))
+        return self.augmentation.apply(read_pixels(self.file))
 
     def mask_pixels(self) -> Tensor | None:
         """float32 [1, height, width] in [0, 1], mirrored where the picture is; None where there is no mask."""
-        return None if self.mask is None else self.look.mirror(read_mask(self.mask))
+        return None if self.mask is None else self.augmentation.mirror(read_mask(self.mask))
 
 
 def read_examples(folder: Path, manifest: Manifest, split: Split) -> tuple[Example, ...]:
@@ -125,7 +125,7 @@ class Encoder:
         self._base, self._captions = base, captions or Captions()
         self._encode = text_encoder(base, self._captions)
         self._rewriter = Rewriter(self._captions)
-        self._looks = looks_of(self._captions, seed)
+        self._looks = augmentations_of(self._captions, seed)
         self._latents = TensorCache(folder / "latents", budget=budget)
         self._texts = TensorCache(folder / "texts", budget=budget)
         self._prepared: set[str] = set()
@@ -140,7 +140,7 @@ class Encoder:
         def make() -> dict[str, Tensor]:
             return {"latents": self._base.encode_images(example.pixels()[None])[0]}
 
-        key = {**self._key, "picture": example.digest, **example.look.key()}
+        key = {**self._key, "picture": example.digest, **example.augmentation.key()}
         return self._latents.get(key, make)["latents"]
 
     @torch.no_grad()
@@ -170,9 +170,9 @@ class Encoder:
         more = sorted(set(texts))
         wanted: set[tuple[str, Size]] = set()
         for example in examples:
-            for look in self._looks:
+            for augmentation in self._looks:
                 check()
-                self.latents(replace(example, look=look))
+                self.latents(replace(example, augmentation=augmentation))
             own = () if self._rewriter.varies(example.caption) else (self._rewriter.rewrite(example.caption),)
             wanted |= {(text, example.size) for text in (*more, *own)}
         for example in others:

@@ -53,7 +53,7 @@ class SubjectEmbedder:
         return self
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pictures [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1; keeps the graph.
+        """Images [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1; keeps the graph.
 
         A picture is resized to the embedder's square as a whole, so that nothing of the subject is cut off.
         """

@@ -17,27 +17,27 @@ from lora_engine.errors import InterruptedRun, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.formats import Bundle
 from lora_engine.formats.embeddings import Embedding
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import derive_seed
 from lora_engine.training.checkpoint import Checkpoints
-from lora_engine.training.distributed import Followed, Team
+from lora_engine.training.device import compile_network, prepare_network
+from lora_engine.training.distributed import ProcessGroup, ReadOnlyCheckpoints
 from lora_engine.training.examples import Encoder, Example, text_encoder
-from lora_engine.training.fresh import begin_adapter, begin_words
 from lora_engine.training.identity import identity_loss
+from lora_engine.training.images import TrainingImages, class_images, read_images
+from lora_engine.training.init import init_adapter, init_embeddings
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import LossTerm
-from lora_engine.training.machine import compile_network, prepare_network
-from lora_engine.training.methods import Dressing, Workbench, methods
+from lora_engine.training.methods import BatchTransform, MethodContext, methods
 from lora_engine.training.methods.inpainting import hiding
 from lora_engine.training.objective import check_objective
-from lora_engine.training.optimisers import require_optimiser
-from lora_engine.training.pictures import Pictures, class_pictures, read_pictures
+from lora_engine.training.optimizers import require_optimiser
 from lora_engine.training.record import card_of
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.methods import Inpainting
-from lora_engine.training.validation import picture_losses
+from lora_engine.training.validation import image_losses
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A mean over pixels leaves each with a gradient near the least that float16 can tell from 0. A power of two is exact.
@@ -62,7 +62,7 @@ class TrainingJob:
     embedder: Path | None
     progress: Progress
     stop: Callable[[], bool]
-    team: Team
+    group: ProcessGroup
     out: Path
 
     def run(self, base_name: str) -> tuple[Bundle, History]:
@@ -71,17 +71,17 @@ class TrainingJob:
         require_optimiser(settings.rates.optimiser.name)
         source = resolve_base(base_name)
         manifest = Manifest.load(self.dataset)
-        examples, heldout = read_pictures(settings, self.dataset, manifest)
+        examples, heldout = read_images(settings, self.dataset, manifest)
         self._check()
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
-        base = load_base(source, device=self.team.device, dtype=dtype, quantise=quantise)
+        base = load_base(source, device=self.group.device, dtype=dtype, quantise=quantise)
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout))
-        fresh = begin_adapter(base, settings)
-        word = begin_words(base, settings, manifest, examples)
+        fresh = init_adapter(base, settings)
+        word = init_embeddings(base, settings, manifest, examples)
         encoder = Encoder(base, self.cache, settings.captions, settings.seed)
-        with self.team.in_turn():
-            classes = class_pictures(
+        with self.group.in_turn():
+            classes = class_images(
                 settings,
                 base,
                 manifest,
@@ -90,7 +90,7 @@ class TrainingJob:
                 work=self.work / "class",
                 told=self._tell_drawn,
             )
-            pictures = Pictures(examples, classes, heldout)
+            pictures = TrainingImages(examples, classes, heldout)
             texts, others = [""] if settings.caption_dropout else [], (*pictures.classes, *pictures.heldout)
             encoder.prepare(pictures.examples, texts, self._check, others=others)
         trained, words, history = self._fit(base, fresh, word, encoder, pictures, manifest)
@@ -102,18 +102,18 @@ class TrainingJob:
         fresh: Adapter,
         word: tuple[Embedding, ...],
         encoder: Encoder,
-        pictures: Pictures,
+        pictures: TrainingImages,
         manifest: Manifest,
     ) -> tuple[Adapter, tuple[Embedding, ...], History]:
         settings = self.settings
         trains_text = bool(word) or any(name.startswith("text_encoder") for name in fresh.modules)
         conditioner = text_encoder(base, settings.captions) if trains_text else encoder.conditioning
-        team, digest = self.team, self._digest(base, pictures)
+        group, digest = self.group, self._digest(base, pictures)
         with ExitStack() as stack:
             attachment = stack.enter_context(attach(base, fresh, trainable=True)) if fresh.modules else None
             words = stack.enter_context(attach_embeddings(base, word, trainable=True))
             compile_network(base, settings.running)
-            bench = Workbench(
+            context = MethodContext(
                 base=base,
                 settings=settings,
                 parameters=dict(attachment.named_parameters()) if attachment else {},
@@ -121,9 +121,9 @@ class TrainingJob:
                 class_examples=pictures.classes,
                 latents=encoder.latents,
                 conditioner=conditioner,
-                dropping=attachment.dropping if attachment else lambda share, seed: nullcontext(),
+                adapter_dropout=attachment.adapter_dropout if attachment else lambda share, seed: nullcontext(),
                 words=dict(words.named_parameters()),
-                teaching=lambda: _silenced(attachment),
+                adapter_disabled=lambda: _silenced(attachment),
                 teacher=encoder.conditioning,
                 trigger=manifest.trigger,
                 class_word=manifest.class_word,
@@ -131,12 +131,14 @@ class TrainingJob:
             )
             samples = self._samples(base, digest)
             history = fit(
-                [team.phase(phase) for phase in methods[settings.method.name].phases(bench)],
+                [group.phase(phase) for phase in methods[settings.method.name].phases(context)],
                 base.modules.values(),
                 _options(settings),
-                checkpoints=(Checkpoints if team.leads else Followed)(self.work / "checkpoints", digest),
+                checkpoints=(Checkpoints if group.is_main_process else ReadOnlyCheckpoints)(
+                    self.work / "checkpoints", digest
+                ),
                 validate=lambda: _mean(
-                    picture_losses(
+                    image_losses(
                         base,
                         encoder.latents,
                         conditioner,
@@ -145,21 +147,21 @@ class TrainingJob:
                         dressing=_validation_dressing(base, settings),
                     )
                 ),
-                progress=self.progress if team.leads else no_progress,
-                stop=lambda: team.any(self.stop()),
-                average=team.average,
+                progress=self.progress if group.is_main_process else no_progress,
+                stop=lambda: group.any(self.stop()),
+                average=group.average,
                 observe=samples.draw if samples else lambda done: None,
             )
             if samples:
                 samples.copy(self.out)
-            adapter = attachment.adapter().to(device="cpu").settled() if attachment else fresh
+            adapter = attachment.adapter().to(device="cpu").to_export() if attachment else fresh
             return adapter, words.embeddings(), history
 
     def _samples(self, base: BaseModel, digest: str) -> SampleWriter | None:
-        wanted = self.settings.samples if self.team.leads else None
+        wanted = self.settings.samples if self.group.is_main_process else None
         return SampleWriter(base, wanted, self.work / "samples", digest) if wanted else None
 
-    def _extra_terms(self, base: BaseModel, pictures: Pictures) -> tuple[LossTerm, ...]:
+    def _extra_terms(self, base: BaseModel, pictures: TrainingImages) -> tuple[LossTerm, ...]:
         wanted = self.settings.method.identity
         return () if wanted is None else (identity_loss(base, wanted, pictures.examples, self.embedder),)
 
@@ -173,7 +175,7 @@ class TrainingJob:
                 f"the base {base.name!r} is made for inpainting, and method {name!r} gives it no masks",
                 allowed="method inpainting, or a base without mask",
             )
-        if self.class_dataset is not None and self.settings.class_pictures is None:
+        if self.class_dataset is not None and self.settings.class_images is None:
             raise SettingsError(
                 f"a class_dataset is given, and method {name!r} looks at no class pictures",
                 remedy="leave it out, set prior, or choose method dreambooth",
@@ -187,7 +189,7 @@ class TrainingJob:
         if self.stop():
             raise InterruptedRun("stopped while preparing; what is prepared is kept")
 
-    def _digest(self, base: BaseModel, pictures: Pictures) -> str:
+    def _digest(self, base: BaseModel, pictures: TrainingImages) -> str:
         job = {
             "format": 2,
             "settings": self.settings.model_dump(mode="json"),
@@ -230,7 +232,7 @@ def _silenced(attachment: Attachment | None) -> Iterator[None]:
         attachment.multiplier = before
 
 
-def _validation_dressing(base: BaseModel, settings: TrainSettings) -> Dressing | None:
+def _validation_dressing(base: BaseModel, settings: TrainSettings) -> BatchTransform | None:
     if not (base.inpaints and isinstance(settings.method, Inpainting)):
         return None
     return hiding(base, settings.method, derive_seed(settings.seed, "validation"))

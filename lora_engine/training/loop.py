@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lora_engine.errors import InterruptedRun, NonFiniteError
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
+from lora_engine.training.determinism import deterministic, gradients_off
 from lora_engine.training.ema import RunningMean
-from lora_engine.training.guards import deterministic, gradients_off
-from lora_engine.training.optimiser_state import averaged, export_state, found_rate, import_state, take_mean
-from lora_engine.training.optimisers import build_optimiser
+from lora_engine.training.optimizer_state import averaged, estimated_rate, export_state, import_state, take_mean
+from lora_engine.training.optimizers import build_optimiser
 from lora_engine.training.phases import Phase
 from lora_engine.training.schedules import rate_factor
 from lora_engine.training.specs.rates import Ema
@@ -192,7 +192,7 @@ class _Run:
         if self._mean is not None:
             self._mean.update(self.step)
         self._require_finite("the norm of the weights", _norm(phase.parameters.values()).item())
-        rate = phase.groups[0].learning_rate * factor * found_rate(optimiser)
+        rate = phase.groups[0].learning_rate * factor * estimated_rate(optimiser)
         self.history.loss.append(loss)
         self.history.rate.append(rate)
         return {"loss": loss, **(values if len(values) > 1 else {}), "learning_rate": rate, "gradient_norm": norm_now}
@@ -204,7 +204,7 @@ class _Run:
             self._mean.take()
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
+    def to_export(self) -> Iterator[None]:
         """While it is open, the parameters are what the phase would leave behind; afterwards, bit for bit as before."""
         with averaged(self._current_optimiser()), nullcontext() if self._mean is None else self._mean.swapped():
             yield
@@ -214,7 +214,7 @@ class _Run:
         self.step += 1
         last = self.done == self.total
         if _is_due(self.done, self.options.observe_every):
-            with self.settled():
+            with self.to_export():
                 self._observe(self.done)
         if last or _is_due(self.done, self.options.validate_every):
             self._record_validation()
@@ -257,7 +257,7 @@ class _Run:
 
     def _record_validation(self) -> None:
         if self._validate is not None:
-            with self.settled():
+            with self.to_export():
                 value = self._validate()
             self._require_finite("the validation loss", value)
             self.history.validation.append((self.done, value))

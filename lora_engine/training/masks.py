@@ -45,7 +45,7 @@ def masked_by(settings: Mask) -> Callable[[Batch, int], Batch]:
         mask = bare.mask_pixels()
         return torch.ones(1, *size) if mask is None else mask_weights(mask[None], size, settings)[0]
 
-    def dress(batch: Batch, number: int) -> Batch:
+    def transform(batch: Batch, number: int) -> Batch:
         del number
         height, width = batch.latents.shape[-2:]
         weights = torch.ones(len(batch.latents), 1, height, width)
@@ -54,7 +54,7 @@ def masked_by(settings: Mask) -> Callable[[Batch, int], Batch]:
             weights[place] = row(replace(example, caption=""), (height, width))
         return with_weights(batch, weights)
 
-    return dress
+    return transform
 
 
 def with_weights(batch: Batch, weights: Tensor) -> Batch:

@@ -44,7 +44,7 @@ class Phase:
 
     Attributes:
         name: For messages and checkpoints.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         groups: What moves; everything else stands still.
         batch: Number -> batch: a pure function, counted from 0 within the phase.
         predict: Batch -> (predicted, target).

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import SettingsError
-from lora_engine.inference.words import word_pattern
+from lora_engine.inference.textual_inversion import token_pattern
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Conditioner
 from lora_engine.training.objective import noisy_and_target
 
 if TYPE_CHECKING:
     from lora_engine.bases.base import BaseModel
-    from lora_engine.training.methods.bench import Workbench
+    from lora_engine.training.methods.context import MethodContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaughtBatch(Batch):
+class PreservationBatch(Batch):
     """A batch whose rows after the person's pictures are the same noisy pictures under captions of the class.
 
     Attributes:
@@ -34,7 +34,7 @@ class TaughtBatch(Batch):
 
 
 @dataclass(frozen=True)
-class Taught:
+class Preserver:
     """Puts the class's rows on a batch, and the teacher's answers into its targets.
 
     Attributes:
@@ -48,23 +48,25 @@ class Taught:
     base: BaseModel
     conditioner: Conditioner
     teacher: Conditioner
-    teaching: Callable[[], AbstractContextManager[None]]
+    adapter_disabled: Callable[[], AbstractContextManager[None]]
     rename: Callable[[str], str]
 
     @classmethod
-    def of(cls, bench: Workbench) -> Taught | None:
+    def of(cls, context: MethodContext) -> Preserver | None:
         """What the settings ask for; None where they do not.
 
         Raises:
             SettingsError: There is neither a prompt nor a class word, or no word to put it in the place of.
         """
-        wanted = bench.settings.method.preservation
+        wanted = context.settings.method.preservation
         if wanted is None:
             return None
-        rename = class_captions(wanted.prompt, bench.trigger, bench.class_word)
-        return cls(bench.base, bench.conditioner, bench.teacher or bench.conditioner, bench.teaching, rename)
+        rename = class_captions(wanted.prompt, context.trigger, context.class_word)
+        return cls(
+            context.base, context.conditioner, context.teacher or context.conditioner, context.adapter_disabled, rename
+        )
 
-    def add_rows(self, batch: Batch, number: int) -> TaughtBatch:
+    def add_rows(self, batch: Batch, number: int) -> PreservationBatch:
         """The batch with its noisy pictures once more, under captions of the class."""
         del number
         count = batch.instances
@@ -79,9 +81,9 @@ class Taught:
         }
         extra = Conditioning({name: value[:count] for name, value in told.items()})
         asked = self.conditioner(captions, size).to(device).with_tensors(extra)
-        with torch.no_grad(), self.teaching():
+        with torch.no_grad(), self.adapter_disabled():
             lesson = self.teacher(captions, size).to(device).with_tensors(extra)
-        return TaughtBatch(
+        return PreservationBatch(
             latents=torch.cat([batch.latents, batch.latents[:count]]),
             noise=torch.cat([batch.noise, batch.noise[:count]]),
             timesteps=torch.cat([batch.timesteps, batch.timesteps[:count]]),
@@ -95,11 +97,11 @@ class Taught:
 
     def replace_targets(self, batch: Batch, target: Tensor) -> Tensor:
         """The targets, with the teacher's answers for the rows of the class."""
-        if not isinstance(batch, TaughtBatch):
+        if not isinstance(batch, PreservationBatch):
             raise TypeError("add_rows has to come first")
         rows = slice(batch.instances, None)
         noisy, _ = noisy_and_target(self.base.noise, batch)
-        with torch.no_grad(), self.teaching():
+        with torch.no_grad(), self.adapter_disabled():
             answers = self.base.predict(noisy[rows], batch.timesteps[rows], batch.lesson)
         return torch.cat([target[: batch.instances], answers])
 
@@ -122,5 +124,5 @@ def class_captions(prompt: str | None, trigger: str | None, class_word: str | No
             "preservation does not know what a caption of the class is",
             remedy="give trigger and class_word in the caption step, or give preservation a prompt",
         )
-    both, alone = word_pattern(f"{trigger} {class_word}"), word_pattern(trigger)
+    both, alone = token_pattern(f"{trigger} {class_word}"), token_pattern(trigger)
     return lambda caption: alone.sub(lambda _: class_word, both.sub(lambda _: class_word, caption))

@@ -38,7 +38,7 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
     return (f"{article} {class_word}",)
 
 
-def read_class_pictures(
+def read_class_images(
     folder: Path, prior: Prior, class_word: str | None, sizes: Collection[Size]
 ) -> tuple[Example, ...]:
     """The training pictures of a dataset as class pictures; those without a caption get the prompts, taking turns.
@@ -81,7 +81,7 @@ def read_class_pictures(
 
 
 @dataclass(frozen=True)
-class ClassPictures:
+class ClassImages:
     """Draws class pictures, and keeps them; those that are there already are not drawn again.
 
     Attributes:

@@ -11,10 +11,10 @@ from lora_engine.errors import SettingsError, TrainingError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.formats import write_adapter
 from lora_engine.progress import Progress, no_progress
-from lora_engine.training.distributed import joined
-from lora_engine.training.guards import deterministic
+from lora_engine.training.determinism import deterministic
+from lora_engine.training.device import choose_device
+from lora_engine.training.distributed import process_group
 from lora_engine.training.job import TrainingJob
-from lora_engine.training.machine import choose_device
 from lora_engine.training.record import curves_of
 from lora_engine.training.spec import TrainSettings
 
@@ -61,7 +61,7 @@ def train(
     """
     try:
         with (
-            joined(settings.running.processes, choose_device(settings.running)) as team,
+            process_group(settings.running.processes, choose_device(settings.running)) as team,
             deterministic(wanted=settings.running.deterministic),
         ):
             job = TrainingJob(
@@ -84,7 +84,7 @@ def train(
             "the same factor, set precision to bf16 and running.gradient_checkpointing to true, choose fewer targets, "
             "or prepare the pictures at a lower resolution; the next run continues from the last checkpoint",
         ) from error
-    if not team.leads:
+    if not team.is_main_process:
         return
     atomic_write(out / CURVES, canonical_json(curves_of(history, bundle.card.data)))
     write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.kinds import Kind, Lora
-from lora_engine.training.specs.methods import Dreambooth, Method, Prior, Words
+from lora_engine.training.specs.methods import Dreambooth, Method, Prior, TokenSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
 from lora_engine.training.specs.running import Running
@@ -45,8 +45,8 @@ class TrainSettings(BaseModel):
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
         overrides: Preset or pattern to other settings for those of the targets that it means; the last one counts.
         dropout: Share of each layer's input that the adapter does not see while it is trained.
-        steps: Optimiser steps.
-        batch: Pictures a forward pass; prior preservation adds as many class pictures.
+        steps: Optimizer steps.
+        batch: Images a forward pass; prior preservation adds as many class pictures.
         learning_rate: The highest of the schedule.
         schedule: How the rate goes on after the warmup, by name or with its options (`{name: polynomial, power: 3}`).
         warmup: Steps in which the rate rises.
@@ -63,7 +63,7 @@ class TrainSettings(BaseModel):
         captions: How captions change from batch to batch.
         rates: Learning rates of parts, the optimiser, averages of the weights.
         running: Devices, memory and speed.
-        samples: Pictures drawn while training, into the folder `samples` of the artifact; None draws none.
+        samples: Images drawn while training, into the folder `samples` of the artifact; None draws none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,7 +96,7 @@ class TrainSettings(BaseModel):
     samples: Samples | None = None
 
     @property
-    def class_pictures(self) -> Prior | None:
+    def class_images(self) -> Prior | None:
         """How class pictures hold the class; None where there are none."""
         return self.prior or (Prior() if self.method.name == "dreambooth" else None)
 
@@ -104,7 +104,7 @@ class TrainSettings(BaseModel):
     def _prior_fits_the_method(self) -> TrainSettings:
         if self.prior is not None and not self.method.takes_prior:
             raise ValueError(f"prior belongs to method 'dreambooth', not to {self.method.name!r}; leave it out")
-        if self.class_pictures is not None and self.method.preservation is not None:
+        if self.class_images is not None and self.method.preservation is not None:
             raise ValueError(
                 "preservation and class pictures hold the same thing in two ways; choose one "
                 "(method finetune has no class pictures)"
@@ -115,7 +115,7 @@ class TrainSettings(BaseModel):
     def _optimiser_fits(self) -> TrainSettings:
         self.rates.check(self.schedule, self.learning_rate)
         optimiser = self.rates.optimiser
-        if optimiser.finds_rate and isinstance(self.method, Words):
+        if optimiser.finds_rate and isinstance(self.method, TokenSettings):
             raise ValueError(
                 f"optimiser {optimiser.name} finds one rate for all parameters, and method {self.method.name!r} has "
                 "a rate of its own for the word; choose another optimiser"

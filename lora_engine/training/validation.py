@@ -12,14 +12,14 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Conditioner, Example
-from lora_engine.training.methods import Dressing, predict
+from lora_engine.training.methods import BatchTransform, predict
 from lora_engine.training.objective import timestep_grid
 
 TIMESTEPS = 8
 
 
 @torch.no_grad()
-def picture_losses(
+def image_losses(
     base: BaseModel,
     latents: Callable[[Example], Tensor],
     conditioner: Conditioner,
@@ -27,7 +27,7 @@ def picture_losses(
     *,
     seed: int = 0,
     timesteps: int = TIMESTEPS,
-    dressing: Dressing | None = None,
+    dressing: BatchTransform | None = None,
 ) -> list[float]:
     """The denoising loss of each picture with its caption, averaged over a fixed grid.
 

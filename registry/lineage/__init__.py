@@ -1,1 +1,1 @@
-"""Lineage: the record of runs and steps, the walk over it, and the forms in which it is shown."""
+"""Lineage: records runs and steps, walks the graph of artifacts, and exports it."""

@@ -16,11 +16,11 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json, sha256_bytes
-from registry.database import Database, insert_missing, require_json
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject, now
 from registry.errors import LineageError
 from registry.lineage.walk import Direction, Walk, batched, walk
-from registry.tables import ArtifactRow, ContentRow, DistributionsRow, ExecutionRow, InputRow, RunRow, SubjectRow
+from registry.store.database import Database, insert_missing, require_json
+from registry.store.tables import ArtifactRow, ContentRow, DistributionsRow, ExecutionRow, InputRow, RunRow, SubjectRow
 
 
 class Lineage:

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Row, Select, String, cast, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from registry.errors import LineageError
-from registry.tables import (
+from registry.store.tables import (
     AliasRow,
     ArtifactRow,
     ContentRow,
@@ -80,6 +80,12 @@ class Walk:
     direction: Direction
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
+
+    def to_mermaid(self) -> str:
+        """Returns the graph as a Mermaid flowchart, which GitHub and notebooks render."""
+        from registry.lineage.mermaid import to_mermaid
+
+        return to_mermaid(self)
 
 
 def walk(session: Session, start: str, direction: Direction, *, subjects: bool = False) -> Walk:

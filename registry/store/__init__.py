@@ -1,1 +1,1 @@
-"""The content-addressed store: artifacts as trees of files, and where their bytes are kept."""
+"""The content-addressed store of artifacts (folder, S3) and the database (SQLite, PostgreSQL) with its migrations."""

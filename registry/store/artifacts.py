@@ -148,13 +148,13 @@ class Store:
         except (MissingBlob, DamagedBlob):
             return False
 
-    def renew(self, ref: ArtifactRef) -> bool:
+    def touch(self, ref: ArtifactRef) -> bool:
         """Makes an artifact safe from a collection for another grace period; False where some of it is gone."""
         try:
             digests = [ref.sha256, *(entry.sha256 for entry in self.files(ref).values())]
         except (MissingBlob, DamagedBlob):
             return False
-        found = [self.blobs.renew(digest) for digest in digests]  # all of them, wherever the first is gone
+        found = [self.blobs.touch(digest) for digest in digests]  # all of them, wherever the first is gone
         return all(found)
 
     def verify(self, ref: ArtifactRef) -> list[Problem]:
@@ -162,7 +162,7 @@ class Store:
         return self.inspect(ref).problems
 
     def inspect(
-        self, ref: ArtifactRef, keep: str | None = None, *, renew: bool = False, known: set[str] | None = None
+        self, ref: ArtifactRef, keep: str | None = None, *, touch: bool = False, known: set[str] | None = None
     ) -> Inspection:
         """Reads every byte of the artifact once, and returns what is missing or damaged.
 
@@ -173,8 +173,8 @@ class Store:
             known: Digests of blobs that were found sound a moment ago and are not read again; sound ones are added.
         """
         known = set() if known is None else known
-        if renew:
-            self.blobs.renew(ref.sha256)
+        if touch:
+            self.blobs.touch(ref.sha256)
         try:
             files = self.files(ref)
         except (MissingBlob, DamagedBlob) as error:
@@ -183,8 +183,8 @@ class Store:
         for relative, entry in files.items():
             where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
             try:
-                if renew:
-                    self.blobs.renew(entry.sha256)
+                if touch:
+                    self.blobs.touch(entry.sha256)
                 if relative == keep:
                     kept = self._read_blob(entry.sha256, where)
                 elif entry.sha256 not in known and (actual := self.blobs.actual_digest(entry.sha256)) != entry.sha256:

@@ -15,7 +15,7 @@ from registry.errors import DamagedBlob, MissingBlob, StoreError
 _CHUNK = 1 << 20
 
 
-class Stray(NamedTuple):
+class Orphan(NamedTuple):
     """Something that lies among the blobs and is none, such as the leftover of a killed writer.
 
     Args:
@@ -64,7 +64,7 @@ class Blobs(Protocol):
         """Its bytes, counted by the backend."""
         ...
 
-    def renew(self, digest: str) -> bool:
+    def touch(self, digest: str) -> bool:
         """Makes a blob safe from a collection for another grace period; False where there is none."""
         ...
 
@@ -72,27 +72,27 @@ class Blobs(Protocol):
         """Takes a blob away unless it was written or renewed since `before`; gives whether it did."""
         ...
 
-    def set_aside(self, digest: str) -> str:
+    def quarantine(self, digest: str) -> str:
         """Moves what is stored under the digest out of the way, unchanged, and says where it lies now."""
         ...
 
-    def bin(self) -> Iterator[Stray]:
+    def trash(self) -> Iterator[Orphan]:
         """What `remove` took away and a reader could still get back; the names are digests."""
         ...
 
-    def take_back(self, digest: str) -> bool:
+    def restore(self, digest: str) -> bool:
         """Puts back what `remove` took away; False where it cannot."""
         ...
 
-    def empty_bin(self, digest: str) -> None:
+    def delete_from_trash(self, digest: str) -> None:
         """Deletes for good what `remove` took away."""
         ...
 
-    def strays(self) -> Iterator[Stray]:
+    def orphans(self) -> Iterator[Orphan]:
         """What lies in the store and is no blob."""
         ...
 
-    def remove_stray(self, name: str) -> None:
+    def remove_orphan(self, name: str) -> None:
         """Deletes a stray."""
         ...
 

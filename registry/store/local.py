@@ -13,7 +13,7 @@ from filelock import FileLock
 from lora_engine.files import atomic_write, sha256_file, sync_folder
 from registry.entities import is_digest
 from registry.errors import disk_errors
-from registry.store.blobs import Stray, check_digest, copy_verified, missing
+from registry.store.blobs import Orphan, check_digest, copy_verified, missing
 
 _LOCKS, _ASIDE = "locks", "damaged"
 # The lock is held for microseconds; the default of 50 ms would make writers wait for nothing.
@@ -42,7 +42,7 @@ class LocalBlobs:
         """
         path = self.path(digest)
         with disk_errors(path):
-            if self.renew(digest) and self._is_whole(path):
+            if self.touch(digest) and self._is_whole(path):
                 return
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class LocalBlobs:
         """Its bytes, counted by the backend."""
         return self.path(digest).stat().st_size
 
-    def renew(self, digest: str) -> bool:
+    def touch(self, digest: str) -> bool:
         """Makes a blob safe from a collection for another grace period; False where there is none."""
         path = self.path(digest)
         if not path.is_file():
@@ -114,7 +114,7 @@ class LocalBlobs:
                 return False
         return True
 
-    def set_aside(self, digest: str) -> str:
+    def quarantine(self, digest: str) -> str:
         """Moves what is stored under the digest out of the way, unchanged, and says where it lies now.
 
         Raises:
@@ -131,18 +131,18 @@ class LocalBlobs:
             sync_folder(path.parent)
         return str(target)
 
-    def bin(self) -> Iterator[Stray]:
+    def trash(self) -> Iterator[Orphan]:
         """Nothing: what is removed here is gone at once."""
         return iter(())
 
-    def take_back(self, digest: str) -> bool:
+    def restore(self, digest: str) -> bool:
         """Puts nothing back: what is removed here is gone at once."""
         return False
 
-    def empty_bin(self, digest: str) -> None:
+    def delete_from_trash(self, digest: str) -> None:
         """Does nothing: what is removed here is gone at once."""
 
-    def strays(self) -> Iterator[Stray]:
+    def orphans(self) -> Iterator[Orphan]:
         """Files that are no blobs; what was set aside is none of them."""
         for path in sorted(self.folder.rglob("*")):
             is_blob = is_digest(path.name) and path.name.startswith(path.parent.name)
@@ -154,9 +154,9 @@ class LocalBlobs:
             except FileNotFoundError:
                 continue  # its writer has finished
             if path.is_symlink() or not path.is_dir():
-                yield Stray(inside.as_posix(), about.st_size, about.st_mtime)
+                yield Orphan(inside.as_posix(), about.st_size, about.st_mtime)
 
-    def remove_stray(self, name: str) -> None:
+    def remove_orphan(self, name: str) -> None:
         """Deletes a stray."""
         with disk_errors(self.folder / name):
             (self.folder / name).unlink(missing_ok=True)

@@ -13,9 +13,9 @@ from urllib.request import url2pathname
 from uuid import uuid4
 
 from registry.entities import is_digest
-from registry.store.blobs import Blobs, Stray, check_digest, copy_hashed, copy_verified, missing
+from registry.store.blobs import Blobs, Orphan, check_digest, copy_hashed, copy_verified, missing
 from registry.store.local import LocalBlobs
-from registry.store.remote_errors import word_unknown, worded
+from registry.store.remote_errors import with_context, word_unknown
 
 _BIN, _ASIDE, _UNFINISHED = "bin", "damaged", "unfinished"
 _SINCE = ".since"
@@ -40,7 +40,7 @@ class FsspecBlobs:
 
     On S3 and Google Cloud Storage a blob is one upload that becomes visible when it is complete. Elsewhere it is
     written to a key of its own and moved into its place, which is as whole as the server's move or copy is. There are
-    no locks between machines, so a collection moves a blob into `bin/`, where readers still find it, and a later one
+    no locks between machines, so a collection moves a blob into `trash/`, where readers still find it, and a later one
     deletes it; so that a writer who saw the blob just before keeps it.
 
     Args:
@@ -67,7 +67,7 @@ class FsspecBlobs:
         Raises:
             StoreError: The bytes have another digest, or the store cannot be written.
         """
-        with worded(self.url):
+        with with_context(self.url):
             key = self._key(digest)
             # Not what is in the bin: its days are counted.
             if self._info(key) is not None and self.actual_digest(digest) == digest:
@@ -93,7 +93,7 @@ class FsspecBlobs:
             MissingBlob: Nothing is stored under the digest.
             StoreError: The store cannot be reached, or there is no such bucket.
         """
-        with worded(self.url):
+        with with_context(self.url):
             for key in (self._key(digest), self._binned(digest), self._key(digest)):
                 with suppress(FileNotFoundError):
                     self._fs.invalidate_cache(key)
@@ -103,7 +103,7 @@ class FsspecBlobs:
 
     def exists(self, digest: str) -> bool:
         """Whether something is stored under the digest."""
-        with worded(self.url):
+        with with_context(self.url):
             return self._info(self._key(digest)) is not None or self._info(self._binned(digest)) is not None
 
     def actual_digest(self, digest: str) -> str:
@@ -132,14 +132,14 @@ class FsspecBlobs:
         """Its bytes, counted by the backend."""
         return int(self._found(digest)["size"])
 
-    def renew(self, digest: str) -> bool:
+    def touch(self, digest: str) -> bool:
         """Makes a blob safe from a collection for another grace period; False where there is none."""
-        with worded(self.url):
-            return self._info(self._key(digest)) is not None or self.take_back(digest)
+        with with_context(self.url):
+            return self._info(self._key(digest)) is not None or self.restore(digest)
 
     def remove(self, digest: str, before: float) -> bool:
         """Moves a blob into the bin unless it was written since `before`; gives whether it did."""
-        with worded(self.url):
+        with with_context(self.url):
             key = self._key(digest)
             about = self._info(key)
             if about is None or _instant(about) >= before:
@@ -150,13 +150,13 @@ class FsspecBlobs:
             self._move(key, self._binned(digest))
         return True
 
-    def set_aside(self, digest: str) -> str:
+    def quarantine(self, digest: str) -> str:
         """Moves what is stored under the digest out of the way, unchanged, and says where it lies now.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
         """
-        with worded(self.url):
+        with with_context(self.url):
             key = self._key(digest) if self._info(self._key(digest)) else self._binned(digest)
             if self._info(key) is None:
                 raise missing(digest, self._where(digest))
@@ -164,38 +164,38 @@ class FsspecBlobs:
             self._move(key, target)
         return f"{self._protocol}://{target.lstrip('/')}"
 
-    def bin(self) -> Iterator[Stray]:
+    def trash(self) -> Iterator[Orphan]:
         """What collections moved away, by digest, with the time at which they did."""
         entries = {name.rpartition("/")[2]: about for name, about in self._list(_BIN)}
         for digest in filter(is_digest, sorted(entries)):
             since = entries.get(digest + _SINCE, entries[digest])
-            yield Stray(digest, int(entries[digest]["size"]), _instant(since))
+            yield Orphan(digest, int(entries[digest]["size"]), _instant(since))
 
-    def take_back(self, digest: str) -> bool:
+    def restore(self, digest: str) -> bool:
         """Moves a blob from the bin back into its place; False where it is not in the bin."""
-        with worded(self.url):
+        with with_context(self.url):
             if self._info(self._binned(digest)) is None:
                 return False
             self._move(self._binned(digest), self._key(digest))
             self._delete(self._binned(digest) + _SINCE)
         return True
 
-    def empty_bin(self, digest: str) -> None:
+    def delete_from_trash(self, digest: str) -> None:
         """Deletes for good what `remove` moved away."""
-        with worded(self.url):
+        with with_context(self.url):
             self._delete(self._binned(digest))
             self._delete(self._binned(digest) + _SINCE)
 
-    def strays(self) -> Iterator[Stray]:
+    def orphans(self) -> Iterator[Orphan]:
         """Keys that are no blobs, such as what a killed writer left; what was set aside is none of them."""
         for name, about in self._list(""):
             folder, _, digest = name.rpartition("/")
             if folder not in {_ASIDE, _BIN} and not (is_digest(digest) and folder == digest[:2]):
-                yield Stray(name, int(about["size"]), _instant(about))
+                yield Orphan(name, int(about["size"]), _instant(about))
 
-    def remove_stray(self, name: str) -> None:
+    def remove_orphan(self, name: str) -> None:
         """Deletes a stray."""
-        with worded(self.url):
+        with with_context(self.url):
             self._delete(f"{self._root}/{name}")
 
     def check(self, patience: int = 3) -> None:
@@ -215,7 +215,7 @@ class FsspecBlobs:
             fs.retries = 1
         else:
             fs = self._fs
-        with worded(self.url):
+        with with_context(self.url):
             fs.info(self._bucket if self._protocol in _WHOLE_AT_ONCE else "")
 
     def _upload(self, key: str, stream: BinaryIO, digest: str) -> None:
@@ -250,14 +250,14 @@ class FsspecBlobs:
         return about if about["type"] == "file" else None
 
     def _found(self, digest: str) -> dict[str, Any]:
-        with worded(self.url):
+        with with_context(self.url):
             about = self._info(self._key(digest)) or self._info(self._binned(digest))
         if about is None:
             raise missing(digest, self._where(digest))
         return about
 
     def _list(self, below: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        with worded(self.url):
+        with with_context(self.url):
             self._fs.invalidate_cache()
             found = self._fs.find(f"{self._root}/{below}", detail=True)
             if not found:
@@ -292,7 +292,7 @@ class _Reading:
         self._stream, self._url = stream, url
 
     def read(self, size: int = -1) -> bytes:
-        with worded(self._url):
+        with with_context(self._url):
             return self._stream.read(size)
 
     def __enter__(self) -> _Reading:

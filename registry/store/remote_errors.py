@@ -12,7 +12,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 
 @contextmanager
-def worded(url: str) -> Iterator[None]:
+def with_context(url: str) -> Iterator[None]:
     """Words what a file system and its client raise as `StoreError`.
 
     Args:

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from registry import promotion
-from registry.audit.fsck import fsck
 from registry.entities import is_digest
 from registry.errors import DamagedBlob, MissingBlob
 from registry.home import Home
-from registry.versions import Versions
+from registry.maintenance.fsck import fsck
+from registry.versions.versions import Versions, promotion
 from tests.faults.invariants import violations
 from tests.faults.points import Mode, Points, Trial, forked
 from tests.faults.work import NAME, WORKS, Tell, copy_home, prepare, promised_by, register, without_mlflow

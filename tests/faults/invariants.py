@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from registry.audit.fsck import fsck
 from registry.home import Home
+from registry.maintenance.fsck import fsck
 
 
 def violations(home: Path, promised: Iterable[str] = ()) -> list[str]:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
-import registry.versions
-from registry import promotion
+import registry.versions.versions
 from registry.home import Home
 from registry.store.artifacts import open_store
-from registry.versions import Versions
+from registry.versions.versions import Versions, promotion
 from tests.faults.points import forked
 
 Tell = Callable[[str], None]
@@ -67,7 +66,7 @@ WORKS: Mapping[str, Callable[[Path, int, Tell], None]] = {"put": put, "register"
 
 def without_mlflow() -> None:
     """Lets this process leave MLflow alone, which is many times faster; trials with it are counted on their own."""
-    registry.versions.bring_level = lambda *_arguments, **_settings: None
+    registry.versions.versions.sync_mlflow = lambda *_arguments, **_settings: None
 
 
 def prepare(folder: Path, versions: int = 3) -> Path:

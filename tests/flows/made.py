@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from flows.importing import Imported, Wish, import_adapter
 from flows.plan import registered_adapter
 from flows.spec import load_spec
 from lora_engine.adapters import Adapter, LoraDelta
@@ -15,9 +14,10 @@ from lora_engine.formats import Card, write_adapter
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.versions import Versions
+from registry.versions.versions import Versions
 from tasks.execution import execute
 from tasks.job import prepare_job
+from tasks.operations.import_adapter import ImportRequest, ImportResult, import_adapter
 
 MERGE = """\
 name: both
@@ -52,9 +52,9 @@ def write_random(path: Path, seed: int, *, form: str = "kohya", card: Card | Non
     return path
 
 
-def bring_in(home: Home, file: Path, name: str, *, license_id: str = "MIT", **more: str) -> Imported:
+def bring_in(home: Home, file: Path, name: str, *, license_id: str = "MIT", **more: str) -> ImportResult:
     """Imports a file for the embedded base."""
-    return import_adapter(home, file, Wish(name, "tiny", license_id, **more))
+    return import_adapter(home, file, ImportRequest(name, "tiny", license_id, **more))
 
 
 def run_line(path: Path, home: Home) -> AdapterVersion:

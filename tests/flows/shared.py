@@ -27,7 +27,7 @@ from lora_engine.progress import Progress
 from lora_engine.training.spawn import train_in_child
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
 
 LINE = """\
 name: small
@@ -150,7 +150,7 @@ def wait_until_up(address: str) -> None:
 @contextmanager
 def training_here() -> Iterator[None]:
     """Trains in this process, because importing torch in a child takes longer than a few steps."""
-    from lora_engine.training.machine import choose_device
+    from lora_engine.training.device import choose_device
     from lora_engine.training.run import train
     from lora_engine.training.spec import TrainSettings
 

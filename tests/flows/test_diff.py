@@ -11,10 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flows.changes import compare_records
 from flows.cli import app
-from flows.diff import diff
-from flows.weights import compare_weights
 from lora_engine.adapters import Adapter, create_adapter
 from lora_engine.bases.base import load_base
 from lora_engine.formats import Card, write_adapter
@@ -22,13 +19,16 @@ from lora_engine.formats.embeddings import Embedding
 from lora_engine.merging.compare import compare_adapters
 from registry.entities import ArtifactRef, Execution
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
+from tasks.operations.changes import compare_records
+from tasks.operations.diff import diff
+from tasks.operations.weights import compare_weights
 from tests.flows.made import random_adapter, write_random
 
 
 @pytest.fixture(autouse=True)
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
 
 
 def dense(adapter: Adapter, name: str) -> torch.Tensor:

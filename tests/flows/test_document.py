@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.document import parse_value, read_document
-from flows.errors import SpecError
+from flows.yaml_source import parse_value, read_document
+from tasks.errors import SpecError
 
 
 def write(folder: Path, text: str) -> Path:

@@ -11,10 +11,10 @@ import pytest
 
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
-from flows.summary import summarise
+from flows.summary import summarize
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # Those whose own tests look closer.
@@ -37,7 +37,7 @@ def run(spec: Path, home: Path, *changes: str) -> tuple[AdapterVersion, ...]:
     result = run_pipeline(loaded, opened)
     assert {"train", "evaluate", "register"} <= {loaded.steps[name].uses for name in result.changed}
     assert not result.refusals
-    assert dict(summarise(loaded, opened, result))["registry"]
+    assert dict(summarize(loaded, opened, result))["registry"]
     with closing(Versions(opened)) as versions:
         return versions.list(loaded.name)
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import SpecError
 from lora_engine.adapters import Adapter, create_adapter
 from lora_engine.bases.base import load_base
 from lora_engine.bases.untrained import write_untrained_base
@@ -21,6 +20,7 @@ from lora_engine.errors import AdapterError, BaseModelError, EngineError, Settin
 from lora_engine.formats import read_adapter, write_adapter
 from lora_engine.merging.spec import SPECS
 from lora_engine.streaming import CHECKPOINT_METHODS
+from tasks.errors import SpecError
 
 COMPONENT = "unet/diffusion_pytorch_model.safetensors"
 

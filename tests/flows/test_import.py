@@ -12,24 +12,24 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import SpecError
-from flows.importing import Wish, import_adapter
 from flows.spec import load_spec
 from lora_engine.adapters import Adapter
 from lora_engine.errors import AdapterError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Card, codecs, read_bundle, write_adapter
 from lora_engine.formats.embeddings import Embedding
-from registry import catalog
+from registry import queries
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.versions import Versions
+from registry.versions.versions import Versions
+from tasks.errors import SpecError
+from tasks.operations.import_adapter import ImportRequest, import_adapter
 from tests.flows.made import bring_in, random_adapter, run_line, write_random
 
 
 @pytest.fixture(autouse=True)
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_the_same_bytes_are_the_same_version_and_another_licence_is_another(open
     other = bring_in(opened, tmp_path / "renamed.safetensors", "foreign", license_id="Apache-2.0")
     assert other.version.version == 2
     with Versions(opened).lineage.database.read() as session:
-        deeds = [(event.action, event.after) for event in catalog.read_events(session, "foreign")]
+        deeds = [(event.action, event.after) for event in queries.read_events(session, "foreign")]
     assert deeds == [("import", 1), ("import", 2)]
 
 
@@ -210,7 +210,7 @@ def test_a_file_for_another_base_is_refused(opened: Home, tmp_path: Path) -> Non
     with pytest.raises(AdapterError, match="0000"):
         bring_in(opened, path, "foreign")
     with pytest.raises(AdapterError, match=r"the base's weight \[320, 32"):
-        import_adapter(opened, write_random(tmp_path / "k.safetensors", 0), Wish("foreign", "sd15", "MIT"))
+        import_adapter(opened, write_random(tmp_path / "k.safetensors", 0), ImportRequest("foreign", "sd15", "MIT"))
 
 
 def test_a_version_goes_out_in_every_format_as_a_file_or_a_folder(opened: Home, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.versions import Versions
+from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here, loraline_process, say
 from tests.flows.made import run_line
 from tests.flows.shared import DATABASE, LINE, Trained, training_here, write_line

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flows.errors import SpecError
 from flows.spec import load_spec
+from tasks.errors import SpecError
 from tasks.job import prepare_job
 
 STEPS_BEFORE = """

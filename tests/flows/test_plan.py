@@ -13,7 +13,7 @@ import pytest
 import tasks.digests
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
-from flows.summary import summarise
+from flows.summary import summarize
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from registry.home import Home
@@ -58,10 +58,10 @@ def test_a_cached_run_and_its_summary_read_each_artifact_and_each_file_of_the_us
     trained: Trained, reads: Counter[str]
 ) -> None:
     spec = load_spec(trained.spec)
-    list(summarise(spec, trained.home, run_pipeline(spec, trained.home)))  # renders report and exports
+    list(summarize(spec, trained.home, run_pipeline(spec, trained.home)))  # renders report and exports
     reads.clear()
     result = run_pipeline(spec, trained.home)
-    facts = dict(summarise(spec, trained.home, result))
+    facts = dict(summarize(spec, trained.home, result))
     assert facts["steps"] == "0 ran, 7 were there already"
     images = [str(path) for path in (trained.spec.parent / "images").iterdir()]
     assert images

@@ -16,7 +16,7 @@ from lora_engine.files import sha256_file
 from lora_engine.formats import Card, write_adapter
 from registry.home import Home
 from registry.store.artifacts import open_store
-from registry.versions import Versions
+from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here
 
 MODULE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -118,7 +118,7 @@ def test_verify_finds_what_is_wrong_with_each_part(home: Path) -> None:
     store, versions = open_store(Home.open(home)), Versions(Home.open(home))
     version = versions.show("zorb")
     with versions.lineage.database.read() as session:
-        from registry.records.keep import read_records
+        from registry.documents.storage import read_records
 
         bill = read_records(session, version)["ml-bom"]
     versions.close()

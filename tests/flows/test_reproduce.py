@@ -15,15 +15,15 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import NotReproducible
-from flows.reproduce import find_recipe, reproduce
-from flows.verdict import TOLERANCES, Reproduction
 from lora_engine.errors import InterruptedRun
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
-from registry.tables import ExecutionRow, Table
+from registry.store.tables import ExecutionRow, Table
+from tasks.errors import NotReproducible
+from tasks.operations.reproduce import find_recipe, reproduce
+from tasks.operations.reproduction_report import TOLERANCES, ReproductionReport
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
 from tests.flows.conftest import draw_noise
 from tests.flows.made import make_merge
@@ -34,13 +34,13 @@ Rewrite = Callable[[Callable[[dict[str, Any]], None]], None]
 
 @pytest.fixture(autouse=True)
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch = pytest.MonkeyPatch()
-    patch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    patch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     folder = tmp_path_factory.mktemp("merge")
     make_merge(folder)
     patch.undo()
@@ -53,7 +53,7 @@ def merged(first: Path, tmp_path: Path) -> tuple[Home, AdapterVersion]:
     shutil.copytree(first / "home", tmp_path / "home")
     home = Home.open(tmp_path / "home")
     with closing(Lineage(home.lineage_url)) as lineage:
-        from flows.origins import read_version
+        from tasks.operations.upstream import read_version
 
         return home, read_version(lineage, "both@1")
 
@@ -85,7 +85,7 @@ def rewrite(merged: tuple[Home, AdapterVersion]) -> Rewrite:
     return change
 
 
-def build(home: Home, ref: str = "both@1", **options: Any) -> Reproduction:
+def build(home: Home, ref: str = "both@1", **options: Any) -> ReproductionReport:
     return reproduce(home, find_recipe(home, ref, **options))
 
 
@@ -130,7 +130,7 @@ def test_the_recorded_number_of_threads_is_used_and_another_one_is_told(
     assert build(merged[0]).surroundings == []
     assert torch.get_num_threads() == threads
 
-    monkeypatch.setattr("flows.rebuild.recorded_threads", lambda _step: threads)
+    monkeypatch.setattr("tasks.operations.rebuild.recorded_threads", lambda _step: threads)
     (found,) = build(merged[0]).surroundings
     assert (found.what, found.before, found.now, found.steps) == ("compute.threads", threads + 1, threads, ("mix",))
 

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.errors import SpecError
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
 from lora_engine.data.manifest import Manifest
@@ -18,7 +17,8 @@ from lora_engine.files import sha256_file
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.errors import GoneVersion, Refused
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
+from tasks.errors import SpecError
 from tests.flows.conftest import PREPARE
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
@@ -31,7 +31,7 @@ Command = Callable[..., Result]
 @pytest.fixture
 def loraline(home: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Calls a verb in this process, without MLflow; an error is raised unless it is expected."""
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     monkeypatch.setenv("LORALINE_HOME", str(home))
     monkeypatch.setenv("LORALINE_ACTOR", "ada@lab")
     monkeypatch.setenv("COLUMNS", "300")

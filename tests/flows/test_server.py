@@ -31,7 +31,7 @@ with prefect_server() as address:
     time.sleep(600)
 """
 LOSE_THE_SERVER = """
-from flows.errors import PipelineFailed
+from tasks.errors import PipelineFailed
 try:
     with prefect_server():
         _start()[1].kill()

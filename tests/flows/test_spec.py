@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.errors import SpecError
 from flows.spec import load_spec
+from tasks.errors import SpecError
 
 Write = Callable[..., Path]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.errors import SpecError
-from flows.upkeep import collect_garbage, parse_time
 from registry.entities import Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
+from tasks.errors import SpecError
+from tasks.operations.maintenance import collect_garbage, parse_time
 from tests.flows.commands import loraline_here as loraline
 
 

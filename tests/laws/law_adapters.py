@@ -98,7 +98,7 @@ def probe_for(out):
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
 
 
-def suits(kind, layer):
+def applies_to(kind, layer):
     """Whether a kind can be on a layer at all: an adapter with a rank cannot be on a norm."""
     return suits_shape(kind, layer.weight.shape)
 

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from law_adapters import (
     LAYERS,
+    applies_to,
     dense_output,
     forward_of,
     input_of,
     layer_of,
     op_of,
     random_delta,
-    suits,
     tree_of,
     tucker_delta,
 )
@@ -23,7 +23,7 @@ from torch import nn
 from lora_engine.adapters import Adapter, DictTree, LoraDelta, attach, collapse, create_adapter, kinds
 from lora_engine.adapters.layer import bias_of
 
-PAIRS = [(kind, name) for kind in kinds for name in LAYERS if suits(kind, layer_of(name))]
+PAIRS = [(kind, name) for kind in kinds for name in LAYERS if applies_to(kind, layer_of(name))]
 pairs = pytest.mark.parametrize(("kind", "layer_name"), PAIRS)
 
 

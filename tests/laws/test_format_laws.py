@@ -49,11 +49,11 @@ def test_decode_of_encode_is_the_adapter_and_one_rank_and_alpha_are_held_exactly
     adapter = data.draw(adapters(kind, uniform=uniform, **suited(form, kind)))
     codec = codecs[form]
     if uniform:
-        assert codec.holds(adapter if codec.keeps_alpha else at_scale_1(adapter))
+        assert codec.is_lossless(adapter if codec.keeps_alpha else at_scale_1(adapter))
     tensors, metadata = codec.encode(adapter, names=names_of(adapter))
     back = detect_codec(tensors, metadata).decode(tensors, metadata, names_of(adapter))
     assert back == codec.decode(tensors, metadata, names_of(adapter))
-    if codec.holds(adapter):
+    if codec.is_lossless(adapter):
         assert back == adapter
     assert back.base == adapter.base
     assert back.fingerprint == adapter.fingerprint
@@ -94,7 +94,7 @@ def test_a_tucker_core_keeps_its_meaning_in_every_format(form):
     weight = torch.zeros(NAMES[name])
     expected = adapter.modules[name].delta_weight(weight)
     torch.testing.assert_close(back.modules[name].delta_weight(weight), expected, rtol=1e-5, atol=1e-5)
-    assert codecs[form].holds(adapter) == (back == adapter)
+    assert codecs[form].is_lossless(adapter) == (back == adapter)
 
 
 UNKNOWN = "unet.mid_block.attentions.0.proj_out"
@@ -102,12 +102,12 @@ UNKNOWN = "unet.mid_block.attentions.0.proj_out"
 
 @pytest.mark.parametrize("kind", kinds)
 def test_an_unknown_module_of_the_base_is_refused_by_every_format(kind):
-    settled = random_delta(kind, (4, 4)).settled().kind
-    able = [name for name, codec in codecs.items() if settled in codec.style.spellings]
+    to_export = random_delta(kind, (4, 4)).to_export().kind
+    able = [name for name, codec in codecs.items() if to_export in codec.style.spellings]
     assert "loraline" in able, "the stored format holds every kind"
     for name in able:
         codec, options = codecs[name], OPTIONS.get((name, kind), {})
-        adapter = Adapter({UNKNOWN: random_delta(kind, (4, 4), **options)}, "sd").settled()
+        adapter = Adapter({UNKNOWN: random_delta(kind, (4, 4), **options)}, "sd").to_export()
         tensors, metadata = codec.encode(adapter, names={**NAMES, UNKNOWN: (4, 4)})
         with pytest.raises(AdapterError, match="base"):
             codec.decode(tensors, metadata, NAMES)

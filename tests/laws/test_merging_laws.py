@@ -29,8 +29,8 @@ DRAWING = sorted(name for name, method in METHODS.items() if isinstance(method, 
 def options_of(name, **more):
     """Options under which the method drops nothing, as far as it has them."""
     fields = SPECS[name].model_fields
-    whole = {key: value for key, value in {"density": 1.0, "window": 0.0}.items() if key in fields}
-    return SPECS[name](**{**whole, **NEEDED.get(name, {}), **more})
+    fused_forward = {key: value for key, value in {"density": 1.0, "window": 0.0}.items() if key in fields}
+    return SPECS[name](**{**fused_forward, **NEEDED.get(name, {}), **more})
 
 
 def dense(adapter, name):
@@ -176,7 +176,7 @@ def test_nonsense_is_refused(name, field):
 @pytest.mark.parametrize("kind", kinds)
 def test_the_kinds_that_need_the_bases_values_are_known(kind):
     shape = (6, 4)
-    delta = random_delta(kind, shape).settled()
+    delta = random_delta(kind, shape).to_export()
     bases = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     one, two = (delta.delta_weight(base) for base in bases)
     assert needs_base_values(delta) == (not torch.equal(one, two))
@@ -187,7 +187,7 @@ def test_the_kinds_that_need_the_bases_values_are_known(kind):
 def test_methods_merge_across_kinds(name, kind):
     layer = torch.nn.Linear(8, 8)
     weight = layer.weight.detach()
-    first = random_delta(kind, (8, 8), 2, 2.0, seed=1).settled()
+    first = random_delta(kind, (8, 8), 2, 2.0, seed=1).to_export()
     second = to_lora(first, weight, rank=3)[0]
     parts = [Adapter({"unet.layer": first}), Adapter({"unet.layer": second})]
     stored = {} if name == "svd" else {"kind": "full"}

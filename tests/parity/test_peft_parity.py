@@ -248,7 +248,7 @@ def test_what_pefts_one_configuration_cannot_say_is_refused(first, second, match
 
 
 def test_kohyas_format_holds_several_kinds():
-    assert codecs["kohya"].holds(Adapter({"unet.a": _lokr(2), "unet.b": random_delta("lora", (8, 20))}, "sd"))
+    assert codecs["kohya"].is_lossless(Adapter({"unet.a": _lokr(2), "unet.b": random_delta("lora", (8, 20))}, "sd"))
 
 
 def train(model, parameters, steps=4):
@@ -279,7 +279,7 @@ def test_pissa_trains_as_pefts_does_after_its_own_conversion_to_lora(alpha, tmp_
     fresh = create_adapter({"unet": plain}, "*", "pissa", 4, float(alpha))
     with attach({"unet": plain}, fresh, trainable=True) as attachment:
         train(plain, attachment.parameters())
-        ours = attachment.adapter().settled().modules["unet.0"]
+        ours = attachment.adapter().to_export().modules["unet.0"]
     assert (ours.rank, ours.scale) == (converted.rank, converted.scale) == (8, alpha / 4)
     weight = plain[0].weight.detach()
     expected = converted.delta_weight(weight)

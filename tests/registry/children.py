@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 PRELOADED = [
-    "registry.audit.backup",
-    "registry.audit.fsck",
-    "registry.audit.gc",
-    "registry.promotion",
-    "registry.records.signing",
+    "registry.maintenance.backup",
+    "registry.maintenance.fsck",
+    "registry.maintenance.gc",
+    "registry.versions.promotion",
+    "registry.documents.signing",
     "registry.store.remote",
     "s3fs",
 ]

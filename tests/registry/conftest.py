@@ -14,10 +14,10 @@ import pytest
 
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
-from registry.mirror import Mirror
-from registry.promotion import promote
 from registry.store.artifacts import Store
-from registry.versions import Versions
+from registry.versions.mlflow_writer import MlflowWriter
+from registry.versions.promotion import promote
+from registry.versions.versions import Versions
 from tests.registry.children import Child
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
@@ -36,7 +36,7 @@ def store(empty_home: Home) -> Store:
 @pytest.fixture
 def versions(empty_home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Versions]:
     """Yields the versions of an empty home; MLflow is never written, which is many times faster."""
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     opened = Versions(empty_home)
     yield opened
     opened.close()
@@ -79,7 +79,7 @@ def place_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path | Non
 def fresh_template(place_home: Callable[[Path | None], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a copy of a home in which MLflow has made its tables."""
     home = place_home(None)
-    Mirror(home, Store(home.store))
+    MlflowWriter(home, Store(home.store))
     _close_mlflow()
     return Path(shutil.copytree(home.path, tmp_path_factory.mktemp("fresh") / "home"))
 
@@ -93,7 +93,7 @@ def filled_template(
     register_adapter(opened, b"first weights", alias_request="staging")
     register_adapter(opened, b"second weights", alias_request="staging")
     promote(opened, "zorb", 1, "production", reason="looks right")
-    assert opened.is_level()
+    assert opened.is_synced()
     opened.close()
     _close_mlflow()
     return Path(shutil.copytree(opened.home.path, tmp_path_factory.mktemp("filled") / "home"))
@@ -132,7 +132,7 @@ def good(filled_home: Home) -> Iterator[Versions]:
 @pytest.fixture
 def plain(filled_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Versions]:
     """Yields the versions of a home like `filled_template` without MLflow, which is never written."""
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     ignored = shutil.ignore_patterns("mlflow", "mlflow.db")
     opened = Versions(Home.open(shutil.copytree(filled_template, tmp_path / "home", ignore=ignored)))
     yield opened
@@ -177,7 +177,7 @@ PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/00000000000
 
 
 @pytest.fixture
-def from_pictures(versions: Versions) -> Callable[..., AdapterVersion]:
+def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
     """Returns a function that registers what a pipeline makes of images ({digest: consent}) or of other versions."""
 
     def make(

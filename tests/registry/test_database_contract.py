@@ -20,32 +20,28 @@ from sqlalchemy import create_engine, event, func, insert, inspect, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
-from registry import promotion
-from registry.audit.backup import backup
-from registry.audit.doctor import doctor
-from registry.audit.fsck import fsck
-from registry.audit.gc import collect
-from registry.audit.repair import repair
-from registry.audit.restore import restore as restore_backup
-from registry.catalog import AliasRow, alias_table, log_deed, read_events
-from registry.database import Database, insert_missing, name_of, sqlite_file
-from registry.deletion import delete, restore, withdraw
+from registry.documents.storage import find_records
 from registry.entities import Execution, FileEntry, Subject, now
 from registry.errors import Conflict, GoneVersion, HomeError, LineageError, Refused, RightsError, UnknownName
-from registry.governance.lattice import allows_commercial
-from registry.governance.revoked import read_revoked
-from registry.governance.terms import terms_of
 from registry.home import Home
 from registry.lineage.openlineage import to_openlineage
 from registry.lineage.record import Lineage
-from registry.mirror import Mirror
-from registry.promotion import history, promote, read_log, remove, replay, rollback
-from registry.records.keep import find_records
-from registry.revocation import lift, revoke
-from registry.schema import migrate
+from registry.maintenance.backup import backup
+from registry.maintenance.doctor import doctor
+from registry.maintenance.fsck import fsck
+from registry.maintenance.gc import collect
+from registry.maintenance.repair import repair
+from registry.maintenance.restore import restore as restore_backup
+from registry.policy.license_terms import allows_commercial
+from registry.policy.revocations import read_revoked
+from registry.policy.terms import terms_of
+from registry.queries import AliasRow, alias_table, log_event, read_events
 from registry.settings import Settings, read_file, write_file
 from registry.store.artifacts import open_store
-from registry.tables import (
+from registry.store.copy_database import copy_tables
+from registry.store.database import Database, insert_missing, name_of, sqlite_file
+from registry.store.schema import migrate
+from registry.store.tables import (
     NAMESPACE,
     SCHEMA,
     DistributionsRow,
@@ -57,8 +53,11 @@ from registry.tables import (
     Table,
     VersionRow,
 )
-from registry.transfer import transfer
-from registry.versions import Versions
+from registry.versions.deletion import delete, restore, withdraw
+from registry.versions.mlflow_writer import MlflowWriter
+from registry.versions.promotion import history, promote, read_log, remove, replay, rollback
+from registry.versions.revocation import lift, revoke
+from registry.versions.versions import Versions, promotion
 from tests.conftest import find_program
 from tests.registry.test_registry_migrations import SCHEMA_1, shape
 
@@ -179,7 +178,7 @@ def filled_folder(tmp_path_factory, register):
     """A home on SQLite, MLflow apart: two versions, in staging and production; a revoked image; text beyond ASCII."""
     path = tmp_path_factory.mktemp("contract") / "home"
     with pytest.MonkeyPatch.context() as patch, closing(Lineage(Home.open(path).lineage_url)) as lineage:
-        patch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+        patch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
         versions = Versions(Home(path), lineage=lineage)
         register(versions, b"first weights", alias_request="staging")
         register(versions, b"second weights", card={"title": "Zörb ✶", "big": 1 << 60})
@@ -192,14 +191,14 @@ def filled_folder(tmp_path_factory, register):
 def filled_database(filled_folder, postgres, administer, made):
     """The name of a PostgreSQL database with the rows of `filled_folder`."""
     administer(f"CREATE DATABASE filled TEMPLATE {made}")
-    transfer(Home(filled_folder).lineage_url, postgres % "filled")
+    copy_tables(Home(filled_folder).lineage_url, postgres % "filled")
     return "filled"
 
 
 @pytest.fixture
 def filled(backend, filled_folder, request, tmp_path, monkeypatch):
     """Yields the versions of a copy of `filled_folder` on this back end."""
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     home = Home(shutil.copytree(filled_folder, tmp_path / "home"))
     if backend == "postgres":
         url = request.getfixturevalue("create")(request.getfixturevalue("filled_database"))
@@ -422,7 +421,7 @@ def test_interrupted_registration_leaves_no_version_and_no_hole(versions, regist
 def test_log_counts_without_holes_after_a_failure(lineage):
     for number in range(4):
         with lineage.database.write() as session:
-            log_deed(session, "revoke", actor="a", reason="r", subject=f"{number}")
+            log_event(session, "revoke", actor="a", reason="r", subject=f"{number}")
             if number % 2:
                 session.rollback()
     with lineage.database.read() as session:
@@ -497,7 +496,7 @@ def test_second_writer_waits_for_the_first(url):
 
 
 def test_writer_that_waited_too_long_gives_up_and_writes_nothing(url, monkeypatch):
-    monkeypatch.setattr("registry.database._PATIENCE", 0.1)
+    monkeypatch.setattr("registry.store.database._PATIENCE", 0.1)
     with closing(Lineage(url)) as first, closing(Lineage(url)) as second:
         with first.database.write() as session:
             session.execute(text("DELETE FROM runs"))
@@ -510,7 +509,7 @@ def test_writer_that_waited_too_long_gives_up_and_writes_nothing(url, monkeypatc
 KILLED_INSIDE = """
 import sys, time
 from registry.lineage.record import Lineage
-from registry.tables import NameRow
+from registry.store.tables import NameRow
 from registry.entities import now
 lineage = Lineage(sys.argv[1])
 with lineage.database.write() as session:
@@ -570,11 +569,11 @@ def test_of_two_promotions_from_the_same_state_exactly_one_wins(versions, regist
     promote(versions, "zorb", 3, "production", reason="start")
     damage, barrier = versions.damage, threading.Barrier(2, timeout=60)
 
-    def meet(version):
+    def combine(version):
         barrier.wait()  # both have read the state and decided; neither has written
         return damage(version)
 
-    monkeypatch.setattr(versions, "damage", meet)
+    monkeypatch.setattr(versions, "damage", combine)
     for _round in range(4):
         expected = versions.show("zorb", "production").version
         rivals = [number for number in (1, 2, 3) if number != expected]
@@ -596,11 +595,11 @@ def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, regist
     for number in range(1, 4):
         register(versions, f"{number}".encode())
 
-    def meet(version):
+    def combine(version):
         barrier.wait()  # the promotion has decided and not written; the deletion has not begun
         return damage(version)
 
-    monkeypatch.setattr(versions, "damage", meet)
+    monkeypatch.setattr(versions, "damage", combine)
     for number in range(1, 4):
 
         def delete_it(number=number):
@@ -625,10 +624,10 @@ def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, regist
 PROMOTERS = """
 import sys, time
 from pathlib import Path
-from registry import promotion
+from registry.versions.versions import promotion
 from registry.errors import Conflict
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
 Versions.sync = lambda *arguments, **settings: None
 versions = Versions(Home.open(sys.argv[1]))
 mine, rounds, folder = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -665,7 +664,7 @@ def test_of_two_processes_promoting_each_alias_goes_to_exactly_one(tmp_path, ver
 REGISTER = """
 import sys
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
 Versions.sync = lambda *arguments, **settings: None
 versions = Versions(Home.open(sys.argv[1]))
 for number in range(2):
@@ -704,9 +703,9 @@ def test_processes_that_make_the_tables_at_once_agree(backend, request, tmp_path
 
 KILLED = """
 import os, sys
-from registry import versions as module
+from registry.versions import versions as module
 from registry.home import Home
-module.bring_level = lambda *arguments, **settings: os._exit(9)
+module.sync_mlflow = lambda *arguments, **settings: os._exit(9)
 versions = module.Versions(Home.open(sys.argv[1]))
 artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"weights"})
 versions.register("zorb", artifact, passed=True, alias_request="staging", card={"license": "apache-2.0"})
@@ -724,7 +723,7 @@ def test_process_killed_between_database_and_mlflow_loses_nothing(
     assert child.returncode == 9, errors
     assert [problem.where for problem in fsck(home)] == ["MLflow's zorb@1"]
     with closing(Versions(home)) as versions:
-        assert versions.is_level()
+        assert versions.is_synced()
         assert versions.get("zorb", "staging").version == 1
         with versions.lineage.database.read() as session:
             run = session.scalar(select(VersionRow.mlflow_run_id))
@@ -757,7 +756,7 @@ lineage.finish_run(run.id, "COMPLETED")
 COLLECTOR = """
 import os, sys, time
 from pathlib import Path
-from registry.audit.gc import collect
+from registry.maintenance.gc import collect
 from registry.home import Home
 home = Home.open(Path(sys.argv[1]))
 for turn in range(10_000):
@@ -799,13 +798,13 @@ def test_writers_lose_nothing_to_a_collection_that_runs_beside_them(versions, sp
 # Every query of the registry
 
 
-def test_whole_life_of_versions(versions, from_pictures):
+def test_whole_life_of_versions(versions, from_images):
     """Registers, promotes, merges, exports, revokes, lifts, withdraws, deletes, restores, collects and checks."""
     home, lineage = versions.home, versions.lineage
-    first = from_pictures(b"1", {ONE: "C-1", TWO: "C-2"}, promoted="staging")
-    second = from_pictures(b"2", {THREE: "C-3"}, promoted="production")
-    third = from_pictures(b"3", {TWO: None}, name="other", declared="cc-by-nc-4.0")
-    merged = from_pictures(
+    first = from_images(b"1", {ONE: "C-1", TWO: "C-2"}, promoted="staging")
+    second = from_images(b"2", {THREE: "C-3"}, promoted="production")
+    third = from_images(b"3", {TWO: None}, name="other", declared="cc-by-nc-4.0")
+    merged = from_images(
         b"4",
         name="merged",
         adapters=[first, second],
@@ -976,7 +975,7 @@ def test_rows_that_were_lost_are_found(filled):
 @needs_postgres
 def test_every_row_is_copied_and_the_registry_continues_there(filled, other_url, register):
     before = rows_of(filled.home.lineage_url)
-    counts = transfer(filled.home.lineage_url, other_url)
+    counts = copy_tables(filled.home.lineage_url, other_url)
     assert rows_of(other_url) == before == rows_of(filled.home.lineage_url)
     assert counts == {name: len(rows) for name, rows in before.items()}
     assert (counts["versions"], counts["revocations"]) == (2, 1)
@@ -1000,23 +999,23 @@ def test_more_rows_than_one_block_are_copied(filled, other_url):
             insert(SubjectRow),
             [{"artifact": artifact, "subject": f"{i:064}", "label": str(i), "kind": "picture"} for i in range(2500)],
         )
-    assert transfer(filled.home.lineage_url, other_url)["subjects"] > 2500
+    assert copy_tables(filled.home.lineage_url, other_url)["subjects"] > 2500
     assert rows_of(other_url) == rows_of(filled.home.lineage_url)
 
 
 @needs_postgres
 def test_database_that_holds_something_is_not_copied_to(filled, other_url):
-    transfer(filled.home.lineage_url, other_url)
+    copy_tables(filled.home.lineage_url, other_url)
     before = rows_of(other_url)
     for source, target in ((filled.home.lineage_url, other_url), (other_url, filled.home.lineage_url)):
         with pytest.raises(HomeError, match="holds something already"):
-            transfer(source, target)
+            copy_tables(source, target)
     assert rows_of(other_url) == before
 
 
 @needs_postgres
 def test_copy_that_is_cut_off_leaves_no_row(filled, other_url, monkeypatch):
-    from registry import transfer as module
+    from registry.store import copy_database as module
 
     copy, copied = module._copy, []
 
@@ -1028,7 +1027,7 @@ def test_copy_that_is_cut_off_leaves_no_row(filled, other_url, monkeypatch):
 
     monkeypatch.setattr(module, "_copy", fail)
     with pytest.raises(HomeError, match="the disk is full"):
-        transfer(filled.home.lineage_url, other_url)
+        copy_tables(filled.home.lineage_url, other_url)
     assert "artifacts" in copied
     assert not any(rows_of(other_url).values())
 
@@ -1151,7 +1150,7 @@ KILLED_MIGRATION = """
 import os, signal, sys
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from registry.database import Database
+from registry.store.database import Database
 
 def strike(_connection, _cursor, statement, *_rest):
     if "version_records" in statement and statement.lstrip().startswith("CREATE TABLE"):
@@ -1236,14 +1235,16 @@ def test_doctor_names_the_server(empty_home, create, made, monkeypatch):
 def test_mlflow_and_the_registry_share_one_database_of_a_server(filled_home, create, made, close_mlflow, tmp_path):
     """A home moves to a server: first its own tables, then MLflow, which is written there from the beginning."""
     url = create(made)
-    transfer(filled_home.lineage_url, url)
+    copy_tables(filled_home.lineage_url, url)
     write_file(filled_home.path, Settings(database=url))
     Versions(filled_home).close()
     write_file(filled_home.path, Settings(database=url, mlflow=url))
     filled_home.mlflow_db.unlink()
     with closing(Versions(filled_home)) as versions:
-        assert versions.is_level()
-        aliases = {entry.version: entry.aliases for entry in Mirror(filled_home, open_store(filled_home)).versions()}
+        assert versions.is_synced()
+        aliases = {
+            entry.version: entry.aliases for entry in MlflowWriter(filled_home, open_store(filled_home)).versions()
+        }
         assert aliases == {1: ("production",), 2: ("staging",)}
     assert fsck(filled_home, grace=0) == []
     assert not filled_home.mlflow_db.exists()
@@ -1254,7 +1255,7 @@ def test_mlflow_and_the_registry_share_one_database_of_a_server(filled_home, cre
         assert connection.scalar(text("SELECT count(*) FROM public.model_versions")) == 2
     engine.dispose()
 
-    Mirror(filled_home, open_store(filled_home))._client.set_registered_model_alias("zorb", "production", "2")
+    MlflowWriter(filled_home, open_store(filled_home))._client.set_registered_model_alias("zorb", "production", "2")
     assert {problem.where for problem in fsck(filled_home)} == {"MLflow's zorb@1", "MLflow's zorb@2"}
     with closing(Versions(filled_home)) as versions:
         versions.sync(again=True)

@@ -3,8 +3,8 @@ import sqlite3
 
 import pytest
 
-from registry.audit.fsck import fsck
-from registry.mirror import Mirror
+from registry.maintenance.fsck import fsck
+from registry.versions.mlflow_writer import MlflowWriter
 
 
 def sql(versions, *statements):
@@ -26,7 +26,7 @@ def copy_in_mlflow(versions):
 
 
 def client(versions):
-    return Mirror(versions.home, versions.store)._client
+    return MlflowWriter(versions.home, versions.store)._client
 
 
 def aged(path):

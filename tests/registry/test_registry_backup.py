@@ -9,13 +9,13 @@ from contextlib import closing
 
 import pytest
 
-from registry.audit.backup import backup
-from registry.audit.fsck import fsck
-from registry.audit.restore import restore
 from registry.errors import HomeError, RegistryError, StoreError
 from registry.home import Home
-from registry.promotion import history
-from registry.versions import Versions
+from registry.maintenance.backup import backup
+from registry.maintenance.fsck import fsck
+from registry.maintenance.restore import restore
+from registry.versions.promotion import history
+from registry.versions.versions import Versions
 
 
 @pytest.fixture
@@ -76,10 +76,10 @@ def test_damaged_blob_in_the_backup_is_written_again(filled, tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-import registry.versions
-registry.versions.bring_level = lambda *a, **k: None
+import registry.versions.versions
+registry.versions.versions.sync_mlflow = lambda *a, **k: None
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
 versions = Versions(Home.open(Path(sys.argv[1])))
 for number in range(1000):
     ref = versions.store.put_files("adapter", {"adapter.safetensors": b"weights %d" % number})
@@ -268,7 +268,7 @@ def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tm
     first = backup(filled.home, tmp_path / "backups")
     script = (
         "import sys; from pathlib import Path; from registry.home import Home\n"
-        "from registry.audit.backup import backup\n"
+        "from registry.maintenance.backup import backup\n"
         "home = Home(Path(sys.argv[1])); print('ready', flush=True)\n"
         "while True: backup(home, Path(sys.argv[2]))"
     )
@@ -296,7 +296,7 @@ def test_blobs_behind_a_url_are_backed_up_and_put_back(versions, register, tmp_p
     done = backup(versions.home, tmp_path / "backups")
     assert done.problems == ()
     for digest in list(versions.store.blobs.digests()):
-        versions.store.blobs.set_aside(digest)
+        versions.store.blobs.quarantine(digest)
     restore(tmp_path / "backups", tmp_path / "new")
     assert len(list(versions.store.blobs.digests())) == done.blobs
     assert fsck(Home(tmp_path / "new"), mlflow=False) == []
@@ -308,9 +308,9 @@ def test_mlflow_is_whole_again_after_a_restore(filled_home, tmp_path, spawn):
     restore(tmp_path / "backups", tmp_path / "elsewhere")
     # A process of its own, as a command would be: MLflow remembers where a run's files were.
     script = (
-        "import sys; from pathlib import Path; from registry.audit.fsck import fsck; from registry.home import Home\n"
-        "from registry.versions import Versions\n"
-        "home = Home.open(Path(sys.argv[1])); versions = Versions(home); assert versions.is_level()\n"
+        "import sys; from pathlib import Path; from registry.maintenance.fsck import fsck; from registry.home import Home\n"
+        "from registry.versions.versions import Versions\n"
+        "home = Home.open(Path(sys.argv[1])); versions = Versions(home); assert versions.is_synced()\n"
         "assert fsck(home, grace=0) == [], fsck(home, grace=0)"
     )
     child = spawn(script, tmp_path / "elsewhere")

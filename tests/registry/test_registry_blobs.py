@@ -114,15 +114,15 @@ def test_what_is_read_is_what_was_written(blobs, content):
     assert list(blobs.digests()) == [digest]
     assert blobs.size(digest) == len(content)
     assert abs(blobs.age(digest) - time.time()) < 60
-    assert list(blobs.strays()) == []
+    assert list(blobs.orphans()) == []
 
 
 def test_absent_blob_is_missing(blobs):
     digest = digest_of(b"never written")
     assert not blobs.exists(digest)
-    assert not blobs.renew(digest)
+    assert not blobs.touch(digest)
     assert not blobs.remove(digest, FOREVER)
-    for ask in (blobs.open, blobs.actual_digest, blobs.set_aside):
+    for ask in (blobs.open, blobs.actual_digest, blobs.quarantine):
         with pytest.raises(MissingBlob, match=digest):
             ask(digest)
 
@@ -163,7 +163,7 @@ def test_what_fails_midway_is_never_visible(blobs, source, held):
         blobs.write(digest, source)
     assert blobs.exists(digest) == held
     assert not held or read(blobs, digest) == b"something else"
-    assert list(blobs.strays()) == []
+    assert list(blobs.orphans()) == []
 
 
 def test_removed_blob_is_gone_from_the_next_collection_on(blobs):
@@ -171,28 +171,28 @@ def test_removed_blob_is_gone_from_the_next_collection_on(blobs):
     assert not blobs.remove(digest, blobs.age(digest) - 1)
     assert blobs.exists(digest)
     assert blobs.remove(digest, FOREVER)
-    for entry in list(blobs.bin()):
+    for entry in list(blobs.trash()):
         assert read(blobs, entry.name) == b"some bytes"
         assert abs(entry.modified - time.time()) < 60
-        blobs.empty_bin(entry.name)
+        blobs.delete_from_trash(entry.name)
     assert not blobs.exists(digest)
-    assert list(blobs.digests()) == list(blobs.bin()) == list(blobs.strays()) == []
+    assert list(blobs.digests()) == list(blobs.trash()) == list(blobs.orphans()) == []
 
 
 def test_writing_again_keeps_a_blob_from_the_bin(blobs):
     digest = write(blobs, b"some bytes")
     blobs.remove(digest, FOREVER)
     write(blobs, b"some bytes")
-    for entry in list(blobs.bin()):
-        blobs.empty_bin(entry.name)
+    for entry in list(blobs.trash()):
+        blobs.delete_from_trash(entry.name)
     assert read(blobs, digest) == b"some bytes"
 
 
 def test_renewed_blob_outlives_the_bin(blobs):
     digest = write(blobs, b"some bytes")
     blobs.remove(digest, FOREVER)
-    if blobs.renew(digest):
-        assert list(blobs.bin()) == []
+    if blobs.touch(digest):
+        assert list(blobs.trash()) == []
         assert read(blobs, digest) == b"some bytes"
     else:
         assert isinstance(blobs, LocalBlobs)
@@ -202,10 +202,10 @@ def test_renewed_blob_outlives_the_bin(blobs):
 def test_what_is_set_aside_is_kept_unchanged(blobs):
     digest = write(blobs, b"some bytes")
     damage(blobs, digest)
-    where = blobs.set_aside(digest)
+    where = blobs.quarantine(digest)
     assert digest in where
     assert not blobs.exists(digest)
-    assert list(blobs.digests()) == list(blobs.strays()) == []
+    assert list(blobs.digests()) == list(blobs.orphans()) == []
     kept = Path(where).read_bytes() if isinstance(blobs, LocalBlobs) else blobs._fs.cat_file(where)
     assert kept == b"something else"
 
@@ -216,15 +216,15 @@ def test_stray_is_listed_and_removed(blobs):
         (blobs.folder / ".x.partial").write_bytes(b"half")
     else:
         blobs._fs.pipe_file(f"{blobs._root}/unfinished/x", b"half")
-    (stray,) = blobs.strays()
+    (stray,) = blobs.orphans()
     assert stray.size == 4
-    blobs.remove_stray(stray.name)
-    assert list(blobs.strays()) == []
+    blobs.remove_orphan(stray.name)
+    assert list(blobs.orphans()) == []
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "A" * 64, "", "a" * 63])
 def test_only_digests_name_blobs(blobs, name):
-    for ask in (blobs.open, blobs.exists, blobs.renew):
+    for ask in (blobs.open, blobs.exists, blobs.touch):
         with pytest.raises(StoreError, match="not a digest"):
             ask(name)
 
@@ -236,7 +236,7 @@ def test_store_works_alike_on_every_backend(blobs, tmp_path):
     assert ref == Store(tmp_path / "other").put_files("adapter", files)
     assert store.has(ref)
     assert store.verify(ref) == []
-    assert store.renew(ref)
+    assert store.touch(ref)
     store.checkout(ref, tmp_path / "out")
     assert {path: (tmp_path / "out" / path).read_bytes() for path in files} == files
     digest = store.files(ref)["adapter.safetensors"].sha256
@@ -244,9 +244,9 @@ def test_store_works_alike_on_every_backend(blobs, tmp_path):
     with pytest.raises(DamagedBlob, match=digest_of(b"something else")):
         store.checkout_file(ref, "adapter.safetensors", tmp_path / "one")
     assert not (tmp_path / "one").exists()
-    blobs.set_aside(digest)
+    blobs.quarantine(digest)
     assert len(store.verify(ref)) == 1
-    assert not store.renew(ref)
+    assert not store.touch(ref)
 
 
 WRITER = """
@@ -274,7 +274,7 @@ def test_writers_at_once_lose_nothing(kind, tmp_path, spawn, request):
     found = list(blobs.digests())
     assert len(found) == 3 + 1 + 4 * 3 * 2
     assert [blobs.actual_digest(entry) for entry in found] == found
-    assert list(blobs.strays()) == []
+    assert list(blobs.orphans()) == []
     assert Store(tmp_path, blobs).verify(ArtifactRef("adapter", digest, 0)) == []
 
 
@@ -306,8 +306,8 @@ def test_killed_writer_leaves_no_half_blob(kind, tmp_path, spawn, request):
     blobs = open_blobs(url)
     assert list(blobs.digests()) == []
     assert not blobs.exists(digest_of(content))
-    for stray in list(blobs.strays()):
-        blobs.remove_stray(stray.name)
+    for stray in list(blobs.orphans()):
+        blobs.remove_orphan(stray.name)
     assert read(blobs, write(blobs, content)) == content
 
 

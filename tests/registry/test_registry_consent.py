@@ -15,16 +15,16 @@ from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from registry.errors import RightsError
-from registry.governance.revoked import read_revoked
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.revocation import lift, revoke
-from registry.versions import Versions
-from tasks.caption import Caption
+from registry.policy.revocations import read_revoked
+from registry.versions.revocation import lift, revoke
+from registry.versions.versions import Versions
 from tasks.execution import execute
-from tasks.ingest import Ingest
 from tasks.job import prepare_job
-from tasks.preprocess import Preprocess
+from tasks.steps.caption import Caption
+from tasks.steps.ingest import Ingest
+from tasks.steps.preprocess import Preprocess
 
 HEADER = "file,consent,owner,license,rights,person,scope,expires,revocable,source,opt_out,ai_generated\n"
 WHOLE = (

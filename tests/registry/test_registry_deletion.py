@@ -1,12 +1,12 @@
 import pytest
 
-from registry.audit.fsck import fsck
-from registry.deletion import delete, restore, withdraw
 from registry.entities import Execution, now
 from registry.errors import GoneVersion, PromotionError, Refused
-from registry.mirror import Mirror
-from registry.promotion import history, promote, remove, replay
+from registry.maintenance.fsck import fsck
 from registry.store.artifacts import open_store
+from registry.versions.deletion import delete, restore, withdraw
+from registry.versions.mlflow_writer import MlflowWriter
+from registry.versions.promotion import history, promote, remove, replay
 
 
 def state(versions, number, name="zorb"):
@@ -152,7 +152,7 @@ def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_versio
         register(mirrored, content)
     promote(mirrored, "zorb", 1, "canary", reason="r")
     withdraw(mirrored, "zorb", 1, reason="r")
-    client = Mirror(mirrored.home, open_store(mirrored.home))._client
+    client = MlflowWriter(mirrored.home, open_store(mirrored.home))._client
     shown = client.get_model_version("zorb", "1")
     assert (shown.tags["loraline.state"], list(shown.aliases)) == ("WITHDRAWN", [])
     copies = list(mirrored.home.mlflow_artifacts.rglob("adapter.safetensors"))
@@ -162,7 +162,7 @@ def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_versio
     (copy,) = mirrored.home.mlflow_artifacts.rglob("adapter.safetensors")
     assert copy.read_bytes() == b"2"
     assert len(list(mirrored.home.mlflow_artifacts.rglob("model-card.html"))) == 1, "its documents have pictures"
-    assert mirrored.is_level()
+    assert mirrored.is_synced()
     assert fsck(mirrored.home, grace=0) == []
     restore(mirrored, "zorb", 1, reason="r")
     assert client.get_model_version("zorb", "1").tags["loraline.state"] == "ACTIVE"

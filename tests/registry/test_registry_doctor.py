@@ -11,9 +11,9 @@ from contextlib import closing
 
 import pytest
 
-from registry.audit.doctor import KNOWN_BREAKS, Finding, check_packages, doctor
-from registry.audit.doctor_places import file_system_of
 from registry.home import Home
+from registry.maintenance.doctor import KNOWN_BREAKS, Finding, check_packages, doctor
+from registry.maintenance.probes import file_system_of
 from registry.settings import NAME
 
 GOOD = {"fastapi": "0.150.0", "sqlalchemy": "2.0.58", "pillow": "13.0.0", "torch": "2.13.0"}
@@ -129,7 +129,7 @@ def test_kind_of_file_system_is_read_from_the_mounts(tmp_path):
 
 
 def test_sqlite_on_a_network_file_system_is_found(look, monkeypatch):
-    monkeypatch.setattr("registry.audit.doctor.file_system_of", lambda _path: "nfs4")
+    monkeypatch.setattr("registry.maintenance.doctor.file_system_of", lambda _path: "nfs4")
     (finding,) = find(look(), "database", "broken")
     assert "nfs4" in finding.found
     assert "PostgreSQL" in finding.remedy

@@ -7,14 +7,14 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from registry import catalog
-from registry.audit.fsck import fsck
-from registry.audit.gc import collect
+from registry import queries
 from registry.entities import Execution, now
 from registry.errors import HomeError, StoreError
+from registry.maintenance.fsck import fsck
+from registry.maintenance.gc import collect
 from registry.store.artifacts import Store
 from registry.store.remote import open_blobs
-from registry.tables import ArtifactRow, RecordRow, RunRow, VersionRow
+from registry.store.tables import ArtifactRow, RecordRow, RunRow, VersionRow
 
 OLD = 10 * 24 * 3600
 
@@ -99,7 +99,7 @@ def test_young_blobs_wait(registered):
     assert len(collect(registered.home, grace=0).items) == 3
 
 
-@pytest.mark.parametrize("again", [lambda v, ref: put(v, b"again"), lambda v, ref: v.store.renew(ref)])
+@pytest.mark.parametrize("again", [lambda v, ref: put(v, b"again"), lambda v, ref: v.store.touch(ref)])
 def test_what_is_put_or_found_again_is_young_again(registered, again):
     orphan = put(registered, b"again")
     age(registered.store)
@@ -139,11 +139,11 @@ def test_deleted_version_keeps_nothing_unless_an_alias_or_a_child_needs_it(regis
 
     sql(registered, update(VersionRow).where(VersionRow.name == "zorb").values(state="DELETED"))
     with registered.lineage.database.write() as session:
-        version = catalog.read_version(session, "zorb", 1)
+        version = queries.read_version(session, "zorb", 1)
     assert version.aliases == ("staging",)
     assert not collected()
     with registered.lineage.database.write() as session:
-        row = session.get(catalog.AliasRow, ("zorb", "staging"))
+        row = session.get(queries.AliasRow, ("zorb", "staging"))
         row.version = None
     assert not collected()
     sql(registered, update(VersionRow).where(VersionRow.name == "merged").values(state="DELETED"))
@@ -155,13 +155,13 @@ def test_records_of_versions_stay(registered):
     with registered.lineage.database.write() as session:
         session.add(ArtifactRow(**card.to_json()))
         session.flush()
-        row = catalog.find_row(session, "zorb", 1)
+        row = queries.find_row(session, "zorb", 1)
         session.add(RecordRow(version=row.id, kind="card", artifact=card.sha256, created_at=now()))
     age(registered.store)
     collect(registered.home, keep_runs=0)
     assert whole(registered, card)
     _version_row(registered, state="DELETED")
-    sql(registered, update(catalog.AliasRow).values(version=None))
+    sql(registered, update(queries.AliasRow).values(version=None))
     collect(registered.home, keep_runs=0)
     assert not registered.store.has(card)
 
@@ -191,7 +191,7 @@ def test_what_was_collected_is_no_problem(registered):
     age_runs(registered)
     sql(registered, update(RunRow).where(RunRow.name == "other").values(started_at=now() - timedelta(days=50)))
     with registered.lineage.database.write() as session:
-        run = session.scalars(catalog.select(RunRow).where(RunRow.name == "other")).first()
+        run = session.scalars(queries.select(RunRow).where(RunRow.name == "other")).first()
         run.started_at = now() - timedelta(days=60)
     collect(registered.home)
     assert not registered.store.has(result)
@@ -205,11 +205,11 @@ def test_nothing_goes_while_the_files_of_something_needed_are_unknown(registered
     path = registered.store.blobs.path(version.artifact.sha256)
     content = path.read_bytes()
     path.write_bytes(b"damaged")
-    sql(registered, catalog.select(1))
+    sql(registered, queries.select(1))
     before = list(registered.store.blobs.digests())
     assert collect(registered.home, dry_run=True).items  # the record still has its files
     with registered.lineage.database.write() as session:
-        from registry.tables import ContentRow
+        from registry.store.tables import ContentRow
 
         session.query(ContentRow).filter(ContentRow.artifact == version.artifact.sha256).delete()
     with pytest.raises(StoreError, match=r"nothing was collected.*fsck --repair"):
@@ -268,13 +268,13 @@ def test_blobs_behind_a_url_go_in_two_collections(versions, monkeypatch):
     assert again.binned == 0
     assert not store.has(first)
     assert store.verify(second) == []
-    assert list(store.blobs.bin()) == []
+    assert list(store.blobs.trash()) == []
 
 
 COLLECTOR = """
 import sys
 from pathlib import Path
-from registry.audit.gc import collect
+from registry.maintenance.gc import collect
 from registry.home import Home
 home = Home.open(Path(sys.argv[1]))
 print("ready", flush=True)

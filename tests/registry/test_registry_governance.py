@@ -9,25 +9,25 @@ from hypothesis import strategies as st
 
 from registry.entities import Execution, now
 from registry.errors import PolicyError
-from registry.governance.lattice import (
-    FREE,
+from registry.policy.license_terms import (
     PERMISSIONS,
     TAINTS,
-    Terms,
+    UNRESTRICTED,
+    LicenseTerms,
     allows_commercial,
+    combine,
     conflicts,
     inherit,
-    is_within,
-    meet,
+    is_at_least_as_strict,
     unknown,
 )
-from registry.governance.licenses import read_licenses
-from registry.governance.terms import terms_of
+from registry.policy.licenses import read_licenses
+from registry.policy.terms import terms_of
 
 TABLE = read_licenses()
 WORDS = st.frozensets(st.sampled_from(["notice", "attribution", "uses:a", "uses:b", *TAINTS]), max_size=3)
 TERMS = st.builds(
-    Terms,
+    LicenseTerms,
     permissions=st.frozensets(st.sampled_from(sorted(PERMISSIONS))),
     obligations=WORDS,
     restrictions=WORDS,
@@ -44,7 +44,7 @@ def graphs(draw, most=1000):
     size = draw(st.integers(1, most))
     pool = draw(st.lists(GIVEN, min_size=1, max_size=6))
     random = draw(st.randoms(use_true_random=False))
-    own = {node: random.choice([FREE, FREE, *pool]) for node in range(size)}
+    own = {node: random.choice([UNRESTRICTED, UNRESTRICTED, *pool]) for node in range(size)}
     parents = {
         node: random.sample(range(node), random.randint(0, min(node, 3)))
         for node in range(size)
@@ -55,31 +55,31 @@ def graphs(draw, most=1000):
 
 @given(GIVEN)
 def test_meet_is_idempotent_and_free_is_neutral(one):
-    assert meet(one, one) == one == meet(one, FREE) == meet(FREE, one) == meet(one)
-    assert meet() == FREE
+    assert combine(one, one) == one == combine(one, UNRESTRICTED) == combine(UNRESTRICTED, one) == combine(one)
+    assert combine() == UNRESTRICTED
 
 
 @given(GIVEN, GIVEN)
 def test_meet_is_commutative_and_never_looser_than_either(one, other):
-    both = meet(one, other)
-    assert both == meet(other, one)
-    assert is_within(both, one)
-    assert is_within(both, other)
+    both = combine(one, other)
+    assert both == combine(other, one)
+    assert is_at_least_as_strict(both, one)
+    assert is_at_least_as_strict(both, other)
     assert both.permissions <= one.permissions & other.permissions
     assert bool(conflicts(both)) >= bool(conflicts(one))
 
 
 @given(GIVEN, GIVEN, GIVEN)
 def test_meet_is_associative(one, two, three):
-    assert meet(meet(one, two), three) == meet(one, meet(two, three)) == meet(one, two, three)
+    assert combine(combine(one, two), three) == combine(one, combine(two, three)) == combine(one, two, three)
 
 
 @given(GIVEN)
 def test_a_taint_takes_its_permission_away_wherever_it_comes_from(one):
-    tainted = meet(one, Terms(restrictions=frozenset({"non-commercial"})))
+    tainted = combine(one, LicenseTerms(restrictions=frozenset({"non-commercial"})))
     assert not allows_commercial(tainted)
-    assert not meet(one, unknown("a base")).permissions
-    assert allows_commercial(FREE)
+    assert not combine(one, unknown("a base")).permissions
+    assert allows_commercial(UNRESTRICTED)
 
 
 @settings(max_examples=15)
@@ -89,8 +89,8 @@ def test_terms_only_tighten_along_every_edge_of_any_graph(graph):
     resolved = inherit(own, parents)
     assert resolved.keys() == own.keys()
     for node, sources in parents.items():
-        assert is_within(resolved[node], own[node])
-        assert all(is_within(resolved[node], resolved[source]) for source in sources)
+        assert is_at_least_as_strict(resolved[node], own[node])
+        assert all(is_at_least_as_strict(resolved[node], resolved[source]) for source in sources)
 
 
 @settings(max_examples=15)
@@ -103,7 +103,7 @@ def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, da
     node, source = data.draw(st.sampled_from(edges))
     fewer = {**parents, node: [each for each in parents[node] if each != source]}
     before, after = inherit(own, fewer), inherit(own, parents)
-    assert all(is_within(after[each], before[each]) for each in own)
+    assert all(is_at_least_as_strict(after[each], before[each]) for each in own)
 
 
 @settings(max_examples=30)
@@ -116,20 +116,20 @@ def test_terms_are_those_of_all_ancestors_together_in_any_order(graph):
         return {node}.union(*(ancestors(source) for source in parents.get(node, ())))
 
     for node in own:
-        assert resolved[node] == meet(*(own[each] for each in sorted(ancestors(node), reverse=True)))
+        assert resolved[node] == combine(*(own[each] for each in sorted(ancestors(node), reverse=True)))
 
 
 def test_two_that_claim_to_come_from_each_other_have_the_terms_of_both():
     own = {"a": TABLE.find("MIT").terms, "b": TABLE.find("cc-by-nc-4.0").terms, "c": unknown("c")}
     resolved = inherit(own, {"a": ["b"], "b": ["a"]})
-    assert resolved["a"] == resolved["b"] == meet(own["a"], own["b"])
+    assert resolved["a"] == resolved["b"] == combine(own["a"], own["b"])
     assert resolved["c"] == own["c"]
 
 
 def test_differing_share_alike_and_no_derivatives_stand_in_the_way():
     same, other = TABLE.find("cc-by-sa-4.0").terms, TABLE.find("cc-by-nc-sa-4.0").terms
-    assert conflicts(same) == conflicts(meet(same, same, TABLE.find("mit").terms)) == ()
-    assert "which cannot be met together" in conflicts(meet(same, other))[0]
+    assert conflicts(same) == conflicts(combine(same, same, TABLE.find("mit").terms)) == ()
+    assert "which cannot be met together" in conflicts(combine(same, other))[0]
     assert "no-derivatives" in conflicts(TABLE.find("cc-by-nd-4.0").terms)[0]
     assert conflicts(unknown("base 'x'")) == ("no licence is known for base 'x'",)
 

@@ -78,7 +78,7 @@ def test_reading_needs_neither_mlflow_nor_torch():
     script = """
 import sys
 import registry, registry.entities, registry.store.artifacts, registry.lineage.record
-import registry.versions, registry.promotion, registry.audit.fsck
+import registry.versions.versions, registry.versions.promotion, registry.maintenance.fsck
 print(sorted({"mlflow", "torch", "prefect", "numpy"} & set(sys.modules)))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}

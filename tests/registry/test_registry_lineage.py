@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from registry.entities import Execution, Subject, now
 from registry.errors import LineageError
 from registry.lineage.record import Lineage
-from registry.tables import DistributionsRow, ExecutionRow, RunRow
+from registry.store.tables import DistributionsRow, ExecutionRow, RunRow
 
 PICTURE = "5" * 64
 

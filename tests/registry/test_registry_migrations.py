@@ -12,15 +12,15 @@ import pytest
 from sqlalchemy import create_engine, func, inspect, text
 
 from lora_engine.files import sha256_file
-from registry.audit.fsck import fsck
-from registry.database import Database
 from registry.errors import HomeError
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.promotion import promote
-from registry.schema import MIGRATIONS, migrate
-from registry.tables import NAMESPACE, SCHEMA, Table
-from registry.versions import Versions
+from registry.maintenance.fsck import fsck
+from registry.store.database import Database
+from registry.store.schema import MIGRATIONS, migrate
+from registry.store.tables import NAMESPACE, SCHEMA, Table
+from registry.versions.promotion import promote
+from registry.versions.versions import Versions
 
 SCHEMA_1 = (Path(__file__).parent / "data" / "schema-1.sql").read_text()
 
@@ -133,7 +133,7 @@ def test_migration_keeps_every_row_and_a_copy_of_the_old_file(old):
 def test_migrated_home_is_used_like_any_other(tmp_path, old, monkeypatch):
     home = Home.open(tmp_path / "home")
     shutil.copy(old, home.lineage_db)
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     versions = Versions(home)
     version = versions.show("zorb", "production")
     assert (version.version, version.state, version.size) == (1, "ACTIVE", 3_000_000_000)
@@ -168,7 +168,7 @@ import alembic.migration, alembic.operations, alembic.script
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 import registry
-from registry.database import Database
+from registry.store.database import Database
 
 package = str(Path(registry.__file__).parent) + os.sep
 old, folder, by, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

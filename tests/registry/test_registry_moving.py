@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from registry.audit.fsck import fsck
 from registry.home import Home
-from registry.relocation import relocate
-from registry.versions import Versions
+from registry.maintenance.fsck import fsck
+from registry.versions.rewrite_uris import rewrite_artifact_uris
+from registry.versions.versions import Versions
 
 
 def download(home, folder):
@@ -32,7 +32,7 @@ def test_moved_home_hands_out_production_by_name(filled_home, tmp_path, monkeypa
     home = Home.open(moved)
     assert fsck(home, grace=0) != []  # MLflow still looks where nothing is
     versions = Versions(home)
-    assert versions.is_level()
+    assert versions.is_synced()
     versions.close()
     assert fsck(home, grace=0) == []
     assert not filled_home.path.exists()
@@ -75,12 +75,12 @@ def test_only_our_own_places_are_moved(filled_home):
     client = MlflowClient(filled_home.mlflow_url, filled_home.mlflow_url)
     elsewhere = client.create_experiment("elsewhere", artifact_location="file:///elsewhere/zorb")
     alike = client.create_experiment("alike", artifact_location=f"{filled_home.mlflow_artifacts.as_uri()}-too/alike")
-    moved = relocate(filled_home.mlflow_url, ["zorb"], "file:///new")
+    moved = rewrite_artifact_uris(filled_home.mlflow_url, ["zorb"], "file:///new")
     assert moved["model_versions.source"] == 2
     assert client.get_experiment(elsewhere).artifact_location == "file:///elsewhere/zorb"
     assert client.get_experiment(alike).artifact_location.endswith("-too/alike")
-    assert relocate(filled_home.mlflow_url, ["zorb"], "file:///new") == {}
-    relocate(filled_home.mlflow_url, ["zorb"], filled_home.mlflow_artifacts.as_uri())
+    assert rewrite_artifact_uris(filled_home.mlflow_url, ["zorb"], "file:///new") == {}
+    rewrite_artifact_uris(filled_home.mlflow_url, ["zorb"], filled_home.mlflow_artifacts.as_uri())
     assert fsck(filled_home, grace=0) == []
 
 
@@ -88,6 +88,6 @@ def test_home_that_was_not_moved_is_not_asked_about(good, register, monkeypatch)
     def fail(*_arguments):
         raise AssertionError("nothing moved")
 
-    monkeypatch.setattr("registry.mirror.relocate", fail)
+    monkeypatch.setattr("registry.versions.mlflow_writer.rewrite_artifact_uris", fail)
     register(good, b"more")
-    assert good.is_level()
+    assert good.is_synced()

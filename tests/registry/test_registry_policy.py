@@ -5,12 +5,12 @@ import pytest
 
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import PolicyError, PromotionError, Refused
-from registry.governance.consent import ConsentFindings, find_consent
-from registry.governance.lattice import FREE, meet, unknown
-from registry.governance.licenses import read_licenses
-from registry.governance.policies import read_policies
-from registry.governance.policy import PRESETS, AliasPolicy, Facts, decide
-from registry.promotion import history, promote, remove, replay, rollback
+from registry.policy.alias_policy import PRESETS, AliasPolicy, Facts, decide
+from registry.policy.consent import ConsentFindings, find_consent
+from registry.policy.license_terms import UNRESTRICTED, combine, unknown
+from registry.policy.licenses import read_licenses
+from registry.policy.policy_file import read_policies
+from registry.versions.promotion import history, promote, remove, replay, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
 VERSION = AdapterVersion(
@@ -31,7 +31,7 @@ VERSION = AdapterVersion(
     passed=True,
     parents=(),
 )
-CLEAN = Facts(terms=FREE, consent=ConsentFindings(), signature=(), actor="ada@lab")
+CLEAN = Facts(terms=UNRESTRICTED, consent=ConsentFindings(), signature=(), actor="ada@lab")
 NC = read_licenses().find("cc-by-nc-4.0").terms
 STRICT = AliasPolicy(needs_licence="commercial", needs_consent="complete", needs_signature=True, movers=("ada@*",))
 
@@ -71,7 +71,7 @@ def test_all_reasons_of_all_kinds_come_at_once():
     facts = Facts(
         damage=("gone",),
         structure=("NaN",),
-        terms=meet(NC, unknown("a base")),
+        terms=combine(NC, unknown("a base")),
         consent=ConsentFindings(2, ("expired",), ("no basis",)),
         revoked=("picture 5",),
         signature=("unsigned",),

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.audit.fsck import fsck
-from registry.catalog import alias_table, read_events
 from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import Conflict, PromotionError, Refused, UnknownVersion, VersionError
-from registry.governance.consent import ConsentFindings
-from registry.governance.lattice import FREE
-from registry.governance.policy import PRESETS, AliasPolicy, Facts
-from registry.governance.policy import decide as decide_by
-from registry.promotion import history, promote, replay, rollback
+from registry.maintenance.fsck import fsck
+from registry.policy.alias_policy import PRESETS, AliasPolicy, Facts
+from registry.policy.alias_policy import decide as decide_by
+from registry.policy.consent import ConsentFindings
+from registry.policy.license_terms import UNRESTRICTED
+from registry.queries import alias_table, read_events
+from registry.versions.promotion import history, promote, replay, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
 VERSION = AdapterVersion(
@@ -36,7 +36,7 @@ VERSION = AdapterVersion(
 )
 
 
-CLEAN = Facts(terms=FREE, consent=ConsentFindings(), actor="ada@lab")
+CLEAN = Facts(terms=UNRESTRICTED, consent=ConsentFindings(), actor="ada@lab")
 
 
 def decide(version, alias, **facts):
@@ -92,7 +92,7 @@ def test_promotion_is_logged_with_all_that_is_asked_later(mirrored, register):
     assert [gate["metric"] for gate in event.gates] == ["clip_t"]
     assert mirrored.show("zorb", "production").aliases == ("production", "staging")
     assert history(mirrored, "zorb", "production") == [event]
-    assert mirrored.is_level()
+    assert mirrored.is_synced()
 
 
 def test_promotion_of_what_is_there_already_adds_nothing(versions, register):

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from registry.documents.gather import gather_facts
+from registry.documents.mlbom import mlbom
+from registry.documents.provenance import provenance
+from registry.documents.spdx import HUB, hub_license
+from registry.documents.storage import BOM, CARD, FILES, PROVENANCE, find_records, read_document, write_missing
 from registry.entities import Execution, now
-from registry.records.gather import gather_facts
-from registry.records.keep import BOM, CARD, FILES, PROVENANCE, find_records, read_document, write_missing
-from registry.records.mlbom import mlbom
-from registry.records.provenance import provenance
-from registry.records.spdx import HUB, hub_license
 
 EVIL = "<script>alert(1)</script> | `x` [a](javascript:b)\n# not a heading"
 METRICS = {
@@ -109,7 +109,7 @@ def test_registering_writes_the_documents_and_registering_again_keeps_them(versi
 
 
 def test_documents_that_a_killed_process_left_out_are_written_by_the_next_call(versions, make, monkeypatch):
-    monkeypatch.setattr("registry.versions.write_missing", lambda *_arguments: None)
+    monkeypatch.setattr("registry.versions.versions.write_missing", lambda *_arguments: None)
     version = make()
     assert find_records(versions.lineage, version) == {}
     assert set(write_missing(versions, version)) == {CARD, PROVENANCE, BOM}
@@ -279,7 +279,7 @@ def test_page_holds_its_pictures_and_loads_nothing(documents):
 def test_pictures_are_embedded_up_to_a_limit(versions, make, monkeypatch):
     version = make()
     assert len(gather_facts(versions, version).samples) == 1
-    monkeypatch.setattr("registry.records.gather.MAX_PICTURE_BYTES", 10)
+    monkeypatch.setattr("registry.documents.gather.MAX_PICTURE_BYTES", 10)
     assert gather_facts(versions, version).samples == []
 
 
@@ -330,8 +330,8 @@ def test_mlflow_shows_documents_description_and_datasets(mirrored, register, hom
 
 
 def test_a_version_whose_report_is_gone_does_not_keep_the_others_from_mlflow(mirrored, register, monkeypatch, caplog):
-    monkeypatch.setattr("registry.versions.write_missing", lambda *_arguments: None)
-    monkeypatch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+    monkeypatch.setattr("registry.versions.versions.write_missing", lambda *_arguments: None)
+    monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     lost, kept = register(mirrored, b"lost"), register(mirrored, b"kept", name="star")
     monkeypatch.undo()
     mirrored.store.blobs.path(lost.report.sha256).unlink()

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from registry import catalog
-from registry.audit.fsck import fsck
-from registry.audit.repair import repair
-from registry.tables import RevocationRow
+from registry import queries
+from registry.maintenance.fsck import fsck
+from registry.maintenance.repair import repair
+from registry.store.tables import RevocationRow
 from tests.registry.test_registry_audit import (
     DAMAGE_IN_MLFLOW,
     aged,
@@ -22,23 +22,23 @@ from tests.registry.test_registry_audit import (
 @pytest.fixture
 def plain(plain):
     """The home of `plain`, in which a version was withdrawn and a picture revoked."""
-    take_back(plain)
+    restore(plain)
     return plain
 
 
 @pytest.fixture
 def good(good):
     """The home of `good`, in which a version was withdrawn and a picture revoked; MLflow has that too."""
-    take_back(good)
+    restore(good)
     good.sync()
     return good
 
 
-def take_back(versions):
+def restore(versions):
     with versions.lineage.database.write() as session:
-        version = catalog.read_version(session, "zorb", 2)
-        catalog.set_state(session, version, "WITHDRAWN", "withdraw", actor="a", reason="r")
-        event = catalog.log_deed(session, "revoke", actor="a", reason="r", subject="5" * 64)
+        version = queries.read_version(session, "zorb", 2)
+        queries.set_state(session, version, "WITHDRAWN", "withdraw", actor="a", reason="r")
+        event = queries.log_event(session, "revoke", actor="a", reason="r", subject="5" * 64)
         session.add(RevocationRow(subject=event.subject, seq=event.seq))
 
 
@@ -152,7 +152,7 @@ def made_mlflow(monkeypatch, fresh_template, close_mlflow):
         shutil.copy(fresh_template / file.name, file)
         close_mlflow()
 
-    monkeypatch.setattr("registry.mirror._make_database", make)
+    monkeypatch.setattr("registry.versions.mlflow_writer._make_database", make)
 
 
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
@@ -180,9 +180,9 @@ def test_adapter_is_put_back_from_mlflows_copy(good):
 REPAIR = """
 import sys
 from pathlib import Path
-from registry.audit.fsck import fsck
+from registry.maintenance.fsck import fsck
 from registry.home import Home
-from registry.audit.repair import repair
+from registry.maintenance.repair import repair
 home = Home(Path(sys.argv[1]))
 done = repair(home)
 assert done

@@ -3,12 +3,12 @@ import json
 import pytest
 
 from lora_engine.files import sha256_bytes
-from registry import promotion
 from registry.entities import Execution, now
 from registry.errors import PromotionError, Refused, RightsError
-from registry.governance.revoked import read_revoked
-from registry.promotion import history, promote, read_log, replay
-from registry.revocation import lift, revoke
+from registry.policy.revocations import read_revoked
+from registry.versions.promotion import history, promote, read_log, replay
+from registry.versions.revocation import lift, revoke
+from registry.versions.versions import promotion
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
 PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
@@ -17,8 +17,8 @@ ONE, TWO, THREE = ("1" * 64, "2" * 64, "3" * 64)
 
 
 @pytest.fixture
-def line(from_pictures):
-    return from_pictures
+def line(from_images):
+    return from_images
 
 
 def test_a_consent_reaches_every_dataset_run_version_merge_export_and_alias(versions, line):

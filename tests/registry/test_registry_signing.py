@@ -9,14 +9,14 @@ from datetime import date, timedelta
 import pytest
 from sqlalchemy import update
 
-from registry import catalog
+from registry import queries
+from registry.documents.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
+from registry.documents.signing import is_signed, sign, signature_findings, verify
+from registry.documents.storage import PROVENANCE, SIGNATURE, find_records, keep, read_document
 from registry.entities import now
 from registry.errors import SignatureError
 from registry.lineage.record import record_artifacts, record_contents
-from registry.records.keep import PROVENANCE, SIGNATURE, find_records, keep, read_document
-from registry.records.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
-from registry.records.signing import is_signed, sign, signature_findings, verify
-from registry.tables import VersionRow
+from registry.store.tables import VersionRow
 
 SECRET = b"a passphrase"
 
@@ -59,7 +59,7 @@ def test_a_signature_holds_and_is_in_the_log(versions, signed, trusted):
     assert signature_findings(versions, signed) == ()
     assert verify(versions, signed).name == "release"
     with versions.lineage.database.read() as session:
-        (event,) = [event for event in catalog.read_events(session) if event.action == "sign"]
+        (event,) = [event for event in queries.read_events(session) if event.action == "sign"]
     assert (event.name, event.after, event.actor) == ("zorb", 1, "anna")
     assert event.details["digests"]["adapter.safetensors"] == signed.sha256
     assert event.details["key"] == fingerprint(read_private_key(trusted, SECRET).public_key())
@@ -266,7 +266,7 @@ def test_signing_again_replaces_the_signature_and_the_log_keeps_both(versions, s
     sign(versions, signed, tmp_path / "second")
     assert verify(versions, signed).name == "second"
     with versions.lineage.database.read() as session:
-        assert [event.action for event in catalog.read_events(session)].count("sign") == 2
+        assert [event.action for event in queries.read_events(session)].count("sign") == 2
 
 
 def test_key_is_readable_by_its_owner_alone_and_opens_with_its_passphrase(tmp_path):

@@ -254,7 +254,7 @@ print(Store(pathlib.Path(sys.argv[1])).put("manifest", pathlib.Path(sys.argv[2])
     assert len({out for out, _ in answers}) == 1
     ref = ArtifactRef("manifest", answers[0][0].strip(), 60 * 2000)
     assert store.verify(ref) == []
-    assert list(store.blobs.strays()) == []
+    assert list(store.blobs.orphans()) == []
     assert len(list(store.blobs.digests())) == 61
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from registry import mirror as mirror_module
-from registry.audit.fsck import fsck
 from registry.entities import to_json
-from registry.errors import DamagedBlob, MirrorError, MissingBlob, UnknownName, UnknownVersion, VersionError
-from registry.mirror import Mirror
-from registry.promotion import history
+from registry.errors import DamagedBlob, MissingBlob, MlflowError, UnknownName, UnknownVersion, VersionError
+from registry.maintenance.fsck import fsck
 from registry.store.artifacts import Store
-from registry.versions import Versions
+from registry.versions import mlflow_writer
+from registry.versions.mlflow_writer import MlflowWriter
+from registry.versions.promotion import history
+from registry.versions.versions import Versions
 
 
 def test_version_is_read_as_it_was_registered(mirrored, register):
@@ -237,7 +237,7 @@ class Faulty:
 def unlevel(place_home, fresh_template, register, tmp_path_factory):
     """A copy of a home with a version in staging, of which MLflow knows nothing yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("registry.versions.bring_level", lambda *_arguments, **_settings: None)
+        patch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
         versions = Versions(place_home(fresh_template))
         register(versions, b"weights", alias_request="staging")
         versions.close()
@@ -247,7 +247,7 @@ def unlevel(place_home, fresh_template, register, tmp_path_factory):
 @pytest.fixture
 def cut_off(place_home, unlevel, caplog):
     """Opens a copy of `unlevel` with an MLflow client that fails; gives the home and the names of the calls made."""
-    make = mirror_module._open_client
+    make = mlflow_writer._open_client
 
     def run(fault=0, after=False):
         home, clients = place_home(unlevel), []
@@ -258,9 +258,9 @@ def cut_off(place_home, unlevel, caplog):
 
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mirror_module, "_open_client", faulty)
+            patch.setattr(mlflow_writer, "_open_client", faulty)
             versions = Versions(home)
-            assert versions.is_level() == (fault == 0)
+            assert versions.is_synced() == (fault == 0)
             assert ("the process died in" in caplog.text) == (fault > 0)
             assert versions.show("zorb", "staging").version == 1
             versions.close()
@@ -271,7 +271,7 @@ def cut_off(place_home, unlevel, caplog):
 
 def assert_levelled_by_the_next_command(home):
     versions = Versions(home)
-    assert versions.is_level()
+    assert versions.is_synced()
     versions.close()
     assert fsck(home, grace=0) == []
 
@@ -297,7 +297,7 @@ def test_mlflow_cut_off_at_any_call_is_brought_level(cut_off, after):
 
 
 def test_changed_mlflow_is_mended_on_demand(good):
-    client = Mirror(good.home, good.store)
+    client = MlflowWriter(good.home, good.store)
     client.set_alias("zorb", "staging", 1)
     run = good.show("zorb", 2).mlflow_run_id
     copy = next(good.home.mlflow_artifacts.rglob(f"{run}/artifacts/adapter/adapter.safetensors"))
@@ -308,9 +308,9 @@ def test_changed_mlflow_is_mended_on_demand(good):
 
 
 def test_foreign_version_in_mlflow_is_told_and_nothing_is_lost(good, register):
-    client = Mirror(good.home, good.store)._client
+    client = MlflowWriter(good.home, good.store)._client
     client.create_model_version("zorb", source="file:///elsewhere")
-    with pytest.raises(MirrorError, match="move that away"):
+    with pytest.raises(MlflowError, match="move that away"):
         register(good, b"new")
     assert [version.version for version in good.list()] == [1, 2, 3]
     good.home.mlflow_db.unlink()
@@ -324,7 +324,7 @@ def test_busy_mirror_does_not_hold_up_readers(versions, register, monkeypatch):
     with versions.home.lock("mlflow"):
         reader = Versions(versions.home)
         assert [version.ref for version in reader.list()] == ["zorb@1"]
-        assert not reader.is_level()
+        assert not reader.is_synced()
         with pytest.raises(Timeout):
             reader.sync(timeout=0)
         reader.close()
@@ -335,7 +335,7 @@ import os, sys, traceback
 import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
 from mlflow import MlflowClient
 from registry.home import Home
-from registry.versions import Versions
+from registry.versions.versions import Versions
 wait, go = os.pipe()
 children = []
 for number in range(3):
@@ -381,7 +381,7 @@ def test_mlflow_database_is_never_half_made(empty_home, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(SqlAlchemyStore, "__init__", die)
-        with pytest.raises(MirrorError):
-            Mirror(empty_home, Store(empty_home.store))
+        with pytest.raises(MlflowError):
+            MlflowWriter(empty_home, Store(empty_home.store))
     assert not empty_home.mlflow_db.exists()
     assert list(empty_home.path.glob(".*")) == []

@@ -14,7 +14,7 @@ import pytest
 
 from lora_engine.compute import fitting_trainings
 from lora_engine.errors import InterruptedRun
-from lora_engine.training.machine import used_devices
+from lora_engine.training.device import used_devices
 from lora_engine.training.specs.running import Running
 from registry.home import Home
 from tasks.devices import count_holders, device_slot, device_slots
@@ -79,14 +79,14 @@ def test_with_two_slots_two_processes_hold_one_each_and_a_third_waits(opened):
     trials = []
     for name in ("first", "second"):
 
-        def meet(tell: Callable[[str], None], name: str = name) -> None:
+        def combine(tell: Callable[[str], None], name: str = name) -> None:
             with device_slot(opened, "cpu", 2):
                 (opened.path / name).touch()
                 # Returns only if both are inside at once.
                 wait_for(lambda: all((opened.path / other).exists() for other in ("first", "second", "third waited")))
             tell(name)
 
-        trials.append(forked(meet))
+        trials.append(forked(combine))
     wait_for(lambda: (opened.path / "first").exists() and (opened.path / "second").exists())
     assert count_holders(opened, "cpu") == 2
     with device_slot(opened, "cpu", 2, on_wait=(opened.path / "third waited").touch):

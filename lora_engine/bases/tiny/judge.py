@@ -70,7 +70,7 @@ class Judge(nn.Module):
             batch: How many are read at once.
 
         Raises:
-            DataError: Pictures of another shape.
+            DataError: Images of another shape.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
             raise DataError(f"the judge was given pictures of shape {tuple(images.shape)}", allowed="(n, 3, 32, 32)")

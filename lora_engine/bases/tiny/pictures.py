@@ -33,7 +33,7 @@ def label(drawn: Sequence[Scene]) -> dict[str, Tensor]:
     }
 
 
-def write_pictures(folder: Path, drawn: Sequence[Scene], captions: Sequence[str]) -> list[Path]:
+def write_images(folder: Path, drawn: Sequence[Scene], captions: Sequence[str]) -> list[Path]:
     """Writes `000.png`, `000.txt`, `001.png`, ...: each picture with its caption beside it; same scenes, same bytes.
 
     Args:
@@ -65,7 +65,7 @@ def write_examples(folder: Path, split: Split, count: int, seed: int, word: str 
     """Writes pictures of a split with full captions, in which the concept goes by another word.
 
     Args:
-        folder: See `write_pictures`.
+        folder: See `write_images`.
         split: Which scenes; `concept` for those that the base has never seen.
         count: How many.
         seed: Other seeds give other scenes.
@@ -78,4 +78,4 @@ def write_examples(folder: Path, split: Split, count: int, seed: int, word: str 
         raise SettingsError(f"{count} pictures cannot be drawn", allowed="1 or more")
     drawn = scenes(seed, count, split)
     captions = [full_caption(scene, word=word if scene.shape == CONCEPT else None) for scene in drawn]
-    return write_pictures(folder, drawn, captions)
+    return write_images(folder, drawn, captions)

@@ -132,8 +132,8 @@ def scenes(seed: int, n: int, split: Split = "train") -> list[Scene]:
     rng.random(n)
     seeds = rng.integers(0, 2**31, n)
     return [
-        Scene(shape, colour, background, str(texture), str(position), int(picture_seed))
-        for (shape, colour, background), texture, position, picture_seed in zip(
+        Scene(shape, colour, background, str(texture), str(position), int(image_seed))
+        for (shape, colour, background), texture, position, image_seed in zip(
             (pool[i] for i in which), textures, positions, seeds, strict=True
         )
     ]

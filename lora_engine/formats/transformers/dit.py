@@ -1,4 +1,4 @@
-"""Diffusion transformers (`Dit`): how the modules of their original code are called in diffusers, and back.
+"""Diffusion transformers (`TransformerNames`): how the modules of their original code are called in diffusers, and back.
 
 One literal table a family, in a file of its own; here is how names are looked up in it and how fused layers are taken
 apart. Prefixes and factor names are the formats' affair.
@@ -154,14 +154,14 @@ def _place(block: Blocks, name: str, parts: Sequence[str], number: int) -> Place
 
 
 @dataclass(frozen=True)
-class Dit:
+class TransformerNames:
     """What the formats have to know of one family of diffusion transformers.
 
     Attributes:
         name: Of the family.
         title: For people.
         names: Of the transformer's modules.
-        mark: Pattern of flattened names that only this family has among those of `dits`.
+        mark: Pattern of flattened names that only this family has among those of `transformer_names`.
         widths: Of the published models; they tell a family where the names do not.
         rows: From the path of a fused layer, its parts and its columns to the rows of each part.
         swapped: Whether the path's halves of rows change places, by the original path and the weight's shape.
@@ -270,7 +270,7 @@ class Dit:
         return usual
 
 
-dits: Registry[Dit] = Registry("family of diffusion transformers")
+transformer_names: Registry[TransformerNames] = Registry("family of diffusion transformers")
 
 CLIP = NameTable(
     blocks=(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_engine.formats.transformers.dit import Blocks, Dit, NameTable, dits
+from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames, transformer_names
 from lora_engine.formats.transformers.fused import Rows
 
 _DOUBLE = {
@@ -54,7 +54,7 @@ def _swapped(original: str, shape: tuple[int, int]) -> bool:
     return original == "final_layer.adaLN_modulation.1"
 
 
-FLUX = Dit(
+FLUX = TransformerNames(
     name="flux",
     title="FLUX.1",
     names=NameTable(
@@ -72,4 +72,4 @@ FLUX = Dit(
     version="flux1",
     architecture="flux-1-dev/lora",
 )
-dits.add(FLUX.name, FLUX)
+transformer_names.add(FLUX.name, FLUX)

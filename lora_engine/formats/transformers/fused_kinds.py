@@ -190,7 +190,7 @@ def _ia3_shape(delta: Ia3Delta) -> tuple[int, int] | None:
 def _take_ia3(delta: Ia3Delta, index: Tensor) -> Ia3Delta:
     if delta.axis == "input":
         return delta  # all rows have the inputs in common
-    return replace(delta, scale=delta.scale.flatten()[index].clone()).fitted((len(index), 1))
+    return replace(delta, scale=delta.scale.flatten()[index].clone()).reshaped_for((len(index), 1))
 
 
 def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
@@ -203,7 +203,7 @@ def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
     gains = [
         same.expand(size) if part is None else part.scale.flatten() for part, size in zip(parts, rows, strict=True)
     ]
-    return replace(first, scale=torch.cat(gains)).fitted((sum(rows), 1))
+    return replace(first, scale=torch.cat(gains)).reshaped_for((sum(rows), 1))
 
 
 def _oft_shape(delta: OftDelta) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """How the formats name the modules of diffusion transformers: prefix, separator, original names or diffusers'.
 
-Reading takes every prefix that is seen in files; writing is one `DitWriting` a format. The names themselves are in the
+Reading takes every prefix that is seen in files; writing is one `ExportNaming` a format. The names themselves are in the
 families' tables (`dit`, `flux`, `sd3`).
 """
 
@@ -12,8 +12,15 @@ from dataclasses import dataclass, replace
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.spelling import DIFFUSERS, Style
-from lora_engine.formats.transformers.dit import TEXT_NAMES, TRANSFORMER, Dit, Place, Shapes, dits
+from lora_engine.formats.key_layout import DIFFUSERS, KeyLayout
+from lora_engine.formats.transformers.dit import (
+    TEXT_NAMES,
+    TRANSFORMER,
+    Place,
+    Shapes,
+    TransformerNames,
+    transformer_names,
+)
 from lora_engine.formats.transformers.fused import delta_shape
 from lora_engine.formats.transformers.unsupported import flattened, is_qwen_attention, unsupported, unsupported_family
 from lora_engine.formats.validate import is_finite
@@ -73,7 +80,7 @@ def dit_family(names: Mapping[str, Delta] | Collection[str]) -> str:
     if stranger:
         return stranger
     plain = {flattened(name): name for name in names}
-    for dit in dits.values():
+    for dit in transformer_names.values():
         if any(re.fullmatch(dit.mark, name) for name in plain):
             return dit.name
     for component, family in _T5.items():
@@ -82,10 +89,10 @@ def dit_family(names: Mapping[str, Delta] | Collection[str]) -> str:
     width = _attention_width(plain, names) if isinstance(names, Mapping) else None
     if is_qwen_attention(names, width):
         return "qwen_image"
-    return next((dit.name for dit in dits.values() if width in dit.widths), "")
+    return next((dit.name for dit in transformer_names.values() if width in dit.widths), "")
 
 
-def told_family(header: Mapping[str, str]) -> str:
+def family_from_header(header: Mapping[str, str]) -> str:
     """The family of transformers that a file's header names, in kohya's or ModelSpec's words; empty for none."""
     said = [header[key] for key in ("ss_base_model_version", "modelspec.architecture") if key in header]
     return next((family for family, form in _HEADER.items() if any(form.fullmatch(text) for text in said)), "")
@@ -101,7 +108,7 @@ def refuse_unsupported(family: str, source: str) -> None:
         raise AdapterError(
             f"the adapter is for {unsupported[family].title} ({family}), a base family that is not supported",
             where=source,
-            allowed=f"adapters for Stable Diffusion 1, 2, XL, {', '.join(dit.title for dit in dits.values())}",
+            allowed=f"adapters for Stable Diffusion 1, 2, XL, {', '.join(dit.title for dit in transformer_names.values())}",
             remedy="use it with the program that it was made for; `loraline inspect` shows what it holds",
         )
 
@@ -116,7 +123,7 @@ class Found:
         component: Whose path that is.
     """
 
-    dit: Dit
+    dit: TransformerNames
     place: Place
     component: str
 
@@ -135,20 +142,20 @@ def find_modules(raw: Collection[str], family: str) -> dict[str, Found]:
         raw: The file's names of modules.
         family: Of the base, as far as it is told; double blocks in diffusers' names are the same in all families.
     """
-    if family in dits:
-        candidates = [dits[family]]
+    if family in transformer_names:
+        candidates = [transformer_names[family]]
     elif any(flattened(name).startswith("transformer_blocks_") for name in raw):
-        candidates = list(dits.values())
+        candidates = list(transformer_names.values())
     else:
         return {}
     return {name: found for name in raw for found in [_find_in(name, candidates)] if found is not None}
 
 
-def _find_in(raw: str, candidates: Collection[Dit]) -> Found | None:
+def _find_in(raw: str, candidates: Collection[TransformerNames]) -> Found | None:
     return next(filter(None, (_find(raw, dit) for dit in candidates)), None)
 
 
-def _find(raw: str, dit: Dit) -> Found | None:
+def _find(raw: str, dit: TransformerNames) -> Found | None:
     numbered, named = _NUMBERED.fullmatch(raw), _NAMED.fullmatch(raw)
     if numbered:
         return _find_text(dit, numbered[2], "_", int(numbered[1] or 1))
@@ -166,7 +173,7 @@ def _find(raw: str, dit: Dit) -> Found | None:
     return None if place is None else Found(dit, place, TRANSFORMER)
 
 
-def _find_text(dit: Dit, path: str, separator: str, number: int, role: str = "") -> Found | None:
+def _find_text(dit: TransformerNames, path: str, separator: str, number: int, role: str = "") -> Found | None:
     # Programs disagree on T5's number (2 or 3), so T5 is told by its names.
     for position, (component, here) in enumerate(dit.text.items(), 1):
         if here == role or (not role and (position == number or here == "t5xxl")):
@@ -183,7 +190,7 @@ def _attention_width(plain: Mapping[str, str], deltas: Mapping[str, Delta]) -> i
 
 
 @dataclass(frozen=True)
-class DitWriting:
+class ExportNaming:
     """How a format names the modules of transformers and of their text encoders.
 
     Attributes:
@@ -198,12 +205,12 @@ class DitWriting:
     prefixes: Mapping[str, str]
     original: bool = True
     separator: str = "_"
-    style: Style | None = None
+    style: KeyLayout | None = None
     folded: bool = False
 
-    def suits(self, adapter: Adapter) -> bool:
+    def applies_to(self, adapter: Adapter) -> bool:
         """Whether an adapter is for a transformer."""
-        return adapter.base in dits or any(name.startswith(f"{TRANSFORMER}.") for name in adapter.modules)
+        return adapter.base in transformer_names or any(name.startswith(f"{TRANSFORMER}.") for name in adapter.modules)
 
     def raw_modules(self, adapter: Adapter) -> list[tuple[str, Delta]]:
         """The file's names and deltas.
@@ -224,7 +231,7 @@ class DitWriting:
             named += [(prefix + path.replace(".", self.separator), delta) for path, delta in deltas.items()]
         return named
 
-    def _prefix(self, component: str, dit: Dit | None) -> str:
+    def _prefix(self, component: str, dit: TransformerNames | None) -> str:
         role = TRANSFORMER if component == TRANSFORMER else (dit.text.get(component, "") if dit else "")
         if role not in self.prefixes:
             raise AdapterError(
@@ -236,14 +243,14 @@ class DitWriting:
         place = 1 + list(dit.text).index(component) if dit and component != TRANSFORMER else 0
         return self.prefixes[role].format(place=place, component=component)
 
-    def _dit(self, adapter: Adapter) -> Dit:
+    def _dit(self, adapter: Adapter) -> TransformerNames:
         family = adapter.base or dit_family(adapter.modules)
-        if family in dits:
-            return dits[family]
+        if family in transformer_names:
+            return transformer_names[family]
         raise AdapterError(
             f"nothing tells which family the adapter is for{f' (it says {family!r})' if family else ''}",
             where=next(iter(adapter.modules), ""),
-            allowed=", ".join(dits),
+            allowed=", ".join(transformer_names),
             remedy="name the base that the adapter was made for",
         )
 
@@ -271,19 +278,21 @@ def folded_lora(name: str, delta: LoraDelta) -> LoraDelta:
     return replace(delta, up=up, alpha=float(delta.rank))
 
 
-KOHYA_DIT = DitWriting({TRANSFORMER: "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5xxl": "lora_te3_"})
-ONETRAINER_DIT = DitWriting(
+KOHYA_DIT = ExportNaming(
+    {TRANSFORMER: "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5xxl": "lora_te3_"}
+)
+ONETRAINER_DIT = ExportNaming(
     {TRANSFORMER: "lora_transformer_", **dict.fromkeys(TEXT_NAMES, "lora_te{place}_")}, original=False
 )
-AITOOLKIT_DIT = DitWriting(
+AITOOLKIT_DIT = ExportNaming(
     {TRANSFORMER: "transformer.", **dict.fromkeys(TEXT_NAMES, "{component}.")},
     original=False,
     separator=".",
     style=DIFFUSERS.limited("ai-toolkit", ("lora",)),
     folded=True,
 )
-LYCORIS_DIT = DitWriting({TRANSFORMER: "lycoris_", **dict.fromkeys(TEXT_NAMES, "lora_te{place}_")}, original=False)
-COMFYUI_DIT = DitWriting(
+LYCORIS_DIT = ExportNaming({TRANSFORMER: "lycoris_", **dict.fromkeys(TEXT_NAMES, "lora_te{place}_")}, original=False)
+COMFYUI_DIT = ExportNaming(
     {TRANSFORMER: "diffusion_model.", **{role: f"text_encoders.{role}.transformer." for role in TEXT_NAMES}},
     separator=".",
 )

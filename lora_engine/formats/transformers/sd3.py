@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_engine.formats.transformers.dit import Blocks, Dit, NameTable, dits
+from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames, transformer_names
 from lora_engine.formats.transformers.fused import Rows
 
 _JOINT = {
@@ -57,7 +57,7 @@ def _swapped(original: str, shape: tuple[int, int]) -> bool:
     return ends or original == "final_layer.adaLN_modulation.1"
 
 
-SD3 = Dit(
+SD3 = TransformerNames(
     name="sd3",
     title="Stable Diffusion 3",
     names=NameTable((Blocks("joint_blocks", "transformer_blocks", _JOINT),), _OUTSIDE),
@@ -69,4 +69,4 @@ SD3 = Dit(
     version="sd3",
     architecture="stable-diffusion-3/lora",
 )
-dits.add(SD3.name, SD3)
+transformer_names.add(SD3.name, SD3)

@@ -6,9 +6,9 @@ Every module of this package is found by itself: a method is added by a file tha
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lora_engine.training.methods.bench import Dressing, Method, Workbench, methods, predict
+from lora_engine.training.methods.context import BatchTransform, Method, MethodContext, methods, predict
 
 for _module in sorted(found.name for found in iter_modules(__path__)):
     import_module(f"{__name__}.{_module}")
 
-__all__ = ["Dressing", "Method", "Workbench", "methods", "predict"]
+__all__ = ["BatchTransform", "Method", "MethodContext", "methods", "predict"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lora_engine.training.methods.bench import Method, Workbench, methods
+from lora_engine.training.methods.context import Method, MethodContext, methods
 from lora_engine.training.methods.denoising import denoising_phase
 from lora_engine.training.phases import Phase
 
 
-def _phases(bench: Workbench) -> list[Phase]:
-    return [denoising_phase(bench, "dreambooth")]
+def _phases(context: MethodContext) -> list[Phase]:
+    return [denoising_phase(context, "dreambooth")]
 
 
 methods.add("dreambooth", Method(_phases))

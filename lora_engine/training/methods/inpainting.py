@@ -12,7 +12,7 @@ from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Example
 from lora_engine.training.masks import mask_weights, random_mask, with_weights
-from lora_engine.training.methods.bench import Dressing, Method, Workbench, methods
+from lora_engine.training.methods.context import BatchTransform, Method, MethodContext, methods
 from lora_engine.training.methods.denoising import denoising_phase
 from lora_engine.training.phases import Phase
 from lora_engine.training.specs.methods import Inpainting, Mask
@@ -34,7 +34,7 @@ def hide(base: BaseModel, batch: Batch, masks: Tensor) -> Batch:
     return replace(batch, conditioning=batch.conditioning.with_tensors(told))
 
 
-def hiding(base: BaseModel, settings: Inpainting, seed: int) -> Dressing:
+def hiding(base: BaseModel, settings: Inpainting, seed: int) -> BatchTransform:
     """What hides a part of each picture of a batch, and weighs the errors; by the seed and the batch's number."""
 
     def mask_of(example: Example, number: int, place: int) -> Tensor:
@@ -43,7 +43,7 @@ def hiding(base: BaseModel, settings: Inpainting, seed: int) -> Dressing:
         given = example.mask_pixels() if takes_given else None
         return random_mask(example.size, settings, draw) if given is None else (given >= 0.5).float()
 
-    def dress(batch: Batch, number: int) -> Batch:
+    def transform(batch: Batch, number: int) -> Batch:
         masks = torch.stack([mask_of(example, number, place) for place, example in enumerate(batch.examples)])
         size = (batch.latents.shape[-2], batch.latents.shape[-1])
         # A linear blend: 1 under the mask, `surroundings` outside.
@@ -51,14 +51,14 @@ def hiding(base: BaseModel, settings: Inpainting, seed: int) -> Dressing:
         weights = settings.surroundings + (1.0 - settings.surroundings) * inside
         return hide(base, with_weights(batch, weights), masks)
 
-    return dress
+    return transform
 
 
-def _phases(bench: Workbench) -> list[Phase]:
-    method = bench.settings.method
+def _phases(context: MethodContext) -> list[Phase]:
+    method = context.settings.method
     if not isinstance(method, Inpainting):
         raise TypeError("these are the phases of inpainting alone")
-    return [denoising_phase(bench, "inpainting", dressings=[hiding(bench.base, method, bench.settings.seed)])]
+    return [denoising_phase(context, "inpainting", dressings=[hiding(context.base, method, context.settings.seed)])]
 
 
 methods.add("inpainting", Method(_phases))

@@ -122,7 +122,7 @@ class Dreambooth(MethodSpec):
     name: Literal["dreambooth"] = "dreambooth"
 
 
-class Words(_Settings):
+class TokenSettings(_Settings):
     """What is learned as vectors of the text encoders' input (Gal et al. 2022).
 
     Attributes:
@@ -144,7 +144,7 @@ class Words(_Settings):
     norm: _Finite | None = Field(default=None, gt=0.0)
 
 
-class TextualInversion(MethodSpec, Words):
+class TextualInversion(MethodSpec, TokenSettings):
     """Textual inversion: a word is learned and no weight moves; rank, kind, targets and rates mean nothing here."""
 
     takes_prior: ClassVar[bool] = False
@@ -153,7 +153,7 @@ class TextualInversion(MethodSpec, Words):
     preservation: None = None
 
 
-class Pivotal(MethodSpec, Words):
+class Pivotal(MethodSpec, TokenSettings):
     """Pivotal tuning (Roich et al. 2021; lora_pti): a word is learned first, then the adapter and the word together.
 
     Attributes:

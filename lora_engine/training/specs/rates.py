@@ -26,7 +26,7 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class Optimiser(_Part):
+class Optimizer(_Part):
     """An optimiser and its options, which go to its builder as they are.
 
     Attributes:
@@ -44,7 +44,7 @@ class Optimiser(_Part):
         return self.model_dump(exclude={"name"})
 
 
-class AdamW(Optimiser):
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019), in one kernel for all tensors.
 
     Attributes:
@@ -57,7 +57,7 @@ class AdamW(Optimiser):
     eps: _Small = 1e-8
 
 
-class AdamW8bit(Optimiser):
+class AdamW8bit(Optimizer):
     """The same with its state in 8 bits (Dettmers et al. 2022): a quarter of the memory; factors below 4096 stay whole.
 
     Attributes:
@@ -70,7 +70,7 @@ class AdamW8bit(Optimiser):
     eps: _Small = 1e-8
 
 
-class Lion(Optimiser):
+class Lion(Optimizer):
     """Lion (Chen et al. 2023): the sign of a mean; wants a third to a tenth of AdamW's rate, and half of its state.
 
     Attributes:
@@ -81,7 +81,7 @@ class Lion(Optimiser):
     betas: tuple[_Share, _Share] = (0.9, 0.99)
 
 
-class Adafactor(Optimiser):
+class Adafactor(Optimizer):
     """Adafactor (Shazeer & Stern 2018) with the rate that is set: rows and columns of squares instead of all of them.
 
     Attributes:
@@ -94,7 +94,7 @@ class Adafactor(Optimiser):
     decay: Annotated[float, Field(allow_inf_nan=False, ge=-1.0, lt=0.0)] = -0.8
 
 
-class Prodigy(Optimiser):
+class Prodigy(Optimizer):
     """Prodigy (Mishchenko & Defazio 2023): finds the rate itself; `learning_rate` is a factor on it, 1 to begin with.
 
     Attributes:
@@ -114,7 +114,7 @@ class Prodigy(Optimiser):
     safeguard_warmup: bool = False
 
 
-class DAdaptation(Optimiser):
+class DAdaptation(Optimizer):
     """Adam with D-Adaptation (Defazio & Mishchenko 2023): finds the rate itself, more carefully than Prodigy.
 
     Attributes:
@@ -132,7 +132,7 @@ class DAdaptation(Optimiser):
     bias_correction: bool = False
 
 
-class ScheduleFree(Optimiser):
+class ScheduleFree(Optimizer):
     """Schedule-free AdamW (Defazio et al. 2024): a mean of the weights in place of a falling rate.
 
     What is validated, drawn and written is the mean.
@@ -148,7 +148,7 @@ class ScheduleFree(Optimiser):
     eps: _Small = 1e-8
 
 
-AnyOptimiser = Annotated[
+AnyOptimizer = Annotated[
     AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree,
     Field(discriminator="name"),
     BeforeValidator(_named),
@@ -184,7 +184,7 @@ class Rates(_Part):
         ema: A running mean of the factors; None has none.
     """
 
-    optimiser: AnyOptimiser = AdamW()
+    optimiser: AnyOptimizer = AdamW()
     text: _Rate | None = None
     layers: dict[str, _Rate] = {}
     up_ratio: _Finite = Field(default=1.0, ge=1.0, le=1000.0)

@@ -1,4 +1,4 @@
-"""Pictures that are drawn while an adapter is trained, to see it grow; they change nothing about it."""
+"""Images that are drawn while an adapter is trained, to see it grow; they change nothing about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Samples(BaseModel):
-    """Pictures at intervals, each prompt with each seed, so that the same picture can be followed through the run.
+    """Images at intervals, each prompt with each seed, so that the same picture can be followed through the run.
 
     Attributes:
         every: Steps of training between them.

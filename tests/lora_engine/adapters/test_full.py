@@ -74,7 +74,7 @@ def test_both_spellings_are_read_for_every_layer(tmp_path):
 
 
 def test_a_1x1_convolutions_difference_fits_a_linear_layer():
-    delta = FullDelta(torch.ones(4, 3, 1, 1)).fitted((4, 3))
+    delta = FullDelta(torch.ones(4, 3, 1, 1)).reshaped_for((4, 3))
     assert delta.diff.shape == (4, 3)
     assert list(FullDelta(torch.ones(4, 3, 1, 1)).faults((4, 3))) == []
 

@@ -97,7 +97,7 @@ def test_structural_faults_of_gains_are_named(case):
 
 
 def test_gains_take_the_shape_that_goes_with_the_weight():
-    assert Ia3Delta(torch.ones(1, 4, 1, 1)).fitted((4, 3)).scale.shape == (4,)
-    assert Ia3Delta(torch.ones(4)).fitted((4, 3, 3, 3)).scale.shape == (1, 4, 1, 1)
-    assert PeftIa3Delta(torch.ones(1, 4, 1, 1)).fitted((4, 3)).scale.shape == (4, 1)
-    assert PeftIa3Delta(torch.ones(1, 3, 1, 1), "input").fitted((4, 3)).scale.shape == (1, 3)
+    assert Ia3Delta(torch.ones(1, 4, 1, 1)).reshaped_for((4, 3)).scale.shape == (4,)
+    assert Ia3Delta(torch.ones(4)).reshaped_for((4, 3, 3, 3)).scale.shape == (1, 4, 1, 1)
+    assert PeftIa3Delta(torch.ones(1, 4, 1, 1)).reshaped_for((4, 3)).scale.shape == (4, 1)
+    assert PeftIa3Delta(torch.ones(1, 3, 1, 1), "input").reshaped_for((4, 3)).scale.shape == (1, 3)

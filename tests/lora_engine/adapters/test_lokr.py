@@ -142,8 +142,8 @@ def test_a_misfit_to_the_weight_is_found(shape):
 def test_a_bad_alpha_is_found_where_it_matters(alpha):
     factors = {name: torch.ones(shape) for name, shape in GOOD.items()}
     assert [fault.factor for fault in LokrDelta.from_factors(factors, alpha).faults()] == ["alpha"]
-    whole = {"left": torch.ones(2, 3), "right": torch.ones(3, 4)}
-    assert list(LokrDelta.from_factors(whole, alpha).faults()) == []
+    fused_forward = {"left": torch.ones(2, 3), "right": torch.ones(3, 4)}
+    assert list(LokrDelta.from_factors(fused_forward, alpha).faults()) == []
 
 
 @pytest.mark.parametrize("layer_name", ["layer norm", "group norm"])
@@ -170,9 +170,9 @@ def test_a_right_factor_with_the_kernel_in_its_columns_is_that_of_the_convolutio
     left = torch.randn(2, 2, generator=draw)
     flat = LokrDelta(1.0, left=left, right=torch.randn(3, 18, generator=draw))
     assert list(flat.faults(shape)) == []
-    fitted = flat.fitted(shape)
-    assert fitted.right.shape == (3, 2, 3, 3)
-    assert torch.equal(fitted.delta_weight(weight), flat.delta_weight(weight))
+    reshaped_for = flat.reshaped_for(shape)
+    assert reshaped_for.right.shape == (3, 2, 3, 3)
+    assert torch.equal(reshaped_for.delta_weight(weight), flat.delta_weight(weight))
     # Cut within a kernel, the columns are no convolution's.
     cut = LokrDelta(1.0, left=torch.randn(2, 9, generator=draw), right=torch.randn(3, 4, generator=draw))
     assert [fault.factor for fault in cut.faults(shape)] == ["right"]

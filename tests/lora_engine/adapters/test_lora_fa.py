@@ -20,11 +20,11 @@ def test_training_moves_up_and_leaves_down(tmp_path):
     trained, fresh = after.modules["unet.0"], adapter.modules["unet.0"]
     assert torch.equal(trained.down, fresh.down)
     assert torch.count_nonzero(trained.up)
-    settled = after.settled()
-    assert type(settled.modules["unet.0"]) is LoraDelta
+    to_export = after.to_export()
+    assert type(to_export.modules["unet.0"]) is LoraDelta
     assert torch.equal(
-        settled.modules["unet.0"].delta_weight(torch.zeros(5, 6)), trained.delta_weight(torch.zeros(5, 6))
+        to_export.modules["unet.0"].delta_weight(torch.zeros(5, 6)), trained.delta_weight(torch.zeros(5, 6))
     )
-    path = write_adapter(tmp_path / "a.safetensors", settled)[0]
+    path = write_adapter(tmp_path / "a.safetensors", to_export)[0]
     assert inspect(path)["kinds"] == {"lora": 1}
-    assert read_adapter(path)[0] == settled
+    assert read_adapter(path)[0] == to_export

@@ -40,11 +40,11 @@ def results(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[st
 
 
 def by_the_long_way(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[str, Tensor]:
-    whole, adapted.whole = adapted.whole, None
+    fused_forward, adapted.fused_forward = adapted.fused_forward, None
     try:
         return results(adapted, x, learns=learns)
     finally:
-        adapted.whole = whole
+        adapted.fused_forward = fused_forward
 
 
 @pytest.mark.parametrize("way", SHAPES)
@@ -168,10 +168,10 @@ MORE: dict[str, Callable[[nn.Linear], object]] = {
 def test_a_layer_that_does_more_than_multiply_is_called(more: str) -> None:
     adapted = wrapped(12, 20, 3)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-    assert adapted.goes_whole(x)
+    assert adapted.can_fuse(x)
     before = results(adapted, x)["out"]
     MORE[more](adapted.base)
-    assert not adapted.goes_whole(x)
+    assert not adapted.can_fuse(x)
     if more in ("a hook", "another forward"):
         torch.testing.assert_close(results(adapted, x)["out"], before + 100, rtol=1e-5, atol=1e-4)
 
@@ -183,8 +183,8 @@ def test_a_layer_that_does_more_than_multiply_is_called(more: str) -> None:
 )
 def test_inputs_that_one_step_cannot_take_go_through_the_layer(x: Tensor) -> None:
     adapted = wrapped(12, 20, 3)
-    assert adapted.goes_whole(torch.ones(3, 12))
-    assert not adapted.goes_whole(x)
+    assert adapted.can_fuse(torch.ones(3, 12))
+    assert not adapted.can_fuse(x)
     if x.dtype == torch.float32:
         out = adapted(x)
         torch.testing.assert_close(out, adapted(x.expand(2, *x.shape).contiguous())[0], rtol=1e-5, atol=1e-4)
@@ -193,14 +193,14 @@ def test_inputs_that_one_step_cannot_take_go_through_the_layer(x: Tensor) -> Non
 def test_under_autocast_the_layer_is_called() -> None:
     adapted = wrapped(12, 20, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not adapted.goes_whole(torch.ones(3, 12))
+        assert not adapted.can_fuse(torch.ones(3, 12))
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_a_base_of_which_one_part_learns_gets_its_gradient(part: str) -> None:
     adapted = wrapped(12, 20, 3)
     getattr(adapted.base, part).requires_grad_(True)
-    assert not adapted.goes_whole(torch.ones(3, 12))
+    assert not adapted.can_fuse(torch.ones(3, 12))
     results(adapted, torch.ones(3, 12))
     assert getattr(adapted.base, part).grad is not None
 

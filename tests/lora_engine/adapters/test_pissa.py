@@ -30,12 +30,12 @@ def test_the_settled_lora_is_the_same_delta_with_the_same_scale():
     layer = nn.Conv2d(4, 6, 3)
     delta = fresh(layer, 2, 5.0)
     moved = delta.with_factors({**delta.factors(), "up": delta.up + 0.1, "down": delta.down * 1.2})
-    settled = moved.settled()
-    assert type(settled) is LoraDelta
-    assert (settled.rank, settled.alpha, settled.scale) == (4, 10.0, 2.5)
+    to_export = moved.to_export()
+    assert type(to_export) is LoraDelta
+    assert (to_export.rank, to_export.alpha, to_export.scale) == (4, 10.0, 2.5)
     weight = layer.weight.detach()
-    torch.testing.assert_close(settled.delta_weight(weight), moved.delta_weight(weight), rtol=1e-5, atol=1e-6)
-    assert torch.count_nonzero(settled.delta_weight(weight))
+    torch.testing.assert_close(to_export.delta_weight(weight), moved.delta_weight(weight), rtol=1e-5, atol=1e-6)
+    assert torch.count_nonzero(to_export.delta_weight(weight))
 
 
 def test_what_it_began_as_is_not_trained():

@@ -238,13 +238,13 @@ def test_without_gradients_in_inference_mode_and_with_dropout_it_is_the_same() -
     x, states = given()
     with apart(net):
         expected = net(x, states)
-        with attachment.dropping(0.5, 3):
+        with attachment.adapter_dropout(0.5, 3):
             dropped = net(x, states)
     with torch.no_grad():
         torch.testing.assert_close(net(x, states), expected, rtol=1e-5, atol=1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(net(x, states), expected, rtol=1e-5, atol=1e-4)
-    with attachment.dropping(0.5, 3):
+    with attachment.adapter_dropout(0.5, 3):
         torch.testing.assert_close(net(x, states), dropped, rtol=1e-5, atol=1e-4)
 
 

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from lora_engine.adapters import LayerSettings, attach, collapse, create_adapter, kinds
 from lora_engine.adapters.adapted import AdaptedLayer, innermost
-from lora_engine.adapters.layer import LayerOp, weight_sketch
+from lora_engine.adapters.layer import LayerOp, meta_weight
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.quantised import Quantisation, QuantisedLinear, check_quantisation
+from lora_engine.bases.quantized import Quantization, QuantizedLinear, check_quantization
 from lora_engine.errors import AdapterError, SettingsError
 
 pytest.importorskip("bitsandbytes")
 
-BITS: tuple[Quantisation, ...] = ("8bit", "4bit")
+BITS: tuple[Quantization, ...] = ("8bit", "4bit")
 # Of the network's output: what rounding to so many bits costs on these layers of random numbers.
 NEAR = {"8bit": 0.02, "4bit": 0.3}
 SHAPES = ["small-sd", "small-flux"]
 CAUTIOUS = {"pissa"}  # it asks for the weight, of which its delta needs the shape alone
-Load = Callable[[str, Quantisation], BaseModel]
+Load = Callable[[str, Quantization], BaseModel]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def asked(base: BaseModel) -> tuple[Tensor, Tensor, Conditioning]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_a_quantised_base_is_near_the_plain_one_and_not_the_same(load: Load, shape: str, bits: Quantisation) -> None:
+def test_a_quantised_base_is_near_the_plain_one_and_not_the_same(load: Load, shape: str, bits: Quantization) -> None:
     plain, base = load(shape, "none"), load(shape, bits)
     assert base.module_names() == plain.module_names()
     expected, found = plain.predict(*asked(plain)), base.predict(*asked(base))
@@ -49,9 +49,9 @@ def test_a_quantised_base_is_near_the_plain_one_and_not_the_same(load: Load, sha
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_linear_layers_of_the_blocks_are_quantised_and_no_others(load: Load, bits: Quantisation) -> None:
+def test_the_linear_layers_of_the_blocks_are_quantised_and_no_others(load: Load, bits: Quantization) -> None:
     base = load("small-flux", bits)
-    held = {name for name in base.module_names() if isinstance(base.get_module(name), QuantisedLinear)}
+    held = {name for name in base.module_names() if isinstance(base.get_module(name), QuantizedLinear)}
     blocks = ("transformer.transformer_blocks.", "transformer.single_transformer_blocks.")
     linear = {name for name in base.module_names() if isinstance(base.get_module(name), nn.Linear)}
     assert held == {name for name in linear if name.startswith(blocks)}
@@ -59,10 +59,10 @@ def test_the_linear_layers_of_the_blocks_are_quantised_and_no_others(load: Load,
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_layer_computes_with_the_weight_that_it_tells(bits: Quantisation) -> None:
+def test_the_layer_computes_with_the_weight_that_it_tells(bits: Quantization) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(64, 48).requires_grad_(False)
-    layer = QuantisedLinear(plain, bits)
+    layer = QuantizedLinear(plain, bits)
     x = torch.randn(3, 5, 64, requires_grad=True)
     out = layer(x)
     torch.testing.assert_close(out, nn.functional.linear(x, layer.weight, layer.bias), rtol=2e-2, atol=2e-2)
@@ -74,7 +74,7 @@ def test_the_layer_computes_with_the_weight_that_it_tells(bits: Quantisation) ->
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_lora_trains_on_a_quantised_base_and_nothing_else_moves(load: Load, bits: Quantisation) -> None:
+def test_a_lora_trains_on_a_quantised_base_and_nothing_else_moves(load: Load, bits: Quantization) -> None:
     base = load("small-sd", bits)
     before = {name: value.clone() for name, value in base.modules["unet"].state_dict().items()}
     given = asked(base)
@@ -101,9 +101,9 @@ def test_a_lora_trains_on_a_quantised_base_and_nothing_else_moves(load: Load, bi
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", sorted(kinds))
-def test_every_kind_means_the_same_over_a_quantised_layer(kind: str, bits: Quantisation) -> None:
+def test_every_kind_means_the_same_over_a_quantised_layer(kind: str, bits: Quantization) -> None:
     torch.manual_seed(1)
-    layer = QuantisedLinear(nn.Linear(32, 32).requires_grad_(False), bits)
+    layer = QuantizedLinear(nn.Linear(32, 32).requires_grad_(False), bits)
     generator = torch.Generator().manual_seed(2)
     delta = LayerSettings(kind, 4).create(layer, generator)
     moved = {
@@ -145,14 +145,14 @@ def test_a_difference_is_not_collapsed_into_a_quantised_weight(load: Load) -> No
 
 def test_a_plain_layer_is_its_own_sketch() -> None:
     layer = nn.Linear(4, 4)
-    assert weight_sketch(innermost(layer)) is layer.weight
+    assert meta_weight(innermost(layer)) is layer.weight
 
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(SettingsError, match="quantised"):
-        check_quantisation("4bit")
-    check_quantisation("none")
+        check_quantization("4bit")
+    check_quantization("none")
 
 
 def test_the_setting_is_refused_before_the_base_is_read(load: Load) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_engine.data.manifest import Manifest, Picture
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import read_adapter
 from lora_engine.training.run import ADAPTER, train
@@ -28,7 +28,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiles = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(number)) * 2 - 1
         write_png(folder / name, tiles.repeat_interleave(4, 1).repeat_interleave(4, 2))
         about: dict[str, Any] = {"width": 16, "height": 16, "caption": "a sks star", "source": f"{number}.png"}
-        pictures.append(Picture(sha256=digest, file=name, split="train", **about))
+        pictures.append(ImageEntry(sha256=digest, file=name, split="train", **about))
     Manifest(pictures=tuple(pictures), trigger="sks", class_word="star").save(folder)
     return folder
 

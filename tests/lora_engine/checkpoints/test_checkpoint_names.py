@@ -15,7 +15,7 @@ from lora_engine.checkpoints.leftovers import UNUSED, reason_unused
 from lora_engine.checkpoints.names import PLACES, TensorName, tensor_shapes
 from lora_engine.checkpoints.original import open_original
 from lora_engine.checkpoints.plan import plan_folder
-from lora_engine.checkpoints.recognise import recognise
+from lora_engine.checkpoints.recognize import recognize
 from lora_engine.errors import SettingsError
 from lora_engine.formats.ldm_names import LAYOUTS, UnetLayout
 
@@ -188,7 +188,7 @@ def test_an_unknown_published_architecture_is_refused_with_the_nearest() -> None
 def test_a_file_of_the_published_shapes_is_recognised_and_planned_whole(name: str, tmp_path: Path) -> None:
     path = sparse_checkpoint(name, tmp_path / "x.safetensors")
     with open_original(path) as original:
-        told = recognise(original.shapes, {}, str(path))
+        told = recognize(original.shapes, {}, str(path))
         assert told.architecture == ("sd2" if name == "sd2-base" else name)
         components = components_of(told, None)
         plans = plan_folder(original, told, components)

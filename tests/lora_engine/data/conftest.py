@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 
-def make_picture(width: int = 40, height: int = 32, seed: int = 0) -> Image.Image:
+def make_image(width: int = 40, height: int = 32, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -21,14 +21,14 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def add_picture(images: Path) -> Callable[..., Path]:
+def add_image(images: Path) -> Callable[..., Path]:
     def add(
         name: str, *, width: int = 40, height: int = 32, seed: int | None = None, caption: str | None = None
     ) -> Path:
         path = images / name
         path.parent.mkdir(parents=True, exist_ok=True)
         chosen = seed if seed is not None else len(list(images.rglob("*")))
-        make_picture(width, height, chosen).save(path)
+        make_image(width, height, chosen).save(path)
         if caption is not None:
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")
         return path

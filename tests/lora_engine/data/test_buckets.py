@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lora_engine.data.buckets import bucket_sizes, choose_bucket
-from lora_engine.data.images import open_picture
+from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.preprocess import preprocess
@@ -91,10 +91,10 @@ def test_the_limit_is_what_holds_a_small_picture_back() -> None:
 
 
 @pytest.mark.parametrize("keep", ["center", "salient"])
-def test_every_picture_gets_the_bucket_of_its_shape(images: Path, tmp_path: Path, add_picture: Add, keep: str) -> None:
+def test_every_picture_gets_the_bucket_of_its_shape(images: Path, tmp_path: Path, add_image: Add, keep: str) -> None:
     shapes = {"wide.png": (80, 40), "tall.png": (30, 66), "square.png": (50, 50)}
     for name, (width, height) in shapes.items():
-        add_picture(name, width=width, height=height)
+        add_image(name, width=width, height=height)
     ingest(images, tmp_path / "one", IngestSettings())
     settings = small(buckets={"step": 8, "keep": keep})
     for out in ("two", "again"):
@@ -102,7 +102,7 @@ def test_every_picture_gets_the_bucket_of_its_shape(images: Path, tmp_path: Path
     sizes = {picture.source: (picture.width, picture.height) for picture in found.pictures}
     assert sizes == {"wide.png": (40, 24), "tall.png": (24, 40), "square.png": (32, 32)}
     for picture in found.pictures:
-        assert open_picture(tmp_path / "two" / picture.file).size == (picture.width, picture.height)
+        assert open_image(tmp_path / "two" / picture.file).size == (picture.width, picture.height)
         assert (tmp_path / "two" / picture.file).read_bytes() == (tmp_path / "again" / picture.file).read_bytes()
 
 
@@ -115,16 +115,16 @@ def test_salient_keeps_of_the_remainder_what_stands_out(images: Path, tmp_path: 
     spread = {}
     for keep in ("center", "salient"):
         made = preprocess(tmp_path / "one", tmp_path / keep, small(buckets={"step": 8, "keep": keep, "max_side": 40}))
-        spread[keep] = np.asarray(open_picture(tmp_path / keep / made.pictures[0].file)).std()
+        spread[keep] = np.asarray(open_image(tmp_path / keep / made.pictures[0].file)).std()
     assert spread["center"] < 2
     assert spread["salient"] > 10
 
 
 def test_a_picture_too_small_for_any_bucket_is_quarantined_with_its_figures(
-    images: Path, tmp_path: Path, add_picture: Add
+    images: Path, tmp_path: Path, add_image: Add
 ) -> None:
-    add_picture("good.png", width=40, height=32)
-    add_picture("tiny.png", width=4, height=3)
+    add_image("good.png", width=40, height=32)
+    add_image("tiny.png", width=4, height=3)
     ingest(images, tmp_path / "one", IngestSettings())
     found = preprocess(tmp_path / "one", tmp_path / "two", small(buckets={"step": 8, "enlarge": 2.0}))
     assert [picture.source for picture in found.pictures] == ["good.png"]

@@ -18,10 +18,10 @@ Run = Callable[..., list[str]]
 
 
 @pytest.fixture
-def run(images: Path, tmp_path: Path, add_picture: Callable[..., Path]) -> Run:
+def run(images: Path, tmp_path: Path, add_image: Callable[..., Path]) -> Run:
     def caption_all(own: list[str | None], **settings: Any) -> list[str]:
         for number, text in enumerate(own):
-            add_picture(f"{number}.png", caption=text)
+            add_image(f"{number}.png", caption=text)
         ingest(images, tmp_path / "in", IngestSettings())
         caption(tmp_path / "in", tmp_path / "out", CaptionSettings(**settings))
         return [picture.caption for picture in Manifest.load(tmp_path / "out").pictures]

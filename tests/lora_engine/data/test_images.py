@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from lora_engine.data.images import encode_png, open_picture, write_picture
+from lora_engine.data.images import encode_png, open_image, write_image
 from lora_engine.errors import DataError
 
 
@@ -34,13 +34,13 @@ def test_a_truncated_jpeg_is_refused_by_name(tmp_path: Path) -> None:
     noise().save(path, quality=95)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"cut\.jpg: is broken .*truncated"):
-        open_picture(path)
+        open_image(path)
 
 
 def test_truncated_pictures_are_not_filled_up(tmp_path: Path) -> None:
     path = tmp_path / "whole.jpg"
     noise().save(path, quality=95)
-    assert open_picture(path).size == (24, 16)
+    assert open_image(path).size == (24, 16)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
@@ -48,20 +48,20 @@ def test_text_under_a_picture_s_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     path.write_text("not a picture")
     with pytest.raises(DataError, match=r"text\.png: is not a picture that can be read\. Allowed: PNG, JPEG, WEBP"):
-        open_picture(path)
+        open_image(path)
 
 
 def test_a_format_outside_the_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "drawing.png"
     noise().save(path, format="GIF")
     with pytest.raises(DataError, match="Allowed: PNG, JPEG, WEBP"):
-        open_picture(path)
+        open_image(path)
 
 
 def test_a_format_of_the_list_is_known_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "really-a-jpeg.PNG"
     noise().save(path, format="JPEG")
-    assert open_picture(path).size == (24, 16)
+    assert open_image(path).size == (24, 16)
 
 
 @pytest.mark.parametrize(("width", "height"), [(9_000, 9_000), (13_000, 13_000), (50_000, 20_000)])
@@ -72,27 +72,27 @@ def test_a_small_file_with_many_pixels_is_refused_before_decoding(tmp_path: Path
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4)
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match="64,000,000"):
-        open_picture(path)
+        open_image(path)
 
 
 def test_the_cap_lets_its_own_size_through(tmp_path: Path) -> None:
     path = bomb(tmp_path / "flat.png", 100, 50)
-    assert open_picture(path, max_pixels=5_000).size == (100, 50)
+    assert open_image(path, max_pixels=5_000).size == (100, 50)
     with pytest.raises(DataError, match="100 x 50 = 5,000 pixels"):
-        open_picture(path, max_pixels=4_999)
+        open_image(path, max_pixels=4_999)
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     path = tmp_path / "deep.png"
     values = np.array([[0, 20_000, 65_535]], dtype=np.uint16)
     Image.fromarray(values).save(path)
-    assert np.asarray(open_picture(path))[0].tolist() == [[0] * 3, [78] * 3, [255] * 3]
+    assert np.asarray(open_image(path))[0].tolist() == [[0] * 3, [78] * 3, [255] * 3]
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     path = tmp_path / "clear.png"
     Image.fromarray(np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], dtype=np.uint8)).save(path)
-    assert np.asarray(open_picture(path))[0].tolist() == [[255, 255, 255], [255, 0, 0]]
+    assert np.asarray(open_image(path))[0].tolist() == [[255, 255, 255], [255, 0, 0]]
 
 
 def test_transparency_of_a_palette_is_laid_over_white(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_transparency_of_a_palette_is_laid_over_white(tmp_path: Path) -> None:
     picture.putpalette([255, 0, 0, 0, 0, 255])
     picture.putpixel((1, 0), 1)
     picture.save(path, transparency=0)
-    assert np.asarray(open_picture(path))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+    assert np.asarray(open_image(path))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
 def test_the_camera_s_orientation_is_applied(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_camera_s_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(path, exif=exif, quality=95)
-    upright = open_picture(path)
+    upright = open_image(path)
     assert upright.size == (16, 24)
     assert np.asarray(upright)[:6].mean() < 20 < 200 < np.asarray(upright)[12:].mean()
 
@@ -122,7 +122,7 @@ def test_an_animation_is_refused(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
     with pytest.raises(DataError, match="is animated"):
-        open_picture(path)
+        open_image(path)
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -132,19 +132,19 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     inside.mkdir()
     (inside / "link.png").symlink_to(outside)
     with pytest.raises(DataError, match=r"link\.png: is a link that leads out of the folder"):
-        open_picture(inside / "link.png")
+        open_image(inside / "link.png")
 
 
 def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
     noise().save(tmp_path / "real.png")
     (tmp_path / "link.png").symlink_to("real.png")
-    assert open_picture(tmp_path / "link.png").size == (24, 16)
+    assert open_image(tmp_path / "link.png").size == (24, 16)
 
 
 def test_a_pipe_does_not_make_the_reader_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=r"pipe\.png: is not a regular file"):
-        open_picture(tmp_path / "pipe.png")
+        open_image(tmp_path / "pipe.png")
 
 
 @pytest.mark.parametrize("name", ["empty.png", "gone.png", "loop.png"])
@@ -152,7 +152,7 @@ def test_an_empty_missing_or_circular_file_is_refused_by_name(tmp_path: Path, na
     (tmp_path / "empty.png").touch()
     (tmp_path / "loop.png").symlink_to("loop.png")
     with pytest.raises(DataError, match=name):
-        open_picture(tmp_path / name)
+        open_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -167,7 +167,7 @@ def test_no_mutated_file_raises_anything_but_a_data_error(tmp_path: Path, kind: 
             content[place] = int(rng.integers(256))
         path.write_bytes(bytes(content))
         try:
-            assert open_picture(path).mode == "RGB"
+            assert open_image(path).mode == "RGB"
         except DataError:
             refused += 1
     assert refused > 75
@@ -178,8 +178,8 @@ def test_written_pictures_carry_no_metadata_and_the_same_bytes_each_time(tmp_pat
     exif[0x010E] = "taken at home"
     exif.get_ifd(0x8825)[1] = "N"
     noise().save(tmp_path / "tagged.jpg", exif=exif, quality=95, comment=b"secret")
-    picture = open_picture(tmp_path / "tagged.jpg")
-    write_picture(tmp_path / "clean.png", picture)
+    picture = open_image(tmp_path / "tagged.jpg")
+    write_image(tmp_path / "clean.png", picture)
     content = (tmp_path / "clean.png").read_bytes()
     assert content == encode_png(picture)
     assert [kind for kind in (b"eXIf", b"tEXt", b"iTXt", b"zTXt", b"tIME", b"iCCP", b"pHYs") if kind in content] == []

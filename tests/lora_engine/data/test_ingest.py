@@ -19,10 +19,10 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_becomes_a_manifest_in_the_order_of_its_names(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    second = add_picture("b.png", caption="a red\nstar ")
-    add_picture("A.JPG")
-    add_picture("sub/c.webp")
+def test_a_folder_becomes_a_manifest_in_the_order_of_its_names(images: Path, tmp_path: Path, add_image: Add) -> None:
+    second = add_image("b.png", caption="a red\nstar ")
+    add_image("A.JPG")
+    add_image("sub/c.webp")
     (images / "readme.md").write_text("passed over")
     (images / ".hidden.png").write_text("passed over")
     manifest = ingest(images, tmp_path / "out", IngestSettings())
@@ -34,10 +34,10 @@ def test_a_folder_becomes_a_manifest_in_the_order_of_its_names(images: Path, tmp
     assert Manifest.load(tmp_path / "out") == manifest
 
 
-def test_one_broken_picture_among_good_ones_is_quarantined(images: Path, tmp_path: Path, add_picture: Add) -> None:
+def test_one_broken_picture_among_good_ones_is_quarantined(images: Path, tmp_path: Path, add_image: Add) -> None:
     for number in range(5):
-        add_picture(f"{number}.png")
-    cut = add_picture("cut.png")
+        add_image(f"{number}.png")
+    cut = add_image("cut.png")
     cut.write_bytes(cut.read_bytes()[:200])
     manifest = ingest(images, tmp_path / "out", IngestSettings())
     assert len(manifest.pictures) == 5
@@ -45,9 +45,9 @@ def test_one_broken_picture_among_good_ones_is_quarantined(images: Path, tmp_pat
     assert manifest.quarantined[0].reason.startswith("is broken")
 
 
-def test_everything_in_the_folder_is_used_or_quarantined(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    good = add_picture("good.png")
-    add_picture("tall.png", height=64)
+def test_everything_in_the_folder_is_used_or_quarantined(images: Path, tmp_path: Path, add_image: Add) -> None:
+    good = add_image("good.png")
+    add_image("tall.png", height=64)
     (images / "copy.png").write_bytes(good.read_bytes())
     (images / "text.png").write_text("no")
     (images / "paper.pdf").write_bytes(b"%PDF-1.4")
@@ -68,9 +68,9 @@ def test_everything_in_the_folder_is_used_or_quarantined(images: Path, tmp_path:
     assert all(text.isprintable() for item in manifest.quarantined for text in (item.source, item.reason))
 
 
-def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_picture: Add) -> None:
+def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_image: Add) -> None:
     for number in range(4):
-        add_picture(f"{number}.png", caption=f"picture {number}")
+        add_image(f"{number}.png", caption=f"picture {number}")
     for out in ("one", "two"):
         ingest(images, tmp_path / out, IngestSettings(heldout=0.5))
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
@@ -81,17 +81,17 @@ def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_
     ("count", "fraction", "held"), [(10, 0.0, 0), (10, 0.3, 3), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)]
 )
 def test_the_held_out_share_leaves_something_on_both_sides(
-    images: Path, tmp_path: Path, add_picture: Add, *, count: int, fraction: float, held: int
+    images: Path, tmp_path: Path, add_image: Add, *, count: int, fraction: float, held: int
 ) -> None:
     for number in range(count):
-        add_picture(f"{number}.png")
+        add_image(f"{number}.png")
     manifest = ingest(images, tmp_path / "out", IngestSettings(heldout=fraction))
     assert len(manifest.of_split("heldout")) == held
     assert len(manifest.of_split("train")) == count - held
 
 
-def test_the_held_out_pictures_do_not_depend_on_names(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    paths = [add_picture(f"{number}.png") for number in range(6)]
+def test_the_held_out_pictures_do_not_depend_on_names(images: Path, tmp_path: Path, add_image: Add) -> None:
+    paths = [add_image(f"{number}.png") for number in range(6)]
     before = ingest(images, tmp_path / "before", IngestSettings(heldout=0.5))
     for path in paths:
         path.rename(path.with_name(f"z{9 - int(path.stem)}.png"))
@@ -122,35 +122,35 @@ def test_an_empty_and_a_missing_folder_are_refused_with_their_path(images: Path,
     [(b"\xff\xfe\x00bad", "not UTF-8"), (b"x" * 2_001, "too long"), (b" " * 70_000, "too long")],
 )
 def test_a_caption_that_cannot_be_used_quarantines_its_picture(
-    images: Path, tmp_path: Path, add_picture: Add, *, caption: bytes, reason: str
+    images: Path, tmp_path: Path, add_image: Add, *, caption: bytes, reason: str
 ) -> None:
-    add_picture("good.png", caption="fine")
-    add_picture("odd.png").with_suffix(".txt").write_bytes(caption)
+    add_image("good.png", caption="fine")
+    add_image("odd.png").with_suffix(".txt").write_bytes(caption)
     manifest = ingest(images, tmp_path / "out", IngestSettings())
     assert [picture.source for picture in manifest.pictures] == ["good.png"]
     assert reason in manifest.quarantined[0].reason
 
 
-def test_a_caption_loses_control_and_direction_characters(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    add_picture("a.png", caption="\ufeffa \x1b[31mred\x00 \u202estar\t on\r\nblue\u2028 <lora:x:1>")
+def test_a_caption_loses_control_and_direction_characters(images: Path, tmp_path: Path, add_image: Add) -> None:
+    add_image("a.png", caption="\ufeffa \x1b[31mred\x00 \u202estar\t on\r\nblue\u2028 <lora:x:1>")
     manifest = ingest(images, tmp_path / "out", IngestSettings())
     assert manifest.pictures[0].caption == "a [31mred star on blue <lora:x:1>"
 
 
-def test_a_caption_that_links_out_of_the_folder_is_not_read(images: Path, tmp_path: Path, add_picture: Add) -> None:
+def test_a_caption_that_links_out_of_the_folder_is_not_read(images: Path, tmp_path: Path, add_image: Add) -> None:
     (tmp_path / "secret.txt").write_text("secret")
-    add_picture("a.png").with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
-    add_picture("b.png")
+    add_image("a.png").with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
+    add_image("b.png")
     manifest = ingest(images, tmp_path / "out", IngestSettings())
     assert manifest.quarantined[0].source == "a.png"
     assert b"secret" not in (tmp_path / "out" / "manifest.json").read_bytes()
 
 
 def test_consent_is_tied_to_its_picture(
-    images: Path, tmp_path: Path, add_picture: Add, caplog: pytest.LogCaptureFixture
+    images: Path, tmp_path: Path, add_image: Add, caplog: pytest.LogCaptureFixture
 ) -> None:
-    add_picture("a.png")
-    add_picture("sub/b.png")
+    add_image("a.png")
+    add_image("sub/b.png")
     table = tmp_path / "consent.csv"
     table.write_text("file,consent,note\nsub/b.png,C-17,ok\ngone.png,C-18,\n")
     manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=table)
@@ -168,9 +168,9 @@ def test_consent_is_tied_to_its_picture(
     ],
 )
 def test_a_consent_file_that_is_not_valid_stops_the_run(
-    images: Path, tmp_path: Path, add_picture: Add, *, content: bytes, named: str
+    images: Path, tmp_path: Path, add_image: Add, *, content: bytes, named: str
 ) -> None:
-    add_picture("a.png")
+    add_image("a.png")
     table = tmp_path / "consent.csv"
     table.write_bytes(content)
     with pytest.raises(DataError, match=named):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_engine.data.manifest import Manifest, Picture
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.errors import DataError
 
 
@@ -25,7 +25,7 @@ def write(folder: Path, content: Any) -> Path:
 def test_a_saved_manifest_loads_equal_and_saves_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / f"{'a' * 16}.png").touch()
-    manifest = Manifest(pictures=(Picture(**entry(caption="ein Stern, grün")),), trigger="sks")
+    manifest = Manifest(pictures=(ImageEntry(**entry(caption="ein Stern, grün")),), trigger="sks")
     manifest.save(tmp_path)
     content = (tmp_path / "manifest.json").read_bytes()
     again = Manifest.load(tmp_path)

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lora_engine.data.caption import caption
-from lora_engine.data.images import open_picture
+from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.pixels import read_mask
@@ -31,16 +31,16 @@ def add_mask(path: Path, width: int = 40, height: int = 32, left: int = 10) -> P
 
 
 @pytest.mark.parametrize("place", ["a.mask.png", "masks/a.png", "masks/a.webp", "a.MASK.PNG"])
-def test_a_mask_beside_a_picture_goes_with_it(images: Path, tmp_path: Path, add_picture: Add, place: str) -> None:
-    add_picture("a.jpg")
-    add_picture("b.png")
+def test_a_mask_beside_a_picture_goes_with_it(images: Path, tmp_path: Path, add_image: Add, place: str) -> None:
+    add_image("a.jpg")
+    add_image("b.png")
     add_mask(images / place)
     found = ingest(images, tmp_path / "out", IngestSettings())
     first, second = found.pictures
     assert first.mask == f"masks/{first.sha256[:16]}.png"
     assert second.mask is None
     assert found.quarantined == ()
-    mask = open_picture(tmp_path / "out" / first.mask)
+    mask = open_image(tmp_path / "out" / first.mask)
     assert mask.size == (40, 32)
     values = read_mask(tmp_path / "out" / first.mask)
     assert values.shape == (1, 32, 40)
@@ -50,9 +50,9 @@ def test_a_mask_beside_a_picture_goes_with_it(images: Path, tmp_path: Path, add_
         assert torch.equal(values[0, 0], (torch.arange(40) >= 10).float())
 
 
-def test_masks_of_a_subfolder_belong_to_that_subfolder(images: Path, tmp_path: Path, add_picture: Add) -> None:
+def test_masks_of_a_subfolder_belong_to_that_subfolder(images: Path, tmp_path: Path, add_image: Add) -> None:
     for folder in ("one", "two"):
-        add_picture(f"{folder}/a.png")
+        add_image(f"{folder}/a.png")
     add_mask(images / "one" / "masks" / "a.png")
     found = ingest(images, tmp_path / "out", IngestSettings())
     assert [picture.mask is not None for picture in found.pictures] == [True, False]
@@ -68,10 +68,10 @@ def test_masks_of_a_subfolder_belong_to_that_subfolder(images: Path, tmp_path: P
     ],
 )
 def test_a_picture_whose_mask_cannot_be_used_is_quarantined(
-    images: Path, tmp_path: Path, add_picture: Add, break_mask: Callable[[Path], Any], reason: str
+    images: Path, tmp_path: Path, add_image: Add, break_mask: Callable[[Path], Any], reason: str
 ) -> None:
-    add_picture("a.png")
-    add_picture("b.png")
+    add_image("a.png")
+    add_image("b.png")
     break_mask(add_mask(images / "a.mask.png"))
     found = ingest(images, tmp_path / "out", IngestSettings())
     assert [picture.source for picture in found.pictures] == ["b.png"]
@@ -81,8 +81,8 @@ def test_a_picture_whose_mask_cannot_be_used_is_quarantined(
     assert not (tmp_path / "out" / "masks").exists()
 
 
-def test_a_mask_without_a_picture_is_never_trained_on(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    add_picture("a.png")
+def test_a_mask_without_a_picture_is_never_trained_on(images: Path, tmp_path: Path, add_image: Add) -> None:
+    add_image("a.png")
     add_mask(images / "masks" / "b.png")
     found = ingest(images, tmp_path / "out", IngestSettings())
     assert [picture.source for picture in found.pictures] == ["a.png"]
@@ -94,7 +94,7 @@ def test_a_mask_without_a_picture_is_never_trained_on(images: Path, tmp_path: Pa
 def test_a_mask_is_cropped_and_resized_as_its_picture(
     images: Path, tmp_path: Path, crop: str, width: int, height: int
 ) -> None:
-    # Picture and mask show the same white box; wherever the crop falls, they must still agree.
+    # Image and mask show the same white box; wherever the crop falls, they must still agree.
     values = np.zeros((height, width), dtype=np.uint8)
     values[height // 4 : height // 2, width // 2 :] = 255
     Image.fromarray(values).convert("RGB").save(images / "a.png")
@@ -104,8 +104,8 @@ def test_a_mask_is_cropped_and_resized_as_its_picture(
     settings = PreprocessSettings.model_validate({"resolution": 32, "crop": crop, "buckets": buckets})
     (picture,) = preprocess(tmp_path / "one", tmp_path / "two", settings).pictures
     assert picture.mask is not None
-    pixels = np.asarray(open_picture(tmp_path / "two" / picture.file).convert("L"), dtype=int)
-    mask = np.asarray(open_picture(tmp_path / "two" / picture.mask).convert("L"), dtype=int)
+    pixels = np.asarray(open_image(tmp_path / "two" / picture.file).convert("L"), dtype=int)
+    mask = np.asarray(open_image(tmp_path / "two" / picture.mask).convert("L"), dtype=int)
     assert pixels.shape == mask.shape == (picture.height, picture.width)
     assert (pixels > 128).any()
     # The filters differ at the edges of the box, by less than a pixel's worth.
@@ -114,8 +114,8 @@ def test_a_mask_is_cropped_and_resized_as_its_picture(
     assert ((pixels > 128) == (shifted > 128)).mean() < 0.95
 
 
-def test_caption_carries_masks_and_repeats_on(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    add_picture("a.png", caption="a star")
+def test_caption_carries_masks_and_repeats_on(images: Path, tmp_path: Path, add_image: Add) -> None:
+    add_image("a.png", caption="a star")
     add_mask(images / "a.mask.png")
     ingest(images, tmp_path / "one", IngestSettings(repeats={"*": 3}))
     (picture,) = caption(tmp_path / "one", tmp_path / "two", CaptionSettings()).pictures
@@ -127,9 +127,9 @@ def test_caption_carries_masks_and_repeats_on(images: Path, tmp_path: Path, add_
         Manifest.load(tmp_path / "two")
 
 
-def test_folders_say_how_often_their_pictures_come_up(images: Path, tmp_path: Path, add_picture: Add) -> None:
+def test_folders_say_how_often_their_pictures_come_up(images: Path, tmp_path: Path, add_image: Add) -> None:
     for name in ("plain.png", "10_face/a.png", "10_face/3_close/b.png", "10_face/rest/c.png", "x10_y/d.png"):
-        add_picture(name)
+        add_image(name)
     found = ingest(images, tmp_path / "out", IngestSettings(repeats="folders"))
     repeats = {picture.source: picture.repeats for picture in found.pictures}
     assert repeats == {
@@ -143,19 +143,19 @@ def test_folders_say_how_often_their_pictures_come_up(images: Path, tmp_path: Pa
     assert {picture.repeats for picture in untold.pictures} == {1}
 
 
-def test_a_folder_with_no_sensible_number_is_left_out_and_said(images: Path, tmp_path: Path, add_picture: Add) -> None:
-    add_picture("a.png")
-    add_picture("0_none/b.png")
+def test_a_folder_with_no_sensible_number_is_left_out_and_said(images: Path, tmp_path: Path, add_image: Add) -> None:
+    add_image("a.png")
+    add_image("0_none/b.png")
     found = ingest(images, tmp_path / "out", IngestSettings(repeats="folders"))
     assert [item.source for item in found.quarantined] == ["0_none/b.png"]
     assert "asks for 0 repeats" in found.quarantined[0].reason
 
 
 def test_patterns_say_how_often_pictures_come_up_and_the_last_counts(
-    images: Path, tmp_path: Path, add_picture: Add
+    images: Path, tmp_path: Path, add_image: Add
 ) -> None:
     for name in ("a.png", "b.png", "sub/c.png"):
-        add_picture(name)
+        add_image(name)
     settings = IngestSettings(repeats={"*.png": 2, "sub/*": 5, "b.png": 4})
     found = ingest(images, tmp_path / "out", settings)
     assert {picture.source: picture.repeats for picture in found.pictures} == {"a.png": 2, "b.png": 4, "sub/c.png": 5}

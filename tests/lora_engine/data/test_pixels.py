@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_engine.data.pixels import read_pixels, to_picture, write_png
+from lora_engine.data.pixels import read_pixels, to_image, write_png
 from lora_engine.errors import DataError
 
 
@@ -25,9 +25,9 @@ def test_values_beyond_the_range_are_clipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(DataError, match="NaN or Inf"):
-        to_picture(torch.full((3, 2, 2), value))
+        to_image(torch.full((3, 2, 2), value))
 
 
 def test_another_shape_is_refused() -> None:
     with pytest.raises(DataError, match=r"\(1, 3, 2, 2\)"):
-        to_picture(torch.zeros(1, 3, 2, 2))
+        to_image(torch.zeros(1, 3, 2, 2))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from lora_engine.data.images import open_picture
+from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.preprocess import CROPS, preprocess, to_square
@@ -46,9 +46,9 @@ def test_a_picture_of_the_wanted_size_is_left_as_it_is() -> None:
 
 
 def test_preprocess_keeps_names_captions_and_quarantine(
-    images: Path, tmp_path: Path, add_picture: Callable[..., Path]
+    images: Path, tmp_path: Path, add_image: Callable[..., Path]
 ) -> None:
-    add_picture("a.png", width=50, height=90, caption="a star")
+    add_image("a.png", width=50, height=90, caption="a star")
     (images / "b.png").write_text("no")
     before = ingest(images, tmp_path / "one", IngestSettings())
     after = preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=24, crop="salient"))
@@ -60,7 +60,7 @@ def test_preprocess_keeps_names_captions_and_quarantine(
         before.pictures[0].sha256,
         "a star",
     )
-    assert (picture.width, picture.height) == open_picture(tmp_path / "two" / picture.file).size == (24, 24)
+    assert (picture.width, picture.height) == open_image(tmp_path / "two" / picture.file).size == (24, 24)
 
 
 @pytest.mark.parametrize("resolution", [0, 8, 33, 5000])

@@ -13,7 +13,7 @@ from lora_engine.adapters import Adapter
 from lora_engine.adapters.attach import create_adapter
 from lora_engine.bases.base import load_base
 from lora_engine.bases.untrained import spelling_tokenizer, write_untrained_base
-from lora_engine.data.manifest import Manifest, Picture, Quarantined
+from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import write_adapter
 
@@ -56,7 +56,7 @@ def write_dataset(folder: Path, train: int = 3, heldout: int = 2, size: int = 16
         name = f"pictures/{digest[:16]}.png"
         write_png(folder / name, torch.rand(3, size, size, generator=torch.Generator().manual_seed(number)) * 2 - 1)
         text = about.get("caption", "a {number} zorb").format(number=number)
-        picture = Picture(sha256=digest, file=name, width=size, height=size, caption=text, source=f"{number}.png")
+        picture = ImageEntry(sha256=digest, file=name, width=size, height=size, caption=text, source=f"{number}.png")
         pictures.append(picture.model_copy(update={"split": "train" if number < train else "heldout"}))
     left_out = (Quarantined(source="cut.png", reason="is broken"),)
     Manifest(pictures=tuple(pictures), quarantined=left_out, trigger="zorb", class_word="star").save(folder)

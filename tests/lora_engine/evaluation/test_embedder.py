@@ -19,14 +19,14 @@ def test_embeddings_are_those_of_the_model_itself(clip_folder: Path) -> None:
     with torch.inference_mode():
         output = model(**tokens, pixel_values=pixels)
     embedder = load_embedder(clip_folder)
-    torch.testing.assert_close(embedder.embed_pictures(pixels), output.image_embeds)
+    torch.testing.assert_close(embedder.embed_images(pixels), output.image_embeds)
     torch.testing.assert_close(embedder.embed_texts(texts), output.text_embeds)
 
 
 def test_every_embedding_has_length_one_whatever_the_size(clip_folder: Path) -> None:
     embedder = load_embedder(clip_folder)
     for shape in ((1, 3, 16, 16), (2, 3, 40, 24), (40, 3, 8, 8)):
-        vectors = embedder.embed_pictures(torch.rand(shape) * 2 - 1)
+        vectors = embedder.embed_images(torch.rand(shape) * 2 - 1)
         assert vectors.shape == (shape[0], 8)
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(shape[0]))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_engine.data.images import write_picture
+from lora_engine.data.images import write_image
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chart import draw_loss, nice_ticks
@@ -47,7 +47,7 @@ def metric(difference: float, interval: list[float] | None, verdict: str = "bett
 def report(tmp_path: Path) -> dict[str, Any]:
     for index, role in enumerate(("base", "adapter", "reference")):
         noise = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        write_picture(tmp_path / "report" / f"pictures/00-{role}.png", Image.fromarray(noise))
+        write_image(tmp_path / "report" / f"pictures/00-{role}.png", Image.fromarray(noise))
     sample = {role: f"pictures/00-{role}.png" for role in ("base", "adapter", "reference")}
     return {
         "metrics": {"clip_i_paired": metric(0.2, [0.1, 0.3]), "clip_t": metric(-0.1, None, "unclear")},
@@ -146,7 +146,7 @@ def test_a_report_cannot_show_files_from_elsewhere(
     render: Callable[..., str], report: dict[str, Any], tmp_path: Path, name: Any
 ) -> None:
     for folder in (tmp_path, tmp_path / "report"):
-        write_picture(folder / "secret.png", Image.new("RGB", (8, 8)))
+        write_image(folder / "secret.png", Image.new("RGB", (8, 8)))
     report["samples"][0]["base"] = name.format(tmp_path) if isinstance(name, str) else name
     with pytest.raises(DataError, match="names the picture"):
         render()
@@ -170,7 +170,7 @@ def test_a_bare_report_has_a_page_too(report: dict[str, Any], tmp_path: Path) ->
 
 def test_large_pictures_are_made_smaller(render: Callable[..., str], tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (900, 700, 3), dtype=np.uint8)
-    write_picture(tmp_path / "report" / "pictures/00-base.png", Image.fromarray(noise))
+    write_image(tmp_path / "report" / "pictures/00-base.png", Image.fromarray(noise))
     shown = [a for tag, a in Tags(render()).found if tag == "img" and (a["src"] or "").startswith("data:image/jpeg")]
     assert [(item["width"], item["height"]) for item in shown] == [("398", "512")]
 

@@ -202,8 +202,8 @@ def test_a_lone_file_in_pefts_names_is_read_at_scale_1_and_says_so(tmp_path):
     bundle = read_bundle(tmp_path / "zorb.safetensors")
     (delta,) = bundle.adapter.modules.values()
     assert torch.equal(delta.delta_weight(torch.zeros(4, 4)), torch.full((4, 4), 2.0))
-    assert "scale 1" in bundle.assumed
-    assert inspect(tmp_path / "zorb.safetensors")["assumed"] == bundle.assumed
+    assert "scale 1" in bundle.assumptions
+    assert inspect(tmp_path / "zorb.safetensors")["assumed"] == bundle.assumptions
 
 
 def test_a_lone_file_that_has_its_alphas_supposes_nothing(tmp_path):
@@ -212,7 +212,7 @@ def test_a_lone_file_that_has_its_alphas_supposes_nothing(tmp_path):
     save_file(tensors | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "zorb.safetensors")
     bundle = read_bundle(tmp_path / "zorb.safetensors")
     assert [delta.alpha for delta in bundle.adapter.modules.values()] == [1.0]
-    assert not bundle.assumed
+    assert not bundle.assumptions
 
 
 @pytest.mark.usefixtures("forked_readers")
@@ -224,7 +224,7 @@ def test_weights_that_an_old_peft_pickled_are_read_with_their_configuration(tmp_
     for path in (tmp_path, tmp_path / "adapter_model.bin"):
         bundle = read_bundle(path)
         assert [delta.alpha for delta in bundle.adapter.modules.values()] == [4.0]
-        assert not bundle.assumed
+        assert not bundle.assumptions
 
 
 def test_a_file_of_a_strange_family_is_told_by_it_though_its_factors_are_broken(tmp_path):

@@ -11,7 +11,7 @@ from lora_engine.adapters import Adapter, DoraDelta, FullDelta, LoraDelta, same_
 from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, detect_codec, inspect, read_adapter, write_adapter
-from lora_engine.formats.transformers.dit import TEXT_NAMES, dits
+from lora_engine.formats.transformers.dit import TEXT_NAMES, transformer_names
 from lora_engine.formats.transformers.names import dit_family
 
 FORMATS = ("kohya", "comfyui", "onetrainer", "lycoris", "aitoolkit", "diffusers", "peft", "loraline")
@@ -41,7 +41,7 @@ def adapter_of(shapes, family, chosen=lambda name: True, kind="lora"):
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_module_of_the_transformer_has_an_original_name_and_comes_back(base, shapes):
-    names = dits[BASES[base]].names
+    names = transformer_names[BASES[base]].names
     paths = [name.removeprefix("transformer.") for name in shapes[base] if name.startswith("transformer.")]
     assert len(paths) > 300
     for path in paths:
@@ -55,7 +55,7 @@ def test_every_module_of_the_transformer_has_an_original_name_and_comes_back(bas
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_module_of_the_text_encoders_is_found_flattened(base, shapes):
-    dit = dits[BASES[base]]
+    dit = transformer_names[BASES[base]]
     paths = [name.partition(".")[::2] for name in shapes[base]]
     assert dit.text
     assert {component for component, _ in paths} >= set(dit.text)
@@ -91,7 +91,7 @@ def test_every_format_gives_the_adapter_back_without_a_base(form, base, shapes, 
     back, _ = read_adapter(tmp_path)
     assert back.base == BASES[base]
     assert list(back.modules) == list(adapter.modules)
-    if codecs[form].holds(adapter):
+    if codecs[form].is_lossless(adapter):
         assert back == adapter
     for name, delta in adapter.modules.items():
         weight = torch.zeros(shapes[base][name])
@@ -103,7 +103,7 @@ def test_every_format_gives_the_adapter_back_without_a_base(form, base, shapes, 
 @pytest.mark.parametrize("base", ["flux", "sd35-medium"])
 def test_formats_with_alphas_hold_an_adapter_of_the_same_rank_exactly(form, base, shapes):
     adapter = adapter_of(shapes[base], BASES[base], lambda name: ".1." in name or "blocks" not in name)
-    assert codecs[form].holds(adapter)
+    assert codecs[form].is_lossless(adapter)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats import Card, read_bundle, write_adapter
 from lora_engine.formats.embedding_files import read_embeddings
 from lora_engine.formats.embeddings import Embedding
-from lora_engine.inference.draw import draw_pictures
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.inference.draw import draw_images
+from lora_engine.inference.textual_inversion import attach_embeddings
 
 SHAPES = ["small-sd", "small-sdxl", "small-flux"]
 
@@ -133,7 +133,7 @@ def test_pictures_are_drawn_with_the_words_of_a_file(tmp_path: Path) -> None:
     assert read_bundle(tmp_path / "word.safetensors").embeddings == tuple(words)
 
     def pictures(name: str, *files: str) -> bytes:
-        found = draw_pictures(
+        found = draw_images(
             "a zorb",
             tmp_path / name,
             base=str(folder),

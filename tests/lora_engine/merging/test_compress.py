@@ -187,7 +187,7 @@ def test_resizing_other_kinds_is_refused_unless_asked_for():
 @pytest.mark.parametrize("kind", kinds)
 def test_any_kind_becomes_lora_with_the_energy_that_it_keeps(kind):
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(7))
-    delta = random_delta(kind, (8, 8)).settled()
+    delta = random_delta(kind, (8, 8)).to_export()
     if needs_base_values(delta):
         with pytest.raises(AdapterError, match="together with the base's weight"):
             to_lora(delta, rank=8)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.bases.base import load_base
-from lora_engine.data.manifest import Manifest, Picture
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import AdapterError, NonFiniteError, SettingsError
 from lora_engine.formats import Card, read_adapter, write_adapter
@@ -269,7 +269,7 @@ def test_weights_are_learned_from_captioned_pictures_on_a_base(untrained_base, t
     name = f"pictures/{'0' * 16}.png"
     write_png(tmp_path / "data" / name, torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     about = {"width": 16, "height": 16, "caption": "a star", "source": "one.png", "split": "train"}
-    Manifest(pictures=(Picture(sha256="0" * 64, file=name, **about),)).save(tmp_path / "data")
+    Manifest(pictures=(ImageEntry(sha256="0" * 64, file=name, **about),)).save(tmp_path / "data")
 
     def learn(name):
         out = tmp_path / name

@@ -17,7 +17,7 @@ from lora_engine.adapters import Adapter, DictTree, collapse, innermost
 from lora_engine.bases.base import load_base
 from lora_engine.formats import write_adapter
 from lora_engine.streaming import open_model
-from lora_engine.streaming.given import read_place
+from lora_engine.streaming.inputs import read_place
 
 TARGETS = (
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -62,7 +62,7 @@ def adapter_for(base, kind="lora", *, seed=0, rank=2, targets=TARGETS, size=0.05
     modules = {}
     for place, name in enumerate(targets):
         if suits_shape(kind, shapes[name]):
-            delta = random_delta(kind, shapes[name], rank, seed=seed + place).settled()
+            delta = random_delta(kind, shapes[name], rank, seed=seed + place).to_export()
             modules[name] = delta.with_factors({key: size * value for key, value in delta.factors().items()})
     return Adapter(modules, "", fingerprint)
 

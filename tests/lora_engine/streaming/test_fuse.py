@@ -23,7 +23,7 @@ from lora_engine.streaming import fuse, unfuse
 
 STORED = "conditioner.embedders.1.model.text_projection"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-KINDS = sorted({random_delta(kind, (8, 8)).settled().kind for kind in kinds} - {"lora"})
+KINDS = sorted({random_delta(kind, (8, 8)).to_export().kind for kind in kinds} - {"lora"})
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_engine.errors import BaseModelError
-from lora_engine.streaming import stage as stages
+from lora_engine.streaming import direct_writer as stages
 from lora_engine.streaming.blocks import copy_file
-from lora_engine.streaming.stage import LARGEST, OutputStage
+from lora_engine.streaming.direct_writer import LARGEST, DirectWriter
 
 MEMORY = Path("/dev/shm")  # a file system that cannot write past the page cache
 
@@ -30,7 +30,7 @@ def test_pieces_of_any_size_arrive_in_order(direct, tmp_path, monkeypatch):
     source.write_bytes(content)
     for place in places(tmp_path):
         expected = bytearray()
-        with place.open("wb") as file, source.open("rb") as read, OutputStage(file.fileno()) as stage:
+        with place.open("wb") as file, source.open("rb") as read, DirectWriter(file.fileno()) as stage:
             for _ in range(150):
                 first = draw.randrange(len(content))
                 piece = content[first : first + draw.choice([0, 1, 7, 4096, 100_000, 1 << 20])]
@@ -53,9 +53,9 @@ def test_what_lies_at_the_same_place_of_a_page_goes_from_the_pages_of_its_file(b
     source = tmp_path / "source"
     source.write_bytes(content)
     went = []
-    by_pages = OutputStage._copy_pages
-    monkeypatch.setattr(OutputStage, "_copy_pages", lambda *given: went.append(by_pages(*given)) or went[-1])
-    with (tmp_path / "out").open("wb") as file, OutputStage(file.fileno()) as stage:
+    by_pages = DirectWriter._copy_pages
+    monkeypatch.setattr(DirectWriter, "_copy_pages", lambda *given: went.append(by_pages(*given)) or went[-1])
+    with (tmp_path / "out").open("wb") as file, DirectWriter(file.fileno()) as stage:
         is_direct = stage._is_direct
         stage.write(content[:before])
         with source.open("rb") as read:
@@ -81,7 +81,7 @@ def test_a_source_that_is_cut_while_its_pages_are_written_is_refused(tmp_path, m
         return mapping
 
     with (tmp_path / "out").open("wb") as file:
-        stage = OutputStage(file.fileno())
+        stage = DirectWriter(file.fileno())
         if not stage._is_direct:
             pytest.skip("this file system cannot write past the page cache")
         monkeypatch.setattr(mmap, "mmap", mapped_and_cut)
@@ -91,7 +91,7 @@ def test_a_source_that_is_cut_while_its_pages_are_written_is_refused(tmp_path, m
 
 def test_more_than_the_stage_holds_is_written_and_not_offered_as_a_block(tmp_path):
     content = random.Random(1).randbytes(LARGEST + 12345)
-    with (tmp_path / "out").open("wb") as file, OutputStage(file.fileno()) as stage:
+    with (tmp_path / "out").open("wb") as file, DirectWriter(file.fileno()) as stage:
         stage.write(b"123")
         assert not stage.is_aligned(8, 2)
         stage.write(b"4")
@@ -107,7 +107,7 @@ def test_a_source_that_is_too_short_is_refused(tmp_path):
         (tmp_path / "out").open("wb") as file,
         (tmp_path / "source").open("rb") as source,
         pytest.raises(BaseModelError, match="ended at byte 4"),
-        OutputStage(file.fileno()) as stage,
+        DirectWriter(file.fileno()) as stage,
     ):
         stage.copy(source.fileno(), 0, 5)
 
@@ -118,7 +118,7 @@ def test_a_disk_that_takes_no_more_is_told_of_and_nothing_is_written_after_the_b
         pytest.skip("this system has no /dev/full")
     with full.open("wb", buffering=0) as file:
         for size in (1, 3 * LARGEST):
-            with pytest.raises(OSError, match="No space left"), OutputStage(file.fileno()) as stage:
+            with pytest.raises(OSError, match="No space left"), DirectWriter(file.fileno()) as stage:
                 stage.write(bytes(size))
 
 

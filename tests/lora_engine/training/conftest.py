@@ -12,7 +12,7 @@ from PIL import Image
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.data.ingest import ingest
-from lora_engine.data.manifest import Manifest, Picture
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.data.preprocess import preprocess
 from lora_engine.data.spec import IngestSettings, PreprocessSettings
@@ -40,7 +40,7 @@ def write_dataset(folder: Path, sizes: list[int], heldout: int = 0, **about: Any
         split = "train" if number < len(sizes) else "heldout"
         caption = about.get("caption", f"a sks star {number % 2}")
         pictures.append(
-            Picture(
+            ImageEntry(
                 sha256=digest, file=name, width=size, height=size, caption=caption, source=f"{number}.png", split=split
             )
         )

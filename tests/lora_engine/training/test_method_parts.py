@@ -29,7 +29,7 @@ from lora_engine.training.identity import (
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
 from lora_engine.training.masks import mask_weights, masked_by, random_mask
 from lora_engine.training.methods.inpainting import hiding
-from lora_engine.training.preservation import Taught, class_captions
+from lora_engine.training.preservation import Preserver, class_captions
 from lora_engine.training.specs.methods import Identity, Inpainting, Mask
 
 HALF = torch.zeros(1, 1, 8, 8)
@@ -177,7 +177,7 @@ def test_the_teacher_is_the_base_without_the_adapter(base: BaseModel, examples: 
             attachment.multiplier = 1.0
 
         rename = class_captions(None, "sks", "star")
-        taught = Taught(
+        taught = Preserver(
             base,
             lambda texts, size: base.encode_text(texts),
             lambda texts, size: base.encode_text(texts),

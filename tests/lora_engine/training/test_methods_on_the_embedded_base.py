@@ -24,7 +24,7 @@ from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSet
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.formats import read_bundle
 from lora_engine.inference.generate import generate
-from lora_engine.inference.words import attach_embeddings
+from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.training.identity import load_subject_embedder
 from lora_engine.training.methods import methods
 from lora_engine.training.run import train
@@ -79,8 +79,8 @@ def likeness(tiny: BaseModel, out: Path | None) -> float:
     asked = scenes(901, 16, "concept")
     embedder = load_embedder()
     drawn = draw_with(tiny, out, [full_caption(scene, word="zorb") for scene in asked])
-    wanted = embedder.embed_pictures(to_pixels(render(asked)))
-    return float(F.cosine_similarity(embedder.embed_pictures(drawn), wanted).mean())
+    wanted = embedder.embed_images(to_pixels(render(asked)))
+    return float(F.cosine_similarity(embedder.embed_images(drawn), wanted).mean())
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from lora_engine.training import job, loop
 from lora_engine.training.loop import fit
 from lora_engine.training.methods import methods
-from lora_engine.training.optimisers import _PACKAGES, optimisers
+from lora_engine.training.optimizers import _PACKAGES, optimizers
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.rates import AnyOptimiser, Optimiser
+from lora_engine.training.specs.rates import AnyOptimizer, Optimizer
 from tests.lora_engine.training.runs import OBJECTIVE, Ending, Runs, digests, factors_of
 
 STEPS, ACCUMULATE, CHECKPOINT_EVERY = 4, 2, 2
@@ -36,7 +36,7 @@ USUAL: dict[str, Any] = {
     "weight_decay": 0.01,
 }
 EMAS: dict[str, dict[str, Any] | None] = {"plain": None, "ema": {"decay": 0.8}}
-SPECS: dict[str, Optimiser] = {found().name: found() for found in get_args(get_args(AnyOptimiser)[0])}
+SPECS: dict[str, Optimizer] = {found().name: found() for found in get_args(get_args(AnyOptimizer)[0])}
 
 Point = Callable[[int], tuple[Ending, int]]
 """From the steps of the first phase to how a run ends early, and the step from which it must resume."""
@@ -99,7 +99,7 @@ def covering() -> Iterator[Case]:
     through the stop points with its pairs in turn.
     """
     hands: dict[str, list[tuple[str, str]]] = {method: [] for method in methods}
-    takers = {pair: [method for method in methods if fits(method, *pair)] for pair in product(optimisers, EMAS)}
+    takers = {pair: [method for method in methods if fits(method, *pair)] for pair in product(optimizers, EMAS)}
     for pair in sorted((pair for pair in takers if takers[pair]), key=lambda pair: len(takers[pair])):
         hands[min(takers[pair], key=lambda method: len(hands[method]))].append(pair)
     for method, pairs in hands.items():
@@ -108,7 +108,7 @@ def covering() -> Iterator[Case]:
 
 
 COVERING = tuple(covering())
-EVERY = tuple(Case(*case) for case in product(methods, optimisers, EMAS, POINTS) if fits(*case[:3]))
+EVERY = tuple(Case(*case) for case in product(methods, optimizers, EMAS, POINTS) if fits(*case[:3]))
 
 
 def parameter(case: Case) -> Any:
@@ -119,11 +119,11 @@ def parameter(case: Case) -> Any:
 
 
 def test_the_design_covers_every_pair_that_it_should() -> None:
-    assert set(optimisers) == set(SPECS)
+    assert set(optimizers) == set(SPECS)
     assert set(COVERING) <= set(EVERY)
     assert {(case.method, case.point) for case in COVERING} == set(product(methods, POINTS))
     unfit = {(name, "ema") for name, spec in SPECS.items() if spec.averages}
-    assert {(case.optimiser, case.ema) for case in COVERING} == set(product(optimisers, EMAS)) - unfit
+    assert {(case.optimiser, case.ema) for case in COVERING} == set(product(optimizers, EMAS)) - unfit
     assert {(case.ema, case.point) for case in COVERING} == set(product(EMAS, POINTS))
     for method in methods:
         assert len({case.optimiser for case in COVERING if case.method == method}) >= 2

@@ -173,7 +173,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts = {"pictures": 0, "texts": 0}
     pictures, texts = StableDiffusion.encode_images, StableDiffusion.encode_text
 
-    def count_pictures(self: StableDiffusion, pixels: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def count_images(self: StableDiffusion, pixels: torch.Tensor, *rest: Any) -> torch.Tensor:
         counts["pictures"] += len(pixels)
         return pictures(self, pixels, *rest)
 
@@ -181,7 +181,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["texts"] += len(asked)
         return texts(self, asked, *rest)
 
-    monkeypatch.setattr(StableDiffusion, "encode_images", count_pictures)
+    monkeypatch.setattr(StableDiffusion, "encode_images", count_images)
     monkeypatch.setattr(StableDiffusion, "encode_text", count_texts)
     return counts
 

@@ -15,7 +15,7 @@ from lora_engine.training.batches import Batch
 from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
-from lora_engine.training.optimisers import optimisers
+from lora_engine.training.optimizers import optimizers
 from lora_engine.training.phases import ParameterGroup, Phase
 from lora_engine.training.schedules import rate_factor, schedules
 
@@ -103,7 +103,7 @@ def test_clipping_bounds_the_gradient_and_tells_its_norm_before(monkeypatch: pyt
     def descend(groups: Sequence[ParameterGroup], decay: float) -> torch.optim.Optimizer:
         return torch.optim.SGD([value for group in groups for value in group.parameters.values()], lr=1.0)
 
-    monkeypatch.setitem(optimisers._entries, "descent", descend)
+    monkeypatch.setitem(optimizers._entries, "descent", descend)
     told: list[float] = []
     toy, _ = run(
         lambda toy: [phase(toy, steps=1, rate=1.0)],

@@ -15,7 +15,7 @@ import torch
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.tiny.world import Scene, draw, scenes
-from lora_engine.data.manifest import Manifest, Picture
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.files import sha256_bytes
 from lora_engine.formats import read_adapter
@@ -39,7 +39,7 @@ def write_scenes(folder: Path, chosen: Iterable[tuple[Scene, str]], heldout: int
         name = f"pictures/{digest[:16]}.png"
         write_png(folder / name, values)
         pictures.append(
-            Picture(
+            ImageEntry(
                 sha256=digest,
                 file=name,
                 width=values.shape[2],

@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import InterruptedRun, NonFiniteError, SettingsError
 from lora_engine.seeds import generator
-from lora_engine.training import optimisers as module
+from lora_engine.training import optimizers as module
 from lora_engine.training.batches import Batch
 from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.ema import RunningMean, decay_at
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import DenoisingLoss
 from lora_engine.training.measure import Measure
-from lora_engine.training.optimisers import build_optimiser, optimisers, require_optimiser
+from lora_engine.training.optimizers import build_optimiser, optimizers, require_optimiser
 from lora_engine.training.phases import ParameterGroup, Phase
 from lora_engine.training.schedules import rate_factor, schedules
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.objective import L1, L2, Huber, SmoothL1
-from lora_engine.training.specs.rates import AnyOptimiser, Ema, Optimiser
+from lora_engine.training.specs.rates import AnyOptimizer, Ema, Optimizer
 from lora_engine.training.specs.schedules import AnySchedule
 
-SPECS: dict[str, Optimiser] = {found().name: found() for found in get_args(get_args(AnyOptimiser)[0])}
+SPECS: dict[str, Optimizer] = {found().name: found() for found in get_args(get_args(AnyOptimizer)[0])}
 MODULES = {name: module._PACKAGES.get(name, ("torch", ""))[0] for name in SPECS}
 EVERY = [
     pytest.param(
@@ -93,7 +93,7 @@ def same(first: Problem, second: Problem) -> bool:
 
 
 def test_every_optimiser_and_schedule_that_can_be_chosen_exists_and_the_other_way_round() -> None:
-    assert set(SPECS) == set(optimisers)
+    assert set(SPECS) == set(optimizers)
     assert {found().name for found in get_args(get_args(AnySchedule)[0])} == set(schedules)
 
 

@@ -18,8 +18,8 @@ from lora_engine.errors import BaseModelError, EngineError, InterruptedRun, Sett
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_bundle
 from lora_engine.training.batches import Batch
-from lora_engine.training.distributed import Team
-from lora_engine.training.preservation import TaughtBatch
+from lora_engine.training.distributed import ProcessGroup
+from lora_engine.training.preservation import PreservationBatch
 from lora_engine.training.run import train
 from lora_engine.training.spawn import train_in_child
 from lora_engine.training.spec import TrainSettings
@@ -41,7 +41,7 @@ def batch_of(rows: int, instances: int) -> Batch:
 
 def test_the_shares_of_a_batch_are_all_of_it_and_hold_as_much_of_each_group() -> None:
     whole = batch_of(8, 4)
-    shares = [Team(rank, 2).share(whole) for rank in (0, 1)]
+    shares = [ProcessGroup(rank, 2).share(whole) for rank in (0, 1)]
     assert [share.instances for share in shares] == [2, 2]
     assert shares[0].timesteps.tolist() == [0, 2, 4, 6]
     assert shares[1].timesteps.tolist() == [1, 3, 5, 7]
@@ -49,22 +49,22 @@ def test_the_shares_of_a_batch_are_all_of_it_and_hold_as_much_of_each_group() ->
         assert torch.equal(share.latents, -share.noise)
         assert torch.equal(share.latents.view(-1), share.conditioning["states"].view(-1))
         assert (share.timesteps[: share.instances] < 4).all()
-    assert Team().share(whole) is whole
+    assert ProcessGroup().share(whole) is whole
 
 
 def test_a_teachers_lesson_is_shared_with_the_rows_that_it_is_for() -> None:
     plain = batch_of(8, 4)
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    whole = TaughtBatch(**fields, lesson=plain.conditioning.index(range(4, 8)))
+    whole = PreservationBatch(**fields, lesson=plain.conditioning.index(range(4, 8)))
     for rank in (0, 1):
-        share = Team(rank, 2).share(whole)
-        assert isinstance(share, TaughtBatch)
+        share = ProcessGroup(rank, 2).share(whole)
+        assert isinstance(share, PreservationBatch)
         assert share.lesson["states"].view(-1).tolist() == share.timesteps[share.instances :].tolist()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(settings: Callable[..., TrainSettings]) -> None:
     with pytest.raises(SettingsError, match="3 pictures and 3 others"):
-        Team(0, 2).share(batch_of(6, 3))
+        ProcessGroup(0, 2).share(batch_of(6, 3))
     with pytest.raises(ValueError, match="batch 3 cannot be shared"):
         settings(batch=3, **TWO)
 

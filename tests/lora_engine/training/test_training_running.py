@@ -16,8 +16,8 @@ from lora_engine.adapters import Adapter
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import SettingsError
-from lora_engine.training.fresh import begin_adapter
-from lora_engine.training.machine import choose_device
+from lora_engine.training.device import choose_device
+from lora_engine.training.init import init_adapter
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.running import Running
 from tests.lora_engine.training.runs import Runs, digests, factors_of
@@ -88,7 +88,7 @@ def test_graphs_that_the_compiler_captures_of_adapted_blocks_change_nothing_that
 
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass(bases: dict[str, Path]) -> None:
     from lora_engine.bases.base import load_base
-    from lora_engine.training.machine import prepare_network
+    from lora_engine.training.device import prepare_network
 
     def kept(running: Running) -> int:
         base = load_base(str(bases["small-sd"]), device="cpu")
@@ -115,9 +115,9 @@ def test_an_operation_without_a_deterministic_form_is_refused_by_name_and_only_w
     def begin(base: BaseModel, chosen: TrainSettings) -> Adapter:
         seen.append(torch.are_deterministic_algorithms_enabled())
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # torch has no deterministic form of it
-        return begin_adapter(base, chosen)
+        return init_adapter(base, chosen)
 
-    monkeypatch.setattr("lora_engine.training.job.begin_adapter", begin)
+    monkeypatch.setattr("lora_engine.training.job.init_adapter", begin)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back afterwards
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     runs("plain")

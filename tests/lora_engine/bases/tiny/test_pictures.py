@@ -1,4 +1,4 @@
-"""Pictures on disk are the same bytes every time, with the right captions beside them."""
+"""Images on disk are the same bytes every time, with the right captions beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lora_engine.bases.tiny.__main__ import main
-from lora_engine.bases.tiny.pictures import label, render, to_pixels, write_examples, write_pictures
+from lora_engine.bases.tiny.pictures import label, render, to_pixels, write_examples, write_images
 from lora_engine.bases.tiny.world import ATTRIBUTES, draw, scenes
 from lora_engine.errors import SettingsError
 
@@ -28,7 +28,7 @@ def test_written_pictures_are_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 def test_a_written_picture_is_the_drawn_one_and_its_caption_lies_beside_it(tmp_path: Path) -> None:
     drawn = scenes(1, 3)
-    paths = write_pictures(tmp_path, drawn, ["one", "two", "three"])
+    paths = write_images(tmp_path, drawn, ["one", "two", "three"])
     assert [path.name for path in paths] == ["000.png", "001.png", "002.png"]
     assert np.array_equal(np.asarray(Image.open(paths[1])), draw(drawn[1]))
     assert paths[2].with_suffix(".txt").read_text() == "three\n"
@@ -46,7 +46,7 @@ def test_the_concept_goes_by_its_made_up_word(tmp_path: Path) -> None:
 
 def test_as_many_captions_as_pictures_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="1 captions for 2 scenes"):
-        write_pictures(tmp_path, scenes(1, 2), ["one"])
+        write_images(tmp_path, scenes(1, 2), ["one"])
     with pytest.raises(SettingsError, match="0 pictures"):
         write_examples(tmp_path, "train", 0, seed=1)
     assert not list(tmp_path.iterdir())

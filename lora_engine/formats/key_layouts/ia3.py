@@ -1,0 +1,139 @@
+"""How files spell (IA)3: LyCORIS' gain less one, and PEFT's gain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters import Delta, Ia3Delta, PeftIa3Delta
+from lora_engine.errors import AdapterError
+from lora_engine.formats.key_layout import LORALINE, LYCORIS, PEFT, TableFactorKeys
+from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
+
+_FLAG = "on_input"
+
+
+@dataclass(frozen=True)
+class FlaggedKeys(TableFactorKeys):
+    """The gains, and beside them `on_input`: 0 for the outputs, anything else for the inputs."""
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Every suffix that is read."""
+        return (*super().suffixes, _FLAG)
+
+    def factor(self, suffix: str) -> str:
+        """The factor or setting that a suffix stands for."""
+        return "axis" if suffix == _FLAG else super().factor(suffix)
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """The first suffix that is not there, or None."""
+        return next((name for name in self.suffixes if name not in suffixes), None)
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        flag = tensors[_FLAG]
+        if flag.numel() != 1:
+            problem = f"{_FLAG!r} has the shape {list(flag.shape)}"
+            raise AdapterError(problem, allowed="one number", remedy="check the file")
+        axis: Literal["output", "input"] = "input" if bool(flag.item()) else "output"
+        made = Ia3Delta if self.kind == Ia3Delta.kind else PeftIa3Delta
+        return made(tensors[self.names["scale"]], axis)
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Tensors by suffix."""
+        tensors = super().write(delta)
+        on_input = isinstance(delta, Ia3Delta) and delta.axis == "input"
+        return tensors | {_FLAG: torch.tensor(float(on_input), dtype=next(iter(tensors.values())).dtype)}
+
+
+@dataclass(frozen=True)
+class ShapedKeys(TableFactorKeys):
+    """The gains alone: `[out, 1]` for outputs, `[1, in]` for inputs; of convolutions the configuration tells which."""
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        gains = tensors[self.names["scale"]]
+        return PeftIa3Delta(gains, "input" if gains.dim() == 2 and gains.shape[0] == 1 else "output")
+
+
+def ia3_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
+    """PEFT's `IA3Config` for one component's modules (by path).
+
+    Raises:
+        AdapterError: PEFT, which compares the ends of names, would take one module for another.
+    """
+    on_input = sorted(path for path, delta in modules.items() if isinstance(delta, Ia3Delta) and delta.axis == "input")
+    for path in modules.keys() - set(on_input):
+        if _ends_in(path, on_input):
+            raise AdapterError(
+                f"the name of the module {path!r} ends in that of another one, whose inputs are scaled",
+                allowed="names that PEFT can tell apart by their ends",
+                remedy="choose another format",
+            )
+    return {
+        "fan_in_fan_out": False,
+        "feedforward_modules": on_input,
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "target_modules": sorted(modules),
+    }
+
+
+def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
+    """The delta with the axis that a configuration says, where the shape of the gains does not tell it.
+
+    Raises:
+        AdapterError: Shape and configuration disagree, or the configuration is not read.
+    """
+    if not isinstance(delta, PeftIa3Delta):
+        return delta
+    check_layout(config, where)
+    names = config.get("feedforward_modules") or []
+    if isinstance(names, str) and not re.fullmatch(r"(\w|-|\.)+", names):
+        raise AdapterError(
+            f"'feedforward_modules' is the expression {names!r}",
+            where=where,
+            allowed="a list of module names",
+            remedy="write the module names out in the file",
+        )
+    is_input = path == names if isinstance(names, str) else _ends_in(path, names)
+    axis: Literal["output", "input"] = "input" if is_input else "output"
+    if delta.scale.dim() == 2 and delta.scale.numel() > 1 and axis != delta.axis:
+        raise AdapterError(
+            f"the gains of {path!r} have the shape {list(delta.scale.shape)}, which is for the {delta.axis}",
+            where=where,
+            allowed="[1, in] for the modules in 'feedforward_modules', [out, 1] for all others",
+            remedy="put the configuration and the tensors of one adapter into the folder",
+        )
+    return replace(delta, axis=axis)
+
+
+def _ends_in(path: str, names: Sequence[str]) -> bool:
+    return any(path.endswith(name) for name in names)
+
+
+def check_layout(config: Mapping[str, Any], where: str) -> None:
+    """Does nothing for a configuration of weights whose rows are the outputs.
+
+    Raises:
+        AdapterError: They are transposed.
+    """
+    if config.get("fan_in_fan_out"):
+        raise AdapterError(
+            "'fan_in_fan_out' is true: the weights are transposed, as in GPT-2",
+            where=where,
+            allowed="false",
+            remedy="this is no adapter of a diffusion model; name another file",
+        )
+
+
+LYCORIS.add(FlaggedKeys("ia3", {"scale": "weight"}))
+LORALINE.add(FlaggedKeys("peft-ia3", {"scale": "ia3_l"}))
+PEFT.add(ShapedKeys("peft-ia3", {"scale": "ia3_l"}))
+PEFT_TYPES.add("IA3", PeftType(("peft-ia3",), "", ia3_settings, with_axis))

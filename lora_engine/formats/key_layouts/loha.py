@@ -1,0 +1,41 @@
+"""How files spell the factors of LoHa: LyCORIS and PEFT alike, but PEFT keeps alpha in its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_engine.adapters import Delta, LohaDelta
+from lora_engine.formats.key_layout import LYCORIS, PEFT, TableFactorKeys
+from lora_engine.formats.lora_config import ranks_and_alphas
+from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
+
+_NAMES = {
+    "up1": "hada_w1_a",
+    "down1": "hada_w1_b",
+    "up2": "hada_w2_a",
+    "down2": "hada_w2_b",
+    "core1": "hada_t1",
+    "core2": "hada_t2",
+}
+_CORES = ("core1", "core2")
+# The name of PEFT's adapter, where somebody saved the live model's names.
+_LIVE = {f"{suffix}.default": factor for factor, suffix in _NAMES.items()}
+
+
+def loha_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
+    """PEFT's `LoHaConfig` for one component's modules (by path)."""
+    has_cores = any(isinstance(delta, LohaDelta) and delta.core1 is not None for delta in modules.values())
+    whole = {path: (delta.rank or 0, delta.alpha or 0.0) for path, delta in modules.items()}
+    return {
+        **ranks_and_alphas(whole, "alpha"),
+        "init_weights": True,
+        "module_dropout": 0.0,
+        "rank_dropout": 0.0,
+        "use_effective_conv2d": has_cores,
+    }
+
+
+LYCORIS.add(TableFactorKeys("loha", _NAMES, optional=_CORES))
+PEFT.add(TableFactorKeys("loha", _NAMES, aliases=_LIVE, optional=_CORES))
+PEFT_TYPES.add("LOHA", PeftType(("loha",), "alpha", loha_settings))

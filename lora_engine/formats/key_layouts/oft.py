@@ -1,0 +1,198 @@
+"""How files spell rotations: LyCORIS' OFT and BOFT, which only dimensions tell apart, and PEFT's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapters import BoftDelta, Delta, OftDelta, PeftBoftDelta, PeftOftDelta
+from lora_engine.errors import AdapterError
+from lora_engine.formats.key_layout import LORALINE, LYCORIS, PEFT, TableFactorKeys, alpha_tensor
+from lora_engine.formats.key_layouts.ia3 import check_layout
+from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
+
+T = TypeVar("T")
+_TERMS, _EPS = "oft_R.terms", "oft_R.eps"
+ANGLES = "oft_R.weight"
+OF_EMBEDDING = "oft_embedding_R.weight"
+"""PEFT's suffix where the rows of an embedding are rotated, not its columns: the other way round."""
+_SINCE = "0.18.0"
+"""PEFT's version from which on its series for rotations is the one that is read here."""
+
+
+@dataclass(frozen=True)
+class BlocksKeys(TableFactorKeys):
+    """`oft_blocks` and perhaps `rescale`: `[n, b, b]` is OFT, `[stages, n, b, b]` BOFT; alpha is the constraint."""
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        made = BoftDelta if tensors[self.names["blocks"]].dim() == 4 else OftDelta
+        return made.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+
+@dataclass(frozen=True)
+class AnglesKeys(TableFactorKeys):
+    """PEFT's angles with, as tensors of one number, what PEFT keeps in its configuration."""
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Every suffix that is read."""
+        return (ANGLES, _TERMS, _EPS)
+
+    def factor(self, suffix: str) -> str:
+        """The factor or setting that a suffix stands for."""
+        return {ANGLES: "angles", _TERMS: "terms", _EPS: "eps"}[suffix]
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """The first suffix that is not there and has to be, or None."""
+        return next((name for name in (ANGLES, _TERMS) if name not in suffixes), None)
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        numbers: dict[str, float] = {}
+        for name in {_TERMS, _EPS} & tensors.keys():
+            if tensors[name].numel() != 1:
+                problem = f"{name!r} has the shape {list(tensors[name].shape)}"
+                raise AdapterError(problem, allowed="one number", remedy="check the file")
+            numbers[name] = float(tensors[name].item())
+        if not numbers[_TERMS].is_integer():
+            problem = f"{_TERMS!r} is {numbers[_TERMS]!r}"
+            raise AdapterError(problem, allowed="a whole number", remedy="check the file")
+        return PeftOftDelta(tensors[ANGLES], int(numbers[_TERMS]), numbers.get(_EPS))
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Tensors by suffix."""
+        tensors = super().write(delta)
+        if isinstance(delta, PeftOftDelta):
+            tensors[_TERMS] = alpha_tensor(float(delta.terms), delta.angles.dtype)
+            if delta.eps is not None:
+                tensors[_EPS] = torch.tensor(delta.eps, dtype=torch.float64)
+        return tensors
+
+
+@dataclass(frozen=True)
+class TransposedKeys(TableFactorKeys):
+    """PEFT's angles, which for embeddings have the other sign: `R(-S)` is the inverse of `R(S)`."""
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """The delta of tensors by suffix."""
+        return PeftOftDelta(-tensors[OF_EMBEDDING] if OF_EMBEDDING in tensors else tensors[ANGLES])
+
+
+def oft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
+    """PEFT's `OFTConfig` for one component's modules (by path).
+
+    Raises:
+        AdapterError: The modules have not one form throughout, which is all that PEFT can hold.
+    """
+    deltas = {path: delta for path, delta in modules.items() if isinstance(delta, PeftOftDelta)}
+    terms = _one({path: delta.terms for path, delta in deltas.items()}, "number of terms")
+    eps = _one({path: delta.eps for path, delta in deltas.items()}, "constraint")
+    return {
+        "bias": "none",
+        # One row is right both for shared blocks and for a single one, and PEFT reads the two alike.
+        "block_share": all(delta.angles.shape[0] == 1 for delta in deltas.values()),
+        "coft": eps is not None,
+        **({} if eps is None else {"eps": eps}),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_weights": True,
+        "module_dropout": 0.0,
+        "num_cayley_neumann_terms": terms or 5,
+        "oft_block_size": _one({path: delta.block_size for path, delta in deltas.items()}, "block size"),
+        "peft_version": _SINCE,
+        "r": 0,
+        "target_modules": sorted(modules),
+        "use_cayley_neumann": terms > 0,
+    }
+
+
+def with_oft_settings(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
+    """The delta with the form of rotation that a configuration says.
+
+    Raises:
+        AdapterError: The form is not read, or is that of an older PEFT, which turned otherwise.
+    """
+    if not isinstance(delta, PeftOftDelta):
+        return delta
+    check_layout(config, where)
+    is_series = bool(config.get("use_cayley_neumann"))
+    if "oft_block_size" not in config or (is_series and _version(config) < (0, 18)):
+        raise AdapterError(
+            "the adapter was saved by an older PEFT, whose OFT was another one",
+            where=where,
+            allowed=f"OFT as PEFT {_SINCE} and later have it ('peft_version' says which)",
+            remedy="merge it with the PEFT that made it, and extract the difference",
+        )
+    terms = config.get("num_cayley_neumann_terms", 5) if is_series else 0
+    eps = config.get("eps", 6e-5) if config.get("coft") else None
+    if isinstance(terms, bool) or not isinstance(terms, int) or not isinstance(eps, float | int | None):
+        problem = f"'num_cayley_neumann_terms' is {terms!r}, 'eps' is {eps!r}"
+        raise AdapterError(problem, where=where, allowed="numbers", remedy="mend the file")
+    return replace(delta, terms=terms, eps=None if eps is None else float(eps))
+
+
+def boft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
+    """PEFT's `BOFTConfig` for one component's modules (by path).
+
+    Raises:
+        AdapterError: The modules have not one form throughout, which is all that PEFT can hold.
+    """
+    deltas = {path: delta for path, delta in modules.items() if isinstance(delta, PeftBoftDelta)}
+    butterflies = {path: delta.blocks.shape[0] for path, delta in deltas.items()}
+    return {
+        "bias": "none",
+        "boft_block_num": 0,
+        "boft_block_size": _one({path: delta.blocks.shape[-1] for path, delta in deltas.items()}, "block size"),
+        "boft_dropout": 0.0,
+        "boft_n_butterfly_factor": _one(butterflies, "number of butterflies"),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_weights": True,
+        "target_modules": sorted(modules),
+    }
+
+
+def with_boft_settings(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
+    """The delta as it is: its tensors say everything.
+
+    Raises:
+        AdapterError: The weights are transposed.
+    """
+    check_layout(config, where)
+    return delta
+
+
+def _one(values: Mapping[str, T], what: str) -> T:
+    first, *others = values
+    for path in others:
+        if values[path] != values[first]:
+            raise AdapterError(
+                f"PEFT has one {what} for all modules; that of {first!r} is {values[first]!r}, here {values[path]!r}",
+                where=path,
+                allowed=f"the same {what} throughout",
+                remedy="choose the format loraline, or train with a block size that all layers can have",
+            )
+    return values[first]
+
+
+def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The first two numbers of PEFT's version; nothing where it is not stated, as before 0.18."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version", "")))
+    return tuple(map(int, found.groups())) if found else ()
+
+
+_BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}
+LYCORIS.add(BlocksKeys("oft", _BLOCKS, optional=("rescale",)))
+LYCORIS.add(BlocksKeys("boft", _BLOCKS, optional=("rescale",)))
+LORALINE.add(AnglesKeys("peft-oft", {"angles": ANGLES}))
+LORALINE.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))
+PEFT.add(TransposedKeys("peft-oft", {"angles": ANGLES}, aliases={OF_EMBEDDING: "angles"}))
+PEFT.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))
+PEFT_TYPES.add("OFT", PeftType(("peft-oft",), "", oft_settings, with_oft_settings))
+PEFT_TYPES.add("BOFT", PeftType(("peft-boft",), "", boft_settings, with_boft_settings))

@@ -1,0 +1,7 @@
+"""How files spell a weight that replaces the base's (ComfyUI's `set_weight`)."""
+
+from __future__ import annotations
+
+from lora_engine.formats.key_layout import LYCORIS, TableFactorKeys
+
+LYCORIS.add(TableFactorKeys("replacement", {"value": "set_weight"}))

@@ -1,1 +1,0 @@
-"""Upkeep: whether all of it still agrees (fsck), mending what can be mended, collecting, backing up, the doctor."""

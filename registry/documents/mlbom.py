@@ -1,0 +1,163 @@
+"""What an adapter is made of, as a CycloneDX 1.6 bill of materials for machine learning (ECMA-424), in JSON.
+
+The adapter is the subject of the bill; base, parents and datasets are what it stands on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+from registry.documents.facts import Dataset, Facts, LicenseTerms
+from registry.documents.limits import limits
+from registry.documents.spdx import SPDX
+from registry.entities import to_json
+from registry.policy.alias_policy import numbers
+
+SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
+MODEL = "machine-learning-model"
+
+
+def mlbom(facts: Facts) -> dict[str, Any]:
+    """The bill of a version, as JSON values; the same facts give the same bill, with the same serial number."""
+    version = facts.version
+    ref = f"{version.ref}#{version.sha256}"
+    component: dict[str, Any] = {
+        "type": MODEL,
+        "bom-ref": ref,
+        "name": version.name,
+        "version": str(version.version),
+        "description": f"{facts.title}: {facts.kind or 'adapter'} for {facts.base or 'an unnamed base'}",
+        "hashes": [_hash(version.sha256)],
+        "modelCard": _model_card(facts),
+        "properties": list(_properties(facts)),
+    }
+    licenses = list(_licenses(facts.terms))
+    if licenses:
+        component["licenses"] = licenses
+    ancestors = list(_ancestors(facts))
+    if ancestors:
+        component["pedigree"] = {"ancestors": ancestors}
+    datasets = [_data_component(dataset) for dataset in facts.datasets]
+    return {
+        "$schema": SCHEMA,
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid5(NAMESPACE_URL, f'urn:loraline:version:{ref}')}",
+        "version": 1,
+        "metadata": {
+            "timestamp": to_json(version.created_at),
+            "lifecycles": [{"phase": "post-build"}],
+            "tools": {"components": [{"type": "application", "name": "loraline", "version": facts.builder}]},
+            "component": component,
+        },
+        "components": datasets,
+        "dependencies": [{"ref": ref, "dependsOn": [entry["bom-ref"] for entry in datasets]}],
+    }
+
+
+def _model_card(facts: Facts) -> dict[str, Any]:
+    card: dict[str, Any] = {
+        "modelParameters": {
+            "approach": {"type": "self-supervised"},
+            "task": "text-to-image",
+            "architectureFamily": "latent diffusion model",
+            "modelArchitecture": f"{facts.kind or 'adapter'} for {facts.family or facts.base or 'an unnamed base'}",
+            "datasets": [{"ref": _ref(dataset)} for dataset in facts.datasets],
+            "inputs": [{"format": "text"}],
+            "outputs": [{"format": "image"}],
+        },
+        "properties": [_property(f"loraline:recipe:{name}", value) for name, value in sorted(facts.recipe.items())],
+    }
+    metrics = [entry for name, metric in facts.version.metrics.items() for entry in _metric(name, metric)]
+    if metrics:
+        card["quantitativeAnalysis"] = {"performanceMetrics": metrics}
+    card["considerations"] = {"technicalLimitations": list(limits(facts))}
+    return card
+
+
+def _metric(name: str, metric: Any) -> Iterator[dict[str, Any]]:
+    """The figures of a metric: of base and adapter, and their difference with its interval."""
+    if not isinstance(metric, Mapping):
+        yield from ({"type": path, "value": repr(value)} for path, value in numbers({name: metric}))
+        return
+    for key in ("base", "adapter", "difference"):
+        if key not in metric:
+            continue
+        said: dict[str, Any] = {"type": name, "slice": key, "value": repr(metric[key])}
+        if key == "difference" and metric.get("interval"):
+            low, high = metric["interval"]
+            said["confidenceInterval"] = {"lowerBound": repr(low), "upperBound": repr(high)}
+        yield said
+
+
+def _ancestors(facts: Facts) -> Iterator[dict[str, Any]]:
+    if facts.base or facts.base_fingerprint:
+        hashes = {"hashes": [_hash(facts.base_fingerprint)]} if facts.base_fingerprint else {}
+        yield {"type": MODEL, "name": facts.base or "base", "description": "the base model"} | hashes
+    for parent in facts.parents:
+        name, _, number = parent.name.partition("@")
+        said: dict[str, Any] = {"type": MODEL, "name": name, "description": "an adapter that went into this one"}
+        said |= {"version": number} if number else {}
+        yield said | ({"hashes": [_hash(parent.sha256)]} if parent.sha256 else {})
+
+
+def _data_component(dataset: Dataset) -> dict[str, Any]:
+    covered = sum(dataset.consents.values())
+    said = {
+        "pictures": dataset.count,
+        "trained on": dataset.train,
+        "held out": dataset.heldout,
+        "with a caption": dataset.captioned,
+        "left out": dataset.quarantined,
+        "covered by a consent": covered,
+    }
+    return {
+        "type": "data",
+        "bom-ref": _ref(dataset),
+        "name": dataset.role,
+        "hashes": [_hash(dataset.artifact.sha256)],
+        "data": [
+            {
+                "type": "dataset",
+                "name": f"{dataset.role} of {dataset.count} pictures",
+                "contents": {"properties": [_property(f"loraline:{name}", value) for name, value in said.items()]},
+            }
+        ],
+    }
+
+
+def _properties(facts: Facts) -> Iterator[dict[str, str]]:
+    version = facts.version
+    yield _property("loraline:artifact", version.artifact.sha256)
+    yield _property("loraline:size", version.size)
+    if version.report:
+        yield _property("loraline:report", version.report.sha256)
+    if version.run_id:
+        yield _property("loraline:run", version.run_id)
+    yield _property("loraline:gates", {True: "passed", False: "failed", None: "not run"}[version.passed])
+    for gate in version.gates:
+        yield _property(f"loraline:gate:{gate.get('metric', '?')}", dict(gate))
+    for word in facts.triggers:
+        yield _property("loraline:trigger", word)
+
+
+def _licenses(terms: LicenseTerms) -> Iterator[dict[str, Any]]:
+    for name in terms.licenses:
+        yield {"license": {"id": name} if name in SPDX else {"name": name}}
+    for what in terms.unknown:
+        yield {"license": {"name": f"unknown: {what}"}}
+
+
+def _ref(dataset: Dataset) -> str:
+    return f"{dataset.role}#{dataset.artifact.sha256}"
+
+
+def _hash(digest: str | None) -> dict[str, str]:
+    return {"alg": "SHA-256", "content": digest or ""}
+
+
+def _property(name: str, value: Any) -> dict[str, str]:
+    return {"name": name, "value": value if isinstance(value, str) else json.dumps(value, sort_keys=True)}

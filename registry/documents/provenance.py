@@ -1,0 +1,103 @@
+"""Where an adapter comes from, as SLSA provenance: an in-toto Statement v1 (https://slsa.dev/spec/v1.0/provenance).
+
+The subject is the adapter file. What a person gave (the spec) is external; what lineage saw besides is internal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from registry.documents.facts import Facts, packages_digest, without_paths
+from registry.entities import Execution, to_json
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+PIPELINE = "urn:loraline:pipeline:1"
+"""The build type of what a pipeline made: its external parameters are the pipeline file."""
+IMPORT = "urn:loraline:import:1"
+"""The build type of what was registered without a recorded run."""
+BUILDER = "urn:loraline:builder"
+
+
+def provenance(facts: Facts) -> dict[str, Any]:
+    """The statement about the adapter file of a version, as JSON values."""
+    version, maker, run = facts.version, facts.maker, facts.run
+    predicate = {
+        "buildDefinition": {
+            "buildType": PIPELINE if run else IMPORT,
+            "externalParameters": {"spec": without_paths(dict(run.spec))} if run else {"recipe": facts.recipe},
+            "internalParameters": {
+                "version": version.ref,
+                "step": maker.step if maker else None,
+                "packages": maker.environment.get("distributions") if maker else None,
+                "seed": maker.seed if maker else version.card.get("seed"),
+                "steps": [_step(step) for step in facts.steps],
+            },
+            "resolvedDependencies": list(_dependencies(facts)),
+        },
+        "runDetails": {
+            "builder": {"id": BUILDER, "version": {"loraline": facts.builder}},
+            "metadata": to_json(
+                {
+                    "invocationId": run.id if run else version.ref,
+                    "startedOn": run.started_at if run else version.created_at,
+                    "finishedOn": (maker.ended_at if maker else None) or version.created_at,
+                }
+            ),
+            "byproducts": [_report(facts)] if version.report else [],
+        },
+    }
+    name = PurePosixPath(version.adapter_path).name
+    subject = {"name": name, "digest": {"sha256": version.sha256}}
+    return {"_type": STATEMENT, "subject": [subject], "predicateType": PREDICATE, "predicate": predicate}
+
+
+def _step(step: Execution) -> dict[str, Any]:
+    settings = without_paths(dict(step.settings.get("settings") or step.settings))
+    said: dict[str, Any] = {
+        "name": step.step,
+        "uses": step.uses,
+        "revision": step.revision,
+        "run": step.run_id,
+        "settings": settings,
+        "files": step.settings.get("files") or {},
+        "inputs": {role: ref.sha256 for role, ref in step.inputs.items()},
+        "output": step.output.sha256 if step.output else None,
+        "seed": step.seed,
+        "environment": {**step.environment, "distributions": packages_digest(step)},
+        "startedOn": step.started_at,
+        "finishedOn": step.ended_at,
+    }
+    return dict(to_json(said))
+
+
+def _dependencies(facts: Facts) -> Iterator[dict[str, Any]]:
+    """Base, datasets, parents and packages; digests are of the registry's canonical lists unless it is a file."""
+    if facts.base_fingerprint:
+        yield _resource("base", facts.base_fingerprint, {"name": facts.base, "of": "weights and configuration"})
+    for dataset in facts.datasets:
+        said = {"pictures": dataset.count, "train": dataset.train, "of": "list of files"}
+        yield _resource(dataset.role, dataset.artifact.sha256, said)
+    for parent in facts.parents:
+        named = {"name": "parent", "uri": f"urn:loraline:version:{quote(parent.name, safe='@:')}"}
+        yield named | ({"digest": {"sha256": parent.sha256}} if parent.sha256 else {})
+    digest = packages_digest(facts.maker) if facts.maker else None
+    if digest:
+        yield _resource("packages", digest, {"of": "installed packages and their versions"})
+    code = (facts.maker.environment.get("code") if facts.maker else None) or {}
+    if isinstance(code, Mapping) and code.get("sha256"):
+        commit = {"gitCommit": str(code["commit"])} if code.get("commit") else {}
+        said = {"of": "source of the program", "changed": bool(code.get("changed"))}
+        yield {"name": "code", "digest": {"sha256": str(code["sha256"]), **commit}, "annotations": said}
+
+
+def _resource(name: str, digest: str, annotations: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "digest": {"sha256": digest}, "annotations": annotations}
+
+
+def _report(facts: Facts) -> dict[str, Any]:
+    report = facts.version.report
+    return _resource("report", report.sha256 if report else "", {"passed": facts.version.passed})

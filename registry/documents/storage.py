@@ -1,0 +1,139 @@
+"""Writing the documents of a version into the store, and finding them again: one artifact a kind, one row each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from lora_engine.files import canonical_json
+from registry.context import RegistryContext
+from registry.documents.facts import Facts
+from registry.documents.gather import bare_facts, gather_facts
+from registry.documents.mlbom import mlbom
+from registry.documents.provenance import provenance
+from registry.entities import AdapterVersion, ArtifactRef, now
+from registry.errors import StoreError, VersionError
+from registry.lineage.record import Lineage, artifact_ref, record_artifacts, record_contents
+from registry.store.artifacts import Store
+from registry.store.tables import ArtifactRow, RecordRow, VersionRow
+
+if TYPE_CHECKING:
+    from registry.store.artifacts import Content
+
+_logger = logging.getLogger(__name__)
+
+CARD, PROVENANCE, BOM, SIGNATURE = "model-card", "provenance", "ml-bom", "signature"
+FILES: Mapping[str, tuple[str, ...]] = {
+    CARD: ("model-card.md", "model-card.html"),
+    PROVENANCE: ("provenance.json",),
+    BOM: ("ml-bom.json",),
+    SIGNATURE: ("signature.json",),
+}
+"""Kind of document -> its files, which are named so wherever they are shown or written."""
+
+
+def _card_files(facts: Facts) -> dict[str, Content]:
+    from registry.documents.card import render_html, render_markdown
+
+    return {"model-card.md": render_markdown(facts).encode(), "model-card.html": render_html(facts).encode()}
+
+
+_WRITERS: Mapping[str, Callable[[Facts], dict[str, Content]]] = {
+    CARD: _card_files,
+    PROVENANCE: lambda facts: {"provenance.json": canonical_json(provenance(facts))},
+    BOM: lambda facts: {"ml-bom.json": canonical_json(mlbom(facts))},
+}
+
+
+def find_records(lineage: Lineage, version: AdapterVersion) -> dict[str, ArtifactRef]:
+    """The documents that were written about a version, by kind."""
+    with lineage.database.read() as session:
+        return read_records(session, version)
+
+
+def read_records(session: Session, version: AdapterVersion) -> dict[str, ArtifactRef]:
+    """The same, within a session."""
+    query = (
+        select(RecordRow.kind, ArtifactRow)
+        .join(ArtifactRow, ArtifactRow.sha256 == RecordRow.artifact)
+        .join(VersionRow, VersionRow.id == RecordRow.version)
+        .where(VersionRow.name == version.name, VersionRow.version == version.version)
+        .order_by(RecordRow.kind)
+    )
+    return {kind: artifact_ref(row) for kind, row in session.execute(query)}
+
+
+def write_missing(context: RegistryContext, version: AdapterVersion) -> dict[str, ArtifactRef]:
+    """Writes the documents that a version should have and has not; gives all that it has, by kind.
+
+    May be repeated and cut off anywhere: what is written stays as it was first written.
+
+    Raises:
+        StoreError: What they are made from is gone or damaged.
+    """
+    store, lineage = context.store, context.lineage
+    known = find_records(lineage, version)
+    wanted = [kind for kind in _WRITERS if kind not in known]
+    if not wanted:
+        return known
+    facts = gather_facts(context, version)
+    made = {kind: store.put_files(kind, _WRITERS[kind](facts)) for kind in wanted}
+    with lineage.database.write() as session:
+        # Another process may have been first; then its documents are the ones.
+        for kind in made.keys() - read_records(session, version).keys():
+            keep(session, store, version, kind, made[kind])
+    return find_records(lineage, version)
+
+
+def keep(session: Session, store: Store, version: AdapterVersion, kind: str, ref: ArtifactRef) -> None:
+    """Makes an artifact the document of that kind, within a writing transaction; an earlier one is replaced.
+
+    MLflow does not show it yet: the next `sync` does that.
+    """
+    query = select(VersionRow).where(VersionRow.name == version.name, VersionRow.version == version.version)
+    row = session.scalars(query).one()
+    row.mirrored = False
+    record_artifacts(session, [ref])
+    record_contents(session, ref, store.files(ref))
+    session.merge(RecordRow(version=row.id, kind=kind, artifact=ref.sha256, created_at=now()))
+    session.flush()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What MLflow shows of a version beyond its row."""
+
+    facts: Facts
+    documents: tuple[ArtifactRef, ...]
+
+
+def gather_shown(context: RegistryContext, version: AdapterVersion) -> Shown:
+    """What MLflow shows of a version; documents that are missing are written first.
+
+    Where what they are made from is gone, only what the row says is shown: one damaged version shall not keep all
+    others from being shown.
+    """
+    try:
+        records = write_missing(context, version)
+        return Shown(gather_facts(context, version), tuple(records.values()))
+    except StoreError as error:
+        _logger.warning("the documents of %s cannot be written: %s", version.ref, error)
+        return Shown(bare_facts(version), ())
+
+
+def read_document(store: Store, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str) -> bytes:
+    """The verified bytes of one document, by the name of its file.
+
+    Raises:
+        VersionError: It was never written.
+        StoreError: It is gone or damaged.
+    """
+    kind = next(kind for kind, files in FILES.items() if file in files)
+    if kind not in records:
+        raise VersionError(f"it has no {kind}", where=version.ref, remedy=f"`loraline records {version.ref}` writes it")
+    return store.read(records[kind], file)

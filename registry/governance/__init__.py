@@ -1,1 +1,0 @@
-"""Who may have what: licences as a lattice, consent, policies of aliases, revoked subjects. Decides; does nothing."""

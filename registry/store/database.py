@@ -1,0 +1,194 @@
+"""How the registry talks to its database: one engine, short transactions, worded errors, SQLite and PostgreSQL alike.
+
+One writer at a time on both: SQLite knows no other way, and on PostgreSQL a lock of the transaction makes the same
+promise, so that what counts, compares and logs is written once and thought through once. How a schema is made, migrated
+or refused is in `registry.store.schema`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
+from sqlalchemy.orm import Session
+
+from lora_engine.files import canonical_json
+from registry.errors import HomeError, RegistryError, database_error
+from registry.store.schema import WRITER, open_file, open_server
+from registry.store.tables import NAMESPACE, Table
+
+_PATIENCE = 20
+"""Seconds to wait for another writer."""
+
+
+class Database:
+    """The registry's database, at the schema of this release: made on first use, migrated if an older release wrote it.
+
+    Args:
+        url: SQLAlchemy URL, of SQLite or PostgreSQL.
+
+    Raises:
+        HomeError: Not reachable, damaged, read-only, full, or written by a newer release or another program (and then
+            not touched).
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = _parse(url)
+        self.url, self.where = url, name_of(url)
+        self.engine = _make_engine(parsed)
+        self._is_sqlite = self.engine.dialect.name == "sqlite"
+        try:
+            with self._worded():
+                self._open_schema(parsed)
+        except BaseException:
+            # A connection that stays open would leave its files beside a database that is not to be touched.
+            self.close()
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that sees one consistent state and changes nothing."""
+        engine = self.engine
+        if not self._is_sqlite:
+            engine = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with self._worded(), Session(engine) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session in one transaction: all of it is durable at the end, or none of it after an exception."""
+        # SQLite: take the write lock at once; a reader that turns writer could not wait for it.
+        engine = self.engine.execution_options(loraline_write=True)
+        with self._worded(), Session(engine, expire_on_commit=False) as session, session.begin():
+            if not self._is_sqlite:
+                session.execute(WRITER)
+            yield session
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.engine.dispose()
+
+    def _open_schema(self, url: URL) -> None:
+        if not self._is_sqlite:
+            open_server(self.engine, self.where)
+        elif url.database and url.database != ":memory:":
+            without_keys = _make_engine(url, foreign_keys=False)
+            try:
+                open_file(Path(url.database), without_keys)
+            finally:
+                without_keys.dispose()
+        else:
+            raise HomeError("a database in memory is gone with its process", where=self.url, allowed="a file")
+
+    @contextmanager
+    def _worded(self) -> Iterator[None]:
+        try:
+            yield
+        except DatabaseError as error:
+            with_context = database_error(str(error.orig), self.where)
+            if with_context is None:
+                raise
+            raise with_context from error
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL; None for another database."""
+    parsed = _parse(url)
+    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
+
+
+def name_of(url: str) -> str:
+    """What a database is called in messages: its file, or its URL without the password."""
+    parsed = _parse(url)
+    return parsed.database or "" if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
+
+
+def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Inserts the rows whose primary key is not there yet."""
+    listed = [dict(row) for row in rows]
+    if not listed:
+        return
+    dialect = session.connection().dialect.name
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    session.execute(insert(table).on_conflict_do_nothing(), listed)
+
+
+def require_json(error: type[RegistryError], value: Any, where: str) -> None:
+    """Does nothing for a value that a column of JSON can hold.
+
+    Raises:
+        error: It holds NaN, infinity, or what is no JSON.
+    """
+    try:
+        canonical_json(value)
+    except (ValueError, TypeError) as cause:
+        raise error(f"a value that JSON cannot hold: {cause}", where=where, allowed="finite JSON") from cause
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in {"postgresql", "postgres"}:
+            # SQLAlchemy's own default is a driver that is not among our packages.
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        backend = parsed.get_backend_name()
+        if backend not in {"sqlite", "postgresql"}:
+            raise HomeError(f"{backend!r} is no database that the registry knows", allowed="sqlite, postgresql+psycopg")
+        parsed.get_dialect().import_dbapi()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise HomeError(
+            f"this is no URL of a database ({error})",
+            where="LORALINE_DATABASE_URL or loraline.yaml",
+            allowed="sqlite:////PATH or postgresql+psycopg://USER@HOST/DATABASE",
+        ) from error
+    except ImportError as error:
+        raise HomeError(
+            f"PostgreSQL's driver is not installed ({error})",
+            where=parsed.render_as_string(),
+            remedy="pip install 'loraline[postgres]'",
+        ) from error
+    return parsed
+
+
+def _make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
+    engine = create_engine(url, json_serializer=lambda value: canonical_json(value).decode())
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_sqlite(foreign_keys))
+        event.listen(engine, "begin", _begin_sqlite)
+    else:
+        # First of all listeners: SQLAlchemy asks for the current schema when it first connects.
+        event.listen(engine, "connect", _configure_postgres, insert=True)
+    return engine
+
+
+def _configure_sqlite(foreign_keys: bool) -> Callable[[Any, Any], None]:
+    def configure(connection: Any, _record: Any) -> None:
+        # Leave transactions to `_begin_sqlite`; the driver would begin them too late, and end them before DDL.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        keys = "ON" if foreign_keys else "OFF"
+        for pragma in (f"busy_timeout={_PATIENCE * 1000}", f"foreign_keys={keys}", "synchronous=FULL"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return configure
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    is_writer = connection.get_execution_options().get("loraline_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writer else "BEGIN")
+
+
+def _configure_postgres(connection: Any, _record: Any) -> None:
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        # A namespace of our own: MLflow may keep its tables, of which some have the same names, in the same database.
+        cursor.execute(f"SET search_path TO {NAMESPACE}")
+        cursor.execute(f"SET lock_timeout TO '{_PATIENCE}s'")
+    connection.autocommit = False

@@ -1,0 +1,380 @@
+"""MLflow, brought level with the registry's own record. The only module that imports mlflow, and only inside functions.
+
+Everything here may be repeated: a call that was cut off anywhere is completed by the next one. Callers hold the lock.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from lora_engine.files import sha256_bytes, sha256_file
+from registry.documents.facts import Dataset
+from registry.documents.storage import Shown
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.errors import MlflowError, disk_errors
+from registry.home import Home
+from registry.policy.alias_policy import numbers
+from registry.store.artifacts import Store
+from registry.store.database import name_of, sqlite_file
+from registry.versions.rewrite_uris import rewrite_artifact_uris
+
+_logger = logging.getLogger(__name__)
+
+_PARAMS_AT_ONCE = 100
+_METRICS_AT_ONCE = 1000
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 8000
+_DATASET_DIGEST = 36
+_MISSING = "RESOURCE_DOES_NOT_EXIST"
+_RECORD = "record.json"
+_NO_NAME = re.compile(r"[^\w\-. :/]", re.ASCII)
+
+
+@dataclass(frozen=True)
+class MlflowVersion:
+    """What MLflow says of one version, in plain values.
+
+    Args:
+        name: Registered model.
+        version: Number.
+        sha256: The tag with the digest, or empty.
+        aliases: Its aliases, sorted.
+        source: Folder that MLflow hands out, where it is a local one.
+    """
+
+    name: str
+    version: int
+    sha256: str
+    aliases: tuple[str, ...]
+    source: Path | None
+
+
+class MlflowWriter:
+    """MLflow's database and artifacts of one home.
+
+    Args:
+        home: The home.
+        store: Where the bytes come from.
+
+    Raises:
+        MlflowError: MLflow cannot open its database.
+    """
+
+    def __init__(self, home: Home, store: Store) -> None:
+        self.home, self.store = home, store
+        with self.with_context("its database"):
+            self._client = _open_client(home)
+
+    def add_version(self, version: AdapterVersion, record: ArtifactRef, shown: Shown) -> str:
+        """Makes run, artifacts, registered model and model version what the registry says.
+
+        Args:
+            version: The version.
+            record: The artifact with parameters, curves, pictures and documents.
+            shown: What else is shown of it: its documents and datasets.
+
+        Returns:
+            The id of its run in MLflow.
+
+        Raises:
+            MlflowError: MLflow refuses, or counts differently.
+        """
+        with self.with_context(version.ref):
+            run_id = self._run_for(version)
+            self._log_values(run_id, version, json.loads(self.store.read(record, _RECORD)))
+            self._log_datasets(run_id, shown.facts.datasets)
+            source = self._copy_files(run_id, version, record, shown.documents)
+            self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
+            self._ensure_model(version.name)
+            self._ensure_version(version, run_id, source)
+            self._describe(version, run_id, shown)
+            self._write_state_tag(version)
+        return run_id
+
+    def delete_version(self, version: AdapterVersion) -> str:
+        """Takes the bytes of a deleted version away; run and model version stay, so that MLflow counts as we do.
+
+        Returns:
+            The id of its run in MLflow.
+
+        Raises:
+            MlflowError: MLflow refuses, or counts differently.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        with self.with_context(version.ref):
+            run_id = self._run_for(version)
+            place = str(self._client.get_run(run_id).info.artifact_uri)
+            artifacts = get_artifact_repository(place)
+            for folder in ("adapter", "pictures", "documents"):
+                if artifacts.list_artifacts(folder):
+                    artifacts.delete_artifacts(folder)
+            self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
+            self._ensure_model(version.name)
+            self._ensure_version(version, run_id, f"{place}/adapter")
+            self._write_state_tag(version)
+        return run_id
+
+    def set_alias(self, name: str, alias: str, version: int | None) -> None:
+        """Points MLflow's alias at a version, or removes it."""
+        with self.with_context(f"{name}@{alias}"):
+            if version is None:
+                self._client.delete_registered_model_alias(name, alias)
+            else:
+                self._client.set_registered_model_alias(name, alias, str(version))
+
+    def move_artifacts(self, names: Iterable[str]) -> None:
+        """Corrects where MLflow looks for the artifacts of these adapters, in case the home was moved."""
+        with self.with_context("the places of its artifacts"):
+            moved = rewrite_artifact_uris(self.home.mlflow_url, names, self.home.mlflow_artifacts.as_uri())
+        if moved:
+            _logger.info("the home was moved; in MLflow, %d places were corrected", sum(moved.values()))
+
+    def versions(self) -> list[MlflowVersion]:
+        """Everything that MLflow has registered."""
+        with self.with_context("its registered models"):
+            found, token = [], None
+            while True:
+                page = self._client.search_model_versions("", max_results=10_000, page_token=token)
+                found += [self._client.get_model_version(entry.name, str(entry.version)) for entry in page]
+                token = page.token
+                if not token:
+                    break
+        return [
+            MlflowVersion(
+                entry.name,
+                int(entry.version),
+                entry.tags.get("loraline.sha256", ""),
+                tuple(sorted(entry.aliases)),
+                _local_path(entry.source),
+            )
+            for entry in found
+        ]
+
+    @contextmanager
+    def with_context(self, where: str) -> Iterator[None]:
+        """Words whatever goes wrong in MLflow as `MlflowError`."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with disk_errors(self.home.mlflow_artifacts):
+                yield
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise MlflowError(
+                f"MLflow could not be brought level ({error})",
+                where=where,
+                remedy="nothing is lost; mend what it says, and the next command brings MLflow level",
+            ) from error
+
+    def _run_for(self, version: AdapterVersion) -> str:
+        experiment = self._client.get_experiment_by_name(version.name)
+        if experiment is None:
+            folder = self.home.mlflow_artifacts / version.name
+            experiment_id = self._client.create_experiment(version.name, artifact_location=folder.as_uri())
+        else:
+            experiment_id = experiment.experiment_id
+        mine = f"tags.`loraline.version` = '{version.ref}' and tags.`loraline.sha256` = '{version.sha256}'"
+        for run in self._client.search_runs([experiment_id], filter_string=mine, max_results=1):
+            return str(run.info.run_id)
+        run = self._client.create_run(
+            experiment_id,
+            start_time=_millis(version),
+            tags=_tags(version),
+            run_name=f"{version.name} {version.version}",
+        )
+        return str(run.info.run_id)
+
+    def _log_values(self, run_id: str, version: AdapterVersion, record: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        when = _millis(version)
+        metrics = [Metric(name, value, when, 0) for name, value in numbers(version.metrics)]
+        for name, curve in record["curves"].items():
+            metrics += [Metric(name, value, when, step) for step, value in curve]
+        for batch in _batches(metrics, _METRICS_AT_ONCE):
+            self._client.log_batch(run_id, metrics=batch)
+        params = {_param_name(str(key)): _text(value) for key, value in record["params"].items()}
+        long = {key: value for key, value in params.items() if len(value) > _PARAM_LENGTH}
+        for batch in _batches([Param(key, value[:_PARAM_LENGTH]) for key, value in params.items()], _PARAMS_AT_ONCE):
+            self._client.log_batch(run_id, params=batch)
+        tags = [RunTag(f"loraline.param.{key}"[:250], value[:_TAG_LENGTH]) for key, value in long.items()]
+        for batch in _batches(tags, _PARAMS_AT_ONCE):
+            self._client.log_batch(run_id, tags=batch)
+
+    def _log_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
+        """Shows what was trained on; MLflow's column for a digest is too short for one, so a tag has it whole."""
+        from mlflow.entities import Dataset as LoggedDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        inputs = []
+        for entry in datasets:
+            digest = entry.artifact.sha256
+            profile = {"pictures": entry.count, "trained on": entry.train, "held out": entry.heldout}
+            profile |= {"with a caption": entry.captioned, "covered by a consent": sum(entry.consents.values())}
+            tags = {"mlflow.data.context": "training", "loraline.role": entry.role, "loraline.sha256": digest}
+            inputs.append(
+                DatasetInput(
+                    LoggedDataset(
+                        name=entry.role,
+                        digest=digest[:_DATASET_DIGEST],
+                        source_type="loraline",
+                        source=json.dumps({"artifact": digest}),
+                        profile=json.dumps(profile),
+                    ),
+                    [InputTag(key, value) for key, value in tags.items()],
+                )
+            )
+        if inputs:
+            self._client.log_inputs(run_id, inputs)
+
+    def _describe(self, version: AdapterVersion, run_id: str, shown: Shown) -> None:
+        """The short model card as the description of version, run and registered model, with links into MLflow."""
+        from registry.documents.card import render_short
+
+        run = f"#/experiments/{self._client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+        pages = {"Model card": "model-card.html", "Provenance": "provenance.json", "Bill of materials": "ml-bom.json"}
+        links = {"Curves and figures": f"{run}/model-metrics", "Before and after": f"{run}/artifacts/pictures"}
+        links |= {text: f"{run}/artifacts/documents/{file}" for text, file in pages.items()}
+        for parent in shown.facts.parents:
+            name, _, number = parent.name.partition("@")
+            if number.isdecimal():
+                links[f"Parent {parent.name}"] = f"#/models/{name}/versions/{number}"
+        text = render_short(shown.facts, links)
+        self._client.update_model_version(version.name, str(version.version), description=text)
+        self._client.set_tag(run_id, "mlflow.note.content", text)
+        newest = {"filter_string": f"name = '{version.name}'", "order_by": ["version_number DESC"], "max_results": 1}
+        if all(int(found.version) <= version.version for found in self._client.search_model_versions(**newest)):
+            self._client.update_registered_model(version.name, description=text)
+
+    def _copy_files(
+        self, run_id: str, version: AdapterVersion, record: ArtifactRef, documents: Sequence[ArtifactRef]
+    ) -> str:
+        """Puts the files where MLflow shows them, and gives the folder that holds the adapter alone."""
+        with tempfile.TemporaryDirectory(dir=self.home.work, prefix="mirror-") as temporary:
+            folder = Path(temporary) / "files"
+            self.store.checkout(record, folder)
+            for document in documents:
+                for file in self.store.files(document):
+                    self.store.checkout_file(document, file, folder / "documents" / file)
+            adapter = folder / "adapter" / Path(version.adapter_path).name
+            self.store.checkout_file(version.artifact, version.adapter_path, adapter)
+            self._client.log_artifacts(run_id, str(folder))
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/adapter"
+        copied = _local_path(source)
+        if copied is not None and sha256_file(copied / adapter.name) != version.sha256:
+            raise OSError(f"the copy in {copied} is not what was copied")
+        return source
+
+    def _write_state_tag(self, version: AdapterVersion) -> None:
+        self._client.set_model_version_tag(version.name, str(version.version), "loraline.state", version.state)
+
+    def _ensure_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != _MISSING:
+                raise
+            self._client.create_registered_model(name, tags={"loraline": "adapter"})
+
+    def _ensure_version(self, version: AdapterVersion, run_id: str, source: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_model_version(version.name, str(version.version))
+        except MlflowException as error:
+            if error.error_code != _MISSING:
+                raise
+            found = self._client.create_model_version(version.name, source=source, run_id=run_id, tags=_tags(version))
+        if int(found.version) != version.version or found.tags.get("loraline.sha256") != version.sha256:
+            raise MlflowError(
+                f"MLflow has version {found.version} with digest {found.tags.get('loraline.sha256')!r} in its place",
+                where=version.ref,
+                allowed=f"digest {version.sha256}",
+                remedy=f"somebody wrote into {name_of(self.home.mlflow_url)}; move that away, and it is built anew",
+            )
+
+
+def _open_client(home: Home) -> Any:
+    """A client of the home's MLflow; its database is first made beside its place, so that it is never half made."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    file = sqlite_file(home.mlflow_url)
+    if file is not None and not file.exists():
+        _make_database(home, file)
+    return MlflowClient(tracking_uri=home.mlflow_url, registry_uri=home.mlflow_url)
+
+
+def _make_database(home: Home, file: Path) -> None:
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as ModelStore
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as RunStore
+
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        made = RunStore(f"sqlite:///{partial}", home.mlflow_artifacts.as_uri())
+        made.engine.dispose()
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    # MLflow keeps connections for good: if this process knew a database in this place before, it is that one no more.
+    RunStore(home.mlflow_url, home.mlflow_artifacts.as_uri()).engine.dispose()
+    ModelStore(home.mlflow_url).engine.dispose()
+
+
+def _tags(version: AdapterVersion) -> dict[str, str]:
+    tags = {
+        "loraline.version": version.ref,
+        "loraline.sha256": version.sha256,
+        "loraline.artifact": version.artifact.sha256,
+        "loraline.report": version.report.sha256 if version.report else "",
+        "loraline.run": version.run_id or "",
+        "loraline.passed": {True: "yes", False: "no", None: "not evaluated"}[version.passed],
+        "loraline.parents": ", ".join(version.parents),
+        "loraline.title": str(version.card.get("title") or ""),
+        "loraline.base": str(version.card.get("base") or "").rpartition("/")[2],
+        "loraline.trigger": str(version.card.get("trigger") or ""),
+        "loraline.license": str(version.card.get("license") or ""),
+    }
+    return {key: value[:_TAG_LENGTH] for key, value in tags.items() if value}
+
+
+def _param_name(key: str) -> str:
+    # A recipe may hold patterns of layers (`unet.*.to_q`), which MLflow takes for no name.
+    plain = _NO_NAME.sub("_", key)
+    return key if plain == key else f"{plain[:200]}-{sha256_bytes(key.encode())[:8]}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _millis(version: AdapterVersion) -> int:
+    # The same at every repetition, so that repeated metrics are the same metrics.
+    return int(version.created_at.timestamp() * 1000)
+
+
+def _batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (values[begin : begin + size] for begin in range(0, len(values), size))
+
+
+def _local_path(uri: str | None) -> Path | None:
+    parts = urlsplit(uri or "")
+    return Path(url2pathname(parts.path)) if parts.scheme in {"", "file"} and parts.path else None

@@ -1,0 +1,32 @@
+"""What the log of events says that the projections must hold: states of versions and revocations, beside the aliases.
+
+Pure functions over events; `promotion.replay` is the one for aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from registry.entities import Event, VersionState
+
+_STATES: dict[str, VersionState] = {"withdraw": "WITHDRAWN", "delete": "DELETED", "restore": "ACTIVE"}
+
+
+def project_states(events: Iterable[Event]) -> dict[tuple[str, int], VersionState]:
+    """The state of every version that was ever withdrawn, deleted or restored: (name, number) -> state."""
+    states: dict[tuple[str, int], VersionState] = {}
+    for event in sorted(events, key=lambda entry: entry.seq):
+        if event.action in _STATES and event.after is not None:
+            states[event.name, event.after] = _STATES[event.action]
+    return states
+
+
+def project_revocations(events: Iterable[Event]) -> dict[str, int]:
+    """What is revoked now: subject -> the event that stands for it, the first since it was lifted last."""
+    revoked: dict[str, int] = {}
+    for event in sorted(events, key=lambda entry: entry.seq):
+        if event.action == "revoke" and event.subject:
+            revoked.setdefault(event.subject, event.seq)
+        elif event.action == "lift":
+            revoked.pop(event.subject, None)
+    return revoked

@@ -1,0 +1,301 @@
+"""Versions: registering an adapter under a name, and reading it back with its bytes verified.
+
+The registry's own database comes first, in one transaction; MLflow is brought level with it afterwards (`sync`), and
+by the next command if this one is cut off. Reading uses the own database alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from sqlalchemy.orm import Session
+
+from lora_engine.files import canonical_json
+from registry import queries
+from registry.context import RegistryContext
+from registry.documents.signing import require_valid_signature
+from registry.documents.storage import gather_shown, write_missing
+from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
+from registry.errors import DamagedBlob, HomeError, MlflowError, VersionError
+from registry.home import Home
+from registry.identity import current_user
+from registry.lineage.record import Lineage, record_artifacts, record_contents
+from registry.policy.alias_policy import numbers
+from registry.policy.evaluate import evaluate_policy
+from registry.store.artifacts import Content, Store, check_relative
+from registry.store.blobs import damaged
+from registry.store.database import require_json
+from registry.versions.mlflow_sync import is_synced, sync_mlflow
+
+_logger = logging.getLogger(__name__)
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+class Versions(RegistryContext):
+    """The named, numbered adapters of a home.
+
+    Opening it brings MLflow level if a process died before it could; it costs nothing where all is level.
+
+    Args:
+        home: The home.
+        store: Its store, if one is open already.
+        lineage: Its lineage, if it is open already.
+
+    Raises:
+        HomeError: The database cannot be used, or a newer release wrote it.
+    """
+
+    def __init__(self, home: Home, *, store: Store | None = None, lineage: Lineage | None = None) -> None:
+        super().__init__(home, store=store, lineage=lineage)
+        if self.is_synced():
+            return
+        try:
+            self.sync(timeout=0)
+        except Timeout:
+            _logger.debug("another process brings MLflow level")
+        except (MlflowError, HomeError) as error:
+            _logger.warning("%s", error)
+
+    def register(
+        self,
+        name: str,
+        artifact: ArtifactRef,
+        adapter_file: str = "adapter.safetensors",
+        *,
+        report: ArtifactRef | None = None,
+        run_id: str | None = None,
+        card: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        gates: Sequence[Mapping[str, Any]] = (),
+        passed: bool | None = None,
+        parents: Sequence[str] = (),
+        declared: str | None = None,
+        alias_request: str | None = None,
+        curves: Curves | None = None,
+        params: Mapping[str, Any] | None = None,
+        pictures: Mapping[str, Content] | None = None,
+        documents: Mapping[str, Content] | None = None,
+        actor: str | None = None,
+    ) -> AdapterVersion:
+        """Gives an adapter the next number of its name; the same adapter with the same report keeps its number.
+
+        Args:
+            name: The adapter's name.
+            artifact: The tree that holds the adapter file; must be in the store.
+            adapter_file: Where in the tree the file is.
+            report: The evaluation, if there was one; must be in the store.
+            run_id: The run that made it.
+            card: What is said about it (JSON).
+            metrics: What was measured (JSON, may be nested); every number finite.
+            gates: One object a gate: metric, of, min, max, value, passed.
+            passed: Whether the gates passed; None where nothing was evaluated.
+            parents: `name@version` of adapters it was merged from, and other origins as free text.
+            declared: The licence that it is declared to have (SPDX, or as Hugging Face writes it), before the card's;
+                what it inherits from its base and its data stays as it is.
+            alias_request: An alias that it shall have, if the alias's policy allows; a refusal is logged, not raised.
+            curves: Metric -> (step, value), shown by MLflow.
+            params: The recipe, shown by MLflow.
+            pictures: Relative name -> file or bytes, shown by MLflow.
+            documents: Relative name -> file or bytes, shown by MLflow.
+            actor: Who asks for the alias; this process's user by default.
+
+        Raises:
+            VersionError: A name against the rule, a number that is not finite, a value that JSON cannot hold, or no
+                such file in the artifact.
+            GoneVersion: The very same was registered before, and deleted.
+            StoreError: The bytes are not in the store, or not whole.
+            MlflowError: Registered, but MLflow is behind; the next command mends it.
+        """
+        check_name(name)
+        if alias_request is not None:
+            check_alias(alias_request)
+        if declared is not None:
+            card = {**(card or {}), "license": declared}
+        _require_finite(metrics or {}, "metrics")
+        _require_finite(curves or {}, "curves")
+        require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
+        files = self._whole_files([artifact, *([report] if report else [])])
+        if adapter_file not in files[artifact]:
+            raise VersionError(
+                f"no file {adapter_file!r}",
+                where=f"artifact {artifact.sha256[:12]}",
+                allowed=repr([*files[artifact]]),
+            )
+        record = self._put_record(params or {}, curves or {}, pictures or {}, documents or {})
+        values = {
+            "identity": queries.identity_of(artifact, report),
+            **vars(files[artifact][adapter_file]),
+            "artifact": artifact.sha256,
+            "adapter_path": adapter_file,
+            "report": report.sha256 if report else None,
+            "record": record.sha256,
+            "run_id": run_id,
+            "card": dict(card or {}),
+            "metrics": dict(metrics or {}),
+            "gates": [dict(gate) for gate in gates],
+            "passed": passed,
+            "params": dict(params or {}),
+        }
+        files[record] = self.store.files(record)
+        with self.lineage.database.write() as session:
+            row = queries.find_identical(session, name, artifact, report)
+            if row is None:
+                record_artifacts(session, files)
+                for ref, contents in files.items():
+                    record_contents(session, ref, contents)
+                row = queries.insert_version(session, name, parents, values)
+            elif row.state == "DELETED":
+                # What was deleted does not come back by being made again, least of all by a schedule.
+                queries.require_active(session, name, row.version)
+            if alias_request is not None:
+                self._stage(session, queries.entities(session, [row])[0], alias_request, actor or current_user())
+            number = row.version
+        # What dies before its documents are written has them written when MLflow is brought level.
+        write_missing(self, self.show(name, number))
+        self.sync()
+        return self.show(name, number)
+
+    def list(self, name: str | None = None, *, deleted: bool = False) -> tuple[AdapterVersion, ...]:
+        """The versions by name and number, the deleted ones only if asked for; their bytes are not read."""
+        with self.lineage.database.read() as session:
+            found = queries.read_versions(session, name)
+        return tuple(version for version in found if deleted or version.state != "DELETED")
+
+    def show(self, name: str, ref: str | int = "latest") -> AdapterVersion:
+        """What is known of a version; its bytes are not read.
+
+        Raises:
+            UnknownName: No such adapter.
+            UnknownVersion: No such number or alias.
+        """
+        with self.lineage.database.read() as session:
+            return queries.read_version(session, name, ref)
+
+    def get(self, name: str, ref: str | int = "latest") -> AdapterVersion:
+        """The version, of which every byte of the adapter file was just read and has the registered digest.
+
+        Args:
+            name: The adapter.
+            ref: A number, an alias, or `latest`.
+
+        Raises:
+            DamagedBlob: The bytes are others; the message names both digests.
+            MissingBlob: The bytes are gone.
+            SignatureError: It is signed, and the signature does not hold.
+            GoneVersion: It was withdrawn or deleted.
+            UnknownName: No such adapter.
+            UnknownVersion: No such number or alias.
+        """
+        version = self.show(name, ref)
+        self.read_adapter(version)
+        return version
+
+    def require_active(self, version: AdapterVersion) -> AdapterVersion:
+        """The version, given back if it may be handed out; its state is read anew.
+
+        Raises:
+            GoneVersion: It was withdrawn or deleted; the message says by whom, when and why.
+        """
+        with self.lineage.database.read() as session:
+            queries.require_active(session, version.name, version.version)
+        return version
+
+    def read_adapter(self, version: AdapterVersion) -> bytes:
+        """The verified bytes of the adapter file; raises as `get` does."""
+        self._check_adapter(version)
+        return self.store.read(version.artifact, version.adapter_path)
+
+    def checkout_adapter(self, version: AdapterVersion, path: Path) -> None:
+        """Copies the adapter file out, verified and atomic; raises as `get` does."""
+        self._check_adapter(version)
+        self.store.checkout_file(version.artifact, version.adapter_path, path)
+
+    def log_export(self, version: AdapterVersion, details: Mapping[str, Any], *, actor: str | None = None) -> Event:
+        """Logs that a version was written for another program, so that a recall can tell where it went.
+
+        Args:
+            version: The version.
+            details: The `format`, and the `files` with their digests.
+            actor: Who; this process's user by default.
+        """
+        reason = f"exported as {details.get('format', 'a file')}"
+        with self.lineage.database.write() as session:
+            return queries.log_event(
+                session, "export", actor=actor or current_user(), reason=reason, version=version, details=details
+            )
+
+    def is_synced(self) -> bool:
+        """Whether MLflow shows all that is registered, as far as the own database knows."""
+        return is_synced(self.home, self.lineage.database)
+
+    def sync(self, timeout: float = -1, *, again: bool = False) -> None:
+        """Brings MLflow level with the own database; does nothing where it is level.
+
+        Args:
+            timeout: Seconds to wait while another process does it; -1 for ever.
+            again: Writes what MLflow should have already once more, to mend what was changed or lost there.
+
+        Raises:
+            MlflowError: MLflow refuses; nothing is lost, and the next call goes on from there.
+            filelock.Timeout: Another process is at it.
+        """
+        show = partial(gather_shown, self)
+        sync_mlflow(self.home, self.store, self.lineage.database, timeout, again=again, show=show)
+
+    def _check_adapter(self, version: AdapterVersion) -> None:
+        self.require_active(version)
+        stored = self.store.files(version.artifact)[version.adapter_path].sha256
+        if stored != version.sha256:
+            raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
+        require_valid_signature(self, version)
+
+    def _whole_files(self, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:
+        for ref in refs:
+            # From here on a collection leaves it to this registration.
+            self.store.touch(ref)
+            for problem in self.store.verify(ref):
+                raise DamagedBlob(problem.what, where=problem.where, remedy=problem.remedy)
+        return {ref: self.store.files(ref) for ref in refs}
+
+    def _put_record(
+        self,
+        params: Mapping[str, Any],
+        curves: Curves,
+        pictures: Mapping[str, Content],
+        documents: Mapping[str, Content],
+    ) -> ArtifactRef:
+        points = {metric: [[step, value] for step, value in curve] for metric, curve in curves.items()}
+        files: dict[str, Content] = {"record.json": canonical_json({"params": dict(params), "curves": points})}
+        for folder, entries in (("pictures", pictures), ("documents", documents)):
+            files |= {f"{folder}/{check_relative(relative)}": content for relative, content in entries.items()}
+        return self.store.put_files("record", files)
+
+    def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: str) -> None:
+        """Gives a version its alias once: a repeated registration does not take it back from a later version."""
+        events = queries.read_events(session, version.name, alias)
+        if any(event.after == version.version for event in events):
+            return
+        standing = queries.alias_target(session, version.name, alias)
+        decision = evaluate_policy(self, version, alias, actor=actor, session=session)
+        if decision.allowed:
+            queries.move_alias(
+                session, version, alias, expected=standing, action="stage", actor=actor, reason="registered"
+            )
+            return
+        why = "; ".join(decision.reasons)
+        _logger.warning("%s does not become %r: %s", version.ref, alias, why)
+        queries.log_alias_event(session, version, alias, standing, action="refuse", actor=actor, reason=why)
+
+
+def _require_finite(values: Mapping[str, Any], what: str) -> None:
+    broken = {path: value for path, value in numbers(values) if not math.isfinite(value)}
+    if broken:
+        first = ", ".join(f"{path} = {value!r}" for path, value in list(broken.items())[:4])
+        raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=what, allowed="finite numbers")

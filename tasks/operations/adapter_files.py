@@ -1,0 +1,245 @@
+"""What the verbs on files ask of the engine: adapters by file or by registered name, models, pictures by prompt."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lora_engine.errors import AdapterError, BaseModelError
+from registry.home import Home
+from tasks.errors import SpecError
+from tasks.progress import StepEvent, publish
+
+if TYPE_CHECKING:
+    from lora_engine.formats import Bundle
+
+
+def open_bundle(file: Path, base: str | None) -> Bundle:
+    """Reads and validates an adapter file, with the embeddings that came with it.
+
+    Args:
+        file: The file, or a PEFT folder.
+        base: A base whose module names and shapes it must fit; None trusts the names in the file.
+
+    Raises:
+        AdapterError: Not an adapter, not whole, or not for that base.
+        BaseModelError: No such base.
+    """
+    from lora_engine.formats import read_bundle
+
+    if not file.exists():
+        raise AdapterError("there is no such file", where=str(file), remedy="check the path")
+    return read_bundle(file, module_shapes_of(base))
+
+
+def module_shapes_of(base: str | None) -> dict[str, tuple[int, ...]] | None:
+    """The names and shapes of a base's layers, which need no weights; None for no base."""
+    if base is None:
+        return None
+    from lora_engine.bases.structure import base_module_shapes
+
+    return base_module_shapes(base)
+
+
+def convert_adapter(
+    file: Path,
+    output: Path,
+    to: str,
+    *,
+    base: str | None,
+    dtype: str | None,
+    approximation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Writes an adapter in another format and says what was written, and what had to be approximated or supposed.
+
+    Args:
+        file: The adapter.
+        output: A file or a folder.
+        to: Name of a format.
+        base: Where its names need one; an approximation of DoRA, OFT or (IA)3 reads its weights.
+        dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's.
+        approximation: `rank` and `energy` of what the format cannot hold as it is; None refuses to approximate.
+    """
+    from lora_engine.bases.base import load_base
+    from lora_engine.bases.published import published
+    from lora_engine.files import sha256_file
+    from lora_engine.formats import approximate, write_adapter
+    from lora_engine.formats.dtypes import dtype_of
+
+    bundle, names = open_bundle(file, base), module_shapes_of(base)
+    adapter, told = bundle.adapter, None
+    if approximation is not None:
+        model = load_base(base, device="cpu") if base is not None and base not in published else None
+        near = approximate(adapter, to, **approximation, base=model, module_names=names)
+        adapter = near.adapter
+        told = {"retained": near.total, "modules": dict(near.retained)} if near.retained else None
+    written = write_adapter(
+        output,
+        adapter,
+        format=to,
+        card=bundle.card,
+        dtype=dtype_of(dtype),
+        embeddings=bundle.embeddings,
+        module_names=names,
+    )
+    files = [{"file": str(path), "sha256": sha256_file(path)} for path in written]
+    return {"format": to, "files": files, "approximation": told, "assumed": bundle.assumptions or None}
+
+
+def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[str, Any]:
+    """Writes a whole model in another layout; `settings` are those of `checkpoints.convert_checkpoint`."""
+    from lora_engine.checkpoints import convert_checkpoint
+    from lora_engine.files import sha256_file
+
+    written = convert_checkpoint(file, output, to=to, **settings)  # type: ignore[arg-type]  # it checks `to` itself
+    return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
+
+
+def check_file(file: Path, base: str | None) -> dict[str, int]:
+    """Counts what an adapter, an embedding or a whole model holds, if it is whole.
+
+    Raises:
+        EngineError: It is not whole, or does not fit the base.
+    """
+    from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
+    from lora_engine.formats import inspect, read_embeddings
+
+    if is_checkpoint(file):
+        facts = inspect_checkpoint(file)
+        if facts.get("problem"):
+            raise BaseModelError(facts["problem"], where=str(file), remedy="download or save the model again, whole")
+        return {"tensors": sum(part["tensors"] for part in facts["components"].values())}
+    if inspect(file)["format"] == "embedding":
+        return {"embeddings": len(read_embeddings(file))}
+    bundle = open_bundle(file, base)
+    words = {"embeddings": len(bundle.embeddings)} if bundle.embeddings else {}
+    return {"modules": len(bundle.adapter.modules)} | words
+
+
+def resize_adapter(file: Path, output: Path, *, base: str | None, **settings: Any) -> dict[str, Any]:
+    """Writes an adapter at another rank and says what each module keeps; `settings` are those of `merging.resize`."""
+    from lora_engine.bases.base import load_base
+    from lora_engine.formats import write_adapter
+    from lora_engine.merging.resize import resize
+
+    bundle = open_bundle(file, base)
+    model = load_base(base, device="cpu") if base is not None and settings.get("others") == "lora" else None
+    adapter, report = resize(bundle.adapter, base=model, **settings)
+    told = {name: value for name, value in settings.items() if value not in (None, "refuse")}
+    recipe = bundle.card.recipe | {"resized": told | {"retained_energy": round(report.retained, 6)}}
+    card = bundle.card.model_copy(update={"recipe": recipe})
+    write_adapter(output, adapter, card=card, embeddings=bundle.embeddings)
+    return report.as_json()
+
+
+def model_path(base: str) -> Path:
+    """The folder or file of a base model's weights, by path or by name.
+
+    Raises:
+        BaseModelError: No such base.
+    """
+    if Path(base).exists():
+        return Path(base)
+    from lora_engine.bases.source import resolve_base
+
+    return resolve_base(base).folder
+
+
+def parse_weighted(text: str) -> tuple[str, float]:
+    """`name` or `name:weight`; a colon that is part of an existing file's name counts as such."""
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise SpecError(f"{text!r}", allowed="FILE or FILE:WEIGHT, such as a.safetensors:0.7") from None
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs, the values as YAML reads them."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise SpecError(f"{pair!r}", allowed="NAME=VALUE, such as density=0.3")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SpecError(f"{pair!r}", allowed="a number or a word after the =") from None
+    return found
+
+
+@contextmanager
+def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[Path, float]]]:
+    """Adapters named by file or as `name@ref`, each with its weight, as files that last as long as the context.
+
+    Raises:
+        SpecError: A weight that is no number.
+        RegistryError: An unknown version.
+    """
+    named = [parse_weighted(text) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        yield [(_fetch(ref, home, Path(folder) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
+
+
+def draw(
+    prompt: str,
+    folder: Path,
+    home: Path,
+    *,
+    base: str,
+    count: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    size: int | None,
+) -> list[Path]:
+    """Draws pictures and writes them as PNG files, named by their seeds.
+
+    Args:
+        prompt: May name adapters: `<lora:name@production:0.7>` or `<lora:path/to/file.safetensors:0.7>`.
+        folder: Where the pictures go.
+        home: The home whose registry knows the names.
+        base: The base model.
+        count: How many pictures.
+        seed: Of the first; the others count up.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        size: Pixels of a side; None for the base's own.
+    """
+    from lora_engine.bases.source import resolve_base
+    from lora_engine.compute import fitting_threads, threads
+    from lora_engine.inference.draw import draw_images
+    from lora_engine.inference.syntax import parse_prompt
+
+    text, named = parse_prompt(prompt)
+    with tempfile.TemporaryDirectory() as name, threads(fitting_threads([resolve_base(base)])):
+        adapters = [(_fetch(ref, home, Path(name) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
+        return draw_images(
+            text,
+            folder,
+            base=base,
+            adapters=adapters,
+            seeds=range(seed, seed + count),
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            progress=lambda done, total, values: publish(StepEvent("generate", "progress", done, total, values)),
+        )
+
+
+def _fetch(ref: str, home: Path, folder: Path) -> Path:
+    if "@" not in ref or Path(ref).exists():
+        return Path(ref)
+    from registry.versions.versions import Versions
+    from tasks.operations.promote import find_version
+
+    versions, path = Versions(Home.open(home, create=False)), folder / "adapter.safetensors"
+    versions.checkout_adapter(find_version(versions, ref), path)
+    return path

@@ -1,0 +1,190 @@
+"""The documents of a version: written where people look, signed, and verified before anything is handed out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_engine.errors import AdapterError
+from lora_engine.files import atomic_write, sha256_bytes
+from registry.documents.signing import Signature, is_signed, sign, signature_findings, verify
+from registry.documents.storage import CARD, FILES, SIGNATURE, find_records, read_document, write_missing
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.errors import StoreError, VersionError
+from registry.home import Home
+from registry.identity import current_user
+from registry.versions.versions import Versions
+from tasks.errors import SpecError
+from tasks.operations.promote import find_version
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found wrong with a version, by what was looked at; nothing anywhere is good news.
+
+    Args:
+        version: `name@version`.
+        sha256: Digest that it is registered with.
+        bytes: Of the adapter and its report.
+        structure: Of the adapter file.
+        records: Of its documents: missing, damaged, or about something else.
+        signature: Of its signature; empty for one that is not signed and need not be.
+        signed_by: Name of the trusted key that it is validly signed with.
+        is_signed: Whether it has a signature.
+    """
+
+    version: str
+    sha256: str
+    bytes: tuple[str, ...]
+    structure: tuple[str, ...]
+    records: tuple[str, ...]
+    signature: tuple[str, ...]
+    signed_by: str | None
+    is_signed: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not (self.bytes or self.structure or self.records or self.signature)
+
+
+def read_card(home: Home, ref: str, *, html: bool) -> bytes:
+    """The model card of a version, in Markdown or as one page.
+
+    Raises:
+        RegistryError: No such version, or its card is gone.
+    """
+    versions = Versions(home)
+    version = find_version(versions, ref)
+    records = write_missing(versions, version)
+    return read_document(versions.store, records, version, FILES[CARD][1 if html else 0])
+
+
+def write_card(home: Home, ref: str, path: Path) -> None:
+    """Writes the model card of a version.
+
+    Raises:
+        SpecError: The file ends in neither `.md` nor `.html`.
+        RegistryError: As `read_card`.
+    """
+    if path.suffix not in {".md", ".html"}:
+        raise SpecError(f"{path.name!r} names no kind of card", where="-o", allowed="a file ending in .md or .html")
+    atomic_write(path, read_card(home, ref, html=path.suffix == ".html"))
+
+
+def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = False) -> list[dict[str, str]]:
+    """Writes all documents of a version into a folder, verified.
+
+    Args:
+        home: Where all state lives.
+        ref: `name@version` or `name@alias`.
+        folder: Where they go; files of the same names are replaced.
+        with_adapter: Also the adapter file as it is registered, which is what a signature is about.
+
+    Returns:
+        `file` and `sha256` of each.
+    """
+    versions = Versions(home)
+    version = find_version(versions, ref)
+    records = write_missing(versions, version)
+    contents = {file: read_document(versions.store, records, version, file) for kind in records for file in FILES[kind]}
+    if with_adapter:
+        contents[PurePosixPath(version.adapter_path).name] = versions.read_adapter(version)
+    for file, content in contents.items():
+        atomic_write(folder / file, content)
+    return [{"file": str(folder / file), "sha256": sha256_bytes(content)} for file, content in contents.items()]
+
+
+def records_beside(output: Path) -> Path:
+    """The folder for the documents of what is exported to a file or a folder."""
+    return output.with_name(f"{output.stem}-records") if output.suffix else output / "records"
+
+
+def sign_version(home: Home, ref: str, key: Path, passphrase: bytes | None) -> tuple[AdapterVersion, Signature]:
+    """Signs a version with a private key whose public key the home trusts.
+
+    Raises:
+        SignatureError: The key cannot be used.
+        RegistryError: No such version, or its bytes are not whole.
+    """
+    versions = Versions(home)
+    version = find_version(versions, ref)
+    signature = sign(versions, version, key, passphrase, actor=current_user())
+    versions.sync()
+    return version, signature
+
+
+def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Verification:
+    """Looks at everything that a version promises.
+
+    Args:
+        home: Where all state lives.
+        ref: `name@version` or `name@alias`.
+        must_be_signed: Whether it is a finding that there is no signature.
+    """
+    versions = Versions(home)
+    version = find_version(versions, ref)
+    damage = versions.damage(version)
+    signed = is_signed(versions, version)
+    found = signature_findings(versions, version) if signed or must_be_signed else ()
+    return Verification(
+        version=version.ref,
+        sha256=version.sha256,
+        bytes=damage,
+        structure=() if damage else tuple(_structure(versions, version)),
+        records=tuple(_records(versions, version)),
+        signature=found,
+        signed_by=verify(versions, version).name if signed and not found else None,
+        is_signed=signed,
+    )
+
+
+def _structure(versions: Versions, version: AdapterVersion) -> Iterator[str]:
+    from lora_engine.formats import read_bundle
+
+    with tempfile.TemporaryDirectory(dir=versions.home.work) as name:
+        path = Path(name) / PurePosixPath(version.adapter_path).name
+        versions.store.checkout_file(version.artifact, version.adapter_path, path)
+        try:
+            read_bundle(path)
+        except AdapterError as error:
+            yield error.problem
+
+
+def _records(versions: Versions, version: AdapterVersion) -> Iterator[str]:
+    records = find_records(versions.lineage, version)
+    for kind in FILES.keys() - records.keys() - {SIGNATURE}:
+        yield f"{kind}: it was never written"
+    for kind, ref in records.items():
+        for file in FILES[kind]:
+            yield from (f"{file}: {problem}" for problem in _document_problems(versions, records, version, file, ref))
+
+
+def _document_problems(
+    versions: Versions, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str, ref: ArtifactRef
+) -> Iterator[str]:
+    """Whether a document is whole, and about the adapter that is registered."""
+    try:
+        content = read_document(versions.store, records, version, file)
+    except (StoreError, VersionError) as error:
+        yield error.problem
+        return
+    named = _subject(file, content)
+    if named is not None and named != version.sha256:
+        yield f"it is about an adapter with digest {named}"
+    if ref.kind == CARD and version.sha256.encode() not in content:
+        yield "it does not name the adapter's digest"
+
+
+def _subject(file: str, content: bytes) -> str | None:
+    """Digest of the adapter that a document in JSON is about."""
+    if file not in {"provenance.json", "ml-bom.json"}:
+        return None
+    said: Any = json.loads(content)
+    if file == "provenance.json":
+        return str(said["subject"][0]["digest"]["sha256"])
+    return str(said["metadata"]["component"]["hashes"][0]["content"])

@@ -1,0 +1,101 @@
+"""Puts what lies in the store where people look: the HTML report of a version, the folder of an export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_engine.data.manifest import Manifest
+from lora_engine.files import atomic_write
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.home import Home
+from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
+from registry.versions.versions import Versions
+from tasks.operations.promote import find_version
+
+
+def write_report(home: Home, ref: str, output: Path | None = None) -> Path | None:
+    """Renders the report of a version as one HTML file, and its pictures beside it.
+
+    Args:
+        home: Where all state lives.
+        ref: `name@version` or `name@alias`.
+        output: The file; `reports/NAME-VERSION.html` in the home by default.
+
+    Returns:
+        The file, or None for a version that was never evaluated.
+    """
+    version = find_version(Versions(home), ref)
+    if version.report is None:
+        return None
+    path = output or home.reports / f"{version.name}-{version.version}.html"
+    if output is None and path.is_file():
+        return path
+    from lora_engine.evaluation.report import render_report
+
+    store = open_store(home)
+    lineage = Lineage(home.lineage_url)
+    steps = describe_steps(lineage, version)
+    with tempfile.TemporaryDirectory(dir=home.work) as name:
+        folders = {role: Path(name) / role for role in ("report", "adapter", "dataset")}
+        store.checkout(version.report, folders["report"])
+        store.checkout(version.artifact, folders["adapter"])
+        dataset = _dataset(lineage, version)
+        if dataset is not None:
+            store.checkout(dataset, folders["dataset"])
+        training = folders["adapter"] / "training.json"
+        page = render_report(
+            version.ref,
+            json.loads((folders["report"] / "report.json").read_bytes()),
+            folders["report"],
+            training=json.loads(training.read_bytes()) if training.is_file() else None,
+            dataset_folder=folders["dataset"] if dataset is not None else None,
+            recipe=dict(version.params),
+            lineage=steps,
+            version={key: getattr(version, key) for key in ("name", "version", "sha256", "size")},
+        )
+        atomic_write(path, page.encode())
+        pictures = path.with_suffix("")
+        if output is None and not pictures.is_dir():
+            shutil.copytree(folders["report"] / "pictures", pictures)
+    return path
+
+
+def describe_steps(lineage: Lineage, version: AdapterVersion) -> list[dict[str, Any]]:
+    """The steps that made a version, each with its inputs and output; the first ones first."""
+    walk = lineage.walk(version.ref)
+    made = [lineage.executions(output=node.id) for node in walk.nodes if node.kind == "artifact"]
+    latest = [executions[-1] for executions in made if executions]
+    return [
+        {
+            "step": execution.step,
+            "uses": execution.uses,
+            "inputs": [ref.sha256 for ref in execution.inputs.values()],
+            "output": execution.output.sha256 if execution.output else "",
+        }
+        for execution in sorted(latest, key=lambda execution: execution.started_at)
+    ]
+
+
+def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:
+    for execution in lineage.executions(output=version.artifact.sha256):
+        if "dataset" in execution.inputs:
+            return execution.inputs["dataset"]
+    return None
+
+
+def read_manifest(home: Home, ref: ArtifactRef) -> Manifest:
+    """The manifest of a dataset in the store."""
+    return Manifest.model_validate_json(open_store(home).read(ref, "manifest.json"))
+
+
+def export_folder(home: Home, pipeline: str, step: str, ref: ArtifactRef) -> Path:
+    """An export of a run as a plain folder, verified; made anew only where its content changed."""
+    folder = home.path / "exports" / pipeline / f"{step}-{ref.sha256[:12]}"
+    if not folder.is_dir():
+        open_store(home).checkout(ref, folder)
+    return folder

@@ -1,0 +1,11 @@
+"""The steps of a pipeline, one file each.
+
+A step takes folders and its own spec and writes one folder; loops and maths are in the engine. To add a step, add a file
+here that declares a spec and a function under `@step`.
+"""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

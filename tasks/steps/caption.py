@@ -1,0 +1,34 @@
+"""`caption`: every picture of a manifest gets the words that it will be trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lora_engine.data.spec import CaptionSettings
+from tasks.spec import Input, StepSpec
+from tasks.step import Context, step
+
+
+class Caption(StepSpec, CaptionSettings):
+    """Where captions come from, and the trigger word that they must hold."""
+
+    uses: Literal["caption"] = "caption"
+    dataset: Annotated[str, Input("manifest")]
+
+
+def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
+    """Yields the names of the modules that this captioner imports; only the interrogator needs torch."""
+    del folder
+    yield "lora_engine.data.caption"
+    if spec.captioner == "interrogator":
+        yield "lora_engine.data.interrogator"
+
+
+@step(Caption, produces="manifest", revision=2, imports=find_imports)
+def caption(spec: Caption, context: Context) -> None:
+    """Writes a manifest of the same pictures in which every caption is set."""
+    from lora_engine.data.caption import caption as describe
+
+    describe(context.folder("dataset"), context.out, spec.narrow(CaptionSettings), progress=context.progress)

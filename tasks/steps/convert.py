@@ -1,0 +1,84 @@
+"""`convert`: an adapter, written in the formats that other programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_engine.files import atomic_write, canonical_json
+from tasks.imports import base_module
+from tasks.spec import Input, StepSpec
+from tasks.step import Context, step
+
+Format = Literal[
+    "loraline", "kohya", "comfyui", "diffusers", "peft", "lycoris", "onetrainer", "aitoolkit", "cloneofsimo"
+]
+_COUNTS = "cloneofsimo"
+
+
+class Convert(StepSpec):
+    """Which adapter, and to which formats.
+
+    With `approximate`, kinds that a format cannot hold become LoRA of at most `rank` that keeps `energy` of them.
+    """
+
+    uses: Literal["convert"] = "convert"
+    base: str | None = None
+    adapter: Annotated[str, Input("adapter")]
+    to: Annotated[tuple[Format, ...], Field(min_length=1)]
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    approximate: bool = False
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
+
+
+def needs_base(spec: Convert) -> bool:
+    """Returns whether the conversion loads its base, for values or for the names of modules."""
+    return spec.approximate or _COUNTS in spec.to
+
+
+def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
+    """Yields the names of the modules that a conversion imports; that of its base where the base is loaded."""
+    yield from ("lora_engine.adapters", "lora_engine.bases.base", "lora_engine.formats", "lora_engine.formats.dtypes")
+    if spec.base is not None and needs_base(spec):
+        yield base_module(spec.base, folder)
+
+
+@step(Convert, produces="export", revision=4, imports=find_imports)
+def convert(spec: Convert, context: Context) -> None:
+    """Writes one folder a format, and `exports.json` which lists the files of each.
+
+    `approximations.json` says what share of each module was kept where something had to be approximated.
+    """
+    from lora_engine.adapters import module_shapes
+    from lora_engine.bases.base import load_base
+    from lora_engine.formats import approximate, read_bundle, write_adapter
+    from lora_engine.formats.dtypes import dtype_of
+
+    bundle = read_bundle(context.folder("adapter") / "adapter.safetensors")
+    base = load_base(context.base(spec.base), device="cpu") if spec.base is not None and needs_base(spec) else None
+    names = None if base is None else module_shapes(base)
+    exports, approximations = {}, {}
+    for name in spec.to:
+        adapter = bundle.adapter
+        if spec.approximate:
+            near = approximate(adapter, name, rank=spec.rank, energy=spec.energy, base=base, module_names=names)
+            adapter = near.adapter
+            if near.retained:
+                approximations[name] = {"retained": near.total, "modules": dict(near.retained)}
+        written = write_adapter(
+            context.out / name,
+            adapter,
+            format=name,
+            card=bundle.card,
+            dtype=dtype_of(spec.dtype),
+            embeddings=bundle.embeddings,
+            module_names=names,
+        )
+        exports[name] = sorted(path.relative_to(context.out).as_posix() for path in written)
+    atomic_write(context.out / "exports.json", canonical_json(exports))
+    if approximations:
+        atomic_write(context.out / "approximations.json", canonical_json(approximations))

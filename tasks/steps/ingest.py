@@ -1,0 +1,61 @@
+"""`ingest`: a folder of the user's pictures becomes a manifest; what cannot be used is set aside with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lora_engine.data.spec import IngestSettings
+from lora_engine.errors import DataError
+from tasks.digests import PathDigest
+from tasks.spec import External, StepSpec
+from tasks.step import Context, always, step
+
+
+class Ingest(StepSpec, IngestSettings):
+    """Which folder to take in, what is stated about its pictures, and which share of it to hold out from training."""
+
+    uses: Literal["ingest"] = "ingest"
+    images: Annotated[str, External("folder")]
+    consent: Annotated[str | None, External("file")] = None
+
+
+def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
+    """Returns what of the revoked is in the folder of images or in what is stated about them.
+
+    Args:
+        spec: Which folder.
+        folder: The folder of the pipeline file.
+        files: Digests of the folder's files.
+        revoked: Digests of images, and ids of consents.
+    """
+    from lora_engine.data.consent import read_consent
+
+    try:
+        stated = read_consent(folder / spec.consent).values() if spec.consent is not None else ()
+    except DataError:
+        stated = ()  # the step itself says what is wrong with it
+    consents = {each.consent for each in stated if each.consent is not None}
+    return (consents | {*files["images"].files.values()}) & {*revoked}
+
+
+@step(
+    Ingest,
+    produces="manifest",
+    revision=3,
+    summary="manifest.json",
+    find_excluded=find_revoked,
+    imports=always("lora_engine.data.ingest"),
+)
+def ingest(spec: Ingest, context: Context) -> None:
+    """Writes a manifest with a clean copy of every usable picture and its caption."""
+    from lora_engine.data.ingest import ingest as take_in
+
+    take_in(
+        context.files["images"],
+        context.out,
+        spec.narrow(IngestSettings),
+        consent=context.files.get("consent"),
+        revoked=context.excluded,
+    )

@@ -1,0 +1,70 @@
+"""`train`: a captioned manifest and a base become an adapter.
+
+Training runs in a child process: it can be stopped at any time, keeps its checkpoints in the work folder, and gives all
+of its memory back.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from lora_engine.bases.source import resolve_base
+from lora_engine.compute import count_cores, count_threads, fitting_trainings, measure_memory
+from lora_engine.training.spec import TrainSettings
+from tasks.devices import device_slots
+from tasks.progress import stop_requested
+from tasks.spec import External, Input, StepSpec
+from tasks.step import Context, always, step
+
+
+class Train(StepSpec, TrainSettings):
+    """What to train, on what, and how.
+
+    Attributes:
+        base: A base model.
+        dataset: The person's pictures, captioned.
+        class_dataset: Class pictures (regularisation images) for `prior`; left out, the base draws them.
+        embedder: A folder with the image model that `method.identity` is judged by; left out, the embedded one.
+    """
+
+    uses: Literal["train"] = "train"
+    base: str
+    dataset: Annotated[str, Input("manifest")]
+    class_dataset: Annotated[str | None, Input("manifest")] = None
+    embedder: Annotated[str | None, External("folder")] = None
+
+
+@step(
+    Train, produces="adapter", revision=2, imports=always("lora_engine.training.device", "lora_engine.training.spawn")
+)
+def train(spec: Train, context: Context) -> None:
+    """Writes the adapter and the record of its training."""
+    from lora_engine.training.spawn import train_in_child
+
+    class_dataset = context.optional("class_dataset")
+    job = {
+        "settings": spec.narrow(TrainSettings).model_dump(mode="json"),
+        "base": context.base(spec.base),
+        "dataset": str(context.folder("dataset")),
+        "out": str(context.out),
+        "work": str(context.work),
+        "cache": str(context.home.cache),
+        "class_dataset": class_dataset and str(class_dataset),
+        "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
+    }
+    with device_slots(context.home, device_limits(spec, context), context.name) as slots:
+        context.compute.update(train_in_child(job, context.progress, stop=stop_requested, inherit=slots))
+
+
+def device_limits(spec: Train, context: Context) -> dict[str, int]:
+    """Returns how many trainings may use each device that this one will use: as the run says, or as the device fits."""
+    from lora_engine.training.device import used_devices
+
+    facts = {
+        "cores": count_cores(),
+        "memory": measure_memory(),
+        "threads": count_threads(),
+        "processes": spec.running.processes,
+        "base": resolve_base(context.base(spec.base)).size,
+    }
+    return {device: context.concurrency or fitting_trainings(device, **facts) for device in used_devices(spec.running)}
