@@ -1,11 +1,11 @@
-# Two commands matter: `make demo` (set up, run the line once, say where everything is) and `make test` (set up, check all).
+# Main targets: `make demo` (set up, run a pipeline, print the results) and `make test` (set up, run all checks).
 PYTHON ?= python3
 # One process per core, one thread each. The tests of a file stay together, since they share servers and models; the
-# longest files come first (tests/measured.py). A worker that died is not restarted: the same test would end the next one.
+# longest files come first (tests/measured.py). A crashed worker is not restarted: the same test would crash the next.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
 VENV := .venv
 BIN := $(VENV)/bin
-# What torch brings along itself, so that the lock serves CPU and GPU builds of it alike.
+# Dependencies of torch. They are not locked, so the lock works with CPU and GPU builds.
 TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
   nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
@@ -13,23 +13,23 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check quick nightly mutants durations lint faults bench docs lock clean
 
-help: ## Says what each target does
+help: ## Lists the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/.ready ## Makes .venv with the locked packages
+setup: $(VENV)/.ready ## Creates .venv with the locked packages
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loraline needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". To do: make setup PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loraline needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Fix: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 uv==0.13.9
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-demo: setup ## Trains, evaluates, registers and exports one adapter; says where the results are
+demo: setup ## Trains, evaluates, registers and exports one adapter; prints where the results are
 	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
-test: lint ## Runs all checks but those of nightly
+test: lint ## Runs all checks except those of nightly
 	$(PYTEST) --durations=40
 
 check: setup ## Runs lint and the tests that take less than two seconds each
@@ -61,10 +61,10 @@ faults: setup ## Runs the full fault campaigns: kills, full disks, races, flippe
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks
 
-docs: setup ## Checks that the commands and links in the documentation hold
+docs: setup ## Checks the commands and links in the documentation
 	$(BIN)/python -m pytest tests/docs
 
-lock: ## Locks the packages anew from pyproject.toml
+lock: ## Updates the lock of the packages from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --extra photographs --extra optimisers --universal --python-version 3.11 --upgrade \
 	  $(TORCH_OWN:%=--no-emit-package %) --generate-hashes --no-annotate --no-header --quiet --output-file requirements.lock
 

@@ -1,1 +1,1 @@
-"""Measurements: each a ratio against a peer or a limit, in one run. Results are kept in README.md beside this file."""
+"""Benchmarks. Each compares with a reference or a limit in one run; README.md in this folder holds the results."""

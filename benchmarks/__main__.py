@@ -1,4 +1,4 @@
-"""Runs every benchmark of this folder, one after the other: `python -m benchmarks`."""
+"""Runs every benchmark of this folder in turn: `python -m benchmarks`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A training run with cached latents and text embeddings against the same run without, side by side in one process.
+"""Compares training steps with and without cached latents and text embeddings.
 
     python -m benchmarks.caching [--base tiny] [--rounds 5] [--steps 8] [--batch 4]
 
-Rounds alternate, so that whatever else the machine does falls on both alike. With: what a run does, pictures and texts
-encoded once and read from the cache, whose making is given as `prepare_ms` a picture. Without: each step encodes its
-pictures and captions. Prints one JSON object; `ratio` is the median over pairs of rounds of the time of a step without
-over with, in processor time on a CPU (best with OMP_NUM_THREADS=1) and in wall time elsewhere. `same_losses` says
-whether both gave the same numbers.
+Rounds alternate, so other load on the machine affects both alike. Cached: images and texts are encoded once and read
+from the cache; `prepare_ms` is the cost of filling it, per image. Uncached: each step encodes its images and captions.
+Prints one JSON object. `ratio` is the median over pairs of rounds of the time of an uncached step over a cached one, in
+CPU time on a CPU (use OMP_NUM_THREADS=1) and in wall time on other devices. `same_losses` is true if both gave the same
+losses.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from lora_engine.training.specs.methods import Finetune
 
 
 class Uncached:
-    """Encodes whenever it is asked; the same numbers, one picture and one text at a time."""
+    """An encoder without a cache: the same values, one image and one text at a time."""
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
 
     @torch.no_grad()
     def latents(self, example: Example) -> Tensor:
-        """As `Encoder.latents`."""
+        """Encodes one image; see `Encoder.latents`."""
         return self._base.encode_images(example.pixels()[None])[0].cpu()
 
     @torch.no_grad()
     def conditioning(self, texts: Sequence[str], size: Size) -> Conditioning:
-        """As `Encoder.conditioning`."""
+        """Encodes texts; see `Encoder.conditioning`."""
         return Conditioning.cat([self._base.encode_text([text], size).to("cpu") for text in texts])
 
 
 class Runs:
-    """The same few steps of training, with either source of latents and conditionings."""
+    """Short trainings that differ only in the source of latents and conditionings."""
 
     def __init__(self, base: BaseModel, settings: TrainSettings, examples: tuple[Example, ...]) -> None:
         self._base, self._settings, self._examples = base, settings, examples
 
     def run(self, source: Encoder | Uncached) -> list[float]:
-        """The losses of a run from the start."""
+        """Trains from the start and returns the losses."""
         base, settings = self._base, self._settings
         kind, draw = settings.kind.name, generator(settings.seed, "factors")
         adapter = create_adapter(base, settings.targets, kind, settings.rank, generator=draw)
         with attach(base, adapter, trainable=True) as attachment:
-            bench = MethodContext(
+            context = MethodContext(
                 base=base,
                 settings=settings,
                 parameters=dict(attachment.named_parameters()),
@@ -73,12 +73,12 @@ class Runs:
                 conditioner=source.conditioning,
                 adapter_dropout=attachment.adapter_dropout,
             )
-            phases = methods[settings.method.name].phases(bench)
+            phases = methods[settings.method.name].phases(context)
             return fit(phases, base.modules.values(), FitOptions(schedule="cosine")).loss
 
 
 def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings) -> dict[str, object]:
-    """The figures of one base."""
+    """Returns the figures of one base."""
     examples = make_examples(folder, base, 12)
     encoder, uncached = Encoder(base, folder / "cache"), Uncached(base)
     prepare = timed(base, lambda: encoder.prepare(examples, [], lambda: None)) / len(examples)
@@ -86,7 +86,7 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
     same = runs.run(encoder) == runs.run(uncached)
     pairs = []
     for number in range(rounds):
-        # Whoever goes first changes from round to round.
+        # The first to run alternates between rounds.
         order = (encoder, uncached) if number % 2 else (uncached, encoder)
         times = {source: timed(base, partial(runs.run, source)) / settings.steps for source in order}
         pairs.append((times[encoder], times[uncached]))

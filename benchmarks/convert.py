@@ -1,10 +1,10 @@
-"""Converting a 150 MB adapter against copying the file, and reading a 200 MB one against reading its bytes.
+"""Compares the conversion of a 150 MB adapter with a file copy, and decoding 200 MB with reading the bytes.
 
     python -m benchmarks.convert [--rounds 7] [--at-most 1.6]
 
-Two measures, rounds interleaved, the median of the ratios in rounds. Time on the clock, until the bytes are on the disk
-on both sides (`write_adapter` always waits for that, so the copy does too): what a person waits for. And processor time
-of this process, kernel included, against a copy (`sendfile`) that stays in the page cache: what a busy machine pays.
+Rounds are interleaved; figures are medians of the ratios in rounds. Wall time runs until the bytes are on the disk on
+both sides, because `write_adapter` always syncs. CPU time of this process, kernel included, is compared with a copy
+(`sendfile`) that stays in the page cache.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ Rounds = dict[str, list[float]]
 
 
 def rounds_of(works: dict[str, Callable[[], object]], rounds: int, folder: Path) -> tuple[Rounds, Rounds]:
-    """Processor seconds and seconds on the clock of each work, by round."""
-    processor: Rounds = {name: [] for name in works}
-    clock: Rounds = {name: [] for name in works}
+    """Returns CPU seconds and wall seconds of each function, by round."""
+    cpu: Rounds = {name: [] for name in works}
+    wall: Rounds = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
             os.sync()
-            began = time.perf_counter()
+            start = time.perf_counter()
             seconds = timed(work)
-            passed = time.perf_counter() - began
+            elapsed = time.perf_counter() - start
             for path in folder.glob("out*"):
                 path.unlink()
             if number:  # the first round warms up
-                processor[name].append(seconds)
-                clock[name].append(passed)
-    return processor, clock
+                cpu[name].append(seconds)
+                wall[name].append(elapsed)
+    return cpu, wall
 
 
-def ratio(one: list[float], other: list[float]) -> float:
-    return round(statistics.median(mine / theirs for mine, theirs in zip(one, other, strict=True)), 2)
+def ratio(first: list[float], second: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(first, second, strict=True)), 2)
 
 
 def synced(path: Path) -> None:
-    """Copies a file and waits for the disk."""
+    """Copies a file and syncs it to the disk."""
     copy(path, path.with_name("out"))
     with path.with_name("out.0").open("rb") as file:
         os.fsync(file.fileno())
@@ -86,27 +86,27 @@ def measure(folder: Path, rounds: int) -> dict[str, object]:
     for name in FORMATS:
         target = folder / f"out-{name}.safetensors"
         works[f"to {name}"] = lambda name=name, target=target: convert(small, target, name, shapes)  # type: ignore[misc]
-    processor, clock = rounds_of(works, rounds, folder)
+    cpu, wall = rounds_of(works, rounds, folder)
     return {
         "megabytes": [round(path.stat().st_size / 1e6) for path in (small, large)],
-        "processor_seconds": {name: round(statistics.median(values), 3) for name, values in processor.items()},
-        "clock_seconds": {name: round(statistics.median(values), 3) for name, values in clock.items()},
-        "over_copy_by_clock": {name: ratio(clock[f"to {name}"], clock["copy and fsync"]) for name in FORMATS},
-        "over_copy_by_processor": {name: ratio(processor[f"to {name}"], processor["copy"]) for name in FORMATS},
-        "decode_over_read": ratio(processor["read_adapter"], processor["read"]),
+        "processor_seconds": {name: round(statistics.median(values), 3) for name, values in cpu.items()},
+        "clock_seconds": {name: round(statistics.median(values), 3) for name, values in wall.items()},
+        "over_copy_by_clock": {name: ratio(wall[f"to {name}"], wall["copy and fsync"]) for name in FORMATS},
+        "over_copy_by_processor": {name: ratio(cpu[f"to {name}"], cpu["copy"]) for name in FORMATS},
+        "decode_over_read": ratio(cpu["read_adapter"], cpu["read"]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--at-most", type=float, help="fail where a conversion costs more copies than this")
+    parser.add_argument("--at-most", type=float, help="Fail if a conversion costs more copies than this.")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        found = measure(Path(name), chosen.rounds)
-    print(json.dumps(found))
-    ratios = found["over_copy_by_clock"]
+        figures = measure(Path(name), chosen.rounds)
+    print(json.dumps(figures))
+    ratios = figures["over_copy_by_clock"]
     if chosen.at_most is not None and isinstance(ratios, dict) and max(ratios.values()) > chosen.at_most:
         raise SystemExit(f"a conversion costs {max(ratios.values())} copies, more than {chosen.at_most}")
 

@@ -1,12 +1,12 @@
-"""Extraction at rank 32 against a full singular value decomposition, on the shapes of Stable Diffusion 1.5's U-Net.
+"""Compares extraction at rank 32 with a full SVD, on the shapes of Stable Diffusion 1.5's U-Net.
 
     python -m benchmarks.extraction [--rank 32] [--rounds 3] [--all] [--at-least 10]
 
-Processor time, one thread, rounds interleaved; the median of each. For each shape, a difference with a falling
-spectrum (singular value k of size 1 / k) under Gaussian noise, and pure Gaussian noise, which is the hardest; `error`
-is the Frobenius error over the least possible one. Without `--all`, one shape of each group that matters: the totals
-are weighted by how often each shape occurs among the linear and convolution layers, and shapes that were left out count
-as the nearest measured one by number of elements times the smaller side.
+CPU time, one thread, rounds interleaved, medians. Each shape is measured with a decaying spectrum (singular value k of
+size 1 / k) plus Gaussian noise, and with pure Gaussian noise, the hardest case. `error` is the Frobenius error over the
+minimum. Without `--all`, one shape of each relevant group is measured. Totals are weighted by the number of linear and
+convolution layers of each shape. A shape that was not measured counts as the nearest by number of elements times the
+smaller side.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ USUAL = (
 
 
 def shapes() -> Counter[tuple[int, int]]:
-    """Shape of the matrix of every linear and convolution layer of the U-Net, and how often it occurs."""
-    found: Counter[tuple[int, int]] = Counter()
+    """Returns the matrix shapes of the U-Net's linear and convolution layers, and the number of layers of each."""
+    counts: Counter[tuple[int, int]] = Counter()
     for name, shape in published_module_shapes("sd15").items():
         if name.startswith("unet.") and len(shape) in (2, 4):
-            found[shape[0], torch.Size(shape[1:]).numel()] += 1
-    return found
+            counts[shape[0], torch.Size(shape[1:]).numel()] += 1
+    return counts
 
 
 def differences(shape: tuple[int, int], draw: torch.Generator) -> dict[str, Tensor]:
     size = min(*shape, 256)
     left, right = torch.randn(shape[0], size, generator=draw), torch.randn(size, shape[1], generator=draw)
-    falling = (left / torch.arange(1, size + 1)) @ right
+    decaying = (left / torch.arange(1, size + 1)) @ right
     noise = torch.randn(shape, generator=draw)
-    return {"falling": falling + 0.02 * noise, "noise": noise}
+    return {"falling": decaying + 0.02 * noise, "noise": noise}
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -68,7 +68,7 @@ def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
         least = float(values[rank:].double().square().sum()) ** 0.5
         rest = torch.addmm(matrix, part.left * part.values, part.right, alpha=-1.0)
         errors[name] = round(float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / least, 5)
-    ratios = [one / other for one, other in zip(full, ours, strict=True)]
+    ratios = [a / b for a, b in zip(full, ours, strict=True)]
     return {
         "shape": shape,
         "full_ms": round(1000 * statistics.median(full), 1),
@@ -82,23 +82,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--all", action="store_true", help="measure every shape (a quarter of an hour)")
-    parser.add_argument("--at-least", type=float, help="fail where the weighted ratio is smaller")
+    parser.add_argument("--all", action="store_true", help="Measure every shape; takes 15 minutes.")
+    parser.add_argument("--at-least", type=float, help="Fail if the weighted ratio is smaller.")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     counts = shapes()
-    wanted = [shape for shape in sorted(counts) if chosen.all or shape in USUAL]
-    found = {}
-    for shape in wanted:
-        found[shape] = measure(shape, chosen.rank, chosen.rounds) | {"layers": counts[shape]}
-        print(json.dumps(found[shape]), flush=True)
+    selected = [shape for shape in sorted(counts) if chosen.all or shape in USUAL]
+    figures = {}
+    for shape in selected:
+        figures[shape] = measure(shape, chosen.rank, chosen.rounds) | {"layers": counts[shape]}
+        print(json.dumps(figures[shape]), flush=True)
     totals = {"full_ms": 0.0, "ours_ms": 0.0}
     for shape, count in counts.items():
-        near = found[min(found, key=lambda other: abs(cost(other) - cost(shape)))]
+        near = figures[min(figures, key=lambda measured: abs(cost(measured) - cost(shape)))]
         for name in totals:
             totals[name] += count * near[name] * cost(shape) / cost(near["shape"])
     ratio = totals["full_ms"] / totals["ours_ms"]
-    worst = max(error for entry in found.values() for error in entry["error"].values())
+    worst = max(error for entry in figures.values() for error in entry["error"].values())
     print(json.dumps({"all_layers": totals, "faster": round(ratio, 1), "largest_error": worst}))
     if chosen.at_least is not None and ratio < chosen.at_least:
         raise SystemExit(f"{ratio:.1f} times as fast is less than {chosen.at_least}")

@@ -1,12 +1,12 @@
-"""Fusing an adapter into a checkpoint of the size of Stable Diffusion 1.5, against copying the file.
+"""Compares fusing an adapter into a checkpoint of the size of Stable Diffusion 1.5 with copying the file.
 
     python -m benchmarks.fuse [--rounds 5] [--layout original|folder] [--folder DIR] [--at-most 1.5]
 
-Random float16 weights (2.13 GB, written block by block and removed afterwards), a rank-16 adapter on the 264 modules
-that kohya's trainer takes by default. Rounds alternate; processor time of this process, kernel included, imports not.
-Each copy is `sendfile` into a new file. It takes up to three times as long where the machine has to find new memory for
-the page cache, so each round copies twice, and the ratio is of the fastest fuse to the fastest copy. Peak memory: of a
-child process that fuses, less that of one that only imports and multiplies.
+Random float16 weights (2.13 GB, written in blocks and removed afterwards), a rank-16 adapter on the 264 modules that
+kohya's trainer targets by default. Rounds alternate. CPU time of this process includes the kernel and excludes imports.
+Each copy is `sendfile` into a new file. It takes up to three times as long if the kernel needs new memory for the page
+cache, so each round copies twice, and the ratio is the fastest fuse over the fastest copy. Peak memory is that of a
+child process that fuses, minus that of one that only imports and multiplies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KOHYA = (".transformer_blocks.", ".proj_in", ".proj_out", ".self_attn.", ".mlp.
 
 
 def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A float16 file of random weights, in which 64 MiB of numbers come again and again."""
+    """Writes a float16 file of random weights that repeats 64 MiB of noise."""
     noise = (torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).half()
     view = memoryview(noise.view(torch.uint8).numpy())
     header, offset = {}, 0
@@ -59,7 +59,7 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def make_base(folder: Path, layout: str) -> Path:
-    """An original single file, or a folder of U-Net, text encoder and autoencoder with what else belongs to one."""
+    """Writes an original single file, or a diffusers folder with U-Net, text encoder and autoencoder."""
     components = published["sd15"].components
     if layout == "original":
         shapes = {(entry.component, entry.name): entry for entry in checkpoint_names("sd15")}
@@ -83,7 +83,7 @@ def make_base(folder: Path, layout: str) -> Path:
 
 
 def make_adapter(path: Path, rank: int) -> Path:
-    """A float16 adapter on the modules of kohya's default, in kohya's format."""
+    """Writes a float16 adapter on kohya's default modules, in kohya's format."""
     generator = torch.Generator().manual_seed(1)
     modules = {}
     for name, shape in published_module_shapes("sd15").items():
@@ -99,15 +99,15 @@ def make_adapter(path: Path, rank: int) -> Path:
 def copy(source: Path, target: Path) -> None:
     """Copies the weights by `sendfile`."""
     files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-    for place, path in enumerate(files):
-        with path.open("rb") as read, target.with_name(f"{target.name}.{place}").open("wb") as write:
+    for index, path in enumerate(files):
+        with path.open("rb") as read, target.with_name(f"{target.name}.{index}").open("wb") as write:
             done, size = 0, path.stat().st_size
             while done < size:
                 done += os.sendfile(write.fileno(), read.fileno(), done, size - done)
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of the processor, kernel included."""
+    """Returns CPU seconds, kernel included."""
     before = os.times()
     work()
     after = os.times()
@@ -115,20 +115,20 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def child(base: Path, adapter: Path, output: Path, *, fuses: bool) -> int:
-    """Peak memory in bytes of a process that fuses, or only has what it needs for it."""
+    """Returns the peak memory in bytes of a child that fuses, or that only imports the libraries."""
     command = [sys.executable, "-m", "benchmarks.fuse", "--child", "fuse" if fuses else "libraries"]
     paths = [str(base), str(adapter), str(output)]
-    found = subprocess.run([*command, *paths], check=True, capture_output=True, cwd=ROOT)
-    return int(found.stdout)
+    result = subprocess.run([*command, *paths], check=True, capture_output=True, cwd=ROOT)
+    return int(result.stdout)
 
 
 def run_child(role: str, base: Path, adapter: Path, output: Path) -> None:
     torch.randn(64, 64) @ torch.randn(64, 64)
     if base.is_file():
-        checkpoint_names("sd15")  # diffusers builds its networks, without weights, to know their names
+        checkpoint_names("sd15")  # imports diffusers, whose networks define the names
     if role == "fuse":
         fuse(base, [(adapter, 0.8)], output)
-    # What `getrusage` tells begins with the parent's peak; this does not.
+    # The peak that `getrusage` returns includes the parent's; this one does not.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(1024 * int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -167,8 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layout", choices=("original", "folder"), default="original")
-    parser.add_argument("--folder", type=Path, help="where the gigabytes go meanwhile")
-    parser.add_argument("--at-most", type=float, help="fail where the ratio is larger")
+    parser.add_argument("--folder", type=Path, help="Folder for the temporary files; needs 10 GiB.")
+    parser.add_argument("--at-most", type=float, help="Fail if the ratio is larger.")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -178,11 +178,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         if shutil.disk_usage(name).free < 10 << 30:
-            raise SystemExit(f"less than 10 GiB are free in {name}; name another folder with --folder")
-        found = measure(Path(name), chosen.layout, chosen.rounds)
-    print(json.dumps(found))
-    if chosen.at_most is not None and float(str(found["ratio"])) > chosen.at_most:
-        raise SystemExit(f"the ratio {found['ratio']} is larger than {chosen.at_most}")
+            raise SystemExit(f"less than 10 GiB are free in {name!r}. Fix: set another folder with --folder")
+        figures = measure(Path(name), chosen.layout, chosen.rounds)
+    print(json.dumps(figures))
+    if chosen.at_most is not None and float(str(figures["ratio"])) > chosen.at_most:
+        raise SystemExit(f"the ratio {figures['ratio']} is larger than {chosen.at_most}")
 
 
 if __name__ == "__main__":

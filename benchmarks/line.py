@@ -1,6 +1,6 @@
-"""The whole line as a person meets it: the demo in a fresh home, the same again, Prefect's own start, two homes.
+"""Measures the demo: in a fresh home, fully cached, in a second home, and compared with Prefect's own start.
 
-Wall time and the peak memory of whole processes (the largest one of each command's tree).
+Prints wall times and the peak memory of the largest process.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ EMPTY_FLOW = "from prefect import flow, task\n@task\ndef t(): return 1\n@flow\nd
 
 
 def timed(command: list[str], environment: dict[str, str]) -> float:
-    """Wall seconds of a command that must succeed."""
+    """Returns the wall seconds of a command that must succeed."""
     start = time.perf_counter()
     subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def loraline(*arguments: str) -> list[str]:
-    """The command line in this interpreter."""
+    """Returns the command that runs `loraline` in this interpreter."""
     return [sys.executable, "-c", "from flows.cli import start; start()", *arguments]
 
 
 def main() -> None:
-    """Prints one line a figure."""
+    """Prints one line per figure."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         homes = [Path(name) / home for home in ("one", "two")]
@@ -53,12 +53,12 @@ def main() -> None:
             environment = os.environ | {"LORALINE_HOME": str(home)}
             listed = subprocess.run(loraline("list", "--json"), env=environment, check=True, capture_output=True)
             digests.append(json.loads(listed.stdout)[0]["sha256"])
-        helped = min(timed(loraline("--help"), {}) for _ in range(5))
+        help_seconds = min(timed(loraline("--help"), {}) for _ in range(5))
     print(f"demo, fresh home:            {first:6.1f} s   (at most 180)")
     print(f"demo, largest process:       {peak:6.0f} MiB (at most 2500)")
     print(f"demo again, all cached:      {again:6.1f} s   (at most 3 more than Prefect's own start)")
     print(f"Prefect's own start:         {start:6.1f} s   (an empty flow in the same home)")
-    print(f"loraline --help, best of 5:  {helped:6.2f} s   (at most 0.5)")
+    print(f"loraline --help, best of 5:  {help_seconds:6.2f} s   (at most 0.5)")
     print(f"adapter digests, two homes:  {'equal' if len(set(digests)) == 1 else 'DIFFERENT'}   {digests[0][:16]}")
 
 

@@ -1,12 +1,11 @@
-"""The training loop against the bare forward + backward + optimiser step, side by side in one run.
+"""Compares the training loop with the bare forward + backward + optimizer step.
 
     python benchmarks/loop_overhead.py [--base tiny] [--rounds 12] [--steps 10] [--batch 4]
 
-Rounds alternate, so that whatever else the machine does falls on both alike. Bare: ready-made tensors, the adapted
-network, the mean squared error, AdamW. Loop: `fit` with its batches (order, noise, timesteps, cached latents and
-texts), schedule, clipping, checks for NaN and progress. Prints one JSON object; `overhead` is the median over pairs of
-rounds, in processor time on a CPU (which other programs do not change much; best with OMP_NUM_THREADS=1) and in wall
-time elsewhere.
+Rounds alternate, so other load on the machine affects both alike. Bare: precomputed tensors, the adapted network, the
+mean squared error, AdamW. Loop: `fit` with its batches (order, noise, timesteps, cached latents and texts), schedule,
+clipping, checks for NaN and progress. Prints one JSON object. `overhead` is the median over pairs of rounds, in CPU
+time on a CPU (little affected by other programs; use OMP_NUM_THREADS=1) and in wall time on other devices.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from lora_engine.training.specs.methods import Finetune
 
 
 def make_examples(folder: Path, base: BaseModel, count: int) -> tuple[Example, ...]:
-    found = []
+    examples = []
     for number in range(count):
         pixels = torch.rand(3, *base.default_size, generator=generator(0, "picture", number)) * 2 - 1
         file = folder / f"{number}.png"
         write_png(file, pixels)
-        found.append(Example(file, sha256_file(file), f"a sks star {number}", base.default_size))
-    return tuple(found)
+        examples.append(Example(file, sha256_file(file), f"a sks star {number}", base.default_size))
+    return tuple(examples)
 
 
 def bare_steps(base: BaseModel, phase: Phase, steps: int, rate: float) -> Callable[[], None]:
     batches = [phase.batch(number) for number in range(steps)]
     parameters = list(phase.parameters.values())
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=base.device.type != "mps")
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=base.device.type != "mps")
     ready = []
     for batch in batches:
         noisy = base.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -59,8 +58,8 @@ def bare_steps(base: BaseModel, phase: Phase, steps: int, rate: float) -> Callab
         for noisy, target, batch in ready:
             loss = F.mse_loss(base.predict(noisy, batch.timesteps, batch.conditioning), target)
             torch.autograd.backward(loss)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return run
 
@@ -88,10 +87,10 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
     )
     with attach(base, adapter, trainable=True) as attachment:
         parameters = dict(attachment.named_parameters())
-        bench = MethodContext(
+        context = MethodContext(
             base, settings, parameters, examples, (), encoder.latents, encoder.conditioning, attachment.adapter_dropout
         )
-        phases = methods[settings.method.name].phases(bench)
+        phases = methods[settings.method.name].phases(context)
         options = FitOptions(schedule="cosine")
         bare = bare_steps(base, phases[0], settings.steps, settings.learning_rate)
 
@@ -108,7 +107,7 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
         loop()
         pairs = []
         for number in range(rounds):
-            # Whoever goes first changes from round to round.
+            # The first to run alternates between rounds.
             order = (plain, loop) if number % 2 else (loop, plain)
             times = {work: timed(base, work) / settings.steps for work in order}
             pairs.append((times[plain], times[loop]))
@@ -135,14 +134,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--targets", default="attention")
-    parser.add_argument("--at-most", type=float, help="fail where the overhead is larger")
+    parser.add_argument("--at-most", type=float, help="Fail if the overhead is larger.")
     chosen = parser.parse_args()
     settings = TrainSettings(method=Finetune(), steps=chosen.steps, batch=chosen.batch, targets=chosen.targets)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(load_base(chosen.base, device=chosen.device), Path(folder), chosen.rounds, settings)
-    print(json.dumps(found))
-    if chosen.at_most is not None and float(str(found["overhead"])) > chosen.at_most:
-        raise SystemExit(f"the overhead {found['overhead']} is larger than {chosen.at_most}")
+        figures = measure(load_base(chosen.base, device=chosen.device), Path(folder), chosen.rounds, settings)
+    print(json.dumps(figures))
+    if chosen.at_most is not None and float(str(figures["overhead"])) > chosen.at_most:
+        raise SystemExit(f"the overhead {figures['overhead']} is larger than {chosen.at_most}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What does each method learn, and what does it lose? `python -m benchmarks.methods`: the embedded base and a crescent.
+"""Measures what each training method learns and forgets: `python -m benchmarks.methods`.
 
-The same twelve pictures and as many steps for every method, over several seeds; read by the judge, which is none of the
-models that were trained. Rows are means over the seeds, with the least and the most.
+Every method trains the embedded base on the same twelve crescents for the same number of steps, with several seeds. The
+judge, a separate model, classifies the images. Rows are means over the seeds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.prior import WORD, Examiner, make_dataset, one_caption_a_shape, show
+from benchmarks.prior import TOKEN, Examiner, make_dataset, one_caption_per_shape, show
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.tiny import folder
@@ -23,8 +23,8 @@ from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 
-LEARNING = {"token": WORD, "vectors": 2, "word_rate": 2e-2}
-PRIOR = {"prompt": one_caption_a_shape(), "count": 40}
+LEARNING = {"token": TOKEN, "vectors": 2, "word_rate": 2e-2}
+PRIOR = {"prompt": one_caption_per_shape(), "count": 40}
 RUNS: dict[str, dict[str, Any]] = {
     "textual inversion": {"method": {"name": "textual-inversion", **LEARNING}},
     "pivotal, 30 % inversion": {"method": {"name": "pivotal", **LEARNING, "inversion": 0.3}},
@@ -37,13 +37,13 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(change: dict[str, Any], seed: int, steps: int) -> TrainSettings:
-    """The settings of a row: the same for all but what the method itself is."""
+    """Returns the settings of a row; rows differ only in the method and its options."""
     plain = {"rank": 8, "targets": "all", "batch": 6, "learning_rate": 2e-3, "steps": steps, "seed": seed}
     return TrainSettings.model_validate({**plain, **change})
 
 
 def examine(base: BaseModel, examiner: Examiner, file: Path) -> dict[str, float]:
-    """The figures of the base with what a file holds."""
+    """Returns the figures of the base with the adapter and learned tokens of a file."""
     bundle = read_bundle(file)
     with ExitStack() as stack:
         if bundle.adapter.modules:
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--only", default="", help="rows whose title begins so")
+    parser.add_argument("--only", default="", help="Run only rows whose title starts with this.")
     chosen = parser.parse_args()
     base = load_base("tiny")
     examiner = Examiner(base, load_judge(folder()), load_embedder())

@@ -1,9 +1,9 @@
-"""Parameters and file sizes of LoRA adapters for Stable Diffusion 1.5, by target set and rank, from its shapes alone.
+"""Prints parameters and file sizes of LoRA adapters for Stable Diffusion 1.5, by targets and rank.
 
     python -m benchmarks.parameter_counts [--rank 4 8 16 32 64]
 
-Prints a Markdown table. Nothing is downloaded: the network and the text encoder are made without weights. Sizes are
-those of the numbers; a header adds some tens of kilobytes.
+Prints a Markdown table. Nothing is downloaded: the network and the text encoder are created without weights. Sizes do
+not include the header, which adds some tens of kilobytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sd15_shapes() -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES["sd15"])
-        # The settings of CLIP ViT-L/14's text encoder, the defaults of which are a smaller one's.
+        # The settings of CLIP ViT-L/14's text encoder; the defaults are those of a smaller one.
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     return module_shapes(DictTree({"unet": unet, "text_encoder": text}))
 

@@ -1,7 +1,7 @@
-"""Does prior preservation hold the rest? `python -m benchmarks.prior`: the embedded base learns the crescent anew.
+"""Measures what prior preservation preserves: `python -m benchmarks.prior`.
 
-The same twelve pictures, with and without class pictures, over several seeds; what is learned and what is lost is read
-by the judge, which is none of the models that were trained. Rows are means over the seeds, with the least and the most.
+The embedded base learns a crescent from the same twelve images, with and without class images, with several seeds. The
+judge, a separate model, classifies the images. Rows are means over the seeds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.tiny import folder
+from lora_engine.bases.tiny.images import render, to_pixels, write_examples
 from lora_engine.bases.tiny.judge import Judge, load_judge
 from lora_engine.bases.tiny.measure import count_right
-from lora_engine.bases.tiny.pictures import render, to_pixels, write_examples
 from lora_engine.bases.tiny.world import CONCEPT, SHAPES, Scene, full_caption, scenes
 from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
@@ -32,59 +32,59 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import Prior, TrainSettings
 from lora_engine.training.specs.methods import Dreambooth, Finetune
 
-WORD = "zorb"
+TOKEN = "zorb"
 
 
 def with_prior(prompt: tuple[str, ...] | None) -> TrainSettings:
     return PLAIN.model_copy(update={"method": Dreambooth(), "prior": Prior(prompt=prompt, count=40)})
 
 
-def one_caption_a_shape() -> tuple[str, ...]:
-    """The first scene of each shape that the base knows, in full."""
-    found = {scene.shape: full_caption(scene) for scene in reversed(scenes(333, 400, "train"))}
-    return tuple(found[shape] for shape in SHAPES)
+def one_caption_per_shape() -> tuple[str, ...]:
+    """Returns the full caption of the first scene of each shape that the base knows."""
+    captions = {scene.shape: full_caption(scene) for scene in reversed(scenes(333, 400, "train"))}
+    return tuple(captions[shape] for shape in SHAPES)
 
 
 PLAIN = TrainSettings(method=Finetune(), rank=8, targets="all", steps=150, batch=6, learning_rate=2e-3)
 RUNS = {
     "finetune, no prior": PLAIN,
-    "dreambooth, 40 pictures of the class word": with_prior(None),
-    "dreambooth, 40 pictures of ten captions": with_prior(one_caption_a_shape()),
+    "dreambooth, 40 images of the class word": with_prior(None),
+    "dreambooth, 40 images of ten captions": with_prior(one_caption_per_shape()),
 }
 
 
 def make_dataset(into: Path) -> Path:
-    """Twelve captioned crescents, as the demo's steps make them."""
-    write_examples(into / "images", "concept", 12, 7, WORD)
+    """Makes a dataset of twelve captioned crescents, with the demo's steps."""
+    write_examples(into / "images", "concept", 12, 7, TOKEN)
     ingest(into / "images", into / "photos", IngestSettings())
     preprocess(into / "photos", into / "prepared", PreprocessSettings(resolution=32))
-    caption(into / "prepared", into / "captions", CaptionSettings(trigger=WORD, class_word="ring"))
+    caption(into / "prepared", into / "captions", CaptionSettings(trigger=TOKEN, class_word="ring"))
     return into / "captions"
 
 
 class Examiner:
-    """Reads off pictures what was learned and what was lost; the same prompts and seeds every time."""
+    """Measures what a base learned and forgot, with the same prompts and seeds every time."""
 
     def __init__(self, base: BaseModel, judge: Judge, embedder: Embedder) -> None:
         self._base, self._judge, self._embedder = base, judge, embedder
         self._new, self._known = scenes(901, 24, "concept"), scenes(902, 48, "train")
-        self._wanted = self._embedder.embed_images(to_pixels(render(self._new)))
+        self._references = self._embedder.embed_images(to_pixels(render(self._new)))
         self._before = self._draw(self._known, None)
 
     def examine(self) -> dict[str, float]:
-        """The figures of the base as it is now, with whatever is attached to it."""
-        new, known = self._draw(self._new, WORD), self._draw(self._known, None)
+        """Returns the figures of the base with its current attachments."""
+        new, known = self._draw(self._new, TOKEN), self._draw(self._known, None)
         return {
             "crescents read": mean(row["shape"] == CONCEPT for row in self._judge.read(new)),
-            "paired CLIP-I": float(F.cosine_similarity(self._embedder.embed_images(new), self._wanted).mean()),
+            "paired CLIP-I": float(F.cosine_similarity(self._embedder.embed_images(new), self._references).mean()),
             "known right": count_right(self._judge.read(known), self._known)["all"],
             "known shapes": count_right(self._judge.read(known), self._known)["shape"],
             "drift (levels of 255)": float((known - self._before).square().mean().sqrt() * 127.5),
         }
 
-    def _draw(self, asked: list[Scene], word: str | None) -> torch.Tensor:
-        prompts = [full_caption(scene, word=word) for scene in asked]
-        return generate(self._base, prompts, seeds=[scene.seed for scene in asked], steps=12, batch=24)
+    def _draw(self, requests: list[Scene], word: str | None) -> torch.Tensor:
+        prompts = [full_caption(scene, word=word) for scene in requests]
+        return generate(self._base, prompts, seeds=[scene.seed for scene in requests], steps=12, batch=24)
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Resizing a whole adapter against the full SVD of each dense delta, side by side in one run.
+"""Compares resizing a whole adapter with the full SVD of each dense delta.
 
     python -m benchmarks.resize [--rank 64] [--to 16] [--rounds 3]
 
-The adapter has the shapes of Stable Diffusion 1.5's attention layers. A full SVD of all of them takes minutes, so that
-each shape is sampled once a round and the times are scaled by how often the shape occurs; ours are sampled and scaled
-the same way, and in addition measured on the whole adapter. The peers' way is to ask for full matrices; the thin SVD is
-measured beside it. Processor time, one thread. The results are compared by the deltas' relative Frobenius distance.
+The adapter has the shapes of Stable Diffusion 1.5's attention layers. A full SVD of all of them takes minutes, so each
+shape is sampled once per round, and the times are scaled by the number of layers of that shape. Ours are sampled and
+scaled alike, and also measured on the whole adapter. Other libraries compute full matrices; the thin SVD is measured
+too. CPU time, one thread. The results are compared by the relative Frobenius distance of the deltas.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_engine.merging.compress import compress
 from lora_engine.merging.resize import resize
 
 SHAPES = {
-    # (out, in) of to_q, to_k, to_v, to_out.0 in self and cross attention: how often
+    # (out, in) of to_q, to_k, to_v, to_out.0 in self and cross attention: number of layers
     (320, 320): 5 * 6,
     (320, 768): 5 * 2,
     (640, 640): 5 * 6,
@@ -36,11 +36,11 @@ SHAPES = {
 
 def random_delta(shape: tuple[int, int], rank: int, seed: int) -> LoraDelta:
     draw = torch.Generator().manual_seed(seed)
-    # A falling spectrum, as trained adapters have.
-    fall = torch.logspace(0, -2, rank)
+    # Trained adapters have a decaying spectrum.
+    decay = torch.logspace(0, -2, rank)
     return LoraDelta(
         torch.randn(rank, shape[1], generator=draw) / shape[1] ** 0.5,
-        torch.randn(shape[0], rank, generator=draw) * fall,
+        torch.randn(shape[0], rank, generator=draw) * decay,
         float(rank),
     )
 
@@ -56,8 +56,8 @@ def timed(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def main() -> None:
@@ -65,41 +65,41 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--to", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--at-least", type=float, help="fail where the whole adapter is not so many times faster")
+    parser.add_argument("--at-least", type=float, help="Fail if the speedup on the whole adapter is smaller.")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows, totals = [], {"ours": 0.0, "thin": 0.0, "full": 0.0}
-    for place, (shape, count) in enumerate(SHAPES.items()):
+    for index, (shape, count) in enumerate(SHAPES.items()):
         times: dict[str, list[float]] = {"ours": [], "thin": [], "full": []}
         worst = 0.0
         for number in range(chosen.rounds):
-            delta = random_delta(shape, chosen.rank, 100 * place + number)
+            delta = random_delta(shape, chosen.rank, 100 * index + number)
             for name, work in (
                 ("ours", lambda delta=delta: compress(delta, chosen.to)),
                 ("thin", lambda delta=delta: by_full_svd(delta, chosen.to, full_matrices=False)),
                 ("full", lambda delta=delta: by_full_svd(delta, chosen.to, full_matrices=True)),
             ):
                 times[name].append(timed(work))
-            found = compress(delta, chosen.to).delta.delta_weight(torch.zeros(shape))
+            resized = compress(delta, chosen.to).delta.delta_weight(torch.zeros(shape))
             up, down = by_full_svd(delta, chosen.to, full_matrices=False)
-            worst = max(worst, distance(found, up @ down))
-        middle = {name: statistics.median(measured) for name, measured in times.items()}
-        for name, seconds in middle.items():
+            worst = max(worst, distance(resized, up @ down))
+        medians = {name: statistics.median(measured) for name, measured in times.items()}
+        for name, seconds in medians.items():
             totals[name] += count * seconds
         rows.append(
             {
                 "shape": list(shape),
                 "count": count,
-                "ours_ms": round(1000 * middle["ours"], 2),
-                "thin_ratio": round(middle["thin"] / middle["ours"], 1),
-                "full_ratio": round(middle["full"] / middle["ours"], 1),
+                "ours_ms": round(1000 * medians["ours"], 2),
+                "thin_ratio": round(medians["thin"] / medians["ours"], 1),
+                "full_ratio": round(medians["full"] / medians["ours"], 1),
                 "distance": float(f"{worst:.1e}"),
             }
         )
     modules = [shape for shape, count in SHAPES.items() for _ in range(count)]
     adapter = Adapter({f"unet.{n}": random_delta(shape, chosen.rank, n) for n, shape in enumerate(modules)})
     whole = timed(lambda: resize(adapter, rank=chosen.to))
-    found = {
+    figures = {
         "modules": len(modules),
         "rank": chosen.rank,
         "to": chosen.to,
@@ -111,7 +111,7 @@ def main() -> None:
         "faster_than_thin_svd": round(totals["thin"] / whole, 1),
         "shapes": rows,
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
     if chosen.at_least is not None and totals["full"] / whole < chosen.at_least:
         raise SystemExit(f"only {totals['full'] / whole:.1f} times faster")
 

@@ -1,13 +1,13 @@
-"""One training step (forward + backward) under an adapter against the floor and against diffusers + PEFT.
+"""Compares a training step (forward + backward) with an adapter with the frozen network and with PEFT.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training_step [--rounds 5] [--shape small wide] [--targets attention ...]
     python -m benchmarks.training_step --device cuda --dtype bf16 --shape sd15 --batch 1 4 16 [--compile]
 
 The floor is the frozen network: forward, and backward to its input, with the same batch. Rounds alternate between the
-floor, PEFT and Loraline, with the first of a round changing; `time` is the median over rounds of the ratio to the
-floor of the same round, in the processor time of this process on a CPU and in wall time elsewhere. `saved` are the
-bytes that autograd keeps for the backward pass, parameters left out; `operations` are the aten operations that are
-dispatched in forward and backward, views included. Prints one JSON object a case.
+floor, PEFT and Loraline, and the first to run rotates. `time` is the median over rounds of the ratio to the floor of
+the same round, in CPU time of this process on a CPU and in wall time on other devices. `saved` is the number of bytes
+that autograd saves for the backward pass, without parameters. `operations` is the number of aten operations dispatched
+in forward and backward, views included. Prints one JSON object per case.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Step = Callable[[], None]
 
 
 class Counter(TorchDispatchMode):
-    """Counts the aten operations that are dispatched while it is open."""
+    """Counts the aten operations that are dispatched while the context is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class Counter(TorchDispatchMode):
 
 
 class Contender:
-    """A network with what is attached to it, and its step."""
+    """A network with its adapter, and its training step."""
 
     def __init__(self, network: nn.Module, batch: tuple[Tensor, ...], *, to_input: bool = False) -> None:
         self.network, self._batch, self._to_input = network, batch, to_input
-        self.moving = [value for value in network.parameters() if value.requires_grad]
+        self.trained = [value for value in network.parameters() if value.requires_grad]
 
     def loss(self) -> Tensor:
         noisy, timesteps, states, target = self._batch
@@ -83,7 +83,7 @@ class Contender:
 
     def step(self) -> None:
         torch.autograd.backward(self.loss())
-        for value in self.moving:
+        for value in self.trained:
             value.grad = None
 
     def operations(self) -> int:
@@ -92,20 +92,22 @@ class Contender:
         return counter.count
 
     def saved(self) -> int:
-        known = {value.untyped_storage().data_ptr() for value in (*self.network.parameters(), *self.network.buffers())}
-        found: dict[int, int] = {}
+        excluded = {
+            value.untyped_storage().data_ptr() for value in (*self.network.parameters(), *self.network.buffers())
+        }
+        sizes: dict[int, int] = {}
 
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
-            if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in excluded:
+                sizes[storage.data_ptr()] = storage.nbytes()
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             loss = self.loss()
-        total = sum(found.values())
+        total = sum(sizes.values())
         torch.autograd.backward(loss)
-        for value in self.moving:
+        for value in self.trained:
             value.grad = None
         return total
 
@@ -135,7 +137,7 @@ def make_contenders(
     from peft import LoraConfig, inject_adapter_in_model
 
     frozen = make_network(shape, device, dtype)
-    given = make_batch(shape, batch, device, dtype)
+    inputs = make_batch(shape, batch, device, dtype)
     names = select_modules(module_shapes(DictTree({"unet": frozen})), targets)
     adapter = create_adapter({"unet": frozen}, targets, "lora", rank, generator=torch.Generator().manual_seed(2))
     draw = torch.Generator().manual_seed(3)
@@ -156,26 +158,26 @@ def make_contenders(
     if compiled:
         ours.compile_repeated_blocks()  # type: ignore[operator]
     return {
-        "floor": Contender(frozen, given, to_input=True),
-        "peft": Contender(peers, given),
-        "loraline": Contender(ours, given),
+        "floor": Contender(frozen, inputs, to_input=True),
+        "peft": Contender(peers, inputs),
+        "loraline": Contender(ours, inputs),
     }
 
 
 def _share(network: nn.Module) -> nn.Module:
-    # Another tree of modules over the very same weights.
+    # Another module tree that shares the weights.
     memo = {id(value): value for value in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, memo)
 
 
 def agree(contenders: dict[str, Contender]) -> float:
-    """The largest relative difference of the gradients of PEFT and ours."""
+    """Returns the largest relative difference between our gradients and PEFT's."""
     gradients = []
     for name in ("peft", "loraline"):
         torch.autograd.backward(contenders[name].loss())
         pairs = [(key, value) for key, value in contenders[name].network.named_parameters() if value.requires_grad]
-        found = {_plain(key): value.grad for key, value in pairs}
-        gradients.append({key: value.flatten(1) for key, value in found.items() if value is not None})
+        named = {_plain(key): value.grad for key, value in pairs}
+        gradients.append({key: value.flatten(1) for key, value in named.items() if value is not None})
         for _, value in pairs:
             value.grad = None
     first, second = gradients
@@ -185,8 +187,12 @@ def agree(contenders: dict[str, Contender]) -> float:
 
 
 def _plain(name: str) -> str:
-    for theirs, mine in ((".lora_A.default.weight", ".down"), (".lora_B.default.weight", ".up"), (".factors", "")):
-        name = name.replace(theirs, mine)
+    for peft_name, our_name in (
+        (".lora_A.default.weight", ".down"),
+        (".lora_B.default.weight", ".up"),
+        (".factors", ""),
+    ):
+        name = name.replace(peft_name, our_name)
     return name
 
 
@@ -216,22 +222,22 @@ def measure(contenders: dict[str, Contender], device: str, rounds: int, steps: i
         first = number % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(timed(contenders[name].step, device, steps))
-    found: dict[str, Any] = {"floor_ms": round(1000 * statistics.median(times["floor"]), 2)} if rounds else {}
+    figures: dict[str, Any] = {"floor_ms": round(1000 * statistics.median(times["floor"]), 2)} if rounds else {}
     floors = {"saved": contenders["floor"].saved(), "operations": contenders["floor"].operations()}
-    found |= {f"floor_{name}": value for name, value in floors.items()}
+    figures |= {f"floor_{name}": value for name, value in floors.items()}
     for name in names[1:]:
-        ratios = [mine / floor for mine, floor in zip(times[name], times["floor"], strict=True)]
-        found[name] = {
+        ratios = [seconds / floor for seconds, floor in zip(times[name], times["floor"], strict=True)]
+        figures[name] = {
             **({"time": round(statistics.median(ratios), 3)} if rounds else {}),
             "saved": round(contenders[name].saved() / floors["saved"], 3),
             "operations": round(contenders[name].operations() / floors["operations"], 3),
         }
         if device == "cuda":
-            found[name]["peak_mb"] = round(peak(contenders[name].step) / 2**20)
+            figures[name]["peak_mb"] = round(peak(contenders[name].step) / 2**20)
     if rounds:
         pairs = zip(times["loraline"], times["peft"], strict=True)
-        found["loraline_to_peft"] = round(statistics.median(mine / theirs for mine, theirs in pairs), 3)
-    return found
+        figures["loraline_to_peft"] = round(statistics.median(ours / peft for ours, peft in pairs), 3)
+    return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -242,9 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=7, help="0 counts bytes and operations alone")
-    parser.add_argument("--steps", type=int, default=1, help="steps a contender and round")
-    parser.add_argument("--compile", action="store_true", help="ours with its repeated blocks compiled")
+    parser.add_argument("--rounds", type=int, default=7, help="Rounds; 0 counts only bytes and operations.")
+    parser.add_argument("--steps", type=int, default=1, help="Steps per network and round.")
+    parser.add_argument("--compile", action="store_true", help="Compile our repeated blocks.")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for shape in chosen.shape:
@@ -256,8 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         shape, targets, rank, batch, chosen.device, DTYPES[chosen.dtype], chosen.compile
                     )
                     case["apart"] = float(f"{agree(contenders):.1e}")
-                    found = measure(contenders, chosen.device, chosen.rounds, chosen.steps)
-                    print(json.dumps(case | found), flush=True)
+                    figures = measure(contenders, chosen.device, chosen.rounds, chosen.steps)
+                    print(json.dumps(case | figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What a walk of lineage costs among 10,000 edges and among 1,000,000, on SQLite and on PostgreSQL.
+"""Compares lineage walks in databases of 10,000 and 1,000,000 edges, on SQLite and on PostgreSQL.
 
     python -m benchmarks.walk [--small 10000] [--large 1000000] [--rounds 15] [--postgres URL]
 
-Both hold the same home many times over, under other digests: runs of seven steps over 24 pictures with their
-captions and a consent, each registered. A walk answers with the same number of nodes in both, so that only what lies
-around it differs. A walk includes its session and reads everything that `loraline lineage` prints; rounds alternate
-between the two. Prints one JSON object a database; `ratio` is the median of large over small, per start.
-PostgreSQL's URL names a database that may be filled; without it, only SQLite is measured.
+Both repeat the same home under other digests: runs of seven steps over 24 images with their captions and a consent,
+each registered. A walk returns the same number of nodes in both; only the size of the database differs. A walk includes
+its session and reads everything that `loraline lineage` prints. Rounds alternate. Prints one JSON object per database.
+`ratio` is the median of large over small, per start. `--postgres` is the URL of a server on which databases may be
+created; without it, only SQLite is measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from registry.store.tables import (
     VersionRow,
 )
 
-PICTURES = 24
+IMAGES = 24
 STEPS = {
     "photos": ("ingest", "manifest", ()),
     "prepared": ("preprocess", "manifest", ("photos",)),
@@ -52,48 +52,48 @@ STEPS = {
     "release": ("register", "version", ("adapter", "report")),
     "exports": ("convert", "export", ("adapter",)),
 }
-EDGES_PER_RUN = 2 * len(STEPS) + sum(len(takes) for *_, takes in STEPS.values()) + 3 * (3 * PICTURES + 1) + 3
+EDGES_PER_RUN = 2 * len(STEPS) + sum(len(inputs) for *_, inputs in STEPS.values()) + 3 * (3 * IMAGES + 1) + 3
 
 
-def digest(*words: object) -> str:
-    return sha256(" ".join(map(str, words)).encode()).hexdigest()
+def digest(*parts: object) -> str:
+    return sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
 
 def rows_of(number: int) -> Iterator[tuple[type[Table], dict[str, Any]]]:
-    """The rows of one run, whose digests are its own."""
+    """Yields the rows of one run; no other run has its digests."""
     at, run = now(), f"run {number}"
     yield NameRow, {"name": f"name{number}", "created_at": at}
     process = {"pid": 1, "host": "h", "process": "", "status": "COMPLETED"}
     yield RunRow, {"id": run, "name": "p", "spec": {}, "started_at": at, "ended_at": at, **process}
-    for step, (uses, kind, takes) in STEPS.items():
-        made, execution = digest(step, number), f"{run} {step}"
-        yield ArtifactRow, {"sha256": made, "kind": kind, "size": 1}
-        told = {"run_id": run, "step": step, "uses": uses, "revision": "1", "key": digest("key", made)}
-        told |= {"settings": {}, "status": "COMPLETED", "environment": {}, "started_at": at}
-        yield ExecutionRow, {"id": execution, "output": made, **told}
-        for position, role in enumerate(takes):
-            taken = digest(role, number)
-            yield InputRow, {"execution": execution, "role": role, "artifact": taken, "position": position}
+    for step, (uses, kind, inputs) in STEPS.items():
+        output, execution = digest(step, number), f"{run} {step}"
+        yield ArtifactRow, {"sha256": output, "kind": kind, "size": 1}
+        facts = {"run_id": run, "step": step, "uses": uses, "revision": "1", "key": digest("key", output)}
+        facts |= {"settings": {}, "status": "COMPLETED", "environment": {}, "started_at": at}
+        yield ExecutionRow, {"id": execution, "output": output, **facts}
+        for position, role in enumerate(inputs):
+            source = digest(role, number)
+            yield InputRow, {"execution": execution, "role": role, "artifact": source, "position": position}
         if kind == "manifest":
-            yield from _contents(number, step, made)
+            yield from _contents(number, step, output)
     yield from _version(number, run, at)
 
 
-def _contents(number: int, step: str, made: str) -> Iterator[tuple[type[Table], dict[str, Any]]]:
-    for picture in range(PICTURES):
-        path = f"pictures/{picture}.png"
-        yield ContentRow, {"artifact": made, "path": path, "sha256": digest(step, path, number), "size": 1}
+def _contents(number: int, step: str, artifact: str) -> Iterator[tuple[type[Table], dict[str, Any]]]:
+    for image in range(IMAGES):
+        path = f"pictures/{image}.png"
+        yield ContentRow, {"artifact": artifact, "path": path, "sha256": digest(step, path, number), "size": 1}
         for kind in ("picture", "caption"):
-            subject = digest(kind, picture, number)
-            yield SubjectRow, {"artifact": made, "subject": subject, "label": f"{kind} {picture}", "kind": kind}
-    yield SubjectRow, {"artifact": made, "subject": f"consent-{number}", "label": "consent", "kind": "consent"}
+            subject = digest(kind, image, number)
+            yield SubjectRow, {"artifact": artifact, "subject": subject, "label": f"{kind} {image}", "kind": kind}
+    yield SubjectRow, {"artifact": artifact, "subject": f"consent-{number}", "label": "consent", "kind": "consent"}
 
 
 def _version(number: int, run: str, at: Any) -> Iterator[tuple[type[Table], dict[str, Any]]]:
     own = {"name": f"name{number}", "artifact": digest("adapter", number), "report": digest("report", number)}
     own |= {"record": digest("report", number), "identity": "i", "sha256": digest("file", number), "adapter_path": "a"}
-    told = {"created_at": at, "run_id": run, "mirrored": True, "passed": True, "size": 1, "version": 1}
-    yield VersionRow, {"id": number, **own, **told, "card": {}, "metrics": {}, "gates": [], "params": {}}
+    facts = {"created_at": at, "run_id": run, "mirrored": True, "passed": True, "size": 1, "version": 1}
+    yield VersionRow, {"id": number, **own, **facts, "card": {}, "metrics": {}, "gates": [], "params": {}}
     yield ParentRow, {"child": number, "position": 0, "parent": None, "text": "base:tiny"}
     log = {"action": "stage", "actor": "a", "reason": "r", "gates": [], "at": at, "after": 1, "details": {}}
     yield EventRow, {"seq": number, "name": f"name{number}", "alias": "staging", **log}
@@ -101,7 +101,7 @@ def _version(number: int, run: str, at: Any) -> Iterator[tuple[type[Table], dict
 
 
 def fill(url: str, edges: int) -> Lineage:
-    """A database with that many edges."""
+    """Fills a database with a number of edges and opens its lineage."""
     lineage = Lineage(url)
     numbers = iter(range(1, 1 + -(-edges // EDGES_PER_RUN)))
     while chunk := list(islice(numbers, 50)):
@@ -110,7 +110,7 @@ def fill(url: str, edges: int) -> Lineage:
             for table, row in rows_of(number):
                 rows[table].append(row)
         with lineage.database.write() as session:
-            for table in sorted(rows, key=lambda each: list(Table.metadata.sorted_tables).index(each.__table__)):
+            for table in sorted(rows, key=lambda table: list(Table.metadata.sorted_tables).index(table.__table__)):
                 if rows[table]:
                     session.execute(insert(table), rows[table])
     with lineage.database.engine.connect() as connection:
@@ -120,14 +120,14 @@ def fill(url: str, edges: int) -> Lineage:
 
 
 def measure(small: Lineage, large: Lineage, rounds: int) -> dict[str, Any]:
-    """The figures of one kind of database."""
+    """Returns the figures of one kind of database."""
     number = 7
     starts = {
         "version, up": (f"name{number}@staging", "up"),
-        "picture, down": (digest("picture", 3, number), "down"),
+        "image, down": (digest("picture", 3, number), "down"),
         "caption, down": (digest("caption", 3, number), "down"),
         "consent, down": (f"consent-{number}", "down"),
-        "beginning of an artifact, down": (digest("photos", number)[:16], "down"),
+        "artifact prefix, down": (digest("photos", number)[:16], "down"),
         "adapter, up": (digest("adapter", number), "up"),
     }
     figures: dict[str, Any] = {}
@@ -136,11 +136,11 @@ def measure(small: Lineage, large: Lineage, rounds: int) -> dict[str, Any]:
         nodes = set()
         for number in range(rounds + 2):
             for lineage in (small, large) if number % 2 else (large, small):
-                begin = time.perf_counter()
+                start_time = time.perf_counter()
                 nodes.add(len(lineage.walk(start, direction, subjects=True).nodes))  # type: ignore[arg-type]
                 if number >= 2:
-                    times[lineage].append(1000 * (time.perf_counter() - begin))
-        assert len(nodes) == 1, "both answers must be of one size"
+                    times[lineage].append(1000 * (time.perf_counter() - start_time))
+        assert len(nodes) == 1, "both walks must return the same number of nodes"
         ratio = statistics.median(b / a for a, b in zip(times[small], times[large], strict=True))
         figures[name] = {
             "nodes": nodes.pop(),
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def make_database(url: str, name: str) -> str:
-    """The URL of a fresh database on the same server."""
+    """Creates an empty database on the same server and returns its URL."""
     from sqlalchemy import create_engine
 
     engine = create_engine(url, isolation_level="AUTOCOMMIT")

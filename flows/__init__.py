@@ -1,1 +1,1 @@
-"""What runs, and when: pipeline specs, the main path, plans, retraining, promotion, the command line."""
+"""Runs pipelines: specs, plans, Prefect flows, scheduled retraining, the command line."""

@@ -1,14 +1,14 @@
-"""`run_pipeline`: the main path, from a checked spec to a registered adapter.
+"""Runs a pipeline, from a validated spec to a registered adapter.
 
-The way from `loraline run` to an optimizer step:
+From `loraline run` to an optimizer step:
 
 1. `flows.cli.pipeline.run` reads the pipeline file (`flows.spec.load_spec`) and calls `run_pipeline`.
-2. `flows.plan.plan_pipeline` reads the user's files and every earlier result once, and says which steps are left.
-3. `run_steps` submits what is left as Prefect tasks, each with the futures of the steps that it takes from.
+2. `flows.plan.plan_pipeline` reads the user's files and every earlier result once, and finds the steps to run.
+3. `run_steps` submits those steps as Prefect tasks, each with the futures of its upstream steps.
 4. `tasks.execution.execute` checks out a step's inputs, calls the step and records it in lineage.
 5. `tasks.steps.train.train` starts `lora_engine.training.spawn.train_in_child`; the child calls `training.run.train`.
 6. `training.job` builds base, adapter, data and method; `training.loop.fit` is the only loop.
-7. `tasks.steps.register.register` gives the adapter a version; `flows.registered` reads what the registry says of it.
+7. `tasks.steps.register.register` gives the adapter a version; `flows.registered` reads its current state.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class PipelineResult:
     """The result of a run.
 
     Attributes:
-        outcomes: Per step, its artifact and whether it was cached.
-        changed: Per step that had to run, why; empty when nothing had changed, and then nothing was started either.
-        versions: Per `register` step, what the registry says of its version now.
+        outcomes: Step name -> its artifact and whether it was cached.
+        changed: Name of each step that ran -> why; empty if every step was cached.
+        versions: Name of each `register` step -> current state of its version.
     """
 
     outcomes: Mapping[str, Outcome]
@@ -53,46 +53,46 @@ class PipelineResult:
 
     @property
     def refusals(self) -> dict[str, tuple[str, ...]]:
-        """Returns the reasons per `register` step whose version may not have the alias that it asks for."""
+        """Returns, by `register` step, all reasons why its version was refused the requested alias."""
         return {name: registered.refused for name, registered in self.versions.items() if registered.refused}
 
 
 def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> PipelineResult:
-    """Runs every step that has to run, independent ones at the same time; takes no earlier result unverified.
+    """Runs every step that is not cached, independent ones concurrently; cached results are verified.
 
     Args:
         spec: The pipeline.
-        home: Where all state lives.
-        force: Names of steps to run even if their results are there.
+        home: The home with all state.
+        force: Names of steps to run even if they are cached.
 
     Raises:
-        EngineError, RegistryError, OSError: The first failure, after the steps that do not depend on it have finished.
+        EngineError, RegistryError, OSError: The first failure, once all steps that do not depend on it have finished.
     """
     plan = plan_pipeline(spec, home, force=force)
     outcomes = plan.hits
     if len(outcomes) < len(plan.steps):
         with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
-            # While Prefect's server starts, and within `threads`, which torch reads when it is imported.
+            # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
             import_for(step.job for step in plan.steps if not step.cached)
             outcomes |= run_as_flow(plan.name, run_steps)(plan.steps, home, run_id)
     changed = {step.name: step.reason for step in plan.steps if not outcomes[step.name].cached}
-    in_order = {step.name: outcomes[step.name] for step in plan.steps}
-    return PipelineResult(in_order, changed, read_registered(plan, outcomes, home))
+    ordered = {step.name: outcomes[step.name] for step in plan.steps}
+    return PipelineResult(ordered, changed, read_registered(plan, outcomes, home))
 
 
 def run_steps(steps: Sequence[PlannedStep], home: Home, run_id: str) -> dict[str, Outcome]:
-    """Submits each step that is not cached with the futures of those that it takes from, and waits for all."""
+    """Submits each step that is not cached, with the futures of its upstream steps, and waits for all."""
     futures: dict[str, Any] = {}
     for step in steps:
         if not step.cached:
             inputs = {
-                field: [futures[each] if isinstance(each, str) else each for each in sources]
+                field: [futures[source] if isinstance(source, str) else source for source in sources]
                 for field, sources in step.sources.items()
             }
             futures[step.name] = submit_step(step.job, inputs, home, run_id, force=step.force)
     results = {name: _wait(future) for name, future in futures.items()}
     failures = {name: result for name, result in results.items() if isinstance(result, BaseException)}
-    # What failed by itself comes before what could not start because of it.
+    # Raise the original failure, not that of a step which it kept from starting.
     for name, error in sorted(failures.items(), key=lambda item: isinstance(item[1], PipelineFailed)):
         if isinstance(error, EngineError | RegistryError | OSError):
             raise error
@@ -101,16 +101,16 @@ def run_steps(steps: Sequence[PlannedStep], home: Home, run_id: str) -> dict[str
 
 
 def _wait(future: Any) -> Any:
-    """What the step gave, or the error that it ended with."""
+    """Waits for a step and returns its outcome or its error."""
     future.wait()
     if future.state.is_pending():
-        return PipelineFailed("not started, because a step that it takes from failed")
+        return PipelineFailed("not started, because an upstream step failed")
     return future.result(raise_on_failure=False)
 
 
 @contextmanager
 def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
-    """Records a run with its cached steps and its end; first marks runs whose process is gone as CRASHED."""
+    """Records a run with its cached steps and its status; first marks runs whose process is gone as CRASHED."""
     lineage = Lineage(home.lineage_url)
     status: RunStatus = "FAILED"
     try:
@@ -132,5 +132,5 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
 
 
 def _bases(plan: Plan) -> list[BaseSource]:
-    named = {(base, step.job.folder) for step in plan.steps if (base := getattr(step.job.spec, "base", None))}
-    return [resolve_base(base) for base in sorted(locate_base(base, folder) for base, folder in named)]
+    bases = {(base, step.job.folder) for step in plan.steps if (base := getattr(step.job.spec, "base", None))}
+    return [resolve_base(base) for base in sorted(locate_base(base, folder) for base, folder in bases)]

@@ -1,6 +1,6 @@
-"""`plan_pipeline`: what a run would do, step by step, and why; nothing is executed.
+"""Plans a pipeline: which steps would run and why; executes nothing.
 
-A run takes the plan as it is: verified results are handed down, and only what is left runs.
+A run follows its plan: it reuses the verified results and runs the remaining steps.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
 from registry.store.artifacts import Store, open_store
 from tasks.errors import SpecError
-from tasks.execution import NEVER, find_hit
+from tasks.execution import NO_RESULT, find_hit
 from tasks.job import Job, Outcome, prepare_job
 from tasks.spec import REGISTERED
 from tasks.step import Inputs
 
 Sources = Mapping[str, tuple[ArtifactRef | str, ...]]
-"""Reference field -> the artifacts that go in; for one that is not made yet, the name of the step that will make it."""
+"""Reference field -> input artifacts; an input that does not exist yet is the name of the step that makes it."""
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What would happen to one step.
+    """One step of a plan.
 
     Attributes:
-        job: The step, with the user's files read.
-        sources: Where its inputs come from.
-        reason: Why it would run; `cached` otherwise.
+        job: The step, with digests of the user's files.
+        sources: Its inputs.
+        reason: Why it would run; `cached` if it would not.
         outcome: The verified earlier result; None if the step would run.
-        force: True if it runs whatever there is.
+        force: True if it runs even if it is cached.
     """
 
     job: Job
@@ -55,7 +55,7 @@ class PlannedStep:
 
     @property
     def inputs(self) -> Inputs:
-        """Returns the artifacts that go in; those that are not made yet are left out."""
+        """Returns the input artifacts that exist already."""
         return {
             role: tuple(source for source in sources if isinstance(source, ArtifactRef))
             for role, sources in self.sources.items()
@@ -64,12 +64,12 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do.
+    """The steps of a run.
 
     Attributes:
         name: The pipeline's name.
-        source: The pipeline file's data as written, with overrides applied.
-        steps: The steps in the order in which they would run.
+        source: Data of the pipeline file, with overrides applied.
+        steps: The steps, each after its upstream steps.
     """
 
     name: str
@@ -78,15 +78,15 @@ class Plan:
 
     @property
     def hits(self) -> dict[str, Outcome]:
-        """Returns the verified earlier results by step."""
+        """Returns the verified cached results by step."""
         return {step.name: step.outcome for step in self.steps if step.outcome is not None}
 
 
 def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> Plan:
-    """Returns what a run would do; reads the user's files and every cached artifact once.
+    """Plans a run; reads the user's files and every cached artifact once.
 
     Raises:
-        RegistryError: A registered adapter that the spec names does not exist, or the home cannot be read.
+        RegistryError: A registered adapter in the spec does not exist, or the home cannot be read.
     """
     lineage = Lineage(home.lineage_url)
     try:
@@ -106,11 +106,11 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
 
 
 def registered_adapter(target: str, home: Home) -> ArtifactRef:
-    """Returns the adapter that `name@version` or `name@alias` stands for.
+    """Returns the adapter artifact of `name@version` or `name@alias`.
 
     Raises:
-        SpecError: It is no such reference.
-        RegistryError: There is no such version, or it may not be handed out.
+        SpecError: The text is not such a reference.
+        RegistryError: The version does not exist, or may not be used.
     """
     match = REGISTERED.fullmatch(target)
     if match is None:
@@ -119,7 +119,7 @@ def registered_adapter(target: str, home: Home) -> ArtifactRef:
 
     versions = Versions(home)
     try:
-        # What is merged or evaluated further is verified as what is handed out: bytes, state and signature.
+        # The same checks as for an export: bytes, state and signature.
         return versions.get(match["name"], match["ref"]).artifact
     finally:
         versions.close()
@@ -138,18 +138,18 @@ class _Planner:
     home: Home
     store: Store
     lineage: Lineage
-    sound: set[str] = field(default_factory=set)
-    """Digests of the blobs that were read: steps often hold the same files, which are then read once."""
+    verified: set[str] = field(default_factory=set)
+    """Digests of blobs that were verified already: artifacts share files, and each is read once."""
 
     def plan(self, step: PlannedStep) -> PlannedStep:
-        """Returns the step with its earlier result, or with the reason why it would run."""
+        """Returns the step with its cached result, or with the reason why it would run."""
         if step.force:
             return step
-        waiting = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
-        if waiting:
-            return replace(step, reason=f"takes from {' and '.join(dict.fromkeys(waiting))}, which will run")
-        hit, reason = find_hit(step.job, step.job.key(step.inputs), self.home, self.store, self.lineage, self.sound)
-        if reason == NEVER:
+        upstream = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
+        if upstream:
+            return replace(step, reason=f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run")
+        hit, reason = find_hit(step.job, step.job.key(step.inputs), self.home, self.store, self.lineage, self.verified)
+        if reason == NO_RESULT:
             reason = _what_changed(step, self.lineage.last_execution(self.pipeline, step.name))
         return replace(step, reason=reason, outcome=hit)
 
@@ -162,11 +162,11 @@ def _what_changed(step: PlannedStep, last: Execution | None) -> str:
         if last.settings.get("files", {}).get(role) != step.job.files[role].sha256:
             changes.append(f"{role}: the content of {written} changed")
     if tuple(last.settings.get("excluded", ())) != step.job.excluded:
-        changes.append("other images or consents are revoked")
+        changes.append("revocations changed")
     before = _by_field(last.inputs)
     for role, refs in step.inputs.items():
         if before.get(role) != [ref.sha256 for ref in refs]:
-            changes.append(f"{role}: another input")
+            changes.append(f"{role}: input changed")
     return "; ".join(changes) or "its code or its base changed"
 
 

@@ -1,6 +1,6 @@
-"""What Loraline asks of Prefect: one flow around a run, one task around each step, everything under the home.
+"""Runs pipelines with Prefect: one flow per run, one task per step, all state under the home.
 
-Prefect executes, orders, retries and shows; it is not the record and not the cache (see docs/adr/0004). Importing this
+Prefect executes, orders, retries and displays; it is neither the record nor the cache (docs/adr/0004). Importing this
 module is cheap; importing Prefect itself takes seconds and happens inside the functions.
 """
 
@@ -24,9 +24,9 @@ Result = TypeVar("Result")
 
 
 def configure_prefect(home: Home) -> None:
-    """Points Prefect at the home, before its first import; what the environment already says wins.
+    """Points Prefect at the home, before its first import; variables that are set already win.
 
-    Without a server (`PREFECT_API_URL`), the run gets one of its own: see `flows.server`.
+    Without a server (`PREFECT_API_URL`), the run starts its own: see `flows.server`.
     """
     settings = {
         "PREFECT_HOME": str(home.prefect),
@@ -44,7 +44,7 @@ def configure_prefect(home: Home) -> None:
 
 
 def run_as_flow(name: str, function: Callable[..., Result]) -> Callable[..., Result]:
-    """The function as a Prefect flow, whose runs carry the pipeline's name."""
+    """Wraps a function as a Prefect flow whose runs have the pipeline's name."""
     from prefect import flow
 
     wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(function)
@@ -54,19 +54,19 @@ def run_as_flow(name: str, function: Callable[..., Result]) -> Callable[..., Res
 def submit_step(
     job: Job, inputs: Mapping[str, Sequence[Any]], home: Home, run_id: str, *, force: bool
 ) -> PrefectFuture[Outcome]:
-    """Submits a step as a Prefect task of its own name.
+    """Submits a step as a Prefect task of the same name.
 
     Args:
         job: The step.
-        inputs: Reference field -> artifacts, and futures of the steps that will make them.
-        home: Where all state lives.
-        run_id: The run that it is recorded under.
-        force: True runs it even if there is an earlier result.
+        inputs: Reference field -> artifacts, or futures of the steps that make them.
+        home: The home with all state.
+        run_id: The run that the execution belongs to.
+        force: True runs it even if it is cached.
     """
     from prefect.utilities.annotations import quote
 
-    named = _task().with_options(name=job.name, task_run_name=job.name)
-    future: PrefectFuture[Outcome] = named.submit(quote(job), inputs, quote(home), run_id, force)
+    task = _task().with_options(name=job.name, task_run_name=job.name)
+    future: PrefectFuture[Outcome] = task.submit(quote(job), inputs, quote(home), run_id, force)
     return future
 
 
@@ -76,7 +76,7 @@ def _task() -> Any:
     from prefect.cache_policies import NO_CACHE
 
     declare = task(
-        cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=1, retry_condition_fn=_passes
+        cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=1, retry_condition_fn=_is_transient
     )
     return declare(_execute)
 
@@ -92,7 +92,7 @@ def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: 
     return Completed(name="Cached", data=outcome) if outcome.cached else outcome
 
 
-async def _passes(task: Task[..., Any], task_run: Any, state: Any) -> bool:
-    """Only what may pass by itself is tried again: a connection or a lock, never a wrong setting."""
+async def _is_transient(task: Task[..., Any], task_run: Any, state: Any) -> bool:
+    """Returns True for errors of a connection or a lock, which a retry may solve."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, ConnectionError | TimeoutError)

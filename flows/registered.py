@@ -1,4 +1,4 @@
-"""What the registry says now about the versions that a pipeline registered; read when it is shown, never cached."""
+"""Reads the current state of the versions that a pipeline registered; never cached."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tasks.steps.register import Register
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """The version of one `register` step, as it is now.
+    """Current state of the version of one `register` step.
 
     Attributes:
         version: The version.
-        alias: The alias that the step asks for, or None.
-        holder: Number of the version that the alias points at now; None if it points at nothing.
-        refused: All reasons why the version may not have the alias; empty if it has it, or may have it.
-        gone: Who withdrew or deleted the version, when and why; empty for an active one.
+        alias: The alias that the step requests; None requests none.
+        holder: Number of the version that the alias points at; None if it points at none.
+        refused: All reasons why the version may not have the alias; empty if it has it or may have it.
+        gone: Who withdrew or deleted the version, when and why; empty for an active version.
     """
 
     version: AdapterVersion
@@ -37,11 +37,11 @@ class RegisteredVersion:
 
     @property
     def has_alias(self) -> bool:
-        """Returns True if the alias that the step asks for points at this version."""
+        """Returns True if the requested alias points at this version."""
         return self.alias is not None and self.holder == self.version.version
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a plain object for programs."""
+        """Returns a JSON object."""
         return {
             "name": self.version.name,
             "version": self.version.version,
@@ -55,7 +55,7 @@ class RegisteredVersion:
 
 
 def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> dict[str, RegisteredVersion]:
-    """Reads what the registry says of the version of each `register` step, by the step's name."""
+    """Reads the current state of the version of each `register` step, by the step's name."""
     specs = {step.name: step.job.spec for step in plan.steps if isinstance(step.job.spec, Register)}
     if not specs:
         return {}

@@ -1,6 +1,6 @@
-"""`retrain`: the scheduled flow. What changed since the last run? Train on it, compare it, stage it; else do nothing.
+"""Defines the scheduled flow `retrain`: if anything changed since the last run, trains, compares and stages.
 
-Deployed by `prefect.yaml`. Importing this module imports Prefect: only workers and tests do.
+Deployed by `prefect.yaml`. Imported by workers and tests only, because it imports Prefect.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tasks.operations.promote import find_version
 
 @dataclass(frozen=True)
 class Retraining:
-    """What a scheduled run did.
+    """Result of a scheduled run.
 
     Args:
-        changed: Per step that ran, why; empty when nothing had changed and nothing ran.
-        versions: `name@version` of what was registered.
-        staged: Those of them that got the alias that their pipeline asks for.
-        compared: Per version and metric: the adapter's figure in production (None if there is none) and now.
+        changed: Name of each step that ran -> why; empty if every step was cached.
+        versions: `name@version` of each new version.
+        staged: The new versions that got the requested alias.
+        compared: Per version and metric: the value in production (None if there is none) and the new value.
     """
 
     changed: dict[str, str]
@@ -38,14 +38,14 @@ class Retraining:
 
 @flow(name="retrain", validate_parameters=False)
 def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
-    """Runs a pipeline if anything that it depends on has changed.
+    """Runs a pipeline if any of its inputs changed.
 
     Args:
         spec: Path of the pipeline file.
         home: Path of the home.
 
     Returns:
-        A `Retraining` as a plain object.
+        A `Retraining` as a dict.
     """
     state = Home.open(Path(home))
     result = run_pipeline(load_spec(Path(spec)), state)
@@ -56,7 +56,7 @@ def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
 
 
 def compare(versions: Versions, ref: str, alias: str) -> dict[str, tuple[float | None, float]]:
-    """Per metric: the figure of the version that the alias points at, and that of this one."""
+    """Returns, per metric, the value of the version that the alias points at and that of this version."""
     new = find_version(versions, ref)
     try:
         old: Any = versions.show(new.name, alias).metrics

@@ -1,7 +1,7 @@
-"""A Prefect server for this process, for when the settings name none.
+"""Starts a Prefect server for this process if the settings name none.
 
-Prefect would start one by itself: after importing the whole server into this process too, and without an end when this
-process is killed. Ours starts while the run imports what it needs, and ends when the pipe to its maker closes.
+Prefect would start one itself, but only after importing the whole server into this process, and the server would
+survive if this process is killed. This one starts while the run imports its modules, and ends when its stdin closes.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lora_engine.errors import EngineError
 from registry.errors import RegistryError
 from tasks.errors import PipelineFailed
 
-_PATIENCE = 5.0  # seconds that the server has to end by itself
+_STOP_TIMEOUT = 5.0  # seconds until the server is killed
 
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
-    """Gives the address of the server that flows within the block talk to: the one that is named, or one of our own.
+    """Yields the address of the server that flows in the `with` block use: the configured one, or a new one.
 
-    Ours answers requests as soon as it is ready; until then they wait. It lasts as long as this process.
+    Requests to a new server wait until it is ready. It lasts as long as this process.
 
     Raises:
-        PipelineFailed: Our server ended, and so did what ran in the block; names the file with its words.
+        PipelineFailed: The new server ended and the block failed; names the server's log.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    named = PREFECT_API_URL.value()
-    if named:
-        yield str(named)
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield str(configured)
         return
     address, process, log = _start()
     try:
@@ -63,17 +63,17 @@ def _start() -> tuple[str, subprocess.Popen[bytes], Path]:
     log = Path(PREFECT_HOME.value()) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
-    # The socket listens from here on, so that no one else takes the port and no one has to ask whether it is ready.
-    with socket.create_server(("127.0.0.1", 0)) as listening, log.open("wb") as words:
+    # The socket listens already, so no other process can take the port and requests wait until the server is ready.
+    with socket.create_server(("127.0.0.1", 0)) as listening, log.open("wb") as output:
         process = subprocess.Popen(
-            # -P: many a Prefect project has a folder `flows`, which would be taken for ours.
+            # -P: Prefect projects often have a folder `flows`, which would shadow ours.
             [sys.executable, "-P", "-m", "flows.server", str(listening.fileno())],
             env=os.environ | settings,
             stdin=subprocess.PIPE,
-            stdout=words,
-            stderr=words,
+            stdout=output,
+            stderr=output,
             pass_fds=[listening.fileno()],
-            start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server how it ended
+            start_new_session=True,  # Ctrl-C must not stop it: the run still reports its end to it
         )
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
     atexit.register(_stop, process)
@@ -85,25 +85,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     with suppress(BrokenPipeError):
         process.stdin.close()
     try:
-        process.wait(_PATIENCE)
+        process.wait(_STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
 
 
 def _serve(descriptor: int) -> None:
-    """Serves on a listening socket until the standard input ends."""
+    """Serves on a listening socket until standard input ends."""
     import uvicorn
     from prefect.server.api.server import create_app
 
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
 
-    def wait_for_the_end() -> None:
+    def wait_for_end() -> None:
         sys.stdin.buffer.read()
         server.should_exit = True
 
-    threading.Thread(target=wait_for_the_end, daemon=True).start()
+    threading.Thread(target=wait_for_end, daemon=True).start()
     server.run(sockets=[socket.socket(fileno=descriptor)])
 
 

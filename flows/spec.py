@@ -1,7 +1,7 @@
-"""`PipelineSpec`: what a pipeline file says, checked whole before anything runs.
+"""Loads a pipeline file as a `PipelineSpec` and validates all of it before anything runs.
 
-Names, types, references between steps, cycles and files are all refused here, with file and line, the value, what is
-allowed and the nearest match. Nothing is executed and no database is opened.
+Checks names, types, references between steps, cycles and files. Errors name file and line, the value, what is allowed
+and the nearest match. Executes nothing and opens no database.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tasks.step import STEPS, locate_base
 
 
 class _Head(BaseModel):
-    """The top of a pipeline file; the steps are checked one by one, each by its own class."""
+    """Top level of a pipeline file; each step is validated by its own class."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,16 +39,16 @@ class _Head(BaseModel):
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A pipeline that can run.
+    """A valid pipeline.
 
     Args:
-        name: Its name; `register` uses it for the adapter unless told otherwise.
-        base: The base model of every step that needs one and names none.
-        seed: The seed of every step that needs one and names none.
-        steps: The steps by name, each after all that it takes from.
-        folder: What paths in the file are relative to.
-        source: The pipeline file's data as written, with overrides applied: the recipe to keep.
-        concurrency: How many trainings may use one device at the same time; None takes the default of the device.
+        name: Its name; the default name of adapters that `register` registers.
+        base: Default base model of the steps.
+        seed: Default seed of the steps.
+        steps: The steps by name, each after its upstream steps.
+        folder: The folder that relative paths in the file start from.
+        source: Data of the pipeline file, with overrides applied; recorded in lineage.
+        concurrency: Maximum trainings per device at the same time; None means the default of the device.
     """
 
     name: str
@@ -61,14 +61,14 @@ class PipelineSpec:
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
-    """Reads and checks a pipeline file.
+    """Reads and validates a pipeline file.
 
     Args:
         path: A YAML or JSON file.
-        overrides: `a.b=value` each; `adapter.rank=8` is short for `steps.adapter.rank=8`.
+        overrides: Texts `a.b=value`; `adapter.rank=8` is short for `steps.adapter.rank=8`.
 
     Raises:
-        SpecError: Anything in it that could not run.
+        SpecError: The file is not a valid pipeline.
     """
     document = read_document(path)
     for override in overrides:
@@ -95,75 +95,75 @@ def _override(document: Document, override: str) -> None:
     for key in keys[:-1]:
         if not isinstance(target, dict) or not isinstance(target.get(key), dict):
             known = target if isinstance(target, dict) else ()
-            raise SpecError(f"{path!r}: there is no {key!r}", where="--set", **_nearest(key, known))
+            raise SpecError(f"{path!r}: unknown key {key!r}", where="--set", **_nearest(key, known))
         target = target[key]
     target[keys[-1]] = parse_value(text)
 
 
 def _load_step(name: str, raw: dict[str, Any], head: _Head, document: Document) -> StepSpec:
-    place: Where = ("steps", name)
+    parent: Where = ("steps", name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name):
-        raise SpecError(f"step name {name!r}", where=document.where(place), allowed="letters, digits, - and _")
+        raise SpecError(f"step name {name!r}", where=document.where(parent), allowed="letters, digits, - and _")
     uses = raw.get("uses")
     if not isinstance(uses, str) or uses not in STEPS:
-        problem = f"step {name!r} uses {uses!r}" if "uses" in raw else f"step {name!r} does not say what it uses"
-        raise SpecError(problem, where=document.where((*place, "uses")), **_nearest(str(uses), STEPS))
+        problem = f"step {name!r} uses {uses!r}" if "uses" in raw else f"step {name!r} lacks the key `uses`"
+        raise SpecError(problem, where=document.where((*parent, "uses")), **_nearest(str(uses), STEPS))
     kind = STEPS[uses].spec
     inherited = {field: getattr(head, field) for field in ("base", "seed", "name") if field in kind.model_fields}
-    spec: StepSpec = _validate(kind, inherited | raw, place, document)
+    spec: StepSpec = _validate(kind, inherited | raw, parent, document)
     return spec
 
 
-def _validate(model: type[Any], data: Mapping[str, Any], place: Where, document: Document) -> Any:
+def _validate(model: type[Any], data: Mapping[str, Any], parent: Where, document: Document) -> Any:
     try:
-        # Strict, and through JSON: "8" is not 8, yet a list may be a tuple.
+        # Strict mode refuses "8" for 8; JSON mode accepts lists for tuples.
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise _explain(error, model, place, document) from None
+        raise _explain(error, model, parent, document) from None
 
 
-def _explain(error: ValidationError, model: type[BaseModel], place: Where, document: Document) -> SpecError:
-    # A key that is unknown is most often the misspelling of one that is missing.
+def _explain(error: ValidationError, model: type[BaseModel], parent: Where, document: Document) -> SpecError:
+    # An unknown key is usually the misspelling of a missing one.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    at: Where = (*place, *first["loc"])
-    key = str(at[-1]) if at else ""
-    label = ".".join(str(part) for part in (at[1:] if at[:1] == ("steps",) else at)) or "the file"
+    location: Where = (*parent, *first["loc"])
+    key = str(location[-1]) if location else ""
+    label = ".".join(str(part) for part in (location[1:] if location[:1] == ("steps",) else location)) or "the file"
     more = f" (and {len(problems) - 1} more below)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, first["loc"][:-1])
-        return SpecError(f"unknown key {label!r}{more}", where=document.where(at), **_nearest(key, fields))
+        return SpecError(f"unknown key {label!r}{more}", where=document.where(location), **_nearest(key, fields))
     if first["type"] == "union_tag_invalid":
         known = re.findall(r"'([^']*)'", first["ctx"]["expected_tags"])
         tag = first["ctx"]["tag"]
-        return SpecError(f"{label} is {tag!r}{more}", where=document.where(at), **_nearest(tag, known))
+        return SpecError(f"{label} is {tag!r}{more}", where=document.where(location), **_nearest(tag, known))
     if first["type"] == "missing":
-        return SpecError(f"{label!r} is missing{more}", where=document.where(at), remedy=f"add {key}: ...")
+        return SpecError(f"{label!r} is missing{more}", where=document.where(location), remedy=f"add {key}: ...")
     problem = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" or not first["loc"]:
-        return SpecError(f"{label}: {problem}{more}", where=document.where(at))
+        return SpecError(f"{label}: {problem}{more}", where=document.where(location))
     return SpecError(
-        f"{label} is {first['input']!r}{more}", where=document.where(at), allowed=problem[0].lower() + problem[1:]
+        f"{label} is {first['input']!r}{more}", where=document.where(location), allowed=problem[0].lower() + problem[1:]
     )
 
 
-def _fields_at(model: type[BaseModel], place: Sequence[str | int]) -> set[str]:
-    """The keys that are known at a place inside a model; in a union, those of the member that the place names."""
-    here = [model]
-    for part in place:
-        below = [inner for one in here if part in one.model_fields for inner in _models_in(one, str(part))]
-        named = [one for one in here if "name" in one.model_fields and one.model_fields["name"].default == part]
-        here = below or named or here
-    return {field for one in here for field in one.model_fields if field != "uses"}
+def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> set[str]:
+    """Returns the keys at a location inside a model; in a union, those of the member that the location names."""
+    models = [model]
+    for part in location:
+        nested = [inner for outer in models if part in outer.model_fields for inner in _models_in(outer, str(part))]
+        members = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
+        models = nested or members or models
+    return {field for candidate in models for field in candidate.model_fields if field != "uses"}
 
 
 def _models_in(model: type[BaseModel], field: str) -> Iterator[type[BaseModel]]:
-    waiting: list[Any] = [model.model_fields[field].annotation]
-    while waiting:
-        hint = waiting.pop()
+    hints: list[Any] = [model.model_fields[field].annotation]
+    while hints:
+        hint = hints.pop()
         if isinstance(hint, type) and issubclass(hint, BaseModel):
             yield hint
-        waiting += get_args(hint)
+        hints += get_args(hint)
 
 
 def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
@@ -176,40 +176,40 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
                     raise SpecError(
                         f"{name}.{field} is {target!r}, a registered adapter",
                         where=where,
-                        allowed=f"a step that gives a {kind}",
+                        allowed=f"a step that produces a {kind}",
                     )
                 continue
             if target not in steps:
-                fitting = [other for other, its in steps.items() if STEPS[its.uses].produces == kind]
+                candidates = [other for other, step in steps.items() if STEPS[step.uses].produces == kind]
                 raise SpecError(
-                    f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, fitting)
+                    f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, candidates)
                 )
             produces = STEPS[steps[target].uses].produces
             if produces != kind:
                 raise SpecError(
-                    f"{name}.{field} is {target!r}, a step that gives a {produces}",
+                    f"{name}.{field} is {target!r}, a step that produces a {produces}",
                     where=where,
-                    allowed=f"a step that gives a {kind}",
+                    allowed=f"a step that produces a {kind}",
                 )
             graph[name].add(target)
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        circle = " -> ".join(reversed(error.args[1]))
+        cycle = " -> ".join(reversed(error.args[1]))
         raise SpecError(
-            f"the steps wait for each other: {circle}",
+            f"the steps form a cycle: {cycle}",
             where=document.where(("steps", error.args[1][0])),
-            remedy="break the circle",
+            remedy="remove one of the references",
         ) from None
 
 
 def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
-    for field, written, what in spec.externals():
+    for field, written, kind in spec.externals():
         path = folder / written
-        if not (path.is_dir() if what == "folder" else path.is_file()):
+        if not (path.is_dir() if kind == "folder" else path.is_file()):
             state = (
                 "is not a folder"
-                if path.exists() and what == "folder"
+                if path.exists() and kind == "folder"
                 else "is not a file"
                 if path.exists()
                 else "does not exist"
@@ -217,7 +217,7 @@ def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) ->
             raise SpecError(
                 f"{name}.{field} is {written!r}, which {state}",
                 where=document.where(("steps", name, field)),
-                allowed=f"a {what}, relative to {folder}",
+                allowed=f"a {kind}, relative to {folder}",
             )
 
 
@@ -230,9 +230,9 @@ def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> 
     try:
         resolve_base(locate_base(base, folder))
     except BaseModelError as error:
-        place: Where = ("steps", name, "base") if ("steps", name, "base") in document.lines else ("base",)
+        location: Where = ("steps", name, "base") if ("steps", name, "base") in document.lines else ("base",)
         raise SpecError(
-            error.problem, where=document.where(place), allowed=error.allowed, remedy=error.remedy
+            error.problem, where=document.where(location), allowed=error.allowed, remedy=error.remedy
         ) from error
 
 
@@ -240,4 +240,4 @@ def _nearest(word: str, known: Iterable[str]) -> dict[str, str]:
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1)
     hint = {"remedy": f"did you mean {near[0]!r}?"} if near else {}
-    return {"allowed": ", ".join(names) or "nothing here"} | hint
+    return {"allowed": ", ".join(names) or "none"} | hint

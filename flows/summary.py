@@ -1,4 +1,4 @@
-"""The end of a run in words: what there is now, where it is, and what to do next."""
+"""Summarizes a finished run: versions, files and next commands."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SHOWN = 8
 
 
 def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterator[tuple[str, object]]:
-    """Yields label and text of each fact, in the order in which they are read."""
+    """Yields label and text of each fact, in display order."""
     cached = sum(outcome.cached for outcome in result.outcomes.values())
-    yield "steps", f"{len(result.outcomes) - cached} ran, {cached} were there already"
+    yield "steps", f"{len(result.outcomes) - cached} ran, {cached} cached"
     for name, step in spec.steps.items():
         if step.uses == "ingest":
             manifest = Manifest.model_validate_json(result.outcomes[name].summary)
             for item in manifest.quarantined[:_SHOWN]:
-                yield "left out", f"{item.source}: {item.reason}"
+                yield "skipped", f"{item.source}: {item.reason}"
             if len(manifest.quarantined) > _SHOWN:
-                yield "left out", f"and {len(manifest.quarantined) - _SHOWN} more; the report lists all"
+                yield "skipped", f"and {len(manifest.quarantined) - _SHOWN} more; the report lists all"
     for registered in result.versions.values():
         yield from _describe_version(home, registered)
     for name, step in spec.steps.items():
@@ -49,7 +49,9 @@ def _describe_version(home: Home, registered: RegisteredVersion) -> Iterator[tup
     if registered.has_alias:
         yield "alias", f"{alias} -> {version.ref}"
     elif alias is not None:
-        holder = "points at no version" if registered.holder is None else f"is at {version.name}@{registered.holder}"
+        holder = (
+            "points at no version" if registered.holder is None else f"points at {version.name}@{registered.holder}"
+        )
         refused = f"; {version.ref} was refused: {'; '.join(registered.refused)}" if registered.refused else ""
         yield "alias", f"{alias} {holder}{refused}"
     report = write_report(home, version.ref) if version.state != "DELETED" else None

@@ -1,4 +1,4 @@
-"""The pipeline files that Loraline writes for people: a commented start, and the one behind `loraline train`."""
+"""Writes pipeline files: the commented template of `loraline init` and the file of `loraline train`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lora_engine.files import atomic_write
 from tasks.errors import SpecError
 
 _PIPELINE = Template("""\
-# A Loraline pipeline. `loraline plan $file` says what a run would do; `loraline run $file` does it.
-# Whatever names a step takes that step's result; change a value, and only what depends on it runs again.
+# A Loraline pipeline. `loraline plan $file` shows what a run would do; `loraline run $file` runs it.
+# A value that names a step is that step's output. After a change, only the steps that depend on it run again.
 name: $name                   # the adapter's name in the registry
 base: $base                   # tiny (embedded), a hub id such as owner/name@revision, or a diffusers folder
 seed: 7
 
 steps:
-  photos:                     # takes the pictures in; a .txt beside a picture is its caption
+  photos:                     # imports the images; a .txt beside an image is its caption
     uses: ingest
     images: $images
-    heldout: $heldout                 # share of the pictures that is kept from training, to measure on
+    heldout: $heldout                 # share of the images held out from training, for evaluation
   prepared:
     uses: preprocess
     dataset: photos
     resolution: $resolution
     crop: salient
-  captions:                   # pictures without a caption get "a $trigger $class_word"
+  captions:                   # images without a caption get "a $trigger $class_word"
     uses: caption
     dataset: prepared
     captioner: files
@@ -35,7 +35,7 @@ steps:
   adapter:
     uses: train
     dataset: captions
-    method: dreambooth        # keeps other pictures of the class as they were; finetune leaves that out
+    method: dreambooth        # preserves the base's prior of the class; finetune does not
     kind: lora
     rank: 8
     targets: $targets
@@ -43,17 +43,17 @@ steps:
     batch: $batch
     learning_rate: $rate
     schedule: cosine
-  report:                     # what it does, against the base with the same seeds
+  report:                     # compares the adapter with the base, at the same seeds
     uses: evaluate
     adapter: adapter
     dataset: captions
     gates:
-      validation_loss: {max: 0.0}   # must not be worse than the base on what it has not seen
+      validation_loss: {max: 0.0}   # must not exceed that of the base on the held-out images
   release:
     uses: register
     adapter: adapter
     report: report
-    alias: staging            # given only if the gates pass; `loraline promote` takes it from there
+    alias: staging            # set only if the gates pass; promote further with `loraline promote`
   exports:
     uses: convert
     adapter: adapter
@@ -64,10 +64,10 @@ _WORD = re.compile(r"[^\s<>:,()\[\]{}#\"'&*!|%@`]{1,64}")
 
 
 def write_template(folder: Path) -> Path:
-    """Makes a folder with a commented pipeline file and an empty folder for pictures.
+    """Creates a folder with a commented pipeline file and an empty folder for images.
 
     Raises:
-        SpecError: There is a pipeline file already.
+        SpecError: A different pipeline file exists.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     return write_pipeline(folder / "images", "sks", "thing", name=None, output=folder / "pipeline.yaml")
@@ -83,25 +83,25 @@ def write_pipeline(
     steps: int | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Writes a pipeline file with sensible defaults for a folder of pictures.
+    """Writes a pipeline file with sensible defaults for a folder of images.
 
     Args:
-        images: The folder of pictures.
-        trigger: The word that will call the concept.
-        class_word: What the concept is.
-        base: The base model; the defaults of the embedded one differ from those of a full-sized one.
-        name: The adapter's name; the trigger by default.
-        steps: Training steps; 300 by default.
-        output: The file to write; NAME.yaml beside the folder of pictures by default.
+        images: The folder of images.
+        trigger: The trigger word of the concept.
+        class_word: The class of the concept.
+        base: The base model; the embedded base has other defaults than full-sized ones.
+        name: The adapter's name; None means the trigger.
+        steps: Number of training steps; None means 300.
+        output: The file to write; None means NAME.yaml beside the folder of images.
 
     Raises:
-        SpecError: A word that cannot be used, or the file exists and says something else.
+        SpecError: A word cannot be used, or the file exists with different content.
     """
     if not images.is_dir():
-        raise SpecError(f"{str(images)!r} is not a folder", remedy="give the folder that holds the pictures")
+        raise SpecError(f"{str(images)!r} is not a folder", remedy="give the folder with the images")
     for option, word in (("--trigger", trigger), ("--class", class_word)):
         if not _WORD.fullmatch(word):
-            raise SpecError(f"{word!r}", where=option, allowed="one word without spaces and punctuation")
+            raise SpecError(f"invalid word {word!r}", where=option, allowed="one word without spaces and punctuation")
     name = name or re.sub(r"[^a-z0-9._-]+", "-", trigger.lower()).strip("-._") or "adapter"
     path = output or images.resolve().parent / f"{name}.yaml"
     tiny = base == "tiny"
@@ -121,14 +121,14 @@ def write_pipeline(
     )
     if path.exists() and path.read_text() != text:
         raise SpecError(
-            "exists and says something else",
+            "the file exists with different content",
             where=str(path),
-            remedy=f"run it with `loraline run {path}`, or name another with -o",
+            remedy=f"run it with `loraline run {path}`, or choose another file with -o",
         )
     atomic_write(path, text.encode())
     return path
 
 
 def _relative(images: Path, folder: Path) -> str:
-    resolved, beside = images.resolve(), folder.resolve()
-    return f"{resolved.relative_to(beside)}/" if resolved.is_relative_to(beside) else str(resolved)
+    path, parent = images.resolve(), folder.resolve()
+    return f"{path.relative_to(parent)}/" if path.is_relative_to(parent) else str(path)

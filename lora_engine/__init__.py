@@ -18,8 +18,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# Must precede the first import of torch. By default, waiting OpenMP threads keep their core busy: with one other program
-# on two cores, a forward pass took 28 s instead of 1.1 s. On an idle machine the difference is within the noise.
+# Must precede the first import of torch. By default, waiting OpenMP threads keep their core busy: with one other
+# program on two cores, a forward pass took 28 s instead of 1.1 s. On an idle machine the difference is noise.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""What this process computes with: device, threads, build of torch. It changes the last bits of a result, never more.
+"""Describes the device, threads and torch build of this process, and sets the number of threads.
 
-Told to lineage, never written into an artifact; and the one place that sets the number of threads.
+They change only the last bits of a result. Lineage records them; artifacts do not.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def describe_compute(device: str | None = None) -> dict[str, Any]:
-    """Device, its name, threads, torch's build and the processor's vector instructions; nothing without torch loaded.
+    """Returns device, device name, threads, torch build and vector instructions; empty if torch is not loaded.
 
     Args:
-        device: Where the work was done; None takes the device that `load_base` takes.
+        device: The device of the work; None takes the device that `load_base` takes.
     """
     if "torch" not in sys.modules:
         return {}
@@ -45,32 +45,31 @@ def describe_compute(device: str | None = None) -> dict[str, Any]:
 
 
 def fitting_threads(bases: Collection[BaseSource]) -> int | None:
-    """One, where the bases are so small that threads wait for each other longer than they compute; else None.
+    """Returns 1 if all bases are so small that threads wait longer than they compute; else None.
 
-    Training on the embedded base (13 MB) took 126 s with two threads and 52 s with one, on two cores. What the
-    environment says (`OMP_NUM_THREADS`) wins.
+    Training on the embedded base (13 MB) took 126 s with two threads and 52 s with one, on two cores.
+    `OMP_NUM_THREADS` overrides this.
 
     Args:
-        bases: All that will compute.
+        bases: All bases that the process uses.
     """
     small = bool(bases) and all(base.size < _SMALL for base in bases)
     return 1 if small and THREADS not in os.environ else None
 
 
 def fitting_trainings(device: str, *, cores: int, memory: int, threads: int, processes: int, base: int) -> int:
-    """Returns how many trainings one device takes at the same time unless a user says otherwise; at least 1.
+    """Returns the default number of concurrent trainings on one device; at least 1.
 
-    A GPU takes one. On a CPU a training counts for as many cores as it has threads, and for two where it has one: the
-    run that started it, Prefect's server and evaluations compute beside it. A process of it is assumed to need 1 GiB
-    and four times the size of the base: twice for weights in float32 that are float16 in the files, and as much for
-    activations.
+    A GPU takes one. On a CPU a training uses as many cores as it has threads, and at least two: the run that started
+    it, Prefect's server and evaluations compute beside it. Each process is assumed to need 1 GiB plus four times the
+    size of the base: two for float32 weights that are float16 in the files, two for activations.
 
     Args:
-        device: `cpu`, or the name of anything else.
-        cores: Of this machine.
-        memory: Of this machine, in bytes.
-        threads: That each process of a training computes with.
-        processes: Of one training.
+        device: `cpu`, or the name of any other device.
+        cores: Cores of this machine.
+        memory: Memory of this machine in bytes.
+        threads: Threads per training process.
+        processes: Processes per training.
         base: Size of the base's files in bytes.
     """
     if device != "cpu":
@@ -80,18 +79,18 @@ def fitting_trainings(device: str, *, cores: int, memory: int, threads: int, pro
 
 
 def count_cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_threads() -> int:
-    """Returns how many threads a process that is started now computes with: `OMP_NUM_THREADS`, or one a core."""
+    """Returns the number of threads of a new process: `OMP_NUM_THREADS`, or one per core."""
     limit = os.environ.get(THREADS, "")
     return int(limit) if limit.isdecimal() and int(limit) else count_cores()
 
 
 def measure_memory() -> int:
-    """Returns the memory of this machine in bytes, or of this process' control group where that may use less."""
+    """Returns the memory of this machine in bytes, or the limit of the control group if that is lower."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         allowed = _GROUP.read_text().strip()
@@ -102,9 +101,9 @@ def measure_memory() -> int:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Has torch compute with so many threads, here and in the processes started meanwhile; None leaves all as it is.
+    """Sets the threads of torch in this process and in those started within the block; None changes nothing.
 
-    Does not import torch: if that happens within the block, it reads the environment.
+    Does not import torch. If the block imports it, torch reads the environment variable.
     """
     if count is None:
         yield
@@ -118,12 +117,12 @@ def threads(count: int | None) -> Iterator[None]:
             del os.environ[THREADS]
         else:
             os.environ[THREADS] = variable
-        told = variable if variable and variable.isdecimal() else os.cpu_count()
-        _set_threads(before or int(told or 1))
+        default = variable if variable and variable.isdecimal() else os.cpu_count()
+        _set_threads(before or int(default or 1))
 
 
 def _set_threads(count: int) -> int | None:
-    """How many there were before; None as long as torch is not loaded."""
+    """Sets the threads and returns the previous number; does nothing and returns None if torch is not loaded."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None

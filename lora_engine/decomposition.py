@@ -1,7 +1,4 @@
-"""Singular value decompositions of large matrices at little cost: the leading triplets alone, or all that are not zero.
-
-Knows matrices alone; how many triplets are worth keeping is said by whoever asks.
-"""
+"""Computes singular value decompositions of large matrices: the leading triplets, or all that are not zero."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from torch import Tensor
 
 _OVERSAMPLING = 16
 _STEPS = 3
-_LOST = 1e-12  # squared size, beside its block's, of a direction that is only rounding of float32
+_NEGLIGIBLE = 1e-12  # squared norm of a direction, relative to its block, below which it is float32 rounding
 
 
 def sketched_svd(
@@ -21,21 +18,20 @@ def sketched_svd(
     oversampling: int = _OVERSAMPLING,
     steps: int = _STEPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets from a random block Krylov space (Musco and Musco 2015, algorithm 2).
+    """Returns the leading singular triplets from a random block Krylov space (Musco and Musco 2015, algorithm 2).
 
-    For the same products with the matrix this comes nearer to the least possible error than power iterations, which
-    throw the earlier blocks away. On pure Gaussian noise, the hardest spectrum, the error is below 1.0015 times the
-    least one.
+    With the same number of products, the error is lower than that of power iterations, which discard the earlier
+    blocks. On Gaussian noise, the hardest spectrum, the error is below 1.0015 times the least possible one.
 
     Args:
         matrix: `[m, n]`, float32.
-        rank: How many triplets.
-        generator: Where the first block comes from; on the CPU.
-        oversampling: How much wider than the rank a block is.
+        rank: Number of triplets.
+        generator: Draws the first block; on the CPU.
+        oversampling: Columns of a block beyond the rank.
         steps: Blocks after the first.
 
     Returns:
-        `[m, rank]`, `[rank]`, `[rank, n]`, float32; fewer where the matrix has a lower rank.
+        `[m, rank]`, `[rank]`, `[rank, n]`, float32; fewer if the matrix has a lower rank.
     """
     size = min(matrix.shape)
     start = torch.randn(matrix.shape[1], min(rank + oversampling, size), generator=generator, dtype=matrix.dtype)
@@ -54,9 +50,9 @@ def sketched_svd(
 
 
 def whole_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets that are not zero, by the eigenvectors of the smaller Gram matrix.
+    """Returns all singular triplets that are not zero, from the eigenvectors of the smaller Gram matrix.
 
-    The Gram matrix squares the spectrum, so one more product with the matrix itself sets right what that has blurred.
+    The Gram matrix squares the spectrum; a further product with the matrix itself restores the lost precision.
 
     Returns:
         `[m, k]`, `[k]`, `[k, n]`, float32.
@@ -70,28 +66,28 @@ def whole_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _new_directions(bases: Tensor, block: Tensor) -> Tensor:
-    """An orthonormal basis of what a block adds to an orthonormal one."""
-    smallest = _LOST * float(block.double().square().sum())
-    # Twice, since the first time leaves rounding errors as large as the least direction that is kept.
+    """Returns an orthonormal basis of the part of a block outside the span of `bases`, which are orthonormal."""
+    smallest = _NEGLIGIBLE * float(block.double().square().sum())
+    # Twice: the first pass leaves rounding errors as large as the smallest direction that is kept.
     once = _orthonormal(block - bases @ (bases.T @ block), smallest)
     return _orthonormal(once - bases @ (bases.T @ once), 1e-3)
 
 
 def _orthonormal(columns: Tensor, smallest: float) -> Tensor:
-    """A basis of the columns' span by their Gram matrix, which costs less than QR and shows what is only rounding."""
+    """Returns a basis of the columns' span from their Gram matrix: cheaper than QR, and it exposes rounding noise."""
     wide = columns.double()
     squares, vectors = torch.linalg.eigh(wide.T @ wide)
-    is_sound = squares > smallest
-    basis: Tensor = wide @ (vectors[:, is_sound] / squares[is_sound].sqrt())
+    is_significant = squares > smallest
+    basis: Tensor = wide @ (vectors[:, is_significant] / squares[is_significant].sqrt())
     return basis.to(columns.dtype)
 
 
 def _rotated(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular triplets of `basis @ inner`, where the basis is orthonormal."""
+    """Returns the singular triplets of `basis @ inner` for an orthonormal basis."""
     wide = inner.double()
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     squares, vectors = squares.flip(0), vectors.flip(1)
-    is_sound = squares > squares[0] * 1e-13
-    values, chosen = squares[is_sound].sqrt(), vectors[:, is_sound]
+    is_significant = squares > squares[0] * 1e-13
+    values, chosen = squares[is_significant].sqrt(), vectors[:, is_significant]
     right = (chosen.T.to(inner.dtype) @ inner) / values[:, None].to(inner.dtype)
     return basis @ chosen.to(basis.dtype), values.to(basis.dtype), right

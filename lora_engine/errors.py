@@ -1,14 +1,14 @@
-"""The engine's errors: one tree, and one way to word them.
+"""Defines the engine's exceptions and the form of their messages.
 
 WordedError                 the root of the registry's tree, too
 └── EngineError
     ├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
-    ├── BaseModelError      a base model: not found, unknown family, shapes that do not fit
-    ├── DataError           a folder of pictures, a manifest, a caption file
+    ├── BaseModelError      a base model: not found, unknown family, shapes that do not match
+    ├── DataError           a folder of images, a manifest, a caption file
     ├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
     └── TrainingError       a run that had to stop
         ├── NonFiniteError      NaN or Inf in loss, gradient or weight
-        └── InterruptedRun      stopped by a signal, after its checkpoint was written
+        └── InterruptedRun      stopped by a signal, after the run wrote its checkpoint
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Self
 
 
 class WordedError(Exception):
-    """An error worded for the person who can mend it.
+    """An error that names the problem, its location, the allowed values and the fix.
 
     Args:
-        problem: What is wrong, with the offending value as `repr`.
+        problem: The problem, with the offending value as `repr`.
         where: File, line, tensor, module, artifact, version or alias.
-        allowed: What would have been right.
-        remedy: One thing to do.
+        allowed: The allowed values.
+        remedy: The fix, as an imperative.
     """
 
     def __init__(self, problem: str, *, where: str = "", allowed: str = "", remedy: str = "") -> None:
@@ -32,20 +32,20 @@ class WordedError(Exception):
         if allowed:
             parts.append(f"Allowed: {allowed}.")
         if remedy:
-            parts.append(f"To do: {remedy}.")
+            parts.append(f"Fix: {remedy}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
 
     def at(self, where: str) -> Self:
-        """The same error with another place, for those who know better where it is."""
+        """Returns the same error with another location, for callers that know it more precisely."""
         return type(self)(self.problem, where=where, allowed=self.allowed, remedy=self.remedy)
 
 
 class EngineError(WordedError):
-    """Anything that the engine refuses or cannot do."""
+    """An input that the engine refuses, or an operation that fails."""
 
 
 class AdapterError(EngineError):
-    """An adapter, in a file or in memory, that is not whole or does not fit."""
+    """An adapter, in a file or in memory, that is incomplete or does not match the base."""
 
 
 class BaseModelError(EngineError):
@@ -57,7 +57,7 @@ class DataError(EngineError):
 
 
 class SettingsError(EngineError):
-    """A setting that the engine cannot honour."""
+    """A setting that the engine cannot use."""
 
 
 class TrainingError(EngineError):
@@ -69,4 +69,4 @@ class NonFiniteError(TrainingError):
 
 
 class InterruptedRun(TrainingError):
-    """A signal stopped the run; its last checkpoint is on the disk and the next run continues from it."""
+    """A signal stopped the run; the next run resumes from its last checkpoint."""

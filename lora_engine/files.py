@@ -1,7 +1,6 @@
-"""How bytes reach the disk: one atomic write, one digest, one canonical JSON.
+"""Writes files atomically, hashes bytes and encodes canonical JSON.
 
-Standard library only. The one module of the engine that the registry may import, so that there is a single
-`atomic_write` in the product. No file format lives here.
+Standard library only: this is the one module of the engine that the registry may import.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _CHUNK = 1 << 20
-# Of one write: smaller and larger ones were no faster.
-_PIECE = 512 << 10
-# So much is written before the disk is told to begin with it.
-_PART = 4 << 20
+# Bytes per write call: smaller and larger ones were no faster.
+_WRITE_SIZE = 512 << 10
+# Bytes after which the kernel is asked to start writeback.
+_WRITEBACK_SIZE = 4 << 20
 
 
 def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Writes a file that is, at any instant and after any crash, either the old one whole or the new one whole.
+    """Replaces a file atomically: after a crash, the path holds either the complete old file or the complete new one.
 
     Args:
-        path: Where the file goes; its folder is made if it is missing.
+        path: The file; its folder is created if it is missing.
         content: The bytes, or a function that writes them to the open binary file.
 
     Raises:
-        OSError: The disk is full, read-only or gone; the old file is then untouched and nothing is left beside it.
+        OSError: The disk is full, read-only or gone; the old file is untouched and the partial file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
@@ -42,7 +41,7 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the permissions that open() would have given it.
+        # mkstemp creates a private file; set the permissions that open() would have set.
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     except BaseException:
@@ -52,26 +51,23 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
 
 
 def append_chunks(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:
-    """Appends pieces to an open file, and has the disk begin with them while more are written.
-
-    So the `fsync` of a large file that follows has little left to wait for.
-    """
+    """Appends chunks to an open file and starts their writeback early, which shortens the `fsync` that follows."""
     file.flush()
     descriptor = file.fileno()
     done = begun = file.tell()
     for chunk in chunks:
         view = memoryview(chunk)
         while view:
-            count = os.write(descriptor, view[:_PIECE])
+            count = os.write(descriptor, view[:_WRITE_SIZE])
             view, done = view[count:], done + count
-            if done - begun >= _PART and hasattr(os, "posix_fadvise"):
-                # Linux starts to write what is said to be of no more use; it stays in the cache until it is written.
+            if done - begun >= _WRITEBACK_SIZE and hasattr(os, "posix_fadvise"):
+                # On DONTNEED, Linux starts writeback; the pages stay cached until they are written.
                 os.posix_fadvise(descriptor, begun, done - begun, os.POSIX_FADV_DONTNEED)
                 begun = done
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames within a folder durable (a no-op where folders cannot be opened, as on Windows)."""
+    """Makes renames within a folder durable; does nothing where folders cannot be opened, as on Windows."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -82,12 +78,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_bytes(content: bytes) -> str:
-    """The lower-case hexadecimal SHA-256 of the bytes."""
+    """Returns the lower-case hexadecimal SHA-256 of the bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_chunks(chunks: Iterable[bytes | memoryview]) -> str:
-    """The lower-case hexadecimal SHA-256 of bytes that come piece by piece."""
+    """Returns the lower-case hexadecimal SHA-256 of the concatenated chunks."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -95,18 +91,18 @@ def sha256_chunks(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """The lower-case hexadecimal SHA-256 of a file, read in chunks of 1 MiB."""
+    """Returns the lower-case hexadecimal SHA-256 of a file, read in chunks of 1 MiB."""
     with path.open("rb") as file:
         return sha256_chunks(iter(lambda: file.read(_CHUNK), b""))
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON encoding of a value: sorted keys, no spaces, UTF-8, no NaN (`ValueError`)."""
+    """Returns the canonical JSON of a value: sorted keys, no spaces, UTF-8; NaN raises `ValueError`."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _umask() -> int:
-    # There is no way to read the umask without setting it; 0o022 is what the reader sees in the meantime.
+    # The umask cannot be read without setting it; other threads see 0o022 meanwhile.
     current = os.umask(0o022)
     os.umask(current)
     return current

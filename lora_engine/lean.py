@@ -1,4 +1,4 @@
-"""Starts Loraline's own processes sooner: diffusers and transformers import every optional package that they find."""
+"""Hides optional packages from diffusers and transformers, which would import them all and start slowly."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OPTIONAL = ("bitsandbytes", "peft", "sklearn")
-"""Packages that diffusers and transformers import where they are installed, for features that Loraline does not use."""
+"""Packages that diffusers and transformers import if installed, for features that Loraline does not use."""
 
 
 def hide_optional() -> list[str]:
-    """Makes the optional packages look as if they were not installed, and returns the names of those that it hid.
+    """Makes the optional packages look as if they were not installed; returns the names of those that it hid.
 
-    For processes that are Loraline's alone: in a notebook, diffusers would lose its PEFT backend. A package that is
-    imported already stays.
+    Only for Loraline's own processes: in a notebook, diffusers would lose its PEFT backend. A package that is already
+    imported stays.
     """
     hidden = [name for name in OPTIONAL if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: importlib finds no such package
@@ -23,7 +23,7 @@ def hide_optional() -> list[str]:
 
 @contextmanager
 def optional_hidden() -> Iterator[None]:
-    """Hides the optional packages until the block ends; what is imported in it stays as it is."""
+    """Hides the optional packages until the block ends; modules imported within it stay imported."""
     hidden = hide_optional()
     try:
         yield

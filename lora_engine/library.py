@@ -69,7 +69,12 @@ class LoadedAdapter(Bundle):
         return replace(self, adapter=replace(self.adapter, modules=modules))
 
     def save(
-        self, path: FilePath, *, format: str = "loraline", dtype: torch.dtype | None = None, base: str | None = None
+        self,
+        path: FilePath,
+        *,
+        format: str = "loraline",  # noqa: A002 (the name of the option everywhere)
+        dtype: torch.dtype | None = None,
+        base: str | None = None,
     ) -> list[Path]:
         """Writes the adapter; the same adapter and card give the same bytes.
 

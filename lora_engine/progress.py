@@ -1,4 +1,4 @@
-"""How long work tells how far it is. Torch-free."""
+"""Defines the progress callback. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work goes on: (done, total, values); `values` are numbers to show, such as the loss."""
+    """A callback for (done, total, values); `values` are numbers to show, such as the loss."""
 
     def __call__(self, done: int, total: int, values: Mapping[str, float]) -> None:
-        """Takes note; must return soon."""
+        """Receives an update; must return quickly."""
         ...
 
 
 def no_progress(done: int, total: int, values: Mapping[str, float]) -> None:
-    """Takes no note."""
+    """Ignores the update."""

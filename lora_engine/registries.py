@@ -1,6 +1,6 @@
-"""`Registry[T]`: the closed, named sets of the engine (kinds, codecs, families, methods, metrics).
+"""Defines `Registry[T]`, the named sets of the engine: kinds, codecs, families, methods, metrics.
 
-Not to be confused with the package `registry`, which keeps versions of adapters.
+Unrelated to the package `registry`, which keeps versions of adapters.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """A mapping of names to entries that grows by registration and never forgets.
+    """A mapping of names to entries; entries are added and never removed.
 
     Args:
-        noun: What an entry is called in error messages, such as `adapter kind`.
+        noun: Name of an entry in error messages, such as `adapter kind`.
     """
 
     def __init__(self, noun: str) -> None:
@@ -26,7 +26,7 @@ class Registry(Mapping[str, T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
-        """Adds an entry and gives it back.
+        """Adds an entry and returns it.
 
         Raises:
             SettingsError: The name is taken.
@@ -37,10 +37,10 @@ class Registry(Mapping[str, T]):
         return entry
 
     def __getitem__(self, name: str) -> T:
-        """The entry of that name.
+        """Returns the entry with that name.
 
         Raises:
-            SettingsError: No such entry; lists the known ones and the nearest.
+            SettingsError: No such entry; lists the known names and the nearest match.
         """
         try:
             return self._entries[name]

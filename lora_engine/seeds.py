@@ -1,7 +1,7 @@
-"""Every random number of a run, as a pure function of the seed and of what it is for.
+"""Derives every random number of a run from the seed and a purpose.
 
-Nothing draws from a global generator, and no generator is carried from one step to the next: step k of a resumed run
-draws what step k of a run that went through draws.
+No global generator is used, and no generator is carried from step to step: step k of a resumed run draws the same
+numbers as step k of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A seed of 63 bits for one purpose, such as `derive_seed(7, "noise", 120)`."""
+    """Returns a 63-bit seed for one purpose, such as `derive_seed(7, "noise", 120)`."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A fresh generator on the CPU for one purpose."""
+    """Returns a new generator on the CPU for one purpose."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))

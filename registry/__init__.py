@@ -4,7 +4,7 @@
 
     with Registry.open(".loraline") as reg:
         version = reg.register("zorb", "zorb.safetensors", license="MIT")
-        reg.promote(version, "production", reason="approved by the art director")
+        reg.promote(version, "production", reason="approved")  # where the policy of the alias allows it
         print(reg["zorb@production"].lineage().to_mermaid())
 
 Bytes are stored by digest (`store`), artifacts are linked in one graph (`lineage`), versions have numbers and aliases

@@ -1,4 +1,4 @@
-"""A home with its store and its lineage open: what everything that reads the registry is handed."""
+"""`RegistryContext`: a home with its store and its lineage database open."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RegistryContext:
         self.lineage.close()
 
     def damage(self, version: AdapterVersion) -> tuple[str, ...]:
-        """What a full verification of a version's adapter and report finds; empty where all is whole."""
+        """Reads every byte of a version's adapter and report, and returns the problems; empty if all are intact."""
         refs = [version.artifact, *([version.report] if version.report else [])]
         problems = [problem for ref in refs for problem in self.store.verify(ref)]
         return tuple(f"{problem.where}: {problem.what}" for problem in problems)

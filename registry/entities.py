@@ -1,4 +1,4 @@
-"""The nouns of the registry: small frozen records without behaviour. No database, no files."""
+"""The registry's data classes: frozen, without database or file access."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from registry.errors import LineageError, StoreError, VersionError
 RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "FAILED", "INTERRUPTED"]
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
-"""What moves an alias, or did not; `remove` leaves it pointing at nothing."""
+"""Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
 EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
-"""What else is logged: done to a version, or (revoke, lift) to a subject."""
+"""Events that move no alias: of a version, or (revoke, lift) of a subject."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 
@@ -27,36 +27,36 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def now() -> datetime:
-    """The present instant, in UTC."""
+    """Returns the current time in UTC."""
     return datetime.now(UTC)
 
 
 def is_digest(text: str) -> bool:
-    """Whether the text is a whole lower-case hexadecimal SHA-256."""
+    """Returns True if the text is a full lower-case hexadecimal SHA-256."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def check_name(name: str) -> str:
-    """The name of an adapter, given back if it keeps to the rule.
+    """Returns the name of an adapter unchanged.
 
     Raises:
-        VersionError: It does not.
+        VersionError: It does not match `NAME_RULE`.
     """
     if not _NAME.fullmatch(name):
-        raise VersionError(f"{name!r} cannot be the name of an adapter", allowed=f"names like {NAME_RULE}")
+        raise VersionError(f"invalid adapter name {name!r}", allowed=f"names that match {NAME_RULE}")
     return name
 
 
 def check_alias(alias: str) -> str:
-    """The alias, given back if it keeps to the rule (which is MLflow's too, and leaves numbers to versions).
+    """Returns the alias unchanged. MLflow has the same rule; version numbers are not aliases.
 
     Raises:
-        VersionError: It does not.
+        VersionError: It does not follow the rule.
     """
     if not _ALIAS.fullmatch(alias):
         raise VersionError(
-            f"{alias!r} cannot be an alias",
-            allowed="1 to 63 characters of a-z, 0-9, _ and -, that are not a version number and not 'latest'",
+            f"invalid alias {alias!r}",
+            allowed="1 to 63 characters of a-z, 0-9, _ and -, but no version number and not 'latest'",
         )
     return alias
 
@@ -67,7 +67,7 @@ class FileEntry:
 
     Args:
         sha256: Digest of its bytes.
-        size: Number of its bytes.
+        size: Its size in bytes.
     """
 
     sha256: str
@@ -76,11 +76,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """A tree of files, named by its content: the only thing that steps exchange.
+    """A reference to a tree of files by its content; the only thing that steps exchange.
 
     Args:
-        kind: What it is (manifest, adapter, report, ...).
-        sha256: Digest of the canonical list of its files, which names each file's digest.
+        kind: Kind of artifact: manifest, adapter, report, ...
+        sha256: Digest of the canonical list of its files, which holds each file's digest.
         size: Sum of the files' sizes in bytes.
     """
 
@@ -90,31 +90,31 @@ class ArtifactRef:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.kind):
-            raise StoreError(f"{self.kind!r} cannot be a kind of artifact", allowed=f"names like {NAME_RULE}")
+            raise StoreError(f"invalid artifact kind {self.kind!r}", allowed=f"names that match {NAME_RULE}")
         if not is_digest(self.sha256):
             raise StoreError(f"{self.sha256!r} is not a digest", allowed="64 lower-case hexadecimal digits")
         if self.size < 0:
-            raise StoreError(f"{self.size!r} cannot be a size", allowed="0 or more bytes")
+            raise StoreError(f"invalid artifact size {self.size!r}", allowed="0 or more bytes")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the three fields."""
+        """Returns a JSON object with the three fields."""
         return {"kind": self.kind, "sha256": self.sha256, "size": self.size}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ArtifactRef:
-        """The reference that `to_json` wrote.
+        """Returns the reference that `to_json` wrote.
 
         Raises:
             StoreError: A field is missing, unknown or of another type.
         """
         if set(value) != {"kind", "sha256", "size"} or not isinstance(value["size"], int):
-            raise StoreError(f"{dict(value)!r} is not a reference", allowed="{kind, sha256, size}")
+            raise StoreError(f"{dict(value)!r} is not an artifact reference", allowed="{kind, sha256, size}")
         return cls(str(value["kind"]), str(value["sha256"]), value["size"])
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a pipeline: a process on a host, working through a spec."""
+    """One run of a pipeline: a process on a host that executes a spec."""
 
     id: str
     name: str
@@ -129,24 +129,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Execution:
-    """One step of a run, as it happened.
+    """One execution of a step in a run.
 
     Args:
-        id: Unique.
-        run_id: The run it belongs to.
-        step: Its name in the spec.
+        id: Unique id.
+        run_id: The run that it belongs to.
+        step: Name of the step in the spec.
         uses: The kind of step.
         revision: Revision of the step's code.
-        key: Cache key; executions with the same key make the same output.
+        key: Cache key; executions with the same key have the same output.
         settings: The step's own spec.
         inputs: Role -> artifact, in order; several artifacts in one role are `role.0`, `role.1`, ...
-        output: What it made, or nothing if it failed.
-        status: COMPLETED did the work, CACHED found it done.
+        output: The artifact that it wrote; None if it failed.
+        status: COMPLETED did the work, CACHED reused an earlier output.
         environment: Packages, device, threads.
-        seed: The seed that it ran with.
-        started_at: When it began.
-        ended_at: When it ended.
-        error: Why it failed.
+        seed: Random seed; None if the step uses none.
+        started_at: Start time.
+        ended_at: End time.
+        error: Error message; None if it did not fail.
     """
 
     id: str
@@ -172,12 +172,12 @@ class Execution:
 
 @dataclass(frozen=True)
 class Subject:
-    """Something of the outer world that an artifact holds or was made from; what a walk and a recall can start at.
+    """An image, a caption or a consent that an artifact contains or was made from; a walk or a revocation starts at it.
 
     Args:
-        id: Digest of a picture's original file, digest of a caption's text, or the id of a consent.
-        kind: Which of them.
-        label: A few words for people.
+        id: Digest of an image's original file, digest of a caption's text, or the id of a consent.
+        kind: The kind of subject.
+        label: Short readable name.
     """
 
     id: str
@@ -187,27 +187,27 @@ class Subject:
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """A registered adapter: `name@version` and all that is known of it.
+    """A registered adapter, `name@version`, and its metadata.
 
     Args:
         name: The adapter's name.
         version: 1, 2, 3, ... within the name.
         sha256: Digest of the adapter file itself, not of its tree.
-        size: Bytes of the adapter file.
+        size: Size of the adapter file in bytes.
         artifact: The tree that holds the file.
-        adapter_path: Where in the tree the file is.
-        report: The evaluation, if there was one.
-        aliases: What points at this version now, sorted.
-        created_at: When it was registered.
-        run_id: The run that made it, if one did.
-        mlflow_run_id: Its run in MLflow, once MLflow is level.
-        card: What is said about it.
-        metrics: What was measured; may be nested; every number is finite.
-        gates: One object a gate: metric, of, min, max, value, passed.
-        passed: Whether the gates passed; None where nothing was evaluated.
+        adapter_path: Path of the file in the tree.
+        report: The evaluation report; None if it was not evaluated.
+        aliases: Aliases that point at this version, sorted.
+        created_at: Time of registration.
+        run_id: The run that made it; None if no run did.
+        mlflow_run_id: Its run in MLflow; None until MLflow is in sync.
+        card: License, trigger, base and other metadata.
+        metrics: Measured values; may be nested; every number is finite.
+        gates: One object per gate: metric, of, min, max, value, passed.
+        passed: True if all gates passed; None if it was not evaluated.
         parents: `name@version` of adapters it was merged from, and other origins (base, data) as free text.
-        params: The recipe as it is shown in MLflow.
-        state: WITHDRAWN may no longer be promoted or handed out; DELETED keeps only its place in the record.
+        params: The recipe that MLflow shows.
+        state: WITHDRAWN cannot be promoted or read; DELETED keeps only its row and number.
     """
 
     name: str
@@ -236,7 +236,7 @@ class AdapterVersion:
 
     @property
     def gate_status(self) -> Literal["passed", "FAILED", "none set", "not run"]:
-        """Returns how its gates ended; `none set` if it was evaluated without gates, `not run` if it was not."""
+        """The result of its gates; `none set` if it was evaluated without gates, `not run` if it was not evaluated."""
         if self.passed is None:
             return "not run"
         if not self.gates:
@@ -250,18 +250,18 @@ class Event:
 
     Args:
         seq: Position in the log of the whole registry.
-        name: The adapter; empty for what is done to a subject.
-        alias: The alias that was moved (or, for `refuse`, that was not); empty for a deed that moves none.
-        action: What was done.
-        before: Version that the alias pointed at; None for none.
-        after: Version that it points at since; for `refuse`, the version that did not get it; for a deed, the version
-            that it was done to.
-        actor: Who.
-        reason: Why; for `refuse`, the reasons of the refusal.
-        gates: The gates of the version at that moment.
-        at: When, by the clock of the machine.
-        subject: The picture or consent that it is about, if it is about one.
-        details: What else belongs to it: reasons that were overridden, files that were exported.
+        name: The adapter; empty for an event of a subject.
+        alias: The alias that was moved, or whose move was refused; empty for an event that moves no alias.
+        action: The kind of event.
+        before: Version that the alias pointed at before; None if it pointed at nothing.
+        after: Version that the alias points at since; for `refuse`, the refused version; without an alias, the version
+            that the event is about.
+        actor: The user.
+        reason: The reason given; for `refuse`, the reasons of the refusal.
+        gates: The gates of the version at that time.
+        at: Time by the machine's clock.
+        subject: The image or consent that the event is about; empty for none.
+        details: Further data: overridden reasons, exported files.
     """
 
     seq: int
@@ -280,12 +280,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether something may be done, and all reasons why not.
+    """The result of a policy: allowed or not, with all reasons.
 
     Args:
-        allowed: Whether it may be done.
-        reasons: All reasons why not.
-        final: Those of the reasons that no override can set aside.
+        allowed: True if the operation is allowed.
+        reasons: All reasons against it.
+        final: The reasons that cannot be overridden.
     """
 
     allowed: bool
@@ -298,10 +298,10 @@ class Problem:
     """One finding of an audit.
 
     Args:
-        what: What is wrong.
-        where: Which file, artifact, version or alias.
-        remedy: What to do.
-        severity: `damage` breaks a promise; `leftover` only takes room.
+        what: The fault.
+        where: The file, artifact, version or alias.
+        remedy: The fix, as an imperative.
+        severity: `damage` violates an invariant; `leftover` only uses disk space.
     """
 
     what: str
@@ -311,7 +311,7 @@ class Problem:
 
 
 def to_json(value: Any) -> Any:
-    """Entities, and tuples, mappings and instants of them, as plain JSON values (instants in ISO 8601, UTC)."""
+    """Converts entities, and tuples and mappings of them, to JSON values; times become ISO 8601 in UTC."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {entry.name: to_json(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, Mapping):

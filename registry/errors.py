@@ -1,22 +1,22 @@
 """The registry's errors: one tree, worded like the engine's.
 
 RegistryError
-├── HomeError           LORALINE_HOME: read-only, full, damaged, or written by a newer release
-├── StoreError          an artifact that cannot be put or read
+├── HomeError           LORALINE_HOME is read-only, full, damaged, or written by a newer release
+├── StoreError          an artifact cannot be stored or read
 │   ├── MissingBlob         its bytes are gone
-│   └── DamagedBlob         its bytes are not those that were stored
-├── LineageError        a run, an execution or a digest that is not as it must be
-├── VersionError        a version that cannot be registered
-│   ├── UnknownName         no adapter of that name
-│   ├── UnknownVersion      no such number or alias under that name
-│   ├── MlflowError         the truth is recorded, but MLflow could not be brought level with it
-│   └── GoneVersion         withdrawn or deleted: known, but not handed out any more
-├── SignatureError      a key that cannot be used, or a signature that cannot be made or does not hold
+│   └── DamagedBlob         its bytes differ from those that were stored
+├── LineageError        a run, an execution or a digest is unknown, ambiguous or invalid
+├── VersionError        a version cannot be registered or read
+│   ├── UnknownName         no adapter has that name
+│   ├── UnknownVersion      that name has no such number or alias
+│   ├── MlflowError         the change is recorded, but MLflow is not in sync
+│   └── GoneVersion         the version was withdrawn or deleted
+├── SignatureError      a key cannot be used, or a signature cannot be made or is not valid
 ├── PolicyError         `policy.yaml` or `licenses.yaml` of the home cannot be used
-├── RightsError         a revocation that cannot be made or lifted
-└── PromotionError      an alias that cannot be moved
-    ├── Refused             the decision says no; carries all reasons
-    └── Conflict            somebody else moved it first
+├── RightsError         a revocation cannot be made or lifted
+└── PromotionError      an alias cannot be moved
+    ├── Refused             the policy does not allow it; carries all reasons
+    └── Conflict            another process moved the alias first
 """
 
 from __future__ import annotations
@@ -30,73 +30,73 @@ from lora_engine.errors import WordedError
 
 
 class RegistryError(WordedError):
-    """Anything that the registry refuses or cannot do."""
+    """Base of all errors that the registry raises."""
 
 
 class HomeError(RegistryError):
-    """The folder that holds all state cannot be used."""
+    """The folder or the database that holds all state cannot be used."""
 
 
 class StoreError(RegistryError):
-    """An artifact that cannot be put into the store or read from it."""
+    """An artifact cannot be put into the store or read from it."""
 
 
 class MissingBlob(StoreError):
-    """Bytes that the store should have and has not."""
+    """The bytes of a digest are gone from the store."""
 
 
 class DamagedBlob(StoreError):
-    """Bytes that are not those that were stored; the message names both digests."""
+    """The bytes differ from those that were stored; the message names both digests."""
 
 
 class LineageError(RegistryError):
-    """A run, an execution or a digest that is unknown, ambiguous or not as it must be."""
+    """A run, an execution or a digest is unknown, ambiguous or invalid."""
 
 
 class VersionError(RegistryError):
-    """A version that cannot be registered or read."""
+    """A version cannot be registered or read."""
 
 
 class UnknownName(VersionError):
-    """No adapter of that name."""
+    """No adapter has that name."""
 
 
 class UnknownVersion(VersionError):
-    """No such number or alias under that name."""
+    """The adapter has no such number or alias."""
 
 
 class MlflowError(VersionError):
-    """The registry's own record stands, but MLflow could not be brought level with it."""
+    """The change is recorded in the registry's database, but MLflow is not in sync."""
 
 
 class SignatureError(RegistryError):
-    """A key that cannot be used, or a signature that cannot be made or does not hold."""
+    """A key cannot be used, or a signature cannot be made or is not valid."""
 
 
 class GoneVersion(VersionError):
-    """The version was withdrawn or deleted; the message says by whom, when and why."""
+    """The version was withdrawn or deleted; the message names actor, date and reason."""
 
 
 class PolicyError(RegistryError):
-    """A policy or a table of licences that cannot be used."""
+    """A policy or a table of licenses cannot be used."""
 
 
 class RightsError(RegistryError):
-    """A revocation that cannot be made or lifted."""
+    """A revocation cannot be made or lifted."""
 
 
 class PromotionError(RegistryError):
-    """An alias that cannot be moved."""
+    """An alias cannot be moved."""
 
 
 class Refused(PromotionError):
-    """The decision says no.
+    """The policy does not allow the operation.
 
     Args:
-        problem: What was refused.
+        problem: The refused operation.
         reasons: All reasons at once.
         where: The version.
-        remedy: One thing to do.
+        remedy: One fix, as an imperative.
     """
 
     def __init__(self, problem: str, *, reasons: tuple[str, ...], where: str = "", remedy: str = "") -> None:
@@ -106,48 +106,57 @@ class Refused(PromotionError):
 
 
 class Conflict(PromotionError):
-    """The alias no longer points at what the caller expected; the message says what changed."""
+    """The alias no longer points at the version that the caller expected; the message names the change."""
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Words the disk's refusals (full, read-only, forbidden) as `HomeError`; lets every other `OSError` pass.
+    """Converts disk errors (full, read-only, forbidden) to `HomeError`; lets every other `OSError` pass.
 
     Args:
-        path: What was being written.
+        path: The file or folder that is written.
     """
     try:
         yield
     except OSError as error:
-        raise _worded(error, path) from error
+        raise _disk_error(error, path) from error
 
 
 def database_error(message: str, where: str) -> HomeError | None:
-    """What a driver's message means and what to do about it; None where it says nothing of the kind."""
-    with_context = {
+    """Returns a `HomeError` with cause and fix for a database driver's message; None if it is not a known one."""
+    causes = {
         "disk is full": ("the disk is full", "free some space and run the same command again"),
         "No space left": ("the disk is full", "free some space and run the same command again"),
         "readonly": ("the database cannot be written", "make the file and its folder writable"),
         "read-only": ("the database cannot be written", "make the file and its folder writable"),
-        "unable to open": ("the database cannot be opened", "see that the folder exists and is writable"),
+        "unable to open": ("the database cannot be opened", "make the folder exist and writable"),
         "malformed": ("the database is damaged", "restore it from a backup"),
         "not a database": ("this is not a database", "restore it from a backup, or move it away"),
         "disk I/O error": ("the disk does not read or write", "check the disk; then run `loraline fsck`"),
-        "database is locked": ("the database was busy for 20 seconds", "see what else uses it, and try again"),
-        "lock timeout": ("the database was busy for 20 seconds", "see what else uses it, and try again"),
-        "connection failed": ("the database cannot be reached", "start the server, or mend LORALINE_DATABASE_URL"),
-        "connection is lost": ("the database went away", "see to the server, and run the same command again"),
-        "terminating connection": ("the database went away", "see to the server, and run the same command again"),
-        "server closed the connection": ("the database went away", "see to the server, and run the same command again"),
-        "permission denied": ("the database refuses", "grant the user what it needs (see docs/operations.md)"),
+        "database is locked": ("the database was busy for 20 seconds", "check what else uses it, and try again"),
+        "lock timeout": ("the database was busy for 20 seconds", "check what else uses it, and try again"),
+        "connection failed": ("the database cannot be reached", "start the server, or correct LORALINE_DATABASE_URL"),
+        "connection is lost": ("the database connection was lost", "check the server, and run the same command again"),
+        "terminating connection": (
+            "the database connection was lost",
+            "check the server, and run the same command again",
+        ),
+        "server closed the connection": (
+            "the database connection was lost",
+            "check the server, and run the same command again",
+        ),
+        "permission denied": (
+            "the database denies permission",
+            "grant the database user the rights in docs/operations.md",
+        ),
     }
-    for sign, (problem, remedy) in with_context.items():
-        if sign in message:
+    for fragment, (problem, remedy) in causes.items():
+        if fragment in message:
             return HomeError(f"{problem} ({message.strip()})", where=where, remedy=remedy)
     return None
 
 
-def _worded(error: OSError, path: Path) -> Exception:
+def _disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return HomeError("the disk is full", where=str(path), remedy="free some space and run the same command again")
     if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:

@@ -1,4 +1,4 @@
-"""LORALINE_HOME: where all state lives, and whether it can be written. Nothing here knows what the files mean."""
+"""`Home`: the folder of all state (LORALINE_HOME), its subfolders and its locks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FOLDERS = ("store", "prefect", "work", "cache", "reports", "locks", "mlflow")
 
 @dataclass(frozen=True)
 class Home:
-    """The folder of all state and the places in it.
+    """The folder of all state, and the paths in it.
 
     Args:
         path: Absolute path of the folder.
@@ -27,10 +27,10 @@ class Home:
 
     @classmethod
     def open(cls, path: Path | str, *, create: bool = True) -> Home:
-        """The home at that path, with its folders made and known to be writable.
+        """Returns the home at a path; creates its folders and checks that they are writable.
 
         Args:
-            path: The folder; made if it is missing.
+            path: The folder; created if it is missing.
             create: False refuses a folder that is not a home yet.
 
         Raises:
@@ -39,7 +39,7 @@ class Home:
         home = cls(Path(path).expanduser().absolute())
         if not create and not home.store.is_dir():
             raise HomeError(
-                "there is no Loraline home here",
+                "not a Loraline home",
                 where=str(home.path),
                 remedy="run `loraline init`, or set LORALINE_HOME",
             )
@@ -63,7 +63,7 @@ class Home:
 
     @property
     def cache(self) -> Path:
-        """Folder of encoded pictures and texts that training runs share; may be deleted while nothing runs."""
+        """Folder of encoded images and texts that training runs share; may be deleted while nothing runs."""
         return self.path / "cache"
 
     @property
@@ -98,7 +98,7 @@ class Home:
 
     @property
     def settings(self) -> Settings:
-        """Where the parts are kept that need not lie in the folder."""
+        """The locations of store and databases that are configured outside the home."""
         return read_settings(self.path)
 
     @property
@@ -117,10 +117,10 @@ class Home:
         return self.settings.mlflow or f"sqlite:///{self.mlflow_db}"
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
-        """A lock between processes, released by the system when its holder dies.
+        """Returns a lock between processes; the system releases it when the process that holds it exits.
 
         Args:
-            name: What is locked.
-            timeout: Seconds to wait; -1 for ever.
+            name: Name of the locked resource.
+            timeout: Seconds to wait; -1 waits forever.
         """
         return FileLock(self.locks / f"{name}.lock", timeout=timeout)

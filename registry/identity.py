@@ -1,4 +1,4 @@
-"""Who acts: what the log of events writes behind `actor`."""
+"""Finds the current user, whom the event log records as `actor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 def current_user() -> str:
-    """Who acts, for the log: LORALINE_ACTOR, or `user@host` of this process."""
+    """Returns LORALINE_ACTOR, or `user@host` of this process."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

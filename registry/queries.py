@@ -1,4 +1,4 @@
-"""The rows of versions, aliases and events: reading them, and the few ways to write them, each within a transaction."""
+"""Queries and row writes for versions, aliases and events; each runs within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _BATCH = 500
 
 
 def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
-    """The row of a version by its number, an alias, or `latest`.
+    """Returns the row of a version by its number, an alias, or `latest`.
 
     Raises:
-        UnknownName: No adapter of that name; the message gives the nearest.
-        UnknownVersion: No such number or alias; the message gives those that there are.
+        UnknownName: No adapter of that name; the message names the nearest matches.
+        UnknownVersion: No such number or alias; the message lists the existing ones.
     """
     versions = select(VersionRow).where(VersionRow.name == name)
     text = str(ref)
     if text == "latest":
-        # What was withdrawn or deleted is no longer the latest, unless there is nothing else.
+        # A withdrawn or deleted version is not the latest unless no other version is left.
         active_first = (case((VersionRow.state == "ACTIVE", 0), else_=1), VersionRow.version.desc())
         row = session.scalars(versions.order_by(*active_first).limit(1)).first()
     elif text.isdecimal():
@@ -44,12 +44,12 @@ def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
 
 
 def read_version(session: Session, name: str, ref: str | int) -> AdapterVersion:
-    """The version by its number, an alias, or `latest`; raises as `find_row` does."""
+    """Returns the version by its number, an alias, or `latest`; raises as `find_row` does."""
     return entities(session, [find_row(session, name, ref)])[0]
 
 
 def read_versions(session: Session, name: str | None = None) -> list[AdapterVersion]:
-    """All versions, of one name or of all, by name and number."""
+    """Returns all versions of one name or of all names, ordered by name and number."""
     query = select(VersionRow).order_by(VersionRow.name, VersionRow.version)
     if name is not None:
         query = query.where(VersionRow.name == name)
@@ -57,13 +57,13 @@ def read_versions(session: Session, name: str | None = None) -> list[AdapterVers
 
 
 def find_identical(session: Session, name: str, artifact: ArtifactRef, report: ArtifactRef | None) -> VersionRow | None:
-    """The version of that name that was registered from the same artifact and report before, if there is one."""
+    """Returns the row of that name with the same artifact and report; None if there is none."""
     identity = identity_of(artifact, report)
     return session.scalars(select(VersionRow).where(VersionRow.name == name, VersionRow.identity == identity)).first()
 
 
 def identity_of(artifact: ArtifactRef, report: ArtifactRef | None) -> str:
-    """What makes a version the same as another one of its name."""
+    """Returns the digest of artifact and report; versions of a name with the same identity are the same version."""
     return sha256_bytes(canonical_json([artifact.sha256, report.sha256 if report else None]))
 
 
@@ -74,17 +74,17 @@ def insert_version(session: Session, name: str, parents: Sequence[str], values: 
         session: In a writing transaction.
         name: The adapter's name.
         parents: `name@version` of known versions, or free text.
-        values: The columns of the row but number and time.
+        values: The columns of the row except number and time.
     """
     insert_missing(session, NameRow, [{"name": name, "created_at": now()}])
-    # Locks the name where the database knows row locks; on SQLite the transaction holds the only write lock anyway.
+    # Locks the name where the database has row locks; on SQLite the transaction already holds the only write lock.
     session.scalars(select(NameRow).where(NameRow.name == name).with_for_update()).one()
     last = session.scalar(select(func.max(VersionRow.version)).where(VersionRow.name == name)) or 0
     row = VersionRow(name=name, version=last + 1, created_at=now(), mlflow_run_id=None, mirrored=False, **dict(values))
     session.add(row)
     session.flush()
     for position, text in enumerate(parents):
-        parent = _known_version(session, text)
+        parent = _version_id(session, text)
         session.add(ParentRow(child=row.id, position=position, parent=parent, text=text))
     session.flush()
     return row
@@ -101,20 +101,20 @@ def move_alias(
     reason: str,
     details: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Points an alias at a version, if it still points at what the caller expects, and logs it: both or nothing.
+    """Moves an alias to a version by compare-and-set, and logs the event: both or nothing.
 
     Args:
         session: In a writing transaction.
-        version: What the alias shall point at.
+        version: The new target.
         alias: The alias.
         expected: The number that it points at now; None for none.
-        action: How the log calls it.
-        actor: Who does it.
-        reason: Why.
-        details: What else belongs to the event, such as reasons that were overridden.
+        action: The action that the log records.
+        actor: The user.
+        reason: The reason.
+        details: Further data of the event, such as overridden reasons.
 
     Raises:
-        Conflict: It points elsewhere; the message says at what, since when, by whom and why.
+        Conflict: It points elsewhere; the message names the target, the event, its actor and its reason.
         GoneVersion: The version was withdrawn or deleted meanwhile.
     """
     row = session.get(AliasRow, (version.name, alias), with_for_update=True)
@@ -140,7 +140,7 @@ def clear_alias(
     reason: str,
     details: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Lets an alias point at nothing, if it still points at that version, and logs it: both or nothing.
+    """Removes an alias if it still points at that version, and logs the event: both or nothing.
 
     Raises:
         Conflict: It points elsewhere.
@@ -156,38 +156,40 @@ def clear_alias(
     return event
 
 
-def set_state(session: Session, version: AdapterVersion, state: VersionState, deed: EventType, **said: Any) -> Event:
-    """Changes the state of a version and logs the deed: both or nothing. MLflow is behind then.
+def set_state(
+    session: Session, version: AdapterVersion, state: VersionState, event_type: EventType, **event_fields: Any
+) -> Event:
+    """Changes the state of a version and logs the event: both or nothing. MLflow needs a sync afterwards.
 
     Args:
         session: In a writing transaction.
         version: As it was read in this transaction.
-        state: What it becomes.
-        deed: How the log calls it.
-        said: `actor`, `reason` and what else `log_alias_event` takes.
+        state: The new state.
+        event_type: The action that the log records.
+        event_fields: `actor`, `reason` and further arguments of `log_event`.
     """
     row = find_row(session, version.name, version.version)
     row.state, row.mirrored = state, False
-    return log_event(session, deed, version=version, **said)
+    return log_event(session, event_type, version=version, **event_fields)
 
 
 def require_active(session: Session, name: str, number: int) -> None:
-    """Raises where a version may not be handed out any more.
+    """Raises an error if a version was withdrawn or deleted.
 
     Raises:
-        GoneVersion: Withdrawn or deleted; the message says by whom, when and why.
+        GoneVersion: Withdrawn or deleted; the message names actor, date and reason.
     """
     row = session.scalars(select(VersionRow).where(VersionRow.name == name, VersionRow.version == number)).one()
     if row.state == "ACTIVE":
         return
-    deed = {"WITHDRAWN": "withdraw", "DELETED": "delete"}[row.state]
-    events = select(EventRow).where(EventRow.name == name, EventRow.after == number, EventRow.action == deed)
+    action = {"WITHDRAWN": "withdraw", "DELETED": "delete"}[row.state]
+    events = select(EventRow).where(EventRow.name == name, EventRow.after == number, EventRow.action == action)
     event = session.scalars(events.order_by(EventRow.seq.desc()).limit(1)).first()
-    told = f" by {event.actor} on {event.at:%Y-%m-%d}, event {event.seq} ({event.reason})" if event else ""
+    origin = f" by {event.actor} on {event.at:%Y-%m-%d}, event {event.seq} ({event.reason})" if event else ""
     raise GoneVersion(
-        f"was {row.state.lower()}{told}",
+        f"was {row.state.lower()}{origin}",
         where=f"{name}@{number}",
-        remedy=f"take another version, or `loraline restore {name}@{number} --reason TEXT` if that was a mistake",
+        remedy=f"use another version, or run `loraline restore {name}@{number} --reason TEXT`",
     )
 
 
@@ -202,7 +204,7 @@ def log_alias_event(
     reason: str,
     details: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Appends what happened to an alias to the log, within a transaction."""
+    """Appends an event of an alias to the log, within a transaction."""
     row = EventRow(
         name=version.name,
         alias=alias,
@@ -230,7 +232,7 @@ def log_event(
     subject: str = "",
     details: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Appends what was done to a version or a subject to the log, within a transaction; it moves no alias."""
+    """Appends an event of a version or a subject to the log, within a transaction; it moves no alias."""
     row = EventRow(
         name=version.name if version else None,
         alias=None,
@@ -250,18 +252,18 @@ def log_event(
 
 
 def alias_target(session: Session, name: str, alias: str) -> int | None:
-    """The number that an alias points at, or None."""
+    """Returns the number that an alias points at, or None."""
     return session.scalar(select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == alias))
 
 
 def alias_table(session: Session) -> dict[tuple[str, str], int]:
-    """All aliases that point at something: (name, alias) -> number."""
+    """Returns all aliases that point at a version: (name, alias) -> number."""
     rows = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias))
     return {(row.name, row.alias): row.version for row in rows if row.version is not None}
 
 
 def read_events(session: Session, name: str | None = None, alias: str | None = None) -> list[Event]:
-    """The log, of one name and alias or of all, in its order."""
+    """Returns the events of one name and alias, or all events, in the order of the log."""
     query = select(EventRow).order_by(EventRow.seq)
     if name is not None:
         query = query.where(EventRow.name == name)
@@ -271,12 +273,12 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
 
 
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:
-    """The versions of rows, with their artifacts, aliases and parents, in a few queries for all of them."""
+    """Returns the versions of rows with their artifacts, aliases and parents; uses a few queries for all rows."""
     digests = {row.artifact for row in rows} | {row.report for row in rows if row.report}
     artifacts: dict[str, ArtifactRef] = {}
     for batch in _batches(sorted(digests)):
-        found = session.scalars(select(ArtifactRow).where(ArtifactRow.sha256.in_(batch)))
-        artifacts |= {row.sha256: artifact_ref(row) for row in found}
+        artifact_rows = session.scalars(select(ArtifactRow).where(ArtifactRow.sha256.in_(batch)))
+        artifacts |= {row.sha256: artifact_ref(row) for row in artifact_rows}
     aliases: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     for batch in _batches(sorted({row.name for row in rows})):
         for alias in session.scalars(select(AliasRow).where(AliasRow.name.in_(batch)).order_by(AliasRow.alias)):
@@ -312,7 +314,7 @@ def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersio
     ]
 
 
-def _known_version(session: Session, text: str) -> int | None:
+def _version_id(session: Session, text: str) -> int | None:
     name, _, number = text.partition("@")
     if not number.isdecimal():
         return None
@@ -341,24 +343,25 @@ def _event(row: EventRow) -> Event:
 
 
 def _conflict(session: Session, name: str, alias: str, row: AliasRow | None, expected: int | None) -> Conflict:
-    def with_context(number: int | None) -> str:
+    def describe(number: int | None) -> str:
         return "nothing" if number is None else f"version {number}"
 
     event = session.get(EventRow, row.seq) if row is not None else None
     since = f", since event {event.seq}: {event.action} by {event.actor} ({event.reason})" if event else ""
+    current = describe(row.version if row else None)
     return Conflict(
-        f"{alias!r} points at {with_context(row.version if row else None)}, not at {with_context(expected)} as expected{since}",
+        f"{alias!r} points at {current}, not at {describe(expected)} as expected{since}",
         where=name,
-        remedy="look at what is there now, and decide again",
+        remedy=f"check `loraline log {name}`, and repeat the command if it still applies",
     )
 
 
 def _unknown(session: Session, name: str, ref: str) -> UnknownName | UnknownVersion:
     names = list(session.scalars(select(NameRow.name).order_by(NameRow.name)))
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "`loraline list` shows what is registered"
-        return UnknownName(f"no adapter {name!r} among {len(names)}", remedy=hint)
+        matches = difflib.get_close_matches(name, names, n=3)
+        remedy = f"did you mean {', '.join(map(repr, matches))}?" if matches else "see `loraline list`"
+        return UnknownName(f"no adapter {name!r} among {len(names)}", remedy=remedy)
     count = session.scalar(select(func.count()).where(VersionRow.name == name)) or 0
     table = alias_table(session)
     aliases = ", ".join(alias for owner, alias in table if owner == name) or "none"

@@ -1,4 +1,4 @@
-"""Where the parts of a home are kept that need not lie in its folder: `loraline.yaml` there, or the environment."""
+"""Reads and writes the locations of store and databases: `loraline.yaml` in the home, or environment variables."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from registry.errors import HomeError
 
 NAME = "loraline.yaml"
 VARIABLES = {"store": "LORALINE_STORE_URL", "database": "LORALINE_DATABASE_URL", "mlflow": "LORALINE_MLFLOW_URL"}
-"""The variables of the environment that name a part's place, for every home that a process opens."""
+"""Setting -> environment variable that overrides it in every home that a process opens."""
 
 
 class Settings(BaseModel):
-    """The places that a home names; None keeps the part in the folder of the home.
+    """Locations outside the home; None keeps the part in the folder of the home.
 
     Attributes:
         store: fsspec URL of the folder or bucket that holds the blobs, such as `s3://bucket/loraline`.
@@ -33,17 +33,17 @@ class Settings(BaseModel):
 
 
 def read_settings(home: Path) -> Settings:
-    """The settings of a home: those of its file, each replaced by its variable of the environment where that is set.
+    """Returns the settings of a home: those of its file, overridden by environment variables.
 
     Raises:
-        HomeError: The file is no YAML, or holds something else.
+        HomeError: The file is not YAML, or has an unknown key or a value that is not text.
     """
-    named = {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
-    return read_file(home).model_copy(update=named)
+    overrides = {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
+    return read_file(home).model_copy(update=overrides)
 
 
 def read_file(home: Path) -> Settings:
-    """The settings that the home's own file names.
+    """Returns the settings in the home's `loraline.yaml`; the defaults where there is no such file.
 
     Raises:
         HomeError: As `read_settings`.
@@ -58,10 +58,10 @@ def read_file(home: Path) -> Settings:
             f"the settings cannot be read ({error})",
             where=str(path),
             allowed=", ".join(Settings.model_fields),
-            remedy="mend or remove the file",
+            remedy="correct or remove the file",
         ) from error
 
 
 def write_file(home: Path, settings: Settings) -> None:
-    """Makes these the settings that the home's own file names."""
+    """Writes the settings to the home's `loraline.yaml`."""
     atomic_write(home / NAME, yaml.safe_dump(settings.model_dump(exclude_none=True)).encode())

@@ -1,4 +1,4 @@
-"""Combines the engine and the registry: `steps` of pipelines, `operations` on adapters and versions, their execution.
+"""Combines the engine and the registry: `steps` of pipelines, `operations` on adapters and versions, execution.
 
 Importing the package fills `tasks.step.STEPS`.
 """

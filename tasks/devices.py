@@ -1,8 +1,7 @@
-"""Slots: how many trainings may use one device at the same time, counted over all processes of a home.
+"""Limits how many trainings use one device at the same time, over all processes of a home.
 
-A slot is a lock on a file of the home. The system releases it when the last process that holds it ends, in whatever
-way: the process that took it hands it down to the processes that compute, so a killed run leaves a device occupied for
-exactly as long as something of it still computes.
+A slot is a lock on a file of the home. Child processes that compute inherit the lock, and the system releases it when
+the last of them ends. A killed run therefore occupies its device until its children have ended.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ _NO_FILE_NAME = re.compile(r"[^A-Za-z0-9.]+")
 
 @contextmanager
 def device_slots(home: Home, limits: Mapping[str, int], step: str) -> Iterator[tuple[int, ...]]:
-    """Holds one slot of each device while the block lasts, and waits for those that are not free.
+    """Holds one slot of each device inside a `with` block; waits for devices without a free slot.
 
-    Waiting is published as an event of the step, and ends when a stop is requested. Devices are taken in the order of
-    their names, so two steps that need several never wait for each other.
+    Publishes the wait as an event of the step. Takes devices in the order of their names, which prevents deadlocks of
+    steps that need several.
 
     Args:
-        home: Whose processes share the slots.
-        limits: Device name -> how many holders it may have, this one included.
+        home: The home whose processes share the slots.
+        limits: Device name -> maximum number of holders, this one included.
         step: Name of the step that waits.
 
     Yields:
-        The descriptors of the locks, for `subprocess.Popen(pass_fds=...)`.
+        The file descriptors of the locks, for `subprocess.Popen(pass_fds=...)`.
 
     Raises:
         InterruptedRun: A stop was requested while it waited.
@@ -55,17 +54,17 @@ def device_slots(home: Home, limits: Mapping[str, int], step: str) -> Iterator[t
 def device_slot(
     home: Home, device: str, limit: int, *, on_wait: Callable[[], None] = lambda: None, where: str = ""
 ) -> Iterator[int]:
-    """Holds one slot of a device while the block lasts.
+    """Holds one slot of a device inside a `with` block.
 
     Args:
-        home: Whose processes share the slots.
-        device: Any name; what has the same name is the same device.
-        limit: How many holders the device may have, this one included; at least 1.
-        on_wait: Called once, if no slot is free at first.
+        home: The home whose processes share the slots.
+        device: Any name; equal names mean the same device.
+        limit: Maximum number of holders, this one included; at least 1.
+        on_wait: Called once if it must wait.
         where: Name of the step that waits, for the error.
 
     Yields:
-        The descriptor of the lock; a process that inherits it holds the slot too.
+        The file descriptor of the lock; a process that inherits it holds the slot too.
 
     Raises:
         InterruptedRun: A stop was requested while it waited.
@@ -85,12 +84,12 @@ def device_slot(
     try:
         yield descriptor
     finally:
-        # Closed, not unlocked: a process that inherited the descriptor and still computes keeps the slot.
+        # Close, do not unlock: a running process that inherited the descriptor keeps the slot.
         os.close(descriptor)
 
 
 def count_holders(home: Home, device: str) -> int:
-    """Returns how many slots of a device are held now."""
+    """Returns the number of slots of a device that are held now."""
     with home.lock(f"device-{_file_name(device)}"):
         descriptors, held = _lock_free_slots(home, device)
         _close(descriptors)
@@ -98,18 +97,21 @@ def count_holders(home: Home, device: str) -> int:
 
 
 def _take_slot(home: Home, device: str, limit: int) -> int | None:
-    # One process at a time counts: the locks that it takes for that would look like holders to another.
+    # Serialized, because the locks that are taken for counting look like holders to other processes.
     with home.lock(f"device-{_file_name(device)}"):
         descriptors, held = _lock_free_slots(home, device)
-        mine = descriptors[0] if held < limit else None
+        slot = descriptors[0] if held < limit else None
         _close(descriptors[1:] if held < limit else descriptors)
-    return mine
+    return slot
 
 
 def _lock_free_slots(home: Home, device: str) -> tuple[list[int], int]:
-    """Locks every free slot file of a device and makes one more if none is free; gives their descriptors and the rest.
+    """Locks every free slot file of a device, and creates one if none is free.
 
-    All files are looked at, whatever the limit: holders that were started with a higher one count too.
+    Checks all files whatever the limit is, because holders with a higher limit count too.
+
+    Returns:
+        Descriptors of the locked files, and the number of held files.
     """
     descriptors: list[int] = []
     held = 0

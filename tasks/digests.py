@@ -1,4 +1,4 @@
-"""Digests of the user's files and folders, read once and checked for changes without reading them again."""
+"""Computes digests of the user's files and folders, and detects changes without reading the files again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PathDigest:
 
     Attributes:
         sha256: Digest of the file's bytes, or of all names and bytes below the folder.
-        files: Digest of each regular file's bytes by path relative to the folder; a lone file has the path `.`.
-        stamps: Size in bytes, modification time in nanoseconds and inode of each entry, links included.
+        files: Path relative to the folder -> digest of each regular file's bytes; a single file has the path `.`.
+        stamps: Path -> size in bytes, modification time in nanoseconds and inode of each entry, links included.
     """
 
     sha256: str
@@ -26,7 +26,7 @@ class PathDigest:
     stamps: Mapping[str, Stamp]
 
     def is_current(self, path: Path) -> bool:
-        """Returns True if no entry was added, removed, replaced or written since; reads no bytes."""
+        """Returns True if no entry was added, removed, replaced or written since; reads no content."""
         try:
             return dict(_stamps(path)) == self.stamps
         except OSError:
@@ -34,7 +34,7 @@ class PathDigest:
 
 
 def digest_path(path: Path) -> PathDigest:
-    """Reads a file, or every file below a folder, and returns its digest; links are not followed."""
+    """Returns the digest of a file, or of every file below a folder; does not follow links."""
     stamps = dict(_stamps(path))
     if not path.is_dir():
         digest = sha256_file(path)
@@ -53,5 +53,5 @@ def digest_path(path: Path) -> PathDigest:
 def _stamps(path: Path) -> Iterator[tuple[str, Stamp]]:
     items = [item for item in path.rglob("*") if item.is_symlink() or item.is_file()] if path.is_dir() else [path]
     for item in items:
-        about = item.lstat() if item != path else item.stat()
-        yield item.relative_to(path).as_posix(), (about.st_size, about.st_mtime_ns, about.st_ino)
+        status = item.lstat() if item != path else item.stat()
+        yield item.relative_to(path).as_posix(), (status.st_size, status.st_mtime_ns, status.st_ino)

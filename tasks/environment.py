@@ -1,7 +1,6 @@
-"""What a step ran on: packages, code, interpreter, machine. Recorded in lineage, never part of an artifact.
+"""Describes the environment of a step for lineage: packages, code, interpreter, machine. Never part of an artifact.
 
-What the process computes with (device, threads, torch's build) is in `lora_engine.compute`, since it is known only once
-torch is loaded.
+`lora_engine.compute` describes device, threads and torch's build, which are known only once torch is loaded.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from typing import Any
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
 PACKAGES = ("flows", "lora_engine", "registry", "tasks")
-"""The packages of the product, whose source can change a result."""
+"""Loraline's packages, whose source can change a result."""
 _SHOWN = ("loraline", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "mlflow", "prefect")
 _SECONDS = 20
 
 
 @lru_cache(maxsize=1)
 def describe_environment() -> dict[str, Any]:
-    """Everything but the inputs, the settings and the device that can change a result; read once per process.
+    """Describes everything that can change a result except inputs, settings and device; read once per process.
 
     Returns:
-        `packages`: the few that matter most; `distributions`: all that is installed, as lineage keeps it once; `code`:
-        see `describe_code`; interpreter, system, processors and threads.
+        `packages`: versions of the most important packages. `distributions`: all installed distributions. `code`: see
+        `describe_code`. Also interpreter, system, CPUs and threads.
     """
     installed = list_distributions()
     versions = dict(entry.split(" @ ")[0].split("==") for entry in installed)
@@ -47,18 +46,18 @@ def describe_environment() -> dict[str, Any]:
 
 
 def list_distributions() -> list[str]:
-    """`name==version` of all that is installed, sorted; ` @ URL` behind what did not come from an index."""
-    # The first of a name is the one that is imported.
-    found: dict[str, str] = {}
+    """Returns `name==version` of each installed distribution, sorted; with ` @ URL` if it is not from an index."""
+    # Of several distributions with one name, Python imports the first.
+    entries: dict[str, str] = {}
     for distribution in distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name:
-            found.setdefault(name, f"{name}=={distribution.version}{_origin(distribution)}")
-    return sorted(found.values())
+            entries.setdefault(name, f"{name}=={distribution.version}{_origin(distribution)}")
+    return sorted(entries.values())
 
 
 def describe_code() -> dict[str, Any]:
-    """Digest of the source of the four packages; where it is a checkout, the commit and whether that was changed."""
+    """Returns the digest of the four packages' source; for a git checkout also the commit and `changed`."""
     folders = {name: folder for name in PACKAGES if (folder := _folder(name)) is not None}
     files = {
         f"{name}/{path.relative_to(folder).as_posix()}": sha256_file(path)
@@ -84,13 +83,13 @@ def _checkout(folders: list[Path]) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    # Without locks: other processes of the same checkout may be at it.
+    # Other processes may use git in the same checkout.
     command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return completed.stdout if completed.returncode == 0 else None
 
 
 def _origin(distribution: Distribution) -> str:
@@ -102,7 +101,7 @@ def _origin(distribution: Distribution) -> str:
     except ValueError:
         return ""
     revision = origin.get("vcs_info", {}).get("commit_id") or origin.get("archive_info", {}).get("hash") or ""
-    # A folder of this machine says nothing elsewhere, and may name a person.
+    # The path of a local folder is useless on other machines, and may contain a user's name.
     return (
         f" @ {origin['url']} {revision}".rstrip() if not str(origin.get("url", "")).startswith("file:") else " @ folder"
     )

@@ -1,4 +1,4 @@
-"""The errors of a pipeline: what is wrong with its file, and what went wrong while it ran."""
+"""Defines the errors of pipelines: invalid files, failed steps, versions that cannot be reproduced."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from lora_engine.errors import EngineError
 
 
 class SpecError(EngineError):
-    """A pipeline file that cannot be run; found before anything runs."""
+    """An invalid pipeline file or option; raised before anything runs."""
 
 
 class NotReproducible(EngineError):
-    """A version that cannot be built again from what is known of it.
+    """A version that cannot be rebuilt from its lineage.
 
     Args:
         version: `name@version`.
         reasons: All reasons at once.
-        remedy: One thing to do.
+        remedy: The fix, as an imperative.
     """
 
     def __init__(self, version: str, reasons: Sequence[str], remedy: str = "") -> None:
         self.reasons = tuple(reasons)
         listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
-        super().__init__(f"it cannot be reproduced: {listed}", where=version, remedy=remedy)
+        super().__init__(f"cannot be reproduced: {listed}", where=version, remedy=remedy)
 
 
 class PipelineFailed(EngineError):
-    """A step failed; the steps that do not depend on it were finished and are kept."""
+    """A failed step; the results of steps that do not depend on it are kept."""

@@ -1,4 +1,4 @@
-"""Refuses datasets that hold revoked images or consents."""
+"""Refuses datasets with revoked images or consents."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tasks.step import Inputs
 
 
 def refuse_revoked(inputs: Inputs, lineage: Lineage, where: str) -> None:
-    """Raises if a dataset holds an image or consent that was revoked after the dataset was made.
+    """Raises RightsError if a dataset contains an image or consent that was revoked after the dataset was made.
 
     Raises:
-        RightsError: Names what was revoked.
+        RightsError: Names the revoked images and consents.
     """
     datasets = {ref.sha256 for refs in inputs.values() for ref in refs if ref.kind == "manifest"}
     with lineage.database.read() as session:
@@ -21,7 +21,7 @@ def refuse_revoked(inputs: Inputs, lineage: Lineage, where: str) -> None:
         held = held_subjects(session, revoked, datasets) if revoked else frozenset()
     if held:
         raise RightsError(
-            f"its dataset holds what was revoked meanwhile: {', '.join(sorted({revoked[each] for each in held}))}",
+            f"its dataset contains revoked items: {', '.join(sorted({revoked[subject] for subject in held}))}",
             where=where,
-            remedy="run the pipeline again; ingest leaves it out",
+            remedy="run the pipeline again; ingest excludes them",
         )

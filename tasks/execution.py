@@ -1,6 +1,6 @@
-"""Runs a step: from the cache if a verified result is there, else for real, with one lineage record either way.
+"""Executes a step, or takes its verified result from the cache; records either in lineage.
 
-Here and nowhere else are artifacts fetched and stored; the steps themselves see folders.
+Only this module moves artifacts between the store and the folders that steps read and write.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ from tasks.step import Context, Inputs
 _log = logging.getLogger(__name__)
 
 
-NEVER = "no earlier result"
-"""The reason of `find_hit` if nothing was made under that key yet."""
+NO_RESULT = "no earlier result"
+"""The reason of `find_hit` if no execution with the key completed yet."""
 
 
 def find_hit(
-    job: Job, key: str, home: Home, store: Store, lineage: Lineage, known: set[str] | None = None
+    job: Job, key: str, home: Home, store: Store, lineage: Lineage, verified: set[str] | None = None
 ) -> tuple[Outcome | None, str]:
-    """Returns the verified result of an earlier execution with that key, or why there is none.
+    """Returns the verified cached result for a key, or None and the reason.
 
-    Every byte of the artifact is read, once; its grace period for a collection starts again. Blobs whose digests are
-    in `known` are not read again, and those found sound are added to it.
+    Reads every byte of the artifact, and restarts its grace period for garbage collection. Skips blobs whose digests
+    are in `verified`, and adds to it those that are intact.
     """
     ref = lineage.find_cached(key)
     if ref is None:
-        return None, NEVER
-    problems, summary = store.inspect(ref, job.kind.summary, touch=True, known=known)
+        return None, NO_RESULT
+    problems, summary = store.inspect(ref, job.kind.summary, touch=True, known=verified)
     if problems:
-        return None, f"the earlier result is damaged: {problems[0].what}"
+        return None, f"the cached result is damaged: {problems[0].what}"
     hit = Outcome(ref, cached=True, summary=summary or b"")
     if job.kind.is_still_valid is not None and not job.kind.is_still_valid(home, hit.summary):
-        return None, "what it did has been changed since"
+        return None, "its effect was undone since"
     return hit, "cached"
 
 
 def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = False) -> Outcome:
-    """Runs one step, or finds that it need not run.
+    """Executes a step unless it is cached.
 
-    A second run that wants the same work waits for the first one and then takes its result.
+    A run that needs a step which another run executes waits and takes its result.
 
     Args:
         job: The step.
         inputs: Reference field -> artifacts.
-        home: Where all state lives.
-        run_id: The run that this execution is recorded under.
-        force: True runs it even if there is an earlier result.
+        home: The home with all state.
+        run_id: The run that this execution belongs to.
+        force: True executes it even if it is cached.
 
     Raises:
-        EngineError, RegistryError, OSError: What the step raised; recorded in lineage before it is passed on.
+        EngineError, RegistryError, OSError: The step's error, once it is recorded in lineage.
     """
     store, lineage = open_store(home), Lineage(home.lineage_url)
     try:
@@ -92,23 +92,23 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
 
 
 def record_hit(job: Job, inputs: Inputs, hit: Outcome, lineage: Lineage, run_id: str) -> None:
-    """Records and announces that a run takes the earlier result of a step."""
+    """Records and publishes that a run takes a step's result from the cache."""
     _record_hit(job, hit, _describe(job, inputs, run_id), lineage)
 
 
 def _run(job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, execution: Execution) -> Outcome:
     publish(StepEvent(job.name, "started"))
     outcome, compute = _work(job, inputs, home, store, execution)
-    kept = _keep(job, store)
+    user_files = _store_files(job, store)
     if not job.files_are_current():
         raise DataError(
             "the files that it reads changed while it ran",
             where=f"step {job.name!r}",
-            remedy="run the same command again, and leave the files alone until it has finished",
+            remedy="run the same command again and do not change the files meanwhile",
         )
     environment = {**execution.environment, "compute": compute} if compute else execution.environment
-    done = replace(execution, inputs={**execution.inputs, **kept}, environment=environment)
-    _record(lineage, done, outcome.ref, store)
+    execution = replace(execution, inputs={**execution.inputs, **user_files}, environment=environment)
+    _record(lineage, execution, outcome.ref, store)
     shutil.rmtree(home.work / execution.key, ignore_errors=True)
     publish(StepEvent(job.name, "completed"))
     return outcome
@@ -126,21 +126,21 @@ def _record_failure(job: Job, error: BaseException, execution: Execution, lineag
     try:
         lineage.record(replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}"))
     except RegistryError as second:
-        # On a full disk even the failure cannot be recorded; what matters is the first error.
-        _log.warning("the failure of %s could not be recorded: %s", job.name, second)
+        # Expected on a full disk; the first error is the one to report.
+        _log.warning("cannot record the failure of step %r: %s", job.name, second)
 
 
 def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Execution) -> tuple[Outcome, dict[str, Any]]:
     work = home.work / execution.key
-    # What an earlier try left unfinished is of no use, but for the folder that the step itself kept for this.
-    out, taken = work / "out", work / "inputs"
-    for folder in (out, taken):
+    # Remove partial results of an earlier attempt; the step's own folder `kept` remains.
+    out, inputs_folder = work / "out", work / "inputs"
+    for folder in (out, inputs_folder):
         shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True)
     (work / "kept").mkdir(exist_ok=True)
     folders: dict[str, tuple[Path, ...]] = {}
     for field, refs in inputs.items():
-        folders[field] = tuple(taken / field / str(position) for position in range(len(refs)))
+        folders[field] = tuple(inputs_folder / field / str(position) for position in range(len(refs)))
         for ref, folder in zip(refs, folders[field], strict=True):
             store.checkout(ref, folder)
     context = Context(
@@ -164,8 +164,8 @@ def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Executi
     ), context.compute or describe_compute()
 
 
-def _keep(job: Job, store: Store) -> dict[str, ArtifactRef]:
-    """Returns the user's files that the store keeps, as artifacts."""
+def _store_files(job: Job, store: Store) -> dict[str, ArtifactRef]:
+    """Stores the user's files that the step declares as `kept`; returns their artifacts."""
     return {
         field: store.put_files("file", {f"{field}{Path(path).suffix}": (job.folder / path).read_bytes()})
         for field, path in job.spec.kept_files().items()
@@ -182,7 +182,7 @@ def _progress(name: str) -> Progress:
 
 def _refuse_if_stopped(name: str) -> None:
     if stop_requested():
-        raise InterruptedRun("stopped as asked", where=f"step {name!r}", remedy="run the same command to continue")
+        raise InterruptedRun("stopped on request", where=f"step {name!r}", remedy="run the same command to continue")
 
 
 def _describe(job: Job, inputs: Inputs, run_id: str) -> Execution:
@@ -207,15 +207,15 @@ def _record(lineage: Lineage, execution: Execution, ref: ArtifactRef, store: Sto
     subjects: list[Subject] = []
     if ref.kind == "manifest":
         subjects = list(_subjects(Manifest.model_validate_json(store.read(ref, "manifest.json"))))
-    done = replace(execution, status="COMPLETED", output=ref, ended_at=now())
-    lineage.record(done, contents=store.files(ref), subjects=subjects)
+    execution = replace(execution, status="COMPLETED", output=ref, ended_at=now())
+    lineage.record(execution, contents=store.files(ref), subjects=subjects)
 
 
 def _subjects(manifest: Manifest) -> Iterator[Subject]:
-    """The pictures, captions and consents of a dataset."""
-    for picture in manifest.pictures:
-        yield Subject(picture.sha256, "picture", f"picture {picture.source}")
-        if picture.caption:
-            yield Subject(sha256_bytes(picture.caption.encode()), "caption", f"caption {picture.caption[:80]!r}")
-        if picture.consent:
-            yield Subject(picture.consent, "consent", f"consent {picture.consent}")
+    """Yields the images, captions and consents of a dataset."""
+    for image in manifest.pictures:
+        yield Subject(image.sha256, "picture", f"picture {image.source}")
+        if image.caption:
+            yield Subject(sha256_bytes(image.caption.encode()), "caption", f"caption {image.caption[:80]!r}")
+        if image.consent:
+            yield Subject(image.consent, "consent", f"consent {image.consent}")

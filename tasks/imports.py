@@ -1,7 +1,7 @@
-"""Imports what steps need in one thread, before any of them starts.
+"""Imports the modules of steps in one thread, before any step starts.
 
-Steps run in threads of one process. Where two threads first import modules that need each other, Python hands one of
-them a module that is only half made, and transformers then says `cannot import name 'AutoTokenizer'`.
+Steps run in threads of one process. If two threads first import modules that need each other, one of them gets a
+partially initialized module, and transformers fails with `cannot import name 'AutoTokenizer'`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tasks.step import locate_base
 
 
 def import_for(jobs: Iterable[Job]) -> None:
-    """Imports every module that these steps declare, in this thread; what only others need is not imported."""
+    """Imports, in this thread, every module that these steps declare, and no other."""
     for job in jobs:
         declared = job.kind.imports
         for module in declared(job.spec, job.folder) if declared else ():
@@ -25,10 +25,10 @@ def import_for(jobs: Iterable[Job]) -> None:
 
 
 def base_module(base: str, folder: Path) -> str:
-    """Returns the name of the module that loads a base; importing it imports all classes that the base is made of.
+    """Returns the name of the module that loads a base; importing it imports all classes of the base.
 
     Args:
-        base: As the pipeline file names it.
+        base: The base, as the pipeline file names it.
         folder: The folder of the pipeline file.
     """
     return families[resolve_base(locate_base(base, folder)).family].module

@@ -1,4 +1,4 @@
-"""`Job`: one step of a pipeline with all that its result depends on except its inputs, read once per run."""
+"""Prepares a `Job`: a step of a pipeline with everything its result depends on except its inputs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tasks.spec import StepSpec
 from tasks.step import STEPS, Inputs, StepKind, locate_base
 
 _REVOKED = "revoked"
-"""The entry beside the digests of the user's files, in the cache key, that names what is left out of them."""
+"""The entry of the cache key, beside the digests of the user's files, that lists the excluded subjects."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One step, ready to execute once its inputs are known. Plain data: it may cross processes.
+    """One step, ready to execute once its inputs are known. Plain data that can be pickled.
 
     Attributes:
         name: The step's name in the pipeline.
         spec: Its settings.
         folder: The folder that relative paths in the spec start from.
         files: Field -> digest of the user's file or folder.
-        excluded: Digests of revoked images and ids of revoked consents among the user's files, sorted.
-        base: Label, fingerprint and, if it is local, path of the base model; None for a step without one.
-        concurrency: How many trainings may use one device at the same time; None takes the default of the device. It
+        excluded: Digests of revoked images and ids of revoked consents in the user's files, sorted.
+        base: Label, fingerprint and, if it is local, path of the base model; None means no base.
+        concurrency: Maximum trainings per device at the same time; None means the default of the device. It
             changes no bytes, so it is not part of the cache key.
     """
 
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def recorded_settings(self) -> dict[str, Any]:
-        """Returns what lineage keeps of this step beside its inputs."""
+        """Returns what lineage records of this step beside its inputs."""
         recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
         recorded |= {"base": dict(self.base)} if self.base else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
@@ -94,11 +94,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended.
+    """Result of a step.
 
     Attributes:
         ref: Its artifact.
-        cached: True if an earlier result was taken.
+        cached: True if the result comes from the cache.
         summary: Content of the artifact's summary file (`StepKind.summary`); empty for a kind without one.
     """
 
@@ -110,14 +110,14 @@ class Outcome:
 def prepare_job(
     name: str, spec: StepSpec, folder: Path, revoked: Collection[str] = (), *, concurrency: int | None = None
 ) -> Job:
-    """Reads the user's files and the base of a step, each once.
+    """Prepares a step; reads the user's files and the base once.
 
     Args:
         name: The step's name in the pipeline.
         spec: Its settings.
         folder: The folder of the pipeline file.
-        revoked: Digests of images and ids of consents that are revoked.
-        concurrency: How many trainings may use one device at the same time.
+        revoked: Digests of revoked images and ids of revoked consents.
+        concurrency: Maximum trainings per device at the same time; None means the default of the device.
 
     Raises:
         EngineError, OSError: The base or a file cannot be read.
@@ -126,12 +126,12 @@ def prepare_job(
     find_excluded = STEPS[spec.uses].find_excluded
     excluded = sorted(find_excluded(spec, folder, files, revoked)) if find_excluded is not None and revoked else ()
     base = getattr(spec, "base", None)
-    described = _describe_base(base, folder) if base else None
-    return Job(name, spec, folder, files, tuple(excluded), described, concurrency)
+    description = _describe_base(base, folder) if base else None
+    return Job(name, spec, folder, files, tuple(excluded), description, concurrency)
 
 
 def _describe_base(base: str, folder: Path) -> dict[str, str]:
-    """Returns what finds a base again and proves that it is the same: label, path of a local one, fingerprint."""
+    """Returns label, fingerprint and, for a local base, path."""
     from lora_engine.bases.source import TINY, resolve_base
 
     located = locate_base(base, folder)

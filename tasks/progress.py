@@ -1,6 +1,6 @@
-"""What a running step tells the world, and how the world asks it to stop.
+"""Publishes events of running steps to listeners, and passes stop requests to steps.
 
-Steps run in threads of one process; the command line subscribes and draws. Nothing here draws or logs.
+Steps run in threads of one process. The command line listens and displays.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Kind = Literal["started", "waiting", "progress", "cached", "completed", "failed"
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One thing that happened to one step.
+    """An event of a step.
 
     Args:
         step: The step's name in the pipeline.
-        kind: What happened.
-        done: How many units of its work are done.
-        total: Of how many; 0 where it is not known.
-        values: Figures of the moment, such as `loss`.
-        text: For `failed`, why; for `waiting`, for what.
+        kind: The kind of event.
+        done: Number of completed units of work.
+        total: Number of all units; 0 means unknown.
+        values: Current metrics, such as `loss`.
+        text: The error of `failed`, or the reason of `waiting`.
     """
 
     step: str
@@ -43,7 +43,7 @@ _stop = threading.Event()
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Sends every event to the listener while the block lasts; the listener is called from the steps' threads."""
+    """Calls the listener, from the steps' threads, with every event inside a `with` block."""
     _listeners.append(listener)
     try:
         yield
@@ -52,21 +52,21 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def publish(event: StepEvent) -> None:
-    """Tells all listeners."""
+    """Sends an event to all listeners."""
     for listener in list(_listeners):
         listener(event)
 
 
 def request_stop() -> None:
-    """Asks every running step to save what it has and stop."""
+    """Requests that every running step saves its progress and stops."""
     _stop.set()
 
 
 def clear_stop() -> None:
-    """Forgets an earlier request, before a new run."""
+    """Clears an earlier stop request, before a new run."""
     _stop.clear()
 
 
 def stop_requested() -> bool:
-    """Whether the running steps have been asked to stop."""
+    """Returns True if a stop was requested."""
     return _stop.is_set()

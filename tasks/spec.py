@@ -1,7 +1,4 @@
-"""What every step's spec is made of: settings, typed references to other steps, and files of the user.
-
-No step lives here, and nothing that runs one.
-"""
+"""Defines the base of step specs: settings, typed references to other steps, and files of the user."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 Settings = TypeVar("Settings", bound=BaseModel)
 REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
-"""A registered adapter where a step expects a reference: `name@version` or `name@alias`."""
+"""Reference to a registered adapter: `name@version` or `name@alias`."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """Marks a field whose value names a step (or a registered adapter) that gives an artifact of this kind."""
+    """Marks a field whose value names a step, or a registered adapter, that produces an artifact of this kind."""
 
     kind: str
 
@@ -28,7 +25,7 @@ class Input:
 class External:
     """Marks a field whose value is a path, relative to the pipeline file; its content enters the cache key.
 
-    A file that is `kept` goes into the store beside the result, so that the step can be repeated without it.
+    The store keeps a copy of a file that is `kept`, so that the step can be reproduced without the user's file.
     """
 
     what: Literal["file", "folder"]
@@ -36,14 +33,14 @@ class External:
 
 
 class StepSpec(BaseModel):
-    """The base of all step specs: frozen, closed, and able to say which fields point outside of it."""
+    """Base class of step specs; frozen, forbids unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uses: str
 
     def references(self) -> Iterator[tuple[str, str, str]]:
-        """Gives (field, name of the step or `name@version`, kind of artifact) for each reference."""
+        """Yields (field, name of the step or `name@version`, kind of artifact) for each reference."""
         for field, marker in _marked(type(self), Input):
             value = getattr(self, field)
             names = [] if value is None else [value] if isinstance(value, str) else value
@@ -51,26 +48,26 @@ class StepSpec(BaseModel):
                 yield field, name, marker.kind
 
     def externals(self) -> Iterator[tuple[str, str, Literal["file", "folder"]]]:
-        """Gives (field, path as written, file or folder) for each path that is set."""
+        """Yields (field, path as written, file or folder) for each path that is set."""
         for field, marker in _marked(type(self), External):
             value = getattr(self, field)
             if value is not None:
                 yield field, value, marker.what
 
     def kept_files(self) -> dict[str, str]:
-        """Field -> path as written, of the files that the store keeps."""
-        kept = [field for field, marker in _marked(type(self), External) if marker.kept]
-        return {field: getattr(self, field) for field in kept if getattr(self, field) is not None}
+        """Returns field -> path as written, of the files that the store keeps."""
+        fields = [field for field, marker in _marked(type(self), External) if marker.kept]
+        return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
     def own_settings(self) -> dict[str, Any]:
-        """Everything that is neither a reference nor a path: what enters the cache key as it stands."""
+        """Returns the settings, which enter the cache key: all fields but references and paths."""
         outside = {field for field, _ in _marked(type(self), Input)} | {
             field for field, _ in _marked(type(self), External)
         }
         return self.model_dump(mode="json", exclude=outside)
 
     def narrow(self, settings: type[Settings]) -> Settings:
-        """The part of this spec that the engine's settings class knows."""
+        """Returns the fields of the engine's settings class."""
         return settings.model_validate(self.model_dump(include=set(settings.model_fields)))
 
 

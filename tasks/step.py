@@ -1,7 +1,6 @@
-"""`step`: what declares a function as a step of the line, and what such a function is given.
+"""Declares functions as pipeline steps with `step`, and defines their `Context`.
 
-How a step is run (cache, verification, lineage) is in `tasks.execution`; how it becomes a Prefect task, in
-`flows.prefect`.
+`tasks.execution` executes steps (cache, verification, lineage). `flows.prefect` wraps them as Prefect tasks.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from tasks.spec import StepSpec
 
 @dataclass(frozen=True)
 class Context:
-    """What a step works with.
+    """Inputs and output folder of a step.
 
     Args:
         name: The step's name in the pipeline.
-        home: Where all state lives.
+        home: The home with all state.
         run_id: The pipeline run that this execution belongs to.
-        folder_of_spec: What relative paths in the pipeline file start from.
-        refs: Per reference field, the artifacts that came in.
-        inputs: Per reference field, the same as folders: verified copies that the step may read at will.
-        files: Per path field, the user's file or folder.
-        out: The empty folder to fill; all of it becomes the step's artifact.
-        work: A folder that outlives this try: whatever a later try of the very same work can use.
-        progress: Takes (done, total, figures); raises `InterruptedRun` once a stop was requested.
-        excluded: Digests of pictures and ids of consents among the user's files that were revoked: to be left out.
-        compute: Where a step that computes in another process tells what it computed with; for lineage.
-        concurrency: How many trainings may use one device at the same time; None takes the default of the device.
+        folder_of_spec: The folder that relative paths in the pipeline file start from.
+        refs: Reference field -> input artifacts.
+        inputs: Reference field -> the same artifacts as folders; verified copies.
+        files: Path field -> the user's file or folder.
+        out: The empty output folder; all of it becomes the step's artifact.
+        work: A folder that later attempts with the same cache key find again, for checkpoints.
+        progress: Takes (done, total, metrics); raises `InterruptedRun` once a stop was requested.
+        excluded: Digests of revoked images and ids of revoked consents in the user's files, to exclude.
+        compute: Filled by a step that computes in another process, with that process's device; for lineage.
+        concurrency: Maximum trainings per device at the same time; None means the default of the device.
     """
 
     name: str
@@ -54,16 +53,16 @@ class Context:
     concurrency: int | None = None
 
     def folder(self, field: str) -> Path:
-        """The folder of a reference that must be there."""
+        """Returns the folder of a required reference."""
         return self.inputs[field][0]
 
     def optional(self, field: str) -> Path | None:
-        """The folder of a reference that may be left out."""
+        """Returns the folder of an optional reference; None if it is not set."""
         folders = self.inputs.get(field, ())
         return folders[0] if folders else None
 
     def base(self, base: str) -> str:
-        """A base as the pipeline file names it, as the engine finds it."""
+        """Returns the engine's name or path of a base that the pipeline file names."""
         return locate_base(base, self.folder_of_spec)
 
 
@@ -74,7 +73,7 @@ Imports = Callable[[Any, Path], Iterable[str]]
 
 
 def always(*modules: str) -> Imports:
-    """Returns the declaration of a step that imports the same modules whatever its settings are."""
+    """Returns an `Imports` that declares the same modules for all settings."""
     return lambda spec, folder: modules
 
 
@@ -83,18 +82,19 @@ class StepKind:
     """One entry of `STEPS`.
 
     Args:
-        name: What a pipeline writes behind `uses:`.
-        spec: Its spec.
-        gives: The kind of artifact that it gives.
-        revision: Raised by hand whenever the same inputs would now give something else.
-        work: The function itself.
-        summary: The file of the artifact that plans and summaries show; read while the artifact is verified.
-        is_still_valid: For a step that also changes something outside its artifact: takes (home, content of the
-            summary file) and returns False if that change is gone. A cached result counts only if it returns True.
-        excludes: For a step that reads what can be revoked: takes (spec, folder of the pipeline file, digests of the
-            user's files, everything revoked) and returns what of it is among the files. It enters the cache key.
-        imports: Takes (spec, folder of the pipeline file) and returns the names of the modules that the step imports
-            while it works; they are imported before any step starts, see `tasks.imports`.
+        name: The value of `uses:` in a pipeline.
+        spec: Its spec class.
+        produces: The kind of its output artifact.
+        revision: Part of the cache key; raise it whenever the same inputs give another result.
+        work: The function.
+        summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
+            no summary.
+        is_still_valid: Takes (home, content of the summary file); returns False if a side effect of the step was
+            undone, which invalidates a cached result. None means that the step has no side effect.
+        find_excluded: Takes (spec, folder of the pipeline file, digests of the user's files, everything revoked);
+            returns the revoked subjects in these files, which enter the cache key. None means none.
+        imports: Takes (spec, folder of the pipeline file); returns names of modules to import before any step starts,
+            see `tasks.imports`. None means none.
     """
 
     name: str
@@ -121,7 +121,7 @@ def step(
     find_excluded: FindExcluded | None = None,
     imports: Imports | None = None,
 ) -> Callable[[Work], Work]:
-    """Registers the decorated function as the step that `spec` describes (see `StepKind`)."""
+    """Returns a decorator that registers a function as a step (arguments: see `StepKind`)."""
 
     def register(work: Work) -> Work:
         name = spec.model_fields["uses"].default
@@ -135,6 +135,6 @@ Inputs = Mapping[str, tuple[ArtifactRef, ...]]
 
 
 def locate_base(base: str, folder: Path) -> str:
-    """A base as written in a pipeline file: a path is relative to that file, everything else is a name."""
-    beside = folder / base
-    return str(beside) if beside.exists() else base
+    """Resolves a base as written in a pipeline file: a path relative to that file if it exists, else a name."""
+    path = folder / base
+    return str(path) if path.exists() else base

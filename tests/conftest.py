@@ -1,4 +1,4 @@
-"""What all tests share: programs that only some machines have, an empty home, marks and hypothesis profiles."""
+"""Shared fixtures and hooks: optional programs, an empty home, hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-import lora_engine  # noqa: F401  (it sets how torch's threads wait, which must come before torch)
+import lora_engine  # noqa: F401  (sets OpenMP variables, which must precede torch)
 
 pytest_plugins = ["tests.measured"]
 
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome")}
 FOLDERS = ("/usr/lib/postgresql/*/bin",)
-"""Folders of programs that distributions keep out of the path."""
+"""Folders of programs that are not in PATH."""
 
 # `make test` draws the same examples each time; `make nightly` draws new ones (`--hypothesis-profile=nightly`).
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
@@ -24,28 +24,28 @@ hypothesis.settings.load_profile("suite")
 
 
 def find_program(program: str) -> str | None:
-    """Returns the path of a program under any of its names, or None."""
+    """Returns the path of a program under any of its names; None if it is not installed."""
     names = PROGRAMS.get(program, (program,))
-    beside = (
+    unlisted = (
         str(path) for folder in FOLDERS for name in names for path in sorted(Path("/").glob(f"{folder[1:]}/{name}"))
     )
-    return next(filter(None, map(shutil.which, names)), None) or next(beside, None)
+    return next(filter(None, map(shutil.which, names)), None) or next(unlisted, None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips, visibly, a test whose program is missing; where LORALINE_CI is set, that is a failure instead."""
+    """Skips a test whose program is missing; fails it if LORALINE_CI is set."""
     for marker in item.iter_markers("needs"):
         program = marker.args[0]
         if find_program(program):
             continue
         if os.environ.get("LORALINE_CI"):
-            pytest.fail(f"{program} is not installed, and this test may not be skipped here")
+            pytest.fail(f"{program} is not installed, and LORALINE_CI forbids skipping")
         pytest.skip(f"{program} is not installed")
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns an empty LORALINE_HOME of this test alone."""
+    """Returns an empty LORALINE_HOME for this test."""
     path = tmp_path / "home"
     monkeypatch.setenv("LORALINE_HOME", str(path))
     return path

@@ -1,6 +1,6 @@
-"""A pytest plug-in: measured durations decide which tests are slow and in which order workers take the files.
+"""Defines a pytest plug-in that marks slow tests and orders files by measured durations.
 
-`tests/durations.json` is refreshed by `make durations`. A file that was never measured is taken first.
+`make durations` updates `tests/durations.json`. Files without a measurement run first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).parent / "durations.json"
 SLOW = 2.0
-"""Seconds from which on a test, its own fixtures included, is left out of `make check`."""
+"""Minimum seconds, fixtures included, of a test that `make check` skips."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Measured:
-    """The durations of earlier runs, applied to this one, and those of this run."""
+    """Applies the durations of earlier runs and measures those of this run."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -40,7 +40,7 @@ class _Measured:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Marks what was measured as slow, and leaves out what belongs to `make nightly`."""
+        """Marks slow tests, and deselects those of `make nightly`."""
         nightly = []
         for item in items:
             if item.nodeid in self.slow:
@@ -53,7 +53,7 @@ class _Measured:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-        """Gives out whole files, the longest first, so that fixtures are shared and workers end together."""
+        """Schedules whole files, the longest first, so that workers share fixtures and end together."""
         return _LongestFirst(config, log, self.files) if config.option.dist == "loadfile" else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -71,7 +71,7 @@ class _Measured:
 
 
 class _LongestFirst(LoadScopeScheduling):
-    """Load scheduling by file, in the order of measured seconds."""
+    """Schedules files in descending order of measured seconds."""
 
     def __init__(self, config: pytest.Config, log: Any, files: dict[str, float]) -> None:
         super().__init__(config, log)

@@ -1,4 +1,4 @@
-"""Writes what the pipelines of this folder need: photographs from scikit-image, and two bases with random weights."""
+"""Writes the inputs of the pipelines in this folder: photographs from scikit-image, two bases with random weights."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ PHOTOGRAPHS = (
 
 
 def main() -> None:
-    """Fills `images/` and `bases/` beside this file."""
-    here = Path(__file__).resolve().parent
-    (here / "images").mkdir(exist_ok=True)
+    """Writes `images/` and `bases/` beside this file."""
+    folder = Path(__file__).resolve().parent
+    (folder / "images").mkdir(exist_ok=True)
     for name in PHOTOGRAPHS:
-        with (files("skimage") / "data" / name).open("rb") as source, (here / "images" / name).open("wb") as target:
+        with (files("skimage") / "data" / name).open("rb") as source, (folder / "images" / name).open("wb") as target:
             shutil.copyfileobj(source, target)
     for shape in ("sd15", "sdxl"):
-        write_untrained_base(here / "bases" / shape, shape)
-    print(f"Wrote {len(PHOTOGRAPHS)} photographs to {here / 'images'} and two bases to {here / 'bases'}.")
+        write_untrained_base(folder / "bases" / shape, shape)
+    print(f"Wrote {len(PHOTOGRAPHS)} photographs to {folder / 'images'} and two bases to {folder / 'bases'}.")
 
 
 if __name__ == "__main__":

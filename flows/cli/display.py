@@ -1,4 +1,4 @@
-"""How a run looks while it runs: a live table with bars on a terminal, one line an event elsewhere."""
+"""Shows a run in progress: a live table with bars on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def show_run(steps: list[str], console: Console) -> Iterator[None]:
-    """Shows the events of the steps while the block lasts.
+    """Shows the events of the steps inside a `with` block.
 
     Args:
         steps: Names of the steps, in order.
-        console: Where to draw; a console that is no terminal gets plain lines.
+        console: The output console; one that is not a terminal gets plain lines.
     """
     if not console.is_terminal:
         with listening(lambda event: _print_line(event, console)):
@@ -99,5 +99,5 @@ def _print_line(event: StepEvent, console: Console) -> None:
         values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
         console.print(f"{event.step}: {event.done}/{event.total} {values}".rstrip(), highlight=False)
         return
-    words = {"started": "started", "cached": "cached, verified", "completed": "done", "failed": "FAILED"}
-    console.print(f"{event.step}: {words.get(event.kind, event.text)}", highlight=False)
+    labels = {"started": "started", "cached": "cached, verified", "completed": "done", "failed": "FAILED"}
+    console.print(f"{event.step}: {labels.get(event.kind, event.text)}", highlight=False)

@@ -1,4 +1,4 @@
-"""The verbs on files: inspect, validate, convert, merge, generate. The engine is imported inside each verb."""
+"""Defines the verbs on files: inspect, validate, convert, generate. Each verb imports the engine itself."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import typer
 
 from flows.cli.output import Json
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter, an embedding, or a whole model.")]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
 Format = Annotated[
     str,
     typer.Option(
         metavar="FORMAT",
-        help="kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline; "
-        "a whole model: diffusers or ldm.",
+        help="Target format: kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline; "
+        "for a whole model diffusers or ldm.",
     ),
 ]
 Base = Annotated[
-    str | None, typer.Option(metavar="BASE", help="sd15, sd2, sdxl, sd3, flux, tiny, a folder, or a hub id.")
+    str | None, typer.Option(metavar="BASE", help="Base model: sd15, sd2, sdxl, sd3, flux, tiny, a folder or a hub id.")
 ]
 
 
@@ -31,7 +31,7 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def inspect(file: File, as_json: Json = False) -> None:
-    """Say what a file is: format, kinds, modules, ranks, embeddings, card; or a model's architecture."""
+    """Show a file's format, kinds, modules, ranks, embeddings and card, or a model's architecture."""
     from flows.cli.output import print_facts, print_json
     from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
     from lora_engine.formats import inspect as inspect_adapter
@@ -46,7 +46,7 @@ def inspect(file: File, as_json: Json = False) -> None:
 
 
 def validate(file: File, base: Base = None, as_json: Json = False) -> None:
-    """Check a file's structure, with --base names and shapes too; exit code 1 if it is not whole."""
+    """Check a file's structure, with --base also names and shapes. Exit code 1 if it is invalid."""
     from flows.cli.output import print_json
     from tasks.operations.adapter_files import check_file
 
@@ -54,7 +54,7 @@ def validate(file: File, base: Base = None, as_json: Json = False) -> None:
     if as_json:
         print_json(facts)
     else:
-        print(f"{file}: whole. {', '.join(f'{count} {what}' for what, count in facts.items())}.")
+        print(f"{file}: valid. {', '.join(f'{count} {noun}' for noun, count in facts.items())}.")
 
 
 def convert(
@@ -62,24 +62,28 @@ def convert(
     to: Format,
     output: Output,
     base: Base = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    approximate: Annotated[bool, typer.Option(help="Write what FORMAT cannot hold as the nearest LoRA.")] = False,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of an approximation, the largest.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Of an approximation: share to keep, up to 1.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Of a whole model: a folder that has the tokenizer.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Of a whole model: a diffusers folder with the settings of its structure.")
+    dtype: Annotated[
+        str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")
     ] = None,
-    without_tokenizer: Annotated[bool, typer.Option(help="Write a whole model without a tokenizer.")] = False,
+    approximate: Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer (whole models).")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with the model's configuration (whole models).")
+    ] = None,
+    without_tokenizer: Annotated[bool, typer.Option(help="Omit the tokenizer (whole models).")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter, or a whole model, in another format."""
+    """Convert an adapter or a whole model to another format."""
     from flows.cli.output import print_json
     from lora_engine.checkpoints import is_checkpoint
     from tasks.operations.adapter_files import convert_adapter, convert_model
 
     if is_checkpoint(file):
-        done = convert_model(
+        result = convert_model(
             file,
             output,
             to,
@@ -89,35 +93,37 @@ def convert(
             without_tokenizer=without_tokenizer,
         )
     else:
-        wanted = {"rank": rank, "energy": energy} if approximate else None
-        done = convert_adapter(file, output, to, base=base, dtype=dtype, approximation=wanted)
+        approximation = {"rank": rank, "energy": energy} if approximate else None
+        result = convert_adapter(file, output, to, base=base, dtype=dtype, approximation=approximation)
     if as_json:
-        print_json(done)
+        print_json(result)
         return
-    for entry in done["files"]:
-        print(f"{entry['file']}  sha256 {entry['sha256']}")
-    if done.get("assumed"):
-        print(f"assumed: {done['assumed']}")
-    if done.get("approximation"):
-        modules = done["approximation"]["modules"]
+    for written in result["files"]:
+        print(f"{written['file']}  sha256 {written['sha256']}")
+    if result.get("assumed"):
+        print(f"assumed: {result['assumed']}")
+    if result.get("approximation"):
+        modules = result["approximation"]["modules"]
         worst = min(modules, key=modules.__getitem__)
         print(
-            f"approximated: {len(modules)} modules keep {done['approximation']['retained']:.4%} of the squared norm, "
-            f"the least {modules[worst]:.4%} ({worst})"
+            f"approximated: {len(modules)} modules keep {result['approximation']['retained']:.4%} of the squared norm, "
+            f"at least {modules[worst]:.4%} ({worst})"
         )
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='Such as "a red zorb <lora:name@production:0.7>".')],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write pictures into.")],
-    base: Annotated[str, typer.Option(help="tiny, a hub id, or a diffusers folder.")] = "tiny",
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many pictures.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the others count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
-    size: Annotated[int | None, typer.Option(help="Pixels of a side; the base's own by default.")] = None,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='Prompt, such as "a red zorb <lora:name@production:0.7>".')
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder for the images.")],
+    base: Annotated[str, typer.Option(help="Base model: tiny, a hub id or a diffusers folder.")] = "tiny",
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Random seed of the first image; the others count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
+    size: Annotated[int | None, typer.Option(help="Image size in pixels per side. Default: the base's own.")] = None,
 ) -> None:
-    """Draw pictures with adapters that the prompt names."""
+    """Generate images with the adapters that the prompt names."""
     from rich.console import Console
 
     from flows.cli.display import show_run
@@ -127,9 +133,9 @@ def generate(
 
     with show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
-        pictures = draw(
+        images = draw(
             prompt, output, home_path(), base=base, count=count, seed=seed, steps=steps, guidance=guidance, size=size
         )
         publish(StepEvent("generate", "completed"))
-    for path in pictures:
+    for path in images:
         print(path)

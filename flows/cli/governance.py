@@ -1,4 +1,4 @@
-"""The verbs on rights and on what is kept: revoke, lift, withdraw, delete, restore, unalias, log."""
+"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, log."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 Subject = Annotated[
-    str, typer.Argument(metavar="PICTURE|DIGEST|CONSENT", help="A picture file, its digest, or the id of a consent.")
+    str, typer.Argument(metavar="IMAGE|DIGEST|CONSENT", help="Image file, its digest, or the id of a consent.")
 ]
-Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
+Reason = Annotated[str, typer.Option(help="Reason, stored in the log.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -30,20 +30,21 @@ def revoke(
     subject: Subject,
     reason: Reason,
     policy: Annotated[
-        str | None, typer.Option(metavar="flag|withdraw", help="What happens to what it reached; as policy.yaml says.")
+        str | None,
+        typer.Option(metavar="flag|withdraw", help="Action on affected versions. Default: from policy.yaml."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be reached; change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the affected versions; change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Recall a picture or a consent: find all that was made from it, and train without it from now on."""
+    """Revoke an image or a consent: find everything made from it, and exclude it from training."""
     from flows.cli.output import print_json
     from registry.identity import current_user
-    from registry.versions.revocation import revoke as recall
+    from registry.versions.revocation import revoke as revoke_subject
     from tasks.errors import SpecError
 
     if policy not in {None, "flag", "withdraw"}:
-        raise SpecError(f"{policy!r} is no policy", where="--policy", allowed="flag, withdraw")
-    reach = recall(
+        raise SpecError(f"unknown policy {policy!r}", where="--policy", allowed="flag, withdraw")
+    impact = revoke_subject(
         _versions(),
         subject,
         reason=reason,
@@ -52,62 +53,62 @@ def revoke(
         dry_run=dry_run,
     )
     if as_json:
-        print_json(reach)
+        print_json(impact)
     else:
-        _show_reach(reach)
+        _print_impact(impact)
 
 
 def lift(subject: Subject, reason: Reason, as_json: Json = False) -> None:
-    """Lift a revocation: train with it again, and use again what was withdrawn for it."""
+    """Undo a revocation: allow training with it again, and restore the versions that it withdrew."""
     from registry.identity import current_user
-    from registry.versions.revocation import lift as undo
+    from registry.versions.revocation import lift as lift_revocation
 
-    event = undo(_versions(), subject, reason=reason, actor=current_user())
+    event = lift_revocation(_versions(), subject, reason=reason, actor=current_user())
     restored = ", ".join(event.details["restored"]) or "nothing"
-    _done(event, as_json, f"{event.details['kind']} {event.subject} may be used again; in use again: {restored}")
+    _print_event(event, as_json, f"{event.details['kind']} {event.subject} may be used again; restored: {restored}")
 
 
 def withdraw(ref: Ref, reason: Reason, as_json: Json = False) -> None:
-    """Take a version out of use: not promoted, not handed out; `restore` brings it back."""
+    """Withdraw a version: it is neither promoted nor exported until `restore`."""
     from registry.versions.deletion import withdraw as act
 
     _change(act, ref, reason, as_json, "withdrawn")
 
 
 def delete(ref: Ref, reason: Reason, as_json: Json = False) -> None:
-    """Delete a version; refused for what is in production and for what that was made from."""
+    """Delete a version. Refused for versions in production and for those that they were made from."""
     from registry.versions.deletion import delete as act
 
-    _change(act, ref, reason, as_json, "deleted; its number stays taken")
+    _change(act, ref, reason, as_json, "deleted; its number is not reused")
 
 
 def restore(ref: Ref, reason: Reason, as_json: Json = False) -> None:
-    """Bring a withdrawn version back, or a deleted one whose bytes are still there."""
+    """Restore a withdrawn version, or a deleted one whose bytes still exist."""
     from registry.versions.deletion import restore as act
 
-    _change(act, ref, reason, as_json, "in use again; its aliases did not come back")
+    _change(act, ref, reason, as_json, "restored; its aliases were not")
 
 
 def unalias(
-    ref: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="The alias to remove.")],
+    ref: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Alias to remove.")],
     reason: Reason,
     as_json: Json = False,
 ) -> None:
-    """Remove an alias; `rollback` brings it back."""
+    """Remove an alias; `rollback` restores it."""
     from registry.identity import current_user
     from registry.versions.promotion import remove
 
     name, _, alias = ref.partition("@")
     event = remove(_versions(), name, alias, reason=reason, actor=current_user())
-    _done(event, as_json, f"{alias}: {name}@{event.before} -> none")
+    _print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
 def log(
-    name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None,
-    alias: Annotated[str | None, typer.Option(help="Only this alias of it.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
+    alias: Annotated[str | None, typer.Option(help="Alias to show. Default: all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the log: who did what, when and why, before and after."""
+    """Show the log of events: action, time, user and reason."""
     from flows.cli.output import print_json, print_table
     from registry.versions.promotion import history, read_log
 
@@ -124,40 +125,41 @@ def log(
             event.before,
             event.after,
             event.actor,
-            _why(event),
+            _reason(event),
         )
         for event in events
     ]
-    print_table(("event", "when (UTC)", "what", "of", "before", "after", "who", "why"), rows)
+    print_table(("event", "time (UTC)", "action", "target", "before", "after", "user", "reason"), rows)
 
 
-def _why(event: Event) -> str:
+def _reason(event: Event) -> str:
     overridden = event.details.get("overridden")
     return f"{event.reason} (against: {'; '.join(overridden)})" if overridden else event.reason
 
 
-def _show_reach(reach: ImpactReport) -> None:
+def _print_impact(impact: ImpactReport) -> None:
     from flows.cli.output import print_facts, print_table
 
-    held = {f"{name}": number for name, number in reach.aliases.items()}
-    taken = {name: f"taken back to version {to}" if to else "removed" for name, to in reach.taken_back.items()}
+    moves = {
+        name: f"rolled back to version {number}" if number else "removed" for name, number in impact.taken_back.items()
+    }
     print_facts(
         [
-            ("revoked" if reach.event else "would revoke", f"{reach.kind} {reach.subject}"),
-            ("event", reach.event),
-            ("pictures", len(reach.pictures)),
-            ("datasets", ", ".join(digest[:16] for digest in reach.manifests)),
-            ("runs", ", ".join(f"{run['name']} {run['id'][:8]}" for run in reach.runs)),
-            ("versions", ", ".join(reach.versions) or "none"),
-            ("merges", ", ".join(entry[:32] for entry in reach.merges)),
-            ("policy", {"flag": "flagged, and not promoted any more", "withdraw": "withdrawn"}[reach.policy]),
+            ("revoked" if impact.event else "would revoke", f"{impact.kind} {impact.subject}"),
+            ("event", impact.event),
+            ("images", len(impact.pictures)),
+            ("datasets", ", ".join(digest[:16] for digest in impact.manifests)),
+            ("runs", ", ".join(f"{run['name']} {run['id'][:8]}" for run in impact.runs)),
+            ("versions", ", ".join(impact.versions) or "none"),
+            ("merges", ", ".join(entry[:32] for entry in impact.merges)),
+            ("policy", {"flag": "flagged; promotion is refused", "withdraw": "withdrawn"}[impact.policy]),
         ]
     )
-    if reach.exports:
-        print_table(("exported", "files"), [_export_row(entry) for entry in reach.exports])
-    for name, number in held.items():
-        fate = taken.get(name, "STILL POINTS AT IT: promote another version, or revoke with --policy withdraw")
-        print(f"{name} -> version {number}: {fate}")
+    if impact.exports:
+        print_table(("exported", "files"), [_export_row(entry) for entry in impact.exports])
+    for name, number in impact.aliases.items():
+        move = moves.get(name, "STILL POINTS AT IT: promote another version, or revoke with --policy withdraw")
+        print(f"{name} -> version {number}: {move}")
 
 
 def _export_row(entry: Any) -> tuple[str, str]:
@@ -166,17 +168,17 @@ def _export_row(entry: Any) -> tuple[str, str]:
     return str(entry["version"]), ", ".join(str(file.get("file", file)) for file in entry["files"])
 
 
-def _change(act: Any, ref: str, reason: str, as_json: bool, word: str) -> None:
+def _change(act: Any, ref: str, reason: str, as_json: bool, outcome: str) -> None:
     from registry.identity import current_user
     from tasks.operations.promote import find_version
 
     versions = _versions()
     version = find_version(versions, ref)
     event = act(versions, version.name, version.version, reason=reason, actor=current_user())
-    _done(event, as_json, f"{version.ref}: {word}")
+    _print_event(event, as_json, f"{version.ref}: {outcome}")
 
 
-def _done(event: Event, as_json: bool, text: str) -> None:
+def _print_event(event: Event, as_json: bool, text: str) -> None:
     from flows.cli.output import print_json
 
     if as_json:

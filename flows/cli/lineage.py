@@ -1,4 +1,4 @@
-"""The verb `lineage`: what something was made from, or what was made from it, as table, JSON, events or picture."""
+"""Defines the verb `lineage`: shows upstream or downstream lineage as a table, JSON, events or a drawing."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ def add_verbs(app: typer.Typer) -> None:
 def lineage(
     ref: Annotated[
         str,
-        typer.Argument(metavar="REF|DIGEST|FILE", help="name@ref, a run, a consent, a file, or a digest of anything."),
+        typer.Argument(metavar="REF|DIGEST|FILE", help="name@ref, run, consent, file, or any digest."),
     ],
-    down: Annotated[
-        bool, typer.Option("--down", help="What was made from it, instead of what it was made from.")
-    ] = False,
+    down: Annotated[bool, typer.Option("--down", help="Walk downstream instead of upstream.")] = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE.svg", help="Draw it into this file.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE.svg", help="SVG file to draw into.")
     ] = None,
     openlineage: Annotated[
-        Path | None, typer.Option("--openlineage", metavar="FILE", help="Write OpenLineage events, one a line.")
+        Path | None, typer.Option("--openlineage", metavar="FILE", help="File for OpenLineage events, one per line.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Walk lineage, up to the pictures or down to the versions."""
+    """Show lineage, upstream to the images or downstream to the versions."""
     from flows.cli.output import print_json, print_table
     from lora_engine.files import atomic_write, sha256_file
     from registry.lineage.record import Lineage
 
-    opened = Lineage(open_home().lineage_url)
+    records = Lineage(open_home().lineage_url)
     try:
-        # A file stands for its bytes: a picture as it came, an adapter, an export.
+        # A file is looked up by the digest of its bytes.
         start = sha256_file(Path(ref)) if "@" not in ref and Path(ref).is_file() else ref
-        walk = opened.walk(start, "down" if down else "up", subjects=True)
+        walk = records.walk(start, "down" if down else "up", subjects=True)
         if output is not None:
             from registry.lineage.picture import draw
 
@@ -48,12 +46,12 @@ def lineage(
         if openlineage is not None:
             from registry.lineage.openlineage import to_lines, to_openlineage
 
-            atomic_write(openlineage, to_lines(to_openlineage(opened, walk)))
+            atomic_write(openlineage, to_lines(to_openlineage(records, walk)))
     finally:
-        opened.close()
+        records.close()
     if as_json:
         print_json(walk)
     elif output or openlineage:
         print("\n".join(str(path) for path in (output, openlineage) if path))
     else:
-        print_table(("", "kind", "what", "digest or id"), [(n.depth, n.kind, n.label, n.id) for n in walk.nodes])
+        print_table(("depth", "kind", "label", "digest or id"), [(n.depth, n.kind, n.label, n.id) for n in walk.nodes])

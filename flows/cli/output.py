@@ -1,4 +1,4 @@
-"""How verbs print: tables for people, JSON for programs, errors in one voice."""
+"""Prints the output of verbs: tables, facts, JSON and errors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from registry.home import Home
 
 _WIDE = 240
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def home_path() -> Path:
-    """Where all state lives: `LORALINE_HOME`, or `.loraline` in the working folder."""
+    """Returns the path of the home: `LORALINE_HOME`, or `.loraline` in the working folder."""
     return Path(os.environ.get("LORALINE_HOME") or ".loraline")
 
 
 def open_home() -> Home:
-    """The home that all verbs on what is registered work with; it must be there.
+    """Opens the home, which must exist.
 
     Raises:
-        HomeError: There is none yet.
+        HomeError: The home does not exist.
     """
     from registry.home import Home
 
@@ -34,14 +34,14 @@ def open_home() -> Home:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output; registry entities become plain objects, paths become texts."""
+    """Prints one JSON document; registry entities become objects, paths become strings."""
     from registry.entities import to_json
 
     print(json.dumps(to_json(value), indent=2, ensure_ascii=False, default=os.fspath))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-    """A table on standard output. Cells are text, never markup: what files say must not steer the terminal."""
+    """Prints a table. Cells are plain text, so that the content of files cannot control the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -49,22 +49,22 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, overflow="fold")  # a digest that is cut short is of no use
+        table.add_column(column, overflow="fold")  # a truncated digest is useless
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     console = Console()
-    # A file or a pipe is as wide as a row needs.
+    # A file or a pipe has no width of its own.
     (console if console.is_terminal else Console(width=_WIDE)).print(table)
 
 
 def clean(cell: object) -> str:
-    """The text of a cell without control characters; nothing for None."""
+    """Returns the text of a cell without control characters; an empty string for None."""
     text = "" if cell is None else str(cell)
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
-    """Aligned `label  value` lines; facts without a value are left out."""
+    """Prints aligned `label  value` lines; skips facts without a value."""
     known = [(label, value) for label, value in facts if value not in (None, "", (), [])]
     width = max((len(label) for label, _ in known), default=0)
     for label, value in known:
@@ -72,16 +72,14 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
 
 
 def explain(error: BaseException) -> None:
-    """Words an error for a person on standard error: no traceback, the remedy included."""
+    """Prints an error and its remedy on standard error, without a traceback."""
     import errno
 
     text = str(error) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = (
-            f"{error.filename or 'the disk'}: the disk is full. To do: free some space and run the same command again."
-        )
+        text = f"{error.filename or 'the disk'}: the disk is full. Fix: free some space and run the command again."
     elif isinstance(error, OSError):
         text = f"{error.filename or 'the system'}: {error.strerror or error}."
     typer.echo(f"loraline: {text}", err=True)

@@ -1,4 +1,4 @@
-"""The verbs of the line: init, train, plan, run."""
+"""Defines the verbs of pipelines: init, train, plan, run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from flows.spec import PipelineSpec
     from registry.home import Home
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The pipeline file, YAML or JSON.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the file.")]
-Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Run a step even if it is cached.")]
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Pipeline file, YAML or JSON.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Value to set in the pipeline, such as adapter.rank=8."),
+]
+Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Step to run even if it is cached.")]
 
 Concurrency = Annotated[
     int | None,
@@ -26,7 +29,7 @@ Concurrency = Annotated[
         "--concurrency",
         min=1,
         metavar="N",
-        help="How many trainings may use one device at the same time.  [default: 1 on a GPU; on a CPU by its cores]",
+        help="Maximum trainings per device at the same time.  [default: 1 on a GPU; on a CPU by its cores]",
     ),
 ]
 
@@ -37,40 +40,42 @@ def add_verbs(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")]) -> None:
-    """Make a folder with a commented pipeline file, ready for your pictures."""
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")]) -> None:
+    """Create a folder with a commented pipeline file and a folder for your images."""
     from flows.template import write_template
 
     path = write_template(folder)
-    print(f"Wrote {path}. Put pictures into {folder / 'images'}, then: loraline run {path}")
+    print(f"Wrote {path}. Put images into {folder / 'images'}, then: loraline run {path}")
 
 
 def train(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of pictures.")],
-    trigger: Annotated[str, typer.Option(help="The word that will call the concept, such as sks.")],
-    class_word: Annotated[str, typer.Option("--class", help="What the concept is, such as star.")],
-    base: Annotated[str, typer.Option(help="tiny, a hub id, or a diffusers folder.")] = "tiny",
-    name: Annotated[str | None, typer.Option(help="The adapter's name; the trigger by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", help="Where to write the pipeline file.")] = None,
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of images.")],
+    trigger: Annotated[str, typer.Option(help="Trigger word of the concept, such as sks.")],
+    class_word: Annotated[str, typer.Option("--class", help="Class of the concept, such as star.")],
+    base: Annotated[str, typer.Option(help="Base model: tiny, a hub id or a diffusers folder.")] = "tiny",
+    name: Annotated[str | None, typer.Option(help="Adapter name. Default: the trigger.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps. Default: 300.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", help="Pipeline file to write. Default: NAME.yaml beside IMAGES.")
+    ] = None,
 ) -> None:
-    """Write a pipeline file for a folder of pictures, and run it."""
+    """Write a pipeline file for a folder of images, and run it."""
     from flows.template import write_pipeline
 
     path = write_pipeline(images, trigger, class_word, base=base, name=name, steps=steps, output=output)
-    print(f"Wrote {path}: edit it and `loraline run {path}` to change anything.")
+    print(f"Wrote {path}. To change anything, edit it and run: loraline run {path}")
     run(path)
 
 
 def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:
-    """Say what a run would do, and why; run nothing."""
+    """Show what a run would do and why; run nothing."""
     from flows.cli.output import print_json, print_table
     from flows.plan import plan_pipeline
     from flows.spec import load_spec
     from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
-    planned = plan_pipeline(loaded, Home.open(home_path()), force=_known(force, loaded))
+    planned = plan_pipeline(loaded, Home.open(home_path()), force=_check_force(force, loaded))
     if as_json:
         print_json([_planned(step) for step in planned.steps])
         return
@@ -78,7 +83,7 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
         (step.name, step.job.kind.name, *(("cached", "") if step.cached else ("run", step.reason)))
         for step in planned.steps
     ]
-    print_table(("step", "uses", "would", "because"), rows)
+    print_table(("step", "uses", "action", "reason"), rows)
 
 
 def run(
@@ -88,7 +93,7 @@ def run(
     concurrency: Concurrency = None,
     as_json: Json = False,
 ) -> None:
-    """Run a pipeline: only what has to run, everything recorded."""
+    """Run a pipeline: every step that is not cached, with lineage."""
     from rich.console import Console
 
     from flows.cli.display import show_run
@@ -105,13 +110,13 @@ def run(
     home = Home.open(home_path())
     configure_prefect(home)
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-        result = run_pipeline(loaded, home, force=_known(force, loaded))
+        result = run_pipeline(loaded, home, force=_check_force(force, loaded))
     if as_json:
-        outcomes = {name: {"ref": end.ref, "cached": end.cached} for name, end in result.outcomes.items()}
+        outcomes = {name: {"ref": outcome.ref, "cached": outcome.cached} for name, outcome in result.outcomes.items()}
         versions = {name: registered.to_json() for name, registered in result.versions.items()}
         print_json({"changed": result.changed, "outcomes": outcomes, "versions": versions})
     else:
-        _summarise(loaded, home, result)
+        _print_summary(loaded, home, result)
     if result.refusals:
         raise typer.Exit(1)
 
@@ -121,16 +126,16 @@ def _planned(step: PlannedStep) -> dict[str, Any]:
     return {"name": step.name, "uses": step.job.kind.name, "cached": step.cached, "reason": step.reason, "ref": ref}
 
 
-def _known(force: list[str] | None, spec: PipelineSpec) -> frozenset[str]:
+def _check_force(force: list[str] | None, spec: PipelineSpec) -> frozenset[str]:
     from tasks.errors import SpecError
 
     unknown = set(force or ()) - set(spec.steps)
     if unknown:
-        raise SpecError(f"--force {sorted(unknown)[0]!r} names no step", allowed=", ".join(spec.steps))
+        raise SpecError(f"unknown step {sorted(unknown)[0]!r}", where="--force", allowed=", ".join(spec.steps))
     return frozenset(force or ())
 
 
-def _summarise(spec: PipelineSpec, home: Home, result: PipelineResult) -> None:
+def _print_summary(spec: PipelineSpec, home: Home, result: PipelineResult) -> None:
     from flows.cli.output import print_facts
     from flows.summary import summarize
 

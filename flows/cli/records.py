@@ -1,4 +1,4 @@
-"""The verbs on what is said about versions: card, records, sign, verify, and the keys for signing."""
+"""Defines the verbs on documents of versions (card, records, sign, verify) and on the keys for signing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 _VARIABLE = "LORALINE_KEY_PASSPHRASE"
 
-keys_app = typer.Typer(help="Keys for signing: make one, trust one, list those that are trusted.", no_args_is_help=True)
+keys_app = typer.Typer(help="Create, trust and list keys for signing.", no_args_is_help=True)
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -32,10 +32,11 @@ def add_verbs(app: typer.Typer) -> None:
 def card(
     ref: Ref,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="FILE.md or FILE.html; else it is printed.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Output file, .md or .html. Default: standard output."),
     ] = None,
 ) -> None:
-    """Show the model card of a version, or write it."""
+    """Print the model card of a version, or write it to a file."""
     from tasks.operations.documents import read_card, write_card
 
     if output is None:
@@ -47,8 +48,8 @@ def card(
 
 def records(
     ref: Ref,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write into.")],
-    with_adapter: Annotated[bool, typer.Option(help="Also the adapter file as it is registered.")] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Output folder.")],
+    with_adapter: Annotated[bool, typer.Option(help="Include the registered adapter file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write all documents of a version: model card, provenance, bill of materials, signature."""
@@ -65,10 +66,10 @@ def records(
 
 def sign(
     ref: Ref,
-    key: Annotated[Path, typer.Option(metavar="FILE", help="The private key, as `loraline keys new` makes it.")],
+    key: Annotated[Path, typer.Option(metavar="FILE", help="Private key from `loraline keys new`.")],
     as_json: Json = False,
 ) -> None:
-    """Sign a version: its adapter file and its provenance. The passphrase is asked for, or LORALINE_KEY_PASSPHRASE."""
+    """Sign a version's adapter file and provenance. Reads LORALINE_KEY_PASSPHRASE or prompts for the passphrase."""
     from flows.cli.output import print_json
     from tasks.operations.documents import sign_version
 
@@ -83,7 +84,7 @@ def sign(
 
 def verify(
     ref: Ref,
-    signed: Annotated[bool, typer.Option("--signed", help="Also fail where there is no signature.")] = False,
+    signed: Annotated[bool, typer.Option("--signed", help="Require a signature.")] = False,
     as_json: Json = False,
 ) -> None:
     """Verify a version: bytes, structure, documents, signature. Exit code 1 if anything is wrong."""
@@ -92,29 +93,34 @@ def verify(
     from flows.cli.output import print_json, print_table
     from tasks.operations.documents import verify_version
 
-    found = verify_version(open_home(), ref, must_be_signed=signed)
+    result = verify_version(open_home(), ref, must_be_signed=signed)
     if as_json:
-        print_json(asdict(found) | {"holds": found.holds})
+        print_json(asdict(result) | {"holds": result.holds})
     else:
-        no_signature = f"signed with the key {found.signed_by}" if found.signed_by else "not signed"
-        good = {"bytes": f"sha256 {found.sha256}", "structure": "a whole adapter", "records": "whole, about this file"}
+        valid = {
+            "bytes": f"sha256 {result.sha256}",
+            "structure": "valid adapter",
+            "records": "complete, for this file",
+            "signature": f"signed with the key {result.signed_by}" if result.signed_by else "not signed",
+        }
         rows = []
-        for what in ("bytes", "structure", "records", "signature"):
-            findings = getattr(found, what)
-            rows += [(what, "WRONG", finding) for finding in findings]
-            rows += [] if findings else [(what, "good", good.get(what, no_signature))]
-        print_table(("", "", found.version), rows)
-    if not found.holds:
+        for check, summary in valid.items():
+            findings = getattr(result, check)
+            rows += [(check, "WRONG", finding) for finding in findings] or [(check, "ok", summary)]
+        print_table(("check", "", result.version), rows)
+    if not result.holds:
         raise typer.Exit(1)
 
 
 def new_key(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key; FILE.pub is the public one.")],
-    without_passphrase: Annotated[bool, typer.Option(help="Leave the private key unencrypted.")] = False,
-    days: Annotated[int | None, typer.Option(min=1, help="For how many days it holds; for ever by default.")] = None,
-    trust_it: Annotated[bool, typer.Option("--trust", help="Trust it in this home at once.")] = False,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Private key to write; the public key goes to FILE.pub.")
+    ],
+    without_passphrase: Annotated[bool, typer.Option(help="Write the private key unencrypted.")] = False,
+    days: Annotated[int | None, typer.Option(min=1, help="Validity in days. Default: unlimited.")] = None,
+    trust_it: Annotated[bool, typer.Option("--trust", help="Trust the key in this home.")] = False,
 ) -> None:
-    """Make a key pair for signing (ECDSA, P-256); nothing of it leaves this machine."""
+    """Create a key pair for signing (ECDSA, P-256) on this machine."""
     from datetime import timedelta
 
     from registry.documents.keys import make_key, trust_key
@@ -128,14 +134,14 @@ def new_key(
     home = open_home() if trust_it else None
     until = None if days is None else (now() + timedelta(days=days)).date()
     key = make_key(file, secret.encode() if secret else None, valid_until=until)
-    print(f"{file}  private: keep it to yourself")
+    print(f"{file}  private: keep it secret")
     print(f"{key.path}  public: key {key.fingerprint[:16]}{_until(key)}")
     if home is not None:
         print(f"{trust_key(home, key.path).path}  trusted here")
 
 
-def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A public key in PEM.")]) -> None:
-    """Trust a public key in this home: signatures made with its private key hold here."""
+def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="Public key in PEM.")]) -> None:
+    """Trust a public key in this home; signatures with its private key then verify."""
     from registry.documents.keys import trust_key
 
     key = trust_key(open_home(), file)
@@ -143,7 +149,7 @@ def trust(file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="A publi
 
 
 def list_keys(as_json: Json = False) -> None:
-    """List the public keys that this home trusts; remove a file to trust it no more."""
+    """List the public keys that this home trusts. Remove a key's file to stop trusting it."""
     from flows.cli.output import print_json, print_table
     from registry.documents.keys import trusted_keys
 
@@ -157,13 +163,14 @@ def list_keys(as_json: Json = False) -> None:
 
 
 def _passphrase(key: Path) -> bytes | None:
-    """Of an encrypted key: what the environment says, else what a person types. Never a word of the command line."""
+    """Returns the passphrase of an encrypted key from the environment or a prompt; None for an unencrypted key."""
     from registry.documents.keys import is_encrypted
 
     if not is_encrypted(key):
         return None
-    given = os.environ.get(_VARIABLE) or typer.prompt("Passphrase", hide_input=True, err=True)
-    return str(given).encode()
+    # Never from an option: other users see the command lines of processes.
+    passphrase = os.environ.get(_VARIABLE) or typer.prompt("Passphrase", hide_input=True, err=True)
+    return str(passphrase).encode()
 
 
 def _until(key: PublicKey) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: the first asks the steps to save and stop, the second stops at once."""
+"""Handles Ctrl-C and SIGTERM during a run: the first makes the steps save and stop, the second stops at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tasks.progress import clear_stop, request_stop, stop_requested
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Handles both signals while the block lasts, then puts the former handlers back."""
+    """Handles both signals inside a `with` block, then restores the previous handlers."""
     clear_stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop_requested():
             raise KeyboardInterrupt
         request_stop()
-        print("\nStopping: saving what is there. Press Ctrl-C again to stop at once.", file=sys.stderr)
+        print("\nStopping: saving progress. Press Ctrl-C again to stop at once.", file=sys.stderr)
 
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in former.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The verbs of upkeep: gc, fsck, doctor, backup, restore-backup, copy-database."""
+"""Defines the verbs of upkeep: gc, fsck, doctor, backup, restore-backup, copy-database."""
 
 from __future__ import annotations
 
@@ -17,55 +17,59 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go, with sizes.")] = False,
-    grace: Annotated[str, typer.Option(metavar="TIME", help="What is younger stays: 90m, 24h, 7d.")] = "24h",
-    keep_runs: Annotated[float, typer.Option(metavar="DAYS", help="Keep the artifacts of runs of so many days.")] = 30,
-    cache: Annotated[float, typer.Option(metavar="GIB", help="Leave so much of the training cache.")] = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="List what would be deleted, with sizes.")] = False,
+    grace: Annotated[
+        str, typer.Option(metavar="TIME", help="Grace period: younger items are kept, such as 90m, 24h, 7d.")
+    ] = "24h",
+    keep_runs: Annotated[
+        float, typer.Option(metavar="DAYS", help="Age of runs whose artifacts are kept, in days.")
+    ] = 30,
+    cache: Annotated[float, typer.Option(metavar="GIB", help="Maximum size of the training cache, in GiB.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Delete what no version and no recent run needs, and what killed processes left behind."""
+    """Delete artifacts that no version and no recent run needs, and leftovers of killed processes."""
     from flows.cli.output import print_json, print_table
     from tasks.operations.maintenance import collect_garbage, parse_time
 
     home = open_home()
     seconds = parse_time(grace)
-    done = collect_garbage(home, grace=seconds, keep_runs=keep_runs, cache=int(cache * (1 << 30)), dry_run=dry_run)
-    found = done.collection
+    result = collect_garbage(home, grace=seconds, keep_runs=keep_runs, cache=int(cache * (1 << 30)), dry_run=dry_run)
+    collection = result.collection
     if as_json:
-        print_json({"size": found.size, "cache": done.cache, **vars(found)})
+        print_json({"size": collection.size, "cache": result.cache, **vars(collection)})
         return
-    if dry_run and found.items:
-        print_table(("what", "name", "size"), [(i.what, i.name, _size(i.size)) for i in found.items])
-    verb = "would go" if dry_run else "went"
-    print(f"{len(found.items)} things {verb}: {_size(found.size)}. {found.kept} blobs stay.")
-    if found.waiting:
-        print(f"{found.waiting} blobs that nobody needs are younger than {grace} and wait.")
-    if found.binned:
-        print(f"{_size(found.binned)} are in the bin of the store; a collection in {grace} deletes them.")
-    if done.cache:
-        print(f"{_size(done.cache)} went from the training cache.")
+    if dry_run and collection.items:
+        print_table(("kind", "name", "size"), [(i.what, i.name, _size(i.size)) for i in collection.items])
+    verb = "Would delete" if dry_run else "Deleted"
+    print(f"{verb} {len(collection.items)} items ({_size(collection.size)}); {collection.kept} blobs kept.")
+    if collection.waiting:
+        print(f"{collection.waiting} unreferenced blobs are younger than {grace} and kept.")
+    if collection.binned:
+        print(f"{_size(collection.binned)} are in the store's trash; run gc again after {grace} to delete them.")
+    if result.cache:
+        print(f"Deleted {_size(result.cache)} from the training cache.")
 
 
 def fsck(
-    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be built again from what is whole.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair what intact data can restore.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prove that bytes, digests, events, aliases and MLflow agree."""
+    """Check that bytes, digests, events, aliases and MLflow agree. Exit code 1 on damage."""
     from flows.cli.output import print_json, print_table
-    from registry.maintenance.fsck import fsck as audit
+    from registry.maintenance.fsck import fsck as find_problems
     from registry.maintenance.repair import repair as repair_home
 
     home = open_home()
-    done = repair_home(home) if repair else []
-    problems = audit(home)
+    repairs = repair_home(home) if repair else []
+    problems = find_problems(home)
     if as_json:
-        print_json({"repaired": done, "problems": problems} if repair else problems)
+        print_json({"repaired": repairs, "problems": problems} if repair else problems)
     else:
-        if done:
-            rows = [("yes" if each.done else "NO", each.what, each.where, each.outcome) for each in done]
-            print_table(("mended", "problem", "where", "outcome"), rows)
+        if repairs:
+            rows = [("yes" if r.done else "NO", r.what, r.where, r.outcome) for r in repairs]
+            print_table(("repaired", "problem", "where", "outcome"), rows)
         if problems:
-            print_table(("problem", "where", "to do"), [(p.what, p.where, p.remedy) for p in problems])
+            print_table(("problem", "where", "fix"), [(p.what, p.where, p.remedy) for p in problems])
         else:
             print("Everything agrees: bytes, digests, lineage, aliases, MLflow.")
     if any(problem.severity == "damage" for problem in problems):
@@ -73,75 +77,77 @@ def fsck(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what is wrong with this installation, and how to mend it."""
+    """Check this installation and show how to fix it. Exit code 1 if anything is broken."""
     from flows.cli.output import print_json, print_table
     from tasks.operations.maintenance import examine
 
-    found = examine(home_path())
+    findings = examine(home_path())
     if as_json:
-        print_json(found)
+        print_json(findings)
     else:
-        print_table(("", "about", "found", "to do"), [(f.level, f.about, f.found, f.remedy) for f in found])
-    if any(finding.level == "broken" for finding in found):
+        print_table(("", "check", "finding", "fix"), [(f.level, f.about, f.found, f.remedy) for f in findings])
+    if any(finding.level == "broken" for finding in findings):
         raise typer.Exit(1)
 
 
 def backup(
-    target: Annotated[Path, typer.Argument(metavar="FOLDER|FILE.tar", help="A folder of backups, or one archive.")],
+    target: Annotated[Path, typer.Argument(metavar="FOLDER|FILE.tar", help="Folder of backups, or one archive.")],
     as_json: Json = False,
 ) -> None:
-    """Copy databases, settings and every blob that they name, while others work; again, and only what is new."""
+    """Back up databases, settings and every referenced blob; later backups copy only new blobs."""
     from flows.cli.output import print_json, print_table
-    from registry.maintenance.backup import backup as act
+    from registry.maintenance.backup import backup as back_up
 
-    done = act(open_home(), target)
+    result = back_up(open_home(), target)
     if as_json:
-        print_json(done)
+        print_json(result)
     else:
-        print(f"{done.path}: {done.blobs} blobs, {done.copied} of them new ({_size(done.size)})")
-        for each in done.left_out:
-            print(f"Not in it: {each}")
-        if done.problems:
-            print_table(("not copied", "where", "to do"), [(p.what, p.where, p.remedy) for p in done.problems])
-    if done.problems:
+        print(f"{result.path}: {result.blobs} blobs, {result.copied} of them new ({_size(result.size)})")
+        for item in result.left_out:
+            print(f"Not included: {item}")
+        if result.problems:
+            print_table(("not copied", "where", "fix"), [(p.what, p.where, p.remedy) for p in result.problems])
+    if result.problems:
         raise typer.Exit(1)
 
 
 def restore_backup(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER|FILE.tar", help="A folder of backups, one of them, a tar.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Move aside a home that holds something.")] = False,
+    source: Annotated[Path, typer.Argument(metavar="FOLDER|FILE.tar", help="Folder of backups, one backup, or a tar.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Move an existing home aside.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make LORALINE_HOME from a backup: verified whole first, then in its place at once."""
+    """Restore LORALINE_HOME from a backup: verifies all of it, then moves it into place."""
     from flows.cli.output import print_json
     from registry.maintenance.restore import restore
 
-    done = restore(source, home_path(), replace=replace)
+    result = restore(source, home_path(), replace=replace)
     if as_json:
-        print_json(done)
+        print_json(result)
         return
-    print(f"{done.home}: as of {done.created_at}, {done.blobs} blobs")
-    if done.before is not None:
-        print(f"What was there before is in {done.before}")
-    for each in done.left_out:
-        print(f"Not restored: {each}")
+    print(f"{result.home}: as of {result.created_at}, {result.blobs} blobs")
+    if result.before is not None:
+        print(f"The previous home is in {result.before}")
+    for item in result.left_out:
+        print(f"Not restored: {item}")
 
 
 def copy_database(
-    target: Annotated[str, typer.Argument(metavar="URL", help="An empty database: postgresql+psycopg://, sqlite:///.")],
+    target: Annotated[
+        str, typer.Argument(metavar="URL", help="URL of an empty database: postgresql+psycopg://, sqlite:///.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Copy the registry's own tables to another database, such as from SQLite to PostgreSQL."""
+    """Copy the registry's tables to another database, such as from SQLite to PostgreSQL."""
     from flows.cli.output import print_json, print_table
     from registry.store.copy_database import copy_tables
 
     home = open_home()
-    done = copy_tables(home.lineage_url, target)
+    rows = copy_tables(home.lineage_url, target)
     if as_json:
-        print_json(done)
+        print_json(rows)
         return
-    print_table(("table", "rows"), list(done.items()))
-    print(f"Copied. To use it, name it as `database` in {home.path / 'loraline.yaml'}, or in LORALINE_DATABASE_URL.")
+    print_table(("table", "rows"), list(rows.items()))
+    print(f"Copied. To use it, set `database` in {home.path / 'loraline.yaml'}, or LORALINE_DATABASE_URL.")
 
 
 def _size(size: int) -> str:

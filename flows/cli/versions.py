@@ -1,4 +1,4 @@
-"""The verbs on versions: list, show, report, export, promote, rollback."""
+"""Defines the verbs on versions: list, show, report, export, promote, rollback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
 
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
+Reason = Annotated[str, typer.Option(help="Reason, stored in the log.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -24,8 +24,8 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def list_versions(
-    name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Deleted versions too.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Adapter to list. Default: all.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Include deleted versions.")] = False,
     as_json: Json = False,
 ) -> None:
     """List registered adapters, their versions and aliases."""
@@ -62,7 +62,7 @@ def show(ref: Ref, as_json: Json = False) -> None:
     version = find_version(versions, ref)
     rights = describe_rights(versions, version)
     if as_json:
-        print_json(describe(version, whole=True) | {"rights": rights})
+        print_json(describe(version, details=True) | {"rights": rights})
         return
     print_facts(
         [
@@ -74,18 +74,18 @@ def show(ref: Ref, as_json: Json = False) -> None:
             ("created", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
             ("gates", version.gate_status),
             ("parents", ", ".join(version.parents)),
-            ("licences", ", ".join(rights["terms"]["licenses"])),
+            ("licenses", ", ".join(rights["terms"]["licenses"])),
             ("commercial use", "allowed" if rights["commercial"] else "not allowed"),
             ("obligations", ", ".join(rights["terms"]["obligations"])),
             ("restrictions", ", ".join(rights["terms"]["restrictions"])),
-            ("in the way", "; ".join(rights["conflicts"])),
+            ("conflicts", "; ".join(rights["conflicts"])),
             ("revoked", "; ".join(rights["revoked"])),
             ("MLflow run", version.mlflow_run_id),
         ]
     )
     if rights["sources"]:
-        rows = [(entry["what"], entry["where"], ", ".join(_asked(entry))) for entry in rights["sources"]]
-        print_table(("rights come from", "where", "which asks for or forbids"), rows)
+        rows = [(entry["what"], entry["where"], ", ".join(_list_terms(entry))) for entry in rights["sources"]]
+        print_table(("source of rights", "where", "obligations and restrictions"), rows)
     if version.metrics:
         rows = [
             (name, *(f"{metric[key]:.4f}" for key in ("base", "adapter", "difference")), metric["better"])
@@ -97,15 +97,15 @@ def show(ref: Ref, as_json: Json = False) -> None:
 
 
 def report(
-    ref: Ref, output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The file to write.")]
+    ref: Ref, output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="Output file.")]
 ) -> None:
-    """Write the report of a version as one HTML file."""
+    """Write the evaluation report of a version as one HTML file."""
     from tasks.errors import PipelineFailed
     from tasks.operations.report import write_report
 
     if write_report(open_home(), ref, output) is None:
         raise PipelineFailed(
-            f"{ref} was never evaluated", remedy="add an evaluate step and hand its report to register"
+            f"{ref} was never evaluated", remedy="add an evaluate step and pass its report to register"
         )
     print(output)
 
@@ -116,50 +116,54 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline.",
+            help="Format: kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="FILE.safetensors, or a folder to write into.")
+        Path, typer.Option("-o", "--output", metavar="OUT", help="Output file (.safetensors) or folder.")
     ],
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="Where the format's names need one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    approximate: Annotated[bool, typer.Option(help="Write what FORMAT cannot hold as the nearest LoRA.")] = False,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of an approximation, the largest.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Of an approximation: share to keep, up to 1.")] = None,
-    with_records: Annotated[
-        bool, typer.Option(help="Also its documents, and the registered file they are about.")
-    ] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Base model, for formats that need its module names.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")
+    ] = None,
+    approximate: Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")
+    ] = None,
+    with_records: Annotated[bool, typer.Option(help="Include its documents and the registered file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a registered adapter, verified, in another program's format."""
+    """Export a registered adapter, verified, to another program's format."""
     from flows.cli.output import print_json
     from tasks.operations.documents import records_beside, write_documents
     from tasks.operations.export_adapter import export_version
 
-    wanted = {"rank": rank, "energy": energy} if approximate else None
-    done = export_version(open_home(), ref, to, output, base=base, dtype=dtype, approximation=wanted)
+    approximation = {"rank": rank, "energy": energy} if approximate else None
+    result = export_version(open_home(), ref, to, output, base=base, dtype=dtype, approximation=approximation)
     documents = (
-        write_documents(open_home(), done.version, records_beside(output), with_adapter=True) if with_records else []
+        write_documents(open_home(), result.version, records_beside(output), with_adapter=True) if with_records else []
     )
     if as_json:
-        print_json({**vars(done), "records": documents})
+        print_json({**vars(result), "records": documents})
         return
-    for entry in [*done.files, *documents]:
+    for entry in [*result.files, *documents]:
         print(f"{entry['file']}  sha256 {entry['sha256']}")
-    if done.approximation:
-        print(f"approximated: {done.approximation['retained']:.4%} of the squared norm is kept")
+    if result.approximation:
+        print(f"approximated: keeps {result.approximation['retained']:.4%} of the squared norm")
 
 
 def promote(
     ref: Ref,
-    to: Annotated[str, typer.Option(metavar="ALIAS", help="The alias, such as production.")],
+    to: Annotated[str, typer.Option(metavar="ALIAS", help="Alias, such as production.")],
     reason: Reason,
     override: Annotated[
-        bool, typer.Option("--override", help="Set reasons aside, where the policy lets you; they stay in the log.")
+        bool, typer.Option("--override", help="Override refusals that the policy lets you override; logged.")
     ] = False,
 ) -> None:
-    """Give an alias to a version; refused with all reasons unless its policy is met. Logged; undone by rollback."""
+    """Point an alias at a version if its policy allows it. Undo with rollback."""
     from tasks.operations.promote import promote_version
 
     event = promote_version(open_home(), ref, to, reason, override=override)
@@ -167,22 +171,22 @@ def promote(
 
 
 def rollback(
-    name: Annotated[str, typer.Argument(help="The adapter.")],
-    alias: Annotated[str, typer.Option(help="The alias to take back.")] = "production",
-    to: Annotated[int | None, typer.Option(help="A version; by default the one before.")] = None,
-    to_event: Annotated[int | None, typer.Option(help="As the alias was right after this event of the log.")] = None,
+    name: Annotated[str, typer.Argument(help="Adapter.")],
+    alias: Annotated[str, typer.Option(help="Alias to roll back.")] = "production",
+    to: Annotated[int | None, typer.Option(help="Version to return to. Default: the previous one.")] = None,
+    to_event: Annotated[int | None, typer.Option(help="Event of the log whose result to return to.")] = None,
     reason: Reason = "rollback",
 ) -> None:
-    """Take an alias back to where it was before."""
+    """Point an alias back at its previous version."""
     from tasks.operations.promote import roll_back
 
     event = roll_back(open_home(), name, alias, to, reason, to_event=to_event)
     _print_move(event)
 
 
-def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
-    """A version as a JSON object; with `whole`, its recipe, metrics, gates, parents and card too."""
-    short: dict[str, Any] = {
+def describe(version: AdapterVersion, *, details: bool = False) -> dict[str, Any]:
+    """Returns a version as a JSON object; with `details` also recipe, metrics, gates, parents and card."""
+    summary: dict[str, Any] = {
         "name": version.name,
         "version": version.version,
         "aliases": list(version.aliases),
@@ -192,9 +196,9 @@ def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
         "passed": version.passed,
         "state": version.state,
     }
-    if not whole:
-        return short
-    return short | {
+    if not details:
+        return summary
+    return summary | {
         "recipe": version.params,
         "metrics": version.metrics,
         "gates": version.gates,
@@ -207,9 +211,9 @@ def describe(version: AdapterVersion, *, whole: bool = False) -> dict[str, Any]:
     }
 
 
-def _asked(source: dict[str, Any]) -> list[str]:
+def _list_terms(source: dict[str, Any]) -> list[str]:
     terms = source["terms"]
-    return [*terms["obligations"], *terms["restrictions"], *(f"unknown: {what}" for what in terms["unknown"])]
+    return [*terms["obligations"], *terms["restrictions"], *(f"unknown: {term}" for term in terms["unknown"])]
 
 
 def _print_move(event: Event) -> None:

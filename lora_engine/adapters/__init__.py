@@ -1,4 +1,4 @@
-"""Adapters in memory: kinds of deltas, and how they go on a base and come off. No file format lives here."""
+"""Adapters in memory: delta kinds, and functions that attach, detach and collapse them. Knows no file format."""
 
 from lora_engine.adapters import boft as boft  # registers its kind; a new kind adds a line like this
 from lora_engine.adapters import full as full
@@ -38,9 +38,9 @@ __all__ = [
     "Delta",
     "DictTree",
     "DoraDelta",
-    "Issue",
     "FullDelta",
     "Ia3Delta",
+    "Issue",
     "LayerOp",
     "LayerSettings",
     "LohaDelta",

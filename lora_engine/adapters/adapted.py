@@ -1,4 +1,4 @@
-"""The one module that wraps a layer under an adapter. It knows no kind: what a delta does is the delta's own affair."""
+"""Defines `AdaptedLayer`, the one wrapper module for all adapter kinds and layer types."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lora_engine.adapters.shared_input import SharedInput
 
 
 class AdaptedLayer(nn.Module):
-    """A layer under one delta: the layer's own output, then what the delta makes of it.
+    """A layer with one delta applied to its output.
 
-    The wrapped layer keeps its identity, hooks, mode and gradients' settings. Attributes that the wrapper lacks
-    (`weight`, `in_features`, ...) are the wrapped layer's.
+    The wrapped layer keeps its identity, hooks, mode and `requires_grad`. Attributes that the wrapper lacks (`weight`,
+    `in_features`, ...) are read from the wrapped layer.
 
     Args:
-        base: The layer, or another `AdaptedLayer` (adapters stack; each sees the innermost layer's weight).
-        delta: The delta; its factors become parameters of this module, shared with the delta, so that `.to()` and
-            optimisers move both.
-        multiplier: Strength; 0 gives the base's output, bit for bit.
-        trainable: Whether the factors (those that the delta does not freeze) take gradients.
+        base: The layer, or another `AdaptedLayer` (adapters stack, and each reads the innermost layer's weight).
+        delta: The delta. Its factors become parameters of this module and are shared with `self.delta`.
+        multiplier: Strength of the delta; 0 returns the base's output, bit for bit.
+        trainable: True gives the factors gradients, except those in `delta.frozen`.
 
     Attributes:
-        dropout: Share of the input that the delta does not see (as PEFT's `lora_dropout`); see `Attachment.adapter_dropout`.
-        whole: The layer and the delta in one step, where the kind has that and the layer is not wrapped already.
-        shared: The layers that are called with the same input, where there are others.
+        dropout: Dropout rate of the delta's input (PEFT's `lora_dropout`); see `Attachment.adapter_dropout`.
+        fused_forward: Computes layer and delta in one step; None if the kind has no fused kernel or the layer was
+            already wrapped.
+        shared: The group of layers that are called with the same input; None without such a group.
     """
 
     base: nn.Module
@@ -49,7 +49,7 @@ class AdaptedLayer(nn.Module):
         self.multiplier = multiplier
         self.dropout = 0.0
         self._op = LayerOp.of(layer)
-        self._layer = (layer,)  # in a tuple, so that it is not registered a second time
+        self._layer = (layer,)  # a tuple: nn.Module must not register it a second time
         factors = {
             name: nn.Parameter(
                 factor.detach().clone().to(weight.device), requires_grad=trainable and name not in delta.frozen
@@ -63,7 +63,7 @@ class AdaptedLayer(nn.Module):
         self.training = base.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The adapted output."""
+        """Returns the adapted output, in the dtype of the base layer's output."""
         if not (args or kwargs):
             shared = None if self.shared is None else self.shared.output(self, x)
             if shared is not None:
@@ -76,14 +76,14 @@ class AdaptedLayer(nn.Module):
         if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         layer = self._layer[0]
-        # A quantised layer computes its weight when asked, so only kinds that read it ask.
+        # A quantized layer dequantizes its weight on access, so only kinds that read the weight access it.
         weight: Tensor = layer.weight if self.delta.reads_base else meta_weight(layer)  # type: ignore[assignment]
         return self.delta.forward(x, out, weight, bias_of(layer), self._op, self.multiplier)
 
     def can_fuse(self, x: Tensor) -> bool:
-        """Whether the layer and the delta are one step for this input, now."""
-        fused_forward, usual = self.fused_forward, self.multiplier != 0.0 and not self.dropout
-        return fused_forward is not None and usual and fused_forward.applies_to(x) and is_plain_linear(self.base)
+        """Returns True if the fused forward can be used for this input."""
+        fused_forward, is_plain = self.fused_forward, self.multiplier != 0.0 and not self.dropout
+        return fused_forward is not None and is_plain and fused_forward.applies_to(x) and is_plain_linear(self.base)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -95,7 +95,7 @@ class AdaptedLayer(nn.Module):
 
 
 def innermost(layer: nn.Module) -> nn.Module:
-    """The layer below all wrappers."""
+    """Returns the layer inside all wrappers."""
     while isinstance(layer, AdaptedLayer):
         layer = layer.base
     return layer

@@ -1,4 +1,4 @@
-"""`Adapter`: deltas by canonical module name. It knows no file format, no path and no device."""
+"""Defines `Adapter`: deltas by canonical module name. Knows no file format, no path and no device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_engine.errors import AdapterError
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One adapter.
+    """One adapter: its deltas, and the base that they were trained for.
 
     Attributes:
-        modules: Canonical dotted module name (`unet.down_blocks.0....to_q`) to its delta; kept sorted by name.
-        base: Family of the base model, empty where unknown.
-        fingerprint: Digest of the base that it was made for, None where unknown.
+        modules: Canonical dotted module name (`unet.down_blocks.0....to_q`) to its delta; sorted by name.
+        base: Family of the base model; empty means unknown.
+        fingerprint: Digest of the base that it was trained for; None means unknown.
     """
 
     modules: Mapping[str, Delta] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Adapter:
         object.__setattr__(self, "modules", MappingProxyType(ordered))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are the same: names, kinds, settings, base, and factors bit for bit with their dtypes."""
+        """Returns True if names, kinds, settings, base and dtypes are equal, and the factors bit for bit."""
         if not isinstance(other, Adapter):
             return NotImplemented
         same_base = (self.base, self.fingerprint) == (other.base, other.fingerprint)
@@ -44,14 +44,14 @@ class Adapter:
     __hash__ = None  # type: ignore[assignment]
 
     def to_export(self) -> Adapter:
-        """The adapter as it goes into files; see `Delta.to_export`."""
+        """Returns the adapter in export form; see `Delta.to_export`."""
         return replace(self, modules={name: delta.to_export() for name, delta in self.modules.items()})
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
-        """The adapter with its factors in another dtype or on another device.
+        """Returns the adapter with its factors in another dtype or on another device.
 
         Raises:
-            AdapterError: A finite value would not be finite in the dtype (float16 ends at 65504).
+            AdapterError: A value is not finite in the dtype (the maximum of float16 is 65504).
         """
         modules = {name: _cast(name, delta, dtype, device) for name, delta in self.modules.items()}
         return replace(self, modules=modules)

@@ -1,6 +1,6 @@
-"""Putting adapters on a base and taking them off: create, attach, detach, collapse.
+"""Creates adapters, attaches them to a base, detaches them, and collapses them into its weights.
 
-Attaching wraps layers and touches no weight; collapsing adds the deltas into the weights for good.
+Attaching wraps layers and changes no weight. Collapsing adds the deltas to the weights in place.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Base = ModuleTree | Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What a fresh delta is like.
+    """Settings of a new delta.
 
     Attributes:
         kind: Name of an adapter kind.
         rank: Inner dimension.
-        alpha: The scale is `alpha / rank` for most kinds; None stands for the kind's default, a scale of 1.
-        options: The kind's own; see `lora_engine.training.specs.kinds`.
+        alpha: The scale is `alpha / rank` for most kinds; None means the kind's default, a scale of 1.
+        options: Keyword options of the kind; see `lora_engine.training.specs.kinds`.
     """
 
     kind: str = "lora"
@@ -43,10 +43,10 @@ class LayerSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def create(self, layer: nn.Module, generator: torch.Generator | None) -> Delta:
-        """A fresh delta for a layer.
+        """Creates a delta for a layer.
 
         Raises:
-            SettingsError: An unknown kind, or a setting that does not suit the layer.
+            SettingsError: The kind is unknown, or a setting is not valid for the layer.
         """
         weight: Tensor = layer.weight  # type: ignore[assignment]
         bias = bias_of(layer)
@@ -66,39 +66,39 @@ def create_adapter(
     overrides: Mapping[str, LayerSettings] | None = None,
     generator: torch.Generator | None = None,
 ) -> Adapter:
-    """A fresh adapter for a base: factors in float32 on the CPU, zero in effect.
+    """Creates an adapter for a base: factors in float32 on the CPU, and a delta of zero.
 
     Args:
         base: A base model, or plain modules by component name.
         targets: See `select_modules`.
         kind: Name of an adapter kind.
         rank: Inner dimension.
-        alpha: Scale is `alpha / rank`; None stands for the rank, so that the scale is 1.
-        options: The kind's own.
-        overrides: Targets (as for `targets`) to other settings for those of the chosen modules that they mean; where
-            several mean a module, the last one counts.
-        generator: Where the random factors come from; one generator gives the same adapter again.
+        alpha: The scale is `alpha / rank`; None means the rank, which gives scale 1.
+        options: Keyword options of the kind.
+        overrides: Pattern (as in `targets`) to other settings for the selected modules that it matches; the last match
+            wins.
+        generator: Draws the random factors; equal generator states give equal adapters.
 
     Raises:
-        SettingsError: An unknown kind or target, a setting that a target cannot have (named), or an override that
-            means none of the chosen modules.
+        SettingsError: A kind or target is unknown, a setting is not valid for a target (the message names it), or an
+            override matches none of the selected modules.
     """
     tree = as_tree(base)
     shapes = module_shapes(tree)
     plain = LayerSettings(kind, rank, alpha, options or {})
     settings = dict.fromkeys(select_modules(shapes, targets), plain)
     for pattern, special in (overrides or {}).items():
-        meant = settings.keys() & select_modules(shapes, pattern)
-        if not meant:
+        matches = settings.keys() & select_modules(shapes, pattern)
+        if not matches:
             raise SettingsError(
-                f"the override {pattern!r} means none of the {len(settings)} modules that the targets mean",
-                remedy="add them to the targets, or mend the pattern",
+                f"override {pattern!r} matches none of the {len(settings)} modules that the targets select",
+                remedy="add the modules to the targets, or fix the pattern",
             )
-        settings |= dict.fromkeys(meant, special)
+        settings |= dict.fromkeys(matches, special)
     modules: dict[str, Delta] = {}
-    for name, wanted in settings.items():
+    for name, layer_settings in settings.items():
         try:
-            modules[name] = wanted.create(innermost(tree.get_module(name)), generator)
+            modules[name] = layer_settings.create(innermost(tree.get_module(name)), generator)
         except SettingsError as error:
             if error.where:
                 raise
@@ -107,9 +107,9 @@ def create_adapter(
 
 
 class Attachment:
-    """An adapter on a base, until `detach`. Made by `attach`; a context manager that detaches at its end.
+    """An adapter that is attached to a base until `detach`. A context manager; `attach` creates it.
 
-    Attachments stack, and may be detached in any order.
+    Attachments stack, and can be detached in any order.
     """
 
     def __init__(self, tree: ModuleTree, adapter: Adapter, layers: dict[str, AdaptedLayer]) -> None:
@@ -118,7 +118,7 @@ class Attachment:
 
     @property
     def multiplier(self) -> float:
-        """Strength of the adapter; may be set while attached. 0 gives the base's output, bit for bit."""
+        """Strength of the adapter; can be set while attached. 0 returns the base's output, bit for bit."""
         return next(layer.multiplier for layer in self._layers.values())
 
     @multiplier.setter
@@ -128,11 +128,11 @@ class Attachment:
 
     @contextmanager
     def adapter_dropout(self, share: float, seed: int) -> Iterator[None]:
-        """While it is open, each layer's delta sees its input without a random share of it.
+        """Applies dropout to the input of every delta while the context is open.
 
         Args:
-            share: From 0 to below 1; what is left is scaled up to make good for it.
-            seed: The same seed leaves out the same; the global generators are as before afterwards.
+            share: Dropout rate, from 0 to below 1; the remaining values are scaled by `1 / (1 - share)`.
+            seed: Equal seeds drop the same elements. The state of the global generators is restored at the end.
         """
         devices = {parameter.device for layer in self._layers.values() for parameter in layer.factors.values()}
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
@@ -146,18 +146,18 @@ class Attachment:
                     layer.dropout = 0.0
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<module>.<factor>` and the parameter, sorted by module; without the factors that a kind freezes."""
+        """Yields `<module>.<factor>` and its parameter, sorted by module; skips the factors that a kind freezes."""
         for name, layer in self._layers.items():
             for factor, parameter in layer.factors.items():
                 if factor not in layer.delta.frozen:
                     yield f"{name}.{factor}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        """The factors that training moves, in the order of `named_parameters`."""
+        """Returns the trainable factors, in the order of `named_parameters`."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now: copies of the factors, without gradients."""
+        """Returns the adapter with copies of the current factors, without gradients."""
         modules: dict[str, Delta] = {}
         for name, layer in self._layers.items():
             factors = {key: factor.detach().clone() for key, factor in layer.factors.items()}
@@ -165,10 +165,10 @@ class Attachment:
         return Adapter(modules, self._adapter.base, self._adapter.fingerprint)
 
     def detach(self) -> None:
-        """Puts the very same module objects back. A second call does nothing.
+        """Restores the original module objects. A second call does nothing.
 
         Raises:
-            AdapterError: Somebody else replaced a module in the meantime.
+            AdapterError: Other code replaced a module while the adapter was attached.
         """
         if not self.attached:
             return
@@ -186,17 +186,17 @@ class Attachment:
 
 
 def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: bool = False) -> Attachment:
-    """Puts an adapter on a base by wrapping its layers; no weight is touched. Factors are copied, so the adapter stays.
+    """Attaches an adapter to a base by wrapping its layers. Changes no weight, and copies the factors.
 
     Args:
         base: A base model, or plain modules by component name.
-        adapter: The adapter; its factors go to the layers' devices and keep their dtype.
-        multiplier: Strength.
-        trainable: Whether the factors take gradients; the base's own settings of gradients are left alone.
+        adapter: The adapter; its factors move to the layers' devices and keep their dtype.
+        multiplier: Strength of the adapter.
+        trainable: True gives the factors gradients; `requires_grad` of the base does not change.
 
     Raises:
-        AdapterError: A module that the base lacks, of a type that cannot carry an adapter, or of another shape; the
-            base is then untouched.
+        AdapterError: A module is missing in the base, its type cannot carry an adapter, or its shape differs. The base
+            is unchanged.
     """
     tree = as_tree(base)
     check_fit(tree, adapter)
@@ -212,10 +212,10 @@ def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: 
 
 @torch.no_grad()
 def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
-    """Adds an adapter into the weights of a base, in place: in float32 (or better), cast to the weight's dtype last.
+    """Adds an adapter to the weights of a base in place, in float32 or wider; casts to the weight's dtype last.
 
     Raises:
-        AdapterError: The adapter does not fit, or a layer is quantised; the base is then untouched.
+        AdapterError: The adapter does not fit, or a layer is quantized. The base is unchanged.
     """
     tree = as_tree(base)
     check_fit(tree, adapter)
@@ -223,10 +223,10 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
         layer = innermost(tree.get_module(name))
         if meta_weight(layer) is not layer.weight:
             raise AdapterError(
-                "a quantised weight cannot take a difference in",
+                "a quantized weight cannot be changed in place",
                 where=name,
                 allowed="a base in full precision",
-                remedy="load the base without quantisation, or attach the adapter instead",
+                remedy="load the base without quantization, or attach the adapter instead",
             )
     if multiplier == 0.0:
         return
@@ -234,8 +234,8 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
         layer = innermost(tree.get_module(name))
         weight: Tensor = layer.weight  # type: ignore[assignment]
         bias = bias_of(layer)
-        here = delta.with_factors({key: factor.to(weight.device) for key, factor in delta.factors().items()})
-        change, bias_change = here.delta_weight(weight), here.delta_bias(bias)
+        moved = delta.with_factors({key: factor.to(weight.device) for key, factor in delta.factors().items()})
+        change, bias_change = moved.delta_weight(weight), moved.delta_bias(bias)
         weight.copy_(weight.to(change.dtype).add(change, alpha=multiplier))
         if bias_change is not None:
             old = torch.zeros_like(bias_change) if bias is None else bias.to(bias_change.dtype)
@@ -244,14 +244,14 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
 
 
 def check_fit(base: Base, adapter: Adapter) -> None:
-    """Does nothing where an adapter fits a base.
+    """Raises `AdapterError` if an adapter does not fit a base.
 
     Raises:
         AdapterError: The adapter is empty, or a module is missing, cannot carry an adapter, or has another shape.
     """
     tree = as_tree(base)
     if not adapter.modules:
-        raise AdapterError("the adapter has no modules", remedy="check the file that it came from")
+        raise AdapterError("the adapter has no modules", remedy="check the file that it was read from")
     for name, delta in adapter.modules.items():
         layer = innermost(tree.get_module(name))
         if not is_adaptable(layer):
@@ -259,11 +259,11 @@ def check_fit(base: Base, adapter: Adapter) -> None:
                 f"a layer of type {type(layer).__name__!r} cannot carry an adapter",
                 where=name,
                 allowed=", ".join(kind.__name__ for kind in ADAPTABLE),
-                remedy="check that the adapter was made for this base",
+                remedy="check that the adapter was trained for this base",
             )
-        for fault in delta.faults(weight_shape(layer)):
-            where = f"{name}, factor {fault.factor!r}"
-            raise AdapterError(fault.problem, where=where, allowed=fault.allowed, remedy=fault.remedy)
+        for issue in delta.issues(weight_shape(layer)):
+            where = f"{name}, factor {issue.factor!r}"
+            raise AdapterError(issue.problem, where=where, allowed=issue.allowed, remedy=issue.remedy)
 
 
 def _unwrap(tree: ModuleTree, name: str, layer: AdaptedLayer) -> None:
@@ -279,5 +279,5 @@ def _unwrap(tree: ModuleTree, name: str, layer: AdaptedLayer) -> None:
     raise AdapterError(
         "the layer under the adapter was replaced while it was attached",
         where=name,
-        remedy="detach before the base's modules are changed",
+        remedy="detach the adapter before you change the base's modules",
     )

@@ -1,7 +1,7 @@
-"""The `Delta` protocol: what an adapter does to one layer. One small file a kind implements it and registers itself.
+"""Defines the `Delta` protocol: what an adapter does to one layer. Each kind is one file that registers itself.
 
-`delta_weight` is the meaning; `forward` is an optimisation that a law test holds to it. Names that occur only in
-files (`lora_down`, `lora_A`) do not belong here: factors have their mathematical names.
+`delta_weight` is the definition of a kind; `forward` is an optimization, which a law test compares with it. Factors
+have mathematical names; names from files (`lora_down`, `lora_A`) stay in `formats`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lora_engine.registries import Registry
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing that is wrong with a delta.
+    """One structural error of a delta.
 
     Attributes:
-        factor: The factor it concerns, or `alpha`.
+        factor: Name of the factor, or `alpha`.
         problem: What is wrong, with the value.
-        allowed: What would be right.
-        remedy: One thing to do.
+        allowed: The valid values.
+        remedy: The fix, an imperative.
     """
 
     factor: str
@@ -37,32 +37,32 @@ class Issue:
 
 
 DAMAGED = "save or download the adapter again; the file is damaged or was edited"
-OTHER_BASE = "name the base that the adapter was made for"
-"""What a person can do about most faults."""
+OTHER_BASE = "name the base that the adapter was trained for"
+"""The remedies of most issues."""
 
 
 class Delta(Protocol):
-    """What one adapter does to one layer: factors, and how they make a difference of weights.
+    """What one adapter does to one layer: factors, and the weight difference that they define.
 
-    Implementations are frozen dataclasses. `alpha` is None where a kind has none.
+    Implementations are frozen dataclasses. `alpha` is None for kinds without one.
     """
 
     kind: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
-    """Names of the factors that training does not move."""
+    """Names of the factors that are not trained."""
     reads_base: ClassVar[bool] = True
-    """Whether the difference depends on the values of the base's weight, and not on its shape and dtype alone."""
+    """True if the difference depends on the values of the base's weight, not only on its shape and dtype."""
 
-    if TYPE_CHECKING:  # at run time a property here would be taken for the default of a dataclass's field
+    if TYPE_CHECKING:  # at run time, a dataclass would take a property for the default of its field
 
         @property
         def alpha(self) -> float | None:
-            """The file-level alpha; the scale that follows from it is the kind's own rule."""
+            """The alpha of the file. Each kind derives its scale from it."""
             ...
 
         @property
         def rank(self) -> int | None:
-            """The inner dimension, or None for kinds without one."""
+            """The inner dimension; None for kinds without one."""
             ...
 
     @classmethod
@@ -76,41 +76,41 @@ class Delta(Protocol):
         *args: Any,
         **options: Any,
     ) -> Delta:
-        """A fresh delta for a layer: float32 on the CPU, and zero in effect.
+        """Creates a delta for a layer: factors in float32 on the CPU, and a difference of zero.
 
         Args:
-            weight: The base's; kinds that start from its values read them, the others its shape alone.
-            bias: The base's, where it has one.
-            rank: Inner dimension; kinds without one pass over it.
-            alpha: None stands for the kind's default.
-            generator: Where random factors come from.
-            *args: None.
-            **options: The kind's own; see `lora_engine.training.specs.kinds`.
+            weight: Weight of the base. Most kinds read only its shape.
+            bias: Bias of the base; None if the layer has none.
+            rank: Inner dimension; kinds without one ignore it.
+            alpha: None means the kind's default.
+            generator: Draws the random factors.
+            *args: Unused.
+            **options: Keyword options of the kind; see `lora_engine.training.specs.kinds`.
 
         Raises:
-            SettingsError: The settings do not suit the layer.
+            SettingsError: A setting is not valid for the layer.
         """
         ...
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of these factors; `alpha` None stands for the kind's default. Nothing is checked: see `faults`."""
+        """Builds a delta from factors, unchecked (see `issues`). `alpha` None means the kind's default."""
         ...
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors by name."""
+        """Returns the factors by name."""
         ...
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same delta (kind, alpha, settings) with other tensors, for instance parameters."""
+        """Returns a delta with other tensors (such as parameters) and the same kind, alpha and settings."""
         ...
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """What is added to the weight at multiplier 1: at least float32, in the shape of `base`."""
+        """Returns the weight difference at multiplier 1, in float32 or wider and the shape of `base`."""
         ...
 
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
-        """What is added to the bias at multiplier 1, or None for nothing."""
+        """Returns the bias difference at multiplier 1; None means no difference."""
         return None
 
     def forward(
@@ -122,31 +122,31 @@ class Delta(Protocol):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The adapted output, from the input and the base layer's output.
+        """Returns the adapted output, in the dtype of `out`, from the input and the base layer's output.
 
         Law: equals `op(x, base_weight + multiplier * delta_weight(base_weight), bias + multiplier * delta_bias(bias))`.
-        In the dtype of `out`; factors are cast to the dtype of `x`. `x` serves the difference alone, so that dropout
-        may thin it out. This default forms the dense delta.
+        Factors are cast to the dtype of `x`. Only the difference reads `x`, because dropout may have changed it. This
+        default computes the dense delta.
         """
         return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
 
     def fused_forward(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
-        """The frozen layer and this delta in one step, where the kind has one; None means `forward` alone.
+        """Returns the fused forward of the frozen layer and this delta; None if the kind has none.
 
-        Law: where it is there, it gives what `forward` gives after the layer, and the same gradients.
+        Law: its output and gradients equal those of the layer followed by `forward`.
         """
         return None
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterable[Issue]:
-        """What is structurally wrong: shapes among the factors, alpha, and the fit to a weight where one is given."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterable[Issue]:
+        """Yields structural errors: factor shapes, alpha, and the fit to a weight if its shape is passed."""
         ...
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with its factors in the number of dimensions that this weight has (1x1 conv or linear)."""
+        """Returns the delta with factors in the number of dimensions of this weight (1x1 conv or linear)."""
         return self
 
     def to_export(self) -> Delta:
-        """The same delta as it goes into files: kinds that exist for training alone become the kind that they train."""
+        """Returns the delta in export form: kinds that exist only in training become the kind that they train."""
         return self
 
 
@@ -163,7 +163,7 @@ def dense_forward(
     *,
     multiplier: float = 1.0,
 ) -> Tensor:
-    """The adapted output by way of the dense delta; right for every kind."""
+    """Returns the adapted output, computed from the dense delta. Correct for every kind."""
     dtype = x.dtype if x.is_floating_point() else out.dtype
     bias = delta.delta_bias(base_bias)
     change = op(x, delta.delta_weight(base_weight).to(dtype), None if bias is None else bias.to(dtype))
@@ -171,7 +171,7 @@ def dense_forward(
 
 
 def same_delta(first: Delta, second: Delta) -> bool:
-    """Whether two deltas are the same: kind, settings, and factors bit for bit with their dtypes."""
+    """Returns True if kind, settings and dtypes of two deltas are equal, and the factors bit for bit."""
     if first is second:
         return True
     if type(first) is not type(second):

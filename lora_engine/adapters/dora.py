@@ -1,7 +1,7 @@
-"""DoRA: a weight's direction moved by another kind's delta, and a magnitude for each of its rows or columns.
+"""DoRA: another kind's delta changes the direction of a weight; each row or column has a trained magnitude.
 
-`W' = magnitude * (W + D) / ||W + D||` (arXiv 2402.09353, equation 5). The paper's norm is per column of a matrix that
-stands the other way round, which is a row here, an output; LyCORIS before 3.2 and OneTrainer take the inputs.
+`W' = magnitude * (W + D) / ||W + D||` (arXiv 2402.09353, equation 5). The paper takes the norm of each column of the
+transposed weight, which is a row (an output) here. LyCORIS before 3.2 and OneTrainer take the inputs.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lora_engine.errors import SettingsError
 
 Inner = LoraDelta | LohaDelta | LokrDelta
 INNER: Mapping[str, type[Inner]] = {"lora": LoraDelta, "loha": LohaDelta, "lokr": LokrDelta}
-"""The kinds that can move the direction."""
+"""The kinds that can change the direction."""
 MAGNITUDE = "magnitude"
-_TELLING: Mapping[str, type[Inner]] = {"down": LoraDelta, "down1": LohaDelta}
-"""Names of factors that tell of which kind they are; all others are LoKr's."""
+_KIND_OF_FACTOR: Mapping[str, type[Inner]] = {"down": LoraDelta, "down1": LohaDelta}
+"""Factor names that identify the inner kind; without one of them it is LoKr."""
 
 
 @dataclass(frozen=True, eq=False)
 class DoraDelta(Delta):
-    """What brings a weight to `magnitude * (W + D) / ||W + D||`.
+    """The difference between `magnitude * (W + D) / ||W + D||` and `W`.
 
     Attributes:
-        inner: D, a LoRA, LoHa or LoKr, which moves the direction.
-        magnitude: `[out, 1]` for the norms of the rows (outputs) or `[1, in]` for those of the columns (inputs), with
-            as many further dimensions of 1 as the weight has; the shape tells which.
+        inner: D, a LoRA, LoHa or LoKr delta, which changes the direction.
+        magnitude: `[out, 1]` with the norms of the rows (outputs), or `[1, in]` with those of the columns (inputs).
+            Further dimensions of 1 match those of the weight.
     """
 
     kind: ClassVar[str] = "dora"
@@ -44,17 +44,17 @@ class DoraDelta(Delta):
 
     @property
     def alpha(self) -> float:
-        """The inner delta's."""
+        """Alpha of the inner delta."""
         return self.inner.alpha
 
     @property
     def rank(self) -> int | None:
-        """The inner delta's."""
+        """Rank of the inner delta."""
         return self.inner.rank
 
     @property
     def axis(self) -> int:
-        """The dimension of the weight that has a magnitude for each entry: 0 for outputs, 1 for inputs."""
+        """The dimension of the weight that the magnitudes index: 0 for outputs, 1 for inputs."""
         lines, columns = self.magnitude.shape[:2]
         return 0 if columns == 1 and (lines > 1 or self._sides[0] == 1) else 1
 
@@ -70,48 +70,48 @@ class DoraDelta(Delta):
         axis: Literal["output", "input"] = "output",
         inner: Literal["lora", "loha", "lokr"] = "lora",
     ) -> Self:
-        """A fresh delta: a fresh inner one, and the norms of the weight as it is."""
+        """Creates a delta: a new inner delta, and the norms of the current weight."""
         if axis not in ("output", "input") or inner not in INNER:
-            problem = f"axis {axis!r} with an inner kind {inner!r}"
+            problem = f"axis {axis!r} with inner kind {inner!r}"
             allowed = f"output or input, with {', '.join(INNER)}"
             raise SettingsError(problem, allowed=allowed, remedy="choose one of these")
-        made = INNER[inner].create(weight, bias, rank, alpha, generator)
-        place = 0 if axis == "output" else 1
-        norms = _squares(weight.detach().float().cpu(), place).sqrt()
+        direction = INNER[inner].create(weight, bias, rank, alpha, generator)
+        dimension = 0 if axis == "output" else 1
+        norms = _squares(weight.detach().float().cpu(), dimension).sqrt()
         shape = [1 for _ in weight.shape]
-        shape[place] = -1
-        return cls(made, norms.reshape(shape))
+        shape[dimension] = -1
+        return cls(direction, norms.reshape(shape))
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `magnitude` and an inner kind's factors; a magnitude of one dimension is that of the outputs."""
+        """Builds a delta from `magnitude` and inner factors; a magnitude of one dimension is that of the outputs."""
         rest = {name: factor for name, factor in factors.items() if name != MAGNITUDE}
-        kind: type[Inner] = next((kind for name, kind in _TELLING.items() if name in rest), LokrDelta)
+        kind: type[Inner] = next((kind for name, kind in _KIND_OF_FACTOR.items() if name in rest), LokrDelta)
         magnitude = factors[MAGNITUDE]
-        fused_forward = magnitude.unsqueeze(1) if magnitude.dim() == 1 else magnitude
-        return cls(kind.from_factors(rest, alpha), fused_forward)
+        magnitude = magnitude.unsqueeze(1) if magnitude.dim() == 1 else magnitude
+        return cls(kind.from_factors(rest, alpha), magnitude)
 
     def factors(self) -> dict[str, Tensor]:
-        """The inner delta's, and `magnitude`."""
+        """Returns the inner delta's factors and `magnitude`."""
         return {**self.inner.factors(), MAGNITUDE: self.magnitude}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same settings with other tensors."""
+        """Returns a delta with other tensors and the same settings."""
         rest = {name: factor for name, factor in factors.items() if name != MAGNITUDE}
         return type(self)(self.inner.with_factors(rest), factors[MAGNITUDE])
 
     def with_inner(self, inner: Inner) -> Self:
-        """The same magnitude around another delta."""
+        """Returns a delta with another inner delta and the same magnitude."""
         return type(self)(inner, self.magnitude)
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`W' - W` in float32 (float64 for a float64 base); no gradient goes through the norm (section 4.3)."""
+        """Returns `W' - W` in float32 (float64 for a float64 base); the norm has no gradient (section 4.3)."""
         change = self.inner.delta_weight(base)
         gain = self._gain(base, change)
         return (gain - 1) * base.to(change.dtype) + gain * change
 
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The inner delta's."""
+        """Returns the bias difference of the inner delta."""
         return self.inner.delta_bias(bias)
 
     def forward(
@@ -123,39 +123,39 @@ class DoraDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output by way of the inner delta's own forward and one more pass through the base's weight.
+        """Returns the output, computed with the inner delta's forward and a second pass through the base's weight.
 
-        That pass cannot be spared: `out` may hold other adapters' work, and stems from all of the input.
+        `out` cannot replace that pass: it may include other adapters, and its input had no dropout.
         """
         if op.groups > 1 or op.other is not None or self.delta_bias(base_bias) is not None:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
         gain = self._gain(base_weight).reshape(-1, *(1 for _ in range(op.dims)))
-        nothing = out.new_zeros(())  # the sum with it is the difference alone
-        more = (gain - 1).to(x.dtype)
+        zero = out.new_zeros(())  # as `out`, it leaves the difference alone
+        excess = (gain - 1).to(x.dtype)
         if self.axis == 0:
             plain = op(x, base_weight)
-            turned = self.inner.forward(x, nothing, base_weight, None, op)
-            change = more * plain + gain.to(turned.dtype) * turned
+            inner_out = self.inner.forward(x, zero, base_weight, None, op)
+            change = excess * plain + gain.to(inner_out.dtype) * inner_out
         else:
-            turned = self.inner.forward(gain.to(x.dtype) * x, nothing, base_weight, None, op)
-            change = op(more * x, base_weight) + turned
+            inner_out = self.inner.forward(gain.to(x.dtype) * x, zero, base_weight, None, op)
+            change = op(excess * x, base_weight) + inner_out
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
     def _gain(self, base: Tensor, change: Tensor | None = None) -> Tensor:
-        """`magnitude / ||W + D||`, in the shape of the magnitude; `change` is D, where it is at hand."""
+        """Returns `magnitude / ||W + D||`, in the shape of the magnitude. `change` is D, if already computed."""
         with torch.no_grad():
             weight = base.to(torch.promote_types(base.dtype, torch.float32))
             squares = self._squares(weight) if change is None else _squares(weight + change, self.axis)
-            # Rows of zeros have no direction; as in LyCORIS they must not give NaN.
+            # A row of zeros has no direction; as in LyCORIS, the result must not be NaN.
             norms = squares.clamp_min(0).sqrt().clamp_min(torch.finfo(torch.float32).eps)
             norms = norms.reshape(self.magnitude.shape)
         return self.magnitude.to(norms.dtype) / norms
 
     def _squares(self, weight: Tensor) -> Tensor:
-        """Sums of squares of the lines of W + D; with a LoRA without the product of its factors.
+        """Returns the squared norms of the rows or columns of W + D, for a LoRA without the product of its factors.
 
         `||w + s u D||^2 = ||w||^2 + 2 s (w D^T) u + s^2 u (D D^T) u` for a row w and its row u of `up`. This is as
-        exact as the sum of squares unless D undoes most of W, which a rank far below the number of columns cannot.
+        exact as the sum of squares unless D cancels most of W, which a rank far below the number of columns cannot.
         """
         inner, axis = self.inner, self.axis
         lines = _lines(weight, axis)
@@ -165,12 +165,12 @@ class DoraDelta(Delta):
         up, down = inner.up.flatten(1).to(weight.dtype), inner.down.flatten(1).to(weight.dtype)
         if axis == 1:
             up, down = down.T, up.T
-        crossed = ((lines @ down.T) * up).sum(1)
-        own = ((up @ (down @ down.T)) * up).sum(1)
-        return lines.square().sum(1) + 2 * inner.scale * crossed + inner.scale**2 * own
+        cross_term = ((lines @ down.T) * up).sum(1)
+        delta_term = ((up @ (down @ down.T)) * up).sum(1)
+        return lines.square().sum(1) + 2 * inner.scale * cross_term + inner.scale**2 * delta_term
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with a magnitude in the number of dimensions that this weight has."""
+        """Returns the delta with factors and magnitude in the number of dimensions of this weight."""
         ones = [1 for _ in weight_shape[2:]]
         magnitude = self.magnitude.reshape(*self.magnitude.shape[:2], *ones)
         return type(self)(self.inner.reshaped_for(weight_shape), magnitude)
@@ -180,11 +180,11 @@ class DoraDelta(Delta):
         inner = self.inner
         return (inner.up.shape[0], inner.down[0].numel()) if isinstance(inner, LoraDelta) else inner.sides
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """The inner delta's, and a magnitude that is neither a row nor a column or has another length."""
-        inner = list(self.inner.faults(weight_shape))
-        yield from inner
-        if inner:
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields the inner delta's issues, and a magnitude that is no row or column or has the wrong length."""
+        inner_issues = list(self.inner.issues(weight_shape))
+        yield from inner_issues
+        if inner_issues:
             return
         shape = list(self.magnitude.shape)
         if len(shape) not in (2, 4) or 0 in shape or self.magnitude.numel() != max(shape[:2]):
@@ -197,7 +197,7 @@ class DoraDelta(Delta):
             allowed = f"{weight_shape[self.axis]} values for the base's weight {list(weight_shape)}"
             yield Issue(MAGNITUDE, f"the shape is {shape}", allowed, OTHER_BASE)
         elif (count != rows) if self.axis == 0 else bool(columns % count):
-            allowed = f"[{rows}, 1] or a row of one value for each input, beside the other factors"
+            allowed = f"[{rows}, 1] or a row of one value for each input, to match the other factors"
             yield Issue(MAGNITUDE, f"the shape is {shape}", allowed, DAMAGED)
 
 
@@ -206,7 +206,7 @@ def _squares(weight: Tensor, axis: int) -> Tensor:
 
 
 def _lines(weight: Tensor, axis: int) -> Tensor:
-    """The rows of a weight as a matrix `[out, in * k * k]`, or its columns `[in, out * k * k]`."""
+    """Returns a weight as `[out, in * k * k]` (axis 0) or `[in, out * k * k]` (axis 1)."""
     return weight.flatten(1) if axis == 0 else weight.transpose(0, 1).flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""The whole difference of a weight, of a bias, or of both; the only kind for norms."""
+"""Full deltas: the dense difference of a weight, a bias or both. The only trainable kind for norms."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FullDelta(Delta):
     """A dense difference, on every type of layer.
 
     Attributes:
-        diff: In the shape of the weight, added to it as it is; None where the bias alone is changed.
-        bias: `[out]`, added to the bias as it is; None where the weight alone is changed.
+        diff: Added to the weight, in its shape and unscaled; None means no change.
+        bias: `[out]`, added to the bias, unscaled; None means no change.
     """
 
     kind: ClassVar[str] = "full"
@@ -29,7 +29,7 @@ class FullDelta(Delta):
 
     @property
     def alpha(self) -> None:
-        """None: nothing scales the difference but the multiplier."""
+        """None: only the multiplier scales the difference."""
         return
 
     @property
@@ -48,31 +48,31 @@ class FullDelta(Delta):
         *,
         train_bias: bool = False,
     ) -> Self:
-        """A fresh delta of zeros; with `train_bias` also of the bias, on layers that have one."""
-        of_bias = None if bias is None or not train_bias else torch.zeros(bias.shape)
-        return cls(torch.zeros(weight.shape), of_bias)
+        """Creates a delta of zeros; `train_bias` adds a bias difference for layers that have a bias."""
+        bias_diff = None if bias is None or not train_bias else torch.zeros(bias.shape)
+        return cls(torch.zeros(weight.shape), bias_diff)
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `diff`, `bias` or both; alpha means nothing here."""
+        """Builds a delta from `diff`, `bias` or both; ignores alpha."""
         return cls(factors.get("diff"), factors.get("bias"))
 
     def factors(self) -> dict[str, Tensor]:
-        """`diff` and `bias`, whichever there are."""
-        found = {"diff": self.diff, "bias": self.bias}
-        return {name: factor for name, factor in found.items() if factor is not None}
+        """Returns `diff` and `bias`, without those that are None."""
+        factors = {"diff": self.diff, "bias": self.bias}
+        return {name: factor for name, factor in factors.items() if factor is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """A delta of other tensors."""
+        """Returns a delta with other tensors."""
         return replace(self, diff=factors.get("diff"), bias=factors.get("bias"))
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`diff` in float32 (float64 for a float64 base), in the shape of `base`; zeros without one."""
+        """Returns `diff` (zeros if None) in float32 (float64 for a float64 base), in the shape of `base`."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         return torch.zeros_like(base, dtype=dtype) if self.diff is None else self.diff.to(dtype).reshape(base.shape)
 
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The factor `bias`, if there is one; at least float32."""
+        """Returns the factor `bias` in float32 or wider; None if there is none."""
         return None if self.bias is None else self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
 
     def forward(
@@ -84,24 +84,24 @@ class FullDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output with that of the layer that has the difference for its weight."""
+        """Returns `out` plus the output of the layer with the difference as its weight."""
         dtype = x.dtype if x.is_floating_point() else out.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.diff is None and bias is not None and op.other is None:
-            change = bias.reshape(-1, *(1 for _ in range(op.dims)))  # the same at every place, so nothing to multiply
+            change = bias.reshape(-1, *(1 for _ in range(op.dims)))  # constant over the input: no layer needed
         else:
             diff = torch.zeros_like(base_weight) if self.diff is None else self.diff.reshape(base_weight.shape)
             change = op(x, diff.to(dtype), bias)
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with the difference in the number of dimensions that this weight has."""
+        """Returns the delta with `diff` in the number of dimensions of this weight."""
         return self if self.diff is None else replace(self, diff=self.diff.reshape(tuple(weight_shape)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """Neither factor, empty factors, a bias of another length than the outputs, a misfit to a weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields missing or empty factors, a bias of the wrong length, and shapes that do not fit the weight."""
         if self.diff is None and self.bias is None:
-            yield Issue("diff", "there is neither a difference of the weight nor of the bias", "one or both", DAMAGED)
+            yield Issue("diff", "the delta has neither a weight nor a bias difference", "one or both", DAMAGED)
         for name, factor in self.factors().items():
             allowed = "one dimension, not empty" if name == "bias" else "the shape of a weight, not empty"
             if factor.dim() == 0 or factor.numel() == 0 or (name == "bias" and factor.dim() > 1):
@@ -116,9 +116,9 @@ class FullDelta(Delta):
             yield Issue("diff", f"the shape is {list(self.diff.shape)}", allowed, OTHER_BASE)
 
 
-def _same_layer(found: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether the shapes are the same, but for the ones that tell a 1 x 1 convolution from a linear layer."""
-    short, long = sorted((tuple(found), tuple(wanted)), key=len)
+def _same_layer(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Returns True if the shapes are equal, or one is linear and the other the same with a 1 x 1 kernel."""
+    short, long = sorted((tuple(first), tuple(second)), key=len)
     return long == short or (len(short) == 2 and long == (*short, 1, 1))
 
 

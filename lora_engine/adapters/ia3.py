@@ -1,7 +1,7 @@
-"""(IA)3: a learnt gain for each output or input channel (Liu et al. 2022, arXiv 2205.05638).
+"""(IA)3: a learned gain for each output or input channel (Liu et al. 2022, arXiv 2205.05638).
 
-LyCORIS and PEFT mean two things by it, which are kept apart as two kinds: LyCORIS stores the gain less one and leaves
-the bias as it is; PEFT stores the gain, and on outputs the bias is scaled with them.
+LyCORIS and PEFT define it differently, hence two kinds. LyCORIS stores the gain minus one and does not change the bias.
+PEFT stores the gain, and scales the bias together with the outputs.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from torch import Tensor
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
-from lora_engine.adapters.rotation import check_has_rows, wide
+from lora_engine.adapters.rotation import check_has_rows, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Ia3Delta(Delta):
-    """A gain for each channel, as LyCORIS has it: `W' = (1 + scale) * W`, and the bias stays.
+    """A gain for each channel as in LyCORIS: `W' = (1 + scale) * W`; the bias does not change.
 
     Attributes:
-        scale: One value a channel: `[channels]`, for a convolution `[1, channels, 1, 1]`.
-        axis: Whether the channels are those of the output (rows of the weight) or of the input (columns).
+        scale: One value per channel: `[channels]`, for a convolution `[1, channels, 1, 1]`.
+        axis: The channels that are scaled: `output` (rows of the weight) or `input` (columns).
     """
 
     kind: ClassVar[str] = "ia3"
     identity: ClassVar[float] = 0.0
     """The value of `scale` that changes nothing."""
     scales_bias: ClassVar[bool] = False
-    """Whether the bias is scaled together with the outputs."""
+    """True if the bias is scaled together with the outputs."""
     scale: Tensor
     axis: Literal["output", "input"] = "output"
 
     @property
     def alpha(self) -> None:
-        """None: there is no such scale."""
+        """None: the kind has no alpha."""
         return
 
     @property
     def rank(self) -> None:
-        """None: there is no inner dimension."""
+        """None: the kind has no inner dimension."""
         return
 
     @classmethod
@@ -56,7 +56,7 @@ class Ia3Delta(Delta):
         *,
         axis: Literal["output", "input"] = "output",
     ) -> Self:
-        """A fresh delta that changes nothing.
+        """Creates a delta with gain 1.
 
         Raises:
             SettingsError: The layer is a norm.
@@ -71,32 +71,32 @@ class Ia3Delta(Delta):
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `scale`, on outputs; alpha means nothing here."""
+        """Builds a delta from `scale`, on outputs; ignores alpha."""
         return cls(factors["scale"])
 
     def factors(self) -> dict[str, Tensor]:
-        """`scale`."""
+        """Returns `scale`."""
         return {"scale": self.scale}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same axis with another tensor."""
+        """Returns a delta with another tensor and the same axis."""
         return replace(self, scale=factors["scale"])
 
     def _gain(self, dtype: torch.dtype) -> Tensor:
         return self.scale.flatten().to(dtype) - self.identity
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """The gain less one times the weight; float32 (float64 for a float64 base)."""
-        dtype = wide(base)
+        """Returns `(gain - 1) * base` in float32 (float64 for a float64 base)."""
+        dtype = compute_dtype(base)
         ones = [1 for _ in base.shape[1:]]
         shape = (-1, *ones) if self.axis == "output" else (1, -1, *ones[1:])
         return base.to(dtype) * self._gain(dtype).reshape(shape)
 
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
-        """None where the bias stays; else the gain less one times the bias, at least float32."""
+        """Returns `(gain - 1) * bias` in float32 or wider; None if the bias does not change."""
         if bias is None or not self.scales_bias or self.axis == "input":
             return None
-        return bias.to(wide(bias)) * self._gain(wide(bias))
+        return bias.to(compute_dtype(bias)) * self._gain(compute_dtype(bias))
 
     def forward(
         self,
@@ -107,31 +107,31 @@ class Ia3Delta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output and a scaled copy of what the layer gives; no second weight is made."""
+        """Returns `out` plus the scaled output of the layer, without a second weight."""
         if op.other is not None or op.groups > 1:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
-        gain = self._gain(wide(self.scale)).to(x.dtype).reshape(-1, *(1 for _ in range(op.dims)))
+        gain = self._gain(compute_dtype(self.scale)).to(x.dtype).reshape(-1, *(1 for _ in range(op.dims)))
         weight = base_weight.to(x.dtype)
         if self.axis == "input":
             change = op(x * gain, weight)
         else:
             bias = base_bias.to(x.dtype) if self.scales_bias and base_bias is not None else None
-            # The layer anew: `out` may hold what other adapters added, and dropout may have thinned out `x`.
+            # Computed again: `out` may include other adapters, and dropout may have changed `x`.
             change = op(x, weight, bias) * gain
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with `scale` in the shape that goes with this weight."""
+        """Returns the delta with `scale` in the shape for this weight."""
         return replace(self, scale=self.scale.reshape(self._shape(weight_shape, self.axis)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """An unknown axis, more than one dimension of channels, a misfit to a weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields an unknown axis, channels along several dimensions, and shapes that do not fit the weight."""
         if self.axis not in ("output", "input"):
             yield Issue("axis", f"the axis is {self.axis!r}", "output or input", DAMAGED)
             return
         shape = list(self.scale.shape)
         if self.scale.numel() == 0 or self.scale.dim() == 0 or self.scale.numel() != max(shape):
-            yield Issue("scale", f"the shape is {shape}", "one value a channel, all along one dimension", DAMAGED)
+            yield Issue("scale", f"the shape is {shape}", "one value per channel, all along one dimension", DAMAGED)
         elif weight_shape is not None and len(weight_shape) < 2:
             allowed = "linear layers and convolutions"
             yield Issue("scale", f"the base's weight {list(weight_shape)} is a norm's", allowed, OTHER_BASE)
@@ -142,7 +142,7 @@ class Ia3Delta(Delta):
 
 
 class PeftIa3Delta(Ia3Delta):
-    """A gain for each channel, as PEFT has it: `W' = scale * W`, and on outputs `b' = scale * b`.
+    """A gain for each channel as in PEFT: `W' = scale * W`, and on outputs `b' = scale * b`.
 
     `scale` is `[out, 1]` or `[1, in]`, for a convolution `[1, channels, 1, 1]`.
     """

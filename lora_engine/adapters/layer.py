@@ -1,4 +1,4 @@
-"""The layers that can carry an adapter, and how each applies a weight (`LayerOp`)."""
+"""Defines the layer types that can carry an adapter, and the operation of each (`LayerOp`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """Whether a layer can carry an adapter: one of the types `ADAPTABLE` that has a weight, or diffusers' `RMSNorm`."""
+    """Returns True if the layer has a weight and is of a type in `ADAPTABLE` or diffusers' `RMSNorm`."""
     return (isinstance(layer, ADAPTABLE) or _is_rms_norm(layer)) and meta_weight(layer) is not None
 
 
 def _is_rms_norm(layer: nn.Module) -> bool:
-    # diffusers has a class of its own, beside torch's, which is not worth importing diffusers for.
+    # diffusers has its own RMSNorm class; the name check avoids the import of diffusers.
     return isinstance(layer, nn.RMSNorm) or (
         type(layer).__name__ == "RMSNorm" and type(layer).__module__.startswith("diffusers.")
     )
@@ -28,13 +28,13 @@ def _is_rms_norm(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class LayerOp:
-    """What a layer computes, given a weight: `op(x, weight, bias)`, which is linear in weight and bias.
+    """The operation of a layer for any weight: `op(x, weight, bias)`, which is linear in weight and bias.
 
     Attributes:
         dims: Spatial dimensions of the weight: 0 for a linear layer, 2 for `Conv2d`.
         groups: Groups of a convolution.
-        pad: What `F.pad` has to do before the convolution, in padding modes other than zeros.
-        other: What a layer computes that is neither linear nor a convolution (an embedding, a norm); None for those.
+        pad: Argument of `F.pad` before the convolution, in padding modes other than zeros.
+        other: The function of a layer that is neither linear nor a convolution (embedding, norm); None for those two.
     """
 
     dims: int = 0
@@ -48,10 +48,10 @@ class LayerOp:
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerOp:
-        """The operation of a layer of one of the types `ADAPTABLE`.
+        """Returns the operation of a layer.
 
         Raises:
-            AdapterError: Another type of layer.
+            AdapterError: The layer is of a type that cannot carry an adapter.
         """
         if isinstance(layer, nn.Linear):
             return cls()
@@ -73,7 +73,7 @@ class LayerOp:
         )
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's output for an input, with this weight in the place of its own."""
+        """Returns the layer's output for an input, computed with this weight and bias."""
         if self.other is not None:
             return self.other(x, weight, bias)
         if self.dims == 0:
@@ -98,11 +98,11 @@ def _rms_norm(shape: tuple[int, ...], eps: float | None, x: Tensor, weight: Tens
 
 
 def meta_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer, or, where it is quantised, a tensor of its shape, dtype and device without its values."""
-    sketch: Tensor | None = layer.__dict__.get("sketch")
-    return layer.weight if sketch is None else sketch  # type: ignore[return-value]
+    """Returns the weight of a layer; for a quantized layer, a stand-in of its shape, dtype and device."""
+    stand_in: Tensor | None = layer.__dict__.get("meta_weight")
+    return layer.weight if stand_in is None else stand_in  # type: ignore[return-value]
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """The bias of a layer, None where it has none (an embedding never has)."""
+    """Returns the bias of a layer; None if it has none, such as an embedding."""
     return getattr(layer, "bias", None)

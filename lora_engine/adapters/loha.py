@@ -1,6 +1,6 @@
-"""LoHa: delta = alpha / rank * (up1 @ down1) * (up2 @ down2), the product taken value by value.
+"""LoHa: delta = alpha / rank * (up1 @ down1) * (up2 @ down2), with an elementwise product of the two matrices.
 
-FedPara (arXiv 2108.06098, proposition 2) as LyCORIS has it (arXiv 2309.14859, section 3); with cores in Tucker form
+FedPara (arXiv 2108.06098, proposition 2) as in LyCORIS (arXiv 2309.14859, section 3); with cores in Tucker form
 (proposition 3).
 """
 
@@ -29,7 +29,7 @@ class LohaDelta(Delta):
         up1, up2: `[out, r]`; with cores `[r, out]`.
         down1, down2: `[r, in]`, for a convolution `[r, in / groups * k * k]`; with cores `[r, in / groups]`.
         alpha: The scale is `alpha / r`.
-        core1, core2: Both or neither: Tucker cores `[r, r, k, k]`.
+        core1, core2: Tucker cores `[r, r, k, k]`, both or neither.
     """
 
     kind: ClassVar[str] = "loha"
@@ -63,7 +63,7 @@ class LohaDelta(Delta):
         *,
         tucker: bool = False,
     ) -> Self:
-        """A fresh delta as LyCORIS begins it: normal, `up1` and the cores with 0.1, both `down` with 1, `up2` zero.
+        """Creates a delta as LyCORIS does: normal, `up1` and cores with std 0.1, both `down` with std 1, `up2` zero.
 
         `alpha` None or 0 means `rank`. With `tucker`, k x k convolutions get cores.
         """
@@ -73,33 +73,33 @@ class LohaDelta(Delta):
         columns = inner if has_cores else inner * math.prod(kernel)
         up = (rank, out) if has_cores else (out, rank)
 
-        def normal(spread: float, *shape: int) -> Tensor:
-            return nn.init.normal_(torch.empty(shape), std=spread, generator=generator)
+        def normal(std: float, *shape: int) -> Tensor:
+            return nn.init.normal_(torch.empty(shape), std=std, generator=generator)
 
         up1, down1, down2 = normal(0.1, *up), normal(1.0, rank, columns), normal(1.0, rank, columns)
-        fused_forward = cls(up1, down1, torch.zeros(up), down2, float(alpha or rank))
+        delta = cls(up1, down1, torch.zeros(up), down2, float(alpha or rank))
         if not has_cores:
-            return fused_forward
-        return replace(fused_forward, core1=normal(0.1, rank, rank, *kernel), core2=normal(0.1, rank, rank, *kernel))
+            return delta
+        return replace(delta, core1=normal(0.1, rank, rank, *kernel), core2=normal(0.1, rank, rank, *kernel))
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of the four matrices and perhaps two cores; `alpha` None stands for the rank (scale 1)."""
+        """Builds a delta from the four matrices and optional cores; `alpha` None means the rank (scale 1)."""
         down = factors["down1"]
         default = float(down.shape[0]) if down.dim() else 1.0
         return cls(**factors, alpha=default if alpha is None else alpha)
 
     def factors(self) -> dict[str, Tensor]:
-        """The four matrices, and the cores where there are such."""
-        found = {name: getattr(self, name) for name in (*_MATRICES, "core1", "core2")}
-        return {name: factor for name, factor in found.items() if factor is not None}
+        """Returns the four matrices, and the cores if there are any."""
+        factors = {name: getattr(self, name) for name in (*_MATRICES, "core1", "core2")}
+        return {name: factor for name, factor in factors.items() if factor is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same alpha with other tensors."""
+        """Returns a delta with other tensors and the same alpha."""
         return type(self).from_factors(factors, self.alpha)
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`scale * (up1 @ down1) * (up2 @ down2)` in float32 (float64 for a float64 base), in the shape of `base`."""
+        """Returns `scale * (up1 @ down1) * (up2 @ down2)` in float32 (float64 for a float64 base), shaped as `base`."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         first = _product(self.up1, self.down1, self.core1, dtype)
         second = _product(self.up2, self.down2, self.core2, dtype)
@@ -114,7 +114,7 @@ class LohaDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output by way of the rank squared, where that is less work than the dense delta."""
+        """Returns the output, computed as a LoRA of rank r * r if that costs less than the dense delta."""
         rows, columns = base_weight.shape[0], base_weight[0].numel()
         if self.core1 is not None or self.rank**2 * (rows + columns) >= rows * columns:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
@@ -122,7 +122,7 @@ class LohaDelta(Delta):
         return lora.forward(x, out, base_weight, base_bias, op, multiplier)
 
     def as_lora(self, weight_shape: Sequence[int]) -> LoraDelta:
-        """The very same difference as a LoRA of rank r * r, exactly; for deltas without cores.
+        """Returns exactly the same difference as a LoRA of rank r * r; for deltas without cores.
 
         The entry (i, j) of the delta is the sum over p and q of `up1[i, p] up2[i, q] down1[p, j] down2[q, j]`.
         """
@@ -133,15 +133,13 @@ class LohaDelta(Delta):
         return LoraDelta(down, up.reshape(*up.shape, *ones), self.scale * down.shape[0])
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with matrices of two dimensions, whatever the layer."""
+        """Returns the delta with matrices of two dimensions, for every layer type."""
         return self.with_factors({name: f.flatten(1) if name in _MATRICES else f for name, f in self.factors().items()})
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """Ranks or sides that disagree, one core without the other, a bad alpha, a misfit to a weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields ranks or sizes that disagree, a missing core, an invalid alpha, and shapes that do not fit."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Issue(
-                "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
-            )
+            yield Issue("alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "get a file with a valid alpha")
         for name, factor in self.factors().items():
             dims = (4,) if name.startswith("core") else (2, 4)
             if factor.dim() not in dims or 0 in factor.shape:
@@ -149,8 +147,8 @@ class LohaDelta(Delta):
                 yield Issue(name, f"the shape is {list(factor.shape)}", allowed, DAMAGED)
                 return
         if (self.core1 is None) != (self.core2 is None):
-            lone = "core2" if self.core1 is None else "core1"
-            yield Issue(lone, "the factor is there without the other core", "both cores or neither", DAMAGED)
+            single = "core2" if self.core1 is None else "core1"
+            yield Issue(single, "the other core is missing", "both cores or neither", DAMAGED)
             return
         yield from self._disagreements()
         if weight_shape is not None:
@@ -164,10 +162,10 @@ class LohaDelta(Delta):
     def _disagreements(self) -> Iterator[Issue]:
         rank, (rows, columns) = self.rank, self.sides
         up, down = ((rows, rank) if self.core1 is None else (rank, rows)), (rank, columns)
-        for name, wanted in {"up1": up, "down1": down, "up2": up, "down2": down}.items():
+        for name, shape in {"up1": up, "down1": down, "up2": up, "down2": down}.items():
             factor: Tensor = getattr(self, name)
-            if tuple(factor.flatten(1).shape) != wanted:
-                yield Issue(name, f"the shape is {list(factor.shape)}", f"{list(wanted)} beside the others", DAMAGED)
+            if tuple(factor.flatten(1).shape) != shape:
+                yield Issue(name, f"the shape is {list(factor.shape)}", f"{list(shape)}, to match the others", DAMAGED)
         for name, core in (("core1", self.core1), ("core2", self.core2)):
             if core is not None and tuple(core.shape[:2]) != (rank, rank):
                 yield Issue(name, f"the shape is {list(core.shape)}", f"[{rank}, {rank}, k, k]", DAMAGED)
@@ -177,9 +175,9 @@ class LohaDelta(Delta):
         if rows != shape[0]:
             allowed = f"{shape[0]} rows for the base's weight {list(shape)}"
             yield Issue("up1", f"the shape is {list(self.up1.shape)}", allowed, OTHER_BASE)
-        wanted = math.prod(shape[1:]) if self.core1 is None else math.prod(shape[1:2])
-        if columns != wanted:
-            allowed = f"[{self.rank}, {wanted}] for the base's weight {list(shape)}"
+        inputs = math.prod(shape[1:]) if self.core1 is None else math.prod(shape[1:2])
+        if columns != inputs:
+            allowed = f"[{self.rank}, {inputs}] for the base's weight {list(shape)}"
             yield Issue("down1", f"the shape is {list(self.down1.shape)}", allowed, OTHER_BASE)
         for name, core in (("core1", self.core1), ("core2", self.core2)):
             if core is not None and tuple(core.shape[2:]) != shape[2:]:

@@ -1,6 +1,6 @@
-"""LoKr: delta = scale * kron(left, right), each factor whole or of low rank (LyCORIS, arXiv 2309.14859, section 3).
+"""LoKr: delta = scale * kron(left, right), each factor dense or low-rank (LyCORIS, arXiv 2309.14859, section 3).
 
-KronA (arXiv 2212.10650) is the case of two whole factors; on convolutions the kernel is the right factor's.
+KronA (arXiv 2212.10650) is the case of two dense factors. On convolutions, the right factor has the kernel.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lora_engine.errors import SettingsError
 
 @dataclass(frozen=True, eq=False)
 class LokrDelta(Delta):
-    """A Kronecker product: of `left` `[a, b]` and `right` `[c, d]`, for a weight `[a * c, b * d]`.
+    """A Kronecker product of `left` `[a, b]` and `right` `[c, d]`, for a weight `[a * c, b * d]`.
 
     Attributes:
-        alpha: The scale is `alpha / r` where a factor is of low rank. Where both are whole it means nothing (the scale
-            is 1), and is always 1 here, whatever a file says: some programs store 9999999999.
-        left: Whole left factor, or None where `left_up` `[a, r]` and `left_down` `[r, b]` are there.
-        right: Whole right factor, for a convolution `[c, d, k, k]`, or None where these are there: `right_up` `[c, r]`
-            and `right_down` `[r, d]`, for a convolution `[r, d * k * k]`; with `right_core` `[r, r, k, k]` (Tucker)
-            `right_up` is `[r, c]` and `right_down` `[r, d]`.
+        alpha: The scale is `alpha / r` if a factor is low-rank. If both are dense, the scale is 1 and alpha is 1,
+            whatever the file has: some programs store 9999999999.
+        left: Dense left factor; None means `left_up` `[a, r]` and `left_down` `[r, b]`.
+        right: Dense right factor, for a convolution `[c, d, k, k]`; None means `right_up` `[c, r]` and `right_down`
+            `[r, d]`, for a convolution `[r, d * k * k]`. With `right_core` `[r, r, k, k]` (Tucker), `right_up` is
+            `[r, c]` and `right_down` `[r, d]`.
     """
 
     kind: ClassVar[str] = "lokr"
@@ -45,12 +45,12 @@ class LokrDelta(Delta):
 
     @property
     def rank(self) -> int | None:
-        """The inner dimension of the factors that are of low rank; None where both are whole."""
+        """The inner dimension of the low-rank factors; None if both are dense."""
         return next((len(down) for down in (self.right_down, self.left_down) if down is not None and down.dim()), None)
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`, and 1 where both factors are whole."""
+        """`alpha / rank`; 1 if both factors are dense."""
         return 1.0 if self.rank is None else self.alpha / self.rank
 
     @classmethod
@@ -67,62 +67,62 @@ class LokrDelta(Delta):
         both: bool = False,
         tucker: bool = False,
     ) -> Self:
-        """A fresh delta: uniform after Kaiming with a = sqrt(5), the right factor zero by its `down`.
+        """Creates a delta: Kaiming uniform with a = sqrt(5), except `right` or `right_down`, which is zero.
 
         Args:
-            weight: The base's; its shape is what counts.
-            bias: Not looked at.
-            rank: A factor for which it would save nothing (half of its longer side) stays whole.
+            weight: Weight of the base; only its shape is read.
+            bias: Ignored.
+            rank: Inner dimension. A factor stays dense if the rank is half of its longer side or more.
             alpha: None or 0 means `rank`.
-            generator: Where the random factors come from.
-            factor: See `factorise`.
-            full: Both factors stay whole.
-            both: Also the left factor may be of low rank.
-            tucker: On k x k convolutions the right factor gets a core.
+            generator: Draws the random factors.
+            factor: See `factorize`.
+            full: True keeps both factors dense.
+            both: True also allows a low-rank left factor.
+            tucker: True gives the right factor of a k x k convolution a core.
         """
         if rank < 1:
-            raise SettingsError(f"rank {rank!r}", allowed="a number from 1 on", remedy="choose a larger rank")
+            raise SettingsError(f"rank {rank!r}", allowed="1 or more", remedy="choose a larger rank")
         check_rank(1, weight)
-        (a, c), (b, d) = factorise(weight.shape[0], factor), factorise(weight.shape[1], factor)
+        (a, c), (b, d) = factorize(weight.shape[0], factor), factorize(weight.shape[1], factor)
         kernel = tuple(weight.shape[2:])
-        made: dict[str, Tensor] = {}
+        factors: dict[str, Tensor] = {}
         if both and not full and rank < max(a, b) / 2:
-            made |= {"left_up": torch.empty(a, rank), "left_down": torch.empty(rank, b)}
+            factors |= {"left_up": torch.empty(a, rank), "left_down": torch.empty(rank, b)}
         else:
-            made["left"] = torch.empty(a, b)
+            factors["left"] = torch.empty(a, b)
         if full or rank >= max(c, d) / 2:
-            made["right"] = torch.zeros(c, d, *kernel)
+            factors["right"] = torch.zeros(c, d, *kernel)
         elif tucker and math.prod(kernel) > 1:
-            made |= {"right_core": torch.empty(rank, rank, *kernel), "right_up": torch.empty(rank, c)}
-            made["right_down"] = torch.zeros(rank, d)
+            factors |= {"right_core": torch.empty(rank, rank, *kernel), "right_up": torch.empty(rank, c)}
+            factors["right_down"] = torch.zeros(rank, d)
         else:
-            made |= {"right_up": torch.empty(c, rank), "right_down": torch.zeros(rank, d * math.prod(kernel))}
-        for name, tensor in made.items():
+            factors |= {"right_up": torch.empty(c, rank), "right_down": torch.zeros(rank, d * math.prod(kernel))}
+        for name, tensor in factors.items():
             if name not in ("right", "right_down"):
                 nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-        return cls.from_factors(made, float(alpha or rank))
+        return cls.from_factors(factors, float(alpha or rank))
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of the factors; `alpha` None stands for the rank (scale 1)."""
-        made = cls(1.0, **factors)
-        rank = made.rank
-        return made if rank is None else cls(float(rank) if alpha is None else alpha, **factors)
+        """Builds a delta from the factors; `alpha` None means the rank (scale 1)."""
+        delta = cls(1.0, **factors)
+        rank = delta.rank
+        return delta if rank is None else cls(float(rank) if alpha is None else alpha, **factors)
 
     def factors(self) -> dict[str, Tensor]:
-        """Those that there are."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "alpha"}
-        return {name: factor for name, factor in found.items() if factor is not None}
+        """Returns the factors that are not None."""
+        factors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "alpha"}
+        return {name: factor for name, factor in factors.items() if factor is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same alpha with other tensors."""
+        """Returns a delta with other tensors and the same alpha."""
         return type(self)(self.alpha, **factors)
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`scale * kron(left, right)` in float32 (float64 for a float64 base), in the shape of `base`."""
+        """Returns `scale * kron(left, right)` in float32 (float64 for a float64 base), in the shape of `base`."""
         dtype = torch.promote_types(base.dtype, torch.float32)
-        right = self._whole_right(dtype).flatten(1)
-        return torch.kron(self.whole_left(dtype), right).mul(self.scale).reshape(base.shape)
+        right = self._dense_right(dtype).flatten(1)
+        return torch.kron(self.dense_left(dtype), right).mul(self.scale).reshape(base.shape)
 
     def forward(
         self,
@@ -133,13 +133,13 @@ class LokrDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output by way of the factors: the channels as a matrix `[b, d]`, the right one on d, the left one on b.
+        """Returns the output, computed with the factors and without their product.
 
-        With X that matrix, `kron(left, right)` times the channels is `left @ X @ right.T`.
+        With the channels as a matrix X `[b, d]`, `kron(left, right)` times the channels is `left @ X @ right.T`.
         """
         if op.groups > 1 or op.other is not None:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
-        left = self.whole_left(x.dtype)
+        left = self.dense_left(x.dtype)
         inner = base_weight.shape[1] // left.shape[1]
         shape = (base_weight.shape[0] // left.shape[0], inner, *base_weight.shape[2:])
         grouped = x.reshape(*x.shape[:-1], -1, inner) if op.dims == 0 else x.reshape(-1, inner, *x.shape[-2:])
@@ -152,36 +152,36 @@ class LokrDelta(Delta):
         return torch.add(out, low.to(out.dtype), alpha=multiplier * self.scale)
 
     def _apply_right(self, x: Tensor, shape: Sequence[int], op: LayerOp) -> Tensor:
-        """The right factor, as a weight of that shape, on its share of the channels."""
+        """Applies the right factor, as a weight of this shape, to groups of channels."""
         if self.right is not None:
             return op(x, self.right.to(x.dtype).reshape(tuple(shape)))
         lora = self._right_as_lora(shape)
-        nothing = x.new_zeros(())  # the sum with it is the difference alone
-        return lora.forward(x, nothing, x.new_empty(()).expand(tuple(shape)), None, op)
+        zero = x.new_zeros(())  # as `out`, it leaves the difference alone
+        return lora.forward(x, zero, x.new_empty(()).expand(tuple(shape)), None, op)
 
     def _right_as_lora(self, shape: Sequence[int]) -> LoraDelta:
-        up, down = _there(self.right_up), _there(self.right_down)
+        up, down = _required(self.right_up), _required(self.right_down)
         ones = [1 for _ in shape[2:]]
         if self.right_core is not None:
             return LoraDelta(down, up.T, float(down.shape[0]), self.right_core)
         return LoraDelta(down.reshape(-1, *shape[1:]), up.reshape(*up.shape[:2], *ones), float(down.shape[0]))
 
-    def whole_left(self, dtype: torch.dtype) -> Tensor:
-        """`[a, b]`, multiplied out where it is of low rank."""
+    def dense_left(self, dtype: torch.dtype) -> Tensor:
+        """Returns the left factor `[a, b]`, the product of its low-rank factors if it has those."""
         if self.left is not None:
             return self.left.to(dtype)
-        return _there(self.left_up).to(dtype) @ _there(self.left_down).to(dtype)
+        return _required(self.left_up).to(dtype) @ _required(self.left_down).to(dtype)
 
-    def _whole_right(self, dtype: torch.dtype) -> Tensor:
+    def _dense_right(self, dtype: torch.dtype) -> Tensor:
         if self.right is not None:
             return self.right.to(dtype)
-        up, down = _there(self.right_up).flatten(1).to(dtype), _there(self.right_down).flatten(1).to(dtype)
+        up, down = _required(self.right_up).flatten(1).to(dtype), _required(self.right_down).flatten(1).to(dtype)
         if self.right_core is None:
             return up @ down
         return torch.einsum("mp,mr...->pr...", up, torch.einsum("mn...,nr->mr...", self.right_core.to(dtype), down))
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with a whole right factor in the number of dimensions that this weight has."""
+        """Returns the delta with a dense right factor in the number of dimensions of this weight."""
         if self.right is None:
             return self
         right = self.right.reshape(self.right.shape[0], -1, *weight_shape[2:])
@@ -194,21 +194,19 @@ class LokrDelta(Delta):
 
     @property
     def right_sides(self) -> tuple[int, int]:
-        """Rows and columns of the right factor, with the kernel in the columns; without it where there is a core."""
+        """Rows and columns of the right factor; the columns include the kernel unless there is a core."""
         return _sides(self.right, self.right_up, self.right_down, 0 if self.right_core is None else 1)
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Rows and columns of the delta as a matrix; with a core, columns without the kernel."""
+        """Rows and columns of the delta as a matrix; with a core, the columns exclude the kernel."""
         (a, b), (c, d) = self.left_sides, self.right_sides
         return a * c, b * d
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """A factor that is missing or there twice, ranks that disagree, a bad alpha, a misfit to a weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields missing or duplicate factors, ranks that disagree, an invalid alpha, and shapes that do not fit."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Issue(
-                "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
-            )
+            yield Issue("alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "get a file with a valid alpha")
         missing = list(self._missing())
         yield from missing
         if missing:
@@ -225,13 +223,19 @@ class LokrDelta(Delta):
 
     def _missing(self) -> Iterator[Issue]:
         for side in ("left", "right"):
-            there = {name.removeprefix(side) for name in self.factors() if name.startswith(side)} - {"_core"}
-            if there not in ({""}, {"_up", "_down"}):
-                shown = ", ".join(sorted(f"{side}{name}" for name in there)) or "nothing"
-                problem = f"of the {side} factor there is {shown}"
-                yield Issue(f"{side}{min(there, default='')}", problem, f"{side} alone, or up and down of it", DAMAGED)
+            parts = {name.removeprefix(side) for name in self.factors() if name.startswith(side)} - {"_core"}
+            if parts not in ({""}, {"_up", "_down"}):
+                shown = ", ".join(sorted(f"{side}{name}" for name in parts)) or "nothing"
+                problem = f"the {side} factor consists of {shown}"
+                allowed = f"{side} alone, or {side}_up and {side}_down"
+                yield Issue(f"{side}{min(parts, default='')}", problem, allowed, DAMAGED)
         if self.right_core is not None and self.right is not None:
-            yield Issue("right_core", "there is a core beside a whole factor", "a core with up and down", DAMAGED)
+            yield Issue(
+                "right_core",
+                "a core is combined with a dense right factor",
+                "a core with right_up and right_down",
+                DAMAGED,
+            )
 
     def _disagreements(self) -> Iterator[Issue]:
         rank = self.rank
@@ -239,7 +243,7 @@ class LokrDelta(Delta):
         ranks["right_up"] = (self.right_up, 0 if self.right_core is not None else 1)
         for name, (factor, axis) in ranks.items():
             if factor is not None and factor.shape[axis] != rank:
-                yield Issue(name, f"the shape is {list(factor.shape)}", f"the rank {rank} in all factors", DAMAGED)
+                yield Issue(name, f"the shape is {list(factor.shape)}", f"rank {rank} in all factors", DAMAGED)
         if self.right_core is not None and tuple(self.right_core.shape[:2]) != (rank, rank):
             problem = f"the shape is {list(self.right_core.shape)}"
             yield Issue("right_core", problem, f"[{rank}, {rank}, k, k]", DAMAGED)
@@ -251,12 +255,12 @@ class LokrDelta(Delta):
         if rows != shape[0]:
             allowed = f"{shape[0]} rows of the product for the base's weight {list(shape)}"
             yield Issue(left, f"the product has {rows} rows", allowed, OTHER_BASE)
-        wanted = math.prod(shape[1:2]) if has_core else math.prod(shape[1:])
-        if columns != wanted:
-            allowed = f"{wanted} columns of the product for the base's weight {list(shape)}"
+        inputs = math.prod(shape[1:2]) if has_core else math.prod(shape[1:])
+        if columns != inputs:
+            allowed = f"{inputs} columns of the product for the base's weight {list(shape)}"
             yield Issue(left, f"the product has {columns} columns", allowed, OTHER_BASE)
         kernel = self.right_core if has_core else self.right
-        # ComfyUI's trainer keeps the kernel in the columns of a matrix.
+        # ComfyUI's trainer stores the kernel in the columns of a matrix.
         is_flat = kernel is not None and kernel.dim() == 2 and kernel.shape[1] % math.prod(shape[2:]) == 0
         if kernel is not None and _kernel(kernel.shape) != _kernel(shape) and not is_flat:
             allowed = f"the kernel {list(shape[2:])} of the base's weight {list(shape)}"
@@ -265,13 +269,13 @@ class LokrDelta(Delta):
             )
 
 
-def factorise(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two whole numbers whose product is `dimension`, the smaller one first, as LyCORIS chooses them.
+def factorize(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Returns two integers whose product is `dimension`, the smaller one first, as LyCORIS chooses them.
 
     Args:
-        dimension: From 1 on.
-        factor: -1 for the most even split. Else `factor` itself is one of the two where it divides; where it does not,
-            the smaller one is at most it.
+        dimension: 1 or more.
+        factor: -1 means the most even split. A divisor of `dimension` is one of the two integers; otherwise `factor`
+            is the upper bound of the smaller one.
     """
     if factor > 0 and dimension % factor == 0:
         small, large = sorted((factor, dimension // factor))
@@ -282,22 +286,22 @@ def factorise(dimension: int, factor: int = -1) -> tuple[int, int]:
     return best, dimension // best
 
 
-def _sides(fused_forward: Tensor | None, up: Tensor | None, down: Tensor | None, axis: int) -> tuple[int, int]:
-    """Rows and columns of a factor; `axis` is the one of `up` that counts the rows."""
-    if fused_forward is not None:
-        return fused_forward.shape[0], fused_forward[0].numel()
-    return _there(up).shape[axis], _there(down)[0].numel()
+def _sides(dense: Tensor | None, up: Tensor | None, down: Tensor | None, axis: int) -> tuple[int, int]:
+    """Returns rows and columns of a factor; `axis` is the dimension of `up` with the rows."""
+    if dense is not None:
+        return dense.shape[0], dense[0].numel()
+    return _required(up).shape[axis], _required(down)[0].numel()
 
 
 def _kernel(shape: Sequence[int]) -> tuple[int, ...]:
-    """The kernel of a weight of this shape; none for 1 x 1, which is as good as a linear layer."""
+    """Returns the kernel of a weight of this shape; empty for 1 x 1, which equals a linear layer."""
     return () if math.prod(shape[2:]) == 1 else tuple(shape[2:])
 
 
-def _there(factor: Tensor | None) -> Tensor:
-    """The factor: `faults` says of a delta that lacks it that it is not whole."""
+def _required(factor: Tensor | None) -> Tensor:
+    """Returns a factor that a valid delta has (see `issues`)."""
     if factor is None:
-        raise SettingsError("the delta lacks a factor", remedy="look at its faults before it is used")
+        raise SettingsError("the delta lacks a factor", remedy="check `issues()` before you use it")
     return factor
 
 

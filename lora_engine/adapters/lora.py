@@ -1,7 +1,7 @@
 """LoRA on linear and convolution layers: delta = alpha / rank * up @ down (Hu et al. 2021, equation 3).
 
-On k x k convolutions this is LoCon: `down` holds the kernel and `up` is 1 x 1 (LyCORIS, arXiv 2309.14859, section 3);
-with `mid` the kernel is in Tucker form.
+On k x k convolutions this is LoCon: `down` has the kernel and `up` is 1 x 1 (LyCORIS, arXiv 2309.14859, section 3).
+With `mid`, the kernel is in Tucker form.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class LoraDelta(Delta):
     """A low-rank difference.
 
     Attributes:
-        down: `[r, in]`, or for a convolution `[r, in / groups, k, k]`; a 1 x 1 convolution also takes `[r, in]`.
+        down: `[r, in]`, or for a convolution `[r, in / groups, k, k]`; a 1 x 1 convolution also accepts `[r, in]`.
         up: `[out, r]` or `[out, r, 1, 1]`. For an embedding `[tokens, r]`, with `down` `[r, width]`.
         alpha: The scale is `alpha / r`.
         mid: Tucker core `[r, r, k, k]`; `down` is then `[r, in]` or `[r, in, 1, 1]`.
-        bias: `[out]`, added to the bias as it is (unscaled).
+        bias: `[out]`, added to the bias, unscaled.
     """
 
     kind: ClassVar[str] = "lora"
@@ -62,9 +62,9 @@ class LoraDelta(Delta):
         *,
         tucker: bool = False,
     ) -> Self:
-        """A fresh delta: `down` uniform after Kaiming with a = sqrt(5), `up` zero. `alpha` None or 0 means `rank`.
+        """Creates a delta: `down` Kaiming uniform with a = sqrt(5), `up` zero. `alpha` None or 0 means `rank`.
 
-        With `tucker`, k x k convolutions get a core, which begins like `down`.
+        With `tucker`, k x k convolutions get a core, which is initialized like `down`.
         """
         check_rank(rank, weight)
         kernel = weight.shape[2:]
@@ -79,22 +79,22 @@ class LoraDelta(Delta):
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `down`, `up` and perhaps `mid` and `bias`; `alpha` None stands for the rank (scale 1)."""
+        """Builds a delta from `down`, `up` and optional `mid` and `bias`; `alpha` None means the rank (scale 1)."""
         down = factors["down"]
         default = float(down.shape[0]) if down.dim() else 1.0
         return cls(down, factors["up"], default if alpha is None else alpha, factors.get("mid"), factors.get("bias"))
 
     def factors(self) -> dict[str, Tensor]:
-        """`down`, `up`, and `mid` and `bias` where there are such."""
-        found = {"down": self.down, "up": self.up, "mid": self.mid, "bias": self.bias}
-        return {name: factor for name, factor in found.items() if factor is not None}
+        """Returns `down`, `up`, and `mid` and `bias` if they are set."""
+        factors = {"down": self.down, "up": self.up, "mid": self.mid, "bias": self.bias}
+        return {name: factor for name, factor in factors.items() if factor is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same alpha with other tensors."""
+        """Returns a delta with other tensors and the same alpha."""
         return replace(self, down=factors["down"], up=factors["up"], mid=factors.get("mid"), bias=factors.get("bias"))
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`scale * up @ down` in float32 (float64 for a float64 base), in the shape of `base`."""
+        """Returns `scale * up @ down` in float32 (float64 for a float64 base), in the shape of `base`."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         down, up = self.down.flatten(1).to(dtype), self.up.flatten(1).to(dtype)
         if self.mid is None:
@@ -103,7 +103,7 @@ class LoraDelta(Delta):
         return torch.einsum("pm,mr...->pr...", up, core).mul(self.scale).reshape(base.shape)
 
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The factor `bias`, if there is one; at least float32."""
+        """Returns the factor `bias` in float32 or wider; None if there is none."""
         return None if self.bias is None else self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
 
     def forward(
@@ -115,10 +115,10 @@ class LoraDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output by way of the rank: two small operations and one addition."""
+        """Returns the output, computed with the factors and without the dense delta."""
         if op.groups > 1 or self.bias is not None:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
-        if op.other is not None:  # an embedding, since a norm's weight has no rank
+        if op.other is not None:  # an embedding: a norm's weight has no rank
             low = F.linear(op(x, self.up.to(out.dtype)), self.down.to(out.dtype).T)
             return torch.add(out, low, alpha=multiplier * self.scale)
         down, up = self.down, self.up
@@ -137,7 +137,7 @@ class LoraDelta(Delta):
         return torch.add(out, low, alpha=multiplier * self.scale)
 
     def fused_forward(self, weight: Tensor, bias: Tensor | None, op: LayerOp) -> LowRankLinear | None:
-        """Linear layers have one; see `low_rank`."""
+        """Returns the fused forward for linear layers, None for others; see `low_rank`."""
         linear = op.dims == 0 and op.other is None and self.down.dim() == self.up.dim() == 2
         if not linear or self.mid is not None or self.bias is not None:
             return None
@@ -150,25 +150,23 @@ class LoraDelta(Delta):
         return F.conv2d(op(F.conv2d(x, down.reshape(-1, shape[1], 1, 1)), self.mid.to(x.dtype)), up)
 
     def without_core(self) -> Self:
-        """The same delta with a Tucker core multiplied into `down`: rank and alpha stay."""
+        """Returns the delta with the Tucker core multiplied into `down`; rank and alpha do not change."""
         if self.mid is None:
             return self
         core, down = self.mid.float(), self.down.flatten(1).float()
         return replace(self, down=torch.einsum("mn...,nr->mr...", core, down).to(self.down.dtype), mid=None)
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with two-dimensional factors for a linear layer, four-dimensional ones for a convolution."""
+        """Returns the delta with factors of two dimensions for a linear layer, of four for a convolution."""
         down = self.down if self.mid is None else self.down.flatten(1)
         kernel = tuple(weight_shape[1:]) if self.mid is None else (weight_shape[1], *(1 for _ in weight_shape[2:]))
         ones = [1 for _ in weight_shape[2:]]
         return replace(self, down=down.reshape(-1, *kernel), up=self.up.reshape(self.up.shape[0], -1, *ones))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """Ranks that disagree, dimensions that no layer has, an alpha that is not positive, a misfit to a weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields ranks that disagree, invalid dimensions, an invalid alpha, and shapes that do not fit the weight."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Issue(
-                "alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "ask for a file with a sound alpha"
-            )
+            yield Issue("alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "get a file with a valid alpha")
         for name, factor in self.factors().items():
             if factor.dim() not in ((1,) if name == "bias" else (2, 4)) or 0 in factor.shape:
                 yield Issue(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", DAMAGED)
@@ -200,10 +198,10 @@ class LoraDelta(Delta):
 
 
 def check_rank(rank: int, weight: Tensor) -> None:
-    """Does nothing for a rank that a weight of this shape can have.
+    """Raises `SettingsError` if a weight of this shape cannot have the rank.
 
     Raises:
-        SettingsError: It is too large, or the weight is a vector (of a norm), which has no rank.
+        SettingsError: The rank is too large or below 1, or the weight is a vector (of a norm), which has no rank.
     """
     if weight.dim() < 2:
         raise SettingsError(
@@ -214,7 +212,7 @@ def check_rank(rank: int, weight: Tensor) -> None:
     largest = min(weight.shape[0], math.prod(weight.shape[1:]))
     if not 1 <= rank <= largest:
         raise SettingsError(
-            f"rank {rank!r} does not suit a weight of shape {tuple(weight.shape)}",
+            f"rank {rank!r} is not valid for a weight of shape {tuple(weight.shape)}",
             allowed=f"1 to {largest}",
             remedy="lower the rank, or leave the module out of the targets",
         )

@@ -1,4 +1,4 @@
-"""LoRA-FA: LoRA whose `down` stays as it began (arXiv 2308.03303), so that training keeps less in memory."""
+"""LoRA-FA: LoRA with a frozen `down` (arXiv 2308.03303), which saves activation memory in training."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lora_engine.adapters.lora import LoraDelta
 
 
 class LoraFaDelta(LoraDelta):
-    """A LoRA of which only `up` is trained; for training alone, in files it is LoRA."""
+    """A LoRA with only `up` trained. Its export form is LoRA."""
 
     kind: ClassVar[str] = "lora-fa"
     frozen: ClassVar[frozenset[str]] = frozenset({"down", "mid"})
 
     def to_export(self) -> LoraDelta:
-        """The LoRA of the same factors."""
+        """Returns a LoRA with the same factors."""
         return LoraDelta(self.down, self.up, self.alpha, self.mid, self.bias)
 
 

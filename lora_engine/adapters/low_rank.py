@@ -1,7 +1,7 @@
-"""A frozen linear layer and its low-rank difference in one step, for training: fewer operations, and less copied.
+"""Fused forward and backward of a frozen linear layer with a low-rank delta, for faster training.
 
-Computes what `LoraDelta.forward` does; where a layer is not plain, that is what runs. Hu et al. 2021, equation 3, with
-the backward pass written out: for `y = x W^T + b + s (x D^T) U^T` and the gradient g of y,
+Equals `LoraDelta.forward`, which runs if the layer is not a plain `nn.Linear`. Hu et al. 2021, equation 3, with an
+explicit backward pass: for `y = x W^T + b + s (x D^T) U^T` and the gradient g of y,
 
     dU = g^T (s x D^T),   dD = (s g U)^T x,   dx = g W + (s g U) D.
 """
@@ -18,23 +18,23 @@ Views = tuple[Tensor, Tensor, Tensor]
 
 
 class LowRankLinear:
-    """What a plain linear layer gives under `scale * up @ down`.
+    """The fused forward of a plain linear layer and `scale * up @ down`.
 
     Args:
         weight: `[out, in]`, frozen.
         bias: `[out]`, frozen.
         down: `[r, in]`.
         up: `[out, r]`.
-        scale: Of the difference.
+        scale: Factor of `up @ down`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> None:
         self.weight, self.bias, self.down, self.up, self.scale = weight, bias, down, up, scale
         self._views: Views | None = None
-        self._places: tuple[int, ...] = ()
+        self._addresses: tuple[int, ...] = ()
 
     def applies_to(self, x: Tensor) -> bool:
-        """Whether this input can be taken, now: one dtype, nothing to learn in the base, no compiler looking on."""
+        """Returns True if the input has the weight's dtype, the base is frozen, and no autocast or compiler is on."""
         if torch.compiler.is_compiling():
             return False
         bias = self.bias
@@ -43,7 +43,7 @@ class LowRankLinear:
         return frozen and fits and not torch.is_autocast_enabled(x.device.type)
 
     def __call__(self, x: Tensor, multiplier: float) -> Tensor:
-        """The output, in the dtype of x; gradients go to x and the factors."""
+        """Returns the output in the dtype of x, with gradients for x and the factors."""
         down, up, views = self.factors_in(x.dtype)
         out: Tensor = _Step.apply(  # type: ignore[no-untyped-call]
             x, down, up, self.weight, self.bias, views, multiplier * self.scale
@@ -51,31 +51,31 @@ class LowRankLinear:
         return out
 
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Views]:
-        """`down` and `up` in a dtype, and weight, `down` and `up` transposed."""
+        """Returns `down` and `up` in a dtype, and the transposes of weight, `down` and `up`."""
         if self.down.dtype == dtype == self.up.dtype:
             return self.down, self.up, self._transposed()
         down, up = self.down.to(dtype), self.up.to(dtype)
         return down, up, (self._transposed()[0], down.detach().t(), up.detach().t())
 
     def _transposed(self) -> Views:
-        # Made once and not at each step; they see what the optimiser writes. A move to another device makes new ones.
-        places = (self.weight.data_ptr(), self.down.data_ptr(), self.up.data_ptr())
-        if self._views is None or places != self._places:
+        # Cached: the views share the optimizer's in-place updates. A move to another device invalidates them.
+        addresses = (self.weight.data_ptr(), self.down.data_ptr(), self.up.data_ptr())
+        if self._views is None or addresses != self._addresses:
             self._views = (self.weight.detach().t(), self.down.detach().t(), self.up.detach().t())
-            self._places = places
+            self._addresses = addresses
         return self._views
 
 
 def merges(rows: int, down: Tensor, up: Tensor) -> bool:
-    """Whether it costs less to form the changed weight than to add the difference to every row.
+    """Returns True if computing the changed weight costs less than adding the difference to every row.
 
-    Where there are many more rows than columns. In low precision the changed weight would round the difference away;
-    and it is kept for the backward pass in the place of what the rows have between the factors, so it must be smaller.
+    This holds for many more rows than columns. In low precision the changed weight would round the difference away. The
+    backward pass keeps it instead of the activations between the factors, so it must be smaller.
     """
-    rank, entering = down.shape
-    leaving = up.shape[0]
-    size = entering * leaving
-    return down.element_size() >= 4 and rows * (entering + leaving) > 2 * size and rows * rank >= size
+    rank, inputs = down.shape
+    outputs = up.shape[0]
+    size = inputs * outputs
+    return down.element_size() >= 4 and rows * (inputs + outputs) > 2 * size and rows * rank >= size
 
 
 class _Step(torch.autograd.Function):
@@ -99,31 +99,31 @@ class _Step(torch.autograd.Function):
         else:
             low = torch.mm(rows, down_t)
             out = apply_frozen(rows, weight_t, bias).addmm_(low, up_t, alpha=scale)
-        # What a factor that stands still would need is not kept.
-        moves_x, moves_down, moves_up = ctx.needs_input_grad[:3]
-        kept = rows if moves_down or (moves_up and low is None) else None
-        ctx.save_for_backward(down, up, weight if moves_x else None, kept, low if moves_up else None)
+        # Saves no activations for frozen factors.
+        needs_x, needs_down, needs_up = ctx.needs_input_grad[:3]
+        saved_rows = rows if needs_down or (needs_up and low is None) else None
+        ctx.save_for_backward(down, up, weight if needs_x else None, saved_rows, low if needs_up else None)
         ctx.scale, ctx.merged, ctx.down_t, ctx.up_t = scale, low is None, down_t, up_t
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        down, up, weight, entered, low = ctx.saved_tensors
-        moves_x, moves_down, moves_up = ctx.needs_input_grad[:3]
+        down, up, weight, inputs, low = ctx.saved_tensors
+        needs_x, needs_down, needs_up = ctx.needs_input_grad[:3]
         shape = gradient.shape
         rows = gradient if gradient.dim() == 2 else gradient.reshape(-1, shape[-1])
         rows_t = rows.t()
         to_x = to_down = to_up = None
-        if moves_up:
-            low = torch.mm(entered, ctx.down_t) if ctx.merged else low
+        if needs_up:
+            low = torch.mm(inputs, ctx.down_t) if ctx.merged else low
             to_up = torch.addmm(up, rows_t, low, beta=0.0, alpha=ctx.scale)
-        adds_to_x = moves_x and not ctx.merged
-        if moves_down or adds_to_x:
-            inner_t = torch.mm(ctx.up_t, rows_t)  # this way round a low rank takes a fraction of the time
-        if moves_down:
-            to_down = torch.addmm(down, inner_t, entered, beta=0.0, alpha=ctx.scale)
-        if moves_x:
+        adds_to_x = needs_x and not ctx.merged
+        if needs_down or adds_to_x:
+            inner_t = torch.mm(ctx.up_t, rows_t)  # much faster than its transpose for a low rank
+        if needs_down:
+            to_down = torch.addmm(down, inner_t, inputs, beta=0.0, alpha=ctx.scale)
+        if needs_x:
             to_x = torch.mm(rows, weight)
             if adds_to_x:
                 to_x.addmm_(inner_t.t(), down, alpha=ctx.scale)
@@ -132,12 +132,12 @@ class _Step(torch.autograd.Function):
 
 
 def apply_frozen(rows: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
-    """What the frozen layer gives for rows, its weight being given transposed."""
+    """Returns the output of the frozen layer for rows; `weight_t` is its transposed weight."""
     return torch.mm(rows, weight_t) if bias is None else torch.addmm(bias, rows, weight_t)
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling a layer does no more than `nn.Linear` does: its own type and weight, and no hooks."""
+    """Returns True if a layer is exactly `nn.Linear`, with a plain weight and without hooks."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter

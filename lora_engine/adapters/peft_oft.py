@@ -1,4 +1,4 @@
-"""OFT as PEFT has it since 0.18: the inputs are rotated, block by block, by rotations made of triangular parameters.
+"""OFT as in PEFT since 0.18: rotates the inputs in blocks; the parameters are the triangles of skew matrices.
 
 Qiu et al. 2023 (arXiv 2306.07280) and 2025 (arXiv 2506.19847, the Cayley-Neumann form). LyCORIS' OFT is another kind.
 """
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
 from lora_engine.adapters.layer import LayerOp
-from lora_engine.adapters.rotation import cayley, check_has_rows, nearest_block, neumann, turn, wide
+from lora_engine.adapters.rotation import cayley, check_has_rows, compute_dtype, nearest_block, neumann, rotate_blocks
 
 
 @dataclass(frozen=True, eq=False)
 class PeftOftDelta(Delta):
-    """`W' = W R^T`, where `R` is made of `S` in blocks, and `S` is skew-symmetric.
+    """`W' = W R^T`, where the blocks of `R` follow from skew-symmetric matrices `S`.
 
     Attributes:
-        angles: `[n, b (b - 1) / 2]`: the upper triangles of `S`, row by row; `n * b` are the inputs (of a convolution
-            with the places of its kernel). One row alone serves all blocks.
-        terms: Of the Cayley-Neumann series for `(I + S)(I - S)^-1`; 0 is the exact `(I - S)(I + S)^-1` (in PEFT the two
-            forms turn in opposite directions).
-        eps: Constrained OFT: the Frobenius norm of each `S` is at most `eps / sqrt(n)`; None is no constraint.
+        angles: `[n, b (b - 1) / 2]`: the upper triangles of `S`, row by row; `n * b` is the number of inputs, times the
+            kernel size for a convolution. A single row is shared by all blocks.
+        terms: Number of terms of the Cayley-Neumann series for `(I + S)(I - S)^-1`; 0 means the exact
+            `(I - S)(I + S)^-1` (in PEFT the two forms rotate in opposite directions).
+        eps: Constrained OFT: the Frobenius norm of each `S` is at most `eps / sqrt(n)`; None means no constraint.
     """
 
     kind: ClassVar[str] = "peft-oft"
@@ -37,12 +37,12 @@ class PeftOftDelta(Delta):
 
     @property
     def alpha(self) -> None:
-        """None: there is no such scale."""
+        """None: the kind has no alpha."""
         return
 
     @property
     def rank(self) -> None:
-        """None: there is no inner dimension."""
+        """None: the kind has no inner dimension."""
         return
 
     @property
@@ -62,10 +62,10 @@ class PeftOftDelta(Delta):
         terms: int = 5,
         share: bool = False,
     ) -> Self:
-        """A fresh delta that turns nothing; `rank` is the wanted block size, with `share` one block serves all.
+        """Creates a delta without rotation; `rank` is the requested block size; `share` uses one block for all.
 
         Raises:
-            SettingsError: The layer is a norm, or has one input only.
+            SettingsError: The layer is a norm, or has only one input.
         """
         check_has_rows(weight)
         inputs = math.prod(weight.shape[1:])
@@ -74,40 +74,40 @@ class PeftOftDelta(Delta):
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `angles`, with PEFT's default of five terms; alpha means nothing here."""
+        """Builds a delta from `angles`, with PEFT's default of five terms; ignores alpha."""
         return cls(factors["angles"])
 
     def factors(self) -> dict[str, Tensor]:
-        """`angles`."""
+        """Returns `angles`."""
         return {"angles": self.angles}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same form with other angles."""
+        """Returns a delta with other angles and the same settings."""
         return replace(self, angles=factors["angles"])
 
     def _change(self) -> Tensor:
-        """`R - I` for each block, `[n, b, b]`."""
-        dtype, size = wide(self.angles), self.block_size
+        """Returns `R - I` for each block, `[n, b, b]`."""
+        dtype, size = compute_dtype(self.angles), self.block_size
         row, column = torch.triu_indices(size, size, 1, device=self.angles.device).unbind()
         flat = torch.zeros(self.angles.shape[0], size * size, dtype=dtype, device=self.angles.device)
-        upper = flat.index_copy(1, row * size + column, self._kept(dtype)).reshape(-1, size, size)
+        upper = flat.index_copy(1, row * size + column, self._constrained(dtype)).reshape(-1, size, size)
         skew = upper - upper.transpose(-1, -2)
         return cayley(-skew) if self.terms == 0 else neumann(skew, self.terms)
 
-    def _kept(self, dtype: torch.dtype) -> Tensor:
-        """The angles, within the constraint; gradients pass the constraint by, as PEFT projects after each step."""
+    def _constrained(self, dtype: torch.dtype) -> Tensor:
+        """Returns the angles within the constraint, which gradients bypass: PEFT projects after each step."""
         angles = self.angles.to(dtype)
         if self.eps is None:
             return angles
         norms = angles.detach().norm(dim=-1, keepdim=True) * math.sqrt(2.0)
         limit = self.eps / math.sqrt(len(angles))
-        kept = torch.where(norms > limit, angles.detach() * (limit / norms.clamp_min(limit)), angles.detach())
-        return angles + (kept - angles.detach())
+        projected = torch.where(norms > limit, angles.detach() * (limit / norms.clamp_min(limit)), angles.detach())
+        return angles + (projected - angles.detach())
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`W' - W` in float32 (float64 for a float64 base)."""
-        dtype = wide(base)
-        return turn(self._change(), base.to(dtype).flatten(1)).reshape(base.shape)
+        """Returns `W' - W` in float32 (float64 for a float64 base)."""
+        dtype = compute_dtype(base)
+        return rotate_blocks(self._change(), base.to(dtype).flatten(1)).reshape(base.shape)
 
     def forward(
         self,
@@ -118,17 +118,17 @@ class PeftOftDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output and what the layer makes of the inputs' change, where they are few; else the weight is rotated."""
+        """Returns the output; rotates the input, or the weight if that is smaller or has a kernel."""
         is_wide = math.prod(base_weight.shape[2:]) > 1 or x.numel() > base_weight.numel()
         if op.other is not None or op.groups > 1 or is_wide:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
         channel = -1 - op.dims
-        turned = turn(self._change().transpose(-1, -2), x.movedim(channel, -1)).movedim(-1, channel)
-        change = op(turned, base_weight.to(x.dtype))
+        rotated = rotate_blocks(self._change().transpose(-1, -2), x.movedim(channel, -1)).movedim(-1, channel)
+        change = op(rotated, base_weight.to(x.dtype))
         return torch.add(out, change.to(out.dtype), alpha=multiplier)
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """Angles of no block, settings out of range, a misfit to a weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields an invalid number of angles, settings out of range, and shapes that do not fit the weight."""
         if self.terms < 0:
             yield Issue("terms", f"the series has {self.terms!r} terms", "0 (exact) or more", DAMAGED)
         if self.eps is not None and not (math.isfinite(self.eps) and self.eps > 0):

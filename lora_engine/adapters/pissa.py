@@ -1,7 +1,7 @@
-"""PiSSA: LoRA that begins with the base's principal singular vectors (arXiv 2404.02948, section 3), for training alone.
+"""PiSSA: LoRA initialized with the base's principal singular vectors (arXiv 2404.02948, section 3); training only.
 
-The paper takes those out of the base, so that the base changes and an adapter fits that residual alone. Here the base
-stays as it is, and the start is subtracted from the delta instead, which computes the same.
+The paper subtracts the initial product from the base, so the adapter fits only that residual. Here the base does not
+change; the delta subtracts the initial product, which computes the same.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class PissaDelta(Delta):
     """`scale * (up @ down - up_start @ down_start)`.
 
     Attributes:
-        down, up: As a LoRA's.
-        down_start, up_start: What those began as; not trained.
+        down, up: The factors of a LoRA.
+        down_start, up_start: Initial values of `down` and `up`; not trained.
         alpha: The scale is `alpha / r`.
     """
 
@@ -49,11 +49,11 @@ class PissaDelta(Delta):
     def create(
         cls, weight: Tensor, bias: Tensor | None, rank: int, alpha: float | None, generator: torch.Generator | None
     ) -> Self:
-        """A fresh delta from the singular value decomposition U S V of the weight, as a matrix `[out, in * k * k]`.
+        """Creates a delta from the singular value decomposition U S V of the weight, as a matrix `[out, in * k * k]`.
 
-        `up` is `U sqrt(S / scale)` and `down` `sqrt(S / scale) V`, in their first `rank` columns and rows, so that
-        `scale * up @ down` is that part of the weight. Above rank 1/8 of the shorter side and for small weights the
-        decomposition is exact, else randomised with `generator`. `alpha` None or 0 means `rank`.
+        `up` has the first `rank` columns of `U sqrt(S / scale)`, and `down` the first rows of `sqrt(S / scale) V`. Thus
+        `scale * up @ down` is the principal part of the weight. For a rank above 1/8 of the shorter side and for small
+        weights the decomposition is exact, otherwise randomized with `generator`. `alpha` None or 0 means `rank`.
         """
         check_rank(rank, weight)
         alpha = float(alpha or rank)
@@ -66,19 +66,19 @@ class PissaDelta(Delta):
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of the four factors; `alpha` None stands for the rank (scale 1)."""
+        """Builds a delta from the four factors; `alpha` None means the rank (scale 1)."""
         return cls(**factors, alpha=float(factors["down"].shape[0]) if alpha is None else alpha)
 
     def factors(self) -> dict[str, Tensor]:
-        """The trained ones and what they began as."""
+        """Returns the trained factors and their initial values."""
         return {"down": self.down, "up": self.up, "down_start": self.down_start, "up_start": self.up_start}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """The same alpha with other tensors."""
+        """Returns a delta with other tensors and the same alpha."""
         return replace(self, **factors)  # type: ignore[arg-type]
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """The difference of the two products in float32 (float64 for a float64 base), in the shape of `base`."""
+        """Returns the difference of the two products in float32 (float64 for a float64 base), shaped as `base`."""
         return self._trained().delta_weight(base) - self._start().delta_weight(base)
 
     def forward(
@@ -90,17 +90,17 @@ class PissaDelta(Delta):
         op: LayerOp,
         multiplier: float = 1.0,
     ) -> Tensor:
-        """The output by way of the rank, twice."""
+        """Returns the output, computed with the trained and the initial factors."""
         if op.groups > 1:
             return dense_forward(self, x, out, base_weight, base_bias, op, multiplier=multiplier)
-        # Two sums that are taken alike, so that a fresh delta's difference is 0 to the last bit.
-        nothing = out.new_zeros(())
-        trained = self._trained().forward(x, nothing, base_weight, base_bias, op)
-        start = self._start().forward(x, nothing, base_weight, base_bias, op)
+        # Computes both in the same way, so that a new delta gives exactly 0.
+        zero = out.new_zeros(())
+        trained = self._trained().forward(x, zero, base_weight, base_bias, op)
+        start = self._start().forward(x, zero, base_weight, base_bias, op)
         return torch.add(out, trained - start, alpha=multiplier)
 
     def to_export(self) -> LoraDelta:
-        """The same delta as a LoRA of twice the rank and the same scale, exactly."""
+        """Returns exactly the same difference as a LoRA of twice the rank and the same scale."""
         down = torch.cat([self.down, self.down_start])
         return LoraDelta(down, torch.cat([self.up, -self.up_start], dim=1), 2 * self.alpha)
 
@@ -110,12 +110,12 @@ class PissaDelta(Delta):
     def _start(self) -> LoraDelta:
         return LoraDelta(self.down_start, self.up_start, self.alpha)
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """What is wrong with either half, and a start of another shape than what began there."""
-        yield from self._trained().faults(weight_shape)
-        for fault in self._start().faults(weight_shape):
-            if fault.factor != "alpha":
-                yield replace(fault, factor=f"{fault.factor}_start")
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields the issues of trained and initial factors, and initial factors of another shape."""
+        yield from self._trained().issues(weight_shape)
+        for issue in self._start().issues(weight_shape):
+            if issue.factor != "alpha":
+                yield replace(issue, factor=f"{issue.factor}_start")
         if self.down.shape != self.down_start.shape:
             problem, allowed = f"the shape is {list(self.down_start.shape)}", f"that of `down`, {list(self.down.shape)}"
             yield Issue("down_start", problem, allowed, "train the adapter again")
@@ -124,21 +124,21 @@ class PissaDelta(Delta):
 def principal_part(
     matrix: Tensor, rank: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` singular vectors and values: `[rows, rank]`, `[rank]`, `[rank, columns]`.
+    """Returns the first `rank` singular vectors and values: `[rows, rank]`, `[rank]`, `[rank, columns]`.
 
-    Large matrices take a randomised decomposition, whose cost grows with the rank instead of the shorter side.
+    Large matrices use a randomized decomposition, whose cost grows with the rank instead of the shorter side.
 
     Args:
         matrix: Two dimensions, float32 or float64.
         rank: From 1 to the shorter side.
-        generator: Where the random directions come from.
+        generator: Draws the random directions.
     """
     shorter = min(matrix.shape)
     if shorter <= _LARGE or 8 * rank > shorter:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
     left, values, right = sketched_svd(matrix, rank, generator=generator)
-    # A matrix of a lower rank has no more directions: the rest begins, and stays, at nothing.
+    # A matrix of a lower rank has fewer directions; zeros fill the rest.
     missing = rank - len(values)
     return F.pad(left, (0, missing)), F.pad(values, (0, missing)), F.pad(right, (0, 0, 0, missing))
 

@@ -1,4 +1,4 @@
-"""A weight that is replaced by another one, as control adapters replace those of norms; no kind to train."""
+"""Replaces a weight by a value, as control adapters do for norms. Not a trainable kind."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
 
 @dataclass(frozen=True, eq=False)
 class ReplacementDelta(Delta):
-    """What brings a weight to a value, whatever the base has there: `W' = W + multiplier * (value - W)`.
+    """The difference between a fixed value and the weight: `W' = W + multiplier * (value - W)`.
 
     Attributes:
-        value: In the shape of the weight.
+        value: The new weight, in the shape of the weight.
     """
 
     kind: ClassVar[str] = "replacement"
@@ -25,12 +25,12 @@ class ReplacementDelta(Delta):
 
     @property
     def alpha(self) -> None:
-        """None: nothing scales the value but the multiplier."""
+        """None: the kind has no alpha."""
         return
 
     @property
     def rank(self) -> None:
-        """None: the value has no inner dimension."""
+        """None: the kind has no inner dimension."""
         return
 
     @classmethod
@@ -42,40 +42,40 @@ class ReplacementDelta(Delta):
         alpha: float | None,
         generator: torch.Generator | None,
     ) -> Self:
-        """The weight itself, in float32: nothing is replaced."""
+        """Creates a delta with the weight itself as the value, in float32: no change."""
         return cls(weight.detach().to("cpu", torch.float32, copy=True))
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The delta of `value`; alpha means nothing here."""
+        """Builds a delta from `value`; ignores alpha."""
         return cls(factors["value"])
 
     def factors(self) -> dict[str, Tensor]:
-        """`value`."""
+        """Returns `value`."""
         return {"value": self.value}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
-        """A delta of another value."""
+        """Returns a delta with another value."""
         return type(self)(factors["value"])
 
     def delta_weight(self, base: Tensor) -> Tensor:
-        """`value - base` in float32 (float64 for a float64 base)."""
+        """Returns `value - base` in float32 (float64 for a float64 base)."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         return self.value.to(dtype).reshape(base.shape) - base.to(dtype)
 
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
-        """The same delta with the value in the number of dimensions that this weight has."""
+        """Returns the delta with the value in the number of dimensions of this weight."""
         return type(self)(self.value.reshape(tuple(weight_shape)))
 
-    def faults(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
-        """An empty value, or one of another shape than the weight."""
+    def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
+        """Yields an empty value, and a value whose shape is not that of the weight."""
         shape = list(self.value.shape)
         if self.value.dim() == 0 or self.value.numel() == 0:
             yield Issue("value", f"the shape is {shape}", "the shape of a weight, not empty", DAMAGED)
         elif weight_shape is not None and [n for n in shape if n != 1] != [n for n in weight_shape if n != 1]:
-            yield Issue("value", f"the shape is {shape}", f"{list(weight_shape)}, that of the base's weight", _OTHER)
+            yield Issue(
+                "value", f"the shape is {shape}", f"{list(weight_shape)}, that of the base's weight", OTHER_BASE
+            )
 
-
-_OTHER = OTHER_BASE
 
 kinds.add(ReplacementDelta.kind, ReplacementDelta)

@@ -1,7 +1,7 @@
-"""Rotations that several adapter kinds share: Cayley's form, blocks along the last dimension, butterflies.
+"""Rotations that several adapter kinds share: the Cayley transform, and blocks along the last dimension.
 
-Everything here gives the change (rotation minus identity), which is exactly zero for a fresh adapter. What is rotated,
-inputs or outputs, and in which direction, is each kind's own affair.
+The functions return the change (rotation minus identity), which is exactly zero for a new adapter. Each kind decides
+whether inputs or outputs are rotated, and in which direction.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_engine.errors import SettingsError
 
 
-def wide(tensor: Tensor, *others: Tensor) -> torch.dtype:
-    """The dtype to reckon in: that of the tensors, but at least float32."""
+def compute_dtype(tensor: Tensor, *others: Tensor) -> torch.dtype:
+    """Returns the dtype to compute in: the widest of the tensors', at least float32."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     for other in others:
         dtype = torch.promote_types(dtype, other.dtype)
@@ -23,16 +23,16 @@ def wide(tensor: Tensor, *others: Tensor) -> torch.dtype:
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """`(I + S)(I - S)^-1 - I` for each skew-symmetric matrix of `[..., b, b]` (Cayley 1846); float32 or float64."""
+    """Returns `(I + S)(I - S)^-1 - I` for skew-symmetric matrices `[..., b, b]` (Cayley 1846); float32 or float64."""
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     change: Tensor = torch.linalg.solve(identity - skew, 2.0 * skew)
     return change
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """PEFT's series for `cayley`: `2S + 2S^2 + ... + S^(terms-1)`, whose last term is halved.
+    """Returns PEFT's series for `cayley`: `2S + 2S^2 + ... + S^(terms-1)`, with the last term halved.
 
-    As PEFT 0.18 and later reckon it: three terms are the same as four.
+    As PEFT 0.18 and later compute it: three terms equal four.
     """
     if terms < 2:
         return torch.zeros_like(skew)
@@ -46,48 +46,48 @@ def neumann(skew: Tensor, terms: int) -> Tensor:
     return change + power @ skew
 
 
-def limited(skew: Tensor, limit: float) -> Tensor:
-    """The matrices, shrunk together so that their common Frobenius norm is at most `limit`; 0 is no limit."""
+def limit_norm(skew: Tensor, limit: float) -> Tensor:
+    """Scales the matrices together to a common Frobenius norm of at most `limit`; 0 means no limit."""
     if limit == 0:
         return skew
-    # Not torch.norm: its gradient at zero, where training begins, must be zero.
+    # Not torch.norm: the gradient at zero, where training starts, must be zero.
     norm = skew.square().sum().clamp_min(torch.finfo(skew.dtype).tiny).sqrt() + 1e-8
     return skew * (limit / norm).clamp(max=1.0)
 
 
-def turn(change: Tensor, values: Tensor) -> Tensor:
-    """What block-wise multiplication by `change` `[n, b, b]` gives along the last dimension `n * b` of `values`.
+def rotate_blocks(change: Tensor, values: Tensor) -> Tensor:
+    """Multiplies the last dimension `n * b` of `values` blockwise by `change` `[n, b, b]`.
 
-    One block alone (n = 1) serves every part of the dimension.
+    A single block (n = 1) is used for every part of the dimension.
     """
     blocks = values.reshape(*values.shape[:-1], -1, change.shape[-1])
     matrices = change.to(values.dtype).expand(blocks.shape[-2], -1, -1)
     return torch.einsum("nij,...nj->...ni", matrices, blocks).flatten(-2)
 
 
-def nearest_block(width: int, wanted: int, fits: Callable[[int], bool], allowed: str) -> int:
-    """The block size nearest to the wanted one (the smaller of two) of those that divide a width and fit.
+def nearest_block(width: int, requested: int, fits: Callable[[int], bool], allowed: str) -> int:
+    """Returns the valid block size nearest to the requested one, the smaller of two; it divides `width`.
 
     Raises:
-        SettingsError: There is none of at least 2, or the wanted one is below 1.
+        SettingsError: No valid size of at least 2 exists, or the requested size is below 1.
     """
-    if wanted < 1:
-        raise SettingsError(f"rank {wanted!r} is no block size", allowed="1 or more", remedy="raise the rank")
+    if requested < 1:
+        raise SettingsError(f"rank {requested!r} is not a block size", allowed="1 or more", remedy="raise the rank")
     sizes = [size for size in range(2, width + 1) if width % size == 0 and fits(size)]
     if not sizes:
         raise SettingsError(
-            f"{width} channels cannot be cut into blocks to rotate",
+            f"{width} channels cannot be split into blocks to rotate",
             allowed=allowed,
             remedy="leave the module out of the targets, or choose another kind for it",
         )
-    return min(sizes, key=lambda size: (abs(size - wanted), size))
+    return min(sizes, key=lambda size: (abs(size - requested), size))
 
 
 def check_has_rows(weight: Tensor) -> None:
-    """Does nothing for a weight of at least two dimensions.
+    """Raises `SettingsError` if a weight has fewer than two dimensions.
 
     Raises:
-        SettingsError: It is a vector (of a norm).
+        SettingsError: The weight is a vector (of a norm).
     """
     if weight.dim() < 2:
         raise SettingsError(

@@ -1,7 +1,7 @@
 """rsLoRA: LoRA whose scale is alpha / sqrt(rank) (arXiv 2312.03732, theorem 3.2).
 
-It is a rule for a fresh delta's alpha, not a form of its own: what is made is LoRA with the alpha that says the same
-(LyCORIS' convention), so that everything that reads alpha / rank reads it right.
+It is a rule for the alpha of a new delta, not a separate form. The delta is a LoRA with `alpha * sqrt(rank)` as its
+alpha (LyCORIS' convention), which code that reads alpha / rank interprets correctly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_engine.adapters.lora import LoraDelta
 
 
 class RsLora(LoraDelta):
-    """Makes LoRA deltas; has no instances of its own."""
+    """Creates LoRA deltas; has no instances."""
 
     @classmethod
     def create(  # type: ignore[override]
@@ -29,7 +29,7 @@ class RsLora(LoraDelta):
         *,
         tucker: bool = False,
     ) -> LoraDelta:
-        """A fresh LoRA of scale `alpha / sqrt(rank)`; `alpha` None or 0 means `rank`, so a scale of `sqrt(rank)`."""
+        """Creates a LoRA of scale `alpha / sqrt(rank)`; `alpha` None or 0 means `rank`, for a scale of `sqrt(rank)`."""
         stored = float(alpha or rank) * math.sqrt(max(rank, 0))
         return LoraDelta.create(weight, bias, rank, stored, generator, tucker=tucker)
 

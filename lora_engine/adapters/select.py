@@ -1,4 +1,4 @@
-"""Which modules an adapter shall have: presets and patterns over canonical module names."""
+"""Selects the modules of an adapter: presets and patterns over canonical module names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_engine.adapters.tree import near_names
 from lora_engine.errors import SettingsError
 
 _ATTENTION = re.compile(r".*\.attn\d*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)")
-# FLUX's single blocks have one layer out of attention and feed-forward together, `proj_out`.
+# FLUX's single blocks have one output layer for attention and feed-forward, `proj_out`.
 _FEED_FORWARD = re.compile(r".*\.(ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.proj_(mlp|out))")
 _CLIP = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
 _T5 = r"SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)"
@@ -29,35 +29,35 @@ PRESETS: Mapping[str, Callable[[str, Shape], bool]] = {
     "norms": lambda name, shape: _in_block(name) and len(shape) == 1,
     "text": lambda name, shape: name.startswith("text_encoder") and bool(_TEXT.fullmatch(name)),
 }
-"""Name of a preset to its test of (module name, weight shape). All but `text` speak of the denoiser's blocks, so that
-the narrow first and last layers (`conv_in`, `conv_out`), which hold hardly any rank, are only reached by pattern."""
+"""Preset name to its test of (module name, weight shape). All but `text` select within the denoiser's blocks: the
+narrow first and last layers (`conv_in`, `conv_out`) allow hardly any rank, and need a pattern."""
 
 
 def select_modules(modules: Mapping[str, Shape], targets: str | Sequence[str]) -> list[str]:
-    """The names of the modules that the targets mean, in the order of `modules`.
+    """Returns the names of the modules that the targets match, in the order of `modules`.
 
     Args:
-        modules: Canonical name to weight shape, as `module_shapes` gives them.
+        modules: Canonical name to weight shape, as from `module_shapes`.
         targets: One or several of: a preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a glob
             over whole names (`unet.*.to_q`), or `re:` and a regular expression for whole names.
 
     Raises:
-        SettingsError: A target that means no module, or a broken expression.
+        SettingsError: A target matches no module, or a regular expression is invalid.
     """
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    if not wanted:
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns:
         raise SettingsError("the list of targets is empty", allowed=_ALLOWED, remedy="name at least one target")
     chosen: set[str] = set()
-    for target in wanted:
+    for target in patterns:
         test = _test(target)
-        found = {name for name, shape in modules.items() if test(name, shape)}
-        if not found:
+        matches = {name for name, shape in modules.items() if test(name, shape)}
+        if not matches:
             raise SettingsError(
-                f"target {target!r} means no module of the base",
+                f"target {target!r} matches no module in the base",
                 allowed=f"{_ALLOWED}; the base has {near_names(target.removeprefix('re:'), modules)}",
-                remedy="choose a preset or mend the pattern",
+                remedy="choose a preset, or fix the pattern",
             )
-        chosen |= found
+        chosen |= matches
     return [name for name in modules if name in chosen]
 
 
@@ -73,7 +73,9 @@ def _test(target: str) -> Callable[[str, Shape], bool]:
         expression = re.compile(target[3:])
     except re.error as error:
         raise SettingsError(
-            f"target {target!r} is no regular expression: {error}", allowed=_ALLOWED, remedy="mend the expression"
+            f"target {target!r} is not a regular expression: {error}",
+            allowed=_ALLOWED,
+            remedy="fix the expression",
         ) from error
     return lambda name, _: bool(expression.fullmatch(name))
 

@@ -1,4 +1,4 @@
-"""Base models behind one protocol: where they lie (`source`), which families are known (`families`), how they compute.
+"""Finds and loads base models behind one protocol.
 
-`source`, `families`, `layout` and `hub` are torch-free; `base` and the family modules do the work.
+`source`, `families`, `layout` and `hub` are torch-free; `base` and the modules of the families load and compute.
 """

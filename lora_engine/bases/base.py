@@ -1,4 +1,4 @@
-"""The one protocol of base models, and how one is loaded. What a family computes lives in its own module."""
+"""Defines the protocol of base models and loads them. Each family has its own module."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lora_engine.bases.source import BaseSource, resolve_base
 
 
 class BaseModel(Protocol):
-    """A diffusion model as training, evaluation and generation see it; frozen, in evaluation mode.
+    """A diffusion model for training, evaluation and generation; frozen, in evaluation mode.
 
     Attributes:
-        family: The family that its adapters belong to: `sd`, `sdxl`, `sd3` or `flux`.
-        name: What cards call it; free of paths.
+        family: The family of its adapters: `sd`, `sdxl`, `sd3` or `flux`.
+        name: Name for cards, without paths.
         fingerprint: SHA-256 over its files.
-        device: Where it computes.
-        dtype: Of the network's weights; latents, losses and pictures are float32 everywhere.
+        device: The device of the weights.
+        dtype: Dtype of the denoiser's weights; latents, losses and images are always float32.
         modules: The adaptable components: `unet` or `transformer`, `text_encoder`[, `text_encoder_2`[, ...]].
-        noise: The forward process and the parameterisation; a `FlowSchedule` for flow matching.
-        default_size: (height, width) in pixels that it was made for.
-        distilled: Whether it was distilled to follow its text: it is asked once a step, and `predict` is told the
-            scale of guidance where its network reads one.
-        inpaints: Whether `predict` needs what `encode_mask` gives.
-        quantisation: How the linear layers of its network are held: `none`, `8bit` or `4bit`.
+        noise: The noise schedule and the parameterization; a `FlowSchedule` for flow matching.
+        default_size: Native (height, width) in pixels.
+        distilled: True for distilled guidance: `predict` runs once per step and takes the guidance scale if its network
+            has that input.
+        inpaints: True if `predict` needs the result of `encode_mask`.
+        quantization: Storage of the denoiser's linear layers: `none`, `8bit` or `4bit`.
     """
 
     family: str
@@ -45,75 +45,75 @@ class BaseModel(Protocol):
     default_size: tuple[int, int]
     distilled: bool
     inpaints: bool
-    quantisation: Quantization
+    quantization: Quantization
 
     def module_names(self) -> list[str]:
-        """Canonical names of the adaptable layers (Linear, Conv2d), in the order of the model.
+        """Returns the canonical names of the adaptable layers (Linear, Conv2d), in the order of the model.
 
-        Text encoders always carry the level `text_model`, whatever the installed version of transformers does.
+        Names of text encoders always contain `text_model`, independent of the version of transformers.
         """
         ...
 
     def get_module(self, name: str) -> nn.Module:
-        """The module of a canonical name."""
+        """Returns the module with a canonical name."""
         ...
 
     def set_module(self, name: str, module: nn.Module) -> None:
-        """Puts another module in its place."""
+        """Replaces the module with a canonical name."""
         ...
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels [n, 3, h, w] in [-1, 1] as scaled latents: the posterior's mode, or a sample with the generator."""
+        """Encodes pixels [n, 3, h, w] in [-1, 1] as scaled latents: the mode, or a sample if a generator is given."""
         ...
 
     def encode_mask(self, mask: Tensor, pixels: Tensor) -> Conditioning:
-        """What an inpainting base is told beside the text; join it to that with `Conditioning.with_tensors`.
+        """Encodes a mask and images for an inpainting base; add it to the text with `Conditioning.with_tensors`.
 
         Args:
-            mask: [n, 1, h, w]: 0.5 and above is what is drawn anew, below it is kept.
-            pixels: [n, 3, h, w] in [-1, 1], whole.
+            mask: [n, 1, h, w]; values of 0.5 and above are generated, others are kept.
+            pixels: The unmasked images, [n, 3, h, w] in [-1, 1].
 
         Returns:
-            `mask` [n, 1, height, width] of 0 and 1 and `masked` [n, channels, height, width], the latents of the
-            pictures with grey under the mask; both in the size of the latents.
+            `mask` [n, 1, height, width] of 0 and 1, and `masked` [n, channels, height, width], the latents of the
+            images with gray under the mask; both in the size of the latents.
 
         Raises:
-            SettingsError: The base is not made for inpainting, or the shapes do not fit.
+            SettingsError: The base is not an inpainting base, or the shapes do not match.
         """
         ...
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents as pixels [n, 3, h, w]; not clipped."""
+        """Decodes scaled latents to pixels [n, 3, h, w]; not clipped."""
         ...
 
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """One row a text; `size` (height, width) in pixels is needed by families that are told it."""
+        """Encodes texts, one row per text; some families also need `size` (height, width) in pixels."""
         ...
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """As `encode_text`, for the other side of classifier-free guidance."""
+        """Encodes negative prompts for classifier-free guidance; see `encode_text`."""
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the network makes of noisy latents at timesteps [n]; float32; keeps the graph.
+        """Returns the network's prediction for noisy latents at timesteps [n]; float32; keeps the autograd graph.
 
-        Timesteps are int64 numbers into the schedule for diffusion, and any dtype (sigma times 1000) for a flow.
+        Timesteps are int64 indices into the schedule for diffusion, and any dtype (sigma times 1000) for a flow.
         """
         ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of a picture of that size in pixels.
+        """Returns (channels, height, width) of the latents of an image of that size in pixels.
 
         Raises:
-            SettingsError: The size is not a multiple of what the model needs.
+            SettingsError: The size is not a multiple that the model requires.
         """
         ...
 
     def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
-        """A fresh sampler of diffusers with the model's own settings: DPM-Solver++, or Euler's method for a flow.
+        """Returns a new diffusers sampler with the model's settings: DPM-Solver++, or Euler's method for a flow.
 
         Args:
-            steps: Its timesteps are set to so many; None leaves them to the caller.
+            steps: Number of timesteps to set; None leaves them to the caller.
             size: (height, width) in pixels, on which the timesteps of some flows depend; None is `default_size`.
         """
         ...
@@ -129,41 +129,41 @@ def load_base(
     """Loads a base model, frozen.
 
     Args:
-        source: Where it lies, or a name for `resolve_base`.
-        device: Where it is to compute; None takes CUDA, else MPS, else the CPU.
-        dtype: Of the network and the text encoders; the autoencoder always computes in float32.
-        quantise: How the linear layers of the network's blocks are held; see `quantize_base`.
+        source: The source, or a name for `resolve_base`.
+        device: The device; None takes CUDA, else MPS, else the CPU.
+        dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
+        quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
 
     Raises:
-        BaseModelError: It cannot be found or its parts do not fit.
-        SettingsError: What quantisation needs is not installed.
+        BaseModelError: The base is not found, or its parts do not match.
+        SettingsError: A package that quantization needs is not installed.
     """
-    found = resolve_base(source) if isinstance(source, str) else source
+    resolved = resolve_base(source) if isinstance(source, str) else source
     check_quantization(quantise)
     with BUILDING:
-        module = importlib.import_module(families[found.family].module)
-    base = cast(BaseModel, module.load(found, torch.device(device or default_device()), dtype))
+        module = importlib.import_module(families[resolved.family].module)
+    base = cast(BaseModel, module.load(resolved, torch.device(device or default_device()), dtype))
     quantize_base(base, quantise)
-    base.quantisation = quantise
+    base.quantization = quantise
     return base
 
 
-def masked_whole(base: BaseModel, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
-    """The conditioning, for an inpainting base with a mask over the whole picture: as if it were a base without mask.
+def full_mask_conditioning(base: BaseModel, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
+    """Adds a mask over the full image for an inpainting base; returns the conditioning of other bases unchanged.
 
     Args:
         base: Any base.
-        conditioning: What `encode_text` gave.
+        conditioning: The result of `encode_text`.
         size: (height, width) in pixels.
     """
     if not base.inpaints:
         return conditioning
-    whole = base.encode_mask(torch.ones(1, 1, *size), torch.zeros(1, 3, *size))
-    return conditioning.with_tensors(whole.index([0] * len(conditioning)))
+    full = base.encode_mask(torch.ones(1, 1, *size), torch.zeros(1, 3, *size))
+    return conditioning.with_tensors(full.index([0] * len(conditioning)))
 
 
 def default_device() -> str:
-    """The fastest kind of device of this machine."""
+    """Returns the fastest device type of this machine."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,7 +1,4 @@
-"""Reads the components of a base through the classes of diffusers and transformers: safetensors only, offline.
-
-Computes nothing.
-"""
+"""Loads the components of a base with the classes of diffusers and transformers: safetensors only, offline."""
 
 from __future__ import annotations
 
@@ -21,23 +18,23 @@ _ALIGNMENT = 64
 
 
 def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dtype) -> nn.Module:
-    """One component with weights, frozen and in evaluation mode, on the CPU.
+    """Loads one component with weights on the CPU, frozen and in evaluation mode.
 
     Args:
-        cls: The class of diffusers or transformers that reads it.
-        source: Where the base lies.
-        component: The sub-folder.
-        dtype: Of the weights in memory.
+        cls: Its class in diffusers or transformers.
+        source: The base.
+        component: The subfolder.
+        dtype: Dtype of the weights in memory.
 
     Raises:
-        BaseModelError: The files are damaged or do not fit the configuration.
+        BaseModelError: The files are damaged or do not match the configuration.
     """
     extra: dict[str, Any] = {"dtype": dtype}
     if cls.__module__.startswith("diffusers"):
-        # Without accelerate, diffusers warns of a fallback that nobody asked to be told of.
+        # Without accelerate, the default of diffusers falls back with a warning.
         extra = {"torch_dtype": dtype, "low_cpu_mem_usage": _has_accelerate()}
     try:
-        # Building a module before its weights are read draws from the global generator; give it back as it was.
+        # Building a module draws from the global generator; its state is restored.
         with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
             module = cls.from_pretrained(
                 str(source.folder),
@@ -50,13 +47,13 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _unreadable(source.folder / component, error) from error
     if not isinstance(module, nn.Module):
-        raise BaseModelError(f"{cls.__name__} gave no module", where=str(source.folder / component))
+        raise BaseModelError(f"{cls.__name__} returned no module", where=str(source.folder / component))
     align_weights(module)
     return module.requires_grad_(False).eval()
 
 
 def load_tokenizer(cls: Any, source: BaseSource, component: str) -> Any:
-    """A tokenizer, from the files of the folder alone.
+    """Loads a tokenizer from the files of the folder.
 
     Raises:
         BaseModelError: The files are damaged.
@@ -69,10 +66,10 @@ def load_tokenizer(cls: Any, source: BaseSource, component: str) -> Any:
 
 
 def align_weights(module: nn.Module) -> None:
-    """Moves weights that were read from a file to where torch itself would have put them.
+    """Copies weights that are not aligned to 64 bytes into aligned memory.
 
-    In a file they lie at any address, and the kernels of a CPU round differently at different alignments. Moved, they
-    give the same bits in every process.
+    Memory-mapped weights have arbitrary addresses, and CPU kernels round differently at different alignments. Aligned
+    weights give the same bits in every process.
     """
     for value in (*module.parameters(), *module.buffers()):
         if value.device.type == "cpu" and value.data_ptr() % _ALIGNMENT:
@@ -88,13 +85,13 @@ def _has_accelerate() -> bool:
 def _unreadable(folder: Path, error: Exception) -> BaseModelError:
     first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
     return BaseModelError(
-        f"the component cannot be read ({first})", where=str(folder), remedy="download or save the base again, whole"
+        f"the component cannot be read ({first})", where=str(folder), remedy="download or save the base again"
     )
 
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
-    """Keeps transformers from drawing its own progress bars while the block lasts."""
+    """Disables the progress bars of transformers until the block ends."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

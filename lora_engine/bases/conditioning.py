@@ -1,4 +1,4 @@
-"""What a model is conditioned on, whatever the family: named tensors, one row a picture."""
+"""Defines the conditioning of all families: named tensors, one row per image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text embeddings and whatever else a family's `predict` needs.
+    """Text embeddings and the other inputs of a family's `predict`.
 
     Attributes:
-        tensors: By name, such as `states` [n, tokens, width] and `pooled` [n, width]; the first dimension is always n.
+        tensors: Tensors by name, such as `states` [n, tokens, width] and `pooled` [n, width]; the first dimension is n.
     """
 
     tensors: Mapping[str, Tensor]
@@ -26,23 +26,23 @@ class Conditioning:
         return self.tensors[name]
 
     def index(self, rows: Sequence[int] | Tensor) -> Conditioning:
-        """The given rows, in that order; a row may be taken more than once."""
+        """Returns the given rows, in that order; a row may occur more than once."""
         chosen = torch.as_tensor(rows)
         return Conditioning({name: value[chosen.to(value.device)] for name, value in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same on another device."""
+        """Returns a copy on another device."""
         return Conditioning({name: value.to(device) for name, value in self.tensors.items()})
 
     def detach(self) -> Conditioning:
-        """The same values, cut off from any graph."""
+        """Returns the same values without their autograd graph."""
         return Conditioning({name: value.detach() for name, value in self.tensors.items()})
 
     def with_tensors(self, other: Conditioning) -> Conditioning:
-        """The same rows, told more: all tensors of both; those of the other replace ones of the same name."""
+        """Returns the same rows with the tensors of both; those of `other` replace ones of the same name."""
         return Conditioning({**self.tensors, **other.tensors})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of all parts, one after another."""
+        """Concatenates the rows of all parts."""
         return Conditioning({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})

@@ -1,6 +1,6 @@
-"""The families of base models: which pipelines they cover, which parts they need, which module computes them.
+"""Lists the families of base models: their pipelines, their components and their modules.
 
-Torch-free: a family's module is imported when a base of it is loaded. No weights and no maths live here.
+Torch-free: a family's module is imported when a base of it is loaded.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from lora_engine.registries import Registry
 
 @dataclass(frozen=True)
 class Family:
-    """What is known about a family before any of its weights are read.
+    """A family of base models.
 
     Attributes:
-        name: Its name in adapters, cards and error messages.
-        pipelines: The values of `_class_name` in `model_index.json` that belong to it.
-        components: The sub-folders that it needs.
-        module: The module whose `load(source, device, dtype)` gives the `BaseModel`.
-        adapters: The family that its adapters belong to; empty for its own. The layers of an inpainting base are
-            those of the base that it was made from, all but the first.
-        optional: The sub-folders that it may lack: `model_index.json` then says null.
+        name: Name in adapters, cards and error messages.
+        pipelines: Its values of `_class_name` in `model_index.json`.
+        components: The required subfolders.
+        module: The module whose `load(source, device, dtype)` returns the `BaseModel`.
+        adapters: The family of its adapters; empty for its own. An inpainting base has the layers of the base that it
+            was trained from, except the first.
+        optional: Subfolders that may be missing; their entry in `model_index.json` is then null.
     """
 
     name: str
@@ -81,5 +81,5 @@ for _family in (
 
 
 def family_of_pipeline(pipeline: str) -> Family | None:
-    """The family that covers a pipeline class, or None."""
+    """Returns the family of a pipeline class; None if there is none."""
     return next((family for family in families.values() if pipeline in family.pipelines), None)

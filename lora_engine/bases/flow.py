@@ -1,4 +1,4 @@
-"""What the families of flow matching share: their schedule and their sampler. No network is called here."""
+"""Implements the noise schedule and the sampler of the flow-matching families."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 class FlowModel(LatentModel):
-    """A transformer whose timesteps are sigmas; see `BaseModel` and `FlowSchedule`."""
+    """A flow-matching transformer, whose timesteps are sigmas; see `BaseModel` and `FlowSchedule`."""
 
     denoiser_name = "transformer"
     noise: FlowSchedule
@@ -30,10 +30,10 @@ class FlowModel(LatentModel):
     def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
         """See `BaseModel`; Euler's method."""
         with BUILDING:
-            found = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_settings)
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_settings)
         if steps is not None:
-            found.set_timesteps(device=self.device, mu=self._mu(size), **self._spacing(steps))
-        return found
+            scheduler.set_timesteps(device=self.device, mu=self._mu(size), **self._spacing(steps))
+        return scheduler
 
     def _spacing(self, steps: int) -> dict[str, Any]:
         return {"num_inference_steps": steps}
@@ -48,10 +48,10 @@ class FlowModel(LatentModel):
         settings = self._settings_of_scheduler(source)
         if settings.get("_class_name") != _SCHEDULER:
             raise BaseModelError(
-                f"the scheduler is {settings.get('_class_name')!r}",
+                f"unsupported scheduler {settings.get('_class_name')!r}",
                 where=str(source.folder / "scheduler"),
-                allowed=f"{_SCHEDULER}, with which bases of this family are trained",
-                remedy="put the scheduler's configuration of the published base in its place",
+                allowed=f"{_SCHEDULER}, which trains the bases of this family",
+                remedy="replace it by the scheduler configuration of the published base",
             )
         self.noise = flow_schedule_from(settings, self._patch)
         return settings

@@ -1,6 +1,6 @@
-"""FLUX.1: CLIP's pooled text, T5's states, packed latents, guidance as an input where it was distilled, flow matching.
+"""Implements FLUX.1: pooled CLIP text, T5 states, packed latents, distilled guidance, flow matching.
 
-Source of the computations: `FluxPipeline` of diffusers; a parity test holds them to it.
+Follows `FluxPipeline` of diffusers; a parity test compares the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_engine.bases.source import BaseSource
 
 T5_TOKENS = 512
 TRAINING_GUIDANCE = 1.0
-"""The scale that a network with distilled guidance is told where a conditioning names none, as in training."""
+"""The default guidance scale of a network with distilled guidance, as in training."""
 
 
 def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Flux:
@@ -46,7 +46,7 @@ class Flux(FlowModel):
         return Conditioning({"states": states.float(), "pooled": pooled.float()})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `BaseModel`; `guidance` [n] among the conditioning is the scale, else `TRAINING_GUIDANCE`."""
+        """See `BaseModel`; the scale is `guidance` [n] of the conditioning, else `TRAINING_GUIDANCE`."""
         height, width = noisy.shape[2:]
         states = conditioning["states"].to(self.dtype)
         output: Tensor = self.denoiser(
@@ -56,7 +56,7 @@ class Flux(FlowModel):
             pooled_projections=conditioning["pooled"].to(self.dtype),
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=self._places(height // 2, width // 2),
+            img_ids=self._positions(height // 2, width // 2),
             return_dict=False,
         )[0]
         return unpack(output, height, width).float()
@@ -64,23 +64,23 @@ class Flux(FlowModel):
     def _guidance(self, conditioning: Conditioning, count: int) -> Tensor | None:
         if not self.denoiser.config.guidance_embeds:
             return None
-        given = conditioning.tensors.get("guidance")
-        return torch.full((count,), TRAINING_GUIDANCE, device=self.device) if given is None else given
+        scales = conditioning.tensors.get("guidance")
+        return torch.full((count,), TRAINING_GUIDANCE, device=self.device) if scales is None else scales
 
-    def _places(self, height: int, width: int) -> Tensor:
-        """(0, row, column) of each token, [height * width, 3]."""
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Returns (0, row, column) of each token, [height * width, 3]."""
         rows = torch.arange(height, device=self.device, dtype=self.dtype).repeat_interleave(width)
         columns = torch.arange(width, device=self.device, dtype=self.dtype).repeat(height)
         return torch.stack([torch.zeros_like(rows), rows, columns], dim=1)
 
     def _spacing(self, steps: int) -> dict[str, Any]:
-        # The pipeline spaces sigmas before they are shifted, from 1 to 1 / steps.
+        # As the pipeline: unshifted sigmas, evenly spaced from 1 to 1 / steps.
         if self._scheduler_settings.get("use_flow_sigmas"):
             return {"num_inference_steps": steps}
         return {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
 
     def _default_size(self) -> tuple[int, int]:
-        # The transformer's configuration tells no size; the autoencoder's tells it in pixels.
+        # Only the autoencoder's configuration has a size, in pixels.
         return int(self.vae.config.sample_size), int(self.vae.config.sample_size)
 
     def _network_channels(self) -> int:
@@ -98,13 +98,13 @@ class Flux(FlowModel):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents [n, c, h, w] as tokens of 2 x 2, [n, h/2 * w/2, 4c]: channel, row, column within a token."""
+    """Packs latents [n, c, h, w] into tokens of 2 x 2, [n, h/2 * w/2, 4c]: channel, row, column within a token."""
     n, channels, height, width = latents.shape
     cells = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(n, height * width // 4, 4 * channels)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, for latents of that height and width."""
+    """Unpacks tokens into latents of that height and width; the inverse of `pack`."""
     cells = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)

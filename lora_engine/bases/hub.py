@@ -1,4 +1,4 @@
-"""Bases from the Hugging Face hub: the local cache first, then a download. Torch-free; safetensors only."""
+"""Fetches bases from the Hugging Face hub, or from its local cache. Torch-free; safetensors only."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _log = logging.getLogger(__name__)
 
 
 def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
-    """The folder of a hub repository's snapshot and the commit that it is of.
+    """Returns the snapshot folder of a hub repository and its commit.
 
     Args:
         repository: `owner/name`.
         revision: Branch, tag or commit; None is the default branch.
 
     Raises:
-        BaseModelError: It is neither in the cache nor to be had, or what is there is not a usable base.
+        BaseModelError: It is neither cached nor downloadable, or is not a usable base.
     """
     try:
         folder = _snapshot(repository, revision, local=True)
         read_layout(folder)
     except (OSError, BaseModelError):
-        # Not in the cache, or only in part.
+        # Not cached, or only partly.
         folder = _download(repository, revision)
     return folder, folder.name
 
@@ -58,30 +58,30 @@ def _snapshot_or_explain(repository: str, revision: str | None, variant: str | N
         return _snapshot(repository, revision, local=False, variant=variant)
     except GatedRepoError:
         raise BaseModelError(
-            f"access to {name} has to be granted by its owner",
+            f"access to {name} requires the approval of its owner",
             remedy="accept its terms on huggingface.co and log in with `hf auth login`",
         ) from None
     except RevisionNotFoundError:
-        raise BaseModelError(f"the hub has no {name}", remedy="give a branch, tag or commit that exists") from None
+        raise BaseModelError(f"the hub has no {name}", remedy="name an existing branch, tag or commit") from None
     except RepositoryNotFoundError:
         raise BaseModelError(
             f"the hub has no {name}, or it is private",
-            remedy="check the spelling, or log in with `hf auth login`; a local folder is given by its path",
+            remedy="check the spelling or the path of a local folder, or log in with `hf auth login`",
         ) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f" --revision {revision}" if revision else ""
         raise BaseModelError(
             f"the base {name} is not in the local Hugging Face cache, and the hub cannot be reached ({_first(error)})",
             allowed="`tiny`, a diffusers folder, or a hub id that is in the cache or can be downloaded",
-            remedy=f"fill the cache where there is a network (`hf download {repository}{at}`, then HF_HOME says "
-            "where it lies), give the path of a diffusers folder, or use `tiny`, which needs nothing",
+            remedy=f"run `hf download {repository}{at}` on a machine with a network and set HF_HOME to that cache, "
+            "pass the path of a diffusers folder, or use `tiny`, which needs no download",
         ) from None
 
 
 def _snapshot(repository: str, revision: str | None, *, local: bool, variant: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
-    # In the local case the patterns would make the library compare with a listing that it does not have.
+    # With patterns the library would need a file listing, which the local cache does not have.
     patterns = None if local else download_patterns(variant)
     return Path(
         snapshot_download(repository, revision=revision, local_files_only=local, allow_patterns=patterns)

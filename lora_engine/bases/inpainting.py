@@ -1,7 +1,7 @@
-"""Stable Diffusion and XL for inpainting: a UNet that also reads a mask and the picture without what is under it.
+"""Implements Stable Diffusion and XL for inpainting: the UNet also reads a mask and the masked image.
 
-Source of the computations: the inpainting pipelines of diffusers; a parity test holds them to it. A base of four
-channels that is only ever drawn on under a mask is none of these.
+Follows the inpainting pipelines of diffusers; a parity test compares the two. Bases with four input channels are not
+inpainting bases.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Stable
 
 
 class Inpainting(StableDiffusion):
-    """As `StableDiffusion`; `predict` needs what `encode_mask` gives, beside the text."""
+    """A `StableDiffusion` whose `predict` also needs the result of `encode_mask`."""
 
     inpaints = True
 
@@ -34,26 +34,26 @@ class Inpainting(StableDiffusion):
         """See `BaseModel`."""
         if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != pixels.shape[2:]:
             raise SettingsError(
-                f"the mask has shape {list(mask.shape)} and the pictures {list(pixels.shape)}",
+                f"the mask has shape {list(mask.shape)} and the images {list(pixels.shape)}",
                 allowed="[n, 1, height, width] and [n, 3, height, width]",
             )
-        there = (mask >= 0.5).to(self.device, torch.float32)
+        binary = (mask >= 0.5).to(self.device, torch.float32)
         _, height, width = self.latent_shape((mask.shape[2], mask.shape[3]))
-        masked = self.encode_images(pixels.to(self.device, torch.float32) * (1 - there))
-        return Conditioning({"mask": F.interpolate(there, (height, width)), "masked": masked})
+        masked = self.encode_images(pixels.to(self.device, torch.float32) * (1 - binary))
+        return Conditioning({"mask": F.interpolate(binary, (height, width)), "masked": masked})
 
-    def _entering(self, noisy: Tensor, conditioning: Conditioning) -> Tensor:
+    def _network_input(self, noisy: Tensor, conditioning: Conditioning) -> Tensor:
         if not {"mask", "masked"} <= set(conditioning.tensors):
             raise SettingsError(
-                f"the base {self.name!r} is made for inpainting and needs a mask",
-                remedy="join what `encode_mask` gives to the text's conditioning, or choose a base without mask",
+                f"the inpainting base {self.name!r} needs a mask",
+                remedy="add the result of `encode_mask` to the conditioning, or choose a base without mask",
             )
         return torch.cat([noisy, conditioning["mask"], conditioning["masked"]], dim=1)
 
-    def _reads(self) -> Mapping[str, int]:
+    def _input_channels(self) -> Mapping[str, int]:
         latents = int(self.vae.config.latent_channels)
         return {"latents": latents, "mask": 1, "masked latents": latents}
 
 
 class InpaintingXL(Inpainting, StableDiffusionXL):
-    """As `StableDiffusionXL`, with the mask of `Inpainting`."""
+    """A `StableDiffusionXL` with the mask of `Inpainting`."""

@@ -1,7 +1,4 @@
-"""What all families share: an autoencoder, a denoiser, text encoders, and a tree of adaptable layers.
-
-No family's own computations live here.
-"""
+"""Implements the common part of all families: autoencoder, denoiser, text encoders, tree of adaptable layers."""
 
 from __future__ import annotations
 
@@ -28,19 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 class LatentModel(ABC):
-    """A denoiser of latents, loaded and frozen; a family adds what it computes. See `BaseModel`.
+    """A loaded and frozen latent diffusion model, the base class of the families. See `BaseModel`.
 
     Args:
-        source: Where it lies.
-        device: Where it computes.
-        dtype: Of the denoiser and the text encoders.
-        denoiser: The class that reads the component `unet` or `transformer`.
+        source: The source of the base.
+        device: The device for the weights.
+        dtype: Dtype of the denoiser and the text encoders.
+        denoiser: The class of the component `unet` or `transformer`.
     """
 
     denoiser_name = "unet"
     distilled = False
     inpaints = False
-    quantisation: Quantization = "none"
+    quantization: Quantization = "none"
     noise: NoiseSchedule
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype, denoiser: Any) -> None:
@@ -77,12 +74,12 @@ class LatentModel(ABC):
         return (latents - self._shift) * float(self.vae.config.scaling_factor)
 
     def encode_mask(self, mask: Tensor, pixels: Tensor) -> Conditioning:
-        """See `BaseModel`; this base has no use for it."""
+        """Raises `SettingsError`: this base takes no mask."""
         del mask, pixels
         raise SettingsError(
-            f"the base {self.name!r} is not made for inpainting, and reads no mask",
-            allowed="a base whose network reads a mask, such as stable-diffusion-inpainting",
-            remedy="choose such a base, or leave the masks out",
+            f"the base {self.name!r} is not an inpainting base and takes no mask",
+            allowed="an inpainting base, such as stable-diffusion-inpainting",
+            remedy="choose such a base, or remove the masks",
         )
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -97,7 +94,7 @@ class LatentModel(ABC):
         side = self._factor * self._patch
         if min(size) < side or height % side or width % side:
             raise SettingsError(
-                f"the base {self.name!r} cannot make pictures of {height} x {width} pixels",
+                f"the base {self.name!r} cannot generate images of {height} x {width} pixels",
                 allowed=f"multiples of {side}, such as {self.default_size[0]} x {self.default_size[1]}",
             )
         return int(self.vae.config.latent_channels), height // self._factor, width // self._factor
@@ -112,7 +109,7 @@ class LatentModel(ABC):
 
     @abstractmethod
     def _load_schedule(self, source: BaseSource) -> dict[str, Any]:
-        """Sets `noise`, and gives the settings of the scheduler."""
+        """Sets `noise` and returns the settings of the scheduler."""
 
     def _default_size(self) -> tuple[int, int]:
         side = int(self.denoiser.config.sample_size) * self._factor
@@ -126,7 +123,7 @@ class LatentModel(ABC):
 
     @property
     def _patch(self) -> int:
-        """Latent pixels of the side of what the network takes as one."""
+        """Side of a patch of the network in latent pixels."""
         return 1
 
     @property
@@ -140,29 +137,29 @@ class LatentModel(ABC):
     def _tokens(self, texts: Sequence[str], suffix: str, tokenizer: Any, limit: int | None = None) -> dict[str, Any]:
         encoder: Any = self.modules[f"text_encoder{suffix}"]
         length = min(int(tokenizer.model_max_length), limit or int(encoder.config.max_position_embeddings))
-        found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        encoding = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
             if len(ids) > length:
                 _log.warning("the text %r has %d tokens; the base reads the first %d", text[:80], len(ids), length)
-        inputs: dict[str, Any] = {"input_ids": found.input_ids.to(self.device)}
+        inputs: dict[str, Any] = {"input_ids": encoding.input_ids.to(self.device)}
         if getattr(encoder.config, "use_attention_mask", False):
-            inputs["attention_mask"] = found.attention_mask.to(self.device)
+            inputs["attention_mask"] = encoding.attention_mask.to(self.device)
         return inputs
 
-    def _reads(self) -> Mapping[str, int]:
-        """Channels of each part of what the network reads."""
+    def _input_channels(self) -> Mapping[str, int]:
+        """Returns the channels of each part of the network's input."""
         return {"latents": int(self.vae.config.latent_channels)}
 
     def _network_channels(self) -> int:
         return int(self.denoiser.config.in_channels)
 
     def _check_channels(self, source: BaseSource) -> None:
-        network, parts = self._network_channels(), self._reads()
+        network, parts = self._network_channels(), self._input_channels()
         if network != sum(parts.values()):
-            told = ", ".join(f"{name} {channels}" for name, channels in parts.items())
+            listed = ", ".join(f"{name} {channels}" for name, channels in parts.items())
             raise BaseModelError(
-                f"its network takes {network} channels, and there are {sum(parts.values())} ({told})",
+                f"its network takes {network} channels, and its pipeline provides {sum(parts.values())} ({listed})",
                 where=str(source.folder),
                 allowed="a base whose network and autoencoder belong together",
-                remedy="for an inpainting base, model_index.json names an inpainting pipeline",
+                remedy="for an inpainting base, name an inpainting pipeline in model_index.json",
             )

@@ -1,7 +1,7 @@
-"""The layout of a diffusers folder: which of its files make the base, and whether they are all there.
+"""Reads the layout of a diffusers folder: the files of the base, all of which must exist.
 
-Torch-free, and reads no weights: only names, `model_index.json` and the indices of sharded weights. Pickled weights
-(`.bin`, `.ckpt`) are never among the files.
+Torch-free; reads no weights, only names, `model_index.json` and the indices of sharded weights. Excludes pickled
+weights (`.bin`, `.ckpt`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Layout:
     """The files of one base.
 
     Attributes:
-        family: The family that its pipeline belongs to.
+        family: The family of its pipeline.
         index: The content of `model_index.json`.
-        variants: For each component with weights, the variant in their names (None, or `fp16`).
-        files: All files that count, relative to the folder, sorted.
+        variants: Variant of the weight files (None or `fp16`) by component.
+        files: All files of the base, relative to the folder, sorted.
     """
 
     family: Family
@@ -37,7 +37,7 @@ class Layout:
 
 
 def read_layout(folder: Path) -> Layout:
-    """The layout of a diffusers folder.
+    """Reads the layout of a diffusers folder.
 
     Raises:
         BaseModelError: Not a diffusers folder, an unknown family, a missing part, or weights only as pickles.
@@ -59,24 +59,24 @@ def read_layout(folder: Path) -> Layout:
                 f"the component {component!r} is missing",
                 where=str(folder),
                 allowed=f"a folder with {', '.join(family.components)}",
-                remedy="download or save the base again, whole",
+                remedy="download or save the base again",
             )
         if component == "scheduler":
-            found = [_required(path, "scheduler_config.json")]
+            names = [_required(path, "scheduler_config.json")]
         elif component.startswith("tokenizer"):
-            found = _tokenizer_files(path)
+            names = _tokenizer_files(path)
         else:
             variants[component], weights = _find_weights(path, _STEMS.get(component, "model"))
-            found = [_required(path, "config.json"), *weights]
-        files += [f"{component}/{name}" for name in found]
+            names = [_required(path, "config.json"), *weights]
+        files += [f"{component}/{name}" for name in names]
     return Layout(family, index, variants, tuple(sorted(files)))
 
 
 def download_patterns(variant: str | None) -> list[str]:
-    """The files of a hub repository that a base needs, as patterns; safetensors only.
+    """Returns patterns for the files of a hub repository that a base needs; safetensors only.
 
     Args:
-        variant: The variant of the weights; None takes the plain ones.
+        variant: Variant of the weights; None takes the files without a variant.
     """
     middle = f".{variant}" if variant else ""
     weights = [
@@ -110,26 +110,26 @@ def _find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in {".bin", ".ckpt", ".pt", ".pth"})
     if pickled:
         raise BaseModelError(
-            f"the weights are only there as pickles ({', '.join(pickled[:3])}), which can run code when they are read",
+            f"the weights exist only as pickles ({', '.join(pickled[:3])}), which can run code when they are read",
             where=str(folder),
             allowed=f"{stem}.safetensors",
-            remedy="take a revision that has safetensors, or convert it once in a place where nothing can be harmed",
+            remedy="use a revision with safetensors, or convert the weights once in a sandbox",
         )
     raise BaseModelError(
         "there are no weights",
         where=str(folder),
         allowed=f"{stem}.safetensors",
-        remedy="download or save the base again, whole",
+        remedy="download or save the base again",
     )
 
 
 def _shards(folder: Path, index: str) -> list[str]:
     weight_map = _read_json(folder / index).get("weight_map")
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    bad = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    if not names or bad:
+    invalid = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if not names or invalid:
         raise BaseModelError(
-            f"names {', '.join(map(repr, bad)) or 'no'} shards of weights",
+            f"invalid shard names {', '.join(map(repr, invalid))}" if invalid else "names no shards of weights",
             where=str(folder / index),
             allowed="safetensors files in the same folder",
         )
@@ -147,7 +147,7 @@ def _tokenizer_files(folder: Path) -> list[str]:
 def _required(folder: Path, name: str) -> str:
     if not (folder / name).is_file():
         raise BaseModelError(
-            f"the file {name!r} is missing", where=str(folder), remedy="download or save the base again, whole"
+            f"the file {name!r} is missing", where=str(folder), remedy="download or save the base again"
         )
     return name
 
@@ -157,12 +157,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise BaseModelError(
-            f"no {path.name} in it",
+            f"there is no {path.name}",
             where=str(path.parent),
-            allowed="a diffusers folder: model_index.json and a sub-folder for each component",
+            allowed="a diffusers folder: model_index.json and a subfolder per component",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"cannot be read ({error})", where=str(path)) from None
     if not isinstance(content, dict):
-        raise BaseModelError("does not hold a JSON object", where=str(path))
+        raise BaseModelError("is not a JSON object", where=str(path))
     return content

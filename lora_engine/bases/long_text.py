@@ -1,9 +1,8 @@
-"""Texts of any length, and words that count more or less, for bases whose text encoders are all CLIP.
+"""Encodes texts of any length, and weighted words, for bases whose text encoders are all CLIP.
 
-The convention is that of A1111's web UI, which kohya's scripts train for: the tokens go into chunks of 75 (77 with
-their ends, which is what CLIP reads), each chunk is encoded by itself with a beginning and an end of its own, and the
-states of all chunks stand one behind another. What brackets in a text mean is not known here; see
-`inference/syntax.py`.
+Follows A1111's web UI, as kohya's scripts do: tokens are split into chunks of 75 (77 with the start and end tokens that
+CLIP reads), each chunk is encoded separately, and the states of all chunks are concatenated. `inference/syntax.py`
+parses brackets.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ _log = logging.getLogger(__name__)
 
 Pieces = Sequence[tuple[str, float]]
 Change = Callable[[str, Tensor], Tensor]
-# Of a mean beside the size of what it is taken over, in float32.
+# Rounding error of a float32 mean, relative to the mean absolute value.
 _ROUNDING = 1e-6
 
 
 def no_change(suffix: str, states: Tensor) -> Tensor:
-    """The states as they are."""
+    """Returns the states unchanged."""
     del suffix
     return states
 
 
 @runtime_checkable
 class ReadsTokens(Protocol):
-    """What a base has whose text encoders read chunks of tokens."""
+    """The protocol of bases whose text encoders read chunks of tokens."""
 
     device: torch.device
     modules: dict[str, nn.Module]
 
     def tokenizers(self) -> Mapping[str, Any]:
-        """The tokenizers by the suffix of their text encoder: an empty one, `_2`."""
+        """Returns the tokenizers by the suffix of their text encoder: empty, `_2`."""
         ...
 
     def encode_tokens(
@@ -49,9 +48,9 @@ class ReadsTokens(Protocol):
         size: tuple[int, int] | None = None,
         change: Change = no_change,
     ) -> Conditioning:
-        """As `encode_text`, of token ids [n, length] by suffix.
+        """Encodes token ids [n, length] by suffix; see `BaseModel.encode_text`.
 
-        `change` gets each encoder's suffix and states [n, length, width] before they are put together.
+        `change` transforms the states [n, length, width] of each encoder, named by its suffix, before they are joined.
         """
         ...
 
@@ -59,27 +58,26 @@ class ReadsTokens(Protocol):
 def encode_long(
     base: object, texts: Sequence[Pieces], size: tuple[int, int] | None = None, *, chunks: int = 1
 ) -> Conditioning:
-    """One row a text, as `BaseModel.encode_text`, of as many chunks as are asked for.
+    """Encodes texts of several chunks, one row per text; see `BaseModel.encode_text`.
 
-    A text with fewer tokens ends in chunks of an empty text, so that all rows are equally long; a longer one is cut
-    off. Chunks are full: a word may stand across two. The pooled embedding is that of the first chunk.
+    Shorter texts are padded with chunks of an empty text; longer ones are truncated. Chunks are full: a word may be
+    split across two. The pooled embedding is that of the first chunk.
 
-    A token's weight multiplies its state; then the whole chunk is scaled so that the mean of all of its states is what
-    it was (the rule `Original` of A1111's web UI), by each text encoder for itself. Chunks in which every weight
-    is 1 are left as they are.
+    A token's weight multiplies its state; then the chunk is scaled to restore the mean of its states (A1111's rule
+    `Original`), separately for each text encoder. Chunks without weights are unchanged.
 
     Args:
         base: Any base.
-        texts: Each as (piece, weight) in order; pieces are tokenised one by one.
-        size: (height, width) in pixels, for families that are told it.
-        chunks: How many of each text.
+        texts: Pairs (piece, weight) of each text, in order; pieces are tokenized one by one.
+        size: (height, width) in pixels, for families that need it.
+        chunks: Chunks per text.
 
     Raises:
         SettingsError: The base cannot read chunks.
     """
     if not isinstance(base, ReadsTokens):
         raise SettingsError(
-            f"the base {getattr(base, 'name', '')!r} cannot read texts in chunks, or with weights",
+            f"the base {getattr(base, 'name', '')!r} cannot encode texts in chunks or with weights",
             allowed="bases whose text encoders are all CLIP: Stable Diffusion 1, 2 and XL",
             remedy="set captions.chunks to 1 and captions.weights to false",
         )
@@ -92,22 +90,22 @@ def encode_long(
         ids = torch.tensor([chunk for row in rows for chunk in row[0]])
         tokens[suffix] = {"input_ids": ids.to(base.device)}
         if getattr(encoder.config, "use_attention_mask", False):
-            used = torch.tensor([chunk for row in rows for chunk in row[2]])
-            tokens[suffix]["attention_mask"] = used.to(base.device)
+            attended = torch.tensor([chunk for row in rows for chunk in row[2]])
+            tokens[suffix]["attention_mask"] = attended.to(base.device)
         weights[suffix] = torch.tensor([chunk for row in rows for chunk in row[1]], device=base.device)
-    found = base.encode_tokens(tokens, size, lambda suffix, states: weigh(states, weights[suffix]))
-    states = found["states"]
+    encoded = base.encode_tokens(tokens, size, lambda suffix, states: weigh(states, weights[suffix]))
+    states = encoded["states"]
     joined = states.reshape(len(texts), chunks * states.shape[1], states.shape[2])
     return Conditioning(
-        {name: joined if name == "states" else value[::chunks] for name, value in found.tensors.items()}
+        {name: joined if name == "states" else value[::chunks] for name, value in encoded.tensors.items()}
     )
 
 
 def weigh(states: Tensor, weights: Tensor) -> Tensor:
-    """States [n, length, width] times weights [n, length], each row scaled back to the mean that it had.
+    """Multiplies states [n, length, width] by weights [n, length] and restores the mean of each row.
 
-    A mean that is nothing but rounding (as behind a layer norm without learned factors) says nothing; such a row is not
-    scaled. Gradients take the scale for a constant.
+    A row whose mean is only rounding error (as after a layer norm without learned factors) is not scaled. Gradients
+    treat the scale as a constant.
     """
     changed = (weights != 1.0).any(dim=1)
     if not bool(changed.any()):
@@ -126,12 +124,12 @@ def _split(
     ids: list[int] = []
     weights: list[float] = []
     for piece, weight in pieces:
-        found = list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-        ids += found
-        weights += [weight] * len(found)
+        piece_ids = list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+        ids += piece_ids
+        weights += [weight] * len(piece_ids)
     if len(ids) > chunks * body:
         text = "".join(piece for piece, _ in pieces)
-        _log.warning("the text %r has %d tokens; %d are read", text[:80], len(ids), chunks * body)
+        _log.warning("the text %r has %d tokens; the base reads the first %d", text[:80], len(ids), chunks * body)
     first, last, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     rows: tuple[list[list[int]], list[list[float]], list[list[int]]] = ([], [], [])
     for start in range(0, chunks * body, body):

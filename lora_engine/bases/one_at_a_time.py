@@ -1,9 +1,8 @@
-"""A lock around the building of models, tokenizers and schedulers by transformers and diffusers.
+"""Locks the construction of models, tokenizers and schedulers by transformers and diffusers.
 
-Steps of a pipeline run in threads of one process, and two of them may load a base at the same time. While it builds a
-model, transformers patches torch; without the lock, one thread finds tensors on the meta device that the other is about
-to fill. Both libraries also import modules by the names in a configuration then, and such imports are not safe in
-threads: a module that two threads import at once may be half made in one of them.
+Pipeline steps run in threads of one process, and two of them may load a base at the same time. While it builds a model,
+transformers patches torch: without the lock, one thread sees the meta tensors of the other. Both libraries also import
+modules lazily then, which is not thread-safe: one of two threads may see a partly initialized module.
 """
 
 from __future__ import annotations

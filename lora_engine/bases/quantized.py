@@ -1,6 +1,6 @@
-"""Frozen linear layers held in 8 or 4 bits, by bitsandbytes (the extra `quantised`). Nothing here is trained or saved.
+"""Quantizes frozen linear layers to 8 or 4 bits with bitsandbytes (the extra `quantised`), in memory only.
 
-8 bits: one scale a row, and activations too are rounded on a GPU (Dettmers et al. 2022, LLM.int8 without outliers).
+8 bits: one scale per row; on a GPU activations are rounded too (Dettmers et al. 2022, LLM.int8 without outliers).
 4 bits: NF4 in blocks of 64 (Dettmers et al. 2023, section 3).
 """
 
@@ -20,43 +20,43 @@ Quantization = Literal["none", "8bit", "4bit"]
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer that keeps its weight in few bits. Gradients go to the input alone.
+    """A frozen linear layer with a quantized weight. Gradients flow to the input only.
 
     Args:
-        layer: The layer; its weight is let go of, its bias is kept.
-        quantisation: `8bit` or `4bit`.
+        layer: The layer; its weight is released, its bias is kept.
+        quantization: `8bit` or `4bit`.
 
     Attributes:
-        sketch: A tensor with the shape, dtype and device of the weight, and no values: for those who need no more.
+        meta_weight: A tensor with the shape, dtype and device of the weight, but no values.
     """
 
-    def __init__(self, layer: nn.Linear, quantisation: Quantization) -> None:
+    def __init__(self, layer: nn.Linear, quantization: Quantization) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         weight = layer.weight.detach()
-        self.sketch = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        self._apply_weight, self._restore = _HOLDERS[quantisation](weight)
+        self.meta_weight = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        self._apply_weight, self._restore = _QUANTIZERS[quantization](weight)
         self.training = layer.training
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight as the layer applies it, in its first dtype; computed anew at each call."""
+        """The dequantized weight in its original dtype; computed at each access."""
         return self._restore()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, in the dtype of x."""
+        """Returns the layer's output, in the dtype of x."""
         return self._apply_weight(x, self.bias)
 
 
-_Held = tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[], Tensor]]
+_QuantizedWeight = tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[], Tensor]]
 
 
-def _hold_in_8_bits(weight: Tensor) -> _Held:
+def _quantize_8bit(weight: Tensor) -> _QuantizedWeight:
     import bitsandbytes
     import bitsandbytes.functional
 
-    # The kernel takes no other dtype; a weight beyond what half precision holds is none of a sound base.
+    # The kernel takes no other dtype; weights of a valid base are within the range of float16.
     rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
     state = bitsandbytes.MatmulLtState()
     state.CB, state.SCB, state.has_fp16_weights, state.threshold = rows, scales, False, 0.0
@@ -66,14 +66,14 @@ def _hold_in_8_bits(weight: Tensor) -> _Held:
         return out.to(x.dtype)
 
     def restore() -> Tensor:
-        found: Tensor = bitsandbytes.functional.int8_vectorwise_dequant(rows, scales)
-        return found.to(weight_dtype)
+        restored: Tensor = bitsandbytes.functional.int8_vectorwise_dequant(rows, scales)
+        return restored.to(weight_dtype)
 
     weight_dtype = weight.dtype
     return apply, restore
 
 
-def _hold_in_4_bits(weight: Tensor) -> _Held:
+def _quantize_4bit(weight: Tensor) -> _QuantizedWeight:
     import bitsandbytes
     import bitsandbytes.functional
 
@@ -84,53 +84,53 @@ def _hold_in_4_bits(weight: Tensor) -> _Held:
         return out
 
     def restore() -> Tensor:
-        found: Tensor = bitsandbytes.functional.dequantize_4bit(packed, state)
-        return found
+        restored: Tensor = bitsandbytes.functional.dequantize_4bit(packed, state)
+        return restored
 
     return apply, restore
 
 
-_HOLDERS: dict[Any, Callable[[Tensor], _Held]] = {"8bit": _hold_in_8_bits, "4bit": _hold_in_4_bits}
+_QUANTIZERS: dict[Any, Callable[[Tensor], _QuantizedWeight]] = {"8bit": _quantize_8bit, "4bit": _quantize_4bit}
 
 
 @torch.no_grad()
-def quantize_base(base: ModuleTree, quantisation: Quantization) -> None:
-    """Puts quantised layers in the place of the linear layers in the blocks of a base's denoiser; the rest stays.
+def quantize_base(base: ModuleTree, quantization: Quantization) -> None:
+    """Replaces the linear layers in the blocks of a base's denoiser by quantized layers, in place.
 
-    Text encoders stay as they are: what they give is computed once and kept. The first and last layers and those of
-    the timesteps are narrow, and lose most.
+    Text encoders are not quantized: their results are computed once and cached. Neither are the first, last and
+    timestep layers: they are small and lose the most.
 
     Args:
-        base: A base, frozen, with nothing attached to it.
-        quantisation: `none` does nothing.
+        base: A frozen base with nothing attached.
+        quantization: `none` does nothing.
 
     Raises:
-        SettingsError: The extra is not installed, or an unknown quantisation.
+        SettingsError: The extra is not installed, or an unknown quantization.
     """
-    if quantisation == "none":
+    if quantization == "none":
         return
-    check_quantization(quantisation)
+    check_quantization(quantization)
     for name in select_modules(module_shapes(base), "linear"):
         layer = base.get_module(name)
         if isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear):
-            base.set_module(name, QuantizedLinear(layer, quantisation))
+            base.set_module(name, QuantizedLinear(layer, quantization))
 
 
-def check_quantization(quantisation: Quantization) -> None:
-    """Does nothing where this machine can quantise so.
+def check_quantization(quantization: Quantization) -> None:
+    """Raises an error if this machine lacks a quantization.
 
     Raises:
-        SettingsError: The library is not installed, or an unknown quantisation.
+        SettingsError: The library is not installed, or an unknown quantization.
     """
-    if quantisation == "none":
+    if quantization == "none":
         return
-    if quantisation not in _HOLDERS:
-        raise SettingsError(f"unknown quantisation {quantisation!r}", allowed="none, 8bit, 4bit")
+    if quantization not in _QUANTIZERS:
+        raise SettingsError(f"unknown quantise value {quantization!r}", allowed="none, 8bit, 4bit")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise SettingsError(
-            f"a base in {quantisation} needs bitsandbytes, which is not installed",
-            allowed="quantise: none, which needs nothing",
+            f"quantise: {quantization} needs bitsandbytes, which is not installed",
+            allowed="quantise: none, which needs no extra package",
             remedy="install it: pip install 'loraline[quantised]'",
         ) from error

@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x and 2.x, and the embedded base, which is one of them in small.
+"""Implements Stable Diffusion 1.x and 2.x, including the embedded base, which is a small one.
 
-Source of the computations: `StableDiffusionPipeline` of diffusers; a parity test holds them to it.
+Follows `StableDiffusionPipeline` of diffusers; a parity test compares the two.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StableDiffusion(LatentModel):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See `BaseModel`."""
         output: Tensor = self.denoiser(
-            self._entering(noisy, conditioning).to(self.dtype),
+            self._network_input(noisy, conditioning).to(self.dtype),
             timesteps,
             encoder_hidden_states=conditioning["states"].to(self.dtype),
             added_cond_kwargs=self._added(conditioning),
@@ -74,12 +74,12 @@ class StableDiffusion(LatentModel):
         """See `BaseModel`."""
         del size
         with BUILDING:
-            found = DPMSolverMultistepScheduler.from_config(self._scheduler_settings)
+            scheduler = DPMSolverMultistepScheduler.from_config(self._scheduler_settings)
         if steps is not None:
-            found.set_timesteps(steps, device=self.device)
-        return found
+            scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
 
-    def _entering(self, noisy: Tensor, conditioning: Conditioning) -> Tensor:
+    def _network_input(self, noisy: Tensor, conditioning: Conditioning) -> Tensor:
         del conditioning
         return noisy
 

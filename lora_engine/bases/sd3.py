@@ -1,6 +1,6 @@
-"""Stable Diffusion 3 and 3.5: two CLIPs and a T5 (which may be missing), joint attention, flow matching.
+"""Implements Stable Diffusion 3 and 3.5: two CLIPs and an optional T5, joint attention, flow matching.
 
-Source of the computations: `StableDiffusion3Pipeline` of diffusers; a parity test holds them to it.
+Follows `StableDiffusion3Pipeline` of diffusers; a parity test compares the two.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Stable
 
 
 class StableDiffusion3(FlowModel):
-    """A transformer that reads text and picture together, an autoencoder, two CLIPs and a T5; see `BaseModel`."""
+    """A transformer with joint attention, an autoencoder, two CLIPs and a T5; see `BaseModel`."""
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(source, device, dtype, SD3Transformer2DModel)
 
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """See `BaseModel`; without a T5, its part of the states is zeros."""
+        """See `BaseModel`; without a T5, its part of the states is zero."""
         del size
         states: list[Tensor] = []
         pooled: list[Tensor] = []

@@ -1,6 +1,6 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as part of the condition.
+"""Implements Stable Diffusion XL: two text encoders, a pooled embedding and size conditioning.
 
-Source of the computations: `StableDiffusionXLPipeline` of diffusers; a parity test holds them to it.
+Follows `StableDiffusionXLPipeline` of diffusers; a parity test compares the two.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StableDiffusionXL(StableDiffusion):
         size: tuple[int, int] | None = None,
         change: Change = no_change,
     ) -> Conditioning:
-        """See `ReadsTokens`; the size that was there, cropped nowhere, is the size that is wanted."""
+        """See `ReadsTokens`; original and target size are `size`, and the crop offset is 0."""
         states: list[Tensor] = []
         pooled = torch.empty(0)  # the second encoder's
         for suffix, inputs in tokens.items():
@@ -51,16 +51,16 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """See `BaseModel`; an empty text is all zeros where the base was made so."""
-        found = self.encode_text(texts, size)
+        """See `BaseModel`; an empty text is all zeros if the base has `force_zeros_for_empty_prompt`."""
+        encoded = self.encode_text(texts, size)
         if not self._index.get("force_zeros_for_empty_prompt", True):
-            return found
-        kept = torch.tensor([bool(text) for text in texts], device=self.device)
+            return encoded
+        is_filled = torch.tensor([bool(text) for text in texts], device=self.device)
         return Conditioning(
             {
-                "states": torch.where(kept[:, None, None], found["states"], 0.0),
-                "pooled": torch.where(kept[:, None], found["pooled"], 0.0),
-                "time_ids": found["time_ids"],
+                "states": torch.where(is_filled[:, None, None], encoded["states"], 0.0),
+                "pooled": torch.where(is_filled[:, None], encoded["pooled"], 0.0),
+                "time_ids": encoded["time_ids"],
             }
         )
 

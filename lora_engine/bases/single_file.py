@@ -1,7 +1,7 @@
-"""Single checkpoint files as bases: converted once into a cache, by their content, and read from there.
+"""Loads single checkpoint files as bases: converts each once into a cache that is keyed by content.
 
-Converting itself lives in `lora_engine.checkpoints`. The cache is `LORALINE_CACHE`, else `loraline` under
-`XDG_CACHE_HOME` (by default `~/.cache`); what lies in it can be deleted at any time.
+`lora_engine.checkpoints` converts. The cache is `LORALINE_CACHE`, else `loraline` under `XDG_CACHE_HOME` (by default
+`~/.cache`); its content can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,38 +13,37 @@ from lora_engine.errors import BaseModelError, EngineError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
 SUFFIXES = (".safetensors", ".ckpt")
-# Raised whenever the same file would now be converted to something else.
+# Increased whenever the conversion of the same file changes.
 _REVISION = 1
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs; it may not be there yet."""
-    given = os.environ.get("LORALINE_CACHE")
-    if given:
-        return Path(given).expanduser()
+    """Returns the cache folder, which may not exist yet."""
+    configured = os.environ.get("LORALINE_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "loraline"
 
 
 def folder_of_file(file: Path, digest: str, cache: Path | None = None) -> Path:
-    """The diffusers folder of a single file, converted unless that was done before.
+    """Returns the diffusers folder of a single file; converts the file if it is not cached.
 
-    What such a file lacks is looked for beside it: a diffusers folder of the file's own name (`model/` beside
-    `model.safetensors`), whose weights do not matter, gives settings and tokenizers; else a folder `tokenizer` gives
-    the tokenizer, and the settings are the published ones. Without either, the tokenizer comes from the local Hugging
-    Face cache.
+    Settings and tokenizers come from a diffusers folder with the file's name (`model/` beside `model.safetensors`),
+    whose weights are ignored. Otherwise the settings are the published ones, and the tokenizer comes from a folder
+    `tokenizer` beside the file, or from the local Hugging Face cache.
 
     Args:
-        file: An original `.safetensors` or `.ckpt` file of a whole base.
-        digest: Its SHA-256; the folder is kept under this and what was found beside it.
-        cache: None is `cache_folder()`.
+        file: An original `.safetensors` or `.ckpt` file of a complete base.
+        digest: Its SHA-256; part of the cache key, with the settings and tokenizers beside the file.
+        cache: The cache folder; None is `cache_folder()`.
 
     Raises:
-        BaseModelError: It is no such file, something lacks in it, or there is no tokenizer.
+        BaseModelError: The file is not such a checkpoint or is incomplete, or there is no tokenizer.
     """
     if file.suffix.lower() not in SUFFIXES:
         raise BaseModelError(
-            f"{file.name!r} is no checkpoint by its name",
+            f"{file.name!r} is not a checkpoint file name",
             where=str(file),
             allowed=f"a file that ends in {' or '.join(SUFFIXES)}, or a diffusers folder",
         )
@@ -52,36 +51,36 @@ def folder_of_file(file: Path, digest: str, cache: Path | None = None) -> Path:
 
     settings, tokenizer = file.with_suffix(""), file.parent / "tokenizer"
     config = settings if (settings / "model_index.json").is_file() else None
-    given = tokenizer if config is None and tokenizer.is_dir() else None
-    key = {"file": digest, "revision": _REVISION, "beside": _digests(config or given)}
-    place = (cache or cache_folder()) / "bases" / sha256_bytes(canonical_json(key))
-    if place.is_dir():
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs that want the same file: the second waits for the first.
-    with FileLock(f"{place}.lock"):
-        if not place.is_dir():
-            _convert(file, place, config, given)
-    return place
+    tokenizer_folder = tokenizer if config is None and tokenizer.is_dir() else None
+    key = {"file": digest, "revision": _REVISION, "beside": _digests(config or tokenizer_folder)}
+    folder = (cache or cache_folder()) / "bases" / sha256_bytes(canonical_json(key))
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A concurrent run with the same file waits for the conversion.
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _convert(file, folder, config, tokenizer_folder)
+    return folder
 
 
 def _digests(folder: Path | None) -> dict[str, str]:
-    """Digest of each small text file of a folder and of its sub-folders: settings and vocabularies."""
+    """Returns the digests of the settings and vocabularies in a folder and its subfolders."""
     if folder is None:
         return {}
     files = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in (".json", ".txt")]
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(files)}
 
 
-def _convert(file: Path, place: Path, config: Path | None, tokenizer: Path | None) -> None:
+def _convert(file: Path, folder: Path, config: Path | None, tokenizer: Path | None) -> None:
     from lora_engine.checkpoints import convert_checkpoint
 
     try:
-        convert_checkpoint(file, place, to="diffusers", config=config, tokenizer=tokenizer)
+        convert_checkpoint(file, folder, to="diffusers", config=config, tokenizer=tokenizer)
     except BaseModelError:
         raise
     except EngineError as error:
-        # What is wrong with the file is, for the caller, wrong with the base.
+        # The caller handles errors of bases only.
         raise BaseModelError(
             error.problem, where=error.where or str(file), allowed=error.allowed, remedy=error.remedy
         ) from error

@@ -1,4 +1,4 @@
-"""Where a base model lies: a name becomes a folder, a family and a fingerprint. Torch-free; reads no weights."""
+"""Resolves the name of a base model to a folder, a family and a fingerprint. Torch-free; loads no weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ALLOWED = "`tiny`, a diffusers folder, a checkpoint file, or a hub id (`owner/n
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base model that is on this machine, whole.
+    """A complete base model on this machine.
 
     Attributes:
-        name: As the person gave it, without the revision.
+        name: The name that the user gave, without the revision.
         folder: The diffusers folder.
-        revision: The commit, for a base from the hub.
+        revision: The commit of a base from the hub; None for others.
         family: A name among `families`.
-        file: The name of the single file that the folder was made from; empty for any other.
+        file: Name of the single file that was converted to the folder; empty for others.
     """
 
     name: str
@@ -37,7 +37,7 @@ class BaseSource:
 
     @property
     def label(self) -> str:
-        """What cards and reports call the base: free of paths, the same on every machine."""
+        """The name for cards and reports: without paths, the same on every machine."""
         if self.name == TINY:
             return TINY
         if self.revision:
@@ -46,32 +46,32 @@ class BaseSource:
 
     @property
     def layout(self) -> Layout:
-        """The files that make the base."""
+        """The files of the base."""
         return read_layout(self.folder)
 
     @property
     def size(self) -> int:
-        """How many bytes its files have."""
+        """Total size of its files in bytes."""
         return sum((self.folder / name).stat().st_size for name in self.layout.files)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the relative names and digests of all files that make the base: weights and configuration."""
+        """Returns the SHA-256 over the relative names and digests of its files: weights and configuration."""
         return sha256_bytes(canonical_json({name: _digest(self.folder / name) for name in self.layout.files}))
 
 
 def resolve_base(name: str, revision: str | None = None) -> BaseSource:
-    """Finds a base model, downloading it where that is needed and possible.
+    """Finds a base model; downloads it if necessary.
 
     Args:
         name: `tiny`, the path of a diffusers folder or of a single checkpoint file (converted once, see
-            `single_file`), or a hub id, which may carry `@revision`.
+            `single_file`), or a hub id, optionally with `@revision`.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        BaseModelError: No such base, an unknown family, something missing in it; says what is allowed.
+        BaseModelError: No such base, an unknown family, or a part of the base is missing.
     """
     if name == TINY:
-        # The embedded base is a package of its own, whose weights are only needed here.
+        # Imported here: other bases do not need the package of the embedded base.
         from lora_engine.bases.tiny import folder as tiny_folder
 
         return _from_folder(TINY, tiny_folder(), revision)
@@ -84,12 +84,12 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
     if not _HUB_ID.fullmatch(repository):
         near = difflib.get_close_matches(name, [TINY], n=1)
         raise BaseModelError(
-            f"there is no base {name!r}: no folder of that name, and it is not a hub id",
+            f"unknown base {name!r}: neither a folder or file nor a hub id",
             allowed=_ALLOWED,
             remedy=f"did you mean {near[0]!r}?" if near else "check the path",
         )
     if pinned and revision and pinned != revision:
-        raise BaseModelError(f"the base {name!r} names one revision and {revision!r} is another", remedy="give one")
+        raise BaseModelError(f"the base {name!r} and the revision {revision!r} differ", remedy="name one revision")
     from lora_engine.bases.hub import fetch_from_hub
 
     folder, commit = fetch_from_hub(repository, revision or pinned or None)
@@ -98,15 +98,13 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
 
 def _from_folder(name: str, folder: Path, revision: str | None) -> BaseSource:
     if revision is not None:
-        raise BaseModelError(f"{name!r} is a folder and has no revision {revision!r}", remedy="leave the revision out")
+        raise BaseModelError(f"{name!r} is a folder and has no revision {revision!r}", remedy="remove the revision")
     return BaseSource(name, folder, None, read_layout(folder).family.name)
 
 
 def _from_file(file: Path, revision: str | None) -> BaseSource:
     if revision is not None:
-        raise BaseModelError(
-            f"{file.name!r} is a file and has no revision {revision!r}", remedy="leave the revision out"
-        )
+        raise BaseModelError(f"{file.name!r} is a file and has no revision {revision!r}", remedy="remove the revision")
     from lora_engine.bases.single_file import folder_of_file
 
     folder = folder_of_file(file, _digest(file))
@@ -120,6 +118,6 @@ def _digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _digest_of_state(path: Path, size: int, changed: int, inode: int) -> str:
-    # Gigabytes of weights are hashed once a process, unless the file is another one by then.
+    # Hashes gigabytes of weights once per process, unless the file changes.
     del size, changed, inode
     return sha256_file(path)

@@ -1,4 +1,4 @@
-"""The names and shapes of a base's layers, without its weights: what formats need to read an adapter's names."""
+"""Returns the names and shapes of a base's layers without loading weights, for the adapter formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIXES = ("unet", "transformer", "text_encoder")
 
 
 def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name to shape of the weight, for every adaptable layer of a base.
+    """Returns the weight shape by canonical name for every adaptable layer of a base.
 
     Args:
         base: A published architecture (`sd15`, `sdxl`, ...), or a name for `resolve_base`.
@@ -34,10 +34,10 @@ def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
             error.problem, where=error.where, allowed=f"{names}; {error.allowed}", remedy=error.remedy
         ) from error
     modules = {}
-    for name, about in sorted(source.layout.index.items()):
-        if name.startswith(_PREFIXES) and isinstance(about, list) and about[0] in ("diffusers", "transformers"):
+    for name, entry in sorted(source.layout.index.items()):
+        if name.startswith(_PREFIXES) and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
             config = _read_config(source.folder / name / "config.json")
-            modules[name] = empty_module(ComponentConfig(about[0], about[1], config))
+            modules[name] = empty_module(ComponentConfig(entry[0], entry[1], config))
     return module_shapes(DictTree(modules, families[source.family].adapters))
 
 
@@ -47,5 +47,5 @@ def _read_config(path: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         raise BaseModelError(f"the configuration cannot be read ({error})", where=str(path)) from error
     if not isinstance(config, dict):
-        raise BaseModelError("the configuration is no JSON object", where=str(path))
+        raise BaseModelError("the configuration is not a JSON object", where=str(path))
     return config

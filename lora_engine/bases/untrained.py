@@ -1,7 +1,7 @@
-"""Bases of the real architectures with random weights, narrow enough for any machine.
+"""Writes bases of the published architectures with random weights and few channels.
 
-They draw nothing that can be recognised. They are there to try a pipeline file, a module name or a file format on the
-very blocks of a large base without its gigabytes: block types and module names are those of the real one.
+Their images are noise. They test pipeline files, module names and file formats without gigabytes of weights: block
+types and module names are those of the published bases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Shape(Protocol):
     """The structure of one architecture."""
 
     def pipeline(self, tokens: int) -> Any:
-        """The pipeline with weights from the global generator, whose CLIPs read so many tokens."""
+        """Builds the pipeline with weights from the global generator; its CLIPs read `tokens` tokens."""
         ...
 
 
@@ -31,12 +31,12 @@ class UnetShape:
 
     Attributes:
         unet: Settings of `UNet2DConditionModel`.
-        text_layers: Layers of each text encoder; two encoders make it an SDXL.
-        vae_channels: Widths of the autoencoder's levels: it shrinks pictures by 2^(levels - 1).
-        vae_layers: Layers of each of its levels.
+        text_layers: Layers of each text encoder; two encoders make an SDXL.
+        vae_channels: Widths of the autoencoder's levels; it downscales by 2^(levels - 1).
+        vae_layers: Layers per level of the autoencoder.
         text_widths: Width of each text encoder.
-        prediction_type: As the scheduler's configuration names it.
-        inpainting: Whether the network reads a mask and masked latents too.
+        prediction_type: `prediction_type` of the scheduler's configuration.
+        inpainting: True if the network also reads a mask and masked latents.
     """
 
     unet: dict[str, Any]
@@ -72,8 +72,8 @@ class UnetShape:
 
         extra: dict[str, Any] = {"in_channels": 9} if self.inpainting else {}
         if len(self.text_layers) == 2:
-            times = 6 * int(self.unet["addition_time_embed_dim"])
-            extra["projection_class_embeddings_input_dim"] = times + self.text_widths[1]
+            size_width = 6 * int(self.unet["addition_time_embed_dim"])
+            extra["projection_class_embeddings_input_dim"] = size_width + self.text_widths[1]
         return UNet2DConditionModel(
             sample_size=8,
             cross_attention_dim=sum(self.text_widths[: len(self.text_layers)]),
@@ -119,7 +119,7 @@ _SMALL = {
 }
 
 shapes: Registry[Shape] = Registry("shape of an untrained base")
-# The widths of neighbouring levels are equal exactly where they are in the published autoencoder.
+# Neighboring levels have equal widths exactly where the published autoencoder has.
 _VAE = (4, 8, 16, 16)
 shapes.add("sd15", UnetShape(_SD, (12,), _VAE, vae_layers=2))
 shapes.add("sd2", UnetShape({**_SD, "use_linear_projection": True}, (23,), _VAE, "v_prediction", vae_layers=2))
@@ -154,20 +154,19 @@ shapes.add("small-flux-schnell", TransformerShape({**_SMALL_FLUX, "guidance_embe
 
 
 def write_untrained_base(folder: Path, shape: str, *, seed: int = 0, tokens: int = 16) -> Path:
-    """Writes a diffusers folder with random weights, by diffusers' own code, and gives its path back.
+    """Writes a diffusers folder with random weights and returns its path.
 
     Args:
-        folder: Where it goes; made if it is missing.
-        shape: A name among `shapes`; `sd15`, `sdxl`, `flux` ... have the real blocks, `small-*` as few as there can be.
-        seed: Of the weights; the global generator is left as it was.
-        tokens: How many tokens CLIP reads.
+        folder: The folder; created if it is missing.
+        shape: A name among `shapes`; `sd15`, `sdxl`, `flux` ... have the published blocks, `small-*` a minimum.
+        seed: Seed of the weights; the state of the global generator is restored.
+        tokens: Number of tokens that CLIP reads.
 
     Raises:
         SettingsError: An unknown shape.
     """
-    wanted = shapes[shape]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = wanted.pipeline(tokens)
+        pipeline = shapes[shape].pipeline(tokens)
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     return folder

@@ -1,4 +1,4 @@
-"""The parts of untrained bases: autoencoders, text encoders, and tokenizers whose vocabularies are made in code."""
+"""Builds the parts of untrained bases: autoencoders, text encoders, and tokenizers with generated vocabularies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 def autoencoder(
     channels: Sequence[int], layers: int, latent_channels: int, *, scaling_factor: float = 0.18215, shift: float = 0.0
 ) -> Any:
-    """An autoencoder of these widths; one with a shift has no convolutions beside its latents, as SD3's and FLUX's."""
+    """Builds an autoencoder; one with a shift has no quant convolutions, as SD3's and FLUX's."""
     from diffusers import AutoencoderKL
 
     levels = len(channels)
@@ -29,7 +29,7 @@ def autoencoder(
 
 
 def clip_text_encoder(layers: int, width: int, tokens: int, *, projected: bool) -> Any:
-    """A CLIP text encoder that reads the tokens of `spelling_tokenizer`."""
+    """Builds a CLIP text encoder for the tokens of `spelling_tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     last = 2 * len(_byte_letters()) + 1
@@ -49,7 +49,7 @@ def clip_text_encoder(layers: int, width: int, tokens: int, *, projected: bool) 
 
 
 def t5_encoder(layers: int, width: int) -> Any:
-    """A T5 encoder that reads the tokens of `letters_tokenizer`."""
+    """Builds a T5 encoder for the tokens of `letters_tokenizer`."""
     from transformers import T5Config, T5EncoderModel
 
     settings = T5Config(
@@ -66,7 +66,7 @@ def t5_encoder(layers: int, width: int) -> Any:
 
 
 def spelling_tokenizer(tokens: int) -> Any:
-    """A CLIP tokenizer that spells every word byte by byte."""
+    """Builds a CLIP tokenizer that spells every word byte by byte."""
     from transformers import CLIPTokenizer
 
     letters = _byte_letters()
@@ -76,21 +76,21 @@ def spelling_tokenizer(tokens: int) -> Any:
 
 
 def letters_tokenizer(tokens: int) -> Any:
-    """A T5 tokenizer that spells words letter by letter; what is not printable ASCII is unknown to it."""
+    """Builds a T5 tokenizer that spells words letter by letter; only printable ASCII is known."""
     from transformers import T5TokenizerFast
 
     return T5TokenizerFast(vocab=_pieces(), extra_ids=0, model_max_length=tokens)
 
 
 def _pieces() -> list[tuple[str, float]]:
-    # The first three, and the mark of a word's beginning, are what T5's own vocabulary begins with.
+    # As in T5's vocabulary: the special tokens first, and the marker of word starts.
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return [*special, *((chr(number), -3.0) for number in range(33, 127))]
 
 
 def _byte_letters() -> list[str]:
-    # The printable stand-ins for the 256 bytes (GPT-2), in which CLIP's vocabulary is written.
+    # GPT-2's printable characters for the 256 bytes, which CLIP's vocabulary uses.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in plain]
-    table = {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
+    table = {byte: chr(byte) for byte in plain} | {byte: chr(256 + index) for index, byte in enumerate(hidden)}
     return [table[byte] for byte in range(256)]

@@ -1,4 +1,4 @@
-"""SD3 and FLUX.1 with random weights; `untrained` writes them."""
+"""Builds SD3 and FLUX.1 pipelines with random weights; `untrained` writes them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class TransformerShape:
     """The structure of one SD3 or FLUX.1.
 
     Attributes:
-        transformer: Settings of its class beside those that follow from the rest.
-        text_layers: Layers of each CLIP; two make it an SD3.
-        t5_layers: Layers of T5; 0 leaves it out, which SD3 can do.
-        vae_channels: Widths of the autoencoder's levels: it shrinks pictures by 2^(levels - 1).
-        vae_layers: Layers of each of its levels.
-        latent_channels: Of the autoencoder.
+        transformer: Additional settings of the transformer's class.
+        text_layers: Layers of each CLIP; two CLIPs make an SD3.
+        t5_layers: Layers of T5; 0 is no T5, which SD3 allows.
+        vae_channels: Widths of the autoencoder's levels; it downscales by 2^(levels - 1).
+        vae_layers: Layers per level of the autoencoder.
+        latent_channels: Latent channels of the autoencoder.
         schedule: Settings of the scheduler.
-        t5_tokens: How many tokens T5 is given at most.
+        t5_tokens: Largest number of tokens for T5.
     """
 
     transformer: dict[str, Any]
@@ -41,7 +41,7 @@ class TransformerShape:
     t5_tokens: int = 24
 
     def pipeline(self, tokens: int) -> Any:
-        """The pipeline with weights from the global generator; CLIP reads so many tokens."""
+        """Builds the pipeline with weights from the global generator; its CLIPs read `tokens` tokens."""
         from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
         sd3 = len(self.text_layers) == 2

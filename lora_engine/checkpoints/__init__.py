@@ -1,6 +1,6 @@
-"""Full checkpoints: an original single file (`.safetensors`, `.ckpt`) as a diffusers folder, and the way back.
+"""Converts full checkpoints between an original single file (`.safetensors`, `.ckpt`) and a diffusers folder.
 
-Everything is copied tensor by tensor from file to file. Adapters and their formats live elsewhere.
+Tensors are copied one by one from file to file. `formats` handles adapters.
 """
 
 from lora_engine.checkpoints.convert import convert_checkpoint

@@ -1,6 +1,6 @@
-"""Converting whole checkpoints: an original single file to a diffusers folder, and a folder to a single file.
+"""Converts full checkpoints: an original single file to a diffusers folder, and a folder to a single file.
 
-Everything is checked before the first byte is written: what lacks, what does not fit, what is unknown.
+Missing, misshaped and unknown tensors are refused before the first byte is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lora_engine.bases.layout import read_layout
 from lora_engine.bases.published import published
 from lora_engine.checkpoints.folder import components_of, read_components, write_settings
-from lora_engine.checkpoints.names import checkpoint_names, places_of
+from lora_engine.checkpoints.names import checkpoint_names, component_locations
 from lora_engine.checkpoints.original import open_original
 from lora_engine.checkpoints.plan import folder_architecture, folder_tensors, plan_folder, plan_single_file, refuse
 from lora_engine.checkpoints.recognize import Prediction, recognize
@@ -49,33 +49,33 @@ def convert_checkpoint(
     averaged: bool = False,
     drop_unknown: bool = False,
 ) -> list[Path]:
-    """Converts a checkpoint, tensor by tensor, in the dtype that each has, and gives the files that it wrote.
+    """Converts a checkpoint tensor by tensor, keeping dtypes, and returns the written files.
 
     Args:
         source: A single file (`.safetensors`, `.ckpt`) for `to="diffusers"`, a diffusers folder for `to="ldm"`.
-        out: The folder to make (it must not hold anything), or the `.safetensors` file to write.
+        out: The folder to create (must be empty or new), or the `.safetensors` file to write.
         to: `diffusers` or `ldm`.
-        architecture: `sd15`, `sd2`, `sd2-base`, `sdxl`; None looks at the source.
-        prediction: What the U-Net predicts, where the file does not tell; SD 2 files mostly do not.
-        config: A diffusers folder whose settings hold, for a structure that was never published.
+        architecture: `sd15`, `sd2`, `sd2-base`, `sdxl`; None detects it from the source.
+        prediction: Prediction type of the U-Net; None detects it. Most SD 2 files do not state it.
+        config: A diffusers folder with the settings, for an unpublished structure; None uses the published settings.
         tokenizer: A folder with the tokenizer's files, or a diffusers folder that has one.
-        without_tokenizer: Write the folder without.
-        averaged: Take the running averages (EMA) of the U-Net.
-        drop_unknown: Leave out tensors that are not known.
+        without_tokenizer: True writes the folder without tokenizers.
+        averaged: True uses the running averages (EMA) of the U-Net.
+        drop_unknown: True drops unknown tensors.
 
     Raises:
-        BaseModelError: Not convertible, damaged, partial, or `out` is there already; nothing is left behind.
-        AdapterError: The file cannot be read, or is a pickle that asks for more than tensors.
-        SettingsError: An unknown architecture or target.
+        BaseModelError: The source is not convertible, damaged or incomplete, or `out` exists; nothing is left behind.
+        AdapterError: The file cannot be read, or is a pickle with more than tensors.
+        SettingsError: The architecture or target is unknown.
     """
     if architecture is not None:
-        places_of(architecture)
+        component_locations(architecture)
     if to == "ldm":
         return _to_single_file(source, out, architecture, prediction, drop_unknown)
     if to != "diffusers":
         raise SettingsError(f"a checkpoint cannot be converted to {to!r}", allowed="diffusers, ldm")
     with open_original(source) as original:
-        recognised = recognize(
+        recognized = recognize(
             original.shapes,
             original.metadata,
             str(source),
@@ -84,42 +84,48 @@ def convert_checkpoint(
             steps=original.steps,
         )
         _log.info(
-            "%s: %s, predicts %s (%s)", source, recognised.architecture, recognised.prediction, recognised.decided_by
+            "%s: %s, predicts %s (%s)", source, recognized.architecture, recognized.prediction, recognized.decided_by
         )
-        components = components_of(recognised, config)
-        plans = plan_folder(original, recognised, components, averaged=averaged, drop_unknown=drop_unknown)
-        known = published[recognised.architecture]
+        components = components_of(recognized, config)
+        plans = plan_folder(original, recognized, components, averaged=averaged, drop_unknown=drop_unknown)
+        known = published[recognized.architecture]
         tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)
         with _new_folder(out) as folder:
             written = []
-            for name, folder_of in tokenizers.items():
+            for name, tokenizer_folder in tokenizers.items():
                 text = components[name.replace("tokenizer", "text_encoder")]
-                written += write_tokenizer(folder_of, folder / name, known.components[name], text)
+                written += write_tokenizer(tokenizer_folder, folder / name, known.components[name], text)
             for name, plan in plans.items():
                 path = folder / name / _WEIGHTS[components[name].library]
                 write_tensors(path, plan, {"format": "pt"})
                 written.append(path)
             parts = {name: part for name, part in components.items() if name in plans or name == "scheduler"}
-            written += write_settings(folder, recognised, parts, bool(tokenizers))
+            written += write_settings(folder, recognized, parts, bool(tokenizers))
     return sorted(out / path.relative_to(folder) for path in written)
 
 
 def _to_single_file(
-    folder: Path, out: Path, asked: str | None, prediction: Prediction | None, drop_unknown: bool
+    folder: Path, out: Path, requested: str | None, prediction: Prediction | None, drop_unknown: bool
 ) -> list[Path]:
     if out.suffix != ".safetensors":
-        raise BaseModelError(
-            "an original file is written as safetensors alone", where=str(out), allowed="*.safetensors"
-        )
+        raise BaseModelError("an original file is only written as safetensors", where=str(out), allowed="*.safetensors")
     family = read_layout(folder).family.adapters
     components = read_components(folder)
-    architecture = asked or folder_architecture(family, components)
+    architecture = requested or folder_architecture(family, components)
     names = checkpoint_names(architecture, components)
     parts = folder_tensors(folder)
     if not drop_unknown:
         known = {(entry.component, entry.name) for entry in names}
-        left = [f"{part}: {name}" for part, tensors in parts.items() for name in tensors if (part, name) not in known]
-        refuse(left, "tensors are unknown", str(folder), "the tensors of the base", "ask to drop them")
+        unknown = [
+            f"{part}: {name}" for part, tensors in parts.items() for name in tensors if (part, name) not in known
+        ]
+        refuse(
+            unknown,
+            "tensors are unknown",
+            str(folder),
+            "the tensors of the base",
+            "pass drop_unknown=True to drop them",
+        )
     predicted = prediction or components["scheduler"].config.get("prediction_type", "epsilon")
     write_tensors(out, plan_single_file(names, components, parts), _metadata(architecture, predicted, folder.name))
     return [out]
@@ -140,9 +146,9 @@ def _metadata(architecture: str, prediction: Any, title: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside the one that is wanted, which takes its name when all is written."""
+    """Yields a temporary folder beside `out` and renames it to `out` on success."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BaseModelError("there is something already", where=str(out), allowed="a folder that is new or empty")
+        raise BaseModelError("the output already exists", where=str(out), allowed="a new or empty folder")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:

@@ -1,4 +1,4 @@
-"""What a diffusers folder says beside its weights: settings of the parts, the index, the tokenizers. No tensors."""
+"""Reads and writes the JSON files of a diffusers folder: the index and the settings of its components."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.published import ComponentConfig, published
-from lora_engine.checkpoints.recognize import Recognised
+from lora_engine.checkpoints.recognize import Recognized
 from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write
 
@@ -19,12 +19,12 @@ _INPAINTING_XL = "StableDiffusionXLInpaintPipeline"
 
 
 def read_components(folder: Path) -> dict[str, ComponentConfig]:
-    """Class and settings of every part of a diffusers folder, tokenizers left out.
+    """Returns class and settings of every component of a diffusers folder, except tokenizers.
 
     Raises:
-        BaseModelError: Not a diffusers folder, or a settings file is missing or broken.
+        BaseModelError: The folder is no diffusers folder, or a settings file is missing or broken.
     """
-    found = {}
+    components = {}
     for name, entry in read_json(folder / INDEX).items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
@@ -32,49 +32,49 @@ def read_components(folder: Path) -> dict[str, ComponentConfig]:
         if library not in ("diffusers", "transformers") or name.startswith(("tokenizer", "feature", "safety", "image")):
             continue
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        found[name] = ComponentConfig(library, class_name, read_json(folder / name / file))
-    return found
+        components[name] = ComponentConfig(library, class_name, read_json(folder / name / file))
+    return components
 
 
-def components_of(recognised: Recognised, config: Path | None) -> dict[str, ComponentConfig]:
-    """Class and settings of the parts that a file is to become.
+def components_of(recognized: Recognized, config: Path | None) -> dict[str, ComponentConfig]:
+    """Returns class and settings of the components for a converted file.
 
     Args:
-        recognised: What the file is.
-        config: A diffusers folder of the same structure; None takes the published settings.
+        recognized: Properties of the file.
+        config: A diffusers folder of the same structure; None uses the published settings.
 
     Raises:
         BaseModelError: The folder cannot be read.
     """
-    components = dict(published[recognised.architecture].components if config is None else read_components(config))
-    scheduler = components.get("scheduler", published[recognised.architecture].components["scheduler"])
-    settings = {**scheduler.config, "prediction_type": recognised.prediction}
-    if recognised.zero_snr:
+    components = dict(published[recognized.architecture].components if config is None else read_components(config))
+    scheduler = components.get("scheduler", published[recognized.architecture].components["scheduler"])
+    settings = {**scheduler.config, "prediction_type": recognized.prediction}
+    if recognized.zero_snr:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if scheduler.class_name == "PNDMScheduler" and (recognised.zero_snr or recognised.prediction != "epsilon"):
-        # It has no such settings, or another meaning for them; DDIM has, and no sampler is tied to a model.
+    if scheduler.class_name == "PNDMScheduler" and (recognized.zero_snr or recognized.prediction != "epsilon"):
+        # PNDM lacks these settings or uses them differently. DDIM supports them, and a model works with any sampler.
         settings.pop("skip_prk_steps", None)
         scheduler = replace(scheduler, class_name="DDIMScheduler")
     components["scheduler"] = replace(scheduler, config=settings)
-    if recognised.variant == "inpainting":
+    if recognized.variant == "inpainting":
         unet = components["unet"]
         components["unet"] = replace(unet, config={**unet.config, "in_channels": 9})
     return components
 
 
 def write_settings(
-    folder: Path, recognised: Recognised, components: Mapping[str, ComponentConfig], tokenizers: bool
+    folder: Path, recognized: Recognized, components: Mapping[str, ComponentConfig], tokenizers: bool
 ) -> list[Path]:
-    """Writes `model_index.json` and a settings file for every part.
+    """Writes `model_index.json` and a settings file for every component.
 
     Args:
         folder: The diffusers folder.
-        recognised: What the file was.
-        components: From `components_of`.
-        tokenizers: Whether the folder has them.
+        recognized: Properties of the source file.
+        components: Result of `components_of`.
+        tokenizers: True if the folder has tokenizers.
     """
-    architecture = published[recognised.architecture]
-    index: dict[str, Any] = {"_class_name": _pipeline(recognised), **architecture.settings}
+    architecture = published[recognized.architecture]
+    index: dict[str, Any] = {"_class_name": _pipeline(recognized), **architecture.settings}
     if architecture.family == "sd":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     written = []
@@ -92,16 +92,16 @@ def write_settings(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Returns the JSON object in a file.
 
     Raises:
-        BaseModelError: It is missing or no JSON object.
+        BaseModelError: The file is missing or no JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise BaseModelError(
-            f"the file {path.name!r} is missing", where=str(path.parent), allowed="a whole diffusers folder"
+            f"the file {path.name!r} is missing", where=str(path.parent), allowed="a complete diffusers folder"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"cannot be read ({error})", where=str(path), allowed="a JSON object") from error
@@ -110,14 +110,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _pipeline(recognised: Recognised) -> str:
-    if recognised.variant == "inpainting":
-        return _INPAINTING_XL if recognised.architecture == "sdxl" else _INPAINTING
-    return published[recognised.architecture].pipeline
+def _pipeline(recognized: Recognized) -> str:
+    if recognized.variant == "inpainting":
+        return _INPAINTING_XL if recognized.architecture == "sdxl" else _INPAINTING
+    return published[recognized.architecture].pipeline
 
 
 def _described(component: ComponentConfig) -> dict[str, Any]:
-    # How each library's `from_pretrained` finds the class again.
+    # The keys by which each library's `from_pretrained` finds the class.
     if component.library == "diffusers":
         return {**component.config, "_class_name": component.class_name}
     return {"model_type": "clip_text_model", **component.config, "architectures": [component.class_name]}

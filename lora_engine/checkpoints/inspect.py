@@ -1,4 +1,4 @@
-"""Saying what a checkpoint is, without converting it and without reading a tensor."""
+"""Describes checkpoints without converting them or reading tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _COMPONENTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path looks like a whole base model: a diffusers folder, a `.ckpt`, or a file with an original's names.
+    """Returns True for a full base model: a diffusers folder, a `.ckpt`, or a file with original tensor names.
 
     Raises:
-        AdapterError: A `.safetensors` file whose header cannot be read.
+        AdapterError: The header of a `.safetensors` file cannot be read.
     """
     if path.is_dir():
         return (path / INDEX).is_file()
@@ -37,34 +37,34 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint is and what is in it, as plain values that JSON can hold.
+    """Describes a checkpoint and its contents as JSON values.
 
     Args:
         path: An original single file, or a diffusers folder.
 
     Returns:
-        `layout` (`ldm` or `diffusers`), `architecture`, `prediction` and what decided it, `variant`, and for each
-        component its tensors, parameters and dtypes. Of a single file also what lacks, what is unused and why, what is
-        unknown, whether it has running averages, and `problem` where it cannot be converted.
+        `layout` (`ldm` or `diffusers`), `architecture`, `prediction` with the reason, `variant`, and for each component
+        its tensors, parameters and dtypes. For a single file also missing, unused (with reasons) and unknown tensors,
+        whether it has running averages, and `problem` if it cannot be converted.
 
     Raises:
-        BaseModelError: Nothing there, or a folder that is no base.
+        BaseModelError: The path does not exist, or is a folder that is no base.
         AdapterError: The file cannot be read, or is refused.
     """
     if path.is_dir():
         return _inspect_folder(path)
     with open_original(path) as original:
-        found: dict[str, Any] = {"layout": "ldm", "file": path.name, "metadata": dict(original.metadata)}
-        found |= {"tensors": len(original.tensors), "dropped": list(original.dropped)}
+        report: dict[str, Any] = {"layout": "ldm", "file": path.name, "metadata": dict(original.metadata)}
+        report |= {"tensors": len(original.tensors), "dropped": list(original.dropped)}
         try:
-            return found | _inspect_original(original)
+            return report | _inspect_original(original)
         except BaseModelError as error:
-            return found | {"architecture": None, "problem": error.problem}
+            return report | {"architecture": None, "problem": error.problem}
 
 
 def _inspect_original(original: OriginalFile) -> dict[str, Any]:
-    told = recognize(original.shapes, original.metadata, str(original.path), steps=original.steps)
-    names = checkpoint_names(told.architecture)
+    recognized = recognize(original.shapes, original.metadata, str(original.path), steps=original.steps)
+    names = checkpoint_names(recognized.architecture)
     pairs = [(entry, stored_name(entry, original.tensors)) for entry in names]
     missing = sorted({entry.stored for entry, key in pairs if key is None})
     parts: dict[str, dict[str, StoredTensor]] = {}
@@ -73,18 +73,18 @@ def _inspect_original(original: OriginalFile) -> dict[str, Any]:
             parts.setdefault(entry.component, {})[key] = original.tensors[key]
     used = {key for _, key in pairs}
     rest = {name: reason_unused(name) for name in original.tensors if name not in used}
-    found: dict[str, Any] = {
-        "architecture": told.architecture,
-        "variant": told.variant,
-        "prediction": told.prediction,
-        "prediction_decided_by": told.decided_by,
+    report: dict[str, Any] = {
+        "architecture": recognized.architecture,
+        "variant": recognized.variant,
+        "prediction": recognized.prediction,
+        "prediction_decided_by": recognized.decided_by,
         "components": {name: _summary(tensors.values()) for name, tensors in parts.items()},
         "missing": missing,
         "unused": dict(Counter(reason for reason in rest.values() if reason)),
         "unknown": sorted(name for name, reason in rest.items() if reason is None),
         "has_averages": any(name.startswith(AVERAGES) for name in original.tensors),
     }
-    return found | ({"problem": f"{len(missing)} tensors lack"} if missing else {})
+    return report | ({"problem": f"{len(missing)} tensors are missing"} if missing else {})
 
 
 def _inspect_folder(path: Path) -> dict[str, Any]:
@@ -102,10 +102,10 @@ def _inspect_folder(path: Path) -> dict[str, Any]:
 
 
 def _summary(tensors: Iterable[StoredTensor]) -> dict[str, Any]:
-    held = list(tensors)
+    entries = list(tensors)
     return {
-        "tensors": len(held),
-        "parameters": sum(math.prod(tensor.shape) for tensor in held),
-        "bytes": sum(tensor.size for tensor in held),
-        "dtypes": dict(Counter(tensor.dtype for tensor in held)),
+        "tensors": len(entries),
+        "parameters": sum(math.prod(tensor.shape) for tensor in entries),
+        "bytes": sum(tensor.size for tensor in entries),
+        "dtypes": dict(Counter(tensor.dtype for tensor in entries)),
     }

@@ -1,4 +1,4 @@
-"""What else lies in original checkpoints: tensors that no part of a diffusers folder needs. Literal tables."""
+"""Literal table of tensors in original checkpoints that no component of a diffusers folder needs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import fnmatch
 import functools
 import re
 
-# Pattern of names to what such tensors are. Everything that is neither a weight nor listed here is unknown.
+# Name pattern to description. A tensor that is neither a weight nor listed here is unknown.
 UNUSED = {
-    "*.position_ids": "a table that the code makes itself",
-    "*.attn_mask": "a table that the code makes itself",
+    "*.position_ids": "a table that the code computes",
+    "*.attn_mask": "a table that the code computes",
     "betas": "noise schedule",
     "alphas_cumprod": "noise schedule",
     "alphas_cumprod_prev": "noise schedule",
@@ -29,13 +29,13 @@ UNUSED = {
     "v_pred": "marker of a model that predicts the velocity",
     "ztsnr": "marker of a schedule that ends in pure noise",
     "model_ema.*": "running averages of the U-Net",
-    "first_stage_model.loss.*": "what the autoencoder was trained against",
+    "first_stage_model.loss.*": "training loss of the autoencoder",
     "cond_stage_model.logit_scale": "temperature of CLIP",
     "cond_stage_model.text_projection": "projection of CLIP, unused by the U-Net",
     "cond_stage_model.transformer.logit_scale": "temperature of CLIP",
     "cond_stage_model.transformer.text_projection.weight": "projection of CLIP, unused by the U-Net",
-    "cond_stage_model.transformer.visual_projection.weight": "CLIP's picture side",
-    "cond_stage_model.transformer.vision_model.*": "CLIP's picture side",
+    "cond_stage_model.transformer.visual_projection.weight": "image encoder of CLIP",
+    "cond_stage_model.transformer.vision_model.*": "image encoder of CLIP",
     "cond_stage_model.model.logit_scale": "temperature of OpenCLIP",
     "cond_stage_model.model.text_projection": "projection of OpenCLIP, unused by the U-Net",
     "cond_stage_model.model.transformer.resblocks.23.*": "last layer of OpenCLIP, unused by the U-Net",
@@ -48,7 +48,7 @@ UNUSED = {
 
 
 def reason_unused(name: str) -> str | None:
-    """What an unneeded tensor is; None for one that is not known."""
+    """Returns the description of an unneeded tensor; None if it is unknown."""
     for pattern, reason in _patterns():
         if pattern.fullmatch(name):
             return reason

@@ -1,6 +1,6 @@
-"""Which tensor of an original single file is which tensor of a diffusers folder, and what differs between the two.
+"""Maps the tensors of an original single file to those of a diffusers folder.
 
-The one table that conversion and fusing share. It depends on a base's structure, not on its widths; it reads no file.
+Conversion and fusion share this table. It depends on a base's structure, not on its widths, and needs no file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ModuleNaming = Literal["unet", "vae", "clip", "open_clip"]
 
 @dataclass(frozen=True)
 class TensorName:
-    """One tensor of a diffusers folder and its place in an original file.
+    """A tensor of a diffusers folder and its location in an original file.
 
     Attributes:
-        component: Sub-folder of the diffusers folder: `unet`, `vae`, `text_encoder`, `text_encoder_2`.
-        name: Tensor in that component, canonical: with the level `text_model`, in diffusers' present spelling.
-        stored: Tensor in the original file.
-        part: (place, number): the rows of the stored tensor are divided into so many equal parts, and this is one.
-        change: `convolution`: stored as a 1x1 convolution [o, i, 1, 1], in the folder linear [o, i];
-            `transposed`: the one is the other's transpose; `none`: the same numbers in the same shape.
+        component: Subfolder of the diffusers folder: `unet`, `vae`, `text_encoder`, `text_encoder_2`.
+        name: Canonical tensor name in the component: diffusers' current name, with the level `text_model`.
+        stored: Tensor name in the original file.
+        part: (index, count): the tensor is one of `count` equal row blocks of the stored tensor.
+        change: `convolution`: stored as a 1x1 convolution [o, i, 1, 1], linear [o, i] in the folder;
+            `transposed`: stored transposed; `none`: same values and shape.
     """
 
     component: str
@@ -45,16 +45,16 @@ class TensorName:
 
     @property
     def module(self) -> str:
-        """Canonical name of the layer that owns the tensor, as adapters name it."""
+        """Canonical name of the tensor's module, as in adapters."""
         return f"{self.component}.{self.name.rpartition('.')[0]}"
 
     def rows(self, stored_rows: int) -> tuple[int, int]:
-        """First and last + 1 of the rows in a stored tensor of so many rows."""
-        place, number = self.part
-        return place * stored_rows // number, (place + 1) * stored_rows // number
+        """Returns the first row and the end row (exclusive) in a stored tensor with `stored_rows` rows."""
+        index, count = self.part
+        return index * stored_rows // count, (index + 1) * stored_rows // count
 
     def folder_shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the folder, given that of the whole stored tensor."""
+        """Returns the shape in the folder for the shape of the stored tensor."""
         if self.change == "convolution":
             return stored[:2]
         if self.change == "transposed":
@@ -62,7 +62,7 @@ class TensorName:
         return (stored[0] // self.part[1], *stored[1:]) if self.part[1] > 1 else stored
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the whole stored tensor, given that in the folder."""
+        """Returns the shape of the stored tensor for the shape in the folder."""
         if self.change == "convolution":
             return (*shape, 1, 1)
         if self.change == "transposed":
@@ -71,24 +71,27 @@ class TensorName:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an original file keeps a component: the prefix of its names and the naming behind it."""
+class ComponentLocation:
+    """The location of a component in an original file: the prefix of its names and the naming after it."""
 
     prefix: str
     naming: ModuleNaming
 
 
-_SHARED = {"unet": Place("model.diffusion_model.", "unet"), "vae": Place("first_stage_model.", "vae")}
-_SD2 = {**_SHARED, "text_encoder": Place("cond_stage_model.model.", "open_clip")}
+_SHARED = {
+    "unet": ComponentLocation("model.diffusion_model.", "unet"),
+    "vae": ComponentLocation("first_stage_model.", "vae"),
+}
+_SD2 = {**_SHARED, "text_encoder": ComponentLocation("cond_stage_model.model.", "open_clip")}
 # By architecture, then by component.
-PLACES: dict[str, dict[str, Place]] = {
-    "sd15": {**_SHARED, "text_encoder": Place("cond_stage_model.transformer.", "clip")},
+COMPONENT_LOCATIONS: dict[str, dict[str, ComponentLocation]] = {
+    "sd15": {**_SHARED, "text_encoder": ComponentLocation("cond_stage_model.transformer.", "clip")},
     "sd2": _SD2,
     "sd2-base": _SD2,
     "sdxl": {
         **_SHARED,
-        "text_encoder": Place("conditioner.embedders.0.transformer.", "clip"),
-        "text_encoder_2": Place("conditioner.embedders.1.model.", "open_clip"),
+        "text_encoder": ComponentLocation("conditioner.embedders.0.transformer.", "clip"),
+        "text_encoder_2": ComponentLocation("conditioner.embedders.1.model.", "open_clip"),
     },
 }
 
@@ -96,68 +99,70 @@ PLACES: dict[str, dict[str, Place]] = {
 def checkpoint_names(
     architecture: str, components: Mapping[str, ComponentConfig] | None = None
 ) -> tuple[TensorName, ...]:
-    """Every tensor of an architecture: its name in a diffusers folder and its place in an original file.
+    """Returns every tensor of an architecture with its name in a diffusers folder and in an original file.
 
     Args:
         architecture: `sd15`, `sd2`, `sd2-base` or `sdxl`.
-        components: Settings of another structure (fewer blocks, other widths); None takes the published ones.
+        components: Settings of another structure (fewer blocks, other widths); None uses the published ones.
 
     Raises:
-        SettingsError: An architecture whose original names are not known.
-        BaseModelError: The settings give a tensor that the original layout has no name for.
+        SettingsError: The original names of the architecture are unknown.
+        BaseModelError: The settings give a tensor without a name in the original layout.
     """
-    places = places_of(architecture)
+    locations = component_locations(architecture)
     configs = published[architecture].components if components is None else components
     return tuple(
-        entry for component, place in places.items() for entry in _component_names(component, place, configs[component])
+        entry
+        for component, location in locations.items()
+        for entry in _component_names(component, location, configs[component])
     )
 
 
 def names_by_module(names: Iterable[TensorName]) -> dict[str, dict[str, TensorName]]:
-    """For each layer, as adapters name it, its tensors by leaf: `weight`, `bias`."""
-    found: dict[str, dict[str, TensorName]] = {}
+    """Returns, for each module name of adapters, its tensors by leaf: `weight`, `bias`."""
+    modules: dict[str, dict[str, TensorName]] = {}
     for entry in names:
-        found.setdefault(entry.module, {})[entry.name.rpartition(".")[2]] = entry
-    return found
+        modules.setdefault(entry.module, {})[entry.name.rpartition(".")[2]] = entry
+    return modules
 
 
 def stored_name(entry: TensorName, names: Container[str], *, averaged: bool = False) -> str | None:
-    """The name under which a given file stores a tensor, or None where it does not.
+    """Returns the name of a tensor in a file, or None if the file lacks it.
 
     Args:
         entry: The tensor.
-        names: The names in the file.
-        averaged: Whether the running average of the U-Net is wanted.
+        names: Tensor names in the file.
+        averaged: True looks for the running average of the U-Net.
     """
     name = entry.stored
     if averaged and entry.component == "unet":
-        # The averages are stored under the module's own names with all dots taken out.
+        # Averages are stored under the module's names without dots.
         name = AVERAGES + name.removeprefix("model.").replace(".", "")
-    # Files that were made with an early transformers lack the level.
+    # Files made with an early transformers lack the level `text_model`.
     candidates = (name, name.replace(f".{LEVEL}", ".", 1))
     return next((candidate for candidate in candidates if candidate in names), None)
 
 
-def places_of(architecture: str) -> dict[str, Place]:
-    """Where an original file of the architecture keeps its components.
+def component_locations(architecture: str) -> dict[str, ComponentLocation]:
+    """Returns the location of each component in an original file of the architecture.
 
     Raises:
-        SettingsError: An architecture whose original names are not known.
+        SettingsError: The original names of the architecture are unknown.
     """
-    if architecture not in PLACES:
+    if architecture not in COMPONENT_LOCATIONS:
         raise SettingsError(
-            f"the original names of {architecture!r} are not known",
-            allowed=", ".join(PLACES),
-            remedy="name the architecture that the file has",
+            f"the original names of {architecture!r} are unknown",
+            allowed=", ".join(COMPONENT_LOCATIONS),
+            remedy="name the architecture of the file",
         )
-    return PLACES[architecture]
+    return COMPONENT_LOCATIONS[architecture]
 
 
 def tensor_shapes(component: str, config: ComponentConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name to shape of every tensor that a component of a diffusers folder has.
+    """Returns canonical name to shape of every tensor of a component of a diffusers folder.
 
     Args:
-        component: Its name.
+        component: Name of the component.
         config: Its class and settings.
 
     Raises:
@@ -169,26 +174,26 @@ def tensor_shapes(component: str, config: ComponentConfig) -> dict[str, tuple[in
 
 @functools.lru_cache(maxsize=32)
 def _shapes(component: str, key: str) -> dict[str, tuple[int, ...]]:
-    told: dict[str, Any] = json.loads(key)
+    entry: dict[str, Any] = json.loads(key)
     try:
-        module = empty_module(ComponentConfig(told["library"], told["class"], told["config"]))
+        module = empty_module(ComponentConfig(entry["library"], entry["class"], entry["config"]))
     except (TypeError, ValueError, AttributeError) as error:
-        raise BaseModelError(f"{told['class']} does not accept the settings of {component!r}: {error}") from error
-    text = component.startswith("text_encoder")
-    named = ((canonical_text_name(name) if text else name, value) for name, value in module.state_dict().items())
+        raise BaseModelError(f"{entry['class']} does not accept the settings of {component!r}: {error}") from error
+    is_text = component.startswith("text_encoder")
+    named = ((canonical_text_name(name) if is_text else name, value) for name, value in module.state_dict().items())
     return {name: tuple(value.shape) for name, value in named if not is_buffer(name)}
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is no weight, but a table that the code makes itself."""
+    """Returns True if a tensor is no weight, but a table that the code computes."""
     return name.endswith((".position_ids", ".attn_mask"))
 
 
-def _component_names(component: str, place: Place, config: ComponentConfig) -> list[TensorName]:
-    original = _path_naming(place, config)
+def _component_names(component: str, location: ComponentLocation, config: ComponentConfig) -> list[TensorName]:
+    original = _path_naming(location, config)
     entries = []
     for name in tensor_shapes(component, config):
-        entry = _entry(component, name, place, original)
+        entry = _entry(component, name, location, original)
         if entry is None:
             raise BaseModelError(
                 f"the original layout has no name for the tensor {name!r}",
@@ -200,27 +205,33 @@ def _component_names(component: str, place: Place, config: ComponentConfig) -> l
     return entries
 
 
-def _path_naming(place: Place, config: ComponentConfig) -> Callable[[str], str | None]:
-    """From diffusers' path of a module to the original one; text encoders name tensors instead."""
-    if place.naming == "unet":
+def _path_naming(location: ComponentLocation, config: ComponentConfig) -> Callable[[str], str | None]:
+    """Returns the function from diffusers' module path to the original one; text encoders map tensors instead."""
+    if location.naming == "unet":
         return partial(original_path, layout=UnetLayout.of(config.config))
-    if place.naming == "vae":
+    if location.naming == "vae":
         return partial(vae_name, blocks=vae_blocks(config.config))
     return lambda path: None
 
 
-def _entry(component: str, name: str, place: Place, original: Callable[[str], str | None]) -> TensorName | None:
-    if place.naming == "clip":
-        return TensorName(component, name, f"{place.prefix}{name}")
-    if place.naming == "open_clip":
-        told = open_clip_name(name)
-        if told is None:
+def _entry(
+    component: str, name: str, location: ComponentLocation, original: Callable[[str], str | None]
+) -> TensorName | None:
+    if location.naming == "clip":
+        return TensorName(component, name, f"{location.prefix}{name}")
+    if location.naming == "open_clip":
+        stored_part = open_clip_name(name)
+        if stored_part is None:
             return None
         change: Change = "transposed" if name == TRANSPOSED else "none"
-        return TensorName(component, name, f"{place.prefix}{told[0]}", told[1], change)
+        return TensorName(component, name, f"{location.prefix}{stored_part[0]}", stored_part[1], change)
     path, _, leaf = name.rpartition(".")
     stored = original(path)
     if stored is None:
         return None
-    linear = place.naming == "vae" and ".attentions." in name and path.endswith(CONVOLUTIONS) and leaf == "weight"
-    return TensorName(component, name, f"{place.prefix}{stored}.{leaf}", change="convolution" if linear else "none")
+    is_convolution = (
+        location.naming == "vae" and ".attentions." in name and path.endswith(CONVOLUTIONS) and leaf == "weight"
+    )
+    return TensorName(
+        component, name, f"{location.prefix}{stored}.{leaf}", change="convolution" if is_convolution else "none"
+    )

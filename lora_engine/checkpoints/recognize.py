@@ -1,4 +1,4 @@
-"""Which architecture an original file has, by the names and shapes of its tensors, and what its metadata add."""
+"""Recognizes the architecture of an original file by its tensor names, shapes and metadata."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_engine.checkpoints.names import PLACES
+from lora_engine.checkpoints.names import COMPONENT_LOCATIONS
 from lora_engine.errors import BaseModelError
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -15,15 +15,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 _UNET = "model.diffusion_model."
 _CONV_IN = f"{_UNET}input_blocks.0.0.weight"
 _CONTEXT = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-# Channels that the first convolution reads: 4 are the latents.
+# Input channels of the first convolution; 4 are the latents.
 _CHANNELS = {
     4: "",
     5: "depth-to-image",
     7: "upscaler",
-    8: "picture editing (InstructPix2Pix)",
+    8: "image editing (InstructPix2Pix)",
     9: "inpainting",
 }
-# What else a single file may be: part of a name, and what it tells.
+# Part of a tensor name to what the file is instead of a checkpoint.
 _OTHERS = {
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
@@ -38,20 +38,20 @@ _METADATA_PREDICTION: dict[str, Prediction] = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
 }
-# Steps of training that Stability AI's file of 2.0-base carries.
+# Training steps in Stability AI's file of 2.0-base.
 _BASE_STEPS = 875000
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """What a file is.
+class Recognized:
+    """Properties of a recognized file.
 
     Attributes:
         architecture: `sd15`, `sd2`, `sd2-base` or `sdxl`.
-        prediction: What the U-Net predicts.
-        decided_by: What told the prediction, which names and shapes never tell.
-        variant: Empty, or `inpainting` for a U-Net that also reads a mask and a masked picture.
-        zero_snr: Whether the file is marked for a schedule that ends in pure noise.
+        prediction: Prediction type of the U-Net.
+        decided_by: Source of the prediction type, which names and shapes never show.
+        variant: Empty, or `inpainting` for a U-Net that also reads a mask and a masked image.
+        zero_snr: True if the file is marked for a schedule that ends in pure noise.
     """
 
     architecture: str
@@ -69,45 +69,45 @@ def recognize(
     architecture: str | None = None,
     prediction: Prediction | None = None,
     steps: int | None = None,
-) -> Recognised:
-    """What an original file is.
+) -> Recognized:
+    """Recognizes an original file.
 
     Args:
-        shapes: Name to shape of its tensors.
-        metadata: Of the file.
+        shapes: Tensor name to shape.
+        metadata: Metadata of the file.
         where: The file, for errors.
-        architecture: As the caller knows it; None looks at the names.
-        prediction: As the caller knows it.
+        architecture: Requested architecture; None detects it from the names.
+        prediction: Requested prediction type; None detects it.
         steps: `global_step` of a `.ckpt`.
 
     Raises:
-        BaseModelError: Nothing that can be converted; says what it seems to be.
+        BaseModelError: The file cannot be converted; names what it seems to be.
     """
-    told = architecture or _architecture(shapes, where)
+    detected = architecture or _architecture(shapes, where)
     variant = _variant(shapes, where)
-    what, why = _prediction(told, architecture, shapes, metadata, prediction, steps)
-    if told in ("sd2", "sd2-base"):
-        told = "sd2" if what == "v_prediction" else "sd2-base"
-    return Recognised(told, what, why, variant, "ztsnr" in shapes)
+    predicted, reason = _prediction(detected, architecture, shapes, metadata, prediction, steps)
+    if detected in ("sd2", "sd2-base"):
+        detected = "sd2" if predicted == "v_prediction" else "sd2-base"
+    return Recognized(detected, predicted, reason, variant, "ztsnr" in shapes)
 
 
 def _architecture(shapes: Shapes, where: str) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in shapes)
 
-    second = has("conditioner.embedders.1.")
-    if has("conditioner.embedders.0.model.") and not second:
+    has_second = has("conditioner.embedders.1.")
+    if has("conditioner.embedders.0.model.") and not has_second:
         raise _unusable(
             "this is the refiner of SDXL, whose one text encoder is the second of the base", where, "the base of SDXL"
         )
-    if second or has("conditioner.embedders.0."):
+    if has_second or has("conditioner.embedders.0."):
         return "sdxl"
     if has("cond_stage_model.model."):
         return "sd2"
     if has("cond_stage_model.transformer."):
         return "sd15"
     if has(_UNET) and _CONV_IN in shapes:
-        # No text encoder at all: the U-Net tells what the file is a part of, so that it can be said what lacks.
+        # Without text encoders, the U-Net identifies the architecture, so the missing tensors can be listed.
         if f"{_UNET}label_emb.0.0.weight" in shapes:
             return "sdxl"
         return "sd2" if shapes.get(_CONTEXT, (0,))[-1] == 1024 else "sd15"
@@ -115,10 +115,10 @@ def _architecture(shapes: Shapes, where: str) -> str:
 
 
 def _guess(names: Collection[str]) -> str:
-    for part, what in _OTHERS.items():
+    for part, description in _OTHERS.items():
         count = sum(part in name for name in names)
         if count:
-            return f"by {count} of its {len(names)} names it is {what}"
+            return f"by {count} of its {len(names)} names it is {description}"
     first = ", ".join(repr(name) for name in sorted(names)[:3])
     return f"its {len(names)} tensors begin with {first}" if names else "it holds no tensor"
 
@@ -128,44 +128,49 @@ def _variant(shapes: Shapes, where: str) -> str:
     known = _CHANNELS.get(channels[0] if channels else 0)
     if known in ("", "inpainting"):
         return known or ""
-    what = f"a model for {known}" if known else f"a U-Net that reads {channels} channels"
-    raise _unusable(f"this is {what}", where)
+    description = f"a model for {known}" if known else f"a U-Net that reads {channels} channels"
+    raise _unusable(f"this is {description}", where)
 
 
 def _prediction(
-    told: str,
-    asked_architecture: str | None,
+    architecture: str,
+    requested_architecture: str | None,
     shapes: Shapes,
     metadata: Mapping[str, str],
-    asked: Prediction | None,
+    requested: Prediction | None,
     steps: int | None,
 ) -> tuple[Prediction, str]:
-    if asked is not None:
-        return asked, "asked for"
-    if asked_architecture in ("sd2", "sd2-base"):
-        return ("v_prediction" if told == "sd2" else "epsilon"), f"asked for {asked_architecture!r}"
-    return _told_prediction(told, shapes, metadata, steps)
+    if requested is not None:
+        return requested, "requested"
+    if requested_architecture in ("sd2", "sd2-base"):
+        predicted: Prediction = "v_prediction" if architecture == "sd2" else "epsilon"
+        return predicted, f"{requested_architecture!r} was requested"
+    return _detected_prediction(architecture, shapes, metadata, steps)
 
 
-def _told_prediction(
-    told: str, shapes: Shapes, metadata: Mapping[str, str], steps: int | None
+def _detected_prediction(
+    architecture: str, shapes: Shapes, metadata: Mapping[str, str], steps: int | None
 ) -> tuple[Prediction, str]:
-    named = _METADATA_PREDICTION.get(metadata.get("modelspec.prediction_type", ""))
-    if named:
-        return named, "the file's metadata (modelspec.prediction_type)"
+    stated = _METADATA_PREDICTION.get(metadata.get("modelspec.prediction_type", ""))
+    if stated:
+        return stated, "the file's metadata (modelspec.prediction_type)"
     if "v_pred" in shapes:
         return "v_prediction", "the file's tensor 'v_pred'"
-    if told in ("sd2", "sd2-base"):
+    if architecture in ("sd2", "sd2-base"):
         if steps == _BASE_STEPS:
-            return "epsilon", f"the file's {steps} steps of training, those of 2.0-base"
-        return "v_prediction", "nothing in the file: most of SD 2 are; ask for 'sd2-base' if it predicts the noise"
-    return "epsilon", f"what {told} was published with"
+            return "epsilon", f"the file's {steps} training steps, those of 2.0-base"
+        return (
+            "v_prediction",
+            "the default of SD 2, as the file does not state it; request 'sd2-base' if it predicts noise",
+        )
+    return "epsilon", f"the published setting of {architecture}"
 
 
 def _unusable(problem: str, where: str, allowed: str = "") -> BaseModelError:
     return BaseModelError(
         problem,
         where=where,
-        allowed=allowed or f"an original single file of {', '.join(PLACES)}, with 4 channels or 9 (inpainting)",
-        remedy="take another file, or keep this one as it is",
+        allowed=allowed
+        or f"an original single file of {', '.join(COMPONENT_LOCATIONS)}, with 4 channels or 9 (inpainting)",
+        remedy="use another file",
     )

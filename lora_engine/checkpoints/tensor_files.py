@@ -1,7 +1,7 @@
-"""Tensors as byte ranges of files: reading what a file holds, and writing a new one without holding it in memory.
+"""Reads safetensors headers as byte ranges, and writes files from byte ranges of other files.
 
-A conversion of checkpoints is almost only this: a part of the rows is a range of bytes, and a 1x1 convolution has the
-bytes of the linear layer. Knows safetensors, not checkpoints.
+Most of a checkpoint conversion is copying bytes: some rows are a byte range, and a 1x1 convolution has the bytes of the
+linear layer. This module handles safetensors, not checkpoints.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.formats.safetensors_io import Limits, read_header
 
-# Bytes of an element, in the order in which the safetensors library lays tensors out.
+# Bytes per element, in the dtype order of the safetensors library.
 SIZES = {
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
     "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-_RANK = {dtype: place for place, dtype in enumerate(SIZES)}
-# Bytes that are in memory at a time: few enough to stay in a processor's cache between reading and writing.
+_RANK = {dtype: index for index, dtype in enumerate(SIZES)}
+# Bytes per copy; small enough to stay in the CPU cache between reading and writing.
 BLOCK = 1 << 20
 CHECKPOINT_LIMITS = Limits(file=128 << 30)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file.
+    """A tensor in a file.
 
     Attributes:
         path: The file.
         offset: First byte in it.
-        dtype: As safetensors names it: `F16`.
-        shape: Of the tensor; rows lie one after the other.
+        dtype: safetensors' dtype name, such as `F16`.
+        shape: Shape of the tensor, stored by rows.
     """
 
     path: Path
@@ -54,19 +54,19 @@ class StoredTensor:
         return math.prod(self.shape) * SIZES[self.dtype]
 
     def rows(self, first: int, last: int) -> StoredTensor:
-        """The rows from `first` up to and without `last`, as a tensor of the same file."""
+        """Returns the rows from `first` to `last` (exclusive) as a tensor of the same file."""
         stride = self.size // self.shape[0]
         return StoredTensor(self.path, self.offset + first * stride, self.dtype, (last - first, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of a file that is to be written.
+    """A tensor of a file to be written.
 
     Attributes:
-        shape: Of the tensor.
-        pieces: What it is made of, one after the other; all of one dtype.
-        transposed: Whether it is the transpose of its one piece.
+        shape: Shape of the tensor.
+        pieces: Stored tensors to concatenate by rows; all of one dtype.
+        transposed: True if it is the transpose of its only piece.
     """
 
     shape: tuple[int, ...]
@@ -75,12 +75,12 @@ class PlannedTensor:
 
     @property
     def dtype(self) -> str:
-        """As safetensors names it."""
+        """The dtype name of safetensors."""
         return self.pieces[0].dtype
 
 
 def stored_tensors(path: Path, limits: Limits = CHECKPOINT_LIMITS) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """What a safetensors file holds, and its metadata; no tensor is read.
+    """Returns the tensors of a safetensors file as byte ranges, and its metadata; reads no tensor.
 
     Args:
         path: The file.
@@ -92,7 +92,7 @@ def stored_tensors(path: Path, limits: Limits = CHECKPOINT_LIMITS) -> tuple[dict
     """
     header, metadata = read_header(path, limits)
     try:
-        # The library checks that the tensors fill the file without a gap or an overlap, as the file's header claims.
+        # The library checks that the tensors fill the file without gaps or overlaps.
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
@@ -107,11 +107,11 @@ def stored_tensors(path: Path, limits: Limits = CHECKPOINT_LIMITS) -> tuple[dict
 
 
 def write_tensors(path: Path, planned: Mapping[str, PlannedTensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file atomically, copying from file to file; at most a few `BLOCK`s are in memory.
+    """Writes a safetensors file atomically by copying from other files; holds at most a few `BLOCK`s in memory.
 
     Args:
-        path: Where it goes.
-        planned: By name. Equal plans over equal files give equal bytes.
+        path: Output file.
+        planned: Tensors by name. Equal plans over equal files give equal bytes.
         metadata: Strings for the header.
     """
     names = sorted(planned, key=lambda name: (_RANK[planned[name].dtype], name))
@@ -136,7 +136,7 @@ def write_tensors(path: Path, planned: Mapping[str, PlannedTensor], metadata: Ma
 
 
 class _Sources:
-    """The files that are read from, each opened once."""
+    """The source files, each opened once."""
 
     def __init__(self) -> None:
         self._open: dict[Path, FileIO] = {}
@@ -150,17 +150,17 @@ class _Sources:
             file.close()
 
     def read(self, tensor: PlannedTensor) -> Iterator[bytes | memoryview]:
-        """The bytes of a tensor, block by block; each is only good until the next is asked for."""
+        """Yields the bytes of a tensor in blocks; a block is valid only until the next one."""
         if not tensor.transposed:
             for piece in tensor.pieces:
                 yield from self._blocks(piece)
             return
         (piece,) = tensor.pieces
         whole = np.frombuffer(b"".join(map(bytes, self._blocks(piece))), dtype=np.dtype(f"V{SIZES[piece.dtype]}"))
-        turned = whole.reshape(piece.shape).T
+        transposed = whole.reshape(piece.shape).T
         step = max(1, BLOCK // max(1, piece.shape[0] * SIZES[piece.dtype]))
-        for first in range(0, len(turned), step):
-            yield np.ascontiguousarray(turned[first : first + step]).tobytes()
+        for first in range(0, len(transposed), step):
+            yield np.ascontiguousarray(transposed[first : first + step]).tobytes()
 
     def _blocks(self, piece: StoredTensor) -> Iterator[memoryview]:
         file = self._open.get(piece.path)
@@ -171,24 +171,24 @@ class _Sources:
         while left:
             count = file.readinto(self._buffer[: min(left, BLOCK)])
             if not count:
-                raise BaseModelError("the file became shorter while it was read", where=str(piece.path))
+                raise BaseModelError("the file was truncated while it was read", where=str(piece.path))
             yield self._buffer[:count]
             left -= count
 
 
 def merge_stored(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """What several files (shards) hold together.
+    """Returns the tensors of several files (shards).
 
     Raises:
         BaseModelError: A tensor occurs in two of them.
     """
-    together: dict[str, StoredTensor] = {}
+    merged: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in stored_tensors(path)[0].items():
-            if name in together:
-                raise BaseModelError(f"the tensor {name!r} is in two files", where=f"{together[name].path}, {path}")
-            together[name] = tensor
-    return together
+            if name in merged:
+                raise BaseModelError(f"the tensor {name!r} is in two files", where=f"{merged[name].path}, {path}")
+            merged[name] = tensor
+    return merged
 
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> StoredTensor:

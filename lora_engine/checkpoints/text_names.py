@@ -1,7 +1,7 @@
-"""The original names of the text encoders, over those of transformers. Literal tables; no tensors.
+"""Literal tables from transformers' tensor names of text encoders to the original names.
 
-CLIP is stored under transformers' own names; OpenCLIP (Stable Diffusion 2, the second one of SDXL) under others, with
-the three projections of an attention in one tensor.
+CLIP is stored under transformers' names. OpenCLIP (Stable Diffusion 2, the second encoder of SDXL) has other names, and
+stores the three projections of an attention in one tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-# In this order, a third of the rows each, in `attn.in_proj_weight` and `attn.in_proj_bias`.
+# In this order, each is a third of the rows of `attn.in_proj_weight` and `attn.in_proj_bias`.
 OPEN_CLIP_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # A linear layer computes x W^T, OpenCLIP x P.
 TRANSPOSED = "text_projection.weight"
@@ -32,15 +32,15 @@ _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def canonical_text_name(name: str) -> str:
-    """The name of a tensor with the level `text_model`, which transformers 5 leaves out of `CLIPTextModel`."""
+    """Returns a tensor name with the level `text_model`, which `CLIPTextModel` of transformers 5 lacks."""
     return f"{LEVEL}{name}" if name.startswith(_BELOW_LEVEL) else name
 
 
 def open_clip_name(name: str) -> tuple[str, tuple[int, int]] | None:
-    """OpenCLIP's name of a tensor, and which part of its rows it is: (place, number of parts); None for an unknown one.
+    """Returns OpenCLIP's name of a tensor and its part of the rows as (index, count); None if unknown.
 
     Args:
-        name: As transformers names it, with the level `text_model`.
+        name: transformers' name, with the level `text_model`.
     """
     if name in OPEN_CLIP:
         return OPEN_CLIP[name], (0, 1)

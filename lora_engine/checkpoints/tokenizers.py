@@ -1,4 +1,4 @@
-"""Finding the tokenizers that a folder needs and a single file never has: files only, nothing is downloaded."""
+"""Finds the tokenizers that a folder needs and a single file lacks, in local files only."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ VOCABULARY = ("vocab.json", "merges.txt")
 _WHOLE = "tokenizer.json"
 
 
-def find_tokenizers(architecture: Architecture, given: Path | None, config: Path | None) -> dict[str, Path]:
-    """For each tokenizer of an architecture, the folder whose files it is to have.
+def find_tokenizers(architecture: Architecture, requested: Path | None, config: Path | None) -> dict[str, Path]:
+    """Returns, for each tokenizer of an architecture, a folder with its files.
 
     Args:
-        architecture: Which tokenizers are needed.
-        given: A folder with `vocab.json` and `merges.txt` or with `tokenizer.json`, or a diffusers folder.
-        config: A diffusers folder that is looked into next.
+        architecture: The architecture whose tokenizers are needed.
+        requested: A folder with `vocab.json` and `merges.txt` or with `tokenizer.json`, or a diffusers folder; None
+            searches `config` and the Hugging Face cache.
+        config: A diffusers folder to search; None searches only the cache.
 
     Raises:
-        BaseModelError: One is nowhere; says what to give.
+        BaseModelError: A tokenizer was not found; names the accepted sources.
     """
-    found = {}
+    folders = {}
     for name, repository in architecture.tokenizers.items():
-        folder = _choose(name, repository, given, config)
+        folder = _find_folder(name, repository, requested, config)
         if folder is None:
-            looked = f"{given or config or 'nothing given'}, and the local Hugging Face cache for {repository}"
+            searched = f"{requested or config or 'no folder'}, and the local Hugging Face cache for {repository}"
             raise BaseModelError(
                 f"a diffusers folder needs the {name}, which single files do not have, and it was not found",
-                where=looked,
+                where=searched,
                 allowed=f"a folder with {' and '.join(VOCABULARY)} (or {_WHOLE}), or a diffusers folder of any base of "
                 f"this family; or a cache filled by `hf download {CLIP_L_REPOSITORY} {' '.join(VOCABULARY)}`",
-                remedy="give one, or ask for a folder without tokenizers",
+                remedy="pass --tokenizer, or --without-tokenizer for a folder without tokenizers",
             )
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def write_tokenizer(source: Path, target: Path, settings: ComponentConfig, text: ComponentConfig) -> list[Path]:
-    """Copies a tokenizer's files; settings of its own are kept, and the published ones stand in where it has none.
+    """Copies a tokenizer's files; writes the published settings if it has none of its own.
 
     Args:
-        source: Where its files lie.
-        target: The folder that it becomes.
+        source: Folder with its files.
+        target: Output folder.
         settings: The published settings.
         text: The text encoder that reads its tokens.
 
@@ -69,10 +70,10 @@ def write_tokenizer(source: Path, target: Path, settings: ComponentConfig, text:
     return written
 
 
-def _choose(name: str, repository: str, given: Path | None, config: Path | None) -> Path | None:
-    if given is not None:
-        # What was asked for is not replaced by something else that happens to be there.
-        candidates = [given / name, given, given / "tokenizer"]
+def _find_folder(name: str, repository: str, requested: Path | None, config: Path | None) -> Path | None:
+    if requested is not None:
+        # Only the requested folder: another tokenizer must not replace it silently.
+        candidates = [requested / name, requested, requested / "tokenizer"]
     else:
         candidates = [config / name] if config is not None else []
         candidates += [*_cached(repository), *_cached(CLIP_L_REPOSITORY)]
@@ -86,10 +87,10 @@ def _is_tokenizer(folder: Path) -> bool:
 def _cached(repository: str) -> list[Path]:
     from huggingface_hub import try_to_load_from_cache
 
-    # The cache says a path, that the repository is known to lack the file, or nothing.
-    found = [try_to_load_from_cache(repository, name) for name in VOCABULARY]
-    if all(isinstance(path, str) for path in found):
-        return [Path(str(found[0])).parent]
+    # Returns a path, a marker for a file that the repository lacks, or None.
+    files = [try_to_load_from_cache(repository, name) for name in VOCABULARY]
+    if all(isinstance(path, str) for path in files):
+        return [Path(str(files[0])).parent]
     return []
 
 
@@ -97,12 +98,12 @@ def _check_vocabulary(source: Path, text: ComponentConfig) -> None:
     if not (source / VOCABULARY[0]).is_file():
         return
     vocabulary: Mapping[str, object] = read_json(source / VOCABULARY[0])
-    known = int(text.config.get("vocab_size", 49408))
+    size = int(text.config.get("vocab_size", 49408))
     highest = max((number for number in vocabulary.values() if isinstance(number, int)), default=-1)
-    if highest >= known:
+    if highest >= size:
         raise BaseModelError(
-            f"the tokenizer has a token of number {highest}, and the text encoder knows {known}",
+            f"the tokenizer has the token ID {highest}, and the text encoder has {size} tokens",
             where=str(source),
-            allowed=f"numbers below {known}",
-            remedy="give the tokenizer of this base",
+            allowed=f"token IDs below {size}",
+            remedy="use the tokenizer of this base",
         )

@@ -1,7 +1,4 @@
-"""The original names of Stable Diffusion's autoencoder (CompVis), over those of diffusers.
-
-Literal tables and the counting of blocks; no tensors.
-"""
+"""Maps diffusers' names of Stable Diffusion's autoencoder to the original names (CompVis)."""
 
 from __future__ import annotations
 
@@ -25,22 +22,24 @@ MIDDLE = {
 }
 RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# The four of them are convolutions of 1x1 in the original and linear layers in diffusers.
+# 1x1 convolutions in the original, linear layers in diffusers.
 CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-# Folders that were saved before diffusers 0.18, Stable Diffusion 1.5's own among them, still have these.
+# Folders saved before diffusers 0.18 have these names, including the published Stable Diffusion 1.5.
 EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def vae_blocks(config: Mapping[str, Any]) -> dict[str, str]:
-    """Path of a block of diffusers' autoencoder to the original one.
+    """Returns diffusers' path of each block of the autoencoder to the original path.
 
     Args:
         config: Settings of `AutoencoderKL`: `block_out_channels` and `layers_per_block`.
     """
     levels, layers = len(config["block_out_channels"]), int(config.get("layers_per_block", 1))
-    table = {f"{side}.{ours}": f"{side}.{theirs}" for side in ("encoder", "decoder") for ours, theirs in MIDDLE.items()}
+    table = {
+        f"{side}.{name}": f"{side}.{original}" for side in ("encoder", "decoder") for name, original in MIDDLE.items()
+    }
     for level in range(levels):
-        # The original counts the decoder's levels from the picture's side.
+        # The original numbers the decoder's levels from the image side.
         opposite = levels - 1 - level
         for layer in range(layers):
             table[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"encoder.down.{level}.block.{layer}"
@@ -52,26 +51,26 @@ def vae_blocks(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def vae_name(path: str, blocks: Mapping[str, str]) -> str | None:
-    """The original path of a module of the autoencoder, without `first_stage_model.`; None where there is none.
+    """Returns the original path of a module of the autoencoder, without `first_stage_model.`; None if unknown.
 
     Args:
-        path: As diffusers names it.
-        blocks: From `vae_blocks`.
+        path: diffusers' path.
+        blocks: Result of `vae_blocks`.
     """
     if path in OUTSIDE:
         return OUTSIDE[path]
     if path in blocks:
         return blocks[path]
     for table in (RESNET, ATTENTION):
-        for ours, theirs in table.items():
-            block = blocks.get(path.removesuffix(f".{ours}")) if path.endswith(f".{ours}") else None
+        for name, original in table.items():
+            block = blocks.get(path.removesuffix(f".{name}")) if path.endswith(f".{name}") else None
             if block is not None:
-                return f"{block}.{theirs}"
+                return f"{block}.{original}"
     return None
 
 
 def current_vae_name(name: str) -> str:
-    """The present name of a tensor, where a folder has that of an earlier diffusers."""
+    """Returns the current name of a tensor that may have the name of an earlier diffusers."""
     above, _, leaf = name.rpartition(".")
     block, _, last = above.rpartition(".")
     if block.endswith("mid_block.attentions.0") and last in EARLIER:

@@ -1,4 +1,4 @@
-"""Images and captions: from a folder of a person's files to a manifest that training can rely on.
+"""Turns a folder of the user's images and captions into a validated dataset.
 
-`manifest` and `spec` are torch-free; `ingest`, `preprocess` and `caption` do the work, one picture in memory at a time.
+`manifest` and `spec` are torch-free; `ingest`, `preprocess` and `caption` hold one image in memory at a time.
 """

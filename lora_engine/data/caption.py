@@ -1,4 +1,4 @@
-"""Caption: every picture of a dataset gets its final text, with the trigger in it where there is one."""
+"""Writes the final caption of every image of a dataset, including the trigger if there is one."""
 
 from __future__ import annotations
 
@@ -17,65 +17,65 @@ Captioner = Callable[[Path, Manifest, CaptionSettings, Progress | None], list[st
 
 
 def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progress | None = None) -> Manifest:
-    """Writes the dataset again with captions; the manifest records trigger and class word.
+    """Writes a copy of the dataset with captions; the manifest records trigger and class word.
 
     Raises:
-        DataError: The dataset is not whole, or a caption becomes too long.
-        SettingsError: Images without a caption, and neither trigger nor class word to make one from.
+        DataError: The dataset is incomplete, or a caption becomes too long.
+        SettingsError: An image has no caption, and there is neither trigger nor class word for the template.
     """
     manifest = Manifest.load(dataset)
     captions = _CAPTIONERS[settings.captioner](dataset, manifest, settings, progress)
-    pictures = []
-    for picture, text in zip(manifest.pictures, captions, strict=True):
+    images = []
+    for image, text in zip(manifest.pictures, captions, strict=True):
         if len(text) > MAX_CAPTION:
             raise DataError(
                 f"the caption has {len(text)} characters with the trigger",
-                where=picture.source,
+                where=image.source,
                 allowed=f"{MAX_CAPTION}",
                 remedy="shorten it",
             )
-        for file in picture.files:
+        for file in image.files:
             atomic_write(out / file, (dataset / file).read_bytes())
-        pictures.append(picture.model_copy(update={"caption": text}))
-    # A later step that names no trigger does not take away the one that an earlier one set.
+        images.append(image.model_copy(update={"caption": text}))
+    # A step without a trigger keeps the trigger of an earlier step.
     words = {name: getattr(settings, name) or getattr(manifest, name) for name in PLACEHOLDERS}
-    result = manifest.model_copy(update={"pictures": tuple(pictures), **words})
+    result = manifest.model_copy(update={"pictures": tuple(images), **words})
     result.save(out)
     return result
 
 
 def render_template(settings: CaptionSettings) -> str:
-    """The template with its words filled in; a part without a value is left out.
+    """Returns the template with its placeholders filled in; a placeholder without a value is removed.
 
     Raises:
-        SettingsError: It asks for words and has none of them.
+        SettingsError: The template has placeholders, and none of them has a value.
     """
     words = {name: getattr(settings, name) or "" for name in PLACEHOLDERS}
-    asked = settings.asked_words()
-    if asked and not any(words[name] for name in asked):
+    placeholders = settings.placeholders()
+    if placeholders and not any(words[name] for name in placeholders):
         raise SettingsError(
-            f"the template {settings.template!r} has no {' and no '.join(asked)} to fill in",
-            remedy="set a trigger or a class word, or put a .txt with a caption beside each picture",
+            f"the template {settings.template!r} has no {' and no '.join(placeholders)} to fill in",
+            remedy="set a trigger or a class word, or add a .txt file with a caption for each image",
         )
     return clean_text(settings.template.format(**words))
 
 
 def holds_word(text: str, word: str) -> bool:
-    """Whether the word occurs in the text as a whole word, in whatever case (as tokenizers see it)."""
+    """Returns True if the text contains the word as a whole word, ignoring case."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _from_files(_dataset: Path, manifest: Manifest, settings: CaptionSettings, _: Progress | None) -> list[str]:
-    return [_own_or_template(picture, settings) for picture in manifest.pictures]
+    return [_own_or_template(image, settings) for image in manifest.pictures]
 
 
-def _own_or_template(picture: ImageEntry, settings: CaptionSettings) -> str:
-    if not picture.caption:
+def _own_or_template(image: ImageEntry, settings: CaptionSettings) -> str:
+    if not image.caption:
         return render_template(settings)
-    if settings.trigger is None or holds_word(picture.caption, settings.trigger):
-        return picture.caption
-    # Without the trigger in the text nothing would be tied to it: the template goes in front.
-    return f"{render_template(settings)}, {picture.caption}"
+    if settings.trigger is None or holds_word(image.caption, settings.trigger):
+        return image.caption
+    # The caption must contain the trigger, or training would not learn it.
+    return f"{render_template(settings)}, {image.caption}"
 
 
 def _from_template(_dataset: Path, manifest: Manifest, settings: CaptionSettings, _: Progress | None) -> list[str]:
@@ -85,10 +85,10 @@ def _from_template(_dataset: Path, manifest: Manifest, settings: CaptionSettings
 def _from_interrogator(
     dataset: Path, manifest: Manifest, settings: CaptionSettings, progress: Progress | None
 ) -> list[str]:
-    # Imports torch and CLIP; the other captioners do without.
+    # Imports torch and CLIP, which the other captioners do not need.
     from lora_engine.data.interrogator import interrogate
 
-    return interrogate([dataset / picture.file for picture in manifest.pictures], settings, progress)
+    return interrogate([dataset / image.file for image in manifest.pictures], settings, progress)
 
 
 _CAPTIONERS: dict[str, Captioner] = {

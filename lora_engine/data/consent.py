@@ -1,4 +1,4 @@
-"""`consent.csv`: what a person states about each picture of a folder, one row a picture."""
+"""Reads `consent.csv`: rights and consent per image, one row per image."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _TRUTH = {"yes": True, "no": False}
 class Statement:
     """One row of the table.
 
-    Args:
-        consent: The id of the consent that covers the picture.
-        rights: What else is stated.
+    Attributes:
+        consent: Id of the consent for the image; None if the row names none.
+        rights: The other columns; None if they are empty.
     """
 
     consent: str | None = None
@@ -52,36 +52,36 @@ class Statement:
 
 
 def read_consent(path: Path) -> dict[str, Statement]:
-    """What is stated about which file: `consent.csv` with the column `file` and any of the others of `COLUMNS`.
+    """Returns the statement per file, from the column `file` and any others of `COLUMNS`.
 
-    Other columns are passed over, unless they look like a slip of the pen.
+    Other columns are ignored, unless they look like a misspelled one.
 
     Args:
         path: The table, in UTF-8. `person`, `revocable` and `ai_generated` are `yes` or `no`; `expires` is a day such
             as 2027-12-31; `opt_out` is `tool/day/result` with the result `clear` or `opted-out`.
 
     Raises:
-        DataError: Names the row and what is wrong.
+        DataError: The table is missing or invalid; names the row and the problem.
     """
     where = str(path)
     if not path.is_file():
-        raise DataError("there is no such consent file", where=where, remedy="give a CSV with columns file,consent")
-    stated: dict[str, Statement] = {}
+        raise DataError("there is no such consent file", where=where, remedy="write a CSV with columns file,consent")
+    statements: dict[str, Statement] = {}
     for number, row in enumerate(_rows(path), start=2):
         name = row.pop("file", "")
         if not name or not any(row.values()):
             raise DataError(
-                f"row {number} needs a file and a consent id, or another statement about it",
+                f"row {number} needs a file and a consent id, or a value in another column",
                 where=where,
                 allowed=f"the columns {','.join(COLUMNS)}",
             )
-        if name in stated:
-            raise DataError(f"row {number} names {name!r} a second time", where=where)
+        if name in statements:
+            raise DataError(f"row {number} repeats the file {name!r}", where=where)
         try:
-            stated[name] = _statement(row)
+            statements[name] = _statement(row)
         except DataError as error:
             raise DataError(f"row {number}: {error.problem}", where=where, allowed=error.allowed) from None
-    return stated
+    return statements
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -96,7 +96,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"is not a UTF-8 CSV file ({error})", where=where) from None
-    # The name of a file is taken as it is, but for blanks around it; the rest is shown to people and is one clean line.
+    # File names are only stripped; other values are shown to users and become one clean line.
     return [
         {
             column: (row.get(field) or "").strip() if column == "file" else clean_text(row.get(field) or "")
@@ -112,12 +112,12 @@ def _column(field: str, where: str) -> str:
     column = _SPELLINGS.get(column, column)
     near = difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.8)
     if column not in COLUMNS and near:
-        # A right that nobody reads would be a right that is not kept.
+        # Ignoring a misspelled column would ignore the rights in it.
         raise DataError(
-            f"the column {field!r} is not known",
+            f"unknown column {field!r}",
             where=where,
             allowed=", ".join(COLUMNS),
-            remedy=f"{near[0]!r} is meant?",
+            remedy=f"did you mean {near[0]!r}?",
         )
     return column
 
@@ -133,8 +133,8 @@ def _statement(row: Mapping[str, str]) -> Statement:
         return Statement(consent, Rights.model_validate(values) if values else None)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise DataError(f"{place} {cells.get(place, '')!r} cannot be used ({first['msg']})") from None
+        column = ".".join(map(str, first["loc"]))
+        raise DataError(f"{column} {cells.get(column, '')!r} cannot be used ({first['msg']})") from None
 
 
 def _yes_or_no(text: str) -> bool:

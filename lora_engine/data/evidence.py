@@ -1,6 +1,6 @@
-"""Signs that a picture was generated, as its own file carries them. The signs are named; what they say is never kept.
+"""Finds metadata which shows that an image was generated. Records its kind, never its content.
 
-A file without signs proves nothing: programs drop metadata, and most cameras and painters write none.
+A file without such metadata proves nothing: many programs remove metadata or write none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_engine.data.rights import Evidence
 
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
 # IPTC's vocabulary http://cv.iptc.org/newscodes/digitalsourcetype/, as an element or an attribute of XMP. Searched as
-# bytes: a parser of XML would be one more thing to attack.
+# bytes: an XML parser would add attack surface.
 _SOURCE_TYPE = re.compile(
     rb"[Dd]igital[Ss]ource[Tt]ype.{0,200}?(compositeWithTrained|trained)AlgorithmicMedia", re.DOTALL
 )
@@ -28,36 +28,36 @@ _SOURCE_TYPES: Mapping[bytes, Evidence] = {
 
 
 def read_evidence(path: Path, root: Path) -> tuple[Evidence, ...]:
-    """The signs in a picture file, sorted; the pixels are not decoded.
+    """Returns the evidence in an image file, sorted; decodes no pixels.
 
-    Seen are the text that AUTOMATIC1111's web interface writes (`parameters`, or the EXIF comment of a JPEG), the two
-    that ComfyUI writes (`prompt`, `workflow`), and the digital source type of IPTC in XMP.
+    Recognizes the text of AUTOMATIC1111's web interface (`parameters`, or the EXIF comment of a JPEG), the two texts of
+    ComfyUI (`prompt`, `workflow`), and IPTC's digital source type in XMP.
 
     Args:
-        path: A file that `open_image` takes.
-        root: A link that leads out of this folder is refused.
+        path: A file that `open_image` accepts.
+        root: Links that lead out of this folder are refused.
 
     Raises:
         DataError: The file cannot be opened.
     """
     with open_regular(path, root) as file:
         try:
-            with Image.open(file, formats=FORMATS) as picture:
-                return tuple(sorted(set(_signs(picture))))
+            with Image.open(file, formats=FORMATS) as image:
+                return tuple(sorted(set(_find_evidence(image))))
         except BROKEN:
             return ()
 
 
-def _signs(picture: Image.Image) -> Iterator[Evidence]:
-    info: Mapping[Any, Any] = picture.info
+def _find_evidence(image: Image.Image) -> Iterator[Evidence]:
+    info: Mapping[Any, Any] = image.info
     if _text(info.get("parameters")):
         yield "a1111-parameters"
     if '"class_type"' in _text(info.get("prompt")):
         yield "comfyui-prompt"
     if '"nodes"' in _text(info.get("workflow")):
         yield "comfyui-workflow"
-    comment = picture.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
-    # EXIF's own UTF-16 in either order; without its zeros the words are plain.
+    comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+    # UTF-16 of either byte order; without the zero bytes the ASCII text is searchable.
     if isinstance(comment, bytes) and b"Steps: " in comment.replace(b"\0", b""):
         yield "a1111-parameters"
     for name in ("xmp", "XML:com.adobe.xmp"):

@@ -1,4 +1,4 @@
-"""What lies in a person's folder: which files could be pictures, and their captions. No decoding here."""
+"""Lists the image files of the user's folder and reads their captions. Decodes no image."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from lora_engine.data.images import open_regular
 from lora_engine.data.manifest import MAX_CAPTION, MAX_REPEATS
 from lora_engine.errors import DataError
 
-# Files that people keep beside pictures. Anything else could be a picture under another name and is looked at.
+# Files that users keep beside images. Any other file may be an image with an unusual name and is opened.
 COMPANIONS = frozenset({".txt", ".caption", ".csv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md"})
 # `star.mask.png`, or `masks/star.png`, is the mask of `star.jpg`.
 MASK, MASKS = ".mask", "masks"
 Owner = tuple[Path, str]
 _REPEATS = re.compile(r"([0-9]{1,9})_")
 _MAX_TEXT = 64 * 1024
-# These turn the reading direction of what follows, so a caption could show other words than it holds.
+# They change the reading direction, so a caption could display other text than it contains.
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
 
 
 def require_folder(images: Path) -> None:
-    """Raises `DataError` where the folder of pictures is not there."""
+    """Raises `DataError` if the image folder does not exist."""
     if images.is_dir():
         return
-    problem = "is a file, not a folder of pictures" if images.is_file() else "there is no such folder of pictures"
+    problem = "is a file, not a folder of images" if images.is_file() else "there is no such folder of images"
     raise DataError(
         problem,
         where=str(images),
-        remedy=f"give the folder that holds the pictures; a relative path starts at {str(Path.cwd())!r}",
+        remedy=f"name the folder of the images; a relative path starts at {str(Path.cwd())!r}",
     )
 
 
 def candidates(root: Path) -> Iterator[Path]:
-    """The files, and links to folders, that are used as a picture or reported; in the order of their names.
+    """Yields the possible image files and the links to folders, sorted by name.
 
-    Subfolders are walked, links to folders are not; hidden files and `COMPANIONS` are passed over.
+    Walks subfolders, but not links to folders; skips hidden files and `COMPANIONS`.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, files in os.walk(root, onerror=_raise_unreadable):
-        here = Path(folder)
-        linked = [name for name in folders if (here / name).is_symlink()]
+        parent = Path(folder)
+        linked = [name for name in folders if (parent / name).is_symlink()]
         folders[:] = sorted(name for name in folders if name not in linked and not name.startswith("."))
-        found += [
-            here / name
+        paths += [
+            parent / name
             for name in files + linked
             if not name.startswith(".") and Path(name).suffix.lower() not in COMPANIONS and name != "Thumbs.db"
         ]
-    yield from sorted(found, key=lambda path: os.fsencode(path.relative_to(root)))
+    yield from sorted(paths, key=lambda path: os.fsencode(path.relative_to(root)))
 
 
 def owner_of_mask(path: Path, root: Path) -> Owner | None:
-    """Whose mask a file is by its name, as (folder, name without ending); None where it is no mask.
+    """Returns the image of a mask file as (folder, name without suffix); None if the file is not a mask.
 
-    A mask is called `name.mask.png`, or lies in a folder `masks` beside the pictures.
+    A mask is named `name.mask.png`, or is in a folder `masks` beside the images.
     """
     below = path.parent != root and path.parent.name == MASKS
     if not below and not path.stem.lower().endswith(MASK):
@@ -68,27 +68,25 @@ def owner_of_mask(path: Path, root: Path) -> Owner | None:
 
 
 def repeats_of(name: str, repeats: Literal["folders"] | Mapping[str, int]) -> int:
-    """How often a picture of that name, relative to the folder, comes up; see `IngestSettings`.
+    """Returns the repeats of an image by its name relative to the folder; see `IngestSettings`.
 
     Raises:
         DataError: A folder's number is 0 or too large.
     """
     if repeats != "folders":
-        fitting = [count for pattern, count in repeats.items() if fnmatch.fnmatchcase(name, pattern)]
-        return fitting[-1] if fitting else 1
+        matches = [count for pattern, count in repeats.items() if fnmatch.fnmatchcase(name, pattern)]
+        return matches[-1] if matches else 1
     for folder in reversed(PurePosixPath(name).parts[:-1]):
         if (match := _REPEATS.match(folder)) is not None:
             count = int(match[1])
             if not 1 <= count <= MAX_REPEATS:
-                raise DataError(
-                    f"the folder {printable(folder)!r} asks for {count} repeats", allowed=f"1-{MAX_REPEATS}"
-                )
+                raise DataError(f"the folder {printable(folder)!r} sets {count} repeats", allowed=f"1-{MAX_REPEATS}")
             return count
     return 1
 
 
 def printable(name: str) -> str:
-    """The name with everything that a terminal or a page could act on written as an escape."""
+    """Returns the name with control and direction characters escaped, safe for terminals and pages."""
     safe = (
         character
         if character.isprintable() and character not in _DIRECTION
@@ -98,13 +96,13 @@ def printable(name: str) -> str:
     return "".join(safe)
 
 
-def read_caption(picture: Path, root: Path) -> str:
-    """The text of the `.txt` beside a picture as one line; empty where there is none.
+def read_caption(image: Path, root: Path) -> str:
+    """Returns the text of the `.txt` file beside an image as one line; empty if there is none.
 
     Raises:
-        DataError: The file is there and cannot be used: not UTF-8, too long, a link out of the folder.
+        DataError: The file cannot be used: not UTF-8, too long, or a link out of the folder.
     """
-    path = picture.with_suffix(".txt")
+    path = image.with_suffix(".txt")
     if not os.path.lexists(path):
         return ""
     with open_regular(path, root) as file:
@@ -119,10 +117,10 @@ def read_caption(picture: Path, root: Path) -> str:
 
 
 def clean_text(text: str) -> str:
-    """The text as one line: white space joined, control and direction characters removed, Unicode composed (NFC)."""
+    """Returns the text as one line: white space collapsed, control and direction characters removed, NFC."""
     spaced = (" " if character.isspace() else character for character in unicodedata.normalize("NFC", text))
-    kept = (c for c in spaced if unicodedata.category(c) not in {"Cc", "Cs"} and c not in _DIRECTION)
-    return " ".join("".join(kept).split())
+    visible = (c for c in spaced if unicodedata.category(c) not in {"Cc", "Cs"} and c not in _DIRECTION)
+    return " ".join("".join(visible).split())
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -1,7 +1,7 @@
-"""How an untrusted picture file is opened: an allow-list, a cap on pixels, and nothing decided by accident.
+"""Opens untrusted image files with a format allow-list and a pixel limit, and writes PNGs.
 
-Pillow alone clips 16-bit greys to white, shows what transparency hides, ignores the camera's orientation and only warns
-about small files that unfold to gigabytes. No folder logic here (`ingest`), no tensors (`pixels`).
+Pillow alone clips 16-bit grays to white, shows transparent pixels, ignores the camera's orientation and only warns of
+small files that decode to gigabytes. Folder logic is in `ingest`, tensors are in `pixels`.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
-"""What Pillow raises on broken files, by its decoders and its metadata readers."""
+"""The exceptions of Pillow's decoders and metadata readers on broken files."""
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> Image.Image:
-    """The picture as RGB, 8 bits a channel, upright, without metadata.
+    """Opens an image as upright RGB with 8 bits per channel and without metadata.
 
-    16-bit greys are scaled, transparency is laid over white, the EXIF orientation is applied.
+    Scales 16-bit grays, composites transparency over white, applies the EXIF orientation.
 
     Args:
-        path: The file; regular files only, so that a pipe cannot make the reader wait.
-        max_pixels: More is refused before anything is decoded.
-        root: A link that leads out of this folder is refused; by default the file's own folder.
+        path: The file; only regular files, because a pipe could block the reader.
+        max_pixels: Largest number of pixels; checked before decoding.
+        root: Links that lead out of this folder are refused; None takes the file's own folder.
 
     Raises:
-        DataError: Names the file and what is wrong with it.
+        DataError: The file cannot be used; names the file and the problem.
     """
     return open_with_digest(path, max_pixels, root)[1]
 
 
 def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> tuple[str, Image.Image]:
-    """The SHA-256 of the file's bytes and the picture (see `open_image`), both from one opening of the file."""
+    """Returns the SHA-256 of the file's bytes and the image (see `open_image`), opening the file once."""
     with open_regular(path, root or path.parent) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise DataError(f"is larger than {MAX_BYTES:,} bytes", where=path.name)
@@ -77,7 +77,7 @@ def open_regular(path: Path, root: Path) -> BufferedReader:
         real = path.resolve(strict=True)
         if not real.is_relative_to(root.resolve()):
             raise DataError("is a link that leads out of the folder", where=path.name, remedy="copy the file instead")
-        # Without waiting (a pipe has no writer) and without following a link that was put there since.
+        # Do not block on a pipe, and do not follow a link that replaced the file since `resolve`.
         descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
     except (OSError, RuntimeError) as error:
         raise DataError(f"cannot be read ({getattr(error, 'strerror', None) or error})", where=path.name) from None
@@ -87,24 +87,24 @@ def open_regular(path: Path, root: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def write_image(path: Path, picture: Image.Image) -> None:
-    """Writes an RGB picture as PNG without metadata: same pixels, same bytes."""
-    atomic_write(path, encode_png(picture))
+def write_image(path: Path, image: Image.Image) -> None:
+    """Writes an RGB image as PNG without metadata: same pixels, same bytes."""
+    atomic_write(path, encode_png(image))
 
 
 def write_mask(path: Path, mask: Image.Image) -> None:
-    """Writes a mask as 8-bit grey PNG without metadata: same values, same bytes."""
+    """Writes a mask as 8-bit gray PNG without metadata: same values, same bytes."""
     atomic_write(path, _encode(mask, "L"))
 
 
-def encode_png(picture: Image.Image) -> bytes:
-    """The picture as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata."""
-    return _encode(picture, "RGB")
+def encode_png(image: Image.Image) -> bytes:
+    """Returns the image as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata."""
+    return _encode(image, "RGB")
 
 
-def _encode(picture: Image.Image, mode: str) -> bytes:
-    # Out of the bytes alone, so that nothing which the picture carried comes along.
-    plain = Image.frombytes(mode, picture.size, picture.convert(mode).tobytes())
+def _encode(image: Image.Image, mode: str) -> bytes:
+    # Built from the pixels only, which drops all metadata.
+    plain = Image.frombytes(mode, image.size, image.convert(mode).tobytes())
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG", compress_level=6, optimize=False)
     return buffer.getvalue()
@@ -112,21 +112,21 @@ def _encode(picture: Image.Image, mode: str) -> bytes:
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
-        with Image.open(file, formats=FORMATS) as picture:
-            _check(picture, name, max_pixels)
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
+        with Image.open(file, formats=FORMATS) as image:
+            _check(image, name, max_pixels)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
-        raise DataError("is not a picture that can be read", where=name, allowed=", ".join(FORMATS)) from None
+        raise DataError("is not a readable image", where=name, allowed=", ".join(FORMATS)) from None
     except BROKEN as error:
         raise DataError(f"is broken ({str(error) or type(error).__name__})", where=name) from None
 
 
-def _check(picture: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = picture.size
+def _check(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
     if width * height > max_pixels:
         raise DataError(
             f"has {width} x {height} = {width * height:,} pixels",
@@ -134,21 +134,21 @@ def _check(picture: Image.Image, name: str, max_pixels: int) -> None:
             allowed=f"at most {max_pixels:,}",
             remedy="make it smaller",
         )
-    # A JPEG from a phone may carry a second picture (MPO), which is no animation.
-    if picture.format in {"PNG", "WEBP"} and getattr(picture, "n_frames", 1) > 1:
-        raise DataError("is animated", where=name, allowed="still pictures", remedy="save the wanted frame as a still")
+    # A JPEG from a phone may contain a second frame (MPO), which is no animation.
+    if image.format in {"PNG", "WEBP"} and getattr(image, "n_frames", 1) > 1:
+        raise DataError("is animated", where=name, allowed="still images", remedy="save one frame as a still image")
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture, dtype=np.float64)
-        grey = Image.fromarray(np.clip(np.rint(values * (255.0 / 65535.0)), 0, 255).astype(np.uint8))
-        hidden = picture.info.get("transparency")
-        if isinstance(hidden, int):
-            grey.paste(255, mask=Image.fromarray(((values == hidden) * 255).astype(np.uint8)))
-        return grey.convert("RGB")
-    if picture.has_transparency_data:
-        coloured = picture.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return picture.convert("RGB")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        gray = Image.fromarray(np.clip(np.rint(values * (255.0 / 65535.0)), 0, 255).astype(np.uint8))
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            gray.paste(255, mask=Image.fromarray(((values == transparent) * 255).astype(np.uint8)))
+        return gray.convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

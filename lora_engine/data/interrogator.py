@@ -1,7 +1,7 @@
-"""The offline interrogator: which caption of the embedded world fits a picture best, as the embedded CLIP sees it.
+"""Captions images offline: finds the best caption of the embedded world with the embedded CLIP.
 
-Zero-shot over every caption that the drawn world can have. It knows drawings of that world alone: a photograph
-gets the caption of the drawing that is most like it.
+Zero-shot over all captions of that world. It only knows drawings of that world: a photo gets the caption of the most
+similar drawing.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from lora_engine.progress import Progress
 
 
 def interrogate(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     settings: CaptionSettings,
     progress: Progress | None = None,
     embedder: Embedder | None = None,
 ) -> list[str]:
-    """One caption a picture, such as `a red star on the left on a striped blue background`.
+    """Returns one caption per image, such as `a red star on the left on a striped blue background`.
 
     Args:
-        pictures: Files that `read_pixels` can read; one is in memory at a time.
-        settings: With a trigger, it stands where the word of the shape would.
-        progress: Told after each picture.
-        embedder: What sees; the embedded base's CLIP by default.
+        images: Files that `read_pixels` can read; one is in memory at a time.
+        settings: The trigger, if any, replaces the word of the shape.
+        progress: Called after each image.
+        embedder: The embedder; None takes the embedded base's CLIP.
 
     Raises:
         BaseModelError: The embedded base is not built.
-        DataError: A picture cannot be used.
+        DataError: An image cannot be used.
     """
-    seer = embedder or load_embedder()
+    clip = embedder or load_embedder()
     scenes = all_scenes()
-    known = _embed_captions(seer)
+    embeddings = _embed_captions(clip)
     texts: list[str] = []
-    for done, path in enumerate(pictures, start=1):
-        best = int((known @ seer.embed_images(read_pixels(path)[None])[0]).argmax())
+    for done, path in enumerate(images, start=1):
+        best = int((embeddings @ clip.embed_images(read_pixels(path)[None])[0]).argmax())
         texts.append(describe(scenes[best], settings.trigger))
         if progress is not None:
-            progress(done, len(pictures), {})
+            progress(done, len(images), {})
     return texts
 
 
 @functools.cache
 def all_scenes() -> tuple[world.Scene, ...]:
-    """Every scene that captions can tell apart."""
+    """Returns every scene that captions can distinguish."""
     views = itertools.product(world.triples(), world.TEXTURES, world.POSITIONS)
     return tuple(world.Scene(*triple, texture=texture, position=position) for triple, texture, position in views)
 
 
 def describe(scene: world.Scene, trigger: str | None = None) -> str:
-    """The full caption of a scene, with the trigger in place of the shape's word where there is one."""
+    """Returns the full caption of a scene; a trigger replaces the word of the shape."""
     text = caption(scene, np.random.default_rng(0), drop=False)
     return text if trigger is None else text.replace(f" {scene.shape} ", f" {trigger} ", 1)
 

@@ -1,6 +1,6 @@
-"""The manifest: which pictures a dataset holds, under which captions, and which files were left out and why.
+"""Defines the manifest of a dataset: its images with captions, and the quarantined files with reasons.
 
-Torch-free and without image code: specs, flows and the registry's side may import it. Decoding lives in `images`.
+Imports neither torch nor image code: specs, flows and tasks import it. `images` decodes.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ImageEntry(BaseModel):
-    """One usable picture.
+    """One usable image.
 
     Attributes:
-        sha256: Digest of the ORIGINAL file's bytes: the picture's identity through the whole line.
-        file: Where the pixels are inside the artifact.
+        sha256: Digest of the ORIGINAL file's bytes: the image's identity in all steps.
+        file: Path of the PNG inside the artifact.
         width: In pixels, of the file inside the artifact.
         height: In pixels, of the file inside the artifact.
-        caption: One line; empty where none is known yet.
-        source: The name in the person's folder, made printable; for showing only.
-        split: `heldout` pictures are never trained on.
-        consent: The id of the consent that covers the picture.
-        repeats: How often it comes up in training while a picture with 1 comes up once.
-        mask: Where its mask is inside the artifact: grey, of the picture's size, white where the picture counts in
-            full and black where it does not count; None counts everywhere.
-        rights: What is stated about it, and what its file gave away; None where there is neither.
+        caption: One line; empty if there is none yet.
+        source: Name in the user's folder, made printable; for display only.
+        split: `heldout` images are never trained on.
+        consent: Id of the consent for the image; None means none is stated.
+        repeats: Number of times that the image occurs per epoch.
+        mask: Path of the mask inside the artifact: gray, of the image's size, white for full weight and black for none;
+            None gives every pixel full weight.
+        rights: Stated rights and evidence of generation; None if there is neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sha256: Digest
-    # The pattern is a promise: nothing in a manifest can point outside the artifact.
+    # The pattern ensures that no path in a manifest points outside the artifact.
     file: str = Field(pattern=r"^pictures/[0-9a-f]{16}\.png$")
     width: int = Field(gt=0)
     height: int = Field(gt=0)
@@ -66,7 +66,7 @@ class ImageEntry(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_empty_rights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A picture about which nothing is stated is written as it always was: same dataset, same digest.
+        # Omitted if empty: older manifests lack the key, and the digest of the dataset must not change.
         written: dict[str, Any] = serialize(self)
         if self.rights is None:
             written.pop("rights", None)
@@ -74,12 +74,12 @@ class ImageEntry(BaseModel):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Everything inside the artifact that belongs to the picture."""
+        """The files inside the artifact that belong to the image."""
         return (self.file,) if self.mask is None else (self.file, self.mask)
 
 
 class Quarantined(BaseModel):
-    """A file of the folder that is not used, and why."""
+    """An unused file of the folder, with the reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -88,16 +88,16 @@ class Quarantined(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A dataset: used pictures + quarantined files = all files of the folder that could be pictures.
+    """A dataset: its images and quarantined files are all possible image files of the folder.
 
-    The mask of a used picture belongs to that picture and counts as neither.
+    The mask of a used image belongs to that image and counts as neither.
 
     Attributes:
-        pictures: Ordered by source name.
-        quarantined: Files left out, with reasons; carried on through every step.
-        trigger: The word that stands for the concept in the captions.
-        class_word: What the concept is an instance of ("star", "dog").
-        format: Version of this file's layout.
+        pictures: The images, sorted by source name.
+        quarantined: Unused files with reasons; every later step keeps them.
+        trigger: The word for the concept in the captions; None means none.
+        class_word: The class of the concept ("star", "dog"); None means none.
+        format: Version of the file's layout.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,22 +111,22 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _files_are_distinct(self) -> Manifest:
         seen: dict[str, str] = {}
-        for picture in self.pictures:
-            if picture.file in seen:
-                raise ValueError(f"{seen[picture.file]!r} and {picture.source!r} share the file {picture.file}")
-            seen[picture.file] = picture.source
+        for image in self.pictures:
+            if image.file in seen:
+                raise ValueError(f"{seen[image.file]!r} and {image.source!r} share the file {image.file}")
+            seen[image.file] = image.source
         return self
 
     def of_split(self, split: Split) -> tuple[ImageEntry, ...]:
-        """The pictures of one split, in the manifest's order."""
-        return tuple(picture for picture in self.pictures if picture.split == split)
+        """Returns the images of one split, in the manifest's order."""
+        return tuple(image for image in self.pictures if image.split == split)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of a dataset folder.
+        """Loads the manifest of a dataset folder.
 
         Raises:
-            DataError: There is none, it is not valid, or pictures that it names are missing.
+            DataError: There is none, it is invalid, or images that it names are missing.
         """
         path = folder / NAME
         try:
@@ -134,7 +134,7 @@ class Manifest(BaseModel):
         except FileNotFoundError:
             raise DataError(
                 f"{str(folder)!r} is not a dataset: it has no {NAME}",
-                remedy="run ingest on the folder of pictures first and use what it wrote",
+                remedy="run ingest on the folder of images first and use its output",
             ) from None
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from None
@@ -142,11 +142,11 @@ class Manifest(BaseModel):
             raise DataError(_first_problem(error), where=str(path), remedy="run ingest again") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"is not JSON ({error})", where=str(path), remedy="run ingest again") from None
-        files = [file for picture in manifest.pictures for file in picture.files]
+        files = [file for image in manifest.pictures for file in image.files]
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(files)} pictures are missing, first {', '.join(missing[:3])}",
+                f"{len(missing)} of {len(files)} images are missing, first {', '.join(missing[:3])}",
                 where=str(folder),
                 remedy="run ingest again",
             )
@@ -160,6 +160,6 @@ class Manifest(BaseModel):
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
-    place = ".".join(str(part) for part in first["loc"]) or "the manifest"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{place}: {first['msg']}, not {str(first['input'])[:100]!r}{more}"
+    key = ".".join(str(part) for part in first["loc"]) or "the manifest"
+    further = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {first['msg']}, not {str(first['input'])[:100]!r}{further}"

@@ -1,4 +1,4 @@
-"""Images as tensors and back. The only module of `data` that imports torch at its top."""
+"""Converts images to tensors and back. The only module of `data` that imports torch at module level."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_engine.errors import DataError
 
 
 def read_pixels(path: Path) -> Tensor:
-    """The picture as a float32 tensor [3, height, width] in [-1, 1].
+    """Reads an image as a float32 tensor [3, height, width] in [-1, 1].
 
     Raises:
         DataError: The file cannot be used (see `open_image`).
@@ -23,7 +23,7 @@ def read_pixels(path: Path) -> Tensor:
 
 
 def read_mask(path: Path) -> Tensor:
-    """A mask as a float32 tensor [1, height, width] in [0, 1]: 1 where the picture counts in full.
+    """Reads a mask as a float32 tensor [1, height, width] in [0, 1]; 1 is full weight.
 
     Raises:
         DataError: The file cannot be used (see `open_image`).
@@ -32,23 +32,23 @@ def read_mask(path: Path) -> Tensor:
     return (values / 255.0)[None]
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
-    """An RGB picture as a float32 tensor [3, height, width] in [-1, 1]."""
-    values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32))
+def to_pixels(image: Image.Image) -> Tensor:
+    """Converts an RGB image to a float32 tensor [3, height, width] in [-1, 1]."""
+    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
     return (values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A tensor [3, height, width] in [-1, 1] (clipped) as an RGB picture.
+    """Converts a tensor [3, height, width] in [-1, 1] (clipped) to an RGB image.
 
     Raises:
-        DataError: Another shape, or NaN or Inf among the values.
+        DataError: The shape differs, or a value is NaN or Inf.
     """
     if pixels.dim() != 3 or pixels.shape[0] != 3:
         raise DataError(f"pixels have the shape {tuple(pixels.shape)}", allowed="(3, height, width)")
     values = pixels.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(values).all()):
-        raise DataError("pixels hold NaN or Inf", remedy="look at the model that made them")
+        raise DataError("pixels contain NaN or Inf", remedy="check the model that generated them")
     scaled = ((values.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
     return Image.fromarray(scaled.permute(1, 2, 0).contiguous().numpy())
 

@@ -1,7 +1,4 @@
-"""Preprocess: pictures of any size get the sizes that they are trained in; which part is kept is decided here.
-
-A mask goes the very same way as its picture.
-"""
+"""Resizes and crops images, and their masks, to the sizes for training."""
 
 from __future__ import annotations
 
@@ -24,61 +21,61 @@ CROPS: Registry[Callable[[Image.Image, Sides], Box]] = Registry("crop")
 
 
 def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manifest:
-    """Writes the dataset again with every picture in its size, one picture in memory at a time.
+    """Writes a copy of the dataset with every image in its training size, one image in memory at a time.
 
-    A picture is brought to the least size that covers the wanted one (Lanczos to shrink, bicubic to enlarge), and what
-    stands over is cropped. It keeps its file name: it stays tied to the original's digest. Its mask is resized (mean to
-    shrink, linear to enlarge: neither leaves the range) and cropped with it.
+    Resizes an image to the least size that covers the target (Lanczos to shrink, bicubic to enlarge) and crops the
+    rest. The file name, which contains the original's digest, stays. A mask is resized (mean to shrink, linear to
+    enlarge: neither leaves the range) and cropped with its image.
 
     Raises:
-        DataError: The dataset is not whole, or all of its pictures are too small for a bucket.
+        DataError: The dataset is incomplete, or all of its images are too small for a bucket.
     """
     manifest = Manifest.load(dataset)
     keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
     choose = _chooser(settings)
-    done: list[ImageEntry] = []
+    entries: list[ImageEntry] = []
     quarantined = list(manifest.quarantined)
-    for picture in manifest.pictures:
-        pixels = open_image(dataset / picture.file, root=dataset)
-        fit = choose(pixels.size)
+    for entry in manifest.pictures:
+        image = open_image(dataset / entry.file, root=dataset)
+        fit = choose(image.size)
         if fit is None:
-            quarantined.append(Quarantined(source=picture.source, reason=_too_small(picture, settings)))
+            quarantined.append(Quarantined(source=entry.source, reason=_too_small(entry, settings)))
             continue
-        resized = _resize(pixels, fit)
+        resized = _resize(image, fit)
         box = CROPS[keep](resized, fit.size)
-        write_image(out / picture.file, resized.crop(box))
-        if picture.mask is not None:
-            mask = open_image(dataset / picture.mask, root=dataset).convert("L")
-            write_mask(out / picture.mask, _resize_mask(mask, fit).crop(box))
-        done.append(picture.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
-    if not done:
+        write_image(out / entry.file, resized.crop(box))
+        if entry.mask is not None:
+            mask = open_image(dataset / entry.mask, root=dataset).convert("L")
+            write_mask(out / entry.mask, _resize_mask(mask, fit).crop(box))
+        entries.append(entry.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
+    if not entries:
         raise DataError(
-            f"all {len(manifest.pictures)} pictures are too small, first {quarantined[-1].source}: "
+            f"all {len(manifest.pictures)} images are too small, first {quarantined[-1].source}: "
             f"{quarantined[-1].reason}",
             where=str(dataset),
             remedy="lower resolution or buckets.min_side, or raise buckets.enlarge",
         )
-    result = manifest.model_copy(update={"pictures": tuple(done), "quarantined": tuple(quarantined)})
+    result = manifest.model_copy(update={"pictures": tuple(entries), "quarantined": tuple(quarantined)})
     result.save(out)
     return result
 
 
-def to_square(picture: Image.Image, size: int, crop: str) -> Image.Image:
-    """The picture resized and cropped to size x size pixels."""
-    resized = _resize(picture, fit_into(picture.size, (size, size)))
+def to_square(image: Image.Image, size: int, crop: str) -> Image.Image:
+    """Returns the image resized and cropped to size x size pixels."""
+    resized = _resize(image, fit_into(image.size, (size, size)))
     return resized.crop(CROPS[crop](resized, (size, size)))
 
 
-def center_box(picture: Image.Image, size: Sides) -> Box:
-    """The window of (width, height) in the middle."""
-    left, top = (picture.width - size[0]) // 2, (picture.height - size[1]) // 2
+def center_box(image: Image.Image, size: Sides) -> Box:
+    """Returns the window of (width, height) in the center."""
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     return left, top, left + size[0], top + size[1]
 
 
-def salient_box(picture: Image.Image, size: Sides) -> Box:
-    """The window of (width, height) with the highest gradient energy; among equals the one nearest to the middle."""
+def salient_box(image: Image.Image, size: Sides) -> Box:
+    """Returns the window of (width, height) with the highest gradient energy; ties go to the one nearest the center."""
     width, height = size
-    energy = _gradient_energy(picture)
+    energy = _gradient_energy(image)
     table = np.zeros((energy.shape[0] + 1, energy.shape[1] + 1), dtype=np.int64)
     table[1:, 1:] = energy.cumsum(axis=0).cumsum(axis=1)
     sums = table[height:, width:] - table[:-height, width:] - table[height:, :-width] + table[:-height, :-width]
@@ -92,24 +89,24 @@ def salient_box(picture: Image.Image, size: Sides) -> Box:
 def _chooser(settings: PreprocessSettings) -> Callable[[Sides], Fit | None]:
     if settings.crop != "bucket":
         square = (settings.resolution, settings.resolution)
-        return lambda picture: fit_into(picture, square)
+        return lambda image: fit_into(image, square)
     buckets = settings.buckets or Buckets()
     sizes = bucket_sizes(settings.resolution, buckets)
-    return lambda picture: choose_bucket(picture, sizes, buckets, settings.resolution)
+    return lambda image: choose_bucket(image, sizes, buckets, settings.resolution)
 
 
-def _too_small(picture: ImageEntry, settings: PreprocessSettings) -> str:
+def _too_small(entry: ImageEntry, settings: PreprocessSettings) -> str:
     buckets = settings.buckets or Buckets()
     return (
-        f"{picture.width} x {picture.height} pixels are too small for a bucket with sides of "
+        f"{entry.width} x {entry.height} pixels are too small for a bucket with sides of "
         f"{buckets.sides(settings.resolution)[0]} and more, enlarged at most {buckets.enlarge:g} times"
     )
 
 
-def _resize(picture: Image.Image, fit: Fit) -> Image.Image:
-    if fit.resized == picture.size:
-        return picture
-    return picture.resize(fit.resized, Image.Resampling.LANCZOS if fit.scale < 1 else Image.Resampling.BICUBIC)
+def _resize(image: Image.Image, fit: Fit) -> Image.Image:
+    if fit.resized == image.size:
+        return image
+    return image.resize(fit.resized, Image.Resampling.LANCZOS if fit.scale < 1 else Image.Resampling.BICUBIC)
 
 
 def _resize_mask(mask: Image.Image, fit: Fit) -> Image.Image:
@@ -118,12 +115,12 @@ def _resize_mask(mask: Image.Image, fit: Fit) -> Image.Image:
     return mask.resize(fit.resized, Image.Resampling.BOX if fit.scale < 1 else Image.Resampling.BILINEAR)
 
 
-def _gradient_energy(picture: Image.Image) -> NDArray[np.int64]:
-    # Integers: the sums, and so the window, are the same on every machine.
-    grey = np.asarray(picture.convert("L"), dtype=np.int64)
-    energy = np.zeros_like(grey)
-    energy[:, 1:] += np.diff(grey, axis=1) ** 2
-    energy[1:, :] += np.diff(grey, axis=0) ** 2
+def _gradient_energy(image: Image.Image) -> NDArray[np.int64]:
+    # Integers give the same sums, and the same window, on every machine.
+    gray = np.asarray(image.convert("L"), dtype=np.int64)
+    energy = np.zeros_like(gray)
+    energy[:, 1:] += np.diff(gray, axis=1) ** 2
+    energy[1:, :] += np.diff(gray, axis=0) ** 2
     return energy
 
 

@@ -1,6 +1,6 @@
-"""What is stated about a picture: whose it is, on what basis and how long it may be used; what its file gives away.
+"""Defines the rights statements of an image: owner, license, legal basis, expiry, and evidence of generation.
 
-Statements only: nothing here judges them, and no file is read here.
+Data only: nothing here evaluates them or reads a file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Line = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class OptOut(BaseModel):
-    """What a check for opt-outs (ai.txt, TDMRep, robots.txt, a list) found, as it was noted when the picture was taken.
+    """The result of a check for opt-outs (ai.txt, TDMRep, robots.txt, a list) at the time of the download.
 
     Attributes:
-        tool: What checked.
-        checked: On which day.
-        result: `clear`, or `opted-out` where the owner reserves the right.
+        tool: Name of the tool or list.
+        checked: Day of the check.
+        result: `clear`, or `opted-out` if the owner reserves the right.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,21 +39,21 @@ class OptOut(BaseModel):
 
 
 class Rights(BaseModel):
-    """What is stated about one picture; what is not stated is None, which is no statement either way.
+    """The statements about one image; None means that nothing is stated.
 
     Attributes:
-        owner: Who owns it.
-        license: Its licence: an SPDX identifier, or as Hugging Face writes it.
-        rights: On what basis it is used: `own` work, a `licence`, a `consent`, or the exception for text and data
-            mining (`tdm`).
-        person: Whether it shows a person.
-        scope: What the basis covers: `train`ing alone, or `commercial` use of the result too.
-        expires: The last day on which it may be used.
-        revocable: Whether the consent can be withdrawn.
-        source: Where it was taken from.
+        owner: The owner.
+        license: An SPDX identifier, or a license id of Hugging Face.
+        rights: Legal basis of the use: `own` work, a `licence`, a `consent`, or the text and data mining exception
+            (`tdm`).
+        person: True if the image shows a person.
+        scope: Scope of the basis: `train` for training only, or `commercial` for commercial use of the result too.
+        expires: Last day of permitted use.
+        revocable: True if the consent can be withdrawn.
+        source: Origin of the image.
         opt_out: The check for opt-outs.
-        ai_generated: Whether its owner says that it was generated.
-        evidence: Signs of generation that its file carried. None were seen where it is empty; that proves nothing.
+        ai_generated: True if the owner states that the image was generated.
+        evidence: Evidence of generation in the file's metadata; empty proves nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""What a person may set about data: ingest, preprocess, caption. Torch-free; the work lives beside this file."""
+"""Defines the user-facing settings of ingest, preprocess and caption. Must not import torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ PLACEHOLDERS = ("trigger", "class_word")
 
 
 class IngestSettings(BaseModel):
-    """How a folder of pictures becomes a manifest.
+    """The settings of ingest.
 
     Attributes:
-        heldout: Fraction of the pictures that is never trained on, chosen by digest order: the same pictures give the
-            same choice on every machine. Above 0, at least one is held out and at least one is left to train on.
-        max_pixels: A picture with more is quarantined before it is decoded.
-        repeats: How often a picture comes up in training for once of another: a number by name or pattern of names
-            (`close-up.png`, `faces/*`), of which the last that fits counts; or `folders`, as in kohya's scripts: the
-            pictures below a folder `10_name` count 10 times, with the number of the innermost folder that has one.
-            By default every picture counts once.
+        heldout: Fraction of the images that is never trained on, chosen by digest order: the same images give the same
+            choice on every machine. Above 0, at least one is held out and at least one is trained on.
+        max_pixels: Largest number of pixels of an image; larger ones are quarantined before decoding.
+        repeats: Repeats of an image per epoch: numbers by name or pattern (`close-up.png`, `faces/*`), where the last
+            match wins; or `folders`, as in kohya's scripts: images below a folder `10_name` have 10 repeats, and the
+            innermost such folder wins. The default is 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,16 +33,15 @@ class IngestSettings(BaseModel):
 
 
 class Buckets(BaseModel):
-    """Which sizes pictures of different shapes may get; see `data/buckets.py`.
+    """The settings of aspect-ratio buckets; see `data/buckets.py`.
 
     Attributes:
-        step: Sides are multiples of this many pixels; a multiple of 8.
-        min_side: The shortest side in pixels, a multiple of the step; None is half of the resolution, in whole steps.
-        max_side: The longest side in pixels, a multiple of the step; None is twice the resolution, in whole steps.
-        enlarge: A picture is enlarged by at most this factor. A smaller one goes into a smaller size, and where that
-            would be below `min_side` it is quarantined.
-        keep: What is kept where the picture's shape is not quite that of its bucket: the centre, or the window with the
-            most contrast.
+        step: Sides are multiples of this number of pixels, which is a multiple of 8.
+        min_side: Shortest side in pixels, a multiple of the step; None is half of the resolution, in whole steps.
+        max_side: Longest side in pixels, a multiple of the step; None is twice the resolution, in whole steps.
+        enlarge: Largest factor of enlargement. A smaller image gets a smaller size; it is quarantined if that is below
+            `min_side`.
+        keep: Crop for an image whose shape differs from its bucket: the center, or the window with the most contrast.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,20 +53,20 @@ class Buckets(BaseModel):
     keep: Literal["center", "salient"] = "center"
 
     def sides(self, resolution: int) -> tuple[int, int]:
-        """The shortest and the longest side, in pixels."""
+        """Returns the shortest and the longest side in pixels."""
         low = self.min_side or max(1, resolution // 2 // self.step) * self.step
         high = self.max_side or resolution * 2 // self.step * self.step
         return low, high
 
 
 class PreprocessSettings(BaseModel):
-    """How pictures get the sizes that they are trained in.
+    """The settings of preprocess.
 
     Attributes:
         resolution: Width and height in pixels, a multiple of 8; for buckets, the side of the square of largest area.
-        crop: Which part of a picture that is not square is kept: its centre, or the window with the most contrast; or
-            `bucket`: (almost) all of it, in the size of `buckets` that is nearest in shape.
-        buckets: Of `crop: bucket`; None takes the defaults of `Buckets`.
+        crop: Part of an image that is kept: its center square, the square with the most contrast, or `bucket`: nearly
+            all of it, in the bucket of the nearest shape.
+        buckets: Settings for `crop: bucket`; None takes the defaults of `Buckets`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,21 +89,21 @@ class PreprocessSettings(BaseModel):
         low, high = chosen.sides(self.resolution)
         if not low <= self.resolution <= high:
             raise ValueError(
-                f"no size fits: sides go from {low} to {high} in steps of {chosen.step}, and resolution is "
+                f"no size is possible: sides range from {low} to {high} in steps of {chosen.step}, and resolution is "
                 f"{self.resolution}; set step to at most {self.resolution}, min_side below and max_side above it"
             )
         return self
 
 
 class CaptionSettings(BaseModel):
-    """Where the captions come from.
+    """The settings of caption.
 
     Attributes:
-        captioner: `files`: the .txt beside each picture, and the template where there is none; `template`: the template
-            for all; `interrogator`: read from the pictures by the embedded CLIP (drawings of the embedded world).
-        trigger: The word that will stand for the concept; one word.
-        class_word: What the concept is an instance of ("star").
-        template: Text with `{trigger}` and `{class_word}`; a part without a value is left out.
+        captioner: `files`: the .txt file beside each image, or the template if there is none; `template`: the template
+            for all images; `interrogator`: the embedded CLIP (only for drawings of the embedded world).
+        trigger: The word for the concept; a single word. None means none.
+        class_word: The class of the concept ("star"). None means none.
+        template: Text with `{trigger}` and `{class_word}`; a placeholder without a value is removed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -146,11 +144,11 @@ class CaptionSettings(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _trigger_has_a_place(self) -> CaptionSettings:
-        if self.trigger is not None and self.captioner != "interrogator" and "trigger" not in self.asked_words():
-            raise ValueError(f"template {self.template!r} has no {{trigger}}, so {self.trigger!r} could be left out")
+    def _template_has_trigger(self) -> CaptionSettings:
+        if self.trigger is not None and self.captioner != "interrogator" and "trigger" not in self.placeholders():
+            raise ValueError(f"template {self.template!r} has no {{trigger}}, so captions could lack {self.trigger!r}")
         return self
 
-    def asked_words(self) -> list[str]:
-        """The placeholders that the template holds."""
+    def placeholders(self) -> list[str]:
+        """Returns the placeholders of the template."""
         return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]

@@ -1,4 +1,4 @@
-"""What an adapter does to its base, in numbers with intervals, in gates and in pictures.
+"""Measures the effect of an adapter on its base: metrics with intervals, gates and sample images.
 
-`spec`, `catalogue`, `gates` and `report` are torch-free; `run` does the work.
+`spec`, `catalogue`, `gates` and `report` are torch-free; `run` runs an evaluation.
 """

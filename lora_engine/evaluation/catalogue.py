@@ -1,4 +1,4 @@
-"""Which metrics there are and what each one says, in words. Torch-free; the functions are in `metrics`."""
+"""Describes the metrics for tables and reports. Torch-free; the functions are in `metrics`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lora_engine.registries import Registry
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What a person needs to know to read a metric.
+    """The description of a metric.
 
     Attributes:
-        title: Its name in a table.
-        better: Which direction is wanted.
-        meaning: One sentence.
-        is_distance: Whether it is a distance to the base, whose own value is 0: then no adapter could be "better", and
-            how much is too much is for a gate to say.
+        title: Name in tables.
+        better: The better direction.
+        meaning: Description in one sentence.
+        is_distance: True for a distance to the base, whose own value is 0; a gate sets the limit, and no adapter is
+            "better".
     """
 
     title: str
@@ -31,10 +31,10 @@ CATALOGUE: Registry[MetricInfo] = Registry("metric")
 CATALOGUE.add(
     "clip_i_paired",
     MetricInfo(
-        "Likeness to the real picture",
+        "Likeness to the real image",
         "higher",
-        "How alike a generated picture and the real picture with the same caption are, as the embedder sees them "
-        "(cosine, 1 is identical).",
+        "Similarity of a generated image to the real image with the same caption (cosine of their embeddings, 1 is "
+        "identical).",
     ),
 )
 CATALOGUE.add(
@@ -42,7 +42,7 @@ CATALOGUE.add(
     MetricInfo(
         "Agreement with the prompt",
         "higher",
-        "How well a generated picture fits its prompt, read without the trigger word (cosine of picture and text).",
+        "Similarity of a generated image to its prompt without the trigger word (cosine of image and text embeddings).",
     ),
 )
 CATALOGUE.add(
@@ -50,8 +50,8 @@ CATALOGUE.add(
     MetricInfo(
         "Drift without the trigger",
         "lower",
-        "How far the adapter moves pictures whose prompt does not ask for the concept (1 - cosine to the base's "
-        "picture of the same seed, 0 is untouched).",
+        "Change of images whose prompt does not name the concept (1 - cosine to the base's image of the same seed, 0 "
+        "is unchanged).",
         is_distance=True,
     ),
 )
@@ -60,7 +60,7 @@ CATALOGUE.add(
     MetricInfo(
         "Drift in pixels",
         "lower",
-        "The same comparison in plain pixels: root mean square difference as a share of the full range.",
+        "The same comparison in pixels: root mean square difference as a share of the full range.",
         is_distance=True,
     ),
 )
@@ -69,6 +69,6 @@ CATALOGUE.add(
     MetricInfo(
         "Validation loss",
         "lower",
-        "The training loss on pictures with noise and time steps held fixed, so that two models can be compared.",
+        "Training loss with fixed noise and time steps, which makes two models comparable.",
     ),
 )

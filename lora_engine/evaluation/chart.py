@@ -1,4 +1,4 @@
-"""Small drawings for the report, as inline SVG made of numbers alone. Colours come from the page's style."""
+"""Draws the charts of the report as inline SVG, made of numbers only; the page's style sets the colors."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 540, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 42
-_MOST_POINTS = 400
+_MAX_POINTS = 400
 
 
 def draw_loss(loss: Sequence[Sequence[float]], validation: Sequence[Sequence[float]] = ()) -> Markup | None:
-    """The loss curve: raw values thin, their running mean bold, validation as dots. None without two finite points.
+    """Returns the loss curve: raw values thin, running mean bold, validation as dots; None without two finite points.
 
     Args:
         loss: [step, value] pairs.
         validation: [step, value] pairs.
     """
-    raw, held = _finite(loss), _finite(validation)
+    raw, heldout = _finite(loss), _finite(validation)
     if len(raw) < 2:
         return None
     smooth = _thin(_running_mean(raw))
     shown = _thin(raw)
-    # The first steps may be far above the rest; they may leave the picture, the running mean and validation may not.
+    # The first steps may be far above the rest and may be clipped; the running mean and validation may not.
     ordered = sorted(value for _, value in raw)
-    most = max(
-        [ordered[int(0.99 * (len(ordered) - 1))], *(value for _, value in smooth), *(value for _, value in held)]
+    top = max(
+        [ordered[int(0.99 * (len(ordered) - 1))], *(value for _, value in smooth), *(value for _, value in heldout)]
     )
-    x_ticks, y_ticks = nice_ticks(raw[0][0], raw[-1][0]), nice_ticks(0.0, most or 1.0)
-    frame = _Frame(raw[0][0], raw[-1][0], max(y_ticks[-1], most))
+    x_ticks, y_ticks = nice_ticks(raw[0][0], raw[-1][0]), nice_ticks(0.0, top or 1.0)
+    frame = _Frame(raw[0][0], raw[-1][0], max(y_ticks[-1], top))
     parts = [_grid(frame, x_ticks, y_ticks)]
     parts.append(f'<polyline class="raw" points="{frame.path(shown)}"/>')
     parts.append(f'<polyline class="mean" points="{frame.path(smooth)}"/>')
-    if held:
-        parts.append(f'<polyline class="held" points="{frame.path(held)}"/>')
-        parts += [f'<circle class="held" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in map(frame.place, held)]
+    if heldout:
+        parts.append(f'<polyline class="held" points="{frame.path(heldout)}"/>')
+        parts += [f'<circle class="held" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in map(frame.project, heldout)]
     label = f"Training loss from {smooth[0][1]:.3g} to {smooth[-1][1]:.3g} over {raw[-1][0]:.0f} steps"
-    # Every part is made of numbers by this module; nothing from a file is put in unescaped.
+    # Safe to mark as markup: this module builds every part from numbers.
     return Markup(f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">') + Markup(  # noqa: S704
         "".join(parts) + "</svg>"
     )
 
 
 def draw_interval(difference: float, interval: Sequence[float] | None, better: str) -> Markup:
-    """The difference as a dot with its interval, on an axis whose middle is zero and whose right is better."""
+    """Returns the difference as a dot with its interval, on an axis with zero in the middle and better on the right."""
     low, high = interval if interval else (difference, difference)
     reach = max(abs(low), abs(high), abs(difference)) or 1.0
     sign = 1.0 if better == "higher" else -1.0
 
-    def place(value: float) -> float:
+    def project(value: float) -> float:
         return 60.0 + sign * value / reach * 52.0
 
-    left, right = sorted((place(low), place(high)))
+    left, right = sorted((project(low), project(high)))
     whisker = f'<line class="whisker" x1="{left:.1f}" x2="{right:.1f}" y1="9" y2="9"/>' if interval else ""
-    # Numbers alone, as above.
+    # Numbers only, as above.
     return Markup(  # noqa: S704
         '<svg class="interval" viewBox="0 0 120 18" aria-hidden="true">'
         '<line class="zero" x1="60" x2="60" y1="1" y2="17"/>'
-        f'{whisker}<circle cx="{place(difference):.1f}" cy="9" r="4"/></svg>'
+        f'{whisker}<circle cx="{project(difference):.1f}" cy="9" r="4"/></svg>'
     )
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high, both covered from inside."""
+    """Returns about `count` round numbers (1, 2 or 5 times a power of ten) within [low, high]."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda size: abs(span / size - count))
@@ -78,24 +78,24 @@ class _Frame:
     def __init__(self, first: float, last: float, top: float) -> None:
         self.first, self.span, self.top = first, (last - first) or 1.0, top or 1.0
 
-    def place(self, point: tuple[float, float]) -> tuple[float, float]:
+    def project(self, point: tuple[float, float]) -> tuple[float, float]:
         x = _LEFT + (point[0] - self.first) / self.span * (_WIDTH - _LEFT - _RIGHT)
         share = min(max(point[1] / self.top, 0.0), 1.0)
         return x, _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     def path(self, points: Points) -> str:
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.place, points))
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.project, points))
 
 
 def _grid(frame: _Frame, x_ticks: list[float], y_ticks: list[float]) -> str:
     floor = _HEIGHT - _BOTTOM
     parts = []
     for value in y_ticks:
-        _, y = frame.place((frame.first, value))
+        _, y = frame.project((frame.first, value))
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in x_ticks:
-        x, _ = frame.place((value, 0.0))
+        x, _ = frame.project((value, 0.0))
         parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>')
         parts.append(f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{value:g}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
@@ -109,7 +109,7 @@ def _finite(pairs: Sequence[Sequence[float]]) -> Points:
 
 
 def _running_mean(points: Points) -> Points:
-    # Centred, over about a twentieth of the run; at the ends over what is there.
+    # Centered, over about a twentieth of the run; the window is cut at the ends.
     reach = max(1, len(points) // 40)
     total = [0.0]
     for _, value in points:
@@ -122,9 +122,9 @@ def _running_mean(points: Points) -> Points:
 
 
 def _thin(points: Points) -> Points:
-    if len(points) <= _MOST_POINTS:
+    if len(points) <= _MAX_POINTS:
         return points
-    size = len(points) / _MOST_POINTS
-    groups = [points[int(index * size) : int((index + 1) * size)] for index in range(_MOST_POINTS)]
+    size = len(points) / _MAX_POINTS
+    groups = [points[int(index * size) : int((index + 1) * size)] for index in range(_MAX_POINTS)]
     thinned = [(group[len(group) // 2][0], sum(value for _, value in group) / len(group)) for group in groups]
     return [points[0], *thinned[1:-1], points[-1]]

@@ -1,4 +1,4 @@
-"""What sees for the metrics: a CLIPModel from a local folder, with its own preprocessing in plain torch."""
+"""Embeds images and texts for the metrics: a CLIPModel from a local folder, with preprocessing in torch."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
-# OpenAI's, used by every CLIP whose folder does not say otherwise.
+# OpenAI's values: the default for a folder whose preprocessor configuration has none.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_PICTURES, _TEXTS = 32, 128
+_IMAGE_BATCH, _TEXT_BATCH = 32, 128
 
 
 class Embedder:
-    """Unit vectors for pictures and texts; never compare vectors of different fingerprints.
+    """An embedder of images and texts; vectors of different fingerprints are not comparable.
 
     Args:
         model: A transformers `CLIPModel`.
         tokenizer: Its tokenizer.
-        name: For people.
+        name: Name for display.
         fingerprint: SHA-256 over the files that it was loaded from.
-        mean: Per channel, of pictures in [0, 1].
-        std: Per channel.
+        mean: Mean per channel, for images in [0, 1].
+        std: Standard deviation per channel.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Images [n, 3, height, width] in [-1, 1] -> float32 [n, d] of length 1."""
+        """Embeds images [n, 3, height, width] in [-1, 1] as float32 [n, d] of length 1."""
         parts = [
             self._model.get_image_features(pixel_values=self._prepare(part)).pooler_output
-            for part in torch.split(pixels, _PICTURES)
+            for part in torch.split(pixels, _IMAGE_BATCH)
         ]
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> float32 [n, d] of length 1; a text longer than the model's context is cut."""
+        """Embeds texts as float32 [n, d] of length 1; a text longer than the model's context is truncated."""
         parts = []
-        for start in range(0, len(texts), _TEXTS):
+        for start in range(0, len(texts), _TEXT_BATCH):
             tokens = self._tokenizer(
-                list(texts[start : start + _TEXTS]),
+                list(texts[start : start + _TEXT_BATCH]),
                 padding="max_length",
                 truncation=True,
                 max_length=self._length,
@@ -81,18 +81,18 @@ class Embedder:
         height, width = pixels.shape[-2:]
         scale = self._size / min(height, width)
         if scale != 1:
-            wanted = [max(self._size, round(height * scale)), max(self._size, round(width * scale))]
-            pixels = F.interpolate(pixels.float(), wanted, mode="bicubic", antialias=True).clamp(-1, 1)
+            resized = [max(self._size, round(height * scale)), max(self._size, round(width * scale))]
+            pixels = F.interpolate(pixels.float(), resized, mode="bicubic", antialias=True).clamp(-1, 1)
         top, left = (pixels.shape[-2] - self._size) // 2, (pixels.shape[-1] - self._size) // 2
         square = pixels[..., top : top + self._size, left : left + self._size]
         return (square.float() * 0.5 + 0.5 - self._mean) / self._std
 
 
 def load_embedder(folder: str | Path | None = None) -> Embedder:
-    """The embedder of a local folder; without one, the embedded base's own.
+    """Loads the embedder of a local folder; None loads the one of the embedded base.
 
     Raises:
-        SettingsError: The folder is missing or holds no CLIPModel with weights and tokenizer.
+        SettingsError: The folder is missing or has no CLIPModel with weights and tokenizer.
     """
     if folder is None:
         from lora_engine.bases.tiny import folder as tiny_folder
@@ -111,7 +111,7 @@ def _load(path: Path, name: str) -> Embedder:
             remedy="give a local folder that CLIPModel.save_pretrained wrote, with its tokenizer",
         )
     try:
-        # Building a model draws from the global generator; it is given back as it was.
+        # Building a model draws from the global generator; its state is restored.
         with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
             model, loading = CLIPModel.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -119,7 +119,7 @@ def _load(path: Path, name: str) -> Embedder:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(f"the embedder cannot be loaded ({error})", where=str(path)) from None
-    # transformers would go on with random weights and only say so in its log.
+    # transformers would continue with random weights and only log a warning.
     if missing := sorted(loading["missing_keys"]):
         raise SettingsError(f"{len(missing)} weights of the embedder are missing, first {missing[0]}", where=str(path))
     align_weights(model)
@@ -143,5 +143,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _fingerprint(path: Path) -> str:
-    used = sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".json", ".txt"})
-    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in used]))
+    files = sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".json", ".txt"})
+    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in files]))

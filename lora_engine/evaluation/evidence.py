@@ -1,4 +1,4 @@
-"""What is drawn and computed before anything is measured: the same prompts, seeds and noise for base and adapter."""
+"""Generates images and computes losses for the metrics: same prompts, seeds and noise for base and adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters.attach import attach
-from lora_engine.bases.base import masked_whole
+from lora_engine.bases.base import full_mask_conditioning
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.evaluation.embedder import Embedder
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from lora_engine.formats import Bundle
 
 GRID = 10
-"""Time steps of the validation loss, evenly spaced."""
+"""Number of time steps of the validation loss, evenly spaced."""
 
-_Drawn = dict[tuple[str, int], Tensor]
+_Images = dict[tuple[str, int], Tensor]
 
 
 def gather_evidence(
@@ -42,45 +42,49 @@ def gather_evidence(
     embedder: Embedder,
     progress: Progress,
 ) -> Evidence:
-    """Draws everything twice, without and with the adapter; the model is left as it was.
+    """Generates all images twice, without and with the adapter; the model is unchanged afterwards.
 
     Args:
         settings: See `EvaluateSettings`.
-        plan: What to draw.
+        plan: The requests.
         model: The base, with nothing attached.
-        bundle: What to attach: the adapter, and the words that were learned with it.
-        embedder: Handed on to the metrics.
-        progress: Counts pictures drawn and losses taken, by both models.
+        bundle: The adapter and its learned tokens.
+        embedder: The embedder of the metrics.
+        progress: Counts images and losses of both models.
 
     Raises:
-        BaseModelError: The base alone makes NaN.
-        AdapterError: The base with the adapter does.
+        BaseModelError: The base alone produces NaN or Inf.
+        AdapterError: The base with the adapter produces NaN or Inf.
     """
-    wanted = list(dict.fromkeys((r.prompt, seed) for r in plan.all_requests() for seed in r.seeds))
-    total = 2 * (len(wanted) + len(plan.paired))
+    keys = list(dict.fromkeys((r.prompt, seed) for r in plan.all_requests() for seed in r.seeds))
+    total = 2 * (len(keys) + len(plan.reference))
     count = _Counter(progress, total)
-    before = _draw(settings, plan, model, wanted, count), _losses(settings, plan, model, count)
+    before = _generate(settings, plan, model, keys, count), _losses(settings, plan, model, count)
     with ExitStack() as stack:
         if bundle.adapter.modules:
             stack.enter_context(attach(model, bundle.adapter))
         stack.enter_context(attach_embeddings(model, bundle.embeddings))
-        after = _draw(settings, plan, model, wanted, count), _losses(settings, plan, model, count)
-    for (drawn, losses), error, who in ((before, BaseModelError, "the base"), (after, AdapterError, "the adapter")):
-        if not np.isfinite(losses).all() or not all(key in drawn for key in wanted):
-            raise error(f"pictures or losses made with {who} hold NaN or Inf", remedy="train again, with a lower rate")
+        after = _generate(settings, plan, model, keys, count), _losses(settings, plan, model, count)
+    for (images, losses), error, name in ((before, BaseModelError, "the base"), (after, AdapterError, "the adapter")):
+        if not np.isfinite(losses).all() or not all(key in images for key in keys):
+            raise error(
+                f"images or losses of {name} contain NaN or Inf", remedy="train again with a lower learning rate"
+            )
 
-    def shots(requests: Sequence[Request]) -> tuple[ImagePair, ...]:
+    def pairs(requests: Sequence[Request]) -> tuple[ImagePair, ...]:
         return tuple(
             ImagePair(
                 request,
                 base=torch.stack([before[0][request.prompt, seed] for seed in request.seeds]),
                 adapter=torch.stack([after[0][request.prompt, seed] for seed in request.seeds]),
-                reference=read_pixels(plan.folder / request.picture.file) if request.picture else None,
+                reference=read_pixels(plan.folder / request.image.file) if request.image else None,
             )
             for request in requests
         )
 
-    return Evidence(shots(plan.paired), shots(plan.asked), shots(plan.unasked), (before[1], after[1]), embedder)
+    return Evidence(
+        pairs(plan.reference), pairs(plan.with_trigger), pairs(plan.without_trigger), (before[1], after[1]), embedder
+    )
 
 
 class _Counter:
@@ -92,14 +96,14 @@ class _Counter:
         self._progress(self._done, self._total, {})
 
 
-def _draw(
-    settings: EvaluateSettings, plan: Plan, model: BaseModel, wanted: Sequence[tuple[str, int]], count: _Counter
-) -> _Drawn:
+def _generate(
+    settings: EvaluateSettings, plan: Plan, model: BaseModel, keys: Sequence[tuple[str, int]], count: _Counter
+) -> _Images:
     height, width = plan.size
-    drawn: _Drawn = {}
+    images: _Images = {}
     batch = 8 if height * width <= 512 * 512 else 2
-    for start in range(0, len(wanted), batch):
-        part = wanted[start : start + batch]
+    for start in range(0, len(keys), batch):
+        part = keys[start : start + batch]
         pixels = generate(
             model,
             [prompt for prompt, _ in part],
@@ -110,30 +114,30 @@ def _draw(
             width=width,
             batch=batch,
         )
-        for key, picture in zip(part, pixels, strict=True):
-            # Kept as bytes: a quarter of the memory, and what a person would see. The caller reports NaN.
-            if bool(torch.isfinite(picture).all()):
-                drawn[key] = ((picture.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+        for key, image in zip(part, pixels, strict=True):
+            # uint8 takes a quarter of the memory and equals the saved PNG. The caller reports NaN.
+            if bool(torch.isfinite(image).all()):
+                images[key] = ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
         count.add(len(part))
-    return drawn
+    return images
 
 
 @torch.inference_mode()
 def _losses(settings: EvaluateSettings, plan: Plan, model: BaseModel, count: _Counter) -> Values:
     steps = torch.tensor([int((k + 0.5) / GRID * model.noise.timesteps) for k in range(GRID)], device=model.device)
     losses: list[float] = []
-    for request in plan.paired:
-        if request.picture is None:
+    for request in plan.reference:
+        if request.image is None:
             continue
-        latents = model.encode_images(read_pixels(plan.folder / request.picture.file)[None]).float()
-        seed = derive_seed(settings.seed, "noise", request.picture.sha256)
+        latents = model.encode_images(read_pixels(plan.folder / request.image.file)[None]).float()
+        seed = derive_seed(settings.seed, "noise", request.image.sha256)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(GRID, *latents.shape[1:], generator=generator).to(latents.device)
         clean = latents.expand(GRID, -1, -1, -1)
         text = model.encode_text([request.prompt], plan.size).index([0] * GRID)
-        condition = masked_whole(model, text, plan.size)
-        found = model.predict(model.noise.add_noise(clean, noise, steps), steps, condition)
-        gap = found.float() - model.noise.target(clean, noise, steps)
-        losses.append(float(gap.square().mean()))
+        condition = full_mask_conditioning(model, text, plan.size)
+        prediction = model.predict(model.noise.add_noise(clean, noise, steps), steps, condition)
+        residual = prediction.float() - model.noise.target(clean, noise, steps)
+        losses.append(float(residual.square().mean()))
         count.add(1)
     return np.asarray(losses, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Whether the numbers are good enough: metrics x gates -> results. Pure; nothing is measured here."""
+"""Checks metrics against gates. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_engine.evaluation.spec import Gate
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate, the value that it looked at, and whether it passed."""
+    """The result of one gate, with the value that it checked; None if the value is missing or not finite."""
 
     metric: str
     of: Literal["adapter", "difference"]
@@ -23,16 +23,16 @@ class GateResult:
     passed: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in `report.json`."""
+        """Returns the result as stored in `report.json`."""
         return asdict(self)
 
 
 def check_gates(metrics: Mapping[str, Mapping[str, Any]], gates: Mapping[str, Gate]) -> list[GateResult]:
-    """The result of every gate, in the order of the metrics' names. A value that is missing or not finite fails.
+    """Returns the result of every gate, sorted by metric name. A value that is missing or not finite fails.
 
     Args:
-        metrics: Name -> at least `adapter` and `difference`, as in `report.json`.
-        gates: Name -> bound.
+        metrics: Values by metric name, at least `adapter` and `difference`, as in `report.json`.
+        gates: Bounds by metric name.
 
     Raises:
         SettingsError: A gate names a metric that was not measured.
@@ -47,5 +47,5 @@ def check_gates(metrics: Mapping[str, Mapping[str, Any]], gates: Mapping[str, Ga
 
 def _check(name: str, value: Any, gate: Gate) -> GateResult:
     finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    kept = finite and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
-    return GateResult(name, gate.of, gate.min, gate.max, float(value) if finite else None, bool(kept))
+    passed = finite and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    return GateResult(name, gate.of, gate.min, gate.max, float(value) if finite else None, bool(passed))

@@ -1,4 +1,4 @@
-"""The metrics: small functions from evidence to paired numbers. What they mean in words is in `catalogue`."""
+"""Computes the metrics: functions from evidence to paired values. Their descriptions are in `catalogue`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lora_engine.registries import Registry
 
 @dataclass(frozen=True)
 class ImagePair:
-    """What base and adapter drew for one request, with the same seeds.
+    """The images of base and adapter for one request, with the same seeds.
 
     Attributes:
-        request: What was asked for.
+        request: The request.
         base: uint8 [seeds, 3, height, width].
         adapter: The same with the adapter attached.
-        reference: float32 [3, height, width] in [-1, 1], the real picture of a paired request.
+        reference: The real image, float32 [3, height, width] in [-1, 1]; None if the request has none.
     """
 
     request: Request
@@ -34,19 +34,19 @@ class ImagePair:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that metrics look at.
+    """The input of the metrics.
 
     Attributes:
-        paired: Captions of real pictures.
-        asked: The prompts.
-        unasked: The prompts without the trigger.
-        losses: Denoising losses of base and adapter, one value a real picture.
-        embedder: What sees.
+        reference: Images for the captions of real images.
+        with_trigger: Images for the prompts.
+        without_trigger: Images for the prompts without the trigger.
+        losses: Denoising losses of base and adapter, one value per real image.
+        embedder: The embedder of images and texts.
     """
 
-    paired: tuple[ImagePair, ...]
-    asked: tuple[ImagePair, ...]
-    unasked: tuple[ImagePair, ...]
+    reference: tuple[ImagePair, ...]
+    with_trigger: tuple[ImagePair, ...]
+    without_trigger: tuple[ImagePair, ...]
     losses: tuple[Values, Values]
     embedder: Embedder
 
@@ -57,46 +57,46 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def clip_i_paired(evidence: Evidence) -> Pair:
-    """Cosine of a generated picture and the real picture of the same caption (unpaired means mislead)."""
+    """Returns the cosine of a generated image and the real image of the same caption (unpaired means mislead)."""
 
-    def likeness(shots: ImagePair, drawn: Tensor) -> Tensor:
-        if shots.reference is None:
-            raise ValueError(f"the paired request {shots.request.prompt!r} has no real picture")
-        return _see(evidence, drawn) @ evidence.embedder.embed_images(shots.reference[None])[0]
+    def likeness(pair: ImagePair, images: Tensor) -> Tensor:
+        if pair.reference is None:
+            raise ValueError(f"the request {pair.request.prompt!r} has no reference image")
+        return _embed(evidence, images) @ evidence.embedder.embed_images(pair.reference[None])[0]
 
-    return _by_prompt(evidence.paired, likeness)
+    return _by_prompt(evidence.reference, likeness)
 
 
 def clip_t(evidence: Evidence) -> Pair:
-    """Cosine of a generated picture and its prompt, read without the trigger, which no embedder knows."""
+    """Returns the cosine of a generated image and its prompt without the trigger, which no embedder knows."""
 
-    def agreement(shots: ImagePair, drawn: Tensor) -> Tensor:
-        return _see(evidence, drawn) @ evidence.embedder.embed_texts([shots.request.reading])[0]
+    def agreement(pair: ImagePair, images: Tensor) -> Tensor:
+        return _embed(evidence, images) @ evidence.embedder.embed_texts([pair.request.prompt_without_trigger])[0]
 
-    return _by_prompt(evidence.asked, agreement)
+    return _by_prompt(evidence.with_trigger, agreement)
 
 
 def drift(evidence: Evidence) -> Pair:
-    """1 - cosine to the base's picture of the same seed, on prompts without the trigger; the base's own is 0."""
+    """Returns 1 - cosine to the base's image of the same seed, on prompts without the trigger; 0 for the base."""
 
-    def distance(shots: ImagePair, drawn: Tensor) -> Tensor:
-        return 1.0 - (_see(evidence, drawn) * _see(evidence, shots.base)).sum(dim=-1)
+    def distance(pair: ImagePair, images: Tensor) -> Tensor:
+        return 1.0 - (_embed(evidence, images) * _embed(evidence, pair.base)).sum(dim=-1)
 
-    return _from_zero(_by_prompt(evidence.unasked, distance))
+    return _from_zero(_by_prompt(evidence.without_trigger, distance))
 
 
 def drift_pixels(evidence: Evidence) -> Pair:
-    """Root mean square difference to the base's picture of the same seed, as a share of the full range."""
+    """Returns the root mean square difference to the base's image of the same seed, as a share of the full range."""
 
-    def distance(shots: ImagePair, drawn: Tensor) -> Tensor:
-        gap = (drawn.double() - shots.base.double()) / 255.0
-        return gap.square().mean(dim=(1, 2, 3)).sqrt()
+    def distance(pair: ImagePair, images: Tensor) -> Tensor:
+        difference = (images.double() - pair.base.double()) / 255.0
+        return difference.square().mean(dim=(1, 2, 3)).sqrt()
 
-    return _by_prompt(evidence.unasked, distance)
+    return _by_prompt(evidence.without_trigger, distance)
 
 
 def validation_loss(evidence: Evidence) -> Pair:
-    """The denoising loss on the fixed grid, one value a real picture."""
+    """Returns the denoising losses on the fixed grid of time steps, one value per real image."""
     return evidence.losses
 
 
@@ -107,25 +107,25 @@ METRICS.add("drift_pixels", drift_pixels)
 METRICS.add("validation_loss", validation_loss)
 
 
-def _see(evidence: Evidence, drawn: Tensor) -> Tensor:
-    return evidence.embedder.embed_images(drawn.float() / 127.5 - 1.0)
+def _embed(evidence: Evidence, images: Tensor) -> Tensor:
+    return evidence.embedder.embed_images(images.float() / 127.5 - 1.0)
 
 
-def _by_prompt(shots: tuple[ImagePair, ...], value: Callable[[ImagePair, Tensor], Tensor]) -> Pair:
-    # Images of one prompt are not independent of each other: the unit of resampling is the prompt, and its value
-    # the mean over its seeds. A single prompt leaves its seeds as units.
-    base = [value(item, item.base) for item in shots]
-    adapter = [value(item, item.adapter) for item in shots]
-    if len(shots) == 1:
-        return _numbers(base[0]), _numbers(adapter[0])
-    return _numbers(torch.stack([v.mean() for v in base])), _numbers(torch.stack([v.mean() for v in adapter]))
+def _by_prompt(pairs: tuple[ImagePair, ...], value: Callable[[ImagePair, Tensor], Tensor]) -> Pair:
+    # Images of one prompt are not independent: the unit of resampling is the prompt, with the mean over its seeds.
+    # With a single prompt the seeds are the units.
+    base = [value(pair, pair.base) for pair in pairs]
+    adapter = [value(pair, pair.adapter) for pair in pairs]
+    if len(pairs) == 1:
+        return _to_numpy(base[0]), _to_numpy(adapter[0])
+    return _to_numpy(torch.stack([v.mean() for v in base])), _to_numpy(torch.stack([v.mean() for v in adapter]))
 
 
-def _numbers(values: Tensor) -> Values:
+def _to_numpy(values: Tensor) -> Values:
     return values.double().numpy()
 
 
 def _from_zero(pair: Pair) -> Pair:
-    # The cosine of a vector with itself is 1 only up to rounding; no distance is below 0.
+    # Rounding makes the cosine of a vector with itself slightly less or more than 1; a distance is never below 0.
     base, adapter = pair
     return np.zeros_like(base), np.maximum(adapter, 0.0)

@@ -1,4 +1,4 @@
-"""What an evaluation will draw: prompts, seeds and the real pictures to compare with. Torch-free; draws nothing."""
+"""Plans an evaluation: prompts, seeds and the real images to compare with. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Literal
 
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.errors import DataError
-from lora_engine.evaluation.prompts import without_trigger
+from lora_engine.evaluation.prompts import remove_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to draw with every one of its seeds.
+    """One prompt and the seeds of its images.
 
     Attributes:
-        prompt: As the model gets it.
-        reading: The prompt without the trigger: what CLIP, which never saw the trigger, is asked about.
-        seeds: One a picture; derived from prompt and settings, so independent of the other prompts.
-        picture: The real picture of the same caption.
+        prompt: The prompt for the model.
+        prompt_without_trigger: The prompt for the embedder, which never saw the trigger.
+        seeds: One seed per image; derived from prompt and settings, independent of the other prompts.
+        image: The real image with this caption; None for other prompts.
     """
 
     prompt: str
-    reading: str
+    prompt_without_trigger: str
     seeds: tuple[int, ...]
-    picture: ImageEntry | None = None
+    image: ImageEntry | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that an evaluation draws and compares.
+    """The images that an evaluation generates and compares.
 
     Attributes:
-        folder: The dataset that the real pictures are in.
-        measured_on: `training` where no picture was held out: the numbers are then flattering.
-        paired: Captions of real pictures.
-        asked: The prompts.
-        unasked: The prompts without the trigger.
+        folder: The dataset folder of the real images.
+        measured_on: `training` if no image was held out, which makes the metrics too optimistic.
+        reference: Captions of real images.
+        with_trigger: The prompts.
+        without_trigger: The prompts without the trigger.
         size: (height, width) in pixels.
         trigger: See `Manifest`.
         class_word: See `Manifest`.
@@ -49,16 +49,16 @@ class Plan:
 
     folder: Path
     measured_on: Literal["heldout", "training"]
-    paired: tuple[Request, ...]
-    asked: tuple[Request, ...]
-    unasked: tuple[Request, ...]
+    reference: tuple[Request, ...]
+    with_trigger: tuple[Request, ...]
+    without_trigger: tuple[Request, ...]
     size: tuple[int, int]
     trigger: str | None
     class_word: str | None
 
     def all_requests(self) -> tuple[Request, ...]:
-        """Paired, asked and unasked; some of them may ask for the same pictures."""
-        return self.paired + self.asked + self.unasked
+        """Returns the requests of all three groups; some of them may have the same images."""
+        return self.reference + self.with_trigger + self.without_trigger
 
 
 def make_plan(
@@ -69,51 +69,51 @@ def make_plan(
     prompts: Sequence[str],
     trained_on: Sequence[str] = (),
 ) -> Plan:
-    """Decides what is drawn; the same settings and inputs give the same plan.
+    """Plans the requests; the same settings and inputs give the same plan.
 
     Args:
         settings: See `EvaluateSettings`.
-        dataset: What the adapter was trained on, with its held-out split.
-        heldout: Another dataset to take the held-out pictures from.
-        prompts: What to draw besides the captions of the real pictures; empty takes these captions.
-        trained_on: Digests of the pictures that the adapter has seen.
+        dataset: The training dataset of the adapter, with its held-out split.
+        heldout: Another dataset with held-out images; None takes the split of `dataset`.
+        prompts: Prompts besides the captions of the real images; empty takes these captions.
+        trained_on: Digests of the images that the adapter was trained on.
 
     Raises:
-        DataError: Nothing to compare with, pictures of several sizes, or a held-out picture that was trained on.
+        DataError: No image to compare with, images of several sizes, or a held-out image that was trained on.
     """
     manifest = Manifest.load(dataset)
-    folder, measured_on, pictures = _choose(manifest, dataset, heldout, settings.max_pictures, frozenset(trained_on))
+    folder, measured_on, images = _choose(manifest, dataset, heldout, settings.max_pictures, frozenset(trained_on))
     trigger, class_word = manifest.trigger, manifest.class_word
 
-    def request(prompt: str, picture: ImageEntry | None = None) -> Request:
-        reading = without_trigger(prompt, trigger, class_word)
+    def request(prompt: str, image: ImageEntry | None = None) -> Request:
+        bare = remove_trigger(prompt, trigger, class_word)
         seeds = tuple(derive_seed(settings.seed, "picture", k, prompt) for k in range(settings.seeds))
-        return Request(prompt, reading, seeds, picture)
+        return Request(prompt, bare, seeds, image)
 
-    paired = tuple(request(picture.caption, picture) for picture in pictures)
-    asked = tuple(request(text) for text in dict.fromkeys(prompts or [picture.caption for picture in pictures]))
-    unasked = tuple(request(text) for text in dict.fromkeys(item.reading for item in asked))
-    return Plan(folder, measured_on, paired, asked, unasked, _size(pictures), trigger, class_word)
+    reference = tuple(request(image.caption, image) for image in images)
+    with_trigger = tuple(request(text) for text in dict.fromkeys(prompts or [image.caption for image in images]))
+    without_trigger = tuple(request(text) for text in dict.fromkeys(r.prompt_without_trigger for r in with_trigger))
+    return Plan(folder, measured_on, reference, with_trigger, without_trigger, _size(images), trigger, class_word)
 
 
 def read_trained_on(adapter: Path) -> tuple[str, ...]:
-    """Digests of the pictures that an adapter was trained on, from the `training.json` beside it; empty without one.
+    """Returns the digests of an adapter's training images from the `training.json` beside it; empty without one.
 
     Raises:
-        DataError: The file is there and cannot be read.
+        DataError: The file exists and cannot be read.
     """
     path = (adapter if adapter.is_dir() else adapter.parent) / "training.json"
     if not path.exists():
         return ()
     try:
-        found = json.loads(path.read_bytes()).get("trained_on", [])
-        return tuple(str(digest) for digest in found)
+        digests = json.loads(path.read_bytes()).get("trained_on", [])
+        return tuple(str(digest) for digest in digests)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"cannot be read ({error})", where=str(path), remedy="train again") from None
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed in [0, 2^31) that depends on all parts and on nothing else."""
+    """Returns a seed in [0, 2^31) that depends on all parts and on nothing else."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4]) & 0x7FFFFFFF
 
 
@@ -123,30 +123,30 @@ def _choose(
     folder, source = dataset, manifest
     if heldout is not None:
         folder, source = heldout, Manifest.load(heldout)
-    pictures = source.of_split("heldout") or (source.pictures if heldout is not None else ())
-    if not pictures:
+    images = source.of_split("heldout") or (source.pictures if heldout is not None else ())
+    if not images:
         if heldout is not None or not manifest.pictures:
-            raise DataError("the dataset holds no picture to compare with", where=str(folder))
+            raise DataError("the dataset has no image to compare with", where=str(folder))
         return folder, "training", _first(manifest.pictures, limit)
-    if seen := [picture.source for picture in pictures if picture.sha256 in trained_on]:
+    if seen := [image.source for image in images if image.sha256 in trained_on]:
         raise DataError(
-            f"{len(seen)} of {len(pictures)} held-out pictures were trained on, first {seen[0]!r}",
+            f"{len(seen)} of {len(images)} held-out images were trained on, first {seen[0]!r}",
             where=str(folder),
-            remedy="hold out other pictures, or train again without these",
+            remedy="hold out other images, or train again without these",
         )
-    return folder, "heldout", _first(pictures, limit)
+    return folder, "heldout", _first(images, limit)
 
 
-def _first(pictures: Sequence[ImageEntry], limit: int) -> list[ImageEntry]:
-    return sorted(pictures, key=lambda picture: picture.sha256)[:limit]
+def _first(images: Sequence[ImageEntry], limit: int) -> list[ImageEntry]:
+    return sorted(images, key=lambda image: image.sha256)[:limit]
 
 
-def _size(pictures: Sequence[ImageEntry]) -> tuple[int, int]:
-    sizes = {(picture.height, picture.width) for picture in pictures}
+def _size(images: Sequence[ImageEntry]) -> tuple[int, int]:
+    sizes = {(image.height, image.width) for image in images}
     if len(sizes) > 1:
         raise DataError(
-            f"the pictures to compare with have {len(sizes)} sizes, such as {min(sizes)} and {max(sizes)}",
+            f"the images to compare with have {len(sizes)} sizes, such as {min(sizes)} and {max(sizes)}",
             allowed="one (height, width)",
-            remedy="run preprocess first and evaluate on what it wrote",
+            remedy="run preprocess first and evaluate on its output",
         )
     return sizes.pop()

@@ -1,4 +1,4 @@
-"""The words of an evaluation: a file of prompts, and prompts without the trigger. Torch-free."""
+"""Reads prompt files and removes the trigger from prompts. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lora_engine.errors import DataError
 MAX_PROMPTS = 1_000
 
 
-def without_trigger(prompt: str, trigger: str | None, class_word: str | None) -> str:
-    """The prompt with the trigger replaced by the class word, or removed where that is there already or not known.
+def remove_trigger(prompt: str, trigger: str | None, class_word: str | None) -> str:
+    """Replaces the trigger by the class word; removes it if the class word is unknown or already in the prompt.
 
-    >>> without_trigger("a red zorb on the left", "zorb", "star")
+    >>> remove_trigger("a red zorb on the left", "zorb", "star")
     'a red star on the left'
-    >>> without_trigger("a sks star", "sks", "star")
+    >>> remove_trigger("a sks star", "sks", "star")
     'a star'
     """
     if trigger is None:
@@ -31,10 +31,10 @@ def without_trigger(prompt: str, trigger: str | None, class_word: str | None) ->
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file: one a line; empty lines and lines that begin with # are passed over.
+    """Reads the prompts of a text file: one per line; empty lines and lines that start with # are skipped.
 
     Raises:
-        DataError: The file is missing, not UTF-8, or holds no prompt, too many or too long ones.
+        DataError: The file is missing, not UTF-8, or has no prompt, too many or too long ones.
     """
     where = str(path)
     try:
@@ -49,5 +49,5 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         if len(text) > MAX_CAPTION:
             raise DataError(f"line {number} has {len(text)} characters", where=where, allowed=f"{MAX_CAPTION}")
     if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise DataError(f"holds {len(prompts)} prompts", where=where, allowed=f"1 to {MAX_PROMPTS}, one a line")
+        raise DataError(f"has {len(prompts)} prompts", where=where, allowed=f"1 to {MAX_PROMPTS}, one per line")
     return tuple(text for _, text in prompts)

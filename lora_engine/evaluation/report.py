@@ -1,6 +1,6 @@
-"""The report as one self-contained HTML page: pictures inside, no scripts, nothing loaded from elsewhere.
+"""Renders the report as one self-contained HTML page: embedded images, no scripts, no external resources.
 
-Everything that comes from files (captions, names, settings) is text to be escaped, never markup. Torch-free.
+All text from files (captions, names, settings) is escaped. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lora_engine.errors import DataError
 from lora_engine.evaluation.catalogue import CATALOGUE, MetricInfo
 from lora_engine.evaluation.chart import draw_interval, draw_loss
 
-MAX_TRAINING_PICTURES = 24
+MAX_TRAINING_IMAGES = 24
 
-_SHOWN_SIDE = 512
+_MAX_SIDE = 512
 _PIXEL_ART_SIDE = 128
-_PICTURE_NAME = re.compile(r"pictures/[A-Za-z0-9._-]+\.png")
+_IMAGE_NAME = re.compile(r"pictures/[A-Za-z0-9._-]+\.png")
 _KINDS = {
-    "paired": ("Against real pictures", "Captions of real pictures; the third picture is the real one."),
-    "asked": ("Prompts", "What was asked for in the prompts."),
-    "unasked": ("Without the trigger", "The same prompts without the trigger: here the adapter should change little."),
+    "paired": ("Against real images", "Captions of real images; the third image is the real one."),
+    "asked": ("Prompts", "The prompts of this evaluation."),
+    "unasked": ("Without the trigger", "The same prompts without the trigger; the adapter should change little."),
 }
-_VERDICTS = {"better": "better", "worse": "worse", "unclear": "no clear difference", "distance": "for a gate"}
+_VERDICTS = {"better": "better", "worse": "worse", "unclear": "no clear difference", "distance": "set a gate"}
 
 
 def render_report(
@@ -46,21 +46,21 @@ def render_report(
     lineage: Sequence[Mapping[str, Any]] = (),
     version: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as a string of HTML; the same arguments and files give the same string.
+    """Returns the page as an HTML string; the same arguments and files give the same string.
 
     Args:
         title: The heading, such as the adapter's name.
         report: The content of `report.json`.
-        report_folder: Where its `pictures/` are.
+        report_folder: The folder that contains its `pictures/`.
         training: The content of the adapter's `training.json`.
-        dataset_folder: The dataset that was trained on; its pictures and quarantined files are shown.
+        dataset_folder: The training dataset; the page shows its images and quarantined files.
         recipe: Settings; nested ones are shown as `outer.inner`.
-        lineage: One mapping a step: `step`, `uses`, `output` (its digest), `inputs` (names or digests, listed or by
+        lineage: One mapping per step: `step`, `uses`, `output` (its digest), `inputs` (names or digests, listed or by
             role).
-        version: `name`, `version`, `sha256`, `size`, `created_at`; any of them.
+        version: Any of `name`, `version`, `sha256`, `size`, `created_at`.
 
     Raises:
-        DataError: A picture that the report names is missing or not inside its folder.
+        DataError: An image that the report names is missing or outside its folder.
     """
     context = {
         "title": title,
@@ -111,11 +111,11 @@ def _headline(report: Mapping[str, Any]) -> Iterator[str]:
             likeness["verdict"]
         ]
         yield (
-            f"With the adapter, pictures are {verdict} the real ones than the base's: likeness "
-            f"{likeness['base']:.2f} became {likeness['adapter']:.2f}."
+            f"With the adapter, images are {verdict} the real ones than the base's: likeness "
+            f"{likeness['adapter']:.2f} instead of {likeness['base']:.2f}."
         )
     if drift := metrics.get("drift"):
-        yield f"Without the trigger it moves the base's pictures by {drift['adapter']:.2f} (0 is untouched)."
+        yield f"Without the trigger it changes the base's images by {drift['adapter']:.2f} (0 is unchanged)."
 
 
 def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -125,9 +125,9 @@ def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, An
             {
                 "prompt": sample["prompt"],
                 "seed": sample["seed"],
-                "pictures": [
+                "images": [
                     (label, _embed(folder, sample[role]))
-                    for role, label in (("base", "base"), ("adapter", "with adapter"), ("reference", "real picture"))
+                    for role, label in (("base", "base"), ("adapter", "with adapter"), ("reference", "real image"))
                     if sample.get(role)
                 ],
             }
@@ -144,16 +144,16 @@ def _metric_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     order = [name for name in CATALOGUE if name in metrics] + sorted(set(metrics) - set(CATALOGUE))
     rows = []
     for name in order:
-        found = metrics[name]
-        info = CATALOGUE[name] if name in CATALOGUE else MetricInfo(name, found["better"], "")
+        metric = metrics[name]
+        info = CATALOGUE[name] if name in CATALOGUE else MetricInfo(name, metric["better"], "")
         rows.append(
             {
-                **found,
+                **metric,
                 "name": name,
                 "info": info,
-                "verdict": _VERDICTS[found["verdict"]],
-                "class": {"better": "good", "worse": "bad"}.get(found["verdict"], "none"),
-                "drawing": draw_interval(found["difference"], found["interval"], found["better"]),
+                "verdict": _VERDICTS[metric["verdict"]],
+                "class": {"better": "good", "worse": "bad"}.get(metric["verdict"], "none"),
+                "chart": draw_interval(metric["difference"], metric["interval"], metric["better"]),
             }
         )
     return rows
@@ -164,15 +164,15 @@ def _gate_row(gate: Mapping[str, Any]) -> dict[str, Any]:
     bounds = [f"at least {low:g}"] if low is not None else []
     bounds += [f"at most {high:g}"] if high is not None else []
     title = CATALOGUE[name].title if name in CATALOGUE else name
-    return {**gate, "name": name, "title": title, "wanted": " and ".join(bounds)}
+    return {**gate, "name": name, "title": title, "bounds": " and ".join(bounds)}
 
 
 def _dataset(folder: Path) -> dict[str, Any]:
     manifest = Manifest.load(folder)
     trained = manifest.of_split("train")
     shown = [
-        {"picture": _embed(folder, picture.file), "caption": picture.caption, "source": picture.source}
-        for picture in trained[:MAX_TRAINING_PICTURES]
+        {"image": _embed(folder, image.file), "caption": image.caption, "source": image.source}
+        for image in trained[:MAX_TRAINING_IMAGES]
     ]
     return {
         "shown": shown,
@@ -218,21 +218,21 @@ def _short(value: str) -> str:
 
 
 def _embed(folder: Path, name: str) -> dict[str, Any]:
-    # The name comes out of a file that others may have written.
-    if not isinstance(name, str) or not _PICTURE_NAME.fullmatch(name):
-        raise DataError(f"names the picture {name!r}", where=str(folder), allowed="names like pictures/00-base.png")
-    picture = open_image(folder / name, root=folder)
-    pixel_art = max(picture.size) <= _PIXEL_ART_SIDE
+    # The name is untrusted: it comes from a file.
+    if not isinstance(name, str) or not _IMAGE_NAME.fullmatch(name):
+        raise DataError(f"invalid image name {name!r}", where=str(folder), allowed="names such as pictures/00-base.png")
+    image = open_image(folder / name, root=folder)
+    pixel_art = max(image.size) <= _PIXEL_ART_SIDE
     if pixel_art:
-        kind, content = "png", encode_png(picture)
+        kind, content = "png", encode_png(image)
     else:
-        picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+        image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=90)
+        image.save(buffer, format="JPEG", quality=90)
         kind, content = "jpeg", buffer.getvalue()
     return {
         "uri": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
-        "width": picture.width,
-        "height": picture.height,
+        "width": image.width,
+        "height": image.height,
         "pixel_art": pixel_art,
     }

@@ -1,4 +1,4 @@
-"""An evaluation from end to end: draw with base and adapter, measure, check the gates, write the report's data."""
+"""Runs an evaluation: generates images with base and adapter, measures them, checks the gates, writes the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from lora_engine.progress import Progress, no_progress
 if TYPE_CHECKING:
     from lora_engine.bases.source import BaseSource
 
-_SAMPLES = {"paired": 8, "asked": 8, "unasked": 4}
+# Kind in `report.json` -> attribute of `Evidence`, largest number of samples.
+_SAMPLES = {"paired": ("reference", 8), "asked": ("with_trigger", 8), "unasked": ("without_trigger", 4)}
 
 
 def evaluate(
@@ -44,21 +45,21 @@ def evaluate(
 
     Args:
         settings: See `EvaluateSettings`.
-        base: For `load_base`.
+        base: The base; see `load_base`.
         adapter: An adapter artifact (a folder with `adapter.safetensors`), or an adapter file.
-        dataset: The dataset that it was trained on.
-        out: Where the report is written.
-        heldout: Another dataset with held-out pictures; by default the held-out split of `dataset`.
-        prompts: What to draw; by default the captions of the held-out pictures.
-        progress: Counts pictures drawn and losses taken, by both models.
+        dataset: The training dataset of the adapter.
+        out: The folder for the report.
+        heldout: Another dataset with held-out images; None takes the held-out split of `dataset`.
+        prompts: The prompts; empty takes the captions of the held-out images.
+        progress: Counts images and losses of both models.
 
     Returns:
         The content of `report.json`.
 
     Raises:
         DataError: See `make_plan`.
-        SettingsError: The embedder or the picture size cannot be used.
-        AdapterError: The adapter is not whole, does not fit the base, or makes NaN.
+        SettingsError: The embedder or the image size cannot be used.
+        AdapterError: The adapter is incomplete, does not match the base, or produces NaN or Inf.
     """
     plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, trained_on=read_trained_on(adapter))
     embedder = load_embedder(settings.embedder)
@@ -67,7 +68,7 @@ def evaluate(
     file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
     bundle = read_bundle(file, module_names=module_shapes(model))
     evidence = gather_evidence(settings, plan, model=model, bundle=bundle, embedder=embedder, progress=progress)
-    # Gates look at the rounded numbers, so that a reader can check them by hand.
+    # Gates check the rounded values, which a reader of the report can verify.
     metrics = _rounded(measure(evidence, settings.seed))
     gates = [result.as_dict() for result in check_gates(metrics, settings.gates)]
     report = {
@@ -91,12 +92,12 @@ def evaluate(
 
 
 def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
-    """Every metric of `METRICS`, as it stands in `report.json`."""
-    found: dict[str, dict[str, Any]] = {}
+    """Returns every metric of `METRICS` as stored in `report.json`."""
+    metrics: dict[str, dict[str, Any]] = {}
     for name, metric in METRICS.items():
         comparison = compare(*metric(evidence), seed=derive_seed(seed, "bootstrap", name))
         info = CATALOGUE[name]
-        found[name] = {
+        metrics[name] = {
             "base": comparison.base,
             "adapter": comparison.adapter,
             "difference": comparison.difference,
@@ -105,7 +106,7 @@ def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
             "better": info.better,
             "verdict": _verdict(comparison.interval, info),
         }
-    return found
+    return metrics
 
 
 def _verdict(interval: tuple[float, float] | None, info: MetricInfo) -> str:
@@ -119,22 +120,22 @@ def _verdict(interval: tuple[float, float] | None, info: MetricInfo) -> str:
 def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:
     shown: set[str] = set()
     samples: list[dict[str, Any]] = []
-    for kind, limit in _SAMPLES.items():
-        fresh = [shots for shots in getattr(evidence, kind) if shots.request.prompt not in shown][:limit]
-        for shots in fresh:
-            shown.add(shots.request.prompt)
-            samples.append(_write_sample(kind, len(samples), shots, out))
+    for kind, (attribute, limit) in _SAMPLES.items():
+        pairs = [pair for pair in getattr(evidence, attribute) if pair.request.prompt not in shown][:limit]
+        for pair in pairs:
+            shown.add(pair.request.prompt)
+            samples.append(_write_sample(kind, len(samples), pair, out))
     return samples
 
 
-def _write_sample(kind: str, index: int, shots: ImagePair, out: Path) -> dict[str, Any]:
-    pictures: dict[str, Tensor | None] = {
-        "base": shots.base[0].float() / 127.5 - 1.0,
-        "adapter": shots.adapter[0].float() / 127.5 - 1.0,
-        "reference": shots.reference,
+def _write_sample(kind: str, index: int, pair: ImagePair, out: Path) -> dict[str, Any]:
+    images: dict[str, Tensor | None] = {
+        "base": pair.base[0].float() / 127.5 - 1.0,
+        "adapter": pair.adapter[0].float() / 127.5 - 1.0,
+        "reference": pair.reference,
     }
-    sample: dict[str, Any] = {"kind": kind, "prompt": shots.request.prompt, "seed": shots.request.seeds[0]}
-    for role, pixels in pictures.items():
+    sample: dict[str, Any] = {"kind": kind, "prompt": pair.request.prompt, "seed": pair.request.seeds[0]}
+    for role, pixels in images.items():
         sample[role] = f"pictures/{index:02d}-{role}.png" if pixels is not None else None
         if pixels is not None:
             write_png(out / sample[role], pixels)
@@ -143,7 +144,7 @@ def _write_sample(kind: str, index: int, shots: ImagePair, out: Path) -> dict[st
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        # Six digits: beyond them lies rounding noise. Adding 0.0 turns -0.0 into 0.0.
+        # Six digits: further ones are rounding noise. Adding 0.0 turns -0.0 into 0.0.
         return round(value, 6) + 0.0
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""What a person may set about evaluation. Torch-free."""
+"""Defines the user-facing evaluation settings. Must not import torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_engine.evaluation.catalogue import CATALOGUE
 
 
 class Gate(BaseModel):
-    """A bound that a metric must keep.
+    """A bound on a metric.
 
     Attributes:
-        min: The value must be at least this.
-        max: The value must be at most this.
-        of: Which value: the adapter's own, or adapter minus base.
+        min: Least allowed value; None is no bound.
+        max: Greatest allowed value; None is no bound.
+        of: The checked value: the adapter's own, or adapter minus base.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,16 +39,16 @@ class Gate(BaseModel):
 
 
 class EvaluateSettings(BaseModel):
-    """How an adapter is compared with its base.
+    """The settings of the comparison of an adapter with its base.
 
     Attributes:
-        seeds: Images per prompt, from base and adapter alike.
-        seed: What the pictures' seeds, the noise of the validation loss and the resampling are derived from.
-        steps: Denoising steps per picture.
-        guidance: Classifier-free guidance; 1 is none.
-        max_pictures: At most so many held-out pictures, and so many prompts, are used.
-        gates: Metric name -> bound.
-        embedder: A local folder with a CLIPModel that sees for the metrics; the embedded one where it is not set.
+        seeds: Images per prompt and model.
+        seed: Seed of the images, of the noise of the validation loss and of the resampling.
+        steps: Denoising steps per image.
+        guidance: Scale of classifier-free guidance; 1 is none.
+        max_pictures: Largest number of held-out images.
+        gates: Bounds by metric name.
+        embedder: A local folder with a CLIPModel for the metrics; None takes the embedded base's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

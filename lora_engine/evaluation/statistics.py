@@ -1,4 +1,4 @@
-"""How sure a difference is: the paired bootstrap. Pure functions of numbers."""
+"""Computes confidence intervals with the paired bootstrap. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against adapter on the same units (prompts or pictures).
+    """Base against adapter on the same units (prompts or images).
 
     Attributes:
         base: Mean of the base's values.
         adapter: Mean of the adapter's values.
         difference: adapter - base.
-        interval: 95 % interval of the difference; None where a single unit leaves nothing to resample.
+        interval: 95 % interval of the difference; None for a single unit.
         n: Number of units.
     """
 
@@ -31,17 +31,17 @@ class Comparison:
 
 
 def compare(base: Values, adapter: Values, *, seed: int, resamples: int = 2000, level: float = 0.95) -> Comparison:
-    """Means, and the percentile interval of the mean paired difference (Efron and Tibshirani 1993, chapter 13).
+    """Returns means and the percentile interval of the mean paired difference (Efron and Tibshirani 1993, chapter 13).
 
     Args:
-        base: One value a unit, shape [n].
+        base: One value per unit, shape [n].
         adapter: The same units in the same order.
-        seed: Of the resampling: same values and seed, same interval.
-        resamples: How often the units are drawn again.
+        seed: Seed of the resampling; same values and seed, same interval.
+        resamples: Number of resamples.
         level: Coverage of the interval.
 
     Raises:
-        ValueError: The shapes differ or there is no unit.
+        ValueError: The shapes differ, or there is no unit.
     """
     if base.shape != adapter.shape or base.ndim != 1 or not len(base):
         raise ValueError(f"paired values of shapes {base.shape} and {adapter.shape}; both must be [n] with n > 0")
@@ -58,7 +58,7 @@ def compare(base: Values, adapter: Values, *, seed: int, resamples: int = 2000, 
 def _interval(differences: Values, seed: int, resamples: int, level: float) -> tuple[float, float]:
     generator = np.random.Generator(np.random.PCG64(seed))
     n = len(differences)
-    # In chunks: 2,000 resamples of 10,000 units at once would take 160 MB.
+    # In chunks: all 2,000 resamples of 10,000 units would take 160 MB.
     means = [
         differences[generator.integers(0, n, size=(min(_CHUNK, resamples - start), n))].mean(axis=1)
         for start in range(0, resamples, _CHUNK)

@@ -1,9 +1,9 @@
-"""Adapter files of all formats, over the one canonical adapter."""
+"""Reads and writes adapter files of all formats; every format maps to the one canonical `Adapter`."""
 
 from lora_engine.formats import key_layouts as key_layouts
 from lora_engine.formats import transformers as transformers
 
-# A new format adds its codec with a line like these; detection asks in this order.
+# A new format adds a line here. Detection tries the codecs in this order.
 from lora_engine.formats import kohya as kohya  # isort: skip
 from lora_engine.formats import bfl as bfl  # isort: skip
 from lora_engine.formats import kohya_like as kohya_like  # isort: skip

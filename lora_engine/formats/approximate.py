@@ -1,6 +1,6 @@
-"""Making an adapter fit a format that cannot hold all of it: each module that it refuses becomes the nearest LoRA.
+"""Approximates modules that a format cannot hold by the nearest LoRA.
 
-The compression itself is `lora_engine.merging`'s; here is which modules need it, and what is lost by it.
+`lora_engine.merging` does the compression; this module finds the modules that need it and measures the loss.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats.codec import Codec, Names, codecs
 
 ENERGY = 0.99
-"""Share of the squared Frobenius norm that is kept where nothing else is asked for."""
+"""Default share of the squared Frobenius norm to keep."""
 _BLOCK = re.compile(r".*?\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """An adapter that a format can hold, and how near it is.
+    """An adapter that a format can hold, and its accuracy.
 
     Attributes:
-        adapter: What can be written; modules that the format holds as they are are the very same.
+        adapter: The adapter to write; modules that the format can hold are the same objects.
         retained: Module to the share of the squared Frobenius norm of its difference that was kept, in [0, 1]; 0 for a
-            module that had to be left out. Empty where nothing had to be approximated.
-        total: The share over all modules, those among them that are exact.
+            module that was left out. Empty if nothing was approximated.
+        total: The share over all modules, including exact ones.
     """
 
     adapter: Adapter
@@ -48,67 +48,67 @@ def approximate(
     base: ModuleTree | None = None,
     module_names: Names | None = None,
 ) -> Approximation:
-    """The adapter as near as a format can hold it; exact, and the same object, where it holds every module.
+    """Returns the nearest adapter that a format can hold; the same object if the format can hold every module.
 
     Args:
         adapter: The adapter.
         format: Name of a codec.
-        rank: Largest rank of an approximation; None sets no limit.
-        energy: Share of the squared norm to keep; None stands for `ENERGY` unless a rank is given.
-        base: The base with its weights, which DoRA, OFT and (IA)3 say nothing without.
-        module_names: With shapes, where no base is given: what LoHa and LoKr need.
+        rank: Maximum rank of an approximation; None sets no limit.
+        energy: Share of the squared norm to keep; None means `ENERGY`, or no bound if a rank is given.
+        base: The base with its weights; DoRA, OFT and (IA)3 need it.
+        module_names: Module names with shapes; LoHa and LoKr need them if there is no base.
 
     Raises:
-        AdapterError: A module needs the base; or no module of the adapter can be in the format.
-        SettingsError: No such format, or an impossible rank or share.
+        AdapterError: A module needs the base, or no module can be approximated.
+        SettingsError: No such format, or an invalid rank or share.
     """
     codec = codecs[format]
     shapes = module_names if isinstance(module_names, Mapping) else {}
     share = ENERGY if energy is None and rank is None else energy
     done, retained, sizes = adapter, {}, {}
-    # What stays as it was may not go together with what became LoRA, so the format is asked again.
-    while wanted := _refused(done, codec, module_names):
+    # The new LoRA modules may not be allowed together with the remaining ones, so check again until nothing is refused.
+    while refused := _refused(done, codec, module_names):
         modules = dict(done.modules)
-        for name in wanted:
-            found, retained[name], sizes[name] = _nearest(
+        for name in refused:
+            approximation, retained[name], sizes[name] = _nearest(
                 name, modules.pop(name), _layer(base, name), shapes.get(name), rank, share
             )
-            if found is not None:
-                modules[name] = found
+            if approximation is not None:
+                modules[name] = approximation
         if not modules:
-            problem = "no module of the adapter can be approximated by LoRA: all are differences of vectors"
-            raise AdapterError(problem, where=wanted[0], remedy="choose another format")
+            problem = "no module of the adapter can be approximated by LoRA: all weights are vectors"
+            raise AdapterError(problem, where=refused[0], remedy="choose another format")
         done = replace(adapter, modules={name: modules[name] for name in adapter.modules if name in modules})
     if done is adapter:
         return Approximation(adapter, {}, 1.0)
     for name, delta in adapter.modules.items():
         if name not in retained:
             sizes[name] = _size(delta, _layer(base, name), shapes.get(name))
-    kept, before = sum(size * retained.get(name, 1.0) for name, size in sizes.items()), sum(sizes.values())
-    return Approximation(done, retained, kept / before if before else 1.0)
+    after, before = sum(size * retained.get(name, 1.0) for name, size in sizes.items()), sum(sizes.values())
+    return Approximation(done, retained, after / before if before else 1.0)
 
 
 def _refused(adapter: Adapter, codec: Codec, names: Names | None) -> list[str]:
-    """The modules that a format does not take as they are, those that are LoRA already left out.
+    """Returns the modules that a format refuses, without those that are LoRA already.
 
-    Some formats put modules of one block together, and some want one kind throughout. Where that is refused, and none
-    of the modules alone, it is all of the block, or all.
+    Some formats fuse modules of a block, and some need one kind for all modules. If a block or the whole adapter is
+    refused, although its modules are accepted one by one, returns all of its modules.
     """
     others = {name for name, delta in adapter.modules.items() if delta.kind != LoraDelta.kind}
-    found = {name for name in others if not _takes(codec, adapter, {name}, names)}
+    refused = {name for name in others if not _accepts(codec, adapter, {name}, names)}
     blocks: dict[str, set[str]] = {}
     for name in adapter.modules:
-        if name not in found and (start := _BLOCK.match(name)):
+        if name not in refused and (start := _BLOCK.match(name)):
             blocks.setdefault(start[0], set()).add(name)
     for block in blocks.values():
-        if block & others and len(block) > 1 and not _takes(codec, adapter, block, names):
-            found |= block & others
-    if not found and others and not _takes(codec, adapter, set(adapter.modules), names):
-        found = others
-    return [name for name in adapter.modules if name in found]
+        if block & others and len(block) > 1 and not _accepts(codec, adapter, block, names):
+            refused |= block & others
+    if not refused and others and not _accepts(codec, adapter, set(adapter.modules), names):
+        refused = others
+    return [name for name in adapter.modules if name in refused]
 
 
-def _takes(codec: Codec, adapter: Adapter, chosen: set[str], names: Names | None) -> bool:
+def _accepts(codec: Codec, adapter: Adapter, chosen: set[str], names: Names | None) -> bool:
     modules = {name: delta for name, delta in adapter.modules.items() if name in chosen}
     try:
         codec.encode(replace(adapter, modules=modules), None, names)
@@ -120,16 +120,16 @@ def _takes(codec: Codec, adapter: Adapter, chosen: set[str], names: Names | None
 def _nearest(
     name: str, delta: Delta, layer: nn.Module | None, shape: Sequence[int] | None, rank: int | None, share: float | None
 ) -> tuple[Delta | None, float, float]:
-    """The nearest LoRA (None for a vector, which has no rank), the share that it keeps, and the squared norm before."""
-    # Merging reads adapter files, so it is imported when it is needed.
+    """Returns the nearest LoRA (None for a vector), the share that it keeps, and the squared norm before."""
+    # Imported late, because merging imports this package.
     from lora_engine.merging.resize import to_lora
 
-    weight, bias = _of(layer, "weight"), _of(layer, "bias")
+    weight, bias = _parameter(layer, "weight"), _parameter(layer, "bias")
     known = tuple(shape) if weight is None and shape is not None else None
     if len(_shape(delta, weight, known)) < 2:
         return None, 0.0, _size(delta, layer, shape)
     try:
-        found, retained = to_lora(
+        lora, retained = to_lora(
             delta,
             weight,
             shape=known,
@@ -141,18 +141,18 @@ def _nearest(
     except AdapterError as error:
         remedy = "name the base with its weights" if layer is None else error.remedy
         raise AdapterError(error.problem, where=error.where or name, allowed=error.allowed, remedy=remedy) from error
-    size = _size(found, None, None) / retained if retained else 0.0
+    size = _size(lora, None, None) / retained if retained else 0.0
     dtype = next(iter(delta.factors().values())).dtype
-    return found.with_factors({key: factor.to(dtype) for key, factor in found.factors().items()}), retained, size
+    return lora.with_factors({key: factor.to(dtype) for key, factor in lora.factors().items()}), retained, size
 
 
 def _layer(base: ModuleTree | None, name: str) -> nn.Module | None:
     return None if base is None else innermost(base.get_module(name))
 
 
-def _of(layer: nn.Module | None, name: str) -> Tensor | None:
-    found = getattr(layer, name, None)
-    return found.detach() if isinstance(found, Tensor) else None
+def _parameter(layer: nn.Module | None, name: str) -> Tensor | None:
+    parameter = getattr(layer, name, None)
+    return parameter.detach() if isinstance(parameter, Tensor) else None
 
 
 def _shape(delta: Delta, weight: Tensor | None, known: Sequence[int] | None) -> Sequence[int]:
@@ -163,8 +163,8 @@ def _shape(delta: Delta, weight: Tensor | None, known: Sequence[int] | None) -> 
 
 
 def _size(delta: Delta, layer: nn.Module | None, shape: Sequence[int] | None) -> float:
-    """The squared norm of the difference; of an exact LoRA from its factors, whose weight need not be known."""
-    weight = _of(layer, "weight")
+    """Returns the squared norm of the difference; a LoRA needs no weight for it."""
+    weight = _parameter(layer, "weight")
     if weight is None and isinstance(delta, LoraDelta):
         plain = delta.without_core()
         weight = torch.zeros(plain.up.shape[0], plain.down.flatten(1).shape[1])

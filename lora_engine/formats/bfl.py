@@ -1,6 +1,6 @@
-"""Formats of FLUX.1 adapters whose names are the original code's own, with no prefix: those that are only read.
+"""Read-only formats of FLUX.1 adapters that use the original code's names without a prefix.
 
-Black Forest Labs' control adapters (`FLUX.1-Depth-dev-lora`, `FLUX.1-Canny-dev-lora`) and XLabs' (`x-flux`).
+They are Black Forest Labs' control adapters (`FLUX.1-Depth-dev-lora`, `FLUX.1-Canny-dev-lora`) and XLabs' (`x-flux`).
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lora_engine.formats.codec import Names, TensorCodec, codecs
 from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout, TableFactorKeys
 from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames
 from lora_engine.formats.transformers.flux import FLUX
-from lora_engine.formats.transformers.names import Found
+from lora_engine.formats.transformers.names import FoundModule
 
 _PREFIX = r"(?:(?:model\.)?diffusion_model\.|transformer\.)?"
 _BLOCKS = r"(?:double|single)_blocks\.\d+\."
 
 
 class ReadOnlyCodec(TensorCodec):
-    """A format that only one program writes and whose readers read better ones too."""
+    """Base class of formats that are only read: one program writes them, and its users can read other formats."""
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Always refuses.
+        """Raises an error.
 
         Raises:
-            AdapterError: The format is not written.
+            AdapterError: Always; the format is only read.
         """
         raise AdapterError(
-            f"the format {self.name!r} is read and not written",
+            f"the format {self.name!r} can only be read",
             allowed=", ".join(sorted(name for name, codec in codecs.items() if not isinstance(codec, ReadOnlyCodec))),
             remedy="choose comfyui, which reads the same names",
         )
 
     def is_lossless(self, adapter: Adapter) -> bool:
-        """Never."""
+        """Returns False."""
         return False
 
 
@@ -54,16 +54,16 @@ _BFL.add(TableFactorKeys("replacement", {"value": "scale"}))
 
 
 class BflCodec(ReadOnlyCodec):
-    """`double_blocks.0.img_attn.qkv.lora_A.weight`, `lora_B.bias`, and norms' own `query_norm.scale`.
+    """`double_blocks.0.img_attn.qkv.lora_A.weight`, `lora_B.bias`, and `query_norm.scale` of norms.
 
-    The scale is 1 throughout: there is no alpha. A norm's `scale` takes the place of the base's.
+    There is no alpha: the scale is always 1. The `scale` of a norm replaces the base's.
     """
 
     name: ClassVar[str] = "bfl"
-    style = KeyLayout("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
+    key_layout = KeyLayout("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether some names begin with the original blocks, and all are known factors."""
+        """Returns True if any name begins with the original blocks, and none is of a processor."""
         return any(re.match(_BLOCKS, key) for key in keys) and not any(".processor." in key for key in keys)
 
 
@@ -93,10 +93,10 @@ _XLABS = NameTable(
 
 
 class XlabsCodec(ReadOnlyCodec):
-    """`double_blocks.0.processor.qkv_lora1.down.weight`: 1 is the picture's stream, 2 the text's; no alpha."""
+    """`double_blocks.0.processor.qkv_lora1.down.weight`: 1 is the image stream, 2 the text stream; no alpha."""
 
     name: ClassVar[str] = "xlabs"
-    style = KeyLayout(
+    key_layout = KeyLayout(
         "XLabs",
         writes_alpha=False,
         also=(
@@ -109,7 +109,7 @@ class XlabsCodec(ReadOnlyCodec):
     )
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names are of processors of the original blocks."""
+        """Returns True if all names are of processors of the original blocks."""
         return all(re.match(rf"{_PREFIX}{_BLOCKS}processor\.", key) for key in keys)
 
     def _normalized(
@@ -120,20 +120,20 @@ class XlabsCodec(ReadOnlyCodec):
         known: Collection[str] | None,
         shapes: Mapping[str, Sequence[int]],
     ) -> Iterator[tuple[str, str, Delta]]:
-        dit: TransformerNames = FLUX
+        names: TransformerNames = FLUX
         for raw, delta in deltas.items():
-            place = _XLABS.find(re.sub(rf"^{_PREFIX}", "", raw))
-            if place is None:
+            target = _XLABS.find(re.sub(rf"^{_PREFIX}", "", raw))
+            if target is None:
                 raise AdapterError(
                     f"XLabs' adapters have no module {raw!r}",
                     where=f"module {raw!r}",
                     allowed=", ".join(name for block in _XLABS.blocks for name in block.modules),
                     remedy="check where the file comes from",
                 )
-            for name, part in Found(dit, place, "transformer").deltas(delta, f"module {raw!r}", shapes):
+            for name, part in FoundModule(names, target, "transformer").deltas(delta, f"module {raw!r}", shapes):
                 yield raw, name, part
 
 
-XlabsCodec.style.also[0].add(TableFactorKeys("lora", {"down": "factor.down.weight", "up": "factor.up.weight"}))
+XlabsCodec.key_layout.also[0].add(TableFactorKeys("lora", {"down": "factor.down.weight", "up": "factor.up.weight"}))
 codecs.add(BflCodec.name, BflCodec())
 codecs.add(XlabsCodec.name, XlabsCodec())

@@ -1,6 +1,6 @@
-"""cloneofsimo's format: tensors without names, counted in the order of the modules of a class tree that is no more.
+"""cloneofsimo's format: tensors numbered in the order of the modules of diffusers' old class tree.
 
-`unet:0:up` is the first layer below a module of a class that the metadata list; the order is in `cloneofsimo_order`.
+`unet:0:up` is the first layer below a module of a class listed in the metadata. `cloneofsimo_order` defines the order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
-from lora_engine.formats.cloneofsimo_order import CLASSES, CONVOLUTIONS, classes_for, counted
+from lora_engine.formats.cloneofsimo_order import CLASSES, CONVOLUTIONS, classes_for, ordered_layers
 from lora_engine.formats.codec import Names, TensorCodec, codecs
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import KeyLayout, TableFactorKeys
@@ -28,8 +28,8 @@ _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd2"}
 T = TypeVar("T")
 
-STYLE = KeyLayout("cloneofsimo", writes_alpha=False, rewrites=((_KEY.pattern, r"\1:\2.\3"),))
-STYLE.add(TableFactorKeys("lora", {"down": "down", "up": "up"}))
+KEY_LAYOUT = KeyLayout("cloneofsimo", writes_alpha=False, rewrites=((_KEY.pattern, r"\1:\2.\3"),))
+KEY_LAYOUT.add(TableFactorKeys("lora", {"down": "down", "up": "up"}))
 
 
 class CloneofsimoCodec(TensorCodec):
@@ -40,80 +40,80 @@ class CloneofsimoCodec(TensorCodec):
     embeddings: ClassVar[str] = "tokens"
     families: ClassVar[tuple[str, ...]] = ("sd",)
     keeps_alpha: ClassVar[bool] = False
-    style = STYLE
+    key_layout = KEY_LAYOUT
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names are numbered as the format's are."""
+        """Returns True if all names have the form `unet:0:up`."""
         return bool(keys) and all(_KEY.fullmatch(key) for key in keys)
 
     def resolve(
         self, raw: Mapping[str, Delta], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
-        """Canonical names, by counting through the base's modules as the format's own loader does."""
-        found: dict[str, str] = {}
+        """Returns canonical names, by counting through the base's modules as the format's own loader does."""
+        by_number: dict[str, str] = {}
         for component in sorted({name.partition(":")[0] for name in raw}):
             deltas = _in_order(component, raw)
             sequence = listed_modules(metadata)
             if sequence is None or known is not None:
                 names = known if known is not None else _published_shapes(raw)
-                sequence = list(counted(component, _with_base(names, component), _targets(component, metadata)))
+                sequence = list(ordered_layers(component, _with_base(names, component), _targets(component, metadata)))
             else:
                 sequence = [name for name in sequence if name.startswith(f"{component}.")]
-            # A module below two of the classes comes twice, and the later one counts.
-            places = dict(_normalized(component, deltas, sequence))
-            found |= {f"{component}:{number}": name for name, number in places.items()}
-        return {name: path for name, path in found.items() if not _is_filling(raw[name])}
+            # A module below two of the classes occurs twice; the later number wins.
+            numbers = dict(_normalized(component, deltas, sequence))
+            by_number |= {f"{component}:{number}": name for name, number in numbers.items()}
+        return {name: path for name, path in by_number.items() if not _is_padding(raw[name])}
 
     def read_modules(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Delta]:
-        """The deltas by number, without those that only fill a place."""
+        """Returns the deltas by number, without padding."""
         modules = super().read_modules(tensors, metadata)
-        return {name: delta for name, delta in modules.items() if not _is_filling(delta)}
+        return {name: delta for name, delta in modules.items() if not _is_padding(delta)}
 
     def to_supported(self, adapter: Adapter) -> Adapter:
-        """Scales folded into `up`, Tucker cores multiplied out."""
+        """Returns the adapter with scales folded into `up` and Tucker cores multiplied out."""
         modules = {name: folded(name, without_core(delta)) for name, delta in adapter.modules.items()}
         return Adapter(modules, adapter.base, adapter.fingerprint)
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Every module of the classes that are needed; those that the adapter has not are filled with rank 1 of zero.
+        """Returns tensors for every module of the needed classes; modules without a delta get zeros of rank 1.
 
         Args:
             adapter: The adapter.
             card: Not used.
-            names: The base's modules with their shapes; None takes the published architecture.
+            names: The base's modules with their shapes; None uses the published architecture.
         """
-        ready = self.to_supported(adapter)
+        supported = self.to_supported(adapter)
         tensors: dict[str, Tensor] = {}
-        listed: list[str] = []
+        numbered_names: list[str] = []
         header = super().encode(Adapter({}, adapter.base, adapter.fingerprint), card)[1]
         shapes: Mapping[str, Sequence[int]] | None
-        shapes = names if isinstance(names, Mapping) else _published_shapes(ready.modules)
-        for component in dict.fromkeys(name.partition(".")[0] for name in ready.modules):
-            modules = {name: delta for name, delta in ready.modules.items() if name.startswith(f"{component}.")}
+        shapes = names if isinstance(names, Mapping) else _published_shapes(supported.modules)
+        for component in dict.fromkeys(name.partition(".")[0] for name in supported.modules):
+            modules = {name: delta for name, delta in supported.modules.items() if name.startswith(f"{component}.")}
             targets = classes_for(component, modules)
             shapes = _with_base(shapes, component)
-            sequence = list(counted(component, shapes, targets))
+            sequence = list(ordered_layers(component, shapes, targets))
             if not any(len(shapes[name]) > 2 for name in sequence if name in modules):
                 sequence = [name for name in sequence if len(shapes[name]) == 2]
-            _check_all_there(modules, sequence)
+            _check_numbered(modules, sequence)
             header[component] = canonical_json(targets).decode()
             for number, name in enumerate(sequence):
-                delta = modules.get(name) or _filling(shapes[name], modules)
+                delta = modules.get(name) or _padding(shapes[name], modules)
                 up, down = _factors(name, delta, shapes[name])
                 tensors |= {f"{component}:{number}:up": up, f"{component}:{number}:down": down}
                 header[f"{component}:{number}:rank"] = str(down.shape[0])
-            listed += sequence
-        return tensors, header | {MODULES: canonical_json(listed).decode()}
+            numbered_names += sequence
+        return tensors, header | {MODULES: canonical_json(numbered_names).decode()}
 
 
 def numbered(weights: Sequence[Tensor], component: str) -> dict[str, Tensor]:
-    """The tensors of a `.pt` list `[up, down, up, down, ...]`, named as the format's own converter names them.
+    """Returns the tensors of a `.pt` list `[up, down, up, down, ...]` by the keys of the format's own converter.
 
-    The scale is not in such a file: it was a setting of the program, 1 unless somebody changed it.
+    Such a file does not store the scale: it was a setting of the program, 1 by default.
     """
-    return {f"{component}:{place // 2}:{('up', 'down')[place % 2]}": weight for place, weight in enumerate(weights)}
+    return {f"{component}:{index // 2}:{('up', 'down')[index % 2]}": weight for index, weight in enumerate(weights)}
 
 
 def _targets(component: str, metadata: Mapping[str, str]) -> list[str]:
@@ -122,11 +122,11 @@ def _targets(component: str, metadata: Mapping[str, str]) -> list[str]:
     except (ValueError, RecursionError):
         targets = [""]
     if targets is None:
-        # Those of the program itself; without convolutions, ResNets' layers would not be in the file either.
+        # The defaults of the program. It stores no layers of ResNets without their convolutions.
         return ["CrossAttention", "Attention", "GEGLU"] if component == "unet" else ["CLIPAttention"]
     if not isinstance(targets, list) or not all(target in CLASSES for target in targets):
         raise AdapterError(
-            f"the classes {metadata[component]} are not known",
+            f"unknown classes {metadata[component]}",
             where=f"metadata {component!r}",
             allowed=", ".join(CLASSES),
             remedy="convert the adapter with the program that made it",
@@ -137,24 +137,24 @@ def _targets(component: str, metadata: Mapping[str, str]) -> list[str]:
 def _with_base(names: T | None, component: str) -> T:
     if names is None:
         raise AdapterError(
-            "a base is needed to tell which modules the numbers mean",
+            "a base is needed to map the numbers to modules",
             where=f"tensor '{component}:0:up'",
-            allowed="numbers, counted through the modules of a base",
+            allowed="numbers of the modules of a base",
             remedy="name the base that the adapter was made for",
         )
     return names
 
 
 def _published_shapes(modules: Mapping[str, Delta]) -> Mapping[str, Sequence[int]] | None:
-    """The modules of Stable Diffusion 1 or 2, where the width of the text tells which of the two it is."""
+    """Returns the modules of Stable Diffusion 1 or 2 by the text width; None if the width is of neither."""
     widths = {delta.factors()["down"].shape[1] for delta in modules.values() if "down" in delta.factors()}
-    told = next((name for width, name in _TEXT_WIDTHS.items() if width in widths), None)
-    if told is None:
+    architecture = next((name for width, name in _TEXT_WIDTHS.items() if width in widths), None)
+    if architecture is None:
         return None
-    # The architectures import diffusers, which only files without a base and without our header need.
+    # Imports diffusers, which only files without a base and without our header need.
     from lora_engine.bases.published import published_module_shapes
 
-    return published_module_shapes(told)
+    return published_module_shapes(architecture)
 
 
 def _in_order(component: str, raw: Mapping[str, Delta]) -> list[Delta]:
@@ -171,7 +171,7 @@ def _in_order(component: str, raw: Mapping[str, Delta]) -> list[Delta]:
 
 
 def _normalized(component: str, deltas: Sequence[Delta], sequence: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Each module with its number: as the loader does, a convolution is passed over where a matrix comes, and back."""
+    """Yields each module with its number; like the loader, skips modules whose factors have the wrong dimensions."""
     number = 0
     for name in sequence:
         if number == len(deltas):
@@ -182,42 +182,42 @@ def _normalized(component: str, deltas: Sequence[Delta], sequence: Sequence[str]
             number += 1
     if number < len(deltas):
         raise AdapterError(
-            f"the file has {len(deltas)} numbered modules and only {number} of them have a place in the base",
+            f"the file has {len(deltas)} numbered modules, and only {number} of them match a module of the base",
             where=f"tensor '{component}:{number}:up'",
             allowed="the base's modules of the classes that the metadata list",
             remedy="name the base that the adapter was made for",
         )
 
 
-def _check_all_there(modules: Mapping[str, Delta], sequence: Sequence[str]) -> None:
-    lost = [name for name in modules if name not in sequence]
-    if lost:
+def _check_numbered(modules: Mapping[str, Delta], sequence: Sequence[str]) -> None:
+    missing = [name for name in modules if name not in sequence]
+    if missing:
         raise AdapterError(
-            f"{len(lost)} of {len(modules)} modules are not in the base, by whose order the format counts",
-            where=lost[0],
-            allowed="an adapter of the base that is named, without norms and embeddings",
+            f"{len(missing)} of {len(modules)} modules are not in the base, whose order the format uses",
+            where=missing[0],
+            allowed="an adapter of the given base, without norms and embeddings",
             remedy="name the base that the adapter was made for, or choose another format",
         )
 
 
-def _filling(shape: Sequence[int], modules: Mapping[str, Delta]) -> LoraDelta:
+def _padding(shape: Sequence[int], modules: Mapping[str, Delta]) -> LoraDelta:
     dtype = next(iter(modules.values())).factors()["up"].dtype
     kernel = [1 for _ in shape[2:]]
     down, up = torch.zeros(1, *shape[1:], dtype=dtype), torch.zeros(shape[0], 1, *kernel, dtype=dtype)
     return LoraDelta(down, up, 1.0)
 
 
-def _is_filling(delta: Delta) -> bool:
+def _is_padding(delta: Delta) -> bool:
     return delta.rank == 1 and not any(bool(factor.any()) for factor in delta.factors().values())
 
 
 def _factors(name: str, delta: Delta, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     if not isinstance(delta, LoraDelta) or delta.bias is not None:
-        what = "a bias" if delta.kind == "lora" else f"an adapter of kind {delta.kind!r}"
-        remedy = "choose another format, or ask for an approximation"
-        raise AdapterError(f"the format cannot hold {what}", where=name, allowed="plain LoRA", remedy=remedy)
-    reshaped_for = delta.reshaped_for(shape)
-    return reshaped_for.up, reshaped_for.down
+        part = "a bias" if delta.kind == "lora" else f"an adapter of kind {delta.kind!r}"
+        remedy = "choose another format, or use --approximate"
+        raise AdapterError(f"the format cannot hold {part}", where=name, allowed="plain LoRA", remedy=remedy)
+    reshaped = delta.reshaped_for(shape)
+    return reshaped.up, reshaped.down
 
 
 codecs.add(CloneofsimoCodec.name, CloneofsimoCodec())

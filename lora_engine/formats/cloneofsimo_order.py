@@ -1,7 +1,7 @@
-"""The order in which cloneofsimo's format counts modules: below which classes, and in which order siblings come.
+"""Defines the order in which cloneofsimo's format numbers modules: by parent class, then by sibling.
 
-A frozen table: the class tree of the diffusers and transformers of early 2023. Newer versions of them have another
-order (the second attention before the feed-forward net), in which the format's own code goes astray.
+The tables are frozen: the class tree of diffusers and transformers in early 2023. Newer versions have another order
+(the second attention before the feed-forward net), which the format's own code reads wrongly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
 
-# Class to the paths of its modules. A later class has the earlier ones of the same line of descent within it.
+# Class to the paths of its modules. Later classes contain the earlier ones of their branch.
 CLASSES: Mapping[str, str] = {
     "CrossAttention": r".*\.attn[12]",
     "Attention": r".*\.attn[12]",
@@ -30,7 +30,7 @@ CLASSES: Mapping[str, str] = {
     "CLIPEncoderLayer": r".*\.layers\.\d+",
     "CLIPTextTransformer": r"text_model",
 }
-# What our own files list, from narrow to wide, each with what it makes superfluous.
+# Classes that our own files list, from narrow to wide.
 _WRITTEN: Mapping[str, Sequence[str]] = {
     "CrossAttention": ("CrossAttention", "Attention"),
     "GEGLU": ("GEGLU",),
@@ -44,12 +44,13 @@ _WRITTEN: Mapping[str, Sequence[str]] = {
     "CLIPAttention": ("CLIPAttention",),
     "CLIPMLP": ("CLIPMLP",),
 }
+# Class to the classes that it makes redundant.
 _WITHIN: Mapping[str, Collection[str]] = {
     "FeedForward": ("GEGLU",),
     "Transformer2DModel": ("CrossAttention", "GEGLU", "FeedForward"),
     "UNet2DConditionModel": tuple(_WRITTEN),
 }
-# The order of siblings in the constructors of those days.
+# The order of siblings in the constructors of those versions.
 _SIBLINGS = (
     ("conv_in", "time_embedding", "add_embedding", "down_blocks", "up_blocks", "mid_block", "conv_out"),
     ("attentions", "resnets", "downsamplers", "upsamplers"),
@@ -60,14 +61,14 @@ _SIBLINGS = (
     ("self_attn", "mlp"),
     ("k_proj", "v_proj", "q_proj", "out_proj"),
 )
-_PLACES = {name: place for siblings in _SIBLINGS for place, name in enumerate(siblings)}
+_ORDER = {name: index for siblings in _SIBLINGS for index, name in enumerate(siblings)}
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
 _TARGETS = ("unet", "text_encoder")
 _NO_LAYER = re.compile(r".*(norm|embeddings?)[^.]*(\.\w+_embedding)?$")
 
 
-def counted(component: str, names: Collection[str], targets: Sequence[str]) -> Iterator[str]:
-    """The layers below modules of the classes, in the order in which the format counts them.
+def ordered_layers(component: str, names: Collection[str], targets: Sequence[str]) -> Iterator[str]:
+    """Yields the layers below modules of the classes, in the order in which the format numbers them.
 
     Args:
         component: `unet` or `text_encoder`.
@@ -83,15 +84,15 @@ def counted(component: str, names: Collection[str], targets: Sequence[str]) -> I
         for length in range(len(parts)):
             above = ".".join(parts[:length])
             if any(re.fullmatch(CLASSES[target], above) for target in targets):
-                pairs.add((tuple(map(_place, parts[:length])), tuple(map(_place, parts)), name))
+                pairs.add((tuple(map(_sort_key, parts[:length])), tuple(map(_sort_key, parts)), name))
     yield from (name for _, _, name in sorted(pairs))
 
 
 def classes_for(component: str, modules: Mapping[str, Delta]) -> list[str]:
-    """The narrowest classes below which all of a component's modules are.
+    """Returns the narrowest classes that contain all of a component's modules.
 
     Raises:
-        AdapterError: The format knows no such component, or no class with such a module.
+        AdapterError: The format has no such component, or no class with such a module.
     """
     if component not in _TARGETS:
         raise AdapterError(
@@ -100,19 +101,19 @@ def classes_for(component: str, modules: Mapping[str, Delta]) -> list[str]:
             allowed=", ".join(_TARGETS),
             remedy="choose another format",
         )
-    wanted = set()
+    needed = set()
     for name in modules:
         path = name.partition(".")[2]
-        above = [path[: hit.start()] for hit in re.finditer(r"\.|$", path)][:-1]
-        able = (known for known in _WRITTEN if any(re.fullmatch(CLASSES[known], part) for part in ["", *above]))
-        fit = [known for known in able if known.startswith("CLIP") == (component == "text_encoder")]
-        if not fit:
+        parents = [path[: dot.start()] for dot in re.finditer(r"\.|$", path)][:-1]
+        matches = (name for name in _WRITTEN if any(re.fullmatch(CLASSES[name], part) for part in ["", *parents]))
+        candidates = [name for name in matches if name.startswith("CLIP") == (component == "text_encoder")]
+        if not candidates:
             allowed, remedy = ", ".join(_WRITTEN), "choose another format"
             raise AdapterError("no class of the format has this module", where=name, allowed=allowed, remedy=remedy)
-        wanted.add(fit[0])
-    wanted -= {inner for outer in wanted for inner in _WITHIN.get(outer, ()) if inner != outer}
-    return [spelt for known in _WRITTEN if known in wanted for spelt in _WRITTEN[known]]
+        needed.add(candidates[0])
+    needed -= {inner for outer in needed for inner in _WITHIN.get(outer, ()) if inner != outer}
+    return [written for name in _WRITTEN if name in needed for written in _WRITTEN[name]]
 
 
-def _place(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdigit() else (_PLACES.get(part, 0), part)
+def _sort_key(part: str) -> tuple[int, str]:
+    return (int(part), "") if part.isdigit() else (_ORDER.get(part, 0), part)

@@ -1,6 +1,6 @@
-"""The `Codec` protocol: a format as module naming x factor spelling, both ways over the one canonical adapter.
+"""Defines the `Codec` protocol: a file format encodes and decodes the canonical `Adapter`.
 
-`TensorCodec` is what the codecs share; each format is a small file of its own. No format knows another.
+A format is a module naming plus a key layout. `TensorCodec` is the shared base class, each format has its own file.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Registry
 
 Names = Iterable[str] | Mapping[str, Sequence[int]]
-"""A base's canonical module names; as a mapping, with the shapes of their weights, which are then checked."""
+"""Canonical module names of a base; as a mapping to weight shapes, the shapes are checked too."""
 AlphaRule = Callable[[str, int | None], float | None]
-"""From a module's name in the file and its rank to its alpha, where the alpha is not among the tensors."""
+"""From a module's name in the file and its rank to its alpha, for modules without an alpha tensor."""
 
 
 class Codec(Protocol):
-    """A file format, both ways.
+    """A file format for reading and writing adapters.
 
     Attributes:
-        name: What users call it.
-        file_name: What a file is called where only a folder is named.
-        is_folder: Whether an adapter is a folder of files. Tensor names then read `<folder>/<name>`, and the metadata
-            holds further files as `<folder>/<file name>`; in the folder itself there is no slash.
-        embeddings: Where the embeddings of an adapter go: a name among `embedding_forms`, in whose form they are
-            written beside it; or `bundle`, `clip` or `tokens`, tensors of the same file (see `embeddings.embed`).
-        families: The base families that it is for; empty for any.
+        name: Name that users type.
+        file_name: Default file name if the output path is a folder.
+        is_folder: True if an adapter is a folder of files. Tensor names are then `<folder>/<name>`, and the metadata
+            holds the other files as `<folder>/<file name>`; the top folder has no slash.
+        embeddings: Where embeddings are written. A name in `embedding_forms`: in separate files of that form;
+            `bundle`, `clip` or `tokens`: as tensors in the same file (see `embeddings.embed`).
+        families: Supported base families; empty means any.
     """
 
     name: ClassVar[str]
@@ -50,30 +50,30 @@ class Codec(Protocol):
     families: ClassVar[tuple[str, ...]]
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether a file with these tensor names is of this format."""
+        """Returns True if a file with these tensor names is in this format."""
         ...
 
     def read_modules(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Delta]:
-        """The deltas by the file's own module names; needs no base."""
+        """Returns the deltas by the module names in the file; needs no base."""
         ...
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Names | None = None) -> Adapter:
-        """The adapter of a file's tensors and metadata.
+        """Returns the adapter of a file's tensors and metadata.
 
         Raises:
-            AdapterError: The file is not whole, does not fit the base, or needs one to be named.
+            AdapterError: The file is incomplete, does not fit the base, or needs a base to read its names.
         """
         ...
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and the metadata that a reader of this format needs.
+        """Returns the tensors and the metadata that a reader of this format needs.
 
         Args:
             adapter: The adapter.
-            card: What the header says of it.
-            names: The base's modules, for formats that count through them.
+            card: Its card, for the header.
+            names: The base's modules, for formats that number modules.
 
         Raises:
             AdapterError: The format cannot hold the adapter.
@@ -81,11 +81,11 @@ class Codec(Protocol):
         ...
 
     def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-        """What the complete metadata lack yet, such as digests of the tensors."""
+        """Returns metadata entries that need the complete file, such as digests of the tensors."""
         ...
 
     def is_lossless(self, adapter: Adapter) -> bool:
-        """Whether decoding what `encode` gives is the very same adapter, not only one of the same meaning."""
+        """Returns True if decoding the encoded adapter gives equal factors, not only the same delta weights."""
         ...
 
 
@@ -94,14 +94,14 @@ codecs: Registry[Codec] = Registry("adapter format")
 
 @dataclass(frozen=True)
 class Part:
-    """One module of a file: its tensors and what they mean."""
+    """One module of a file: its tensors and its delta."""
 
     group: Group
     delta: Delta
 
 
 class TensorCodec:
-    """What codecs share that keep an adapter in tensors named `<module><dot><suffix>`."""
+    """Base class of codecs whose tensor keys are `<module>.<suffix>`."""
 
     name: ClassVar[str]
     file_name: ClassVar[str] = "adapter.safetensors"
@@ -109,51 +109,51 @@ class TensorCodec:
     embeddings: ClassVar[str] = "kohya"
     families: ClassVar[tuple[str, ...]] = ()
     keeps_alpha: ClassVar[bool] = True
-    """Whether alpha goes into the file; if not, the scale goes into a factor."""
-    style: ClassVar[KeyLayout]
+    """True if the file stores alpha; otherwise the scale is folded into a factor."""
+    key_layout: ClassVar[KeyLayout]
     transformers: ClassVar[ExportNaming | None] = None
-    """How the modules of diffusion transformers are written, where not as `raw_name` says."""
+    """Names of transformer modules for export; None uses `raw_name`."""
 
     def raw_name(self, name: str, family: str) -> str:
-        """What the file calls a module."""
+        """Returns the name of a module in the file."""
         return name
 
     def resolve(
         self, raw: Mapping[str, Delta], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
-        """Canonical name of each of the file's module names; `known` are the base's, where a base was named."""
+        """Returns the canonical name of each module name; `known` are the base's names, None without a base."""
         return {name: name for name in raw}
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
-        """Where alpha comes from for modules without an alpha tensor; None is the kind's default."""
+        """Returns the rule for modules without an alpha tensor; a result of None means the kind's default."""
         return lambda raw, rank: None
 
     def to_supported(self, adapter: Adapter) -> Adapter:
-        """An adapter of the same meaning that the format can hold."""
+        """Returns an adapter with the same delta weights that the format can hold."""
         return adapter
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
-        """Metadata beyond the family and the fingerprint of the base."""
+        """Returns metadata beyond the family and the fingerprint of the base."""
         return {}
 
     def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-        """Nothing more."""
+        """Returns no further entries."""
         return {}
 
     def is_lossless(self, adapter: Adapter) -> bool:
-        """Whether nothing had to be changed for the format."""
+        """Returns True if the format stores the adapter unchanged."""
         if self.to_supported(adapter) != adapter:
             return False
         special = self.transformers
-        # What is put together is taken apart again by its zeros, which a factor may have had before.
+        # Reading splits a fused layer at the zeros of `up`, and a factor may have had zeros of its own.
         return special is None or not special.applies_to(adapter) or self.decode(*self.encode(adapter)) == adapter
 
     def read_modules(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Delta]:
-        """The deltas by the file's own module names."""
+        """Returns the deltas by the module names in the file."""
         return {raw: part.delta for raw, part in self._parts(tensors, metadata).items()}
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Names | None = None) -> Adapter:
-        """The adapter of a file's tensors and metadata."""
+        """Returns the adapter of a file's tensors and metadata."""
         if FAMILY not in metadata:
             refuse_unsupported(unsupported_family(tensors) or "", f"tensor {min(tensors)!r}")
         parts = self._parts(tensors, metadata)
@@ -178,16 +178,16 @@ class TensorCodec:
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and the metadata."""
+        """Returns the tensors and the metadata."""
         ready = self.to_supported(adapter)
         tensors: dict[str, Tensor] = {}
-        for name, raw, delta in self._named(ready):
+        for name, raw, delta in self._raw_modules(ready):
             try:
-                written = self._style_for(ready).write(raw, delta)
+                written = self._key_layout_for(ready).write(raw, delta)
             except AdapterError as error:
                 raise error.at(error.where or name) from error
             if not tensors.keys().isdisjoint(written):
-                problem = f"the module {name!r} has the same name in this format as another one"
+                problem = f"the module {name!r} has the same name in this format as another module"
                 raise AdapterError(problem, where=next(iter(written)), remedy="choose another format")
             tensors |= written
         base = {FAMILY: adapter.base, FINGERPRINT: adapter.fingerprint}
@@ -201,32 +201,32 @@ class TensorCodec:
         known: Collection[str] | None,
         shapes: Mapping[str, Sequence[int]],
     ) -> Iterator[tuple[str, str, Delta]]:
-        """The file's name, canonical name and delta of each module; a fused layer of the file is several modules."""
-        found = find_modules(deltas, family)
-        for raw, there in found.items():
-            for name, delta in there.deltas(deltas[raw], f"module {raw!r}", shapes):
+        """Yields name in the file, canonical name and delta of each module; splits fused layers into their modules."""
+        matches = find_modules(deltas, family)
+        for raw, module in matches.items():
+            for name, delta in module.deltas(deltas[raw], f"module {raw!r}", shapes):
                 yield raw, name, delta
-        rest = {raw: delta for raw, delta in deltas.items() if raw not in found}
+        rest = {raw: delta for raw, delta in deltas.items() if raw not in matches}
         for raw, name in (self.resolve(rest, metadata, known) if rest else {}).items():
             yield raw, name, deltas[raw]
 
-    def _named(self, adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
-        """Name, the file's name and delta of each module; fused layers are put together."""
+    def _raw_modules(self, adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
+        """Yields name, name in the file and delta of each module; fuses the parts of fused layers."""
         if self.transformers is not None and self.transformers.applies_to(adapter):
             yield from ((raw, raw, delta) for raw, delta in self.transformers.raw_modules(adapter))
             return
         for name, delta in adapter.modules.items():
             yield name, self.raw_name(name, adapter.base), delta
 
-    def _style_for(self, adapter: Adapter) -> KeyLayout:
+    def _key_layout_for(self, adapter: Adapter) -> KeyLayout:
         special = self.transformers
-        return special.style if special and special.style and special.applies_to(adapter) else self.style
+        return special.key_layout if special and special.key_layout and special.applies_to(adapter) else self.key_layout
 
     def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
         validate_tensors(tensors)
         rule = self.alpha_rule(metadata)
         parts: dict[str, Part] = {}
-        for group in group_tensors(tensors, self.style):
+        for group in group_tensors(tensors, self.key_layout):
             delta = group.read(tensors)
             if "alpha" not in group.keys:
                 alpha = rule(group.module, delta.rank)

@@ -1,7 +1,7 @@
 """diffusers' format (`load_lora_weights`): canonical names with PEFT's factors, and the scale in `up`.
 
-diffusers keeps alpha in the header. ComfyUI overlooks it and takes scale 1, and diffusers 0.42 itself gives mixed
-alphas the commonest one. So what is written needs no alpha; the header's is only read.
+diffusers stores alpha in the header. ComfyUI ignores it and uses scale 1, and diffusers 0.42 itself replaces mixed
+alphas by the most common one. Files are therefore written without alpha; the header's alpha is only read.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.transformers.names import BARE, folded, folded_lora
 
 CONFIG = "lora_adapter_metadata"
-# A U-Net's own beginnings, in files that were saved from the network alone.
+# First levels of a U-Net, for files saved from the U-Net alone.
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
-# Old names inside a module's path, to those of today; applied in turn.
+# Old names in a module's path to the current ones; applied in order.
 _OLD = (
     (r"^(\w+)\.base_model\.model\.", r"\1."),
     (r"\.processor\.to_", ".to_"),
@@ -42,62 +42,64 @@ class DiffusersCodec(TensorCodec):
     file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
     embeddings: ClassVar[str] = "diffusers"
     keeps_alpha: ClassVar[bool] = False
-    style = KeyLayout("diffusers", writes_alpha=False, spellings=DIFFUSERS.spellings, also=(DIFFUSERS, LYCORIS))
+    key_layout = KeyLayout(
+        "diffusers", writes_alpha=False, factor_keys=DIFFUSERS.factor_keys, also=(DIFFUSERS, LYCORIS)
+    )
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin with a component, or with a transformer's blocks, and end in known factors."""
+        """Returns True if all names begin with a component or a transformer's blocks, and some have known suffixes."""
         if all(key.startswith(BARE) for key in keys):
-            return self.style.matches(keys)
+            return self.key_layout.matches(keys)
         return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS.matches(keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
-        """The same names, with the level `text_model` of text encoders put back, and without attention processors."""
-        parts = ((name, *_plain(name).split(".", 1)) for name in raw)
+        """Returns the same names with the level `text_model` restored and attention processors removed."""
+        parts = ((name, *_current_name(name).split(".", 1)) for name in raw)
         return {name: canonical_name(component, path) for name, component, path in parts}
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
-        """Alpha from the header's `LoraConfig`, whose keys begin with the component."""
+        """Returns the rule that reads alpha from the header's `LoraConfig`, whose keys begin with the component."""
         where = f"metadata {CONFIG!r}"
         whole = parse_config(metadata.get(CONFIG, "{}"), where)
 
         def alpha(raw: str, rank: int | None) -> float | None:
             component, _, path = raw.partition(".")
-            mark = f"{component}."
-            config = {key.removeprefix(mark): value for key, value in whole.items() if key.startswith(mark)}
+            prefix = f"{component}."
+            config = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
             return alpha_of(config, path, rank, where)
 
         return alpha
 
     def to_supported(self, adapter: Adapter) -> Adapter:
-        """Tucker cores multiplied out, and the scale folded."""
+        """Returns the adapter with Tucker cores multiplied out and scales folded into `up`."""
         modules = {name: _folded(name, without_core(delta)) for name, delta in adapter.modules.items()}
         return replace(adapter, modules={name: with_scaled_bias(delta) for name, delta in modules.items()})
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and the metadata.
+        """Returns the tensors and the metadata.
 
         Raises:
-            AdapterError: A kind that diffusers does not load: it raises on LoHa, LoKr and whole differences.
+            AdapterError: A kind that diffusers does not load, such as LoHa, LoKr and full differences.
         """
         for name, delta in adapter.modules.items():
-            if delta.kind not in self.style.spellings:
+            if delta.kind not in self.key_layout.factor_keys:
                 raise AdapterError(
-                    f"the format cannot hold an adapter of kind {delta.kind!r}, because diffusers would not load it",
+                    f"the format cannot hold an adapter of kind {delta.kind!r}, because diffusers does not load it",
                     where=name,
-                    allowed=", ".join(self.style.spellings),
+                    allowed=", ".join(self.key_layout.factor_keys),
                     remedy="choose another format, such as loraline, kohya or peft",
                 )
         return super().encode(adapter, card, names)
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
-        """What `save_lora_weights` writes.
+        """Returns the header that `save_lora_weights` writes.
 
         Raises:
-            AdapterError: One component has modules of several kinds.
+            AdapterError: A component has modules of several kinds.
         """
         components: dict[str, dict[str, Delta]] = {}
         for name, delta in adapter.modules.items():
@@ -108,7 +110,7 @@ class DiffusersCodec(TensorCodec):
         return {"format": "pt"}
 
 
-def _plain(name: str) -> str:
+def _current_name(name: str) -> str:
     name = f"unet.{name}" if name.startswith(_UNET) else name
     for pattern, replacement in _OLD:
         name = re.sub(pattern, replacement, name)
@@ -116,7 +118,7 @@ def _plain(name: str) -> str:
 
 
 def without_core(delta: Delta) -> Delta:
-    """A LoRA (or the one in a DoRA) without Tucker core, of the same meaning; any other delta as it is."""
+    """Returns a LoRA (or the one in a DoRA) with its Tucker core multiplied out; any other delta unchanged."""
     if isinstance(delta, DoraDelta) and isinstance(delta.inner, LoraDelta):
         return delta.with_inner(delta.inner.without_core())
     return delta.without_core() if isinstance(delta, LoraDelta) else delta

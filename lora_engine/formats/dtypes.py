@@ -1,4 +1,4 @@
-"""Dtypes by the names that specs and the command line use."""
+"""Maps the dtype names of specs and the command line to torch dtypes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of that name; None for None.
+    """Returns the dtype of that name; None for None.
 
     Raises:
-        SettingsError: Another name.
+        SettingsError: The name is unknown.
     """
     if name is None:
         return None
     if name not in get_args(DtypeName):
-        raise SettingsError(f"the dtype {name!r}", allowed=", ".join(get_args(DtypeName)), remedy="choose one of these")
-    found: torch.dtype = getattr(torch, name)
-    return found
+        raise SettingsError(
+            f"unknown dtype {name!r}", allowed=", ".join(get_args(DtypeName)), remedy="choose one of these"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,6 +1,6 @@
-"""Textual-inversion embeddings: the canonical `Embedding`, and the tensors that programs keep one in.
+"""Converts textual-inversion embeddings between the canonical `Embedding` and the tensors of other programs.
 
-Knows tensors, names and metadata; which files hold embeddings is in `embedding_files`.
+It handles tensors, keys and metadata; `embedding_files` handles files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_engine.formats.validate import validate_tensors
 FIRST, SECOND, THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
 BUNDLE = "bundle_emb."
 EMBED_FLAG = "<embed>"
-"""What cloneofsimo's metadata say of a token that is a tensor of the file."""
-# What programs call the vectors of a text encoder.
+"""Value in cloneofsimo's metadata that marks a tensor as a learned token."""
+# Names of a text encoder's vectors in files.
 _COMPONENTS = {"clip_l": FIRST, "clip_g": SECOND, FIRST: FIRST, SECOND: SECOND, THIRD: THIRD}
 _PLAIN = "emb_params"
 _T5 = ("t5", "t5xxl")
@@ -31,35 +31,37 @@ _BUNDLED = re.compile(
     rf"(?P<part>string_to_param\..+|{'|'.join(_PARTS)})"
 )
 _MAX_TOKEN, _MAX_VECTORS, _MAX_WIDTH = 128, 1024, 1 << 16
-# The width of CLIP-G, in a file that holds vectors of one width and does not say of which encoder.
+# The width of CLIP-G; identifies the encoder of vectors whose file does not name it.
 _WIDTH_OF_SECOND = 1280
 _AGAIN = "save or download the embedding again"
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A word that was learned as vectors of the text encoders' input.
+    """A learned token: vectors for the input of the text encoders.
 
     Attributes:
-        token: What is written in a prompt.
+        token: The text in a prompt.
         vectors: Text encoder (`text_encoder`, `text_encoder_2`) to its vectors `[n, width]`, float, finite; `n` is the
-            same for all encoders. Kept sorted by name.
+            same for all encoders. Sorted by name.
     """
 
     token: str
     vectors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        two = {name: tensor[None] if tensor.dim() == 1 else tensor for name, tensor in sorted(self.vectors.items())}
-        object.__setattr__(self, "vectors", MappingProxyType(two))
+        matrices = {
+            name: tensor[None] if tensor.dim() == 1 else tensor for name, tensor in sorted(self.vectors.items())
+        }
+        object.__setattr__(self, "vectors", MappingProxyType(matrices))
         self._check()
 
     def __eq__(self, other: object) -> bool:
-        """Whether token and vectors are the same, bit for bit with their dtypes."""
+        """Returns True if token, dtypes and vectors are equal."""
         if not isinstance(other, Embedding):
             return NotImplemented
-        same = self.token == other.token and list(self.vectors) == list(other.vectors)
-        return same and all(
+        has_same_keys = self.token == other.token and list(self.vectors) == list(other.vectors)
+        return has_same_keys and all(
             tensor.dtype == other.vectors[name].dtype and torch.equal(tensor, other.vectors[name])
             for name, tensor in self.vectors.items()
         )
@@ -68,7 +70,7 @@ class Embedding:
 
     @property
     def count(self) -> int:
-        """How many vectors the token stands for."""
+        """Number of vectors of the token."""
         return next(iter(self.vectors.values())).shape[0]
 
     @property
@@ -80,10 +82,10 @@ class Embedding:
         where = f"embedding {self.token[:80]!r}"
         if not 0 < len(self.token) <= _MAX_TOKEN or not self.token.isprintable() or self.token != self.token.strip():
             allowed = f"1 to {_MAX_TOKEN} printable characters, with no space at the ends"
-            raise AdapterError("the token is not fit to be one", where=where, allowed=allowed, remedy="name it anew")
+            raise AdapterError("invalid token", where=where, allowed=allowed, remedy="rename the token")
         if any(part in self.token for part in ("/", "\\", "..")):
-            problem, allowed = "the token reads like a path", "a token without slash, backslash or double dot"
-            raise AdapterError(problem, where=where, allowed=allowed, remedy="name it anew")
+            problem, allowed = "the token looks like a path", "a token without slash, backslash or double dot"
+            raise AdapterError(problem, where=where, allowed=allowed, remedy="rename the token")
         for name, tensor in self.vectors.items():
             if tensor.dim() != 2 or not 0 < tensor.shape[0] <= _MAX_VECTORS or not 0 < tensor.shape[1] <= _MAX_WIDTH:
                 allowed = f"[width] or [n, width], with at most {_MAX_VECTORS} vectors"
@@ -97,14 +99,14 @@ class Embedding:
 
 
 def check_widths(embeddings: Iterable[Embedding], names: object) -> None:
-    """Does nothing for embeddings whose vectors fit the text encoders of a base.
+    """Raises an error if the vectors do not fit the text encoders of a base.
 
     Args:
         embeddings: The embeddings.
-        names: The base's module names; as a mapping to weight shapes, the widths are looked up in it.
+        names: The base's module names. Widths are checked only if it is a mapping to weight shapes.
 
     Raises:
-        AdapterError: The base has no such text encoder, or one of another width.
+        AdapterError: The base has no such text encoder, or its width differs.
     """
     if not isinstance(names, Mapping):
         return
@@ -116,7 +118,7 @@ def check_widths(embeddings: Iterable[Embedding], names: object) -> None:
                 raise AdapterError(
                     f"the vectors of {name} are {width} wide",
                     where=f"embedding {embedding.token!r}",
-                    allowed=", ".join(f"{wide} for {part}" for part, wide in sorted(widths.items())),
+                    allowed=", ".join(f"{size} for {encoder}" for encoder, size in sorted(widths.items())),
                     remedy="name the base that the embedding was made for",
                 )
 
@@ -124,19 +126,19 @@ def check_widths(embeddings: Iterable[Embedding], names: object) -> None:
 def take_embeddings(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], list[Embedding]]:
-    """The tensors of an adapter's file that are the adapter, and the embeddings that lie among them.
+    """Separates the tensors of a file into those of the adapter and the embeddings.
 
-    Read are bundles (`bundle_emb.<token>.clip_l`, of LyCORIS, A1111 and OneTrainer; ours) and cloneofsimo's literal
-    tokens, which its metadata mark.
+    Supports bundles (`bundle_emb.<token>.clip_l`, of LyCORIS, A1111 and OneTrainer, and ours) and cloneofsimo's literal
+    tokens, which are marked in the metadata.
 
     Raises:
-        AdapterError: A broken embedding, or one in a form that has no meaning here.
+        AdapterError: An embedding is broken, or of an unsupported form.
     """
     rest: dict[str, Tensor] = {}
-    found: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if metadata.get(key) == EMBED_FLAG:
-            found.setdefault(key, {})[FIRST] = tensor
+            tokens.setdefault(key, {})[FIRST] = tensor
             continue
         if not key.startswith(BUNDLE):
             rest[key] = tensor
@@ -144,24 +146,24 @@ def take_embeddings(
         bundled = _BUNDLED.fullmatch(key)
         if bundled is None:
             raise AdapterError(
-                "this part of a bundled embedding is not known",
+                "unknown part of a bundled embedding",
                 where=f"tensor {key!r}",
                 allowed=", ".join([*_PARTS, "string_to_param.*"]),
-                remedy="leave output embeddings out when you save the adapter",
+                remedy="save the adapter without output embeddings",
             )
-        found.setdefault(bundled["token"], {})[bundled["part"]] = tensor
-    return rest, [Embedding(token, _by_component(parts)) for token, parts in sorted(found.items())]
+        tokens.setdefault(bundled["token"], {})[bundled["part"]] = tensor
+    return rest, [Embedding(token, _by_component(parts)) for token, parts in sorted(tokens.items())]
 
 
 def embed(form: str, embeddings: Iterable[Embedding]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Embeddings as tensors (and metadata) among those of an adapter; what `take_embeddings` takes out again.
+    """Returns embeddings as tensors and metadata for an adapter's file; `take_embeddings` is the inverse.
 
     Args:
         form: `bundle` (ours), `clip` (the bundles of OneTrainer, LyCORIS and A1111) or `tokens` (cloneofsimo).
         embeddings: The embeddings.
 
     Raises:
-        AdapterError: The form cannot hold one.
+        AdapterError: The form cannot hold an embedding.
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -181,22 +183,22 @@ def embed(form: str, embeddings: Iterable[Embedding]) -> tuple[dict[str, Tensor]
 
 
 def embeddings_in(content: object, token: str, component: str = "") -> list[Embedding] | None:
-    """The embeddings of a file of embeddings alone; None where it is of no form of these.
+    """Returns the embeddings of a file that holds only embeddings; None if it has no known form of these.
 
     Args:
-        content: A dict of tensors, or what a `.pt` holds: A1111's, kohya's (`emb_params`, `clip_l` and `clip_g`),
+        content: A dict of tensors, or the content of a `.pt`: A1111's, kohya's (`emb_params`, `clip_l` and `clip_g`),
             diffusers' and cloneofsimo's (`{token: vectors}`).
-        token: What an embedding is called whose file does not say so.
-        component: The text encoder, where it is known from the file's metadata.
+        token: Token for an embedding whose file does not name it.
+        component: The text encoder, if the file's metadata name it; else empty.
     """
     if not isinstance(content, Mapping) or not content:
         return None
-    known = content.get("string_to_param")
-    if isinstance(known, Mapping):
+    params = content.get("string_to_param")
+    if isinstance(params, Mapping):
         name = content.get("name")
-        vectors = [value for value in known.values() if isinstance(value, Tensor)]
+        vectors = [value for value in params.values() if isinstance(value, Tensor)]
         if len(vectors) != 1:
-            problem, where = f"there are {len(vectors)} tensors in it", "'string_to_param'"
+            problem, where = f"it holds {len(vectors)} tensors", "'string_to_param'"
             raise AdapterError(problem, where=where, allowed="one", remedy=_AGAIN)
         return [Embedding(name if isinstance(name, str) and name else token, {_encoder(vectors[0], ""): vectors[0]})]
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -204,7 +206,7 @@ def embeddings_in(content: object, token: str, component: str = "") -> list[Embe
         return None
     if set(tensors) <= set(_PARTS):
         return [Embedding(token, _by_component(tensors))]
-    # Any name without dots may be a token; several in one file are taken for tokens only where they look like some.
+    # Any single name without dots may be a token. Several names are tokens only if all are in angle brackets.
     marked = all(key.startswith("<") and key.endswith(">") for key in tensors)
     name, tensor = next(iter(tensors.items()))
     is_token = len(tensors) == 1 and "." not in name and name not in _NO_TOKENS and tensor.dim() in (1, 2)
@@ -214,16 +216,16 @@ def embeddings_in(content: object, token: str, component: str = "") -> list[Embe
 
 
 def _by_component(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    by_component: dict[str, Tensor] = {}
     for part, tensor in parts.items():
-        # FLUX has T5 beside CLIP-L, Stable Diffusion 3 beside CLIP-L and CLIP-G.
+        # T5 is the second encoder of FLUX, after CLIP-L, and the third of Stable Diffusion 3, after CLIP-L and CLIP-G.
         t5 = THIRD if "clip_g" in parts else SECOND
         component = t5 if part in _T5 else _COMPONENTS.get(part) or _encoder(tensor, "")
-        if component in found:
-            problem = f"the vectors of {component} are there twice"
+        if component in by_component:
+            problem = f"the vectors of {component} occur twice"
             raise AdapterError(problem, where=f"tensor {part!r}", allowed="once", remedy=_AGAIN)
-        found[component] = tensor
-    return found
+        by_component[component] = tensor
+    return by_component
 
 
 def _encoder(tensor: Tensor, component: str) -> str:

@@ -1,4 +1,4 @@
-"""Adapter files: reading, writing and looking into them, in any registered format."""
+"""Reads, writes and inspects adapter files in any registered format."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lora_engine.formats.embeddings import Embedding, check_widths, embed
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
-from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_contents
+from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
-from lora_engine.formats.transformers.names import dit_family
+from lora_engine.formats.transformers.names import transformer_family
 from lora_engine.formats.unsupported import unsupported_reason
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a file of an adapter holds.
+    """The contents of an adapter file.
 
     Attributes:
-        adapter: The adapter; without modules where words alone were learned.
-        card: What the header says of it.
-        embeddings: The words that were learned with it, sorted by token.
-        assumed: What had to be supposed, since the file does not say it; empty for nothing.
+        adapter: The adapter; has no modules if the file holds only embeddings.
+        card: The card in the header.
+        embeddings: The learned tokens, sorted by token.
+        assumptions: What was assumed because the file does not state it; empty if nothing.
     """
 
     adapter: Adapter
@@ -49,49 +49,48 @@ class Bundle:
 def read_adapter(
     path: str | PathLike[str], module_names: Names | None = None, *, limits: Limits = LIMITS
 ) -> tuple[Adapter, Card]:
-    """Reads an adapter of any format; the format is told by the tensors' names.
+    """Reads an adapter of any format; the tensor names determine the format.
 
     Args:
-        path: A `.safetensors` file, a `.pt` (read by a process that can do no harm), or a folder (PEFT's, or one with a
-            single adapter in it).
-        module_names: The base's canonical module names, which names without dots or with original numbers need unless
-            the published architectures leave no doubt; as a mapping to weight shapes (`adapters.module_shapes`), the
-            shapes are checked too.
-        limits: How much the file may claim.
+        path: A `.safetensors` file, a `.pt` (read by a sandboxed process), or a folder (PEFT's, or one with a single
+            adapter).
+        module_names: The base's canonical module names. Flattened or original names need them, unless the published
+            architectures agree. As a mapping to weight shapes (`adapters.module_shapes`), shapes are checked too.
+        limits: Limits on what the file may claim.
 
     Raises:
-        AdapterError: It is no adapter, damaged, of an unknown kind or form, or does not fit; names the file, the
-            tensor, the rule and a remedy.
+        AdapterError: The file is no adapter, damaged, of an unknown kind or format, or does not fit the base; names
+            the file, the tensor, the rule and a fix.
     """
     bundle = read_bundle(path, module_names, limits=limits)
     if not bundle.adapter.modules:
         raise AdapterError(
-            f"the file holds the word {bundle.embeddings[0].token!r} alone, and no adapter",
+            f"the file holds only the embedding {bundle.embeddings[0].token!r}, and no adapter",
             where=str(path),
-            remedy="name an adapter; words alone can be drawn with, evaluated, registered and converted",
+            remedy="name an adapter; embeddings alone can be used to generate, evaluate, register and convert",
         )
     return bundle.adapter, bundle.card
 
 
 def read_bundle(path: str | PathLike[str], module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
-    """As `read_adapter`, with the embeddings that lie in the file, or beside it where a folder is named."""
+    """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files."""
     path = Path(path)
     with _in_file(path):
-        found = read_contents(path, limits)
-        check_widths(found.embeddings, module_names)
-        if not found.tensors and found.embeddings and FAMILY in found.metadata:
-            nothing = Adapter({}, found.metadata[FAMILY], found.metadata.get(FINGERPRINT))
-            return Bundle(nothing, read_card(found.metadata), found.embeddings)
-        codec = _codec_of(found)
-        adapter = codec.decode(found.tensors, found.metadata, module_names)
-        return Bundle(adapter, read_card(found.metadata), found.embeddings, found.assumptions)
+        raw = read_raw_file(path, limits)
+        check_widths(raw.embeddings, module_names)
+        if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
+            empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
+            return Bundle(empty, read_card(raw.metadata), raw.embeddings)
+        codec = _codec_of(raw)
+        adapter = codec.decode(raw.tensors, raw.metadata, module_names)
+        return Bundle(adapter, read_card(raw.metadata), raw.embeddings, raw.assumptions)
 
 
 def write_adapter(
     path: str | PathLike[str],
     adapter: Adapter,
     *,
-    format: str = "loraline",  # noqa: A002 (what it is called in every spec and on the command line)
+    format: str = "loraline",  # noqa: A002 (the name in every spec and on the command line)
     card: Card | None = None,
     dtype: torch.dtype | None = None,
     embeddings: Sequence[Embedding] = (),
@@ -100,74 +99,73 @@ def write_adapter(
     """Writes an adapter; the same adapter and card give the same bytes.
 
     Args:
-        path: A file that ends in `.safetensors`, or a folder, which gets the format's usual file names.
+        path: A file that ends in `.safetensors`, or a folder, which gets the format's default file names.
         adapter: The adapter.
         format: Name of a codec.
-        card: What the header says of it.
-        dtype: Dtype of the factors and embeddings; None keeps them.
-        embeddings: Words that were learned with it. They go into the file or into files of their own beside it, as the
-            program does whose format it is. Words without an adapter (one without modules) go where a format has files
-            for them, and into our own.
-        module_names: The base's modules with their shapes, for formats that count through them (cloneofsimo's).
+        card: Its card, for the header.
+        dtype: Dtype of the factors and embeddings; None keeps theirs.
+        embeddings: Tokens that were learned with it. The format decides whether they go into the same file or into
+            separate files. Embeddings without modules need a format with embedding files, or `loraline`.
+        module_names: The base's modules with their shapes, for formats that number modules (cloneofsimo).
 
     Returns:
-        The files that were written, those of the embeddings last.
+        The written files, those of the embeddings last.
 
     Raises:
         AdapterError: The format or the dtype cannot hold the adapter, or it has no modules.
         SettingsError: No such format.
     """
     path, codec = Path(path), codecs[format]
-    if not adapter.modules and not _holds_words_alone(codec, embeddings):
-        raise AdapterError("the adapter has no modules", where=str(path), remedy="check where it comes from")
+    if not adapter.modules and not _holds_only_embeddings(codec, embeddings):
+        raise AdapterError("the adapter has no modules", where=str(path), remedy="train or import it again")
     if codec.is_folder and path.suffix == SUFFIX:
         remedy = "give a path without .safetensors"
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
-    stated, words = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
-    is_beside = codec.embeddings in embedding_forms
-    if is_beside and not adapter.modules:
-        return write_embeddings(path.parent if path.suffix == SUFFIX else path, words, codec.embeddings)
-    tensors, needed = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), stated, module_names)
-    if words and not is_beside:
-        inside, flags = embed(codec.embeddings, words)
-        tensors, needed = {**tensors, **inside}, {**needed, **flags}
-    ours = {**needed, **model_spec(adapter, stated, kohya_names=isinstance(codec, KohyaCodec)), **card_header(stated)}
-    header = _header(codec, tensors, stated, ours)
+    card, tokens = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
+    has_own_files = codec.embeddings in embedding_forms
+    if has_own_files and not adapter.modules:
+        return write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
+    tensors, metadata = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
+    if tokens and not has_own_files:
+        token_tensors, flags = embed(codec.embeddings, tokens)
+        tensors, metadata = {**tensors, **token_tensors}, {**metadata, **flags}
+    ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
+    header = _header(codec, tensors, card, ours)
     if codec.is_folder:
         files = list(_write_folder(path, codec.file_name, tensors, header))
     else:
         files = [path if path.suffix == SUFFIX else path / codec.file_name]
         write_safetensors(files[0], tensors, header)
-    if words and is_beside:
-        files += write_embeddings(path.parent if path.suffix == SUFFIX else path, words, codec.embeddings)
+    if tokens and has_own_files:
+        files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
     return files
 
 
 def inspect(path: str | PathLike[str]) -> dict[str, Any]:
-    """What a file is, as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
+    """Describes a file as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
-    Needs no base; module names are the file's own where they cannot be told otherwise. A file of embeddings alone has
-    the format `embedding` and no modules.
+    Needs no base. Module names are those in the file. A file of embeddings alone has the format `embedding` and no
+    modules.
 
     Raises:
         AdapterError: As `read_adapter`.
     """
     path = Path(path)
     with _in_file(path):
-        found = read_contents(path, LIMITS)
-        is_adapter = bool(found.tensors) or not found.embeddings
-        codec = detect_codec(found.tensors, found.metadata) if is_adapter else None
-        note = unsupported_reason(found.tensors)
-        modules, fault = _modules_of(codec, found, is_foreign=note is not None)
-        card = read_card(found.metadata)
-    deltas, metadata = list(modules.values()), found.metadata
+        raw = read_raw_file(path, LIMITS)
+        is_adapter = bool(raw.tensors) or not raw.embeddings
+        codec = detect_codec(raw.tensors, raw.metadata) if is_adapter else None
+        note = unsupported_reason(raw.tensors)
+        modules, problem = _modules_of(codec, raw, is_unsupported=note is not None)
+        card = read_card(raw.metadata)
+    deltas, metadata = list(modules.values()), raw.metadata
     factors = [factor for delta in deltas for factor in delta.factors().values()]
     return {
         "format": codec.name if codec else "embedding",
-        "family": family_of(metadata, modules) or dit_family(found.tensors),
+        "family": family_of(metadata, modules) or transformer_family(raw.tensors),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": f"{note}; {fault}" if fault else note,
-        "assumed": found.assumptions or None,
+        "note": f"{note}; {problem}" if problem else note,
+        "assumed": raw.assumptions or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
@@ -175,33 +173,38 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
         "dtypes": _count(str(factor.dtype).removeprefix("torch.") for factor in factors),
         "parameters": sum(factor.numel() for factor in factors),
         "embeddings": [
-            {"token": word.token, "vectors": word.count, "widths": word.widths, "dtypes": _dtypes(word)}
-            for word in found.embeddings
+            {
+                "token": embedding.token,
+                "vectors": embedding.count,
+                "widths": embedding.widths,
+                "dtypes": _dtypes(embedding),
+            }
+            for embedding in raw.embeddings
         ],
         "card": card.model_dump(exclude={"extra"}),
         "metadata": dict(sorted(metadata.items())),
-        "files": {str(file.relative_to(_folder_of(path))): sha256_file(file) for file in sorted(found.files)},
-        "size": sum(file.stat().st_size for file in found.files),
+        "files": {str(file.relative_to(_folder_of(path))): sha256_file(file) for file in sorted(raw.files)},
+        "size": sum(file.stat().st_size for file in raw.files),
     }
 
 
-def _modules_of(codec: Codec | None, found: RawFile, *, is_foreign: bool) -> tuple[Mapping[str, Delta], str]:
-    """The deltas; of a base that is not supported, what keeps them from being read, in their place."""
+def _modules_of(codec: Codec | None, raw: RawFile, *, is_unsupported: bool) -> tuple[Mapping[str, Delta], str]:
+    """Returns the deltas, and for an unsupported base the problem that prevents reading them."""
     if codec is None:
         return {}, ""
     try:
-        return codec.read_modules(found.tensors, found.metadata), ""
+        return codec.read_modules(raw.tensors, raw.metadata), ""
     except AdapterError as error:
-        if not is_foreign:
+        if not is_unsupported:
             raise
         return {}, f"its factors are not read either: {error}"
 
 
 def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
-    """The codec that reads a file with these tensor names.
+    """Returns the codec that reads a file with these tensor names.
 
     Raises:
-        AdapterError: None does; with the reason where the form is known.
+        AdapterError: No codec does; gives the reason if the format is known but unsupported.
     """
     keys = list(tensors)
     if not keys:
@@ -211,25 +214,27 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
             return codec
     reason = unsupported_reason(keys)
     raise AdapterError(
-        f"the file is {reason}, which is not read" if reason else "the tensors' names are of no known adapter format",
+        f"the file is {reason}, which is not supported"
+        if reason
+        else "unknown adapter format: no supported key layout matches",
         where=f"tensor {min(keys)!r}",
         allowed=", ".join(codecs),
-        remedy="convert the adapter with the program that made it, or name the right file",
+        remedy="convert the adapter with the program that made it, or give the path of the right file",
     )
 
 
-def _holds_words_alone(codec: Codec, embeddings: Sequence[Embedding]) -> bool:
+def _holds_only_embeddings(codec: Codec, embeddings: Sequence[Embedding]) -> bool:
     return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
 
 
-def _codec_of(found: RawFile) -> Codec:
-    if not found.tensors and found.embeddings:
+def _codec_of(raw: RawFile) -> Codec:
+    if not raw.tensors and raw.embeddings:
         raise AdapterError(
-            f"the file is a textual-inversion embedding ({found.embeddings[0].token!r}), not an adapter",
+            f"the file is a textual-inversion embedding ({raw.embeddings[0].token!r}), not an adapter",
             allowed="an adapter, perhaps with embeddings",
-            remedy="put it where the program looks for embeddings; `loraline inspect` shows what it holds",
+            remedy="put it into the embeddings folder of your program; `loraline inspect` shows its contents",
         )
-    return detect_codec(found.tensors, found.metadata)
+    return detect_codec(raw.tensors, raw.metadata)
 
 
 def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
@@ -245,11 +250,12 @@ def _folder_of(path: Path) -> Path:
 
 
 def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mapping[str, str]) -> dict[str, str]:
-    # What a foreign header said of its base and its architecture was true of these weights; what it said of ranks not.
-    kept = {key: text for key, text in card.extra.items() if key not in ours or key.startswith("modelspec.")}
-    told = {key: text for key, text in card.extra.items() if key in ("ss_base_model_version", "ss_v2")}
-    generated = sorted(key for key in ours if key not in kept and key not in told and not key.startswith("loraline."))
-    header = {**ours, **kept, **told, GENERATED: canonical_json(generated).decode()}
+    # Another program's entries about base and architecture still hold for these weights; its entries on ranks may not.
+    carried = {key: text for key, text in card.extra.items() if key not in ours or key.startswith("modelspec.")}
+    versions = {key: text for key, text in card.extra.items() if key in ("ss_base_model_version", "ss_v2")}
+    carried |= versions
+    generated = sorted(key for key in ours if key not in carried and not key.startswith("loraline."))
+    header = {**ours, **carried, GENERATED: canonical_json(generated).decode()}
     header |= codec.finalize_metadata(tensors, header)
     return header if codec.is_folder else header | DIGEST
 
@@ -257,12 +263,12 @@ def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mappi
 def _write_folder(
     folder: Path, file_name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> Iterator[Path]:
-    beside = {key: text for key, text in header.items() if key.endswith(CONFIG_FILE)}
-    shared = {key: text for key, text in header.items() if key not in beside}
-    for key, text in sorted(beside.items()):
+    configs = {key: text for key, text in header.items() if key.endswith(CONFIG_FILE)}
+    shared = {key: text for key, text in header.items() if key not in configs}
+    for key, text in sorted(configs.items()):
         part = key.removesuffix(CONFIG_FILE)
-        inside = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        write_safetensors(folder / part / file_name, inside, {**shared, **DIGEST})
+        part_tensors = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+        write_safetensors(folder / part / file_name, part_tensors, {**shared, **DIGEST})
         atomic_write(folder / key, text.encode())
         yield folder / part / file_name
         yield folder / key
@@ -274,7 +280,7 @@ def _count(values: Iterable[object]) -> dict[str, int]:
 
 @contextmanager
 def _in_file(path: Path) -> Iterator[None]:
-    """Puts the file's name before the place that an error names."""
+    """Prefixes the location in an error with the file's path."""
     try:
         yield
     except AdapterError as error:

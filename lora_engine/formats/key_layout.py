@@ -1,6 +1,6 @@
-"""How files spell factors: a `KeyLayout` is a family of suffixes (LyCORIS', PEFT's), with one `FactorKeys` for each kind.
+"""Maps tensor keys to factors: a `KeyLayout` (LyCORIS, PEFT, ...) has one `FactorKeys` per adapter kind.
 
-A new kind adds its spellings to the styles that can hold it, in a file of its own.
+A new kind adds its factor keys to the layouts that can hold it, in its own file in `key_layouts`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lora_engine.formats.validate import check_delta
 from lora_engine.registries import Registry
 
 ALPHA = "alpha"
-_BESIDE = {"weight": "on_input"}
-"""Suffixes that are too common to tell anything, to the suffix that must stand beside them."""
+_REQUIRES = {"weight": "on_input"}
+"""Suffixes that are too common to identify a layout, to the suffix that the same module must also have."""
 
 
 class FactorKeys(Protocol):
-    """How one kind's factors are spelt in one style.
+    """The tensor key suffixes of one kind's factors in one key layout.
 
     Attributes:
         kind: Name of the kind.
-        suffixes: Every suffix that it may read, without that of alpha.
+        suffixes: Every suffix that is read, without alpha's.
     """
 
     @property
@@ -39,30 +39,30 @@ class FactorKeys(Protocol):
     def suffixes(self) -> Collection[str]: ...  # noqa: D102
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """A suffix that these lack to be a whole module, or None."""
+        """Returns a suffix that is missing for a complete module, or None."""
         ...
 
     def factor(self, suffix: str) -> str:
-        """The factor that a suffix stands for."""
+        """Returns the name of the factor with this suffix."""
         ...
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix."""
         ...
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """Tensors by suffix, without alpha."""
+        """Returns tensors by suffix, without alpha."""
         ...
 
 
 @dataclass(frozen=True)
 class TableFactorKeys:
-    """A spelling that is a mere table.
+    """Factor keys given by a literal table.
 
     Attributes:
         kind: Name of the kind.
-        names: Factor to the suffix that is written, and read.
-        aliases: Other suffixes that are read, to their factor.
+        names: Factor to its suffix, for reading and writing.
+        aliases: Further suffixes that are read, to their factor.
         optional: Factors that may be missing.
     """
 
@@ -77,7 +77,7 @@ class TableFactorKeys:
         return frozenset(self._factors)
 
     def factor(self, suffix: str) -> str:
-        """The factor that a suffix stands for."""
+        """Returns the name of the factor with this suffix."""
         return self._factors[suffix]
 
     @cached_property
@@ -85,87 +85,87 @@ class TableFactorKeys:
         return {**{name: factor for factor, name in self.names.items()}, **self.aliases}
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """The first suffix of the table whose factor is not there, or None."""
-        there = {self.factor(suffix) for suffix in suffixes} | set(self.optional)
-        return next((name for factor, name in self.names.items() if factor not in there), None)
+        """Returns the first suffix of the table whose factor is missing, or None."""
+        present = {self.factor(suffix) for suffix in suffixes} | set(self.optional)
+        return next((name for factor, name in self.names.items() if factor not in present), None)
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix."""
         return kinds[self.kind].from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """Tensors by suffix, without alpha."""
+        """Returns tensors by suffix, without alpha."""
         return {self.names[factor]: tensor for factor, tensor in delta.factors().items()}
 
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """A family of suffixes.
+    """A layout of tensor keys: module name, separator, and a suffix per factor.
 
     Attributes:
-        name: What it is called in messages.
-        writes_alpha: Whether alpha goes into the file as a tensor; it is read in any case.
-        spellings: FactorKeys by kind.
-        also: Styles whose spellings are read too, and never written.
-        rewrites: Patterns of names to the form in which the suffixes are the table's, applied in turn.
+        name: Name in messages.
+        writes_alpha: True if alpha is written as a tensor; it is always read.
+        factor_keys: Factor keys by kind.
+        also: Layouts that are also read, and never written.
+        rewrites: (pattern, replacement) pairs that normalize keys before the suffix is looked up; applied in order.
     """
 
     name: str
     writes_alpha: bool
-    spellings: Registry[FactorKeys] = field(default_factory=lambda: Registry("spelling"))
+    factor_keys: Registry[FactorKeys] = field(default_factory=lambda: Registry("kind of factor keys"))
     also: tuple[KeyLayout, ...] = ()
     rewrites: tuple[tuple[str, str], ...] = ()
 
-    def add(self, spelling: FactorKeys) -> None:
-        """Registers a kind's spelling."""
-        self.spellings.add(spelling.kind, spelling)
+    def add(self, keys: FactorKeys) -> None:
+        """Registers the factor keys of a kind."""
+        self.factor_keys.add(keys.kind, keys)
 
     @property
     def suffixes(self) -> set[str]:
-        """Every suffix that some kind may read, and that of alpha."""
-        return {ALPHA, *(suffix for spelling in self.readable for suffix in spelling.suffixes)}
+        """Every suffix that any kind reads, and alpha's."""
+        return {ALPHA, *(suffix for keys in self.readable for suffix in keys.suffixes)}
 
     @property
     def readable(self) -> list[FactorKeys]:
-        """Every spelling that is read: the style's own first."""
-        return [*self.spellings.values(), *(spelling for style in self.also for spelling in style.readable)]
+        """All factor keys that are read, the layout's own first."""
+        return [*self.factor_keys.values(), *(keys for layout in self.also for keys in layout.readable)]
 
     def limited(self, name: str, chosen: Collection[str], also: tuple[KeyLayout, ...] = ()) -> KeyLayout:
-        """A style of its own name that writes some of this one's kinds, and reads what this one and `also` read."""
-        return KeyLayout(name, self.writes_alpha, _Chosen(self.spellings, chosen), (self, *also))
+        """Returns a layout that writes only the `chosen` kinds of this one, and reads what this one and `also` read."""
+        return KeyLayout(name, self.writes_alpha, _Subset(self.factor_keys, chosen), (self, *also))
 
     def split(self, keys: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
-        """Each key with its module and the longest suffix of this style that it ends in; None where there is none."""
-        known, there = self.suffixes, set(keys)
-        rewrites = [(re.compile(old), new) for style in (self, *self.also) for old, new in style.rewrites]
+        """Yields each key with its module and its longest suffix in this layout (None if no suffix matches)."""
+        known, present = self.suffixes, set(keys)
+        rewrites = [(re.compile(old), new) for layout in (self, *self.also) for old, new in layout.rewrites]
         for key in keys:
             plain = key
             for pattern, replacement in rewrites:
                 plain = pattern.sub(replacement, plain)
             suffix = _suffix_of(plain, known)
             module = plain if suffix is None else plain[: -len(suffix) - 1]
-            if suffix in _BESIDE and f"{module}.{_BESIDE[suffix]}" not in there:
+            if suffix in _REQUIRES and f"{module}.{_REQUIRES[suffix]}" not in present:
                 module, suffix = plain, None
             yield key, module, suffix
 
     def matches(self, keys: Collection[str]) -> bool:
-        """Whether some key ends in a factor of this style."""
+        """Returns True if any key ends in a factor suffix of this layout."""
         return any(suffix not in (None, ALPHA) for _, _, suffix in self.split(keys))
 
     def write(self, module: str, delta: Delta) -> dict[str, Tensor]:
-        """The tensors of one module, by key.
+        """Returns the tensors of one module by key.
 
         Raises:
-            AdapterError: The style cannot spell the kind.
+            AdapterError: The layout has no factor keys for the kind.
         """
-        if delta.kind not in self.spellings:
+        if delta.kind not in self.factor_keys:
             raise AdapterError(
                 f"the format cannot hold an adapter of kind {delta.kind!r}",
                 where=module,
-                allowed=", ".join(self.spellings),
+                allowed=", ".join(self.factor_keys),
                 remedy="choose another format",
             )
-        tensors = self.spellings[delta.kind].write(delta)
+        tensors = self.factor_keys[delta.kind].write(delta)
         if self.writes_alpha and delta.alpha is not None:
             tensors[ALPHA] = alpha_tensor(delta.alpha, next(iter(tensors.values())).dtype)
         return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
@@ -173,22 +173,28 @@ class KeyLayout:
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors of one module in a file: suffix to key, and the spelling that reads them."""
+    """The tensors of one module in a file.
+
+    Attributes:
+        module: Module name in the file.
+        keys: Suffix to tensor key.
+        factor_keys: The factor keys that read them.
+    """
 
     module: str
     keys: Mapping[str, str]
-    spelling: FactorKeys
+    factor_keys: FactorKeys
 
     @property
     def sources(self) -> dict[str, str]:
         """Factor, or `alpha`, to the key of its tensor."""
-        return {name if name == ALPHA else self.spelling.factor(name): key for name, key in self.keys.items()}
+        return {name if name == ALPHA else self.factor_keys.factor(name): key for name, key in self.keys.items()}
 
     def read(self, tensors: Mapping[str, Tensor], default_alpha: float | None = None) -> Delta:
-        """The delta, checked; `default_alpha` is taken where the file has no alpha tensor for the module.
+        """Returns the validated delta; `default_alpha` applies if the module has no alpha tensor.
 
         Raises:
-            AdapterError: The factors do not agree; names the tensor.
+            AdapterError: The factors do not fit together; names the tensor.
         """
         parts = {suffix: tensors[key] for suffix, key in self.keys.items() if suffix != ALPHA}
         alpha = default_alpha
@@ -198,32 +204,32 @@ class Group:
                 problem, where = f"alpha has the shape {list(stored.shape)}", f"tensor {self.keys[ALPHA]!r}"
                 raise AdapterError(problem, where=where, allowed="one number", remedy="check the file")
             alpha = float(stored.item())
-        delta = self.spelling.read(parts, alpha)
+        delta = self.factor_keys.read(parts, alpha)
         check_delta(delta, lambda: self.sources)
         return delta
 
 
-def group_tensors(keys: Collection[str], style: KeyLayout) -> Iterator[Group]:
-    """The modules of a file, sorted by name.
+def group_tensors(keys: Collection[str], layout: KeyLayout) -> Iterator[Group]:
+    """Yields the modules of a file, sorted by name.
 
     Raises:
-        AdapterError: A tensor that is no factor of any kind, or a module that lacks one; names the tensor.
+        AdapterError: A tensor is no factor of a known kind, or a module lacks a factor; names the tensor.
     """
     modules: dict[str, dict[str, str]] = {}
-    for key, module, suffix in style.split(sorted(keys)):
+    for key, module, suffix in layout.split(sorted(keys)):
         if suffix is None:
-            raise _unknown_key(key, style)
-        found = modules.setdefault(module, {})
-        if suffix in found:
-            raise _twice(key)
-        found[suffix] = key
-    # Files hold thousands of modules of a few forms.
-    spellings: dict[frozenset[str], FactorKeys] = {}
-    for module, found in sorted(modules.items()):
-        form = frozenset(found)
-        if form not in spellings:
-            spellings[form] = _spelling_of(found, style)
-        yield Group(module, found, spellings[form])
+            raise _unknown_key(key, layout)
+        by_suffix = modules.setdefault(module, {})
+        if suffix in by_suffix:
+            raise _duplicate(key)
+        by_suffix[suffix] = key
+    # Cached per set of suffixes, because files have thousands of modules with few such sets.
+    cache: dict[frozenset[str], FactorKeys] = {}
+    for module, by_suffix in sorted(modules.items()):
+        suffixes = frozenset(by_suffix)
+        if suffixes not in cache:
+            cache[suffixes] = _factor_keys_of(by_suffix, layout)
+        yield Group(module, by_suffix, cache[suffixes])
 
 
 def _suffix_of(key: str, known: Collection[str]) -> str | None:
@@ -235,51 +241,52 @@ def _suffix_of(key: str, known: Collection[str]) -> str | None:
     return None
 
 
-def _spelling_of(found: Mapping[str, str], style: KeyLayout) -> FactorKeys:
-    there = [suffix for suffix in found if suffix != ALPHA]
-    first = found[there[0] if there else ALPHA]
-    able = [spelling for spelling in style.readable if set(there) <= set(spelling.suffixes)]
-    if not able:
-        raise _unknown_key(first, style, f" together with {', '.join(repr(found[suffix]) for suffix in there[1:])}")
-    lacks = {spelling.missing(there): spelling for spelling in able}
-    if None in lacks:
-        spelling = lacks[None]
-        if len({spelling.factor(suffix) for suffix in there}) == len(there):
-            return spelling
-        raise _twice(first)
+def _factor_keys_of(by_suffix: Mapping[str, str], layout: KeyLayout) -> FactorKeys:
+    suffixes = [suffix for suffix in by_suffix if suffix != ALPHA]
+    first = by_suffix[suffixes[0] if suffixes else ALPHA]
+    candidates = [keys for keys in layout.readable if set(suffixes) <= set(keys.suffixes)]
+    if not candidates:
+        others = ", ".join(repr(by_suffix[suffix]) for suffix in suffixes[1:])
+        raise _unknown_key(first, layout, f" together with {others}")
+    by_missing = {keys.missing(suffixes): keys for keys in candidates}
+    if None in by_missing:
+        keys = by_missing[None]
+        if len({keys.factor(suffix) for suffix in suffixes}) == len(suffixes):
+            return keys
+        raise _duplicate(first)
     raise AdapterError(
-        f"the module has no {next(iter(lacks))!r} beside it",
+        f"the module has no {next(iter(by_missing))!r} beside it",
         where=f"tensor {first!r}",
         allowed="every factor of a module in the same file",
         remedy="save or download the adapter again",
     )
 
 
-def _twice(key: str) -> AdapterError:
+def _duplicate(key: str) -> AdapterError:
     return AdapterError(
-        "the module has one factor twice, in two spellings",
+        "the module has one factor twice, under two keys",
         where=f"tensor {key!r}",
         allowed="one tensor for each factor",
-        remedy="remove one of the spellings",
+        remedy="remove one of the two tensors",
     )
 
 
-def _unknown_key(key: str, style: KeyLayout, beside: str = "") -> AdapterError:
-    suffixes = sorted(style.suffixes - {ALPHA})
+def _unknown_key(key: str, layout: KeyLayout, beside: str = "") -> AdapterError:
+    suffixes = sorted(layout.suffixes - {ALPHA})
     return AdapterError(
-        f"this is no factor of a kind that {style.name} names are known for ({', '.join(_names(style))}){beside}",
+        f"this is no factor of a kind that the {layout.name} layout has keys for ({', '.join(_kinds(layout))}){beside}",
         where=f"tensor {key!r}",
         allowed=f"names that end in {', '.join(suffixes)} or {ALPHA}",
         remedy="convert the adapter with the program that made it",
     )
 
 
-def _names(style: KeyLayout) -> list[str]:
-    return list(dict.fromkeys(spelling.kind for spelling in style.readable))
+def _kinds(layout: KeyLayout) -> list[str]:
+    return list(dict.fromkeys(keys.kind for keys in layout.readable))
 
 
-class _Chosen(Registry[FactorKeys]):
-    """Some entries of another registry, also those that are registered there later."""
+class _Subset(Registry[FactorKeys]):
+    """A live view of the chosen entries of another registry; includes entries that are added later."""
 
     def __init__(self, source: Registry[FactorKeys], chosen: Collection[str]) -> None:
         super().__init__(source.noun)
@@ -299,7 +306,7 @@ class _Chosen(Registry[FactorKeys]):
 
 
 class _Extended(Registry[FactorKeys]):
-    """The entries of another registry, also those that are registered there later, and some more."""
+    """A live view of another registry, plus entries of its own."""
 
     def __init__(self, source: Registry[FactorKeys]) -> None:
         super().__init__(source.noun)
@@ -320,7 +327,7 @@ class _Extended(Registry[FactorKeys]):
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """Alpha as a 0-d tensor: in the factors' dtype where that holds it exactly, else in float32, else in float64."""
+    """Returns alpha as a 0-d tensor in the first of `dtype`, float32 and float64 that holds it exactly."""
     for candidate in (dtype, torch.float32):
         tensor = torch.tensor(alpha, dtype=candidate)
         if tensor.item() == alpha:
@@ -329,16 +336,16 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 LYCORIS = KeyLayout("LyCORIS", writes_alpha=True)
-LORALINE = KeyLayout("Loraline", writes_alpha=True, spellings=_Extended(LYCORIS.spellings))
-"""LyCORIS' spellings, and our own of the kinds that LyCORIS does not know."""
+LORALINE = KeyLayout("Loraline", writes_alpha=True, factor_keys=_Extended(LYCORIS.factor_keys))
+"""LyCORIS' layout, plus Loraline's own keys for kinds that LyCORIS does not have."""
 DIFFUSERS = KeyLayout(
     "diffusers",
     writes_alpha=False,
     rewrites=(
-        # The attention processors of old diffusers, and what ComfyUI reads alike: `to_q_lora.down.weight`.
+        # Attention processors of old diffusers, which ComfyUI reads too: `to_q_lora.down.weight`.
         (r"_lora\.(up|down)\.weight$", r".lora.\1.weight"),
         (r"_lora\.alpha$", ".alpha"),
-        # The name of PEFT's adapter, where somebody saved the live model's names.
+        # Files saved from the live model carry the name of PEFT's adapter.
         (r"\.lora_(A|B)\.(?!weight$|bias$)[^.]+\.(weight|bias)$", r".lora_\1.\2"),
     ),
 )

@@ -1,7 +1,7 @@
-"""kohya's format (sd-scripts), which A1111, ComfyUI and nearly all others read: flattened names, alpha as tensors.
+"""kohya's format (sd-scripts), which A1111, ComfyUI and most programs read: flattened names, alpha as tensors.
 
-SD 1 and 2 with diffusers' names, SDXL with the original names of the U-Net; both spellings of both are read. Flattened
-names are looked up in `naming`. The formats of programs that differ from kohya's in little are in `kohya_like`.
+SD 1 and 2 are written with diffusers' names, SDXL with the original names of the U-Net; both namings are read for all.
+`naming` looks flattened names up. `kohya_like` has the formats that differ from kohya's in a few names.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.modelspec import base_version
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
 from lora_engine.formats.safetensors_io import BODY_SHA256, short_digest
-from lora_engine.formats.transformers.names import KOHYA_DIT
+from lora_engine.formats.transformers.names import KOHYA_EXPORT_NAMING
 
 
 class KohyaCodec(TensorCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
     name: ClassVar[str] = "kohya"
-    style = KeyLayout("kohya", writes_alpha=True, spellings=LYCORIS.spellings, also=(DIFFUSERS,))
-    transformers = KOHYA_DIT
+    key_layout = KeyLayout("kohya", writes_alpha=True, factor_keys=LYCORIS.factor_keys, also=(DIFFUSERS,))
+    transformers = KOHYA_EXPORT_NAMING
     starts: ClassVar[tuple[str, ...]] = STARTS
     original: ClassVar[Collection[str]] = ("sdxl",)
-    """Families whose U-Net is written in the original names."""
+    """Families whose U-Net is written with the original names."""
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin as kohya's do."""
+        """Returns True if all names have kohya's prefixes."""
         return bool(keys) and all(key.startswith(self.starts) for key in keys)
 
     def raw_name(self, name: str, family: str) -> str:
-        """The flattened name; for SDXL's U-Net, of the original path."""
+        """Returns the flattened name; for SDXL's U-Net, of the original path."""
         component, _, path = name.partition(".")
         prefixes = PREFIXES_SDXL if family == "sdxl" else PREFIXES
         if component not in prefixes:
@@ -51,16 +51,16 @@ class KohyaCodec(TensorCodec):
             )
         is_original = family in self.original and component == "unet"
         original = original_path(path, LAYOUTS[family]) if is_original else None
-        return FLAT.spell(prefixes[component], original or path)
+        return FLAT.format_name(prefixes[component], original or path)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
-        """Canonical names by way of a table of the base's modules, or of those that our own header lists."""
+        """Returns canonical names, looked up among the base's modules or those in our own header."""
         return resolve_names(raw, metadata, known)
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
-        """The `ss_*` that readers look for, and the canonical names for ourselves."""
+        """Returns the `ss_*` entries that readers use, and the canonical names for Loraline."""
         ranks = {delta.rank for delta in adapter.modules.values()}
         alphas = {delta.alpha for delta in adapter.modules.values()}
         kinds = {delta.kind for delta in adapter.modules.values()}
@@ -68,8 +68,8 @@ class KohyaCodec(TensorCodec):
         header = {
             MODULES: canonical_json(list(adapter.modules)).decode(),
             "ss_network_module": "networks.lora" if kinds == {"lora"} else "lycoris.kohya",
-            **_stated("ss_network_dim", ranks),
-            **_stated("ss_network_alpha", alphas),
+            **_header_entry("ss_network_dim", ranks),
+            **_header_entry("ss_network_alpha", alphas),
             "ss_v2": str(version.startswith("sd_v2")),
         }
         if version:
@@ -79,13 +79,13 @@ class KohyaCodec(TensorCodec):
         return header | ({"ss_output_name": card.title} if card.title else {})
 
     def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-        """Kohya's two digests: over the tensors with the `ss_*` metadata alone."""
-        told = {key: text for key, text in metadata.items() if key.startswith("ss_")}
-        return {"sshs_model_hash": BODY_SHA256, "sshs_legacy_hash": short_digest(tensors, told)}
+        """Returns kohya's two digests, over the tensors with only the `ss_*` metadata."""
+        hashed = {key: text for key, text in metadata.items() if key.startswith("ss_")}
+        return {"sshs_model_hash": BODY_SHA256, "sshs_legacy_hash": short_digest(tensors, hashed)}
 
 
-def _stated(key: str, values: Collection[float | None]) -> dict[str, str]:
-    """A header entry for what all modules have in common; none where a kind has no such thing."""
+def _header_entry(key: str, values: Collection[float | None]) -> dict[str, str]:
+    """Returns a header entry with the value of all modules, or `Dynamic` if they differ; none if they have none."""
     if set(values) == {None}:
         return {}
     return {key: str(next(iter(values))) if len(values) == 1 else "Dynamic"}

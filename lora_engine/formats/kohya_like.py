@@ -1,7 +1,4 @@
-"""The formats of programs that write kohya's names with a difference: a row each.
-
-Files of these formats are read as kohya's, which they are but for the wrapper's prefix.
-"""
+"""Formats that differ from kohya's in a few names; all are read by kohya's code."""
 
 from __future__ import annotations
 
@@ -13,55 +10,55 @@ from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
 from lora_engine.formats.transformers.names import (
-    AITOOLKIT_DIT,
-    LYCORIS_DIT,
-    ONETRAINER_DIT,
+    AITOOLKIT_EXPORT_NAMING,
+    LYCORIS_EXPORT_NAMING,
+    ONETRAINER_EXPORT_NAMING,
     is_aitoolkit,
     is_initiative,
 )
 
 
 class LycorisCodec(KohyaCodec):
-    """LyCORIS' own loaders: diffusers' names for every family, as they are taken from the model that is loaded.
+    """LyCORIS' own loaders: diffusers' names for every family, as in the loaded model.
 
-    The files of its wrapper (`lycoris_down_blocks_...`, which SimpleTuner writes too) are read.
+    Also reads the files of its wrapper (`lycoris_down_blocks_...`), which SimpleTuner writes too.
     """
 
     name: ClassVar[str] = "lycoris"
-    transformers = LYCORIS_DIT
+    transformers = LYCORIS_EXPORT_NAMING
     starts = (*STARTS, "lycoris_")
     original = ()
 
 
 class OnetrainerCodec(KohyaCodec):
-    """OneTrainer: diffusers' names for every family; its embeddings lie in the same file.
+    """OneTrainer: diffusers' names for every family, with embeddings in the same file.
 
-    Read are also its files in the names of the Open Model Initiative (`transformer.double_blocks.0.img_attn.qkv.0`),
-    which have the parts of fused layers one by one.
+    Also reads its files with names of the Open Model Initiative (`transformer.double_blocks.0.img_attn.qkv.0`), which
+    store the parts of fused layers separately.
     """
 
     name: ClassVar[str] = "onetrainer"
-    style = LYCORIS.limited("OneTrainer", ("lora", "loha", "lokr", "dora"), (DIFFUSERS,))
-    transformers = ONETRAINER_DIT
+    key_layout = LYCORIS.limited("OneTrainer", ("lora", "loha", "lokr", "dora"), (DIFFUSERS,))
+    transformers = ONETRAINER_EXPORT_NAMING
     original = ()
     starts = (*STARTS, "lora_transformer_")
     embeddings = "clip"
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin as OneTrainer's flattened ones do, or are the initiative's."""
+        """Returns True if all names have OneTrainer's flattened prefixes, or are the initiative's."""
         return super().detect(keys, metadata) or is_initiative(keys)
 
 
 class AitoolkitCodec(KohyaCodec):
-    """ai-toolkit: kohya's names, and LoRA or LoKr alone."""
+    """ai-toolkit: kohya's names; only LoRA and LoKr."""
 
     name: ClassVar[str] = "aitoolkit"
-    style = LYCORIS.limited("ai-toolkit", ("lora", "lokr"), (DIFFUSERS,))
-    transformers = AITOOLKIT_DIT
+    key_layout = LYCORIS.limited("ai-toolkit", ("lora", "lokr"), (DIFFUSERS,))
+    transformers = AITOOLKIT_EXPORT_NAMING
     starts = ()
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether the names are those of ai-toolkit's transformers; its other files are kohya's."""
+        """Returns True for ai-toolkit's names of transformer modules; its other files are kohya's."""
         return is_aitoolkit(keys)
 
 

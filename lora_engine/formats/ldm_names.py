@@ -1,7 +1,7 @@
-"""The original (CompVis, Stability AI) names of the modules of a Stable Diffusion U-Net, from diffusers' names.
+"""Maps diffusers' module names of a Stable Diffusion U-Net to the original ones (CompVis, Stability AI).
 
-Only from diffusers' to the original; the way back goes through a table of the base's own modules, because SD 1.x and
-2.x (four levels) and SDXL (three) number their blocks alike and mean other modules.
+The reverse needs a table of the base's modules (`naming`): SD 1.x and 2.x (four levels) and SDXL (three) use the same
+block numbers for different modules.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ORIGINAL_BEGINNINGS = ("input_blocks", "middle_block", "output_blocks", "time_em
 
 @dataclass(frozen=True)
 class UnetLayout:
-    """How a U-Net's blocks are numbered in the original names.
+    """The block numbering of a U-Net in the original names.
 
     Attributes:
-        levels: Resolutions; the last has no downsampler.
-        plain_up: Up blocks without attention, counted as diffusers does.
+        levels: Number of resolutions; the last has no downsampler.
+        plain_up: Indices of up blocks without attention, in diffusers' order.
         layers: ResNets in each down block; an up block has one more.
     """
 
@@ -47,7 +47,7 @@ class UnetLayout:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> UnetLayout:
-        """The layout by the settings of a `UNet2DConditionModel`."""
+        """Returns the layout for the config of a `UNet2DConditionModel`."""
         up = list(config["up_block_types"])
         plain = frozenset(level for level, kind in enumerate(up) if "CrossAttn" not in kind)
         return cls(len(up), plain, int(config.get("layers_per_block", 2)))
@@ -61,7 +61,7 @@ LAYOUTS: Mapping[str, UnetLayout] = {
 
 
 def original_path(path: str, layout: UnetLayout) -> str | None:
-    """The original path of a module of a U-Net, or None for one that the layout has not."""
+    """Returns the original path of a module of a U-Net, or None if the layout does not have the module."""
     if path in _OUTSIDE:
         return _OUTSIDE[path]
     blocks = _blocks(layout)
@@ -72,7 +72,7 @@ def original_path(path: str, layout: UnetLayout) -> str | None:
             continue
         rest = parts[length:]
         if rest and ".resnets." in path:
-            # Inside a transformer the two namings agree.
+            # Inside attention blocks the two namings agree.
             if rest[0] not in _RESNET:
                 return None
             rest = [_RESNET[rest[0]], *rest[1:]]
@@ -82,7 +82,7 @@ def original_path(path: str, layout: UnetLayout) -> str | None:
 
 @functools.cache
 def _blocks(layout: UnetLayout) -> dict[str, str]:
-    """Path of each block to its original one (`openaimodel.py` of the original code numbers them as they are made)."""
+    """Maps the path of each block to its original path, in the order in which `openaimodel.py` builds them."""
     step = layout.layers + 1
     table = {
         **{f"mid_block.resnets.{layer}": f"middle_block.{2 * layer}" for layer in range(2)},
@@ -90,14 +90,14 @@ def _blocks(layout: UnetLayout) -> dict[str, str]:
     }
     for level in range(layout.levels):
         for layer in range(layout.layers):
-            place = step * level + layer + 1
-            table[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{place}.0"
-            table[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{place}.1"
+            index = step * level + layer + 1
+            table[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{index}.0"
+            table[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{index}.1"
         table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{step * (level + 1)}.0.op"
         for layer in range(step):
-            place = step * level + layer
-            table[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{place}.0"
-            table[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{place}.1"
+            index = step * level + layer
+            table[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{index}.0"
+            table[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{index}.1"
         after = 1 if level in layout.plain_up else 2
         table[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{step * level + layout.layers}.{after}"
     return table

@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig` as JSON: alpha and rank by component, with patterns. Read and written for diffusers and PEFT."""
+"""Reads and writes PEFT's `LoraConfig` as JSON, for the formats of diffusers and PEFT."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _PLAIN = re.compile(r"\^?(\w|-|\\?\.)+\$?")
 
 
 def parse_config(text: str, where: str) -> dict[str, Any]:
-    """The JSON object.
+    """Returns the parsed JSON object.
 
     Raises:
-        AdapterError: It is none.
+        AdapterError: The text is no JSON object.
     """
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"no JSON: {error}", where=where, remedy="save or download the adapter again") from error
+        raise AdapterError(f"not JSON: {error}", where=where, remedy="save or download the adapter again") from error
     if not isinstance(config, dict):
-        raise AdapterError("no JSON object", where=where, remedy="save or download the adapter again")
+        raise AdapterError("not a JSON object", where=where, remedy="save or download the adapter again")
     return config
 
 
 def alpha_of(
     config: Mapping[str, Any], path: str, rank: int | None, where: str, key: str = "lora_alpha"
 ) -> float | None:
-    """Alpha of a module by a configuration, so that `alpha / rank` is PEFT's scale (rsLoRA included); None: unsaid.
+    """Returns a module's alpha such that `alpha / rank` is PEFT's scale (including rsLoRA); None if not configured.
 
     Raises:
-        AdapterError: A value that is no number, or a pattern that is no plain name.
+        AdapterError: A value is no number, or a pattern is no plain name.
     """
     alpha = number_of(config, path, where, key, "alpha_pattern")
     scale = math.sqrt(rank) if config.get("use_rslora") and rank else 1.0
@@ -45,19 +45,19 @@ def alpha_of(
 
 
 def number_of(config: Mapping[str, Any], path: str, where: str, key: str, pattern_key: str) -> float | None:
-    """The number that a configuration has for a module: of the first pattern that matches, else of `key`; or None.
+    """Returns a module's number in a configuration: by the first matching pattern, else by `key`; or None.
 
-    Patterns are taken as plain names that match the end of a path; anything cleverer is refused, because a regular
-    expression from a stranger's file can keep a reader busy for ever.
+    Patterns must be plain names that match the end of a path. Other regular expressions are refused, because an
+    untrusted one can run for an unlimited time.
 
     Raises:
-        AdapterError: A value that is no number, or a pattern that is no plain name.
+        AdapterError: A value is no number, or a pattern is no plain name.
     """
     number = config.get(key)
     patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, Mapping):
-        problem = f"{pattern_key} is no JSON object"
-        raise AdapterError(problem, where=where, allowed="module names to numbers", remedy="mend the file")
+        problem = f"{pattern_key} is not a JSON object"
+        raise AdapterError(problem, where=where, allowed="an object of module names to numbers", remedy="fix the file")
     for pattern, value in patterns.items():
         if _matches(pattern, path, where):
             number = value
@@ -66,7 +66,7 @@ def number_of(config: Mapping[str, Any], path: str, where: str, key: str, patter
         return None
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         noun = pattern_key.partition("_")[0]
-        raise AdapterError(f"{noun} is {number!r}", where=where, allowed="a finite number", remedy="mend the file")
+        raise AdapterError(f"{noun} is {number!r}", where=where, allowed="a finite number", remedy="fix the file")
     return float(number)
 
 
@@ -75,19 +75,19 @@ def _matches(pattern: str, path: str, where: str) -> bool:
         raise AdapterError(
             f"the pattern {pattern!r} is no plain module name",
             where=where,
-            allowed="module names, perhaps with ^ before them",
-            remedy="write the module names out in the file",
+            allowed="module names, optionally with ^ before them",
+            remedy="list the module names in the file",
         )
     plain = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
     return path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}"))
 
 
 def lora_config(modules: Mapping[str, Delta]) -> dict[str, Any]:
-    """The configuration that gives each of one component's modules (by path) its rank and alpha."""
-    whole = {path: (delta.rank or 0, delta.alpha or 0.0) for path, delta in modules.items()}
+    """Returns the configuration that gives each of one component's modules (by path) its rank and alpha."""
+    ranks = {path: (delta.rank or 0, delta.alpha or 0.0) for path, delta in modules.items()}
     has_bias = any(isinstance(delta, LoraDelta) and delta.bias is not None for delta in modules.values())
     return {
-        **ranks_and_alphas(whole, "lora_alpha"),
+        **ranks_and_alphas(ranks, "lora_alpha"),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -100,10 +100,10 @@ def lora_config(modules: Mapping[str, Delta]) -> dict[str, Any]:
 
 
 def ranks_and_alphas(modules: Mapping[str, tuple[int, float]], alpha_key: str) -> dict[str, Any]:
-    """Rank and alpha, with patterns for the modules (by path) that have others than most, and the targets."""
+    """Returns the most common rank and alpha, patterns for the modules (by path) that differ, and the targets."""
     ranks = {path: rank for path, (rank, _) in modules.items()}
     alphas = {path: _number(alpha) for path, (_, alpha) in modules.items()}
-    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    rank, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
     return {
         "alpha_pattern": {_exact(path): value for path, value in alphas.items() if value != alpha},
         alpha_key: alpha,
@@ -115,14 +115,14 @@ def ranks_and_alphas(modules: Mapping[str, tuple[int, float]], alpha_key: str) -
 
 
 def check_one_kind(modules: Mapping[str, Delta], component: str) -> None:
-    """Does nothing where all modules of a component are of one kind: PEFT's settings (`use_dora`) are for them all.
+    """Raises an error if the modules of a component differ in kind: PEFT's settings (`use_dora`) apply to all.
 
     Raises:
-        AdapterError: They are not.
+        AdapterError: The modules are of several kinds.
     """
-    found = Counter(delta.kind for delta in modules.values())
-    if len(found) > 1:
-        shown = ", ".join(f"{kind} ({count})" for kind, count in sorted(found.items()))
+    counts = Counter(delta.kind for delta in modules.values())
+    if len(counts) > 1:
+        shown = ", ".join(f"{kind} ({count})" for kind, count in sorted(counts.items()))
         raise AdapterError(
             f"the modules of {component!r} are of several kinds: {shown}",
             where=component,
@@ -139,5 +139,5 @@ def _number(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _commonest(values: Sequence[T]) -> T:
+def _most_common(values: Sequence[T]) -> T:
     return Counter(values).most_common(1)[0][0]

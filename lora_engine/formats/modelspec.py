@@ -1,7 +1,7 @@
-"""The `modelspec.*` of a header: Stability AI's metadata standard 1.0.1, which model browsers show.
+"""Builds the `modelspec.*` entries of a header: Stability AI's metadata standard 1.0.1, which model browsers show.
 
-A function of the adapter and its card alone: no clock is read, so the same training gives the same bytes. Hence no
-`date`; a date that a file came with is carried over by whoever writes it again.
+They depend only on the adapter and its card, so the same training gives the same bytes. There is no `date`; a date in
+an imported file is kept when it is written again.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from lora_engine.formats.transformers.dit import transformer_names
 
 PREFIX = "modelspec."
 DIGEST = {f"{PREFIX}hash_sha256": f"0x{BODY_SHA256}"}
-"""The standard's digest of the tensors, as the writer is to fill it in."""
+"""The standard's digest entry, with the placeholder that the writer replaces."""
 SPECIFICATION = "1.0.1"
 SGM = "https://github.com/Stability-AI/generative-models"
 _V = "v_prediction"
-# Version of the base, as kohya names it -> (architecture, resolution).
+# kohya's name of the base version to (architecture, resolution).
 _ARCHITECTURES = {
     "sdxl_base_v1-0": ("stable-diffusion-xl-v1-base/lora", "1024x1024"),
     "sd_v2_v": ("stable-diffusion-v2-768-v/lora", "768x768"),
     "sd_v2": ("stable-diffusion-v2-512/lora", "512x512"),
     "sd_v1": ("stable-diffusion-v1/lora", "512x512"),
 }
-_DIT_RESOLUTION = "1024x1024"
+_TRANSFORMER_RESOLUTION = "1024x1024"
 _PREDICTIONS = {_V: "v", "v": "v", "epsilon": "epsilon", "eps": "epsilon"}
 
 
 def base_version(adapter: Adapter, card: Card) -> str:
-    """What kohya calls the base's version; empty for a family that it does not know."""
+    """Returns kohya's name of the base version; empty for a family that kohya does not support."""
     if adapter.base == "sdxl":
         return "sdxl_base_v1-0"
     if adapter.base in transformer_names:
@@ -45,17 +45,17 @@ def base_version(adapter: Adapter, card: Card) -> str:
 
 
 def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, str]:
-    """What the standard asks for and what it recommends, without the digest of the tensors.
+    """Returns the required and recommended entries of the standard, without the digest of the tensors.
 
     Args:
         adapter: The adapter.
-        card: What is known of it.
-        kohya_names: Whether its tensors are named as the original code's, and not as diffusers'.
+        card: Its card.
+        kohya_names: True if the tensors have kohya's names, False for diffusers' names.
     """
     version, parents = base_version(adapter, card), card.recipe.get("parents") or ()
     architecture, resolution = _architecture(adapter, version)
     kinds = sorted({delta.kind for delta in adapter.modules.values()})
-    said = {
+    entries = {
         "sai_model_spec": SPECIFICATION,
         "architecture": architecture,
         "implementation": SGM if kohya_names else "diffusers",
@@ -68,12 +68,12 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
         "merged_from": ", ".join(str(parent).partition(" sha256:")[0] for parent in parents),
         "tags": ", ".join(dict.fromkeys([*kinds, *_methods(card), *filter(None, [card.class_word])])),
     }
-    return {f"{PREFIX}{name}": text for name, text in said.items() if text}
+    return {f"{PREFIX}{name}": text for name, text in entries.items() if text}
 
 
 def _architecture(adapter: Adapter, version: str) -> tuple[str, str]:
     if adapter.base in transformer_names:
-        return transformer_names[adapter.base].architecture, _DIT_RESOLUTION
+        return transformer_names[adapter.base].architecture, _TRANSFORMER_RESOLUTION
     return _ARCHITECTURES.get(version, ("", ""))
 
 

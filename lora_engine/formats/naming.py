@@ -1,7 +1,7 @@
-"""Other programs' names of modules, flattened or in the original numbering, and back to canonical names.
+"""Maps other programs' module names (flattened, or with the original numbering) to canonical names.
 
-The dots of a flattened name are gone, and original numbers mean other modules in other families, so a name is looked up
-in a table that is made of the modules of a base, never taken apart.
+A flattened name has lost its dots, and an original block number means different modules in different families.
+Names are therefore looked up in a table built from the modules of a base. They are never parsed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.unsupported import unsupported_reason
 
 MODULES = "loraline.modules"
-"""Metadata key: the canonical names of the file's modules, which we write for ourselves."""
+"""Metadata key under which Loraline writes the canonical names of the file's modules."""
 PREFIXES: Mapping[str, str] = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 PREFIXES_SDXL: Mapping[str, str] = {**PREFIXES, "text_encoder": "lora_te1"}
 STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_unet_")
@@ -26,23 +26,23 @@ STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_
 
 @dataclass(frozen=True, eq=False)
 class ModuleNaming:
-    """How files name the modules of a component: what precedes the path, and what its levels are joined with.
+    """A scheme of module names: the prefixes of each component, and the separator between path levels.
 
     Attributes:
-        prefixes: Component to every prefix that some program gives it.
-        joint: Between prefix and path, and between the levels of the path.
+        prefixes: Component to every prefix that a known program writes for it.
+        separator: Text between prefix and path, and between the levels of the path.
     """
 
     prefixes: Mapping[str, tuple[str, ...]]
     separator: str
 
-    def spell(self, prefix: str, path: str) -> str:
-        """The name of a module; without a prefix, the path alone."""
-        spelt = path.replace(".", self.separator)
-        return f"{prefix}{self.separator}{spelt}" if prefix else spelt
+    def format_name(self, prefix: str, path: str) -> str:
+        """Returns the module name in this scheme; an empty prefix gives the path alone."""
+        written = path.replace(".", self.separator)
+        return f"{prefix}{self.separator}{written}" if prefix else written
 
 
-# LyCORIS' wrapper is around one module, whichever it is; kohya's own OFT has a prefix for itself.
+# LyCORIS' wrapper has one prefix for every component. kohya's own OFT has its own prefix.
 FLAT = ModuleNaming(
     {
         "unet": ("lora_unet", "lycoris", "oft_unet"),
@@ -51,7 +51,7 @@ FLAT = ModuleNaming(
     },
     "_",
 )
-# ComfyUI's, the Open Model Initiative's (`clip_l`), and OneTrainer's, inside and in its original layout (no prefix).
+# Prefixes of ComfyUI, of the Open Model Initiative (`clip_l`), and of OneTrainer (its original layout has no prefix).
 DOTTED = ModuleNaming(
     {
         "unet": ("diffusion_model", "model.diffusion_model", "unet", "unet.base_model.model", "lora_unet", ""),
@@ -67,63 +67,63 @@ DOTTED = ModuleNaming(
     ".",
 )
 _LEVEL = "text_model."
-# SD 2 has every module that SD 1 has, under the same names, and more layers in its text encoder.
+# SD 2 has all modules of SD 1 under the same names, and more text encoder layers.
 _PUBLISHED = {"sd": "sd2", "sdxl": "sdxl"}
-_VERSIONS = {"sd": "sd_", "sdxl": "sdxl_"}  # of `ss_base_model_version`
+_VERSIONS = {"sd": "sd_", "sdxl": "sdxl_"}  # prefixes of `ss_base_model_version`
 
 
 def resolve_names(
     raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None, naming: ModuleNaming = FLAT
 ) -> dict[str, str]:
-    """Canonical name of each of a file's module names.
+    """Returns the canonical name of each module name of a file.
 
     Args:
-        raw: The file's names.
-        metadata: Of the file; our own header lists canonical names.
-        known: Canonical names of the base's modules. None takes the header's list, or else a published architecture
-            in which all of the names are found and which leaves no doubt.
-        naming: How the file names modules.
+        raw: Module names in the file.
+        metadata: Metadata of the file; Loraline's own header lists canonical names.
+        known: Canonical names of the base's modules. None uses the list in the header, or else the published
+            architectures, if they contain all names and agree on them.
+        naming: Naming scheme of the file.
 
     Raises:
-        AdapterError: A name that the base has not, or that stands for several modules, or no base to look it up in.
+        AdapterError: A name is not in the base or matches several modules, or no base is known.
     """
     names = listed_modules(metadata) if known is None else known
     if names is None:
         reason = unsupported_reason(raw)
-        found = None if reason else _published(raw, metadata.get("ss_base_model_version", ""), naming)
-        if found is not None:
-            return dict(found)
+        published = None if reason else _published(raw, metadata.get("ss_base_model_version", ""), naming)
+        if published is not None:
+            return dict(published)
         raise AdapterError(
             f"the file is {reason}; that base is not supported" if reason else "a base is needed to read the names",
             where=f"module {min(raw)!r}",
-            allowed="names that are looked up among the modules of a base",
+            allowed="module names of a base",
             remedy="name the base that the adapter was made for",
         )
     table = name_table(names, is_sdxl=has_sdxl_modules(names) or metadata.get(FAMILY) == "sdxl", naming=naming)
-    lost = [name for name in raw if name not in table]
-    if lost:
+    unmatched = [name for name in raw if name not in table]
+    if unmatched:
         reason = unsupported_reason(raw)
         raise AdapterError(
-            f"{len(lost)} of {len(raw)} modules are not in the base, the first is {lost[0]!r}"
+            f"{len(unmatched)} of {len(raw)} modules are not in the base, the first is {unmatched[0]!r}"
             + (f"; the file is {reason}" if reason else ""),
-            where=f"module {lost[0]!r}",
-            allowed=near_names(lost[0], table),
+            where=f"module {unmatched[0]!r}",
+            allowed=near_names(unmatched[0], table),
             remedy="name the base that the adapter was made for",
         )
-    return {name: _one(name, table[name]) for name in raw}
+    return {name: _single(name, table[name]) for name in raw}
 
 
 def name_table(names: Collection[str], *, is_sdxl: bool, naming: ModuleNaming = FLAT) -> dict[str, set[str]]:
-    """Every name that programs give the modules of a base, to the canonical names that it may stand for."""
+    """Returns, for every name that programs write for a base's modules, the canonical names that it may mean."""
     table: dict[str, set[str]] = {}
     for name in names:
-        for spelt in _spellings(name, is_sdxl=is_sdxl, naming=naming):
-            table.setdefault(spelt, set()).add(name)
+        for written in _written_names(name, is_sdxl=is_sdxl, naming=naming):
+            table.setdefault(written, set()).add(name)
     return table
 
 
 def listed_modules(metadata: Mapping[str, str]) -> list[str] | None:
-    """The canonical names that our own header lists; None where it lists none."""
+    """Returns the canonical names listed in Loraline's own header, or None without such a list."""
     try:
         names = json.loads(metadata.get(MODULES, "null"))
     except (ValueError, RecursionError):
@@ -132,22 +132,22 @@ def listed_modules(metadata: Mapping[str, str]) -> list[str] | None:
     return names if is_list and names else None
 
 
-def _spellings(name: str, *, is_sdxl: bool, naming: ModuleNaming) -> Iterator[str]:
+def _written_names(name: str, *, is_sdxl: bool, naming: ModuleNaming) -> Iterator[str]:
     component, _, path = name.partition(".")
     original = original_path(path, LAYOUTS["sdxl" if is_sdxl else "sd"]) if component == "unet" else None
-    # Programs that took the names from transformers 5 lack the level.
+    # transformers 5 has no level `text_model`, so files written with it lack it too.
     short = path.removeprefix(_LEVEL) if component.startswith("text_encoder") else path
     for prefix in naming.prefixes.get(component, ()):
-        for spelt in {path, short, original or path}:
-            yield naming.spell(prefix, spelt)
+        for written in {path, short, original or path}:
+            yield naming.format_name(prefix, written)
 
 
-def _one(spelt: str, names: set[str]) -> str:
+def _single(written: str, names: set[str]) -> str:
     if len(names) > 1:
         allowed = ", ".join(sorted(names))
         raise AdapterError(
-            "the flattened name stands for several modules of the base",
-            where=f"module {spelt!r}",
+            "the flattened name matches several modules of the base",
+            where=f"module {written!r}",
             allowed=f"one of {allowed}",
             remedy="convert the adapter to a format with dotted names",
         )
@@ -155,10 +155,10 @@ def _one(spelt: str, names: set[str]) -> str:
 
 
 def _published(raw: Collection[str], version: str, naming: ModuleNaming) -> Mapping[str, str] | None:
-    """The names by way of the published architectures, where exactly one reading of all of them is possible."""
-    wanted = [family for family in _PUBLISHED if version.startswith(_VERSIONS[family])] or list(_PUBLISHED)
+    """Returns the canonical names if the published architectures give exactly one reading of all names, else None."""
+    families = [family for family in _PUBLISHED if version.startswith(_VERSIONS[family])] or list(_PUBLISHED)
     readings = []
-    for family in wanted:
+    for family in families:
         table = _published_table(family, naming)
         if all(len(table.get(name, ())) == 1 for name in raw):
             readings.append({name: next(iter(table[name])) for name in raw})
@@ -167,7 +167,7 @@ def _published(raw: Collection[str], version: str, naming: ModuleNaming) -> Mapp
 
 @functools.cache
 def _published_table(family: str, naming: ModuleNaming) -> dict[str, set[str]]:
-    # The architectures import diffusers, which only files without a base and without our header need.
+    # Imports diffusers, which only files without a base and without our header need.
     from lora_engine.bases.published import published_module_shapes
 
     return name_table(published_module_shapes(_PUBLISHED[family]), is_sdxl=family == "sdxl", naming=naming)

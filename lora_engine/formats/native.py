@@ -1,4 +1,4 @@
-"""Loraline's own format, the one that is stored: canonical module names, LyCORIS' factor names, alpha always there."""
+"""Loraline's own format, used in the store: canonical module names, LyCORIS' factor keys, and always alpha."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class NativeCodec(TensorCodec):
     """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight`."""
 
     name: ClassVar[str] = "loraline"
-    style = LORALINE
+    key_layout = LORALINE
     embeddings: ClassVar[str] = "bundle"
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin with a component, and some end in LyCORIS' factors, none in diffusers' alone."""
+        """Returns True if all names begin with a component, some have LyCORIS' suffixes, and none only diffusers'."""
         if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE.matches(keys):
             return False
         return not DIFFUSERS.matches([key for key, _, suffix in LORALINE.split(keys) if suffix is None])

@@ -1,6 +1,6 @@
-"""PEFT's format: for each component a folder of `adapter_config.json` and `adapter_model.safetensors`.
+"""PEFT's format: `adapter_config.json` and `adapter_model.safetensors` in one folder per component.
 
-With one component, the folder itself; with several, one folder for each, named after it.
+A single component is stored in the folder itself. Several components are stored in subfolders with their names.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lora_engine.formats.key_layout import PEFT
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.peft_embeddings import with_embedding_names
-from lora_engine.formats.peft_types import finished, settings_for, type_of
+from lora_engine.formats.peft_types import settings_for, type_of, with_config
 from lora_engine.formats.raw_file import CONFIG_FILE, MODEL_FILE, PEFT_PREFIX
 
 COMPONENT = "loraline.component"
-_BEGINNINGS = {
+_COMPONENT_PATTERNS = {
     "unet": r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*",
     "transformer": r"((single_)?transformer_blocks\..*|time_text_embed\..*|(x|context)_embedder|(norm|proj)_out\b.*)",
     "text_encoder": r"(text_model\.)?encoder\.layers\..*",
 }
-# transformers 5 dropped the level from `CLIPTextModel`, and kept it in `CLIPTextModelWithProjection`.
+# transformers 5 has no level `text_model` in `CLIPTextModel`, but in `CLIPTextModelWithProjection`.
 _WITHOUT_LEVEL = ("text_encoder",)
 
 
@@ -42,34 +42,34 @@ class PeftCodec(TensorCodec):
     file_name: ClassVar[str] = MODEL_FILE
     is_folder: ClassVar[bool] = True
     embeddings: ClassVar[str] = "diffusers"
-    style = PEFT
+    key_layout = PEFT
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-        """Whether all names begin as PEFT's do."""
+        """Returns True if all names have PEFT's prefix."""
         return bool(keys) and all(key.rpartition("/")[2].startswith(PEFT_PREFIX) for key in keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None
     ) -> dict[str, str]:
-        """Canonical names; the component is the folder's name, or found by the modules."""
+        """Returns canonical names; the component is the folder's name, or inferred from the modules."""
         split = {name: _split(name) for name in raw}
-        alone = _component([path for folder, path in split.values() if not folder], metadata, known)
-        return {name: canonical_name(folder or alone, path) for name, (folder, path) in split.items()}
+        component = _component([path for folder, path in split.values() if not folder], metadata, known)
+        return {name: canonical_name(folder or component, path) for name, (folder, path) in split.items()}
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
-        """Alpha from the configuration in the same folder; where there is none, the scale is 1."""
+        """Returns the rule that reads alpha from the configuration in the same folder; without one, the scale is 1."""
 
         def alpha(raw: str, rank: int | None) -> float | None:
             folder, path = _split(raw)
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
             config = parse_config(metadata.get(where, "{}"), where)
-            told = type_of(config, where)
-            return alpha_of(config, path, rank, where, told.alpha) if told.alpha else None
+            peft_type = type_of(config, where)
+            return alpha_of(config, path, rank, where, peft_type.alpha) if peft_type.alpha else None
 
         return alpha
 
     def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
-        """The modules, as what the configuration in the same folder makes of them."""
+        """Returns the modules, with the configuration in the same folder applied."""
         parts = super()._parts(tensors, metadata)
         configs: dict[str, dict[str, Any]] = {}
         for raw, part in parts.items():
@@ -77,18 +77,18 @@ class PeftCodec(TensorCodec):
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
             if where not in configs:
                 configs[where] = parse_config(metadata.get(where, "{}"), where)
-            parts[raw] = replace(part, delta=finished(part.delta, configs[where], path, where))
+            parts[raw] = replace(part, delta=with_config(part.delta, configs[where], path, where))
         return parts
 
     def to_supported(self, adapter: Adapter) -> Adapter:
-        """A LoRA's Tucker cores multiplied out."""
+        """Returns the adapter with the Tucker cores of LoRA multiplied out."""
         modules = {name: with_scaled_bias(without_core(delta)) for name, delta in adapter.modules.items()}
         return replace(adapter, modules=modules)
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors as `<component>/<name>` and configurations as `<component>/adapter_config.json`."""
+        """Returns tensors as `<component>/<name>` and configurations as `<component>/adapter_config.json`."""
         plain, metadata = super().encode(adapter, card, names)
         tensors = with_embedding_names(plain)
         if len(_components(adapter)) > 1:
@@ -96,12 +96,12 @@ class PeftCodec(TensorCodec):
         return {key.rpartition("/")[2]: tensor for key, tensor in tensors.items()}, metadata
 
     def raw_name(self, name: str, family: str) -> str:
-        """`<component>/base_model.model.<path>`."""
+        """Returns `<component>/base_model.model.<path>`."""
         component, _, path = name.partition(".")
-        return f"{component}/{PEFT_PREFIX}{_live_path(component, path)}"
+        return f"{component}/{PEFT_PREFIX}{_model_path(component, path)}"
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
-        """One configuration for each component."""
+        """Returns one configuration for each component."""
         components = _components(adapter)
         header = {"format": "pt"}
         for component, modules in components.items():
@@ -116,11 +116,11 @@ def _components(adapter: Adapter) -> dict[str, dict[str, Delta]]:
     components: dict[str, dict[str, Delta]] = {}
     for name, delta in adapter.modules.items():
         component, _, path = name.partition(".")
-        components.setdefault(component, {})[_live_path(component, path)] = delta
+        components.setdefault(component, {})[_model_path(component, path)] = delta
     return components
 
 
-def _live_path(component: str, path: str) -> str:
+def _model_path(component: str, path: str) -> str:
     return path.removeprefix("text_model.") if component in _WITHOUT_LEVEL else path
 
 
@@ -130,19 +130,19 @@ def _split(raw: str) -> tuple[str, str]:
 
 
 def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[str] | None) -> str:
-    """The component that a folder without a telling name is for."""
+    """Returns the component of a folder that is not named after one."""
     if not paths or metadata.get(COMPONENT):
         return metadata.get(COMPONENT, "")
     if known is not None:
         for component in sorted({name.partition(".")[0] for name in known}):
             if all(canonical_name(component, path) in known for path in paths):
                 return component
-    for component, pattern in _BEGINNINGS.items():
+    for component, pattern in _COMPONENT_PATTERNS.items():
         if all(re.fullmatch(pattern, path) for path in paths):
             return component
     raise AdapterError(
-        f"nothing tells which component of the base the module {paths[0]!r} belongs to",
-        allowed="a folder whose name is the component's, such as unet",
+        f"the component of the module {paths[0]!r} is unknown",
+        allowed="a folder named after the component, such as unet",
         remedy="put the two files into a folder with the component's name",
     )
 

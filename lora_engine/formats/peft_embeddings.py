@@ -1,6 +1,6 @@
-"""PEFT's names of what sits on embeddings: they have suffixes of their own, and some stand the other way round.
+"""Renames the factors of embedding layers to PEFT's own suffixes; some are also transposed or negated.
 
-A delta does not know its layer's type, so embeddings are told by the names that models give them.
+A delta does not know its layer's type, so embedding layers are recognized by their usual names.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _EMBEDDINGS = re.compile(
     r"|class_embedding|relative_attention_bias|wte|wpe)"
 )
 _FACTOR = {"lora_A.weight": "down", "lora_B.weight": "up"}
-_SPELT = {factor: suffix for suffix, factor in EMBEDDING.items()}
+_SUFFIXES = {factor: suffix for suffix, factor in EMBEDDING.items()}
 
 
 def with_embedding_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a PEFT adapter, those on embeddings respelt and turned as PEFT has them."""
-    return dict(_respelt(key, tensor) for key, tensor in tensors.items())
+    """Returns the tensors of a PEFT adapter, with those of embedding layers in PEFT's form."""
+    return dict(_embedding_form(key, tensor) for key, tensor in tensors.items())
 
 
-def _respelt(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+def _embedding_form(key: str, tensor: Tensor) -> tuple[str, Tensor]:
     for suffix, factor in _FACTOR.items():
         module = key.removesuffix(f".{suffix}")
         if module != key and _EMBEDDINGS.fullmatch(module):
-            return f"{module}.{_SPELT[factor]}", tensor.T.contiguous()
+            return f"{module}.{_SUFFIXES[factor]}", tensor.T.contiguous()
     module = key.removesuffix(f".{ANGLES}")
     if module != key and _EMBEDDINGS.fullmatch(module):
         return f"{module}.{OF_EMBEDDING}", -tensor

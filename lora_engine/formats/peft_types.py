@@ -1,6 +1,6 @@
-"""PEFT's adapter types: which kinds a folder of each type holds, and its configuration, both ways.
+"""Reads and writes the configuration of PEFT's adapter types, and maps each type to adapter kinds.
 
-LORA is here; a kind that has a type of its own adds it beside its spelling. PEFT has one type for each component.
+LORA is defined here. A kind with its own PEFT type adds it beside its factor keys. PEFT allows one type per component.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Settings = Callable[[Mapping[str, Delta]], dict[str, Any]]
 Finish = Callable[[Delta, Mapping[str, Any], str, str], Delta]
 
 
-def _as_it_is(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
+def _unchanged(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
     return delta
 
 
@@ -27,65 +27,65 @@ class PeftType:
     """One of PEFT's adapter types.
 
     Attributes:
-        kinds: The kinds that a folder of this type holds.
-        alpha: What the configuration calls alpha; empty where there is none.
-        settings: The type's part of the configuration, of one component's deltas by path.
-        finish: What the configuration makes of a delta: from (delta, configuration, path, where) to the delta that is
-            meant. Raises `AdapterError` where the two disagree.
+        kinds: Adapter kinds that a folder of this type may hold.
+        alpha: Key of alpha in the configuration; empty if the type has none.
+        settings: From one component's deltas by path to the type's part of the configuration.
+        finish: Applies the configuration: from (delta, configuration, path, where) to the resulting delta. Raises
+            `AdapterError` if the two disagree.
     """
 
     kinds: Sequence[str]
     alpha: str
     settings: Settings
-    finish: Finish = _as_it_is
+    finish: Finish = _unchanged
 
 
-PEFT_TYPES: Registry[PeftType] = Registry("adapter type of PEFT")
+PEFT_TYPES: Registry[PeftType] = Registry("PEFT adapter type")
 
 
 def type_of(config: Mapping[str, Any], where: str) -> PeftType:
-    """The type that a configuration names; LORA where it names none.
+    """Returns the type that a configuration names; LORA if it names none.
 
     Raises:
-        AdapterError: A type that is not read.
+        AdapterError: The type is not supported.
     """
     name = str(config.get("peft_type") or "LORA").upper()
     if name not in PEFT_TYPES:
-        problem = f"adapters of PEFT's type {name!r} are not read"
+        problem = f"adapters of PEFT's type {name!r} are not supported"
         raise AdapterError(problem, where=where, allowed=", ".join(PEFT_TYPES), remedy="convert it with PEFT first")
     return PEFT_TYPES[name]
 
 
-def finished(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
-    """What a delta means under a configuration.
+def with_config(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
+    """Returns the delta with a configuration applied.
 
     Raises:
-        AdapterError: The tensors are of another kind than the configuration says.
+        AdapterError: The kind of the tensors does not match the type in the configuration.
     """
-    told = type_of(config, where)
-    if delta.kind not in told.kinds:
+    peft_type = type_of(config, where)
+    if delta.kind not in peft_type.kinds:
         raise AdapterError(
             f"the tensors of the module {path!r} are of kind {delta.kind!r}, the type is {config.get('peft_type')!r}",
             where=where,
-            allowed=f"tensors of kind {' or '.join(told.kinds)}",
+            allowed=f"tensors of kind {' or '.join(peft_type.kinds)}",
             remedy="put the configuration and the tensors of one adapter into the folder",
         )
-    return told.finish(delta, config, path, where)
+    return peft_type.finish(delta, config, path, where)
 
 
 def settings_for(modules: Mapping[str, Delta], component: str) -> dict[str, Any]:
-    """The configuration of one component's modules (by path).
+    """Returns the configuration of one component's modules (by path).
 
     Raises:
-        AdapterError: They are of several kinds.
+        AdapterError: The modules are of several kinds.
     """
     check_one_kind(modules, component)
     kind = next(iter(modules.values())).kind
-    name, told = next((name, told) for name, told in PEFT_TYPES.items() if kind in told.kinds)
-    return {**told.settings(modules), "peft_type": name}
+    name, peft_type = next((name, entry) for name, entry in PEFT_TYPES.items() if kind in entry.kinds)
+    return {**peft_type.settings(modules), "peft_type": name}
 
 
-def _with_or_without_magnitude(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
+def _check_magnitude(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
     if bool(config.get("use_dora")) != (delta.kind == "dora"):
         has = "has a magnitude" if delta.kind == "dora" else "has no magnitude"
         problem = f"use_dora is {config.get('use_dora')!r}, and the module {path!r} {has}"
@@ -94,4 +94,4 @@ def _with_or_without_magnitude(delta: Delta, config: Mapping[str, Any], path: st
     return delta
 
 
-PEFT_TYPES.add("LORA", PeftType(("lora", "dora"), "lora_alpha", lora_config, _with_or_without_magnitude))
+PEFT_TYPES.add("LORA", PeftType(("lora", "dora"), "lora_alpha", lora_config, _check_magnitude))

@@ -1,7 +1,7 @@
-"""Reading pickled tensors (`.pt`, `.pth`, `.ckpt`, `.bin`) without ever unpickling in this process.
+"""Reads pickled tensors (`.pt`, `.pth`, `.ckpt`, `.bin`) without unpickling in this process.
 
-What the file claims is checked here; `pickle_child`, a process with limits on memory, time and disk, then reads it with
-`weights_only=True` and hands it over as safetensors and JSON. Nothing is written as a pickle, here or there.
+This module checks what the file claims. `pickle_child`, a process with limits on memory, time and disk, then reads it
+with `weights_only=True` and returns safetensors and JSON. Neither writes a pickle.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from lora_engine.formats.safetensors_io import Limits, read_safetensors
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_REMEDY = "ask its maker for a .safetensors file, and do not open this one by other means unless you trust its maker"
-_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LANG")
+_REMEDY = "ask its author for a .safetensors file, and do not open this one otherwise unless you trust its author"
+_ENVIRONMENT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LANG")
 _ANSWER = 256 << 20
 _POLL = 0.2
-# The C library asks for more than half of this at a time.
-_LEAST_ROOM = 256 << 10
+# The C library requests more than half of this at a time.
+_MIN_FREE_MEMORY = 256 << 10
 
 
 @dataclass(frozen=True)
 class PickleLimits:
-    """How much a pickled file may claim and its reading may cost.
+    """Limits on what a pickled file may claim, and on the resources for reading it.
 
     Attributes:
         file: Bytes of the file.
         tensors: Number of tensors, and of entries in the archive.
-        unpacked: Bytes of all tensors together, each laid out in full.
-        structure: Bytes of the pickle proper, without the tensors' contents.
-        values: Values of all kinds, tensors among them.
-        depth: Levels of containers in containers.
-        memory: Bytes that the reading process may take beside the file itself.
-        seconds: Of processor time; twice that by the clock.
+        unpacked: Bytes of all expanded tensors together.
+        structure: Bytes of the pickle itself, without the tensors' contents.
+        values: Number of values of all kinds, including tensors.
+        depth: Nesting depth of containers.
+        memory: Bytes that the reading process may use besides the file itself.
+        seconds: Seconds of CPU time; wall-clock time may be twice that.
     """
 
     file: int = 32 << 30
@@ -66,13 +66,13 @@ PICKLE_LIMITS = PickleLimits()
 
 @dataclass(frozen=True)
 class Unpickled:
-    """What was in a pickled file, while its temporary folder lasts.
+    """The contents of a pickled file; valid while its temporary folder exists.
 
     Attributes:
-        tensors: A safetensors file with the tensors, named as `content` refers to them.
+        tensors: A safetensors file with the tensors; `content` refers to their names.
         content: The structure: a dict is `{"dict": [[key, node], ...]}`, a list `{"list": [node, ...]}`, a tensor
-            `{"tensor": name}`, anything plain `{"value": ...}`.
-        dropped: Places and kinds of what was neither, and was left out.
+            `{"tensor": name}`, a plain value `{"value": ...}`.
+        dropped: Paths and types of dropped objects.
     """
 
     tensors: Path
@@ -81,35 +81,35 @@ class Unpickled:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file is one that torch pickled, by its ending or by its first bytes."""
+    """Returns True for a file that torch pickled, by its suffix or its first bytes."""
     if path.suffix.lower() in SUFFIXES:
         return True
     with path.open("rb") as file:
         start = file.read(9)
-    # The length at the head of a safetensors file may begin with the same bytes; but a brace follows it.
+    # The length of a safetensors header may begin with the same bytes, but a brace follows it.
     return start.startswith(_STARTS) and not start.endswith(b"{")
 
 
 def read_pickle(path: Path, *, limits: PickleLimits = PICKLE_LIMITS) -> Any:
-    """What a pickled file holds: dicts and lists of tensors (on the CPU, in their dtype), numbers and texts.
+    """Returns the contents of a pickled file: dicts and lists of CPU tensors, numbers and strings.
 
     Args:
         path: A `.pt`, `.pth`, `.ckpt` or `.bin` file of torch.
-        limits: What it may claim and cost.
+        limits: Limits on what it may claim and cost.
 
     Raises:
-        AdapterError: Not such a file, over a limit, or it holds something that is no tensor and no plain value. Nothing
-            of it has run.
+        AdapterError: The file is no such file, exceeds a limit, or holds more than tensors and plain values. None of
+            its code has run.
     """
-    with unpickled(path, limits=limits) as found:
-        # A copy, as the file that the tensors are mapped from is about to be deleted.
-        tensors = {name: tensor.clone() for name, tensor in read_safetensors(found.tensors, _limits(limits))[0].items()}
-        return _rebuild(found.content, tensors)
+    with unpickled(path, limits=limits) as file:
+        # Clone, because the tensors are mapped from a file that is about to be deleted.
+        tensors = {name: tensor.clone() for name, tensor in read_safetensors(file.tensors, _limits(limits))[0].items()}
+        return _rebuild(file.content, tensors)
 
 
 @contextlib.contextmanager
 def unpickled(path: Path, *, limits: PickleLimits = PICKLE_LIMITS) -> Iterator[Unpickled]:
-    """As `read_pickle`, with the tensors in a safetensors file that lasts as long as the context; none is in memory.
+    """Reads as `read_pickle`, but leaves the tensors in a safetensors file that exists until the context ends.
 
     Raises:
         AdapterError: As `read_pickle`.
@@ -121,7 +121,7 @@ def unpickled(path: Path, *, limits: PickleLimits = PICKLE_LIMITS) -> Iterator[U
             raise AdapterError(
                 str(answer.get("problem", "the reading process gave no reason")),
                 where=str(path),
-                allowed="tensors, numbers and texts in dicts and lists",
+                allowed="tensors, numbers and strings in dicts and lists",
                 remedy=_REMEDY,
             )
         dropped = tuple(str(entry) for entry in answer.get("dropped", ()))
@@ -130,8 +130,10 @@ def unpickled(path: Path, *, limits: PickleLimits = PICKLE_LIMITS) -> Iterator[U
 
 def _check(path: Path, limits: PickleLimits) -> None:
     if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise AdapterError(what, where=str(path), allowed=f"a file of torch ({', '.join(SUFFIXES)})", remedy="check it")
+        problem = "not a regular file" if path.exists() else "no such file"
+        raise AdapterError(
+            problem, where=str(path), allowed=f"a file of torch ({', '.join(SUFFIXES)})", remedy="check the path"
+        )
     size = path.stat().st_size
     if size > limits.file:
         raise AdapterError(f"the file has {size} bytes", where=str(path), allowed=f"at most {limits.file}")
@@ -139,9 +141,7 @@ def _check(path: Path, limits: PickleLimits) -> None:
         start = file.read(9)
     if start.endswith(b"{") or not start.startswith(_STARTS):
         hint = "it looks like safetensors: rename it to .safetensors" if start.endswith(b"{") else _REMEDY
-        raise AdapterError(
-            "this is no file that torch saved", where=str(path), allowed=", ".join(SUFFIXES), remedy=hint
-        )
+        raise AdapterError("the file was not saved by torch", where=str(path), allowed=", ".join(SUFFIXES), remedy=hint)
     if start.startswith(b"PK"):
         _check_archive(path, size, limits)
 
@@ -158,7 +158,11 @@ def _check_archive(path: Path, size: int, limits: PickleLimits) -> None:
     rules = (
         (len(entries) > limits.tensors, f"the archive has {len(entries)} entries", f"at most {limits.tensors}"),
         (bool(packed), f"{len(packed)} entries are compressed, such as {packed[:1]}", "entries as torch stores them"),
-        (claimed > min(size, limits.unpacked), f"its entries claim {claimed} bytes of a file of {size}", "no more"),
+        (
+            claimed > min(size, limits.unpacked),
+            f"its entries claim {claimed} bytes of a file of {size}",
+            "at most the size of the file",
+        ),
         (structure > limits.structure, f"the pickle in it has {structure} bytes", f"at most {limits.structure}"),
     )
     for broken, problem, allowed in rules:
@@ -181,18 +185,18 @@ def _run_child(path: Path, folder: Path, limits: PickleLimits) -> dict[str, Any]
         try:
             code = _wait(child, time.monotonic() + 2 * limits.seconds)
         except TimeoutError:
-            return {"problem": f"reading it took more than {2 * limits.seconds} seconds, which is the limit"}
+            return {"problem": f"reading it exceeded the limit of {2 * limits.seconds} seconds"}
         except MemoryError:
             return {"problem": over_memory(limits.memory)}
         finally:
-            # Also where the caller was interrupted while it waited.
+            # Also kill it if the caller was interrupted while waiting.
             child.kill()
             child.wait()
         answer = folder / "answer.json"
         if code == 0 and answer.is_file() and answer.stat().st_size <= _ANSWER:
-            found = json.loads(answer.read_bytes())
-            return found if isinstance(found, dict) else {}
-        return {"problem": _death(code, stderr, limits)}
+            content = json.loads(answer.read_bytes())
+            return content if isinstance(content, dict) else {}
+        return {"problem": _exit_problem(code, stderr, limits)}
 
 
 def _wait(child: subprocess.Popen[bytes], deadline: float) -> int:
@@ -202,43 +206,44 @@ def _wait(child: subprocess.Popen[bytes], deadline: float) -> int:
         except subprocess.TimeoutExpired:
             if time.monotonic() >= deadline:
                 raise TimeoutError from None
-            # An interpreter that finds no room even for its error can try for ever (CPython 3.11, `exception_unwind`).
+            # An interpreter without memory for its own error can loop forever (CPython 3.11, `exception_unwind`).
             if _is_out_of_memory(child.pid):
                 raise MemoryError from None
 
 
 def _is_out_of_memory(pid: int) -> bool:
-    """Whether the process has taken what it may, as far as the system tells."""
+    """Returns True if the process has reached its memory limit; False if the system does not report it."""
     try:
         import resource
 
         limit = resource.prlimit(pid, resource.RLIMIT_AS)[0]
-        taken = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     except (ImportError, AttributeError, OSError, IndexError):
         return False
-    return limit != resource.RLIM_INFINITY and limit - taken < _LEAST_ROOM
+    return limit != resource.RLIM_INFINITY and limit - used < _MIN_FREE_MEMORY
 
 
 def over_memory(limit: int) -> str:
-    """The problem of a file whose reading takes too much memory."""
-    return f"reading it takes more than the {limit} bytes of memory allowed beside the file"
+    """Returns the problem text for a file that needs too much memory."""
+    return f"reading it takes more than the {limit} bytes of memory allowed besides the file"
 
 
-def _death(code: int, stderr: IO[bytes], limits: PickleLimits) -> str:
+def _exit_problem(code: int, stderr: IO[bytes], limits: PickleLimits) -> str:
     stderr.seek(0)
     lines = stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
-    bounds = f"{limits.seconds} s of processor time, {limits.memory} bytes of memory beside the file"
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-    return f"the process that read it {how} (its limits: {bounds}){f'; it said: {lines[-1][:300]}' if lines else ''}"
+    bounds = f"{limits.seconds} s of CPU time, {limits.memory} bytes of memory besides the file"
+    exit_status = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+    last_line = f"; last line of stderr: {lines[-1][:300]}" if lines else ""
+    return f"the process that read it {exit_status} (its limits: {bounds}){last_line}"
 
 
 def _environment() -> dict[str, str]:
-    # No setting of the caller reaches the child that could make torch unpickle freely, and no credentials.
-    kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+    # The child gets no credentials and no setting that could disable `weights_only`.
+    inherited = {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ}
     package = str(Path(lora_engine.__file__).resolve().parents[1])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in paths),
         "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
         "OMP_NUM_THREADS": "1",

@@ -1,7 +1,4 @@
-"""What lies at a path: the tensors and metadata of an adapter's file or folder, and the embeddings beside them.
-
-Which format they are of is not asked here.
-"""
+"""Reads the raw file or folder of an adapter: tensors, metadata and embeddings, before any format is detected."""
 
 from __future__ import annotations
 
@@ -31,15 +28,15 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class RawFile:
-    """What was found.
+    """The contents of an adapter's file or folder.
 
     Attributes:
-        tensors: The adapter's, by their names in the file; those of a PEFT folder as `<component>/<name>`. Empty for
-            embeddings alone.
-        metadata: Of the file.
-        embeddings: Those of the file and, where a folder was named, of the files beside it.
+        tensors: Tensors of the adapter by key; in a PEFT folder as `<component>/<name>`. Empty if the file has only
+            embeddings.
+        metadata: Metadata of the file.
+        embeddings: Embeddings in the file; for a folder also those in other files of the folder.
         files: The files that were read.
-        assumed: What had to be supposed to give the tensors a meaning; empty for nothing.
+        assumptions: What was assumed because the file does not state it; empty if nothing.
     """
 
     tensors: Mapping[str, Tensor]
@@ -49,67 +46,67 @@ class RawFile:
     assumptions: str = ""
 
 
-def read_contents(path: Path, limits: Limits) -> RawFile:
-    """Reads a `.safetensors` file, a pickled one (in a process that can do no harm), or a folder.
+def read_raw_file(path: Path, limits: Limits) -> RawFile:
+    """Reads a `.safetensors` file, a pickled file (in a sandboxed process), or a folder.
 
     Raises:
-        AdapterError: As `read_safetensors` and `read_pickle`; or the folder does not tell which file is meant.
+        AdapterError: As `read_safetensors` and `read_pickle`; or the folder holds no unambiguous adapter file.
     """
     if path.name in (MODEL_FILE, OLD_MODEL_FILE) and (path.parent / CONFIG_FILE).is_file():
         return _read_peft(path.parent, limits)
     if not path.is_dir():
         return _read_pickled(path) if _is_pickled(path) else _read_file(path, limits)
-    found = _read_peft(path, limits) if any(_parts(path)) else _read_file(_only_file(path), limits)
-    beside = [file for file in sorted(path.glob(f"*{SUFFIX}")) if file not in found.files]
-    lists = {file: embeddings_of_file(file) for file in beside}
-    more = [embedding for embeddings in lists.values() for embedding in embeddings or ()]
-    files = (*found.files, *(file for file, embeddings in lists.items() if embeddings))
-    return replace(found, embeddings=tuple(join_embeddings([*found.embeddings, *more])), files=files)
+    main = _read_peft(path, limits) if any(_parts(path)) else _read_file(_only_file(path), limits)
+    others = [file for file in sorted(path.glob(f"*{SUFFIX}")) if file not in main.files]
+    by_file = {file: embeddings_of_file(file) for file in others}
+    embeddings = [embedding for entries in by_file.values() for embedding in entries or ()]
+    files = (*main.files, *(file for file, entries in by_file.items() if entries))
+    return replace(main, embeddings=tuple(join_embeddings([*main.embeddings, *embeddings])), files=files)
 
 
 def _is_pickled(path: Path) -> bool:
-    # What is called .safetensors and is a pickle is refused, not read: its name is a lie.
+    # A pickle named .safetensors is refused, not read: its name hides that it can run code.
     return path.suffix.lower() != SUFFIX and path.is_file() and is_pickled(path)
 
 
 def _read_file(path: Path, limits: Limits) -> RawFile:
-    return _sorted_out(*read_safetensors(path, limits), path)
+    return _separate(*read_safetensors(path, limits), path)
 
 
-def _sorted_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> RawFile:
+def _separate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> RawFile:
     alone = embeddings_in(tensors, metadata.get(TOKEN, path.stem), metadata.get(COMPONENT, ""))
     if alone is not None:
         return RawFile({}, metadata, tuple(alone), (path,))
     rest, embeddings = take_embeddings(tensors, metadata)
     plain = {name: _plain(tensor) for name, tensor in rest.items()}
-    return RawFile(plain, metadata, tuple(embeddings), (path,), _supposed_scale(plain, path))
+    return RawFile(plain, metadata, tuple(embeddings), (path,), _assumed_scale(plain, path))
 
 
-def _supposed_scale(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """What is supposed of a file in PEFT's names that has its strength nowhere; the programs that read such do it too.
+def _assumed_scale(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """Returns the assumption for a PEFT-style file without alpha: scale 1, as other programs read such files.
 
     Raises:
-        AdapterError: It has PEFT's own file name, so that its configuration was left behind.
+        AdapterError: It has PEFT's own file name, so its configuration is missing.
     """
     is_peft = bool(tensors) and all(name.startswith(PEFT_PREFIX) for name in tensors)
     if not is_peft or any(name.endswith(".alpha") for name in tensors):
         return ""
     if path.name in (MODEL_FILE, OLD_MODEL_FILE):
         raise AdapterError(
-            f"the file {CONFIG_FILE!r} is missing, which says how strong the adapter is",
+            f"the file {CONFIG_FILE!r} is missing, which holds the scale of the adapter",
             allowed=f"{CONFIG_FILE} beside {MODEL_FILE}",
-            remedy="name the whole folder that PEFT saved",
+            remedy="give the path of the folder that PEFT saved",
         )
     return f"scale 1: there is no alpha in the file, and no {CONFIG_FILE} beside it"
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    # Every value of both float8 types is one of float16 too, so nothing is lost, and torch computes with the latter.
+    # float16 holds every value of both float8 types, and torch cannot compute in float8.
     return tensor.to(torch.float16) if tensor.dtype in _FLOAT8 else tensor
 
 
 def _read_pickled(path: Path) -> RawFile:
-    """A `.pt` of tensors by name, of an embedding, or a list as cloneofsimo saves it, with its companions."""
+    """Reads a `.pt`: tensors by name, an embedding, or cloneofsimo's list with its companion files."""
     content = read_pickle(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -118,33 +115,33 @@ def _read_pickled(path: Path) -> RawFile:
     alone = embeddings_in(content, path.name.removesuffix(path.suffix).removesuffix(_TOKENS))
     if alone is not None:
         return RawFile({}, {}, tuple(alone), (path,))
-    return _sorted_out(_named(content, path), {}, path)
+    return _separate(_state_dict(content, path), {}, path)
 
 
-def _named(content: object, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(entry, Tensor) for entry in content.values()):
         raise AdapterError(
-            "the file holds neither tensors by name nor a list of them",
+            "the file holds neither tensors by name nor a list of tensors",
             where=str(path),
             allowed="an adapter of kohya's, LyCORIS' or PEFT's, cloneofsimo's list, or a textual-inversion embedding",
-            remedy="name the right file",
+            remedy="give the path of the right file",
         )
     return {str(name): tensor for name, tensor in content.items()}
 
 
 def _read_lists(path: Path, weights: list[Tensor]) -> RawFile:
-    """`x.pt`, and beside it `x.text_encoder.pt` and `x.ti.pt` where there are such."""
+    """Reads cloneofsimo's `x.pt`, with `x.text_encoder.pt` and `x.ti.pt` if they exist."""
     stem = path.name.removesuffix(path.suffix)
     if stem.endswith(_TEXT):
         return RawFile(numbered(weights, "text_encoder"), {}, (), (path,))
     tensors, files = numbered(weights, "unet"), [path]
     text, tokens = (path.with_name(f"{stem}{middle}{path.suffix}") for middle in (_TEXT, _TOKENS))
     if text.is_file():
-        more = read_pickle(text)
-        if not isinstance(more, list) or not all(isinstance(entry, Tensor) for entry in more):
+        text_weights = read_pickle(text)
+        if not isinstance(text_weights, list) or not all(isinstance(entry, Tensor) for entry in text_weights):
             problem, remedy = "the file holds no list of tensors", f"move it away from {path.name}"
-            raise AdapterError(problem, where=str(text), allowed="what cloneofsimo saves there", remedy=remedy)
-        tensors |= numbered(more, "text_encoder")
+            raise AdapterError(problem, where=str(text), allowed="the list that cloneofsimo saves", remedy=remedy)
+        tensors |= numbered(text_weights, "text_encoder")
         files.append(text)
     embeddings = (embeddings_of_file(tokens) if tokens.is_file() else None) or ()
     return RawFile(tensors, {}, tuple(embeddings), (*files, *([tokens] if embeddings else [])))
@@ -160,8 +157,8 @@ def _read_peft(folder: Path, limits: Limits) -> RawFile:
         if config.stat().st_size > _MAX_CONFIG:
             problem = f"{prefix}{CONFIG_FILE} has {config.stat().st_size} bytes"
             raise AdapterError(problem, allowed=f"at most {_MAX_CONFIG}", remedy="check the file")
-        weights, inside, header = _read_weights(part, limits)
-        tensors |= {f"{prefix}{key}": _plain(tensor) for key, tensor in inside.items()}
+        weights, part_tensors, header = _read_weights(part, limits)
+        tensors |= {f"{prefix}{key}": _plain(tensor) for key, tensor in part_tensors.items()}
         metadata = {**header, **metadata}
         metadata[f"{prefix}{CONFIG_FILE}"] = config.read_text(encoding="utf-8", errors="replace")
         files += [config, weights]
@@ -169,15 +166,15 @@ def _read_peft(folder: Path, limits: Limits) -> RawFile:
 
 
 def _read_weights(part: Path, limits: Limits) -> tuple[Path, Mapping[str, Tensor], Mapping[str, str]]:
-    """The weights beside a configuration; a pickle, as PEFT saved it before 0.6, where there is nothing else."""
+    """Reads the weights beside a configuration; falls back to the pickle that PEFT saved before 0.6."""
     pickled = part / OLD_MODEL_FILE
     if (part / MODEL_FILE).exists() or not pickled.is_file():
         return part / MODEL_FILE, *read_safetensors(part / MODEL_FILE, limits)
-    return pickled, _named(read_pickle(pickled), pickled), {}
+    return pickled, _state_dict(read_pickle(pickled), pickled), {}
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The folders of a PEFT adapter: the folder itself, or those in it."""
+    """Returns the folders of a PEFT adapter: the folder itself, or its subfolders."""
     if (folder / CONFIG_FILE).is_file():
         return [folder]
     return sorted(inner for inner in folder.iterdir() if (inner / CONFIG_FILE).is_file())
@@ -187,11 +184,11 @@ def _only_file(folder: Path) -> Path:
     for name in _USUAL:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(folder.glob(f"*{SUFFIX}"))
-    if len(found) != 1:
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if len(files) != 1:
         raise AdapterError(
-            f"the folder holds {len(found)} .safetensors files",
+            f"the folder holds {len(files)} .safetensors files",
             allowed=f"one, or {', '.join(_USUAL)}, or a PEFT folder with {CONFIG_FILE}",
-            remedy="name the file itself",
+            remedy="give the path of the file",
         )
-    return found[0]
+    return files[0]

@@ -1,6 +1,6 @@
-"""Reading and writing safetensors files: one canonical byte form, and a header that is checked before any tensor.
+"""Reads and writes safetensors files: one canonical byte form, and a header that is checked before any tensor.
 
-Knows tensors and strings, not adapters. Nothing here can run code from a file; pickles are refused unread.
+It handles tensors and strings, not adapters. It never runs code from a file and refuses pickles unread.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from lora_engine.errors import AdapterError
 from lora_engine.files import append_chunks, atomic_write, canonical_json, sha256_chunks
 
-# In the order in which the safetensors library lays out tensors; then by name. A file's body is thus the one that the
-# library would write, and hashes over bodies (`sshs_model_hash`) agree.
+# The safetensors library orders tensors by dtype in this order, then by name. The same order here gives the same body,
+# so hashes over bodies (`sshs_model_hash`) agree.
 _ORDER = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -44,17 +44,17 @@ _DTYPES = {name: dtype for dtype, name in _ORDER.items()} | {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
-_RANK = {dtype: place for place, dtype in enumerate(_ORDER)}
+_RANK = {dtype: index for index, dtype in enumerate(_ORDER)}
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BODY_SHA256 = "[the SHA-256 of the body]".center(64, "-")
-"""Stands in a header for the digest of all that follows it, and is as long; the writer puts the digest there."""
+"""Placeholder in a header for the digest of the body; has the digest's length, and the writer replaces it."""
 _AGAIN = "save or download the file again"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a file may claim, so that a hostile one costs little.
+    """Limits on what a file may claim, against hostile files.
 
     Attributes:
         file: Bytes of the whole file.
@@ -76,12 +76,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """Writes a file atomically; equal tensors and metadata give equal bytes, in every process.
 
     Args:
-        path: Where it goes.
-        tensors: By name, on any device, of torch's plain dtypes (no complex numbers, no float8).
+        path: Output file.
+        tensors: Tensors by name, on any device, of torch's plain dtypes (no complex numbers, no float8).
         metadata: Strings for the header; `BODY_SHA256` in them becomes the digest of the tensors' bytes.
 
     Raises:
-        AdapterError: A tensor of another dtype; nothing is written.
+        AdapterError: A tensor has another dtype; nothing is written.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _ORDER:
@@ -96,16 +96,16 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     if BODY_SHA256.encode() not in head:
         append_chunks(file, [head, *body])
         return
-    # The digest belongs at the beginning and is known at the end. It is taken while the disk is waited for.
-    with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(sha256_chunks, body)
+    # The header holds the digest of the body. Hash in a thread while the body is written, then patch the header.
+    with ThreadPoolExecutor(1) as executor:
+        digest = executor.submit(sha256_chunks, body)
         append_chunks(file, [head, *body])
     file.seek(0)
     file.write(bytes(head).replace(BODY_SHA256.encode(), digest.result().encode()))
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of the canonical file, piece by piece: length and header first, then each tensor's body."""
+    """Yields the bytes of the canonical file: length and header first, then each tensor's body."""
     names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -119,14 +119,14 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
     yield struct.pack("<Q", len(text)) + text
     for name in names:
         tensor = tensors[name]
-        # Asked first, since a file has thousands of tensors that need none of it.
+        # Skips `detach` and `to` where possible, because a file has thousands of tensors.
         plain = tensor.detach() if tensor.requires_grad else tensor
         flat = (plain if plain.device.type == "cpu" else plain.to("cpu")).reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
 
 def short_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The old digest of kohya and A1111: eight digits, of 64 KiB of the file from the first mebibyte on."""
+    """Returns the old digest of kohya and A1111: eight hex digits of 64 KiB of the file after the first MiB."""
     window, position, start, end = hashlib.sha256(), 0, 0x100000, 0x110000
     for chunk in serialize(tensors, metadata):
         window.update(chunk[max(0, start - position) : max(0, end - position)])
@@ -137,48 +137,48 @@ def short_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def read_safetensors(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file, after its header was checked.
+    """Returns the tensors and the metadata of a file, after checking its header.
 
     Args:
         path: A regular file, or a link to one.
-        limits: What it may claim.
+        limits: Limits on what it may claim.
 
     Raises:
-        AdapterError: No such file, a pickle, not safetensors, truncated, or over a limit; names the file.
+        AdapterError: The file does not exist, is a pickle, not safetensors, truncated, or over a limit; names it.
     """
     header, metadata = read_header(path, limits)
     try:
-        with safe_open(path, framework="pt"):  # checks that the bodies lie one after another and fill the file
+        with safe_open(path, framework="pt"):  # checks that the tensors fill the file without gaps or overlaps
             return _map(path, header), metadata
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterError(f"the file cannot be read: {error}", where=str(path), remedy=_AGAIN) from error
 
 
 def _map(path: Path, header: Mapping[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors as views of the mapped file; what is written to one reaches no other reader, and never the file."""
+    """Returns the tensors as copy-on-write views of the mapped file; writes never reach the file or other readers."""
     with path.open("rb") as file:
         start = 8 + struct.unpack("<Q", file.read(8))[0]
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    found = {}
-    for name, told in header.items():
-        dtype, shape, (first, last) = _DTYPES[told["dtype"]], told["shape"], told["data_offsets"]
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if first == last:
-            found[name] = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype)
             continue
         count = (last - first) // dtype.itemsize
-        found[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first).view(shape)
-    return found
+        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first).view(shape)
+    return tensors
 
 
 def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The description of each tensor, and the metadata, without reading a tensor.
+    """Returns the header entry of each tensor, and the metadata, without reading a tensor.
 
     Raises:
         AdapterError: As `read_safetensors`.
     """
     if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise AdapterError(what, where=str(path), allowed="a .safetensors file", remedy="check the path")
+        problem = "not a regular file" if path.exists() else "no such file"
+        raise AdapterError(problem, where=str(path), allowed="a .safetensors file", remedy="check the path")
     size = path.stat().st_size
     if size > limits.file:
         problem = f"the file has {size} bytes"
@@ -200,13 +200,13 @@ def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
-    # A header's length may begin with the same bytes; but a header begins with a brace.
+    # The length of a safetensors header may begin with the same bytes, but a brace follows it.
     if path.suffix.lower() in _PICKLES or (start.startswith(_PICKLE_STARTS) and not start.endswith(b"{")):
         raise AdapterError(
-            "a pickle file (.pt, .ckpt, .bin) can run code when it is read, so it is not read",
+            "a pickle file (.pt, .ckpt, .bin) can run code when it is read, so it is refused",
             where=str(path),
             allowed="a .safetensors file",
-            remedy="ask its maker for a .safetensors file",
+            remedy="ask its author for a .safetensors file",
         )
 
 
@@ -216,7 +216,7 @@ def _parse(path: Path, text: bytes, limits: Limits) -> tuple[dict[str, dict[str,
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"the header is broken: {error}", where=str(path), remedy=_AGAIN) from error
     if not isinstance(header, dict):
-        raise AdapterError("the header is no JSON object", where=str(path), remedy=_AGAIN)
+        raise AdapterError("the header is not a JSON object", where=str(path), remedy=_AGAIN)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterError("the metadata are not strings by name", where=str(path), remedy=_AGAIN)
@@ -229,24 +229,24 @@ def _parse(path: Path, text: bytes, limits: Limits) -> tuple[dict[str, dict[str,
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{duplicate!r} occurs twice")
+    return entries
 
 
 def check_name(path: Path, name: str, limits: Limits = LIMITS) -> None:
-    """Does nothing for a tensor's name that is fit to be one.
+    """Raises an error for an invalid tensor name.
 
     Raises:
-        AdapterError: It is empty or too long, holds control or unprintable characters, or reads like a path.
+        AdapterError: It is empty or too long, has control or unprintable characters, or looks like a path.
     """
     if not 0 < len(name) <= limits.name or not name.isprintable() or "/" in name or "\\" in name or ".." in name:
         shown = name if len(name) <= 80 else f"{name[:80]}..."
         raise AdapterError(
-            f"the tensor's name {shown!r} is not fit to be one",
+            f"invalid tensor name {shown!r}",
             where=str(path),
             allowed=f"1 to {limits.name} printable characters, with no slash, backslash or double dot",
             remedy="do not use this file unless you know where it comes from",

@@ -1,4 +1,4 @@
-"""Names that tell what a file is when no codec here can read it, so that the refusal gives the reason."""
+"""Recognizes known but unsupported files by their tensor names, for the error message."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterable, Mapping
 
 from lora_engine.formats.transformers.unsupported import is_qwen_attention, unsupported, unsupported_family
 
-FOREIGN: Mapping[str, str] = {
-    r"(unet|text_encoder):\d+:(up|down)": "an adapter in cloneofsimo's form",
-    r"lycoris_.*": "an adapter in the names of LyCORIS' wrapper",
+KNOWN_UNSUPPORTED: Mapping[str, str] = {
+    r"(unet|text_encoder):\d+:(up|down)": "an adapter in cloneofsimo's format",
+    r"lycoris_.*": "an adapter with the names of LyCORIS' wrapper",
     r".*\.processor\..*_lora\..*": "an adapter in the attention processors of old diffusers",
     r"(emb_params|string_to_param.*|clip_[lg])": "a textual-inversion embedding",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a full checkpoint, not an adapter",
 }
-"""Pattern of tensor names to what a file is that holds one."""
+"""Pattern of tensor names to a description of files that hold a match."""
 
 
 def unsupported_reason(keys: Iterable[str]) -> str | None:
-    """What a file with such keys is, where it is known but not read."""
+    """Returns a description of a file with these keys if it is known but unsupported, else None."""
     keys = list(keys)
     family = unsupported_family(keys) or ("qwen_image" if is_qwen_attention(keys, None) else None)
     if family:
         return f"an adapter for {unsupported[family].title} ({family}), a base family that is not supported"
     for key in sorted(keys):
-        for pattern, what in FOREIGN.items():
+        for pattern, description in KNOWN_UNSUPPORTED.items():
             if re.fullmatch(pattern, key):
-                return what
+                return description
     return None

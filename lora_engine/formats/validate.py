@@ -1,6 +1,6 @@
-"""What every tensor of an adapter file must be before it is looked at as an adapter: named well, float, finite.
+"""Validates the tensors of adapter files: dtype, finite values, and the shapes of factors.
 
-How factors have to agree with each other and with the base is each kind's own affair (`Delta.faults`).
+Each kind checks its own factors (`Delta.issues`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lora_engine.errors import AdapterError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-"""What single numbers may be besides: LyCORIS keeps `on_input`, and an `alpha` of 0, as integers."""
+"""Further dtypes of single numbers: LyCORIS stores `on_input`, and an `alpha` of 0, as integers."""
 
 
 def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Does nothing for tensors that may be an adapter's.
+    """Raises an error for tensors that cannot be an adapter's.
 
     Raises:
-        AdapterError: No tensor at all, a dtype that is not one of float16, bfloat16, float32, float64 (a single
-            number may be an integer), or a NaN or infinite value; names the tensor.
+        AdapterError: There is no tensor, a dtype is not float16, bfloat16, float32 or float64 (a single number may be
+            an integer), or a value is NaN or infinite; names the tensor.
     """
     if not tensors:
         raise AdapterError("the file holds no tensors", remedy="save or download the adapter again")
@@ -37,45 +37,45 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
                 allowed=", ".join(str(dtype) for dtype in FLOATS),
                 remedy="save the adapter in one of these dtypes",
             )
-        if not is_finite(tensor) and not _is_idle_alpha(name, tensors):
+        if not is_finite(tensor) and not _is_unused_alpha(name, tensors):
             count = int((~torch.isfinite(tensor)).sum())
             raise AdapterError(
                 f"{count} of {tensor.numel()} values are NaN or infinite",
                 where=f"tensor {name!r}",
                 allowed="finite values",
-                remedy="train again or ask for another file; this one would give black pictures",
+                remedy="train again or use another file; this one gives black images",
             )
 
 
-def _is_idle_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether it is the alpha of a LoKr of two whole factors, which means nothing.
+def _is_unused_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Returns True for the alpha of a LoKr with two whole factors, which has no effect.
 
-    ai-toolkit stores 9999999999 there, which is infinite in half precision.
+    ai-toolkit stores 9999999999 in it, which is infinite in half precision.
     """
     module, dot, suffix = name.rpartition(".")
     return dot + suffix == ".alpha" and f"{module}.lokr_w1" in tensors and f"{module}.lokr_w2" in tensors
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Returns True if no value is NaN or infinite."""
     if tensor.numel() < 2:
         return all(math.isfinite(value) for value in tensor.flatten().tolist())
-    # Both ends of the values are found in one pass, NaN where any value is; `isfinite` takes twenty times as long.
-    least, most = torch.aminmax(tensor)
-    return math.isfinite(least.item()) and math.isfinite(most.item())
+    # `aminmax` propagates NaN and needs one pass; `isfinite` takes twenty times as long.
+    minimum, maximum = torch.aminmax(tensor)
+    return math.isfinite(minimum.item()) and math.isfinite(maximum.item())
 
 
 def check_delta(delta: Delta, sources: Callable[[], Mapping[str, str]], shape: Sequence[int] | None = None) -> None:
-    """Does nothing for a delta that is whole and, where a weight's shape is given, fits it.
+    """Raises an error for a delta that is incomplete or does not fit a weight.
 
     Args:
         delta: The delta.
-        sources: Gives factor name, or `alpha`, to the name of its tensor in the file; asked where there is a fault.
-        shape: Shape of the weight of the base.
+        sources: Returns factor name, or `alpha`, to tensor name in the file; called only for an error.
+        shape: Shape of the base's weight; None skips this check.
 
     Raises:
-        AdapterError: The first fault; names the tensor.
+        AdapterError: The first issue; names the tensor.
     """
-    for fault in delta.faults(shape):
-        where = f"tensor {sources().get(fault.factor, fault.factor)!r}"
-        raise AdapterError(fault.problem, where=where, allowed=fault.allowed, remedy=fault.remedy)
+    for issue in delta.issues(shape):
+        where = f"tensor {sources().get(issue.factor, issue.factor)!r}"
+        raise AdapterError(issue.problem, where=where, allowed=issue.allowed, remedy=issue.remedy)

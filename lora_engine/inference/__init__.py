@@ -1,1 +1,1 @@
-"""Images from a base model, with or without attached adapters."""
+"""Generates images with a base model, with or without attached adapters."""

@@ -1,4 +1,4 @@
-"""Images from a prompt and adapter files, written as PNG."""
+"""Generates images from a prompt and adapter files and writes them as PNG."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def draw_images(
     size: int | None = None,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """Draws one picture a seed with all adapters, and the words that they teach, attached at once.
+    """Generates one image per seed with all adapters and their learned tokens attached.
 
     Args:
-        prompt: What to draw.
-        folder: Where the pictures go, as `SEED.png`.
-        base: For `load_base`.
-        adapters: (file, weight) each.
-        seeds: One picture each.
+        prompt: The prompt.
+        folder: The folder for the images, which are named `SEED.png`.
+        base: The base; see `load_base`.
+        adapters: Pairs (file, weight).
+        seeds: One per image.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 is none.
-        size: Pixels of a side; None for the base's own.
-        progress: Told after each batch.
+        size: Width and height in pixels; None takes the base's default.
+        progress: Called after each batch.
 
     Returns:
         The files, in the order of the seeds.
 
     Raises:
-        AdapterError: An adapter is not whole or does not fit the base, or two teach the same word.
+        AdapterError: An adapter is incomplete or does not match the base, or two have the same learned token.
         BaseModelError: No such base.
     """
     model = load_base(base)
@@ -54,9 +54,9 @@ def draw_images(
         for bundle, weight in bundles:
             if bundle.adapter.modules:
                 stack.enter_context(attach(model, bundle.adapter, weight))
-        # The words of all of them, after the last adapter: they lie around the input embedding.
-        words = [word for bundle, _ in bundles for word in bundle.embeddings]
-        stack.enter_context(attach_embeddings(model, words))
+        # After the last adapter and all at once: they wrap the input embedding.
+        embeddings = [embedding for bundle, _ in bundles for embedding in bundle.embeddings]
+        stack.enter_context(attach_embeddings(model, embeddings))
         pixels = generate(
             model,
             [prompt] * len(seeds),
@@ -68,6 +68,6 @@ def draw_images(
             progress=progress,
         )
     paths = [folder / f"{seed}.png" for seed in seeds]
-    for path, picture in zip(paths, pixels, strict=True):
-        write_png(path, picture)
+    for path, image in zip(paths, pixels, strict=True):
+        write_png(path, image)
     return paths

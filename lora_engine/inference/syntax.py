@@ -1,6 +1,6 @@
-"""The prompt syntax of the field: `a red zorb <lora:name:0.7>` names an adapter, `a (red:1.3) zorb` weighs a word.
+"""Parses the A1111 prompt syntax: `a red zorb <lora:name:0.7>` names an adapter, `a (red:1.3) zorb` weighs a word.
 
-Torch-free; what a weight does is in `bases/long_text.py`.
+Torch-free; `bases/long_text.py` applies the weights.
 """
 
 from __future__ import annotations
@@ -12,44 +12,46 @@ from lora_engine.errors import SettingsError
 
 _TAG = re.compile(r"<lora:([^<>]*)>")
 _PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?[0-9]*\.?[0-9]+)\s*\)|[^\\()\[\]:]+|[\\:]")
-# A bracket's factor where none is written; A1111's convention.
+# Factor of a bracket without a number; A1111's convention.
 _EMPHASIS = 1.1
 
 
 def parse_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """Splits a prompt into its words and the adapters that it names.
+    """Splits a prompt into its text and the adapters that it names.
 
     Args:
         prompt: Text with any number of `<lora:REF>` or `<lora:REF:WEIGHT>`; REF is a file or `name@version`.
 
     Returns:
-        The text without the tags, and (REF, weight) in the order of the prompt; the weight is 1 where none is given.
+        The text without the tags, and pairs (REF, weight) in the order of the prompt; the default weight is 1.
 
     Raises:
-        SettingsError: A tag without a name, or with a weight that is no finite number.
+        SettingsError: A tag without a name, or with a weight that is not a finite number.
     """
     named = [_parse_tag(match[1]) for match in _TAG.finditer(prompt)]
     text = " ".join(_TAG.sub(" ", prompt).split())
     if "<lora:" in text:
-        raise SettingsError(f"{prompt!r} has an open tag", allowed="<lora:NAME@REF:WEIGHT>", remedy="close it with '>'")
+        raise SettingsError(
+            f"{prompt!r} has an unclosed tag", allowed="<lora:NAME@REF:WEIGHT>", remedy="close it with '>'"
+        )
     return text, named
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:
-    """Splits a text into pieces that count differently, in A1111's syntax.
+    """Splits a text into pieces with weights, in A1111's syntax.
 
-    `(word)` counts 1.1 times, `[word]` 1/1.1 times and `(word:1.3)` 1.3 times as much; brackets may be nested, and then
-    the factors multiply. One that is never closed reaches to the end; one that closes nothing is text. A backslash
-    takes the meaning from a bracket or backslash.
+    `(word)` has weight 1.1, `[word]` 1/1.1 and `(word:1.3)` 1.3. The factors of nested brackets multiply. An unclosed
+    bracket extends to the end; an unopened one is text. A backslash escapes a bracket or a backslash.
 
     Args:
         text: A caption or prompt, without `<lora:...>`.
 
     Returns:
-        (piece, weight) in the order of the text; neighbours of equal weight are one piece. An empty text is one piece.
+        Pairs (piece, weight) in the order of the text; neighbors of equal weight are one piece. An empty text is one
+        piece.
 
     Raises:
-        SettingsError: A weight is no finite number.
+        SettingsError: A weight is not a finite number.
     """
     pieces: list[tuple[str, float]] = []
     open_at: dict[str, list[int]] = {"(": [], "[": []}
@@ -74,7 +76,9 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
         while open_at[bracket]:
             close(bracket, factor)
     if not all(math.isfinite(weight) for _, weight in pieces):
-        raise SettingsError(f"{text[:200]!r} has a weight without bound", allowed="finite weights, such as (word:1.3)")
+        raise SettingsError(
+            f"{text[:200]!r} has a weight that is not finite", allowed="finite weights, such as (word:1.3)"
+        )
     return _join_equal(pieces)
 
 
@@ -98,6 +102,7 @@ def _parse_tag(tag: str) -> tuple[str, float]:
         value = math.nan
     if not ref.strip() or not math.isfinite(value):
         raise SettingsError(
-            f"<lora:{tag}>", allowed="<lora:NAME@REF:WEIGHT> with a finite weight, such as <lora:zorb@production:0.7>"
+            f"invalid tag '<lora:{tag}>'",
+            allowed="<lora:NAME@REF:WEIGHT> with a finite weight, such as <lora:zorb@production:0.7>",
         )
     return ref.strip(), value

@@ -1,4 +1,4 @@
-"""Merging adapters: pure functions over deltas, never over factors of different adapters.
+"""Merges adapters: pure functions over deltas, never over factors of different adapters.
 
-`spec` (what a person may set), `weights` and `report` are torch-free; `merge`, `resize` and `files` do the work.
+`spec` (the options), `weights` and `report` must not import torch. `merge`, `resize` and `files` do the work.
 """

@@ -1,6 +1,6 @@
-"""How much of a delta's spectrum is kept: `Budget`, and the least rank that it means.
+"""Defines `Budget`: how much of a delta's spectrum is kept, and the least rank for it.
 
-Knows singular values alone: no matrix, no layer, no adapter.
+Knows only singular values: no matrix, no layer, no adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, where, zeros_like
 from lora_engine.errors import SettingsError
 
 NOISE = 1e-6
-"""Singular values below this share of the largest one are rounding of float32 factors and count as zero."""
+"""Singular values below this share of the largest one are float32 rounding errors, and count as zero."""
 
 
 _ALLOWED: Mapping[str, tuple[str, Callable[[float], bool]]] = {
@@ -29,14 +29,14 @@ _ALLOWED: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a delta is kept: the least rank at which all that is asked for holds, and never more than `rank`.
+    """How much of a delta is kept: the least rank that meets all criteria, and at most `rank`.
 
     Attributes:
-        rank: The rank, or where anything else is set, the largest one.
+        rank: The rank; with another criterion, the maximum rank.
         energy: Share of the squared Frobenius norm to keep, in (0, 1].
-        error: Largest relative Frobenius error, in [0, 1); the same as an energy of `1 - error ** 2`.
-        threshold: The smallest singular value of the delta to keep.
-        ratio: The smallest singular value to keep is the largest one divided by this, at least 1.
+        error: Maximum relative Frobenius error, in [0, 1); equals an energy of `1 - error ** 2`.
+        threshold: Smallest singular value to keep.
+        ratio: Smallest singular value to keep, as the largest one divided by this; at least 1.
         cumulative: Share of the sum of singular values to keep, in (0, 1].
     """
 
@@ -48,27 +48,27 @@ class Budget:
     cumulative: float | None = None
 
     def __post_init__(self) -> None:
-        for name, (allowed, applies_to) in _ALLOWED.items():
+        for name, (allowed, is_allowed) in _ALLOWED.items():
             value = getattr(self, name)
-            if value is not None and not applies_to(value):
+            if value is not None and not is_allowed(value):
                 raise SettingsError(f"{name} is {value!r}", allowed=allowed, remedy=f"choose another {name}")
         if all(getattr(self, field.name) is None for field in fields(self)):
             raise SettingsError(
-                "nothing says how much to keep",
+                "no criterion for the rank is set",
                 allowed=", ".join(field.name for field in fields(self)),
-                remedy="give a rank, an energy or an error",
+                remedy="set a rank, an energy or an error",
             )
 
     @property
     def is_fixed(self) -> bool:
-        """Whether `rank` alone decides."""
+        """True if only `rank` is set."""
         return all(getattr(self, field.name) is None for field in fields(self) if field.name != "rank")
 
     def least_rank(self, values: Tensor) -> int:
-        """The rank to keep, at least 1.
+        """Returns the rank to keep, at least 1.
 
         Args:
-            values: All singular values, the largest first.
+            values: Singular values, the largest first.
         """
         cap = min(self.rank or len(values), len(values))
         if self.is_fixed:
@@ -80,8 +80,8 @@ class Budget:
         if self.energy is not None:
             needed.append(_least_reaching(sizes.square(), self.energy))
         if self.error is not None:
-            left = sizes.square().flip(0).cumsum(0).flip(0)
-            needed.append(int((left > self.error**2 * left[0] * (1 + 1e-12)).sum()))
+            tails = sizes.square().flip(0).cumsum(0).flip(0)
+            needed.append(int((tails > self.error**2 * tails[0] * (1 + 1e-12)).sum()))
         if self.threshold is not None:
             needed.append(int((sizes >= self.threshold).sum()))
         if self.ratio is not None:

@@ -1,7 +1,7 @@
-"""Methods whose result is a linear combination: they give one coefficient an adapter and never see an element.
+"""Merge methods that return a linear combination: one coefficient per adapter.
 
-Each is a pure function of the weights and of the Gram matrix of the deltas (lengths and angles), so that the result of
-LoRA adapters is exact: their factors side by side, each with its coefficient.
+Each is a pure function of the weights and of the Gram matrix of the deltas (norms and angles). The result for LoRA
+adapters is thus exact: concatenated factors, scaled by the coefficients.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from lora_engine.errors import SettingsError
 
 Gram = Callable[[], Tensor]
-"""Gives the inner products of the deltas, `[n, n]` in float64; asked only by the methods that need it."""
+"""Computes the inner products of the deltas, `[n, n]` in float64; called only by methods that need them."""
 
 
 def linear(weights: Sequence[float], gram: Gram) -> list[float]:
-    """The weights themselves: the weighted sum."""
+    """Returns the weights, for the weighted sum."""
     return list(weights)
 
 
 def interpolate(weights: Sequence[float], gram: Gram) -> list[float]:
-    """The weights divided by their sum.
+    """Returns the weights divided by their sum.
 
     Raises:
-        SettingsError: They add up to 0.
+        SettingsError: The sum is 0.
     """
     total = math.fsum(weights)
     if abs(total) < 1e-12:
@@ -35,10 +35,10 @@ def interpolate(weights: Sequence[float], gram: Gram) -> list[float]:
 
 
 def require_none_negative(weights: Sequence[float]) -> None:
-    """Does nothing where no weight is below 0.
+    """Raises `SettingsError` if a weight is negative.
 
     Raises:
-        SettingsError: One is.
+        SettingsError: A weight is below 0.
     """
     for weight in weights:
         if weight < 0:

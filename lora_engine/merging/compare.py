@@ -1,7 +1,7 @@
-"""How far two adapters lie apart, module by module, in what they do: never in the factors that happen to say it.
+"""Compares the deltas of two adapters, module by module. Different factors of equal deltas count as equal.
 
-Two LoRA are compared in the space that their factors span, so that no dense difference is formed; other kinds, one
-module at a time, by their dense difference.
+Two LoRA are compared in the space that their factors span, without a dense delta. Other kinds are compared by their
+dense deltas, one module at a time.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lora_engine.merging.deltas import ModuleDeltas, needs_base_values
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """Two deltas of one module.
+    """The comparison of two deltas of one module.
 
     Attributes:
-        kinds: Of the first and of the second; None where it has none.
-        ranks: Likewise; None also for kinds without one.
-        relative: Frobenius norm of the difference over that of the first delta, 0 or more; None where it cannot be
-            told (the base is needed and not there, or the first is zero).
-        cosine: Of the two deltas as vectors, -1 to 1; None where one of them is zero or cannot be told.
-        largest: Largest absolute difference of two factors' elements; None where the factors are of other shapes.
-        note: Why something cannot be told.
+        kinds: Kinds of the first and second delta; None means the adapter lacks the module.
+        ranks: Ranks of the first and second delta; None also for kinds without a rank.
+        relative: Frobenius norm of the difference over that of the first delta, 0 or more; None means unknown (the
+            base is needed and missing, or the first delta is zero).
+        cosine: Cosine of the two deltas as vectors, -1 to 1; None means a delta is zero or unknown.
+        largest: Largest absolute difference of two factor elements; None means the factors' shapes differ.
+        note: Why a value is unknown.
     """
 
     kinds: tuple[str | None, str | None]
@@ -46,16 +46,17 @@ class ModuleDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two adapters.
+    """The comparison of two adapters.
 
     Attributes:
-        modules: Per module of either, how the two differ there; the farthest apart first.
-        relative: As of a module, over all modules that could be compared; what only one has counts in full.
-        cosine: Likewise.
-        largest: The largest of the modules'.
-        words: Per learned word, the largest absolute difference of an element; None where only one has it, or it is of
-            another size.
-        untold: How many modules could not be compared.
+        modules: Module name to its comparison, the largest difference first.
+        relative: `ModuleDifference.relative` over all modules that could be compared; a module that only one adapter
+            has counts in full.
+        cosine: `ModuleDifference.cosine` over the same modules.
+        largest: The maximum of the modules' `largest`.
+        words: Learned token to the largest absolute difference of an element; None means that only one adapter has it,
+            or that the sizes differ.
+        untold: Number of modules that could not be compared.
     """
 
     modules: dict[str, ModuleDifference]
@@ -67,32 +68,32 @@ class Comparison:
 
     @property
     def added(self) -> list[str]:
-        """Modules that only the second has."""
+        """Modules that only the second adapter has."""
         return sorted(name for name, module in self.modules.items() if module.kinds[0] is None)
 
     @property
     def removed(self) -> list[str]:
-        """Modules that only the first has."""
+        """Modules that only the first adapter has."""
         return sorted(name for name, module in self.modules.items() if module.kinds[1] is None)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Returns the comparison as JSON values."""
         modules = {name: vars(module) for name, module in self.modules.items()}
-        own = {name: getattr(self, name) for name in ("relative", "cosine", "largest", "words", "untold")}
-        return own | {"added": self.added, "removed": self.removed, "modules": modules}
+        totals = {name: getattr(self, name) for name in ("relative", "cosine", "largest", "words", "untold")}
+        return totals | {"added": self.added, "removed": self.removed, "modules": modules}
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Squared norms of the first, the second and their difference, and the inner product; all in float64."""
+class _Norms:
+    """Squared norms of the first delta, the second and their difference, and their inner product; in float64."""
 
     first: float = 0.0
     second: float = 0.0
     difference: float = 0.0
     product: float = 0.0
 
-    def __add__(self, other: _Sizes) -> _Sizes:
-        return _Sizes(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: _Norms) -> _Norms:
+        return _Norms(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def relative(self) -> float | None:
@@ -116,58 +117,58 @@ def compare_adapters(
     """Compares what two adapters add to each weight and bias of their base.
 
     Args:
-        first: What the other is measured against.
-        second: The other.
-        base: Where a kind says what it adds only together with the base's weight (DoRA, OFT, (IA)3); without it, such
-            modules are told apart by their factors alone.
-        words: The embeddings that came with each.
+        first: The reference.
+        second: The adapter to compare with it.
+        base: Needed by kinds whose delta depends on the base's weight (DoRA, OFT, (IA)3). Without it, only the factors
+            of such modules are compared.
+        words: The embeddings of the first and the second adapter.
     """
     modules: dict[str, ModuleDifference] = {}
-    total, untold = _Sizes(), 0
+    total, unknown = _Norms(), 0
     for name in sorted({*first.modules, *second.modules}):
         pair = first.modules.get(name), second.modules.get(name)
-        sizes, note = _sizes(name, pair, base)
-        untold += sizes is None
-        total += sizes or _Sizes()
+        norms, note = _norms(name, pair, base)
+        unknown += norms is None
+        total += norms or _Norms()
         modules[name] = ModuleDifference(
             (_kind(pair[0]), _kind(pair[1])),
             (_rank(pair[0]), _rank(pair[1])),
-            None if sizes is None else sizes.relative,
-            None if sizes is None else sizes.cosine,
+            None if norms is None else norms.relative,
+            None if norms is None else norms.cosine,
             _largest(*pair),
             note,
         )
     farthest = sorted(modules, key=lambda name: -_distance(modules[name]))
-    all_told = untold < len(modules)
-    known = [module.largest for module in modules.values() if module.largest is not None]
+    any_known = unknown < len(modules)
+    largest = [module.largest for module in modules.values() if module.largest is not None]
     return Comparison(
         {name: modules[name] for name in farthest},
-        total.relative if all_told else None,
-        total.cosine if all_told else None,
-        max(known, default=None),
-        _compare_words(*words),
-        untold,
+        total.relative if any_known else None,
+        total.cosine if any_known else None,
+        max(largest, default=None),
+        _compare_tokens(*words),
+        unknown,
     )
 
 
-def _sizes(name: str, pair: tuple[Delta | None, Delta | None], base: Base | None) -> tuple[_Sizes | None, str]:
+def _norms(name: str, pair: tuple[Delta | None, Delta | None], base: Base | None) -> tuple[_Norms | None, str]:
     first, second = pair
     if first and second and same_delta(first, second):
-        second = first  # and no rounding shall tell otherwise
+        second = first  # the difference is exactly 0, without rounding
     if isinstance(first, LoraDelta | None) and isinstance(second, LoraDelta | None):
-        if first and second and not _same_sides(first, second):
+        if first and second and not _same_matrix_shape(first, second):
             return None, f"for weights {list(shape_of(first))} and {list(shape_of(second))}"
-        return _sizes_of_factors(first, second), ""
-    there = [delta for delta in pair if delta is not None]
-    if base is None and any(needs_base_values(delta) for delta in there):
+        return _norms_of_factors(first, second), ""
+    deltas = [delta for delta in pair if delta is not None]
+    if base is None and any(needs_base_values(delta) for delta in deltas):
         if first is second:
-            return _Sizes(), ""
-        return None, "what it adds follows from the base's weight alone"
+            return _Norms(), ""
+        return None, "the delta depends on the base's weight, and no base is set"
     try:
-        site = ModuleDeltas.of(name, there, base)
+        module = ModuleDeltas.of(name, deltas, base)
     except AdapterError as error:
         return None, error.problem
-    return _sizes_of_dense(*(None if delta is None else site.dense(delta) for delta in (first, second))), ""
+    return _norms_of_dense(*(None if delta is None else module.dense(delta) for delta in (first, second))), ""
 
 
 def _kind(delta: Delta | None) -> str | None:
@@ -178,49 +179,47 @@ def _rank(delta: Delta | None) -> int | None:
     return None if delta is None else delta.rank
 
 
-def _same_sides(first: LoraDelta, second: LoraDelta) -> bool:
+def _same_matrix_shape(first: LoraDelta, second: LoraDelta) -> bool:
     shapes = [(shape[0], math.prod(shape[1:])) for shape in (shape_of(first), shape_of(second))]
     return shapes[0] == shapes[1]
 
 
-def _sizes_of_factors(first: LoraDelta | None, second: LoraDelta | None) -> _Sizes:
-    # Orthonormal bases of all columns and of all rows leave cores of the ranks' sum, with the deltas' own norms and
-    # angles. The difference is taken there, before it is squared: it stays exact where the two are nearly the same.
+def _norms_of_factors(first: LoraDelta | None, second: LoraDelta | None) -> _Norms:
+    # QR of all columns and all rows leaves small cores with the norms and angles of the deltas. The difference of the
+    # cores is computed before it is squared, which is exact for nearly equal deltas.
     deltas = [delta for delta in (first, None if second is first else second) if delta is not None]
     factors = [tuple(factor.double() for factor in plain_factors(delta)) for delta in deltas]
     columns = torch.linalg.qr(torch.cat([up for _, up in factors], dim=1)).R
     rows = torch.linalg.qr(torch.cat([down for down, _ in factors]).T).R
     cores: list[Tensor] = []
-    begin = 0
+    start = 0
     for delta, (down, _) in zip(deltas, factors, strict=True):
-        end = begin + len(down)
-        cores.append(columns[:, begin:end] @ rows[:, begin:end].T * delta.scale)
-        begin = end
+        end = start + len(down)
+        cores.append(columns[:, start:end] @ rows[:, start:end].T * delta.scale)
+        start = end
     parts = {id(delta): (core, delta.bias) for delta, core in zip(deltas, cores, strict=True)}
-    return _sizes_of_dense(*(None if delta is None else parts[id(delta)] for delta in (first, second)))
+    return _norms_of_dense(*(None if delta is None else parts[id(delta)] for delta in (first, second)))
 
 
-def _sizes_of_dense(first: tuple[Tensor, Tensor | None] | None, second: tuple[Tensor, Tensor | None] | None) -> _Sizes:
-    total = _Sizes()
-    for one, other in zip(first or (None, None), second or (None, None), strict=True):
-        there = one if one is not None else other
-        if there is None:
+def _norms_of_dense(first: tuple[Tensor, Tensor | None] | None, second: tuple[Tensor, Tensor | None] | None) -> _Norms:
+    total = _Norms()
+    for pair in zip(first or (None, None), second or (None, None), strict=True):
+        present = pair[0] if pair[0] is not None else pair[1]
+        if present is None:
             continue
-        a, b = (
-            (torch.zeros_like(there) if part is None else part).detach().double().flatten() for part in (one, other)
-        )
+        a, b = ((torch.zeros_like(present) if part is None else part).detach().double().flatten() for part in pair)
         gap = a - b
-        total += _Sizes(float(a @ a), float(b @ b), float(gap @ gap), float(a @ b))
+        total += _Norms(float(a @ a), float(b @ b), float(gap @ gap), float(a @ b))
     return total
 
 
 def _largest(first: Delta | None, second: Delta | None) -> float | None:
     if first is None or second is None or first.kind != second.kind:
         return None
-    mine, theirs = first.factors(), second.factors()
-    if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
+    firsts, seconds = first.factors(), second.factors()
+    if firsts.keys() != seconds.keys() or any(firsts[name].shape != seconds[name].shape for name in firsts):
         return None
-    return max((_gap(mine[name], theirs[name]) for name in mine), default=0.0)
+    return max((_gap(firsts[name], seconds[name]) for name in firsts), default=0.0)
 
 
 def _gap(first: Tensor, second: Tensor) -> float:
@@ -233,11 +232,11 @@ def _distance(module: ModuleDifference) -> float:
     return math.inf if module.relative is None else module.relative
 
 
-def _compare_words(first: Sequence[Embedding], second: Sequence[Embedding]) -> dict[str, float | None]:
-    mine, theirs = ({word.token: word.vectors for word in words} for words in (first, second))
-    found: dict[str, float | None] = {}
-    for token in sorted({*mine, *theirs}):
-        one, other = mine.get(token, {}), theirs.get(token, {})
-        same = one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
-        found[token] = max((_gap(one[name], other[name]) for name in one), default=0.0) if same and one else None
-    return found
+def _compare_tokens(first: Sequence[Embedding], second: Sequence[Embedding]) -> dict[str, float | None]:
+    firsts, seconds = ({item.token: item.vectors for item in embeddings} for embeddings in (first, second))
+    gaps: dict[str, float | None] = {}
+    for token in sorted({*firsts, *seconds}):
+        a, b = firsts.get(token, {}), seconds.get(token, {})
+        same = a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+        gaps[token] = max((_gap(a[name], b[name]) for name in a), default=0.0) if same and a else None
+    return gaps

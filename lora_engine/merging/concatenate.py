@@ -1,4 +1,4 @@
-"""The exact linear combination of adapters, by putting their ranks side by side."""
+"""Combines LoRA adapters exactly, by concatenating their ranks."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from lora_engine.merging.spec import Weight
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The adapter whose delta is the weighted sum of the deltas, exactly: no averaging of factors, no compression.
+    """Returns the adapter whose delta is exactly the weighted sum of the deltas.
 
-    In each module the ranks add up and alpha is the rank of the result, so its scale is 1. A weight and a scale go into
-    `down` and `up` by equal parts (square roots), which keeps both in range. Modules may differ between the adapters.
-    Where one adapter alone has a module, with weight 1, the module stays as it is.
+    In each module the ranks add up, and alpha is the rank of the result, for scale 1. `down` and `up` are both
+    multiplied by the square root of weight times scale, which keeps both in range. Modules may differ between the
+    adapters. A module of one adapter only, with weight 1, does not change.
 
     Args:
         adapters: At least one.
-        weights: One for each; any finite number.
+        weights: One finite number per adapter.
 
     Returns:
-        Factors in the widest of the dtypes; at least float32 where several are combined.
+        Factors in the widest of the dtypes; at least float32 if several are combined.
 
     Raises:
-        SettingsError: No adapter, another number of weights, or a weight that is not finite.
-        AdapterError: Another family, base, shape, or a kind that has no factors to put side by side.
+        SettingsError: No adapter, a wrong number of weights, or a weight that is not finite.
+        AdapterError: Families, bases or shapes differ, or a kind has no factors to concatenate.
     """
     check_bases(adapters, weights)
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = {}
     for name in names:
-        terms = [(a.modules[name], float(w)) for a, w in zip(adapters, weights, strict=True) if name in a.modules]
-        modules[name] = combine_exactly(name, terms)
+        deltas = [(a.modules[name], float(w)) for a, w in zip(adapters, weights, strict=True) if name in a.modules]
+        modules[name] = combine_exactly(name, deltas)
     bases = {adapter.base for adapter in adapters if adapter.base}
     fingerprints = {adapter.fingerprint for adapter in adapters if adapter.fingerprint}
     return Adapter(modules, next(iter(bases), ""), next(iter(fingerprints), None))
 
 
-def combine_exactly(name: str, terms: Sequence[tuple[Delta, float]]) -> Delta:
-    """One module's weighted sum: a single delta with weight 1 as it is, else LoRA factors side by side.
+def combine_exactly(name: str, weighted_deltas: Sequence[tuple[Delta, float]]) -> Delta:
+    """Returns the weighted sum in one module: concatenated LoRA factors, or a single delta of weight 1 unchanged.
 
-    The order of the terms does not matter, bit for bit; biases are summed.
+    The order of the deltas does not change the result, bit for bit. Biases are summed.
 
     Raises:
-        AdapterError: A kind without ranks, or shapes that differ.
+        AdapterError: A kind has no rank, or shapes differ.
     """
-    if len(terms) == 1 and terms[0][1] == 1.0:
-        return terms[0][0]
-    plain = refuse_others(name, [delta for delta, _ in terms])
-    shape = common_shape(name, plain)
-    weights = [weight for _, weight in terms]
+    if len(weighted_deltas) == 1 and weighted_deltas[0][1] == 1.0:
+        return weighted_deltas[0][0]
+    loras = require_lora(name, [delta for delta, _ in weighted_deltas])
+    shape = common_shape(name, loras)
+    weights = [weight for _, weight in weighted_deltas]
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     biases: list[Tensor] = []
-    # In an order of their own, so that the order of the adapters does not change a byte.
-    for delta, weight in sorted(zip(plain, weights, strict=True), key=_order):
+    # Sorted by content: the order of the adapters must not change a byte.
+    for delta, weight in sorted(zip(loras, weights, strict=True), key=_order):
         size = weight * delta.scale
         root = math.sqrt(abs(size))
         down, up = plain_factors(delta)
@@ -79,17 +79,17 @@ def combine_exactly(name: str, terms: Sequence[tuple[Delta, float]]) -> Delta:
 
 
 def check_bases(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
-    """Does nothing where adapters and weights can be merged at all.
+    """Raises if adapters and weights cannot be merged.
 
     Raises:
-        SettingsError: No adapter, another number of weights, or a weight that is not finite.
+        SettingsError: No adapter, a wrong number of weights, or a weight that is not finite.
         AdapterError: The adapters are for different families or bases.
     """
     if not adapters or len(adapters) != len(weights):
         raise SettingsError(
             f"{len(weights)} weights for {len(adapters)} adapters",
             allowed="one weight for each adapter, and at least one adapter",
-            remedy="give every adapter its weight",
+            remedy="pass one weight per adapter",
         )
     for weight in weights:
         for number in weight.values() if isinstance(weight, Mapping) else (weight,):
@@ -103,26 +103,26 @@ def check_bases(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
             raise AdapterError(
                 f"the adapters are for different {noun}: {', '.join(sorted(values))}",
                 allowed="adapters for one base",
-                remedy="merge adapters that were made for one base",
+                remedy="merge adapters that were trained for one base",
             )
 
 
-def refuse_others(name: str, deltas: Sequence[Delta]) -> list[LoraDelta]:
-    """The deltas, which are all LoRA.
+def require_lora(name: str, deltas: Sequence[Delta]) -> list[LoraDelta]:
+    """Returns the deltas, all of kind LoRA.
 
     Raises:
-        AdapterError: One is not.
+        AdapterError: A delta is of another kind.
     """
     for delta in deltas:
         if not isinstance(delta, LoraDelta):
             raise AdapterError(
-                f"an adapter of kind {delta.kind!r} has no ranks to put side by side",
+                f"an adapter of kind {delta.kind!r} has no ranks to concatenate",
                 where=name,
                 allowed="lora",
-                remedy="choose method linear, which is as exact, or another that works on dense deltas",
+                remedy="choose method linear, which is also exact, or another method for dense deltas",
             )
     return [delta for delta in deltas if isinstance(delta, LoraDelta)]
 
 
-def _order(term: tuple[LoraDelta, float]) -> tuple[str, float]:
-    return content_digest(term[0]), term[1]
+def _order(weighted_delta: tuple[LoraDelta, float]) -> tuple[str, float]:
+    return content_digest(weighted_delta[0]), weighted_delta[1]

@@ -1,4 +1,4 @@
-"""DARE: drop by chance and rescale, alone or before TIES' election (Yu et al. 2024, arXiv 2311.03099, section 3)."""
+"""DARE: random drop and rescale, alone or before TIES' sign election (Yu et al. 2024, arXiv 2311.03099, section 3)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_engine.merging.prune import keep_by_chance
+from lora_engine.merging.prune import keep_randomly
 from lora_engine.merging.ties import agreed_mean
 
 
 def dare(
     deltas: Sequence[Tensor], weights: Sequence[float], *, density: float, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """The weighted sum of the deltas, each thinned out by chance.
+    """Returns the weighted sum of the deltas after a random drop in each.
 
     Args:
-        deltas: Dense, of one shape.
-        weights: One a delta.
-        density: The chance of an element to stay.
-        generators: One a delta.
+        deltas: Dense deltas of one shape.
+        weights: One per delta.
+        density: Probability that an element is kept.
+        generators: One per delta.
     """
-    return torch.stack(_thinned(deltas, weights, density, generators)).sum(0)
+    return torch.stack(_sparse(deltas, weights, density, generators)).sum(0)
 
 
 def dare_ties(
@@ -33,14 +33,14 @@ def dare_ties(
     scale: float,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """The same with TIES' election of signs and mean in the place of the sum; `scale` multiplies the result."""
-    return scale * agreed_mean(_thinned(deltas, weights, density, generators))
+    """Merges as `dare`, with TIES' sign election and mean instead of the sum, times `scale`."""
+    return scale * agreed_mean(_sparse(deltas, weights, density, generators))
 
 
-def _thinned(
+def _sparse(
     deltas: Sequence[Tensor], weights: Sequence[float], density: float, generators: Sequence[torch.Generator]
 ) -> list[Tensor]:
     return [
-        weight * keep_by_chance(delta, density, generator)
+        weight * keep_randomly(delta, density, generator)
         for delta, weight, generator in zip(deltas, weights, generators, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""DELLA: drop by chances that follow the magnitude, elect signs, mean (Deep et al. 2024, arXiv 2406.11617)."""
+"""DELLA: random drop by magnitude, sign election, mean (Deep et al. 2024, arXiv 2406.11617)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_engine.merging.prune import keep_by_chance
+from lora_engine.merging.prune import keep_randomly
 from lora_engine.merging.ties import agreed_mean
 
 
@@ -20,28 +20,28 @@ def della(
     scale: float,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Thins out each delta by `keeping_chances`, rescales by them, and takes the mean of those that agree.
+    """Drops random elements of each delta by `keep_probabilities`, rescales, and returns the `agreed_mean`.
 
     Args:
-        deltas: Dense, of one shape.
-        weights: One a delta.
-        density: The mean chance of an element to stay.
-        window: The difference of chances between the largest and the smallest element of a row.
-        scale: Of the result.
-        generators: One a delta.
+        deltas: Dense deltas of one shape.
+        weights: One per delta.
+        density: Mean probability that an element is kept.
+        window: Difference of the probabilities of the largest and the smallest element of a row.
+        scale: Factor of the result.
+        generators: One per delta.
     """
-    thinned = [
-        weight * keep_by_chance(delta, keeping_chances(delta, density, window), generator)
+    sparse = [
+        weight * keep_randomly(delta, keep_probabilities(delta, density, window), generator)
         for delta, weight, generator in zip(deltas, weights, generators, strict=True)
     ]
-    return scale * agreed_mean(thinned)
+    return scale * agreed_mean(sparse)
 
 
-def keeping_chances(delta: Tensor, density: float, window: float) -> Tensor:
-    """The chance of each element to stay: rising evenly with its place by magnitude among its row (MagPrune)."""
+def keep_probabilities(delta: Tensor, density: float, window: float) -> Tensor:
+    """Returns the keep probability of each element, linear in its magnitude rank within the row (MagPrune)."""
     rows = delta.abs().flatten(1) if delta.dim() > 1 else delta.abs()[None]
     length = rows.shape[1]
     order = rows.argsort(dim=1, stable=True)
-    places = torch.empty_like(order).scatter_(1, order, torch.arange(length, device=delta.device).expand_as(order))
-    even = places.to(delta.dtype) / max(length - 1, 1) if length > 1 else torch.full_like(rows, 0.5)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(length, device=delta.device).expand_as(order))
+    even = ranks.to(delta.dtype) / max(length - 1, 1) if length > 1 else torch.full_like(rows, 0.5)
     return (density + window * (even - 0.5)).reshape(delta.shape)

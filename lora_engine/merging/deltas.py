@@ -1,6 +1,6 @@
-"""One module of a merge: the deltas that meet there, their shape, and their dense form.
+"""One module of a merge: checks the deltas of several adapters against it, and computes their dense form.
 
-What a method makes of them is the method's affair; how the whole adapter is merged, `merge`'s.
+`methods` combine the deltas of a module; `merge` merges whole adapters.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from lora_engine.errors import AdapterError, EngineError
 from lora_engine.files import sha256_bytes
 from lora_engine.merging.compress import plain_factors, shape_of
 
-_MEAN_THEMSELVES = frozenset({"lora", "loha", "lokr", "full"})
-"""Kinds whose delta does not depend on the values of the base's weight; a law test holds the list to the kinds."""
+_INDEPENDENT_OF_BASE = frozenset({"lora", "loha", "lokr", "full"})
+"""Kinds whose delta does not depend on the values of the base's weight; a law test checks the list."""
 
 
 def needs_base_values(delta: Delta) -> bool:
-    """Whether a delta says what it adds only together with the base's weight (DoRA, OFT, (IA)3)."""
-    return delta.kind not in _MEAN_THEMSELVES
+    """Returns True if a delta depends on the values of the base's weight (DoRA, OFT, (IA)3)."""
+    return delta.kind not in _INDEPENDENT_OF_BASE
 
 
 def content_digest(delta: Delta) -> str:
-    """SHA-256 over the kind, alpha and factors: what orders the deltas of a merge, whatever order they came in."""
+    """Returns the SHA-256 of kind, alpha and factors; it defines the order of the deltas in a merge."""
     parts = [f"{delta.kind}:{delta.alpha!r}".encode()]
     for name, factor in sorted(delta.factors().items()):
         raw = factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -43,13 +43,13 @@ def content_digest(delta: Delta) -> str:
 
 @dataclass(frozen=True)
 class ModuleDeltas:
-    """Where deltas meet.
+    """One module, in which deltas of several adapters are merged.
 
     Attributes:
         name: Canonical name of the module.
-        shape: Of its weight.
-        weight: The base's, where it is given.
-        bias: The base's, where it is given and there is one.
+        shape: Shape of its weight.
+        weight: Weight of the base; None means unknown.
+        bias: Bias of the base; None means unknown or no bias.
     """
 
     name: str
@@ -68,39 +68,39 @@ class ModuleDeltas:
         bias: Tensor | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> ModuleDeltas:
-        """The site of some deltas, with the base's weight from a base model or as it is given.
+        """Checks the deltas of one module; takes weight and bias from `base` or from the arguments.
 
         Raises:
-            AdapterError: The deltas do not fit the base or each other, the shape cannot be told, or a delta needs the
-                base and none is given.
+            AdapterError: The deltas do not fit the base or each other, the shape is unknown, or a delta needs the base
+                and there is none.
         """
         if base is not None:
             layer = innermost(as_tree(base).get_module(name))
             weight, bias = layer.weight.detach(), bias_of(layer)  # type: ignore[operator]
-        needy = [delta for delta in deltas if needs_base_values(delta)]
-        if needy and weight is None:
+        dependent = [delta for delta in deltas if needs_base_values(delta)]
+        if dependent and weight is None:
             raise AdapterError(
-                f"an adapter of kind {needy[0].kind!r} says what it adds only together with the base's weight",
+                f"the delta of an adapter of kind {dependent[0].kind!r} depends on the base's weight",
                 where=name,
-                allowed=", ".join(sorted(_MEAN_THEMSELVES)),
-                remedy="give the base that it was made for",
+                allowed=", ".join(sorted(_INDEPENDENT_OF_BASE)),
+                remedy="pass the base that the adapter was trained for",
             )
-        known = tuple(weight.shape) if weight is not None else shape
-        found = known if known is not None else common_shape(name, deltas)
+        shape = tuple(weight.shape) if weight is not None else shape
+        shape = shape if shape is not None else common_shape(name, deltas)
         for delta in deltas:
-            for fault in delta.faults(found):
-                where = f"{name}, factor {fault.factor!r}" if name else f"factor {fault.factor!r}"
-                raise AdapterError(fault.problem, where=where, allowed=fault.allowed, remedy=fault.remedy)
-        return cls(name, found, weight, None if bias is None else bias.detach())
+            for issue in delta.issues(shape):
+                where = f"{name}, factor {issue.factor!r}" if name else f"factor {issue.factor!r}"
+                raise AdapterError(issue.problem, where=where, allowed=issue.allowed, remedy=issue.remedy)
+        return cls(name, shape, weight, None if bias is None else bias.detach())
 
     def dense(self, delta: Delta) -> tuple[Tensor, Tensor | None]:
-        """What a delta adds to the weight and to the bias, at least float32."""
+        """Returns what a delta adds to the weight and to the bias, in float32 or wider."""
         weight = torch.zeros(()).expand(self.shape) if self.weight is None else self.weight
         with torch.no_grad():
             return delta.delta_weight(weight), delta.delta_bias(self.bias)
 
     def gram(self, deltas: Sequence[Delta]) -> Tensor:
-        """Inner products of the deltas with their biases, `[n, n]` in float64; of LoRA without forming a delta."""
+        """Returns inner products of the deltas with biases, `[n, n]` in float64; for LoRA without dense deltas."""
         if all(isinstance(delta, LoraDelta) for delta in deltas):
             return _gram_of_factors([delta for delta in deltas if isinstance(delta, LoraDelta)])
         dense = [self.dense(delta) for delta in deltas]
@@ -121,7 +121,7 @@ def _gram_of_factors(deltas: Sequence[LoraDelta]) -> Tensor:
 
 @contextmanager
 def located(name: str) -> Iterator[None]:
-    """Adds the module's name to the errors of what works on its tensors alone."""
+    """Adds the module's name to engine errors without a location."""
     try:
         yield
     except EngineError as error:
@@ -131,7 +131,7 @@ def located(name: str) -> Iterator[None]:
 
 
 def full_delta(weight: Tensor, bias: Tensor | None) -> FullDelta:
-    """The dense difference as a delta; a weight's difference of zero beside one of the bias is left out."""
+    """Returns a dense difference as a `FullDelta`; omits a weight difference of zero if there is one of the bias."""
     diff = None if bias is not None and not bool(weight.any()) else weight.float().contiguous()
     return FullDelta(diff, None if bias is None else bias.float().contiguous())
 
@@ -146,32 +146,32 @@ def _products(vectors: Sequence[Tensor | None]) -> Tensor:
 
 
 def common_shape(name: str, deltas: Sequence[Delta]) -> tuple[int, ...]:
-    """The shape of the weight that all deltas are for, as far as their factors tell.
+    """Returns the weight shape that follows from the factors of all deltas.
 
     Raises:
-        AdapterError: It cannot be told, or they disagree.
+        AdapterError: No factor determines the shape, or the deltas disagree.
     """
-    told = [shape for shape in map(_own_shape, deltas) if shape is not None]
-    if not told:
+    shapes = [shape for shape in map(_weight_shape, deltas) if shape is not None]
+    if not shapes:
         raise AdapterError(
-            f"the shape of the weight does not follow from an adapter of kind {deltas[0].kind!r}",
+            f"an adapter of kind {deltas[0].kind!r} does not determine the shape of the weight",
             where=name,
-            remedy="give the base that it was made for",
+            remedy="pass the base that the adapter was trained for",
         )
-    # Factors may leave a kernel out, in the shape of a linear layer of the same size.
-    kernels = {shape for shape in told if math.prod(shape[2:]) > 1}
-    if len(kernels) > 1 or len({(shape[0], math.prod(shape[1:])) for shape in told}) > 1:
-        shown = ", ".join(str(list(shape)) for shape in sorted(set(told)))
+    # Factors may omit a 1 x 1 kernel, or flatten a kernel into the columns.
+    kernels = {shape for shape in shapes if math.prod(shape[2:]) > 1}
+    if len(kernels) > 1 or len({(shape[0], math.prod(shape[1:])) for shape in shapes}) > 1:
+        shown = ", ".join(str(list(shape)) for shape in sorted(set(shapes)))
         raise AdapterError(
             f"the adapters' factors have different shapes, for weights {shown}",
             where=name,
             allowed="adapters for the same base",
-            remedy="merge adapters that were made for one base",
+            remedy="merge adapters that were trained for one base",
         )
-    return kernels.pop() if kernels else max(told, key=len)
+    return kernels.pop() if kernels else max(shapes, key=len)
 
 
-def _own_shape(delta: Delta) -> tuple[int, ...] | None:
+def _weight_shape(delta: Delta) -> tuple[int, ...] | None:
     if isinstance(delta, LoraDelta):
         return shape_of(delta)
     if isinstance(delta, LohaDelta | LokrDelta):

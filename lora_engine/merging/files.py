@@ -1,4 +1,4 @@
-"""Merging adapter files: reads them, merges what they mean, writes the result with a card that names its parents."""
+"""Merges adapter files: reads them, merges the adapters, and writes the result with a card that names its parents."""
 
 from __future__ import annotations
 
@@ -38,31 +38,32 @@ def merge_files(
 
     Args:
         files: At least one adapter file, each readable without its base.
-        weights: One weight a file: a number, or numbers by pattern over module names.
+        weights: One weight per file: a number, or numbers by pattern over module names.
         output: The file to write, in the native format.
         method: Name of a merge method.
-        options: What is set about the method, if anything; see `merging.spec`.
-        seed: Of the methods that draw.
-        base: A name for `resolve_base`; loaded only where an adapter or the method needs it.
-        dataset: A captioned dataset, which `learned` needs.
-        work: Where `learned` keeps its caches; None keeps none.
+        options: Options of the method; None means the defaults. See `merging.spec`.
+        seed: Random seed of the methods that draw.
+        base: A name for `resolve_base`; loaded only if an adapter or the method needs it.
+        dataset: A captioned dataset, required by `learned`.
+        work: Cache folder of `learned`; None means a temporary one.
 
     Returns:
-        What each module of the result keeps.
+        Kind, rank and retained energy of each module of the result.
 
     Raises:
-        AdapterError: A file is not whole, or the adapters are not for the same base, or not for the one given.
-        SettingsError: No such method or option, not one weight a file, or a base or dataset is needed and not given.
+        AdapterError: A file is incomplete, or the adapters are for different bases, or not for `base`.
+        SettingsError: The method or an option is unknown, the number of weights is wrong, or the base or dataset is
+            missing.
     """
-    chosen = options if isinstance(options, MergeOptions) else parse_options(method, options)
+    parsed = options if isinstance(options, MergeOptions) else parse_options(method, options)
     adapters, cards = zip(*(read_adapter(file) for file in files), strict=True)
     check_bases(adapters, weights)
-    model = _base_if_needed(adapters, chosen, base)
-    used: Sequence[Weight] = weights
-    if isinstance(chosen, Learned):
-        used = _learn(adapters, weights, chosen, model, dataset, work, seed)
-    merged, report = merge_adapters(adapters, used, chosen, seed=seed, base=model)
-    card = merged_card(cards, files, weights, method, _recipe(chosen, seed, used, report))
+    model = _base_if_needed(adapters, parsed, base)
+    final_weights: Sequence[Weight] = weights
+    if isinstance(parsed, Learned):
+        final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed)
+    merged, report = merge_adapters(adapters, final_weights, parsed, seed=seed, base=model)
+    card = merged_card(cards, files, weights, method, _recipe(parsed, seed, final_weights, report))
     write_adapter(output, merged, card=card)
     return report
 
@@ -74,14 +75,14 @@ def merged_card(
     method: str,
     recipe: Mapping[str, Any] | None = None,
 ) -> Card:
-    """What is said of a merged adapter: who its parents are, and all that holds for every one of them.
+    """Returns the card of a merged adapter: its parents, and the facts that all parents share.
 
     Args:
-        cards: The parents'.
-        files: The parents.
-        weights: One a parent.
-        method: Of the merge.
-        recipe: What else belongs to the recipe.
+        cards: Cards of the parents.
+        files: Files of the parents.
+        weights: One weight per parent.
+        method: Name of the merge method.
+        recipe: Further entries of the recipe.
     """
     titles = [card.title or file.stem for card, file in zip(cards, files, strict=True)]
     triggers = dict.fromkeys(card.trigger for card in cards if card.trigger)
@@ -105,27 +106,27 @@ def merged_card(
 
 
 def _shared(values: Iterable[str | None]) -> str | None:
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _shown(weight: Weight, title: str) -> str:
     return f"{title} by blocks" if isinstance(weight, Mapping) else f"{weight:g} {title}"
 
 
-def _recipe(options: MergeOptions, seed: int, used: Sequence[Weight], report: Report) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], report: Report) -> dict[str, Any]:
+    recipe: dict[str, Any] = {}
     settings = options.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)
     if settings:
-        found["options"] = settings
+        recipe["options"] = settings
     method = METHODS[options.name]
     if isinstance(method, Elementwise) and method.draws:
-        found["seed"] = seed
+        recipe["seed"] = seed
     if isinstance(options, Learned):
-        found |= {"learned_weights": list(used), "seed": seed}
+        recipe |= {"learned_weights": list(weights), "seed": seed}
     if report.retained < 1.0:
-        found["retained_energy"] = round(report.retained, 6)
-    return found
+        recipe["retained_energy"] = round(report.retained, 6)
+    return recipe
 
 
 def _base_if_needed(adapters: Sequence[Adapter], options: MergeOptions, base: str | None) -> BaseModel | None:
@@ -134,21 +135,21 @@ def _base_if_needed(adapters: Sequence[Adapter], options: MergeOptions, base: st
         return None
     if base is None:
         if learns:
-            raise SettingsError("method 'learned' needs the base", remedy="give the base that the adapters are for")
-        return None  # the merge says which module needs it
+            raise SettingsError("method 'learned' needs the base", remedy="pass the base that the adapters are for")
+        return None  # the merge raises an error that names the module
     source = resolve_base(base)
     for adapter in adapters:
-        for noun, theirs, ours in (
+        for noun, expected, actual in (
             ("family", adapter.base, source.family),
             ("base model", adapter.fingerprint, source.fingerprint()),
         ):
-            if theirs and theirs != ours:
+            if expected and expected != actual:
                 raise AdapterError(
-                    f"an adapter is for {noun} {theirs!r}, and the base given is {ours!r}",
-                    allowed="the base that the adapters were made for",
+                    f"an adapter is for {noun} {expected!r}, and the base is {actual!r}",
+                    allowed="the base that the adapters were trained for",
                     remedy="name that base",
                 )
-    # Weights alone are read of it unless it has to compute.
+    # Without `learned`, only the weights are read, which needs no accelerator.
     return load_base(source) if learns else load_base(source, device="cpu")
 
 
@@ -163,11 +164,11 @@ def _learn(
 ) -> list[Weight]:
     if base is None or dataset is None:
         raise SettingsError(
-            "method 'learned' needs pictures with captions", remedy="give the dataset that the weights are learned on"
+            "method 'learned' needs images with captions", remedy="pass the dataset to learn the weights on"
         )
-    with tempfile.TemporaryDirectory() as spare:
+    with tempfile.TemporaryDirectory() as temporary:
         trains_text = any(name.startswith("text_encoder") for adapter in adapters for name in adapter.modules)
         losses = denoising_losses(
-            base, dataset, work or Path(spare), seed=seed, timesteps=options.timesteps, trains_text=trains_text
+            base, dataset, work or Path(temporary), seed=seed, timesteps=options.timesteps, trains_text=trains_text
         )
         return list(learn_weights(adapters, weights, base, losses, options))

@@ -1,4 +1,4 @@
-"""The geometric median of deltas: the point with the smallest sum of distances, which outliers hardly move."""
+"""Geometric median of deltas: the point with the smallest sum of distances, robust to outliers."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from lora_engine.merging.combinations import Gram, interpolate, require_none_neg
 
 
 def geometric_median(weights: Sequence[float], gram: Gram, *, tolerance: float, iterations: int) -> list[float]:
-    """Coefficients of the point with the smallest weighted sum of distances to the deltas (Weiszfeld 1937).
+    """Returns coefficients of the point with the smallest weighted sum of distances to the deltas (Weiszfeld 1937).
 
     Args:
-        weights: Of the distances; none below 0, and one above.
-        gram: The distances follow from it, so that no iteration touches a delta.
-        tolerance: Ends the iteration when the sum falls by less than this share.
-        iterations: At most so many.
+        weights: Weights of the distances; none negative, and at least one positive.
+        gram: Inner products, from which the distances follow.
+        tolerance: Stop when the sum falls by less than this share.
+        iterations: Maximum number of iterations.
 
     Raises:
-        SettingsError: A weight below 0, or none above.
+        SettingsError: A weight is negative, or all are 0.
     """
     require_none_negative(weights)
     masses = torch.tensor(weights, dtype=torch.float64)
-    place = torch.tensor(interpolate(weights, gram), dtype=torch.float64)
+    shares = torch.tensor(interpolate(weights, gram), dtype=torch.float64)
     inner = gram()
-    # No nearer to a delta than rounding can tell.
+    # The smallest distance that rounding can resolve.
     nearest = 1e-9 * float(inner.diagonal().max().clamp(min=0).sqrt())
     objective = math.inf
     for _ in range(iterations):
-        apart = place[None, :] - torch.eye(len(weights), dtype=torch.float64)
-        distances = ((apart @ inner) * apart).sum(1).clamp(min=0).sqrt()
-        found = float((masses * distances).sum())
-        if nearest == 0.0 or objective - found <= tolerance * found:
+        offsets = shares[None, :] - torch.eye(len(weights), dtype=torch.float64)
+        distances = ((offsets @ inner) * offsets).sum(1).clamp(min=0).sqrt()
+        total = float((masses * distances).sum())
+        if nearest == 0.0 or objective - total <= tolerance * total:
             break
-        objective = found
+        objective = total
         pulls = masses / distances.clamp(min=nearest)
-        place = pulls / pulls.sum()
-    return [float(share) for share in place]
+        shares = pulls / pulls.sum()
+    return [float(share) for share in shares]

@@ -1,6 +1,6 @@
-"""Learning the weights of a merge: a few scalars, by gradient through the base's denoising loss.
+"""Learns the weights of a merge by gradient descent on the base's denoising loss.
 
-The factors stay as they are; the merge itself is the exact weighted sum that the scalars say.
+The factors do not change. The merge is the exact sum with the learned weights.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ def learn_weights(
     *,
     progress: Progress = no_progress,
 ) -> list[Weight]:
-    """The weights whose merge makes the mean of the losses smallest, by Adam from a start.
+    """Returns the weights that minimize the mean of the losses, found by Adam.
 
-    On a CPU the result depends on the arguments alone.
+    On a CPU the result depends only on the arguments.
 
     Args:
-        adapters: For the base; not changed, and not attached to it.
-        start: One weight an adapter, as for a merge.
-        base: What the losses compute with; its weights are not changed.
-        losses: Each computes one part through the base and keeps the graph; one graph is held at a time.
+        adapters: Adapters for the base, which are neither changed nor attached.
+        start: Initial weights, one per adapter, as for a merge.
+        base: The model that the losses use; its weights do not change.
+        losses: Each computes one part of the loss and keeps the graph; one graph is in memory at a time.
         options: See `Learned`.
-        progress: Told after each step, with the mean loss before it.
+        progress: Called after each step with the mean loss before it.
 
     Returns:
-        One weight an adapter: a number where one number was given and one is learned, else numbers by pattern.
+        One weight per adapter: a number if the start is a number and `per` is `adapter`, else numbers by pattern.
 
     Raises:
         AdapterError: An adapter does not fit the base.
@@ -76,32 +76,35 @@ def learn_weights(
     device = next(innermost(tree.get_module(next(iter(adapters[0].modules)))).parameters()).device
     offsets = [torch.zeros(len(names), device=device, requires_grad=True) for names in groups]
     tables = [weights_by_module(weight, adapter.modules) for weight, adapter in zip(start, adapters, strict=True)]
-    sites = _sites(adapters, tables, groups, offsets, options.per)
-    with gradients_off(roots), deterministic(wanted=device.type == "cpu"), _weighed(tree, sites):
+    weighted_deltas = _weighted_deltas(adapters, tables, groups, offsets, options.per)
+    with gradients_off(roots), deterministic(enabled=device.type == "cpu"), _deltas_added(tree, weighted_deltas):
         _descend(offsets, losses, options, progress)
-    moved = [dict(zip(names, offset.tolist(), strict=True)) for names, offset in zip(groups, offsets, strict=True)]
-    return [_result(weight, table, move, options.per) for weight, table, move in zip(start, tables, moved, strict=True)]
+    learned = [dict(zip(names, offset.tolist(), strict=True)) for names, offset in zip(groups, offsets, strict=True)]
+    return [
+        _result(weight, table, changes, options.per)
+        for weight, table, changes in zip(start, tables, learned, strict=True)
+    ]
 
 
 def denoising_losses(
     base: BaseModel, dataset: Path, work: Path, *, seed: int, timesteps: int, trains_text: bool
 ) -> list[Loss]:
-    """The denoising loss of each picture of a dataset with its caption, under noise and timesteps that never change.
+    """Returns the denoising loss of each training image of a dataset, with fixed noise and timesteps.
 
     Args:
-        base: With nothing attached to it now; the losses compute with whatever is on it when they are called.
-        dataset: A captioned folder with a manifest; its pictures to train on are taken.
-        work: Where encoded pictures and texts are kept.
-        seed: Of the noise, which is drawn by the picture's digest.
-        timesteps: How many, in the middles of equal parts of the schedule.
-        trains_text: Whether the text encoders have to be run each time.
+        base: The model without adapters; the losses use the adapters that are attached when they are called.
+        dataset: A captioned folder with a manifest.
+        work: Cache folder of encoded images and texts.
+        seed: Random seed of the noise, combined with the digest of the image.
+        timesteps: Number of timesteps, in the middles of equal parts of the schedule.
+        trains_text: True runs the text encoders in each step.
 
     Raises:
-        DataError: No pictures, or pictures without a caption.
+        DataError: There are no images, or an image has no caption.
     """
     examples = read_examples(dataset, Manifest.load(dataset), "train")
     if not examples:
-        raise DataError("there are no pictures to learn from", where=str(dataset), remedy="lower heldout, or add some")
+        raise DataError("there are no images to learn from", where=str(dataset), remedy="lower heldout, or add images")
     encoder = Encoder(base, work)
     encoder.prepare(examples, [], lambda: None)
     conditioner: Conditioner = base.encode_text if trains_text else encoder.conditioning
@@ -127,9 +130,9 @@ def _loss(
 
 
 def _descend(offsets: Sequence[Tensor], losses: Sequence[Loss], options: Learned, progress: Progress) -> None:
-    optimiser = torch.optim.Adam(list(offsets), lr=options.learning_rate)
+    optimizer = torch.optim.Adam(list(offsets), lr=options.learning_rate)
     for step in range(options.steps):
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         mean = 0.0
         for loss in losses:
             part = loss() / len(losses)
@@ -142,60 +145,63 @@ def _descend(offsets: Sequence[Tensor], losses: Sequence[Loss], options: Learned
                 f"the loss of the merge is {mean!r} at step {step + 1}",
                 remedy="lower learning_rate, or start from smaller weights",
             )
-        optimiser.step()
+        optimizer.step()
         progress(step + 1, options.steps, {"loss": mean})
 
 
-_Term = tuple[Delta, float, Tensor, int]
+_WeightedDelta = tuple[Delta, float, Tensor, int]
+"""A delta, its initial weight, the tensor of learned offsets, and its index there."""
 
 
-def _sites(
+def _weighted_deltas(
     adapters: Sequence[Adapter],
     tables: Sequence[Mapping[str, float]],
     groups: Sequence[Sequence[str]],
     offsets: Sequence[Tensor],
     per: str,
-) -> dict[str, list[_Term]]:
-    sites: dict[str, list[_Term]] = {}
+) -> dict[str, list[_WeightedDelta]]:
+    by_module: dict[str, list[_WeightedDelta]] = {}
     for adapter, table, names, offset in zip(adapters, tables, groups, offsets, strict=True):
         for name, delta in adapter.modules.items():
-            place = names.index(_group(name, per))
-            sites.setdefault(name, []).append((delta, table[name], offset, place))
-    return sites
+            index = names.index(_group(name, per))
+            by_module.setdefault(name, []).append((delta, table[name], offset, index))
+    return by_module
 
 
 @contextmanager
-def _weighed(tree: Any, sites: Mapping[str, Sequence[_Term]]) -> Iterator[None]:
-    """Each layer adds its deltas, each times its weight, which keeps the graph."""
+def _deltas_added(tree: Any, weighted_deltas: Mapping[str, Sequence[_WeightedDelta]]) -> Iterator[None]:
+    """Adds the weighted deltas to the output of each layer, with gradients for the weights."""
     handles = []
     try:
-        for name, terms in sites.items():
+        for name, deltas in weighted_deltas.items():
             layer = innermost(tree.get_module(name))
             weight: Tensor = layer.weight  # type: ignore[assignment]
             device = weight.device
-            here = [
+            moved = [
                 (delta.with_factors({key: factor.to(device) for key, factor in delta.factors().items()}), *rest)
-                for delta, *rest in terms
+                for delta, *rest in deltas
             ]
-            handles.append(layer.register_forward_hook(partial(_add_deltas, here, LayerOp.of(layer))))
+            handles.append(layer.register_forward_hook(partial(_add_deltas, moved, LayerOp.of(layer))))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _add_deltas(terms: Sequence[Any], op: LayerOp, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+def _add_deltas(
+    deltas: Sequence[Any], op: LayerOp, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor
+) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     total = out
-    for delta, start, offset, place in terms:
-        # A delta's part of the output is linear in its strength, so it is taken at 1 and weighed outside.
+    for delta, start, offset, index in deltas:
+        # The output is linear in the multiplier: compute it at 1, and weight it outside.
         part = delta.forward(inputs[0], out, weight, bias_of(layer), op) - out
-        total = total + (start + offset[place]).to(part.dtype) * part
+        total = total + (start + offset[index]).to(part.dtype) * part
     return total
 
 
 def _group(name: str, per: str) -> str:
-    """The path above a module that shares a weight: its block, its component, or everything."""
+    """Returns the pattern of the modules that share a weight: a block, a component, or all."""
     if per == "adapter":
         return "*"
     block = _BLOCK.match(name)
@@ -205,9 +211,9 @@ def _group(name: str, per: str) -> str:
     return parts[0] if parts[0].startswith("text_encoder") else ".".join(parts[:2])
 
 
-def _result(start: Weight, table: Mapping[str, float], moved: Mapping[str, float], per: str) -> Weight:
+def _result(start: Weight, table: Mapping[str, float], changes: Mapping[str, float], per: str) -> Weight:
     if isinstance(start, Mapping):
-        return {name: number + moved[_group(name, per)] for name, number in table.items()}
+        return {name: number + changes[_group(name, per)] for name, number in table.items()}
     if per == "adapter":
-        return start + moved["*"]
-    return {group: start + move for group, move in moved.items()}
+        return start + changes["*"]
+    return {group: start + change for group, change in changes.items()}

@@ -1,7 +1,7 @@
-"""Merging whole adapters: checks everything first, then lets a method work module by module.
+"""Merges whole adapters: checks every module first, then applies a method module by module.
 
-Merging happens in two spaces: factors side by side, which is exact, or dense deltas, which are then compressed. Factors
-of different adapters are never averaged.
+A merge either concatenates factors, which is exact, or combines dense deltas and compresses the result. It never
+averages factors of different adapters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_bytes
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import compress_to
-from lora_engine.merging.concatenate import check_bases, combine_exactly, refuse_others
+from lora_engine.merging.concatenate import check_bases, combine_exactly, require_lora
 from lora_engine.merging.deltas import ModuleDeltas, content_digest, full_delta, located
 from lora_engine.merging.methods import METHODS, Combination, Elementwise
 from lora_engine.merging.report import ModuleReport, Report
@@ -37,28 +37,28 @@ def merge_adapters(
     seed: int = 0,
     base: Base | None = None,
 ) -> tuple[Adapter, Report]:
-    """One adapter that stands for several. None of them is changed.
+    """Merges several adapters into one. Does not change them.
 
-    An adapter adds nothing to a module that it lacks: its delta there is zero, and it counts as such. Modules in which
-    nothing is left are left out. The result does not depend on the order of the adapters, bit for bit; what is drawn by
-    chance depends on the seed, the module's name and the adapter's content alone.
+    An adapter without a module counts with a delta of zero there. Modules with a merged delta of zero are omitted. The
+    result does not depend on the order of the adapters, bit for bit. Random draws depend only on the seed, the module's
+    name and the adapter's content.
 
     Args:
         adapters: At least one, for one base.
-        weights: One for each: a number, or numbers by pattern over module names (`merging.weights`).
-        options: The method and what is set about it (`merging.spec`); None is `Concatenate()`.
-        seed: Of the methods that draw.
-        base: The base that the adapters were made for; needed by kinds that say nothing without it (DoRA, OFT, (IA)3).
+        weights: One per adapter: a number, or numbers by pattern over module names (`merging.weights`).
+        options: The method and its options (`merging.spec`); None means `Concatenate()`.
+        seed: Random seed of the methods that draw.
+        base: The base of the adapters; needed by kinds whose delta depends on it (DoRA, OFT, (IA)3).
 
     Returns:
-        The adapter, float32 wherever anything was computed, and what each module keeps of the merge.
+        The adapter, float32 in every computed module, and what each module keeps of the merge.
 
     Raises:
-        SettingsError: No adapter, weights that do not fit, or a setting that the method does not take.
-        AdapterError: Another family, base or shape, or a kind that the method or the missing base does not allow.
+        SettingsError: No adapter, invalid weights, or an option that the method does not allow.
+        AdapterError: Families, bases or shapes differ, or a kind needs another method or the missing base.
     """
-    chosen = options if options is not None else Concatenate()
-    method = METHODS[chosen.name]
+    options = options if options is not None else Concatenate()
+    method = METHODS[options.name]
     check_bases(adapters, weights)
     if method.adapters is not None and len(adapters) != method.adapters:
         raise SettingsError(
@@ -69,37 +69,37 @@ def merge_adapters(
     tables = [weights_by_module(w, a.modules, names) for a, w in zip(adapters, weights, strict=True)]
     plans = []
     for name in names:
-        terms = [(a.modules.get(name), table[name]) for a, table in zip(adapters, tables, strict=True)]
-        plans.append(_Plan.of(name, terms, method, chosen, base, seed))
-    found = {plan.name: result for plan in plans if (result := plan.run()) is not None}
-    if not found:
-        raise SettingsError("nothing is left of the adapters", remedy="choose other weights, or another method")
+        deltas = [(a.modules.get(name), table[name]) for a, table in zip(adapters, tables, strict=True)]
+        plans.append(_Plan.of(name, deltas, method, options, base, seed))
+    results = {plan.name: result for plan in plans if (result := plan.run()) is not None}
+    if not results:
+        raise SettingsError("the merged adapter is zero", remedy="choose other weights, or another method")
     family = next((adapter.base for adapter in adapters if adapter.base), "")
     fingerprint = next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), None)
-    modules = {name: delta for name, (delta, _) in found.items()}
-    return Adapter(modules, family, fingerprint), Report({name: report for name, (_, report) in found.items()})
+    modules = {name: delta for name, (delta, _) in results.items()}
+    return Adapter(modules, family, fingerprint), Report({name: report for name, (_, report) in results.items()})
 
 
-Terms = Sequence[tuple[Delta | None, float]]
+WeightedDeltas = Sequence[tuple[Delta | None, float]]
 Result = tuple[Delta, ModuleReport]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is done in one module; made for all modules before anything is done in one.
+    """The merge of one module. All plans are made, and checked, before the first one runs.
 
     Attributes:
-        name: Of the module.
-        terms: Deltas (None for an adapter that lacks the module) with their weights, in an order of their own, so that
-            the order of the adapters does not change a bit.
-        coefficients: Of the terms, where they are known without looking at the deltas.
-        site: None where a delta is passed on as it is.
+        name: Canonical name of the module.
+        weighted_deltas: Deltas (None for an adapter that lacks the module) and weights, sorted by content: the order of
+            the adapters does not change a bit.
+        coefficients: One per delta; None means that they depend on the deltas.
+        module: The checked module; None means that one delta is passed on unchanged.
     """
 
     name: str
-    terms: tuple[tuple[Delta | None, float], ...]
+    weighted_deltas: tuple[tuple[Delta | None, float], ...]
     coefficients: tuple[float, ...] | None
-    site: ModuleDeltas | None
+    module: ModuleDeltas | None
     method: Combination | Elementwise
     options: MergeOptions
     seed: int
@@ -108,34 +108,37 @@ class _Plan:
     def of(
         cls,
         name: str,
-        terms: Terms,
+        weighted_deltas: WeightedDeltas,
         method: Combination | Elementwise,
         options: MergeOptions,
         base: Base | None,
         seed: int,
     ) -> _Plan:
-        ordered = tuple(sorted(terms, key=lambda term: ("" if term[0] is None else content_digest(term[0]), term[1])))
+        def order(item: tuple[Delta | None, float]) -> tuple[str, float]:
+            return "" if item[0] is None else content_digest(item[0]), item[1]
+
+        ordered = tuple(sorted(weighted_deltas, key=order))
         coefficients: tuple[float, ...] | None = None
         if isinstance(method, Combination) and not method.sees_deltas:
             with located(name):
-                found = method.coefficients([weight for _, weight in ordered], None, **options.parameters())
-            coefficients = tuple(found)
+                values = method.coefficients([weight for _, weight in ordered], None, **options.parameters())
+            coefficients = tuple(values)
             active = _active(ordered, coefficients)
             if not active or _is_passed_on(active, options):
                 return cls(name, ordered, coefficients, None, method, options, seed)
             if method.lora_only:
-                refuse_others(name, [delta for delta, _ in active])
-        site = ModuleDeltas.of(name, [delta for delta, _ in ordered if delta is not None], base)
-        return cls(name, ordered, coefficients, site, method, options, seed)
+                require_lora(name, [delta for delta, _ in active])
+        module = ModuleDeltas.of(name, [delta for delta, _ in ordered if delta is not None], base)
+        return cls(name, ordered, coefficients, module, method, options, seed)
 
     def run(self) -> Result | None:
-        """The merged delta and what is to be said of it; None where nothing is left."""
+        """Returns the merged delta and its report; None if the merged delta is zero."""
         with located(self.name):
             return self._combine() if isinstance(self.method, Combination) else self._merge_elements(self.method)
 
     def _combine(self) -> Result | None:
-        coefficients = self.coefficients if self.coefficients is not None else self._see_deltas()
-        active = _active(self.terms, coefficients)
+        coefficients = self.coefficients if self.coefficients is not None else self._coefficients_from_deltas()
+        active = _active(self.weighted_deltas, coefficients)
         if not active:
             return None
         if _is_passed_on(active, self.options):
@@ -147,29 +150,30 @@ class _Plan:
                 return exact, ModuleReport(exact.kind, exact.rank)
             small = compress_to(exact, self._budget())
             return small.delta, ModuleReport("lora", small.delta.rank, small.retained, small.energy)
-        dense = [self._site.dense(delta) for delta, _ in active]
+        dense = [self._checked_module.dense(delta) for delta, _ in active]
         scales = [scale for _, scale in active]
         weight = torch.stack([scale * part for scale, (part, _) in zip(scales, dense, strict=True)]).sum(0)
         biases = [scale * bias for scale, (_, bias) in zip(scales, dense, strict=True) if bias is not None]
         return self._store(weight, torch.stack(biases).sum(0) if biases else None, exact=True)
 
-    def _see_deltas(self) -> Sequence[float]:
+    def _coefficients_from_deltas(self) -> Sequence[float]:
         def gram() -> Tensor:
-            present = [(place, delta) for place, (delta, _) in enumerate(self.terms) if delta is not None]
-            places = torch.tensor([place for place, _ in present])
-            whole = torch.zeros(len(self.terms), len(self.terms), dtype=torch.float64)
-            whole[places[:, None], places[None, :]] = self._site.gram([delta for _, delta in present])
-            return whole
+            count = len(self.weighted_deltas)
+            present = [(index, delta) for index, (delta, _) in enumerate(self.weighted_deltas) if delta is not None]
+            indices = torch.tensor([index for index, _ in present])
+            products = torch.zeros(count, count, dtype=torch.float64)
+            products[indices[:, None], indices[None, :]] = self._checked_module.gram([delta for _, delta in present])
+            return products
 
         method = cast(Combination, self.method)
-        return method.coefficients([weight for _, weight in self.terms], gram, **self.options.parameters())
+        return method.coefficients([weight for _, weight in self.weighted_deltas], gram, **self.options.parameters())
 
     def _merge_elements(self, method: Elementwise) -> Result | None:
-        # A delta of zero changes no sum, no election and no mean of those that agree.
-        active = _active(self.terms, [weight for _, weight in self.terms])
+        # A delta of zero changes no sum, no sign election and no mean of the agreeing elements.
+        active = _active(self.weighted_deltas, [weight for _, weight in self.weighted_deltas])
         if not active:
             return None
-        dense = [self._site.dense(delta) for delta, _ in active]
+        dense = [self._checked_module.dense(delta) for delta, _ in active]
         scales = [scale for _, scale in active]
         weight = self._elements(method, [part for part, _ in dense], scales, "weight")
         with_bias = [(scale, bias) for scale, (_, bias) in zip(scales, dense, strict=True) if bias is not None]
@@ -178,54 +182,55 @@ class _Plan:
             bias = self._elements(method, [bias for _, bias in with_bias], [scale for scale, _ in with_bias], "bias")
         return self._store(weight, bias, exact=False)
 
-    def _elements(self, method: Elementwise, deltas: Sequence[Tensor], scales: Sequence[float], what: str) -> Tensor:
+    def _elements(self, method: Elementwise, deltas: Sequence[Tensor], scales: Sequence[float], part: str) -> Tensor:
         if not method.draws:
             return method.merge(deltas, scales, **self.options.parameters())
-        # Of the content and not of the place, so that what is dropped of an adapter does not depend on its company.
+        # Seeded by content, not by position: what is dropped of an adapter does not depend on the other adapters.
         seen: Counter[str] = Counter()
         generators = []
         for delta in deltas:
             digest = sha256_bytes(delta.detach().cpu().contiguous().numpy().tobytes())
-            generators.append(generator(self.seed, "merge", self.name, what, digest, seen[digest]))
+            generators.append(generator(self.seed, "merge", self.name, part, digest, seen[digest]))
             seen[digest] += 1
         return method.merge(deltas, scales, generators=generators, **self.options.parameters())
 
     def _store(self, weight: Tensor, bias: Tensor | None, *, exact: bool) -> Result | None:
-        """The result as LoRA or, where that is asked for or takes no more room, as the dense difference."""
+        """Returns the result as LoRA, or as the dense difference if requested or not larger."""
         if not bool(weight.any()):
             return None if bias is None or not bool(bias.any()) else _as_full(weight, bias)
         if self.options.kind == "full" or weight.dim() < 2:
             return _as_full(weight, bias)
         rows, columns = weight.shape[0], weight[0].numel()
-        room = rows * columns // (rows + columns)
-        if not exact and not self.options.compresses and self._ranks(min(rows, columns)) > room:
+        largest_rank = rows * columns // (rows + columns)  # above it, factors are larger than the dense difference
+        if not exact and not self.options.compresses and self._rank_sum(min(rows, columns)) > largest_rank:
             return _as_full(weight, bias)
         budget = Budget(error=0.0) if exact and not self.options.compresses else self._budget(min(rows, columns))
         small = compress_to(weight, budget, generator(self.seed, "compress", self.name))
-        if small.delta.rank > room and not self.options.compresses:
+        if small.delta.rank > largest_rank and not self.options.compresses:
             return _as_full(weight, bias)
         delta = replace(small.delta, bias=None if bias is None else bias.float())
         return delta, ModuleReport("lora", delta.rank, small.retained, small.energy)
 
-    def _budget(self, most: int = 1) -> Budget:
+    def _budget(self, max_rank: int = 1) -> Budget:
         options = self.options
         if options.compresses:
             return Budget(options.rank, options.energy, options.error)
-        return Budget(rank=self._ranks(most))
+        return Budget(rank=self._rank_sum(max_rank))
 
-    def _ranks(self, most: int) -> int:
-        """The sum of the ranks, where a delta without one counts with the largest that the shape allows."""
-        return min(most, sum(delta.rank or most for delta, weight in self.terms if delta is not None and weight))
+    def _rank_sum(self, max_rank: int) -> int:
+        """Returns the sum of the ranks, at most `max_rank`; a delta without a rank counts as `max_rank`."""
+        ranks = [delta.rank or max_rank for delta, weight in self.weighted_deltas if delta is not None and weight]
+        return min(max_rank, sum(ranks))
 
     @property
-    def _site(self) -> ModuleDeltas:
-        return cast(ModuleDeltas, self.site)
+    def _checked_module(self) -> ModuleDeltas:
+        return cast(ModuleDeltas, self.module)
 
 
-def _active(terms: Terms, coefficients: Sequence[float]) -> list[tuple[Delta, float]]:
+def _active(weighted_deltas: WeightedDeltas, coefficients: Sequence[float]) -> list[tuple[Delta, float]]:
     return [
         (delta, scale)
-        for (delta, _), scale in zip(terms, coefficients, strict=True)
+        for (delta, _), scale in zip(weighted_deltas, coefficients, strict=True)
         if delta is not None and scale != 0.0
     ]
 

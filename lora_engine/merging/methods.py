@@ -1,6 +1,6 @@
-"""The merge methods by name, each in one of two spaces, with the spec of what may be set about it.
+"""Registers the merge methods by name. A method returns coefficients, or merges dense deltas elementwise.
 
-To add a method: a pure function in a file of its own, its spec in `spec`, and a line here.
+To add a method: write a pure function in its own file, its options in `spec`, and a line here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lora_engine.registries import Registry
 class Combination:
     """A method whose result is a linear combination of the deltas.
 
-    LoRA adapters are combined exactly, their factors side by side; other kinds as dense deltas.
+    LoRA adapters are combined exactly by concatenated factors; other kinds as dense deltas.
 
     Attributes:
-        name: In specs and on the command line.
-        coefficients: (weights, gram, the method's own parameters by name) -> one coefficient a delta.
-        adapters: How many adapters it takes; None is any number.
-        lora_only: Whether other kinds are refused.
-        sees_deltas: Whether the coefficients depend on the deltas (the Gram matrix), and not on the weights alone.
+        name: Name in specs and on the command line.
+        coefficients: (weights, gram, options by name) -> one coefficient per delta.
+        adapters: Required number of adapters; None means any number.
+        lora_only: True if other kinds are an error.
+        sees_deltas: True if the coefficients depend on the deltas (the Gram matrix), not only on the weights.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Combination:
 
     @property
     def spec(self) -> type[MergeOptions]:
-        """What may be set about it."""
+        """The class of its options."""
         return SPECS[self.name]
 
 
@@ -54,9 +54,10 @@ class Elementwise:
     """A method that works on the elements of dense deltas, module by module.
 
     Attributes:
-        name: In specs and on the command line.
-        merge: (deltas, weights, the method's own parameters by name[, generators]) -> the merged delta.
-        draws: Whether it takes `generators`, one a delta.
+        name: Name in specs and on the command line.
+        merge: (deltas, weights, options by name[, generators]) -> the merged delta.
+        draws: True if it needs `generators`, one per delta.
+        adapters: Required number of adapters; None means any number.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Elementwise:
 
     @property
     def spec(self) -> type[MergeOptions]:
-        """What may be set about it."""
+        """The class of its options."""
         return SPECS[self.name]
 
 
@@ -74,8 +75,8 @@ MergeMethod = Combination | Elementwise
 METHODS: Registry[MergeMethod] = Registry("merge method")
 
 
-def _given(weights: list[float], gram: Any, **_: Any) -> list[float]:
-    """The weights, which `learned.learn_weights` has found."""
+def _learned(weights: list[float], gram: Any, **_: Any) -> list[float]:
+    """Returns the weights, which `learned.learn_weights` computed."""
     return linear(weights, gram)
 
 
@@ -87,7 +88,7 @@ for _method in (
     Combination("slerp", slerp, adapters=2, sees_deltas=True),
     Combination("model-stock", model_stock, sees_deltas=True),
     Combination("geometric-median", geometric_median, sees_deltas=True),
-    Combination("learned", _given),
+    Combination("learned", _learned),
     Elementwise("ties", ties),
     Elementwise("dare", dare, draws=True),
     Elementwise("dare-ties", dare_ties, draws=True),

@@ -1,4 +1,4 @@
-"""Dropping elements of a dense delta: the smallest ones, or by chance."""
+"""Drops elements of a dense delta: the smallest ones, or random ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def keep_largest(delta: Tensor, density: float) -> Tensor:
-    """The delta with all but its `density` largest elements at zero; of equal ones all stay."""
+    """Sets all but the share `density` of the largest elements to zero; keeps all ties."""
     count = delta.numel()
     dropped = count - max(1, round(density * count))
     if dropped <= 0:
@@ -19,19 +19,19 @@ def keep_largest(delta: Tensor, density: float) -> Tensor:
     return torch.where(sizes >= least, delta, torch.zeros_like(delta))
 
 
-def keep_by_chance(delta: Tensor, chances: Tensor | float, generator: torch.Generator) -> Tensor:
-    """Each element with its chance, divided by it, so that the expectation stays; else zero.
+def keep_randomly(delta: Tensor, probabilities: Tensor | float, generator: torch.Generator) -> Tensor:
+    """Keeps elements randomly and divides them by their probability, which preserves the expectation.
 
     Args:
-        delta: Of any shape.
-        chances: In (0, 1], one for all or one an element.
-        generator: On the CPU.
+        delta: Dense delta of any shape.
+        probabilities: Keep probabilities in (0, 1], one for all elements or one per element.
+        generator: A generator on the CPU.
     """
     drawn = torch.rand(delta.shape, generator=generator, dtype=torch.float32).to(delta.device)
-    return torch.where(drawn < chances, delta / chances, torch.zeros_like(delta))
+    return torch.where(drawn < probabilities, delta / probabilities, torch.zeros_like(delta))
 
 
 def magnitude_prune(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float) -> Tensor:
-    """The weighted sum of the deltas, each with its largest elements alone."""
-    kept = [weight * keep_largest(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
-    return torch.stack(kept).sum(0)
+    """Returns the weighted sum of the deltas, each reduced to its largest elements."""
+    pruned = [weight * keep_largest(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
+    return torch.stack(pruned).sum(0)

@@ -1,4 +1,4 @@
-"""What a merge or a resize made of each module, in numbers. No tensors live here."""
+"""Defines the report of a merge or a resize. Must not import torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class ModuleReport:
     """One module's result.
 
     Attributes:
-        kind: Of the result.
-        rank: Of the result; None where the kind has none.
-        retained: Share of the squared Frobenius norm that the result keeps, in [0, 1]; 1 where nothing was compressed.
-        energy: The squared Frobenius norm before compression; 0 where nothing was compressed and it was not needed.
+        kind: Adapter kind of the result.
+        rank: Rank of the result; None for kinds without one.
+        retained: Share of the squared Frobenius norm that the result keeps, in [0, 1]; 1 without compression.
+        energy: Squared Frobenius norm before compression; 0 if it was not computed.
     """
 
     kind: str
@@ -25,30 +25,30 @@ class ModuleReport:
 
     @property
     def error(self) -> float:
-        """The relative Frobenius error of the compression."""
+        """Relative Frobenius error of the compression."""
         return float((1.0 - self.retained) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of all modules, by canonical name."""
+    """The results of all modules by canonical name."""
 
     modules: Mapping[str, ModuleReport]
 
     @property
     def retained(self) -> float:
-        """Share of the squared norm of all compressed modules together that is kept; 1 where none was compressed."""
+        """Share of the squared norm of all compressed modules that is kept; 1 if none was compressed."""
         total = sum(module.energy for module in self.modules.values())
         kept = sum(module.energy * module.retained for module in self.modules.values())
         return kept / total if total else 1.0
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The module that keeps the smallest share, and the share."""
+        """The module that keeps the smallest share of its squared norm, and that share."""
         return min(((name, module.retained) for name, module in self.modules.items()), key=lambda entry: entry[1])
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Returns the report as JSON values."""
         shown = {
             name: {"kind": module.kind, "rank": module.rank, "retained": module.retained}
             for name, module in self.modules.items()

@@ -1,4 +1,4 @@
-"""Changing the rank of a whole adapter, and making LoRA of any kind. The algebra of one delta is in `compress`."""
+"""Changes the rank of whole adapters, and converts deltas of any kind to LoRA. `compress` has the algebra."""
 
 from __future__ import annotations
 
@@ -33,47 +33,48 @@ def resize(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> tuple[Adapter, Report]:
-    """The adapter at another rank: the best approximation of each module's delta (Eckart and Young 1936).
+    """Returns the adapter at another rank, with the best approximation of each delta (Eckart and Young 1936).
 
-    With anything but `rank`, each module gets the least rank that keeps what is asked for, and at most `rank`. The
-    factors come from QR of both and an SVD of the small core, so no dense delta is formed. Alpha becomes the rank.
+    With a criterion besides `rank`, each module gets the least rank that meets it, and at most `rank`. The factors come
+    from QR and an SVD of the small core, without a dense delta. Alpha becomes the rank.
 
     Args:
-        adapter: Never changed.
-        rank: The rank, or the largest one.
+        adapter: The adapter, which does not change.
+        rank: The rank; with another criterion, the maximum rank.
         energy: Share of the squared Frobenius norm to keep, in (0, 1].
-        error: Largest relative Frobenius error, in [0, 1).
+        error: Maximum relative Frobenius error, in [0, 1).
         threshold: Smallest singular value to keep.
         ratio: Smallest singular value to keep, as the largest one divided by this.
         cumulative: Share of the sum of the singular values to keep, in (0, 1].
-        others: What becomes of modules that are not LoRA: the resize is refused, they stay, or become LoRA as well.
-        base: The base, for kinds that need it to become LoRA.
-        dtype: Of the factors; None keeps each module's.
-        seed: Of the sketches of large dense deltas.
+        others: Modules that are not LoRA raise an error (`refuse`), do not change (`keep`), or become LoRA (`lora`).
+        base: The base; needed to convert kinds whose delta depends on it.
+        dtype: Dtype of the factors; None keeps that of each module.
+        seed: Random seed of the sketches of large dense deltas.
 
     Returns:
         The adapter, and what each module keeps.
 
     Raises:
-        SettingsError: Nothing, or something impossible, is asked for.
-        AdapterError: A module is not LoRA, or needs the base and none is given.
+        SettingsError: No criterion is set, or a value is out of range.
+        AdapterError: A module is not LoRA, or needs the base and there is none.
     """
     budget = Budget(rank, energy, error, threshold, ratio, cumulative)
     adapter = adapter.to_export()
     if others == "refuse":
-        _refuse_others(adapter)
+        _require_lora(adapter)
     modules: dict[str, Delta] = {}
     reports: dict[str, ModuleReport] = {}
     for name, delta in adapter.modules.items():
-        site = ModuleDeltas.of(name, [delta], base) if others == "lora" and not isinstance(delta, LoraDelta) else None
-        if not isinstance(delta, LoraDelta) and (site is None or len(site.shape) < 2):
+        converts = others == "lora" and not isinstance(delta, LoraDelta)
+        module = ModuleDeltas.of(name, [delta], base) if converts else None
+        if not isinstance(delta, LoraDelta) and (module is None or len(module.shape) < 2):
             modules[name], reports[name] = delta, ModuleReport(delta.kind, delta.rank)
             continue
         with located(name):
-            small = _compressed(name, delta, site, budget, seed)
-        kept_dtype = dtype or next(iter(delta.factors().values())).dtype
+            small = _compressed(name, delta, module, budget, seed)
+        factor_dtype = dtype or next(iter(delta.factors().values())).dtype
         modules[name] = small.delta.with_factors(
-            {key: factor.to(kept_dtype) for key, factor in small.delta.factors().items()}
+            {key: factor.to(factor_dtype) for key, factor in small.delta.factors().items()}
         )
         reports[name] = ModuleReport("lora", small.delta.rank, small.retained, small.energy)
     return replace(adapter, modules=modules), Report(reports)
@@ -90,53 +91,53 @@ def to_lora(
     error: float | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[LoraDelta, float]:
-    """The LoRA nearest to a delta of any kind, and the share of the squared Frobenius norm that it keeps.
+    """Returns the LoRA nearest to a delta of any kind, and the share of the squared Frobenius norm that it keeps.
 
     The relative error is `sqrt(1 - retained)`.
 
     Args:
-        delta: Of any kind.
-        base_weight: The weight under it. DoRA, OFT and (IA)3 need it; for LoRA and full nothing is needed, for the
-            other kinds the weight or its shape.
-        shape: Of the weight, where the weight itself is not given.
-        base_bias: The bias under it, for kinds that scale it.
-        rank: The rank, or where energy or error is set too, the largest one.
+        delta: A delta of any kind.
+        base_weight: Weight of the base. DoRA, OFT and (IA)3 need it; LoRA and full need nothing; other kinds need the
+            weight or its shape.
+        shape: Shape of the weight, used without `base_weight`.
+        base_bias: Bias of the base, for kinds that scale it.
+        rank: The rank; with energy or error, the maximum rank.
         energy: Share of the squared norm to keep.
-        error: Largest relative error.
+        error: Maximum relative error.
         generator: For the sketch of a large delta.
 
     Raises:
-        SettingsError: Nothing, or something impossible, is asked for.
-        AdapterError: The base's weight or its shape is needed, or the delta is a vector's.
+        SettingsError: No criterion is set, or a value is out of range.
+        AdapterError: The base's weight or its shape is missing, or the delta is that of a vector.
     """
     budget = Budget(rank, energy, error)
     delta = delta.to_export()
     if isinstance(delta, LoraDelta):
-        found = compress_to(delta, budget)
-        return found.delta, found.retained
-    wanted = None if shape is None else tuple(shape)
-    site = ModuleDeltas.of("", [delta], weight=base_weight, bias=base_bias, shape=wanted)
-    weight, bias = site.dense(delta)
-    found = compress_to(weight, budget, generator)
-    return replace(found.delta, bias=bias), found.retained
+        small = compress_to(delta, budget)
+        return small.delta, small.retained
+    weight_shape = None if shape is None else tuple(shape)
+    module = ModuleDeltas.of("", [delta], weight=base_weight, bias=base_bias, shape=weight_shape)
+    weight, bias = module.dense(delta)
+    small = compress_to(weight, budget, generator)
+    return replace(small.delta, bias=bias), small.retained
 
 
-def _compressed(name: str, delta: Delta, site: ModuleDeltas | None, budget: Budget, seed: int) -> Compressed:
-    if site is None:
+def _compressed(name: str, delta: Delta, module: ModuleDeltas | None, budget: Budget, seed: int) -> Compressed:
+    if module is None:
         return compress_to(cast(LoraDelta, delta), budget)
-    weight, bias = site.dense(delta)
-    found = compress_to(weight, budget, generator(seed, "resize", name))
-    return replace(found, delta=replace(found.delta, bias=bias))
+    weight, bias = module.dense(delta)
+    small = compress_to(weight, budget, generator(seed, "resize", name))
+    return replace(small, delta=replace(small.delta, bias=bias))
 
 
-def _refuse_others(adapter: Adapter) -> None:
+def _require_lora(adapter: Adapter) -> None:
     others = {name: delta for name, delta in adapter.modules.items() if not isinstance(delta, LoraDelta)}
     if others:
         name, delta = next(iter(others.items()))
-        need = " and the base" if needs_base_values(delta) else ""
+        with_base = " and the base" if needs_base_values(delta) else ""
         raise AdapterError(
             f"{len(others)} of {len(adapter.modules)} modules are not LoRA, the first of kind {delta.kind!r}",
             where=name,
             allowed="lora",
-            remedy=f"ask for LoRA of the other kinds too (give others='lora'{need}), or keep them as they are",
+            remedy=f"convert them (others='lora'{with_base}), or keep them unchanged (others='keep')",
         )

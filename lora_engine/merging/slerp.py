@@ -1,4 +1,4 @@
-"""Spherical interpolation of two deltas (Shoemake 1985), with lengths interpolated on their own."""
+"""Spherical interpolation of two deltas (Shoemake 1985), with separate interpolation of the norms."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lora_engine.merging.combinations import Gram, interpolate, require_none_neg
 
 
 def slerp(weights: Sequence[float], gram: Gram) -> list[float]:
-    """The point on the arc between two deltas at the second's share of the weights (Shoemake 1985).
+    """Returns coefficients of the point on the arc between two deltas, at the second weight's share (Shoemake 1985).
 
-    Directions are interpolated along the arc and lengths linearly. Where the deltas are parallel, opposite or zero,
-    there is no arc, and the straight line serves.
+    Directions are interpolated along the arc, and norms linearly. Parallel, opposite and zero deltas have no unique
+    arc, and are interpolated linearly.
 
     Raises:
-        SettingsError: Not two weights, a weight below 0, or both 0.
+        SettingsError: The number of weights is not two, a weight is negative, or both are 0.
     """
     if len(weights) != 2:
-        raise SettingsError(f"slerp of {len(weights)} adapters", allowed="two", remedy="merge them two by two")
+        raise SettingsError(f"slerp of {len(weights)} adapters", allowed="two", remedy="merge two adapters at a time")
     require_none_negative(weights)
     share = interpolate(weights, gram)[1]
     inner = gram()

@@ -1,4 +1,4 @@
-"""What a person may set about each merge method. Torch-free; the methods live beside this file, one a file."""
+"""Options of each merge method. Must not import torch; the methods are in the files beside this one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _Density = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class MergeOptions(BaseModel):
-    """What all methods have: how far the result is compressed.
+    """Options of all methods: the compression of the result.
 
     Attributes:
-        rank: The rank of the result, or where energy or error is set too, the largest one. None keeps an exact result
-            exact; the result of a method that works element by element gets the sum of the ranks.
-        energy: The least rank that keeps this share of the squared norm.
-        error: The least rank whose relative error is at most this.
-        kind: What the result is stored as: `lora`, or `full` (the dense difference, which is never compressed).
+        rank: Rank of the result; with energy or error, the maximum rank. None keeps an exact result exact, and uses
+            the sum of the ranks for an elementwise method.
+        energy: Use the least rank that keeps this share of the squared norm.
+        error: Use the least rank with at most this relative error.
+        kind: Kind of the result: `lora`, or `full` (the dense difference, which is never compressed).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,11 +41,11 @@ class MergeOptions(BaseModel):
 
     @property
     def compresses(self) -> bool:
-        """Whether anything is said about how far to compress."""
+        """True if rank, energy or error is set."""
         return (self.rank, self.energy, self.error) != (None, None, None)
 
     def parameters(self) -> dict[str, Any]:
-        """The method's own parameters, by name."""
+        """Returns the options of the method by name, without those of all methods."""
         shared = {*MergeOptions.model_fields, "method"}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
 
@@ -57,13 +57,13 @@ class MergeOptions(BaseModel):
 
 
 class Concatenate(MergeOptions):
-    """The weighted sum, exact: ranks side by side. LoRA alone."""
+    """The exact weighted sum by concatenated ranks. LoRA only."""
 
     method: Literal["concatenate"] = "concatenate"
 
 
 class Linear(MergeOptions):
-    """The weighted sum, exact, of adapters of any kinds."""
+    """The exact weighted sum of adapters of any kinds."""
 
     method: Literal["linear"] = "linear"
 
@@ -80,18 +80,18 @@ class Svd(MergeOptions):
     method: Literal["svd"] = "svd"
 
     @model_validator(mode="after")
-    def _says_how_far(self) -> Svd:
+    def _needs_a_budget(self) -> Svd:
         if not self.compresses:
             raise ValueError("svd needs rank, energy or error")
         return self
 
 
 class Ties(MergeOptions):
-    """TIES (Yadav et al. 2023): trim, elect signs, mean of those that agree.
+    """TIES (Yadav et al. 2023): trim, elect signs, mean of the elements that agree.
 
     Attributes:
-        density: Share of the elements that the trim keeps, the largest, in each adapter and module.
-        scale: What the result is multiplied by (lambda in the paper).
+        density: Share of the largest elements that the trim keeps, per adapter and module.
+        scale: Factor of the result (lambda in the paper).
     """
 
     method: Literal["ties"] = "ties"
@@ -100,10 +100,10 @@ class Ties(MergeOptions):
 
 
 class Dare(MergeOptions):
-    """DARE (Yu et al. 2024): drop elements by chance, rescale the rest, add up.
+    """DARE (Yu et al. 2024): drops random elements, rescales the rest, and sums.
 
     Attributes:
-        density: The chance of an element to stay.
+        density: Probability that an element is kept.
     """
 
     method: Literal["dare"] = "dare"
@@ -111,11 +111,11 @@ class Dare(MergeOptions):
 
 
 class DareTies(MergeOptions):
-    """DARE's drop, then TIES' election and mean.
+    """DARE's drop, then TIES' sign election and mean.
 
     Attributes:
-        density: The chance of an element to stay.
-        scale: What the result is multiplied by.
+        density: Probability that an element is kept.
+        scale: Factor of the result.
     """
 
     method: Literal["dare-ties"] = "dare-ties"
@@ -124,12 +124,12 @@ class DareTies(MergeOptions):
 
 
 class Della(MergeOptions):
-    """DELLA (Deep et al. 2024): the larger an element in its row, the likelier it stays; then TIES' election and mean.
+    """DELLA (Deep et al. 2024): keeps larger elements of a row with higher probability; then as TIES.
 
     Attributes:
-        density: The mean chance of an element to stay.
-        window: The difference of chances between the largest and the smallest element of a row.
-        scale: What the result is multiplied by.
+        density: Mean probability that an element is kept.
+        window: Difference of the probabilities of the largest and the smallest element of a row.
+        scale: Factor of the result.
     """
 
     method: Literal["della"] = "della"
@@ -138,21 +138,21 @@ class Della(MergeOptions):
     scale: _Finite = 1.0
 
     @model_validator(mode="after")
-    def _chances_are_chances(self) -> Della:
+    def _probabilities_are_valid(self) -> Della:
         if self.density - self.window / 2 <= 0.0 or self.density + self.window / 2 > 1.0:
             low, high = self.density - self.window / 2, self.density + self.window / 2
             raise ValueError(
-                f"density {self.density} and window {self.window} give chances from {low:g} to {high:g}; "
+                f"density {self.density} and window {self.window} give probabilities from {low:g} to {high:g}; "
                 "they must be above 0 and at most 1"
             )
         return self
 
 
 class MagnitudePrune(MergeOptions):
-    """Keeps the largest elements of each adapter and adds up.
+    """Keeps the largest elements of each adapter, and sums.
 
     Attributes:
-        density: Share of the elements that stay.
+        density: Share of the elements that are kept.
     """
 
     method: Literal["magnitude-prune"] = "magnitude-prune"
@@ -160,13 +160,13 @@ class MagnitudePrune(MergeOptions):
 
 
 class Slerp(MergeOptions):
-    """Spherical interpolation of two adapters, module by module: the weights say where on the arc."""
+    """Spherical interpolation of two adapters, module by module; the weights define the position on the arc."""
 
     method: Literal["slerp"] = "slerp"
 
 
 class ModelStock(MergeOptions):
-    """Model Stock (Jang et al. 2024): the mean, drawn towards the base by how far the adapters disagree."""
+    """Model Stock (Jang et al. 2024): the mean, moved towards the base the more the adapters disagree."""
 
     method: Literal["model-stock"] = "model-stock"
 
@@ -175,8 +175,8 @@ class GeometricMedian(MergeOptions):
     """The point with the smallest sum of weighted distances to the adapters' deltas, module by module.
 
     Attributes:
-        tolerance: Ends the iteration when the sum of distances falls by less than this share.
-        iterations: At most so many.
+        tolerance: Stop when the sum of distances falls by less than this share.
+        iterations: Maximum number of iterations.
     """
 
     method: Literal["geometric-median"] = "geometric-median"
@@ -185,14 +185,14 @@ class GeometricMedian(MergeOptions):
 
 
 class Learned(MergeOptions):
-    """The weighted sum whose weights make the denoising loss on a few pictures smallest, from the given ones.
+    """The weighted sum, with weights optimized for the denoising loss on a few images.
 
     Attributes:
-        per: One weight an adapter, or one for each block of the model (`unet.down_blocks.1`, `text_encoder`).
+        per: One weight per adapter, or one per block of the model (`unet.down_blocks.1`, `text_encoder`).
         steps: Steps of Adam.
-        learning_rate: Of Adam.
-        timesteps: How many timesteps of each picture, in the middles of equal parts of the schedule.
-        pull: Weight of the squared distance to the start, beside the loss.
+        learning_rate: Learning rate of Adam.
+        timesteps: Timesteps per image, in the middles of equal parts of the schedule.
+        pull: Weight of the squared distance to the initial weights, added to the loss.
     """
 
     method: Literal["learned"] = "learned"
@@ -223,16 +223,16 @@ AnyMergeOptions = Annotated[
 SPECS: Mapping[str, type[MergeOptions]] = {
     spec.model_fields["method"].default: spec for spec in get_args(get_args(AnyMergeOptions)[0])
 }
-"""Name of a method to what may be set about it."""
+"""Name of a method to the class of its options."""
 
 _any: TypeAdapter[MergeOptions] = TypeAdapter(AnyMergeOptions)
 
 
 def parse_options(method: str, options: Mapping[str, Any] | None = None) -> MergeOptions:
-    """The options of a method from plain values, as a command line or a file gives them.
+    """Returns the options of a method, parsed from plain values of a command line or a file.
 
     Raises:
-        SettingsError: No such method, an option that it does not have, or a value that it does not take.
+        SettingsError: The method or an option is unknown, or a value is invalid.
     """
     if method not in SPECS:
         raise SettingsError(f"unknown merge method {method!r}", allowed=", ".join(SPECS), remedy="choose one of these")
@@ -242,11 +242,13 @@ def parse_options(method: str, options: Mapping[str, Any] | None = None) -> Merg
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][-1]) if len(first["loc"]) > 1 else ""
-        own = [field for field in spec.model_fields if field != "method"]
+        options_of_method = [field for field in spec.model_fields if field != "method"]
         if first["type"] == "extra_forbidden":
             raise SettingsError(
-                f"merge method {method!r} has no option {name!r}", allowed=", ".join(own), remedy="leave it out"
+                f"merge method {method!r} has no option {name!r}",
+                allowed=", ".join(options_of_method),
+                remedy="leave it out",
             ) from None
         problem = first["msg"].removeprefix("Value error, ")
         where = f"merge method {method!r}" + (f", {name}" if name else "")
-        raise SettingsError(problem, where=where, remedy="mend the value") from None
+        raise SettingsError(problem, where=where, remedy="fix the value") from None

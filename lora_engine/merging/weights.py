@@ -1,14 +1,14 @@
-"""Weights of adapters in a merge: a number for all modules, or numbers by pattern over canonical module names.
+"""Resolves the weights of a merge: a number for all modules, or numbers by pattern over canonical module names.
 
-Torch-free. A pattern is, from the plainest to the most special:
+Must not import torch. A pattern is one of:
 
-- the path of a module or of anything above it: `unet`, `text_encoder`, `unet.down_blocks.1`, `unet.mid_block`;
+- the path of a module or of a parent: `unet`, `text_encoder`, `unet.down_blocks.1`, `unet.mid_block`;
 - a preset: `unet.down`, `unet.mid`, `unet.up`, or a path below one, such as `unet.up.2`;
 - a glob over whole names: `unet.*.to_q`, `*`;
 - a slot of the block-weight lists of kohya's scripts and the web UIs: `BASE`, `IN04`, `M00`, `OUT11`.
 
-Where several patterns mean a module, the one with the most literal characters after presets and slots are written out
-counts. A module that none means has weight 1; `"*"` says otherwise.
+If several patterns match a module, the one with the most literal characters wins, counted after presets and slots are
+expanded. A module without a match has weight 1; set `"*"` to change that.
 """
 
 from __future__ import annotations
@@ -36,105 +36,107 @@ BLOCK_LISTS: Mapping[int, tuple[str, ...]] = {
     20: ("BASE", *_XL20),
     26: ("BASE", *_SD26),
 }
-"""Length of a block-weight list to its slots: 17 (attention) and 26 (all) of Stable Diffusion, 12 and 20 of SDXL."""
+"""Length of a block-weight list to its slots: 17 (attention) and 26 (all) for Stable Diffusion, 12 and 20 for SDXL."""
 
 
 def block_weights(numbers: Sequence[float]) -> dict[str, float]:
-    """The mapping that a block-weight list means, slot by slot.
+    """Returns the weights of a block-weight list by slot.
 
     Raises:
-        SettingsError: A list of another length.
+        SettingsError: The list has another length.
     """
     if len(numbers) not in BLOCK_LISTS:
         raise SettingsError(
             f"{len(numbers)} block weights",
             allowed="12 or 20 for SDXL, 17 or 26 for Stable Diffusion",
-            remedy="give one number a slot",
+            remedy="set one number per slot",
         )
     return dict(zip(BLOCK_LISTS[len(numbers)], map(float, numbers), strict=True))
 
 
 def weights_by_module(weight: Weight, own: Collection[str], names: Collection[str] | None = None) -> dict[str, float]:
-    """The weight of each module.
+    """Returns the weight of each module.
 
     Args:
         weight: A number, or numbers by pattern.
         own: Canonical names of the adapter's modules.
-        names: The modules that are asked for; None stands for its own.
+        names: Modules of the result; None means those of the adapter.
 
     Raises:
-        SettingsError: A weight that is not finite, a pattern that means no module (slots and presets may), or two
-            patterns of equal rank that give a module different weights.
+        SettingsError: A weight is not finite, a pattern matches no module (slots and presets may), or two equally
+            specific patterns give a module different weights.
     """
-    asked = own if names is None else names
+    names = own if names is None else names
     if not isinstance(weight, Mapping):
-        return dict.fromkeys(asked, _finite(weight))
+        return dict.fromkeys(names, _finite(weight))
     rules = [(key, glob, _finite(number)) for key, number in weight.items() for glob in _globs(key)]
-    _refuse_idle(weight, rules, own)
-    return {name: _most_special(name, rules) for name in asked}
+    _check_all_match(weight, rules, own)
+    return {name: _most_specific(name, rules) for name in names}
 
 
-def _most_special(name: str, rules: Sequence[tuple[str, str, float]]) -> float:
-    found = [(_literals(glob), key, number) for key, glob, number in rules if _means(glob, name)]
-    if not found:
+def _most_specific(name: str, rules: Sequence[tuple[str, str, float]]) -> float:
+    matches = [(_literals(glob), key, number) for key, glob, number in rules if _matches(glob, name)]
+    if not matches:
         return 1.0
-    top = max(literals for literals, _, _ in found)
-    best = {number: key for literals, key, number in found if literals == top}
+    top = max(literals for literals, _, _ in matches)
+    best = {number: key for literals, key, number in matches if literals == top}
     if len(best) > 1:
         raise SettingsError(
             f"the patterns {', '.join(map(repr, best.values()))} give {', '.join(f'{number:g}' for number in best)}",
             where=name,
-            allowed="one weight a module",
-            remedy="make one of them more special, or leave it out",
+            allowed="one weight per module",
+            remedy="make one pattern more specific, or remove it",
         )
     return next(iter(best))
 
 
-def _refuse_idle(weight: Mapping[str, float], rules: Sequence[tuple[str, str, float]], names: Collection[str]) -> None:
-    used = {key for key, glob, _ in rules if any(_means(glob, name) for name in names)}
+def _check_all_match(
+    weight: Mapping[str, float], rules: Sequence[tuple[str, str, float]], names: Collection[str]
+) -> None:
+    used = {key for key, glob, _ in rules if any(_matches(glob, name) for name in names)}
     for key in weight:
         if key in used or key == "*" or _SLOT.fullmatch(key) or key in _PRESETS:
             continue
         components = sorted({name.partition(".")[0] for name in names})
         raise SettingsError(
-            f"the weight pattern {key!r} means none of the adapter's {len(names)} modules",
+            f"the weight pattern {key!r} matches none of the adapter's {len(names)} modules",
             allowed=f"{', '.join(components)}, a path or glob below them, unet.down, unet.mid, unet.up, BASE, IN00 ...",
-            remedy="mend the pattern, or leave it out",
+            remedy="fix the pattern, or remove it",
         )
 
 
 def _globs(key: str) -> Iterator[str]:
-    """What a preset or a slot is short for; anything else as it is."""
+    """Yields the globs of a preset or a slot, or the pattern itself."""
     slot = _SLOT.fullmatch(key)
     if slot is not None:
         yield from _blocks_of_slot(key, *slot.groups())
     else:
-        yield _PRESET.sub(lambda found: f"unet.{_LEVELS[found.group(1)]}", key)
+        yield _PRESET.sub(lambda match: f"unet.{_LEVELS[match.group(1)]}", key)
 
 
 def _blocks_of_slot(slot: str, side: str | None, digits: str | None) -> Iterator[str]:
-    # The numbering of Stable Diffusion's own code: three inputs a level (two blocks and a downsampler, after conv_in),
-    # three outputs a level (the upsampler belongs to the third).
+    # The numbering of Stable Diffusion's original code: three inputs per level (two blocks and a downsampler, after
+    # conv_in), and three outputs per level (the upsampler belongs to the third).
     if side is None or digits is None:
         yield from ("text_encoder", "text_encoder_2") if slot == "BASE" else ("unet.mid_block",)
         return
     number = int(digits)
     if side == "OUT":
-        level, place = divmod(number, 3)
-        yield from (f"unet.up_blocks.{level}.{part}.{place}" for part in ("resnets", "attentions"))
-        if place == 2:
+        level, index = divmod(number, 3)
+        yield from (f"unet.up_blocks.{level}.{part}.{index}" for part in ("resnets", "attentions"))
+        if index == 2:
             yield f"unet.up_blocks.{level}.upsamplers"
     elif number == 0:
         yield "unet.conv_in"
     else:
-        level, place = divmod(number - 1, 3)
-        if place == 2:
+        level, index = divmod(number - 1, 3)
+        if index == 2:
             yield f"unet.down_blocks.{level}.downsamplers"
         else:
-            yield from (f"unet.down_blocks.{level}.{part}.{place}" for part in ("resnets", "attentions"))
+            yield from (f"unet.down_blocks.{level}.{part}.{index}" for part in ("resnets", "attentions"))
 
 
-def _means(glob: str, name: str) -> bool:
+def _matches(glob: str, name: str) -> bool:
     if any(sign in glob for sign in "*?["):
         return fnmatchcase(name, glob)
     return name == glob or name.startswith(f"{glob}.")

@@ -1,7 +1,6 @@
-"""Whole models rewritten from file to file with little memory: adapters fused in and taken out, checkpoints merged.
+"""Rewrites whole models from file to file with little memory: fuses and unfuses adapters, merges checkpoints.
 
-No model is built and none is held in memory; what an adapter means is said in `adapters`, how files are laid out in
-`checkpoints`.
+No model is built or loaded. `adapters` defines the deltas, and `checkpoints` the layouts of files.
 """
 
 from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS

@@ -1,4 +1,4 @@
-"""What a merge of whole checkpoints computes on the tensors of one name: pure functions, in float32 or better."""
+"""Merge methods for whole checkpoints: pure functions over the tensors of one name, in float32 or wider."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lora_engine.registries import Registry
 
 @dataclass(frozen=True)
 class CheckpointMethod:
-    """A way to merge checkpoints.
+    """A method that merges checkpoints.
 
     Attributes:
-        merge: (tensors, weights, the method's own options by name) -> the merged tensor.
-        usage: Which models it takes in which order, and which weights belong to them.
-        models: The fewest models that it takes, and the most; None is any number.
-        unweighted: How many of the models have no weight of their own.
-        is_elementwise: Whether an element depends on the same element of the others alone, so that blocks will do.
-        options: Its own options with their defaults, each above 0; up to 1 for a share.
+        merge: (tensors, weights, options by name) -> the merged tensor.
+        usage: The required models, their order and their weights, for error messages.
+        models: Minimum and maximum number of models; None means no maximum.
+        unweighted: Number of models without a weight.
+        is_elementwise: True if each element depends only on the same elements of the other tensors; allows blocks.
+        options: Options with their defaults, all above 0; shares are at most 1.
     """
 
     merge: Callable[..., Tensor]
@@ -34,28 +34,28 @@ class CheckpointMethod:
     options: tuple[tuple[str, float], ...] = ()
 
     def check(self, models: int, weights: int, options: Sequence[str]) -> None:
-        """Does nothing for a number of models and weights, and names of options, that the method takes.
+        """Raises `SettingsError` if the method does not accept the numbers of models and weights, or an option.
 
         Raises:
-            SettingsError: They are others.
+            SettingsError: A number is wrong, or an option is unknown.
         """
-        least, most = self.models
-        if models < least or (most is not None and models > most) or weights != models - self.unweighted:
+        minimum, maximum = self.models
+        if models < minimum or (maximum is not None and models > maximum) or weights != models - self.unweighted:
             raise SettingsError(
                 f"{models} models with {weights} weights",
                 allowed=self.usage,
-                remedy="give the models and the weights that the method takes",
+                remedy="pass the models and the weights that the method needs",
             )
-        known = dict(self.options)
-        unknown = [name for name in options if name not in known]
+        defaults = dict(self.options)
+        unknown = [name for name in options if name not in defaults]
         if unknown:
             raise SettingsError(
-                f"the method has no option {unknown[0]!r}", allowed=", ".join(known) or "none", remedy="leave it out"
+                f"the method has no option {unknown[0]!r}", allowed=", ".join(defaults) or "none", remedy="leave it out"
             )
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The sum of each tensor times its weight; the weights are taken as they are."""
+    """Returns the sum of each tensor times its weight; does not normalize the weights."""
     merged = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         merged.add_(tensor, alpha=weight)
@@ -63,7 +63,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def add_difference(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`A + w (B - C)`: what has become of C in B, brought into A."""
+    """Returns `A + w (B - C)`: applies the change from C to B to A."""
     first, tuned, base = tensors
     return torch.add(first, tuned - base, alpha=weights[0])
 
@@ -71,7 +71,7 @@ def add_difference(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tenso
 def ties_of_differences(
     tensors: Sequence[Tensor], weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0
 ) -> Tensor:
-    """The first tensor, and the TIES merge of what the others differ from it (see `merging.ties`)."""
+    """Returns the first tensor plus the TIES merge of the others' differences from it (see `merging.ties`)."""
     base, *tuned = tensors
     return base + ties([tensor - base for tensor in tuned], weights, density=density, scale=scale)
 

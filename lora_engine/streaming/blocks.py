@@ -1,6 +1,6 @@
-"""Bytes from file to file and between files and tensors, in blocks that stay within the processor's caches.
+"""Copies bytes between files, and between files and tensors, in blocks that fit into the processor's caches.
 
-Reads with `pread` into buffers instead of mapping files, since mapped pages count as memory of the process.
+Reads with `pread` into buffers instead of mapping files, because mapped pages count as memory of the process.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""Torch's dtype of each dtype of safetensors that arithmetic is done on."""
+"""Safetensors dtype name to torch dtype, for the dtypes that arithmetic supports."""
 BLOCK = 1 << 20
-# Larger pieces make the kernel look for large pages, which on many machines takes longer than filling them.
+# With larger pieces the kernel searches for huge pages, which often takes longer than filling them.
 _PIECE = 128 << 10
-# Systems and file systems that cannot copy within the kernel.
-_UNABLE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+# Errors of systems and file systems that cannot copy within the kernel.
+_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Returns the memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensor(source: int, stored: StoredTensor) -> Tensor:
-    """A whole tensor of an open file, in its own dtype, which must be among `FLOATS`."""
+    """Reads a tensor from an open file, in its stored dtype, which must be in `FLOATS`."""
     tensor = torch.empty(stored.shape, dtype=FLOATS[stored.dtype])
     read_bytes(source, as_bytes(tensor), stored.offset)
     return tensor
 
 
 def copy_bytes(source: int, output: int, first: int, last: int) -> None:
-    """Appends the bytes from `first` up to and without `last` of one open file to another, within the kernel if it can.
+    """Appends the bytes from `first` to `last` (exclusive) of one open file to another, in the kernel if possible.
 
     Raises:
-        BaseModelError: The source ends before.
+        BaseModelError: The source is too short.
     """
     done = first
     for copy in (_copy_range, _send, _read_and_write):
@@ -59,14 +59,14 @@ def copy_bytes(source: int, output: int, first: int, last: int) -> None:
                     raise shorter_than(done)
                 done += count
         except OSError as error:
-            if error.errno not in _UNABLE:
+            if error.errno not in _UNSUPPORTED:
                 raise
         else:
             return
 
 
 def copy_file(source: Path, output: int) -> None:
-    """Appends a whole file to an open one."""
+    """Appends a file to an open one."""
     descriptor = os.open(source, os.O_RDONLY)
     try:
         copy_bytes(descriptor, output, 0, os.fstat(descriptor).st_size)
@@ -75,7 +75,7 @@ def copy_file(source: Path, output: int) -> None:
 
 
 def _copy_range(source: int, output: int, offset: int, count: int) -> int:
-    # Shares the blocks on file systems that can (btrfs, xfs) and copies within the kernel on the others.
+    # Shares blocks on btrfs and xfs, and copies within the kernel on other file systems.
     if not hasattr(os, "copy_file_range"):
         raise OSError(errno.ENOSYS, "no copy_file_range")
     return os.copy_file_range(source, output, count, offset)

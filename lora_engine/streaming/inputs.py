@@ -1,6 +1,6 @@
-"""The adapters that a model is to be given: read, checked against the model, and laid out as terms by tensor.
+"""Reads the adapters to fuse, checks them against the model, and collects the updates of each tensor.
 
-All refusals happen here, before a byte is written.
+All checks run here, before a byte is written.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import read_adapter
 from lora_engine.merging.deltas import needs_base_values
 from lora_engine.streaming.blocks import FLOATS, read_tensor
-from lora_engine.streaming.model import Place, StoredModel
+from lora_engine.streaming.model import StoredModel, TensorLocation
 from lora_engine.streaming.provenance import FusedAdapter, adapter_digest
-from lora_engine.streaming.updates import Term
+from lora_engine.streaming.updates import Update
 
 Weighted = Sequence[tuple[Path, float]]
 Sameness = Literal["same", "other", "unknown"]
-Terms = dict[tuple[Path, str], list[Term]]
-"""What is added to each tensor, by file and name there."""
+Updates = dict[tuple[Path, str], list[Update]]
+"""File and tensor name to the updates of the tensor."""
 
 
 @dataclass(frozen=True)
-class Given:
+class WeightedAdapter:
     """An adapter with its weight.
 
     Attributes:
-        adapter: As read for the model.
-        weight: Its multiplier.
-        entry: What the header of the model says of it.
+        adapter: The adapter, read for the model.
+        weight: Multiplier of the adapter.
+        entry: The entry for the header of the fused model.
     """
 
     adapter: Adapter
@@ -47,16 +47,16 @@ class Given:
     entry: FusedAdapter
 
 
-def read_given(model: StoredModel, adapters: Weighted) -> list[Given]:
+def read_adapters(model: StoredModel, adapters: Weighted) -> list[WeightedAdapter]:
     """Reads adapters for a model.
 
     Raises:
-        AdapterError: A file that is no adapter, or one that does not fit the model.
-        SettingsError: No adapter, or a weight that is not finite.
+        AdapterError: A file is not an adapter, or does not fit the model.
+        SettingsError: There is no adapter, or a weight is not finite.
     """
     if not adapters:
-        raise SettingsError("no adapter is given", allowed="one or more", remedy="name an adapter")
-    found = []
+        raise SettingsError("there are no adapters", allowed="one or more", remedy="name an adapter")
+    loaded = []
     for path, weight in adapters:
         if not math.isfinite(weight):
             raise SettingsError(f"the weight of {str(path)!r} is {weight!r}", allowed="a finite number")
@@ -67,131 +67,136 @@ def read_given(model: StoredModel, adapters: Weighted) -> list[Given]:
                 where=str(path),
                 remedy="choose a model of the adapter's family",
             )
-        found.append(Given(adapter, float(weight), FusedAdapter(adapter_digest(path), float(weight), card.title)))
-    return found
+        entry = FusedAdapter(adapter_digest(path), float(weight), card.title)
+        loaded.append(WeightedAdapter(adapter, float(weight), entry))
+    return loaded
 
 
-def check_base(base: StoredModel | None, given: Sequence[Given], *, is_other_allowed: bool) -> Sameness:
-    """Whether a model is the one that adapters name by fingerprint; nothing is hashed where no adapter names one.
+def check_base(base: StoredModel | None, adapters: Sequence[WeightedAdapter], *, is_other_allowed: bool) -> Sameness:
+    """Compares the fingerprint of a model with those that adapters name; hashes nothing if no adapter names one.
 
     Raises:
-        BaseModelError: It is another one, and that is not allowed.
+        BaseModelError: The model is another one, and `is_other_allowed` is False.
     """
-    named = {one.adapter.fingerprint for one in given} - {None}
-    found = base.fingerprint() if base is not None and named else None
-    if found is None or base is None:
+    named = {item.adapter.fingerprint for item in adapters} - {None}
+    fingerprint = base.fingerprint() if base is not None and named else None
+    if fingerprint is None or base is None:
         return "unknown"
-    if named == {found}:
-        return "same" if all(one.adapter.fingerprint for one in given) else "unknown"
+    if named == {fingerprint}:
+        return "same" if all(item.adapter.fingerprint for item in adapters) else "unknown"
     if not is_other_allowed:
-        other = min(str(name) for name in named - {found})
+        other = min(str(name) for name in named - {fingerprint})
         raise BaseModelError(
-            f"the model is {found[:16]}... and an adapter was made for {other[:16]}...",
+            f"the model is {fingerprint[:16]}... and an adapter was trained for {other[:16]}...",
             where=str(base.path),
             allowed="the base that the adapter names by its fingerprint",
-            remedy="give that base, or allow another one",
+            remedy="use that base, or allow another one",
         )
     return "other"
 
 
-def terms_of(model: StoredModel, given: Sequence[Given], *, sign: float, reference: StoredModel | None = None) -> Terms:
-    """What is added to each tensor.
+def updates_by_tensor(
+    model: StoredModel, adapters: Sequence[WeightedAdapter], *, sign: float, reference: StoredModel | None = None
+) -> Updates:
+    """Returns the updates of each tensor.
 
     Args:
-        model: The model that is changed.
-        given: The adapters.
-        sign: 1 to put them in, -1 to take them out.
-        reference: The model that the deltas refer to, where it is not the one that is changed.
+        model: The model to change.
+        adapters: The adapters with their weights.
+        sign: 1 to fuse, -1 to unfuse.
+        reference: The model that the deltas refer to; None means `model`.
 
     Raises:
-        AdapterError: A module that is missing, a bias that its layer has not, an adapter without modules.
-        BaseModelError: A weight of a dtype that no arithmetic is done on.
+        AdapterError: A module or a bias is missing in the model, or an adapter has no modules.
+        BaseModelError: The dtype of a weight does not support arithmetic.
     """
-    terms: Terms = {}
-    for one in given:
-        if not one.adapter.modules:
-            raise AdapterError("the adapter has no modules", remedy="check the file that it came from")
-        for module, delta in one.adapter.modules.items():
+    updates: Updates = {}
+    for item in adapters:
+        if not item.adapter.modules:
+            raise AdapterError("the adapter has no modules", remedy="check the file that it was read from")
+        for module, delta in item.adapter.modules.items():
             for part in _parts(model, module, delta):
                 name = f"{module}.{part}"
-                place = model.places[name]
-                _check_dtype(place)
-                if one.weight == 0.0:
+                location = model.locations[name]
+                _check_dtype(location)
+                if item.weight == 0.0:
                     continue
-                read = None if reference is None else partial(read_place, reference.places[name])
-                term = Term(delta, sign * one.weight, place, part == "bias", read)
-                terms.setdefault((place.stored.path, place.name), []).append(term)
-    return terms
+                read = None if reference is None else partial(read_location, reference.locations[name])
+                update = Update(delta, sign * item.weight, location, part == "bias", read)
+                updates.setdefault((location.stored.path, location.name), []).append(update)
+    return updates
 
 
-def check_removable(given: Sequence[Given]) -> None:
-    """Does nothing for adapters whose deltas do not depend on the weight that they are added to.
+def check_removable(adapters: Sequence[WeightedAdapter]) -> None:
+    """Raises `AdapterError` if a delta depends on the weight that it was added to.
 
     Raises:
-        AdapterError: A kind depends on it (DoRA, OFT, IA3), so that taking out needs the base.
+        AdapterError: A kind depends on the weight (DoRA, OFT, IA3), and needs the base to be unfused.
     """
-    for name, delta in (item for one in given for item in one.adapter.modules.items()):
+    for name, delta in (entry for item in adapters for entry in item.adapter.modules.items()):
         if needs_base_values(delta):
             raise AdapterError(
-                f"what an adapter of kind {delta.kind!r} adds depends on the weight before, which is gone",
+                f"the delta of kind {delta.kind!r} depends on the original weight, which is not in the fused model",
                 where=name,
-                allowed="kinds whose delta stands for itself, or the base beside the fused model",
+                allowed="kinds whose delta does not depend on the weight, or the base together with the fused model",
                 remedy="name the base that it was fused into",
             )
 
 
-def check_same(model: StoredModel, other: StoredModel) -> None:
-    """Does nothing for two models that have the same tensors.
+def check_same_tensors(model: StoredModel, other: StoredModel) -> None:
+    """Raises `BaseModelError` if the tensors of two models differ in name or shape.
 
     Raises:
-        BaseModelError: Names or shapes differ; counts them and names the first.
+        BaseModelError: Names or shapes differ; the message has their number and the first name.
     """
-    mine = {name: (place.name, place.shape) for name, place in model.places.items()}
-    theirs = {name: (place.name, place.shape) for name, place in other.places.items()}
-    differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    first_shapes, second_shapes = (
+        {name: (location.name, location.shape) for name, location in item.locations.items()} for item in (model, other)
+    )
+    names = first_shapes.keys() | second_shapes.keys()
+    differing = sorted(name for name in names if first_shapes.get(name) != second_shapes.get(name))
     if differing:
         first = differing[0]
-        shown = [list(found[first][1]) if first in found else "missing" for found in (mine, theirs)]
+        shown = [list(shapes[first][1]) if first in shapes else "missing" for shapes in (first_shapes, second_shapes)]
         raise BaseModelError(
-            f"{len(differing)} tensors are not the same in name and shape in both models; the first is {first!r},"
+            f"{len(differing)} tensors differ in name or shape between the models; the first is {first!r},"
             f" {shown[0]} in one and {shown[1]} in the other",
             where=f"{model.path}, {other.path}",
             allowed="two models of one architecture in one layout",
-            remedy="check that both are what you meant",
+            remedy="check both paths",
         )
 
 
-def read_place(place: Place) -> Tensor:
-    """The weight or the bias of a module, in its stored dtype and the module's own shape."""
-    source = os.open(place.stored.path, os.O_RDONLY)
+def read_location(location: TensorLocation) -> Tensor:
+    """Reads the weight or the bias of a module, in its stored dtype and the module's shape."""
+    source = os.open(location.stored.path, os.O_RDONLY)
     try:
-        tensor = read_tensor(source, place.stored)
+        tensor = read_tensor(source, location.stored)
     finally:
         os.close(source)
-    part = tensor[slice(*place.rows)] if tensor.dim() else tensor
-    return (part.T if place.transposed else part).reshape(place.shape)
+    part = tensor[slice(*location.rows)] if tensor.dim() else tensor
+    return (part.T if location.transposed else part).reshape(location.shape)
 
 
 def _parts(model: StoredModel, module: str, delta: Delta) -> Iterable[str]:
     if module not in model.module_shapes:
         raise AdapterError(f"the model has no module {module!r}", allowed=near_names(module, model.module_shapes))
-    bias = model.places.get(f"{module}.bias")
+    bias = model.locations.get(f"{module}.bias")
     if delta.delta_bias(None if bias is None else torch.zeros(bias.shape)) is None:
         return ("weight",)
     if bias is None:
         raise AdapterError(
-            "the adapter changes a bias and the module has none",
+            "the adapter changes a bias that the module does not have",
             where=module,
-            remedy="take a model whose layer has a bias",
+            remedy="use a model whose layer has a bias",
         )
     return ("weight", "bias")
 
 
-def _check_dtype(place: Place) -> None:
-    if place.stored.dtype not in FLOATS:
+def _check_dtype(location: TensorLocation) -> None:
+    if location.stored.dtype not in FLOATS:
         raise BaseModelError(
-            f"the dtype of the weight is {place.stored.dtype}",
-            where=f"{place.stored.path}: tensor {place.name!r}",
+            f"the dtype of the weight is {location.stored.dtype}",
+            where=f"{location.stored.path}: tensor {location.name!r}",
             allowed=", ".join(FLOATS),
-            remedy="take the model in one of these dtypes",
+            remedy="use the model in one of these dtypes",
         )

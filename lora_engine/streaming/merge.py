@@ -1,4 +1,4 @@
-"""Whole checkpoints merged tensor by tensor, from file to file."""
+"""Merges whole checkpoints tensor by tensor, from file to file."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MERGED = "loraline.merged"
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was done.
+    """The result of `merge_checkpoints`.
 
     Attributes:
-        files: The files that were written.
-        tensors: How many tensors were merged.
-        kept: How many are no floats and were taken from the first model.
-        parents: Digest of each model's weights, in the order in which they were given.
+        files: The written files.
+        tensors: Number of merged tensors.
+        kept: Number of tensors that are not floats, copied from the first model.
+        parents: Digest of each model's weights, in the order of the models.
     """
 
     files: list[Path]
@@ -54,34 +54,35 @@ def merge_checkpoints(
     component: str | None = None,
     architecture: str | None = None,
 ) -> CheckpointReport:
-    """Merges whole models of one architecture into a new one with the first one's layout, dtypes and other files.
+    """Merges whole models of one architecture. The result has the first model's layout, dtypes and other files.
 
-    The arithmetic is in float32 (float64 where the first is), cast last. Tensors that are no floats are the first's.
+    The arithmetic is in float32 (float64 for float64 tensors of the first model), and casts last. Tensors that are not
+    floats come from the first model. After an error, there is no output.
 
     Args:
-        models: What `open_model` takes, all in one layout.
-        weights: As the method wants them.
-        output: Where the new model goes; a folder where the first is one. It appears whole or not at all.
+        models: Paths for `open_model`, all of one layout.
+        weights: The weights that the method needs.
+        output: Path of the new model; a folder if the first model is one. Written atomically.
         method: `weighted-sum`, `add-difference` or `ties`; see `CHECKPOINT_METHODS`.
-        options: The method's own.
-        component: What a component's file is, where nothing else tells it.
-        architecture: Of original single files, where nothing else tells it.
+        options: Options of the method by name; None means the defaults.
+        component: Component of a single file; None means inferred.
+        architecture: Architecture of original single files; None means inferred.
 
     Raises:
-        BaseModelError: A model cannot be read, or tensors are missing or have other shapes; nothing is written.
-        SettingsError: An unknown method, another number of models or weights, or an output that cannot be.
+        BaseModelError: A model cannot be read, or tensors are missing or differ in shape.
+        SettingsError: The method is unknown, the number of models or weights is wrong, or the output is not valid.
     """
-    chosen, given = CHECKPOINT_METHODS[method], dict(options or {})
-    chosen.check(len(models), len(weights), list(given))
-    _check_numbers(weights, given)
+    chosen, settings = CHECKPOINT_METHODS[method], dict(options or {})
+    chosen.check(len(models), len(weights), list(settings))
+    _check_numbers(weights, settings)
     opened = [open_model(path, component=component, architecture=architecture) for path in models]
     for model in opened[1:]:
         check_apart(model, output)
     check_output(opened[0], output)
     _check_tensors(opened)
     parents = [_digest(model) for model in opened]
-    note = {"method": method, "weights": list(weights), "options": given, "parents": parents}
-    merge = partial(chosen.merge, weights=list(weights), **given)
+    note = {"method": method, "weights": list(weights), "options": settings, "parents": parents}
+    merge = partial(chosen.merge, weights=list(weights), **settings)
     with ExitStack() as stack:
         sources = _Sources(stack)
         write = partial(_write, opened, chosen, merge, {MERGED: canonical_json(note).decode()}, sources)
@@ -91,27 +92,27 @@ def merge_checkpoints(
 
 
 class _Sources:
-    """The files that are read from, each opened once."""
+    """The source files, each opened once."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._open: dict[Path, int] = {}
 
     def read(self, stored: StoredTensor, first: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Rows of a tensor, from `first` on, as `[rows, inner]` in another dtype."""
+        """Reads rows of a tensor, starting at `first`, as `[rows, inner]` in a dtype."""
         if stored.path not in self._open:
             descriptor = os.open(stored.path, os.O_RDONLY)
             self._stack.callback(os.close, descriptor)
             self._open[stored.path] = descriptor
         block = torch.empty(shape, dtype=FLOATS[stored.dtype])
-        place = stored.offset + first * shape[1] * block.element_size()
-        read_bytes(self._open[stored.path], as_bytes(block), place)
+        offset = stored.offset + first * shape[1] * block.element_size()
+        read_bytes(self._open[stored.path], as_bytes(block), offset)
         return block.to(dtype)
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """A `Change`: a block of the first model becomes what the method makes of it and of the others' blocks."""
+    """A `Change` that merges a block of the first model with the same block of the others."""
 
     others: Sequence[StoredTensor]
     merge: Callable[[Sequence[Tensor]], Tensor]
@@ -121,8 +122,8 @@ class _Merge:
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
         """Changes a block in place."""
-        beside = [self.sources.read(other, first, values.shape, values.dtype) for other in self.others]
-        values.copy_(self.merge([values, *beside]))
+        others = [self.sources.read(other, first, values.shape, values.dtype) for other in self.others]
+        values.copy_(self.merge([values, *others]))
 
 
 def _write(
@@ -138,7 +139,7 @@ def _write(
     others = [model.tensors for model in models[1:]]
     keys = {name: key for key, (file, name) in models[0].origins.items() if file == source}
     changes = {
-        name: partial(_Merge, [there[keys[name]] for there in others], merge, not method.is_elementwise, sources)
+        name: partial(_Merge, [other[keys[name]] for other in others], merge, not method.is_elementwise, sources)
         for name, stored in tensors.items()
         if stored.dtype in FLOATS
     }
@@ -159,13 +160,13 @@ def _check_tensors(models: Sequence[StoredModel]) -> None:
                 f"{len(missing)} tensors are not in both models; {missing[0]!r} is only in {str(has.path)!r}",
                 where=str(lacks.path),
                 allowed="models of one architecture in one layout",
-                remedy="bring both into one layout, or choose other models",
+                remedy="convert both to one layout, or choose other models",
             )
         for name, stored in first.items():
-            theirs = other[name]
-            if stored.shape != theirs.shape or (stored.dtype in FLOATS) != (theirs.dtype in FLOATS):
+            second = other[name]
+            if stored.shape != second.shape or (stored.dtype in FLOATS) != (second.dtype in FLOATS):
                 raise BaseModelError(
-                    f"the tensor {name!r} is {theirs.dtype} {list(theirs.shape)}, and in the first model"
+                    f"the tensor {name!r} is {second.dtype} {list(second.shape)}, and in the first model"
                     f" {stored.dtype} {list(stored.shape)}",
                     where=str(model.path),
                     allowed="models of one architecture",
@@ -178,8 +179,8 @@ def _check_numbers(weights: Sequence[float], options: Mapping[str, float]) -> No
         if not math.isfinite(weight):
             raise SettingsError(f"the weight {weight!r}", allowed="a finite number", remedy="choose another weight")
     for name, value in options.items():
-        most = 1.0 if name == "density" else math.inf
-        if not 0.0 < value <= most or not math.isfinite(value):
+        maximum = 1.0 if name == "density" else math.inf
+        if not 0.0 < value <= maximum or not math.isfinite(value):
             allowed = "above 0, up to 1" if name == "density" else "a finite number above 0"
             raise SettingsError(f"{name} is {value!r}", allowed=allowed, remedy="choose another value")
 

@@ -1,4 +1,4 @@
-"""A model as it lies in files: where each weight of each module is, by canonical name. No tensor is read here."""
+"""Locates each weight of a stored model in its files, by canonical name. Reads no tensor."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lora_engine.errors import BaseModelError
 _SUFFIX = ".safetensors"
 _COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _ORIGINAL = "model.diffusion_model."
-# Files that may lie in a diffusers folder and do not belong to the model that is written.
+# Files of a diffusers folder that are not part of the written model.
 _PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a weight or a bias lies.
+class TensorLocation:
+    """The location of a weight or a bias in a file.
 
     Attributes:
-        stored: The tensor of the file.
-        name: Its name there.
-        shape: Of the weight, as its module has it.
-        rows: First and last + 1 of the rows that are this weight's.
-        transposed: Whether the file holds the transpose.
+        stored: The tensor in the file.
+        name: Name of the tensor in the file.
+        shape: Shape of the weight in its module.
+        rows: First row and last row + 1 of this weight in the stored tensor.
+        transposed: True if the file has the transpose.
     """
 
     stored: StoredTensor
@@ -46,62 +46,64 @@ class StoredModel:
     """A model in files.
 
     Attributes:
-        path: The folder or the file that it was named by.
-        family: `sd`, `sdxl`, ...; empty where it cannot be told.
-        files: Each file of weights, with its tensors and its metadata.
-        others: All other files that belong to a folder.
-        places: Canonical name of a tensor (`unet.conv_in.weight`) to its place.
-        is_original: Whether it is an original single file, whose tensors have names and forms of their own.
+        path: The folder or the file that was opened.
+        family: `sd`, `sdxl`, ...; empty means unknown.
+        files: Each weights file, with its tensors and its metadata.
+        others: All other files of the folder that belong to the model.
+        locations: Canonical name of a tensor (`unet.conv_in.weight`) to its location.
+        is_original: True for an original single file, with its own tensor names and shapes.
     """
 
     path: Path
     family: str
     files: Mapping[Path, tuple[Mapping[str, StoredTensor], Mapping[str, str]]]
     others: tuple[Path, ...]
-    places: Mapping[str, Place]
+    locations: Mapping[str, TensorLocation]
     is_original: bool = False
 
     @cached_property
     def origins(self) -> dict[str, tuple[Path, str]]:
-        """Every tensor: its name, canonical but in an original file, to its file and its name there."""
+        """Canonical name (in an original file, stored name) of every tensor to its file and its name in the file."""
         if self.is_original:
             return {name: (file, name) for file, (tensors, _) in self.files.items() for name in tensors}
-        return {key: (place.stored.path, place.name) for key, place in self.places.items()}
+        return {key: (location.stored.path, location.name) for key, location in self.locations.items()}
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor by its name in `origins`."""
+        """Every tensor by its key in `origins`."""
         return {key: self.files[file][0][name] for key, (file, name) in self.origins.items()}
 
     @cached_property
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name of every module with a weight, to the shape of that."""
+        """Canonical name of every module with a weight to the shape of the weight."""
         return {
-            name.removesuffix(".weight"): place.shape for name, place in self.places.items() if name.endswith(".weight")
+            name.removesuffix(".weight"): location.shape
+            for name, location in self.locations.items()
+            if name.endswith(".weight")
         }
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether it is a diffusers folder."""
+        """True for a diffusers folder."""
         return (self.path / INDEX).is_file()
 
     def fingerprint(self) -> str | None:
-        """The fingerprint of a diffusers folder, which takes reading all of it; None for what is only a part of one."""
+        """Returns the fingerprint of a diffusers folder, which reads all of it; None for other models."""
         return resolve_base(str(self.path)).fingerprint() if self.is_pipeline else None
 
 
 def open_model(path: Path, *, component: str | None = None, architecture: str | None = None) -> StoredModel:
-    """Looks into a model.
+    """Opens a model: reads the headers of its files, and no tensor.
 
     Args:
         path: A diffusers folder; the folder of one of its components; one `.safetensors` file of a component; or an
             original single file.
-        component: What a file of a component is (`unet`); None tells it from the folder's name or from the tensors.
-        architecture: Of an original single file; None tells it from the tensors.
+        component: Component of a single file (`unet`); None means inferred from the folder's name or the tensors.
+        architecture: Architecture of an original single file; None means inferred from the tensors.
 
     Raises:
-        BaseModelError: No such model, or one that is not known.
-        AdapterError: A file that is no safetensors file.
+        BaseModelError: The model does not exist, or is of an unknown layout.
+        AdapterError: A file is not a safetensors file.
     """
     if not path.exists():
         raise BaseModelError("no such file or folder", where=str(path), remedy="check the path")
@@ -121,38 +123,38 @@ def _open_pipeline(path: Path) -> StoredModel:
     layout = read_layout(path)
     weights = [path / name for name in layout.files if name.endswith(_SUFFIX)]
     files = {file: stored_tensors(file) for file in weights}
-    places = _together(
-        (_canonical(file.parent.name, name), Place(stored, name, stored.shape, _all_rows(stored)))
+    locations = _locate_all(
+        (_canonical(file.parent.name, name), TensorLocation(stored, name, stored.shape, _all_rows(stored)))
         for file, (tensors, _) in files.items()
         for name, stored in tensors.items()
     )
     others = {path / name for name in layout.files} - set(weights)
     for name, entry in layout.index.items():
-        # Components that the engine does not use (a safety checker) stay with the model that names them.
+        # Components that the engine does not use (a safety checker) are copied if model_index.json names them.
         if name not in layout.family.components and isinstance(entry, list) and (path / name).is_dir():
             others |= {file for file in (path / name).iterdir() if _is_kept(file)}
-    return StoredModel(path, layout.family.adapters, files, tuple(sorted(others)), places)
+    return StoredModel(path, layout.family.adapters, files, tuple(sorted(others)), locations)
 
 
 def _open_component(path: Path, weights: list[Path], others: tuple[Path, ...], component: str | None) -> StoredModel:
     files = {file: stored_tensors(file) for file in weights}
     names = [name for tensors, _ in files.values() for name in tensors]
     part = component or _component_of(path, names)
-    places = _together(
-        (_canonical(part, name), Place(stored, name, stored.shape, _all_rows(stored)))
+    locations = _locate_all(
+        (_canonical(part, name), TensorLocation(stored, name, stored.shape, _all_rows(stored)))
         for tensors, _ in files.values()
         for name, stored in tensors.items()
     )
-    return StoredModel(path, "", files, others, places)
+    return StoredModel(path, "", files, others, locations)
 
 
 def _open_original(
     path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], architecture: str | None
 ) -> StoredModel:
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    found = recognize(shapes, metadata, str(path), architecture=architecture)
-    places: dict[str, Place] = {}
-    for entry in checkpoint_names(found.architecture):
+    recognized = recognize(shapes, metadata, str(path), architecture=architecture)
+    locations: dict[str, TensorLocation] = {}
+    for entry in checkpoint_names(recognized.architecture):
         key = stored_name(entry, tensors)
         if key is None:
             continue
@@ -160,19 +162,19 @@ def _open_original(
         rows = _all_rows(stored) if entry.change == "transposed" else entry.rows(stored.shape[0])
         shape = entry.folder_shape(stored.shape)
         canonical = f"{entry.component}.{entry.name}"
-        places[canonical] = Place(stored, key, shape, rows, entry.change == "transposed")
-    family = "sdxl" if found.architecture == "sdxl" else "sd"
-    return StoredModel(path, family, {path: (tensors, metadata)}, (), places, is_original=True)
+        locations[canonical] = TensorLocation(stored, key, shape, rows, entry.change == "transposed")
+    family = "sdxl" if recognized.architecture == "sdxl" else "sd"
+    return StoredModel(path, family, {path: (tensors, metadata)}, (), locations, is_original=True)
 
 
-def _together(entries: Iterator[tuple[str, Place]]) -> dict[str, Place]:
-    places: dict[str, Place] = {}
-    for name, place in entries:
-        if name in places:
-            where = f"{places[name].stored.path}, {place.stored.path}"
+def _locate_all(entries: Iterator[tuple[str, TensorLocation]]) -> dict[str, TensorLocation]:
+    locations: dict[str, TensorLocation] = {}
+    for name, location in entries:
+        if name in locations:
+            where = f"{locations[name].stored.path}, {location.stored.path}"
             raise BaseModelError(f"the tensor {name!r} is in two files", where=where, remedy="remove one of the files")
-        places[name] = place
-    return places
+        locations[name] = location
+    return locations
 
 
 def _canonical(component: str, name: str) -> str:
@@ -188,23 +190,23 @@ def _is_kept(file: Path) -> bool:
 
 
 def _component_files(folder: Path) -> list[Path]:
-    found = sorted(folder.glob(f"*{_SUFFIX}"))
-    plain = [file for file in found if ".fp16" not in file.name and ".non_ema" not in file.name] or found
-    is_sharded = all("-of-" in file.name for file in plain)
-    if not plain or (len(plain) > 1 and not is_sharded):
+    weights = sorted(folder.glob(f"*{_SUFFIX}"))
+    default = [file for file in weights if ".fp16" not in file.name and ".non_ema" not in file.name] or weights
+    is_sharded = all("-of-" in file.name for file in default)
+    if not default or (len(default) > 1 and not is_sharded):
         raise BaseModelError(
-            f"the folder holds {len(plain)} files of weights",
+            f"the folder has {len(default)} weights files",
             where=str(folder),
             allowed="one .safetensors file, or the shards of one; or a diffusers folder with model_index.json",
             remedy="name the file itself",
         )
-    return plain
+    return default
 
 
 def _component_of(path: Path, names: list[str]) -> str:
-    for place in (path, path.parent):
-        if place.name in _COMPONENTS:
-            return place.name
+    for candidate in (path, path.parent):
+        if candidate.name in _COMPONENTS:
+            return candidate.name
     if any(name.startswith(("down_blocks.", "mid_block.")) for name in names):
         return "unet"
     if any(name.startswith(("text_model.", "encoder.layers.")) for name in names):
@@ -212,8 +214,8 @@ def _component_of(path: Path, names: list[str]) -> str:
     if any("transformer_blocks." in name for name in names):
         return "transformer"
     raise BaseModelError(
-        "nothing tells which component of a model this is",
+        "the component of the model cannot be inferred",
         where=str(path),
         allowed=", ".join(_COMPONENTS),
-        remedy="name the component, or give a diffusers folder",
+        remedy="set the component, or pass a diffusers folder",
     )

@@ -1,4 +1,4 @@
-"""Where a rewritten model goes: one file, or a folder that appears whole or not at all."""
+"""Checks the output path of a rewritten model, and writes the file or folder atomically."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from lora_engine.streaming.blocks import copy_file
 from lora_engine.streaming.model import StoredModel
 
 WriteFile = Callable[[Path, Path], None]
-"""Writes the new form of a file of weights (source, target); the target is there, whole, when it returns."""
+"""Writes the new form of a weights file (source, target); the target is complete when it returns."""
 
 
 def check_output(model: StoredModel, output: Path) -> None:
-    """Does nothing for a place that a new form of this model can go to.
+    """Raises `SettingsError` if the rewritten model cannot be written to a path.
 
     Raises:
-        SettingsError: It is the model's own place, a folder that holds something, or not of the kind that the model is.
+        SettingsError: The path is that of the model or inside it, a folder that is not empty, or of the wrong type.
     """
     check_apart(model, output)
     if model.path.is_file():
         if output.suffix != ".safetensors" or output.is_dir():
             raise SettingsError(
                 f"{str(output)!r} is not the name of a .safetensors file",
-                allowed="a name that ends in .safetensors, since the model is one file",
+                allowed="a name that ends in .safetensors, because the model is one file",
                 remedy="choose another output",
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SettingsError(
-            f"{str(output)!r} is there and is not an empty folder",
-            allowed="a path where nothing is yet, since the model is a folder",
-            remedy="choose another output, or remove what is there",
+            f"{str(output)!r} exists and is not an empty folder",
+            allowed="a path that does not exist, because the model is a folder",
+            remedy="choose another output, or remove it",
         )
     elif model.path.resolve() in output.resolve().parents:
-        raise SettingsError(f"{str(output)!r} lies within the model", remedy="choose another output")
+        raise SettingsError(f"{str(output)!r} is inside the model", remedy="choose another output")
 
 
 def check_apart(model: StoredModel, output: Path) -> None:
-    """Does nothing for a place that is not the model's own.
+    """Raises `SettingsError` if the output is the model itself.
 
     Raises:
-        SettingsError: It is.
+        SettingsError: The paths are equal.
     """
     if output.exists() and output.resolve() == model.path.resolve():
         raise SettingsError(
@@ -53,13 +53,13 @@ def check_apart(model: StoredModel, output: Path) -> None:
 
 
 def write_model(model: StoredModel, output: Path, write_file: WriteFile) -> list[Path]:
-    """Writes the new form of a model: its weights by `write_file`, all else as it is.
+    """Writes the new form of a model: weights files with `write_file`, copies of all others.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
-        OSError: The disk is full or read-only; nothing is left behind.
+        OSError: The disk is full or read-only; partial files are removed.
     """
     if model.path.is_file():
         write_file(model.path, output)

@@ -1,4 +1,4 @@
-"""What the header of a fused model says of the adapters in it, and which claims of a header no longer hold."""
+"""Reads and writes the list of fused adapters in a model's header, and drops header entries that are stale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_engine.errors import BaseModelError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
 FUSED = "loraline.fused"
-# Digests of tensors that are other ones now.
+# Digests of the tensors before the change.
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -21,9 +21,9 @@ class FusedAdapter:
     """An adapter that is part of a model's weights.
 
     Attributes:
-        sha256: Digest of its file; of a folder, over the digests of its files.
-        weight: Its multiplier.
-        title: What its card calls it.
+        sha256: Digest of its file, or of the names and digests of the files in its folder.
+        weight: Multiplier of the adapter.
+        title: Title from its card.
     """
 
     sha256: str
@@ -32,7 +32,7 @@ class FusedAdapter:
 
 
 def adapter_digest(path: Path) -> str:
-    """SHA-256 of an adapter's file; of a folder, over the names and digests of its files."""
+    """Returns the SHA-256 of an adapter's file, or of the names and digests of the files in its folder."""
     if path.is_file():
         return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -40,29 +40,29 @@ def adapter_digest(path: Path) -> str:
 
 
 def fused_adapters(metadata: Mapping[str, str], where: Path) -> list[FusedAdapter]:
-    """The adapters that a header names, in the order in which they were fused.
+    """Returns the adapters that a header names, in the order in which they were fused.
 
     Raises:
-        BaseModelError: The header's list is broken.
+        BaseModelError: The header's list is malformed.
     """
     try:
         return [_entry(entry) for entry in json.loads(metadata.get(FUSED, "[]"))]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BaseModelError(
-            f"the list of fused adapters is broken: {error}",
+            f"the list of fused adapters is malformed: {error}",
             where=f"{where}: metadata {FUSED!r}",
-            remedy="take the entry out of the header, or save the model again",
+            remedy="remove the entry from the header, or save the model again",
         ) from error
 
 
 def with_adapters(metadata: Mapping[str, str], adapters: Sequence[FusedAdapter]) -> dict[str, str]:
-    """The metadata with this list of fused adapters, and without digests of what the tensors were before."""
-    kept = {key: text for key, text in metadata.items() if key not in (*_STALE, FUSED)}
-    return kept | ({FUSED: canonical_json([asdict(entry) for entry in adapters]).decode()} if adapters else {})
+    """Returns the metadata with this list of fused adapters, and without digests of the old tensors."""
+    current = {key: text for key, text in metadata.items() if key not in (*_STALE, FUSED)}
+    return current | ({FUSED: canonical_json([asdict(entry) for entry in adapters]).decode()} if adapters else {})
 
 
 def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what only holds for the tensors as they were."""
+    """Returns the metadata without entries that describe the old tensors."""
     return with_adapters(metadata, [])
 
 

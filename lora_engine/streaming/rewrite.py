@@ -1,6 +1,6 @@
-"""One safetensors file written anew with some of its tensors changed; all the others are copied as bytes.
+"""Rewrites one safetensors file with some tensors changed; copies the bytes of all others.
 
-The layout of the body stays; what is done to a tensor is a `Change`, of which this module knows nothing more.
+The layout of the body does not change. A `Change` computes the new values of a tensor.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
 
 
 class Change(Protocol):
-    """What is done to one tensor.
+    """The change of one tensor.
 
     Attributes:
-        is_whole: Whether it has to see the whole tensor at once, not one block of rows after the other.
-        bound: No element is changed by more than this; infinity where that is not known.
+        is_whole: True if it needs the whole tensor at once instead of blocks of rows.
+        bound: Upper bound of the change of an element; infinity if unknown.
     """
 
     @property
@@ -41,16 +41,16 @@ class Change(Protocol):
 
         Args:
             values: `[rows, inner]`, float32 (float64 for a float64 tensor).
-            stored: The same in the tensor's own dtype; of float32 and float64 the same memory as `values`.
-            first: Row of the tensor that the block begins with.
+            stored: The same values in the stored dtype; for float32 and float64 the same memory as `values`.
+            first: First row of the block in the tensor.
         """
         ...
 
 
 Opener = Callable[[], Change]
-"""Makes a change when its tensor's turn comes, so that the factors of one tensor alone are at hand in float32."""
+"""Creates the change of a tensor just before it is written: only its factors are in memory in float32."""
 Watch = Callable[[str, int, Tensor], None]
-"""Told of every block that was written: name of the tensor, first row, `[rows, inner]` in the tensor's dtype."""
+"""Called with every written block: name of the tensor, first row, `[rows, inner]` in the tensor's dtype."""
 
 
 def rewrite(
@@ -60,18 +60,18 @@ def rewrite(
     changes: Mapping[str, Opener],
     watch: Watch | None = None,
 ) -> None:
-    """Writes a file anew, atomically. The same input gives the same bytes.
+    """Rewrites a file atomically. Equal inputs give equal bytes.
 
     Args:
         tensors: All tensors of one file.
         output: The new file.
-        metadata: Its metadata.
-        changes: By tensor; every one of these has a dtype among `FLOATS`.
-        watch: See `Watch`.
+        metadata: Metadata of the new file.
+        changes: Tensor name to its change; the dtypes of these tensors must be in `FLOATS`.
+        watch: See `Watch`; None means no calls.
 
     Raises:
-        AdapterError: A changed value does not fit the tensor's dtype; nothing is left behind.
-        OSError: The disk is full; nothing is left behind.
+        AdapterError: A changed value does not fit the tensor's dtype; partial files are removed.
+        OSError: The disk is full; partial files are removed.
     """
     atomic_write(output, lambda file: _write(file, tensors, metadata, changes, watch))
 
@@ -84,8 +84,8 @@ def _write(
     watch: Watch | None,
 ) -> None:
     ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
-    with DirectWriter(file.fileno()) as stage:
-        stage.write(_header(ordered, metadata))
+    with DirectWriter(file.fileno()) as writer:
+        writer.write(_header(ordered, metadata))
         if not ordered:
             return
         with ordered[0][1].path.open("rb", buffering=0) as opened:
@@ -94,11 +94,11 @@ def _write(
             for name, stored in ordered:
                 if name not in changes:
                     continue
-                stage.copy(source, copied, stored.offset)
-                _write_changed(source, stage, name, stored, changes[name](), watch)
+                writer.copy(source, copied, stored.offset)
+                _write_changed(source, writer, name, stored, changes[name](), watch)
                 copied = stored.offset + stored.size
             last = ordered[-1][1]
-            stage.copy(source, copied, last.offset + last.size)
+            writer.copy(source, copied, last.offset + last.size)
 
 
 def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]) -> bytes:
@@ -112,14 +112,14 @@ def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]
             "data_offsets": [first, first + stored.size],
         }
     text = canonical_json(header)
-    # The body keeps its place within a page, so that what is only copied can go by pages.
+    # The body keeps its offset within a page, which lets `DirectWriter.copy` copy pages.
     spaces = (start - 8 - len(text)) % PAGE if start % 8 == 0 else -len(text) % 8
     text += b" " * spaces
     return struct.pack("<Q", len(text)) + text
 
 
 def _write_changed(
-    source: int, stage: DirectWriter, name: str, stored: StoredTensor, change: Change, watch: Watch | None
+    source: int, writer: DirectWriter, name: str, stored: StoredTensor, change: Change, watch: Watch | None
 ) -> None:
     dtype = FLOATS[stored.dtype]
     rows = stored.shape[0] if stored.shape else 1
@@ -127,10 +127,10 @@ def _write_changed(
     stride = inner * dtype.itemsize
     step = rows if change.is_whole else max(1, min(rows, BLOCK // max(stride, 1)))
     work = torch.empty(step, inner) if dtype.itemsize < 4 else None
-    may_overflow = change.bound >= _harmless(dtype)
+    may_overflow = change.bound >= _safe_change(dtype)
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        with _next_block(stage, count * stride, dtype) as flat:
+        with _next_block(writer, count * stride, dtype) as flat:
             read_bytes(source, as_bytes(flat), stored.offset + first * stride)
             block = flat.view(count, inner)
             values = block if work is None else work[:count].copy_(block)
@@ -144,29 +144,29 @@ def _write_changed(
 
 
 @contextlib.contextmanager
-def _next_block(stage: DirectWriter, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The next bytes of the file as numbers to be filled: in the stage's own memory where they fit."""
-    if stage.is_aligned(size, dtype.itemsize):
-        with stage.block(size) as raw:
+def _next_block(writer: DirectWriter, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yields a tensor for the next bytes of the file, in the writer's memory if it is aligned there."""
+    if writer.is_aligned(size, dtype.itemsize):
+        with writer.block(size) as raw:
             yield raw.view(dtype)
     else:
         block = torch.empty(size // dtype.itemsize, dtype=dtype)
         yield block
-        stage.write(as_bytes(block))
+        writer.write(as_bytes(block))
 
 
 def _check_finite(block: Tensor, where: str) -> None:
-    wide = block.float() if block.element_size() == 1 else block
-    if not all(math.isfinite(float(end)) for end in torch.aminmax(wide)):
+    values = block.float() if block.element_size() == 1 else block
+    if not all(math.isfinite(float(end)) for end in torch.aminmax(values)):
         raise AdapterError(
-            f"a value is not finite in {block.dtype} any more",
+            f"a changed value is not finite in {block.dtype}",
             where=where,
             allowed="a smaller weight of the adapters, or a model in float32 or bfloat16",
             remedy="lower the weights",
         )
 
 
-def _harmless(dtype: torch.dtype) -> float:
-    """A change below half of the spacing of the largest numbers never leads beyond them."""
+def _safe_change(dtype: torch.dtype) -> float:
+    """Returns half of the spacing of the largest numbers of a dtype; smaller changes cannot overflow."""
     limits = torch.finfo(dtype)
     return limits.max / (2 - limits.eps) * limits.eps / 2

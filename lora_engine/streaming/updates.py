@@ -1,4 +1,4 @@
-"""What adapters do to one stored tensor: low-rank terms block by block, all others by their dense delta."""
+"""Updates stored tensors by the deltas of adapters: LoRA block by block, other kinds by their dense delta."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.merging.compress import plain_factors
-from lora_engine.streaming.model import Place
+from lora_engine.streaming.model import TensorLocation
 from lora_engine.streaming.rewrite import Change
 
 Reference = Callable[[], Tensor]
@@ -19,47 +19,47 @@ Reference = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Term:
-    """What one delta adds to one tensor.
+class Update:
+    """The update of one tensor by one delta.
 
     Attributes:
         delta: The delta.
-        weight: Its multiplier.
-        place: Where the weight, or the bias, of its module lies.
-        is_bias: Whether it is the bias.
-        reference: The weight (or bias) that a delta refers to, where that is not the one that is changed.
+        weight: Multiplier of the delta.
+        location: Location of the module's weight or bias.
+        is_bias: True for the bias.
+        reference: Reads the weight (or bias) that the delta refers to; None means the tensor that is updated.
     """
 
     delta: Delta
     weight: float
-    place: Place
+    location: TensorLocation
     is_bias: bool
     reference: Reference | None = None
 
     def open(self) -> Change:
-        """The change."""
+        """Returns the change, with its factors in memory."""
         if type(self.delta) is LoraDelta and not self.is_bias:
-            return _LowRank(self.delta, self.weight, self.place)
+            return _LowRank(self.delta, self.weight, self.location)
         return _Dense(self)
 
 
-def open_terms(terms: Sequence[Term]) -> Change:
-    """The sum of what several deltas add to one tensor; each refers to the tensor as it is stored."""
-    return _Sum([term.open() for term in terms])
+def open_updates(updates: Sequence[Update]) -> Change:
+    """Returns the sum of several updates of one tensor; each refers to the stored values."""
+    return _Sum([update.open() for update in updates])
 
 
 class _LowRank:
-    """`weight * scale * up @ down`, for the rows of a block."""
+    """Adds `weight * scale * up @ down` to the rows of a block."""
 
     is_whole = False
 
-    def __init__(self, delta: LoraDelta, weight: float, place: Place) -> None:
+    def __init__(self, delta: LoraDelta, weight: float, location: TensorLocation) -> None:
         down, up = plain_factors(delta)
-        if place.transposed:
+        if location.transposed:
             down, up = up.T.contiguous(), down.T.contiguous()
         self._down, self._up = down, up
         self._scale = weight * delta.scale
-        self._first, self._last = place.rows
+        self._first, self._last = location.rows
         self.bound = abs(self._scale) * len(down) * _largest(up) * _largest(down)
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
@@ -71,34 +71,35 @@ class _LowRank:
 
 
 class _Dense:
-    """`weight * delta_weight(base)`, whole."""
+    """Adds `weight * delta_weight(base)` to the whole tensor."""
 
     is_whole = True
     bound = math.inf
 
-    def __init__(self, term: Term) -> None:
-        self._term = term
+    def __init__(self, update: Update) -> None:
+        self._update = update
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
-        term, place = self._term, self._term.place
-        base = self._base(stored) if term.reference is None else term.reference()
-        if term.is_bias:
-            change = term.delta.delta_bias(base)
+        update, location = self._update, self._update.location
+        base = self._base(stored) if update.reference is None else update.reference()
+        if update.is_bias:
+            change = update.delta.delta_bias(base)
             if change is None:
                 return
         else:
-            change = term.delta.delta_weight(base)
-        part = values[slice(*place.rows)]
-        flat = change.reshape(len(change), -1).T if place.transposed else change
-        part.add_(flat.reshape(part.shape), alpha=term.weight)
+            change = update.delta.delta_weight(base)
+        part = values[slice(*location.rows)]
+        flat = change.reshape(len(change), -1).T if location.transposed else change
+        part.add_(flat.reshape(part.shape), alpha=update.weight)
 
     def _base(self, stored: Tensor) -> Tensor:
-        part = stored[slice(*self._term.place.rows)]
-        return (part.T if self._term.place.transposed else part).reshape(self._term.place.shape)
+        location = self._update.location
+        part = stored[slice(*location.rows)]
+        return (part.T if location.transposed else part).reshape(location.shape)
 
 
 class _Sum:
-    """One after the other."""
+    """Applies several changes, one after the other."""
 
     def __init__(self, parts: Sequence[Change]) -> None:
         self._parts = parts
@@ -107,7 +108,7 @@ class _Sum:
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
         if len(self._parts) > 1 and self.is_whole and stored.data_ptr() == values.data_ptr():
-            stored = stored.clone()  # what a delta refers to must not move while others are added
+            stored = stored.clone()  # deltas refer to the values before any update
         for part in self._parts:
             part.apply(values, stored, first)
 

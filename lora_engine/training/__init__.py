@@ -1,4 +1,4 @@
-"""Training adapters: `spec` (what a person may set) and `spawn` (a child process) are torch-free; `run` does the work.
+"""Trains adapters. `spec` (the user's settings) and `spawn` (child processes) are torch-free; `run` trains.
 
-There is one loop, `loop.fit`. A method is a list of phases; a phase says what moves, on which batches, to lower what.
+`loop.fit` is the only loop. A method is a list of phases. A phase names parameters, batches and loss terms.
 """

@@ -1,4 +1,4 @@
-"""The looks of a picture: as it is, mirrored, in other colours. They are few and fixed, so that latents can be kept."""
+"""Image augmentations: mirroring and color variants. Their number is fixed, so latents can be cached."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from lora_engine.seeds import generator
-from lora_engine.training.specs.captions import Captions, Colours
+from lora_engine.training.specs.captions import Captions, ColorJitter
 
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
-# Rotating the colours of YIQ around the grey axis is how hue is turned without a detour over HSV's corners.
+_GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+# Hue rotates around the gray axis of YIQ, which is smooth, unlike HSV.
 _TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One look.
+    """One augmentation.
 
     Attributes:
-        mirrored: Left to right.
+        mirrored: Mirrors left to right.
         brightness: Factor on the values.
-        contrast: Factor on the distance from the mean grey.
-        saturation: Factor on the colours' distance from grey.
-        hue: Turn in full circles.
+        contrast: Factor on the distance from the mean gray.
+        saturation: Factor on the colors' distance from gray.
+        hue: Hue rotation; full circles.
     """
 
     mirrored: bool = False
@@ -35,27 +35,27 @@ class Augmentation:
     hue: float = 0.0
 
     def key(self) -> dict[str, Any]:
-        """What a cache's key says of it; nothing of the look that changes nothing."""
+        """Returns the augmentation's part of a cache key; empty for the identity."""
         return {} if self == PLAIN else {"look": asdict(self)}
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """Pixels [3, height, width] in [-1, 1] in this look, clipped to that range; in float64 between."""
+        """Returns pixels [3, height, width] in [-1, 1], augmented and clipped; computes in float64."""
         if self == Augmentation(mirrored=self.mirrored):
             return pixels.flip(-1) if self.mirrored else pixels
         values = (pixels.double() + 1.0) / 2.0
-        weights = torch.tensor(_GREY, dtype=torch.float64).view(3, 1, 1)
+        weights = torch.tensor(_GRAY, dtype=torch.float64).view(3, 1, 1)
         values = (values * self.brightness).clamp(0.0, 1.0)
         mean = (values * weights).sum(dim=0).mean()
         values = ((values - mean) * self.contrast + mean).clamp(0.0, 1.0)
-        grey = (values * weights).sum(dim=0, keepdim=True)
-        values = ((values - grey) * self.saturation + grey).clamp(0.0, 1.0)
+        gray = (values * weights).sum(dim=0, keepdim=True)
+        values = ((values - gray) * self.saturation + gray).clamp(0.0, 1.0)
         if self.hue:
-            values = torch.einsum("ij,jhw->ihw", _turn(self.hue), values).clamp(0.0, 1.0)
-        found = (values * 2.0 - 1.0).to(pixels.dtype)
-        return found.flip(-1) if self.mirrored else found
+            values = torch.einsum("ij,jhw->ihw", _hue_rotation(self.hue), values).clamp(0.0, 1.0)
+        augmented = (values * 2.0 - 1.0).to(pixels.dtype)
+        return augmented.flip(-1) if self.mirrored else augmented
 
     def mirror(self, mask: Tensor) -> Tensor:
-        """A mask [..., width] that belongs to a picture in this look."""
+        """Returns a mask [..., width], mirrored like the image."""
         return mask.flip(-1) if self.mirrored else mask
 
 
@@ -63,43 +63,46 @@ PLAIN = Augmentation()
 
 
 def augmentations_of(settings: Captions, seed: int) -> tuple[Augmentation, ...]:
-    """All looks that a picture may have; the first is the picture as it is.
+    """Returns all augmentations of an image; the first is the identity.
 
-    The same for every picture, so that a run's cache is (1 + variants) times as large, and twice that with `flip`.
+    They are the same for every image. A run's cache is (1 + variants) times as large, and twice that with `flip`.
     """
-    shades = [PLAIN, *(_color_variant(settings.colours, seed, number) for number in range(_variants(settings.colours)))]
+    variants = [
+        PLAIN,
+        *(_color_variant(settings.colours, seed, number) for number in range(_variants(settings.colours))),
+    ]
     mirrors = (False, True) if settings.flip else (False,)
     return tuple(
         Augmentation(
             mirrored, augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue
         )
         for mirrored in mirrors
-        for augmentation in shades
+        for augmentation in variants
     )
 
 
-def _variants(colours: Colours | None) -> int:
+def _variants(colours: ColorJitter | None) -> int:
     return colours.variants if colours is not None else 0
 
 
-def _color_variant(colours: Colours | None, seed: int, number: int) -> Augmentation:
+def _color_variant(colours: ColorJitter | None, seed: int, number: int) -> Augmentation:
     if colours is None:
         return PLAIN
-    drawn = (torch.rand(4, generator=generator(seed, "shade", number), dtype=torch.float64) * 2 - 1).tolist()
+    draws = (torch.rand(4, generator=generator(seed, "shade", number), dtype=torch.float64) * 2 - 1).tolist()
     return Augmentation(
         False,
-        1 + drawn[0] * colours.brightness,
-        1 + drawn[1] * colours.contrast,
-        1 + drawn[2] * colours.saturation,
-        drawn[3] * colours.hue,
+        1 + draws[0] * colours.brightness,
+        1 + draws[1] * colours.contrast,
+        1 + draws[2] * colours.saturation,
+        draws[3] * colours.hue,
     )
 
 
-def _turn(hue: float) -> Tensor:
+def _hue_rotation(hue: float) -> Tensor:
     to_yiq = torch.tensor(_TO_YIQ, dtype=torch.float64)
     angle = torch.tensor(hue * 2 * torch.pi, dtype=torch.float64)
-    turned = torch.eye(3, dtype=torch.float64)
-    turned[1, 1] = turned[2, 2] = angle.cos()
-    turned[1, 2], turned[2, 1] = -angle.sin(), angle.sin()
-    found: Tensor = torch.linalg.inv(to_yiq) @ turned @ to_yiq
-    return found
+    rotation = torch.eye(3, dtype=torch.float64)
+    rotation[1, 1] = rotation[2, 2] = angle.cos()
+    rotation[1, 2], rotation[2, 1] = -angle.sin(), angle.sin()
+    matrix: Tensor = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    return matrix

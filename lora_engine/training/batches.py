@@ -1,4 +1,4 @@
-"""Which examples stand in which batch, under which noise: pure functions of (seed, number of the batch)."""
+"""Chooses the examples and the noise of each batch: pure functions of (seed, batch number)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lora_engine.training.specs.objective import Objective
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs; all tensors on the base's device.
+    """Inputs of one forward pass; all tensors on the base's device.
 
     Attributes:
         latents: float32 [n, channels, height, width], without noise.
-        noise: Of the same shape.
-        timesteps: int64 [n]; float32 for a base of flow matching.
-        conditioning: n rows.
-        instances: The first so many rows are the person's pictures; the rest are class pictures.
-        examples: What the first rows show; rows that a method adds have none.
-        weights: float32, broadcast to the latents: how much each of their elements counts; None counts all alike.
-        perturbation: Of the latents' shape: what is added to the noise that the network sees; None is nothing.
+        noise: float32 in the shape of `latents`.
+        timesteps: int64 [n]; float32 for a flow-matching base.
+        conditioning: Conditioning with n rows.
+        instances: Number of leading rows with the user's images; the rest are class images.
+        examples: Examples of the leading rows; rows that a method adds may have none.
+        weights: float32, broadcast to the latents: loss weight of each element; None weighs all alike.
+        perturbation: float32 in the shape of `latents`, added to the noise of the input only; None adds nothing.
     """
 
     latents: Tensor
@@ -50,75 +50,75 @@ def _sides(latents: Tensor) -> tuple[int, int]:
     return int(latents.shape[-2]), int(latents.shape[-1])
 
 
-class Order:
-    """An endless order of batches in which all pictures of a batch have one size.
+class BucketSampler:
+    """An endless sequence of batches, each with images of one size.
 
-    Within a size, the pictures come in shuffled rounds, one round after another, so that every batch is full however
-    few pictures there are. Batches come in rounds of their own: in each, every picture is seen equally often, whatever
-    the sizes; and the batches of a size are spread evenly over it, so that a short run, too, sees all sizes.
+    Within a size, images come in consecutive shuffled epochs, so every batch is full however few images there are.
+    Batches come in epochs too: in each, every image is seen equally often, whatever its size. The batches of a size are
+    spread evenly over the epoch, so that short runs see all sizes.
 
     Args:
-        sizes: The size of each example.
-        batch: Examples a batch.
-        seed: Of the run.
+        sizes: Size of each example.
+        batch: Examples per batch.
+        seed: Seed of the run.
     """
 
     def __init__(self, sizes: Sequence[Size], batch: int, seed: int) -> None:
         self._groups = {
-            size: [place for place, other in enumerate(sizes) if other == size] for size in sorted(set(sizes))
+            size: [index for index, candidate in enumerate(sizes) if candidate == size] for size in sorted(set(sizes))
         }
         self._batch, self._seed = batch, seed
-        # The shortest round in which every size fills whole batches: each picture then comes up `times` times.
-        times = batch // math.gcd(batch, *(len(places) for places in self._groups.values()))
-        self._counts = {size: len(places) * times // batch for size, places in self._groups.items()}
+        # The shortest epoch in which every size fills whole batches; each image then occurs `times` times.
+        times = batch // math.gcd(batch, *(len(indices) for indices in self._groups.values()))
+        self._counts = {size: len(indices) * times // batch for size, indices in self._groups.items()}
         self._length = sum(self._counts.values())
-        # Bound to the instance, so that a cache never outlives its run.
+        # Bound to the instance, so that the cache does not outlive its run.
         self._epoch = lru_cache(maxsize=4)(self._spread)
 
     def batch(self, number: int) -> tuple[Size, int, list[int]]:
-        """The size of a batch, its number among the batches of that size, and the places of its examples."""
+        """Returns a batch's size, its number among the batches of that size, and its examples' indices."""
         epoch, slot = divmod(number, self._length)
         size, within = self._epoch(epoch)[slot]
         position = epoch * self._counts[size] + within
-        places = self._groups[size]
-        picks = rounds(len(places), position * self._batch, self._batch, self._seed, "instance", *size)
-        return size, position, [places[pick] for pick in picks]
+        indices = self._groups[size]
+        picks = shuffled_epochs(len(indices), position * self._batch, self._batch, self._seed, "instance", *size)
+        return size, position, [indices[pick] for pick in picks]
 
     def _spread(self, epoch: int) -> list[tuple[Size, int]]:
-        # Batch j of k of a size falls somewhere within the j-th k-th of the round.
+        # Batch j of k of a size falls into the j-th of k equal parts of the epoch.
         draw = generator(self._seed, "slots", epoch)
-        found: list[tuple[float, Size, int]] = []
+        slots: list[tuple[float, Size, int]] = []
         for size, count in self._counts.items():
             shifts = torch.rand(count, generator=draw, dtype=torch.float64).tolist()
-            found += [((within + shifts[within]) / count, size, within) for within in range(count)]
-        return [(size, within) for _, size, within in sorted(found)]
+            slots += [((within + shifts[within]) / count, size, within) for within in range(count)]
+        return [(size, within) for _, size, within in sorted(slots)]
 
 
-def rounds(count: int, start: int, length: int, seed: int, *purpose: str | int) -> list[int]:
-    """A stretch of the endless sequence of shuffled rounds over `count` things."""
-    found: list[int] = []
-    epoch, place = divmod(start, count)
-    while len(found) < length:
+def shuffled_epochs(count: int, start: int, length: int, seed: int, *purpose: str | int) -> list[int]:
+    """Returns a slice of the endless sequence of shuffled epochs over `count` items."""
+    items: list[int] = []
+    epoch, offset = divmod(start, count)
+    while len(items) < length:
         order = torch.randperm(count, generator=generator(seed, "order", *purpose, epoch)).tolist()
-        found += order[place : place + length - len(found)]
-        epoch, place = epoch + 1, 0
-    return found
+        items += order[offset : offset + length - len(items)]
+        epoch, offset = epoch + 1, 0
+    return items
 
 
-class Mixer:
-    """Gives the batch of any number, with its noise.
+class BatchBuilder:
+    """Builds the batch of any number, with its noise.
 
     Args:
-        base: For the noise schedule and the device.
-        latents: The latents of an example.
-        conditioner: The conditioning of captions.
-        examples: The person's pictures.
-        class_examples: Class pictures; each batch then holds as many of them as of the person's.
-        batch: Of the person's pictures.
-        seed: Of the run.
-        caption_dropout: Share of the captions that become empty.
-        objective: Which noise at which timesteps.
-        captions: How captions and looks of the person's pictures change.
+        base: Base with the noise schedule and the device.
+        latents: Returns the latents of an example.
+        conditioner: Encodes captions.
+        examples: The user's images.
+        class_examples: Class images; each batch then has as many of them as of the user's.
+        batch: The user's images per batch.
+        seed: Seed of the run.
+        caption_dropout: Share of the captions that are emptied.
+        objective: Noise and timesteps; None is the default.
+        captions: Caption and image augmentation of the user's images; None is none.
     """
 
     def __init__(
@@ -139,21 +139,23 @@ class Mixer:
         self._seed, self._batch, self._dropout = seed, batch, caption_dropout
         self._examples = [example for example in examples for _ in range(example.repeats)]
         self._rewriter = Rewriter(captions or Captions())
-        self._looks = augmentations_of(captions or Captions(), seed)
+        self._augmentations = augmentations_of(captions or Captions(), seed)
         self._objective = objective or Objective()
-        self._order = Order([example.size for example in self._examples], batch, seed)
+        self._order = BucketSampler([example.size for example in self._examples], batch, seed)
         self._classes: dict[Size, list[Example]] = {}
         for example in class_examples:
             self._classes.setdefault(example.size, []).append(example)
 
     def __call__(self, number: int) -> Batch:
-        """The batch of that number; the same whenever it is asked for."""
-        size, position, places = self._order.batch(number)
-        chosen = self._vary([self._examples[place] for place in places], number)
-        others = self._classes.get(size, [])
-        if others:
-            picks = rounds(len(others), position * self._batch, self._batch, self._seed, "class", *size)
-            chosen += [others[pick] for pick in picks]
+        """Returns the batch of that number; always the same."""
+        size, position, indices = self._order.batch(number)
+        chosen = self._vary([self._examples[index] for index in indices], number)
+        class_examples = self._classes.get(size, [])
+        if class_examples:
+            picks = shuffled_epochs(
+                len(class_examples), position * self._batch, self._batch, self._seed, "class", *size
+            )
+            chosen += [class_examples[pick] for pick in picks]
         draw = generator(self._seed, "noise", number)
         latents = torch.stack([self._latents(example) for example in chosen])
         noise = draw_noise(self._objective, latents.shape, draw)
@@ -167,16 +169,20 @@ class Mixer:
             noise=noise.to(device),
             timesteps=timesteps.to(device),
             conditioning=self._conditioner(captions, size).to(device),
-            instances=len(places),
+            instances=len(indices),
             examples=tuple(chosen),
             perturbation=None if perturbation is None else perturbation.to(device),
         )
 
     def _vary(self, chosen: Sequence[Example], number: int) -> list[Example]:
-        # Draws of their own, so that none of these settings changes the noise.
-        words, looks = (generator(self._seed, purpose, number) for purpose in ("caption", "look"))
-        picks = torch.randint(len(self._looks), (len(chosen),), generator=looks).tolist()
+        # Separate generators, so that augmentation settings do not change the noise.
+        caption_draws, augmentation_draws = (generator(self._seed, purpose, number) for purpose in ("caption", "look"))
+        picks = torch.randint(len(self._augmentations), (len(chosen),), generator=augmentation_draws).tolist()
         return [
-            replace(example, caption=self._rewriter.rewrite(example.caption, words), augmentation=self._looks[pick])
+            replace(
+                example,
+                caption=self._rewriter.rewrite(example.caption, caption_draws),
+                augmentation=self._augmentations[pick],
+            )
             for example, pick in zip(chosen, picks, strict=True)
         ]

@@ -1,7 +1,7 @@
-"""Tensors that are costly to make, kept by content in a folder, and in memory as far as a budget goes.
+"""Caches expensive tensors by content: in a folder, and in memory up to a budget.
 
-Several runs, at the same time too, may share a folder: a file is named after all that its tensors depend on, appears
-whole or not at all, and is believed only where it proves to hold what was written.
+Concurrent runs may share a folder. A file is named by a digest of its key, written atomically, and used only if its
+content matches its digest.
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ from lora_engine.files import canonical_json, sha256_bytes, sha256_chunks
 from lora_engine.formats.safetensors_io import read_safetensors, serialize, write_safetensors
 
 _log = logging.getLogger(__name__)
-# A writer that was killed leaves its unfinished file behind; none takes this long.
+# Age from which an unfinished file belongs to a killed writer; seconds.
 _ABANDONED = 24 * 3600.0
 
 
 class TensorCache:
-    """Named tensors under a key that says everything they depend on.
+    """Named tensors under a key of everything that they depend on.
 
     Args:
-        folder: Where they lie; made when the first is written.
-        budget: Bytes that are also held in memory; what was not used for longest makes room.
+        folder: Folder of the files; created by the first write.
+        budget: Bytes also held in memory; the least recently used tensors are evicted.
     """
 
     def __init__(self, folder: Path, *, budget: int = 1 << 30) -> None:
         self._folder, self._budget, self._size = folder, budget, 0
-        self._held: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
+        self._memory: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
 
     def get(
         self, key: Mapping[str, object], make: Callable[[], Mapping[str, Tensor]], *, keep: bool = True
     ) -> Mapping[str, Tensor]:
-        """The tensors of a key, on the CPU; made where they are not there.
+        """Returns the tensors of a key, on the CPU; computes missing ones.
 
         Args:
             key: JSON values: digests, texts, sizes.
-            make: Gives the tensors; a pure function of the key.
-            keep: Whether they are written into the folder; False is for what will hardly be asked for by another run.
+            make: Computes the tensors; a pure function of the key.
+            keep: Writes the tensors into the folder; False is for those that other runs hardly need.
         """
         name = sha256_bytes(canonical_json(key))
-        held = self._held.get(name)
-        if held is not None:
-            self._held.move_to_end(name)
-            return held
-        found = self._read(name) if keep else None
-        if found is None:
-            found = {part: value.detach().cpu().contiguous().clone() for part, value in make().items()}
+        cached = self._memory.get(name)
+        if cached is not None:
+            self._memory.move_to_end(name)
+            return cached
+        tensors = self._read(name) if keep else None
+        if tensors is None:
+            tensors = {part: value.detach().cpu().contiguous().clone() for part, value in make().items()}
             if keep:
-                write_safetensors(self._path(name), found, {"key": name, "sha256": _digest(found)})
-        self._hold(name, found)
-        return found
+                write_safetensors(self._path(name), tensors, {"key": name, "sha256": _digest(tensors)})
+        self._keep_in_memory(name, tensors)
+        return tensors
 
-    def _hold(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def _keep_in_memory(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         size = _bytes(tensors)
         if size > self._budget:
             return
-        self._held[name] = tensors
+        self._memory[name] = tensors
         self._size += size
         while self._size > self._budget:
-            self._size -= _bytes(self._held.popitem(last=False)[1])
+            self._size -= _bytes(self._memory.popitem(last=False)[1])
 
     def _path(self, name: str) -> Path:
         return self._folder / name[:2] / f"{name}.safetensors"
@@ -77,44 +77,44 @@ class TensorCache:
         if not path.is_file():
             return None
         try:
-            found, about = read_safetensors(path)
-            # The time of its last use, by which `prune` goes.
+            tensors, metadata = read_safetensors(path)
+            # `prune` removes files by the time of their last use.
             os.utime(path)
         except (OSError, AdapterError) as error:
-            _log.warning("%s cannot be read (%s) and is made again", path, error)
+            _log.warning("%s cannot be read (%s) and is computed again", path, error)
             return None
-        if about.get("key") != name or about.get("sha256") != _digest(found):
-            _log.warning("%s is damaged and is made again", path)
+        if metadata.get("key") != name or metadata.get("sha256") != _digest(tensors):
+            _log.warning("%s is damaged and is computed again", path)
             return None
-        # Copied, since a CPU's kernels round by where numbers lie, and a file puts them anywhere.
-        return {part: value.clone() for part, value in found.items()}
+        # Cloned, since CPU kernels round by alignment in memory, and a file guarantees none.
+        return {part: value.clone() for part, value in tensors.items()}
 
 
 def prune(cache: Path, size: int) -> int:
-    """Removes what was not used for longest until the rest is at most so large; gives the bytes that were removed.
+    """Deletes the least recently used files until at most `size` bytes remain; returns the bytes deleted.
 
-    Runs that use the folder meanwhile make again what they miss. What killed writers left behind goes, too.
+    Concurrent runs recompute what they miss. Unfinished files of killed writers are deleted too.
 
     Args:
         cache: A folder with the folders of any number of `TensorCache`.
-        size: Bytes that may stay.
+        size: Bytes that may remain.
     """
-    found: list[tuple[float, int, Path]] = []
+    files: list[tuple[float, int, Path]] = []
     removed, now = 0, time.time()
     for path in sorted(cache.rglob("*")):
         try:
-            about = path.lstat()
-        except FileNotFoundError:  # another run was quicker
+            status = path.lstat()
+        except FileNotFoundError:  # deleted by another run
             continue
-        if not stat.S_ISREG(about.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             continue
         if path.suffix == ".safetensors":
-            found.append((about.st_mtime, about.st_size, path))
-        elif path.suffix == ".partial" and now - about.st_mtime > _ABANDONED:
+            files.append((status.st_mtime, status.st_size, path))
+        elif path.suffix == ".partial" and now - status.st_mtime > _ABANDONED:
             path.unlink(missing_ok=True)
-            removed += about.st_size
-    left = sum(length for _, length, _ in found)
-    for _, length, path in sorted(found):
+            removed += status.st_size
+    left = sum(length for _, length, _ in files)
+    for _, length, path in sorted(files):
         if left <= size:
             break
         path.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def prune(cache: Path, size: int) -> int:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    # Over names, types and shapes as well: all that is in a file but for what the digest stands in.
+    # Includes names, dtypes and shapes, but not the header that holds the digest.
     return sha256_chunks(serialize(tensors, {}))
 
 

@@ -1,4 +1,4 @@
-"""What a caption becomes in a batch: a pure function of the caption, the settings and a generator. No encoding here."""
+"""Rewrites captions for a batch: pure functions of the caption, the settings and a generator."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from lora_engine.training.specs.captions import Captions
 
-# Own lists after the idea of Gal et al. 2022 (textual inversion): plain frames around the concept, so that what is
-# learnt is the concept and not the frame.
+# Our lists after Gal et al. 2022 (textual inversion): neutral templates, so that the concept is learned and not the
+# template.
 OBJECT_TEMPLATES = (
     "a photo of a {}",
     "a picture of a {}",
@@ -40,7 +40,7 @@ _LISTS = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
 
 class Rewriter:
-    """Rewrites captions as the settings say.
+    """Rewrites captions by the settings.
 
     Args:
         settings: See `Captions`.
@@ -48,57 +48,61 @@ class Rewriter:
 
     def __init__(self, settings: Captions) -> None:
         self._settings = settings
-        named = settings.templates
-        self._templates: tuple[str, ...] = _LISTS[named] if isinstance(named, str) else named or ("{}",)
+        templates = settings.templates
+        self._templates: tuple[str, ...] = _LISTS[templates] if isinstance(templates, str) else templates or ("{}",)
 
     def varies(self, caption: str) -> bool:
-        """Whether a caption may become different texts."""
-        chosen = self._settings
-        tags = len(self._tags(caption)) - chosen.keep_tokens
+        """Returns True if a caption may become different texts."""
+        settings = self._settings
+        tags = len(self._tags(caption)) - settings.keep_tokens
         return (
             len(self._templates) > 1
-            or (chosen.shuffle and tags > 1)
-            or (chosen.tag_dropout > 0 and tags > 0)
-            or (chosen.wildcards and "{" in caption)
-            or any(len(others) > 1 and piece in caption for piece, others in chosen.replacements.items())
+            or (settings.shuffle and tags > 1)
+            or (settings.tag_dropout > 0 and tags > 0)
+            or (settings.wildcards and "{" in caption)
+            or any(len(choices) > 1 and piece in caption for piece, choices in settings.replacements.items())
         )
 
     def rewrite(self, caption: str, draw: torch.Generator | None = None) -> str:
-        """What the caption becomes.
+        """Returns the rewritten caption.
 
         Args:
-            caption: As the manifest has it.
-            draw: On the CPU; None draws nothing: the first of all choices, all tags in their order. Validation, which
-                must compare, takes this.
+            caption: Caption of the manifest.
+            draw: CPU generator; None draws nothing and takes the first of all choices and all tags in order, which
+                keeps validations comparable.
         """
-        chosen = self._settings
-        text = expand_wildcards(caption, draw) if chosen.wildcards else caption
-        for piece, others in chosen.replacements.items():
+        settings = self._settings
+        text = expand_wildcards(caption, draw) if settings.wildcards else caption
+        for piece, choices in settings.replacements.items():
             if piece in text:
-                text = text.replace(piece, others[_pick(len(others), draw)])
-        if draw is not None and (chosen.shuffle or chosen.tag_dropout):
+                text = text.replace(piece, choices[_pick(len(choices), draw)])
+        if draw is not None and (settings.shuffle or settings.tag_dropout):
             text = self._change_tags(text, draw)
         template = self._templates[_pick(len(self._templates), draw)]
-        return f"{chosen.prefix}{template.replace('{}', text)}{chosen.suffix}"
+        return f"{settings.prefix}{template.replace('{}', text)}{settings.suffix}"
 
     def _tags(self, text: str) -> list[str]:
         return [tag.strip() for tag in text.split(self._settings.separator) if tag.strip()]
 
     def _change_tags(self, text: str, draw: torch.Generator) -> str:
-        chosen, tags = self._settings, self._tags(text)
-        kept, others = tags[: chosen.keep_tokens], tags[chosen.keep_tokens :]
-        # Both numbers are drawn always, so that one setting does not shift what the other one draws.
-        stays = (torch.rand(len(others), generator=draw) >= chosen.tag_dropout).tolist()
-        order = torch.randperm(len(others), generator=draw).tolist()
-        places = order if chosen.shuffle else range(len(others))
-        join = chosen.separator if chosen.separator.isspace() else f"{chosen.separator.strip()} "
-        return join.join([*kept, *(others[place] for place in places if stays[place])])
+        settings, tags = self._settings, self._tags(text)
+        fixed, movable = tags[: settings.keep_tokens], tags[settings.keep_tokens :]
+        # Both are always drawn, so that one setting does not change the draws of the other.
+        is_kept = (torch.rand(len(movable), generator=draw) >= settings.tag_dropout).tolist()
+        order = torch.randperm(len(movable), generator=draw).tolist()
+        indices = order if settings.shuffle else range(len(movable))
+        join = settings.separator if settings.separator.isspace() else f"{settings.separator.strip()} "
+        return join.join([*fixed, *(movable[index] for index in indices if is_kept[index])])
 
 
 def expand_wildcards(text: str, draw: torch.Generator | None = None) -> str:
-    """The text with each `{a|b}` replaced by one of its parts, inner ones first; None takes the first parts.
+    """Returns the text with each `{a|b}` replaced by one of its parts, inner ones first.
 
-    Braces without a partner, and without `|` between them, are text.
+    Unbalanced braces, and braces without `|`, are text.
+
+    Args:
+        text: Text with wildcards.
+        draw: CPU generator; None takes the first parts.
     """
     parts: list[list[str]] = [[""]]
     for character in text:
@@ -111,7 +115,7 @@ def expand_wildcards(text: str, draw: torch.Generator | None = None) -> str:
             parts[-1][-1] += options[_pick(len(options), draw)] if len(options) > 1 else f"{{{options[0]}}}"
         else:
             parts[-1][-1] += character
-    # What was never closed is put back as it was written.
+    # Restores braces that were never closed.
     while len(parts) > 1:
         options = parts.pop()
         parts[-1][-1] += "{" + "|".join(options)

@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run has become, in one file that is whole or not there. No pickle.
+"""Reads and writes checkpoints: the whole state of a run in one file, written atomically, without pickle.
 
-A file holds the tensors (safetensors) and, in its header, the rest (JSON). Its name carries the step and the digest of
-its bytes, so that one that rotted is not taken for one that did not.
+A file holds the tensors (safetensors) and, in its header, the other values (JSON). Its name has the step and the digest
+of its bytes, which detects corruption.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.safetensors")
 _KEY = "loraline.checkpoint"
-_KEPT = 2
+_KEEP = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run was at one moment.
+    """The state of a run after a step.
 
     Attributes:
-        tensors: By name; owned by whoever loaded them.
+        tensors: Tensors by name; owned by the caller of `load`.
         facts: JSON values.
     """
 
@@ -42,38 +42,38 @@ class Checkpoints:
     """The checkpoints of one job in one folder; the newest two are kept.
 
     Args:
-        folder: Where they lie; made when the first is written.
-        job: Digest of everything that the job depends on; those of another job are not seen.
+        folder: Folder of the files; created by the first write.
+        job: Digest of everything that the job depends on; checkpoints of other jobs are ignored.
     """
 
     def __init__(self, folder: Path, job: str) -> None:
         self._folder, self._job = folder, job
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
-        """Writes one; older ones go when it is whole.
+        """Writes a checkpoint, then deletes all but the newest two.
 
         Raises:
-            OSError: It cannot be written; the older ones are untouched.
+            OSError: The file cannot be written; older checkpoints are untouched.
         """
         facts = canonical_json({"job": self._job, **checkpoint.facts}).decode()
         plain = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
         content = safetensors.torch.save(plain, metadata={_KEY: facts})
         name = f"step-{step:08d}-{sha256_bytes(content)[:16]}.safetensors"
         atomic_write(self._folder / name, content)
-        for path in self._newest_first()[_KEPT:]:
+        for path in self._newest_first()[_KEEP:]:
             path.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint | None:
-        """The newest that is whole and of this job, or None."""
+        """Returns the newest intact checkpoint of this job, or None."""
         for path in self._newest_first():
-            found = self._read(path)
-            if found is not None:
-                return found
+            checkpoint = self._read(path)
+            if checkpoint is not None:
+                return checkpoint
         return None
 
     def _newest_first(self) -> list[Path]:
-        found = [(int(match[1]), path) for path, match in self._files()]
-        return [path for _, path in sorted(found, reverse=True)]
+        steps = [(int(match[1]), path) for path, match in self._files()]
+        return [path for _, path in sorted(steps, reverse=True)]
 
     def _files(self) -> list[tuple[Path, re.Match[str]]]:
         if not self._folder.is_dir():
@@ -86,14 +86,14 @@ class Checkpoints:
         try:
             content = path.read_bytes()
         except OSError as error:
-            _log.warning("the checkpoint %s cannot be read (%s) and is passed over", path, error)
+            _log.warning("skipped checkpoint %s: cannot be read (%s)", path, error)
             return None
         if match is None or sha256_bytes(content)[:16] != match[2]:
-            _log.warning("the checkpoint %s was altered and is passed over", path)
+            _log.warning("skipped checkpoint %s: its content does not match its digest", path)
             return None
         length = int.from_bytes(content[:8], "little")
         facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_KEY])
         if facts.pop("job") != self._job:
-            _log.info("the checkpoint %s is of another job and is passed over", path)
+            _log.info("skipped checkpoint %s: it belongs to another job", path)
             return None
         return Checkpoint(safetensors.torch.load(content), facts)

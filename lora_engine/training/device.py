@@ -1,4 +1,4 @@
-"""Brings a base into the form that `running` asks for: device, memory, speed. What is computed stays the same."""
+"""Sets up device, memory layout and speed of a base by the `running` settings."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from lora_engine.training.specs.running import Running
 
 
 def choose_device(running: Running) -> str | None:
-    """The device to load a base on; None leaves the choice to `load_base`.
+    """Returns the device to load a base on; None leaves the choice to `load_base`.
 
     Raises:
-        SettingsError: This machine lacks what was asked for.
+        SettingsError: This machine lacks the requested device.
     """
-    there: dict[str, Callable[[], bool]] = {
+    is_available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
     if running.deterministic:
-        # cuBLAS reads it when it first works; without it, torch refuses its products of matrices.
+        # cuBLAS reads it on first use; without it, torch refuses deterministic matrix products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    wanted = running.device
-    if wanted in there and not there[wanted]():
+    device = running.device
+    if device in is_available and not is_available[device]():
         raise SettingsError(
-            f"running.device is {wanted!r}, and this machine has none that torch can use",
-            remedy="set it to auto, or install the build of torch for this device and its driver",
+            f"running.device is {device!r}, but torch finds no such device on this machine",
+            remedy="set running.device to auto, or install the torch build and the driver for this device",
         )
-    return None if wanted == "auto" else wanted
+    return None if device == "auto" else device
 
 
 def used_devices(running: Running) -> tuple[str, ...]:
-    """Returns the names of the devices that a training computes on: `cpu`, `mps`, or `cuda-0` for the first GPU.
+    """Returns the names of the devices that a training uses: `cpu`, `mps`, or `cuda-0` for the first GPU.
 
-    A GPU is named as `CUDA_VISIBLE_DEVICES` names it, so that processes that see different GPUs name them differently.
+    GPUs are named as in `CUDA_VISIBLE_DEVICES`, so that processes that see different GPUs name them differently.
 
     Args:
-        running: With several processes, each has a GPU of its own.
+        running: With several processes, each uses its own GPU.
     """
     device = default_device() if running.device == "auto" else running.device
     if device == "mps" and running.processes > 1:
@@ -51,64 +51,66 @@ def used_devices(running: Running) -> tuple[str, ...]:
     if device != "cuda":
         return (device,)
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return tuple(f"cuda-{visible[at] if at < len(visible) else at}" for at in range(running.processes))
+    return tuple(f"cuda-{visible[index] if index < len(visible) else index}" for index in range(running.processes))
 
 
 def prepare_network(base: BaseModel, running: Running) -> None:
     """Sets up the network of a base, before anything is attached to it.
 
     Raises:
-        SettingsError: The network, or this machine, cannot do what was asked for.
+        SettingsError: The network or this machine does not support a setting.
     """
     for name, network in _networks(base):
         if running.channels_last:
-            # Of `nn.Module`, since that of diffusers concerns itself with dtypes.
+            # Bypasses the `to` of diffusers, which adds checks of dtypes.
             nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if running.attention == "xformers":
             _require_xformers(base)
-            _ask(network, name, "enable_xformers_memory_efficient_attention", "attention")
+            _enable(network, name, "enable_xformers_memory_efficient_attention", "attention")
         if running.gradient_checkpointing:
-            _ask(network, name, "enable_gradient_checkpointing", "gradient_checkpointing")
+            _enable(network, name, "enable_gradient_checkpointing", "gradient_checkpointing")
 
 
 def compile_network(base: BaseModel, running: Running) -> None:
-    """Has the repeated blocks of the network compiled when they first run, with what is attached to them by then.
+    """Compiles the repeated blocks of the network on their first run, with everything attached by then.
 
     Raises:
-        SettingsError: No compiler works here, or the network has no repeated blocks.
+        SettingsError: No compiler works, or the network has no repeated blocks.
     """
     if running.compile == "none":
         return
     _require_compiler(base.device)
     for name, network in _networks(base):
-        _ask(network, name, "compile_repeated_blocks", "compile")
+        _enable(network, name, "compile_repeated_blocks", "compile")
 
 
 def _networks(base: BaseModel) -> Iterator[tuple[str, Any]]:
-    # Text encoders are small, and mostly not run at all once their outputs are cached.
+    # Text encoders are small, and mostly do not run once their outputs are cached.
     for name, module in base.modules.items():
         if not name.startswith("text_encoder"):
             yield name, module
 
 
-def _ask(network: Any, name: str, method: str, setting: str) -> None:
+def _enable(network: Any, name: str, method: str, setting: str) -> None:
     try:
         getattr(network, method)()
     except (AttributeError, ValueError) as error:
         raise SettingsError(
-            f"the network cannot do what running.{setting} asks for ({error})",
+            f"the network does not support running.{setting} ({error})",
             where=name,
-            remedy=f"leave running.{setting} out for this base",
+            remedy=f"remove running.{setting} for this base",
         ) from error
 
 
 def _require_xformers(base: BaseModel) -> None:
     if importlib.util.find_spec("xformers") is None or base.device.type != "cuda":
-        missing = "the package xformers is not installed" if base.device.type == "cuda" else "the device is no GPU"
+        missing = (
+            "the package xformers is not installed" if base.device.type == "cuda" else "the device is not a CUDA GPU"
+        )
         raise SettingsError(
-            f"running.attention is 'xformers', and {missing}",
+            f"running.attention is 'xformers', but {missing}",
             allowed="sdpa everywhere; xformers on CUDA",
-            remedy="set it to sdpa, which is as fast on recent GPUs, or install xformers",
+            remedy="set running.attention to sdpa, which is as fast on recent GPUs, or install xformers",
         )
 
 
@@ -118,7 +120,7 @@ def _require_compiler(device: torch.device) -> None:
     except (RuntimeError, OSError, ImportError) as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise SettingsError(
-            f"running.compile is 'regional', and torch.compile does not work here ({first})",
+            f"running.compile is 'regional', but torch.compile fails on this machine ({first})",
             remedy="install a C++ compiler (on a GPU also Triton), or set running.compile to none",
         ) from error
 

@@ -1,7 +1,7 @@
-"""Several processes on one run: who takes which rows of a batch, and how gradients are averaged.
+"""Data-parallel training: splits batches among processes and averages gradients.
 
-Every process makes every batch, a pure function of its number, and takes every n-th row of it; so together they see
-what one process would. `spawn` starts them; accelerate joins them (gloo on a CPU, NCCL on GPUs).
+Every process builds every batch, a pure function of its number, and takes every n-th row. Together they process the
+same rows as a single process. `spawn` starts the processes; accelerate connects them (gloo on a CPU, NCCL on GPUs).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from lora_engine.training.checkpoint import Checkpoint, Checkpoints
 from lora_engine.training.phases import Phase
 from lora_engine.training.spawn import LOST, RENDEZVOUS
 
-# The leader draws class pictures and samples while the others wait; a process that died is noticed by the caller.
-_PATIENCE = timedelta(days=7)
+# Other ranks wait while the main process draws class images and samples. `spawn` detects dead processes.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run, as one of them sees them; alone by default, and then nothing here does anything.
+    """The processes of a run, seen from one of them; by default a single process, for which all methods are no-ops.
 
     Attributes:
-        rank: This process, from 0 on.
-        size: How many there are.
-        device: Where this one computes; None leaves the choice to `load_base`.
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+        device: Device of this process; None leaves the choice to `load_base`.
     """
 
     rank: int = 0
@@ -45,19 +45,19 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """True for the process that writes files and reports progress."""
         return self.rank == 0
 
-    def share(self, batch: Batch) -> Batch:
-        """This process' rows of a batch: every n-th. Groups of rows that are multiples of n stay in proportion."""
+    def shard(self, batch: Batch) -> Batch:
+        """Returns this process' rows of a batch, every n-th; keeps the proportion of instances and others."""
         if self.size == 1:
             return batch
         count = len(batch.latents)
         if batch.instances % self.size or count % self.size:
             raise SettingsError(
-                f"a batch of {batch.instances} pictures and {count - batch.instances} others cannot be shared among "
+                f"a batch of {batch.instances} images and {count - batch.instances} other rows cannot be split among "
                 f"{self.size} processes",
-                remedy="make batch a multiple of running.processes",
+                remedy="set batch to a multiple of running.processes",
             )
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         changed = {name: self._rows(value, count) for name, value in fields.items() if name != "instances"}
@@ -65,7 +65,7 @@ class ProcessGroup:
         return dataclasses.replace(batch, **changed, instances=batch.instances // self.size)
 
     def _rows(self, value: Any, count: int) -> Any:
-        # What a teacher says is of some rows alone; these are as many times n as all rows are.
+        # A teacher's conditioning has fewer rows than the batch, but also a multiple of n.
         if isinstance(value, Conditioning):
             return value.index(range(self.rank, len(value), self.size))
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
@@ -73,90 +73,90 @@ class ProcessGroup:
         return value
 
     def phase(self, phase: Phase) -> Phase:
-        """The phase on this process' share of each batch, with randomness of its own around it."""
+        """Returns the phase on this process' shard of each batch, with its own dropout seeds."""
         if self.size == 1:
             return phase
-        make, around = phase.batch, phase.around
+        make_batch, batch_context = phase.batch, phase.batch_context
         return dataclasses.replace(
             phase,
-            batch=lambda number: self.share(make(number)),
-            around=lambda number: around(number * self.size + self.rank),
+            batch=lambda number: self.shard(make_batch(number)),
+            batch_context=lambda number: batch_context(number * self.size + self.rank),
         )
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Puts the mean over all processes into tensors that every one of them has; in place, in one exchange."""
+        """Averages tensors over all processes, in place, in one collective call."""
         if self.size == 1 or not tensors:
             return
         from accelerate.utils import reduce
 
         flat = torch.cat([value.detach().reshape(-1).float() for value in tensors])
-        means = _exchange(lambda: reduce(flat, reduction="mean")).split([value.numel() for value in tensors])
+        means = _collective(lambda: reduce(flat, reduction="mean")).split([value.numel() for value in tensors])
         with torch.no_grad():
             for value, mean in zip(tensors, means, strict=True):
                 value.copy_(mean.view_as(value))
 
-    def any(self, said: bool) -> bool:
-        """Whether any process said so; all get the same answer."""
+    def any(self, flag: bool) -> bool:
+        """Returns True on all processes if the flag is True on any."""
         if self.size == 1:
-            return said
+            return flag
         from accelerate import PartialState
         from accelerate.utils import reduce
 
-        mine = torch.tensor([float(said)], device=PartialState().device)
-        return bool(_exchange(lambda: reduce(mine, reduction="sum")).item() > 0)
+        tensor = torch.tensor([float(flag)], device=PartialState().device)
+        return bool(_collective(lambda: reduce(tensor, reduction="sum")).item() > 0)
 
-    def wait(self) -> None:
-        """Returns when every process has come here."""
+    def barrier(self) -> None:
+        """Returns when every process has called it."""
         self.any(False)
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """The leader first, then all the others: what it has written, they find."""
+    def main_process_first(self) -> Iterator[None]:
+        """Runs the block in the main process first, then in all others, which find the files it wrote."""
         if not self.is_main_process:
-            self.wait()
+            self.barrier()
         yield
         if self.is_main_process:
-            self.wait()
+            self.barrier()
 
 
 class ReadOnlyCheckpoints(Checkpoints):
-    """The checkpoints as those see them who do not lead: read, never written."""
+    """The checkpoints of a non-main process: read, never written."""
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
-        """Does nothing; the leader saves."""
+        """Does nothing; the main process saves."""
 
 
 @contextlib.contextmanager
 def process_group(processes: int, device: str | None) -> Iterator[ProcessGroup]:
-    """Joins the processes of a run until the block ends.
+    """Connects the processes of a run until the block ends.
 
     Args:
-        processes: How many the settings ask for; 1 joins nobody.
+        processes: Number of processes of the settings; 1 connects none.
         device: `cpu`, `cuda` or None for the fastest.
 
     Raises:
         SettingsError: This process was not started as one of so many, or there are not enough GPUs.
-        TrainingError: The others cannot be reached.
+        TrainingError: Another process is unreachable.
     """
     if processes == 1:
         yield ProcessGroup(device=device)
         return
-    rank, meeting = int(os.environ.get("RANK", "-1")), os.environ.get(RENDEZVOUS)
-    if int(os.environ.get("WORLD_SIZE", "1")) != processes or rank < 0 or not meeting:
+    rank, rendezvous = int(os.environ.get("RANK", "-1")), os.environ.get(RENDEZVOUS)
+    if int(os.environ.get("WORLD_SIZE", "1")) != processes or rank < 0 or not rendezvous:
         raise SettingsError(
-            f"running.processes is {processes}, and this is a single process",
-            remedy="start the training by a pipeline or by train_in_child, which start all of them",
+            f"running.processes is {processes}, but this is a single process",
+            remedy="train with a pipeline or train_in_child, which start all processes",
         )
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if not on_cpu and torch.cuda.device_count() < processes:
         raise SettingsError(
-            f"running.processes is {processes}, and there are {torch.cuda.device_count()} GPUs",
+            f"running.processes is {processes}, but there are {torch.cuda.device_count()} GPUs",
             remedy="lower running.processes, or set running.device to cpu",
         )
     from accelerate import PartialState
 
-    where = Path(meeting).resolve().as_uri()
-    _exchange(lambda: PartialState(cpu=on_cpu, init_method=where, rank=rank, world_size=processes, timeout=_PATIENCE))
+    method = Path(rendezvous).resolve().as_uri()
+    _collective(lambda: PartialState(cpu=on_cpu, init_method=method, rank=rank, world_size=processes, timeout=_TIMEOUT))
     try:
         yield ProcessGroup(rank, processes, "cpu" if on_cpu else f"cuda:{rank}")
     finally:
@@ -164,8 +164,8 @@ def process_group(processes: int, device: str | None) -> Iterator[ProcessGroup]:
         PartialState._reset_state()
 
 
-def _exchange(work: Callable[[], Any]) -> Any:
+def _collective(call: Callable[[], Any]) -> Any:
     try:
-        return work()
+        return call()
     except (RuntimeError, ConnectionError) as error:
         raise TrainingError(f"{LOST} ({str(error).strip().splitlines()[0][:200]})") from error

@@ -1,4 +1,4 @@
-"""A running mean of parameters, beside whatever optimiser moves them; some optimisers keep a mean of their own."""
+"""Exponential moving averages of parameters, independent of the optimizer. Some optimizers average on their own."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lora_engine.training.specs.rates import Ema
 
 
 def decay_at(settings: Ema, step: int) -> float:
-    """The share of the mean that stays in a step, counted from 0 (Tieleman's warmup, as TensorFlow has it)."""
+    """Returns the decay in a step, counted from 0 (Tieleman's warmup, as in TensorFlow)."""
     if not settings.warmup:
         return settings.decay
     return min(settings.decay, (1.0 + step) / (10.0 + step))
 
 
-class RunningMean:
-    """The mean of some parameters; it begins as what they are.
+class EmaWeights:
+    """An exponential moving average of parameters, initialized with their values.
 
     Args:
-        parameters: By name; only read, but by `swapped` and `take`.
-        settings: How long it remembers.
+        parameters: Parameters by name; changed only by `applied` and `finalize`.
+        settings: Decay and warmup.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Ema) -> None:
@@ -32,35 +32,35 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the parameters as they are after a step, counted from 0."""
+        """Updates the average after a step, counted from 0."""
         for name, value in self._parameters.items():
             self._means[name].lerp_(value, 1.0 - decay_at(self._settings, step))
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """While it is open, the parameters are their means; afterwards, bit for bit as before."""
+    def applied(self) -> Iterator[None]:
+        """Swaps the averages into the parameters; restores them bit for bit on exit."""
         before = {name: value.detach().clone() for name, value in self._parameters.items()}
-        self._put(self._means)
+        self._copy_to_parameters(self._means)
         try:
             yield
         finally:
-            self._put(before)
+            self._copy_to_parameters(before)
 
-    def take(self) -> None:
-        """Puts the means into the parameters, for good, where the settings want them written."""
+    def finalize(self) -> None:
+        """Copies the averages into the parameters if the settings write the average."""
         if self._settings.written == "mean":
-            self._put(self._means)
+            self._copy_to_parameters(self._means)
 
     def export(self) -> dict[str, Tensor]:
-        """The means by name, to be saved."""
+        """Returns the averages by name, for a checkpoint."""
         return dict(self._means)
 
     def restore(self, means: Mapping[str, Tensor]) -> None:
-        """Puts back what `export` gave; copies."""
+        """Copies exported averages back."""
         for name, value in self._means.items():
             value.copy_(means[name])
 
     @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _copy_to_parameters(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self._parameters.items():
             value.copy_(values[name])

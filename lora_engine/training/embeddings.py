@@ -1,4 +1,4 @@
-"""A word that is about to be learned: what its vectors begin as, and what holds their norms. See `inference.words`."""
+"""Initializes a learned token's vectors and keeps their norms bounded. See `inference.textual_inversion`."""
 
 from __future__ import annotations
 
@@ -27,73 +27,75 @@ def init_token(
     *,
     seed: int,
 ) -> Embedding:
-    """The word as it begins, for every text encoder of the base.
+    """Returns the initial vectors of the learned token, for every text encoder of the base.
 
     Args:
-        base: With no words attached.
-        settings: What the word is to be.
-        trigger: The word where the settings name none.
-        class_word: What it begins as where the settings name nothing.
-        captions: Those that are trained with.
-        seed: Of the vectors that begin as nothing.
+        base: Base without learned tokens.
+        settings: Settings of the token.
+        trigger: Token if the settings have none.
+        class_word: Initializer if the settings have none.
+        captions: Training captions.
+        seed: Seed of vectors without an initializer.
 
     Raises:
-        SettingsError: There is no word, it is not fit to be one, no caption holds it, or the base has no text encoder.
+        SettingsError: There is no token, it is invalid, no caption contains it, or the base has no text encoder.
     """
     token = settings.token or trigger
     if not token:
         raise SettingsError(
-            "there is no word to learn", remedy="give the method a token, or the caption step a trigger"
+            "there is no token to learn", remedy="set token in the method, or trigger in the caption step"
         )
     if not any(token_pattern(token).search(caption) for caption in captions):
         shown = ", ".join(repr(caption) for caption in captions[:_SHOWN])
         raise SettingsError(
-            f"none of the {len(captions)} captions holds the word {token!r}, first {shown}",
-            remedy="name the word that the captions use, or give the caption step this trigger",
+            f"none of the {len(captions)} captions contains the token {token!r}, first {shown}",
+            remedy="set the token that the captions use, or set this trigger in the caption step",
         )
     parts = text_encoders(base)
     if not parts:
-        raise SettingsError(f"the base {base.name!r} has no text encoder that could learn a word")
+        raise SettingsError(f"the base {base.name!r} has no text encoder that could learn a token")
     initialiser = settings.initialiser or class_word
     try:
-        found = Embedding(token, {part: _begin(base, part, initialiser, settings.vectors, seed) for part in parts})
-        check_embeddings(base, [found])
+        embedding = Embedding(
+            token, {part: _initial_vectors(base, part, initialiser, settings.vectors, seed) for part in parts}
+        )
+        check_embeddings(base, [embedding])
     except AdapterError as error:
         raise SettingsError(error.problem, where=error.where, allowed=error.allowed, remedy=error.remedy) from error
-    return found
+    return embedding
 
 
 def norm_decay(
-    base: BaseModel, words: Mapping[str, nn.Parameter], settings: TokenSettings, rate: float
+    base: BaseModel, tokens: Mapping[str, nn.Parameter], settings: TokenSettings, rate: float
 ) -> Callable[[float], None]:
-    """What pulls the vectors' norms towards that of ordinary words; see `TokenSettings.norm_decay`.
+    """Returns a hook that pulls the vectors' norms towards the target; see `TokenSettings.norm_decay`.
 
     Args:
-        base: With the words attached.
-        words: `words/<word>/<text encoder>` to vectors [n, width], changed in place.
-        settings: How fast, and to what.
-        rate: The highest learning rate of the phase; what is given is called with the schedule's factor on it.
+        base: Base with the learned tokens attached.
+        tokens: `words/<token>/<text encoder>` to vectors [n, width], changed in place.
+        settings: Strength and target.
+        rate: Highest learning rate of the phase; the hook takes the schedule's factor on it.
     """
-    wanted = {name: settings.norm or float(_rows(base, name.rsplit("/", 1)[1]).norm(dim=-1).mean()) for name in words}
+    targets = {name: settings.norm or float(_rows(base, name.rsplit("/", 1)[1]).norm(dim=-1).mean()) for name in tokens}
 
-    def after(factor: float) -> None:
+    def decay(factor: float) -> None:
         share = min(1.0, settings.norm_decay * rate * factor)
         if share:
-            for name, vectors in words.items():
-                decay_norms(vectors, wanted[name], share)
+            for name, vectors in tokens.items():
+                decay_norms(vectors, targets[name], share)
 
-    return after
+    return decay
 
 
 @torch.no_grad()
 def decay_norms(vectors: Tensor, norm: float, share: float) -> None:
-    """Makes rows e <- e/|e| (|e| + share (norm - |e|)) for each row of [n, width], in place; a row of zeros stays."""
+    """Sets rows e of [n, width] to e/|e| (|e| + share (norm - |e|)) in place; zero rows are unchanged."""
     norms = vectors.norm(dim=-1, keepdim=True)
     scale = (norms + share * (norm - norms)) / norms.clamp(min=torch.finfo(vectors.dtype).tiny)
     vectors.mul_(torch.where(norms > 0, scale, torch.ones_like(scale)))
 
 
-def _begin(base: BaseModel, part: str, initialiser: str | None, count: int, seed: int) -> Tensor:
+def _initial_vectors(base: BaseModel, part: str, initialiser: str | None, count: int, seed: int) -> Tensor:
     rows = _rows(base, part)
     if initialiser is None:
         draw = generator(seed, "word", part)
@@ -102,8 +104,8 @@ def _begin(base: BaseModel, part: str, initialiser: str | None, count: int, seed
     tokenizer: Any = getattr(base, part.replace("text_encoder", "tokenizer", 1))
     ids = tokenizer(initialiser, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise SettingsError(f"the initialiser {initialiser!r} has no tokens", remedy="name a word that the base knows")
-    return rows[[ids[place % len(ids)] for place in range(count)]].clone()
+        raise SettingsError(f"the initialiser {initialiser!r} has no tokens", remedy="set a word that the base knows")
+    return rows[[ids[index % len(ids)] for index in range(count)]].clone()
 
 
 def _rows(base: BaseModel, part: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images with captions as the loop sees them: latents and text embeddings, cached by content, never by position."""
+"""Encodes captioned images to latents and text embeddings, cached by content."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Conditioner = Callable[[Sequence[str], Size], Conditioning]
 
 @dataclass(frozen=True)
 class Example:
-    """One picture to train on.
+    """One training image.
 
     Attributes:
-        file: Its pixels.
+        file: Image file.
         digest: SHA-256 of that file.
-        caption: What it is trained with.
+        caption: Caption to train with.
         size: (height, width) in pixels.
-        mask: A file that says where the picture counts; None where it counts everywhere.
-        repeats: How often it comes up for once of an example with 1.
-        look: What is done to its pixels before they are encoded.
+        mask: Mask file that weights the loss; None weighs the whole image alike.
+        repeats: Number of occurrences per epoch.
+        augmentation: Transform of the pixels before they are encoded.
     """
 
     file: Path
@@ -50,50 +50,51 @@ class Example:
     augmentation: Augmentation = PLAIN
 
     def identity(self) -> list[str | int]:
-        """All that a run depends on of it, as JSON values."""
-        found: list[str | int] = [self.digest, self.caption, self.repeats]
-        return found if self.mask is None else [*found, sha256_file(self.mask)]
+        """Returns everything of the example that a run depends on, as JSON values."""
+        values: list[str | int] = [self.digest, self.caption, self.repeats]
+        return values if self.mask is None else [*values, sha256_file(self.mask)]
 
     def pixels(self) -> Tensor:
-        """float32 [3, height, width] in [-1, 1], in its look."""
+        """Returns the augmented pixels: float32 [3, height, width] in [-1, 1]."""
         return self.augmentation.apply(read_pixels(self.file))
 
     def mask_pixels(self) -> Tensor | None:
-        """float32 [1, height, width] in [0, 1], mirrored where the picture is; None where there is no mask."""
+        """Returns the mask, mirrored like the image: float32 [1, height, width] in [0, 1]; None without one."""
         return None if self.mask is None else self.augmentation.mirror(read_mask(self.mask))
 
 
 def read_examples(folder: Path, manifest: Manifest, split: Split) -> tuple[Example, ...]:
-    """The examples of one split of a dataset.
+    """Returns the examples of one split of a dataset.
 
     Raises:
-        DataError: A picture without a caption.
+        DataError: An image has no caption.
     """
-    pictures = manifest.of_split(split)
-    bare = [picture.source for picture in pictures if not picture.caption.strip()]
-    if bare:
+    images = manifest.of_split(split)
+    uncaptioned = [image.source for image in images if not image.caption.strip()]
+    if uncaptioned:
         raise DataError(
-            f"{len(bare)} of {len(pictures)} pictures have no caption, first {', '.join(map(repr, bare[:3]))}",
+            f"{len(uncaptioned)} of {len(images)} images have no caption, first "
+            f"{', '.join(map(repr, uncaptioned[:3]))}",
             where=str(folder),
-            remedy="put a caption step before training, or a .txt beside each picture",
+            remedy="add a caption step before training, or a .txt file beside each image",
         )
     return tuple(
         Example(
-            folder / picture.file,
-            sha256_file(folder / picture.file),
-            picture.caption,
-            (picture.height, picture.width),
-            folder / picture.mask if picture.mask else None,
-            picture.repeats,
+            folder / image.file,
+            sha256_file(folder / image.file),
+            image.caption,
+            (image.height, image.width),
+            folder / image.mask if image.mask else None,
+            image.repeats,
         )
-        for picture in pictures
+        for image in images
     )
 
 
 def text_encoder(base: BaseModel, settings: Captions) -> Conditioner:
-    """How captions are encoded: as the base does it, or in several chunks, or with weights; nothing is cached.
+    """Returns the encoder of captions: the base's own, or one for several chunks or weights. Caches nothing.
 
-    Raises (when it is called):
+    Raises (when called):
         SettingsError: The base cannot read chunks or weights, or a weight is not finite.
     """
     if settings.chunks == 1 and not settings.weights:
@@ -107,16 +108,16 @@ def text_encoder(base: BaseModel, settings: Captions) -> Conditioner:
 
 
 class Encoder:
-    """Latents and conditionings of a base, each made once and kept.
+    """Latents and conditionings of a base, encoded once and cached.
 
-    One picture and one text at a time: what a batch holds beside it could change the last bits.
+    Encodes one image and one text at a time, since other batch rows could change the last bits.
 
     Args:
-        base: The base, with nothing attached to what encodes for the cache.
-        folder: Where the cached tensors lie; runs may share it.
-        captions: How captions are read and pictures look.
-        seed: Of the run; the looks depend on it.
-        budget: Bytes of latents, and again of texts, that are held in memory.
+        base: The base, with nothing attached to the modules that encode for the cache.
+        folder: Folder of the cached tensors; runs may share it.
+        captions: Caption reading and augmentation; None is the default.
+        seed: Seed of the run, which determines the augmentations.
+        budget: Bytes of latents held in memory, and again of texts.
     """
 
     def __init__(
@@ -125,17 +126,17 @@ class Encoder:
         self._base, self._captions = base, captions or Captions()
         self._encode = text_encoder(base, self._captions)
         self._rewriter = Rewriter(self._captions)
-        self._looks = augmentations_of(self._captions, seed)
+        self._augmentations = augmentations_of(self._captions, seed)
         self._latents = TensorCache(folder / "latents", budget=budget)
         self._texts = TensorCache(folder / "texts", budget=budget)
         self._prepared: set[str] = set()
-        self._key = {"base": base.fingerprint, "device": base.device.type, "dtype": str(base.dtype), **_computing()}
+        self._key = {"base": base.fingerprint, "device": base.device.type, "dtype": str(base.dtype), **_environment()}
         reading = {"chunks": self._captions.chunks, "weights": self._captions.weights}
         self._reading = reading if reading != {"chunks": 1, "weights": False} else {}
 
     @torch.no_grad()
     def latents(self, example: Example) -> Tensor:
-        """float32 [channels, height, width], on the CPU."""
+        """Returns the latents: float32 [channels, height, width], on the CPU."""
 
         def make() -> dict[str, Tensor]:
             return {"latents": self._base.encode_images(example.pixels()[None])[0]}
@@ -145,10 +146,10 @@ class Encoder:
 
     @torch.no_grad()
     def conditioning(self, texts: Sequence[str], size: Size) -> Conditioning:
-        """One row a text, on the CPU.
+        """Returns one row per text, on the CPU.
 
-        Texts that were prepared are kept in the folder. Others, such as shuffled captions, are encoded when they are
-        asked for, and held in memory as long as there is room.
+        Prepared texts are cached in the folder. Others, such as shuffled captions, are encoded on demand and cached in
+        memory within the budget.
         """
         return Conditioning.cat([Conditioning(self._text(text, size)) for text in texts])
 
@@ -157,29 +158,29 @@ class Encoder:
         examples: Iterable[Example],
         texts: Iterable[str],
         check: Callable[[], None],
-        others: Iterable[Example] = (),
+        unaugmented: Iterable[Example] = (),
     ) -> None:
-        """Makes what the loop will ask for, but for captions that differ from batch to batch.
+        """Encodes what the loop will need, except captions that vary from batch to batch.
 
         Args:
-            examples: The person's pictures: their latents in all looks, and captions as they are rewritten.
-            texts: Further texts, in every size that occurs.
-            check: Called before each; may raise to stop.
-            others: Class pictures and held-out ones, whose looks and captions stay as they are.
+            examples: The user's images: their latents in all augmentations, and their rewritten captions.
+            texts: Further texts, encoded in every size that occurs.
+            check: Called before each item; may raise to stop.
+            unaugmented: Class images and held-out ones, which keep their pixels and captions.
         """
-        more = sorted(set(texts))
-        wanted: set[tuple[str, Size]] = set()
+        extra_texts = sorted(set(texts))
+        pending: set[tuple[str, Size]] = set()
         for example in examples:
-            for augmentation in self._looks:
+            for augmentation in self._augmentations:
                 check()
                 self.latents(replace(example, augmentation=augmentation))
-            own = () if self._rewriter.varies(example.caption) else (self._rewriter.rewrite(example.caption),)
-            wanted |= {(text, example.size) for text in (*more, *own)}
-        for example in others:
+            rewritten = () if self._rewriter.varies(example.caption) else (self._rewriter.rewrite(example.caption),)
+            pending |= {(text, example.size) for text in (*extra_texts, *rewritten)}
+        for example in unaugmented:
             check()
             self.latents(example)
-            wanted |= {(text, example.size) for text in (*more, example.caption)}
-        for text, size in sorted(wanted):
+            pending |= {(text, example.size) for text in (*extra_texts, example.caption)}
+        for text, size in sorted(pending):
             check()
             self._prepared.add(text)
             self.conditioning([text], size)
@@ -192,9 +193,9 @@ class Encoder:
         return dict(self._texts.get(key, make, keep=text in self._prepared))
 
 
-def _computing() -> dict[str, object]:
-    # What the last bits depend on beside the base and its input. A folder that outlives an upgrade, or that machines
-    # share, must not make a run's bytes depend on who filled it.
+def _environment() -> dict[str, object]:
+    # The last bits depend on these beside the base and its input. A cache shared by machines or kept across upgrades
+    # must not change a run's bytes.
     return {
         "torch": torch.__version__,
         "diffusers": metadata.version("diffusers"),

@@ -1,4 +1,4 @@
-"""Which pictures a run works with: those to train on, those held out, and those of the class."""
+"""Selects the images of a run: training, held-out and class images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lora_engine.training.spec import TrainSettings
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The pictures of a run.
+    """The images of a run.
 
     Attributes:
-        examples: To train on.
-        classes: What the base must go on to know; empty without prior preservation.
-        heldout: For the validation loss; empty where none is asked for.
+        examples: Training images.
+        classes: Class images; empty without prior preservation.
+        heldout: Images of the validation loss; empty without validation.
     """
 
     examples: tuple[Example, ...]
@@ -31,33 +31,33 @@ class TrainingImages:
 
     @property
     def groups(self) -> tuple[tuple[Example, ...], ...]:
-        """The three of them."""
+        """Training, class and held-out images."""
         return self.examples, self.classes, self.heldout
 
 
 def read_images(
     settings: TrainSettings, dataset: Path, manifest: Manifest
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The pictures to train on and those held out, of a dataset.
+    """Returns the training images and the held-out ones of a dataset.
 
     Raises:
-        DataError: There are none to train on.
-        SettingsError: A validation is asked for, and none are held out.
+        DataError: There are no training images.
+        SettingsError: Validation is enabled, and no images are held out.
     """
     examples = read_examples(dataset, manifest, "train")
     if not examples:
-        raise DataError("there are no pictures to train on", where=str(dataset), remedy="lower heldout, or add some")
+        raise DataError("the dataset has no training images", where=str(dataset), remedy="lower heldout, or add images")
     if not settings.validate_every:
         return examples, ()
     heldout = read_examples(dataset, manifest, "heldout")
     if not heldout:
         raise SettingsError(
-            f"validate_every is {settings.validate_every}, and the dataset holds no pictures out",
+            f"validate_every is {settings.validate_every}, but the dataset has no held-out images",
             remedy="set heldout above 0 in the ingest step, or validate_every to 0",
         )
-    # A validation must compare: nothing is drawn for its captions.
-    words = Rewriter(settings.captions)
-    return examples, tuple(replace(example, caption=words.rewrite(example.caption)) for example in heldout)
+    # No draws, so that validations are comparable.
+    rewriter = Rewriter(settings.captions)
+    return examples, tuple(replace(example, caption=rewriter.rewrite(example.caption)) for example in heldout)
 
 
 def class_images(
@@ -66,26 +66,26 @@ def class_images(
     manifest: Manifest,
     examples: Sequence[Example],
     *,
-    given: Path | None,
+    dataset: Path | None,
     work: Path,
-    told: Callable[[int], None],
+    on_drawn: Callable[[int], None],
 ) -> tuple[Example, ...]:
-    """The class pictures of prior preservation: given ones, or drawn by the base; none where it is not asked for.
+    """Returns the class images of prior preservation; empty if it is disabled.
 
     Args:
-        settings: Of the run.
-        base: Without the adapter.
-        manifest: Names the class word.
-        examples: The person's pictures, in whose sizes the class's are.
-        given: A folder with a manifest; None lets the base draw.
-        work: Where drawn ones are kept.
-        told: Takes the number of pictures that are drawn; may raise to stop.
+        settings: Settings of the run.
+        base: Base without the adapter.
+        manifest: Manifest with the class word.
+        examples: The user's images, whose sizes the class images share.
+        dataset: A folder with a manifest; None lets the base draw.
+        work: Folder of drawn images.
+        on_drawn: Called with the number of images drawn so far; may raise to stop.
     """
     prior = settings.class_images
     if prior is None:
         return ()
     sizes = [example.size for example in examples]
-    if given is not None:
-        return read_class_images(given, prior, manifest.class_word, sizes)
+    if dataset is not None:
+        return read_class_images(dataset, prior, manifest.class_word, sizes)
     prompts = prior_prompts(prior, manifest.class_word)
-    return ClassImages(base, prior, prompts, work, settings.seed, told).draw(sizes)
+    return ClassImages(base, prior, prompts, work, settings.seed, on_drawn).draw(sizes)

@@ -1,4 +1,4 @@
-"""What a run begins with: the adapter and the learned word that its settings ask for."""
+"""Initializes the adapter and the learned token of a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_engine.training.specs.methods import TokenSettings
 
 
 def init_adapter(base: BaseModel, settings: TrainSettings) -> Adapter:
-    """The adapter before its first step; without modules for a method that trains a word alone.
+    """Returns the adapter before its first step; without modules for a method that trains a token only.
 
     Raises:
-        SettingsError: A target, a kind or a rate that does not suit the base.
+        SettingsError: A target, a kind or a rate does not suit the base.
     """
     if not settings.method.has_adapter:
         return Adapter({}, base.family, base.fingerprint)
@@ -37,14 +37,14 @@ def init_adapter(base: BaseModel, settings: TrainSettings) -> Adapter:
     )
     names = [f"{module}.{factor}" for module, delta in adapter.modules.items() for factor in delta.factors()]
     if names:
-        learning_rates(names, settings.rates, settings.learning_rate)  # refuses a rate for nothing
+        learning_rates(names, settings.rates, settings.learning_rate)  # raises for rates that match nothing
     return adapter
 
 
 def init_embeddings(
     base: BaseModel, settings: TrainSettings, manifest: Manifest, examples: Sequence[Example]
 ) -> tuple[Embedding, ...]:
-    """The word before its first step, or none where the method learns none."""
+    """Returns the learned token before its first step; empty if the method learns none."""
     method = settings.method
     if not isinstance(method, TokenSettings):
         return ()
@@ -54,9 +54,9 @@ def init_embeddings(
 
 
 def _overrides(settings: TrainSettings) -> dict[str, LayerSettings]:
-    found = {}
-    for pattern, special in settings.overrides.items():
-        kind = special.kind or settings.kind
-        alpha = special.alpha or (None if special.rank else settings.alpha)
-        found[pattern] = LayerSettings(kind.name, special.rank or settings.rank, alpha, kind.options())
-    return found
+    overrides = {}
+    for pattern, override in settings.overrides.items():
+        kind = override.kind or settings.kind
+        alpha = override.alpha or (None if override.rank else settings.alpha)
+        overrides[pattern] = LayerSettings(kind.name, override.rank or settings.rank, alpha, kind.options())
+    return overrides

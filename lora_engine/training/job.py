@@ -1,4 +1,4 @@
-"""One training, from settings to an adapter in memory: what is prepared, what is attached, what the loop is told."""
+"""Runs one training job, from settings to an adapter in memory: loads, prepares, attaches, fits."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from lora_engine.training.init import init_adapter, init_embeddings
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import LossTerm
 from lora_engine.training.methods import BatchTransform, MethodContext, methods
-from lora_engine.training.methods.inpainting import hiding
+from lora_engine.training.methods.inpainting import inpainting_transform
 from lora_engine.training.objective import check_objective
-from lora_engine.training.optimizers import require_optimiser
+from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.record import card_of
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.spec import TrainSettings
@@ -40,18 +40,18 @@ from lora_engine.training.specs.methods import Inpainting
 from lora_engine.training.validation import image_losses
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A mean over pixels leaves each with a gradient near the least that float16 can tell from 0. A power of two is exact.
+# A mean over pixels makes gradients underflow float16. A power of two is exact.
 _FP16_LOSS_SCALE = 4096.0
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What `train` was asked for, and who does it.
+    """A training run: the arguments of `train` and its process group.
 
     Args:
-        team: The processes of the run, this one among them.
-        out: Where the artifact goes.
-        others: As the arguments of `train`.
+        group: The processes of the run, this one included.
+        out: Folder of the artifact.
+        others: See `train`.
     """
 
     settings: TrainSettings
@@ -66,9 +66,9 @@ class TrainingJob:
     out: Path
 
     def run(self, base_name: str) -> tuple[Bundle, History]:
-        """Prepares, attaches and fits; gives the adapter with its card and words, and what the run went through."""
+        """Prepares, attaches and fits; returns the adapter with its card and learned tokens, and the history."""
         settings = self.settings
-        require_optimiser(settings.rates.optimiser.name)
+        require_optimizer(settings.rates.optimiser.name)
         source = resolve_base(base_name)
         manifest = Manifest.load(self.dataset)
         examples, heldout = read_images(settings, self.dataset, manifest)
@@ -77,57 +77,57 @@ class TrainingJob:
         base = load_base(source, device=self.group.device, dtype=dtype, quantise=quantise)
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout))
-        fresh = init_adapter(base, settings)
-        word = init_embeddings(base, settings, manifest, examples)
+        initial = init_adapter(base, settings)
+        tokens = init_embeddings(base, settings, manifest, examples)
         encoder = Encoder(base, self.cache, settings.captions, settings.seed)
-        with self.group.in_turn():
+        with self.group.main_process_first():
             classes = class_images(
                 settings,
                 base,
                 manifest,
                 examples,
-                given=self.class_dataset,
+                dataset=self.class_dataset,
                 work=self.work / "class",
-                told=self._tell_drawn,
+                on_drawn=self._report_drawn,
             )
-            pictures = TrainingImages(examples, classes, heldout)
-            texts, others = [""] if settings.caption_dropout else [], (*pictures.classes, *pictures.heldout)
-            encoder.prepare(pictures.examples, texts, self._check, others=others)
-        trained, words, history = self._fit(base, fresh, word, encoder, pictures, manifest)
-        return Bundle(trained, card_of(settings, base, manifest), words), history
+            images = TrainingImages(examples, classes, heldout)
+            texts = [""] if settings.caption_dropout else []
+            encoder.prepare(images.examples, texts, self._check, unaugmented=(*images.classes, *images.heldout))
+        adapter, embeddings, history = self._fit(base, initial, tokens, encoder, images, manifest)
+        return Bundle(adapter, card_of(settings, base, manifest), embeddings), history
 
     def _fit(
         self,
         base: BaseModel,
-        fresh: Adapter,
-        word: tuple[Embedding, ...],
+        initial: Adapter,
+        tokens: tuple[Embedding, ...],
         encoder: Encoder,
-        pictures: TrainingImages,
+        images: TrainingImages,
         manifest: Manifest,
     ) -> tuple[Adapter, tuple[Embedding, ...], History]:
         settings = self.settings
-        trains_text = bool(word) or any(name.startswith("text_encoder") for name in fresh.modules)
+        trains_text = bool(tokens) or any(name.startswith("text_encoder") for name in initial.modules)
         conditioner = text_encoder(base, settings.captions) if trains_text else encoder.conditioning
-        group, digest = self.group, self._digest(base, pictures)
+        group, digest = self.group, self._digest(base, images)
         with ExitStack() as stack:
-            attachment = stack.enter_context(attach(base, fresh, trainable=True)) if fresh.modules else None
-            words = stack.enter_context(attach_embeddings(base, word, trainable=True))
+            attachment = stack.enter_context(attach(base, initial, trainable=True)) if initial.modules else None
+            attached_tokens = stack.enter_context(attach_embeddings(base, tokens, trainable=True))
             compile_network(base, settings.running)
             context = MethodContext(
                 base=base,
                 settings=settings,
                 parameters=dict(attachment.named_parameters()) if attachment else {},
-                examples=pictures.examples,
-                class_examples=pictures.classes,
+                examples=images.examples,
+                class_examples=images.classes,
                 latents=encoder.latents,
                 conditioner=conditioner,
                 adapter_dropout=attachment.adapter_dropout if attachment else lambda share, seed: nullcontext(),
-                words=dict(words.named_parameters()),
-                adapter_disabled=lambda: _silenced(attachment),
+                tokens=dict(attached_tokens.named_parameters()),
+                adapter_disabled=lambda: _adapter_disabled(attachment),
                 teacher=encoder.conditioning,
                 trigger=manifest.trigger,
                 class_word=manifest.class_word,
-                extra=self._extra_terms(base, pictures),
+                extra_terms=self._extra_terms(base, images),
             )
             samples = self._samples(base, digest)
             history = fit(
@@ -142,9 +142,9 @@ class TrainingJob:
                         base,
                         encoder.latents,
                         conditioner,
-                        pictures.heldout,
+                        images.heldout,
                         seed=settings.seed,
-                        dressing=_validation_dressing(base, settings),
+                        transform=_validation_transform(base, settings),
                     )
                 ),
                 progress=self.progress if group.is_main_process else no_progress,
@@ -154,16 +154,16 @@ class TrainingJob:
             )
             if samples:
                 samples.copy(self.out)
-            adapter = attachment.adapter().to(device="cpu").to_export() if attachment else fresh
-            return adapter, words.embeddings(), history
+            adapter = attachment.adapter().to(device="cpu").to_export() if attachment else initial
+            return adapter, attached_tokens.embeddings(), history
 
     def _samples(self, base: BaseModel, digest: str) -> SampleWriter | None:
-        wanted = self.settings.samples if self.group.is_main_process else None
-        return SampleWriter(base, wanted, self.work / "samples", digest) if wanted else None
+        samples = self.settings.samples if self.group.is_main_process else None
+        return SampleWriter(base, samples, self.work / "samples", digest) if samples else None
 
-    def _extra_terms(self, base: BaseModel, pictures: TrainingImages) -> tuple[LossTerm, ...]:
-        wanted = self.settings.method.identity
-        return () if wanted is None else (identity_loss(base, wanted, pictures.examples, self.embedder),)
+    def _extra_terms(self, base: BaseModel, images: TrainingImages) -> tuple[LossTerm, ...]:
+        identity = self.settings.method.identity
+        return () if identity is None else (identity_loss(base, identity, images.examples, self.embedder),)
 
     def _check_base(self, base: BaseModel, examples: Sequence[Example]) -> None:
         check_objective(self.settings.objective, base.noise)
@@ -172,30 +172,30 @@ class TrainingJob:
         name = self.settings.method.name
         if base.inpaints and not isinstance(self.settings.method, Inpainting):
             raise SettingsError(
-                f"the base {base.name!r} is made for inpainting, and method {name!r} gives it no masks",
-                allowed="method inpainting, or a base without mask",
+                f"the base {base.name!r} is an inpainting model, but method {name!r} has no masks",
+                allowed="method inpainting, or a base without a mask input",
             )
         if self.class_dataset is not None and self.settings.class_images is None:
             raise SettingsError(
-                f"a class_dataset is given, and method {name!r} looks at no class pictures",
+                f"class_dataset is set, but method {name!r} uses no class images",
                 remedy="leave it out, set prior, or choose method dreambooth",
             )
 
-    def _tell_drawn(self, number: int) -> None:
+    def _report_drawn(self, number: int) -> None:
         self._check()
         self.progress(0, self.settings.steps, {"class_pictures": float(number)})
 
     def _check(self) -> None:
         if self.stop():
-            raise InterruptedRun("stopped while preparing; what is prepared is kept")
+            raise InterruptedRun("stopped during preparation; finished parts are kept")
 
-    def _digest(self, base: BaseModel, pictures: TrainingImages) -> str:
+    def _digest(self, base: BaseModel, images: TrainingImages) -> str:
         job = {
             "format": 2,
             "settings": self.settings.model_dump(mode="json"),
             "base": base.fingerprint,
             "device": base.device.type,
-            "pictures": [[example.identity() for example in group] for group in pictures.groups],
+            "pictures": [[example.identity() for example in group] for group in images.groups],
         }
         return sha256_bytes(canonical_json(job))
 
@@ -211,16 +211,16 @@ def _options(settings: TrainSettings) -> FitOptions:
         checkpoint_every=settings.checkpoint_every,
         validate_every=settings.validate_every,
         observe_every=settings.samples.every if settings.samples else 0,
-        optimiser=settings.rates.optimiser.name,
-        optimiser_options=settings.rates.optimiser.options(),
+        optimizer=settings.rates.optimiser.name,
+        optimizer_options=settings.rates.optimiser.options(),
         ema=settings.rates.ema,
         loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
     )
 
 
 @contextmanager
-def _silenced(attachment: Attachment | None) -> Iterator[None]:
-    """While it is open, the base answers as if nothing were attached."""
+def _adapter_disabled(attachment: Attachment | None) -> Iterator[None]:
+    """Disables the adapter inside the block, so that the base predicts alone."""
     if attachment is None:
         yield
         return
@@ -232,10 +232,10 @@ def _silenced(attachment: Attachment | None) -> Iterator[None]:
         attachment.multiplier = before
 
 
-def _validation_dressing(base: BaseModel, settings: TrainSettings) -> BatchTransform | None:
+def _validation_transform(base: BaseModel, settings: TrainSettings) -> BatchTransform | None:
     if not (base.inpaints and isinstance(settings.method, Inpainting)):
         return None
-    return hiding(base, settings.method, derive_seed(settings.seed, "validation"))
+    return inpainting_transform(base, settings.method, derive_seed(settings.seed, "validation"))
 
 
 def _mean(values: Sequence[float]) -> float:

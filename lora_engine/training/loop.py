@@ -1,6 +1,6 @@
-"""`fit`, the only training loop: phases one after another, stoppable and resumable between any two steps.
+"""`fit`, the only training loop: runs phases in order and can stop and resume between any two steps.
 
-What moves, on what and towards what is the phases' affair. Nothing here draws a random number.
+The phases determine parameters, batches and losses. The loop itself draws no random number.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from lora_engine.errors import InterruptedRun, NonFiniteError
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
 from lora_engine.training.determinism import deterministic, gradients_off
-from lora_engine.training.ema import RunningMean
-from lora_engine.training.optimizer_state import averaged, estimated_rate, export_state, import_state, take_mean
-from lora_engine.training.optimizers import build_optimiser
+from lora_engine.training.ema import EmaWeights
+from lora_engine.training.optimizer_state import (
+    apply_average,
+    averaged_weights,
+    estimated_rate,
+    export_state,
+    import_state,
+)
+from lora_engine.training.optimizers import build_optimizer
 from lora_engine.training.phases import Phase
 from lora_engine.training.schedules import rate_factor
 from lora_engine.training.specs.rates import Ema
 
-_REMEDY = "lower learning_rate, raise warmup, or look for a broken picture; the last checkpoint is from before it"
+_REMEDY = "lower learning_rate, raise warmup, or look for a broken image; the last checkpoint precedes this step"
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What the loop itself may be told; the meanings are those of `TrainSettings`."""
+    """Options of the loop; see `TrainSettings` for their meaning."""
 
     schedule: str = "constant"
     warmup: int = 0
@@ -40,20 +46,20 @@ class FitOptions:
     checkpoint_every: int = 100
     validate_every: int = 0
     observe_every: int = 0
-    optimiser: str = "adamw"
+    optimizer: str = "adamw"
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    optimiser_options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     ema: Ema | None = None
     loss_scale: float = 1.0
 
 
 @dataclass
 class History:
-    """What a run went through: one entry a step, all phases together.
+    """Losses and rates of a run over all phases, one entry per step.
 
     Attributes:
-        loss: The loss of each step.
-        rate: The learning rate of each step (of the phase's first group).
+        loss: Loss of each step.
+        rate: Learning rate of each step (of the phase's first group).
         validation: (steps done, validation loss).
     """
 
@@ -74,32 +80,32 @@ def fit(
     average: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
     observe: Callable[[int], None] = lambda done: None,
 ) -> History:
-    """Runs phases, from the newest checkpoint on where there is one.
+    """Runs the phases, resuming from the newest checkpoint if there is one.
 
     Args:
-        phases: In their order. Their parameters are changed in place.
-        frozen: Modules none of whose parameters moves unless a phase says so.
+        phases: Phases in order. Their parameters are changed in place.
+        frozen: Modules whose parameters are frozen except those that a phase trains.
         options: See `FitOptions`.
-        checkpoints: Where to save and to resume; None does neither.
-        validate: Gives the validation loss of the moment; a pure function of the weights.
-        progress: Told after every step: steps done, steps in all, values (loss and its terms, rate, gradient's norm).
-        stop: Asked before every step; True makes a checkpoint and ends the run.
-        average: Puts the means over all processes of the run into tensors, in place; nothing where there is one.
-        observe: Called every `observe_every` steps, before the checkpoint, with the steps done; looks, changes nothing.
+        checkpoints: Checkpoints to save to and resume from; None does neither.
+        validate: Returns the current validation loss; a pure function of the weights.
+        progress: Called after every step: steps done, total steps, values (loss and its terms, rate, gradient norm).
+        stop: Polled before every step; True writes a checkpoint and ends the run.
+        average: Averages tensors over all processes, in place; a no-op for a single process.
+        observe: Called every `observe_every` steps with the steps done, before the checkpoint; must change nothing.
 
     Returns:
-        The whole history, with the part from before a resumption.
+        The whole history, including the part before a resume.
 
     Raises:
-        InterruptedRun: `stop` said so; the checkpoint is written.
-        NonFiniteError: NaN or Inf in a loss, a gradient or a weight; the last checkpoint is from before it.
+        InterruptedRun: `stop` returned True; the checkpoint is written.
+        NonFiniteError: NaN or Inf in a loss, a gradient or a weight; the last checkpoint precedes it.
     """
     run = _Run(phases, options, checkpoints, validate, average, observe)
     devices = {value.device.type for phase in phases for value in phase.parameters.values()}
-    with deterministic(wanted=devices <= {"cpu"}), gradients_off(frozen) as everything:
+    with deterministic(enabled=devices <= {"cpu"}), gradients_off(frozen) as frozen_parameters:
         run.restore()
         for position in range(run.position, len(phases)):
-            run.enter_phase(position, everything)
+            run.enter_phase(position, frozen_parameters)
             while run.step < phases[position].steps:
                 if stop():
                     run.save()
@@ -126,8 +132,8 @@ class _Run:
         self.position, self.step = 0, 0
         self._checkpoints, self._validate = checkpoints, validate if options.validate_every else None
         self._values = {name: value for phase in phases for name, value in phase.parameters.items()}
-        self._optimiser: torch.optim.Optimizer | None = None
-        self._mean: RunningMean | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._ema: EmaWeights | None = None
         self._restored: Checkpoint | None = None
 
     @property
@@ -138,79 +144,79 @@ class _Run:
     def done(self) -> int:
         return sum(phase.steps for phase in self.phases[: self.position]) + self.step
 
-    def enter_phase(self, position: int, everything: Iterable[nn.Parameter]) -> None:
-        """Lets the phase's parameters move, and nothing else."""
+    def enter_phase(self, position: int, frozen_parameters: Iterable[nn.Parameter]) -> None:
+        """Makes the phase's parameters trainable and freezes all others."""
         if position != self.position:
             self.position, self.step = position, 0
         phase = self.phases[position]
-        for value in (*everything, *self._values.values()):
+        for value in (*frozen_parameters, *self._values.values()):
             value.requires_grad_(False)
             value.grad = None
         for value in phase.parameters.values():
             value.requires_grad_(True)
         options = self.options
-        self._optimiser = build_optimiser(
-            options.optimiser, phase.groups, options.weight_decay, options.optimiser_options
+        self._optimizer = build_optimizer(
+            options.optimizer, phase.groups, options.weight_decay, options.optimizer_options
         )
-        self._mean = RunningMean(phase.parameters, options.ema) if options.ema is not None else None
+        self._ema = EmaWeights(phase.parameters, options.ema) if options.ema is not None else None
         if self._restored is not None:
-            import_state(self._optimiser, self._restored)
-            if self._mean is not None:
-                self._mean.restore(_under("mean/", self._restored.tensors))
+            import_state(self._optimizer, self._restored)
+            if self._ema is not None:
+                self._ema.restore(_under("mean/", self._restored.tensors))
             self._restored = None
         if not self.history.validation:
             self._record_validation()
 
     def take_step(self) -> dict[str, float]:
-        """One optimiser step over `accumulate` batches; gives the values to show."""
-        optimiser, phase, accumulate = self._current_optimiser(), self.phases[self.position], self.options.accumulate
+        """Takes one optimizer step over `accumulate` batches; returns the values to show."""
+        optimizer, phase, accumulate = self._current_optimizer(), self.phases[self.position], self.options.accumulate
         factor = self._factor(phase)
-        for settings, group in zip(optimiser.param_groups, phase.groups, strict=True):
+        for settings, group in zip(optimizer.param_groups, phase.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
         parts: list[Tensor] = []
-        for place in range(accumulate):
-            number = self.step * accumulate + place
-            with phase.around(number):
+        for index in range(accumulate):
+            number = self.step * accumulate + index
+            with phase.batch_context(number):
                 batch = phase.batch(number)
                 predicted, target = phase.predict(batch)
                 terms = torch.stack([term(predicted, target, batch) for term in phase.terms]) / accumulate
-                # Still inside: checkpointed activations are computed again here, under what held for them.
+                # Inside the context: checkpointed activations are recomputed with the same dropout.
                 torch.autograd.backward(terms.sum() * self.options.loss_scale)
             parts.append(terms.detach())
         self._gather(parts)
         norm = self._clip(phase.parameters)
-        # One transfer from the device a step, before anything has moved.
-        *terms_now, norm_now = torch.cat([torch.stack(parts).sum(dim=0), norm.view(1)]).tolist()
-        values = dict(zip((term.name for term in phase.terms), terms_now, strict=True))
-        loss = math.fsum(terms_now)
+        # One device transfer per step, before any weight changes.
+        *term_values, norm_value = torch.cat([torch.stack(parts).sum(dim=0), norm.view(1)]).tolist()
+        values = dict(zip((term.name for term in phase.terms), term_values, strict=True))
+        loss = math.fsum(term_values)
         self._require_finite("the loss", loss)
-        self._require_finite("the norm of the gradient", norm_now)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        self._require_finite("the norm of the gradient", norm_value)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            phase.after(factor)
-        if self._mean is not None:
-            self._mean.update(self.step)
+            phase.after_step(factor)
+        if self._ema is not None:
+            self._ema.update(self.step)
         self._require_finite("the norm of the weights", _norm(phase.parameters.values()).item())
-        rate = phase.groups[0].learning_rate * factor * estimated_rate(optimiser)
+        rate = phase.groups[0].learning_rate * factor * estimated_rate(optimizer)
         self.history.loss.append(loss)
         self.history.rate.append(rate)
-        return {"loss": loss, **(values if len(values) > 1 else {}), "learning_rate": rate, "gradient_norm": norm_now}
+        return {"loss": loss, **(values if len(values) > 1 else {}), "learning_rate": rate, "gradient_norm": norm_value}
 
     def leave_phase(self) -> None:
-        """Makes the means, where there are any, what the phase leaves behind."""
-        take_mean(self._current_optimiser())
-        if self._mean is not None:
-            self._mean.take()
+        """Replaces the parameters by their averages where the settings say so."""
+        apply_average(self._current_optimizer())
+        if self._ema is not None:
+            self._ema.finalize()
 
     @contextmanager
     def to_export(self) -> Iterator[None]:
-        """While it is open, the parameters are what the phase would leave behind; afterwards, bit for bit as before."""
-        with averaged(self._current_optimiser()), nullcontext() if self._mean is None else self._mean.swapped():
+        """Swaps in the weights that would be exported; restores the parameters bit for bit on exit."""
+        with averaged_weights(self._current_optimizer()), nullcontext() if self._ema is None else self._ema.applied():
             yield
 
     def close_step(self) -> None:
-        """Counts the step, and validates and saves where one is due."""
+        """Counts the step; observes, validates and saves if due."""
         self.step += 1
         last = self.done == self.total
         if _is_due(self.done, self.options.observe_every):
@@ -222,15 +228,15 @@ class _Run:
             self.save()
 
     def save(self) -> None:
-        """Writes a checkpoint of this moment."""
+        """Writes a checkpoint of the current state."""
         if self._checkpoints is None:
             return
         tensors = {f"value/{name}": value.detach() for name, value in self._values.items()}
         tensors["history/loss"] = torch.tensor(self.history.loss, dtype=torch.float64)
         tensors["history/rate"] = torch.tensor(self.history.rate, dtype=torch.float64)
-        if self._mean is not None:
-            tensors |= {f"mean/{name}": value for name, value in self._mean.export().items()}
-        state, scalars = export_state(self._current_optimiser())
+        if self._ema is not None:
+            tensors |= {f"mean/{name}": value for name, value in self._ema.export().items()}
+        state, scalars = export_state(self._current_optimizer())
         facts = {
             "position": self.position,
             "step": self.step,
@@ -240,20 +246,20 @@ class _Run:
         self._checkpoints.save(self.done, Checkpoint({**tensors, **state}, facts))
 
     def restore(self) -> None:
-        """Goes back to the newest checkpoint, if there is one."""
-        found = self._checkpoints.load() if self._checkpoints is not None else None
-        if found is None:
+        """Restores the newest checkpoint, if there is one."""
+        checkpoint = self._checkpoints.load() if self._checkpoints is not None else None
+        if checkpoint is None:
             return
         with torch.no_grad():
             for name, value in self._values.items():
-                value.copy_(found.tensors[f"value/{name}"])
+                value.copy_(checkpoint.tensors[f"value/{name}"])
         self.history = History(
-            found.tensors["history/loss"].tolist(),
-            found.tensors["history/rate"].tolist(),
-            [(int(step), float(value)) for step, value in found.facts["validation"]],
+            checkpoint.tensors["history/loss"].tolist(),
+            checkpoint.tensors["history/rate"].tolist(),
+            [(int(step), float(value)) for step, value in checkpoint.facts["validation"]],
         )
-        self.position, self.step = int(found.facts["position"]), int(found.facts["step"])
-        self._restored = found
+        self.position, self.step = int(checkpoint.facts["position"]), int(checkpoint.facts["step"])
+        self._restored = checkpoint
 
     def _record_validation(self) -> None:
         if self._validate is not None:
@@ -262,17 +268,17 @@ class _Run:
             self._require_finite("the validation loss", value)
             self.history.validation.append((self.done, value))
 
-    def _current_optimiser(self) -> torch.optim.Optimizer:
-        if self._optimiser is None:
-            raise RuntimeError("enter_phase has to come first")
-        return self._optimiser
+    def _current_optimizer(self) -> torch.optim.Optimizer:
+        if self._optimizer is None:
+            raise RuntimeError("call enter_phase first")
+        return self._optimizer
 
     def _factor(self, phase: Phase) -> float:
         options = self.options
         return rate_factor(options.schedule, self.step, phase.steps, options.warmup, **options.schedule_options)
 
     def _gather(self, parts: list[Tensor]) -> None:
-        # Gradients at their true size, and these and the terms as the means over all processes.
+        # Unscales the gradients, then averages them and the loss terms over all processes.
         gradients = [value.grad for value in self.phases[self.position].parameters.values() if value.grad is not None]
         if self.options.loss_scale != 1.0:
             torch._foreach_div_(gradients, self.options.loss_scale)

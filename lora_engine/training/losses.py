@@ -1,4 +1,4 @@
-"""What training lowers: terms over one batch, each a small frozen object. The loop adds them up."""
+"""Loss terms over one batch, each a small frozen object. The loop adds them up."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ class LossTerm(Protocol):
     """One term of the loss.
 
     Attributes:
-        name: What the progress and the curves call it.
+        name: Name in the progress and the curves.
     """
 
     @property
     def name(self) -> str:
-        """What the progress and the curves call it."""
+        """Name in the progress and the curves."""
         ...
 
     def __call__(self, predicted: Tensor, target: Tensor, batch: Batch) -> Tensor:
-        """The term with its weight, a float32 scalar that keeps the graph."""
+        """Returns the weighted term, a float32 scalar that keeps the graph."""
         ...
 
 
 def mean_error(predicted: Tensor, target: Tensor, batch: Batch, rows: slice, measure: Measure) -> Tensor:
-    """The mean over all elements of some rows, as they count: a float32 scalar that keeps the graph.
+    """Returns the mean weighted error over some rows: a float32 scalar that keeps the graph.
 
-    An element counts by its error, by its row's timestep, and by `batch.weights` where there are any; the mean divides
-    by the number of elements whatever they weigh. No rows give 0.
+    An element is weighted by its row's timestep, and by `batch.weights` if set. The mean divides by the number of
+    elements, not by the sum of the weights. No rows give 0.
     """
     predicted, target = predicted[rows], target[rows]
     if not predicted.numel():
@@ -49,10 +49,10 @@ def mean_error(predicted: Tensor, target: Tensor, batch: Batch, rows: slice, mea
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """The mean error over the person's pictures (Ho et al. 2020, eq. 14).
+    """The mean error over the user's images (Ho et al. 2020, eq. 14).
 
     Attributes:
-        measure: How an error counts; by default by its square, at all timesteps alike.
+        measure: Loss function; by default the squared error, at all timesteps alike.
     """
 
     measure: Measure = PLAIN
@@ -65,11 +65,11 @@ class DenoisingLoss:
 
 @dataclass(frozen=True)
 class PriorLoss:
-    """The mean error over the class pictures, weighted (Ruiz et al. 2023, eq. 2).
+    """The mean error over the class images, weighted (Ruiz et al. 2023, eq. 2).
 
     Attributes:
-        weight: Beside the loss of the person's pictures.
-        measure: How an error counts.
+        weight: Weight of the term; the loss of the user's images has weight 1.
+        measure: Loss function.
     """
 
     weight: float

@@ -1,6 +1,6 @@
-"""The objective as arithmetic: timesteps, noise, and how an error counts. Pure functions of tensors and generators.
+"""Computes the objective: timesteps, noise and loss weights. Pure functions of tensors and generators.
 
-Everything holds for each row of a batch by itself, so that the rows of class pictures are treated as the others are.
+Every row of a batch is treated independently, class images like the user's.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lora_engine.training.specs.objective import (
 )
 
 
-class Noised(Protocol):
-    """What `noisy_and_target` needs of a batch.
+class NoisyBatch(Protocol):
+    """The fields of a batch that `noisy_and_target` needs.
 
     Attributes:
         latents: float32 [n, channels, height, width], without noise.
-        noise: Of the same shape.
+        noise: float32 in the shape of `latents`.
         timesteps: [n], int64, or float32 for a flow.
-        perturbation: What the input's noise is disturbed by, or None.
+        perturbation: Extra noise of the input, or None.
     """
 
     @property
@@ -50,38 +50,38 @@ class Noised(Protocol):
     def perturbation(self) -> Tensor | None: ...  # noqa: D102
 
 
-def noisy_and_target(schedule: NoiseSchedule, batch: Noised) -> tuple[Tensor, Tensor]:
-    """A batch's noisy latents, and what the network should make of them; both float32 in the latents' shape.
+def noisy_and_target(schedule: NoiseSchedule, batch: NoisyBatch) -> tuple[Tensor, Tensor]:
+    """Returns a batch's noisy latents and the network's target; both float32 in the latents' shape.
 
-    A perturbation disturbs the input alone (Ning et al. 2023, eq. 8).
+    A perturbation changes the input only (Ning et al. 2023, eq. 8).
     """
-    seen = batch.noise if batch.perturbation is None else batch.noise + batch.perturbation
-    noisy = schedule.add_noise(batch.latents, seen, batch.timesteps)
+    input_noise = batch.noise if batch.perturbation is None else batch.noise + batch.perturbation
+    noisy = schedule.add_noise(batch.latents, input_noise, batch.timesteps)
     return noisy, schedule.target(batch.latents, batch.noise, batch.timesteps)
 
 
 def check_objective(objective: Objective, schedule: NoiseSchedule) -> None:
-    """Does nothing where an objective suits a base.
+    """Checks that an objective suits a base.
 
     Raises:
         SettingsError: It does not.
     """
-    flows = isinstance(schedule, FlowSchedule)
-    if flows and not isinstance(objective.weighting, Plain):
+    is_flow = isinstance(schedule, FlowSchedule)
+    if is_flow and not isinstance(objective.weighting, Plain):
         raise SettingsError(
-            f"the weighting {objective.weighting.name!r} does not belong to a base of flow matching",
+            f"the weighting {objective.weighting.name!r} does not apply to a flow-matching base",
             where="objective.weighting",
             allowed="none",
-            remedy="choose timesteps.distribution logit_normal or mode instead",
+            remedy="set timesteps.distribution to logit_normal or mode instead",
         )
-    if not flows and objective.timesteps.shift is not None:
+    if not is_flow and objective.timesteps.shift is not None:
         raise SettingsError(
-            f"shift {objective.timesteps.shift} belongs to bases of flow matching; this one predicts "
-            f"{'v' if schedule.parameterisation == 'v_prediction' else 'noise'}",
+            f"shift {objective.timesteps.shift} applies to flow-matching bases only; this base predicts "
+            f"{'v' if schedule.parameterization == 'v_prediction' else 'noise'}",
             where="objective.timesteps.shift",
-            remedy="leave it out",
+            remedy="remove it",
         )
-    if not flows and not len(_steps(objective, schedule)):
+    if not is_flow and not len(_steps(objective, schedule)):
         raise SettingsError(
             f"there is no timestep between {objective.timesteps.low} and {objective.timesteps.high}",
             where="objective.timesteps",
@@ -92,35 +92,35 @@ def check_objective(objective: Objective, schedule: NoiseSchedule) -> None:
 def draw_timesteps(
     objective: Objective, schedule: NoiseSchedule, count: int, generator: torch.Generator, size: tuple[int, int]
 ) -> Tensor:
-    """The timesteps of a batch, on the CPU.
+    """Returns the timesteps of a batch, on the CPU.
 
     Args:
-        objective: Which ones, how often.
-        schedule: Of the base.
-        count: Rows.
-        generator: Where they come from.
-        size: (height, width) of the latents, by which some bases shift.
+        objective: Range and distribution of the timesteps.
+        schedule: Noise schedule of the base.
+        count: Number of rows.
+        generator: CPU generator.
+        size: (height, width) of the latents, on which the shift of some bases depends.
 
     Returns:
         [count]: int64 from 0 to `schedule.timesteps` - 1, or for a flow float32 up to `schedule.timesteps`.
     """
-    wanted = objective.timesteps
+    settings = objective.timesteps
     if not isinstance(schedule, FlowSchedule):
         steps = _steps(objective, schedule)
-        if isinstance(wanted.distribution, Uniform):
+        if isinstance(settings.distribution, Uniform):
             return torch.randint(steps.start, steps.stop, (count,), generator=generator)
-        places = _draw_shares(wanted.distribution, count, generator) * len(steps)
-        return steps.start + places.to(torch.int64).clamp(0, len(steps) - 1)
-    sigmas = _draw_shares(wanted.distribution, count, generator)
-    if wanted.shift is None:
+        offsets = _draw_shares(settings.distribution, count, generator) * len(steps)
+        return steps.start + offsets.to(torch.int64).clamp(0, len(steps) - 1)
+    sigmas = _draw_shares(settings.distribution, count, generator)
+    if settings.shift is None:
         sigmas = schedule.shift(sigmas, size)
     else:
-        sigmas = wanted.shift * sigmas / (1 + (wanted.shift - 1) * sigmas)
-    return schedule.timesteps_of(wanted.low + (wanted.high - wanted.low) * sigmas)
+        sigmas = settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
+    return schedule.timesteps_of(settings.low + (settings.high - settings.low) * sigmas)
 
 
 def timestep_grid(schedule: NoiseSchedule, count: int) -> Tensor:
-    """Timesteps in the middles of `count` equal parts of a schedule: int64 [count], or float32 for a flow."""
+    """Returns the midpoints of `count` equal parts of a schedule: int64 [count], or float32 for a flow."""
     middles = (torch.arange(count) + 0.5) * schedule.timesteps / count
     if isinstance(schedule, FlowSchedule):
         return middles
@@ -128,12 +128,12 @@ def timestep_grid(schedule: NoiseSchedule, count: int) -> Tensor:
 
 
 def _steps(objective: Objective, schedule: NoiseSchedule) -> range:
-    wanted, count = objective.timesteps, schedule.timesteps
-    return range(math.floor(wanted.low * count), math.ceil(wanted.high * count))
+    settings, count = objective.timesteps, schedule.timesteps
+    return range(math.floor(settings.low * count), math.ceil(settings.high * count))
 
 
 def _draw_shares(distribution: Distribution, count: int, generator: torch.Generator) -> Tensor:
-    # float32 [count] from 0 (the picture) to 1 (noise), where the distribution has the paper's meaning.
+    # float32 [count] from 0 (the image) to 1 (noise), the direction that the papers' distributions assume.
     if isinstance(distribution, LogitNormal):
         normal = torch.randn(count, generator=generator)
         return torch.sigmoid(distribution.mean + distribution.std * normal)
@@ -145,9 +145,9 @@ def _draw_shares(distribution: Distribution, count: int, generator: torch.Genera
 
 
 def draw_noise(objective: Objective, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """The noise of a batch: float32 [n, channels, height, width], on the CPU.
+    """Returns the noise of a batch: float32 [n, channels, height, width], on the CPU.
 
-    White noise first, so that what comes on top of it changes no other draw before it.
+    White noise is drawn first, so that pyramid and offset do not change it.
     """
     noise = torch.randn(tuple(shape), generator=generator)
     if objective.pyramid is not None:
@@ -159,29 +159,29 @@ def draw_noise(objective: Objective, shape: Sequence[int], generator: torch.Gene
 
 
 def draw_perturbation(objective: Objective, shape: Sequence[int], generator: torch.Generator) -> Tensor | None:
-    """What disturbs the input's noise, in its shape, on the CPU; None where nothing does, and nothing is drawn then."""
+    """Returns the input's extra noise on the CPU; None, without a draw, if it is disabled."""
     if not objective.input_perturbation:
         return None
     return objective.input_perturbation * torch.randn(tuple(shape), generator=generator)
 
 
 def _add_pyramid(noise: Tensor, pyramid: Pyramid, generator: torch.Generator) -> Tensor:
-    # Each level is two to four times as coarse as the one before. Every picture is scaled back to a mean square of 1,
-    # which is what ratios of signal to noise go by, and by itself: its neighbours must not change it.
+    # Each level is two to four times as coarse as the previous one. Each image is scaled back to a mean square of 1,
+    # which signal-to-noise ratios assume, independently of its neighbors in the batch.
     size = noise.shape[-2:]
-    scale, found = 1.0, noise
+    scale, sum_of_levels = 1.0, noise
     for level in range(1, pyramid.levels + 1):
         scale *= 2.0 + 2.0 * float(torch.rand((), generator=generator))
         small = tuple(max(1, int(side / scale)) for side in size)
         coarse = torch.randn((*noise.shape[:-2], *small), generator=generator)
-        found = found + pyramid.discount**level * F.interpolate(coarse, size=size, mode="bilinear")
+        sum_of_levels = sum_of_levels + pyramid.discount**level * F.interpolate(coarse, size=size, mode="bilinear")
         if max(small) == 1:
             break
-    return found / found.flatten(1).square().mean(dim=1).sqrt().view(-1, *[1] * (noise.dim() - 1))
+    return sum_of_levels / sum_of_levels.flatten(1).square().mean(dim=1).sqrt().view(-1, *[1] * (noise.dim() - 1))
 
 
 def measure_for(objective: Objective, schedule: NoiseSchedule) -> Measure:
-    """How errors count under an objective on a base.
+    """Returns the loss function of an objective on a base.
 
     Raises:
         SettingsError: The objective does not suit the base.
@@ -189,5 +189,5 @@ def measure_for(objective: Objective, schedule: NoiseSchedule) -> Measure:
     check_objective(objective, schedule)
     if isinstance(objective.weighting, Plain):
         return Measure(objective.loss)
-    weighting, predicts_v = objective.weighting, schedule.parameterisation == "v_prediction"
+    weighting, predicts_v = objective.weighting, schedule.parameterization == "v_prediction"
     return Measure(objective.loss, lambda timesteps: snr_weights(weighting, schedule.snr(timesteps), predicts_v))

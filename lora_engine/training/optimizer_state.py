@@ -1,4 +1,4 @@
-"""What optimisers keep: as plain tensors and JSON values for checkpoints, the rates they found, the means they hold."""
+"""Exports and imports optimizer state for checkpoints, and reads estimated rates and averaged weights."""
 
 from __future__ import annotations
 
@@ -13,94 +13,96 @@ from torch import Tensor
 from lora_engine.training.checkpoint import Checkpoint
 
 
-def estimated_rate(optimiser: torch.optim.Optimizer) -> float:
-    """The factor on the rates that an optimiser has found by itself; 1 for those that find none."""
-    return float(optimiser.param_groups[0].get("d", 1.0))
+def estimated_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Returns the optimizer's estimated factor on the rates; 1 if it estimates none."""
+    return float(optimizer.param_groups[0].get("d", 1.0))
 
 
 @contextmanager
-def averaged(optimiser: torch.optim.Optimizer) -> Iterator[None]:
-    """While it is open, the parameters are the mean that the optimiser keeps; afterwards, bit for bit as before.
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Swaps the optimizer's averaged weights into the parameters; restores them bit for bit on exit.
 
-    Does nothing for optimisers that keep none. Going there and back by the optimiser's own arithmetic would change the
-    last bits, so that a run would depend on how often it was looked at.
+    Does nothing for optimizers without an average. The optimizer's own switch back would change the last bits, so a run
+    would depend on the number of validations.
     """
-    if not has_mean(optimiser):
+    if not has_average(optimizer):
         yield
         return
-    parameters = [value for group in optimiser.param_groups for value in group["params"]]
-    before = [value.detach().clone() for value in parameters]
-    take_mean(optimiser)
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    previous = [value.detach().clone() for value in parameters]
+    apply_average(optimizer)
     try:
         yield
     finally:
         with torch.no_grad():
-            for value, old in zip(parameters, before, strict=True):
+            for value, old in zip(parameters, previous, strict=True):
                 value.copy_(old)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["train_mode"] = True
 
 
-def has_mean(optimiser: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser keeps a mean of the parameters (schedule-free)."""
-    return "train_mode" in optimiser.param_groups[0]
+def has_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns True if an optimizer averages the parameters (schedule-free)."""
+    return "train_mode" in optimizer.param_groups[0]
 
 
-def take_mean(optimiser: torch.optim.Optimizer) -> None:
-    """Puts the mean that an optimiser keeps into the parameters, for good; nothing where it keeps none."""
-    if has_mean(optimiser):
+def apply_average(optimizer: torch.optim.Optimizer) -> None:
+    """Replaces the parameters by the optimizer's average; does nothing if it has none."""
+    if has_average(optimizer):
         with torch.no_grad():
-            optimiser.eval()  # type: ignore[attr-defined]
+            optimizer.eval()  # type: ignore[attr-defined]
 
 
-def export_state(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of an optimiser: its tensors by name, and what is not a tensor, as JSON values.
+def export_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the state of an optimizer: its tensors by name, and all other values as JSON.
 
-    That is the state of each parameter, however deep a library nests it, and what an optimiser has learned about whole
-    groups, such as the rate that it found.
+    Includes the state of each parameter, nested as a library likes, and group values that the optimizer learned, such
+    as an estimated rate.
     """
     tensors: dict[str, Tensor] = {}
-    whole = optimiser.state_dict()
-    groups = {number: _learned(group) for number, group in enumerate(whole["param_groups"])}
+    whole = optimizer.state_dict()
+    groups = {number: _learned_values(group) for number, group in enumerate(whole["param_groups"])}
     facts = {
         "state": _split(whole["state"], "optimiser/state", tensors),
         "groups": _split(groups, "optimiser/groups", tensors),
     }
-    return _apart(tensors), facts
+    return _unshared(tensors), facts
 
 
-def import_state(optimiser: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Puts a state that `export_state` gave back into an optimiser of the same parameters; copies the tensors."""
+def import_state(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Restores a state of `export_state` into an optimizer of the same parameters; copies the tensors."""
     facts = checkpoint.facts["optimiser"]
     state = _join(facts["state"], "optimiser/state", checkpoint.tensors)
     learned = _join(facts["groups"], "optimiser/groups", checkpoint.tensors)
-    fresh = optimiser.state_dict()["param_groups"]
+    fresh = optimizer.state_dict()["param_groups"]
     groups = [{**group, **learned.get(str(number), {})} for number, group in enumerate(fresh)]
-    optimiser.load_state_dict({"state": {int(number): of for number, of in state.items()}, "param_groups": groups})
+    optimizer.load_state_dict(
+        {"state": {int(number): values for number, values in state.items()}, "param_groups": groups}
+    )
 
 
-def _learned(group: Mapping[str, Any]) -> dict[str, Any]:
-    # The rate is set anew in each step. What is not finite (an unbounded growth) was set when it was built.
-    kept = {key: value for key, value in group.items() if key not in ("params", "lr")}
+def _learned_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    # The loop sets the rate in each step. Infinite values (an unbounded growth) are options, not state.
+    values = {key: value for key, value in group.items() if key not in ("params", "lr")}
     return {
         key: value
-        for key, value in kept.items()
+        for key, value in values.items()
         if isinstance(value, Tensor | bool | int) or (isinstance(value, float) and math.isfinite(value))
     }
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Libraries let parameters and groups share a tensor; a file holds it once for each.
-    seen: set[int] = set()
-    found: dict[str, Tensor] = {}
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Libraries share tensors between parameters and groups; safetensors refuses shared memory.
+    pointers: set[int] = set()
+    unshared: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        found[name] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
-    return found
+        unshared[name] = value.clone() if value.data_ptr() in pointers else value
+        pointers.add(value.data_ptr())
+    return unshared
 
 
 def _split(tree: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    # The tree without its tensors, which go to `tensors` under their paths.
+    # Returns the tree without its tensors, which are added to `tensors` under their paths.
     rest: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Tensor):
@@ -118,8 +120,8 @@ def _join(rest: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> 
         if not name.startswith(f"{path}/"):
             continue
         *parents, key = name[len(path) + 1 :].split("/")
-        place = tree
+        node = tree
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[key] = value.clone()
+            node = node.setdefault(parent, {})
+        node[key] = value.clone()
     return tree

@@ -1,6 +1,6 @@
-"""Optimisers by name. What they move, and when, is the loop's affair; their state is in `optimiser_state`.
+"""Builds optimizers by name. The loop uses them; `optimizer_state` saves and restores their state.
 
-Those that come from libraries of their own need the extra `optimizers`; everything else works without it.
+Optimizers of third-party packages need the extra `optimisers`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from lora_engine.registries import Registry
 from lora_engine.training.phases import ParameterGroup
 
 
-class Build(Protocol):
-    """Makes an optimiser."""
+class OptimizerBuilder(Protocol):
+    """Builds an optimizer."""
 
     def __call__(self, groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
-        """The optimiser of some groups.
+        """Returns the optimizer of some groups.
 
         Args:
-            groups: What moves.
-            weight_decay: Of the groups that have none of their own; decoupled from the gradient everywhere.
-            **options: The optimiser's own, as in `specs.rates`.
+            groups: Trained parameters.
+            weight_decay: Weight decay of groups without their own; always decoupled from the gradient.
+            **options: The optimizer's own options; see `specs.rates`.
         """
         ...
 
 
-optimizers: Registry[Build] = Registry("optimiser")
+optimizers: Registry[OptimizerBuilder] = Registry("optimizer")
 
-# Optimizer to the package that it comes from: (name to import, name on PyPI).
+# Optimizer to its third-party package: (import name, name on PyPI).
 _PACKAGES = {
     "adamw-8bit": ("bitsandbytes", "bitsandbytes"),
     "lion": ("pytorch_optimizer", "pytorch-optimizer"),
@@ -43,37 +43,37 @@ _PACKAGES = {
 }
 
 
-def require_optimiser(name: str) -> None:
-    """Does nothing where an optimiser is known and its package installed; cheap, to be asked before any work.
+def require_optimizer(name: str) -> None:
+    """Checks that an optimizer is known and its package installed; cheap, for use before any work.
 
     Raises:
-        SettingsError: It is not; names the extra.
+        SettingsError: It is not; the message names the extra.
     """
     optimizers[name]
     module, package = _PACKAGES.get(name, ("torch", "torch"))
     if importlib.util.find_spec(module) is None:
-        there = sorted(known for known in optimizers if known not in _PACKAGES)
+        built_in = sorted(optimizer for optimizer in optimizers if optimizer not in _PACKAGES)
         raise SettingsError(
-            f"optimiser {name!r} needs the package {package!r}, which is not installed",
+            f"optimizer {name!r} needs the package {package!r}, which is not installed",
             where="rates.optimiser",
-            allowed=f"without it: {', '.join(there)}",
+            allowed=f"without it: {', '.join(built_in)}",
             remedy='install the extra: pip install "loraline[optimisers]"',
         )
 
 
-def build_optimiser(
+def build_optimizer(
     name: str, groups: Sequence[ParameterGroup], weight_decay: float, options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """An optimiser by name; see `Build`.
+    """Returns an optimizer by name; see `OptimizerBuilder`.
 
     Raises:
-        SettingsError: It is not known or not installed.
+        SettingsError: It is unknown or not installed.
     """
-    require_optimiser(name)
+    require_optimizer(name)
     return optimizers[name](groups, weight_decay, **options)
 
 
-def _settings(groups: Sequence[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
+def _param_groups(groups: Sequence[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
     return [
         {
             "params": list(group.parameters.values()),
@@ -87,22 +87,22 @@ def _settings(groups: Sequence[ParameterGroup], weight_decay: float) -> list[dic
 def _adamw(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     # One kernel for all tensors where the device has it.
     devices = {value.device.type for group in groups for value in group.parameters.values()}
-    return torch.optim.AdamW(_settings(groups, weight_decay), fused=devices <= {"cpu", "cuda"}, **options)
+    return torch.optim.AdamW(_param_groups(groups, weight_decay), fused=devices <= {"cpu", "cuda"}, **options)
 
 
 def _adamw_8bit(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdamW8bit
 
-    return _checked(AdamW8bit(_settings(groups, weight_decay), **options))
+    return _checked(AdamW8bit(_param_groups(groups, weight_decay), **options))
 
 
 def _adafactor(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    # torch's own always scales by the size of a parameter, which leaves factors that begin at zero where they are.
+    # torch's Adafactor always scales by the parameter's size, so factors initialized with zero would never move.
     return _checked(
         Adafactor(
-            _settings(groups, weight_decay),
+            _param_groups(groups, weight_decay),
             lr=groups[0].learning_rate,
             clip_threshold=options.get("clip_threshold", 1.0),
             decay_rate=options.get("decay", -0.8),
@@ -115,14 +115,14 @@ def _adafactor(groups: Sequence[ParameterGroup], weight_decay: float, **options:
 def _lion(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import Lion
 
-    return _checked(Lion(_settings(groups, weight_decay), weight_decouple=True, **options))
+    return _checked(Lion(_param_groups(groups, weight_decay), weight_decouple=True, **options))
 
 
 def _prodigy(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import Prodigy
 
     _require_one_rate("prodigy", groups)
-    return _checked(Prodigy(_settings(groups, weight_decay), weight_decouple=True, **options))
+    return _checked(Prodigy(_param_groups(groups, weight_decay), weight_decouple=True, **options))
 
 
 def _d_adaptation(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
@@ -131,30 +131,30 @@ def _d_adaptation(groups: Sequence[ParameterGroup], weight_decay: float, **optio
     _require_one_rate("d-adaptation", groups)
     growth = options.pop("growth", None)
     options["growth_rate"] = math.inf if growth is None else growth
-    return _checked(DAdaptAdam(_settings(groups, weight_decay), weight_decouple=True, **options))
+    return _checked(DAdaptAdam(_param_groups(groups, weight_decay), weight_decouple=True, **options))
 
 
 def _schedule_free(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import ScheduleFreeAdamW
 
-    return _checked(ScheduleFreeAdamW(_settings(groups, weight_decay), **options))
+    return _checked(ScheduleFreeAdamW(_param_groups(groups, weight_decay), **options))
 
 
-def _checked(optimiser: Any) -> torch.optim.Optimizer:
-    # Libraries without types.
-    if not isinstance(optimiser, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimiser).__name__} is no optimiser of torch")
-    return optimiser
+def _checked(optimizer: Any) -> torch.optim.Optimizer:
+    # These libraries have no type hints.
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not a torch optimizer")
+    return optimizer
 
 
 def _require_one_rate(name: str, groups: Sequence[ParameterGroup]) -> None:
     rates = sorted({group.learning_rate for group in groups})
     if len(rates) > 1:
         raise SettingsError(
-            f"optimiser {name!r} finds one rate for all parameters, and {len(rates)} are set: "
+            f"optimizer {name!r} estimates one rate for all parameters, but {len(rates)} are set: "
             + ", ".join(f"{rate:g}" for rate in rates),
             where="rates.optimiser",
-            remedy="set the rates of parts to the same, or choose another optimiser",
+            remedy="set one rate for all parts, or choose another optimizer",
         )
 
 

@@ -1,4 +1,4 @@
-"""A phase: what moves, for how long, on which batches, to lower what. The loop runs phases one after another."""
+"""A phase of training: its parameters, batches, loss terms and length. The loop runs phases in order."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lora_engine.training.batches import Batch
 from lora_engine.training.losses import LossTerm
 
 
-def no_surroundings(number: int) -> AbstractContextManager[None]:
-    """Nothing holds while a batch goes through the network."""
+def no_context(number: int) -> AbstractContextManager[None]:
+    """Returns an empty context for a batch."""
     del number
     return nullcontext()
 
 
-def nothing_after(factor: float) -> None:
-    """Nothing is done after a step."""
+def no_hook(factor: float) -> None:
+    """Does nothing after a step."""
     del factor
 
 
@@ -28,9 +28,9 @@ class ParameterGroup:
     """Parameters that share a learning rate.
 
     Attributes:
-        parameters: By a name that is unique within the run; a parameter keeps its name from phase to phase.
-        learning_rate: The highest of the schedule.
-        weight_decay: Of the optimiser; None is that of the run.
+        parameters: Parameters by name; names are unique within the run and the same in every phase.
+        learning_rate: Highest learning rate of the schedule.
+        weight_decay: Weight decay; None is that of the run.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -40,17 +40,17 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training.
+    """One phase of training.
 
     Attributes:
-        name: For messages and checkpoints.
+        name: Name for messages and checkpoints.
         steps: Optimizer steps.
-        groups: What moves; everything else stands still.
-        batch: Number -> batch: a pure function, counted from 0 within the phase.
+        groups: Trained parameters; all others are frozen.
+        batch: Batch number, from 0 within the phase, -> batch; a pure function.
         predict: Batch -> (predicted, target).
-        terms: What is lowered: their sum.
-        around: Number of a batch -> what holds while it goes through the network, such as dropout with its seed.
-        after: The schedule's factor on the rates -> what is done to the parameters when a step has been taken.
+        terms: Loss terms; their sum is minimized.
+        batch_context: Batch number -> context of its forward and backward pass, such as seeded dropout.
+        after_step: Hook after a step that may change the parameters; takes the schedule's factor on the rates.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Phase:
     batch: Callable[[int], Batch]
     predict: Callable[[Batch], tuple[Tensor, Tensor]]
     terms: tuple[LossTerm, ...]
-    around: Callable[[int], AbstractContextManager[None]] = no_surroundings
-    after: Callable[[float], None] = nothing_after
+    batch_context: Callable[[int], AbstractContextManager[None]] = no_context
+    after_step: Callable[[float], None] = no_hook
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All that moves in this phase, by name."""
+        """All trained parameters by name."""
         return {name: value for group in self.groups for name, value in group.parameters.items()}

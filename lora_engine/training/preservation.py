@@ -1,4 +1,4 @@
-"""Differential output preservation: on captions of the class the network is held to what the base says without it."""
+"""Differential output preservation: on class captions the adapted network is trained to match the base's output."""
 
 from __future__ import annotations
 
@@ -24,105 +24,104 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PreservationBatch(Batch):
-    """A batch whose rows after the person's pictures are the same noisy pictures under captions of the class.
+    """A batch with the user's noisy images repeated under class captions, after the other rows.
 
     Attributes:
-        lesson: What the teacher is conditioned on for those rows.
+        teacher_conditioning: Conditioning of the teacher for the repeated rows.
     """
 
-    lesson: Conditioning
+    teacher_conditioning: Conditioning
 
 
 @dataclass(frozen=True)
-class Preserver:
-    """Puts the class's rows on a batch, and the teacher's answers into its targets.
+class OutputPreservation:
+    """Adds the class-caption rows to a batch, and the teacher's output to its targets.
 
     Attributes:
-        base: With the adapter attached.
-        conditioner: Of captions, with the adapter.
-        teacher: Of captions, by the base alone.
-        teaching: Opens what silences the adapter.
-        rename: From a picture's caption to one of the class.
+        base: Base with the adapter attached.
+        conditioner: Encodes captions with the adapter.
+        teacher: Encodes captions by the base alone.
+        adapter_disabled: Returns a context in which the base predicts without the adapter.
+        to_class_caption: An image's caption -> a caption of the class.
     """
 
     base: BaseModel
     conditioner: Conditioner
     teacher: Conditioner
     adapter_disabled: Callable[[], AbstractContextManager[None]]
-    rename: Callable[[str], str]
+    to_class_caption: Callable[[str], str]
 
     @classmethod
-    def of(cls, context: MethodContext) -> Preserver | None:
-        """What the settings ask for; None where they do not.
+    def from_context(cls, context: MethodContext) -> OutputPreservation | None:
+        """Returns the preservation of the settings; None if it is disabled.
 
         Raises:
-            SettingsError: There is neither a prompt nor a class word, or no word to put it in the place of.
+            SettingsError: There is no prompt, and the trigger or the class word is missing.
         """
-        wanted = context.settings.method.preservation
-        if wanted is None:
+        settings = context.settings.method.preservation
+        if settings is None:
             return None
-        rename = class_captions(wanted.prompt, context.trigger, context.class_word)
-        return cls(
-            context.base, context.conditioner, context.teacher or context.conditioner, context.adapter_disabled, rename
-        )
+        to_class_caption = class_captions(settings.prompt, context.trigger, context.class_word)
+        teacher = context.teacher or context.conditioner
+        return cls(context.base, context.conditioner, teacher, context.adapter_disabled, to_class_caption)
 
     def add_rows(self, batch: Batch, number: int) -> PreservationBatch:
-        """The batch with its noisy pictures once more, under captions of the class."""
+        """Returns the batch with its noisy images repeated under class captions."""
         del number
         count = batch.instances
-        captions = [self.rename(example.caption) for example in batch.examples[:count]]
+        captions = [self.to_class_caption(example.caption) for example in batch.examples[:count]]
         size = batch.examples[0].size
         device = batch.latents.device
-        weights, disturbed = batch.weights, batch.perturbation
-        told = {
+        weights, perturbation = batch.weights, batch.perturbation
+        mask_tensors = {
             name: value
             for name, value in batch.conditioning.tensors.items()
-            if name in ("mask", "masked")  # what an inpainting base is told beside the text
+            if name in ("mask", "masked")  # inputs of an inpainting base
         }
-        extra = Conditioning({name: value[:count] for name, value in told.items()})
-        asked = self.conditioner(captions, size).to(device).with_tensors(extra)
+        extra = Conditioning({name: value[:count] for name, value in mask_tensors.items()})
+        conditioning = self.conditioner(captions, size).to(device).with_tensors(extra)
         with torch.no_grad(), self.adapter_disabled():
-            lesson = self.teacher(captions, size).to(device).with_tensors(extra)
+            teacher_conditioning = self.teacher(captions, size).to(device).with_tensors(extra)
         return PreservationBatch(
             latents=torch.cat([batch.latents, batch.latents[:count]]),
             noise=torch.cat([batch.noise, batch.noise[:count]]),
             timesteps=torch.cat([batch.timesteps, batch.timesteps[:count]]),
-            conditioning=Conditioning.cat([batch.conditioning, asked]),
+            conditioning=Conditioning.cat([batch.conditioning, conditioning]),
             instances=count,
             examples=(*batch.examples, *batch.examples[:count]),
             weights=None if weights is None else torch.cat([weights, torch.ones_like(weights[:count])]),
-            perturbation=None if disturbed is None else torch.cat([disturbed, disturbed[:count]]),
-            lesson=lesson,
+            perturbation=None if perturbation is None else torch.cat([perturbation, perturbation[:count]]),
+            teacher_conditioning=teacher_conditioning,
         )
 
     def replace_targets(self, batch: Batch, target: Tensor) -> Tensor:
-        """The targets, with the teacher's answers for the rows of the class."""
+        """Returns the targets, with the teacher's predictions for the repeated rows."""
         if not isinstance(batch, PreservationBatch):
-            raise TypeError("add_rows has to come first")
+            raise TypeError("call add_rows first")
         rows = slice(batch.instances, None)
         noisy, _ = noisy_and_target(self.base.noise, batch)
         with torch.no_grad(), self.adapter_disabled():
-            answers = self.base.predict(noisy[rows], batch.timesteps[rows], batch.lesson)
-        return torch.cat([target[: batch.instances], answers])
+            predictions = self.base.predict(noisy[rows], batch.timesteps[rows], batch.teacher_conditioning)
+        return torch.cat([target[: batch.instances], predictions])
 
 
 def class_captions(prompt: str | None, trigger: str | None, class_word: str | None) -> Callable[[str], str]:
-    """From a picture's caption to one of the class.
+    """Returns a function from an image's caption to one of the class.
 
     Args:
-        prompt: What all become; None puts the class word in the trigger's place.
-        trigger: The word that stands for the subject; "sks star" as a whole becomes "star".
-        class_word: What the subject is an instance of.
+        prompt: The class caption of all images; None replaces the trigger by the class word.
+        trigger: Token of the subject; "sks star" as a whole becomes "star".
+        class_word: Class of the subject.
 
     Raises:
-        SettingsError: There is no prompt, and a word is missing.
+        SettingsError: There is no prompt, and the trigger or the class word is missing.
     """
     if prompt is not None:
         return lambda _: prompt
     if not trigger or not class_word:
         raise SettingsError(
-            "preservation does not know what a caption of the class is",
-            remedy="give trigger and class_word in the caption step, or give preservation a prompt",
+            "preservation has no class caption",
+            remedy="set trigger and class_word in the caption step, or set preservation.prompt",
         )
     both, alone = token_pattern(f"{trigger} {class_word}"), token_pattern(trigger)
     return lambda caption: alone.sub(lambda _: class_word, both.sub(lambda _: class_word, caption))

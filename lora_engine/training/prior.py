@@ -1,4 +1,4 @@
-"""Class pictures, kept in training so that it does not drift from them: a dataset's, or what the base itself draws."""
+"""Class images for prior preservation: read from a dataset, or drawn by the base."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lora_engine.seeds import derive_seed
 from lora_engine.training.examples import Example, Size
 from lora_engine.training.spec import Prior
 
-_AT_ONCE = 8
+_BATCH = 8
 
 
 def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
-    """The prompts of the class pictures.
+    """Returns the prompts of the class images.
 
     Raises:
         SettingsError: There is neither a prompt nor a class word.
@@ -31,8 +31,8 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
         return (prior.prompt,) if isinstance(prior.prompt, str) else prior.prompt
     if not class_word:
         raise SettingsError(
-            "dreambooth does not know what class the pictures belong to",
-            remedy="give class_word in the caption step, give prior a prompt, or use method finetune",
+            "dreambooth has neither a class word nor a prompt for class images",
+            remedy="set class_word in the caption step, set prior.prompt, or use method finetune",
         )
     article = "an" if class_word[0].lower() in "aeiou" else "a"
     return (f"{article} {class_word}",)
@@ -41,56 +41,58 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
 def read_class_images(
     folder: Path, prior: Prior, class_word: str | None, sizes: Collection[Size]
 ) -> tuple[Example, ...]:
-    """The training pictures of a dataset as class pictures; those without a caption get the prompts, taking turns.
+    """Returns the training images of a dataset as class images; uncaptioned ones get the prompts in turn.
 
     Args:
         folder: A dataset.
-        prior: For the prompts and the way of the batches.
-        class_word: Of the person's pictures; where there is none, that of the dataset.
-        sizes: Of the person's pictures.
+        prior: Prompts and batching.
+        class_word: Class word of the user's images; None takes the dataset's.
+        sizes: Sizes of the user's images.
 
     Raises:
-        DataError: It holds no pictures, or joint batches would have sizes without class pictures.
-        SettingsError: A picture without a caption, and neither a prompt nor a class word.
+        DataError: The dataset has no images, or joint batches would have sizes without class images.
+        SettingsError: An image has no caption, and there is neither a prompt nor a class word.
     """
     manifest = Manifest.load(folder)
-    pictures = manifest.of_split("train")
-    if not pictures:
-        raise DataError("there are no class pictures", where=str(folder), remedy="add some, or leave class_dataset out")
-    bare = [picture for picture in pictures if not picture.caption.strip()]
-    prompts = prior_prompts(prior, class_word or manifest.class_word) if bare else ()
-    turns = cycle(prompts)
-    found = tuple(
-        Example(
-            folder / picture.file,
-            sha256_file(folder / picture.file),
-            picture.caption if picture.caption.strip() else next(turns),
-            (picture.height, picture.width),
+    images = manifest.of_split("train")
+    if not images:
+        raise DataError(
+            "class_dataset has no training images", where=str(folder), remedy="add images, or remove class_dataset"
         )
-        for picture in pictures
+    uncaptioned = [image for image in images if not image.caption.strip()]
+    prompts = prior_prompts(prior, class_word or manifest.class_word) if uncaptioned else ()
+    prompts_in_turn = cycle(prompts)
+    examples = tuple(
+        Example(
+            folder / image.file,
+            sha256_file(folder / image.file),
+            image.caption if image.caption.strip() else next(prompts_in_turn),
+            (image.height, image.width),
+        )
+        for image in images
     )
-    missing = sorted(set(sizes) - {example.size for example in found})
+    missing = sorted(set(sizes) - {example.size for example in examples})
     if missing and prior.batches == "joint":
         height, width = missing[0]
         raise DataError(
-            f"{len(missing)} of the sizes to train in have no class pictures, first {height} x {width}",
+            f"{len(missing)} training sizes have no class images, first {height} x {width}",
             where=str(folder),
             remedy="preprocess both datasets alike, or set prior.batches to alternating",
         )
-    return found
+    return examples
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """Draws class pictures, and keeps them; those that are there already are not drawn again.
+    """Draws class images into a folder; existing ones are reused.
 
     Attributes:
-        base: The base, with nothing attached to it.
-        prior: How they are drawn.
-        prompts: See `prior_prompts`; they take turns.
-        folder: Where they are kept, under a name that says everything they depend on.
-        seed: Of the run.
-        check: Called as they are drawn, with their number so far; may raise to stop.
+        base: Base with nothing attached.
+        prior: Sampling settings.
+        prompts: See `prior_prompts`; used in turn.
+        folder: Folder of the images; subfolders are named by a digest of everything that they depend on.
+        seed: Seed of the run.
+        check: Called while drawing with the number of images so far; may raise to stop.
     """
 
     base: BaseModel
@@ -101,28 +103,27 @@ class ClassImages:
     check: Callable[[int], None]
 
     def draw(self, sizes: Sequence[Size]) -> tuple[Example, ...]:
-        """Class pictures in the sizes of the person's pictures: spread over them in proportion, at least one each."""
-        found: list[Example] = []
-        for size, share in sorted(Counter(sizes).items()):
-            count = max(1, round(self.prior.count * share / len(sizes)))
-            for first in range(0, count, _AT_ONCE):
-                self.check(len(found))
-                numbers = range(first, min(first + _AT_ONCE, count))
+        """Draws class images in the sizes of the user's images: in proportion, at least one per size."""
+        examples: list[Example] = []
+        for size, occurrences in sorted(Counter(sizes).items()):
+            count = max(1, round(self.prior.count * occurrences / len(sizes)))
+            for first in range(0, count, _BATCH):
+                self.check(len(examples))
+                numbers = range(first, min(first + _BATCH, count))
                 prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
                 files = self._draw_batch(size, numbers, prompts)
-                found += [
+                examples += [
                     Example(file, sha256_file(file), prompt, size) for file, prompt in zip(files, prompts, strict=True)
                 ]
-        self.check(len(found))
-        return tuple(found)
+        self.check(len(examples))
+        return tuple(examples)
 
     def _draw_batch(self, size: Size, numbers: range, prompts: list[str]) -> list[Path]:
-        # A batch that is there in part is drawn again whole, so that a run which was stopped here ends up with the
-        # same bytes.
+        # An incomplete batch is drawn again as a whole, so that an interrupted run gets the same bytes.
         key = {
             "base": self.base.fingerprint,
             "device": self.base.device.type,
-            "dtype": str(self.base.dtype) if self.base.quantisation == "none" else self.base.quantisation,
+            "dtype": str(self.base.dtype) if self.base.quantization == "none" else self.base.quantization,
             "prompts": prompts,
             "size": list(size),
             "steps": self.prior.steps,
@@ -134,7 +135,7 @@ class ClassImages:
         files = [folder / f"{number:05d}.png" for number in numbers]
         if all(file.is_file() for file in files):
             return files
-        pictures = generate(
+        images = generate(
             self.base,
             prompts,
             seeds=[derive_seed(self.seed, "class picture", *size, number) for number in numbers],
@@ -142,8 +143,8 @@ class ClassImages:
             guidance=self.prior.guidance,
             height=size[0],
             width=size[1],
-            batch=_AT_ONCE,
+            batch=_BATCH,
         )
-        for file, picture in zip(files, pictures, strict=True):
-            write_png(file, picture)
+        for file, image in zip(files, images, strict=True):
+            write_png(file, image)
         return files

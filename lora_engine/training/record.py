@@ -1,4 +1,4 @@
-"""What is kept of a training beside the adapter: its card, and its curves. Nothing here computes anything."""
+"""Builds the documents written beside the adapter: its card and its training curves."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ _POINTS = 500
 
 
 def card_of(settings: TrainSettings, base: BaseModel, manifest: Manifest) -> Card:
-    """What the adapter's header says."""
+    """Returns the card for the adapter's header."""
     return Card(
         title=" ".join(word for word in (manifest.trigger, manifest.class_word) if word),
         base=base.name,
         base_fingerprint=base.fingerprint,
         trigger=manifest.trigger,
         class_word=manifest.class_word,
-        # Sample pictures leave the adapter as it is, and so its bytes.
+        # Samples do not change the adapter, so they must not change its bytes.
         recipe=settings.model_dump(mode="json", exclude={"samples"}),
-        data=sorted({picture.sha256 for picture in manifest.of_split("train")}),
+        data=sorted({image.sha256 for image in manifest.of_split("train")}),
         seed=settings.seed,
         resolution="{1}x{0}".format(*base.default_size),
-        prediction=base.noise.parameterisation,
+        prediction=base.noise.parameterization,
     )
 
 
 def curves_of(history: History, trained_on: Sequence[str]) -> dict[str, Any]:
-    """The content of `training.json`."""
+    """Returns the content of `training.json`."""
     return {
-        "loss": thin(history.loss),
-        "lr": thin(history.rate),
+        "loss": downsample(history.loss),
+        "lr": downsample(history.rate),
         "validation_loss": [list(entry) for entry in history.validation],
         "trained_on": list(trained_on),
     }
 
 
-def thin(values: Sequence[float]) -> list[list[float]]:
-    """(step, value): every step up to 500 of them; then evenly spread ones, with the first and the last."""
+def downsample(values: Sequence[float]) -> list[list[float]]:
+    """Returns (step, value): every step up to 500; beyond, 500 evenly spaced ones with the first and the last."""
     count = len(values)
     if count <= _POINTS:
         steps = list(range(count))
     else:
-        steps = sorted({round(place * (count - 1) / (_POINTS - 1)) for place in range(_POINTS)})
+        steps = sorted({round(point * (count - 1) / (_POINTS - 1)) for point in range(_POINTS)})
     return [[step + 1, values[step]] for step in steps]

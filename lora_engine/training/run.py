@@ -1,4 +1,4 @@
-"""`train`: from a dataset to an adapter in a folder. What is done in between is in `job`."""
+"""`train`: trains an adapter on a dataset and writes it to a folder. `job` does the work."""
 
 from __future__ import annotations
 
@@ -37,61 +37,61 @@ def train(
 ) -> None:
     """Trains an adapter and writes `adapter.safetensors` and `training.json` into `out`.
 
-    On a CPU the bytes depend on the settings, the base and the dataset alone, however often the run was stopped.
+    On a CPU the bytes depend on the settings, the base and the dataset only, not on interruptions.
 
     Args:
         settings: See `TrainSettings`.
         base: A name for `resolve_base`.
-        dataset: A folder with a manifest, captioned and in the sizes to train in.
-        out: Where the artifact goes; nothing is written before the training is through.
-        work: Checkpoints; kept between tries of a job, which makes them resume.
-        cache: Encoded pictures and texts, which any number of runs may share; None keeps them in `work`.
-        class_dataset: A folder with a manifest: class pictures for prior preservation; None lets the base draw them.
-        embedder: A folder with the model that `method.identity` is judged by; None takes the embedded one.
-        progress: Told after each step: steps done, steps in all, values; while class pictures are drawn, their number.
-        stop: Asked often; True ends the run as soon as a checkpoint is written.
+        dataset: A folder with a manifest, captioned and in the training sizes.
+        out: Folder of the artifact; written only after the training has finished.
+        work: Folder of checkpoints; a later run with the same folder resumes from them.
+        cache: Folder of encoded images and texts, which runs may share; None uses `work`.
+        class_dataset: A folder with a manifest: class images for prior preservation; None lets the base draw them.
+        embedder: A folder with the model for `method.identity`; None uses the embedded one.
+        progress: Called after each step: steps done, total steps, values; while drawing class images, their number.
+        stop: Polled often; True writes a checkpoint and ends the run.
 
     Raises:
-        BaseModelError: The base cannot be found or read.
-        DataError: The dataset cannot be used.
+        BaseModelError: The base is not found or not readable.
+        DataError: The dataset is unusable.
         SettingsError: The settings do not suit the base, the dataset or the device.
-        InterruptedRun: `stop` said so.
-        NonFiniteError: NaN or Inf turned up.
+        InterruptedRun: `stop` returned True.
+        NonFiniteError: NaN or Inf occurred.
         TrainingError: Memory ran out.
     """
     try:
         with (
-            process_group(settings.running.processes, choose_device(settings.running)) as team,
-            deterministic(wanted=settings.running.deterministic),
+            process_group(settings.running.processes, choose_device(settings.running)) as group,
+            deterministic(enabled=settings.running.deterministic),
         ):
             job = TrainingJob(
-                settings, dataset, work, cache or work, class_dataset, embedder, progress, stop, team, out
+                settings, dataset, work, cache or work, class_dataset, embedder, progress, stop, group, out
             )
             bundle, history = job.run(base)
     except (MemoryError, RuntimeError) as error:
         if _is_not_deterministic(error):
             raise SettingsError(
-                f"an operation has no deterministic form here ({str(error).splitlines()[0]})",
+                f"an operation has no deterministic implementation ({str(error).splitlines()[0]})",
                 where="running.deterministic",
                 remedy="leave running.deterministic out, or train on a CPU",
             ) from error
         if not _is_out_of_memory(error):
             raise
         raise TrainingError(
-            "memory ran out",
+            "out of memory",
             where="training",
-            remedy=f"set batch lower (it is {settings.batch}) and accumulate higher (it is {settings.accumulate}) by "
-            "the same factor, set precision to bf16 and running.gradient_checkpointing to true, choose fewer targets, "
-            "or prepare the pictures at a lower resolution; the next run continues from the last checkpoint",
+            remedy=f"lower batch ({settings.batch}) and raise accumulate ({settings.accumulate}) by the same factor, "
+            "set precision to bf16 and running.gradient_checkpointing to true, choose fewer targets, or preprocess the "
+            "images at a lower resolution; the next run resumes from the last checkpoint",
         ) from error
-    if not team.is_main_process:
+    if not group.is_main_process:
         return
     atomic_write(out / CURVES, canonical_json(curves_of(history, bundle.card.data)))
     write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)
 
 
 def _is_not_deterministic(error: BaseException) -> bool:
-    # torch's words; the second ones where the workspace of cuBLAS was set to something else.
+    # torch's messages; the second one appears with another CUBLAS_WORKSPACE_CONFIG.
     return any(
         phrase in str(error) for phrase in ("deterministic implementation", "Deterministic behavior was enabled")
     )

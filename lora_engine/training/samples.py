@@ -1,6 +1,6 @@
-"""Sample pictures while an adapter is trained: from fixed seeds, kept beside the checkpoints, copied into the artifact.
+"""Draws sample images during training from fixed seeds, into the work folder, and copies them into the artifact.
 
-Drawing moves no weight and no generator of the run.
+Drawing changes no weight and no generator of the run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class SampleWriter:
     """Draws the samples of a run.
 
     Attributes:
-        base: With the adapter attached.
-        samples: Which.
-        folder: Where they are kept until the run is through.
-        job: Digest of all that the job depends on; the samples of another job are not taken for its own.
+        base: Base with the adapter attached.
+        samples: Prompts, seeds and sampler settings.
+        folder: Folder of the images until the run is finished.
+        job: Digest of everything that the job depends on; samples of other jobs are not reused.
     """
 
     base: BaseModel
@@ -35,26 +35,26 @@ class SampleWriter:
     job: str
 
     def draw(self, done: int) -> None:
-        """Draws those of the moment after so many steps; what is there already is not drawn again."""
-        wanted = [
+        """Draws the samples after so many steps; does nothing if all exist."""
+        requests = [
             (number, prompt, seed) for number, prompt in enumerate(self.samples.prompts) for seed in self.samples.seeds
         ]
         folder = self.folder / self.job[:16] / f"step-{done:06d}"
-        files = [folder / f"{number:02d}-{seed}.png" for number, _, seed in wanted]
+        files = [folder / f"{number:02d}-{seed}.png" for number, _, seed in requests]
         if all(file.is_file() for file in files):
             return
-        pictures = generate(
+        images = generate(
             self.base,
-            [prompt for _, prompt, _ in wanted],
-            seeds=[seed for _, _, seed in wanted],
+            [prompt for _, prompt, _ in requests],
+            seeds=[seed for _, _, seed in requests],
             steps=self.samples.steps,
             guidance=self.samples.guidance,
         )
-        for file, picture in zip(files, pictures, strict=True):
-            write_png(file, picture)
+        for file, image in zip(files, images, strict=True):
+            write_png(file, image)
 
     def copy(self, out: Path) -> None:
-        """Puts them, and what they show, into the folder `samples` of an artifact."""
+        """Copies the samples and their settings into the folder `samples` of an artifact."""
         for file in sorted((self.folder / self.job[:16]).glob("step-*/*.png")):
             atomic_write(out / FOLDER / file.parent.name / file.name, file.read_bytes())
         atomic_write(out / FOLDER / ABOUT, canonical_json(self.samples.model_dump(mode="json")))

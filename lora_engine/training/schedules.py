@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so that there is nothing to save and nothing to restore."""
+"""Learning-rate schedules: pure functions of the step, so they have no state to save."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from lora_engine.registries import Registry
 
-Fall = Callable[..., float]
-"""(share `x` in [0, 1) of the steps after the warmup, own options) -> what is left of the highest rate, 0 to 1."""
+Decay = Callable[..., float]
+"""(share `x` in [0, 1) of the steps after the warmup, options) -> factor on the highest rate, 0 to 1."""
 
 
 def _constant(x: float) -> float:
@@ -33,7 +33,7 @@ def _polynomial(x: float, power: float = 2.0) -> float:
     return float((1.0 - x) ** power)
 
 
-schedules: Registry[Fall] = Registry("learning-rate schedule")
+schedules: Registry[Decay] = Registry("learning-rate schedule")
 schedules.add("constant", _constant)
 schedules.add("cosine", _cosine)
 schedules.add("linear", _linear)
@@ -42,19 +42,19 @@ schedules.add("polynomial", _polynomial)
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup: int, **options: Any) -> float:
-    """The factor on the highest rate in a step, counted from 0.
+    """Returns the factor on the highest rate in a step, counted from 0.
 
     Args:
-        schedule: A name among `schedules`.
-        step: From 0 to `steps` - 1.
-        steps: Of the phase.
-        warmup: Steps in which the rate rises in a straight line to the highest.
-        **options: The schedule's own.
+        schedule: A name in `schedules`.
+        step: 0 to `steps` - 1.
+        steps: Steps of the phase.
+        warmup: Steps of linear warmup to the highest rate.
+        **options: The schedule's own options.
 
     Raises:
-        SettingsError: An unknown schedule.
+        SettingsError: The schedule is unknown.
     """
-    fall = schedules[schedule]
+    decay = schedules[schedule]
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return fall((step - warmup) / max(1, steps - warmup), **options)
+    return decay((step - warmup) / max(1, steps - warmup), **options)

@@ -1,4 +1,4 @@
-"""What a person may set about training. Torch-free; the work lives beside this file."""
+"""User-facing training settings. Must not import torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Override(BaseModel):
-    """Other settings for some of the layers; what is left out is as for all.
+    """Settings of some of the layers; omitted ones are inherited.
 
     Attributes:
-        kind: The adapter kind.
-        rank: Of these layers.
-        alpha: Of these layers; where rank is set and alpha is not, the kind's default.
+        kind: Adapter kind; None inherits it.
+        rank: Rank; None inherits it.
+        alpha: Alpha; None inherits it, or is the kind's default if rank is set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,35 +35,35 @@ class Override(BaseModel):
 
 
 class TrainSettings(BaseModel):
-    """How an adapter is trained.
+    """Settings of a training run.
 
     Attributes:
-        method: What is done, by name or with its options (`{name: pivotal, inversion: 0.3}`); see `specs.methods`.
-        kind: The adapter kind, by name or with its options (`{name: lokr, factor: 8}`).
-        rank: Of every adapted layer.
+        method: Method by name, or by name and options (`{name: pivotal, inversion: 0.3}`); see `specs.methods`.
+        kind: Adapter kind by name, or by name and options (`{name: lokr, factor: 8}`).
+        rank: Rank of every adapted layer.
         alpha: The factors act with alpha / rank; None is the rank.
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
-        overrides: Preset or pattern to other settings for those of the targets that it means; the last one counts.
-        dropout: Share of each layer's input that the adapter does not see while it is trained.
+        overrides: Preset or pattern to settings of the targets that it matches; the last match wins.
+        dropout: Share of each layer's input that is hidden from the adapter during training.
         steps: Optimizer steps.
-        batch: Images a forward pass; prior preservation adds as many class pictures.
-        learning_rate: The highest of the schedule.
-        schedule: How the rate goes on after the warmup, by name or with its options (`{name: polynomial, power: 3}`).
-        warmup: Steps in which the rate rises.
-        weight_decay: Of the optimiser.
-        clip: Largest norm of the gradient; 0 does not clip.
-        accumulate: Batches an optimiser step.
-        seed: Of the factors, the order, the noise and the class pictures.
-        caption_dropout: Share of the captions that are left out, so that guidance keeps working.
+        batch: Images per forward pass; joint prior preservation adds as many class images.
+        learning_rate: Highest learning rate of the schedule.
+        schedule: Schedule after the warmup by name, or by name and options (`{name: polynomial, power: 3}`).
+        warmup: Steps of linear warmup.
+        weight_decay: The optimizer's weight decay.
+        clip: Largest gradient norm; 0 disables clipping.
+        accumulate: Gradient accumulation: batches per optimizer step.
+        seed: Seed of factors, data order, noise and class images.
+        caption_dropout: Share of the captions that are emptied, which keeps guidance working.
         checkpoint_every: Steps between checkpoints.
-        validate_every: Steps between validations on the held-out pictures; 0 never validates.
-        prior: Class pictures; None takes the defaults of `Prior` in `dreambooth`, and is none in other methods.
-        precision: Of the frozen base; the adapter is always trained in fp32.
-        objective: Which noise at which timesteps, and how an error counts.
-        captions: How captions change from batch to batch.
-        rates: Learning rates of parts, the optimiser, averages of the weights.
+        validate_every: Steps between validations on the held-out images; 0 disables validation.
+        prior: Class images; None takes the defaults of `Prior` in `dreambooth`, and disables them in other methods.
+        precision: Precision of the frozen base; the adapter is always trained in fp32.
+        objective: Noise, timesteps and loss weighting.
+        captions: Caption and image augmentation.
+        rates: Optimizer, learning rates of parts, and EMA.
         running: Devices, memory and speed.
-        samples: Images drawn while training, into the folder `samples` of the artifact; None draws none.
+        samples: Sample images drawn during training into the artifact's folder `samples`; None draws none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,7 +97,7 @@ class TrainSettings(BaseModel):
 
     @property
     def class_images(self) -> Prior | None:
-        """How class pictures hold the class; None where there are none."""
+        """Prior preservation with class images; None if disabled."""
         return self.prior or (Prior() if self.method.name == "dreambooth" else None)
 
     @model_validator(mode="after")
@@ -106,29 +106,26 @@ class TrainSettings(BaseModel):
             raise ValueError(f"prior belongs to method 'dreambooth', not to {self.method.name!r}; leave it out")
         if self.class_images is not None and self.method.preservation is not None:
             raise ValueError(
-                "preservation and class pictures hold the same thing in two ways; choose one "
-                "(method finetune has no class pictures)"
+                "preservation and class images both preserve the class; choose one "
+                "(method finetune has no class images)"
             )
         return self
 
     @model_validator(mode="after")
-    def _optimiser_fits(self) -> TrainSettings:
+    def _optimizer_fits(self) -> TrainSettings:
         self.rates.check(self.schedule, self.learning_rate)
-        optimiser = self.rates.optimiser
-        if optimiser.finds_rate and isinstance(self.method, TokenSettings):
+        optimizer = self.rates.optimiser
+        if optimizer.finds_rate and isinstance(self.method, TokenSettings):
             raise ValueError(
-                f"optimiser {optimiser.name} finds one rate for all parameters, and method {self.method.name!r} has "
-                "a rate of its own for the word; choose another optimiser"
+                f"optimizer {optimizer.name!r} estimates one rate for all parameters, but method {self.method.name!r} "
+                "has a separate rate for the learned token; choose another optimizer"
             )
         return self
 
     @model_validator(mode="after")
     def _processes_share_a_batch(self) -> TrainSettings:
         if self.batch % self.running.processes:
-            raise ValueError(
-                f"batch {self.batch} cannot be shared among running.processes {self.running.processes}; "
-                "make it a multiple"
-            )
+            raise ValueError(f"batch {self.batch} is not a multiple of running.processes {self.running.processes}")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The validation loss: the same pictures, noise and timesteps whenever it is taken, so that two numbers compare."""
+"""The validation loss: always over the same images, noise and timesteps, so that values are comparable."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def image_losses(
     *,
     seed: int = 0,
     timesteps: int = TIMESTEPS,
-    dressing: BatchTransform | None = None,
+    transform: BatchTransform | None = None,
 ) -> list[float]:
-    """The denoising loss of each picture with its caption, averaged over a fixed grid.
+    """Returns the denoising loss of each image with its caption, averaged over a fixed grid of timesteps.
 
     Args:
-        base: With whatever is attached to it.
-        latents: The latents of an example.
-        conditioner: The conditioning of captions.
-        examples: The pictures.
-        seed: Of the noise, which is drawn by the picture's digest and not by its place.
-        timesteps: How many timesteps, in the middles of equal parts of the schedule.
-        dressing: What the method puts on a batch, such as masks; asked with a number that the picture's digest gives.
+        base: Base with everything attached.
+        latents: Returns the latents of an example.
+        conditioner: Encodes captions.
+        examples: The images.
+        seed: Noise seed; the noise depends on the image's digest, not on its position.
+        timesteps: Number of timesteps, at the midpoints of equal parts of the schedule.
+        transform: The method's batch transform, such as masks, called with a number from the image's digest; None is
+            none.
     """
     grid = timestep_grid(base.noise, timesteps)
     losses: list[float] = []
@@ -53,8 +54,8 @@ def image_losses(
             instances=timesteps,
             examples=(example,) * timesteps,
         )
-        if dressing is not None:
-            batch = dressing(batch, int(example.digest[:8], 16))
+        if transform is not None:
+            batch = transform(batch, int(example.digest[:8], 16))
         predicted, target = predict(base, batch)
         losses.append(F.mse_loss(predicted, target).item())
     return losses

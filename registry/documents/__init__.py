@@ -1,5 +1,5 @@
-"""The documents of a version: model card, provenance (SLSA), bill of materials (CycloneDX), signature.
+"""Writes the documents of a version: model card, provenance (SLSA), bill of materials (CycloneDX), signature.
 
-`gather` collects the facts of a version once; each document is a pure function of them (`card`, `provenance`, `mlbom`);
-`storage` stores and finds them. No tensors, no MLflow.
+`gather` collects the facts of a version once. `card`, `provenance` and `mlbom` are pure functions of these facts.
+`storage` stores and finds the documents. Must not import MLflow or torch.
 """

@@ -1,7 +1,7 @@
-"""The model card: what a version is, how to use it, what it was made from, how well it does, and under which terms.
+"""Renders the model card of a version: usage, lineage, metrics and license terms.
 
-In Markdown with the front matter of the Hugging Face hub, and as one self-contained page. What comes from files is text
-to be escaped, never markup.
+Writes Markdown with the front matter of the Hugging Face hub, and one self-contained HTML page. Text from files is
+always escaped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from registry.documents.limits import limits
 from registry.documents.spdx import hub_license
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
-_PLACE = {"sd": "models/Lora", "sdxl": "models/Lora"}
+_FOLDERS = {"sd": "models/Lora", "sdxl": "models/Lora"}
 
 
 @dataclass(frozen=True)
@@ -39,55 +39,55 @@ class MetricRow:
 
 
 def render_markdown(facts: Facts) -> str:
-    """The card in Markdown, front matter first; the same facts give the same text."""
+    """Returns the card in Markdown, front matter first. Deterministic."""
     matter = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
-    return f"---\n{matter}---\n\n{_environment().get_template('card.md').render(_words(facts, _plain)).strip()}\n"
+    return f"---\n{matter}---\n\n{_environment().get_template('card.md').render(_values(facts, _plain)).strip()}\n"
 
 
 def render_html(facts: Facts) -> str:
-    """The card as one page that loads nothing from elsewhere; the same facts give the same page."""
+    """Returns the card as one HTML page that loads nothing else. Deterministic."""
     samples = [
         {
-            "prompt": each.prompt,
-            "seed": each.seed,
-            "pictures": [(role, _data_uri(picture)) for role, picture in _images(each)],
+            "prompt": sample.prompt,
+            "seed": sample.seed,
+            "images": [(role, _data_uri(image)) for role, image in _images(sample)],
         }
-        for each in facts.samples
+        for sample in facts.samples
     ]
-    return _environment().get_template("card.html").render(_words(facts, str) | {"samples": samples})
+    return _environment().get_template("card.html").render(_values(facts, str) | {"samples": samples})
 
 
 def render_short(facts: Facts, links: Mapping[str, str]) -> str:
-    """A few lines of Markdown for a list or a page that shows many versions.
+    """Returns a few lines of Markdown for a list of versions.
 
     Args:
-        facts: What is known.
-        links: Text of a link -> its address.
+        facts: Facts about the version.
+        links: Text of a link -> its URL.
     """
-    words = _words(facts, _plain) | {"links": links}
-    return _environment().get_template("short.md").render(words).strip() + "\n"
+    values = _values(facts, _plain) | {"links": links}
+    return _environment().get_template("short.md").render(values).strip() + "\n"
 
 
 def front_matter(facts: Facts) -> dict[str, Any]:
-    """What the hub reads at the top of a card (https://huggingface.co/docs/hub/model-cards)."""
-    found: dict[str, Any] = {"base_model": facts.base} if facts.base else {}
+    """Returns the metadata that the hub reads at the top of a card (https://huggingface.co/docs/hub/model-cards)."""
+    matter: dict[str, Any] = {"base_model": facts.base} if facts.base else {}
     if facts.base:
-        found["base_model_relation"] = "adapter"
-    found |= hub_license(facts.terms.name)
-    found["library_name"] = "diffusers"
-    found["pipeline_tag"] = "text-to-image"
+        matter["base_model_relation"] = "adapter"
+    matter |= hub_license(facts.terms.name)
+    matter["library_name"] = "diffusers"
+    matter["pipeline_tag"] = "text-to-image"
     if facts.triggers:
-        found["instance_prompt"] = _instance_prompt(facts)
+        matter["instance_prompt"] = _instance_prompt(facts)
     kind = [facts.kind] if facts.kind else []
     family = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl"}.get(facts.family, facts.family)
-    found["tags"] = list(
+    matter["tags"] = list(
         dict.fromkeys(["text-to-image", "diffusers", *kind, *([family] if family else []), "loraline"])
     )
-    return found
+    return matter
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> Iterator[MetricRow]:
-    """The metrics with base, adapter, difference and interval; others are in the report alone."""
+    """Yields the metrics that have base, adapter and difference; the report has all of them."""
     for name, metric in metrics.items():
         if isinstance(metric, Mapping) and {"base", "adapter", "difference"} <= set(metric):
             low, high = metric.get("interval") or (None, None)
@@ -101,15 +101,15 @@ def metric_rows(metrics: Mapping[str, Any]) -> Iterator[MetricRow]:
             )
 
 
-def _words(facts: Facts, text: Any) -> dict[str, Any]:
-    """What the templates are filled with; `text` makes what comes from files fit for the place where it goes."""
+def _values(facts: Facts, text: Any) -> dict[str, Any]:
+    """Returns the values of the templates; `text` prepares text from files for the output format."""
     version = facts.version
     file = f"{version.name}-{version.version}"
     return {
         "ref": version.ref,
         "title": text(facts.title),
         "file": file,
-        "place": _PLACE.get(facts.family, "models/Lora"),
+        "folder": _FOLDERS.get(facts.family, "models/Lora"),
         "base": text(facts.base),
         "base_name": facts.base,
         "kind": text(facts.kind or "adapter"),
@@ -121,7 +121,7 @@ def _words(facts: Facts, text: Any) -> dict[str, Any]:
         "recipe": [(text(name), text(value)) for name, value in _flat(facts.recipe)],
         "seed": version.card.get("seed"),
         "datasets": facts.datasets,
-        "consents": [(text(name), count) for each in facts.datasets for name, count in each.consents.items()],
+        "consents": [(text(name), count) for dataset in facts.datasets for name, count in dataset.consents.items()],
         "metrics": [replace(row, name=text(row.name)) for row in metric_rows(version.metrics)],
         "gates": [_gate(gate, text) for gate in version.gates],
         "passed": version.passed,
@@ -178,9 +178,9 @@ def _instance_prompt(facts: Facts) -> str:
 
 
 def _prompt(facts: Facts) -> str:
-    """A prompt that shows the concept: of the report's pictures, or made of the trigger."""
-    shown = [sample.prompt for sample in facts.samples if any(word in sample.prompt for word in facts.triggers)]
-    return (shown or [_instance_prompt(facts) if facts.triggers else "a picture"])[0]
+    """Returns a prompt with the trigger, from the report's samples if they have one."""
+    prompts = [sample.prompt for sample in facts.samples if any(word in sample.prompt for word in facts.triggers)]
+    return (prompts or [_instance_prompt(facts) if facts.triggers else "an image"])[0]
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -193,17 +193,17 @@ def _flat(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _plain(text: str) -> str:
-    """The text as Markdown that shows exactly it: one line, nothing of it markup."""
+    """Returns the text as one line of Markdown with all markup escaped."""
     return _MARKUP.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def _code(text: str) -> str:
-    """The text inside of backticks, of which it can hold none."""
+    """Returns the text for use inside backticks, with its own backticks replaced."""
     return " ".join(str(text).split()).replace("`", "'").replace("|", "/")
 
 
 def _shell(*parts: str) -> str:
-    """One argument of a command: whoever copies it runs what it says, and not what a caption says."""
+    """Returns one quoted shell argument, because a user may paste the command and a caption may contain shell code."""
     return shlex.quote(" ".join(" ".join(parts).split()))
 
 
@@ -212,8 +212,8 @@ def _images(sample: Sample) -> Iterator[tuple[str, bytes]]:
     yield "adapter", sample.adapter
 
 
-def _data_uri(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+def _data_uri(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 @functools.cache

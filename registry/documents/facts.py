@@ -1,4 +1,4 @@
-"""The nouns of the documents of a version: what is known of it. How it is gathered and laid out lives elsewhere."""
+"""Defines the facts that the documents of a version are made from. `gather` collects them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _ABSOLUTE = re.compile(r"(?:/|~|\\\\|[A-Za-z]:[\\/]|file:)")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that an adapter was trained on, without names of files or people.
+    """A training dataset, without names of files or people.
 
     Args:
         artifact: Its manifest.
-        role: What it served as: `dataset`, `class_dataset`.
-        train: Number of pictures that were trained on.
-        heldout: Number of pictures that were kept from training.
-        captioned: Number of pictures with a caption.
+        role: Input role: `dataset`, `class_dataset`.
+        train: Number of training images.
+        heldout: Number of held-out images.
+        captioned: Number of images with a caption.
         quarantined: Number of files that were left out.
-        sizes: `width x height` of the pictures, the most frequent first.
-        consents: Id of each consent -> number of pictures that it covers.
+        sizes: `width x height` of the images, the most frequent first.
+        consents: Consent id -> number of images that it covers.
         pictures: Digests of the original files, sorted.
     """
 
@@ -42,17 +42,17 @@ class Dataset:
 
     @property
     def count(self) -> int:
-        """All pictures."""
+        """Number of all images."""
         return self.train + self.heldout
 
 
 @dataclass(frozen=True)
 class Parent:
-    """An adapter that went into this one.
+    """A parent adapter.
 
     Args:
-        name: `name@version` where the registry knows it, else what it was called.
-        sha256: Digest of its file, where that is known.
+        name: `name@version` if registered, else its title.
+        sha256: Digest of its file; None means unknown.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Parent:
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of one prompt and seed, as PNG files: before and after.
+    """PNG images of one prompt and seed, from the base and the adapter.
 
-    The real ones of the report stay in the report: a card is made to be passed on, and they are of people.
+    The report's real images are not included: cards are shared, and the images may show people.
     """
 
     prompt: str
@@ -75,16 +75,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class LicenseTerms:
-    """Under which terms a version may be used.
+    """The license terms of a version.
 
     Args:
-        licenses: The licences that apply, all at once: SPDX identifiers, or names; empty where nothing is known.
-        origin: Where that is known from.
-        permissions: What is allowed.
-        obligations: What is asked in return.
-        restrictions: What is not allowed.
-        unknown: What has no known licence; anything here allows nothing.
-        sources: What each part is from: (where, what is stated there).
+        licenses: SPDX identifiers or names of all licenses that apply together; empty means unknown.
+        origin: How the terms were determined.
+        permissions: Allowed uses.
+        obligations: Required actions.
+        restrictions: Forbidden uses.
+        unknown: Sources without a known license; any entry removes all permissions.
+        sources: (where, statement) of each source.
     """
 
     licenses: tuple[str, ...]
@@ -97,23 +97,23 @@ class LicenseTerms:
 
     @property
     def name(self) -> str | None:
-        """The licences in one text; None where some are not known."""
+        """The licenses as one SPDX expression; None means that some are unknown."""
         return None if self.unknown or not self.licenses else " AND ".join(self.licenses)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the documents of a version are made from.
+    """The facts about a version that its documents are made from.
 
     Args:
         version: The version.
-        terms: Its licence.
-        report: Content of `report.json`; empty where nothing was evaluated.
-        maker: The step that made the adapter; None for a file that came from elsewhere.
+        terms: Its license terms.
+        report: Content of `report.json`; empty means not evaluated.
+        maker: The step that made the adapter; None for an imported file.
         run: The run of that step.
-        steps: All steps on the way, each as it last ran, in the order of their beginning.
-        datasets: What it was trained on, as far back as lineage goes.
-        parents: The adapters that went into it.
+        steps: The last execution of every upstream step, by start time.
+        datasets: All upstream training datasets.
+        parents: The parent adapters.
         samples: Images of the report.
         builder: Version of this program.
     """
@@ -131,12 +131,12 @@ class Facts:
 
     @property
     def title(self) -> str:
-        """The name for people."""
+        """The display name."""
         return str(self.version.card.get("title") or self.version.name)
 
     @property
     def base(self) -> str:
-        """The base as its user named it; of a path, the last part."""
+        """The base as the user named it; only the last part of a path."""
         return str(without_paths(str(self.version.card.get("base") or "")))
 
     @property
@@ -151,14 +151,14 @@ class Facts:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """The words that call what was learned."""
+        """The trigger words."""
         return tuple(word.strip() for word in str(self.version.card.get("trigger") or "").split(",") if word.strip())
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """How it was made, without paths of the machine that made it."""
-        found: dict[str, Any] = without_paths(dict(self.version.card.get("recipe") or {}))
-        return found
+        """The recipe, without paths of the machine that made the version."""
+        recipe: dict[str, Any] = without_paths(dict(self.version.card.get("recipe") or {}))
+        return recipe
 
     @property
     def kind(self) -> str:
@@ -168,13 +168,13 @@ class Facts:
 
 
 def packages_digest(execution: Execution) -> str | None:
-    """What names the set of packages that a step ran with."""
+    """Returns the digest of the installed packages of a step; None if they are not recorded."""
     installed = execution.environment.get("distributions") or execution.environment.get("packages")
     return sha256_bytes(canonical_json(installed)) if installed else None
 
 
 def without_paths(value: Any) -> Any:
-    """The value, in which of every text that is a path only the last part is left: names of people lie in paths."""
+    """Returns the value with every path reduced to its last part, because paths contain user names."""
     if isinstance(value, Mapping):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -186,6 +186,6 @@ def without_paths(value: Any) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    # A prompt may begin with a slash, but then it does not go on like a path.
-    climbs = ".." in PurePosixPath(text).parts
-    return "\n" not in text and (climbs or (_ABSOLUTE.match(text) is not None and len(text) < 4096))
+    # A prompt may start with a slash, but a long or multi-line text is not a path.
+    has_parent = ".." in PurePosixPath(text).parts
+    return "\n" not in text and (has_parent or (_ABSOLUTE.match(text) is not None and len(text) < 4096))

@@ -1,4 +1,4 @@
-"""What the documents of a version say, gathered once from its row, lineage and store."""
+"""Gathers the facts about a version from its row, lineage and store."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from registry.policy.terms import terms_of
 from registry.store.artifacts import Store
 from registry.store.tables import VersionRow
 
-MAX_PICTURE_BYTES = 6 << 20
-"""How much of pictures is kept for the pages that embed them."""
+MAX_IMAGE_BYTES = 6 << 20
+"""Maximum total bytes of the images that one page embeds."""
 _MAX_SAMPLES = 6
 
 
 def gather_facts(context: RegistryContext, version: AdapterVersion) -> Facts:
-    """What is known of a version; what is read of its report and its datasets is verified.
+    """Returns the facts about a version; verifies the report and the manifests that it reads.
 
     Raises:
-        StoreError: The report or a manifest is gone or damaged.
+        StoreError: The report or a manifest is missing or damaged.
     """
     store, lineage = context.store, context.lineage
     steps = list(_steps(lineage, version))
@@ -51,7 +51,7 @@ def gather_facts(context: RegistryContext, version: AdapterVersion) -> Facts:
 
 
 def bare_facts(version: AdapterVersion) -> Facts:
-    """What the row of a version says alone, for one whose bytes are gone."""
+    """Returns the facts from the row of a version alone, for a version whose bytes are missing."""
     stated = str(version.card.get("license") or "")
     return Facts(version, LicenseTerms((stated,) if stated else (), "stated in the adapter's card"))
 
@@ -60,11 +60,11 @@ def _terms(context: RegistryContext, version: AdapterVersion) -> LicenseTerms:
     try:
         resolved = terms_of(context, version)
     except RegistryError as error:
-        return LicenseTerms((), f"it could not be told: {error.problem}", unknown=("it",))
+        return LicenseTerms((), f"not resolved: {error.problem}", unknown=("it",))
     terms = resolved.terms
     return LicenseTerms(
         licenses=tuple(sorted(terms.licenses)),
-        origin="inherited from all that it was made from",
+        origin="inherited from everything upstream",
         permissions=tuple(sorted(terms.permissions)),
         obligations=tuple(sorted(terms.obligations)),
         restrictions=tuple(sorted(terms.restrictions)),
@@ -74,7 +74,7 @@ def _terms(context: RegistryContext, version: AdapterVersion) -> LicenseTerms:
 
 
 def builder_version() -> str:
-    """The version of this program."""
+    """Returns the version of this program."""
     try:
         return package_version("loraline")
     except PackageNotFoundError:
@@ -82,36 +82,36 @@ def builder_version() -> str:
 
 
 def _read_object(store: Store, ref: ArtifactRef, file: str) -> dict[str, Any]:
-    """The JSON object in a file of an artifact; an empty one where an artifact from elsewhere has none."""
+    """Returns the JSON object in a file of an artifact; empty if an imported artifact has none."""
     if file not in store.files(ref):
         return {}
     try:
-        found = json.loads(store.read(ref, file))
+        content = json.loads(store.read(ref, file))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _steps(lineage: Lineage, version: AdapterVersion) -> Iterator[Execution]:
     nodes = lineage.walk(version.ref).nodes
-    made = [lineage.executions(output=node.id) for node in nodes if node.kind == "artifact"]
-    done = [[step for step in steps if step.status == "COMPLETED"] for steps in made]
-    # A step that gives back what it was given has the same output as the one before it.
-    latest = {(step.step, step.uses, step.output): step for steps in done for step in steps}
+    executions = [lineage.executions(output=node.id) for node in nodes if node.kind == "artifact"]
+    completed = [step for steps in executions for step in steps if step.status == "COMPLETED"]
+    # A step that returns its input unchanged has the same output as the step before it.
+    latest = {(step.step, step.uses, step.output): step for step in completed}
     yield from sorted(latest.values(), key=lambda step: (step.started_at, step.id))
 
 
 def _parents(lineage: Lineage, version: AdapterVersion) -> Iterator[Parent]:
     with lineage.database.read() as session:
         for text in version.parents:
-            # A merge names its parents by title and digest; what is registered with that digest has a better name.
+            # A merge names its parents by title and digest; a version with that digest has a better name.
             title, _, digest = text.partition(" sha256:")
-            known = select(VersionRow).order_by(VersionRow.id).limit(1)
+            query = select(VersionRow).order_by(VersionRow.id).limit(1)
             name, _, number = text.partition("@")
             if digest:
-                row = session.scalars(known.where(VersionRow.sha256 == digest)).first()
+                row = session.scalars(query.where(VersionRow.sha256 == digest)).first()
             elif number.isdecimal():
-                row = session.scalars(known.where(VersionRow.name == name, VersionRow.version == int(number))).first()
+                row = session.scalars(query.where(VersionRow.name == name, VersionRow.version == int(number))).first()
             elif text.startswith("base:"):
                 continue
             else:
@@ -125,7 +125,7 @@ def _parents(lineage: Lineage, version: AdapterVersion) -> Iterator[Parent]:
 def _datasets(store: Store, steps: Sequence[Execution]) -> Iterator[Dataset]:
     seen = set()
     for step in steps:
-        # What made an adapter from pictures was a training, or a merge that learned its weights from them.
+        # A step that makes an adapter from images is a training, or a merge that learned its weights from them.
         if step.output is None or step.output.kind != "adapter":
             continue
         for role, ref in step.inputs.items():
@@ -135,35 +135,35 @@ def _datasets(store: Store, steps: Sequence[Execution]) -> Iterator[Dataset]:
 
 
 def _dataset(role: str, ref: ArtifactRef, manifest: Mapping[str, Any]) -> Dataset:
-    pictures = manifest.get("pictures", [])
-    splits = Counter(picture.get("split", "train") for picture in pictures)
-    sizes = Counter(f"{picture['width']} x {picture['height']}" for picture in pictures)
+    images = manifest.get("pictures", [])
+    splits = Counter(image.get("split", "train") for image in images)
+    sizes = Counter(f"{image['width']} x {image['height']}" for image in images)
     return Dataset(
         artifact=ref,
         role=role.partition(".")[0],
         train=splits["train"],
         heldout=splits["heldout"],
-        captioned=sum(bool(picture.get("caption")) for picture in pictures),
+        captioned=sum(bool(image.get("caption")) for image in images),
         quarantined=len(manifest.get("quarantined", ())),
         sizes=tuple(size for size, _ in sizes.most_common(6)),
-        consents=dict(sorted(Counter(each["consent"] for each in pictures if each.get("consent")).items())),
-        pictures=tuple(sorted(picture["sha256"] for picture in pictures)),
+        consents=dict(sorted(Counter(image["consent"] for image in images if image.get("consent")).items())),
+        pictures=tuple(sorted(image["sha256"] for image in images)),
     )
 
 
 def _samples(store: Store, version: AdapterVersion, report: Mapping[str, Any]) -> Iterator[Sample]:
-    """The first pictures of the report with the trigger, as many as may be embedded."""
+    """Yields the first images of the report with the trigger, up to `MAX_IMAGE_BYTES`."""
     if version.report is None:
         return
     files = store.files(version.report)
-    room = MAX_PICTURE_BYTES
-    shown = [entry for entry in report.get("samples", ()) if entry.get("kind") != "unasked"]
-    for entry in shown[:_MAX_SAMPLES]:
+    budget = MAX_IMAGE_BYTES
+    with_trigger = [entry for entry in report.get("samples", ()) if entry.get("kind") != "unasked"]
+    for entry in with_trigger[:_MAX_SAMPLES]:
         before, after = (str(entry.get(role)) for role in ("base", "adapter"))
         if before not in files or after not in files:
             continue
-        room -= files[before].size + files[after].size
-        if room < 0:
+        budget -= files[before].size + files[after].size
+        if budget < 0:
             return
-        words = str(entry.get("prompt", "")), str(entry.get("kind", "")), int(entry.get("seed", 0))
-        yield Sample(*words, store.read(version.report, before), store.read(version.report, after))
+        label = str(entry.get("prompt", "")), str(entry.get("kind", "")), int(entry.get("seed", 0))
+        yield Sample(*label, store.read(version.report, before), store.read(version.report, after))

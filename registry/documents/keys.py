@@ -1,6 +1,6 @@
-"""Keys: pairs of one's own on an elliptic curve, and the public ones that a home trusts (`keys/*.pub`).
+"""Makes elliptic-curve key pairs and reads the public keys that a home trusts (`keys/*.pub`).
 
-A public key may say until when it holds, in the text that PEM allows before the key (RFC 7468, section 5.2).
+A public key may have an expiry date, in the text that PEM allows before the key (RFC 7468, section 5.2).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MAX_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class PublicKey:
-    """A public key that is trusted.
+    """A trusted public key.
 
     Args:
         path: Its file.
-        fingerprint: SHA-256 of the key in PEM, by which signatures name it.
-        valid_until: The last day on which it holds; None for ever.
+        fingerprint: SHA-256 of the key in PEM; signatures refer to it.
+        valid_until: Last valid day; None means no expiry.
     """
 
     path: Path
@@ -43,25 +43,25 @@ class PublicKey:
 
     @property
     def name(self) -> str:
-        """What its file is called."""
+        """The name of its file, without suffix."""
         return self.path.stem
 
     def has_expired(self, at: datetime | None = None) -> bool:
-        """Whether its last day is over (UTC)."""
+        """Returns True if the last valid day is over (UTC)."""
         end = self.valid_until and datetime.combine(self.valid_until, time.max, UTC)
         return end is not None and (at or now()) > end
 
 
 def make_key(path: Path, passphrase: bytes | None, *, valid_until: date | None = None) -> PublicKey:
-    """Makes a key pair: the private key, encrypted, in a file that only its owner reads; the public one beside it.
+    """Makes a key pair: the private key in a file that only its owner can read, the public key beside it.
 
     Args:
-        path: Where the private key goes; the public key goes to the same name with `.pub` behind it.
-        passphrase: What encrypts the private key; None leaves it open.
-        valid_until: The last day on which signatures of the key shall be taken.
+        path: File of the private key; the public key's file has `.pub` appended.
+        passphrase: Passphrase that encrypts the private key; None leaves it unencrypted.
+        valid_until: Last day on which signatures of the key are valid; None means no expiry.
 
     Raises:
-        SignatureError: A file is there already.
+        SignatureError: One of the files exists.
     """
     from cryptography.hazmat.primitives import serialization as pem
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -69,14 +69,14 @@ def make_key(path: Path, passphrase: bytes | None, *, valid_until: date | None =
     public_path = path.with_name(path.name + SUFFIX)
     for file in (path, public_path):
         if file.exists():
-            raise SignatureError("there is something already", where=str(file), remedy="name another file")
+            raise SignatureError("the file exists", where=str(file), remedy="name another file")
     key = ec.generate_private_key(ec.SECP256R1())
     lock = pem.BestAvailableEncryption(passphrase) if passphrase else pem.NoEncryption()
     secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, lock)
     until = f"Valid-Until: {valid_until.isoformat()}\n" if valid_until else ""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Private from its first byte on: atomic_write would open it to others at the end.
+        # Private before its first byte: atomic_write would make it readable by others at the end.
         path.touch(mode=0o600, exist_ok=False)
         path.write_bytes(secret)
         atomic_write(public_path, until.encode() + _public_pem(key.public_key()))
@@ -84,10 +84,10 @@ def make_key(path: Path, passphrase: bytes | None, *, valid_until: date | None =
 
 
 def trust_key(home: Home, path: Path) -> PublicKey:
-    """Puts a public key among those that the home trusts.
+    """Adds a public key to the trusted keys of a home.
 
     Raises:
-        SignatureError: It is no public key that could have signed, or another key of that name is trusted.
+        SignatureError: The file has no usable public key, or another key of that name is trusted.
     """
     key = read_public_key(path)
     target = home.path / FOLDER / f"{key.name}{SUFFIX}"
@@ -100,19 +100,19 @@ def trust_key(home: Home, path: Path) -> PublicKey:
 
 
 def trusted_keys(home: Home) -> list[PublicKey]:
-    """The public keys of a home, by name.
+    """Returns the trusted public keys of a home, sorted by name.
 
     Raises:
-        SignatureError: A file among them is no such key.
+        SignatureError: A file has no usable public key.
     """
     return [read_public_key(path) for path in sorted((home.path / FOLDER).glob(f"*{SUFFIX}"))]
 
 
 def read_public_key(path: Path) -> PublicKey:
-    """The public key of a file.
+    """Reads the public key of a file.
 
     Raises:
-        SignatureError: No such file, or no public key on one of `CURVES`.
+        SignatureError: The file does not exist or has no public key on one of `CURVES`.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization as pem
@@ -124,17 +124,18 @@ def read_public_key(path: Path) -> PublicKey:
         until = _UNTIL.search(content.partition(b"-----BEGIN")[0])
         last = date.fromisoformat(until[1].decode()) if until else None
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise _no_key(f"this is no public key ({error})", path) from None
+        raise _no_key(f"this is not a public key ({error})", path) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
-        raise _no_key("this is a key of another sort", path)
+        raise _no_key("this is a key of an unsupported type", path)
     return PublicKey(path, fingerprint(key), last)
 
 
 def read_private_key(path: Path, passphrase: bytes | None) -> EllipticCurvePrivateKey:
-    """The private key of a file.
+    """Reads the private key of a file.
 
     Raises:
-        SignatureError: No such file, a wrong or missing passphrase, or no private key on one of `CURVES`.
+        SignatureError: The file does not exist, the passphrase is wrong or missing, or the file has no private key on
+            one of `CURVES`.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization as pem
@@ -147,12 +148,12 @@ def read_private_key(path: Path, passphrase: bytes | None) -> EllipticCurvePriva
             f"the private key cannot be read ({error})", where=str(path), remedy="check the file and the passphrase"
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
-        raise _no_key("this is a key of another sort", path)
+        raise _no_key("this is a key of an unsupported type", path)
     return key
 
 
 def is_encrypted(path: Path) -> bool:
-    """Whether a private key needs a passphrase; False also for what is no key."""
+    """Returns True if the file is a private key that needs a passphrase."""
     try:
         return b"ENCRYPTED" in path.read_bytes()[:_MAX_BYTES]
     except OSError:
@@ -160,14 +161,14 @@ def is_encrypted(path: Path) -> bool:
 
 
 def fingerprint(key: EllipticCurvePublicKey) -> str:
-    """SHA-256 of the public key in PEM: how bundles of the model-signing package name a key."""
+    """Returns the SHA-256 of the public key in PEM, by which bundles of the model-signing package identify a key."""
     return sha256_bytes(_public_pem(key))
 
 
-def key_of(keys: Sequence[PublicKey], wanted: str) -> PublicKey | None:
-    """The key with that fingerprint; one that has not expired comes first."""
-    found = [key for key in keys if key.fingerprint == wanted]
-    return min(found, key=lambda key: key.has_expired(), default=None)
+def key_of(keys: Sequence[PublicKey], fingerprint: str) -> PublicKey | None:
+    """Returns the key with that fingerprint, preferably one that has not expired; None if there is none."""
+    matches = [key for key in keys if key.fingerprint == fingerprint]
+    return min(matches, key=lambda key: key.has_expired(), default=None)
 
 
 def _public_pem(key: EllipticCurvePublicKey) -> bytes:

@@ -1,4 +1,4 @@
-"""What a version is not known to do: sentences that follow from its figures and its data, and from nothing else."""
+"""Derives the known limits of a version from its metrics and its datasets."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from registry.documents.facts import Facts
 
 
 def limits(facts: Facts) -> Iterator[str]:
-    """One sentence a limit, in the order of their weight."""
+    """Yields one sentence per limit, the most important first."""
     version = facts.version
     if version.passed is None:
         yield "It was never evaluated: nothing is known of what it does."
     elif version.passed is False:
         yield "It failed its evaluation; see the gates."
     elif not version.gates:
-        yield "No gate was set: its figures were measured, but nothing was decided by them."
+        yield "No gate was set: its metrics were measured, but no gate checked them."
     if version.metrics:
         yield from _measured(facts)
     trained = sum(dataset.train for dataset in facts.datasets if dataset.role == "dataset")
     if trained:
-        yield f"It has seen {trained} picture{'s' * (trained != 1)} of its concept, and draws what they have in common."
+        images = f"{trained} image{'s' * (trained != 1)}"
+        yield f"It was trained on {images} of its concept, and reproduces what they have in common."
     elif facts.parents:
-        yield "It was merged, not trained: what its parents have learned may get in each other's way."
+        yield "It was merged, not trained: the concepts of its parents may interfere."
     uncovered = sum(dataset.count - sum(dataset.consents.values()) for dataset in facts.datasets)
     if uncovered:
-        yield f"No consent is recorded for {uncovered} of its pictures."
+        yield f"No consent is recorded for {uncovered} of its images."
     if facts.base:
         yield f"It was made for the base {facts.base}; on other bases of its family its effect was not measured."
     if facts.terms.name is None:
-        yield "Its licence is unknown: do not publish or sell what it makes before that is settled."
+        yield "Its license is unknown: do not publish or sell what it makes before that is settled."
 
 
 def _measured(facts: Facts) -> Iterator[str]:
@@ -37,9 +38,10 @@ def _measured(facts: Facts) -> Iterator[str]:
     counts = sorted({metric["n"] for metric in metrics.values() if isinstance(metric.get("n"), int)})
     if counts:
         shown = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-        where = {"heldout": " that were kept from training", "train": " that it was trained on"}
-        on = where.get(str(facts.report.get("measured_on")), "")
-        yield f"Its figures rest on {shown} comparisons each{', with pictures' + on if on else ''}; mind the intervals."
+        splits = {"heldout": " that were held out", "train": " that it was trained on"}
+        split = splits.get(str(facts.report.get("measured_on")), "")
+        source = f", with images{split}" if split else ""
+        yield f"Its metrics are based on {shown} comparisons each{source}; see the intervals."
     unclear = [name for name, metric in metrics.items() if metric.get("verdict") == "unclear"]
     if unclear:
         yield f"No clear difference from the base in: {', '.join(unclear)}."

@@ -1,6 +1,6 @@
-"""What an adapter is made of, as a CycloneDX 1.6 bill of materials for machine learning (ECMA-424), in JSON.
+"""Writes a version as a CycloneDX 1.6 bill of materials for machine learning (ECMA-424), in JSON.
 
-The adapter is the subject of the bill; base, parents and datasets are what it stands on.
+The adapter is the subject; base and parents are its ancestors, datasets its components.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODEL = "machine-learning-model"
 
 
 def mlbom(facts: Facts) -> dict[str, Any]:
-    """The bill of a version, as JSON values; the same facts give the same bill, with the same serial number."""
+    """Returns the bill of materials of a version, as JSON values. Deterministic, including the serial number."""
     version = facts.version
     ref = f"{version.ref}#{version.sha256}"
     component: dict[str, Any] = {
@@ -79,18 +79,18 @@ def _model_card(facts: Facts) -> dict[str, Any]:
 
 
 def _metric(name: str, metric: Any) -> Iterator[dict[str, Any]]:
-    """The figures of a metric: of base and adapter, and their difference with its interval."""
+    """Yields the values of a metric: base, adapter, and their difference with its interval."""
     if not isinstance(metric, Mapping):
         yield from ({"type": path, "value": repr(value)} for path, value in numbers({name: metric}))
         return
     for key in ("base", "adapter", "difference"):
         if key not in metric:
             continue
-        said: dict[str, Any] = {"type": name, "slice": key, "value": repr(metric[key])}
+        entry: dict[str, Any] = {"type": name, "slice": key, "value": repr(metric[key])}
         if key == "difference" and metric.get("interval"):
             low, high = metric["interval"]
-            said["confidenceInterval"] = {"lowerBound": repr(low), "upperBound": repr(high)}
-        yield said
+            entry["confidenceInterval"] = {"lowerBound": repr(low), "upperBound": repr(high)}
+        yield entry
 
 
 def _ancestors(facts: Facts) -> Iterator[dict[str, Any]]:
@@ -99,14 +99,14 @@ def _ancestors(facts: Facts) -> Iterator[dict[str, Any]]:
         yield {"type": MODEL, "name": facts.base or "base", "description": "the base model"} | hashes
     for parent in facts.parents:
         name, _, number = parent.name.partition("@")
-        said: dict[str, Any] = {"type": MODEL, "name": name, "description": "an adapter that went into this one"}
-        said |= {"version": number} if number else {}
-        yield said | ({"hashes": [_hash(parent.sha256)]} if parent.sha256 else {})
+        entry: dict[str, Any] = {"type": MODEL, "name": name, "description": "an adapter that went into this one"}
+        entry |= {"version": number} if number else {}
+        yield entry | ({"hashes": [_hash(parent.sha256)]} if parent.sha256 else {})
 
 
 def _data_component(dataset: Dataset) -> dict[str, Any]:
     covered = sum(dataset.consents.values())
-    said = {
+    counts = {
         "pictures": dataset.count,
         "trained on": dataset.train,
         "held out": dataset.heldout,
@@ -123,7 +123,7 @@ def _data_component(dataset: Dataset) -> dict[str, Any]:
             {
                 "type": "dataset",
                 "name": f"{dataset.role} of {dataset.count} pictures",
-                "contents": {"properties": [_property(f"loraline:{name}", value) for name, value in said.items()]},
+                "contents": {"properties": [_property(f"loraline:{name}", value) for name, value in counts.items()]},
             }
         ],
     }
@@ -147,8 +147,8 @@ def _properties(facts: Facts) -> Iterator[dict[str, str]]:
 def _licenses(terms: LicenseTerms) -> Iterator[dict[str, Any]]:
     for name in terms.licenses:
         yield {"license": {"id": name} if name in SPDX else {"name": name}}
-    for what in terms.unknown:
-        yield {"license": {"name": f"unknown: {what}"}}
+    for source in terms.unknown:
+        yield {"license": {"name": f"unknown: {source}"}}
 
 
 def _ref(dataset: Dataset) -> str:

@@ -1,6 +1,6 @@
-"""Where an adapter comes from, as SLSA provenance: an in-toto Statement v1 (https://slsa.dev/spec/v1.0/provenance).
+"""Writes a version's lineage as SLSA provenance: an in-toto Statement v1 (https://slsa.dev/spec/v1.0/provenance).
 
-The subject is the adapter file. What a person gave (the spec) is external; what lineage saw besides is internal.
+The subject is the adapter file. External parameters come from the user's spec, internal ones from lineage.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from registry.entities import Execution, to_json
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 PIPELINE = "urn:loraline:pipeline:1"
-"""The build type of what a pipeline made: its external parameters are the pipeline file."""
+"""Build type of a pipeline's output; its external parameters are the pipeline file."""
 IMPORT = "urn:loraline:import:1"
-"""The build type of what was registered without a recorded run."""
+"""Build type of a version that was registered without a recorded run."""
 BUILDER = "urn:loraline:builder"
 
 
 def provenance(facts: Facts) -> dict[str, Any]:
-    """The statement about the adapter file of a version, as JSON values."""
+    """Returns the statement about the adapter file of a version, as JSON values."""
     version, maker, run = facts.version, facts.maker, facts.run
     predicate = {
         "buildDefinition": {
@@ -57,7 +57,7 @@ def provenance(facts: Facts) -> dict[str, Any]:
 
 def _step(step: Execution) -> dict[str, Any]:
     settings = without_paths(dict(step.settings.get("settings") or step.settings))
-    said: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "name": step.step,
         "uses": step.uses,
         "revision": step.revision,
@@ -71,27 +71,27 @@ def _step(step: Execution) -> dict[str, Any]:
         "startedOn": step.started_at,
         "finishedOn": step.ended_at,
     }
-    return dict(to_json(said))
+    return dict(to_json(entry))
 
 
 def _dependencies(facts: Facts) -> Iterator[dict[str, Any]]:
-    """Base, datasets, parents and packages; digests are of the registry's canonical lists unless it is a file."""
+    """Yields base, datasets, parents and packages; digests are of canonical file lists, except those of files."""
     if facts.base_fingerprint:
         yield _resource("base", facts.base_fingerprint, {"name": facts.base, "of": "weights and configuration"})
     for dataset in facts.datasets:
-        said = {"pictures": dataset.count, "train": dataset.train, "of": "list of files"}
-        yield _resource(dataset.role, dataset.artifact.sha256, said)
+        counts = {"pictures": dataset.count, "train": dataset.train, "of": "list of files"}
+        yield _resource(dataset.role, dataset.artifact.sha256, counts)
     for parent in facts.parents:
-        named = {"name": "parent", "uri": f"urn:loraline:version:{quote(parent.name, safe='@:')}"}
-        yield named | ({"digest": {"sha256": parent.sha256}} if parent.sha256 else {})
+        resource = {"name": "parent", "uri": f"urn:loraline:version:{quote(parent.name, safe='@:')}"}
+        yield resource | ({"digest": {"sha256": parent.sha256}} if parent.sha256 else {})
     digest = packages_digest(facts.maker) if facts.maker else None
     if digest:
         yield _resource("packages", digest, {"of": "installed packages and their versions"})
     code = (facts.maker.environment.get("code") if facts.maker else None) or {}
     if isinstance(code, Mapping) and code.get("sha256"):
         commit = {"gitCommit": str(code["commit"])} if code.get("commit") else {}
-        said = {"of": "source of the program", "changed": bool(code.get("changed"))}
-        yield {"name": "code", "digest": {"sha256": str(code["sha256"]), **commit}, "annotations": said}
+        annotations = {"of": "source of the program", "changed": bool(code.get("changed"))}
+        yield {"name": "code", "digest": {"sha256": str(code["sha256"]), **commit}, "annotations": annotations}
 
 
 def _resource(name: str, digest: str, annotations: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Signatures: a version's adapter file and its provenance, signed with a key of one's own and verified offline.
+"""Signs a version's adapter file and provenance with the user's own key, and verifies signatures offline.
 
-What is signed is a folder `name@version` with these two files, by the OpenSSF package model-signing: a manifest of
-digests as an in-toto statement, in a DSSE envelope, in a Sigstore bundle. Other programs verify it without this one.
+The OpenSSF package model-signing signs a folder `name@version` with these two files. The signature is a manifest of
+digests as an in-toto statement, in a DSSE envelope, in a Sigstore bundle. Other programs can verify the bundle.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _MAX_BUNDLE = 1 << 20
 
 @dataclass(frozen=True)
 class Signature:
-    """What a bundle says, before anything of it is believed.
+    """The claims of a bundle, not verified.
 
     Args:
-        key: Fingerprint of the key that it names.
-        subject: Name of the folder that was signed.
+        key: Fingerprint of the signing key.
+        subject: Name of the signed folder.
         digests: File of the folder -> SHA-256.
     """
 
@@ -54,22 +54,22 @@ def sign(
     *,
     actor: str | None = None,
 ) -> Signature:
-    """Signs a version, verifies what was signed, and keeps the bundle with it; an earlier signature is replaced.
+    """Signs a version, verifies the signature and stores the bundle; replaces an earlier signature.
 
     Args:
-        opened: The registry.
+        context: The registry.
         version: The version; its bytes are verified first.
-        key: The private key, a PEM file.
-        passphrase: What the key is encrypted with.
-        actor: Who signs, for the log; this process's user by default.
+        key: PEM file of the private key.
+        passphrase: Passphrase of the key; None means unencrypted.
+        actor: User for the log; None means the current user.
 
     Raises:
         SignatureError: The key cannot be used, or its public key is not trusted in this home.
-        StoreError: The bytes are not whole.
+        StoreError: The bytes are damaged.
     """
     own = fingerprint(read_private_key(key, passphrase).public_key())
-    known = trusted_keys(context.home)
-    trusted, problem = key_of(known, own), _key_problem(own, known)
+    keys = trusted_keys(context.home)
+    trusted, problem = key_of(keys, own), _key_problem(own, keys)
     if trusted is None or problem:
         raise SignatureError(problem, where=str(key), remedy="`loraline keys trust FILE.pub`, then sign again")
     write_missing(context, version)
@@ -83,57 +83,57 @@ def sign(
     details = {"key": own, "bundle": ref.sha256, "digests": dict(signature.digests)}
     with context.lineage.database.write() as session:
         keep(session, context.store, version, SIGNATURE, ref)
-        who = actor or current_user()
-        queries.log_event(session, "sign", actor=who, reason="signed", version=version, details=details)
+        actor = actor or current_user()
+        queries.log_event(session, "sign", actor=actor, reason="signed", version=version, details=details)
     return signature
 
 
 def verify(context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None) -> PublicKey:
-    """The key that a version is validly signed with.
+    """Verifies the signature of a version, and returns its key.
 
     Args:
-        opened: The registry.
+        context: The registry.
         version: The version.
-        keys: The keys that are trusted; those of the home by default.
+        keys: Trusted keys; None means those of the home.
 
     Raises:
-        SignatureError: It is not signed, or the signature does not hold; says why.
+        SignatureError: The version is not signed, or the signature is invalid.
     """
-    known = trusted_keys(context.home) if keys is None else keys
-    findings = signature_findings(context, version, known)
+    trusted = trusted_keys(context.home) if keys is None else keys
+    findings = signature_findings(context, version, trusted)
     if findings:
         raise SignatureError("; ".join(findings), where=version.ref, remedy="see `loraline verify`")
-    found = key_of(known, _parse(_read_bundle(context, version)).key)
-    if found is None:  # cannot be: the findings would have said so
-        raise SignatureError("the key is gone", where=version.ref)
-    return found
+    key = key_of(trusted, _parse(_read_bundle(context, version)).key)
+    if key is None:  # unreachable: the findings would report it
+        raise SignatureError("the key is missing", where=version.ref)
+    return key
 
 
 def is_signed(context: RegistryContext, version: AdapterVersion) -> bool:
-    """Whether a version has a signature, whatever it is worth."""
+    """Returns True if a version has a signature, valid or not."""
     return SIGNATURE in find_records(context.lineage, version)
 
 
 def signature_findings(
     context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None
 ) -> tuple[str, ...]:
-    """Why the signature of a version does not hold; empty where it does.
+    """Returns the problems of a version's signature; empty if it is valid.
 
     Args:
-        opened: The registry.
+        context: The registry.
         version: The version.
-        keys: The keys that are trusted; those of the home by default.
+        keys: Trusted keys; None means those of the home.
     """
     if not is_signed(context, version):
         return ("it is not signed",)
     try:
-        known = trusted_keys(context.home) if keys is None else keys
+        trusted = trusted_keys(context.home) if keys is None else keys
         bundle = _read_bundle(context, version)
         signature = _parse(bundle)
-        problem = _key_problem(signature.key, known)
+        problem = _key_problem(signature.key, trusted)
         if problem:
             return (problem,)
-        key = key_of(known, signature.key)
+        key = key_of(trusted, signature.key)
         with _folder(context, version) as folder:
             return tuple(_check(bundle, signature, version, folder, key.path if key else Path()))
     except (SignatureError, MissingBlob, DamagedBlob) as error:
@@ -141,10 +141,10 @@ def signature_findings(
 
 
 def require_valid_signature(context: RegistryContext, version: AdapterVersion) -> None:
-    """Lets a version pass that is validly signed, or not signed at all; what may be had unsigned, policies decide.
+    """Raises SignatureError if a version has an invalid signature; policies decide about unsigned versions.
 
     Raises:
-        SignatureError: It has a signature that does not hold.
+        SignatureError: The signature is invalid.
     """
     findings = signature_findings(context, version) if is_signed(context, version) else ()
     if findings:
@@ -156,7 +156,7 @@ def require_valid_signature(context: RegistryContext, version: AdapterVersion) -
 def _sign_folder(folder: Path, key: Path, passphrase: bytes | None) -> bytes:
     config = _library(folder.name).signing.Config()
     path = folder.parent / _FILE
-    # The package asks for a text, but hands it on to where only bytes are taken.
+    # The package declares a string here, but passes it to an API that accepts only bytes.
     config.use_elliptic_key_signer(private_key=key, password=passphrase or None).sign(folder, path)
     return path.read_bytes()
 
@@ -170,36 +170,36 @@ def _check(bundle: bytes, signature: Signature, version: AdapterVersion, folder:
     try:
         library.verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, path)
     except InvalidSignature:
-        yield "the signature does not fit what it signs: it was changed, or another key made it"
+        yield "the signature does not match the signed content: it was changed, or another key made it"
         return
     except ValueError as error:
-        # The signature itself is good: what lies here is not what was signed.
-        yield from _differences(signature, folder) or [f"what was signed is not what is here ({error})"]
+        # The signature is valid, but the files differ from the signed ones.
+        yield from _differences(signature, folder) or [f"the files differ from the signed ones ({error})"]
     else:
-        # The package leaves the name of the folder and the choice of files to its callers.
+        # The package does not check the folder's name and the set of files.
         yield from _differences(signature, folder)
     subject = json.loads((folder / _PROVENANCE).read_bytes())["subject"][0]["digest"]["sha256"]
     if subject != version.sha256:
-        yield f"{_PROVENANCE}: it is about an adapter with digest {subject}"
+        yield f"{_PROVENANCE}: describes an adapter with digest {subject}"
     if signature.subject != version.ref:
         yield f"the signature is of {signature.subject}"
 
 
 def _differences(signature: Signature, folder: Path) -> list[str]:
-    found = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    actual = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
     return [
-        f"{name}: signed with digest {signature.digests.get(name, 'none')}, but here it has {found.get(name, 'none')}"
-        for name in sorted(found.keys() | signature.digests.keys())
-        if signature.digests.get(name) != found.get(name)
+        f"{name}: signed with digest {signature.digests.get(name, 'none')}, but now has {actual.get(name, 'none')}"
+        for name in sorted(actual.keys() | signature.digests.keys())
+        if signature.digests.get(name) != actual.get(name)
     ]
 
 
-def _key_problem(wanted: str, known: Sequence[PublicKey]) -> str:
-    key = key_of(known, wanted)
+def _key_problem(fingerprint: str, trusted: Sequence[PublicKey]) -> str:
+    key = key_of(trusted, fingerprint)
     if key is None:
-        return f"the signing key {wanted[:16]} is not among the {len(known)} trusted public keys of this home"
+        return f"the signing key {fingerprint[:16]} is not among the {len(trusted)} trusted public keys of this home"
     if key.has_expired():
-        return f"the signing key {key.name!r} ({wanted[:16]}) expired on {key.valid_until}"
+        return f"the signing key {key.name!r} ({fingerprint[:16]}) expired on {key.valid_until}"
     return ""
 
 
@@ -208,14 +208,14 @@ def _read_bundle(context: RegistryContext, version: AdapterVersion) -> bytes:
 
 
 def _parse(content: bytes) -> Signature:
-    """What a bundle says of itself, checked for its form alone."""
+    """Returns the claims of a bundle; checks only its form."""
     try:
-        found = _read_form(json.loads(content[:_MAX_BUNDLE]))
+        signature = _read_form(json.loads(content[:_MAX_BUNDLE]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SignatureError(f"the signature cannot be read ({error!r})", remedy="sign again") from None
-    if found is None:
-        raise SignatureError("the signature is of another form", allowed=f"{BUNDLE}, {PREDICATE}", remedy="sign again")
-    return found
+    if signature is None:
+        raise SignatureError("the signature has an unknown form", allowed=f"{BUNDLE}, {PREDICATE}", remedy="sign again")
+    return signature
 
 
 def _read_form(bundle: dict[str, Any]) -> Signature | None:
@@ -224,16 +224,16 @@ def _read_form(bundle: dict[str, Any]) -> Signature | None:
     base64.b64decode(signed["sig"], validate=True)
     statement = json.loads(base64.b64decode(envelope["payload"], validate=True))
     (subject,), resources = statement["subject"], statement["predicate"]["resources"]
-    digests = {str(each["name"]): str(each["digest"]) for each in resources if each["algorithm"] == "sha256"}
-    fits = bundle["mediaType"] == BUNDLE and statement["predicateType"] == PREDICATE and is_digest(key)
-    if not fits or len(digests) != len(resources) or not all(map(is_digest, digests.values())):
+    digests = {str(entry["name"]): str(entry["digest"]) for entry in resources if entry["algorithm"] == "sha256"}
+    is_known = bundle["mediaType"] == BUNDLE and statement["predicateType"] == PREDICATE and is_digest(key)
+    if not is_known or len(digests) != len(resources) or not all(map(is_digest, digests.values())):
         return None
     return Signature(key, str(subject["name"]), digests)
 
 
 @contextmanager
 def _folder(context: RegistryContext, version: AdapterVersion) -> Iterator[Path]:
-    """The folder that is signed, for a while: verified copies of the adapter file and the provenance."""
+    """Yields a temporary folder to sign, with verified copies of the adapter file and the provenance."""
     store, records = context.store, find_records(context.lineage, version)
     if PROVENANCE not in records:
         raise SignatureError("it has no provenance", where=version.ref, remedy=f"`loraline records {version.ref}`")

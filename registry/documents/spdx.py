@@ -1,4 +1,4 @@
-"""Names of licences that other programs know: SPDX identifiers, and what the Hugging Face hub calls them."""
+"""Maps license names to SPDX identifiers and to the identifiers of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ HUB: Mapping[str, str] = {
 """SPDX identifier -> identifier in the front matter of a model card (https://huggingface.co/docs/hub/repositories-licenses)."""
 
 SPDX = frozenset(HUB)
-"""The SPDX identifiers that are stated as such; every other licence goes by its name."""
+"""SPDX identifiers that documents state as such; any other license is stated by name."""
 
 _RAIL = {"creativeml-openrail-m", "openrail", "openrail++", "bigscience-openrail-m"}
 
 
 def hub_license(name: str | None) -> dict[str, str]:
-    """The entries of a model card's front matter that name a licence."""
+    """Returns the license entries of a model card's front matter."""
     if not name:
         return {"license": "unknown"}
     if name in HUB:

@@ -1,4 +1,4 @@
-"""Writing the documents of a version into the store, and finding them again: one artifact a kind, one row each."""
+"""Stores and finds the documents of a version: one artifact and one row per kind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FILES: Mapping[str, tuple[str, ...]] = {
     BOM: ("ml-bom.json",),
     SIGNATURE: ("signature.json",),
 }
-"""Kind of document -> its files, which are named so wherever they are shown or written."""
+"""Kind of document -> names of its files."""
 
 
 def _card_files(facts: Facts) -> dict[str, Content]:
@@ -51,13 +51,13 @@ _WRITERS: Mapping[str, Callable[[Facts], dict[str, Content]]] = {
 
 
 def find_records(lineage: Lineage, version: AdapterVersion) -> dict[str, ArtifactRef]:
-    """The documents that were written about a version, by kind."""
+    """Returns the stored documents of a version, by kind."""
     with lineage.database.read() as session:
         return read_records(session, version)
 
 
 def read_records(session: Session, version: AdapterVersion) -> dict[str, ArtifactRef]:
-    """The same, within a session."""
+    """Returns the stored documents of a version, by kind, within a session."""
     query = (
         select(RecordRow.kind, ArtifactRow)
         .join(ArtifactRow, ArtifactRow.sha256 == RecordRow.artifact)
@@ -69,31 +69,31 @@ def read_records(session: Session, version: AdapterVersion) -> dict[str, Artifac
 
 
 def write_missing(context: RegistryContext, version: AdapterVersion) -> dict[str, ArtifactRef]:
-    """Writes the documents that a version should have and has not; gives all that it has, by kind.
+    """Writes the missing documents of a version, and returns all of its documents, by kind.
 
-    May be repeated and cut off anywhere: what is written stays as it was first written.
+    Safe to interrupt and repeat; never rewrites an existing document.
 
     Raises:
-        StoreError: What they are made from is gone or damaged.
+        StoreError: The report or a manifest is missing or damaged.
     """
     store, lineage = context.store, context.lineage
-    known = find_records(lineage, version)
-    wanted = [kind for kind in _WRITERS if kind not in known]
-    if not wanted:
-        return known
+    stored = find_records(lineage, version)
+    missing = [kind for kind in _WRITERS if kind not in stored]
+    if not missing:
+        return stored
     facts = gather_facts(context, version)
-    made = {kind: store.put_files(kind, _WRITERS[kind](facts)) for kind in wanted}
+    written = {kind: store.put_files(kind, _WRITERS[kind](facts)) for kind in missing}
     with lineage.database.write() as session:
-        # Another process may have been first; then its documents are the ones.
-        for kind in made.keys() - read_records(session, version).keys():
-            keep(session, store, version, kind, made[kind])
+        # Another process may have stored its documents first; those stay.
+        for kind in written.keys() - read_records(session, version).keys():
+            keep(session, store, version, kind, written[kind])
     return find_records(lineage, version)
 
 
 def keep(session: Session, store: Store, version: AdapterVersion, kind: str, ref: ArtifactRef) -> None:
-    """Makes an artifact the document of that kind, within a writing transaction; an earlier one is replaced.
+    """Records an artifact as the document of that kind, within a writing transaction; replaces an earlier one.
 
-    MLflow does not show it yet: the next `sync` does that.
+    The next `sync` shows it in MLflow.
     """
     query = select(VersionRow).where(VersionRow.name == version.name, VersionRow.version == version.version)
     row = session.scalars(query).one()
@@ -106,17 +106,17 @@ def keep(session: Session, store: Store, version: AdapterVersion, kind: str, ref
 
 @dataclass(frozen=True)
 class Shown:
-    """What MLflow shows of a version beyond its row."""
+    """The facts and documents of a version that MLflow shows, besides its row."""
 
     facts: Facts
     documents: tuple[ArtifactRef, ...]
 
 
 def gather_shown(context: RegistryContext, version: AdapterVersion) -> Shown:
-    """What MLflow shows of a version; documents that are missing are written first.
+    """Returns what MLflow shows of a version; writes missing documents first.
 
-    Where what they are made from is gone, only what the row says is shown: one damaged version shall not keep all
-    others from being shown.
+    Returns only facts from the row if the sources of the documents are damaged, because one damaged version must not
+    block the sync of all others.
     """
     try:
         records = write_missing(context, version)
@@ -127,11 +127,11 @@ def gather_shown(context: RegistryContext, version: AdapterVersion) -> Shown:
 
 
 def read_document(store: Store, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str) -> bytes:
-    """The verified bytes of one document, by the name of its file.
+    """Returns the verified bytes of one document, by the name of its file.
 
     Raises:
-        VersionError: It was never written.
-        StoreError: It is gone or damaged.
+        VersionError: The document was never written.
+        StoreError: The document is missing or damaged.
     """
     kind = next(kind for kind, files in FILES.items() if file in files)
     if kind not in records:

@@ -1,1 +1,1 @@
-"""Lineage: records runs and steps, walks the graph of artifacts, and exports it."""
+"""Records runs and steps, walks the graph of artifacts, and exports it."""

@@ -1,7 +1,7 @@
-"""Where the boxes of a picture go: in layers from left to right. Knows sizes and edges, and nothing of what they mean.
+"""Positions the boxes of a graph drawing in layers from left to right. Uses only sizes and edges.
 
-Layers by the longest way from a source, orders by barycentres (Sugiyama, Tagawa and Toda 1981); an edge that passes a
-layer has a place of its own there, so that no line runs through a box.
+Assigns layers by the longest path from a source and sorts them by barycenters (Sugiyama, Tagawa and Toda 1981). An edge
+that crosses a layer gets its own slot there, so no line crosses a box.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Key = object
 Edges = list[tuple[Key, Key]]
-Room = tuple[float, float, float, float]
+Rect = tuple[float, float, float, float]
 GAP_X, GAP_Y = 56, 16
 _WIRE = 10.0
 _SWEEPS = 8
 
 
 def layer(boxes: Iterable[Key], edges: Edges) -> tuple[list[list[Key]], list[list[Key]]]:
-    """Every box in the layer after all that it came from, and each edge as the row of places that it passes."""
+    """Returns the layers, each box after all its sources, and for each edge the keys of the slots that it passes."""
     boxes = list(boxes)
-    turned = _turned(boxes, edges)
-    depth = _depths(boxes, [pair for pair in edges if pair not in turned])
+    back = _back_edges(boxes, edges)
+    depth = _depths(boxes, [pair for pair in edges if pair not in back])
     layers: list[list[Key]] = [[] for _ in range(max(depth.values()) + 1)]
     for key in boxes:
         layers[depth[key]].append(key)
@@ -35,15 +35,15 @@ def layer(boxes: Iterable[Key], edges: Edges) -> tuple[list[list[Key]], list[lis
     return layers, wires
 
 
-def _turned(boxes: Sequence[Key], edges: Edges) -> set[tuple[Key, Key]]:
-    """The edges that close a circle: a step that changes nothing gives what it took."""
+def _back_edges(boxes: Sequence[Key], edges: Edges) -> set[tuple[Key, Key]]:
+    """Returns the edges that close a cycle, as when a step returns its input unchanged."""
     after: dict[Key, list[Key]] = defaultdict(list)
     for source, target in edges:
         after[source].append(target)
-    fed = {target for _, target in edges}
-    turned: set[tuple[Key, Key]] = set()
+    targets = {target for _, target in edges}
+    back: set[tuple[Key, Key]] = set()
     state: dict[Key, str] = {}
-    for root in [*(key for key in boxes if key not in fed), *boxes]:
+    for root in [*(key for key in boxes if key not in targets), *boxes]:
         if root in state:
             continue
         state[root] = "open"
@@ -55,11 +55,11 @@ def _turned(boxes: Sequence[Key], edges: Edges) -> set[tuple[Key, Key]]:
                 state[key] = "done"
                 path.pop()
             elif state.get(target) == "open":
-                turned.add((key, target))
+                back.add((key, target))
             elif target not in state:
                 state[target] = "open"
                 path.append((target, iter(after[target])))
-    return turned
+    return back
 
 
 def _depths(boxes: Sequence[Key], edges: Edges) -> dict[Key, int]:
@@ -78,7 +78,7 @@ def _depths(boxes: Sequence[Key], edges: Edges) -> dict[Key, int]:
             if not missing[target]:
                 ready.append(target)
     for key in ready:
-        # What came from nowhere stands just before what was made of it, which keeps the lines short.
+        # A box without sources goes directly before its first target, which keeps the lines short.
         if after[key] and not before[key]:
             depth[key] = min(depth[target] for target in after[key]) - 1
     least = min(depth.values())
@@ -86,7 +86,7 @@ def _depths(boxes: Sequence[Key], edges: Edges) -> dict[Key, int]:
 
 
 def order(layers: list[list[Key]], links: Edges) -> None:
-    """Sorts each layer by the mean place of the neighbours in the layer beside it, forth and back."""
+    """Sorts each layer in place by the mean rank of its neighbors in the adjacent layer, in alternating sweeps."""
     sides: tuple[dict[Key, list[Key]], dict[Key, list[Key]]] = (defaultdict(list), defaultdict(list))
     for source, target in links:
         sides[0][target].append(source)
@@ -94,7 +94,7 @@ def order(layers: list[list[Key]], links: Edges) -> None:
     for sweep in range(_SWEEPS):
         side = sides[sweep % 2]
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            rank = {key: _share(number, other) for other in layers for number, key in enumerate(other)}
+            rank = {key: _share(number, row) for row in layers for number, key in enumerate(row)}
             means = {
                 key: sum(rank[near] for near in side[key]) / len(side[key]) if side[key] else rank[key] for key in layer
             }
@@ -105,19 +105,19 @@ def _share(number: int, layer: list[Key]) -> float:
     return (number + 0.5) / len(layer)
 
 
-def place(layers: list[list[Key]], sizes: Mapping[Key, tuple[float, float]]) -> tuple[dict[Key, Room], float, float]:
-    """Left, top, width and height of every box and of every place that a line passes; and those of the picture."""
+def position(layers: list[list[Key]], sizes: Mapping[Key, tuple[float, float]]) -> tuple[dict[Key, Rect], float, float]:
+    """Returns left, top, width and height of every box and slot, and width and height of the drawing, in pixels."""
     widths = [max((sizes[key][0] for key in layer if key in sizes), default=0.0) for layer in layers]
     heights = [
         sum(sizes[key][1] if key in sizes else _WIRE for key in layer) + GAP_Y * (len(layer) - 1) for layer in layers
     ]
     tallest, left = max(heights), float(GAP_Y)
-    places: dict[Key, Room] = {}
+    rects: dict[Key, Rect] = {}
     for row, width, height in zip(layers, widths, heights, strict=True):
         top = GAP_Y + (tallest - height) / 2
         for key in row:
-            wide, high = sizes.get(key, (width, _WIRE))
-            places[key] = (left + (width - wide) / 2, top, wide, high)
-            top += high + GAP_Y
+            box_width, box_height = sizes.get(key, (width, _WIRE))
+            rects[key] = (left + (width - box_width) / 2, top, box_width, box_height)
+            top += box_height + GAP_Y
         left += width + GAP_X
-    return places, left - GAP_X + GAP_Y, tallest + 2 * GAP_Y
+    return rects, left - GAP_X + GAP_Y, tallest + 2 * GAP_Y

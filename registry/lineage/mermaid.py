@@ -17,7 +17,7 @@ _LONGEST = 48
 
 
 def to_mermaid(walk: Walk) -> str:
-    """Returns a graph as the text of a Mermaid flowchart; edges point from the source to what was made of it."""
+    """Returns a graph as the text of a Mermaid flowchart; edges point downstream."""
     names = {NodeId(node.kind, node.id): f"n{number}" for number, node in enumerate(walk.nodes)}
     lines = ["flowchart LR"]
     lines += [f"  {names[NodeId(node.kind, node.id)]}{_shape(node)}" for node in walk.nodes]

@@ -1,6 +1,6 @@
-"""A walk as OpenLineage run events (https://openlineage.io/spec/2-0-2), for programs that gather lineage everywhere.
+"""Converts a walk to OpenLineage run events (https://openlineage.io/spec/2-0-2), for lineage collectors.
 
-An execution is a run, its step a job, an artifact a dataset without a schema. Writes nothing and reads only lineage.
+An execution is a run, its step a job, an artifact a dataset without a schema. Reads only lineage and writes nothing.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ _FACETS = {
     "datasetType": "1-0-0/DatasetTypeDatasetFacet.json",
     "outputStatistics": "1-0-2/OutputStatisticsOutputDatasetFacet.json",
 }
-"""Facets of the standard and the version that each follows; every other one is our own, and begins with `loraline`."""
+"""Standard facet -> its schema version; custom facets have names that start with `loraline`."""
 _ENDS = {"COMPLETED": "COMPLETE", "CACHED": "COMPLETE", "FAILED": "FAIL", "INTERRUPTED": "ABORT"}
 _IDS = UUID("7c1f6a0e-5d0b-5b7e-9d0e-2f6f6c6f7261")
 _MODELS = {"adapter", "merged", "version"}
 
 
 def to_openlineage(lineage: Lineage, walk: Walk) -> list[dict[str, Any]]:
-    """The events of every execution in a walk: its START and its end, in the order of time.
+    """Returns the START and the end event of every execution in a walk, sorted by time.
 
     Args:
-        lineage: Where the executions are read.
-        walk: What `Lineage.walk` gave.
+        lineage: Source of the executions.
+        walk: Result of `Lineage.walk`.
     """
     executions = lineage.executions(ids=[node.id for node in walk.nodes if node.kind == "execution"])
     runs = {run_id: lineage.run(run_id) for run_id in sorted({execution.run_id for execution in executions})}
-    called = _registered(walk)
-    events = [event for each in executions for event in _events(each, runs[each.run_id], called)]
+    versions = _registered(walk)
+    events = [event for execution in executions for event in _events(execution, runs[execution.run_id], versions)]
     return sorted(events, key=lambda event: (event["eventTime"], event["eventType"] != "START"))
 
 
 def to_lines(events: list[dict[str, Any]]) -> bytes:
-    """The events as JSON lines, the form that OpenLineage's file transport reads and writes."""
+    """Returns the events as JSON lines, the format of OpenLineage's file transport."""
     return b"".join(canonical_json(event) + b"\n" for event in events)
 
 
 def run_uuid(identifier: str) -> str:
-    """The UUID by which an execution or a run is known outside: its own where it is one, else one made of it."""
+    """Returns the public UUID of an execution or a run: its id if that is a UUID, else one derived from it."""
     try:
         return str(UUID(identifier))
     except ValueError:
         return str(uuid5(_IDS, identifier))
 
 
-def _events(execution: Execution, run: Run, called: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def _events(execution: Execution, run: Run, versions: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     base = {
         "producer": _producer(),
         "schemaURL": _SCHEMA,
@@ -72,18 +72,18 @@ def _events(execution: Execution, run: Run, called: Mapping[str, list[dict[str, 
                 "jobType": _facet("jobType", processingType="BATCH", integration="LORALINE", jobType=execution.uses)
             },
         },
-        "inputs": [_dataset(ref, called, role) for role, ref in execution.inputs.items()],
+        "inputs": [_dataset(ref, versions, role) for role, ref in execution.inputs.items()],
     }
     started = {"eventType": "START", "eventTime": _time(execution.started_at), "outputs": []}
     yield base | started | {"run": _run(execution, run, ended=False)}
-    made = [_made(execution.output, called)] if execution.output else []
+    outputs = [_output(execution.output, versions)] if execution.output else []
     ended = {"eventType": _ENDS[execution.status], "eventTime": _time(execution.ended_at or execution.started_at)}
-    yield base | ended | {"run": _run(execution, run, ended=True), "outputs": made}
+    yield base | ended | {"run": _run(execution, run, ended=True), "outputs": outputs}
 
 
 def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
     parent = {"run": {"runId": run_uuid(run.id)}, "job": {"namespace": NAMESPACE, "name": run.name}}
-    told = {key: value for key, value in execution.environment.items() if key != "distributions"}
+    environment = {key: value for key, value in execution.environment.items() if key != "distributions"}
     facets = {
         "parent": _facet("parent", **parent),
         "processing_engine": _facet("processing_engine", name="loraline", version=_version()),
@@ -95,7 +95,7 @@ def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
             seed=execution.seed,
             cached=execution.status == "CACHED",
             settings=dict(execution.settings),
-            environment=told,
+            environment=environment,
         ),
     }
     if ended and execution.error:
@@ -103,32 +103,32 @@ def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
     return {"runId": run_uuid(execution.id), "facets": facets}
 
 
-def _dataset(ref: ArtifactRef, called: Mapping[str, list[dict[str, Any]]], role: str = "") -> dict[str, Any]:
+def _dataset(ref: ArtifactRef, versions: Mapping[str, list[dict[str, Any]]], role: str = "") -> dict[str, Any]:
     facets = {
         "version": _facet("version", datasetVersion=ref.sha256),
         "datasetType": _facet("datasetType", datasetType="MODEL" if ref.kind in _MODELS else "FILE", subType=ref.kind),
     }
-    if ref.sha256 in called:
-        facets["loraline_versions"] = _facet("loraline_versions", versions=called[ref.sha256])
+    if ref.sha256 in versions:
+        facets["loraline_versions"] = _facet("loraline_versions", versions=versions[ref.sha256])
     if role:
         facets["loraline_role"] = _facet("loraline_role", role=role)
     return {"namespace": NAMESPACE, "name": f"{ref.kind}/{ref.sha256}", "facets": facets}
 
 
-def _made(ref: ArtifactRef, called: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _output(ref: ArtifactRef, versions: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     statistics = {"outputStatistics": _facet("outputStatistics", size=ref.size)}
-    return _dataset(ref, called) | {"outputFacets": statistics}
+    return _dataset(ref, versions) | {"outputFacets": statistics}
 
 
 def _registered(walk: Walk) -> dict[str, list[dict[str, Any]]]:
-    """By the digest of an artifact: the versions that it was registered as, as far as the walk met them."""
+    """Returns digest of an artifact -> the versions in the walk that it was registered as."""
     details = {node.id: node.detail for node in walk.nodes if node.kind == "version"}
-    called: dict[str, list[dict[str, Any]]] = {}
+    versions: dict[str, list[dict[str, Any]]] = {}
     for edge in walk.edges:
         if edge.source.kind == "artifact" and edge.target.kind == "version":
             entry = {"ref": edge.target.id, "role": edge.role, "aliases": details[edge.target.id].get("aliases", [])}
-            called.setdefault(edge.source.id, []).append(entry)
-    return called
+            versions.setdefault(edge.source.id, []).append(entry)
+    return versions
 
 
 def _facet(name: str, /, **values: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A walk as a picture: an SVG of its own. Whatever the records say goes in as text; where it goes, `layout` says."""
+"""Draws a walk as an SVG image. Text from the database is always escaped. `layout` computes the positions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from registry.errors import LineageError
-from registry.lineage.layout import GAP_X, GAP_Y, Edges, Key, Room, layer, order, place
+from registry.lineage.layout import GAP_X, GAP_Y, Edges, Key, Rect, layer, order, position
 from registry.lineage.walk import Node, NodeId, Walk
 
 LIMIT = 400
-"""More boxes than that are no picture any more."""
+"""Maximum number of boxes in one image."""
 _GROUP = 4
 _CHARACTER, _LINE, _PAD = 6.7, 15, 10
 _LONGEST = 30
-_LOOKS = {
-    "subject": ("#2e7d32", "#e8f5e9", "from outside: picture, caption, consent"),
+_STYLES = {
+    "subject": ("#2e7d32", "#e8f5e9", "from outside: image, caption, consent"),
     "origin": ("#6d4c41", "#efebe9", "named origin"),
     "file": ("#546e7a", "#eceff1", "file in an artifact"),
     "artifact": ("#1565c0", "#e3f2fd", "artifact"),
@@ -26,17 +26,17 @@ _LOOKS = {
     "run": ("#7b1fa2", "#f3e5f5", "run"),
     "version": ("#e65100", "#fff3e0", "version"),
 }
-"""Per kind: line, filling, words of the legend."""
+"""Node kind -> stroke color, fill color, text of the legend."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """One box: what it stands for and what is written in it.
+    """One box of the image.
 
     Args:
         kind: Kind of the nodes in it.
         lines: Its two lines of text.
-        title: What a pointer that rests on it shows: the whole digests.
+        title: Its tooltip, with the full digests.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Box:
 
     @property
     def width(self) -> float:
-        """Its width in pixels, by the width of a character of a monospaced font."""
+        """Its width in pixels, for a monospaced font."""
         return max(map(len, self.lines)) * _CHARACTER + 2 * _PAD + (16 if self.kind in {"execution", "origin"} else 0)
 
     @property
@@ -55,28 +55,28 @@ class Box:
 
 
 def draw(walk: Walk) -> bytes:
-    """The picture of a walk as an SVG file.
+    """Returns a walk as an SVG image.
 
     Raises:
-        LineageError: It has too many nodes to be looked at.
+        LineageError: The walk has more than `LIMIT` boxes.
     """
     boxes, edges = _boxes(walk)
     if len(boxes) > LIMIT:
         raise LineageError(
-            f"a picture of {len(boxes)} boxes",
+            f"an image of {len(boxes)} boxes",
             allowed=f"at most {LIMIT}",
-            remedy="walk from something nearer, or take the table or --json",
+            remedy="start closer to the nodes of interest, or use the table or --json",
         )
     layers, wires = layer(boxes, edges)
     order(layers, [pair for wire in wires for pair in pairwise(wire)])
-    places, width, height = place(layers, {key: (box.width, box.height) for key, box in boxes.items()})
+    rects, width, height = position(layers, {key: (box.width, box.height) for key, box in boxes.items()})
     start = next(key for key in boxes if key == walk.start or (isinstance(key, frozenset) and walk.start in key))
-    parts = [_wire(wire, places, boxes) for wire in wires]
-    parts += [_box(box, *places[key], is_start=key == start) for key, box in boxes.items()]
-    kinds = [kind for kind in _LOOKS if any(box.kind == kind for box in boxes.values())]
-    legend, needed = _legend(kinds, height)
-    width, height = max(width, needed), height + 40
-    title = f"Lineage of {walk.start.id}, {'up to its origins' if walk.direction == 'up' else 'down to what followed'}"
+    parts = [_wire(wire, rects, boxes) for wire in wires]
+    parts += [_box(box, *rects[key], is_start=key == start) for key, box in boxes.items()]
+    kinds = [kind for kind in _STYLES if any(box.kind == kind for box in boxes.values())]
+    legend, legend_width = _legend(kinds, height)
+    width, height = max(width, legend_width), height + 40
+    title = f"Lineage of {walk.start.id}, {'upstream' if walk.direction == 'up' else 'downstream'}"
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="ui-monospace, Menlo, Consolas, monospace" font-size="11">'
@@ -89,19 +89,19 @@ def draw(walk: Walk) -> bytes:
 
 
 def _boxes(walk: Walk) -> tuple[dict[Key, Box], Edges]:
-    """One box a node; subjects that are linked alike share one where they are many."""
-    neighbours: dict[NodeId, set[tuple[NodeId, NodeId]]] = defaultdict(set)
+    """Returns one box per node, and the edges between boxes; many subjects with the same edges share one box."""
+    neighbors: dict[NodeId, set[tuple[NodeId, NodeId]]] = defaultdict(set)
     for edge in walk.edges:
-        neighbours[edge.source].add((NodeId("subject", ""), edge.target))
-        neighbours[edge.target].add((edge.source, NodeId("subject", "")))
-    alike: dict[object, list[Node]] = defaultdict(list)
+        neighbors[edge.source].add((NodeId("subject", ""), edge.target))
+        neighbors[edge.target].add((edge.source, NodeId("subject", "")))
+    groups: dict[object, list[Node]] = defaultdict(list)
     for node in walk.nodes:
         node_id = NodeId(node.kind, node.id)
-        what = (node.detail.get("kind"), frozenset(neighbours[node_id])) if node.kind == "subject" else node_id
-        alike[what].append(node)
+        group = (node.detail.get("kind"), frozenset(neighbors[node_id])) if node.kind == "subject" else node_id
+        groups[group].append(node)
     boxes: dict[Key, Box] = {}
     keys: dict[NodeId, Key] = {}
-    for nodes in alike.values():
+    for nodes in groups.values():
         ids = [NodeId(node.kind, node.id) for node in nodes]
         if len(nodes) >= _GROUP:
             boxes[frozenset(ids)] = _group(nodes)
@@ -128,11 +128,11 @@ def _group(nodes: list[Node]) -> Box:
     return Box(nodes[0].kind, (f"{len(nodes)} {kind}s", _short(f"{_short(first, 12)} to {_short(last, 12)}")), listed)
 
 
-def _wire(wire: list[Key], places: Mapping[Key, Room], boxes: Mapping[Key, Box]) -> str:
-    left, top, width, height = places[wire[0]]
+def _wire(wire: list[Key], rects: Mapping[Key, Rect], boxes: Mapping[Key, Box]) -> str:
+    left, top, width, height = rects[wire[0]]
     x, y = left + width, top + height / 2
-    end = places[wire[-1]]
-    if end[0] < x:  # back to what was there before, from left side to right side
+    end = rects[wire[-1]]
+    if end[0] < x:  # a back edge, from the left side to the right side
         x, y, to_x, to_y = left, y + height / 4, end[0] + end[2], end[1] + end[3] * 0.75
         path = [
             f"M{x:.1f},{y:.1f} C{x - GAP_X / 2:.1f},{y:.1f} {to_x + GAP_X / 2:.1f},{to_y:.1f} {to_x:.1f},{to_y:.1f}"
@@ -141,7 +141,7 @@ def _wire(wire: list[Key], places: Mapping[Key, Room], boxes: Mapping[Key, Box])
     else:
         path = [f"M{x:.1f},{y:.1f}"]
     for key in wire[1:]:
-        left, top, width, height = places[key]
+        left, top, width, height = rects[key]
         to_y = top + height / 2
         bend = (left - x) / 2
         path.append(f"C{x + bend:.1f},{y:.1f} {left - bend:.1f},{to_y:.1f} {left:.1f},{to_y:.1f}")
@@ -152,14 +152,14 @@ def _wire(wire: list[Key], places: Mapping[Key, Room], boxes: Mapping[Key, Box])
 
 
 def _box(box: Box, left: float, top: float, width: float, height: float, *, is_start: bool) -> str:
-    line, filling, _ = _LOOKS[box.kind]
-    style = f'fill="{filling}" stroke="{line}" stroke-width="{2.6 if is_start else 1.2}"'
+    stroke, fill, _ = _STYLES[box.kind]
+    style = f'fill="{fill}" stroke="{stroke}" stroke-width="{2.6 if is_start else 1.2}"'
     middle = left + width / 2
-    looks = ('fill="#212121" font-weight="600"', 'fill="#546e7a"')
+    text_styles = ('fill="#212121" font-weight="600"', 'fill="#546e7a"')
     lines = "".join(
-        f'<text x="{middle:.1f}" y="{top + _PAD / 2 + _LINE * (number + 0.75):.1f}" text-anchor="middle" {look}>'
+        f'<text x="{middle:.1f}" y="{top + _PAD / 2 + _LINE * (number + 0.75):.1f}" text-anchor="middle" {text_style}>'
         f"{_text(text)}</text>"
-        for number, (text, look) in enumerate(zip(box.lines, looks, strict=True))
+        for number, (text, text_style) in enumerate(zip(box.lines, text_styles, strict=True))
     )
     return f"<g><title>{_text(box.title)}</title>{_shape(box.kind, left, top, width, height, style)}{lines}</g>"
 
@@ -191,11 +191,11 @@ def _shape(kind: str, left: float, top: float, width: float, height: float, styl
 def _legend(kinds: list[str], top: float) -> tuple[list[str], float]:
     parts, left = [], float(GAP_Y)
     for kind in kinds:
-        line, filling, words = _LOOKS[kind]
-        style = f'fill="{filling}" stroke="{line}" stroke-width="1.2"'
+        stroke, fill, label = _STYLES[kind]
+        style = f'fill="{fill}" stroke="{stroke}" stroke-width="1.2"'
         parts.append(_shape(kind, left, top + 8, 30, 16, style))
-        parts.append(f'<text x="{left + 38:.1f}" y="{top + 20:.1f}" fill="#546e7a">{_text(words)}</text>')
-        left += 38 + len(words) * _CHARACTER + 24
+        parts.append(f'<text x="{left + 38:.1f}" y="{top + 20:.1f}" fill="#546e7a">{_text(label)}</text>')
+        left += 38 + len(label) * _CHARACTER + 24
     return parts, left
 
 
@@ -204,5 +204,5 @@ def _short(text: str, length: int = _LONGEST) -> str:
 
 
 def _text(text: str) -> str:
-    # XML knows no control characters, not even escaped.
-    return escape("".join(each if each.isprintable() or each == "\n" else "�" for each in text))
+    # XML forbids control characters, even escaped ones.
+    return escape("".join(char if char.isprintable() or char == "\n" else "�" for char in text))

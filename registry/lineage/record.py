@@ -1,6 +1,6 @@
-"""Lineage: which runs there were, what each of their steps read and made, and what can be taken from the cache.
+"""Records runs, the inputs and outputs of their steps, and finds cached outputs.
 
-Knows digests and records, never bytes; how to walk the graph is in `registry.lineage.walk`.
+Handles digests and rows, never bytes. `registry.lineage.walk` walks the graph.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from registry.store.tables import ArtifactRow, ContentRow, DistributionsRow, Exe
 
 
 class Lineage:
-    """The record of runs and executions.
+    """The table of runs and executions.
 
     Args:
-        url: SQLAlchemy URL of the database; its tables are made on first use.
+        url: SQLAlchemy URL of the database; its tables are created on first use.
 
     Raises:
         HomeError: The database cannot be used, or a newer release wrote it.
@@ -41,10 +41,10 @@ class Lineage:
         self.database.close()
 
     def start_run(self, name: str, spec: Mapping[str, Any]) -> Run:
-        """Records that this process begins to work through a spec.
+        """Records that this process starts to run a spec.
 
         Raises:
-            LineageError: The spec holds what JSON cannot.
+            LineageError: The spec has a value that JSON cannot represent.
         """
         require_json(LineageError, spec, f"spec of run {name!r}")
         run = Run(uuid4().hex, name, dict(spec), "RUNNING", os.getpid(), socket.gethostname(), now())
@@ -53,7 +53,7 @@ class Lineage:
         return run
 
     def finish_run(self, run_id: str, status: RunStatus) -> Run:
-        """Records how a run ended; the first end counts.
+        """Records the final status of a run; later calls do not change it.
 
         Raises:
             LineageError: No such run.
@@ -67,7 +67,7 @@ class Lineage:
             return _run(_get_run(session, run_id))
 
     def find_dead_runs(self) -> list[Run]:
-        """Marks as CRASHED every run of this host whose process is gone, and gives those runs."""
+        """Marks every run of this host whose process does not exist as CRASHED, and returns those runs."""
         with self.database.write() as session:
             running = session.scalars(
                 select(RunRow).where(RunRow.status == "RUNNING", RunRow.host == socket.gethostname())
@@ -78,7 +78,7 @@ class Lineage:
             return [_run(row) for row in dead]
 
     def run(self, run_id: str) -> Run:
-        """The run of that id.
+        """Returns the run with that id.
 
         Raises:
             LineageError: No such run.
@@ -87,7 +87,7 @@ class Lineage:
             return _run(_get_run(session, run_id))
 
     def runs(self, limit: int = 100) -> list[Run]:
-        """The latest runs, newest first."""
+        """Returns the latest runs, newest first."""
         with self.database.read() as session:
             rows = session.scalars(select(RunRow).order_by(RunRow.started_at.desc(), RunRow.id).limit(limit))
             return [_run(row) for row in rows]
@@ -99,29 +99,29 @@ class Lineage:
         contents: Mapping[str, FileEntry] | None = None,
         subjects: Iterable[Subject] = (),
     ) -> None:
-        """Records a step, its inputs, its output and what the output holds: all of it in one transaction, or nothing.
+        """Records a step, its inputs, its output and the contents of the output, in one transaction.
 
         Args:
-            execution: The step as it happened.
-            contents: `store.files(execution.output)`, so that a walk can start at any file.
-            subjects: What the output holds of the outer world: pictures as they came (by the digest of the original
-                file), captions (by the digest of their text), consents (by their id). A walk can start at each.
+            execution: The execution of the step.
+            contents: `store.files(execution.output)`; a walk can start at any of these files.
+            subjects: External content of the output: images (by digest of the original file), captions (by digest of
+                their text), consents (by id). A walk can start at each.
 
         Raises:
-            LineageError: No such run, the execution is recorded already, or a value is no JSON.
+            LineageError: The run does not exist, the execution is already recorded, or a value is not JSON.
         """
         require_json(LineageError, [execution.settings, execution.environment], f"step {execution.step!r}")
         with self.database.write() as session:
             _get_run(session, execution.run_id)
             if session.get(ExecutionRow, execution.id) is not None:
-                raise LineageError(f"execution {execution.id!r} is recorded already", remedy="give each one its own id")
+                raise LineageError(f"execution {execution.id!r} is recorded already", remedy="use a unique id")
             record_artifacts(session, execution.inputs.values())
             if execution.output is not None:
                 record_artifacts(session, [execution.output])
                 record_contents(session, execution.output, contents or {}, subjects)
             values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
             values["environment"] = _store_environment(session, execution.environment)
-            # An error quotes what it was about, and no text of PostgreSQL may hold NUL.
+            # An error may quote arbitrary text, and PostgreSQL text cannot contain NUL.
             values["error"] = execution.error and execution.error.replace("\0", "\ufffd")
             inputs = values.pop("inputs")
             session.add(ExecutionRow(**values))
@@ -132,7 +132,7 @@ class Lineage:
             )
 
     def find_cached(self, key: str) -> ArtifactRef | None:
-        """What the latest completed execution with this cache key made; whether its bytes are whole is not checked."""
+        """Returns the output of the latest completed execution with this cache key; does not verify its bytes."""
         with self.database.read() as session:
             row = session.scalars(
                 select(ArtifactRow)
@@ -144,7 +144,7 @@ class Lineage:
             return None if row is None else artifact_ref(row)
 
     def last_execution(self, name: str, step: str) -> Execution | None:
-        """The latest completed execution of the step of that name, in any run of the spec of that name."""
+        """Returns the latest completed execution of a step in any run of the named spec; None if there is none."""
         with self.database.read() as session:
             row = session.scalars(
                 select(ExecutionRow)
@@ -158,7 +158,7 @@ class Lineage:
     def executions(
         self, run_id: str | None = None, *, output: str | None = None, ids: Sequence[str] | None = None
     ) -> list[Execution]:
-        """Executions of a run, those that made an artifact, or those of some ids, in the order of their beginning."""
+        """Returns executions by run, output artifact or ids, sorted by start time."""
         query = select(ExecutionRow).order_by(ExecutionRow.started_at, ExecutionRow.id)
         if run_id is not None:
             query = query.where(ExecutionRow.run_id == run_id)
@@ -167,52 +167,55 @@ class Lineage:
         with self.database.read() as session:
             if ids is None:
                 return [_execution(session, row) for row in session.scalars(query)]
-            found = [row[0] for row in batched(session, query, ExecutionRow.id, ids)]
-            found.sort(key=lambda row: (row.started_at, row.id))
-            return [_execution(session, row) for row in found]
+            rows = [row[0] for row in batched(session, query, ExecutionRow.id, ids)]
+            rows.sort(key=lambda row: (row.started_at, row.id))
+            return [_execution(session, row) for row in rows]
 
     def walk(self, start: str, direction: Direction = "up", *, subjects: bool = False) -> Walk:
-        """What something was made from (`up`), or what was made from it (`down`).
+        """Returns the upstream (`up`) or downstream (`down`) graph of a node.
 
         Args:
-            start: A digest (of an artifact, of a file in one, of an adapter file, of a picture as it came), at least
-                six of its first digits, the id of a subject or a run, or `name@version` or `name@alias`.
-            direction: `up` towards the origins, `down` towards what follows.
-            subjects: Whether an upward walk also lists the subjects (pictures, ...) of every artifact that it meets.
+            start: A digest (of an artifact, a file in one, an adapter file, an original image), at least six of its
+                first digits, the id of a subject or a run, or `name@version` or `name@alias`.
+            direction: `up` for upstream, `down` for downstream.
+            subjects: True adds the subjects (images, ...) of every artifact to an upstream walk.
 
         Raises:
-            LineageError: Nothing, or more than one thing, goes by that name.
+            LineageError: No node, or more than one, has that name.
         """
         with self.database.read() as session:
             return walk(session, start, direction, subjects=subjects)
 
 
 def record_artifacts(session: Session, refs: Any) -> None:
-    """Makes the artifacts known, within a transaction."""
+    """Adds rows for the artifacts, within a transaction."""
     insert_missing(session, ArtifactRow, [ref.to_json() for ref in refs])
 
 
 def record_contents(
     session: Session, ref: ArtifactRef, contents: Mapping[str, FileEntry], subjects: Iterable[Subject] = ()
 ) -> None:
-    """Makes known what an artifact holds, within a transaction."""
+    """Adds rows for the files and subjects of an artifact, within a transaction."""
     insert_missing(
         session, ContentRow, [{"artifact": ref.sha256, "path": path, **vars(entry)} for path, entry in contents.items()]
     )
     insert_missing(
         session,
         SubjectRow,
-        [{"artifact": ref.sha256, "subject": each.id, "label": each.label, "kind": each.kind} for each in subjects],
+        [
+            {"artifact": ref.sha256, "subject": subject.id, "label": subject.label, "kind": subject.kind}
+            for subject in subjects
+        ],
     )
 
 
 def artifact_ref(row: ArtifactRow) -> ArtifactRef:
-    """The reference of a row."""
+    """Returns the reference of a row."""
     return ArtifactRef(row.kind, row.sha256, row.size)
 
 
 def _store_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The environment as its row holds it: the list of what was installed is kept once and named by its digest."""
+    """Stores the list of installed packages once, and returns the environment with its digest instead."""
     listed = environment.get("distributions")
     if not isinstance(listed, list):
         return dict(environment)
@@ -276,7 +279,7 @@ def _execution(session: Session, row: ExecutionRow) -> Execution:
 
 
 def is_alive(row: RunRow) -> bool:
-    """Whether the process of a run still lives, as far as this host can tell; another host's are taken to live."""
+    """Returns True if the process of a run exists, or if it is on another host, which cannot be checked."""
     if row.host != socket.gethostname():
         return True
     try:
@@ -285,16 +288,16 @@ def is_alive(row: RunRow) -> bool:
         return False
     except PermissionError:
         pass
-    # The number may have been given to another process since.
+    # The system may have reused the process id.
     return not row.process or _process_mark(row.pid) == row.process
 
 
 def _process_mark(pid: int) -> str:
-    """What tells a process from a later one with the same number: boot and start time; empty where unknown."""
+    """Returns boot id and start time of a process, which identify it if its id is reused; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
-    # A zombie has ended; only its parent has not looked yet.
+    # A zombie has ended; its parent has not reaped it.
     return "" if fields[0] == "Z" else f"{boot}/{fields[19]}"

@@ -1,4 +1,4 @@
-"""The graph of who was made from what, walked level by level over indexes: its cost follows its answer."""
+"""Walks the lineage graph breadth-first over database indexes; the cost depends on the size of the result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REF = _ref(VersionRow)
 
 
 class NodeId(NamedTuple):
-    """What a node is and what it is called: a digest, an id, `name@version` or free text."""
+    """Kind and id of a node; the id is a digest, an id, `name@version` or free text."""
 
     kind: NodeKind
     id: str
@@ -46,14 +46,14 @@ class NodeId(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """A thing in the graph.
+    """A node of the graph.
 
     Args:
-        kind: What it is.
+        kind: Kind of the node.
         id: Digest, id, `name@version` or free text.
-        depth: Steps from the start.
-        label: A few words for people.
-        detail: What is known of it.
+        depth: Number of edges from the start.
+        label: Display text.
+        detail: Values of its row.
     """
 
     kind: NodeKind
@@ -65,7 +65,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """`target` was made from `source`, whichever way the walk went; `role` says what it served as."""
+    """An edge from an upstream `source` to its `target`, in either walk direction; `role` is the role of the source."""
 
     source: NodeId
     target: NodeId
@@ -74,7 +74,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Walk:
-    """The answer: nodes in the order of their distance, and the edges between them."""
+    """The result of a walk: nodes sorted by distance, and the edges between them."""
 
     start: NodeId
     direction: Direction
@@ -89,14 +89,14 @@ class Walk:
 
 
 def walk(session: Session, start: str, direction: Direction, *, subjects: bool = False) -> Walk:
-    """Walks from whatever `start` names; see `Lineage.walk`."""
+    """Walks from the node that `start` names; see `Lineage.walk`."""
     first = resolve(session, start)
     step = _up if direction == "up" else _down
     depths: dict[NodeId, int] = {first: 0}
     edges: dict[Edge, None] = {}
     level, depth = [first], 0
     if first.kind == "version" and direction == "down":
-        # What was made from a version was made from its artifact, whatever it was called at the time.
+        # The downstream of a version includes the downstream of its artifact, under any name.
         for edge in _version_edges(session, [first.id]):
             if edge.role == "adapter":
                 edges[edge] = None
@@ -104,27 +104,27 @@ def walk(session: Session, start: str, direction: Direction, *, subjects: bool =
                 level.append(edge.source)
     while level:
         depth += 1
-        found: list[NodeId] = []
+        reached: list[NodeId] = []
         for edge in step(session, _by_kind(level), subjects):
             edges[edge] = None
             for node in (edge.source, edge.target):
                 if node not in depths:
                     depths[node] = depth
-                    found.append(node)
-        level = found
+                    reached.append(node)
+        level = reached
     described = _describe(session, depths) | _describe_subjects(session, first, edges)
     nodes = tuple(Node(*node, depths[node], *described.get(node, ("", {}))) for node in depths)
     return Walk(first, direction, nodes, tuple(edges))
 
 
 def resolve(session: Session, start: str) -> NodeId:
-    """The node that a digest, a beginning of one, an id or `name@ref` names.
+    """Returns the node that a digest, a prefix of one, an id or `name@ref` names.
 
     Raises:
-        LineageError: Nothing, or more than one thing, goes by that name.
+        LineageError: No node, or more than one, has that name.
     """
     name, at, ref = start.rpartition("@")
-    # A consent may be called by an address, which looks like a version.
+    # The id of a consent may be an e-mail address, which looks like a version.
     if at and (_is_name(session, name) or not _is_subject(session, start)):
         return NodeId("version", f"{name}@{_version_number(session, name, ref)}")
     if session.get(RunRow, start) is not None:
@@ -139,25 +139,25 @@ def resolve(session: Session, start: str) -> NodeId:
     for kind, column in candidates:
         if session.scalar(select(column).where(column == start).limit(1)) is not None:
             return NodeId(kind, start)
-    return _resolve_beginning(session, start, candidates)
+    return _resolve_prefix(session, start, candidates)
 
 
-def _resolve_beginning(
+def _resolve_prefix(
     session: Session, start: str, candidates: list[tuple[NodeKind, InstrumentedAttribute[str]]]
 ) -> NodeId:
-    found: list[NodeId] = []
+    matches: list[NodeId] = []
     if len(start) >= _PREFIX:
         for kind, column in candidates:
             # A range, not LIKE: it uses the index on every database.
-            beginning = select(column).where(column >= start, column < start + "\uffff").distinct().limit(3)
-            found += [NodeId(kind, value) for value in session.scalars(beginning)]
-    if len({node.id for node in found}) == 1:
-        return found[0]
-    if found:
-        listed = ", ".join(f"{node.kind} {node.id[:16]}" for node in found)
-        raise LineageError(f"{start!r} is the beginning of several things: {listed}", remedy="give more of its digits")
+            query = select(column).where(column >= start, column < start + "\uffff").distinct().limit(3)
+            matches += [NodeId(kind, value) for value in session.scalars(query)]
+    if len({node.id for node in matches}) == 1:
+        return matches[0]
+    if matches:
+        listed = ", ".join(f"{node.kind} {node.id[:16]}" for node in matches)
+        raise LineageError(f"{start!r} is ambiguous: it is a prefix of {listed}", remedy="use more digits")
     raise LineageError(
-        f"nothing is known by {start!r}",
+        f"nothing matches {start!r}",
         allowed=f"a digest (or its first {_PREFIX} digits), a run's id, name@version or name@alias",
         remedy="`loraline list` shows what is registered",
     )
@@ -175,41 +175,45 @@ def _version_number(session: Session, name: str, ref: str) -> int:
     aliases = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == ref)
     latest = select(func.max(VersionRow.version)).where(VersionRow.name == name)
     number = int(ref) if ref.isdecimal() else session.scalar(latest if ref == "latest" else aliases)
-    known = session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
-    if number is None or known is None:
+    row_id = session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
+    if number is None or row_id is None:
         raise LineageError(f"no version {name}@{ref}", remedy="`loraline list` shows what is registered")
     return number
 
 
 def _up(session: Session, level: Mapping[NodeKind, list[str]], subjects: bool) -> Iterator[Edge]:
     done = ExecutionRow.status == "COMPLETED"
-    made = select(ExecutionRow.id, ExecutionRow.output).where(done)
-    yield from _edges(session, made, ExecutionRow.output, level["artifact"], ("execution", "artifact"), role="output")
-    read = select(InputRow.artifact, InputRow.execution, InputRow.role).order_by(InputRow.execution, InputRow.position)
-    yield from _edges(session, read, InputRow.execution, level["execution"], ("artifact", "execution"))
-    held = select(ContentRow.artifact, ContentRow.sha256, ContentRow.path)
-    yield from _edges(session, held, ContentRow.sha256, level["file"], ("artifact", "file"))
+    outputs = select(ExecutionRow.id, ExecutionRow.output).where(done)
+    yield from _edges(
+        session, outputs, ExecutionRow.output, level["artifact"], ("execution", "artifact"), role="output"
+    )
+    inputs = select(InputRow.artifact, InputRow.execution, InputRow.role).order_by(
+        InputRow.execution, InputRow.position
+    )
+    yield from _edges(session, inputs, InputRow.execution, level["execution"], ("artifact", "execution"))
+    files = select(ContentRow.artifact, ContentRow.sha256, ContentRow.path)
+    yield from _edges(session, files, ContentRow.sha256, level["file"], ("artifact", "file"))
     if subjects:
-        shown = select(SubjectRow.subject, SubjectRow.artifact, SubjectRow.label)
-        yield from _edges(session, shown, SubjectRow.artifact, level["artifact"], ("subject", "artifact"))
+        query = select(SubjectRow.subject, SubjectRow.artifact, SubjectRow.label)
+        yield from _edges(session, query, SubjectRow.artifact, level["artifact"], ("subject", "artifact"))
     yield from _run_edges(session, level["run"])
     yield from _version_edges(session, level["version"])
 
 
 def _down(session: Session, level: Mapping[NodeKind, list[str]], _subjects: bool) -> Iterator[Edge]:
     done = ExecutionRow.status == "COMPLETED"
-    shown = select(SubjectRow.subject, SubjectRow.artifact, SubjectRow.label)
-    yield from _edges(session, shown, SubjectRow.subject, level["subject"], ("subject", "artifact"))
-    held = select(ContentRow.sha256, ContentRow.artifact, ContentRow.path)
-    yield from _edges(session, held, ContentRow.sha256, level["file"], ("file", "artifact"))
-    read = (
+    subjects = select(SubjectRow.subject, SubjectRow.artifact, SubjectRow.label)
+    yield from _edges(session, subjects, SubjectRow.subject, level["subject"], ("subject", "artifact"))
+    files = select(ContentRow.sha256, ContentRow.artifact, ContentRow.path)
+    yield from _edges(session, files, ContentRow.sha256, level["file"], ("file", "artifact"))
+    inputs = (
         select(InputRow.artifact, InputRow.execution, InputRow.role)
         .join(ExecutionRow, ExecutionRow.id == InputRow.execution)
         .where(done)
     )
-    yield from _edges(session, read, InputRow.artifact, level["artifact"], ("artifact", "execution"))
-    made = select(ExecutionRow.id, ExecutionRow.output).where(done)
-    yield from _edges(session, made, ExecutionRow.id, level["execution"], ("execution", "artifact"), role="output")
+    yield from _edges(session, inputs, InputRow.artifact, level["artifact"], ("artifact", "execution"))
+    outputs = select(ExecutionRow.id, ExecutionRow.output).where(done)
+    yield from _edges(session, outputs, ExecutionRow.id, level["execution"], ("execution", "artifact"), role="output")
     for column, role in ((VersionRow.artifact, "adapter"), (VersionRow.report, "report")):
         yield from _edges(session, select(column, _REF), column, level["artifact"], ("artifact", "version"), role=role)
     yield from _run_edges(session, level["run"])
@@ -219,21 +223,21 @@ def _down(session: Session, level: Mapping[NodeKind, list[str]], _subjects: bool
 
 def _version_children(session: Session, refs: list[str]) -> Iterator[Edge]:
     parent = aliased(VersionRow)
-    born = (
+    children = (
         select(_ref(parent), _REF)
         .join(ParentRow, ParentRow.parent == parent.id)
         .join(VersionRow, VersionRow.id == ParentRow.child)
     )
-    yield from _edges(session, born, parent.id, _version_ids(session, refs), ("version", "version"), role="parent")
+    yield from _edges(session, children, parent.id, _version_ids(session, refs), ("version", "version"), role="parent")
 
 
 def _version_edges(session: Session, refs: list[str]) -> Iterator[Edge]:
     ids = _version_ids(session, refs)
     for column, role in ((VersionRow.artifact, "adapter"), (VersionRow.report, "report")):
-        made = select(column, _REF).where(column.is_not(None))
-        yield from _edges(session, made, VersionRow.id, ids, ("artifact", "version"), role=role)
-    origin = select(ParentRow.parent, ParentRow.text, _REF).join(VersionRow, VersionRow.id == ParentRow.child)
-    for parent, text, child in batched(session, origin.order_by(ParentRow.position), ParentRow.child, ids):
+        artifacts = select(column, _REF).where(column.is_not(None))
+        yield from _edges(session, artifacts, VersionRow.id, ids, ("artifact", "version"), role=role)
+    parents = select(ParentRow.parent, ParentRow.text, _REF).join(VersionRow, VersionRow.id == ParentRow.child)
+    for parent, text, child in batched(session, parents.order_by(ParentRow.position), ParentRow.child, ids):
         source = NodeId("origin" if parent is None else "version", text)
         yield Edge(source, NodeId("version", child), "parent")
 
@@ -247,13 +251,13 @@ def _edges(
     session: Session,
     query: Select[Any],
     column: ColumnElement[Any] | InstrumentedAttribute[Any],
-    wanted: list[Any],
+    values: list[Any],
     ends: tuple[NodeKind, NodeKind],
     *,
     role: str = "",
 ) -> Iterator[Edge]:
-    """Edges of a query of (source, target[, role]), for the wanted values of an indexed column."""
-    for row in batched(session, query, column, wanted):
+    """Yields the edges of a query of (source, target[, role]) for some values of an indexed column."""
+    for row in batched(session, query, column, values):
         yield Edge(NodeId(ends[0], row[0]), NodeId(ends[1], row[1]), role or row[2])
 
 
@@ -261,22 +265,22 @@ def batched(
     session: Session,
     query: Select[Any],
     column: ColumnElement[Any] | InstrumentedAttribute[Any],
-    wanted: Sequence[Any],
+    values: Sequence[Any],
 ) -> Iterator[Row[Any]]:
-    """The rows of a query for the wanted values of an indexed column, however many they are."""
-    for begin in range(0, len(wanted), _BATCH):
-        yield from session.execute(query.where(column.in_(wanted[begin : begin + _BATCH])))
+    """Yields the rows of a query for any number of values of an indexed column."""
+    for begin in range(0, len(values), _BATCH):
+        yield from session.execute(query.where(column.in_(values[begin : begin + _BATCH])))
 
 
 def _version_ids(session: Session, refs: list[str]) -> list[int]:
-    numbers: dict[str, list[int]] = defaultdict(list)
+    by_name: dict[str, list[int]] = defaultdict(list)
     for ref in refs:
         name, _, number = ref.rpartition("@")
-        numbers[name].append(int(number))
+        by_name[name].append(int(number))
     ids: list[int] = []
-    for name, wanted in numbers.items():
+    for name, numbers in by_name.items():
         query = select(VersionRow.id).where(VersionRow.name == name)
-        ids += [row[0] for row in batched(session, query, VersionRow.version, wanted)]
+        ids += [row[0] for row in batched(session, query, VersionRow.version, numbers)]
     return ids
 
 
@@ -289,49 +293,49 @@ def _by_kind(level: Iterable[NodeId]) -> Mapping[NodeKind, list[str]]:
 
 def _describe(session: Session, nodes: Iterable[NodeId]) -> dict[NodeId, tuple[str, dict[str, Any]]]:
     kinds = _by_kind(nodes)
-    words: dict[NodeId, tuple[str, dict[str, Any]]] = {}
+    described: dict[NodeId, tuple[str, dict[str, Any]]] = {}
     for (row,) in batched(session, select(ArtifactRow), ArtifactRow.sha256, kinds["artifact"]):
-        words[NodeId("artifact", row.sha256)] = (row.kind, {"kind": row.kind, "size": row.size})
+        described[NodeId("artifact", row.sha256)] = (row.kind, {"kind": row.kind, "size": row.size})
     for (row,) in batched(session, select(ExecutionRow), ExecutionRow.id, kinds["execution"]):
         detail = {"step": row.step, "uses": row.uses, "run": row.run_id, "status": row.status, "at": row.started_at}
-        words[NodeId("execution", row.id)] = (f"{row.step} ({row.uses})", detail)
+        described[NodeId("execution", row.id)] = (f"{row.step} ({row.uses})", detail)
     for (row,) in batched(session, select(RunRow), RunRow.id, kinds["run"]):
-        words[NodeId("run", row.id)] = (row.name, {"status": row.status, "at": row.started_at})
+        described[NodeId("run", row.id)] = (row.name, {"status": row.status, "at": row.started_at})
     ids = _version_ids(session, kinds["version"])
     aliases = _aliases(session, kinds["version"])
     for (row,) in batched(session, select(VersionRow), VersionRow.id, ids):
         ref = f"{row.name}@{row.version}"
         detail = {"sha256": row.sha256, "aliases": aliases[ref], "at": row.created_at, "state": row.state}
-        words[NodeId("version", ref)] = (", ".join(aliases[ref]), detail)
-    return words
+        described[NodeId("version", ref)] = (", ".join(aliases[ref]), detail)
+    return described
 
 
 def _aliases(session: Session, refs: list[str]) -> Mapping[str, list[str]]:
-    """By `name@version`: the aliases that point at it, sorted."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Returns `name@version` -> the sorted aliases that point at it."""
+    aliases: dict[str, list[str]] = defaultdict(list)
     query = select(AliasRow.name, AliasRow.alias, AliasRow.version).order_by(AliasRow.name, AliasRow.alias)
     for name, alias, number in batched(session, query, AliasRow.name, sorted({ref.rpartition("@")[0] for ref in refs})):
-        found[f"{name}@{number}"].append(alias)
-    return found
+        aliases[f"{name}@{number}"].append(alias)
+    return aliases
 
 
 def _describe_subjects(
     session: Session, first: NodeId, edges: Iterable[Edge]
 ) -> dict[NodeId, tuple[str, dict[str, Any]]]:
-    """What subjects are called, by one row each: one that is in every artifact costs no more than another."""
-    places: dict[str, str] = {}
+    """Returns label and detail of subjects; reads one row each, even for a subject in every artifact."""
+    artifacts: dict[str, str] = {}
     for edge in edges:
         if edge.source.kind == "subject":
-            places.setdefault(edge.source.id, edge.target.id)
-    if first.kind == "subject" and not places:
-        somewhere = select(SubjectRow.artifact).where(SubjectRow.subject == first.id).limit(1)
-        places[first.id] = session.scalar(somewhere) or ""
-    held: dict[str, list[str]] = defaultdict(list)
-    for subject, artifact in places.items():
-        held[artifact].append(subject)
+            artifacts.setdefault(edge.source.id, edge.target.id)
+    if first.kind == "subject" and not artifacts:
+        query = select(SubjectRow.artifact).where(SubjectRow.subject == first.id).limit(1)
+        artifacts[first.id] = session.scalar(query) or ""
+    by_artifact: dict[str, list[str]] = defaultdict(list)
+    for subject, artifact in artifacts.items():
+        by_artifact[artifact].append(subject)
     rows = [
         row
-        for artifact, subjects in held.items()
+        for artifact, subjects in by_artifact.items()
         for (row,) in batched(
             session, select(SubjectRow).where(SubjectRow.artifact == artifact), SubjectRow.subject, subjects
         )

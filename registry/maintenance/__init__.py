@@ -1,1 +1,1 @@
-"""Maintenance: fsck, repair, garbage collection, backup, restore, and probes of the environment."""
+"""Maintains a home: fsck, repair, garbage collection, backup, restore, and probes of the environment."""

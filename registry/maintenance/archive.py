@@ -1,4 +1,4 @@
-"""A folder as one `.tar` file and back, uncompressed: only regular files, only inside, nothing followed."""
+"""Packs a folder into an uncompressed `.tar` file and back. Accepts only regular files inside the folder; no links."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIX = ".tar"
 
 
 def pack(folder: Path, path: Path) -> None:
-    """Writes all files of a folder into an archive, which appears whole or not at all.
+    """Writes all files of a folder into an archive, atomically.
 
     Raises:
         HomeError: The disk is full or read-only.
@@ -31,7 +31,7 @@ def unpack(path: Path, folder: Path) -> None:
         folder: An empty folder.
 
     Raises:
-        StoreError: Not an archive, cut off, or something in it is a link, a device, or named to leave the folder.
+        StoreError: The file is not a complete archive, or a member is a link, a device, or outside the folder.
         HomeError: The disk is full or read-only.
     """
     try:
@@ -42,17 +42,17 @@ def unpack(path: Path, folder: Path) -> None:
                 stream = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                 if stream is None:
                     raise StoreError(
-                        f"{member.name!r} is no regular file", where=str(path), allowed="regular files; no links"
+                        f"{member.name!r} is not a regular file", where=str(path), allowed="regular files; no links"
                     )
                 target = folder / check_relative(member.name)
                 if target.exists():
-                    raise StoreError(f"{member.name!r} is there twice", where=str(path))
+                    raise StoreError(f"{member.name!r} appears twice", where=str(path))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with stream, target.open("xb") as file:
                     shutil.copyfileobj(stream, file)
     except tarfile.TarError as error:
         raise StoreError(
-            f"this is not a whole archive ({error})",
+            f"this is not a complete archive ({error})",
             where=str(path),
             remedy="name a `.tar` that `loraline backup` wrote",
         ) from error

@@ -1,8 +1,8 @@
-"""Keeping a copy of a home while it is in use: its databases as at one instant, and every blob that they name.
+"""Backs up a home while it is in use: a consistent snapshot of its databases, and every blob that they refer to.
 
-A place of backups is a folder: `blobs/` is shared by all backups in it, so that the next one adds only what is new;
-`snapshots/TIME/` holds the databases, settings, trusted keys and a manifest with the digests of all. What a home can
-make again (MLflow's copies of the files, caches, reports, work) and Prefect's own database are not in it.
+All backups in a folder share `blobs/`, so a new backup adds only new blobs. `snapshots/TIME/` has the databases,
+settings, trusted keys and a manifest with all digests. A backup leaves out what can be rebuilt (MLflow's copies of
+files, caches, reports, work folders) and Prefect's own database.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ FORMAT = 1
 BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
 DATABASES = ("lineage.db", "mlflow.db")
 KEPT = ("*.yaml", f"{keys.FOLDER}/*{keys.SUFFIX}")
-"""What else of a home is kept: settings, policies, and the keys that are trusted."""
+"""Patterns of other files in a backup: settings, policies and trusted keys."""
 
 
 class Manifest(BaseModel):
-    """What a backup holds.
+    """Contents of a backup.
 
     Attributes:
         format: Version of the layout.
-        created_at: When it was taken, ISO 8601 in UTC.
-        home: Where the home was.
+        created_at: Time of the backup, ISO 8601 in UTC.
+        home: Path of the home.
         files: Databases and settings beside the manifest: name -> digest.
-        blobs: Digest -> bytes.
-        left_out: In words, what belongs to the home and is not in it.
+        blobs: Digest -> size in bytes.
+        left_out: Descriptions of parts of the home that the backup does not contain.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,15 +62,15 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Backup:
-    """What was backed up.
+    """Result of a backup.
 
     Args:
         path: The snapshot, or the archive.
-        blobs: Number of blobs that it names.
-        copied: Number of those that were not in the place before.
-        size: Bytes of the blobs that were copied.
-        left_out: In words, what belongs to the home and must be backed up by other means.
-        problems: What could not be copied because it is gone or damaged; a backup with problems is not whole.
+        blobs: Number of blobs in the manifest.
+        copied: Number of blobs that the folder did not have before.
+        size: Total bytes of the copied blobs.
+        left_out: Descriptions of parts of the home that need another backup.
+        problems: Missing or damaged blobs that were not copied; a backup with problems is incomplete.
     """
 
     path: Path
@@ -82,19 +82,19 @@ class Backup:
 
 
 def backup(home: Home, target: Path) -> Backup:
-    """Copies databases, settings and all blobs that the databases name; others may read and write meanwhile.
+    """Copies databases, settings and all blobs that the databases refer to. Safe while others read and write.
 
     Args:
         home: The home.
-        target: A folder of backups, made if it is missing; or a file `NAME.tar`, which holds this one alone.
+        target: A folder of backups, created if missing; or a file `NAME.tar` for this backup alone.
 
     Raises:
         HomeError: A collection is running, a database is damaged, or the disk is full.
-        StoreError: The target holds something else, or lies in the home.
+        StoreError: The target has other content, or is inside the home.
     """
     target = target.absolute()
     if home.path in (target, *target.parents):
-        raise StoreError("a backup must not lie in what it is of", where=str(target), remedy="name another folder")
+        raise StoreError("a backup must not be inside its home", where=str(target), remedy="name another folder")
     if target.suffix != SUFFIX:
         return _backup(home, target)
     with disk_errors(target):
@@ -109,7 +109,7 @@ def _backup(home: Home, target: Path) -> Backup:
     snapshots = target / SNAPSHOTS
     with disk_errors(target):
         if target.is_dir() and any(target.iterdir()) and not snapshots.is_dir():
-            raise StoreError("there is something else here", where=str(target), remedy="name an empty or a new folder")
+            raise StoreError("the folder has other content", where=str(target), remedy="name an empty or a new folder")
         snapshots.mkdir(parents=True, exist_ok=True)
         partial_folder = Path(tempfile.mkdtemp(dir=snapshots, prefix=".", suffix=".partial"))
         try:
@@ -122,7 +122,7 @@ def _backup(home: Home, target: Path) -> Backup:
             sync_folder(snapshots)
         except Timeout:
             raise HomeError(
-                "a collection or another backup is running", where=str(home.path), remedy="wait for its end"
+                "a collection or another backup is running", where=str(home.path), remedy="wait until it ends"
             ) from None
         finally:
             shutil.rmtree(partial_folder, ignore_errors=True)
@@ -131,14 +131,14 @@ def _backup(home: Home, target: Path) -> Backup:
 
 def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, Manifest]:
     left_out = []
-    Database(home.lineage_url).close()  # of this release's schema from here on, or refused
+    Database(home.lineage_url).close()  # migrates to this release's schema, or raises
     own, mlflow = (folder / name for name in DATABASES)
     if (file := sqlite_file(home.lineage_url)) is not None:
         copy_database(file, own)
     else:
         _copy_server(home.lineage_url, own)
     if (file := sqlite_file(home.mlflow_url)) is None:
-        left_out.append(f"{name_of(home.mlflow_url)}: MLflow's tables, which are written again from the registry")
+        left_out.append(f"{name_of(home.mlflow_url)}: MLflow's tables, which the registry can rebuild")
     elif file.exists():
         copy_database(file, mlflow)
     for pattern in KEPT:
@@ -147,17 +147,17 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, Manifest]:
                 atomic_write(folder / path.relative_to(home.path), path.read_bytes())
     store, blobs = open_store(home), LocalBlobs(target / BLOBS)
     with closing(Database(f"sqlite:///{own}")) as database:
-        found, problems = _named_blobs(database, store)
-    held, size, copied = {}, 0, 0
-    for digest, where in sorted(found.items()):
+        referenced, problems = _referenced_blobs(database, store)
+    sizes, size, copied = {}, 0, 0
+    for digest, where in sorted(referenced.items()):
         is_new = not blobs.exists(digest)
         try:
             blobs.write(digest, partial(store.blobs.open, digest))
         except (StoreError, MissingBlob) as error:
             problems.append(Problem(error.problem, where, "`loraline fsck --repair`, then back up again"))
             continue
-        held[digest] = blobs.size(digest)
-        copied, size = copied + is_new, size + is_new * held[digest]
+        sizes[digest] = blobs.size(digest)
+        copied, size = copied + is_new, size + is_new * sizes[digest]
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -166,15 +166,15 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, Manifest]:
         created_at=now().isoformat(),
         home=str(home.path),
         files=files,
-        blobs=held,
+        blobs=sizes,
         left_out=tuple(left_out),
     )
-    return Backup(folder, len(held), copied, size, tuple(left_out), tuple(problems)), manifest
+    return Backup(folder, len(sizes), copied, size, tuple(left_out), tuple(problems)), manifest
 
 
-def _named_blobs(database: Database, store: Store) -> tuple[dict[str, str], list[Problem]]:
-    """Digest -> what it is, of every blob that the record names and a collection did not take."""
-    found: dict[str, str] = {}
+def _referenced_blobs(database: Database, store: Store) -> tuple[dict[str, str], list[Problem]]:
+    """Returns digest -> description of every blob that the database refers to and that was not collected."""
+    descriptions: dict[str, str] = {}
     problems = []
     with database.read() as session:
         needed = version_roots(session)
@@ -186,21 +186,21 @@ def _named_blobs(database: Database, store: Store) -> tuple[dict[str, str], list
             except (MissingBlob, DamagedBlob) as error:
                 problems.append(Problem(error.problem, f"{ref.kind} {ref.sha256}", error.remedy))
                 continue
-            found[ref.sha256] = f"list of {ref.kind} {ref.sha256}"
-            found |= {entry.sha256: f"{path} of {ref.kind} {ref.sha256}" for path, entry in files.items()}
-    return found, problems
+            descriptions[ref.sha256] = f"list of {ref.kind} {ref.sha256}"
+            descriptions |= {entry.sha256: f"{path} of {ref.kind} {ref.sha256}" for path, entry in files.items()}
+    return descriptions, problems
 
 
 def _copy_server(url: str, target: Path) -> None:
-    """Copies our tables from a server to a file, which is one file then, and checked."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
-        made = Path(beside) / target.name
-        copy_tables(url, f"sqlite:///{made}")
-        copy_database(made, target)
+    """Copies the registry's tables from a server to one checked SQLite file."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        copy = Path(folder) / target.name
+        copy_tables(url, f"sqlite:///{copy}")
+        copy_database(copy, target)
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copies a SQLite database as it is at one instant, while others write; the copy is one file, and checked.
+    """Copies a consistent snapshot of a SQLite database to one checked file. Safe while others write.
 
     Raises:
         HomeError: The database is damaged, or the disk is full.
@@ -208,7 +208,7 @@ def copy_database(source: Path, target: Path) -> None:
     try:
         with closing(sqlite3.connect(source, timeout=20)) as reader, closing(sqlite3.connect(target)) as writer:
             reader.backup(writer)
-            # One file, without a log beside it.
+            # Keeps the copy one file, without a write-ahead log.
             writer.execute("PRAGMA journal_mode=DELETE")
             findings = [row[0] for row in writer.execute("PRAGMA integrity_check(3)")]
     except sqlite3.Error as error:

@@ -1,4 +1,4 @@
-"""Whether MLflow shows what the registry says: part of `registry.maintenance.fsck`."""
+"""Checks MLflow against the registry. Part of `registry.maintenance.fsck`."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from registry.home import Home
 from registry.store.artifacts import Store
 from registry.versions.mlflow_writer import MlflowVersion, MlflowWriter
 
-SYNC = "`loraline fsck --repair` brings MLflow level again, or builds it anew"
+SYNC = "`loraline fsck --repair` syncs MLflow, or rebuilds it"
 
 
 def check_mlflow(
     home: Home, store: Store, versions: Iterable[AdapterVersion], aliases: Mapping[tuple[str, str], int]
 ) -> Iterator[Problem]:
-    """Compares versions, digests, aliases and copies.
+    """Compares versions, digests, aliases and file copies, and yields the differences.
 
     Args:
         home: The home.
         store: Its store.
-        versions: What is registered.
-        aliases: (name, alias) -> number.
+        versions: The registered versions.
+        aliases: (name, alias) -> version number.
     """
     try:
         with home.lock("mlflow"):
-            mirrored = {(entry.name, entry.version): entry for entry in MlflowWriter(home, store).versions()}
+            synced = {(entry.name, entry.version): entry for entry in MlflowWriter(home, store).versions()}
     except MlflowError as error:
         yield Problem(error.problem, "MLflow", error.remedy)
         return
     for version in versions:
-        entry = mirrored.pop((version.name, version.version), None)
+        entry = synced.pop((version.name, version.version), None)
         where = f"MLflow's {version.ref}"
         if entry is None:
             yield Problem("MLflow does not have this version", where, SYNC)
             continue
         if entry.sha256 != version.sha256:
             yield Problem(f"tagged with digest {entry.sha256!r} instead of {version.sha256}", where, SYNC)
-        here = (version.name, version.version)
-        wanted = tuple(sorted(alias for (name, alias), number in aliases.items() if (name, number) == here))
-        if entry.aliases != wanted:
-            yield Problem(f"has the aliases {list(entry.aliases)} instead of {list(wanted)}", where, SYNC)
+        key = (version.name, version.version)
+        expected = tuple(sorted(alias for (name, alias), number in aliases.items() if (name, number) == key))
+        if entry.aliases != expected:
+            yield Problem(f"has the aliases {list(entry.aliases)} instead of {list(expected)}", where, SYNC)
         yield from _check_copy(entry, version, where)
-    for name, number in sorted(mirrored):
-        yield Problem("MLflow has a version that was never registered here", f"MLflow's {name}@{number}", SYNC)
+    for name, number in sorted(synced):
+        yield Problem("MLflow has a version that the registry does not have", f"MLflow's {name}@{number}", SYNC)
 
 
 def _check_copy(entry: MlflowVersion, version: AdapterVersion, where: str) -> Iterator[Problem]:
@@ -54,7 +54,7 @@ def _check_copy(entry: MlflowVersion, version: AdapterVersion, where: str) -> It
         return
     copy = entry.source / Path(version.adapter_path).name
     if not copy.is_file():
-        yield Problem("MLflow's copy of the adapter is gone", f"{where}: {copy}", SYNC)
+        yield Problem("MLflow's copy of the adapter is missing", f"{where}: {copy}", SYNC)
         return
     actual = sha256_file(copy)
     if actual != version.sha256:

@@ -1,4 +1,4 @@
-"""Whether the rows agree with the log of events and with each other: part of `registry.maintenance.fsck`."""
+"""Checks the rows against the event log and each other. Part of `registry.maintenance.fsck`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from registry.store.tables import EventRow, ExecutionRow, InputRow, RevocationRo
 from registry.versions.projections import project_revocations, project_states
 from registry.versions.promotion import replay
 
-_REPLAY = "`loraline fsck --repair` writes what the log says; then see who wrote the database"
+_REPLAY = "`loraline fsck --repair` restores the state of the log; then find out what changed the database"
 _DATABASE = "restore the database from a backup"
 _RUN = "the next run marks it as CRASHED; `loraline fsck --repair` does so now"
 
 
 def check_sqlite(path: Path, remedy: str) -> list[Problem]:
-    """Whether a SQLite file is whole, and no row refers to one that is not there.
+    """Checks the integrity and the foreign keys of a SQLite file.
 
     Args:
         path: The file.
-        remedy: What to do if it is not.
+        remedy: Remedy for the reported problems.
     """
     where = str(path)
     if not path.is_file():
-        return [Problem("the database is gone", where, remedy)]
+        return [Problem("the database is missing", where, remedy)]
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             findings = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
             findings += [
-                f"row {row[1]} of {row[0]} refers to nothing" for row in connection.execute("PRAGMA foreign_key_check")
+                f"row {row[1]} of {row[0]} refers to a missing row"
+                for row in connection.execute("PRAGMA foreign_key_check")
             ]
     except sqlite3.DatabaseError as error:
         findings = [str(error)]
@@ -44,39 +45,39 @@ def check_sqlite(path: Path, remedy: str) -> list[Problem]:
 
 
 def check_log(session: Session) -> Iterator[Problem]:
-    """Whether aliases, states and revocations are the replay of the log, and the log has no holes."""
+    """Checks that aliases, states and revocations equal the replay of the log, and that the log has no gaps."""
     events = queries.read_events(session)
     replayed, table = replay(events), queries.alias_table(session)
     for name, alias in sorted(replayed.keys() | table.keys()):
         log, row = replayed.get((name, alias)), table.get((name, alias))
         if log != row:
-            yield Problem(f"points at version {row}, but the log of events says {log}", f"{name}@{alias}", _REPLAY)
+            yield Problem(f"points at version {row}, but the event log has {log}", f"{name}@{alias}", _REPLAY)
     numbers = {(row.name, row.version): row.state for row in session.scalars(select(VersionRow))}
     states = project_states(events)
     for (name, number), state in sorted(numbers.items()):
-        told = states.get((name, number), "ACTIVE")
-        if state != told:
-            yield Problem(f"is {state}, but the log of events says {told}", f"{name}@{number}", _REPLAY)
+        logged = states.get((name, number), "ACTIVE")
+        if state != logged:
+            yield Problem(f"is {state}, but the event log has {logged}", f"{name}@{number}", _REPLAY)
     revoked, rows = project_revocations(events), _revocations(session)
     for subject in sorted(revoked.keys() ^ rows.keys()):
-        said, is_so = (("revoked" if subject in source else "not revoked") for source in (revoked, rows))
-        yield Problem(f"is {is_so}, but the log of events says {said}", f"subject {subject}", _REPLAY)
+        expected, current = (("revoked" if subject in source else "not revoked") for source in (revoked, rows))
+        yield Problem(f"is {current}, but the event log has {expected}", f"subject {subject}", _REPLAY)
     yield from _check_sequence(session)
     for event in events:
         if event.name and event.after is not None and (event.name, event.after) not in numbers:
-            what = f"event {event.seq} ({event.action}) is about a version that is gone"
-            yield Problem(what, f"{event.name}@{event.after}", _DATABASE)
+            problem = f"event {event.seq} ({event.action}) refers to a missing version"
+            yield Problem(problem, f"{event.name}@{event.after}", _DATABASE)
 
 
 def check_runs(session: Session) -> Iterator[Problem]:
-    """Whether what is RUNNING does run, and what was done belongs to runs and artifacts that are known."""
+    """Checks that RUNNING runs have a live process, and that recorded inputs belong to recorded executions."""
     for row in session.scalars(select(RunRow).where(RunRow.status == "RUNNING").order_by(RunRow.id)):
         if not is_alive(row):
-            what = f"run {row.name!r} is RUNNING, but its process {row.pid} is gone"
-            yield Problem(what, f"run {row.id}", _RUN, "leftover")
-    lonely = select(InputRow.execution).where(InputRow.execution.not_in(select(ExecutionRow.id))).distinct()
-    for execution in session.scalars(lonely):
-        yield Problem("inputs are recorded of an execution that is not", f"execution {execution}", _DATABASE)
+            problem = f"run {row.name!r} is RUNNING, but its process {row.pid} does not exist"
+            yield Problem(problem, f"run {row.id}", _RUN, "leftover")
+    orphans = select(InputRow.execution).where(InputRow.execution.not_in(select(ExecutionRow.id))).distinct()
+    for execution in session.scalars(orphans):
+        yield Problem("inputs refer to a missing execution", f"execution {execution}", _DATABASE)
 
 
 def _check_sequence(session: Session) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
-"""What is wrong with an installation, and how to mend it. Looks at packages, folders, databases and places; no bytes.
+"""Checks an installation: packages, folders, databases and servers, with a remedy for each problem.
 
-Whether what is registered is whole is `registry.maintenance.fsck`'s affair. What computes (CUDA, MPS) is told by the caller.
+`registry.maintenance.fsck` checks the registered data. The caller probes the devices (CUDA, MPS).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = ["Finding", "doctor"]
 KNOWN_BREAKS: Mapping[str, tuple[str, str, str]] = {
     "fastapi": (">=0.151", "<0.151", "Prefect 3.8.8 cannot start its server with it"),
     "sqlalchemy": (">=2.1.dev0", "<2.1", "Prefect 3.8.8 never runs a schedule with it"),
-    "pillow": ("<13", ">=13", "a picture can take over the process that opens it (GHSA-8g5g-8vmr-9782)"),
-    "torch": ("<2.10", ">=2.10", "a pickled file can take over the process that opens it (CVE-2026-24747)"),
+    "pillow": ("<13", ">=13", "an image can execute code in the process that opens it (GHSA-8g5g-8vmr-9782)"),
+    "torch": ("<2.10", ">=2.10", "a pickle can execute code in the process that opens it (CVE-2026-24747)"),
 }
-"""Package -> versions that are known to break, those to install instead, and what breaks."""
+"""Package -> versions with a known fault, versions to install instead, and the fault."""
 
-_LITTLE, _HARDLY_ANY = 5 << 30, 200 << 20
+_LOW_SPACE, _NO_SPACE = 5 << 30, 200 << 20
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afpfs", "ceph", "glusterfs", "lustre"}
 )
@@ -51,48 +51,50 @@ def doctor(
     probe: Callable[[], list[Finding]] = list,
     installed: Callable[[str], str | None] | None = None,
 ) -> list[Finding]:
-    """Looks at everything that a home needs; changes nothing but for a file that it writes and deletes.
+    """Checks everything that a home needs. Changes nothing, except that it writes and deletes one probe file.
 
     Args:
-        path: The home; need not be there.
-        probe: Gives what the engine sees: devices and the like.
-        installed: Gives the version of a package or None; asks this environment by default.
+        path: The home; may be missing.
+        probe: Returns the engine's findings, such as devices.
+        installed: Returns the version of a package or None; None checks this environment.
     """
-    found = [*check_packages(installed or _installed), *_check_home(path)]
-    if all(finding.level != "broken" for finding in found if finding.about in {"home", "settings"}) and path.is_dir():
+    findings = [*check_packages(installed or _installed), *_check_home(path)]
+    is_usable = all(finding.level != "broken" for finding in findings if finding.about in {"home", "settings"})
+    if is_usable and path.is_dir():
         home = Home(path.absolute())
-        found += [*_check_databases(home), *_check_store(home), *_check_mlflow(home), *_check_locks(home)]
-    return [*found, *_check_prefect(path), *_check_hugging_face(), *probe()]
+        findings += [*_check_databases(home), *_check_store(home), *_check_mlflow(home), *_check_locks(home)]
+    return [*findings, *_check_prefect(path), *_check_hugging_face(), *probe()]
 
 
 def check_packages(installed: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Python and every package, against what Loraline asks for and what is known to break."""
+    """Checks Python and every package against Loraline's requirements and the versions with known faults."""
     try:
-        about = metadata.distribution("loraline")
-        python = about.metadata["Requires-Python"] or ">=3.11"
-        wanted = about.requires or []
+        distribution = metadata.distribution("loraline")
+        python = distribution.metadata["Requires-Python"] or ">=3.11"
+        requirements = distribution.requires or []
     except metadata.PackageNotFoundError:
         yield Finding("packages", "warning", "loraline itself is not installed", "pip install loraline")
-        wanted, python = [], ">=3.11"
+        requirements, python = [], ">=3.11"
     version = ".".join(map(str, sys.version_info[:3]))
-    fits = SpecifierSet(python).contains(version)
-    yield Finding("python", "ok" if fits else "broken", version, "" if fits else f"use Python {python}")
-    wrong = 0
-    for text in wanted:
+    is_supported = SpecifierSet(python).contains(version)
+    remedy = "" if is_supported else f"use Python {python}"
+    yield Finding("python", "ok" if is_supported else "broken", version, remedy)
+    problems = 0
+    for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         finding = _check_package(requirement, installed(requirement.name))
         if finding is not None:
-            wrong += 1
+            problems += 1
             yield finding
-    for name, (versions, instead, why) in KNOWN_BREAKS.items():
+    for name, (versions, instead, fault) in KNOWN_BREAKS.items():
         version_of = installed(name)
         if version_of is not None and SpecifierSet(versions).contains(version_of, prereleases=True):
-            wrong += 1
-            yield Finding("packages", "broken", f"{name} {version_of}: {why}", f"pip install '{name}{instead}'")
-    if not wrong:
-        yield Finding("packages", "ok", "all are as Loraline asks for")
+            problems += 1
+            yield Finding("packages", "broken", f"{name} {version_of}: {fault}", f"pip install '{name}{instead}'")
+    if not problems:
+        yield Finding("packages", "ok", "all requirements are met")
 
 
 def _check_package(requirement: Requirement, version: str | None) -> Finding | None:
@@ -106,7 +108,7 @@ def _check_package(requirement: Requirement, version: str | None) -> Finding | N
 
 def _check_home(path: Path) -> Iterator[Finding]:
     if not path.exists():
-        yield Finding("home", "warning", f"{path} is not there yet", "`loraline init`, or set LORALINE_HOME")
+        yield Finding("home", "warning", f"{path} does not exist", "`loraline init`, or set LORALINE_HOME")
         return
     probe = path / f".doctor-{os.getpid()}"
     try:
@@ -117,17 +119,17 @@ def _check_home(path: Path) -> Iterator[Finding]:
         yield Finding("home", "broken", f"{path}: {error.problem}", error.remedy)
         return
     free = shutil.disk_usage(path).free
-    level: Level = "broken" if free < _HARDLY_ANY else "warning" if free < _LITTLE else "ok"
+    level: Level = "broken" if free < _NO_SPACE else "warning" if free < _LOW_SPACE else "ok"
     remedy = "" if level == "ok" else "`loraline gc`, or free some space"
-    yield Finding("home", level, f"{path.absolute()}, {free / (1 << 30):.1f} GiB left", remedy)
+    yield Finding("home", level, f"{path.absolute()}, {free / (1 << 30):.1f} GiB free", remedy)
     try:
         settings = Home(path).settings
     except HomeError as error:
         yield Finding("settings", "broken", error.problem, error.remedy)
         return
-    said = {key: value for key, value in settings.model_dump().items() if value}
-    shown = ", ".join(f"{key}: {name_of(value) if '@' in str(value) else value}" for key, value in said.items())
-    yield Finding("settings", "ok", shown or f"no {NAME}: all is in the home")
+    values = {key: value for key, value in settings.model_dump().items() if value}
+    shown = ", ".join(f"{key}: {name_of(value) if '@' in str(value) else value}" for key, value in values.items())
+    yield Finding("settings", "ok", shown or f"no {NAME}: everything is in the home")
 
 
 def _check_databases(home: Home) -> Iterator[Finding]:
@@ -146,11 +148,11 @@ def _check_databases(home: Home) -> Iterator[Finding]:
             yield Finding(
                 about,
                 "broken",
-                f"{file} is SQLite on {system}, whose locks do not hold",
-                "keep the home on a local disk, or name a PostgreSQL database in loraline.yaml",
+                f"{file} is SQLite on {system}, whose locks are unreliable",
+                "move the home to a local disk, or name a PostgreSQL database in loraline.yaml",
             )
         elif not file.exists():
-            yield Finding(about, "ok", f"{file} will be made on first use")
+            yield Finding(about, "ok", f"{file} will be created on first use")
         else:
             yield Finding(about, "ok", f"{file}" + (f", schema {schema}" if schema is not None else ""))
 
@@ -176,14 +178,14 @@ def _check_mlflow(home: Home) -> Iterator[Finding]:
         return
     try:
         with closing(Database(home.lineage_url)) as database:
-            level = is_synced(home, database)
+            synced = is_synced(home, database)
     except HomeError:
-        return  # told with the databases
-    if level:
-        yield Finding("MLflow", "ok", "shows all that is registered")
+        return  # `_check_databases` reports it
+    if synced:
+        yield Finding("MLflow", "ok", "is in sync")
     else:
         yield Finding(
-            "MLflow", "warning", "is behind", "the next command brings it level; `loraline fsck --repair` at once"
+            "MLflow", "warning", "is behind", "the next command syncs it; `loraline fsck --repair` syncs it now"
         )
 
 
@@ -196,19 +198,19 @@ def _check_locks(home: Home) -> Iterator[Finding]:
                 pass
         except Timeout:
             held.append(path.stem[:12])
-    told = f"; held now: {', '.join(held)}" if held else ""
-    yield Finding("locks", "ok", f"{len(files)} lock files, which are harmless{told}")
+    suffix = f"; held now: {', '.join(held)}" if held else ""
+    yield Finding("locks", "ok", f"{len(files)} lock files, which are harmless{suffix}")
 
 
 def _check_prefect(path: Path) -> Iterator[Finding]:
     url = os.environ.get("PREFECT_API_URL")
     if url is None:
-        place = os.environ.get("PREFECT_HOME") or path / "prefect"
-        yield Finding("Prefect", "ok", f"starts a server of its own for each run, in {place}")
+        folder = os.environ.get("PREFECT_HOME") or path / "prefect"
+        yield Finding("Prefect", "ok", f"starts its own server for each run, in {folder}")
         return
     remedy = "start it (`prefect server start`), or unset PREFECT_API_URL"
     if not url.startswith(("http://", "https://")):
-        yield Finding("Prefect", "broken", f"PREFECT_API_URL is {url!r}, no address of a server", remedy)
+        yield Finding("Prefect", "broken", f"PREFECT_API_URL is {url!r}, which is not a server URL", remedy)
         return
     try:
         with urlopen(f"{url.rstrip('/')}/health", timeout=3):  # noqa: S310
@@ -222,12 +224,12 @@ def _check_hugging_face() -> Iterator[Finding]:
     cache = Path(os.environ.get("HF_HUB_CACHE") or root / "hub")
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     offline = [name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}]
-    held = sum(1 for _ in cache.glob("models--*")) if cache.is_dir() else 0
-    found = f"{held} models in {cache}" + (f"; offline ({', '.join(offline)})" if offline else "")
-    if offline and not held:
-        yield Finding("Hugging Face", "warning", found, f"only the base 'tiny' can be used: unset {', '.join(offline)}")
+    models = sum(1 for _ in cache.glob("models--*")) if cache.is_dir() else 0
+    state = f"{models} models in {cache}" + (f"; offline ({', '.join(offline)})" if offline else "")
+    if offline and not models:
+        yield Finding("Hugging Face", "warning", state, f"only the base 'tiny' can be used: unset {', '.join(offline)}")
     else:
-        yield Finding("Hugging Face", "ok", found)
+        yield Finding("Hugging Face", "ok", state)
 
 
 def _installed(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Whether all of it still agrees: bytes, digests, rows, events, aliases, MLflow. Reads; `repair` mends."""
+"""Checks the consistency of a home: bytes, digests, rows, events, aliases, MLflow. Reads only; `repair` writes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DATABASE = "restore it from a backup"
 
 
 def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Problem]:
-    """Checks every promise of a home and lists what does not hold; an empty list is good news.
+    """Checks a home and returns all problems; an empty list means that it is consistent.
 
     Args:
         home: The home.
-        grace: Seconds for which what nothing refers to is taken for work in progress.
-        mlflow: Whether to ask MLflow too, which takes a few seconds.
+        grace: Seconds for which an unreferenced file counts as work in progress.
+        mlflow: True checks MLflow too, which takes a few seconds.
     """
-    # A server looks after its own files.
-    own, mirrored = sqlite_file(home.lineage_url), sqlite_file(home.mlflow_url)
+    # A database server checks its own files.
+    own, mlflow_file = sqlite_file(home.lineage_url), sqlite_file(home.mlflow_url)
     problems = check_sqlite(own, _DATABASE) if own else []
     if problems:
         return problems
@@ -41,29 +41,29 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
         return [Problem(error.problem, error.where, error.remedy)]
     with closing(lineage), lineage.database.read() as session:
         versions = queries.read_versions(session)
-        # After the rows, which stay as they were seen: what they name was stored before.
+        # The bytes come after the rows: a row is written after its blobs, and this session sees no later rows.
         problems += check_bytes(session, store, read_digests(store), grace)
         problems += check_versions(store, versions)
         problems += check_log(session)
         problems += check_runs(session)
         aliases = queries.alias_table(session)
     problems += _check_leftovers(home, store, grace)
-    if mlflow and (versions or (mirrored and mirrored.exists())):
-        broken = check_sqlite(mirrored, SYNC) if mirrored else []
+    if mlflow and (versions or (mlflow_file and mlflow_file.exists())):
+        broken = check_sqlite(mlflow_file, SYNC) if mlflow_file else []
         problems += broken or check_mlflow(home, store, versions, aliases)
     return problems
 
 
 def _check_leftovers(home: Home, store: Store, grace: float) -> Iterator[Problem]:
     oldest = time.time() - grace
-    what, remedy = "left over by a process that died while it wrote", "`loraline gc` takes it away"
-    for stray in store.blobs.orphans():
-        if stray.modified < oldest:
-            yield Problem(what, f"{stray.name} in the store", remedy, "leftover")
+    problem, remedy = "unfinished file of a killed process", "`loraline gc` deletes it"
+    for orphan in store.blobs.orphans():
+        if orphan.modified < oldest:
+            yield Problem(problem, f"{orphan.name} in the store", remedy, "leftover")
     for path in find_partials(home):
         try:
             is_old = path.lstat().st_mtime < oldest
         except FileNotFoundError:
             continue  # its writer has finished
         if is_old:
-            yield Problem(what, str(path), remedy, "leftover")
+            yield Problem(problem, str(path), remedy, "leftover")

@@ -1,8 +1,8 @@
-"""Collecting what nobody needs any more: blobs without an owner, and what killed processes left behind.
+"""Collects garbage: unreferenced blobs and the leftovers of killed processes.
 
-Safe while others put and register. Who stores, finds or registers something makes it young (`Blobs.touch`), and what is
-younger than the grace period stays; so does all that the record names when the collection looks. The training cache is
-the engine's, and pruned by the caller.
+Safe while others store and register. Storing, finding or registering a blob refreshes its age (`Blobs.touch`), and a
+collection deletes neither young blobs nor blobs that the database refers to. The caller prunes the engine's training
+cache.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ What = Literal["artifact", "blob", "bin", "leftover", "work"]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that went, or would go.
+    """One deleted item, or one to delete in a dry run.
 
     Args:
-        what: `artifact` (a list of files that the record knows), `blob`, `trash` (a blob that an earlier collection took
-            away from a store behind a URL), `leftover` (of a killed writer) or `work` (a folder of a step).
-        name: Its digest or path.
-        size: Bytes.
+        what: `artifact` (a recorded list of files), `blob`, `bin` (a blob that an earlier collection moved to the trash
+            of a remote store), `leftover` (of a killed writer) or `work` (folder of a step).
+        name: Digest or path.
+        size: Size in bytes.
     """
 
     what: What
@@ -51,15 +51,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Collection:
-    """What a collection did, or with `dry_run` would do.
+    """Result of a collection.
 
     Args:
-        items: What went.
-        kept: Number of blobs that stayed.
-        waiting: Number of blobs that nobody needs, but that are younger than the grace period.
-        binned: Bytes that a store behind a URL keeps until a later collection, in case that somebody was just about to
-            use them.
-        dry_run: Whether nothing was done.
+        items: Deleted items.
+        kept: Number of referenced blobs.
+        waiting: Number of unreferenced blobs that are younger than the grace period.
+        binned: Bytes in the trash of a remote store, which a later collection deletes if no process uses them.
+        dry_run: True if nothing was deleted.
     """
 
     items: tuple[Item, ...]
@@ -70,49 +69,49 @@ class Collection:
 
     @property
     def size(self) -> int:
-        """Bytes of all items."""
+        """Total bytes of the items."""
         return sum(item.size for item in self.items)
 
 
 def collect(home: Home, *, grace: float = GRACE, keep_runs: float = KEEP_RUNS, dry_run: bool = False) -> Collection:
-    """Deletes what nobody needs: blobs of no version and no recent run, and leftovers.
+    """Deletes blobs that no version and no recent run needs, and leftovers.
 
-    What stays: all that versions need (see `needs.version_roots`), what runs of the last days, running ones and
-    the last one of each pipeline read and made, and whatever is younger than the grace period. A step whose result went
-    simply runs again when it is asked for.
+    Keeps everything that versions need (see `gc_roots.version_roots`), the inputs and outputs of recent runs, running
+    runs and the last run of each pipeline, and everything younger than the grace period. A step whose result was
+    deleted runs again when its output is needed.
 
     Args:
         home: The home.
-        grace: Seconds for which a new or renewed blob stays whatever the record says; must cover the longest time
-            between a put and its record. 0 only where nothing else runs.
+        grace: Seconds for which a new or touched blob stays; must exceed the longest time between storing a blob and
+            recording it. Use 0 only if nothing else runs.
         keep_runs: Days for which the artifacts of runs stay.
-        dry_run: Only says what would go.
+        dry_run: True deletes nothing and returns the items to delete.
 
     Raises:
-        HomeError: Another collection or a backup is at it, or the database cannot be used.
-        StoreError: The files of something that is needed are not known; nothing was deleted.
+        HomeError: Another collection or a backup is running, or the database cannot be used.
+        StoreError: The files of a needed artifact are unknown; nothing was deleted.
     """
     try:
         with home.lock("gc", timeout=0), closing(Database(home.lineage_url)) as database:
             return _collect(home, database, grace, keep_runs, dry_run)
     except Timeout:
         raise HomeError(
-            "another collection or a backup is running", where=str(home.path), remedy="wait for its end"
+            "another collection or a backup is running", where=str(home.path), remedy="wait until it ends"
         ) from None
 
 
 def _collect(home: Home, database: Database, grace: float, keep_runs: float, dry_run: bool) -> Collection:
     store, before = open_store(home), time.time() - grace
     with database.read() as session:
-        wanted, lists = mark(session, store, keep_runs, before)
-    # Lists first: if this dies midway, no list of files names a file that is gone.
+        marked, lists = mark(session, store, keep_runs, before)
+    # Lists first: if this process is killed midway, no list refers to a deleted file.
     digests = sorted(store.blobs.digests(), key=lambda digest: digest not in lists)
-    unwanted = [digest for digest in digests if digest not in wanted]
-    items = list(_sweep_bin(store.blobs, wanted, before, dry_run))
-    to_export, binned = {item.name for item in items}, 0
+    unmarked = [digest for digest in digests if digest not in marked]
+    items = list(_sweep_trash(store.blobs, marked, before, dry_run))
+    trashed, binned = {item.name for item in items}, 0
     waiting = 0
-    for digest in unwanted:
-        if digest in to_export:
+    for digest in unmarked:
+        if digest in trashed:
             continue
         item = _sweep(store.blobs, digest, "artifact" if digest in lists else "blob", before, dry_run)
         waiting += item is None
@@ -121,25 +120,25 @@ def _collect(home: Home, database: Database, grace: float, keep_runs: float, dry
         binned = sum(entry.size for entry in store.blobs.trash())
     items += sweep_leftovers(home, store.blobs, before, dry_run)
     items += _sweep_work(home, before, dry_run)
-    return Collection(tuple(items), len(digests) - len(unwanted), waiting, binned, dry_run)
+    return Collection(tuple(items), len(digests) - len(unmarked), waiting, binned, dry_run)
 
 
 def mark(session: Session, store: Store, keep_runs: float, before: float) -> tuple[set[str], set[str]]:
-    """The digests of all blobs that must stay, and of all lists of files that the record knows.
+    """Returns the digests of all blobs that must stay, and of all recorded lists of files.
 
-    A list that was found or put since `before` keeps its files: there is no list without them.
+    A list that was found or stored since `before` keeps its files, because a list must never be incomplete.
 
     Raises:
-        StoreError: A list that is needed is gone or damaged, and the record does not have its files either.
+        StoreError: A needed list is missing or damaged, and the database does not have its files either.
     """
     needed = version_roots(session)
-    kept = needed | run_roots(session, now() - timedelta(days=keep_runs))
-    wanted, lists = set(kept), set()
+    roots = needed | run_roots(session, now() - timedelta(days=keep_runs))
+    marked, lists = set(roots), set()
     for ref in known_artifacts(session):
         lists.add(ref.sha256)
-        if ref.sha256 in kept or _is_young(store.blobs, ref.sha256, before):
-            wanted |= _files_of(session, store, ref, must_be_known=ref.sha256 in needed)
-    return wanted, lists
+        if ref.sha256 in roots or _is_young(store.blobs, ref.sha256, before):
+            marked |= _files_of(session, store, ref, must_be_known=ref.sha256 in needed)
+    return marked, lists
 
 
 def _files_of(session: Session, store: Store, ref: ArtifactRef, *, must_be_known: bool) -> set[str]:
@@ -151,7 +150,7 @@ def _files_of(session: Session, store: Store, ref: ArtifactRef, *, must_be_known
             files = recorded_files(session, ref)
             if must_be_known and not files:
                 raise StoreError(
-                    f"nobody knows which files belong to it ({error.problem}), so nothing was collected",
+                    f"its list of files is unknown ({error.problem}), so nothing was collected",
                     where=f"{ref.kind} {ref.sha256}",
                     remedy="`loraline fsck --repair`, or restore it from a backup; then collect again",
                 ) from error
@@ -168,15 +167,15 @@ def _is_young(blobs: Blobs, digest: str, before: float) -> bool:
 def _sweep(blobs: Blobs, digest: str, what: What, before: float, dry_run: bool) -> Item | None:
     try:
         size = blobs.size(digest)
-        gone = blobs.age(digest) < before if dry_run else blobs.remove(digest, before)
+        is_removed = blobs.age(digest) < before if dry_run else blobs.remove(digest, before)
     except (FileNotFoundError, MissingBlob):
-        return None  # somebody else took it away
-    return Item(what, digest, size) if gone else None
+        return None  # another process removed it
+    return Item(what, digest, size) if is_removed else None
 
 
-def _sweep_bin(blobs: Blobs, wanted: set[str], before: float, dry_run: bool) -> Iterator[Item]:
+def _sweep_trash(blobs: Blobs, marked: set[str], before: float, dry_run: bool) -> Iterator[Item]:
     for entry in list(blobs.trash()):
-        if entry.name in wanted:
+        if entry.name in marked:
             if not dry_run:
                 blobs.restore(entry.name)
         elif entry.modified < before:
@@ -186,14 +185,14 @@ def _sweep_bin(blobs: Blobs, wanted: set[str], before: float, dry_run: bool) -> 
 
 
 def sweep_leftovers(home: Home, blobs: Blobs, before: float, dry_run: bool = False) -> Iterator[Item]:
-    """Deletes what writers that died left before that instant, and says what."""
-    for stray in blobs.orphans():
-        if stray.modified < before:
+    """Deletes the unfinished files of killed writers that are older than `before`, and yields them."""
+    for orphan in blobs.orphans():
+        if orphan.modified < before:
             if not dry_run:
-                blobs.remove_orphan(stray.name)
-            yield Item("leftover", stray.name, stray.size)
+                blobs.remove_orphan(orphan.name)
+            yield Item("leftover", orphan.name, orphan.size)
     for path in find_partials(home):
-        # What lies in the folder of a step goes with that folder.
+        # Files in the folder of a step are deleted with that folder.
         if home.work in path.parents or _touched(path) >= before:
             continue
         size = _tree_size(path)
@@ -203,13 +202,14 @@ def sweep_leftovers(home: Home, blobs: Blobs, before: float, dry_run: bool = Fal
 
 
 def find_partials(home: Home) -> list[Path]:
-    """What writers that died left in the folders of a home, beside the blobs."""
-    deep = [folder.rglob("*.partial") for folder in (home.work, home.cache, home.reports, home.path / "exports")]
-    return sorted({*home.path.glob(".*.partial"), *(path for found in deep for path in found)})
+    """Returns the unfinished files of killed writers in the folders of a home, outside the store."""
+    folders = (home.work, home.cache, home.reports, home.path / "exports")
+    nested = (path for folder in folders for path in folder.rglob("*.partial"))
+    return sorted({*home.path.glob(".*.partial"), *nested})
 
 
 def _sweep_work(home: Home, before: float, dry_run: bool) -> Iterator[Item]:
-    """Folders of steps and copies that nobody has touched since; a step that is being worked on holds its lock."""
+    """Deletes untouched folders of steps and copies; skips those whose lock a running step holds."""
     for folder in sorted(home.work.iterdir()):
         holder = "mlflow" if folder.name.startswith("mirror-") else folder.name if is_digest(folder.name) else "work"
         try:
@@ -225,10 +225,10 @@ def _sweep_work(home: Home, before: float, dry_run: bool) -> Iterator[Item]:
 
 
 def remove_path(path: Path) -> None:
-    """Deletes a file, a link or a folder; what is gone already is fine.
+    """Deletes a file, a link or a folder; ignores a missing one.
 
     Raises:
-        HomeError: It may not be deleted.
+        HomeError: It cannot be deleted.
     """
     with disk_errors(path):
         if path.is_dir() and not path.is_symlink():
@@ -241,7 +241,7 @@ def _touched(path: Path) -> float:
     try:
         return path.lstat().st_mtime
     except FileNotFoundError:
-        return time.time()  # somebody is at it
+        return time.time()  # another process is working in the folder
 
 
 def _tree_size(path: Path) -> int:

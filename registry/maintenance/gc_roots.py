@@ -1,6 +1,6 @@
-"""Which artifacts somebody still needs, by the record alone: what versions need, and what recent runs could use again.
+"""Finds the GC roots in the database: the artifacts that versions need, and those that recent runs could reuse.
 
-Reads rows, never bytes; what becomes of the rest is decided in `registry.maintenance.gc`.
+Reads rows only; `registry.maintenance.gc` deletes the rest.
 """
 
 from __future__ import annotations
@@ -32,28 +32,27 @@ _BATCH = 500
 
 
 def version_roots(session: Session) -> set[str]:
-    """Digests of the artifacts that versions are, were described by, and were made from.
+    """Returns the digests of the artifacts and documents of versions, and of everything upstream.
 
-    Those of every version that is not DELETED or that an alias points at, and those of all its ancestors, whatever
-    became of them: without its origins a version cannot be built again.
+    Covers every version that is not DELETED or that has an alias, and all its upstream versions in any state: without
+    them a version cannot be rebuilt.
     """
-    pointed = select(AliasRow.version).where(AliasRow.name == VersionRow.name).correlate(VersionRow)
-    living = select(VersionRow.id).where(or_(VersionRow.state != "DELETED", VersionRow.version.in_(pointed)))
-    ids = _with_parents(session, set(session.scalars(living)))
-    found: set[str] = set()
+    aliased = select(AliasRow.version).where(AliasRow.name == VersionRow.name).correlate(VersionRow)
+    live = select(VersionRow.id).where(or_(VersionRow.state != "DELETED", VersionRow.version.in_(aliased)))
+    ids = _with_parents(session, set(session.scalars(live)))
+    digests: set[str] = set()
     for batch in _batches(sorted(ids)):
         columns = (VersionRow.artifact, VersionRow.report, VersionRow.record)
         for row in session.execute(select(*columns).where(VersionRow.id.in_(batch))):
-            found |= {digest for digest in row if digest}
-        found |= set(session.scalars(select(RecordRow.artifact).where(RecordRow.version.in_(batch))))
-    return with_ancestry(session, found)
+            digests |= {digest for digest in row if digest}
+        digests |= set(session.scalars(select(RecordRow.artifact).where(RecordRow.version.in_(batch))))
+    return with_ancestry(session, digests)
 
 
 def run_roots(session: Session, since: datetime) -> set[str]:
-    """Digests of what runs read and made: those that began since then, those that still run, and the last of each name.
+    """Returns the digests of the inputs and outputs of runs since `since`, running runs, and the last run of each name.
 
-    The last run of each pipeline counts however old it is, so that a schedule that finds nothing changed has nothing
-    to do.
+    The last run of each pipeline counts at any age: a schedule with unchanged inputs must find its cached results.
     """
     last = (
         select(RunRow.name, func.max(RunRow.started_at).label("at"))
@@ -64,48 +63,48 @@ def run_roots(session: Session, since: datetime) -> set[str]:
     latest = select(RunRow.id).join(last, (RunRow.name == last.c.name) & (RunRow.started_at == last.c.at))
     runs = set(session.scalars(select(RunRow.id).where(RunRow.started_at >= since))) | set(session.scalars(latest))
     runs |= {row.id for row in session.scalars(select(RunRow).where(RunRow.status == "RUNNING")) if is_alive(row)}
-    found: set[str] = set()
+    digests: set[str] = set()
     for batch in _batches(sorted(runs)):
-        mine = ExecutionRow.run_id.in_(batch)
-        found |= {digest for digest in session.scalars(select(ExecutionRow.output).where(mine)) if digest}
-        read = select(InputRow.artifact).join(ExecutionRow, ExecutionRow.id == InputRow.execution).where(mine)
-        found |= set(session.scalars(read))
-    return found
+        in_batch = ExecutionRow.run_id.in_(batch)
+        digests |= {digest for digest in session.scalars(select(ExecutionRow.output).where(in_batch)) if digest}
+        inputs = select(InputRow.artifact).join(ExecutionRow, ExecutionRow.id == InputRow.execution).where(in_batch)
+        digests |= set(session.scalars(inputs))
+    return digests
 
 
 def with_ancestry(session: Session, digests: Iterable[str]) -> set[str]:
-    """The artifacts and all that they were made from, step by step."""
-    found = set(digests)
-    level = sorted(found)
+    """Returns the artifacts and everything upstream of them, through completed steps."""
+    upstream = set(digests)
+    level = sorted(upstream)
     while level:
-        read: set[str] = set()
+        inputs: set[str] = set()
         for batch in _batches(level):
             query = (
                 select(InputRow.artifact)
                 .join(ExecutionRow, ExecutionRow.id == InputRow.execution)
                 .where(ExecutionRow.output.in_(batch), ExecutionRow.status == "COMPLETED")
             )
-            read |= set(session.scalars(query))
-        level = sorted(read - found)
-        found |= read
-    return found
+            inputs |= set(session.scalars(query))
+        level = sorted(inputs - upstream)
+        upstream |= inputs
+    return upstream
 
 
 def recorded_list(session: Session, ref: ArtifactRef) -> dict[str, FileEntry] | None:
-    """The files of an artifact as the database has them, if they prove to be all of them; None otherwise."""
+    """Returns the files of an artifact from the database; None if they do not hash to its digest."""
     files = recorded_files(session, ref)
     return files if files and sha256_bytes(encode_tree(ref.kind, files)) == ref.sha256 else None
 
 
 def recorded_files(session: Session, ref: ArtifactRef) -> dict[str, FileEntry]:
-    """The files of an artifact as the database has them, unproven."""
+    """Returns the files of an artifact from the database, unverified."""
     columns = (ContentRow.path, ContentRow.sha256, ContentRow.size)
     rows = session.execute(select(*columns).where(ContentRow.artifact == ref.sha256).order_by(ContentRow.path))
     return {path: FileEntry(sha256, size) for path, sha256, size in rows}
 
 
 def known_artifacts(session: Session) -> list[ArtifactRef]:
-    """Everything that some step read or made, by digest."""
+    """Returns every recorded artifact, sorted by digest."""
     return [artifact_ref(row) for row in session.scalars(select(ArtifactRow).order_by(ArtifactRow.sha256))]
 
 

@@ -1,4 +1,4 @@
-"""What the doctor asks of the machine: which file system a file is on, whether a database server answers."""
+"""Probes the machine for the doctor: the file system of a path, and the response of a database server."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Level = Literal["ok", "warning", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Args:
-        about: What.
-        level: `broken` keeps something from working.
-        found: What it is.
-        remedy: What to do; empty where nothing is to be done.
+        about: What was checked.
+        level: `broken` means that something cannot work.
+        found: The state.
+        remedy: The fix; empty if none is needed.
     """
 
     about: str
@@ -31,33 +31,33 @@ class Finding:
     remedy: str = ""
 
 
-def probe_database(about: str, url: str, *, patience: int = 3) -> Finding:
-    """Whether a server of databases answers within seconds.
+def probe_database(about: str, url: str, *, timeout: int = 3) -> Finding:
+    """Checks that a database server responds within the timeout.
 
     Args:
-        about: How the finding is called.
+        about: Name of the finding.
         url: SQLAlchemy URL.
-        patience: Seconds.
+        timeout: Timeout in seconds.
     """
-    engine = create_engine(url, connect_args={"connect_timeout": patience})
+    engine = create_engine(url, connect_args={"connect_timeout": timeout})
     try:
         with engine.connect() as connection:
             version = connection.execute(text("SHOW server_version")).scalar()
     except SQLAlchemyError as error:
-        first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        message = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         remedy = "start the server, or correct the URL in loraline.yaml or the environment"
-        return Finding(about, "broken", f"{name_of(url)}: {first}", remedy)
+        return Finding(about, "broken", f"{name_of(url)}: {message}", remedy)
     finally:
         engine.dispose()
     return Finding(about, "ok", f"{name_of(url)}, PostgreSQL {version}")
 
 
 def file_system_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """The kind of the file system that a file is, or would be, on; empty where this machine does not tell.
+    """Returns the type of the file system of a path; empty if the machine does not report it.
 
     Args:
-        path: The file.
-        mounts: The list of what is mounted, as Linux gives it.
+        path: The file; may be missing.
+        mounts: Linux's table of mounts.
     """
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -65,8 +65,8 @@ def file_system_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
         return ""
     kinds = {}
     for line in lines:
-        _, place, kind, *_ = line.split(" ")
-        kinds[place.replace("\\040", " ")] = kind
+        _, mount_point, kind, *_ = line.split(" ")
+        kinds[mount_point.replace("\\040", " ")] = kind
     resolved = path.resolve()
     for folder in (resolved, *resolved.parents):
         if str(folder) in kinds:

@@ -1,4 +1,4 @@
-"""Bringing back blobs that are gone or damaged, from any other place that still holds them whole."""
+"""Restores missing or damaged blobs from intact copies elsewhere in the home."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from registry.store.tables import ContentRow
 
 
 @dataclass(frozen=True)
-class Mended:
-    """One thing that a repair found.
+class Repair:
+    """One problem that a repair handled.
 
     Args:
-        what: What was wrong.
-        where: Which alias, version, artifact or file.
-        outcome: What it is now, or what is left to do.
-        done: Whether it is mended.
+        what: The problem.
+        where: The alias, version, artifact or file.
+        outcome: The new state, or the fix that the user must apply.
+        done: True if it is repaired.
     """
 
     what: str
@@ -43,23 +43,23 @@ class Mended:
 
 
 @dataclass
-class _Broken:
-    """A blob that is not what it should be, and the artifacts that hold it."""
+class _BrokenBlob:
+    """A missing or damaged blob and the artifacts that contain it."""
 
     entry: FileEntry
-    is_there: bool
+    exists: bool
     owners: list[ArtifactRef] = field(default_factory=list)
     path: str = ""
 
 
 @dataclass(frozen=True)
-class _Elsewhere:
-    """Files of the home outside the store, found by what they hold."""
+class _OtherFiles:
+    """Files of the home outside the store, indexed by size."""
 
     home: Home
 
     def find(self, entry: FileEntry) -> Path | None:
-        """A regular file with those bytes."""
+        """Returns a regular file with those bytes; None if there is none."""
         for path in self._by_size.get(entry.size, ()):
             if path.is_file() and not path.is_symlink() and sha256_file(path) == entry.sha256:
                 return path
@@ -67,80 +67,79 @@ class _Elsewhere:
 
     @cached_property
     def _by_size(self) -> dict[int, list[Path]]:
-        found: dict[int, list[Path]] = defaultdict(list)
+        by_size: dict[int, list[Path]] = defaultdict(list)
         folders = (self.home.mlflow_artifacts, self.home.work, self.home.reports, self.home.path / "exports")
         for path in (path for folder in folders for path in sorted(folder.rglob("*"))):
             if path.is_file() and not path.is_symlink():
-                found[path.stat().st_size].append(path)
-        return found
+                by_size[path.stat().st_size].append(path)
+        return by_size
 
 
-def mend_bytes(home: Home, database: Database, store: Store) -> Iterator[Mended]:
-    """Puts back what another place holds; takes out of the cache what is broken and can be made again.
+def repair_bytes(home: Home, database: Database, store: Store) -> Iterator[Repair]:
+    """Restores blobs from other copies, and quarantines broken blobs that their steps can make again.
 
     Args:
         home: The home, whose other folders are searched.
-        database: Its record.
+        database: Its database.
         store: Its store.
     """
-    elsewhere = _Elsewhere(home)
+    others = _OtherFiles(home)
     with database.read() as session:
         needed, refs = version_roots(session), known_artifacts(session)
-        # What versions need comes first, so that a blob that they share is not given up.
+        # Artifacts that versions need come first: their blobs must not go to the quarantine.
         refs.sort(key=lambda ref: ref.sha256 not in needed)
-        proven = {ref: recorded_list(session, ref) for ref in refs}
+        recorded = {ref: recorded_list(session, ref) for ref in refs}
     actual = read_digests(store)
-    broken: dict[str, _Broken] = {}
+    broken: dict[str, _BrokenBlob] = {}
     for ref in refs:
         if ref.sha256 not in actual and ref.sha256 not in needed:
             continue  # collected
-        files = proven[ref]
+        files = recorded[ref]
         if actual.get(ref.sha256) != ref.sha256:
-            yield _mend_list(store, ref, files, ref.sha256 in needed)
+            yield _repair_list(store, ref, files, ref.sha256 in needed)
             if files is None:
                 continue
         for path, entry in (files or _read_list(store, ref)).items():
             if actual.get(entry.sha256) != entry.sha256:
-                one = broken.setdefault(entry.sha256, _Broken(entry, entry.sha256 in actual))
-                one.owners.append(ref)
-                one.path = one.path or path
-    for one in broken.values():
-        yield _mend_blob(store, one, elsewhere, needed)
-    yield from _mend_contents(database, store, refs)
+                blob = broken.setdefault(entry.sha256, _BrokenBlob(entry, entry.sha256 in actual))
+                blob.owners.append(ref)
+                blob.path = blob.path or path
+    for blob in broken.values():
+        yield _repair_blob(store, blob, others, needed)
+    yield from _repair_contents(database, store, refs)
 
 
-def _mend_list(store: Store, ref: ArtifactRef, files: dict[str, FileEntry] | None, is_needed: bool) -> Mended:
-    what, where = "its list of files was not whole", f"{ref.kind} {ref.sha256}"
+def _repair_list(store: Store, ref: ArtifactRef, files: dict[str, FileEntry] | None, is_needed: bool) -> Repair:
+    problem, where = "its list of files was damaged or missing", f"{ref.kind} {ref.sha256}"
     if files is not None:
         _replace(store, ref.sha256, partial(io.BytesIO, encode_tree(ref.kind, files)))
-        return Mended(what, where, "written again from the record")
+        return Repair(problem, where, "rewritten from the database")
     if is_needed:
-        return Mended(what, where, "restore it from a backup", done=False)
-    return Mended(
-        what, where, f"moved to {store.blobs.quarantine(ref.sha256)}; its step runs again when it is asked for"
-    )
+        return Repair(problem, where, "restore it from a backup", done=False)
+    moved = store.blobs.quarantine(ref.sha256)
+    return Repair(problem, where, f"moved to {moved}; its step runs again when its output is needed")
 
 
-def _mend_blob(store: Store, one: _Broken, elsewhere: _Elsewhere, needed: set[str]) -> Mended:
-    digest = one.entry.sha256
-    what = f"{one.path}: {'damaged' if one.is_there else 'gone'}"
-    where = f"{one.owners[0].kind} {one.owners[0].sha256}, blob {digest}"
-    source = elsewhere.find(one.entry)
+def _repair_blob(store: Store, blob: _BrokenBlob, others: _OtherFiles, needed: set[str]) -> Repair:
+    digest = blob.entry.sha256
+    problem = f"{blob.path}: {'damaged' if blob.exists else 'missing'}"
+    where = f"{blob.owners[0].kind} {blob.owners[0].sha256}, blob {digest}"
+    source = others.find(blob.entry)
     if source is not None:
         _replace(store, digest, lambda: source.open("rb"))
-        return Mended(what, where, f"put back from {source}")
-    if any(owner.sha256 in needed for owner in one.owners):
-        return Mended(what, where, "no other copy is whole: restore it from a backup", done=False)
-    if one.is_there:
+        return Repair(problem, where, f"restored from {source}")
+    if any(owner.sha256 in needed for owner in blob.owners):
+        return Repair(problem, where, "no intact copy exists: restore it from a backup", done=False)
+    if blob.exists:
         store.blobs.quarantine(digest)
-    for owner in one.owners:
+    for owner in blob.owners:
         if store.blobs.exists(owner.sha256):
             store.blobs.quarantine(owner.sha256)
-    return Mended(what, where, "moved aside; its step runs again when it is asked for")
+    return Repair(problem, where, "quarantined; its step runs again when its output is needed")
 
 
-def _mend_contents(database: Database, store: Store, refs: list[ArtifactRef]) -> Iterator[Mended]:
-    """Records the files of artifacts again where the record differs from the list whose digest names them."""
+def _repair_contents(database: Database, store: Store, refs: list[ArtifactRef]) -> Iterator[Repair]:
+    """Rewrites the recorded files of artifacts if they differ from the list in the store."""
     with database.write() as session:
         for ref in refs:
             recorded = recorded_files(session, ref)
@@ -148,11 +147,11 @@ def _mend_contents(database: Database, store: Store, refs: list[ArtifactRef]) ->
                 continue
             files = _read_list(store, ref)
             if files:
-                _record_again(session, ref, files)
-                yield Mended("the recorded files were not its own", f"{ref.kind} {ref.sha256}", "recorded again")
+                _replace_contents(session, ref, files)
+                yield Repair("the recorded files were wrong", f"{ref.kind} {ref.sha256}", "rewritten from the store")
 
 
-def _record_again(session: Session, ref: ArtifactRef, files: dict[str, FileEntry]) -> None:
+def _replace_contents(session: Session, ref: ArtifactRef, files: dict[str, FileEntry]) -> None:
     session.execute(delete(ContentRow).where(ContentRow.artifact == ref.sha256))
     record_contents(session, ref, files)
 
@@ -165,7 +164,7 @@ def _read_list(store: Store, ref: ArtifactRef) -> dict[str, FileEntry]:
 
 
 def _replace(store: Store, digest: str, source: Callable[[], BinaryIO]) -> None:
-    # Kept, not overwritten: somebody may still want to know what happened to it.
+    # Quarantined, not overwritten, so that the damage can be examined.
     if store.blobs.exists(digest):
         store.blobs.quarantine(digest)
     store.blobs.write(digest, source)

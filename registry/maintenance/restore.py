@@ -1,4 +1,4 @@
-"""Bringing a home back from a backup: everything is verified beside its place, and then takes the place at once."""
+"""Restores a home from a backup: verifies everything in a temporary folder, then renames that folder."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _MANIFEST_SIZE = 1 << 30
 
 @dataclass(frozen=True)
 class Restored:
-    """What was restored.
+    """Result of a restore.
 
     Args:
         home: The home.
-        created_at: When the backup was taken.
+        created_at: Time of the backup.
         blobs: Number of blobs.
-        before: Where the home that was there before lies now, if there was one.
-        left_out: In words, what the backup never held, and which servers the home had its tables on.
+        before: New path of the replaced home; None if there was none.
+        left_out: Descriptions of what the backup did not contain, and of the database servers of the home.
     """
 
     home: Path
@@ -52,39 +52,39 @@ class Restored:
 
 
 def restore(source: Path, home: Path, *, replace: bool = False) -> Restored:
-    """Makes a home from a backup; MLflow's copies are made again by the next command that registers or promotes.
+    """Restores a home from a backup; the next command that registers or promotes rebuilds MLflow's copies.
 
     Args:
-        source: A folder of backups (the latest is taken), one of its snapshots, or a `.tar`; not trusted.
-        home: Where the home goes.
-        replace: Whether it may take the place of a home that holds something; that one is moved aside.
+        source: A folder of backups (uses the latest), one of its snapshots, or a `.tar`; not trusted.
+        home: Path of the restored home.
+        replace: True replaces an existing home, which is renamed first.
 
     Raises:
-        HomeError: There is something in its place, or the disk is full.
-        StoreError: The backup is not whole, or is none; nothing was changed.
+        HomeError: The home exists, or the disk is full.
+        StoreError: The source is not a complete backup; nothing was changed.
     """
     home = home.expanduser().absolute()
     if not replace and holds_something(home):
         raise HomeError(
-            "there is something here already",
+            "the folder is not empty",
             where=str(home),
-            remedy="name another folder in LORALINE_HOME, or allow to replace it: what is there is moved aside",
+            remedy="name another folder in LORALINE_HOME, or allow to replace it: the existing home is renamed",
         )
     with disk_errors(home):
         home.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}.", suffix=".partial"))
+        work = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}.", suffix=".partial"))
         try:
-            with _opened(source, beside / "unpacked") as (snapshot, blobs):
+            with _opened(source, work / "unpacked") as (snapshot, blobs):
                 manifest = _read_manifest(snapshot)
-                servers = _rebuild(snapshot, blobs, manifest, beside / "home")
-            before = _switch(beside / "home", home)
+                servers = _rebuild(snapshot, blobs, manifest, work / "home")
+            before = _switch(work / "home", home)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return Restored(home, manifest.created_at, len(manifest.blobs), before, (*manifest.left_out, *servers))
 
 
 def holds_something(home: Path) -> bool:
-    """Whether there is more in a folder than empty folders and lock files."""
+    """Returns True if a folder has more than empty folders and lock files."""
     if home.is_symlink() or (home.exists() and not home.is_dir()):
         return True
     return any(path.is_symlink() or not (path.is_dir() or path.suffix == ".lock") for path in home.rglob("*"))
@@ -98,13 +98,13 @@ def _opened(source: Path, unpacked: Path) -> Iterator[tuple[Path, LocalBlobs]]:
         source = unpacked
     snapshot = source
     if (source / SNAPSHOTS).is_dir():
-        whole = sorted(path for path in (source / SNAPSHOTS).iterdir() if not path.name.startswith("."))
-        if not whole:
-            raise StoreError("there is no finished backup here", where=str(source))
-        snapshot = whole[-1]
+        complete = sorted(path for path in (source / SNAPSHOTS).iterdir() if not path.name.startswith("."))
+        if not complete:
+            raise StoreError("the folder has no finished backup", where=str(source))
+        snapshot = complete[-1]
     if not (snapshot / MANIFEST).is_file():
         raise StoreError(
-            "this is no backup",
+            "this is not a backup",
             where=str(source),
             allowed="a folder or a `.tar` that `loraline backup` wrote, or one of its snapshots",
         )
@@ -130,7 +130,7 @@ def _read_manifest(snapshot: Path) -> Manifest:
         check_digest(digest)
         if name not in DATABASES and not any(fnmatchcase(check_relative(name), pattern) for pattern in KEPT):
             raise StoreError(
-                f"{name!r} is no file of a backup", where=str(path), allowed=", ".join((*DATABASES, *KEPT))
+                f"{name!r} is not a file of a backup", where=str(path), allowed=", ".join((*DATABASES, *KEPT))
             )
     for digest in manifest.blobs:
         check_digest(digest)
@@ -138,7 +138,7 @@ def _read_manifest(snapshot: Path) -> Manifest:
 
 
 def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Path) -> tuple[str, ...]:
-    """Makes the home in another folder, from verified copies alone; gives the servers that it does not use any more."""
+    """Rebuilds the home in another folder from verified copies; returns descriptions of the servers it leaves."""
     folder.mkdir()
     for name, digest in manifest.files.items():
         _copy(snapshot / name, folder / name, digest)
@@ -150,7 +150,7 @@ def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Pat
         file_schema(folder / DATABASES[0])
         _prepare(folder / DATABASES[0])
     servers = _leave_servers(folder) if DATABASES[0] in manifest.files else ()
-    # The settings say where the bytes are kept; a store behind a URL keeps what it has, and gets what it lacks.
+    # The settings may name a remote store, which keeps its blobs and receives the missing ones.
     blobs: Blobs = open_store(Home(folder)).blobs
     for digest in manifest.blobs:
         try:
@@ -162,17 +162,17 @@ def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Pat
 
 
 def _leave_servers(folder: Path) -> tuple[str, ...]:
-    """Has the home use the tables that the backup holds, and not those of a server that go on or are lost."""
+    """Points the home to the backup's tables instead of a server's, which may have changed or be lost."""
     settings = read_file(folder)
     if settings.database is None or sqlite_file(settings.database):
         return ()
-    left = [f"{name_of(settings.database)}: the tables are in {DATABASES[0]}; `loraline copy-database` copies them"]
+    servers = [f"{name_of(settings.database)}: the tables are in {DATABASES[0]}; `loraline copy-database` copies them"]
     mlflow = settings.mlflow
     if mlflow is not None and not sqlite_file(mlflow):
-        left.append(f"{name_of(mlflow)}: MLflow's tables are written to {DATABASES[1]}")
+        servers.append(f"{name_of(mlflow)}: MLflow's tables are written to {DATABASES[1]}")
         mlflow = None
     write_file(folder, Settings(store=settings.store, mlflow=mlflow))
-    return tuple(left)
+    return tuple(servers)
 
 
 def _copy(source: Path, target: Path, digest: str) -> None:
@@ -181,7 +181,7 @@ def _copy(source: Path, target: Path, digest: str) -> None:
 
 
 def _prepare(database: Path) -> None:
-    """Sets the journal that the registry works with, and has MLflow's copies, which are in no backup, made again."""
+    """Marks everything as not synced, because a backup has no MLflow copies, and sets the registry's journal mode."""
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("UPDATE versions SET mirrored = 0")
         connection.execute("UPDATE aliases SET mirrored_seq = 0")

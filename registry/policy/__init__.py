@@ -1,1 +1,1 @@
-"""Policies: license terms and how they combine, consent, alias policies, revoked subjects. Decides and changes nothing."""
+"""Evaluates policies: license terms and how they combine, consent, alias policies, revoked subjects. Writes nothing."""

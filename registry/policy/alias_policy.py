@@ -1,4 +1,4 @@
-"""Who may have an alias: pure functions over what is known of a version, all reasons at once. No files, no rows."""
+"""Decides whether a version may have an alias, with all reasons at once. Pure: reads no files and no rows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from registry.policy.license_terms import LicenseTerms, allows_commercial, confl
 
 
 class AliasPolicy(BaseModel):
-    """What an alias asks of a version, beyond whole bytes, a sound structure, finite figures and nothing revoked.
+    """Requirements of an alias, beyond intact bytes, a valid structure, finite metrics and nothing revoked.
 
     Attributes:
-        needs_evaluation: There must be a report, and nothing in it may have failed.
-        needs_gate: At least one gate must have been set, so that something was really decided.
-        needs_licence: `known`: every licence on the way is known and they can be met together; `commercial`: commercial
-            use is allowed as well.
-        needs_consent: `known`: nothing that is stated about the pictures has expired or was opted out of; `complete`:
-            all that has to be stated is.
-        needs_signature: It must be signed, and the signature must fit.
-        protected: Neither taken from a version by withdrawing or deleting it, nor removed by others than `movers`.
-        movers: Who may move or remove it: names, or patterns such as `*@lab`, of which one must fit the actor.
-        overridable: Whether a refusal can be set aside with a reason.
+        needs_evaluation: Requires a report in which nothing failed.
+        needs_gate: Requires at least one gate.
+        needs_licence: `known`: every upstream license is known and all can be met together; `commercial`: commercial
+            use is also allowed.
+        needs_consent: `known`: no consent has expired and no owner opted out; `complete`: every required statement
+            about the images exists.
+        needs_signature: Requires a valid signature.
+        protected: The alias survives withdrawal and deletion of its version, and only `movers` may remove it.
+        movers: Users who may move or remove the alias: names or patterns such as `*@lab`; one must match the actor.
+        overridable: A refusal can be overridden with a reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class AliasPolicy(BaseModel):
     overridable: bool = True
 
     def may_move(self, actor: str) -> bool:
-        """Whether the actor is one of those who may move the alias."""
+        """Returns True if the actor may move the alias."""
         return any(fnmatch.fnmatchcase(actor, pattern) for pattern in self.movers)
 
 
@@ -67,21 +67,21 @@ PRESETS: Mapping[str, Mapping[str, AliasPolicy]] = {
         ),
     },
 }
-"""The policies that are there to choose from; an alias that one does not name asks for nothing more than all do."""
+"""Preset name -> policies by alias; an alias without a policy has only the requirements that all aliases have."""
 
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """What a decision is made from.
+    """Inputs of a decision about one version.
 
     Args:
-        damage: What a verification of its bytes found.
-        structure: What a reading of the adapter found: broken, not finite, not fitting.
-        terms: Its resolved terms; None where nobody looked, which is a reason where a licence is asked for.
-        consent: What is stated about its pictures; None where nobody looked.
-        revoked: What it was made from and may not be used any more.
-        signature: What a check of its signature found; None where nobody looked.
-        actor: Who asks.
+        damage: Findings of the byte verification.
+        structure: Findings of the adapter validation: broken, not finite, not matching its base.
+        terms: Resolved license terms; None means unchecked, which fails a policy that needs a license.
+        consent: Statements about the images; None means unchecked.
+        revoked: Revoked upstream subjects.
+        signature: Findings of the signature check; None means unchecked.
+        actor: User who requests the alias.
     """
 
     damage: Sequence[str] = ()
@@ -94,23 +94,23 @@ class PolicyFacts:
 
 
 def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> Decision:
-    """Whether a version may have an alias with that policy, and every reason why not.
+    """Decides whether a version may have an alias with that policy, and returns every reason against it.
 
     Args:
         version: The version.
-        policy: What the alias asks for.
-        facts: What was found about the version.
+        policy: Requirements of the alias.
+        facts: Findings about the version.
     """
     final = [f"it was {version.state.lower()}"] if version.state != "ACTIVE" else []
-    final += [f"its bytes are not whole: {finding}" for finding in facts.damage]
-    final += [f"it is not a sound adapter: {finding}" for finding in facts.structure]
+    final += [f"its bytes are damaged: {finding}" for finding in facts.damage]
+    final += [f"it is not a valid adapter: {finding}" for finding in facts.structure]
     final += [f"metric {name} is {value!r}" for name, value in numbers(version.metrics) if not math.isfinite(value)]
-    final += [f"{what} was revoked" for what in facts.revoked]
+    final += [f"{subject} was revoked" for subject in facts.revoked]
     if not policy.may_move(facts.actor):
-        final.append(f"{facts.actor or 'nobody'} may not move this alias; {', '.join(policy.movers)} may")
+        final.append(f"{facts.actor or 'an unknown user'} may not move this alias; {', '.join(policy.movers)} may")
     reasons = [
         *_evaluation_reasons(version, policy),
-        *_licence_reasons(policy, facts),
+        *_license_reasons(policy, facts),
         *_consent_reasons(policy, facts),
     ]
     if policy.needs_signature:
@@ -119,7 +119,7 @@ def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> 
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in nested metrics, with its path in dots; truth values are not numbers."""
+    """Yields every number in nested metrics with its dotted path; skips booleans."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from numbers(entry, f"{path}.{key}" if path else str(key))
@@ -130,22 +130,22 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def _licence_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
+def _license_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
     if policy.needs_licence == "none":
         return
     if facts.terms is None:
-        yield "its licence was not looked at"
+        yield "its license was not checked"
         return
     yield from conflicts(facts.terms)
     if policy.needs_licence == "commercial" and not facts.terms.unknown and not allows_commercial(facts.terms):
-        yield f"commercial use is not allowed ({', '.join(sorted(facts.terms.licenses)) or 'no licence'})"
+        yield f"commercial use is not allowed ({', '.join(sorted(facts.terms.licenses)) or 'no license'})"
 
 
 def _consent_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
     if policy.needs_consent == "none":
         return
     if facts.consent is None:
-        yield "the consent of its pictures was not looked at"
+        yield "the consent for its images was not checked"
         return
     yield from facts.consent.broken
     if policy.needs_consent == "complete":
@@ -166,7 +166,7 @@ def _evaluation_reasons(version: AdapterVersion, policy: AliasPolicy) -> Iterato
 
 
 def _gate_reason(gate: Mapping[str, Any]) -> str:
-    """Why a gate is not passed, judged by its value and limits and not only by what it says of itself."""
+    """Returns why a gate did not pass, by its value and limits as well as its recorded result; empty if it passed."""
     name = f"gate {gate.get('metric', '?')}" + (f" ({gate['of']})" if gate.get("of") else "")
     value, least, most = gate.get("value"), gate.get("min"), gate.get("max")
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):

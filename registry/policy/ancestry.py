@@ -1,4 +1,4 @@
-"""All that a version was made from, as one graph of artifacts and steps. Gathers rows; judges nothing."""
+"""Collects everything upstream of a version as one graph of artifacts and steps. Reads rows only."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _FILE = re.compile(r"sha256:([0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class Ancestry:
-    """What a version was made from; a version stands for its artifact: what is declared of one holds for its bytes.
+    """The upstream graph of a version. Versions of the same artifact share one node, because they share its bytes.
 
     Args:
         root: The artifact of the version.
-        parents: Node -> the nodes that it was directly made from.
-        versions: Digest of an artifact on the way -> the versions that it was registered as.
-        settings: Id of an execution on the way -> how it was set.
-        datasets: The datasets that something else than a dataset was made from.
-        manifests: Digests of all datasets on the way.
+        parents: Node -> its direct upstream nodes.
+        versions: Digest of an upstream artifact -> the versions that it was registered as.
+        settings: Id of an upstream execution -> its settings.
+        datasets: The datasets that steps other than dataset steps consumed.
+        manifests: Digests of all upstream datasets.
     """
 
     root: NodeId
@@ -43,21 +43,22 @@ class Ancestry:
 
     @property
     def nodes(self) -> frozenset[NodeId]:
-        """Everything on the way, with the root."""
-        return frozenset({self.root, *self.parents, *(node for each in self.parents.values() for node in each)})
+        """All upstream nodes and the root."""
+        return frozenset({self.root, *self.parents, *(node for sources in self.parents.values() for node in sources)})
 
     @property
     def ancestors(self) -> tuple[AdapterVersion, ...]:
-        """The registered versions with other bytes that it was made from."""
-        return tuple(version for digest, each in self.versions.items() if digest != self.root.id for version in each)
+        """The upstream versions whose bytes differ from the root's."""
+        others = (versions for digest, versions in self.versions.items() if digest != self.root.id)
+        return tuple(version for versions in others for version in versions)
 
 
 def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
-    """Everything that an artifact was made from: through steps, and through what its versions name as their parents.
+    """Returns the upstream graph of an artifact, through steps and through the parents that its versions declare.
 
     Args:
-        session: Reading or writing; what was added in it is found.
-        artifact: The adapter's tree; must be known.
+        session: Reading or writing; rows that it added are included.
+        artifact: The adapter's tree; must be recorded.
     """
     root = NodeId("artifact", artifact.sha256)
     parents: dict[NodeId, set[NodeId]] = defaultdict(set)
@@ -70,15 +71,15 @@ def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
                 for edge in walk(session, digest, "up").edges:
                     parents[edge.target].add(edge.source)
                     known.update(node.id for node in (edge.source, edge.target) if node.kind == "artifact")
-        for made, source in _stated_parents(session, known):
-            if made != source:
-                parents[made].add(source)
-        waiting = {node.id for each in parents.values() for node in each if node.kind == "artifact"} - known
+        for child, source in _declared_parents(session, known):
+            if child != source:
+                parents[child].add(source)
+        waiting = {node.id for sources in parents.values() for node in sources if node.kind == "artifact"} - known
     rows = {row.sha256: row for row in _in_batches(session, select(ArtifactRow), ArtifactRow.sha256, known)}
-    steps = {node.id for each in parents.values() for node in each if node.kind == "execution"}
+    steps = {node.id for sources in parents.values() for node in sources if node.kind == "execution"}
     return Ancestry(
         root,
-        {node: frozenset(each) for node, each in parents.items()},
+        {node: frozenset(sources) for node, sources in parents.items()},
         _versions_of(session, known),
         {row.id: row.settings for row in _in_batches(session, select(ExecutionRow), ExecutionRow.id, steps)},
         _datasets(parents, rows),
@@ -87,32 +88,34 @@ def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
 
 
 def held_subjects(session: Session, subjects: Collection[str], artifacts: Collection[str]) -> frozenset[str]:
-    """Those of the subjects that one of the artifacts holds."""
-    wanted = list(subjects)
-    found: set[str] = set()
-    for begin in range(0, len(wanted), _BATCH):
-        query = select(SubjectRow.subject).where(SubjectRow.subject.in_(wanted[begin : begin + _BATCH])).distinct()
-        found.update(_in_batches(session, query, SubjectRow.artifact, artifacts))
-    return frozenset(found)
+    """Returns the subjects that one of the artifacts contains."""
+    candidates = list(subjects)
+    matches: set[str] = set()
+    for begin in range(0, len(candidates), _BATCH):
+        query = select(SubjectRow.subject).where(SubjectRow.subject.in_(candidates[begin : begin + _BATCH])).distinct()
+        matches.update(_in_batches(session, query, SubjectRow.artifact, artifacts))
+    return frozenset(matches)
 
 
-def _stated_parents(session: Session, artifacts: Iterable[str]) -> Iterator[tuple[NodeId, NodeId]]:
-    """(artifact, what a version of it says that it was made from), versions by their artifacts and files by theirs."""
+def _declared_parents(session: Session, artifacts: Iterable[str]) -> Iterator[tuple[NodeId, NodeId]]:
+    """Yields (artifact, parent that a version of it declares); versions and files resolve to their artifacts."""
     query = select(VersionRow.artifact, ParentRow.parent, ParentRow.text).join(
         ParentRow, ParentRow.child == VersionRow.id
     )
-    stated = list(_rows_in_batches(session, query, VersionRow.artifact, artifacts))
-    ids = {parent for _, parent, _ in stated if parent is not None}
+    declared = list(_rows_in_batches(session, query, VersionRow.artifact, artifacts))
+    ids = {parent for _, parent, _ in declared if parent is not None}
     linked = _rows_in_batches(session, select(VersionRow.id, VersionRow.artifact), VersionRow.id, ids)
     by_id: dict[int, str] = {row[0]: row[1] for row in linked}
-    files = {match[1] for _, parent, text in stated if parent is None and (match := _FILE.search(text))}
-    holding = defaultdict(set)
-    held = select(ContentRow.sha256, ContentRow.artifact).join(VersionRow, VersionRow.artifact == ContentRow.artifact)
-    for digest, artifact in _rows_in_batches(session, held, ContentRow.sha256, files):
-        holding[digest].add(artifact)
-    for artifact, parent, text in stated:
+    files = {match[1] for _, parent, text in declared if parent is None and (match := _FILE.search(text))}
+    by_file = defaultdict(set)
+    contents = select(ContentRow.sha256, ContentRow.artifact).join(
+        VersionRow, VersionRow.artifact == ContentRow.artifact
+    )
+    for digest, artifact in _rows_in_batches(session, contents, ContentRow.sha256, files):
+        by_file[digest].add(artifact)
+    for artifact, parent, text in declared:
         match = _FILE.search(text)
-        sources = {by_id[parent]} if parent is not None else holding.get(match[1], set()) if match else set()
+        sources = {by_id[parent]} if parent is not None else by_file.get(match[1], set()) if match else set()
         for source in sorted(sources):
             yield NodeId("artifact", artifact), NodeId("artifact", source)
         if not sources:
@@ -121,14 +124,14 @@ def _stated_parents(session: Session, artifacts: Iterable[str]) -> Iterator[tupl
 
 def _versions_of(session: Session, artifacts: Iterable[str]) -> dict[str, tuple[AdapterVersion, ...]]:
     rows = list(_in_batches(session, select(VersionRow).order_by(VersionRow.id), VersionRow.artifact, artifacts))
-    found: dict[str, tuple[AdapterVersion, ...]] = {}
+    versions: dict[str, tuple[AdapterVersion, ...]] = {}
     for version in queries.entities(session, rows):
-        found[version.artifact.sha256] = (*found.get(version.artifact.sha256, ()), version)
-    return found
+        versions[version.artifact.sha256] = (*versions.get(version.artifact.sha256, ()), version)
+    return versions
 
 
 def _datasets(parents: Mapping[NodeId, set[NodeId]], rows: Mapping[str, ArtifactRow]) -> tuple[ArtifactRef, ...]:
-    """Not what a later dataset was made from: a picture that was left out on the way takes no part."""
+    """Returns the datasets that non-dataset steps consumed, since an image dropped in between was not used."""
 
     def is_dataset(node: NodeId) -> bool:
         return node.kind == "artifact" and node.id in rows and rows[node.id].kind == "manifest"
@@ -144,12 +147,12 @@ def _datasets(parents: Mapping[NodeId, set[NodeId]], rows: Mapping[str, Artifact
     return tuple(artifact_ref(rows[digest]) for digest in sorted(used))
 
 
-def _in_batches(session: Session, query: Any, column: Any, wanted: Iterable[Any]) -> Iterator[Any]:
-    for row in _rows_in_batches(session, query, column, wanted):
+def _in_batches(session: Session, query: Any, column: Any, values: Iterable[Any]) -> Iterator[Any]:
+    for row in _rows_in_batches(session, query, column, values):
         yield row[0]
 
 
-def _rows_in_batches(session: Session, query: Any, column: Any, wanted: Iterable[Any]) -> Iterator[Sequence[Any]]:
-    values = sorted(wanted)
-    for begin in range(0, len(values), _BATCH):
-        yield from session.execute(query.where(column.in_(values[begin : begin + _BATCH])))
+def _rows_in_batches(session: Session, query: Any, column: Any, values: Iterable[Any]) -> Iterator[Sequence[Any]]:
+    ordered = sorted(values)
+    for begin in range(0, len(ordered), _BATCH):
+        yield from session.execute(query.where(column.in_(ordered[begin : begin + _BATCH])))

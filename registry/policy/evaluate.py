@@ -1,4 +1,4 @@
-"""Gathering what a decision is made from: terms, consent, revocations and signature of one version, and the verdict."""
+"""Evaluates an alias policy for one version: gathers terms, consent, revocations and signature, then decides."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def evaluate_policy(
     today: date | None = None,
     session: Session | None = None,
 ) -> Decision:
-    """Whether a version may have an alias, by the home's policy and all that is known of the version.
+    """Decides whether a version may have an alias under the home's policy.
 
     Args:
-        opened: The registry.
+        context: The registry.
         version: The version.
         alias: The alias.
-        actor: Who asks; this process's user by default.
-        damage: What a verification of its bytes found.
-        structure: What a reading of the adapter found.
-        today: The day that consents are compared with; by default that of the clock, in UTC.
-        session: Where to read, if that is to happen within a transaction.
+        actor: User who requests the alias; None means the current user.
+        damage: Findings of the byte verification.
+        structure: Findings of the adapter validation.
+        today: Date to compare consents with; None means the current UTC date.
+        session: Session of an open transaction to read in; None opens a new one.
 
     Raises:
-        PolicyError: The home's policy or table of licences cannot be used.
+        PolicyError: The home's policy or table of licenses cannot be used.
     """
     policy, actor = read_policies(context.home.path).of(alias), actor or current_user()
     if session is None:
@@ -52,10 +52,10 @@ def evaluate_policy(
             facts = gather_policy_facts(own, context, version, policy, actor=actor, today=today)
     else:
         facts = gather_policy_facts(session, context, version, policy, actor=actor, today=today)
-    found = {**vars(facts), "damage": damage, "structure": structure}
+    values = {**vars(facts), "damage": damage, "structure": structure}
     if policy.needs_signature:
-        found["signature"] = check_signature(context, version)
-    return decide(version, policy, PolicyFacts(**found))
+        values["signature"] = check_signature(context, version)
+    return decide(version, policy, PolicyFacts(**values))
 
 
 def gather_policy_facts(
@@ -67,24 +67,24 @@ def gather_policy_facts(
     actor: str,
     today: date | None = None,
 ) -> PolicyFacts:
-    """What the lineage of a version says, as far as the policy asks for it; what was revoked, in any case."""
+    """Returns the lineage facts that the policy needs; always includes revoked upstream subjects."""
     revoked = revoked_subjects(session)
-    asks = policy.needs_licence != "none" or policy.needs_consent != "none"
-    if not asks and not revoked:
+    needs_datasets = policy.needs_licence != "none" or policy.needs_consent != "none"
+    if not needs_datasets and not revoked:
         return PolicyFacts(actor=actor)
     ancestry = trace(session, version.artifact)
-    found = revoked_ancestors(session, ancestry, revoked)
-    if not asks:
-        return PolicyFacts(actor=actor, revoked=found)
+    revoked_upstream = revoked_ancestors(session, ancestry, revoked)
+    if not needs_datasets:
+        return PolicyFacts(actor=actor, revoked=revoked_upstream)
     datasets = read_datasets(context.store, ancestry.datasets)
     return PolicyFacts(
         actor=actor,
-        revoked=found,
+        revoked=revoked_upstream,
         terms=resolve_terms(ancestry, datasets, read_licenses(context.home.path)).terms,
         consent=find_consent(datasets, today or now().date()),
     )
 
 
 def check_signature(context: RegistryContext, version: AdapterVersion) -> tuple[str, ...]:
-    """What is wrong with a version's signature; empty where it is signed and the signature fits."""
+    """Returns the problems of a version's signature; empty if the signature is valid."""
     return tuple(signature_findings(context, version))

@@ -1,7 +1,7 @@
-"""What may be done with an adapter: terms as a lattice, computed by pure functions. No files, no rows, no law.
+"""Combines license terms, which form a lattice. Pure: reads no files and no rows.
 
-Where the terms of a version come from is gathered in `registry.policy.terms`; which licence says what is data
-(`registry/policy/licenses.yaml`, read by `registry.policy.licenses`).
+`registry.policy.terms` gathers the terms of a version. `registry.policy.licenses` reads the terms of each license from
+`registry/policy/licenses.yaml`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DERIVATIVES = "derivatives"
 NO_DERIVATIVES = "no-derivatives"
 PERMISSIONS = frozenset({COMMERCIAL, "redistribute", DERIVATIVES, "train-from-outputs"})
 TAINTS = {NON_COMMERCIAL: COMMERCIAL, NO_DERIVATIVES: DERIVATIVES}
-"""Restrictions that take a permission away wherever they come from."""
+"""Restriction -> the permission that it removes, from any source."""
 
 _NOTHING: frozenset[str] = frozenset()
 Key = TypeVar("Key", bound=Hashable)
@@ -26,15 +26,15 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class LicenseTerms:
-    """A point of the lattice.
+    """License terms: one point of the lattice.
 
     Args:
-        permissions: What is allowed; a part of `PERMISSIONS`.
-        obligations: What has to be done.
-        restrictions: What is forbidden.
-        licenses: Ids of the licences that took part.
-        share_alike: Those of them that ask for their very own terms.
-        unknown: What has no known licence, worded; anything here allows nothing.
+        permissions: Allowed uses; a subset of `PERMISSIONS`.
+        obligations: Required actions.
+        restrictions: Forbidden uses.
+        licenses: Ids of the licenses that contributed.
+        share_alike: Ids of the licenses that require the same terms.
+        unknown: Descriptions of sources without a known license; any entry removes all permissions.
     """
 
     permissions: frozenset[str] = PERMISSIONS
@@ -45,78 +45,79 @@ class LicenseTerms:
     unknown: frozenset[str] = _NOTHING
 
     def __post_init__(self) -> None:
-        # A taint is part of the state, so that it cannot be forgotten by whoever builds one.
-        taken = {permission for restriction, permission in TAINTS.items() if restriction in self.restrictions}
-        allowed = _NOTHING if self.unknown else self.permissions - taken
+        # Applied here, because no caller may build terms that ignore a taint.
+        removed = {permission for restriction, permission in TAINTS.items() if restriction in self.restrictions}
+        allowed = _NOTHING if self.unknown else self.permissions - removed
         object.__setattr__(self, "permissions", allowed)
 
 
 UNRESTRICTED = LicenseTerms()
-"""The top of the lattice: nothing is known that would ask for anything."""
+"""The top of the lattice: every permission, no obligation, no restriction."""
 
 
-def unknown(what: str) -> LicenseTerms:
-    """Terms of something whose licence nobody knows: nothing is allowed."""
-    return LicenseTerms(unknown=frozenset({what}))
+def unknown(source: str) -> LicenseTerms:
+    """Returns the terms of a source without a known license, which allow nothing."""
+    return LicenseTerms(unknown=frozenset({source}))
 
 
 def combine(*terms: LicenseTerms) -> LicenseTerms:
-    """What holds for something that was made from all of these: permissions intersect, everything else unites.
+    """Returns the terms of something made from all sources: the intersection of permissions, the union of the rest.
 
-    Idempotent, commutative and associative, with `UNRESTRICTED` as its neutral element; of no terms at all it gives `UNRESTRICTED`.
+    Idempotent, commutative and associative. `UNRESTRICTED` is the neutral element and the result for no arguments.
     """
     return reduce(_combine, terms, UNRESTRICTED)
 
 
 def is_at_least_as_strict(tighter: LicenseTerms, looser: LicenseTerms) -> bool:
-    """Whether the first allows nothing that the second does not allow, and asks for all that the second asks for."""
+    """Returns True if the first terms allow no more than the second and require at least as much."""
     return _combine(tighter, looser) == tighter
 
 
 def inherit(own: Mapping[Key, LicenseTerms], parents: Mapping[Key, Collection[Key]]) -> dict[Key, LicenseTerms]:
-    """The terms of every node of a graph: its own, and those of all that it was made from.
+    """Returns the terms of every node of a graph: its own combined with those of everything upstream.
 
     Args:
-        own: What each node brings in by itself; a node without an entry brings nothing.
-        parents: What each node was made from; a node without an entry was made from nothing known.
+        own: Terms that each node adds; a node without an entry adds none.
+        parents: Direct upstream nodes of each node; a node without an entry has none.
     """
     nodes = {**dict.fromkeys(own, ()), **parents}
     try:
-        order, to_export = list(TopologicalSorter(nodes).static_order()), True
+        order, is_acyclic = list(TopologicalSorter(nodes).static_order()), True
     except CycleError:
-        # Two versions may each claim to come from the other; each then has the terms of both.
-        order, to_export = list({*nodes, *(parent for each in parents.values() for parent in each)}), False
+        # Two versions may each declare the other as a parent; both then have the terms of both.
+        order = list({*nodes, *(parent for sources in parents.values() for parent in sources)})
+        is_acyclic = False
     resolved = {node: own.get(node, UNRESTRICTED) for node in order}
     while True:
         before = dict(resolved)
         for node in order:
             resolved[node] = combine(resolved[node], *(resolved[parent] for parent in parents.get(node, ())))
-        if to_export or resolved == before:
+        if is_acyclic or resolved == before:
             return resolved
 
 
 def conflicts(terms: LicenseTerms) -> tuple[str, ...]:
-    """Why these terms stand in the way of any release, all reasons at once; empty where nothing does."""
-    reasons = [f"no licence is known for {what}" for what in sorted(terms.unknown)]
+    """Returns every reason why these terms forbid any release; empty if none does."""
+    reasons = [f"no license is known for {source}" for source in sorted(terms.unknown)]
     if len(terms.share_alike) > 1:
         listed = " and ".join(sorted(terms.share_alike))
-        reasons.append(f"{listed} each ask for their very own terms, which cannot be met together")
+        reasons.append(f"{listed} each require their own terms, which cannot be met together")
     if NO_DERIVATIVES in terms.restrictions:
         reasons.append(f"no adapter may be made from it: {NO_DERIVATIVES} ({', '.join(sorted(terms.licenses))})")
     return tuple(reasons)
 
 
 def allows_commercial(terms: LicenseTerms) -> bool:
-    """Whether the result may be used commercially; other restrictions, such as a limit of revenue, may still apply."""
+    """Returns True if commercial use is allowed; other restrictions, such as a revenue limit, may still apply."""
     return COMMERCIAL in terms.permissions
 
 
-def _combine(one: LicenseTerms, other: LicenseTerms) -> LicenseTerms:
+def _combine(left: LicenseTerms, right: LicenseTerms) -> LicenseTerms:
     return LicenseTerms(
-        one.permissions & other.permissions,
-        one.obligations | other.obligations,
-        one.restrictions | other.restrictions,
-        one.licenses | other.licenses,
-        one.share_alike | other.share_alike,
-        one.unknown | other.unknown,
+        left.permissions & right.permissions,
+        left.obligations | right.obligations,
+        left.restrictions | right.restrictions,
+        left.licenses | right.licenses,
+        left.share_alike | right.share_alike,
+        left.unknown | right.unknown,
     )

@@ -1,4 +1,4 @@
-"""The table of licences: `licenses.yaml` beside this file, and what a home adds to it. No legal advice."""
+"""Reads the license table: `licenses.yaml` beside this file, and the home's additions. Not legal advice."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+:_/-]{0,99}$")]
 
 
 class License(BaseModel):
-    """One licence, summarised.
+    """Summary of one license.
 
     Attributes:
-        id: SPDX's identifier, or `LicenseRef-...`.
-        name: For people.
-        url: Where its text is.
-        sha256: Digest of that text; None where it was not at hand.
+        id: SPDX identifier, or `LicenseRef-...`.
+        name: Display name.
+        url: URL of the license text.
+        sha256: Digest of that text; None means unknown.
         aliases: Other spellings.
-        permissions: What is allowed at all.
-        obligations: What has to be done for it.
-        restrictions: What is forbidden.
-        share_alike: Whether what is made from it has to come under the same terms.
+        permissions: Allowed uses.
+        obligations: Required actions.
+        restrictions: Forbidden uses.
+        share_alike: Derived works must have the same terms.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,7 @@ class License(BaseModel):
     share_alike: bool = False
 
     @model_validator(mode="after")
-    def _says_one_thing(self) -> License:
+    def _check_taints(self) -> License:
         for restriction, permission in TAINTS.items():
             if restriction in self.restrictions and permission in self.permissions:
                 raise ValueError(f"{self.id} allows {permission} and is {restriction}; leave one out")
@@ -56,7 +56,7 @@ class License(BaseModel):
 
     @property
     def terms(self) -> LicenseTerms:
-        """The licence as a point of the lattice."""
+        """The terms of the license."""
         return LicenseTerms(
             frozenset(self.permissions),
             frozenset(self.obligations),
@@ -67,7 +67,7 @@ class License(BaseModel):
 
 
 class BaseLicense(BaseModel):
-    """Which bases carry a licence: by hub id of any revision, by family (`sd15`, ...), by fingerprint."""
+    """The bases that carry a license, by hub id of any revision, family (`sd15`, ...) or fingerprint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,14 +78,14 @@ class BaseLicense(BaseModel):
 
 
 class Licenses(BaseModel):
-    """A table of licences.
+    """A table of licenses.
 
     Attributes:
-        version: Of its content.
-        date: When it was last looked over.
-        note: What it is not.
-        licenses: The licences.
-        bases: Which base carries which.
+        version: Version of the content.
+        date: Date of the last review.
+        note: Disclaimer.
+        licenses: The licenses.
+        bases: The license of each base.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,56 +97,56 @@ class Licenses(BaseModel):
     bases: tuple[BaseLicense, ...] = ()
 
     def find(self, text: str | None) -> License | None:
-        """The licence of that id or alias, in any case; None for what is not in the table."""
-        wanted = (text or "").strip().lower()
+        """Returns the license with that id or alias, case-insensitively; None if the table has none."""
+        name = (text or "").strip().lower()
         for entry in reversed(self.licenses):
-            if wanted in {entry.id.lower(), *(alias.lower() for alias in entry.aliases)}:
+            if name in {entry.id.lower(), *(alias.lower() for alias in entry.aliases)}:
                 return entry
         return None
 
-    def terms_of_license(self, text: str | None, what: str) -> LicenseTerms:
-        """The terms of a licence as it was written down.
+    def terms_of_license(self, text: str | None, owner: str) -> LicenseTerms:
+        """Returns the terms of a license by its identifier or alias.
 
         Args:
             text: Identifier or alias.
-            what: What carries it, for the reason of a refusal.
+            owner: Name of what carries the license, for the reason of a refusal.
         """
-        found = self.find(text)
-        if found is not None:
-            return found.terms
+        entry = self.find(text)
+        if entry is not None:
+            return entry.terms
         stated = (text or "").strip()
-        return unknown(what if stated.lower() in _NO_STATEMENT else f"{what} ({stated[:80]!r} is not in the table)")
+        return unknown(owner if stated.lower() in _NO_STATEMENT else f"{owner} ({stated[:80]!r} is not in the table)")
 
     def terms_of_base(self, name: str, fingerprint: str | None = None) -> LicenseTerms:
-        """The terms of a base by its fingerprint, else by its hub id or family; unknown where it is in neither."""
+        """Returns the terms of a base by its fingerprint, else by its hub id or family, else unknown terms."""
         hub = name.partition("@")[0].lower()
         for by in ("fingerprint", "name"):
             for entry in reversed(self.bases):
-                named = hub in {*(each.lower() for each in entry.hub), *entry.families}
-                if fingerprint in entry.fingerprints if by == "fingerprint" else named:
+                has_name = hub in {*(name.lower() for name in entry.hub), *entry.families}
+                if fingerprint in entry.fingerprints if by == "fingerprint" else has_name:
                     return self.terms_of_license(entry.license, f"base {name!r}")
         return unknown(f"base {name!r}" + (f" with fingerprint {fingerprint}" if fingerprint else ""))
 
-    def joined(self, more: Licenses) -> Licenses:
-        """Both tables; where they differ, the other one counts."""
-        replaced = {entry.id for entry in more.licenses}
-        kept = tuple(entry for entry in self.licenses if entry.id not in replaced)
-        return more.model_copy(update={"licenses": kept + more.licenses, "bases": self.bases + more.bases})
+    def updated(self, changes: Licenses) -> Licenses:
+        """Returns this table with the entries of another one, which replace licenses of the same id."""
+        replaced = {entry.id for entry in changes.licenses}
+        licenses = tuple(entry for entry in self.licenses if entry.id not in replaced)
+        return changes.model_copy(update={"licenses": licenses + changes.licenses, "bases": self.bases + changes.bases})
 
 
 def read_licenses(home: Path | None = None) -> Licenses:
-    """The table that is shipped, joined with the home's own if there is one.
+    """Returns the shipped table, updated with the home's own if it has one.
 
     Raises:
-        PolicyError: A table is no YAML, holds something else, or names a licence that neither has.
+        PolicyError: A table is not YAML, has the wrong form, or names a license that neither table has.
     """
     shipped = _shipped()
     own = home / NAME if home is not None else None
     if own is None or not own.is_file():
         return shipped
-    joined = shipped.joined(_read(own))
-    _check(joined, own)
-    return joined
+    table = shipped.updated(_read(own))
+    _check(table, own)
+    return table
 
 
 @lru_cache(maxsize=1)
@@ -157,39 +157,41 @@ def _shipped() -> Licenses:
 
 
 def _read(path: Path) -> Licenses:
-    remedy = f"write it in the form of {NAME} as it is shipped (see docs/rights.md)"
+    remedy = f"use the form of the shipped {NAME} (see docs/rights.md)"
     try:
         return Licenses.model_validate(yaml.safe_load(path.read_bytes()) or {})
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PolicyError(f"is no YAML ({error})", where=str(path), remedy=remedy) from error
+        raise PolicyError(f"is not YAML ({error})", where=str(path), remedy=remedy) from error
     except ValidationError as error:
         raise PolicyError(with_context(error), where=str(path), remedy=remedy) from error
 
 
 def with_context(error: ValidationError) -> str:
-    """The problems of a validation, each with its place."""
-    found = error.errors(include_url=False)
-    listed = [f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in found[:4]]
-    more = [f"and {len(found) - 4} more"] if len(found) > 4 else []
-    return "; ".join(listed + more)
+    """Returns the problems of a validation, each with its key."""
+    errors = error.errors(include_url=False)
+    listed = [f"{'.'.join(map(str, entry['loc'])) or 'the file'}: {entry['msg']}" for entry in errors[:4]]
+    rest = [f"and {len(errors) - 4} more"] if len(errors) > 4 else []
+    return "; ".join(listed + rest)
 
 
 def _check(table: Licenses, path: Path) -> None:
-    _refuse_twins(
-        (name.lower() for each in table.licenses for name in {each.id.lower(), *map(str.lower, each.aliases)}), path
+    _refuse_duplicates(
+        (name.lower() for entry in table.licenses for name in {entry.id.lower(), *map(str.lower, entry.aliases)}), path
     )
     missing = sorted({entry.license for entry in table.bases if table.find(entry.license) is None})
     if missing:
         raise PolicyError(
-            f"bases name {missing[0]!r}, and no licence has that id",
+            f"bases name {missing[0]!r}, and no license has that id",
             where=str(path),
             allowed=", ".join(entry.id for entry in table.licenses),
         )
 
 
-def _refuse_twins(names: Iterable[str], path: Path) -> None:
+def _refuse_duplicates(names: Iterable[str], path: Path) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise PolicyError(f"two licences go by {name!r}", where=str(path), remedy="leave one of the aliases out")
+            raise PolicyError(
+                f"two licenses have the name {name!r}", where=str(path), remedy="remove one of the aliases"
+            )
         seen.add(name)

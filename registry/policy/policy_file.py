@@ -1,4 +1,4 @@
-"""The policies of a home: `policy.yaml` there, over one of the presets. Reading only; `policy` decides."""
+"""Reads the policies of a home: its `policy.yaml` over one of the presets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from registry.policy.licenses import with_context
 NAME = "policy.yaml"
 
 
-class _Written(BaseModel):
-    """The file: a preset, what is set otherwise alias by alias, and what a recall does."""
+class _PolicyFile(BaseModel):
+    """The file: a preset, changes by alias, and what a revocation does."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,8 +30,8 @@ class Policies(BaseModel):
     """The policies of a home.
 
     Attributes:
-        aliases: What each alias asks for.
-        recall: What happens to versions that a revocation reaches, where nobody says otherwise.
+        aliases: The policy of each alias.
+        recall: Default action for versions that a revocation affects.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class Policies(BaseModel):
     recall: Literal["flag", "withdraw"] = "flag"
 
     def of(self, alias: str) -> AliasPolicy:
-        """The policy of an alias; one that is not named asks for nothing more than all do."""
+        """Returns the policy of an alias; an alias without one has only the common requirements."""
         return self.aliases.get(alias, _PLAIN)
 
 
@@ -48,31 +48,31 @@ _PLAIN = AliasPolicy()
 
 
 def read_policies(home: Path) -> Policies:
-    """The policies of a home: those of its file over the preset that it names; the default preset without a file.
+    """Returns the policies of a home: its file over the preset that it names, or the default preset without a file.
 
     Raises:
-        PolicyError: The file is no YAML or says something that no policy knows; all of it at once.
+        PolicyError: The file is not YAML or has unknown or invalid keys; lists all of them.
     """
     path = home / NAME
-    remedy = "mend or remove the file (see docs/rights.md)"
+    remedy = "fix or remove the file (see docs/rights.md)"
     try:
-        written = _Written.model_validate(yaml.safe_load(path.read_bytes()) or {})
+        file = _PolicyFile.model_validate(yaml.safe_load(path.read_bytes()) or {})
     except FileNotFoundError:
         return Policies()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PolicyError(f"is no YAML ({error})", where=str(path), remedy=remedy) from error
+        raise PolicyError(f"is not YAML ({error})", where=str(path), remedy=remedy) from error
     except ValidationError as error:
         raise PolicyError(
             with_context(error), where=str(path), allowed="policy, aliases, recall", remedy=remedy
         ) from error
-    aliases = dict(PRESETS[written.policy])
+    aliases = dict(PRESETS[file.policy])
     problems = []
-    for alias, changes in written.aliases.items():
+    for alias, changes in file.aliases.items():
         try:
             base = aliases.get(check_alias(alias), _PLAIN).model_dump()
-            # Strict, but for YAML's lists: `needs_gate: "no"` must not come to mean yes.
-            listed = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-            aliases[alias] = AliasPolicy.model_validate(base | listed, strict=True)
+            # Strict except for YAML lists: `needs_gate: "no"` must not parse as true.
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+            aliases[alias] = AliasPolicy.model_validate(base | values, strict=True)
         except ValidationError as error:
             problems.append(f"aliases.{alias}: {with_context(error)}")
         except VersionError as error:
@@ -80,4 +80,4 @@ def read_policies(home: Path) -> Policies:
     if problems:
         allowed = ", ".join(AliasPolicy.model_fields)
         raise PolicyError("; ".join(problems), where=str(path), allowed=allowed, remedy=remedy)
-    return Policies(aliases=aliases, recall=written.recall)
+    return Policies(aliases=aliases, recall=file.recall)

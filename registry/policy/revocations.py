@@ -1,4 +1,4 @@
-"""What is revoked now, as promotion, training and recall ask. Reads only; `registry.versions.revocation` writes."""
+"""Reads the active revocations, for promotion, training and impact reports. `registry.versions.revocation` writes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from registry.store.tables import EventRow, RevocationRow
 
 @dataclass(frozen=True)
 class Revocation:
-    """One revocation that stands.
+    """One active revocation.
 
     Args:
-        subject: Digest of the picture, or id of the consent.
+        subject: Digest of the image, or id of the consent.
         kind: `picture` or `consent`.
-        seq: The event.
-        pictures: Digests of the pictures that it is about, which other datasets may hold without that consent.
+        seq: Number of the event.
+        pictures: Digests of the images that it covers; other datasets may contain them without that consent.
     """
 
     subject: str
@@ -32,35 +32,36 @@ class Revocation:
 
 
 def active_revocations(session: Session) -> tuple[Revocation, ...]:
-    """All revocations that were not lifted, in the order of the log."""
+    """Returns all revocations that were not lifted, in log order."""
     query = select(RevocationRow.subject, EventRow.seq, EventRow.details)
     rows = session.execute(query.join(EventRow, EventRow.seq == RevocationRow.seq).order_by(EventRow.seq))
     return tuple(_revocation(subject, seq, details) for subject, seq, details in rows)
 
 
 def revoked_subjects(session: Session) -> dict[str, str]:
-    """Digests of pictures and ids of consents that may not be used any more -> in words, what was revoked."""
-    words: dict[str, str] = {}
-    for each in active_revocations(session):
-        named = f"picture {each.subject[:12]}" if each.kind == "picture" else f"consent {each.subject!r}"
-        words[each.subject] = named
-        for picture in each.pictures:
-            words.setdefault(picture, f"{named} (picture {picture[:12]})" if each.kind == "consent" else named)
-    return words
+    """Returns digest of a revoked image or id of a revoked consent -> description of the revocation."""
+    descriptions: dict[str, str] = {}
+    for revocation in active_revocations(session):
+        subject = revocation.subject
+        name = f"image {subject[:12]}" if revocation.kind == "picture" else f"consent {subject!r}"
+        descriptions[subject] = name
+        for image in revocation.pictures:
+            descriptions.setdefault(image, f"{name} (image {image[:12]})" if revocation.kind == "consent" else name)
+    return descriptions
 
 
 def read_revoked(lineage: Lineage) -> dict[str, str]:
-    """`revoked_subjects` in a session of its own."""
+    """Returns `revoked_subjects` from a new session."""
     with lineage.database.read() as session:
         return revoked_subjects(session)
 
 
 def revoked_ancestors(session: Session, ancestry: Ancestry, revoked: Mapping[str, str]) -> tuple[str, ...]:
-    """In words, what of the revoked is among the pictures and consents that something was made from."""
+    """Returns descriptions of the revoked images and consents in the upstream datasets."""
     if not revoked:
         return ()
-    found = held_subjects(session, revoked, ancestry.manifests)
-    return tuple(sorted({revoked[subject] for subject in found}))
+    subjects = held_subjects(session, revoked, ancestry.manifests)
+    return tuple(sorted({revoked[subject] for subject in subjects}))
 
 
 def _revocation(subject: str, seq: int, details: Mapping[str, Any]) -> Revocation:

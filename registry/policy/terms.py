@@ -1,4 +1,4 @@
-"""The terms of a version: from bases, declared licences and pictures over all of its lineage, each with its place."""
+"""Resolves the license terms of a version from the bases, declared licenses and images of its lineage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _DATASET = "dataset"
 
 @dataclass(frozen=True)
 class Source:
-    """One reason why the terms are what they are.
+    """One source of the resolved terms.
 
     Args:
-        where: The version, step, dataset or origin that it comes with.
-        what: What is stated there.
-        terms: What that means.
+        where: The version, step, dataset or origin that states it.
+        what: The statement.
+        terms: The terms that the statement implies.
     """
 
     where: str
@@ -39,17 +39,17 @@ class Source:
 
 @dataclass(frozen=True)
 class ResolvedTerms:
-    """The terms of a version, and where each part is from."""
+    """The terms of a version and their sources."""
 
     terms: LicenseTerms
     sources: tuple[Source, ...]
 
 
 def terms_of(context: RegistryContext, version: AdapterVersion) -> ResolvedTerms:
-    """What may be done with a version, by everything that it was made from.
+    """Returns the license terms of a version, combined over its lineage.
 
     Raises:
-        PolicyError: The home's table of licences cannot be used.
+        PolicyError: The home's table of licenses cannot be used.
     """
     with context.lineage.database.read() as session:
         ancestry = trace(session, version.artifact)
@@ -60,91 +60,94 @@ def terms_of(context: RegistryContext, version: AdapterVersion) -> ResolvedTerms
 def resolve_terms(
     ancestry: Ancestry, datasets: Mapping[ArtifactRef, tuple[Entry, ...] | None], licenses: Licenses
 ) -> ResolvedTerms:
-    """The terms of what was traced; pure.
+    """Returns the license terms of an upstream graph; pure.
 
     Args:
-        ancestry: Where it comes from.
-        datasets: The pictures of each dataset, as its manifest has them; None for one that cannot be read.
-        licenses: The table.
+        ancestry: The upstream graph.
+        datasets: Images of each dataset, from its manifest; None means that the manifest cannot be read.
+        licenses: The license table.
     """
     stated: dict[NodeId, list[Source]] = {}
     for digest, registered in ancestry.versions.items():
         stated.setdefault(NodeId("artifact", digest), []).extend(
-            source for version in registered for source in _of_card(version, licenses)
+            source for version in registered for source in _card_sources(version, licenses)
         )
     for step, settings in ancestry.settings.items():
-        stated.setdefault(NodeId("execution", step), []).extend(_of_step(settings, licenses))
+        stated.setdefault(NodeId("execution", step), []).extend(_step_sources(settings, licenses))
     for node in ancestry.nodes:
         if node.kind == "origin" and node.id.startswith(_BASE):
             name = node.id.removeprefix(_BASE).strip()
             stated.setdefault(node, []).append(Source("parents", f"base {name}", licenses.terms_of_base(name)))
     for dataset, entries in datasets.items():
-        stated.setdefault(NodeId("artifact", dataset.sha256), []).extend(_of_images(dataset, entries, licenses))
+        stated.setdefault(NodeId("artifact", dataset.sha256), []).extend(_image_sources(dataset, entries, licenses))
     sources = _distinct(source for node in sorted(stated) for source in stated[node])
     if all(source.where.startswith(_DATASET) for source in sources):
-        nothing = Source(
-            "version", "neither base nor licence is recorded", unknown("it: neither base nor licence is recorded")
+        no_source = Source(
+            "version", "neither base nor license is recorded", unknown("it: neither base nor license is recorded")
         )
-        stated.setdefault(ancestry.root, []).append(nothing)
-        sources = (*sources, nothing)
-    own = {node: combine(*(source.terms for source in each)) for node, each in stated.items()}
+        stated.setdefault(ancestry.root, []).append(no_source)
+        sources = (*sources, no_source)
+    own = {node: combine(*(source.terms for source in listed)) for node, listed in stated.items()}
     return ResolvedTerms(inherit(own, ancestry.parents).get(ancestry.root, UNRESTRICTED), sources)
 
 
 def read_datasets(store: Store, datasets: Iterable[ArtifactRef]) -> dict[ArtifactRef, tuple[Entry, ...] | None]:
-    """The pictures of datasets, as their manifests have them; None where the bytes are gone or damaged."""
-    found: dict[ArtifactRef, tuple[Entry, ...] | None] = {}
+    """Returns the images of each dataset from its manifest; None if the bytes are missing or damaged."""
+    images: dict[ArtifactRef, tuple[Entry, ...] | None] = {}
     for dataset in datasets:
         try:
-            found[dataset] = tuple(json.loads(store.read(dataset, "manifest.json")).get("pictures", ()))
+            images[dataset] = tuple(json.loads(store.read(dataset, "manifest.json")).get("pictures", ()))
         except (StoreError, ValueError):
-            found[dataset] = None
-    return found
+            images[dataset] = None
+    return images
 
 
-def rights_of(picture: Entry) -> Entry:
-    """What a manifest states about a picture; nothing, for datasets of before such statements."""
-    return picture.get("rights") or {}
+def rights_of(image: Entry) -> Entry:
+    """Returns the rights that a manifest states for an image; empty for datasets older than that field."""
+    return image.get("rights") or {}
 
 
-def _of_card(version: AdapterVersion, licenses: Licenses) -> Iterator[Source]:
+def _card_sources(version: AdapterVersion, licenses: Licenses) -> Iterator[Source]:
     declared, base = version.card.get("license"), version.card.get("base")
     if declared:
         terms = licenses.terms_of_license(str(declared), f"{version.ref} itself")
-        yield Source(version.ref, f"licence {declared} as declared", terms)
+        yield Source(version.ref, f"license {declared} as declared", terms)
     if base:
         yield Source(
             version.ref, f"base {base}", licenses.terms_of_base(str(base), version.card.get("base_fingerprint"))
         )
 
 
-def _of_step(settings: Entry, licenses: Licenses) -> Iterator[Source]:
+def _step_sources(settings: Entry, licenses: Licenses) -> Iterator[Source]:
     described = settings.get("base") or {}
     name = described.get("label") or (settings.get("settings") or {}).get("base")
     if name:
         yield Source("step", f"base {name}", licenses.terms_of_base(str(name), described.get("fingerprint")))
 
 
-def _of_images(dataset: ArtifactRef, entries: tuple[Entry, ...] | None, licenses: Licenses) -> Iterator[Source]:
+def _image_sources(dataset: ArtifactRef, entries: tuple[Entry, ...] | None, licenses: Licenses) -> Iterator[Source]:
     where = f"{_DATASET} {dataset.sha256[:12]}"
     if entries is None:
         yield Source(where, "cannot be read", unknown(f"{where}, which cannot be read"))
         return
-    stated = Counter((rights_of(each).get("license"), rights_of(each).get("rights")) for each in entries)
-    for (named, basis), count in sorted(stated.items(), key=str):
-        pictures = f"{count} picture{'s' if count > 1 else ''}"
-        if named:
-            yield Source(where, f"{pictures} under {named}", licenses.terms_of_license(named, pictures))
+    stated = Counter((rights_of(entry).get("license"), rights_of(entry).get("rights")) for entry in entries)
+    for (license_id, basis), count in sorted(stated.items(), key=str):
+        images = f"{count} image{'s' if count > 1 else ''}"
+        if license_id:
+            yield Source(where, f"{images} under {license_id}", licenses.terms_of_license(license_id, images))
         elif basis == "licence":
-            yield Source(where, f"{pictures} under an unnamed licence", unknown(f"{pictures} used by a licence"))
-    alone = sum(rights_of(each).get("scope") == "train" for each in entries)
-    if alone:
+            yield Source(
+                where, f"{images} under an unnamed license", unknown(f"{images} used under an unnamed license")
+            )
+    train_only = sum(rights_of(entry).get("scope") == "train" for entry in entries)
+    if train_only:
+        images = f"{train_only} image{'s' if train_only > 1 else ''}"
         tainted = LicenseTerms(restrictions=frozenset({NON_COMMERCIAL}))
-        yield Source(where, f"{alone} picture{'s' if alone > 1 else ''} for training alone, not for commerce", tainted)
+        yield Source(where, f"{images} for training only, not for commercial use", tainted)
 
 
 def _distinct(sources: Iterable[Source]) -> tuple[Source, ...]:
-    """Each statement once: every step of a line names the same base."""
+    """Returns each statement once, since every step of a pipeline names the same base."""
     seen: dict[tuple[str, LicenseTerms], Source] = {}
     for source in sources:
         key = (source.what, source.terms)

@@ -1,6 +1,6 @@
 """The content-addressed store: an artifact is a tree of files, named by the digest of its canonical list.
 
-Every read is verified. The same content is kept once, whoever puts it. What an artifact means is not known here.
+Every read is verified. The same content is stored once. The store does not interpret artifacts.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Content = Path | bytes
 
 
 class Inspection(NamedTuple):
-    """The result of reading an artifact whole.
+    """The result of reading every byte of an artifact.
 
     Args:
-        problems: What is missing or damaged; empty for a sound artifact.
-        kept: Verified bytes of the file that was asked for; None if it is not there or not sound.
+        problems: Missing or damaged files; empty for an intact artifact.
+        content: Verified bytes of the requested file; None if it is missing or damaged.
     """
 
     problems: list[Problem]
-    kept: bytes | None = None
+    content: bytes | None = None
 
 
 class Store:
-    """Artifacts by their digest.
+    """Stores and reads artifacts by digest.
 
     Args:
-        folder: Where the blobs live; used to make the local backend.
-        blobs: Another backend.
+        folder: The folder of the store.
+        blobs: The backend; None uses `LocalBlobs` in the folder.
     """
 
     def __init__(self, folder: Path, blobs: Blobs | None = None) -> None:
@@ -53,19 +53,19 @@ class Store:
         self.blobs: Blobs = blobs if blobs is not None else LocalBlobs(folder / "blobs")
 
     def put(self, kind: str, folder: Path) -> ArtifactRef:
-        """Stores every file of a folder, and gives the reference to the tree. Empty folders are not kept.
+        """Stores every file of a folder and returns the reference to the tree. Empty folders are not stored.
 
         Raises:
-            StoreError: The folder is missing or empty, or holds a link, a device or a name that is not portable.
+            StoreError: The folder is missing or empty, or contains a link, a device or a name that is not portable.
             HomeError: The disk is full or read-only.
         """
         return self.put_files(kind, _scan(folder))
 
     def put_files(self, kind: str, files: Mapping[str, Content]) -> ArtifactRef:
-        """Stores files given one by one, as `put` would if they lay in a folder.
+        """Stores files as one artifact, and returns its reference; `put` does the same for a folder.
 
         Args:
-            kind: What the artifact is.
+            kind: Kind of the artifact.
             files: Relative path with `/` -> a file to copy, or the bytes themselves.
 
         Raises:
@@ -73,7 +73,7 @@ class Store:
             HomeError: The disk is full or read-only.
         """
         if not files:
-            raise StoreError(f"an artifact of kind {kind!r} without files", allowed="at least one file")
+            raise StoreError(f"an artifact of kind {kind!r} has no files", allowed="at least one file")
         entries: dict[str, FileEntry] = {}
         for relative in sorted(files):
             check_relative(relative)
@@ -84,16 +84,16 @@ class Store:
         return ref
 
     def files(self, ref: ArtifactRef) -> dict[str, FileEntry]:
-        """The files of an artifact: relative path -> digest and size; the list itself is verified.
+        """Returns the files of an artifact: relative path -> digest and size; verifies the list itself.
 
         Raises:
             MissingBlob: The list is gone.
-            DamagedBlob: The list is not what was stored, or is of another kind.
+            DamagedBlob: The list differs from what was stored, or is of another kind.
         """
         return _parse_tree(self._read_blob(ref.sha256, f"list of {ref.kind} {ref.sha256[:12]}"), ref)
 
     def read(self, ref: ArtifactRef, relative: str) -> bytes:
-        """The verified bytes of one file of an artifact.
+        """Returns the verified bytes of one file of an artifact.
 
         Raises:
             StoreError: The artifact has no such file; or `MissingBlob`, `DamagedBlob`.
@@ -101,20 +101,20 @@ class Store:
         return self._read_blob(self._entry(ref, relative).sha256, f"{relative} of {ref.kind} {ref.sha256[:12]}")
 
     def checkout(self, ref: ArtifactRef, folder: Path) -> None:
-        """Copies an artifact out, verified; the folder appears whole or not at all.
+        """Copies an artifact to a folder, verified; the folder appears complete or not at all.
 
         Args:
             ref: The artifact.
-            folder: Where it goes; must not exist, or be empty.
+            folder: The target; must not exist, or be empty.
 
         Raises:
-            StoreError: The folder holds something; or `MissingBlob`, `DamagedBlob`.
+            StoreError: The folder is not empty; or `MissingBlob`, `DamagedBlob`.
             HomeError: The disk is full or read-only.
         """
         files = self.files(ref)
         with disk_errors(folder):
             if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-                raise StoreError("there is something here already", where=str(folder), remedy="name an empty folder")
+                raise StoreError("not an empty folder", where=str(folder), remedy="name an empty or new folder")
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:100]}.", suffix=".partial"))
             try:
@@ -130,7 +130,7 @@ class Store:
                 raise
 
     def checkout_file(self, ref: ArtifactRef, relative: str, path: Path) -> None:
-        """Copies one file of an artifact out, verified and atomic; an existing file is replaced.
+        """Copies one file of an artifact to a path, verified and atomic; replaces an existing file.
 
         Raises:
             StoreError: The artifact has no such file; or `MissingBlob`, `DamagedBlob`.
@@ -142,35 +142,36 @@ class Store:
             atomic_write(path, lambda file: self._copy_out(digest, file, where))
 
     def has(self, ref: ArtifactRef) -> bool:
-        """Whether every byte of the artifact seems to be there: all blobs exist; only the list is verified."""
+        """Returns True if the list of files is intact and all its blobs exist; reads no other blob."""
         try:
             return all(self.blobs.exists(entry.sha256) for entry in self.files(ref).values())
         except (MissingBlob, DamagedBlob):
             return False
 
     def touch(self, ref: ArtifactRef) -> bool:
-        """Makes an artifact safe from a collection for another grace period; False where some of it is gone."""
+        """Restarts the garbage collection's grace period for an artifact; returns False if a blob is gone."""
         try:
             digests = [ref.sha256, *(entry.sha256 for entry in self.files(ref).values())]
         except (MissingBlob, DamagedBlob):
             return False
-        found = [self.blobs.touch(digest) for digest in digests]  # all of them, wherever the first is gone
-        return all(found)
+        touched = [self.blobs.touch(digest) for digest in digests]  # a list: touches all, even if one is gone
+        return all(touched)
 
     def verify(self, ref: ArtifactRef) -> list[Problem]:
-        """Reads every byte of the artifact and returns what is missing or damaged."""
+        """Reads every byte of the artifact and returns the missing and damaged files."""
         return self.inspect(ref).problems
 
     def inspect(
         self, ref: ArtifactRef, keep: str | None = None, *, touch: bool = False, known: set[str] | None = None
     ) -> Inspection:
-        """Reads every byte of the artifact once, and returns what is missing or damaged.
+        """Reads every byte of the artifact once, and returns the missing and damaged files.
 
         Args:
             ref: The artifact.
             keep: Relative path of a file whose bytes are returned too.
-            renew: True also restarts the grace period of each blob, before it is read.
-            known: Digests of blobs that were found sound a moment ago and are not read again; sound ones are added.
+            touch: True also restarts the grace period of each blob before it is read.
+            known: Digests of blobs that were verified a moment ago and are not read again; in-place: adds the
+                verified ones.
         """
         known = set() if known is None else known
         if touch:
@@ -178,21 +179,21 @@ class Store:
         try:
             files = self.files(ref)
         except (MissingBlob, DamagedBlob) as error:
-            return Inspection([_finding(error)])
-        problems, kept = [], None
+            return Inspection([_problem(error)])
+        problems, content = [], None
         for relative, entry in files.items():
             where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
             try:
                 if touch:
                     self.blobs.touch(entry.sha256)
                 if relative == keep:
-                    kept = self._read_blob(entry.sha256, where)
+                    content = self._read_blob(entry.sha256, where)
                 elif entry.sha256 not in known and (actual := self.blobs.actual_digest(entry.sha256)) != entry.sha256:
                     raise damaged(entry.sha256, actual, where)
                 known.add(entry.sha256)
             except (MissingBlob, DamagedBlob) as error:
-                problems.append(_finding(error, where))
-        return Inspection(problems, kept)
+                problems.append(_problem(error, where))
+        return Inspection(problems, content)
 
     def _entry(self, ref: ArtifactRef, relative: str) -> FileEntry:
         files = self.files(ref)
@@ -230,10 +231,10 @@ class Store:
 
 
 def open_store(home: Home) -> Store:
-    """The store of a home, wherever its settings keep the bytes.
+    """Returns the store of a home, with the backend that its settings name.
 
     Raises:
-        StoreError: The settings name a place that cannot be opened.
+        StoreError: The settings name a store that cannot be opened.
         HomeError: The settings cannot be read.
     """
     url = home.store_url
@@ -241,21 +242,21 @@ def open_store(home: Home) -> Store:
 
 
 def encode_tree(kind: str, files: Mapping[str, FileEntry]) -> bytes:
-    """The canonical list of an artifact's files; its digest names the artifact."""
+    """Returns the canonical list of an artifact's files; its digest names the artifact."""
     return canonical_json({"kind": kind, "files": {path: vars(entry) for path, entry in files.items()}})
 
 
 def check_relative(relative: str) -> str:
-    """The relative path of a file in an artifact, given back if it is portable and stays inside.
+    """Returns the relative path of a file in an artifact unchanged.
 
     Raises:
-        StoreError: It is absolute, climbs, or holds a character that some system cannot write.
+        StoreError: It is absolute, leaves the tree, or has a character that some file systems cannot write.
     """
     parts = relative.split("/")
     bad_part = any(part in {"", ".", ".."} or len(part.encode(errors="replace")) > 255 for part in parts)
     if bad_part or not relative.isprintable() or "\\" in relative or PurePosixPath(relative).is_absolute():
         raise StoreError(
-            f"{relative!r} cannot be the path of a file in an artifact",
+            f"invalid path {relative!r} of a file in an artifact",
             allowed="relative paths of printable names with '/', without '.', '..' and backslashes",
         )
     return relative
@@ -264,26 +265,26 @@ def check_relative(relative: str) -> str:
 def _scan(folder: Path) -> dict[str, Content]:
     if folder.is_symlink() or not folder.is_dir():
         raise StoreError("not a folder", where=str(folder), allowed="a folder of regular files")
-    found: dict[str, Content] = {}
+    files: dict[str, Content] = {}
     for base, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             path = Path(base) / name
             mode = path.lstat().st_mode
             if stat.S_ISREG(mode):
-                found[path.relative_to(folder).as_posix()] = path
+                files[path.relative_to(folder).as_posix()] = path
             elif not stat.S_ISDIR(mode):
                 raise _irregular(path)
-    return found
+    return files
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a regular file, never a link, a pipe or a device.
+    """Opens a regular file for reading, never a link, a pipe or a device.
 
     Raises:
-        StoreError: It is none, or is not there.
+        StoreError: It is missing, or not a regular file.
     """
     try:
-        # Neither follows a link nor waits for the writer of a pipe, whatever the path has become since the scan.
+        # The path may have been replaced since the scan: do not follow a link or wait for the writer of a pipe.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise StoreError("no such file", where=str(path)) from None
@@ -297,10 +298,10 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 def _irregular(path: Path) -> StoreError:
     return StoreError(
-        "not a regular file that can be read",
+        "not a readable regular file",
         where=str(path),
         allowed="regular files; no links, pipes or devices",
-        remedy="replace it with a copy of the file it stands for",
+        remedy="replace it with a copy of the file",
     )
 
 
@@ -310,11 +311,11 @@ def _parse_tree(content: bytes, ref: ArtifactRef) -> dict[str, FileEntry]:
         tree = json.loads(content)
         files = {check_relative(path): FileEntry(**entry) for path, entry in tree["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedBlob("the digest names no list of files", where=where) from error
+        raise DamagedBlob("the bytes of this digest are not a list of files", where=where) from error
     if tree.get("kind") != ref.kind or not all(is_digest(entry.sha256) for entry in files.values()):
         raise DamagedBlob(f"it lists an artifact of kind {tree.get('kind')!r}", where=where, allowed=repr(ref.kind))
     return files
 
 
-def _finding(error: StoreError, where: str = "") -> Problem:
+def _problem(error: StoreError, where: str = "") -> Problem:
     return Problem(error.problem, where or error.where, error.remedy)

@@ -1,6 +1,6 @@
-"""Where bytes are kept by their digest: what every backend promises, and how bytes are compared with a digest.
+"""`Blobs`: the protocol of storage backends that store bytes by digest, and functions that compare bytes with digests.
 
-The backends are in `local` (a folder) and `remote` (a URL). Which blobs are wanted is not known here.
+The backends are in `local` (a folder) and `remote` (a URL). They do not know which blobs are in use.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _CHUNK = 1 << 20
 
 
 class Orphan(NamedTuple):
-    """Something that lies among the blobs and is none, such as the leftover of a killed writer.
+    """A file in the store that is no blob, such as the temporary file of a killed writer.
 
     Args:
         name: Path within the store.
-        size: Bytes.
-        modified: When it was written, in seconds since the epoch.
+        size: Size in bytes.
+        modified: Time of the last write, in seconds since the epoch.
     """
 
     name: str
@@ -30,75 +30,75 @@ class Orphan(NamedTuple):
 
 
 class Blobs(Protocol):
-    """A backend: bytes in, bytes out, by digest. Any number of processes may use the same place at once.
+    """A backend that stores bytes by digest. Any number of processes may use the same store at once.
 
-    A blob is never there by halves: it appears whole under its digest, or not at all, whenever its writer dies.
-    Collecting is safe beside writers: who writes or renews a blob may count on it for the grace period.
+    A blob appears complete under its digest or not at all, even if its writer is killed. Garbage collection is safe
+    beside writers: a blob that was written or touched stays for the grace period.
     """
 
     def write(self, digest: str, source: Callable[[], BinaryIO]) -> None:
-        """Stores the bytes that `source` opens; what is there and whole is renewed, what is damaged is replaced."""
+        """Stores the bytes that `source` opens; touches an intact blob, replaces a damaged one."""
         ...
 
     def open(self, digest: str) -> BinaryIO:
-        """The stored bytes, not yet verified."""
+        """Opens the stored bytes without verifying them."""
         ...
 
     def exists(self, digest: str) -> bool:
-        """Whether something is stored under the digest."""
+        """Returns True if a blob is stored under the digest."""
         ...
 
     def actual_digest(self, digest: str) -> str:
-        """The digest that the stored bytes really have."""
+        """Reads the stored bytes and returns their digest."""
         ...
 
     def digests(self) -> Iterator[str]:
-        """All digests that something is stored under, sorted."""
+        """Yields the digests of all stored blobs, sorted."""
         ...
 
     def age(self, digest: str) -> float:
-        """When the blob was written or renewed last, in seconds since the epoch."""
+        """Returns when the blob was last written or touched, in seconds since the epoch."""
         ...
 
     def size(self, digest: str) -> int:
-        """Its bytes, counted by the backend."""
+        """Returns the size of a blob in bytes, without reading it."""
         ...
 
     def touch(self, digest: str) -> bool:
-        """Makes a blob safe from a collection for another grace period; False where there is none."""
+        """Restarts the garbage collection's grace period of a blob; returns False if there is none."""
         ...
 
     def remove(self, digest: str, before: float) -> bool:
-        """Takes a blob away unless it was written or renewed since `before`; gives whether it did."""
+        """Removes a blob unless it was written or touched since `before`; returns True if it did."""
         ...
 
     def quarantine(self, digest: str) -> str:
-        """Moves what is stored under the digest out of the way, unchanged, and says where it lies now."""
+        """Moves a blob to the quarantine, unchanged, and returns its new path."""
         ...
 
     def trash(self) -> Iterator[Orphan]:
-        """What `remove` took away and a reader could still get back; the names are digests."""
+        """Yields the removed blobs that can still be restored; their names are digests."""
         ...
 
     def restore(self, digest: str) -> bool:
-        """Puts back what `remove` took away; False where it cannot."""
+        """Restores a removed blob; returns False if it is not in the trash."""
         ...
 
     def delete_from_trash(self, digest: str) -> None:
-        """Deletes for good what `remove` took away."""
+        """Deletes a removed blob for good."""
         ...
 
     def orphans(self) -> Iterator[Orphan]:
-        """What lies in the store and is no blob."""
+        """Yields the files in the store that are no blobs."""
         ...
 
     def remove_orphan(self, name: str) -> None:
-        """Deletes a stray."""
+        """Deletes an orphan."""
         ...
 
 
 def copy_hashed(source: BinaryIO, target: BinaryIO) -> str:
-    """Copies a stream and gives the SHA-256 of what went through."""
+    """Copies a stream and returns the SHA-256 of the copied bytes."""
     digest = hashlib.sha256()
     while chunk := source.read(_CHUNK):
         digest.update(chunk)
@@ -107,43 +107,43 @@ def copy_hashed(source: BinaryIO, target: BinaryIO) -> str:
 
 
 def missing(digest: str, where: str) -> MissingBlob:
-    """The error for bytes that are gone."""
+    """Returns the error for a missing blob."""
     return MissingBlob(
         f"the bytes with digest {digest} are gone",
         where=where,
-        remedy="run the pipeline again (the step that made them is repeated), or restore them from a backup",
+        remedy="run the pipeline again, which repeats the step that made them, or restore them from a backup",
     )
 
 
 def damaged(digest: str, actual: str, where: str) -> DamagedBlob:
-    """The error for bytes that are not what was stored."""
+    """Returns the error for a blob whose bytes differ from its digest."""
     return DamagedBlob(
         f"the bytes have digest {actual}, but {digest} was stored",
         where=where,
-        remedy="run the pipeline again (the step that made them is repeated), or restore them from a backup",
+        remedy="run the pipeline again, which repeats the step that made them, or restore them from a backup",
     )
 
 
 def copy_verified(source: BinaryIO, target: BinaryIO, digest: str, where: str) -> None:
-    """Copies a stream that must have that digest.
+    """Copies a stream and verifies its digest.
 
     Raises:
-        StoreError: It has another one.
+        StoreError: The copied bytes have another digest.
     """
     actual = copy_hashed(source, target)
     if actual != digest:
         raise StoreError(
             f"the source changed while it was stored: digest {actual} instead of {digest}",
             where=where,
-            remedy="see that nothing else writes into the folder, and try again",
+            remedy="stop what else writes into the folder, and try again",
         )
 
 
 def check_digest(digest: str) -> str:
-    """The digest, given back if it is one: nothing else may become part of a path.
+    """Returns the digest unchanged; guards every path that is built from one.
 
     Raises:
-        StoreError: It is none.
+        StoreError: The text is not a digest.
     """
     if not is_digest(digest):
         raise StoreError(f"{digest!r} is not a digest", allowed="64 lower-case hexadecimal digits")

@@ -1,8 +1,7 @@
-"""How the registry talks to its database: one engine, short transactions, worded errors, SQLite and PostgreSQL alike.
+"""Connects to the registry's database: one engine, short transactions, readable errors, for SQLite and PostgreSQL.
 
-One writer at a time on both: SQLite knows no other way, and on PostgreSQL a lock of the transaction makes the same
-promise, so that what counts, compares and logs is written once and thought through once. How a schema is made, migrated
-or refused is in `registry.store.schema`.
+Both have one writer at a time, so counting, compare-and-set and event logging share one code path. SQLite allows only
+one; on PostgreSQL an advisory lock of the transaction has the same effect. `registry.store.schema` opens the schema.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _PATIENCE = 20
 
 
 class Database:
-    """The registry's database, at the schema of this release: made on first use, migrated if an older release wrote it.
+    """The registry's database at the schema of this release; created on first use, migrated from an older schema.
 
     Args:
         url: SQLAlchemy URL, of SQLite or PostgreSQL.
 
     Raises:
-        HomeError: Not reachable, damaged, read-only, full, or written by a newer release or another program (and then
-            not touched).
+        HomeError: Not reachable, damaged, read-only, full, or written by a newer release or another program (then it
+            is not changed).
     """
 
     def __init__(self, url: str) -> None:
@@ -44,28 +43,28 @@ class Database:
         self.engine = _make_engine(parsed)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
         try:
-            with self._worded():
+            with self._readable_errors():
                 self._open_schema(parsed)
         except BaseException:
-            # A connection that stays open would leave its files beside a database that is not to be touched.
+            # An open connection would leave its log files beside a database that must not change.
             self.close()
             raise
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that sees one consistent state and changes nothing."""
+        """Opens a read-only session that sees one consistent snapshot."""
         engine = self.engine
         if not self._is_sqlite:
             engine = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with self._worded(), Session(engine) as session:
+        with self._readable_errors(), Session(engine) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A session in one transaction: all of it is durable at the end, or none of it after an exception."""
-        # SQLite: take the write lock at once; a reader that turns writer could not wait for it.
+        """Opens a session in one transaction: commits durably at the end, rolls back after an exception."""
+        # SQLite: take the write lock at once; a read transaction cannot wait for it.
         engine = self.engine.execution_options(loraline_write=True)
-        with self._worded(), Session(engine, expire_on_commit=False) as session, session.begin():
+        with self._readable_errors(), Session(engine, expire_on_commit=False) as session, session.begin():
             if not self._is_sqlite:
                 session.execute(WRITER)
             yield session
@@ -84,46 +83,46 @@ class Database:
             finally:
                 without_keys.dispose()
         else:
-            raise HomeError("a database in memory is gone with its process", where=self.url, allowed="a file")
+            raise HomeError("a database in memory does not outlive its process", where=self.url, allowed="a file")
 
     @contextmanager
-    def _worded(self) -> Iterator[None]:
+    def _readable_errors(self) -> Iterator[None]:
         try:
             yield
         except DatabaseError as error:
-            with_context = database_error(str(error.orig), self.where)
-            if with_context is None:
+            readable = database_error(str(error.orig), self.where)
+            if readable is None:
                 raise
-            raise with_context from error
+            raise readable from error
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite URL; None for another database."""
+    """Returns the file of a SQLite URL; None for another database."""
     parsed = _parse(url)
     return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
 
 
 def name_of(url: str) -> str:
-    """What a database is called in messages: its file, or its URL without the password."""
+    """Returns the name of a database for messages: its file, or its URL without the password."""
     parsed = _parse(url)
     return parsed.database or "" if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
 
 
 def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Inserts the rows whose primary key is not there yet."""
-    listed = [dict(row) for row in rows]
-    if not listed:
+    """Inserts the rows whose primary key does not exist yet."""
+    values = [dict(row) for row in rows]
+    if not values:
         return
     dialect = session.connection().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    session.execute(insert(table).on_conflict_do_nothing(), listed)
+    session.execute(insert(table).on_conflict_do_nothing(), values)
 
 
 def require_json(error: type[RegistryError], value: Any, where: str) -> None:
-    """Does nothing for a value that a column of JSON can hold.
+    """Raises an error if a JSON column cannot hold the value.
 
     Raises:
-        error: It holds NaN, infinity, or what is no JSON.
+        error: The value contains NaN, infinity, or a type that JSON does not have.
     """
     try:
         canonical_json(value)
@@ -135,21 +134,21 @@ def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
         if parsed.drivername in {"postgresql", "postgres"}:
-            # SQLAlchemy's own default is a driver that is not among our packages.
+            # SQLAlchemy's default driver is psycopg2, which is not a dependency.
             parsed = parsed.set(drivername="postgresql+psycopg")
         backend = parsed.get_backend_name()
         if backend not in {"sqlite", "postgresql"}:
-            raise HomeError(f"{backend!r} is no database that the registry knows", allowed="sqlite, postgresql+psycopg")
+            raise HomeError(f"unsupported database {backend!r}", allowed="sqlite, postgresql+psycopg")
         parsed.get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError) as error:
         raise HomeError(
-            f"this is no URL of a database ({error})",
+            f"not a database URL ({error})",
             where="LORALINE_DATABASE_URL or loraline.yaml",
             allowed="sqlite:////PATH or postgresql+psycopg://USER@HOST/DATABASE",
         ) from error
     except ImportError as error:
         raise HomeError(
-            f"PostgreSQL's driver is not installed ({error})",
+            f"the PostgreSQL driver is not installed ({error})",
             where=parsed.render_as_string(),
             remedy="pip install 'loraline[postgres]'",
         ) from error
@@ -162,14 +161,14 @@ def _make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
         event.listen(engine, "connect", _configure_sqlite(foreign_keys))
         event.listen(engine, "begin", _begin_sqlite)
     else:
-        # First of all listeners: SQLAlchemy asks for the current schema when it first connects.
+        # Before all other listeners: SQLAlchemy queries the current schema when it first connects.
         event.listen(engine, "connect", _configure_postgres, insert=True)
     return engine
 
 
 def _configure_sqlite(foreign_keys: bool) -> Callable[[Any, Any], None]:
     def configure(connection: Any, _record: Any) -> None:
-        # Leave transactions to `_begin_sqlite`; the driver would begin them too late, and end them before DDL.
+        # `_begin_sqlite` begins transactions; the driver would begin them too late, and commit them before DDL.
         connection.isolation_level = None
         cursor = connection.cursor()
         keys = "ON" if foreign_keys else "OFF"
@@ -188,7 +187,7 @@ def _begin_sqlite(connection: Connection) -> None:
 def _configure_postgres(connection: Any, _record: Any) -> None:
     connection.autocommit = True
     with connection.cursor() as cursor:
-        # A namespace of our own: MLflow may keep its tables, of which some have the same names, in the same database.
+        # MLflow may have its tables in the same database, and some have the same names: use a schema of our own.
         cursor.execute(f"SET search_path TO {NAMESPACE}")
         cursor.execute(f"SET lock_timeout TO '{_PATIENCE}s'")
     connection.autocommit = False

@@ -1,4 +1,4 @@
-"""Blobs in a local folder, or in one that several machines mount."""
+"""Stores blobs in a local folder, or in one that several machines mount."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from registry.entities import is_digest
 from registry.errors import disk_errors
 from registry.store.blobs import Orphan, check_digest, copy_verified, missing
 
-_LOCKS, _ASIDE = "locks", "damaged"
-# The lock is held for microseconds; the default of 50 ms would make writers wait for nothing.
+_LOCKS, _QUARANTINE = "locks", "damaged"
+# Seconds. The lock is held for microseconds, so filelock's default of 50 ms would delay writers.
 _POLL = 0.002
 
 
 class LocalBlobs:
     """Blobs as files `ab/abcdef...` of a local folder.
 
-    A file is written beside its place and renamed into it. A blob is removed, and renewed, under a lock, so that of a
-    writer who finds it and a collection that takes it away one comes first.
+    A file is written to a temporary path and renamed. `touch` and `remove` take a lock, so a writer that touches a blob
+    and a garbage collection that removes it do not interleave.
 
     Args:
         folder: The folder.
@@ -34,7 +34,7 @@ class LocalBlobs:
         self.folder = folder
 
     def write(self, digest: str, source: Callable[[], BinaryIO]) -> None:
-        """Stores the bytes that `source` opens; what is there and whole is renewed, what is damaged is replaced.
+        """Stores the bytes that `source` opens; touches an intact blob, replaces a damaged one.
 
         Raises:
             StoreError: The bytes have another digest: the source changed while it was read.
@@ -42,7 +42,7 @@ class LocalBlobs:
         """
         path = self.path(digest)
         with disk_errors(path):
-            if self.touch(digest) and self._is_whole(path):
+            if self.touch(digest) and self._is_intact(path):
                 return
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class LocalBlobs:
                 atomic_write(path, lambda file: copy_verified(stream, file, digest, str(path)))
 
     def open(self, digest: str) -> BinaryIO:
-        """The stored bytes, not yet verified.
+        """Opens the stored bytes without verifying them.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
@@ -62,11 +62,11 @@ class LocalBlobs:
             raise missing(digest, str(self.path(digest))) from None
 
     def exists(self, digest: str) -> bool:
-        """Whether something is stored under the digest."""
+        """Returns True if a blob is stored under the digest."""
         return self.path(digest).is_file()
 
     def actual_digest(self, digest: str) -> str:
-        """The digest that the stored bytes really have.
+        """Reads the stored bytes and returns their digest.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
@@ -77,33 +77,33 @@ class LocalBlobs:
             raise missing(digest, str(self.path(digest))) from None
 
     def digests(self) -> Iterator[str]:
-        """All digests that something is stored under, sorted."""
+        """Yields the digests of all stored blobs, sorted."""
         for path in sorted(self.folder.glob("[0-9a-f][0-9a-f]/*")):
             if is_digest(path.name) and path.name.startswith(path.parent.name):
                 yield path.name
 
     def age(self, digest: str) -> float:
-        """When the blob was written or renewed last, in seconds since the epoch."""
+        """Returns when the blob was last written or touched, in seconds since the epoch."""
         return self.path(digest).stat().st_mtime
 
     def size(self, digest: str) -> int:
-        """Its bytes, counted by the backend."""
+        """Returns the size of a blob in bytes, without reading it."""
         return self.path(digest).stat().st_size
 
     def touch(self, digest: str) -> bool:
-        """Makes a blob safe from a collection for another grace period; False where there is none."""
+        """Restarts the garbage collection's grace period of a blob; returns False if there is none."""
         path = self.path(digest)
         if not path.is_file():
             return False
         with self._lock(digest):
             try:
                 os.utime(path)
-            except (FileNotFoundError, PermissionError):  # collected meanwhile, or another user's: write it anew
+            except (FileNotFoundError, PermissionError):  # collected meanwhile, or another user's: write it again
                 return False
         return True
 
     def remove(self, digest: str, before: float) -> bool:
-        """Takes a blob away unless it was written or renewed since `before`; gives whether it did."""
+        """Removes a blob unless it was written or touched since `before`; returns True if it did."""
         path = self.path(digest)
         with disk_errors(path), self._lock(digest):
             try:
@@ -115,13 +115,13 @@ class LocalBlobs:
         return True
 
     def quarantine(self, digest: str) -> str:
-        """Moves what is stored under the digest out of the way, unchanged, and says where it lies now.
+        """Moves a blob to the quarantine, unchanged, and returns its new path.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
         """
         path = self.path(digest)
-        target = self.folder / _ASIDE / f"{digest}.{time.time_ns()}"
+        target = self.folder / _QUARANTINE / f"{digest}.{time.time_ns()}"
         with disk_errors(target):
             target.parent.mkdir(exist_ok=True)
             try:
@@ -132,40 +132,40 @@ class LocalBlobs:
         return str(target)
 
     def trash(self) -> Iterator[Orphan]:
-        """Nothing: what is removed here is gone at once."""
+        """Yields nothing: `remove` deletes local blobs at once."""
         return iter(())
 
     def restore(self, digest: str) -> bool:
-        """Puts nothing back: what is removed here is gone at once."""
+        """Returns False: `remove` deletes local blobs at once."""
         return False
 
     def delete_from_trash(self, digest: str) -> None:
-        """Does nothing: what is removed here is gone at once."""
+        """Does nothing: `remove` deletes local blobs at once."""
 
     def orphans(self) -> Iterator[Orphan]:
-        """Files that are no blobs; what was set aside is none of them."""
+        """Yields the files that are no blobs, without those in the quarantine."""
         for path in sorted(self.folder.rglob("*")):
             is_blob = is_digest(path.name) and path.name.startswith(path.parent.name)
             inside = path.relative_to(self.folder)
-            if inside.parts[0] in {_LOCKS, _ASIDE} or is_blob:
+            if inside.parts[0] in {_LOCKS, _QUARANTINE} or is_blob:
                 continue
             try:
-                about = path.lstat()
+                status = path.lstat()
             except FileNotFoundError:
                 continue  # its writer has finished
             if path.is_symlink() or not path.is_dir():
-                yield Orphan(inside.as_posix(), about.st_size, about.st_mtime)
+                yield Orphan(inside.as_posix(), status.st_size, status.st_mtime)
 
     def remove_orphan(self, name: str) -> None:
-        """Deletes a stray."""
+        """Deletes an orphan."""
         with disk_errors(self.folder / name):
             (self.folder / name).unlink(missing_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Where the blob of that digest is, or would be."""
+        """Returns the path of a blob, whether it exists or not."""
         return self.folder / check_digest(digest)[:2] / digest
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         try:
             return sha256_file(path) == path.name
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Blobs behind a URL, over fsspec: S3 and its kin, other object stores, file servers. Errors come out worded."""
+"""Stores blobs behind a URL through fsspec: S3, other object stores, file servers. All errors become `StoreError`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from uuid import uuid4
 from registry.entities import is_digest
 from registry.store.blobs import Blobs, Orphan, check_digest, copy_hashed, copy_verified, missing
 from registry.store.local import LocalBlobs
-from registry.store.remote_errors import with_context, word_unknown
+from registry.store.remote_errors import unsupported_protocol, with_context
 
-_BIN, _ASIDE, _UNFINISHED = "bin", "damaged", "unfinished"
+_TRASH, _QUARANTINE, _UNFINISHED = "bin", "damaged", "unfinished"
 _SINCE = ".since"
-# Where a file that is being written appears only when it is closed, and whole: no temporary key is needed.
-_WHOLE_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs"})
+# Protocols where a file appears only when it is closed, and complete: no temporary key is needed.
+_ATOMIC_UPLOAD = frozenset({"s3", "s3a", "gs", "gcs"})
 
 
 def open_blobs(url: str) -> Blobs:
-    """The backend of a URL; a plain path and `file://` are a local folder.
+    """Returns the backend of a URL; a plain path and `file://` are a local folder.
 
     Raises:
         StoreError: No file system of that protocol is known, or its package is not installed.
@@ -36,15 +36,15 @@ def open_blobs(url: str) -> Blobs:
 
 
 class FsspecBlobs:
-    """Blobs as keys `ab/abcdef...` below a URL; the same layout as in a local folder, so that either can be copied.
+    """Blobs as keys `ab/abcdef...` below a URL; the layout of a local folder, so one can be copied to the other.
 
     On S3 and Google Cloud Storage a blob is one upload that becomes visible when it is complete. Elsewhere it is
-    written to a key of its own and moved into its place, which is as whole as the server's move or copy is. There are
-    no locks between machines, so a collection moves a blob into `trash/`, where readers still find it, and a later one
-    deletes it; so that a writer who saw the blob just before keeps it.
+    written to a temporary key and moved, which is as atomic as the server's move or copy. There are no locks between
+    machines. A garbage collection therefore moves a blob into `bin/`, where readers still find it and `touch` restores
+    it; a later collection deletes it.
 
     Args:
-        url: Such as `s3://bucket/loraline`; credentials and endpoint are those of the environment.
+        url: Such as `s3://bucket/loraline`; credentials and endpoint come from the environment.
 
     Raises:
         StoreError: No file system of that protocol is known, or its package is not installed.
@@ -58,22 +58,22 @@ class FsspecBlobs:
         try:
             self._fs, root = url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise word_unknown(error, self._protocol, self.url) from error
+            raise unsupported_protocol(error, self._protocol, self.url) from error
         self._root = root.rstrip("/")
 
     def write(self, digest: str, source: Callable[[], BinaryIO]) -> None:
-        """Stores the bytes that `source` opens; what is there and whole stays, what is damaged is replaced.
+        """Stores the bytes that `source` opens; keeps an intact blob, replaces a damaged one.
 
         Raises:
             StoreError: The bytes have another digest, or the store cannot be written.
         """
         with with_context(self.url):
             key = self._key(digest)
-            # Not what is in the bin: its days are counted.
+            # A copy in the trash does not count: a collection deletes it soon.
             if self._info(key) is not None and self.actual_digest(digest) == digest:
                 return
             with source() as stream:
-                if self._protocol in _WHOLE_AT_ONCE:
+                if self._protocol in _ATOMIC_UPLOAD:
                     self._upload(key, stream, digest)
                     return
                 temporary = f"{self._root}/{_UNFINISHED}/{uuid4().hex}"
@@ -87,125 +87,125 @@ class FsspecBlobs:
                     raise
 
     def open(self, digest: str) -> BinaryIO:
-        """The stored bytes, not yet verified; read in pieces.
+        """Opens the stored bytes without verifying them; reads in blocks.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
             StoreError: The store cannot be reached, or there is no such bucket.
         """
         with with_context(self.url):
-            for key in (self._key(digest), self._binned(digest), self._key(digest)):
+            for key in (self._key(digest), self._trash_key(digest), self._key(digest)):
                 with suppress(FileNotFoundError):
                     self._fs.invalidate_cache(key)
-                    return cast("BinaryIO", _Reading(self._fs.open(key, "rb"), self.url))
+                    return cast("BinaryIO", _ReadStream(self._fs.open(key, "rb"), self.url))
             self._require_root()
             raise missing(digest, self._where(digest))
 
     def exists(self, digest: str) -> bool:
-        """Whether something is stored under the digest."""
+        """Returns True if a blob is stored under the digest."""
         with with_context(self.url):
-            return self._info(self._key(digest)) is not None or self._info(self._binned(digest)) is not None
+            return self._info(self._key(digest)) is not None or self._info(self._trash_key(digest)) is not None
 
     def actual_digest(self, digest: str) -> str:
-        """The digest that the stored bytes really have; all of them are read.
+        """Reads the stored bytes and returns their digest.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
         """
         with self.open(digest) as stream:
-            return copy_hashed(stream, _Nowhere())  # type: ignore[arg-type]  # it only writes
+            return copy_hashed(stream, _NullWriter())  # type: ignore[arg-type]  # it only writes
 
     def digests(self) -> Iterator[str]:
-        """All digests that something is stored under, sorted."""
-        found = set()
+        """Yields the digests of all stored blobs, sorted."""
+        digests = set()
         for name, _ in self._list(""):
             folder, _, digest = name.rpartition("/")
-            if is_digest(digest) and folder in {digest[:2], _BIN}:
-                found.add(digest)
-        yield from sorted(found)
+            if is_digest(digest) and folder in {digest[:2], _TRASH}:
+                digests.add(digest)
+        yield from sorted(digests)
 
     def age(self, digest: str) -> float:
-        """When the blob was written, in seconds since the epoch, by the clock of the store."""
-        return _instant(self._found(digest))
+        """Returns when the blob was written, in seconds since the epoch, by the clock of the store."""
+        return _modified(self._require_info(digest))
 
     def size(self, digest: str) -> int:
-        """Its bytes, counted by the backend."""
-        return int(self._found(digest)["size"])
+        """Returns the size of a blob in bytes, without reading it."""
+        return int(self._require_info(digest)["size"])
 
     def touch(self, digest: str) -> bool:
-        """Makes a blob safe from a collection for another grace period; False where there is none."""
+        """Restores a blob from the trash if it is there; returns False if there is none."""
         with with_context(self.url):
             return self._info(self._key(digest)) is not None or self.restore(digest)
 
     def remove(self, digest: str, before: float) -> bool:
-        """Moves a blob into the bin unless it was written since `before`; gives whether it did."""
+        """Moves a blob into the trash unless it was written since `before`; returns True if it did."""
         with with_context(self.url):
             key = self._key(digest)
-            about = self._info(key)
-            if about is None or _instant(about) >= before:
+            info = self._info(key)
+            if info is None or _modified(info) >= before:
                 return False
-            # Some servers keep a file's time when they move it; this one says since when it has been in the bin.
-            self._fs.makedirs(f"{self._root}/{_BIN}", exist_ok=True)
-            self._fs.pipe_file(f"{self._binned(digest)}{_SINCE}", b"")
-            self._move(key, self._binned(digest))
+            # Some servers keep a file's time when they move it: the time of this file is the time of the removal.
+            self._fs.makedirs(f"{self._root}/{_TRASH}", exist_ok=True)
+            self._fs.pipe_file(f"{self._trash_key(digest)}{_SINCE}", b"")
+            self._move(key, self._trash_key(digest))
         return True
 
     def quarantine(self, digest: str) -> str:
-        """Moves what is stored under the digest out of the way, unchanged, and says where it lies now.
+        """Moves a blob to the quarantine, unchanged, and returns its new URL.
 
         Raises:
             MissingBlob: Nothing is stored under the digest.
         """
         with with_context(self.url):
-            key = self._key(digest) if self._info(self._key(digest)) else self._binned(digest)
+            key = self._key(digest) if self._info(self._key(digest)) else self._trash_key(digest)
             if self._info(key) is None:
                 raise missing(digest, self._where(digest))
-            target = f"{self._root}/{_ASIDE}/{digest}.{time.time_ns()}"
+            target = f"{self._root}/{_QUARANTINE}/{digest}.{time.time_ns()}"
             self._move(key, target)
         return f"{self._protocol}://{target.lstrip('/')}"
 
     def trash(self) -> Iterator[Orphan]:
-        """What collections moved away, by digest, with the time at which they did."""
-        entries = {name.rpartition("/")[2]: about for name, about in self._list(_BIN)}
+        """Yields the removed blobs, by digest, with the time of their removal."""
+        entries = {name.rpartition("/")[2]: info for name, info in self._list(_TRASH)}
         for digest in filter(is_digest, sorted(entries)):
             since = entries.get(digest + _SINCE, entries[digest])
-            yield Orphan(digest, int(entries[digest]["size"]), _instant(since))
+            yield Orphan(digest, int(entries[digest]["size"]), _modified(since))
 
     def restore(self, digest: str) -> bool:
-        """Moves a blob from the bin back into its place; False where it is not in the bin."""
+        """Moves a blob from the trash back to its key; returns False if it is not in the trash."""
         with with_context(self.url):
-            if self._info(self._binned(digest)) is None:
+            if self._info(self._trash_key(digest)) is None:
                 return False
-            self._move(self._binned(digest), self._key(digest))
-            self._delete(self._binned(digest) + _SINCE)
+            self._move(self._trash_key(digest), self._key(digest))
+            self._delete(self._trash_key(digest) + _SINCE)
         return True
 
     def delete_from_trash(self, digest: str) -> None:
-        """Deletes for good what `remove` moved away."""
+        """Deletes a removed blob for good."""
         with with_context(self.url):
-            self._delete(self._binned(digest))
-            self._delete(self._binned(digest) + _SINCE)
+            self._delete(self._trash_key(digest))
+            self._delete(self._trash_key(digest) + _SINCE)
 
     def orphans(self) -> Iterator[Orphan]:
-        """Keys that are no blobs, such as what a killed writer left; what was set aside is none of them."""
-        for name, about in self._list(""):
+        """Yields the keys that are no blobs, such as uploads of a killed writer, without those in the quarantine."""
+        for name, info in self._list(""):
             folder, _, digest = name.rpartition("/")
-            if folder not in {_ASIDE, _BIN} and not (is_digest(digest) and folder == digest[:2]):
-                yield Orphan(name, int(about["size"]), _instant(about))
+            if folder not in {_QUARANTINE, _TRASH} and not (is_digest(digest) and folder == digest[:2]):
+                yield Orphan(name, int(info["size"]), _modified(info))
 
     def remove_orphan(self, name: str) -> None:
-        """Deletes a stray."""
+        """Deletes an orphan."""
         with with_context(self.url):
             self._delete(f"{self._root}/{name}")
 
     def check(self, patience: int = 3) -> None:
-        """Looks whether the place can be reached at all, without waiting for long.
+        """Checks that the store can be reached, with a short timeout and no retries.
 
         Args:
-            patience: Seconds for a connection.
+            patience: Timeout in seconds to connect and to read (S3 only).
 
         Raises:
-            StoreError: It cannot; the message says why.
+            StoreError: It cannot be reached; the message names the cause.
         """
         from fsspec.core import url_to_fs
 
@@ -216,14 +216,14 @@ class FsspecBlobs:
         else:
             fs = self._fs
         with with_context(self.url):
-            fs.info(self._bucket if self._protocol in _WHOLE_AT_ONCE else "")
+            fs.info(self._bucket if self._protocol in _ATOMIC_UPLOAD else "")
 
     def _upload(self, key: str, stream: BinaryIO, digest: str) -> None:
         target = self._fs.open(key, "wb")
         try:
             copy_verified(stream, target, digest, self._where(digest))
         except BaseException:
-            # Closing would make visible what is there so far.
+            # Closing would publish the incomplete upload.
             target.discard()
             target.closed = True
             raise
@@ -241,33 +241,33 @@ class FsspecBlobs:
         self._fs.invalidate_cache(key)
 
     def _info(self, key: str) -> dict[str, Any] | None:
-        # Other processes write here, too: what was listed before says nothing about now.
+        # Other processes write to the store too, so fsspec's cached listing may be outdated.
         self._fs.invalidate_cache(key)
         try:
-            about: dict[str, Any] = self._fs.info(key)
+            info: dict[str, Any] = self._fs.info(key)
         except FileNotFoundError:
             return None
-        return about if about["type"] == "file" else None
+        return info if info["type"] == "file" else None
 
-    def _found(self, digest: str) -> dict[str, Any]:
+    def _require_info(self, digest: str) -> dict[str, Any]:
         with with_context(self.url):
-            about = self._info(self._key(digest)) or self._info(self._binned(digest))
-        if about is None:
+            info = self._info(self._key(digest)) or self._info(self._trash_key(digest))
+        if info is None:
             raise missing(digest, self._where(digest))
-        return about
+        return info
 
     def _list(self, below: str) -> Iterator[tuple[str, dict[str, Any]]]:
         with with_context(self.url):
             self._fs.invalidate_cache()
-            found = self._fs.find(f"{self._root}/{below}", detail=True)
-            if not found:
+            entries = self._fs.find(f"{self._root}/{below}", detail=True)
+            if not entries:
                 self._require_root()
-        for key, about in sorted(found.items()):
-            yield key[len(self._root) + 1 :], about
+        for key, info in sorted(entries.items()):
+            yield key[len(self._root) + 1 :], info
 
     def _require_root(self) -> None:
-        """Raises FileNotFoundError where there is no such bucket; a folder of one need not exist yet."""
-        if self._protocol in _WHOLE_AT_ONCE:
+        """Raises FileNotFoundError if the bucket does not exist; a folder in the bucket need not exist yet."""
+        if self._protocol in _ATOMIC_UPLOAD:
             self._fs.invalidate_cache()
             self._fs.info(self._bucket)
 
@@ -278,15 +278,15 @@ class FsspecBlobs:
     def _key(self, digest: str) -> str:
         return f"{self._root}/{check_digest(digest)[:2]}/{digest}"
 
-    def _binned(self, digest: str) -> str:
-        return f"{self._root}/{_BIN}/{check_digest(digest)}"
+    def _trash_key(self, digest: str) -> str:
+        return f"{self._root}/{_TRASH}/{check_digest(digest)}"
 
     def _where(self, digest: str) -> str:
         return f"{self.url}/{digest[:2]}/{digest}"
 
 
-class _Reading:
-    """A stream whose failures are worded; read from the beginning to the end."""
+class _ReadStream:
+    """A sequential stream whose errors become `StoreError`."""
 
     def __init__(self, stream: BinaryIO, url: str) -> None:
         self._stream, self._url = stream, url
@@ -295,25 +295,25 @@ class _Reading:
         with with_context(self._url):
             return self._stream.read(size)
 
-    def __enter__(self) -> _Reading:
+    def __enter__(self) -> _ReadStream:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._stream.close()
 
 
-class _Nowhere:
+class _NullWriter:
     def write(self, _chunk: bytes) -> None:
         pass
 
 
-def _instant(about: dict[str, Any]) -> float:
+def _modified(info: dict[str, Any]) -> float:
     for field in ("LastModified", "mtime", "updated", "last_modified", "modified", "created"):
-        value = about.get(field)
+        value = info.get(field)
         if isinstance(value, datetime):
             return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
         if isinstance(value, str):
             return datetime.fromisoformat(value).timestamp()
         if isinstance(value, int | float):
             return float(value)
-    raise NotImplementedError("it does not say when a file was written")
+    raise NotImplementedError("the file system reports no modification time")

@@ -1,4 +1,4 @@
-"""What file systems behind a URL and their clients raise, in the registry's own words."""
+"""Converts the errors of fsspec file systems and their clients to `StoreError`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 @contextmanager
 def with_context(url: str) -> Iterator[None]:
-    """Words what a file system and its client raise as `StoreError`.
+    """Converts the errors of a file system and its client to `StoreError`.
 
     Args:
         url: The store.
@@ -21,29 +21,29 @@ def with_context(url: str) -> Iterator[None]:
     try:
         yield
     except (OSError, NotImplementedError) as error:
-        raise _word(error, url) from error
+        raise _store_error(error, url) from error
     except _client_errors() as error:
-        raise _word(error, url) from error
+        raise _store_error(error, url) from error
 
 
-def word_unknown(error: ImportError | ValueError, protocol: str, url: str) -> StoreError:
-    """Why no file system of a protocol can be opened: its package is missing, or nobody knows it."""
+def unsupported_protocol(error: ImportError | ValueError, protocol: str, url: str) -> StoreError:
+    """Returns the error for a protocol that cannot be opened: its package is missing, or fsspec does not know it."""
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(protocol)
         return StoreError(
-            f"a package is missing that opens {protocol}:// ({error})",
+            f"the package that opens {protocol}:// is not installed ({error})",
             where=url,
-            remedy=f'`pip install "loraline[{extra}]"`' if extra else "install the package that it names",
+            remedy=f'`pip install "loraline[{extra}]"`' if extra else "install the package that the message names",
         )
     return StoreError(
-        f"no store can be opened here ({error})",
+        f"the store cannot be opened ({error})",
         where=url,
         allowed="a folder, or a URL that fsspec knows, such as s3://bucket/folder",
         remedy="correct `store` in loraline.yaml, or LORALINE_STORE_URL",
     )
 
 
-def _word(error: Exception, url: str) -> StoreError:
+def _store_error(error: Exception, url: str) -> StoreError:
     name, text = type(error).__name__, str(error) or type(error).__name__
     if name in _NO_CREDENTIALS:
         problem, remedy = "no credentials were found", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -51,18 +51,18 @@ def _word(error: Exception, url: str) -> StoreError:
         problem = f"there is no such bucket or folder ({text})"
         remedy = "create it, or correct `store` in loraline.yaml"
     elif isinstance(error, PermissionError):
-        problem, remedy = f"the store refuses ({text})", "check credentials, and what they may read and write"
+        problem, remedy = f"the store denies access ({text})", "check the credentials and their permissions"
     else:
-        problem = f"the store does not answer as it should ({name}: {text})"
+        problem = f"the store failed ({name}: {text})"
         remedy = "check address, network and service"
     return StoreError(problem, where=url, remedy=remedy)
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """What clients raise beside OSError, of those that are installed."""
+    """Returns the error types of installed clients that are no OSError."""
     try:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
         return ()
-    known: tuple[type[Exception], ...] = (BotoCoreError, ClientError)
-    return known
+    types: tuple[type[Exception], ...] = (BotoCoreError, ClientError)
+    return types

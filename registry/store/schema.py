@@ -1,8 +1,7 @@
-"""Opening a database at the schema of this release: made if there is none, migrated after a backup, or refused.
+"""Opens a database at the schema of this release: creates it, migrates it after a backup, or refuses it.
 
-The one record of a schema's number is the row `schema` of the table `meta`, changed in the transaction of the migration
-itself; Alembic gives the operations and the order of `registry/store/migrations`, and its own table is not used, since MLflow
-has one of that name.
+The row `schema` of the table `meta` holds the schema's number; each migration updates it in its own transaction.
+Alembic orders and runs `registry/store/migrations`. Its version table is not used, because MLflow has one of that name.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _HEADER = 100
 
 
 def open_file(path: Path, engine: Engine) -> None:
-    """Brings a SQLite file to the schema of this release.
+    """Creates a SQLite file at the schema of this release, or migrates it to that schema.
 
     Args:
-        path: The file; made if it is missing.
-        engine: Engine of the same file that does not enforce foreign keys, as SQLite asks of one that rebuilds tables.
+        path: The file; created if it is missing.
+        engine: Engine of the same file without enforced foreign keys, which SQLite requires to recreate tables.
 
     Raises:
-        HomeError: Damaged, of a newer release or of another program; the file is as it was, and none beside it.
+        HomeError: Damaged, of a newer release or of another program; neither the file nor its folder was changed.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,23 +44,23 @@ def open_file(path: Path, engine: Engine) -> None:
     with disk_errors(path):
         locks.mkdir(parents=True, exist_ok=True)
     with disk_errors(path), FileLock(locks / f"{path.name}.lock"):
-        found = file_schema(path)
-        if found is None:
+        schema = file_schema(path)
+        if schema is None:
             atomic_write(path, _new_file())
-        elif found != SCHEMA:
+        elif schema != SCHEMA:
             with engine.execution_options(loraline_write=True).begin() as connection:
-                # Nobody writes from here on, so that the copy is what the migration starts from.
-                if found:
+                # The write lock is held from here on: the backup equals the state that the migration starts from.
+                if schema:
                     _check_file(path)
-                    back_up(path, found)
-                    migrate(connection, found)
+                    back_up(path, schema)
+                    migrate(connection, schema)
                     _check_keys(connection, str(path))
                 else:
                     _create(connection)
 
 
 def open_server(engine: Engine, where: str) -> None:
-    """Brings a PostgreSQL database to the schema of this release.
+    """Creates the tables of this release in a PostgreSQL database, or migrates them.
 
     Raises:
         HomeError: Of a newer release or of another program; nothing was changed.
@@ -70,21 +69,21 @@ def open_server(engine: Engine, where: str) -> None:
         if _server_schema(connection, where) == SCHEMA:
             return
     with engine.begin() as connection:
-        # Others may be at it for longer than one waits for a common lock.
+        # Another process's migration may take longer than the usual lock timeout.
         connection.execute(text("SET LOCAL lock_timeout TO 0"))
         connection.execute(WRITER)
-        found = _server_schema(connection, where)
-        if found is None:
+        schema = _server_schema(connection, where)
+        if schema is None:
             if NAMESPACE not in inspect(connection).get_schema_names():
                 connection.execute(text(f"CREATE SCHEMA {NAMESPACE}"))
             _create(connection)
-        elif found != SCHEMA:
-            _copy_tables(connection, found)
-            migrate(connection, found)
+        elif schema != SCHEMA:
+            _copy_tables(connection, schema)
+            migrate(connection, schema)
 
 
 def file_schema(path: Path) -> int | None:
-    """The schema of a SQLite file, read without a trace; None where there is no file, 0 for a database without tables.
+    """Returns the schema of a SQLite file without changing it; None if there is no file, 0 for one without tables.
 
     Raises:
         HomeError: Damaged, of a newer release or of another program.
@@ -93,13 +92,13 @@ def file_schema(path: Path) -> int | None:
     if not path.exists():
         if log.exists() and log.stat().st_size:
             raise HomeError(
-                "the database is gone, but its log is there",
+                "the database is missing, but its write-ahead log exists",
                 where=str(log),
                 remedy="restore the database from a backup, or move the log away",
             )
         return None
     _check_size(path)
-    # A writer removes the log when it closes, and a reader does not; so each leaves what it found.
+    # A writable connection removes the log when it closes, a read-only one does not: each leaves the files unchanged.
     mode = "ro" if log.exists() and log.stat().st_size else "rw"
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=20)) as connection:
@@ -113,24 +112,24 @@ def file_schema(path: Path) -> int | None:
 
 
 def _check_size(path: Path) -> None:
-    """Refuses what SQLite would take for a new database.
+    """Raises HomeError if the file is so short that SQLite would treat it as a new database.
 
-    SQLite itself sees whether the rest is one. The file is never opened by other means than SQLite's: when a process
-    closes a file, the system lets go of all locks that it has on it, those of its open connections too. Another process
-    then takes itself for the last one, and removes the log that the first one goes on writing to.
+    SQLite recognizes longer files itself. Open the file through SQLite only: when a process closes any handle of it,
+    the system releases all POSIX locks of that process, including those of its open connections. Another process could
+    then believe that it is the last one, and remove the log while the first one still writes to it.
     """
     size = path.stat().st_size
     if size < _HEADER:
-        what = "this is not a database" if size else "the database is an empty file"
-        raise HomeError(what, where=str(path), remedy="restore it from a backup, or move it away")
+        problem = "this is not a database" if size else "the database is an empty file"
+        raise HomeError(problem, where=str(path), remedy="restore it from a backup, or move it away")
 
 
-def back_up(path: Path, found: int) -> Path:
-    """Copies a SQLite file while it is in use, verifies the copy, and gives its path; no earlier copy is overwritten.
+def back_up(path: Path, schema: int) -> Path:
+    """Copies a SQLite file while it is in use, verifies the copy, and returns its path; overwrites no earlier copy.
 
     Args:
         path: The file.
-        found: Its schema, which the name of the copy tells.
+        schema: Its schema, which is part of the copy's name.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
@@ -140,10 +139,10 @@ def back_up(path: Path, found: int) -> Path:
         _check_file(partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        number, copy = 1, path.with_name(f"{path.name}.schema-{found}.bak")
+        number, copy = 1, path.with_name(f"{path.name}.schema-{schema}.bak")
         while copy.exists() and sha256_file(copy) != sha256_file(partial):
             number += 1
-            copy = path.with_name(f"{path.name}.schema-{found}.bak{number}")
+            copy = path.with_name(f"{path.name}.schema-{schema}.bak{number}")
         partial.replace(copy)
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
@@ -152,25 +151,25 @@ def back_up(path: Path, found: int) -> Path:
     return copy
 
 
-def migrate(connection: Connection, found: int, wanted: int = SCHEMA) -> None:
+def migrate(connection: Connection, schema: int, target: int = SCHEMA) -> None:
     """Runs the revisions between two schemas within the connection's transaction.
 
     Args:
         connection: In a writing transaction.
-        found: The schema that is there; 0 for none.
-        wanted: The schema to reach.
+        schema: The current schema; 0 for none.
+        target: The schema to migrate to.
     """
     from alembic.migration import MigrationContext
     from alembic.operations import Operations
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory(str(MIGRATIONS), version_locations=[str(MIGRATIONS)])
-    revisions = list(scripts.iterate_revisions(str(wanted), str(found) if found else "base"))
+    revisions = list(scripts.iterate_revisions(str(target), str(schema) if schema else "base"))
     with Operations.context(MigrationContext.configure(connection)):
         for revision in reversed(revisions):
             upgrade: Callable[[], None] = revision.module.upgrade
             upgrade()
-    connection.execute(update(MetaRow).where(MetaRow.key == "schema").values(value=str(wanted)))
+    connection.execute(update(MetaRow).where(MetaRow.key == "schema").values(value=str(target)))
 
 
 def _create(connection: Connection) -> None:
@@ -179,7 +178,7 @@ def _create(connection: Connection) -> None:
 
 
 def _new_file() -> bytes:
-    """A database without rows as the bytes of its file, which appears whole or not at all."""
+    """Returns the bytes of a database file without rows; the caller writes them atomically."""
     engine = create_engine("sqlite://", poolclass=StaticPool)
     with engine.begin() as connection:
         _create(connection)
@@ -187,7 +186,7 @@ def _new_file() -> bytes:
     content = bytearray(raw.driver_connection.serialize())  # type: ignore[union-attr]
     raw.close()
     engine.dispose()
-    # The two bytes of the file format that say how it is written: 2 is a write-ahead log.
+    # The read and write versions of the SQLite file format: 2 is write-ahead log.
     content[18] = content[19] = 2
     return bytes(content)
 
@@ -205,7 +204,7 @@ def _server_schema(connection: Connection, where: str) -> int | None:
 def _known_schema(values: list[str], where: str) -> int:
     if len(values) != 1 or not str(values[0]).isdecimal():
         raise HomeError(
-            "this database is another program's",
+            "this database belongs to another program",
             where=where,
             remedy="name another one in loraline.yaml or LORALINE_DATABASE_URL; nothing was changed",
         )
@@ -220,20 +219,20 @@ def _known_schema(values: list[str], where: str) -> int:
     return number
 
 
-def _copy_tables(connection: Connection, found: int) -> None:
-    """Keeps the rows of every table in a schema of the server beside ours, in the transaction of the migration."""
+def _copy_tables(connection: Connection, schema: int) -> None:
+    """Copies every table into a new PostgreSQL schema, in the transaction of the migration."""
     taken, number = set(inspect(connection).get_schema_names()), 1
-    copy = f"{NAMESPACE}_schema_{found}"
+    copy = f"{NAMESPACE}_schema_{schema}"
     while copy in taken:
         number += 1
-        copy = f"{NAMESPACE}_schema_{found}_{number}"
+        copy = f"{NAMESPACE}_schema_{schema}_{number}"
     connection.execute(text(f"CREATE SCHEMA {copy}"))
     for table in inspect(connection).get_table_names(NAMESPACE):
         connection.execute(text(f"CREATE TABLE {copy}.{table} AS TABLE {NAMESPACE}.{table}"))
 
 
 def _check_file(path: Path) -> None:
-    """Refuses to go on from a file with a damaged page."""
+    """Raises HomeError if the file has a damaged page."""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
         try:
             findings = [row[0] for row in connection.execute("PRAGMA integrity_check(3)")]
@@ -251,7 +250,7 @@ def _check_keys(connection: Connection, where: str) -> None:
     broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
     if broken:
         raise HomeError(
-            f"{len(broken)} rows refer to nothing, the first in {broken[0][0]}",
+            f"{len(broken)} rows refer to missing rows, the first in {broken[0][0]}",
             where=where,
             remedy="restore it from a backup; nothing was changed",
         )
@@ -259,7 +258,7 @@ def _check_keys(connection: Connection, where: str) -> None:
 
 def _unreadable(error: sqlite3.DatabaseError, path: Path) -> HomeError:
     unknown = HomeError(
-        f"this database is another program's, or damaged ({error})",
+        f"this database belongs to another program, or is damaged ({error})",
         where=str(path),
         remedy="restore it from a backup, or move it away; nothing was changed",
     )

@@ -1,6 +1,6 @@
-"""The tables of the registry's own database, as this release reads and writes them; older ones are in `migrations`.
+"""Declares the tables of the registry's database at the current schema; `migrations` holds the earlier schemas.
 
-Portable SQL: where SQLite and PostgreSQL differ, the type or the statement says so by dialect.
+Portable SQL: where SQLite and PostgreSQL differ, the type or the statement has a variant per dialect.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ SCHEMA = 2
 """The version of the schema that this release reads and writes."""
 
 NAMESPACE = "loraline_registry"
-"""PostgreSQL's schema that holds the tables. Not `loraline`: a user of that name, as many will have, would make it the
-first place where every other program of that user looks for its own tables."""
+"""The PostgreSQL schema of the tables. Not `loraline`: PostgreSQL's default search path starts with the schema that is
+named like the database user, so other programs of a user `loraline` would find our tables first."""
 
 COUNT = BigInteger().with_variant(Integer(), "sqlite")
-"""Sizes and seeds pass 32 bits; SQLite's integers have 64 under either name."""
+"""Sizes and seeds exceed 32 bits; SQLite's integers have 64 bits under either name."""
 
 TEXT = String().with_variant(String(collation="C"), "postgresql")
-"""Text that sorts by its bytes everywhere, as SQLite and Python sort it; beginnings are found by range."""
+"""Text that sorts by bytes on both databases, as in Python; range queries find prefixes."""
 
 
 class Instant(TypeDecorator[datetime]):
-    """An instant as fixed-width ISO 8601 text in UTC, which sorts as time does on every database."""
+    """A time as fixed-width ISO 8601 text in UTC, which sorts by time on both databases."""
 
     impl = String(32).with_variant(String(32, collation="C"), "postgresql")
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
-        """The text of an instant."""
+        """Returns the text of a time."""
         return None if value is None else value.astimezone(UTC).isoformat(timespec="microseconds")
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
-        """The instant of a text."""
+        """Returns the time of a text."""
         return None if value is None else datetime.fromisoformat(value)
 
 
@@ -66,7 +66,7 @@ class Table(DeclarativeBase):
 
 
 class MetaRow(Table):
-    """What the database says of itself."""
+    """Metadata of the database itself: schema number, sync state."""
 
     __tablename__ = "meta"
     key: Mapped[str] = mapped_column(primary_key=True)
@@ -74,7 +74,7 @@ class MetaRow(Table):
 
 
 class ArtifactRow(Table):
-    """An artifact that some step read or made."""
+    """An artifact that a step read or wrote."""
 
     __tablename__ = "artifacts"
     sha256: Mapped[str] = mapped_column(primary_key=True)
@@ -83,7 +83,7 @@ class ArtifactRow(Table):
 
 
 class ContentRow(Table):
-    """A file of an artifact; walked both ways."""
+    """A file of an artifact; queried in both directions."""
 
     __tablename__ = "contents"
     artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), primary_key=True)
@@ -93,7 +93,7 @@ class ContentRow(Table):
 
 
 class SubjectRow(Table):
-    """Something of the outer world that an artifact holds or was made from: a picture, a caption, a consent."""
+    """An image, a caption or a consent that an artifact contains or was made from."""
 
     __tablename__ = "subjects"
     artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), primary_key=True)
@@ -119,7 +119,7 @@ class RunRow(Table):
 
 
 class DistributionsRow(Table):
-    """All that was installed where steps ran; kept once, named by the environments of the executions."""
+    """The list of packages installed where steps ran; stored once, referenced by executions' environments."""
 
     __tablename__ = "distributions"
     sha256: Mapped[str] = mapped_column(primary_key=True)
@@ -161,7 +161,7 @@ class InputRow(Table):
 
 
 class NameRow(Table):
-    """A name that versions are counted under; locking this row makes the count safe."""
+    """A name with its own version numbers; locking this row makes the next number unique."""
 
     __tablename__ = "names"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -196,7 +196,7 @@ class VersionRow(Table):
 
 
 class RecordRow(Table):
-    """A document that was written about a version: its model card, provenance, bill of materials or signature."""
+    """A document of a version: model card, provenance, bill of materials or signature."""
 
     __tablename__ = "version_records"
     version: Mapped[int] = mapped_column(ForeignKey("versions.id"), primary_key=True)
@@ -206,7 +206,7 @@ class RecordRow(Table):
 
 
 class ParentRow(Table):
-    """Where a version comes from: another version, or an origin named in free text."""
+    """A parent of a version: another version, or an origin in free text."""
 
     __tablename__ = "version_parents"
     child: Mapped[int] = mapped_column(ForeignKey("versions.id"), primary_key=True)
@@ -219,11 +219,11 @@ _NEXT_EVENT = literal_column("(SELECT coalesce(max(seq), 0) + 1 FROM events)", C
 
 
 class EventRow(Table):
-    """The append-only log: of aliases, and of all else that somebody decided about a version or a subject."""
+    """An entry of the append-only log: an event of an alias, a version or a subject."""
 
     __tablename__ = "events"
     __table_args__ = (Index("events_by_alias", "name", "alias"), {"sqlite_autoincrement": True})
-    # Counted by the transaction, which is the only one that writes: a sequence of the server would leave holes.
+    # Computed in the transaction, which is the only writer: a PostgreSQL sequence would leave gaps.
     seq: Mapped[int] = mapped_column(primary_key=True, default=_NEXT_EVENT)
     name: Mapped[str | None] = mapped_column(ForeignKey("names.name"))
     alias: Mapped[str | None]
@@ -239,7 +239,7 @@ class EventRow(Table):
 
 
 class RevocationRow(Table):
-    """A picture or a consent that may not be used any more; always the replay of the events."""
+    """An image or a consent that is revoked; a projection of the events."""
 
     __tablename__ = "revocations"
     subject: Mapped[str] = mapped_column(primary_key=True)
@@ -247,7 +247,7 @@ class RevocationRow(Table):
 
 
 class AliasRow(Table):
-    """What an alias points at now; always the replay of the events."""
+    """The current target of an alias; a projection of the events."""
 
     __tablename__ = "aliases"
     name: Mapped[str] = mapped_column(ForeignKey("names.name"), primary_key=True)

@@ -1,1 +1,1 @@
-"""Versions of adapters: numbers, aliases, promotion, deletion, revocation, and their copy in MLflow."""
+"""Versions of adapters: numbers, aliases, promotion, deletion, revocation, and the sync to MLflow."""

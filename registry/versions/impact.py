@@ -1,4 +1,4 @@
-"""What a picture or a consent has reached: one walk down, and what is to be told of it. Changes nothing."""
+"""Reports the impact of revoking an image or a consent, by a downstream walk. Changes nothing."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from registry.versions.promotion import stack
 
 Recall = Literal["flag", "withdraw"]
 PREFIX = 6
-"""How many digits of a digest name it."""
+"""Minimum number of digits that identify a digest."""
 
 
 @dataclass(frozen=True)
 class ImpactReport:
-    """What a picture or a consent has reached.
+    """The impact of revoking an image or a consent.
 
     Args:
-        subject: Digest of the picture, or id of the consent.
+        subject: Digest of the image, or id of the consent.
         kind: `picture` or `consent`.
-        pictures: Digests of the pictures that it is about.
-        manifests: Digests of the datasets that hold them.
-        runs: `id` and `name` of the runs that worked with them.
-        versions: `name@version` of what was made from them.
-        merges: Those of the versions, and digests of other adapters, that were merged from something reached.
-        exports: What was written for other programs: `version`, and `files` or the digest of the `artifact`.
-        aliases: `name@alias` -> the reached version that it points at.
-        policy: What was done about it, or would be.
-        taken_back: `name@alias` -> the version that the alias was taken back to, or None where it was removed.
-        event: The event of the revocation; None where nothing was done.
+        pictures: Digests of the affected images.
+        manifests: Digests of the datasets that contain them.
+        runs: `id` and `name` of the runs that used them.
+        versions: `name@version` of the versions made from them.
+        merges: The affected versions, and digests of other adapters, that were merged from an affected adapter.
+        exports: Files written for other programs: `version`, and `files` or the digest of the `artifact`.
+        aliases: `name@alias` -> the affected version that it points at.
+        policy: The policy that was applied, or would be.
+        taken_back: `name@alias` -> the version that the alias was rolled back to; None if it was removed.
+        event: The event of the revocation; None for a dry run.
     """
 
     subject: str
@@ -65,45 +65,45 @@ class ImpactReport:
 def find_affected(
     session: Session, context: RegistryContext, text: str, policy: Recall
 ) -> tuple[ImpactReport, list[AdapterVersion]]:
-    """What a picture or a consent has reached, and the reached versions themselves; changes nothing.
+    """Returns the impact of revoking an image or a consent, and the affected versions; changes nothing.
 
     Args:
         session: Reading or writing.
-        opened: The registry.
-        text: A picture file, the digest of one or its beginning, or the id of a consent.
-        policy: What would be done about it.
+        context: The registry.
+        text: An image file, the digest of one or its first digits, or the id of a consent.
+        policy: The policy that would be applied.
 
     Raises:
-        RightsError: Nothing, or more than one thing, goes by that name.
+        RightsError: No image or consent matches, or more than one.
     """
     subject, kind = _resolve(session, text)
     manifests = [session.get_one(ArtifactRow, digest) for digest in holding(session, [subject])]
-    pictures = {subject} if kind == "picture" else set()
+    images = {subject} if kind == "picture" else set()
     if kind == "consent":
         for entries in read_datasets(context.store, map(artifact_ref, manifests)).values():
-            pictures |= {entry["sha256"] for entry in entries or () if entry.get("consent") == subject}
-    # A consent reaches its pictures in every dataset, also in those that name another consent or none.
-    starts = holding(session, {subject, *pictures})
+            images |= {entry["sha256"] for entry in entries or () if entry.get("consent") == subject}
+    # The images of a consent are revoked in every dataset, also where it names another consent or none.
+    starts = holding(session, {subject, *images})
     descent = descendants(session, starts)
-    reached = sorted(
+    affected = sorted(
         (version for version in descent.versions if version.state != "DELETED"),
-        key=lambda each: (each.name, each.version),
+        key=lambda version: (version.name, version.version),
     )
-    taken_back = _fallbacks(session, context, reached) if policy == "withdraw" else {}
-    found = ImpactReport(
+    taken_back = _fallbacks(session, context, affected) if policy == "withdraw" else {}
+    report = ImpactReport(
         subject=subject,
         kind=kind,
-        pictures=tuple(sorted(pictures)),
+        pictures=tuple(sorted(images)),
         manifests=tuple(sorted({*starts, *_artifacts(descent, "manifest")})),
         runs=_runs(session, descent, starts),
-        versions=tuple(version.ref for version in reached),
-        merges=_merges(descent, reached),
-        exports=_exports(session, descent, reached),
-        aliases={f"{each.name}@{alias}": each.version for each in reached for alias in each.aliases},
+        versions=tuple(version.ref for version in affected),
+        merges=_merges(descent, affected),
+        exports=_exports(session, descent, affected),
+        aliases={f"{version.name}@{alias}": version.version for version in affected for alias in version.aliases},
         policy=policy,
         taken_back=taken_back,
     )
-    return found, reached
+    return report, affected
 
 
 def _resolve(session: Session, text: str) -> tuple[str, Literal["picture", "consent"]]:
@@ -112,25 +112,25 @@ def _resolve(session: Session, text: str) -> tuple[str, Literal["picture", "cons
         return sha256_file(path), "picture"
     kinds = ("picture", "consent")
     rows = session.execute(select(SubjectRow.kind).where(SubjectRow.subject == text, SubjectRow.kind.in_(kinds)))
-    known = sorted(set(rows.scalars()))
-    if known:
-        return text, "consent" if known == ["consent"] else "picture"
+    matching_kinds = sorted(set(rows.scalars()))
+    if matching_kinds:
+        return text, "consent" if matching_kinds == ["consent"] else "picture"
     if is_digest(text):
         return text, "picture"
     if len(text) >= PREFIX:
-        beginning = (SubjectRow.subject >= text, SubjectRow.subject < text + "\uffff", SubjectRow.kind == "picture")
-        near = list(session.scalars(select(SubjectRow.subject).where(*beginning).distinct().limit(3)))
-        if len(near) == 1:
-            return near[0], "picture"
-        if near:
-            listed = ", ".join(digest[:16] for digest in near)
-            raise RightsError(f"{text!r} is the beginning of several pictures: {listed}", remedy="give more digits")
+        has_prefix = (SubjectRow.subject >= text, SubjectRow.subject < text + "\uffff", SubjectRow.kind == "picture")
+        digests = list(session.scalars(select(SubjectRow.subject).where(*has_prefix).distinct().limit(3)))
+        if len(digests) == 1:
+            return digests[0], "picture"
+        if digests:
+            listed = ", ".join(digest[:16] for digest in digests)
+            raise RightsError(f"{text!r} matches several images: {listed}", remedy="give more digits")
     consents = session.scalars(select(SubjectRow.subject).where(SubjectRow.kind == "consent").distinct())
     close = difflib.get_close_matches(text, list(consents), n=3)
     raise RightsError(
-        f"no picture and no consent is known by {text!r}",
-        allowed="a picture file, its digest (or the first 6 digits), or the id of a consent",
-        remedy=f"did you mean {', '.join(map(repr, close))}?" if close else "`loraline lineage NAME@REF` lists both",
+        f"no image and no consent matches {text!r}",
+        allowed="an image file, its digest (or the first 6 digits), or the id of a consent",
+        remedy=f"did you mean {', '.join(map(repr, close))}?" if close else "see `loraline lineage NAME@REF` for both",
     )
 
 
@@ -146,50 +146,52 @@ def _runs(session: Session, descent: Descent, starts: Sequence[str]) -> tuple[Ma
     return tuple({"id": row.id, "name": row.name} for row in sorted(rows, key=lambda row: (row.started_at, row.id)))
 
 
-def _merges(descent: Descent, reached: Sequence[AdapterVersion]) -> tuple[str, ...]:
+def _merges(descent: Descent, affected: Sequence[AdapterVersion]) -> tuple[str, ...]:
     steps = {node.id for node in descent.nodes.values() if node.kind == "execution" and node.detail["uses"] == "merge"}
-    made = {edge.target.id for edge in descent.edges if edge.source.kind == "execution" and edge.source.id in steps}
-    refs = {each.ref for each in reached}
-    merged = {each.ref for each in reached if each.artifact.sha256 in made or refs.intersection(each.parents)}
-    return (*sorted(merged), *sorted(made - {each.artifact.sha256 for each in reached}))
+    outputs = {edge.target.id for edge in descent.edges if edge.source.kind == "execution" and edge.source.id in steps}
+    refs = {version.ref for version in affected}
+    merged = {
+        version.ref for version in affected if version.artifact.sha256 in outputs or refs.intersection(version.parents)
+    }
+    return (*sorted(merged), *sorted(outputs - {version.artifact.sha256 for version in affected}))
 
 
-def _exports(session: Session, descent: Descent, reached: Sequence[AdapterVersion]) -> tuple[Mapping[str, Any], ...]:
-    written: list[Mapping[str, Any]] = [{"artifact": digest} for digest in sorted(_artifacts(descent, "export"))]
+def _exports(session: Session, descent: Descent, affected: Sequence[AdapterVersion]) -> tuple[Mapping[str, Any], ...]:
+    exports: list[Mapping[str, Any]] = [{"artifact": digest} for digest in sorted(_artifacts(descent, "export"))]
     numbers: dict[str, set[int]] = {}
-    for version in reached:
+    for version in affected:
         numbers.setdefault(version.name, set()).add(version.version)
-    for name, wanted in sorted(numbers.items()):
+    for name, affected_numbers in sorted(numbers.items()):
         query = select(EventRow).where(EventRow.name == name, EventRow.action == "export").order_by(EventRow.seq)
-        written += [
+        exports += [
             {"version": f"{name}@{row.after}", "event": row.seq, "files": row.details.get("files", [])}
             for row in session.scalars(query)
-            if row.after in wanted
+            if row.after in affected_numbers
         ]
-    return tuple(written)
+    return tuple(exports)
 
 
-def _fallbacks(session: Session, context: RegistryContext, reached: Sequence[AdapterVersion]) -> dict[str, int | None]:
-    """Per alias of something reached: the last version that had it and can have it again, or None."""
-    refs = {each.ref for each in reached}
+def _fallbacks(session: Session, context: RegistryContext, affected: Sequence[AdapterVersion]) -> dict[str, int | None]:
+    """Returns for each alias of an affected version the last version that had it and may have it again, or None."""
+    refs = {version.ref for version in affected}
     fallbacks: dict[str, int | None] = {}
-    for version in reached:
+    for version in affected:
         for alias in version.aliases:
             earlier = dict.fromkeys(reversed(stack(queries.read_events(session, version.name, alias))))
             candidates = (queries.read_version(session, version.name, number) for number in earlier)
-            fit = (
-                each.version
-                for each in candidates
-                if each.ref not in refs
-                and each.state == "ACTIVE"
-                and not revoked_in(session, each)
-                and not context.damage(each)
+            usable = (
+                candidate.version
+                for candidate in candidates
+                if candidate.ref not in refs
+                and candidate.state == "ACTIVE"
+                and not revoked_in(session, candidate)
+                and not context.damage(candidate)
             )
-            fallbacks[f"{version.name}@{alias}"] = next(fit, None)
+            fallbacks[f"{version.name}@{alias}"] = next(usable, None)
     return fallbacks
 
 
 def revoked_in(session: Session, version: AdapterVersion) -> tuple[str, ...]:
-    """In words, what of all that is revoked a version was made from."""
+    """Returns descriptions of the revoked subjects that a version was made from."""
     revoked = revoked_subjects(session)
     return revoked_ancestors(session, trace(session, version.artifact), revoked) if revoked else ()

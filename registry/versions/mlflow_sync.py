@@ -1,6 +1,6 @@
-"""Bringing MLflow level: which rows it has not seen yet, and whether it is still where it was told of them.
+"""Syncs registry rows to MLflow: finds the rows that MLflow does not have yet, and a database that was replaced.
 
-Knows rows; MLflow's ways are in `registry.versions.mlflow_writer`.
+`registry.versions.mlflow_writer` writes to MLflow.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from registry.store.database import Database, name_of, sqlite_file
 from registry.store.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow
 from registry.versions.mlflow_writer import MlflowWriter
 
-_PLACE = "mlflow"
-"""The row of `meta` that says which MLflow was brought level, and where its artifacts lay."""
+_TARGET = "mlflow"
+"""The row of `meta` that holds the target of the last sync: MLflow's database and artifact folder."""
 
 
 def is_synced(home: Home, database: Database) -> bool:
-    """Whether MLflow shows all that is registered, as far as the own database knows; MLflow is not asked."""
+    """Returns True if MLflow has every row, by the registry's database alone; does not query MLflow."""
     with database.read() as session:
         new_version = exists().where(VersionRow.mirrored.is_(False))
         moved_alias = exists().where(AliasRow.mirrored_seq < AliasRow.seq)
@@ -35,7 +35,7 @@ def is_synced(home: Home, database: Database) -> bool:
             return False
         if not session.scalar(select(exists().where(VersionRow.id > 0))):
             return True
-        return _is_there(home) and _told(session) == _place(home)
+        return _database_exists(home) and _synced_target(session) == _target(home)
 
 
 def sync_mlflow(
@@ -44,65 +44,65 @@ def sync_mlflow(
     database: Database,
     timeout: float = -1,
     *,
-    again: bool = False,
+    full: bool = False,
     show: Callable[[AdapterVersion], Shown],
 ) -> None:
-    """Brings MLflow level under the lock; may be cut off anywhere and repeated.
+    """Syncs MLflow under the lock; an interrupted sync can be repeated.
 
     Args:
         home: The home.
-        store: Where the bytes come from.
-        database: The own database.
-        timeout: Seconds to wait for the lock; -1 for ever.
-        again: Writes what MLflow should have already once more.
-        show: Gives what MLflow shows of a version beyond its row.
+        store: The store with the bytes.
+        database: The registry's database.
+        timeout: Seconds to wait for the lock; -1 waits forever.
+        full: True writes all rows, also those that MLflow should have already.
+        show: Returns the documents and datasets that MLflow shows of a version.
 
     Raises:
-        MlflowError: MLflow refuses.
-        filelock.Timeout: Another process is at it.
+        MlflowError: MLflow failed.
+        filelock.Timeout: Another process is syncing.
     """
-    if not again and is_synced(home, database):
+    if not full and is_synced(home, database):
         return
     with home.lock("mlflow", timeout):
-        told, place = _read_synced_state(database), _place(home)
-        if again or not _is_there(home) or (told and told["database"] != place["database"]):
-            _forget(database)
+        synced, target = _read_synced_target(database), _target(home)
+        if full or not _database_exists(home) or (synced and synced["database"] != target["database"]):
+            _mark_unsynced(database)
         writer = MlflowWriter(home, store)
-        if told != place:
+        if synced != target:
             with database.read() as session:
                 names = session.scalars(select(NameRow.name)).all()
             writer.move_artifacts(names)
         _add_versions(database, writer, show)
         _set_aliases(database, writer)
-        if told != place:
+        if synced != target:
             with database.write() as session:
-                session.execute(delete(MetaRow).where(MetaRow.key == _PLACE))
-                session.add(MetaRow(key=_PLACE, value=canonical_json(place).decode()))
+                session.execute(delete(MetaRow).where(MetaRow.key == _TARGET))
+                session.add(MetaRow(key=_TARGET, value=canonical_json(target).decode()))
 
 
-def _is_there(home: Home) -> bool:
-    """Whether MLflow's database is there, as far as that can be said without asking a server."""
+def _database_exists(home: Home) -> bool:
+    """Returns False if MLflow's database is a missing file; does not query a server."""
     file = sqlite_file(home.mlflow_url)
     return file is None or file.exists()
 
 
-def _place(home: Home) -> dict[str, str]:
-    # A database in the home moves with it, and is still the same one.
+def _target(home: Home) -> dict[str, str]:
+    # A database in the home moves with it and stays the same one, so its path is not part of the target.
     database = "home" if sqlite_file(home.mlflow_url) == home.mlflow_db else name_of(home.mlflow_url)
     return {"database": database, "artifacts": home.mlflow_artifacts.as_uri()}
 
 
-def _told(session: Session) -> dict[str, str] | None:
-    written = session.scalar(select(MetaRow.value).where(MetaRow.key == _PLACE))
-    return None if written is None else dict(json.loads(written))
+def _synced_target(session: Session) -> dict[str, str] | None:
+    text = session.scalar(select(MetaRow.value).where(MetaRow.key == _TARGET))
+    return None if text is None else dict(json.loads(text))
 
 
-def _read_synced_state(database: Database) -> dict[str, str] | None:
+def _read_synced_target(database: Database) -> dict[str, str] | None:
     with database.read() as session:
-        return _told(session)
+        return _synced_target(session)
 
 
-def _forget(database: Database) -> None:
+def _mark_unsynced(database: Database) -> None:
     with database.write() as session:
         session.execute(update(VersionRow).values(mirrored=False))
         session.execute(update(AliasRow).values(mirrored_seq=0))
@@ -110,7 +110,7 @@ def _forget(database: Database) -> None:
 
 def _add_versions(database: Database, writer: MlflowWriter, show: Callable[[AdapterVersion], Shown]) -> None:
     with database.read() as session:
-        # In the order of the numbers, since MLflow counts by itself.
+        # In the order of their numbers, because MLflow assigns version numbers itself.
         query = select(VersionRow).where(VersionRow.mirrored.is_(False))
         rows = session.scalars(query.order_by(VersionRow.name, VersionRow.version)).all()
         versions = queries.entities(session, rows)
@@ -122,20 +122,20 @@ def _add_versions(database: Database, writer: MlflowWriter, show: Callable[[Adap
         else:
             mlflow_run_id = writer.add_version(version, record, show(version))
         with database.write() as session:
-            seen = update(VersionRow).where(VersionRow.id == row_id)
-            session.execute(seen.values(mirrored=True, mlflow_run_id=mlflow_run_id))
+            statement = update(VersionRow).where(VersionRow.id == row_id)
+            session.execute(statement.values(mirrored=True, mlflow_run_id=mlflow_run_id))
             session.execute(update(RunRow).where(RunRow.id == version.run_id).values(mlflow_run_id=mlflow_run_id))
 
 
 def _set_aliases(database: Database, writer: MlflowWriter) -> None:
     with database.read() as session:
-        # Not those of a version that was registered a moment ago: its process waits for the lock, and does it.
-        is_pointed_at = (VersionRow.name == AliasRow.name) & (VersionRow.version == AliasRow.version)
-        shown = AliasRow.version.is_(None) | exists().where(is_pointed_at, VersionRow.mirrored)
+        # MLflow may lack a version that was registered meanwhile: its process waits for the lock, and sets its alias.
+        is_target = (VersionRow.name == AliasRow.name) & (VersionRow.version == AliasRow.version)
+        has_synced_target = AliasRow.version.is_(None) | exists().where(is_target, VersionRow.mirrored)
         query = select(AliasRow.name, AliasRow.alias, AliasRow.version, AliasRow.seq)
-        moved = session.execute(query.where(AliasRow.mirrored_seq < AliasRow.seq, shown)).all()
+        moved = session.execute(query.where(AliasRow.mirrored_seq < AliasRow.seq, has_synced_target)).all()
     for name, alias, version, seq in moved:
         writer.set_alias(name, alias, version)
         with database.write() as session:
-            seen = update(AliasRow).where(AliasRow.name == name, AliasRow.alias == alias)
-            session.execute(seen.values(mirrored_seq=seq))
+            statement = update(AliasRow).where(AliasRow.name == name, AliasRow.alias == alias)
+            session.execute(statement.values(mirrored_seq=seq))

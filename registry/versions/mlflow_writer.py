@@ -1,6 +1,6 @@
-"""MLflow, brought level with the registry's own record. The only module that imports mlflow, and only inside functions.
+"""Writes registry rows to MLflow. The only module that imports mlflow, and only inside functions.
 
-Everything here may be repeated: a call that was cut off anywhere is completed by the next one. Callers hold the lock.
+Every call is idempotent: the next call completes an interrupted one. Callers hold the lock.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _TAG_LENGTH = 8000
 _DATASET_DIGEST = 36
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 _RECORD = "record.json"
-_NO_NAME = re.compile(r"[^\w\-. :/]", re.ASCII)
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
 @dataclass(frozen=True)
 class MlflowVersion:
-    """What MLflow says of one version, in plain values.
+    """A version as MLflow has it, in plain values.
 
     Args:
         name: Registered model.
         version: Number.
-        sha256: The tag with the digest, or empty.
+        sha256: The digest in its tag; empty if it has no such tag.
         aliases: Its aliases, sorted.
-        source: Folder that MLflow hands out, where it is a local one.
+        source: Folder of its files; None if it is not local.
     """
 
     name: str
@@ -63,11 +63,11 @@ class MlflowVersion:
 
 
 class MlflowWriter:
-    """MLflow's database and artifacts of one home.
+    """Writes to MLflow's database and artifacts of one home.
 
     Args:
         home: The home.
-        store: Where the bytes come from.
+        store: The store with the bytes.
 
     Raises:
         MlflowError: MLflow cannot open its database.
@@ -79,21 +79,21 @@ class MlflowWriter:
             self._client = _open_client(home)
 
     def add_version(self, version: AdapterVersion, record: ArtifactRef, shown: Shown) -> str:
-        """Makes run, artifacts, registered model and model version what the registry says.
+        """Writes run, artifacts, registered model and model version of a version.
 
         Args:
             version: The version.
-            record: The artifact with parameters, curves, pictures and documents.
-            shown: What else is shown of it: its documents and datasets.
+            record: The artifact with parameters, curves, images and documents.
+            shown: Its documents and datasets.
 
         Returns:
             The id of its run in MLflow.
 
         Raises:
-            MlflowError: MLflow refuses, or counts differently.
+            MlflowError: MLflow failed, or has another version under that number.
         """
         with self.with_context(version.ref):
-            run_id = self._run_for(version)
+            run_id = self._ensure_run(version)
             self._log_values(run_id, version, json.loads(self.store.read(record, _RECORD)))
             self._log_datasets(run_id, shown.facts.datasets)
             source = self._copy_files(run_id, version, record, shown.documents)
@@ -105,26 +105,26 @@ class MlflowWriter:
         return run_id
 
     def delete_version(self, version: AdapterVersion) -> str:
-        """Takes the bytes of a deleted version away; run and model version stay, so that MLflow counts as we do.
+        """Deletes the files of a deleted version; run and model version stay to keep MLflow's numbers equal to ours.
 
         Returns:
             The id of its run in MLflow.
 
         Raises:
-            MlflowError: MLflow refuses, or counts differently.
+            MlflowError: MLflow failed, or has another version under that number.
         """
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         with self.with_context(version.ref):
-            run_id = self._run_for(version)
-            place = str(self._client.get_run(run_id).info.artifact_uri)
-            artifacts = get_artifact_repository(place)
+            run_id = self._ensure_run(version)
+            uri = str(self._client.get_run(run_id).info.artifact_uri)
+            artifacts = get_artifact_repository(uri)
             for folder in ("adapter", "pictures", "documents"):
                 if artifacts.list_artifacts(folder):
                     artifacts.delete_artifacts(folder)
             self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
             self._ensure_model(version.name)
-            self._ensure_version(version, run_id, f"{place}/adapter")
+            self._ensure_version(version, run_id, f"{uri}/adapter")
             self._write_state_tag(version)
         return run_id
 
@@ -137,19 +137,19 @@ class MlflowWriter:
                 self._client.set_registered_model_alias(name, alias, str(version))
 
     def move_artifacts(self, names: Iterable[str]) -> None:
-        """Corrects where MLflow looks for the artifacts of these adapters, in case the home was moved."""
-        with self.with_context("the places of its artifacts"):
-            moved = rewrite_artifact_uris(self.home.mlflow_url, names, self.home.mlflow_artifacts.as_uri())
-        if moved:
-            _logger.info("the home was moved; in MLflow, %d places were corrected", sum(moved.values()))
+        """Rewrites MLflow's artifact URIs of these adapters if the home was moved."""
+        with self.with_context("its artifact URIs"):
+            counts = rewrite_artifact_uris(self.home.mlflow_url, names, self.home.mlflow_artifacts.as_uri())
+        if counts:
+            _logger.info("the home was moved: rewrote %d artifact URIs in MLflow", sum(counts.values()))
 
     def versions(self) -> list[MlflowVersion]:
-        """Everything that MLflow has registered."""
+        """Returns all versions that are registered in MLflow."""
         with self.with_context("its registered models"):
-            found, token = [], None
+            entries, token = [], None
             while True:
                 page = self._client.search_model_versions("", max_results=10_000, page_token=token)
-                found += [self._client.get_model_version(entry.name, str(entry.version)) for entry in page]
+                entries += [self._client.get_model_version(entry.name, str(entry.version)) for entry in page]
                 token = page.token
                 if not token:
                     break
@@ -161,12 +161,12 @@ class MlflowWriter:
                 tuple(sorted(entry.aliases)),
                 _local_path(entry.source),
             )
-            for entry in found
+            for entry in entries
         ]
 
     @contextmanager
     def with_context(self, where: str) -> Iterator[None]:
-        """Words whatever goes wrong in MLflow as `MlflowError`."""
+        """Converts every error of MLflow to `MlflowError`."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -174,20 +174,20 @@ class MlflowWriter:
                 yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise MlflowError(
-                f"MLflow could not be brought level ({error})",
+                f"MLflow could not be synced ({error})",
                 where=where,
-                remedy="nothing is lost; mend what it says, and the next command brings MLflow level",
+                remedy="fix the cause; nothing is lost, and the next command syncs MLflow",
             ) from error
 
-    def _run_for(self, version: AdapterVersion) -> str:
+    def _ensure_run(self, version: AdapterVersion) -> str:
         experiment = self._client.get_experiment_by_name(version.name)
         if experiment is None:
             folder = self.home.mlflow_artifacts / version.name
             experiment_id = self._client.create_experiment(version.name, artifact_location=folder.as_uri())
         else:
             experiment_id = experiment.experiment_id
-        mine = f"tags.`loraline.version` = '{version.ref}' and tags.`loraline.sha256` = '{version.sha256}'"
-        for run in self._client.search_runs([experiment_id], filter_string=mine, max_results=1):
+        same_tags = f"tags.`loraline.version` = '{version.ref}' and tags.`loraline.sha256` = '{version.sha256}'"
+        for run in self._client.search_runs([experiment_id], filter_string=same_tags, max_results=1):
             return str(run.info.run_id)
         run = self._client.create_run(
             experiment_id,
@@ -200,10 +200,10 @@ class MlflowWriter:
     def _log_values(self, run_id: str, version: AdapterVersion, record: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        when = _millis(version)
-        metrics = [Metric(name, value, when, 0) for name, value in numbers(version.metrics)]
+        timestamp = _millis(version)
+        metrics = [Metric(name, value, timestamp, 0) for name, value in numbers(version.metrics)]
         for name, curve in record["curves"].items():
-            metrics += [Metric(name, value, when, step) for step, value in curve]
+            metrics += [Metric(name, value, timestamp, step) for step, value in curve]
         for batch in _batches(metrics, _METRICS_AT_ONCE):
             self._client.log_batch(run_id, metrics=batch)
         params = {_param_name(str(key)): _text(value) for key, value in record["params"].items()}
@@ -215,7 +215,7 @@ class MlflowWriter:
             self._client.log_batch(run_id, tags=batch)
 
     def _log_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
-        """Shows what was trained on; MLflow's column for a digest is too short for one, so a tag has it whole."""
+        """Logs the datasets; MLflow's digest column is too short for a SHA-256, so a tag holds the full digest."""
         from mlflow.entities import Dataset as LoggedDataset
         from mlflow.entities import DatasetInput, InputTag
 
@@ -241,7 +241,7 @@ class MlflowWriter:
             self._client.log_inputs(run_id, inputs)
 
     def _describe(self, version: AdapterVersion, run_id: str, shown: Shown) -> None:
-        """The short model card as the description of version, run and registered model, with links into MLflow."""
+        """Sets the short model card, with links into MLflow, as description of version, run and registered model."""
         from registry.documents.card import render_short
 
         run = f"#/experiments/{self._client.get_run(run_id).info.experiment_id}/runs/{run_id}"
@@ -256,13 +256,13 @@ class MlflowWriter:
         self._client.update_model_version(version.name, str(version.version), description=text)
         self._client.set_tag(run_id, "mlflow.note.content", text)
         newest = {"filter_string": f"name = '{version.name}'", "order_by": ["version_number DESC"], "max_results": 1}
-        if all(int(found.version) <= version.version for found in self._client.search_model_versions(**newest)):
+        if all(int(entry.version) <= version.version for entry in self._client.search_model_versions(**newest)):
             self._client.update_registered_model(version.name, description=text)
 
     def _copy_files(
         self, run_id: str, version: AdapterVersion, record: ArtifactRef, documents: Sequence[ArtifactRef]
     ) -> str:
-        """Puts the files where MLflow shows them, and gives the folder that holds the adapter alone."""
+        """Logs the files to MLflow, and returns the URI of the folder that contains only the adapter."""
         with tempfile.TemporaryDirectory(dir=self.home.work, prefix="mirror-") as temporary:
             folder = Path(temporary) / "files"
             self.store.checkout(record, folder)
@@ -275,7 +275,7 @@ class MlflowWriter:
         source = f"{self._client.get_run(run_id).info.artifact_uri}/adapter"
         copied = _local_path(source)
         if copied is not None and sha256_file(copied / adapter.name) != version.sha256:
-            raise OSError(f"the copy in {copied} is not what was copied")
+            raise OSError(f"the copy in {copied} differs from the adapter file")
         return source
 
     def _write_state_tag(self, version: AdapterVersion) -> None:
@@ -295,22 +295,22 @@ class MlflowWriter:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self._client.get_model_version(version.name, str(version.version))
+            entry = self._client.get_model_version(version.name, str(version.version))
         except MlflowException as error:
             if error.error_code != _MISSING:
                 raise
-            found = self._client.create_model_version(version.name, source=source, run_id=run_id, tags=_tags(version))
-        if int(found.version) != version.version or found.tags.get("loraline.sha256") != version.sha256:
+            entry = self._client.create_model_version(version.name, source=source, run_id=run_id, tags=_tags(version))
+        if int(entry.version) != version.version or entry.tags.get("loraline.sha256") != version.sha256:
             raise MlflowError(
-                f"MLflow has version {found.version} with digest {found.tags.get('loraline.sha256')!r} in its place",
+                f"MLflow has version {entry.version} with digest {entry.tags.get('loraline.sha256')!r} instead",
                 where=version.ref,
                 allowed=f"digest {version.sha256}",
-                remedy=f"somebody wrote into {name_of(self.home.mlflow_url)}; move that away, and it is built anew",
+                remedy=f"move {name_of(self.home.mlflow_url)} away, which another program changed; it is rebuilt",
             )
 
 
 def _open_client(home: Home) -> Any:
-    """A client of the home's MLflow; its database is first made beside its place, so that it is never half made."""
+    """Opens a client of the home's MLflow; creates its database first, atomically."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     for name in ("alembic", "mlflow.store.db.utils"):
@@ -329,12 +329,12 @@ def _make_database(home: Home, file: Path) -> None:
 
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        made = RunStore(f"sqlite:///{partial}", home.mlflow_artifacts.as_uri())
-        made.engine.dispose()
+        store = RunStore(f"sqlite:///{partial}", home.mlflow_artifacts.as_uri())
+        store.engine.dispose()
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
-    # MLflow keeps connections for good: if this process knew a database in this place before, it is that one no more.
+    # MLflow caches engines by URL: dispose of connections that this process has to an earlier database at this path.
     RunStore(home.mlflow_url, home.mlflow_artifacts.as_uri()).engine.dispose()
     ModelStore(home.mlflow_url).engine.dispose()
 
@@ -357,8 +357,8 @@ def _tags(version: AdapterVersion) -> dict[str, str]:
 
 
 def _param_name(key: str) -> str:
-    # A recipe may hold patterns of layers (`unet.*.to_q`), which MLflow takes for no name.
-    plain = _NO_NAME.sub("_", key)
+    # A recipe may have layer patterns as keys (`unet.*.to_q`), which MLflow does not accept as names.
+    plain = _NOT_IN_NAMES.sub("_", key)
     return key if plain == key else f"{plain[:200]}-{sha256_bytes(key.encode())[:8]}"
 
 
@@ -367,7 +367,7 @@ def _text(value: Any) -> str:
 
 
 def _millis(version: AdapterVersion) -> int:
-    # The same at every repetition, so that repeated metrics are the same metrics.
+    # The time of registration, not of the sync: MLflow then recognizes a repeated metric as the same one.
     return int(version.created_at.timestamp() * 1000)
 
 

@@ -1,6 +1,6 @@
-"""What the log of events says that the projections must hold: states of versions and revocations, beside the aliases.
+"""Computes states of versions and revocations from the event log; `promotion.replay` computes the aliases.
 
-Pure functions over events; `promotion.replay` is the one for aliases.
+Pure functions over events.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _STATES: dict[str, VersionState] = {"withdraw": "WITHDRAWN", "delete": "DELETED"
 
 
 def project_states(events: Iterable[Event]) -> dict[tuple[str, int], VersionState]:
-    """The state of every version that was ever withdrawn, deleted or restored: (name, number) -> state."""
+    """Computes the state of every version that was ever withdrawn, deleted or restored: (name, number) -> state."""
     states: dict[tuple[str, int], VersionState] = {}
     for event in sorted(events, key=lambda entry: entry.seq):
         if event.action in _STATES and event.after is not None:
@@ -22,7 +22,7 @@ def project_states(events: Iterable[Event]) -> dict[tuple[str, int], VersionStat
 
 
 def project_revocations(events: Iterable[Event]) -> dict[str, int]:
-    """What is revoked now: subject -> the event that stands for it, the first since it was lifted last."""
+    """Computes the active revocations: subject -> its event, the first one since the last lift."""
     revoked: dict[str, int] = {}
     for event in sorted(events, key=lambda entry: entry.seq):
         if event.action == "revoke" and event.subject:

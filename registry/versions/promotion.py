@@ -1,4 +1,4 @@
-"""Promotion: aliases that move by compare-and-set, each move with its event, and the way back."""
+"""Promotes and rolls back: moves aliases by compare-and-set, and logs an event for each move."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from registry.policy.evaluate import evaluate_policy, gather_policy_facts
 from registry.policy.policy_file import read_policies
 from registry.versions.versions import Versions
 
-__all__ = ["history", "evaluate_policy", "promote", "read_log", "remove", "replay", "rollback"]
+__all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
 
 
 def promote(
@@ -31,30 +31,30 @@ def promote(
     structure: Sequence[str] = (),
     override: bool = False,
 ) -> Event:
-    """Points an alias at a version if its policy allows it and nobody moved it meanwhile.
+    """Moves an alias to a version if the alias's policy allows it and no other process moved it meanwhile.
 
     Args:
         versions: The registry.
         name: The adapter.
         ref: Number, alias or `latest` of the version.
         to: The alias.
-        reason: Why; kept for good.
-        actor: Who; this process's user by default.
-        expected: The number that the alias points at, as the caller knows it (None: nothing); `now` reads it first.
-        structure: What a reading of the adapter file found to be wrong; the registry knows no tensors.
-        override: Sets reasons aside, where the policy lets it; they are kept in the event.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
+        expected: The number that the caller expects the alias to point at (None: nothing); `now` reads it first.
+        structure: Problems found in the adapter file's tensors, which the registry cannot read.
+        override: True overrides the policy's reasons where the policy permits it; the event records them.
 
     Returns:
-        The event; where the alias points at the version already, the event that made it so.
+        The event; if the alias already points at the version, the event that moved it there.
 
     Raises:
-        Refused: With all reasons; the refusal is in the log.
-        Conflict: The alias was moved by somebody else.
+        Refused: The policy does not allow it; carries all reasons, and the refusal is logged.
+        Conflict: Another process moved the alias.
         GoneVersion: The version was withdrawn or deleted.
-        PromotionError: No reason given.
+        PromotionError: The reason is empty.
         UnknownName: No such adapter.
         UnknownVersion: No such version.
-        MlflowError: Done and logged, but MLflow is behind; the next command mends it.
+        MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
     check_alias(to)
     reason, actor = require_reason(reason, f"{to!r} cannot move"), actor or current_user()
@@ -91,23 +91,23 @@ def rollback(
     reason: str = "rollback",
     actor: str | None = None,
 ) -> Event:
-    """Points an alias back at what it pointed at before, by the log; again, and it goes back one further.
+    """Moves an alias back to its previous version by the log; a second call moves it one version further back.
 
     Args:
         versions: The registry.
         name: The adapter.
-        alias: The alias; one that was removed comes back.
-        to: An earlier version to go back to, instead of the one before.
-        to_event: The number of an event: go back to what the alias pointed at right after it.
-        reason: Why; kept for good.
-        actor: Who; this process's user by default.
+        alias: The alias; a removed alias is restored.
+        to: An earlier version that had the alias; None means the previous one.
+        to_event: Number of an event; selects the version that the alias pointed at after it.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
 
     Raises:
-        PromotionError: There is nothing earlier, or `to` never had the alias.
-        Refused: The earlier version is no longer whole, was withdrawn or comes from something revoked, or the actor may
-            not move the alias.
-        Conflict: The alias was moved by somebody else meanwhile.
-        MlflowError: Done and logged, but MLflow is behind; the next command mends it.
+        PromotionError: No earlier version had the alias, or `to` never had it.
+        Refused: The earlier version is damaged, withdrawn or made from a revoked subject, or the actor may not move
+            the alias.
+        Conflict: Another process moved the alias meanwhile.
+        MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
     reason, actor = require_reason(reason, f"{alias!r} cannot move"), actor or current_user()
     with versions.lineage.database.read() as session:
@@ -115,25 +115,27 @@ def rollback(
         if not any(event.action != "refuse" for event in events):
             queries.read_version(session, name, alias)
         current = queries.alias_target(session, name, alias)
-        had = stack(events)
-        earlier = [number for number in (had if current is None else had[:-1]) if number != current]
-        wanted = queries.find_row(session, name, to).version if to is not None else None
+        numbers = stack(events)
+        earlier = [number for number in (numbers if current is None else numbers[:-1]) if number != current]
+        requested = queries.find_row(session, name, to).version if to is not None else None
         if to_event is not None:
-            wanted = _target_at(events, to_event, alias)
-        if not earlier or (wanted is not None and wanted not in earlier):
-            known = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
+            requested = _target_at(events, to_event, alias)
+        if not earlier or (requested is not None and requested not in earlier):
+            allowed = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
             raise PromotionError(
-                f"{alias!r} cannot go back" + (f" to version {wanted}" if wanted else ""), where=name, allowed=known
+                f"{alias!r} cannot be rolled back" + (f" to version {requested}" if requested else ""),
+                where=name,
+                allowed=allowed,
             )
-        target = queries.read_version(session, name, wanted or earlier[-1])
-    # What it once had, it may have again; only what no override sets aside can have changed since.
+        target = queries.read_version(session, name, requested or earlier[-1])
+    # The policy allowed this version before; check only what can have changed since and cannot be overridden.
     policy = AliasPolicy(movers=read_policies(versions.home.path).of(alias).movers)
     with versions.lineage.database.read() as session:
         facts = gather_policy_facts(session, versions, target, policy, actor=actor)
     decision = decide(target, policy, PolicyFacts(damage=versions.damage(target), revoked=facts.revoked, actor=actor))
     if decision.final:
         raise Refused(
-            f"{alias!r} cannot go back",
+            f"{alias!r} cannot be rolled back",
             reasons=decision.final,
             where=target.ref,
             remedy="roll back further with `--to`",
@@ -148,11 +150,11 @@ def rollback(
 
 
 def remove(versions: Versions, name: str, alias: str, *, reason: str, actor: str | None = None) -> Event:
-    """Lets an alias point at nothing; `rollback` brings it back.
+    """Removes an alias; `rollback` restores it.
 
     Raises:
         Refused: The actor may not move the alias.
-        Conflict: Somebody else moved it meanwhile.
+        Conflict: Another process moved it meanwhile.
         UnknownVersion: It points at nothing.
     """
     reason, actor = require_reason(reason, f"{alias!r} cannot be removed"), actor or current_user()
@@ -160,8 +162,9 @@ def remove(versions: Versions, name: str, alias: str, *, reason: str, actor: str
         version = queries.read_version(session, name, check_alias(alias))
     policy = read_policies(versions.home.path).of(alias)
     if not policy.may_move(actor):
-        why = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
-        raise _refuse(versions, version, alias, Decision(False, (why,), (why,)), actor, "ask one of them")
+        refusal = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
+        decision = Decision(False, (refusal,), (refusal,))
+        raise _refuse(versions, version, alias, decision, actor, "ask one of these users")
     with versions.lineage.database.write() as session:
         event = queries.clear_alias(session, version, alias, actor=actor, reason=reason)
     versions.sync()
@@ -169,7 +172,7 @@ def remove(versions: Versions, name: str, alias: str, *, reason: str, actor: str
 
 
 def history(versions: Versions, name: str, alias: str | None = None) -> list[Event]:
-    """The log of an adapter, or of one of its aliases, oldest first.
+    """Returns the events of an adapter, or of one of its aliases, oldest first.
 
     Raises:
         UnknownName: No such adapter.
@@ -180,13 +183,13 @@ def history(versions: Versions, name: str, alias: str | None = None) -> list[Eve
 
 
 def read_log(versions: Versions) -> list[Event]:
-    """The log of the whole registry, oldest first."""
+    """Returns all events of the registry, oldest first."""
     with versions.lineage.database.read() as session:
         return queries.read_events(session)
 
 
 def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
-    """What the aliases must be by the log alone: (name, alias) -> number."""
+    """Computes the aliases from the log alone: (name, alias) -> number."""
     aliases: dict[tuple[str, str], int | None] = {}
     for event in sorted(events, key=lambda entry: entry.seq):
         if event.alias and event.action != "refuse":
@@ -195,64 +198,64 @@ def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
 
 
 def stack(events: Iterable[Event]) -> list[int]:
-    """The versions that one alias had, oldest first, without what was rolled back."""
-    had: list[int] = []
+    """Returns the versions that one alias had, oldest first, without those that were rolled back."""
+    numbers: list[int] = []
     for event in events:
         if event.action == "refuse" or event.after is None:
             continue
-        if event.action == "rollback" and event.after in had:
-            last = len(had) - 1 - had[::-1].index(event.after)
-            del had[last + 1 :]
+        if event.action == "rollback" and event.after in numbers:
+            last = len(numbers) - 1 - numbers[::-1].index(event.after)
+            del numbers[last + 1 :]
         else:
-            had.append(event.after)
-    return had
+            numbers.append(event.after)
+    return numbers
 
 
-def require_reason(reason: str, what: str) -> str:
-    """The reason without blanks around it.
+def require_reason(reason: str, problem: str) -> str:
+    """Returns the reason without surrounding whitespace.
 
     Raises:
-        PromotionError: There is none.
+        PromotionError: It is empty.
     """
     if not reason.strip():
-        raise PromotionError(f"{what} without a reason", remedy="say why; it is kept in the log")
+        raise PromotionError(f"{problem} without a reason", remedy="give a reason; the log stores it")
     return reason.strip()
 
 
 def _refuse(
     versions: Versions, version: AdapterVersion, alias: str, decision: Decision, actor: str, remedy: str
 ) -> Refused:
-    """Logs a refusal and gives the error."""
+    """Logs a refusal and returns the error."""
     with versions.lineage.database.write() as session:
-        standing = queries.alias_target(session, version.name, alias)
-        why = "; ".join(decision.reasons)
-        queries.log_alias_event(session, version, alias, standing, action="refuse", actor=actor, reason=why)
+        current = queries.alias_target(session, version.name, alias)
+        reasons = "; ".join(decision.reasons)
+        queries.log_alias_event(session, version, alias, current, action="refuse", actor=actor, reason=reasons)
     return Refused(f"it cannot become {alias!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
 
 
 def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
     if not override:
-        return "mend all of it"
+        return "resolve every reason above"
     if decision.final:
-        return f"no override sets these aside: {'; '.join(decision.final)}"
-    return "the policy of this alias lets nobody override it; mend all of it" if not policy.overridable else ""
+        return f"resolve these reasons, which cannot be overridden: {'; '.join(decision.final)}"
+    return "resolve every reason above; the policy of this alias allows no override" if not policy.overridable else ""
 
 
 def _refuse_revoked(session: Session, versions: Versions, version: AdapterVersion, alias: str, actor: str) -> None:
-    """Looks once more, within the transaction: a revocation may have come between the decision and now."""
+    """Raises Refused if a subject was revoked since the policy decided; runs in the writing transaction."""
     revoked = gather_policy_facts(session, versions, version, AliasPolicy(), actor=actor).revoked
     if revoked:
-        reasons = tuple(f"{what} was revoked" for what in revoked)
+        reasons = tuple(f"{subject} was revoked" for subject in revoked)
         raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
 
 
 def _target_at(events: Sequence[Event], seq: int, alias: str) -> int:
-    known = [event.seq for event in events if event.action != "refuse"]
-    pointed = [number for (_, of), number in replay(e for e in events if e.seq <= seq).items() if of == alias]
-    if not known or seq > known[-1] or not pointed:
+    moves = [event.seq for event in events if event.action != "refuse"]
+    targets = [number for (_, of), number in replay(e for e in events if e.seq <= seq).items() if of == alias]
+    if not moves or seq > moves[-1] or not targets:
         raise PromotionError(
-            f"{alias!r} pointed at nothing after event {seq}" if known and seq <= known[-1] else f"no event {seq} yet",
-            allowed=", ".join(map(str, known[:-1])) or "none; nothing came before",
-            remedy="`loraline log NAME` shows all events",
+            f"{alias!r} pointed at nothing after event {seq}" if moves and seq <= moves[-1] else f"no event {seq} yet",
+            allowed=", ".join(map(str, moves[:-1])) or "none; this is the first event",
+            remedy="see `loraline log NAME` for all events",
         )
-    return pointed[0]
+    return targets[0]

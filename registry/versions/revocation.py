@@ -1,4 +1,4 @@
-"""Recall: what was made from a picture or a consent is found, flagged or withdrawn, and nothing more is made of it."""
+"""Revokes images and consents: flags or withdraws the versions made from them, and excludes them from new datasets."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def revoke(
     policy: Recall | None = None,
     dry_run: bool = False,
 ) -> ImpactReport:
-    """Revokes a picture or a consent, and flags or withdraws all that was made from it; all of it, or nothing.
+    """Revokes an image or a consent, and flags or withdraws all versions made from it, in one transaction.
 
-    Ingest leaves the pictures out from now on, and nothing that was made from them is promoted.
+    From then on ingest leaves the images out, and no version made from them can be promoted.
 
     Args:
         versions: The registry.
-        subject: A picture file, the digest of one (at least six of its digits), or the id of a consent.
-        reason: Why; kept for good.
-        actor: Who; this process's user by default.
-        policy: `flag` leaves aliases where they are; `withdraw` takes them back to the last version that is not
-            reached, or removes them, and takes the versions out of use. By default what the home's policy says.
-        dry_run: Finds all of it and changes nothing.
+        subject: An image file, the digest of one (at least its first six digits), or the id of a consent.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
+        policy: `flag` leaves aliases unchanged; `withdraw` withdraws the versions and rolls their aliases back to the
+            last version that is not affected, or removes them. None means the home's policy.
+        dry_run: True returns the impact and changes nothing.
 
     Raises:
-        RightsError: Nothing, or more than one thing, goes by that name.
-        Refused: An alias would have to be taken back that the actor may not move.
-        MlflowError: Done and logged, but MLflow is behind; the next command mends it.
+        RightsError: No image or consent matches, or more than one.
+        Refused: The actor may not move an alias that has to be rolled back.
+        MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
     reason, actor = require_reason(reason, "nothing is revoked"), actor or current_user()
     policies = read_policies(versions.home.path)
@@ -55,93 +55,102 @@ def revoke(
         with versions.lineage.database.read() as session:
             return find_affected(session, versions, subject, chosen)[0]
     with versions.lineage.database.write() as session:
-        found, reached = find_affected(session, versions, subject, chosen)
+        report, affected = find_affected(session, versions, subject, chosen)
         if chosen == "withdraw":
-            _require_movers(reached, policies, actor)
-        event = _log_revocation(session, found, reached, actor, reason)
-        for version in reached:
-            _recall(session, version, found, event, actor)
+            _require_movers(affected, policies, actor)
+        event = _log_revocation(session, report, actor, reason)
+        for version in affected:
+            _flag_or_withdraw(session, version, report, event, actor)
     versions.sync()
-    return ImpactReport(**{**vars(found), "event": event.seq})
+    return ImpactReport(**{**vars(report), "event": event.seq})
 
 
 def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = None) -> Event:
-    """Lifts a revocation: ingest takes the pictures again, and what was withdrawn for it is in use again.
+    """Lifts a revocation: ingest accepts the images again, and the versions that it withdrew are active again.
 
-    Aliases stay where they are. What something else still revokes stays withdrawn.
+    Aliases do not move. A version that another revocation affects stays withdrawn.
 
     Args:
         versions: The registry.
-        subject: What was revoked: a picture file, a digest or its beginning, or the id of a consent.
-        reason: Why; kept for good.
-        actor: Who; this process's user by default.
+        subject: The revoked subject: an image file, a digest or its first digits, or the id of a consent.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
 
     Raises:
-        RightsError: No such revocation stands.
-        MlflowError: Done and logged, but MLflow is behind; the next command mends it.
+        RightsError: No active revocation matches, or more than one.
+        MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
     reason, actor = require_reason(reason, "nothing is lifted"), actor or current_user()
     with versions.lineage.database.write() as session:
-        standing = _standing(session, subject)
-        session.delete(session.get_one(RevocationRow, standing.subject))
+        revocation = _find_revocation(session, subject)
+        session.delete(session.get_one(RevocationRow, revocation.subject))
         session.flush()
-        restored = [version for version in _recalled(session) if not revoked_in(session, version)]
-        details = {"kind": standing.kind, "revocation": standing.seq, "restored": [each.ref for each in restored]}
+        restored = [version for version in _withdrawn_by_revocation(session) if not revoked_in(session, version)]
+        details = {
+            "kind": revocation.kind,
+            "revocation": revocation.seq,
+            "restored": [version.ref for version in restored],
+        }
         event = queries.log_event(
-            session, "lift", actor=actor, reason=reason, subject=standing.subject, details=details
+            session, "lift", actor=actor, reason=reason, subject=revocation.subject, details=details
         )
         for version in restored:
-            said = {"actor": actor, "reason": f"lifted: {reason}", "subject": standing.subject}
-            queries.set_state(session, version, "ACTIVE", "restore", details={"lift": event.seq}, **said)
+            fields = {"actor": actor, "reason": f"lifted: {reason}", "subject": revocation.subject}
+            queries.set_state(session, version, "ACTIVE", "restore", details={"lift": event.seq}, **fields)
     versions.sync()
     return event
 
 
-def _require_movers(reached: Sequence[AdapterVersion], policies: Policies, actor: str) -> None:
-    held = [
-        f"{each.name}@{alias}" for each in reached for alias in each.aliases if not policies.of(alias).may_move(actor)
+def _require_movers(affected: Sequence[AdapterVersion], policies: Policies, actor: str) -> None:
+    forbidden = [
+        f"{version.name}@{alias}"
+        for version in affected
+        for alias in version.aliases
+        if not policies.of(alias).may_move(actor)
     ]
-    if held:
-        reasons = tuple(f"{actor} may not move {alias}" for alias in held)
+    if forbidden:
+        reasons = tuple(f"{actor} may not move {alias}" for alias in forbidden)
         raise Refused(
-            "not all of it can be withdrawn", reasons=reasons, remedy="flag it with `--policy flag`, or ask them"
+            "not every affected version can be withdrawn",
+            reasons=reasons,
+            remedy="flag the versions with `--policy flag`, or ask a user who may move these aliases",
         )
 
 
-def _log_revocation(
-    session: Session, found: ImpactReport, reached: Sequence[AdapterVersion], actor: str, reason: str
-) -> Event:
-    row = session.get(RevocationRow, found.subject)
+def _log_revocation(session: Session, report: ImpactReport, actor: str, reason: str) -> Event:
+    row = session.get(RevocationRow, report.subject)
     details = {
-        "kind": found.kind,
-        "policy": found.policy,
-        "pictures": list(found.pictures),
-        "manifests": list(found.manifests),
-        "versions": list(found.versions),
-        "aliases": dict(found.aliases),
+        "kind": report.kind,
+        "policy": report.policy,
+        "pictures": list(report.pictures),
+        "manifests": list(report.manifests),
+        "versions": list(report.versions),
+        "aliases": dict(report.aliases),
     }
-    event = queries.log_event(session, "revoke", actor=actor, reason=reason, subject=found.subject, details=details)
+    event = queries.log_event(session, "revoke", actor=actor, reason=reason, subject=report.subject, details=details)
     if row is None:
-        session.add(RevocationRow(subject=found.subject, seq=event.seq))
+        session.add(RevocationRow(subject=report.subject, seq=event.seq))
     else:
         row.seq = event.seq
     session.flush()
     return event
 
 
-def _recall(session: Session, version: AdapterVersion, found: ImpactReport, event: Event, actor: str) -> None:
-    why = f"{found.kind} {found.subject[:40]} was revoked: {event.reason}"
+def _flag_or_withdraw(
+    session: Session, version: AdapterVersion, report: ImpactReport, event: Event, actor: str
+) -> None:
+    reason = f"{report.kind} {report.subject[:40]} was revoked: {event.reason}"
     details = {"revocation": event.seq}
-    if found.policy == "flag":
-        said = {"actor": actor, "reason": why, "subject": found.subject}
+    if report.policy == "flag":
+        fields = {"actor": actor, "reason": reason, "subject": report.subject}
         queries.log_event(
-            session, "flag", version=version, details=details | {"aliases": list(version.aliases)}, **said
+            session, "flag", version=version, details=details | {"aliases": list(version.aliases)}, **fields
         )
         return
     for alias in version.aliases:
-        fallback = found.taken_back[f"{version.name}@{alias}"]
+        fallback = report.taken_back[f"{version.name}@{alias}"]
         if fallback is None:
-            queries.clear_alias(session, version, alias, actor=actor, reason=why, details=details)
+            queries.clear_alias(session, version, alias, actor=actor, reason=reason, details=details)
             continue
         target = queries.read_version(session, version.name, fallback)
         queries.move_alias(
@@ -151,38 +160,45 @@ def _recall(session: Session, version: AdapterVersion, found: ImpactReport, even
             expected=version.version,
             action="rollback",
             actor=actor,
-            reason=why,
+            reason=reason,
             details=details,
         )
     if version.state == "ACTIVE":
         queries.set_state(
-            session, version, "WITHDRAWN", "withdraw", actor=actor, reason=why, subject=found.subject, details=details
+            session,
+            version,
+            "WITHDRAWN",
+            "withdraw",
+            actor=actor,
+            reason=reason,
+            subject=report.subject,
+            details=details,
         )
 
 
-def _standing(session: Session, text: str) -> Revocation:
-    standing = active_revocations(session)
+def _find_revocation(session: Session, text: str) -> Revocation:
+    revocations = active_revocations(session)
     path = Path(text)
-    wanted = sha256_file(path) if "\0" not in text and path.is_file() else text
-    found = [each for each in standing if each.subject == wanted]
-    if not found and len(text) >= PREFIX:
-        found = [each for each in standing if each.kind == "picture" and each.subject.startswith(wanted)]
-    if len(found) != 1:
-        listed = ", ".join(each.subject[:40] for each in standing) or "none"
+    subject = sha256_file(path) if "\0" not in text and path.is_file() else text
+    matches = [revocation for revocation in revocations if revocation.subject == subject]
+    if not matches and len(text) >= PREFIX:
+        matches = [entry for entry in revocations if entry.kind == "picture" and entry.subject.startswith(subject)]
+    if len(matches) != 1:
+        allowed = ", ".join(revocation.subject[:40] for revocation in revocations) or "none"
         raise RightsError(
-            f"{text!r} names {'several revocations' if found else 'no revocation that stands'}", allowed=listed
+            f"{text!r} matches {'several revocations' if matches else 'no active revocation'}", allowed=allowed
         )
-    return found[0]
+    return matches[0]
 
 
-def _recalled(session: Session) -> list[AdapterVersion]:
-    """The versions that are out of use because of some revocation, and not because somebody withdrew them by hand."""
-    found = []
+def _withdrawn_by_revocation(session: Session) -> list[AdapterVersion]:
+    """Returns the versions that a revocation withdrew, without those that a user withdrew."""
+    rows = []
     for row in session.scalars(select(VersionRow).where(VersionRow.state == "WITHDRAWN").order_by(VersionRow.id)):
-        deeds = select(EventRow).where(
+        withdrawals = select(EventRow).where(
             EventRow.name == row.name, EventRow.after == row.version, EventRow.action == "withdraw"
         )
-        last = session.scalars(deeds.order_by(EventRow.seq.desc()).limit(1)).first()
+        last = session.scalars(withdrawals.order_by(EventRow.seq.desc()).limit(1)).first()
         if last is not None and "revocation" in last.details:
-            found.append(row)
-    return queries.entities(session, found)
+            rows.append(row)
+    return queries.entities(session, rows)

@@ -1,7 +1,7 @@
-"""Versions: registering an adapter under a name, and reading it back with its bytes verified.
+"""Registers adapters under names, and reads them with their bytes verified.
 
-The registry's own database comes first, in one transaction; MLflow is brought level with it afterwards (`sync`), and
-by the next command if this one is cut off. Reading uses the own database alone.
+A registration commits to the registry's database first, in one transaction; `sync` then writes MLflow. If it is
+interrupted, the next command syncs. Reads use the registry's database only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 class Versions(RegistryContext):
     """The named, numbered adapters of a home.
 
-    Opening it brings MLflow level if a process died before it could; it costs nothing where all is level.
+    Opening it syncs MLflow if an earlier process was killed before its sync; costs one query if MLflow is in sync.
 
     Args:
         home: The home.
@@ -59,7 +59,7 @@ class Versions(RegistryContext):
         try:
             self.sync(timeout=0)
         except Timeout:
-            _logger.debug("another process brings MLflow level")
+            _logger.debug("another process syncs MLflow")
         except (MlflowError, HomeError) as error:
             _logger.warning("%s", error)
 
@@ -84,34 +84,34 @@ class Versions(RegistryContext):
         documents: Mapping[str, Content] | None = None,
         actor: str | None = None,
     ) -> AdapterVersion:
-        """Gives an adapter the next number of its name; the same adapter with the same report keeps its number.
+        """Registers an adapter under the next number of its name; the same adapter and report keep their number.
 
         Args:
             name: The adapter's name.
             artifact: The tree that holds the adapter file; must be in the store.
-            adapter_file: Where in the tree the file is.
-            report: The evaluation, if there was one; must be in the store.
-            run_id: The run that made it.
-            card: What is said about it (JSON).
-            metrics: What was measured (JSON, may be nested); every number finite.
-            gates: One object a gate: metric, of, min, max, value, passed.
-            passed: Whether the gates passed; None where nothing was evaluated.
+            adapter_file: Path of the file in the tree.
+            report: The evaluation report, which must be in the store; None if it was not evaluated.
+            run_id: The run that made it; None if no run did.
+            card: Its metadata (JSON).
+            metrics: Measured values (JSON, may be nested); every number finite.
+            gates: One object per gate: metric, of, min, max, value, passed.
+            passed: True if all gates passed; None if it was not evaluated.
             parents: `name@version` of adapters it was merged from, and other origins as free text.
-            declared: The licence that it is declared to have (SPDX, or as Hugging Face writes it), before the card's;
-                what it inherits from its base and its data stays as it is.
-            alias_request: An alias that it shall have, if the alias's policy allows; a refusal is logged, not raised.
+            declared: Its declared license (SPDX, or Hugging Face's identifier), which overrides the card's; the terms
+                inherited from base and data still apply.
+            alias_request: An alias to give it if the alias's policy allows; a refusal is logged, not raised.
             curves: Metric -> (step, value), shown by MLflow.
             params: The recipe, shown by MLflow.
-            pictures: Relative name -> file or bytes, shown by MLflow.
+            pictures: Relative name -> file or bytes of an image, shown by MLflow.
             documents: Relative name -> file or bytes, shown by MLflow.
-            actor: Who asks for the alias; this process's user by default.
+            actor: The user who requests the alias; None means this process's user.
 
         Raises:
-            VersionError: A name against the rule, a number that is not finite, a value that JSON cannot hold, or no
-                such file in the artifact.
-            GoneVersion: The very same was registered before, and deleted.
-            StoreError: The bytes are not in the store, or not whole.
-            MlflowError: Registered, but MLflow is behind; the next command mends it.
+            VersionError: An invalid name, a number that is not finite, a value that JSON cannot hold, or no such file
+                in the artifact.
+            GoneVersion: The same adapter and report were registered before, and deleted.
+            StoreError: The bytes are missing from the store, or damaged.
+            MlflowError: Registered, but MLflow is not in sync; the next command syncs it.
         """
         check_name(name)
         if alias_request is not None:
@@ -121,7 +121,7 @@ class Versions(RegistryContext):
         _require_finite(metrics or {}, "metrics")
         _require_finite(curves or {}, "curves")
         require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
-        files = self._whole_files([artifact, *([report] if report else [])])
+        files = self._verified_files([artifact, *([report] if report else [])])
         if adapter_file not in files[artifact]:
             raise VersionError(
                 f"no file {adapter_file!r}",
@@ -152,24 +152,24 @@ class Versions(RegistryContext):
                     record_contents(session, ref, contents)
                 row = queries.insert_version(session, name, parents, values)
             elif row.state == "DELETED":
-                # What was deleted does not come back by being made again, least of all by a schedule.
+                # Building it again, for example on a schedule, must not restore a deleted version.
                 queries.require_active(session, name, row.version)
             if alias_request is not None:
                 self._stage(session, queries.entities(session, [row])[0], alias_request, actor or current_user())
             number = row.version
-        # What dies before its documents are written has them written when MLflow is brought level.
+        # If the process is killed before this line, the next sync writes the documents.
         write_missing(self, self.show(name, number))
         self.sync()
         return self.show(name, number)
 
     def list(self, name: str | None = None, *, deleted: bool = False) -> tuple[AdapterVersion, ...]:
-        """The versions by name and number, the deleted ones only if asked for; their bytes are not read."""
+        """Returns the versions by name and number, deleted ones only with `deleted`; does not read their bytes."""
         with self.lineage.database.read() as session:
-            found = queries.read_versions(session, name)
-        return tuple(version for version in found if deleted or version.state != "DELETED")
+            versions = queries.read_versions(session, name)
+        return tuple(version for version in versions if deleted or version.state != "DELETED")
 
     def show(self, name: str, ref: str | int = "latest") -> AdapterVersion:
-        """What is known of a version; its bytes are not read.
+        """Returns the metadata of a version; does not read its bytes.
 
         Raises:
             UnknownName: No such adapter.
@@ -179,16 +179,16 @@ class Versions(RegistryContext):
             return queries.read_version(session, name, ref)
 
     def get(self, name: str, ref: str | int = "latest") -> AdapterVersion:
-        """The version, of which every byte of the adapter file was just read and has the registered digest.
+        """Returns a version after verifying every byte of its adapter file against the registered digest.
 
         Args:
             name: The adapter.
             ref: A number, an alias, or `latest`.
 
         Raises:
-            DamagedBlob: The bytes are others; the message names both digests.
+            DamagedBlob: The bytes differ; the message names both digests.
             MissingBlob: The bytes are gone.
-            SignatureError: It is signed, and the signature does not hold.
+            SignatureError: It is signed, and the signature is not valid.
             GoneVersion: It was withdrawn or deleted.
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
@@ -198,32 +198,32 @@ class Versions(RegistryContext):
         return version
 
     def require_active(self, version: AdapterVersion) -> AdapterVersion:
-        """The version, given back if it may be handed out; its state is read anew.
+        """Returns the version unchanged if it is active now; reads its state from the database.
 
         Raises:
-            GoneVersion: It was withdrawn or deleted; the message says by whom, when and why.
+            GoneVersion: It was withdrawn or deleted; the message names actor, date and reason.
         """
         with self.lineage.database.read() as session:
             queries.require_active(session, version.name, version.version)
         return version
 
     def read_adapter(self, version: AdapterVersion) -> bytes:
-        """The verified bytes of the adapter file; raises as `get` does."""
+        """Returns the verified bytes of the adapter file; raises as `get` does."""
         self._check_adapter(version)
         return self.store.read(version.artifact, version.adapter_path)
 
     def checkout_adapter(self, version: AdapterVersion, path: Path) -> None:
-        """Copies the adapter file out, verified and atomic; raises as `get` does."""
+        """Copies the adapter file to a path, verified and atomic; raises as `get` does."""
         self._check_adapter(version)
         self.store.checkout_file(version.artifact, version.adapter_path, path)
 
     def log_export(self, version: AdapterVersion, details: Mapping[str, Any], *, actor: str | None = None) -> Event:
-        """Logs that a version was written for another program, so that a recall can tell where it went.
+        """Logs that a version was exported; a later revocation reports the exported files.
 
         Args:
             version: The version.
             details: The `format`, and the `files` with their digests.
-            actor: Who; this process's user by default.
+            actor: The user; None means this process's user.
         """
         reason = f"exported as {details.get('format', 'a file')}"
         with self.lineage.database.write() as session:
@@ -232,22 +232,22 @@ class Versions(RegistryContext):
             )
 
     def is_synced(self) -> bool:
-        """Whether MLflow shows all that is registered, as far as the own database knows."""
+        """Returns True if MLflow has every row, by the registry's database alone."""
         return is_synced(self.home, self.lineage.database)
 
-    def sync(self, timeout: float = -1, *, again: bool = False) -> None:
-        """Brings MLflow level with the own database; does nothing where it is level.
+    def sync(self, timeout: float = -1, *, full: bool = False) -> None:
+        """Syncs MLflow with the registry's database; does nothing if it is in sync.
 
         Args:
-            timeout: Seconds to wait while another process does it; -1 for ever.
-            again: Writes what MLflow should have already once more, to mend what was changed or lost there.
+            timeout: Seconds to wait while another process syncs; -1 waits forever.
+            full: True writes all rows again, which repairs what was changed or lost in MLflow.
 
         Raises:
-            MlflowError: MLflow refuses; nothing is lost, and the next call goes on from there.
-            filelock.Timeout: Another process is at it.
+            MlflowError: MLflow failed; nothing is lost, and the next call continues.
+            filelock.Timeout: Another process is syncing.
         """
         show = partial(gather_shown, self)
-        sync_mlflow(self.home, self.store, self.lineage.database, timeout, again=again, show=show)
+        sync_mlflow(self.home, self.store, self.lineage.database, timeout, full=full, show=show)
 
     def _check_adapter(self, version: AdapterVersion) -> None:
         self.require_active(version)
@@ -256,9 +256,9 @@ class Versions(RegistryContext):
             raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
         require_valid_signature(self, version)
 
-    def _whole_files(self, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:
+    def _verified_files(self, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:
         for ref in refs:
-            # From here on a collection leaves it to this registration.
+            # Restart the GC grace period before verifying.
             self.store.touch(ref)
             for problem in self.store.verify(ref):
                 raise DamagedBlob(problem.what, where=problem.where, remedy=problem.remedy)
@@ -268,34 +268,34 @@ class Versions(RegistryContext):
         self,
         params: Mapping[str, Any],
         curves: Curves,
-        pictures: Mapping[str, Content],
+        images: Mapping[str, Content],
         documents: Mapping[str, Content],
     ) -> ArtifactRef:
         points = {metric: [[step, value] for step, value in curve] for metric, curve in curves.items()}
         files: dict[str, Content] = {"record.json": canonical_json({"params": dict(params), "curves": points})}
-        for folder, entries in (("pictures", pictures), ("documents", documents)):
+        for folder, entries in (("pictures", images), ("documents", documents)):
             files |= {f"{folder}/{check_relative(relative)}": content for relative, content in entries.items()}
         return self.store.put_files("record", files)
 
     def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: str) -> None:
-        """Gives a version its alias once: a repeated registration does not take it back from a later version."""
+        """Gives a version its alias once: a repeated registration does not take the alias from a later version."""
         events = queries.read_events(session, version.name, alias)
         if any(event.after == version.version for event in events):
             return
-        standing = queries.alias_target(session, version.name, alias)
+        current = queries.alias_target(session, version.name, alias)
         decision = evaluate_policy(self, version, alias, actor=actor, session=session)
         if decision.allowed:
             queries.move_alias(
-                session, version, alias, expected=standing, action="stage", actor=actor, reason="registered"
+                session, version, alias, expected=current, action="stage", actor=actor, reason="registered"
             )
             return
-        why = "; ".join(decision.reasons)
-        _logger.warning("%s does not become %r: %s", version.ref, alias, why)
-        queries.log_alias_event(session, version, alias, standing, action="refuse", actor=actor, reason=why)
+        reasons = "; ".join(decision.reasons)
+        _logger.warning("%s does not become %r: %s", version.ref, alias, reasons)
+        queries.log_alias_event(session, version, alias, current, action="refuse", actor=actor, reason=reasons)
 
 
-def _require_finite(values: Mapping[str, Any], what: str) -> None:
+def _require_finite(values: Mapping[str, Any], where: str) -> None:
     broken = {path: value for path, value in numbers(values) if not math.isfinite(value)}
     if broken:
         first = ", ".join(f"{path} = {value!r}" for path, value in list(broken.items())[:4])
-        raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=what, allowed="finite numbers")
+        raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=where, allowed="finite numbers")

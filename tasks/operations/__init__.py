@@ -1,4 +1,4 @@
-"""Use cases, one file each: import, export, diff, reproduce, promote, report, rights, documents, maintenance.
+"""Implements use cases, one file each: import, export, diff, reproduce, promote, report, documents, and others.
 
-Each takes a home and plain values and returns plain values; the command line and scripts call them alike.
+Each takes a home and plain values and returns plain values, for the command line and for scripts.
 """

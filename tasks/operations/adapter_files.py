@@ -1,4 +1,4 @@
-"""What the verbs on files ask of the engine: adapters by file or by registered name, models, pictures by prompt."""
+"""Implements the verbs on files: converts, checks and resizes adapters, converts models, generates images."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 def open_bundle(file: Path, base: str | None) -> Bundle:
-    """Reads and validates an adapter file, with the embeddings that came with it.
+    """Reads and validates an adapter file and its embeddings.
 
     Args:
         file: The file, or a PEFT folder.
-        base: A base whose module names and shapes it must fit; None trusts the names in the file.
+        base: Base whose module names and shapes the file must match; None skips this check.
 
     Raises:
-        AdapterError: Not an adapter, not whole, or not for that base.
-        BaseModelError: No such base.
+        AdapterError: The file is no valid adapter, or not for that base.
+        BaseModelError: The base does not exist.
     """
     from lora_engine.formats import read_bundle
 
     if not file.exists():
-        raise AdapterError("there is no such file", where=str(file), remedy="check the path")
+        raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
     return read_bundle(file, module_shapes_of(base))
 
 
 def module_shapes_of(base: str | None) -> dict[str, tuple[int, ...]] | None:
-    """The names and shapes of a base's layers, which need no weights; None for no base."""
+    """Returns the names and shapes of a base's layers, without reading weights; None if `base` is None."""
     if base is None:
         return None
     from lora_engine.bases.structure import base_module_shapes
@@ -55,15 +55,18 @@ def convert_adapter(
     dtype: str | None,
     approximation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Writes an adapter in another format and says what was written, and what had to be approximated or supposed.
+    """Writes an adapter in another format.
 
     Args:
         file: The adapter.
         output: A file or a folder.
         to: Name of a format.
-        base: Where its names need one; an approximation of DoRA, OFT or (IA)3 reads its weights.
-        dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's.
-        approximation: `rank` and `energy` of what the format cannot hold as it is; None refuses to approximate.
+        base: The base, for formats that need its module names; approximating DoRA, OFT or (IA)3 reads its weights.
+        dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
+        approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
+
+    Returns:
+        `format`, `files` with their digests, `approximation` with the shares kept, and `assumed` assumptions.
     """
     from lora_engine.bases.base import load_base
     from lora_engine.bases.published import published
@@ -72,12 +75,12 @@ def convert_adapter(
     from lora_engine.formats.dtypes import dtype_of
 
     bundle, names = open_bundle(file, base), module_shapes_of(base)
-    adapter, told = bundle.adapter, None
+    adapter, retained = bundle.adapter, None
     if approximation is not None:
         model = load_base(base, device="cpu") if base is not None and base not in published else None
-        near = approximate(adapter, to, **approximation, base=model, module_names=names)
-        adapter = near.adapter
-        told = {"retained": near.total, "modules": dict(near.retained)} if near.retained else None
+        result = approximate(adapter, to, **approximation, base=model, module_names=names)
+        adapter = result.adapter
+        retained = {"retained": result.total, "modules": dict(result.retained)} if result.retained else None
     written = write_adapter(
         output,
         adapter,
@@ -88,23 +91,23 @@ def convert_adapter(
         module_names=names,
     )
     files = [{"file": str(path), "sha256": sha256_file(path)} for path in written]
-    return {"format": to, "files": files, "approximation": told, "assumed": bundle.assumptions or None}
+    return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}
 
 
 def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[str, Any]:
-    """Writes a whole model in another layout; `settings` are those of `checkpoints.convert_checkpoint`."""
+    """Writes a whole model in another layout; `settings`: see `checkpoints.convert_checkpoint`."""
     from lora_engine.checkpoints import convert_checkpoint
     from lora_engine.files import sha256_file
 
-    written = convert_checkpoint(file, output, to=to, **settings)  # type: ignore[arg-type]  # it checks `to` itself
+    written = convert_checkpoint(file, output, to=to, **settings)  # type: ignore[arg-type]  # the callee checks `to`
     return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
 
 
 def check_file(file: Path, base: str | None) -> dict[str, int]:
-    """Counts what an adapter, an embedding or a whole model holds, if it is whole.
+    """Validates an adapter, an embedding or a whole model, and returns counts of its modules, embeddings or tensors.
 
     Raises:
-        EngineError: It is not whole, or does not fit the base.
+        EngineError: The file is invalid, or does not match the base.
     """
     from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
     from lora_engine.formats import inspect, read_embeddings
@@ -112,17 +115,17 @@ def check_file(file: Path, base: str | None) -> dict[str, int]:
     if is_checkpoint(file):
         facts = inspect_checkpoint(file)
         if facts.get("problem"):
-            raise BaseModelError(facts["problem"], where=str(file), remedy="download or save the model again, whole")
+            raise BaseModelError(facts["problem"], where=str(file), remedy="download or save the model again")
         return {"tensors": sum(part["tensors"] for part in facts["components"].values())}
     if inspect(file)["format"] == "embedding":
         return {"embeddings": len(read_embeddings(file))}
     bundle = open_bundle(file, base)
-    words = {"embeddings": len(bundle.embeddings)} if bundle.embeddings else {}
-    return {"modules": len(bundle.adapter.modules)} | words
+    embeddings = {"embeddings": len(bundle.embeddings)} if bundle.embeddings else {}
+    return {"modules": len(bundle.adapter.modules)} | embeddings
 
 
 def resize_adapter(file: Path, output: Path, *, base: str | None, **settings: Any) -> dict[str, Any]:
-    """Writes an adapter at another rank and says what each module keeps; `settings` are those of `merging.resize`."""
+    """Writes an adapter at another rank; returns what each module keeps. `settings`: see `merging.resize`."""
     from lora_engine.bases.base import load_base
     from lora_engine.formats import write_adapter
     from lora_engine.merging.resize import resize
@@ -130,18 +133,18 @@ def resize_adapter(file: Path, output: Path, *, base: str | None, **settings: An
     bundle = open_bundle(file, base)
     model = load_base(base, device="cpu") if base is not None and settings.get("others") == "lora" else None
     adapter, report = resize(bundle.adapter, base=model, **settings)
-    told = {name: value for name, value in settings.items() if value not in (None, "refuse")}
-    recipe = bundle.card.recipe | {"resized": told | {"retained_energy": round(report.retained, 6)}}
+    recorded = {name: value for name, value in settings.items() if value not in (None, "refuse")}
+    recipe = bundle.card.recipe | {"resized": recorded | {"retained_energy": round(report.retained, 6)}}
     card = bundle.card.model_copy(update={"recipe": recipe})
     write_adapter(output, adapter, card=card, embeddings=bundle.embeddings)
     return report.as_json()
 
 
 def model_path(base: str) -> Path:
-    """The folder or file of a base model's weights, by path or by name.
+    """Returns the folder or file of a base model's weights, by path or by name.
 
     Raises:
-        BaseModelError: No such base.
+        BaseModelError: The base does not exist.
     """
     if Path(base).exists():
         return Path(base)
@@ -151,37 +154,37 @@ def model_path(base: str) -> Path:
 
 
 def parse_weighted(text: str) -> tuple[str, float]:
-    """`name` or `name:weight`; a colon that is part of an existing file's name counts as such."""
+    """Parses `name` or `name:weight`; an existing file whose name has a colon is a name."""
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
         return text, 1.0
     try:
         return name, float(weight)
     except ValueError:
-        raise SpecError(f"{text!r}", allowed="FILE or FILE:WEIGHT, such as a.safetensors:0.7") from None
+        raise SpecError(f"invalid adapter {text!r}", allowed="FILE or FILE:WEIGHT, such as a.safetensors:0.7") from None
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs, the values as YAML reads them."""
-    found = {}
+    """Parses `name=value` pairs with YAML values."""
+    settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:
-            raise SpecError(f"{pair!r}", allowed="NAME=VALUE, such as density=0.3")
+            raise SpecError(f"invalid setting {pair!r}", allowed="NAME=VALUE, such as density=0.3")
         try:
-            found[name] = yaml.safe_load(value)
+            settings[name] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise SpecError(f"{pair!r}", allowed="a number or a word after the =") from None
-    return found
+            raise SpecError(f"invalid setting {pair!r}", allowed="a number or a word after the =") from None
+    return settings
 
 
 @contextmanager
 def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[Path, float]]]:
-    """Adapters named by file or as `name@ref`, each with its weight, as files that last as long as the context.
+    """Yields files and weights of adapters that are named by file or `name@ref`; deletes copies at the end.
 
     Raises:
-        SpecError: A weight that is no number.
-        RegistryError: An unknown version.
+        SpecError: A weight is not a number.
+        RegistryError: A version does not exist.
     """
     named = [parse_weighted(text) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
@@ -200,18 +203,18 @@ def draw(
     guidance: float,
     size: int | None,
 ) -> list[Path]:
-    """Draws pictures and writes them as PNG files, named by their seeds.
+    """Generates images and writes them as PNG files, named by their seeds.
 
     Args:
         prompt: May name adapters: `<lora:name@production:0.7>` or `<lora:path/to/file.safetensors:0.7>`.
-        folder: Where the pictures go.
-        home: The home whose registry knows the names.
+        folder: The output folder.
+        home: The home with the named versions.
         base: The base model.
-        count: How many pictures.
-        seed: Of the first; the others count up.
-        steps: Denoising steps.
+        count: Number of images.
+        seed: Seed of the first image; the others count up.
+        steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance.
-        size: Pixels of a side; None for the base's own.
+        size: Pixels per side; None means the base's own.
     """
     from lora_engine.bases.source import resolve_base
     from lora_engine.compute import fitting_threads, threads

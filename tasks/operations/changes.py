@@ -1,4 +1,4 @@
-"""What differs between two nested records, place by place; knows nothing of what they record."""
+"""Compares two nested mappings of any content, key by key."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Kind = Literal["added", "removed", "changed"]
 
 @dataclass(frozen=True)
 class Change:
-    """One place that differs.
+    """A key whose values differ.
 
     Args:
-        path: The keys that lead to it, with dots between them.
-        kind: Whether the second alone has it, the first alone, or both with different values.
-        before: The first's value; None where it has none.
-        after: The second's value; None where it has none.
+        path: The key with its parents, separated by dots.
+        kind: `added` if only the second mapping has it, `removed` if only the first has it, else `changed`.
+        before: Value in the first mapping; None if it is missing.
+        after: Value in the second mapping; None if it is missing.
     """
 
     path: str
@@ -27,7 +27,7 @@ class Change:
 
 
 def compare_records(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Change]:
-    """Every place that differs, sorted by its path; mappings are entered, lists are compared whole."""
+    """Returns all differences, sorted by path; compares mappings key by key and lists as a whole."""
     return sorted(_changes(before, after, prefix), key=lambda change: change.path)
 
 

@@ -1,4 +1,4 @@
-"""`diff`: how two versions, or files, differ: recipe, data, base, figures, rights, surroundings and weights."""
+"""Compares two versions or files: recipe, data, base, metrics, rights, environment and weights."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from registry.store.artifacts import open_store
 from tasks.operations.changes import Change, compare_records
 from tasks.operations.report import read_manifest
 from tasks.operations.reproduction_report import environment_of
-from tasks.operations.upstream import Trace, read_version, trace
+from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, read_version
 from tasks.operations.weights import compare_weights, read_card
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One side of a comparison.
 
     Args:
         name: `name@version`, or the file.
         sha256: Digest of the adapter file.
-        file: Where it can be read.
-        card: What it says of itself.
-        version: What the registry knows of it; None for a file.
-        found: Where it comes from; empty for a file.
-        pictures: Digest -> source, caption and split, of all datasets that it was made from; of a file the digests
-            alone, and None where nothing is known.
-        note: What could not be read of that.
+        file: Path of the adapter file.
+        card: The card in its header.
+        version: The registered version; None for a file.
+        upstream: The steps that made it; empty for a file.
+        images: Digest -> source, caption and split of all images that it was trained on; digests only for a file, and
+            None if nothing is known.
+        note: What could not be read; empty if everything was.
     """
 
     name: str
@@ -42,26 +42,26 @@ class Side:
     file: Path
     card: Mapping[str, Any]
     version: AdapterVersion | None = None
-    found: Trace = field(default_factory=Trace)
-    pictures: Mapping[str, Mapping[str, Any]] | None = None
+    upstream: UpstreamSteps = field(default_factory=UpstreamSteps)
+    images: Mapping[str, Mapping[str, Any]] | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How they differ. Every list holds only what is not the same.
+    """The differences of two versions or files. Lists hold only values that differ.
 
     Args:
         first: Name and digest of the first.
         second: Name and digest of the second.
-        recipe: Settings, of the adapter and of every step before it.
+        recipe: Settings of the adapter and of every upstream step.
         data: Images by digest, and changed captions.
-        base: Name and fingerprint.
-        metrics: Per metric the figures with their intervals.
-        gates: By metric.
-        license: Of the cards.
-        parents: What each was made from by name.
-        environment: What the adapters' own steps ran on.
+        base: Name and fingerprint of the base.
+        metrics: Values and intervals by metric.
+        gates: Gates by metric.
+        license: Licenses of the cards.
+        parents: Names of the parents.
+        environment: Environments of the steps that made the adapters.
         weights: See `compare_adapters`.
         notes: What could not be compared.
     """
@@ -80,7 +80,7 @@ class Difference:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Returns all of it as JSON values."""
         return asdict(self) | {"identical": self.first["sha256"] == self.second["sha256"]}
 
 
@@ -88,30 +88,30 @@ def diff(home: Home | None, first: str, second: str) -> Difference:
     """Compares two versions, two files, or one with the other.
 
     Args:
-        home: The home that knows the versions; may be None for two files.
+        home: The home with the versions; may be None for two files.
         first: `name@version`, `name@alias`, or the path of a file that exists.
-        second: Likewise.
+        second: As `first`.
 
     Raises:
-        AdapterError: A file is no adapter, or not whole.
-        RegistryError: No such version, or its bytes are gone.
+        AdapterError: A file is no valid adapter.
+        RegistryError: A version does not exist, or its bytes are gone.
     """
     with tempfile.TemporaryDirectory() as folder:
-        one, other = _side(home, first, Path(folder) / "first"), _side(home, second, Path(folder) / "second")
-        weights = compare_weights(one.file, other.file, (_base_of(one), _base_of(other)))
+        a, b = _side(home, first, Path(folder) / "first"), _side(home, second, Path(folder) / "second")
+        weights = compare_weights(a.file, b.file, (_base_of(a), _base_of(b)))
     return Difference(
-        {"name": one.name, "sha256": one.sha256},
-        {"name": other.name, "sha256": other.sha256},
-        recipe=_recipe(one, other),
-        data=_data(one, other),
-        base=compare_records(_picked(one, "base", "base_fingerprint"), _picked(other, "base", "base_fingerprint")),
-        metrics=compare_records(_metrics(one), _metrics(other)),
-        gates=compare_records(_gates(one), _gates(other)),
-        license=compare_records(_picked(one, "license"), _picked(other, "license")),
-        parents=compare_records(_parents(one), _parents(other)),
-        environment=_environment(one, other),
+        {"name": a.name, "sha256": a.sha256},
+        {"name": b.name, "sha256": b.sha256},
+        recipe=_recipe(a, b),
+        data=_data(a, b),
+        base=compare_records(_card_values(a, "base", "base_fingerprint"), _card_values(b, "base", "base_fingerprint")),
+        metrics=compare_records(_metrics(a), _metrics(b)),
+        gates=compare_records(_gates(a), _gates(b)),
+        license=compare_records(_card_values(a, "license"), _card_values(b, "license")),
+        parents=compare_records(_parents(a), _parents(b)),
+        environment=_environment(a, b),
         weights=weights.as_json(),
-        notes=[f"{side.name}: {side.note}" for side in (one, other) if side.note],
+        notes=[f"{side.name}: {side.note}" for side in (a, b) if side.note],
     )
 
 
@@ -119,83 +119,88 @@ def _side(home: Home | None, ref: str, folder: Path) -> Side:
     path = Path(ref)
     if home is None or path.exists():
         card = read_card(path)
-        data: dict[str, dict[str, Any]] = {digest: {} for digest in card["data"]}
-        return Side(ref, "" if path.is_dir() else sha256_file(path), path, card, pictures=data or None)
+        digests: dict[str, dict[str, Any]] = {digest: {} for digest in card["data"]}
+        return Side(ref, "" if path.is_dir() else sha256_file(path), path, card, images=digests or None)
     store, lineage = open_store(home), Lineage(home.lineage_url)
     try:
         version = read_version(lineage, ref)
-        found = trace(lineage, version, through_versions=True)
+        upstream = find_upstream_steps(lineage, version, through_versions=True)
     finally:
         lineage.close()
     file = folder / "adapter.safetensors"
     store.checkout_file(version.artifact, version.adapter_path, file)
-    pictures, note = _images(home, found)
-    return Side(version.ref, version.sha256, file, version.card, version, found, pictures, note)
+    images, note = _training_images(home, upstream)
+    return Side(version.ref, version.sha256, file, version.card, version, upstream, images, note)
 
 
-def _images(home: Home, found: Trace) -> tuple[dict[str, dict[str, Any]] | None, str]:
-    """The pictures of every dataset that an adapter was trained on, with their captions."""
+def _training_images(home: Home, upstream: UpstreamSteps) -> tuple[dict[str, dict[str, Any]] | None, str]:
+    """Returns the images of every dataset that an adapter was trained on, and a note if one cannot be read."""
     datasets = {
         ref
-        for step in found.steps.values()
+        for step in upstream.steps.values()
         if step.output is not None and step.output.kind == "adapter"
         for ref in step.inputs.values()
         if ref.kind == "manifest"
     }
-    pictures: dict[str, dict[str, Any]] = {}
-    for ref in sorted(datasets, key=lambda each: each.sha256):
+    images: dict[str, dict[str, Any]] = {}
+    for ref in sorted(datasets, key=lambda dataset: dataset.sha256):
         try:
             manifest = read_manifest(home, ref)
         except StoreError as error:
             return None, f"its dataset cannot be read ({error.problem})"
-        for picture in manifest.pictures:
-            said = {"source": picture.source, "caption": picture.caption, "split": picture.split}
-            pictures[picture.sha256] = said | {"repeats": picture.repeats}
-    return pictures or None, ""
+        for image in manifest.pictures:
+            images[image.sha256] = {
+                "source": image.source,
+                "caption": image.caption,
+                "split": image.split,
+                "repeats": image.repeats,
+            }
+    return images or None, ""
 
 
-def _data(one: Side, other: Side) -> list[Change]:
-    if one.pictures is None or other.pictures is None:
+def _data(first: Side, second: Side) -> list[Change]:
+    if first.images is None or second.images is None:
         return []
-    if one.version is not None and other.version is not None:
-        return compare_records(one.pictures, other.pictures)
-    # A file names the pictures that it was trained on, and nothing of them but their digests.
-    changes = compare_records(_trained_on(one.pictures), _trained_on(other.pictures))
+    if first.version is not None and second.version is not None:
+        return compare_records(first.images, second.images)
+    # The header of a file lists only the digests of the images that it was trained on.
+    changes = compare_records(_training_sources(first.images), _training_sources(second.images))
     return [change for change in changes if change.kind != "changed"]
 
 
-def _trained_on(pictures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {digest: said.get("source") for digest, said in pictures.items() if said.get("split", "train") == "train"}
+def _training_sources(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {digest: image.get("source") for digest, image in images.items() if image.get("split", "train") == "train"}
 
 
-def _recipe(one: Side, other: Side) -> list[Change]:
-    changes = compare_records(_made_by(one), _made_by(other), "adapter.")
-    if one.version is None or other.version is None:
-        return changes  # of a file nothing is known but what its header says
-    return [*changes, *compare_records(_steps_before(one), _steps_before(other))]
+def _recipe(first: Side, second: Side) -> list[Change]:
+    changes = compare_records(_card_recipe(first), _card_recipe(second), "adapter.")
+    if first.version is None or second.version is None:
+        return changes  # a file has no lineage
+    return [*changes, *compare_records(_upstream_settings(first), _upstream_settings(second))]
 
 
-def _made_by(side: Side) -> dict[str, Any]:
+def _card_recipe(side: Side) -> dict[str, Any]:
     return {key: value for key, value in side.card.get("recipe", {}).items() if key != "parents"}
 
 
-def _steps_before(side: Side) -> dict[str, Any]:
-    """The settings of the steps that led to the adapter."""
+def _upstream_settings(side: Side) -> dict[str, Any]:
+    """Returns the settings of the adapter's upstream steps."""
     return {
         f"step {name}": {**step.settings.get("settings", {}), "files": step.settings.get("files", {})}
-        for name, step in side.found.steps.items()
+        for name, step in side.upstream.steps.items()
         if side.version is not None and step.output != side.version.artifact and step.uses != "evaluate"
     }
 
 
-def _picked(side: Side, *keys: str) -> dict[str, Any]:
+def _card_values(side: Side, *keys: str) -> dict[str, Any]:
     return {key: side.card[key] for key in keys if side.card.get(key) is not None}
 
 
 def _metrics(side: Side) -> dict[str, Any]:
-    """Metric by metric: the adapter's figure, its difference to the base, and the interval of that."""
-    found = side.version.metrics if side.version else {}
-    return {name: [metric.get(key) for key in ("adapter", "difference", "interval")] for name, metric in found.items()}
+    """Returns, by metric, the adapter's value, its difference to the base, and the interval of the difference."""
+    metrics = side.version.metrics if side.version else {}
+    keys = ("adapter", "difference", "interval")
+    return {name: [metric.get(key) for key in keys] for name, metric in metrics.items()}
 
 
 def _gates(side: Side) -> dict[str, Any]:
@@ -204,19 +209,18 @@ def _gates(side: Side) -> dict[str, Any]:
 
 
 def _parents(side: Side) -> dict[str, str]:
-    named = side.version.parents if side.version else side.card.get("recipe", {}).get("parents", [])
-    return dict.fromkeys(map(str, named), "parent")
+    parents = side.version.parents if side.version else side.card.get("recipe", {}).get("parents", [])
+    return dict.fromkeys(map(str, parents), "parent")
 
 
-def _environment(one: Side, other: Side) -> list[Change]:
-    first, second = (side.found.maker(side.version.artifact) if side.version else None for side in (one, other))
-    if first is None or second is None:
-        return []
-    return compare_records(environment_of(first), environment_of(second))
+def _environment(first: Side, second: Side) -> list[Change]:
+    makers = [side.upstream.maker(side.version.artifact) if side.version else None for side in (first, second)]
+    environments = [environment_of(maker) for maker in makers if maker is not None]
+    return compare_records(*environments) if len(environments) == len(makers) else []
 
 
 def _base_of(side: Side) -> str | None:
-    for step in side.found.steps.values():
+    for step in side.upstream.steps.values():
         path = step.settings.get("base", {}).get("path")
         if path:
             return str(path)

@@ -1,4 +1,4 @@
-"""The documents of a version: written where people look, signed, and verified before anything is handed out."""
+"""Writes, signs and verifies the documents of a version."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tasks.operations.promote import find_version
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found wrong with a version, by what was looked at; nothing anywhere is good news.
+    """Findings of a verification, by check; a check without findings passed.
 
     Args:
         version: `name@version`.
-        sha256: Digest that it is registered with.
-        bytes: Of the adapter and its report.
-        structure: Of the adapter file.
-        records: Of its documents: missing, damaged, or about something else.
-        signature: Of its signature; empty for one that is not signed and need not be.
-        signed_by: Name of the trusted key that it is validly signed with.
-        is_signed: Whether it has a signature.
+        sha256: Registered digest of the adapter file.
+        bytes: Findings on the bytes of the adapter and its report.
+        structure: Findings on the structure of the adapter file.
+        records: Findings on its documents: missing, damaged, or for another adapter.
+        signature: Findings on its signature; empty if it is unsigned and need not be signed.
+        signed_by: Name of the trusted key of its valid signature; None means no valid signature.
+        is_signed: True if it has a signature.
     """
 
     version: str
@@ -48,15 +48,15 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was found."""
+        """Returns True if there are no findings."""
         return not (self.bytes or self.structure or self.records or self.signature)
 
 
 def read_card(home: Home, ref: str, *, html: bool) -> bytes:
-    """The model card of a version, in Markdown or as one page.
+    """Returns the model card of a version, as Markdown or as one HTML page.
 
     Raises:
-        RegistryError: No such version, or its card is gone.
+        RegistryError: The version does not exist, or its card is gone.
     """
     versions = Versions(home)
     version = find_version(versions, ref)
@@ -69,24 +69,24 @@ def write_card(home: Home, ref: str, path: Path) -> None:
 
     Raises:
         SpecError: The file ends in neither `.md` nor `.html`.
-        RegistryError: As `read_card`.
+        RegistryError: See `read_card`.
     """
     if path.suffix not in {".md", ".html"}:
-        raise SpecError(f"{path.name!r} names no kind of card", where="-o", allowed="a file ending in .md or .html")
+        raise SpecError(f"unknown kind of card {path.name!r}", where="-o", allowed="a file ending in .md or .html")
     atomic_write(path, read_card(home, ref, html=path.suffix == ".html"))
 
 
 def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = False) -> list[dict[str, str]]:
-    """Writes all documents of a version into a folder, verified.
+    """Writes all documents of a version, verified, into a folder.
 
     Args:
-        home: Where all state lives.
+        home: The home with all state.
         ref: `name@version` or `name@alias`.
-        folder: Where they go; files of the same names are replaced.
-        with_adapter: Also the adapter file as it is registered, which is what a signature is about.
+        folder: The output folder; replaces files of the same names.
+        with_adapter: True also writes the registered adapter file, which the signature covers.
 
     Returns:
-        `file` and `sha256` of each.
+        `file` and `sha256` of each written file.
     """
     versions = Versions(home)
     version = find_version(versions, ref)
@@ -100,7 +100,7 @@ def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = 
 
 
 def records_beside(output: Path) -> Path:
-    """The folder for the documents of what is exported to a file or a folder."""
+    """Returns the folder for the documents beside an exported file or in an exported folder."""
     return output.with_name(f"{output.stem}-records") if output.suffix else output / "records"
 
 
@@ -109,7 +109,7 @@ def sign_version(home: Home, ref: str, key: Path, passphrase: bytes | None) -> t
 
     Raises:
         SignatureError: The key cannot be used.
-        RegistryError: No such version, or its bytes are not whole.
+        RegistryError: The version does not exist, or its bytes are damaged.
     """
     versions = Versions(home)
     version = find_version(versions, ref)
@@ -119,26 +119,26 @@ def sign_version(home: Home, ref: str, key: Path, passphrase: bytes | None) -> t
 
 
 def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Verification:
-    """Looks at everything that a version promises.
+    """Verifies a version: bytes, structure, documents, signature.
 
     Args:
-        home: Where all state lives.
+        home: The home with all state.
         ref: `name@version` or `name@alias`.
-        must_be_signed: Whether it is a finding that there is no signature.
+        must_be_signed: True makes a missing signature a finding.
     """
     versions = Versions(home)
     version = find_version(versions, ref)
     damage = versions.damage(version)
     signed = is_signed(versions, version)
-    found = signature_findings(versions, version) if signed or must_be_signed else ()
+    findings = signature_findings(versions, version) if signed or must_be_signed else ()
     return Verification(
         version=version.ref,
         sha256=version.sha256,
         bytes=damage,
         structure=() if damage else tuple(_structure(versions, version)),
         records=tuple(_records(versions, version)),
-        signature=found,
-        signed_by=verify(versions, version).name if signed and not found else None,
+        signature=findings,
+        signed_by=verify(versions, version).name if signed and not findings else None,
         is_signed=signed,
     )
 
@@ -167,24 +167,24 @@ def _records(versions: Versions, version: AdapterVersion) -> Iterator[str]:
 def _document_problems(
     versions: Versions, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str, ref: ArtifactRef
 ) -> Iterator[str]:
-    """Whether a document is whole, and about the adapter that is registered."""
+    """Yields problems of a document: damaged, or for another adapter than the registered one."""
     try:
         content = read_document(versions.store, records, version, file)
     except (StoreError, VersionError) as error:
         yield error.problem
         return
-    named = _subject(file, content)
-    if named is not None and named != version.sha256:
-        yield f"it is about an adapter with digest {named}"
+    digest = _subject(file, content)
+    if digest is not None and digest != version.sha256:
+        yield f"it is for an adapter with digest {digest}"
     if ref.kind == CARD and version.sha256.encode() not in content:
         yield "it does not name the adapter's digest"
 
 
 def _subject(file: str, content: bytes) -> str | None:
-    """Digest of the adapter that a document in JSON is about."""
+    """Returns the adapter's digest in a JSON document; None for other documents."""
     if file not in {"provenance.json", "ml-bom.json"}:
         return None
-    said: Any = json.loads(content)
+    document: Any = json.loads(content)
     if file == "provenance.json":
-        return str(said["subject"][0]["digest"]["sha256"])
-    return str(said["metadata"]["component"]["hashes"][0]["content"])
+        return str(document["subject"][0]["digest"]["sha256"])
+    return str(document["metadata"]["component"]["hashes"][0]["content"])

@@ -1,4 +1,4 @@
-"""`export_version`: a registered adapter, verified, as files that other programs read."""
+"""Exports a registered adapter, verified, to files of other programs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """Result of an export.
 
     Args:
-        version: `name@version` of what was exported.
-        sha256: Digest of the registered adapter file that it was made from.
+        version: `name@version`.
+        sha256: Digest of the registered adapter file.
         format: Name of the format.
-        files: `file` and `sha256` of each file that was written.
-        approximation: What share was kept, where something had to be approximated.
+        files: `file` and `sha256` of each written file.
+        approximation: Shares of the squared norm that are kept; None means that nothing was approximated.
     """
 
     version: str
@@ -48,21 +48,21 @@ def export_version(
     dtype: str | None = None,
     approximation: Mapping[str, Any] | None = None,
 ) -> Export:
-    """Writes a version in a format; every byte that it is made from was just verified.
+    """Verifies a version and writes it in a format.
 
     Args:
-        home: Where all state lives.
+        home: The home with all state.
         ref: `name@version` or `name@alias`.
         to: Name of a format.
-        output: A file that ends in `.safetensors`, or a folder, which gets the format's usual file names.
-        base: Where the format's names need one.
-        dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's.
-        approximation: `rank` and `energy` of what the format cannot hold as it is; None refuses to approximate.
+        output: A file that ends in `.safetensors`, or a folder for the format's usual file names.
+        base: The base, for formats that need its module names.
+        dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
+        approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
 
     Raises:
-        SpecError: The output is named like a file of another kind.
+        SpecError: The output has the suffix of another kind of file.
         AdapterError: The format cannot hold the adapter.
-        RegistryError: No such version, or its bytes are not whole.
+        RegistryError: The version does not exist, or its bytes are damaged.
     """
     _check_output(output)
     versions = Versions(home)
@@ -71,25 +71,27 @@ def export_version(
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "adapter.safetensors"
             versions.checkout_adapter(version, source)
-            done = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
-        # Where it went, for a recall.
-        versions.log_export(version, {"format": to, "files": done["files"]}, actor=current_user())
+            result = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
+        # A revocation lists the exported files.
+        versions.log_export(version, {"format": to, "files": result["files"]}, actor=current_user())
     finally:
         versions.close()
-    return Export(version.ref, version.sha256, to, done["files"], done["approximation"])
+    return Export(version.ref, version.sha256, to, result["files"], result["approximation"])
 
 
 def _check_output(output: Path) -> None:
     if output.suffix.lower() in _PICKLED and not output.is_dir():
         raise SpecError(
-            f"{output.name!r} is the name of a pickled file, and none is ever written",
+            f"{output.name!r} has the suffix of a pickled file, which Loraline never writes",
             where="-o",
             allowed=f"a file that ends in {_FILE}, or a folder",
-            remedy=f"name it {output.with_suffix(_FILE).name!r}",
+            remedy=f"use {output.with_suffix(_FILE).name!r}",
         )
     if output.is_dir() and output.suffix == _FILE:
         raise SpecError(
-            f"{str(output)!r} is a folder", where="-o", allowed=f"a file that ends in {_FILE}, or a folder without"
+            f"{str(output)!r} is a folder",
+            where="-o",
+            allowed=f"a file that ends in {_FILE}, or a folder that does not",
         )
     if output.is_file() and output.suffix != _FILE:
         raise SpecError(f"{str(output)!r} is a file", where="-o", allowed=f"a file that ends in {_FILE}, or a folder")

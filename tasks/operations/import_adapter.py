@@ -1,6 +1,6 @@
-"""`import_adapter`: somebody else's file becomes a version, validated in full, with its own bytes kept beside.
+"""Imports an adapter file as a version: validates it and keeps its original bytes.
 
-The file is untrusted: it is copied first and only the copy is read, as `lora_engine.formats` reads every file.
+The file is untrusted: it is copied first, and only the copy is read.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from lora_engine.formats import Bundle, Card
 
 FOREIGN = "foreign"
-"""The kind of artifact that keeps a file as it came."""
+"""Kind of the artifact with the original bytes of an imported file."""
 NO_ASSERTION = "NOASSERTION"
 _REVISION = "1"
 
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What the person says of a file.
+    """The user's statements about a file to import.
 
     Args:
-        name: The name to register under.
-        base: The base that it is for: a published architecture, or a name for `resolve_base`.
-        license: An identifier or alias of the table of licences, or `NOASSERTION`.
-        trigger: The word that calls it; None leaves what the file says.
-        alias: An alias to ask for.
+        name: The name to register.
+        base: Its base: a published architecture, or a name for `resolve_base`.
+        license: An identifier or alias of the license table, or `NOASSERTION`.
+        trigger: The trigger word; None keeps that of the file.
+        alias: The alias to request; None requests none.
     """
 
     name: str
@@ -56,15 +56,15 @@ class ImportRequest:
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What came of it.
+    """Result of an import.
 
     Args:
         version: The version.
-        format: What the file was.
-        original: Digests of the files as they came.
-        artifact: Where their bytes are kept.
-        is_new: False where the same bytes with the same statements were a version already.
-        refused: Why it did not get the alias that was asked for.
+        format: Format of the file.
+        original: Name -> digest of the original files.
+        artifact: The artifact with the original files.
+        is_new: False if the same bytes with the same statements were a version already.
+        refused: Why the requested alias was refused; empty if it was not.
     """
 
     version: AdapterVersion
@@ -76,56 +76,56 @@ class ImportResult:
 
 
 def inspect_file(file: Path) -> dict[str, Any]:
-    """What a file says of itself: format, kinds, `card` with licence, trigger and base, digests of its `files`.
+    """Returns the header facts of a file: format, kinds, `card` with license, trigger and base, digests of its `files`.
 
     Raises:
-        AdapterError: It is no adapter, or not whole.
+        AdapterError: The file is no valid adapter.
     """
     from lora_engine.formats import inspect
 
     if not file.exists():
-        raise AdapterError("there is no such file", where=str(file), remedy="check the path")
+        raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
     return inspect(file)
 
 
-def check_license(home: Home, license: str) -> str:  # noqa: A002 (what it is called everywhere)
-    """The identifier of a licence as the table has it.
+def check_license(home: Home, license: str) -> str:  # noqa: A002 (the name of the field)
+    """Returns the identifier of a license in the table, or `NOASSERTION`.
 
     Raises:
-        SpecError: It is not in the table, and not said to be unknown either.
+        SpecError: The license is neither in the table nor `NOASSERTION`.
     """
     if license == NO_ASSERTION:
         return license
     table = read_licenses(home.path)
-    found = table.find(license)
-    if found is None:
+    entry = table.find(license)
+    if entry is None:
         raise SpecError(
-            f"the licence {license[:80]!r} is not in the table",
+            f"the license {license[:80]!r} is not in the table",
             where="--license",
-            allowed=", ".join(each.id for each in table.licenses),
-            remedy=f"add it to {home.path / 'licenses.yaml'}, or say {NO_ASSERTION}, which keeps it from production",
+            allowed=", ".join(known.id for known in table.licenses),
+            remedy=f"add it to {home.path / 'licenses.yaml'}, or use {NO_ASSERTION}, which keeps it from production",
         )
-    return found.id
+    return entry.id
 
 
-def import_adapter(home: Home, file: Path, wish: ImportRequest) -> ImportResult:
-    """Registers a foreign adapter; the same bytes with the same statements are the same version.
+def import_adapter(home: Home, file: Path, request: ImportRequest) -> ImportResult:
+    """Imports an adapter file as a version; the same bytes with the same statements are the same version.
 
     Args:
-        home: Where all state lives.
+        home: The home with all state.
         file: A file of any format, or a PEFT folder.
-        wish: What the person says of it.
+        request: The user's statements about it.
 
     Raises:
-        AdapterError: It is no adapter, not whole, not finite, or not for that base.
-        BaseModelError: No such base.
-        SpecError: A licence that is not known.
-        RegistryError: It cannot be registered.
+        AdapterError: The file is no valid adapter, has non-finite values, or is not for that base.
+        BaseModelError: The base does not exist.
+        SpecError: The license is not in the table.
+        RegistryError: The adapter cannot be registered.
     """
-    check_name(wish.name)
-    if wish.alias is not None:
-        check_alias(wish.alias)
-    wish = replace(wish, license=check_license(home, wish.license))
+    check_name(request.name)
+    if request.alias is not None:
+        check_alias(request.alias)
+    request = replace(request, license=check_license(home, request.license))
     facts = inspect_file(file)
     versions = Versions(home)
     try:
@@ -134,16 +134,16 @@ def import_adapter(home: Home, file: Path, wish: ImportRequest) -> ImportResult:
             _copy(file, facts["files"], copy)
             foreign = versions.store.put(FOREIGN, copy)
             original = {path: entry.sha256 for path, entry in versions.store.files(foreign).items()}
-            bundle = _read(copy if file.is_dir() else copy / file.name, wish, original, str(facts["format"]))
+            bundle = _read(copy if file.is_dir() else copy / file.name, request, original, str(facts["format"]))
             _write(out, bundle)
             artifact = versions.store.put("adapter", out)
-        return _register(versions, wish, facts, bundle.card, foreign, artifact, original)
+        return _register(versions, request, facts, bundle.card, foreign, artifact, original)
     finally:
         versions.close()
 
 
 def _copy(file: Path, names: Mapping[str, str], folder: Path) -> None:
-    """Copies what was recognised, and nothing else that may lie there."""
+    """Copies the recognized files and no others."""
     source = file if file.is_dir() else file.parent
     for relative in names:
         target = folder / relative
@@ -151,34 +151,34 @@ def _copy(file: Path, names: Mapping[str, str], folder: Path) -> None:
         shutil.copyfile(source / relative, target)
 
 
-def _read(path: Path, wish: ImportRequest, original: Mapping[str, str], form: str) -> Bundle:
-    """The adapter, checked against its base, with a card that says where it comes from."""
+def _read(path: Path, request: ImportRequest, original: Mapping[str, str], form: str) -> Bundle:
+    """Reads the adapter, validates it against its base, and adds the import to its card."""
     from lora_engine.adapters import Adapter
     from lora_engine.bases.structure import base_module_shapes
     from lora_engine.formats import Bundle, Card, read_bundle, read_embeddings
 
-    shapes = base_module_shapes(wish.base)
-    label, family, fingerprint = _describe_base(wish.base)
+    shapes = base_module_shapes(request.base)
+    label, family, fingerprint = _describe_base(request.base)
     if form == "embedding":
         from lora_engine.formats.embeddings import check_widths
 
-        words = tuple(read_embeddings(path))
-        check_widths(words, shapes)
-        bundle = Bundle(Adapter({}, family, fingerprint), Card(), words)
+        embeddings = tuple(read_embeddings(path))
+        check_widths(embeddings, shapes)
+        bundle = Bundle(Adapter({}, family, fingerprint), Card(), embeddings)
     else:
         bundle = read_bundle(path, shapes)
     adapter = bundle.adapter
-    told = {"family": (adapter.base, family), "base model": (adapter.fingerprint, fingerprint)}
-    for noun, (theirs, ours) in told.items():
-        if theirs and ours and theirs != ours:
+    claims = {"family": (adapter.base, family), "base model": (adapter.fingerprint, fingerprint)}
+    for noun, (stated, requested) in claims.items():
+        if stated and requested and stated != requested:
             raise AdapterError(
-                f"the file says that it is for {noun} {theirs!r}, and --base is {ours!r}",
+                f"the file is for {noun} {stated!r}, but --base is {requested!r}",
                 where=path.name,
-                remedy="name the base that it was made for",
+                remedy="give the base that the adapter was trained on",
             )
     imported = {"format": form, "files": sorted(original.values())}
     imported |= {"assumed": bundle.assumptions} if bundle.assumptions else {}
-    card = _card(bundle.card, wish, label, fingerprint or adapter.fingerprint, imported)
+    card = _card(bundle.card, request, label, fingerprint or adapter.fingerprint, imported)
     return Bundle(
         replace(adapter, base=family, fingerprint=fingerprint or adapter.fingerprint), card, bundle.embeddings
     )
@@ -195,18 +195,18 @@ def _describe_base(base: str) -> tuple[str, str, str | None]:
     return source.label, families[source.family].adapters, source.fingerprint()
 
 
-def _card(card: Card, wish: ImportRequest, label: str, fingerprint: str | None, imported: Mapping[str, Any]) -> Card:
-    stated = {"license": wish.license} | ({"trigger": wish.trigger} if wish.trigger else {})
-    # What is said here takes the place of what the header said of the same.
-    replaced = {"modelspec.license", *(["modelspec.trigger_phrase"] if wish.trigger else [])}
-    made = {"made": card.recipe} if card.recipe else {}
+def _card(card: Card, request: ImportRequest, label: str, fingerprint: str | None, imported: Mapping[str, Any]) -> Card:
+    stated = {"license": request.license} | ({"trigger": request.trigger} if request.trigger else {})
+    # The user's statements replace those of the header.
+    replaced = {"modelspec.license", *(["modelspec.trigger_phrase"] if request.trigger else [])}
+    original_recipe = {"made": card.recipe} if card.recipe else {}
     return card.model_copy(
         update={
             **stated,
-            "title": card.title or wish.name,
+            "title": card.title or request.name,
             "base": label,
             "base_fingerprint": fingerprint,
-            "recipe": {"imported": imported, "parents": [f"base:{label}"], **made},
+            "recipe": {"imported": imported, "parents": [f"base:{label}"], **original_recipe},
             "extra": {key: text for key, text in card.extra.items() if key not in replaced},
         }
     )
@@ -221,7 +221,7 @@ def _write(out: Path, bundle: Bundle) -> None:
 
 def _register(
     versions: Versions,
-    wish: ImportRequest,
+    request: ImportRequest,
     facts: Mapping[str, Any],
     card: Card,
     foreign: ArtifactRef,
@@ -229,21 +229,21 @@ def _register(
     original: Mapping[str, str],
 ) -> ImportResult:
     with versions.lineage.database.read() as session:
-        row = queries.find_identical(session, wish.name, artifact, None)
+        row = queries.find_identical(session, request.name, artifact, None)
         is_new = row is None
-    run_id = _record(versions, wish, card, (foreign, artifact), original) if is_new else None
+    run_id = _record(versions, request, card, (foreign, artifact), original) if is_new else None
     version = versions.register(
-        wish.name,
+        request.name,
         artifact,
         run_id=run_id,
         card=card.model_dump(mode="json"),
         parents=card.recipe["parents"],
-        alias_request=wish.alias,
+        alias_request=request.alias,
         params=flatten(card.recipe),
         actor=current_user(),
     )
     if is_new:
-        details = {"license": wish.license, "base": card.base, "files": dict(original), "format": facts["format"]}
+        details = {"license": request.license, "base": card.base, "files": dict(original), "format": facts["format"]}
         with versions.lineage.database.write() as session:
             queries.log_event(
                 session,
@@ -254,7 +254,7 @@ def _register(
                 details=details,
             )
     return ImportResult(
-        version, str(facts["format"]), original, foreign, is_new, _refusal(versions, version, wish.alias)
+        version, str(facts["format"]), original, foreign, is_new, _refusal(versions, version, request.alias)
     )
 
 
@@ -264,20 +264,20 @@ def _refusal(versions: Versions, version: AdapterVersion, alias: str | None) -> 
     with versions.lineage.database.read() as session:
         events = queries.read_events(session, version.name, alias)
     refusals = [event.reason for event in events if event.action == "refuse" and event.after == version.version]
-    return refusals[-1] if refusals else "another version took it since"
+    return refusals[-1] if refusals else "another version got it since"
 
 
 def _record(
     versions: Versions,
-    wish: ImportRequest,
+    request: ImportRequest,
     card: Card,
-    made: tuple[ArtifactRef, ArtifactRef],
+    artifacts: tuple[ArtifactRef, ArtifactRef],
     original: Mapping[str, str],
 ) -> str:
-    """Records the import as a run with one step, which took the file as it came."""
-    (foreign, artifact), lineage, said = made, versions.lineage, vars(wish)
+    """Records the import as a run with one step, whose input is the original file."""
+    (foreign, artifact), lineage, statements = artifacts, versions.lineage, vars(request)
     fingerprint = {"fingerprint": card.base_fingerprint} if card.base_fingerprint else {}
-    run = lineage.start_run("import", {"name": wish.name, "import": said})
+    run = lineage.start_run("import", {"name": request.name, "import": statements})
     status: RunStatus = "FAILED"
     try:
         lineage.record(
@@ -287,8 +287,8 @@ def _record(
                 step="import",
                 uses="import",
                 revision=_REVISION,
-                key=sha256_bytes(canonical_json(["import", _REVISION, said, foreign.sha256])),
-                settings={"settings": said, "files": dict(original), "base": {"label": card.base, **fingerprint}},
+                key=sha256_bytes(canonical_json(["import", _REVISION, statements, foreign.sha256])),
+                settings={"settings": statements, "files": dict(original), "base": {"label": card.base, **fingerprint}},
                 inputs={"file": foreign},
                 output=artifact,
                 environment=describe_environment(),
@@ -297,7 +297,7 @@ def _record(
             ),
             contents=versions.store.files(artifact),
         )
-        # So that a walk can start at the digest of the file as it came.
+        # Lets a lineage walk start at the digest of the original file.
         with lineage.database.write() as session:
             record_contents(session, foreign, versions.store.files(foreign))
         status = "COMPLETED"

@@ -1,4 +1,4 @@
-"""Keeping a home in order where registry and engine both have a part: collecting, and the doctor."""
+"""Implements garbage collection and the doctor, which combine the registry and the engine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tasks.errors import SpecError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 CACHE = 20 << 30
-"""Bytes of encoded pictures and texts that a collection leaves."""
+"""Default size of the training cache (encoded images and texts) after a collection, in bytes."""
 
 
 @dataclass(frozen=True)
 class Upkeep:
-    """What a collection did, or would do.
+    """Result of a collection, or of its dry run.
 
     Args:
-        collection: In the store and the folders of work.
-        cache: Bytes that went from the training cache.
+        collection: Result for the store and the work folders.
+        cache: Bytes deleted from the training cache.
     """
 
     collection: Collection
@@ -29,44 +29,46 @@ class Upkeep:
 
 
 def collect_garbage(home: Home, *, grace: float, keep_runs: float, cache: int = CACHE, dry_run: bool = False) -> Upkeep:
-    """Deletes what nobody needs (see `registry.maintenance.gc`), and of the training cache what was not used for longest.
+    """Deletes unreferenced artifacts (see `registry.maintenance.gc`) and the least recently used cache entries.
 
     Args:
         home: The home.
-        grace: Seconds.
-        keep_runs: Days.
-        cache: Bytes that may stay in the training cache.
-        dry_run: Only says what would go; the cache is then left out.
+        grace: Grace period in seconds; younger items are kept.
+        keep_runs: Age in days of runs whose artifacts are kept.
+        cache: Maximum size of the training cache in bytes.
+        dry_run: True deletes nothing and ignores the cache.
     """
-    done = collect(home, grace=grace, keep_runs=keep_runs, dry_run=dry_run)
+    collection = collect(home, grace=grace, keep_runs=keep_runs, dry_run=dry_run)
     if dry_run:
-        return Upkeep(done, 0)
+        return Upkeep(collection, 0)
     from lora_engine.training.cache import prune
 
-    return Upkeep(done, prune(home.cache, cache))
+    return Upkeep(collection, prune(home.cache, cache))
 
 
 def examine(home: Path) -> list[Finding]:
-    """All that the doctor finds, with what the engine sees."""
-    return doctor(home, probe=_see_devices)
+    """Returns the findings of the doctor, devices included."""
+    return doctor(home, probe=_probe_devices)
 
 
-def _see_devices() -> list[Finding]:
+def _probe_devices() -> list[Finding]:
     try:
         from lora_engine.bases.base import default_device
         from lora_engine.compute import describe_compute
     except (ImportError, OSError) as error:
-        return [Finding("device", "broken", f"torch cannot be loaded ({error})", "install it again, for this machine")]
-    seen = describe_compute(default_device())
-    name = f" ({seen['device_name']})" if seen["device_name"] else ""
-    return [Finding("device", "ok", f"{seen['device']}{name}, {seen['threads']} threads, torch {seen['torch']}")]
+        return [Finding("device", "broken", f"torch cannot be loaded ({error})", "reinstall torch for this machine")]
+    compute = describe_compute(default_device())
+    name = f" ({compute['device_name']})" if compute["device_name"] else ""
+    return [
+        Finding("device", "ok", f"{compute['device']}{name}, {compute['threads']} threads, torch {compute['torch']}")
+    ]
 
 
 def parse_time(text: str) -> float:
-    """Seconds of `90s`, `15m`, `24h`, `7d` or a bare number of seconds.
+    """Parses `90s`, `15m`, `24h`, `7d` or a number of seconds; returns seconds.
 
     Raises:
-        SpecError: It is none of these.
+        SpecError: The text is none of these.
     """
     number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
     try:
@@ -74,5 +76,5 @@ def parse_time(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise SpecError(f"{text!r} is no time", allowed="0 or more, such as 90s, 15m, 24h, 7d")
+        raise SpecError(f"invalid time {text!r}", allowed="0 or more, such as 90s, 15m, 24h, 7d")
     return seconds

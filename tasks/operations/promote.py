@@ -1,4 +1,4 @@
-"""Promotion: gates decide, the log remembers, rollback undoes. The rules themselves are `registry.versions.promotion`'s."""
+"""Promotes and rolls back versions, with the engine's check of the adapter file. See `registry.versions.promotion`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from registry.versions.versions import Versions
 
 
 def promote_version(home: Home, ref: str, alias: str, reason: str, *, override: bool = False) -> Event:
-    """Points the alias at `name@version` if its bytes are whole, its structure is sound and its policy is met.
+    """Points an alias at a version if its bytes and structure are valid and the alias's policy allows it.
 
     Args:
-        home: Where all state lives.
+        home: The home with all state.
         ref: `name@version` or `name@alias`.
         alias: The alias.
-        reason: Why; kept in the log.
-        override: Sets reasons aside, where the policy lets it; they are kept in the log.
+        reason: The reason, stored in the log.
+        override: True overrides refusals that the policy lets the user override; logged.
 
     Raises:
-        Refused: With all reasons at once.
-        GoneVersion: It was withdrawn or deleted.
-        Conflict: Somebody else moved the alias meanwhile.
+        Refused: The promotion is refused; has all reasons.
+        GoneVersion: The version was withdrawn or deleted.
+        Conflict: Another process moved the alias meanwhile.
     """
     versions = Versions(home)
     version = versions.require_active(find_version(versions, ref))
@@ -44,14 +44,14 @@ def promote_version(home: Home, ref: str, alias: str, reason: str, *, override: 
 
 
 def roll_back(home: Home, name: str, alias: str, to: int | None, reason: str, *, to_event: int | None = None) -> Event:
-    """Points the alias back at what it pointed at before, at a version that it once had, or as an event left it."""
+    """Points an alias back at its previous version, at an earlier version, or at its version after an event."""
     return rollback(Versions(home), name, alias, to=to, to_event=to_event, reason=reason, actor=current_user())
 
 
 def find_structure(versions: Versions, version: AdapterVersion) -> tuple[str, ...]:
-    """What the engine finds wrong with a version's file; empty where it reads as a sound adapter.
+    """Returns the engine's problems with a version's file; empty if it is a valid adapter.
 
-    Bytes that are gone or damaged are not looked at: the registry finds those by itself.
+    Ignores missing or damaged bytes, which the registry reports itself.
     """
     from lora_engine.formats import read_bundle
 
@@ -68,11 +68,11 @@ def find_structure(versions: Versions, version: AdapterVersion) -> tuple[str, ..
 
 
 def find_version(versions: Versions, ref: str) -> AdapterVersion:
-    """The version that `name@version` or `name@alias` names; `name` alone is its latest.
+    """Returns the version of `name@version` or `name@alias`; `name` alone means the latest.
 
     Raises:
-        UnknownName: No such adapter.
-        UnknownVersion: No such version or alias.
+        UnknownName: The adapter does not exist.
+        UnknownVersion: The version or alias does not exist.
     """
     name, _, version = ref.partition("@")
     return versions.show(name, version or "latest")

@@ -1,4 +1,4 @@
-"""Puts what lies in the store where people look: the HTML report of a version, the folder of an export."""
+"""Writes files from the store for the user: the HTML report of a version, the folder of an export."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tasks.operations.promote import find_version
 
 
 def write_report(home: Home, ref: str, output: Path | None = None) -> Path | None:
-    """Renders the report of a version as one HTML file, and its pictures beside it.
+    """Writes the report of a version as one HTML file; the default file gets a folder of images beside it.
 
     Args:
-        home: Where all state lives.
+        home: The home with all state.
         ref: `name@version` or `name@alias`.
-        output: The file; `reports/NAME-VERSION.html` in the home by default.
+        output: The file; None means `reports/NAME-VERSION.html` in the home.
 
     Returns:
-        The file, or None for a version that was never evaluated.
+        The file; None for a version that was never evaluated.
     """
     version = find_version(Versions(home), ref)
     if version.report is None:
@@ -59,17 +59,17 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             version={key: getattr(version, key) for key in ("name", "version", "sha256", "size")},
         )
         atomic_write(path, page.encode())
-        pictures = path.with_suffix("")
-        if output is None and not pictures.is_dir():
-            shutil.copytree(folders["report"] / "pictures", pictures)
+        images = path.with_suffix("")
+        if output is None and not images.is_dir():
+            shutil.copytree(folders["report"] / "pictures", images)
     return path
 
 
 def describe_steps(lineage: Lineage, version: AdapterVersion) -> list[dict[str, Any]]:
-    """The steps that made a version, each with its inputs and output; the first ones first."""
+    """Returns the steps that made a version, each with its inputs and output, in order of their start."""
     walk = lineage.walk(version.ref)
-    made = [lineage.executions(output=node.id) for node in walk.nodes if node.kind == "artifact"]
-    latest = [executions[-1] for executions in made if executions]
+    makers = [lineage.executions(output=node.id) for node in walk.nodes if node.kind == "artifact"]
+    latest = [executions[-1] for executions in makers if executions]
     return [
         {
             "step": execution.step,
@@ -89,12 +89,12 @@ def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:
 
 
 def read_manifest(home: Home, ref: ArtifactRef) -> Manifest:
-    """The manifest of a dataset in the store."""
+    """Reads the manifest of a dataset in the store."""
     return Manifest.model_validate_json(open_store(home).read(ref, "manifest.json"))
 
 
 def export_folder(home: Home, pipeline: str, step: str, ref: ArtifactRef) -> Path:
-    """An export of a run as a plain folder, verified; made anew only where its content changed."""
+    """Writes an export of a run as a folder, verified, unless it exists; returns the folder."""
     folder = home.path / "exports" / pipeline / f"{step}-{ref.sha256[:12]}"
     if not folder.is_dir():
         open_store(home).checkout(ref, folder)

@@ -1,4 +1,4 @@
-"""`reproduce`: builds a version again from lineage alone, and says whether it is the same, and if not, what differs."""
+"""Reproduces a version from lineage alone, and reports the differences of the result."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tasks.errors import NotReproducible
 from tasks.exclusion import refuse_revoked
-from tasks.operations.rebuild import RebuildPlan, prepare, rebuild
+from tasks.operations.rebuild import RebuildPlan, plan_rebuild, rebuild
 from tasks.operations.reproduction_report import ReproductionReport, report_reproduction
-from tasks.operations.upstream import Trace, read_version, trace
+from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, read_version
 from tasks.operations.workspace import workspace
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that building a version again needs, found and verified.
+    """Everything needed to rebuild a version, verified.
 
     Args:
         version: The version.
-        found: Where it comes from.
-        plan: What is built again, and what is taken from the store.
-        spec: The pipeline file of its run, as data.
+        upstream: The steps that made it.
+        plan: The steps to rebuild, and the artifacts to reuse.
+        spec: Data of the pipeline file of its run.
     """
 
     version: AdapterVersion
-    found: Trace
+    upstream: UpstreamSteps
     plan: RebuildPlan
     spec: Mapping[str, Any]
 
@@ -44,67 +44,68 @@ def find_recipe(
     given: Mapping[str, Path] | None = None,
     force: bool = False,
 ) -> Recipe:
-    """What has to be built for a version, and from what; nothing is built, and the home is only read.
+    """Plans the reproduction of a version; builds nothing and only reads the home.
 
     Args:
-        home: Where the version is registered.
+        home: The home with the version.
         ref: `name@version` or `name@alias`.
-        base: Where the base is, if it is no longer where it was.
-        given: `step.field` -> the user's file or folder that a step read, to begin there and not at its result.
-        force: Whether to go on where another result is to be expected.
+        base: The base, if it has moved; None uses the recorded base.
+        given: `step.field` -> the user's file or folder that a step read; that step is rebuilt instead of reused.
+        force: True continues even if a different result is expected.
 
     Raises:
-        NotReproducible: Not all that is needed is known and here; says all of it at once.
-        RightsError: It was made from pictures that were revoked meanwhile.
-        UnknownName: No such adapter.
-        UnknownVersion: No such number or alias.
+        NotReproducible: Something needed is missing; has all reasons.
+        RightsError: The version was made from images that were revoked since.
+        UnknownName: The adapter does not exist.
+        UnknownVersion: The version or alias does not exist.
     """
     lineage = Lineage(home.lineage_url)
     try:
         version = read_version(lineage, ref)
-        found = trace(lineage, version)
+        upstream = find_upstream_steps(lineage, version)
         spec = lineage.run(version.run_id).spec if version.run_id else {}
-        made = {name: (step.output,) for name, step in found.steps.items() if step.output is not None}
-        refuse_revoked(made, lineage, version.ref)
+        outputs = {name: (step.output,) for name, step in upstream.steps.items() if step.output is not None}
+        refuse_revoked(outputs, lineage, version.ref)
     finally:
         lineage.close()
-    _refuse_foreign(version, found)
-    plan = prepare(found, open_store(home), version, given=given or {}, base=base)
-    unknown = [name for name in given or {} if name.partition(".")[0] not in found.steps]
-    reasons = [*plan.reasons, *(f"{name!r} names none of the steps {', '.join(found.steps)}" for name in unknown)]
+    _refuse_imported(version, upstream)
+    plan = plan_rebuild(upstream, open_store(home), version, given=given or {}, base=base)
+    unknown = [name for name in given or {} if name.partition(".")[0] not in upstream.steps]
+    reasons = [*plan.reasons, *(f"{name!r} names none of the steps {', '.join(upstream.steps)}" for name in unknown)]
     if reasons:
         raise NotReproducible(version.ref, reasons)
-    if plan.doubts and not force:
+    if plan.warnings and not force:
         raise NotReproducible(
-            version.ref, plan.doubts, "use the release and the base that made it, or add --force-differences"
+            version.ref, plan.warnings, "use the release and the base that made it, or add --force-differences"
         )
-    return Recipe(version, found, plan, spec)
+    return Recipe(version, upstream, plan, spec)
 
 
 def reproduce(home: Home, recipe: Recipe, *, keep: Path | None = None) -> ReproductionReport:
-    """Builds a version again in a workspace of its own, and compares every step with what lineage says of it.
+    """Rebuilds a version in a workspace, and compares every step with its recorded execution.
 
-    The home is only read. Each step computes with the number of threads that it computed with.
+    Only reads the home. Each step computes with its recorded number of threads.
 
     Args:
-        home: Where the version is registered.
-        recipe: What `find_recipe` found.
-        keep: Where the workspace is to stay; None removes it.
+        home: The home with the version.
+        recipe: The result of `find_recipe`.
+        keep: Folder of a workspace to keep; None means a temporary one.
 
     Raises:
-        EngineError, RegistryError, OSError: What a step raised.
+        EngineError, RegistryError, OSError: The error of a step.
     """
     store = open_store(home)
-    with workspace(keep) as place:
-        made = rebuild(recipe.plan, store, place, (recipe.version.name, recipe.spec))
-        told = report_reproduction(recipe.version, recipe.found, recipe.plan, made, (store, open_store(place)))
-    return replace(told, workspace=keep)
+    with workspace(keep) as temporary:
+        executions = rebuild(recipe.plan, store, temporary, (recipe.version.name, recipe.spec))
+        stores = store, open_store(temporary)
+        report = report_reproduction(recipe.version, recipe.upstream, recipe.plan, executions, stores)
+    return replace(report, workspace=keep)
 
 
-def _refuse_foreign(version: AdapterVersion, found: Trace) -> None:
-    if found.maker(version.artifact) is None and version.artifact.sha256 in found.taken:
+def _refuse_imported(version: AdapterVersion, upstream: UpstreamSteps) -> None:
+    if upstream.maker(version.artifact) is None and version.artifact.sha256 in upstream.sources:
         raise NotReproducible(
             version.ref,
-            ["it was imported from a file, and how that file came to be is not known here"],
-            "`loraline lineage` shows the file's digest; ask where it comes from",
+            ["it was imported from a file whose origin is unknown"],
+            "find the file's digest with `loraline lineage`, and ask its author for the recipe",
         )

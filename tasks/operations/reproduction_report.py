@@ -1,4 +1,4 @@
-"""What came of building a version again: step by step, around them, and in the weights. Builds nothing itself."""
+"""Reports the differences of a rebuilt version and its record: by step, in the environment and in the weights."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from registry.errors import LineageError, StoreError
 from registry.store.artifacts import Store
 from tasks.operations.changes import Change, compare_records
 from tasks.operations.rebuild import RebuildPlan
-from tasks.operations.upstream import Trace
+from tasks.operations.upstream import UpstreamSteps
 from tasks.operations.weights import compare_weights, read_card
 
 Verdict = Literal["identical", "within tolerance", "differs"]
 
 TOLERANCES: Mapping[str, float] = {"fp32": 0.005, "bf16": 0.1, "fp16": 0.05}
-"""Precision of the training -> the largest relative difference of all deltas together that counts as the same adapter.
+"""Precision of the training -> maximum relative difference of all deltas together that is within tolerance.
 
-See docs/versions.md for where they come from.
+docs/versions.md explains the values.
 """
+_JSON_KEYS = {"environment_diffs": "surroundings", "warnings": "doubts"}
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step, then and now.
+class StepComparison:
+    """The recorded and the rebuilt output of a step.
 
     Args:
-        name: The step.
+        name: The step's name.
         uses: Its kind.
-        recorded: Digest of what it gave.
-        rebuilt: Digest of what it gave now; None where it was not built again.
-        note: Why it was not built again, or which files differ.
+        recorded: Digest of the recorded output.
+        rebuilt: Digest of the rebuilt output; None means that the step was not rebuilt.
+        note: Why it was not rebuilt, or which files differ.
     """
 
     name: str
@@ -47,19 +48,19 @@ class Step:
 
     @property
     def same(self) -> bool | None:
-        """Whether it gave the same; None where it was not built again."""
+        """Returns True if both outputs are equal; None if the step was not rebuilt."""
         return None if self.rebuilt is None else self.rebuilt == self.recorded
 
 
 @dataclass(frozen=True)
 class EnvironmentDiff:
-    """Something of the surroundings that is not as it was.
+    """A difference of the environment.
 
     Args:
-        what: Its place in the record of the environment, such as `packages.torch`.
-        before: As recorded.
-        now: As it is.
-        steps: The steps that it concerns.
+        what: Key in the recorded environment, such as `packages.torch`.
+        before: The recorded value.
+        now: The current value.
+        steps: The affected steps.
     """
 
     what: str
@@ -70,30 +71,30 @@ class EnvironmentDiff:
 
 @dataclass(frozen=True)
 class ReproductionReport:
-    """What came of it.
+    """Result of a reproduction.
 
     Args:
         version: `name@version`.
-        verdict: `identical` where the adapter file has the same bytes.
-        sha256: The registered digest of the adapter file.
-        rebuilt: The digest of the file that was built now.
-        steps: Every step of the way, the adapter's last but for the report.
-        surroundings: What differs around the work, whether or not it made a difference.
-        doubts: What was known beforehand to stand against the same result.
-        weights: How far the adapters lie apart, where they are not identical and both are there.
-        card: What differs in what the files say of themselves.
-        tolerance: What was allowed for `within tolerance`; None where the weights were not compared.
-        note: Why the weights could not be compared, where they could not.
-        workspace: Where everything was built, if it was kept.
+        verdict: `identical` if the adapter file has the same bytes.
+        sha256: Registered digest of the adapter file.
+        rebuilt: Digest of the rebuilt file.
+        steps: The upstream steps, that of the adapter last except for the report's.
+        environment_diffs: Differences of the environment, whether or not they changed the result.
+        warnings: Reasons, known before the rebuild, why the result may differ.
+        weights: Comparison of the weights; None if the files are identical or one is missing.
+        card: Differences of the files' cards.
+        tolerance: Maximum relative difference for `within tolerance`; None if the weights were not compared.
+        note: Why the weights could not be compared; empty if they could.
+        workspace: Folder of the kept workspace; None if it was removed.
     """
 
     version: str
     verdict: Verdict
     sha256: str
     rebuilt: str
-    steps: list[Step]
-    surroundings: list[EnvironmentDiff]
-    doubts: list[str]
+    steps: list[StepComparison]
+    environment_diffs: list[EnvironmentDiff]
+    warnings: list[str]
     weights: dict[str, Any] | None = None
     card: list[Change] = field(default_factory=list)
     tolerance: float | None = None
@@ -101,75 +102,83 @@ class ReproductionReport:
     workspace: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        whole = asdict(self) | {"steps": [asdict(step) | {"same": step.same} for step in self.steps]}
-        return whole | {"workspace": str(self.workspace) if self.workspace else None}
+        """Returns all of it as JSON values."""
+        values = {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        values["steps"] = [asdict(step) | {"same": step.same} for step in self.steps]
+        return values | {"workspace": str(self.workspace) if self.workspace else None}
 
 
 def report_reproduction(
-    version: AdapterVersion, found: Trace, plan: RebuildPlan, made: Mapping[str, Execution], stores: tuple[Store, Store]
+    version: AdapterVersion,
+    upstream: UpstreamSteps,
+    plan: RebuildPlan,
+    executions: Mapping[str, Execution],
+    stores: tuple[Store, Store],
 ) -> ReproductionReport:
-    """Compares what was built with what is recorded; the weights only where the bytes differ.
+    """Compares the rebuilt steps with the recorded ones; compares the weights only if the bytes differ.
 
     Args:
         version: The version.
-        found: Where it comes from.
-        plan: What was built of that.
-        made: By step, what the workspace recorded of it.
-        stores: The user's and the workspace's.
+        upstream: The steps that made it.
+        plan: The plan of the rebuild.
+        executions: Step -> its execution in the workspace.
+        stores: The user's store and that of the workspace.
     """
-    recorded, built = stores
-    maker = next(name for name, step in found.steps.items() if step.output == version.artifact)
-    adapter = _output(made[maker])
-    digest = built.files(adapter)[version.adapter_path].sha256
-    facts = ReproductionReport(
+    recorded, rebuilt = stores
+    maker = next(name for name, step in upstream.steps.items() if step.output == version.artifact)
+    adapter = _output(executions[maker])
+    digest = rebuilt.files(adapter)[version.adapter_path].sha256
+    report = ReproductionReport(
         version=version.ref,
         verdict="identical" if digest == version.sha256 else "differs",
         sha256=version.sha256,
         rebuilt=digest,
-        steps=[_step(name, step, plan, made, stores) for name, step in found.steps.items()],
-        surroundings=_environment_diffs(found, made),
-        doubts=plan.doubts,
+        steps=[_compare_step(name, step, plan, executions, stores) for name, step in upstream.steps.items()],
+        environment_diffs=_environment_diffs(upstream, executions),
+        warnings=plan.warnings,
     )
-    if facts.verdict == "identical":
-        return facts
+    if report.verdict == "identical":
+        return report
     with tempfile.TemporaryDirectory() as name:
-        files = [Path(name) / place / "adapter.safetensors" for place in ("recorded", "rebuilt")]
+        files = [Path(name) / folder / "adapter.safetensors" for folder in ("recorded", "rebuilt")]
         try:
             recorded.checkout_file(version.artifact, version.adapter_path, files[0])
         except StoreError as error:
-            return replace(facts, note=f"the weights cannot be compared: {error.problem}")
-        built.checkout_file(adapter, version.adapter_path, files[1])
-        return _with_weights(facts, files, _settings(found.steps[maker]), plan)
+            return replace(report, note=f"the weights cannot be compared: {error.problem}")
+        rebuilt.checkout_file(adapter, version.adapter_path, files[1])
+        return _with_weights(report, files, _settings(upstream.steps[maker]), plan)
 
 
 def _with_weights(
-    facts: ReproductionReport, files: Sequence[Path], settings: Mapping[str, Any], plan: RebuildPlan
+    report: ReproductionReport, files: Sequence[Path], settings: Mapping[str, Any], plan: RebuildPlan
 ) -> ReproductionReport:
-    bases = [getattr(piece.spec, "base", None) for piece in plan.pieces]
+    bases = [getattr(step.spec, "base", None) for step in plan.steps]
     weights = compare_weights(files[0], files[1], bases)
     tolerance = TOLERANCES[str(settings.get("precision", "fp32"))]
-    whole = weights.untold == 0 and not weights.added and not weights.removed and None not in weights.words.values()
+    comparable = (
+        weights.untold == 0 and not weights.added and not weights.removed and None not in weights.words.values()
+    )
     gap = max([weights.relative or 0.0, *(gap or 0.0 for gap in weights.words.values())])
-    near = whole and weights.relative is not None and gap <= tolerance
+    is_close = comparable and weights.relative is not None and gap <= tolerance
     return replace(
-        facts,
-        verdict="within tolerance" if near else "differs",
+        report,
+        verdict="within tolerance" if is_close else "differs",
         weights=weights.as_json(),
         tolerance=tolerance,
         card=compare_records(read_card(files[0]), read_card(files[1])),
     )
 
 
-def _step(
-    name: str, step: Execution, plan: RebuildPlan, made: Mapping[str, Execution], stores: tuple[Store, Store]
-) -> Step:
+def _compare_step(
+    name: str, step: Execution, plan: RebuildPlan, executions: Mapping[str, Execution], stores: tuple[Store, Store]
+) -> StepComparison:
     recorded = _output(step)
-    if name not in made:
-        why = plan.left_out.get(name) or plan.taken.get(recorded.sha256, (recorded, "not needed"))[1]
-        return Step(name, step.uses, recorded.sha256, None, why)
-    rebuilt = _output(made[name])
-    return Step(name, step.uses, recorded.sha256, rebuilt.sha256, _differing_files(recorded, rebuilt, stores))
+    if name not in executions:
+        reason = plan.skipped.get(name) or plan.reused.get(recorded.sha256, (recorded, "not needed"))[1]
+        return StepComparison(name, step.uses, recorded.sha256, None, reason)
+    rebuilt = _output(executions[name])
+    note = _differing_files(recorded, rebuilt, stores)
+    return StepComparison(name, step.uses, recorded.sha256, rebuilt.sha256, note)
 
 
 def _differing_files(recorded: ArtifactRef, rebuilt: ArtifactRef, stores: tuple[Store, Store]) -> str:
@@ -178,22 +187,21 @@ def _differing_files(recorded: ArtifactRef, rebuilt: ArtifactRef, stores: tuple[
     try:
         before, now = (store.files(ref) for store, ref in zip(stores, (recorded, rebuilt), strict=True))
     except StoreError as error:
-        return f"its list of files is not there any more ({error.problem})"
+        return f"its list of files is gone ({error.problem})"
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     return f"{len(names)} of {len({*before, *now})} files differ: {', '.join(names[:4])}" + (
         ", ..." if names[4:] else ""
     )
 
 
-def _environment_diffs(found: Trace, made: Mapping[str, Execution]) -> list[EnvironmentDiff]:
+def _environment_diffs(upstream: UpstreamSteps, executions: Mapping[str, Execution]) -> list[EnvironmentDiff]:
     steps: dict[str, list[str]] = defaultdict(list)
     changes: dict[str, Change] = {}
-    for name, now in made.items():
-        before = found.steps[name]
-        then, current = environment_of(before), environment_of(now)
-        if "compute" not in then:
-            current.pop("compute", None)  # whether torch was loaded by chance says nothing of a step without tensors
-        for change in compare_records(then, current):
+    for name, execution in executions.items():
+        recorded, current = environment_of(upstream.steps[name]), environment_of(execution)
+        if "compute" not in recorded:
+            current.pop("compute", None)  # a step without tensors does not depend on whether torch is loaded
+        for change in compare_records(recorded, current):
             key = json.dumps([change.path, change.before, change.after], sort_keys=True)
             changes[key] = change
             steps[key].append(name)
@@ -203,15 +211,17 @@ def _environment_diffs(found: Trace, made: Mapping[str, Execution]) -> list[Envi
 
 
 def environment_of(step: Execution) -> dict[str, Any]:
-    """What can change a result, without what says the same in other words."""
-    told, base = dict(step.environment), step.settings.get("base", {})
-    installed = told.pop("distributions", None)
+    """Returns the parts of a step's environment that can change a result, without duplicates."""
+    environment, base = dict(step.environment), step.settings.get("base", {})
+    installed = environment.pop("distributions", None)
     if isinstance(installed, list):
-        told["packages"] = {name: version for name, _, version in (entry.partition("==") for entry in installed)}
-    told["code"] = {key: value for key, value in told.get("code", {}).items() if key in ("sha256", "commit")}
-    told.pop("threads", None)  # of the environment; those that torch really used are under `compute`
+        packages = (entry.partition("==") for entry in installed)
+        environment["packages"] = {name: version for name, _, version in packages}
+    code = environment.get("code", {})
+    environment["code"] = {key: value for key, value in code.items() if key in ("sha256", "commit")}
+    environment.pop("threads", None)  # the variable; `compute` has the threads that torch used
     return {
-        **told,
+        **environment,
         "revision": step.revision,
         "base": {key: base[key] for key in ("label", "fingerprint") if key in base},
     }
@@ -223,5 +233,5 @@ def _settings(step: Execution) -> Mapping[str, Any]:
 
 def _output(step: Execution) -> ArtifactRef:
     if step.output is None:
-        raise LineageError(f"step {step.step!r} gave nothing", where=f"execution {step.id}")
+        raise LineageError(f"step {step.step!r} has no output", where=f"execution {step.id}")
     return step.output

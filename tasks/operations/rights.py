@@ -1,4 +1,4 @@
-"""What may be done with a version and why, as plain values for showing. The rules are the registry's."""
+"""Describes the rights of a version as plain values for display."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from registry.versions.versions import Versions
 
 
 def describe_rights(versions: Versions, version: AdapterVersion) -> dict[str, Any]:
-    """The resolved terms of a version with where each comes from, what is known of its pictures, and what was revoked.
+    """Returns the license terms of a version with their sources, the consent of its images, and its revocations.
 
     Raises:
-        PolicyError: The home's table of licences cannot be used.
+        PolicyError: The home's license table is invalid.
     """
     with versions.lineage.database.read() as session:
         ancestry = trace(session, version.artifact)
@@ -32,14 +32,15 @@ def describe_rights(versions: Versions, version: AdapterVersion) -> dict[str, An
         "commercial": allows_commercial(resolved.terms) and not conflicts(resolved.terms),
         "conflicts": list(conflicts(resolved.terms)),
         "sources": [
-            {"where": each.where, "what": each.what, "terms": _describe(each.terms)} for each in resolved.sources
+            {"where": source.where, "what": source.what, "terms": _describe(source.terms)}
+            for source in resolved.sources
         ],
         "table": {"version": table.version, "date": table.date.isoformat(), "note": table.note},
         "pictures": {
             "count": consent.pictures,
             "broken": list(consent.broken),
             "missing": list(consent.missing),
-            # What carries no sign may have been generated all the same.
+            # Generated images need not carry a sign of it.
             "signs_of_generation": consent.generated or "no evidence",
         },
         "revoked": list(revoked),

@@ -1,4 +1,4 @@
-"""`trace`: what a version was made of, step by step, by lineage alone. Reads records, never bytes; runs nothing."""
+"""Finds the upstream steps of a version in lineage. Reads no artifacts."""
 
 from __future__ import annotations
 
@@ -13,121 +13,121 @@ from registry.lineage.record import Lineage
 from tasks.spec import REGISTERED
 
 FILE = "file"
-"""The kind of artifact that keeps one of the user's files as it was."""
+"""Kind of artifact with a kept file of the user."""
 
 
 @dataclass
-class Trace:
-    """Where a version comes from.
+class UpstreamSteps:
+    """The upstream steps of a version.
 
     Args:
-        steps: By a name of its own each, the executions that really made something, each after all that it took from.
-        taken: Digest -> the artifact and why the trace ends there: what came from outside, or has a name of its own.
-        missing: What lineage does not know although it must.
+        steps: Unique name -> completed execution, each after its upstream executions.
+        sources: Digest -> artifact that is not followed further, and why: a file, an import or a registered version.
+        missing: Artifacts without a recorded execution, as sentences.
     """
 
     steps: dict[str, Execution] = field(default_factory=dict)
-    taken: dict[str, tuple[ArtifactRef, str]] = field(default_factory=dict)
+    sources: dict[str, tuple[ArtifactRef, str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     def maker(self, ref: ArtifactRef) -> Execution | None:
-        """The step that made an artifact, if the trace goes through it."""
+        """Returns the upstream step that made an artifact; None if there is none."""
         return next((step for step in self.steps.values() if step.output == ref), None)
 
 
 def read_version(lineage: Lineage, ref: str) -> AdapterVersion:
-    """The version that `name@version`, `name@alias` or a name alone (its latest) means; MLflow is not touched.
+    """Reads a version by `name@version`, `name@alias` or name (the latest), without MLflow.
 
     Raises:
-        UnknownName: No such adapter.
-        UnknownVersion: No such number or alias.
+        UnknownName: The adapter does not exist.
+        UnknownVersion: The version or alias does not exist.
     """
     name, _, version = ref.partition("@")
     with lineage.database.read() as session:
         return queries.read_version(session, name, version or "latest")
 
 
-def trace(lineage: Lineage, version: AdapterVersion, *, through_versions: bool = False) -> Trace:
-    """Follows a version's adapter and report back to what came from outside.
+def find_upstream_steps(lineage: Lineage, version: AdapterVersion, *, through_versions: bool = False) -> UpstreamSteps:
+    """Finds all steps upstream of a version's adapter and report.
 
     Args:
-        lineage: The record.
+        lineage: The lineage.
         version: The version.
-        through_versions: Whether to go on through adapters that the pipeline took by name (`name@version`).
+        through_versions: True follows adapters that the pipeline took by `name@version`; False ends there.
     """
-    tracer = _Tracer(lineage, version, through_versions)
+    walk = _UpstreamWalk(lineage, version, through_versions)
     for ref in (version.artifact, *([version.report] if version.report else [])):
-        tracer.follow(ref, ())
-    return tracer.found
+        walk.follow(ref, ())
+    return walk.result
 
 
-class _Tracer:
+class _UpstreamWalk:
     def __init__(self, lineage: Lineage, version: AdapterVersion, through_versions: bool) -> None:
-        self.found = Trace()
+        self.result = UpstreamSteps()
         self._lineage, self._version, self._through = lineage, version, through_versions
         own = lineage.executions(version.run_id) if version.run_id else []
-        # What the pipeline called a step, also where another run's result was taken for it.
+        # The step's name in this pipeline, even if the result is cached from another run.
         self._names = {step.output.sha256: step.step for step in own if step.output is not None}
         self._specs: dict[str, Mapping[str, Any]] = {}
 
     def follow(self, ref: ArtifactRef, path: tuple[str, ...]) -> None:
-        if ref.sha256 in self.found.taken or self.found.maker(ref) is not None:
+        if ref.sha256 in self.result.sources or self.result.maker(ref) is not None:
             return
         if ref.kind == FILE:
-            self._take(ref, "a file of the user, as it was")
+            self._add_source(ref, "a kept file of the user")
             return
         maker = self._maker(ref, path)
         if maker is None:
-            self.found.missing.append(f"no step is recorded that made the {ref.kind} {ref.sha256[:16]}")
+            self.result.missing.append(f"no step is recorded that made the {ref.kind} {ref.sha256[:16]}")
             return
         if maker.uses == "import":
-            self._take(ref, "imported")
+            self._add_source(ref, "imported")
             return
-        named = {} if self._through else self._taken_by_name(maker)
+        registered = {} if self._through else self._registered_inputs(maker)
         for role, source in maker.inputs.items():
-            if role in named and self.found.maker(source) is None:
-                self._take(source, f"registered as {named[role]}")
+            if role in registered and self.result.maker(source) is None:
+                self._add_source(source, f"registered as {registered[role]}")
             else:
                 self.follow(source, (*path, ref.sha256))
-        self.found.steps[self._free_name(self._names.get(ref.sha256, maker.step))] = maker
+        self.result.steps[self._unique_name(self._names.get(ref.sha256, maker.step))] = maker
 
-    def _take(self, ref: ArtifactRef, why: str) -> None:
-        self.found.taken.setdefault(ref.sha256, (ref, why))
+    def _add_source(self, ref: ArtifactRef, reason: str) -> None:
+        self.result.sources.setdefault(ref.sha256, (ref, reason))
 
     def _maker(self, ref: ArtifactRef, path: tuple[str, ...]) -> Execution | None:
-        """The execution that did the work: of the version's own run if it did, else the first of all."""
-        made = [each for each in self._lineage.executions(output=ref.sha256) if each.status == "COMPLETED"]
+        """Returns the execution that made an artifact: of the version's own run if possible, else the first."""
+        makers = [step for step in self._lineage.executions(output=ref.sha256) if step.status == "COMPLETED"]
         seen = {*path, ref.sha256}
-        # A step may give what it took (a dataset that needed no preparation); that is not where it comes from.
-        made = [each for each in made if not seen & {source.sha256 for source in each.inputs.values()}]
-        return min(made, key=lambda each: (each.run_id != self._version.run_id, each.started_at), default=None)
+        # A step whose output equals its input (a dataset that needed no preparation) did not make it.
+        makers = [step for step in makers if not seen & {source.sha256 for source in step.inputs.values()}]
+        return min(makers, key=lambda step: (step.run_id != self._version.run_id, step.started_at), default=None)
 
-    def _taken_by_name(self, step: Execution) -> dict[str, str]:
-        """Role -> `name@ref` of the inputs that the pipeline file took from the registry."""
+    def _registered_inputs(self, step: Execution) -> dict[str, str]:
+        """Returns role -> `name@ref` of the inputs that the pipeline file took from the registry."""
         if step.run_id not in self._specs:
             try:
                 self._specs[step.run_id] = self._lineage.run(step.run_id).spec
             except LineageError:
                 self._specs[step.run_id] = {}
         written = self._specs[step.run_id].get("steps", {}).get(step.step, {})
-        named = {}
+        registered = {}
         for name, value in written.items():
             values = value if isinstance(value, list) else [value]
             for position, target in enumerate(values):
                 role = f"{name}.{position}" if len(values) > 1 else name
                 if role in step.inputs and isinstance(target, str) and REGISTERED.fullmatch(target):
-                    named[role] = target
-        return named
+                    registered[role] = target
+        return registered
 
-    def _free_name(self, name: str) -> str:
-        taken, free, count = self.found.steps, name, 1
-        while free in taken:
+    def _unique_name(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self.result.steps:
             count += 1
-            free = f"{name}-{count}"
-        return free
+            unique = f"{name}-{count}"
+        return unique
 
 
-def reads_outside(step: Execution) -> list[str]:
-    """The fields of a step that named the user's files or folders, but for those that the store keeps."""
+def find_unkept_fields(step: Execution) -> list[str]:
+    """Returns the fields of a step that named files or folders of the user that the store does not keep."""
     kept = {role for role, ref in step.inputs.items() if ref.kind == FILE}
     return sorted(set(step.settings.get("files", {})) - kept)

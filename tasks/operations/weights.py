@@ -1,4 +1,4 @@
-"""Compares the weights of two adapter files; the engine is imported inside."""
+"""Compares the weights of two adapter files. Functions import the engine themselves."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
 
 
 def compare_weights(first: Path, second: Path, bases: Iterable[str | None] = ()) -> Comparison:
-    """How far two adapter files lie apart in what they do to each module of their base.
+    """Compares the effect of two adapter files on each module of their base.
 
     Args:
-        first: What the other is measured against.
-        second: The other.
-        bases: Where the base may be, for kinds that need its weights; only one with their fingerprint is read.
+        first: The reference.
+        second: The file to compare with it.
+        bases: Candidate bases, for kinds that need base weights; only one with the adapters' fingerprint is read.
 
     Raises:
-        AdapterError: A file is no adapter, or not whole.
+        AdapterError: A file is no valid adapter.
     """
     from lora_engine.bases.base import load_base
     from lora_engine.formats import read_bundle
     from lora_engine.merging.compare import compare_adapters
     from lora_engine.merging.deltas import needs_base_values
 
-    one, other = read_bundle(first), read_bundle(second)
-    needs_base = any(needs_base_values(delta) for bundle in (one, other) for delta in bundle.adapter.modules.values())
-    place = _find(bases, one.adapter.fingerprint) if needs_base else None
+    bundles = read_bundle(first), read_bundle(second)
+    needs_base = any(needs_base_values(delta) for bundle in bundles for delta in bundle.adapter.modules.values())
+    base = _find_base(bases, bundles[0].adapter.fingerprint) if needs_base else None
     return compare_adapters(
-        one.adapter,
-        other.adapter,
-        base=load_base(place, device="cpu") if place else None,
-        words=(one.embeddings, other.embeddings),
+        bundles[0].adapter,
+        bundles[1].adapter,
+        base=load_base(base, device="cpu") if base else None,
+        words=(bundles[0].embeddings, bundles[1].embeddings),
     )
 
 
-def _find(bases: Iterable[str | None], fingerprint: str | None) -> str | None:
+def _find_base(bases: Iterable[str | None], fingerprint: str | None) -> str | None:
     from lora_engine.bases.source import resolve_base
 
     for base in bases:
@@ -52,7 +52,7 @@ def _find(bases: Iterable[str | None], fingerprint: str | None) -> str | None:
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """What an adapter file says of itself."""
+    """Returns the card in an adapter file's header."""
     from lora_engine.formats import read_bundle
 
     return read_bundle(file).card.model_dump(mode="json")

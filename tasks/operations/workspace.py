@@ -1,4 +1,4 @@
-"""A home for the time of one piece of work, that has nothing in common with the user's."""
+"""Provides a temporary home that is independent of the user's."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from registry.settings import VARIABLES
 
 @contextmanager
 def workspace(keep: Path | None) -> Iterator[Home]:
-    """An empty home, removed at the end unless it is to be kept.
+    """Yields an empty home, and removes it at the end unless `keep` is given.
 
     Args:
-        keep: Where it is to stay; must not exist, or be empty.
+        keep: Folder of a home to keep; must be empty or not exist. None means a temporary folder.
 
     Raises:
-        FileExistsError: There is something there.
+        FileExistsError: The folder is not empty.
     """
     if keep is not None and keep.exists() and any(keep.iterdir()):
-        raise FileExistsError(17, "there is something here already", str(keep))
+        raise FileExistsError(17, "the folder is not empty", str(keep))
     folder = Path(tempfile.mkdtemp(prefix="loraline-")) if keep is None else keep
-    # They would send what is built here to where the user's homes keep their bytes and records.
-    elsewhere = {name: os.environ.pop(name) for name in VARIABLES.values() if name in os.environ}
+    # These variables would direct this home to the user's store and databases.
+    variables = {name: os.environ.pop(name) for name in VARIABLES.values() if name in os.environ}
     try:
         yield Home.open(folder)
     finally:
-        os.environ.update(elsewhere)
+        os.environ.update(variables)
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The steps of a pipeline, one file each.
+"""Defines the pipeline steps, one file each.
 
-A step takes folders and its own spec and writes one folder; loops and maths are in the engine. To add a step, add a file
-here that declares a spec and a function under `@step`.
+A step reads folders and its spec and writes one folder; loops and maths are in the engine. To add a step, add a file
+here with a spec and a function under `@step`.
 """
 
 import importlib

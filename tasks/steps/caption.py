@@ -1,4 +1,4 @@
-"""`caption`: every picture of a manifest gets the words that it will be trained with."""
+"""Defines the step `caption`: sets the caption of every image of a manifest."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tasks.step import Context, step
 
 
 class Caption(StepSpec, CaptionSettings):
-    """Where captions come from, and the trigger word that they must hold."""
+    """The dataset, the source of captions, and the trigger word."""
 
     uses: Literal["caption"] = "caption"
     dataset: Annotated[str, Input("manifest")]
 
 
 def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
-    """Yields the names of the modules that this captioner imports; only the interrogator needs torch."""
+    """Yields the names of the modules that the captioner imports; only the interrogator needs torch."""
     del folder
     yield "lora_engine.data.caption"
     if spec.captioner == "interrogator":
@@ -28,7 +28,7 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
 
 @step(Caption, produces="manifest", revision=2, imports=find_imports)
 def caption(spec: Caption, context: Context) -> None:
-    """Writes a manifest of the same pictures in which every caption is set."""
+    """Writes a manifest of the same images with all captions set."""
     from lora_engine.data.caption import caption as describe
 
     describe(context.folder("dataset"), context.out, spec.narrow(CaptionSettings), progress=context.progress)

@@ -1,4 +1,4 @@
-"""`convert`: an adapter, written in the formats that other programs read."""
+"""Defines the step `convert`: writes an adapter in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _COUNTS = "cloneofsimo"
 
 
 class Convert(StepSpec):
-    """Which adapter, and to which formats.
+    """The adapter and the target formats.
 
-    With `approximate`, kinds that a format cannot hold become LoRA of at most `rank` that keeps `energy` of them.
+    With `approximate`, kinds that a format cannot hold become LoRA of at most `rank` that keep `energy` of their norm.
     """
 
     uses: Literal["convert"] = "convert"
@@ -36,12 +36,12 @@ class Convert(StepSpec):
 
 
 def needs_base(spec: Convert) -> bool:
-    """Returns whether the conversion loads its base, for values or for the names of modules."""
+    """Returns True if the conversion loads its base, for values or for module names."""
     return spec.approximate or _COUNTS in spec.to
 
 
 def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
-    """Yields the names of the modules that a conversion imports; that of its base where the base is loaded."""
+    """Yields the names of the modules that a conversion imports, with that of the base if it is loaded."""
     yield from ("lora_engine.adapters", "lora_engine.bases.base", "lora_engine.formats", "lora_engine.formats.dtypes")
     if spec.base is not None and needs_base(spec):
         yield base_module(spec.base, folder)
@@ -49,9 +49,9 @@ def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
 
 @step(Convert, produces="export", revision=4, imports=find_imports)
 def convert(spec: Convert, context: Context) -> None:
-    """Writes one folder a format, and `exports.json` which lists the files of each.
+    """Writes one folder per format, and `exports.json`, which lists the files of each.
 
-    `approximations.json` says what share of each module was kept where something had to be approximated.
+    If a format required approximation, `approximations.json` has the share of each module that is kept.
     """
     from lora_engine.adapters import module_shapes
     from lora_engine.bases.base import load_base
@@ -65,10 +65,12 @@ def convert(spec: Convert, context: Context) -> None:
     for name in spec.to:
         adapter = bundle.adapter
         if spec.approximate:
-            near = approximate(adapter, name, rank=spec.rank, energy=spec.energy, base=base, module_names=names)
-            adapter = near.adapter
-            if near.retained:
-                approximations[name] = {"retained": near.total, "modules": dict(near.retained)}
+            approximation = approximate(
+                adapter, name, rank=spec.rank, energy=spec.energy, base=base, module_names=names
+            )
+            adapter = approximation.adapter
+            if approximation.retained:
+                approximations[name] = {"retained": approximation.total, "modules": dict(approximation.retained)}
         written = write_adapter(
             context.out / name,
             adapter,

@@ -1,4 +1,4 @@
-"""`evaluate`: what an adapter does, in numbers and pictures, each against the base with the same seeds."""
+"""Defines the step `evaluate`: compares an adapter with its base at the same seeds, in metrics and images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.step import Context, step
 
 
 class Evaluate(StepSpec, EvaluateSettings):
-    """Which adapter to judge, on which pictures and prompts, and what it must reach."""
+    """The adapter, the images and prompts to evaluate it on, and the gates."""
 
     uses: Literal["evaluate"] = "evaluate"
     base: str
@@ -24,19 +24,19 @@ class Evaluate(StepSpec, EvaluateSettings):
 
 
 def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
-    """Yields the names of the modules that an evaluation imports, that of its base among them."""
+    """Yields the names of the modules that an evaluation imports, with that of its base."""
     yield "lora_engine.evaluation.run"
     yield base_module(spec.base, folder)
 
 
 @step(Evaluate, produces="report", revision=1, imports=find_imports)
 def evaluate(spec: Evaluate, context: Context) -> None:
-    """Writes the report: metrics with intervals, gates, and the pictures behind them."""
+    """Writes the report: metrics with intervals, gates and images."""
     from lora_engine.evaluation.prompts import read_prompts
-    from lora_engine.evaluation.run import evaluate as judge
+    from lora_engine.evaluation.run import evaluate as run_evaluation
 
     prompts = read_prompts(context.files["prompts"]) if "prompts" in context.files else ()
-    judge(
+    run_evaluation(
         spec.narrow(EvaluateSettings),
         context.base(spec.base),
         context.folder("adapter"),

@@ -1,4 +1,4 @@
-"""`ingest`: a folder of the user's pictures becomes a manifest; what cannot be used is set aside with its reason."""
+"""Defines the step `ingest`: imports a folder of images as a manifest and quarantines unusable files with a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.step import Context, always, step
 
 
 class Ingest(StepSpec, IngestSettings):
-    """Which folder to take in, what is stated about its pictures, and which share of it to hold out from training."""
+    """The folder of images, the file of consents, and the share to hold out from training."""
 
     uses: Literal["ingest"] = "ingest"
     images: Annotated[str, External("folder")]
@@ -22,21 +22,21 @@ class Ingest(StepSpec, IngestSettings):
 
 
 def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
-    """Returns what of the revoked is in the folder of images or in what is stated about them.
+    """Returns the revoked images in the folder and the revoked consents in its consent file.
 
     Args:
-        spec: Which folder.
+        spec: The spec with both paths.
         folder: The folder of the pipeline file.
-        files: Digests of the folder's files.
-        revoked: Digests of images, and ids of consents.
+        files: Digests of the user's files.
+        revoked: Digests of images and ids of consents.
     """
     from lora_engine.data.consent import read_consent
 
     try:
         stated = read_consent(folder / spec.consent).values() if spec.consent is not None else ()
     except DataError:
-        stated = ()  # the step itself says what is wrong with it
-    consents = {each.consent for each in stated if each.consent is not None}
+        stated = ()  # the step itself reports the error
+    consents = {entry.consent for entry in stated if entry.consent is not None}
     return (consents | {*files["images"].files.values()}) & {*revoked}
 
 
@@ -49,10 +49,10 @@ def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], re
     imports=always("lora_engine.data.ingest"),
 )
 def ingest(spec: Ingest, context: Context) -> None:
-    """Writes a manifest with a clean copy of every usable picture and its caption."""
-    from lora_engine.data.ingest import ingest as take_in
+    """Writes a manifest with a clean copy of every usable image and its caption."""
+    from lora_engine.data.ingest import ingest as ingest_folder
 
-    take_in(
+    ingest_folder(
         context.files["images"],
         context.out,
         spec.narrow(IngestSettings),

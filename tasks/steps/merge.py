@@ -1,4 +1,4 @@
-"""`merge`: several adapters become one that does what they do together."""
+"""Defines the step `merge`: merges several adapters into one with their combined effect."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tasks.step import Context, step
 
 
 class Merge(StepSpec):
-    """Which adapters, each with which weight, and by which method.
+    """The adapters, the weight of each, and the method.
 
-    `concatenate` and `linear` are exact: the result's effect is the weighted sum of theirs. A weight is a number, or
-    numbers by pattern over module names. What is set about the method stands beside it or under `options`.
+    `concatenate` and `linear` are exact: the result's effect is the weighted sum of the adapters' effects. A weight is
+    a number, or numbers by pattern over module names. Options of the method are set beside it or under `options`.
     """
 
     uses: Literal["merge"] = "merge"
@@ -46,46 +46,46 @@ class Merge(StepSpec):
 
     @model_validator(mode="before")
     @classmethod
-    def _options_may_stand_beside(cls, data: Any) -> Any:
+    def _collect_options(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        # From here on the values are taken for Python's, in which a list is no tuple.
+        # Values from a `before` validator are validated as Python objects, and strict mode refuses a list for a tuple.
         data = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         method = data.get("method", "concatenate")
         options = data.get("options", {})
         if not isinstance(method, str) or method not in SPECS or not isinstance(options, dict):
             return data
         own = SPECS[method].model_fields.keys() - {"method"}
-        beside = {name: value for name, value in data.items() if name in own}
-        twice = sorted(beside.keys() & options.keys())
-        if twice:
-            raise ValueError(f"{', '.join(twice)} stands both beside the method and under options; leave one out")
+        inline = {name: value for name, value in data.items() if name in own}
+        duplicates = sorted(inline.keys() & options.keys())
+        if duplicates:
+            raise ValueError(f"{', '.join(duplicates)} is set both beside the method and under options; remove one")
         rest = {name: value for name, value in data.items() if name not in own}
-        return {**rest, "options": {"method": method, **options, **beside}}
+        return {**rest, "options": {"method": method, **options, **inline}}
 
     @model_validator(mode="after")
-    def _one_weight_an_adapter(self) -> Merge:
+    def _check_weights(self) -> Merge:
         if self.weights is not None and len(self.weights) != len(self.adapters):
             raise ValueError(
-                f"{len(self.weights)} weights for {len(self.adapters)} adapters; give one weight an adapter"
+                f"{len(self.weights)} weights for {len(self.adapters)} adapters; give one weight per adapter"
             )
         return self
 
     @model_validator(mode="after")
-    def _options_are_of_the_method(self) -> Merge:
+    def _check_options(self) -> Merge:
         if self.options.method != self.method:
-            raise ValueError(f"options are of method {self.options.method!r}, and method is {self.method!r}")
+            raise ValueError(f"options are for method {self.options.method!r}, but method is {self.method!r}")
         return self
 
     @model_validator(mode="after")
-    def _learned_has_pictures(self) -> Merge:
+    def _check_dataset(self) -> Merge:
         if (self.method == "learned") != (self.dataset is not None):
-            raise ValueError("dataset belongs to method 'learned', and learned needs one")
+            raise ValueError("method 'learned' needs a dataset, and only it takes one")
         return self
 
 
 def find_imports(spec: Merge, folder: Path) -> Iterator[str]:
-    """Yields the names of the modules that a merge imports; that of its base where the base is certain to be loaded."""
+    """Yields the names of the modules that a merge imports, with that of the base if it is always loaded."""
     yield "lora_engine.merging.files"
     if spec.method == "learned" and spec.base is not None:
         yield base_module(spec.base, folder)

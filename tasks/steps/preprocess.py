@@ -1,4 +1,4 @@
-"""`preprocess`: the pictures of a manifest, cropped and resized for training."""
+"""Defines the step `preprocess`: crops and resizes the images of a manifest for training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.step import Context, always, step
 
 
 class Preprocess(StepSpec, PreprocessSettings):
-    """To which resolution or sizes, and which part of each picture to keep."""
+    """The dataset, the resolution or sizes, and the crop."""
 
     uses: Literal["preprocess"] = "preprocess"
     dataset: Annotated[str, Input("manifest")]
@@ -18,7 +18,7 @@ class Preprocess(StepSpec, PreprocessSettings):
 
 @step(Preprocess, produces="manifest", revision=2, imports=always("lora_engine.data.preprocess"))
 def preprocess(spec: Preprocess, context: Context) -> None:
-    """Writes a manifest whose pictures, and their masks, have the sizes that were asked for."""
-    from lora_engine.data.preprocess import preprocess as prepare
+    """Writes a manifest whose images and masks have the requested sizes."""
+    from lora_engine.data.preprocess import preprocess as preprocess_dataset
 
-    prepare(context.folder("dataset"), context.out, spec.narrow(PreprocessSettings))
+    preprocess_dataset(context.folder("dataset"), context.out, spec.narrow(PreprocessSettings))

@@ -1,4 +1,4 @@
-"""`register`: an adapter and its report become a version with a number; the gates decide about its alias."""
+"""Defines the step `register`: registers an adapter and its report as a version; the gates decide about its alias."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.step import Context, always, step
 
 
 class Register(StepSpec):
-    """Under which name, and which alias to ask for."""
+    """The adapter, its report, the name to register, and the alias to request."""
 
     uses: Literal["register"] = "register"
     name: str
@@ -24,7 +24,7 @@ class Register(StepSpec):
 
 
 def is_still_registered(home: Home, summary: bytes) -> bool:
-    """Returns True if the registry knows the version; its state and its alias may have changed since."""
+    """Returns True if the registry has the version, whatever its state and alias are now."""
     from registry.errors import RegistryError
     from registry.versions.versions import Versions
 
@@ -75,7 +75,7 @@ def register(spec: Register, context: Context) -> None:
 
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b` -> value, as MLflow's parameters want them."""
+    """Flattens nested settings to `a.b` -> value, for MLflow's parameters."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -83,20 +83,20 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_curves(adapter_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves of a training: name -> (step, value) points; none for an adapter that was not trained here."""
+    """Returns the curves of a training, name -> (step, value) points; empty if it was not trained here."""
     path = adapter_folder / "training.json"
     if not path.is_file():
         return {}
     record = json.loads(path.read_bytes())
     return {
-        name: [(int(at), float(value)) for at, value in record[name]]
+        name: [(int(step), float(value)) for step, value in record[name]]
         for name in ("loss", "lr", "validation_loss")
         if record.get(name)
     }
 
 
 def _images(adapter_folder: Path, report_folder: Path | None) -> Iterator[tuple[str, Path]]:
-    """The report's pictures, and the samples that were drawn while the adapter was trained."""
+    """Yields the images of the report, and the samples that were drawn during training."""
     for path in sorted((report_folder / "pictures").glob("*.png")) if report_folder else ():
         yield path.name, path
     for path in sorted(adapter_folder.glob("samples/step-*/*.png")):

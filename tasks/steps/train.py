@@ -1,7 +1,7 @@
-"""`train`: a captioned manifest and a base become an adapter.
+"""Defines the step `train`: trains an adapter on a captioned manifest.
 
-Training runs in a child process: it can be stopped at any time, keeps its checkpoints in the work folder, and gives all
-of its memory back.
+Training runs in a child process, which can be stopped at any time and frees all of its memory at its end. Checkpoints
+go to the work folder.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tasks.step import Context, always, step
 
 
 class Train(StepSpec, TrainSettings):
-    """What to train, on what, and how.
+    """The base, the datasets and the training settings.
 
     Attributes:
-        base: A base model.
-        dataset: The person's pictures, captioned.
-        class_dataset: Class pictures (regularisation images) for `prior`; left out, the base draws them.
-        embedder: A folder with the image model that `method.identity` is judged by; left out, the embedded one.
+        base: The base model.
+        dataset: The user's images, captioned.
+        class_dataset: Class images (regularization images) for `prior`; None means that the base generates them.
+        embedder: Folder of the image model that `method.identity` uses; None means the embedded one.
     """
 
     uses: Literal["train"] = "train"
@@ -38,7 +38,7 @@ class Train(StepSpec, TrainSettings):
     Train, produces="adapter", revision=2, imports=always("lora_engine.training.device", "lora_engine.training.spawn")
 )
 def train(spec: Train, context: Context) -> None:
-    """Writes the adapter and the record of its training."""
+    """Writes the adapter and `training.json`."""
     from lora_engine.training.spawn import train_in_child
 
     class_dataset = context.optional("class_dataset")
@@ -57,7 +57,7 @@ def train(spec: Train, context: Context) -> None:
 
 
 def device_limits(spec: Train, context: Context) -> dict[str, int]:
-    """Returns how many trainings may use each device that this one will use: as the run says, or as the device fits."""
+    """Returns, per device of this training, the maximum trainings: the run's `concurrency`, or what the device fits."""
     from lora_engine.training.device import used_devices
 
     facts = {

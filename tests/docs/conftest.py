@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run the line."""
+"""Imports fixtures for tests that run pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documentation shows, works: links lead somewhere, commands exist, pipeline files load."""
+"""Checks the documentation: links resolve, commands exist, pipeline files load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def page_id(path: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+def test_links_and_images_resolve(page: Path) -> None:
     assert [target for target in local_links(page) if not (page.parent / target).exists()] == []
 
 
@@ -59,7 +59,7 @@ def code_of(page: Path) -> list[str]:
 
 def test_the_pipeline_in_the_readme_loads(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    # Not written into the repository, which other tests copy at the same time.
+    # Not in the repository, which other tests copy at the same time.
     path = shutil.copytree(ROOT / "examples" / "zorb", tmp_path / "zorb") / "readme.yaml"
     path.write_text(block)
     assert "exports" in load_spec(path).steps

@@ -1,4 +1,4 @@
-"""The tour of docs/tour.md, command by command, in one process; `test_line` shows the command as a process."""
+"""Runs the commands of docs/tour.md in one process; `test_line` runs the command as a process."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def commands() -> list[str]:
 def test_every_command_of_the_tour_does_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
-    said = {}
+    output = {}
     for line in commands():
         program, *words = shlex.split(line, comments=True)
         assert program == "loraline"
         done = loraline_here(*words, home=tmp_path / "home")
         assert (done.returncode != 0) == ("# refused" in line), f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr, line
-        # A command that the page repeats is asked for its last output.
-        said[line] = done.stdout + done.stderr
-    assert len(said) > 20
-    told = "\n".join(said.values())
-    assert "verdict   identical" in told
-    assert "crescent@production -> version 1: removed" in told
-    assert "its consent 'C-2' was revoked" in told
-    assert "crescent@3" in said["loraline run examples/tour/pipeline.yaml"]
-    assert said["loraline list --all"].count("WITHDRAWN") == 2
-    assert "production" in said["loraline list --all"]
-    assert "Everything agrees" in said["loraline fsck"]
+        # Of a repeated command, the last output counts.
+        output[line] = done.stdout + done.stderr
+    assert len(output) > 20
+    text = "\n".join(output.values())
+    assert "verdict   identical" in text
+    assert "crescent@production -> version 1: removed" in text
+    assert "its consent 'C-2' was revoked" in text
+    assert "crescent@3" in output["loraline run examples/tour/pipeline.yaml"]
+    assert output["loraline list --all"].count("WITHDRAWN") == 2
+    assert "production" in output["loraline list --all"]
+    assert "Everything agrees" in output["loraline fsck"]
     for name in ("lineage.svg", "card.html", "crescent.safetensors", "backups"):
         assert (tmp_path / name).exists()

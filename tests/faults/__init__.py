@@ -1,1 +1,1 @@
-"""Faults on purpose: killed processes, full disks, changed bytes; and what must hold afterwards."""
+"""Injects faults (killed processes, full disks, changed bytes) and checks invariants."""

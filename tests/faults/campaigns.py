@@ -1,4 +1,4 @@
-"""The campaigns: fault points in turn, random kills, races, changed bytes. Each gives its counts and its violations."""
+"""Implements the fault campaigns: fault points in turn, random kills, races, changed bytes."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from registry.entities import is_digest
 from registry.errors import DamagedBlob, MissingBlob
 from registry.home import Home
 from registry.maintenance.fsck import fsck
-from registry.versions.versions import Versions, promotion
+from registry.versions import promotion
+from registry.versions.versions import Versions
 from tests.faults.invariants import violations
 from tests.faults.points import Mode, Points, Trial, forked
 from tests.faults.work import NAME, WORKS, Tell, copy_home, prepare, promised_by, register, without_mlflow
 
-_FRESH_AFTER = 60  # trials in one home, so that checking stays quick
-_SEED = 5  # of the work in a sweep: the same in all of its trials, so that they have the same points
+_FRESH_AFTER = 60  # trials per home, which keeps the checks fast
+_SEED = 5  # one seed for all trials of a sweep, so that they have the same points
 
 
 @dataclass
 class Result:
-    """What a campaign counted.
+    """Counts and violations of a campaign.
 
     Attributes:
-        trials: How often something was done to a process or a file.
-        hits: How often it hit: a process that was killed or refused, a change that was noticed.
-        found: Violations, each with the trial it came from.
-        points: Work -> how many fault points it has.
-        kinds: Of a sweep, the kinds of points at which the work failed.
+        trials: Number of injected faults.
+        hits: Number of faults with an effect: a process that was killed or refused, a change that was detected.
+        violations: Violated invariants, each with its trial.
+        points: Work -> number of its fault points.
+        kinds: Kinds of points at which the work of a sweep failed.
     """
 
     trials: int = 0
     hits: int = 0
-    found: list[str] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
     points: dict[str, int] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=list)
 
-    def count(self, name: str, hit: bool, found: list[str]) -> None:
+    def count(self, name: str, hit: bool, violations: list[str]) -> None:
         self.trials += 1
         self.hits += hit
-        self.found += [f"{name}: {entry}" for entry in found]
+        self.violations += [f"{name}: {entry}" for entry in violations]
 
 
-def go_through(folder: Path, work: str, mode: Mode, *, every: int = 1) -> Result:
-    """Fails at the first fault point of a piece of work, at the next (every so many), until it gets through."""
+def fail_at_each_point(folder: Path, work: str, mode: Mode, *, every: int = 1) -> Result:
+    """Fails a piece of work at every n-th fault point in turn, until it passes all of them."""
     result = Result()
     home = prepare(folder)
     promised: list[str] = []
@@ -59,7 +60,7 @@ def go_through(folder: Path, work: str, mode: Mode, *, every: int = 1) -> Result
         status, lines = _start(home, work, at, points.install, points=points).finish()
         promised += _promises(lines)
         result.count(f"{work}, {mode} at point {at}", status != 0, violations(home, promised))
-        # A full disk may be borne; so the end is where the point is never come to.
+        # Work may succeed on a full disk, so the exit status does not tell that no point is left.
         if any(line.startswith("points ") and int(line.split()[1]) < at for line in lines):
             result.points[work] = at - every
             break
@@ -67,7 +68,7 @@ def go_through(folder: Path, work: str, mode: Mode, *, every: int = 1) -> Result
 
 
 def sweep(folder: Path, work: str, mode: Mode) -> Result:
-    """Fails at one of the last fault points of each kind, each time in a copy of the same home, and once at none."""
+    """Fails at one of the last fault points of each kind, each in a copy of the same home; one trial has no fault."""
     result = Result()
     whole = prepare(folder / "whole")
     promised = promised_by(whole)
@@ -75,7 +76,7 @@ def sweep(folder: Path, work: str, mode: Mode) -> Result:
     result.points[work] = counts.total()
     for number, (kind, count) in enumerate([*counts.items(), ("none", 1)]):
         home = copy_home(whole, folder / str(number))
-        # Not the very last of many: new folders, and with them a few points, depend on digests of what has the time.
+        # Not the last one: the number of new folders, and so of points, depends on digests that contain the time.
         points = Points(str(home), count - count // 8, mode, kind)
         status, lines = _start(home, work, _SEED, points.install).finish()
         result.count(f"{work}, {mode} at {kind}", status != 0, violations(home, [*promised, *_promises(lines)]))
@@ -103,9 +104,9 @@ def _list_kinds(home: Path, work: str) -> list[str]:
 
 
 def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlflow: bool = False) -> Result:
-    """Kills a piece of work at a random moment, again and again in the same homes; every trial may be the last one.
+    """Kills a piece of work at random moments, many times in the same homes.
 
-    Where a trial ends before it is killed, the next ones are killed within the time that it took.
+    If a trial ends before its kill, later kills come within its duration.
     """
     result, source, home, promised = Result(), random.Random(f"{work} {seed}"), folder, list[str]()
     longest = 0.0
@@ -114,9 +115,9 @@ def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlfl
     for number in range(trials):
         if number % _FRESH_AFTER == 0:
             home, promised = prepare(folder / str(number)), []
-            for first in (1, 2):  # the second time nothing has to be made anew
+            for warmup in (1, 2):  # the second one finds everything created
                 began = time.monotonic()
-                _start(home, work, seed - first, _nothing, with_mlflow=with_mlflow).finish()
+                _start(home, work, seed - warmup, _nothing, with_mlflow=with_mlflow).finish()
                 longest = time.monotonic() - began
         began = time.monotonic()
         trial = _start(home, work, number * 1000 + seed, _nothing, with_mlflow=with_mlflow)
@@ -126,59 +127,61 @@ def kill_at_random(folder: Path, work: str, trials: int, seed: int, *, with_mlfl
         if status == 0:
             longest = min(longest, time.monotonic() - began)
         promised += _promises(lines)
-        found = violations(home, promised)
+        violated = violations(home, promised)
         if with_mlflow and (number % 10 == 9 or number == trials - 1):
-            found += _level_again(home)
-        result.count(f"{work}, kill {number}", status < 0, found)
+            violated += _check_mlflow(home)
+        result.count(f"{work}, kill {number}", status < 0, violated)
     return result
 
 
 def race(folder: Path, races: int, promoters: int = 3) -> Result:
-    """Several processes move one alias from the same state at the same moment; one of them must win."""
+    """Lets several processes move one alias from the same state at the same moment; exactly one must succeed."""
     result = Result()
     home = prepare(folder, versions=promoters + 1)
     for number in range(races):
         waiting, go = os.pipe()
-        before = _answer(forked(lambda tell: tell(str(_standing(home))), before=without_mlflow))
+        before = _answer(forked(lambda tell: tell(str(_production(home))), before=without_mlflow))
         current = None if before == "None" else int(before)
-        wanted = [version for version in range(1, promoters + 2) if version != current][:promoters]
-        trials = [forked(_promoter(home, version, current, waiting, go), before=without_mlflow) for version in wanted]
+        candidates = [version for version in range(1, promoters + 2) if version != current][:promoters]
+        trials = [
+            forked(_promoter(home, version, current, waiting, go), before=without_mlflow) for version in candidates
+        ]
         os.close(waiting)
-        os.close(go)  # what all wait for: the end of the pipe
-        told = [trial.finish()[1] for trial in trials]
-        winners = sum(lines[-1].startswith("moved") for lines in told)
-        losers = sum("Conflict" in lines[-1] for lines in told)
-        found = [] if (winners, losers) == (1, promoters - 1) else [f"{winners} winners: {told}"]
+        os.close(go)  # starts all promoters, which wait for the end of the pipe
+        reports = [trial.finish()[1] for trial in trials]
+        winners = sum(lines[-1].startswith("moved") for lines in reports)
+        losers = sum("Conflict" in lines[-1] for lines in reports)
+        violated = [] if (winners, losers) == (1, promoters - 1) else [f"{winners} winners: {reports}"]
         checked = number % 20 == 19 or number == races - 1
-        result.count(f"race {number}", True, found + (violations(home) if checked else []))
+        result.count(f"race {number}", True, violated + (violations(home) if checked else []))
     return result
 
 
 def change_bytes(folder: Path, trials: int, seed: int) -> Result:
-    """Flips a byte of a stored file, cuts it, or deletes it: `fsck` sees it, and reading refuses."""
+    """Flips a byte of a stored file, truncates it, or deletes it; `fsck` must report it, and reading must fail."""
     result, source = Result(), random.Random(seed)
     home = prepare(folder, versions=4)
-    # Not the locks that lie beside them.
+    # Without the lock files beside them.
     blobs = sorted(path for path in (home / "store" / "blobs").glob("??/*") if is_digest(path.name))
     for number in range(trials):
         path, how = source.choice(blobs), ("flip", "cut", "delete")[number % 3]
-        whole = path.read_bytes()
+        content = path.read_bytes()
         if how == "delete":
             path.unlink()
         else:
-            place = source.randrange(len(whole))
-            changed = bytes([whole[place] ^ (1 << source.randrange(8))])
-            path.write_bytes(whole[:place] + (changed + whole[place + 1 :] if how == "flip" else b""))
+            position = source.randrange(len(content))
+            changed = bytes([content[position] ^ (1 << source.randrange(8))])
+            path.write_bytes(content[:position] + (changed + content[position + 1 :] if how == "flip" else b""))
         status, lines = forked(lambda tell: _read_all(home, tell), before=without_mlflow).finish()
-        found = [] if status == 0 else [f"reading ended with {lines}"]
+        violated = [] if status == 0 else [f"reading ended with {lines}"]
         touched = path.name
         served = [line for line in lines if line.startswith("served") and touched in line]
-        found += [f"damaged bytes were handed out: {line}" for line in served]
-        noticed = any(touched in entry.what or touched in entry.where for entry in fsck(Home(home), mlflow=False))
-        found += [] if noticed else ["fsck saw nothing"]
-        path.write_bytes(whole)
-        result.count(f"{how} {path.name[:12]}", noticed, found)
-    result.found += violations(home)
+        violated += [f"damaged bytes were returned: {line}" for line in served]
+        detected = any(touched in entry.what or touched in entry.where for entry in fsck(Home(home), mlflow=False))
+        violated += [] if detected else ["fsck reported nothing"]
+        path.write_bytes(content)
+        result.count(f"{how} {path.name[:12]}", detected, violated)
+    result.violations += violations(home)
     return result
 
 
@@ -219,7 +222,7 @@ def _promoter(home: Path, version: int, expected: int | None, waiting: int, go: 
     return promote
 
 
-def _standing(home: Path) -> int | None:
+def _production(home: Path) -> int | None:
     versions = Versions(Home.open(home)).list(NAME)
     return next((version.version for version in versions if "production" in version.aliases), None)
 
@@ -227,7 +230,7 @@ def _standing(home: Path) -> int | None:
 def _answer(trial: Trial) -> str:
     status, lines = trial.finish()
     if status:
-        raise RuntimeError(f"a question was not answered: {lines}")
+        raise RuntimeError(f"a trial failed without a fault: {lines}")
     return lines[-1]
 
 
@@ -239,12 +242,12 @@ def _read_all(home: Path, tell: Tell) -> None:
         except (DamagedBlob, MissingBlob) as error:
             tell(f"refused {version.ref} {error}")
         else:
-            # What is served has been verified; its tree too.
+            # The returned bytes and their tree are verified.
             tell(f"served {version.ref} {version.artifact.sha256} {version.sha256} {len(read)}")
 
 
-def _level_again(home: Path) -> list[str]:
-    """After a registration that gets through, MLflow agrees too."""
+def _check_mlflow(home: Path) -> list[str]:
+    """Registers a version and returns disagreements with MLflow."""
 
     def register_and_check(tell: Tell) -> None:
         register(home, random.randrange(1 << 40), lambda line: None)
@@ -253,7 +256,7 @@ def _level_again(home: Path) -> list[str]:
                 tell(f"fsck: {problem}")
 
     status, lines = forked(register_and_check).finish()
-    return lines if status == 0 else [f"MLflow could not be brought level: {lines}"]
+    return lines if status == 0 else [f"MLflow could not be synced: {lines}"]
 
 
 def _nothing() -> None:

@@ -1,7 +1,7 @@
-"""What must hold after any fault, checked from scratch: with plain SQL and plain files, not with the code under test.
+"""Checks invariants after a fault with plain SQL and plain files, without the code under test.
 
-I1 the database is whole; I2 every visible version has the bytes of its digest; I3 the log replays to the aliases;
-I4 nothing was written outside the home; I5 the canary lives. And what was promised before the fault is still there.
+I1 the database is intact. I2 every visible version has the bytes of its digest. I3 the log replays to the aliases.
+I4 nothing was written outside the home. I5 the canary file is unchanged. Results promised before the fault still exist.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from registry.maintenance.fsck import fsck
 
 
 def violations(home: Path, promised: Iterable[str] = ()) -> list[str]:
-    """What does not hold; empty where all does.
+    """Returns the violated invariants; empty if all hold.
 
     Args:
-        home: The folder of the home, in a folder that holds nothing else but `canary`.
-        promised: Lines that a process told after a call came back: `put DIGEST`, `registered NAME VERSION DIGEST`,
+        home: The folder of the home, in a folder with no other entry but `canary`.
+        promised: Lines that a process reported after a call returned: `put DIGEST`, `registered NAME VERSION DIGEST`,
             `moved NAME ALIAS SEQ`.
     """
-    found = [f"I4: {path} appeared" for path in home.parent.iterdir() if path.name not in {home.name, "canary"}]
+    violated = [f"I4: {path} appeared" for path in home.parent.iterdir() if path.name not in {home.name, "canary"}]
     if (home.parent / "canary").read_bytes() != b"alive":
-        found.append("I5: the canary is dead")
+        violated.append("I5: the canary file changed")
     database = home / "lineage.db"
     if not database.exists():
-        return [*found, *(f"lost: {line}" for line in promised)]
+        return [*violated, *(f"lost: {line}" for line in promised)]
     with closing(sqlite3.connect(database)) as connection:
         answer = connection.execute("PRAGMA integrity_check").fetchall()
         if answer != [("ok",)]:
-            return [*found, f"I1: {answer}"]
+            return [*violated, f"I1: {answer}"]
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if "events" not in tables:
-            return [*found, *(f"lost: {line}" for line in promised)]
-        found += _check_versions(connection, home)
-        found += _check_aliases(connection)
-        found += _check_promises(connection, home, promised)
-    found += [f"fsck: {entry}" for entry in fsck(Home(home), mlflow=False) if entry.severity == "damage"]
-    return found
+            return [*violated, *(f"lost: {line}" for line in promised)]
+        violated += _check_versions(connection, home)
+        violated += _check_aliases(connection)
+        violated += _check_promises(connection, home, promised)
+    violated += [f"fsck: {entry}" for entry in fsck(Home(home), mlflow=False) if entry.severity == "damage"]
+    return violated
 
 
 def _check_versions(connection: sqlite3.Connection, home: Path) -> Iterable[str]:
@@ -50,18 +50,18 @@ def _check_versions(connection: sqlite3.Connection, home: Path) -> Iterable[str]
     for name, version, digest, artifact, path in rows:
         listing = _blob(home, artifact)
         if hashlib.sha256(listing).hexdigest() != artifact:
-            yield f"I2: the list of files of {name}@{version} is not whole"
+            yield f"I2: the list of files of {name}@{version} is damaged"
             continue
-        held = json.loads(listing)["files"][path]["sha256"]
-        if held != digest or hashlib.sha256(_blob(home, digest)).hexdigest() != digest:
-            yield f"I2: {name}@{version} has not the bytes of {digest}"
+        actual = json.loads(listing)["files"][path]["sha256"]
+        if actual != digest or hashlib.sha256(_blob(home, digest)).hexdigest() != digest:
+            yield f"I2: {name}@{version} does not have the bytes of {digest}"
     numbers: dict[str, list[int]] = {}
     for name, version, *_ in sorted(rows):
         numbers.setdefault(name, []).append(version)
     yield from (
-        f"I2: the numbers of {name} are {found}"
-        for name, found in numbers.items()
-        if found != [*range(1, len(found) + 1)]
+        f"I2: the numbers of {name} are {sequence}"
+        for name, sequence in numbers.items()
+        if sequence != [*range(1, len(sequence) + 1)]
     )
 
 
@@ -74,22 +74,22 @@ def _check_aliases(connection: sqlite3.Connection) -> Iterable[str]:
         (name, alias): number for name, alias, number in connection.execute("SELECT name, alias, version FROM aliases")
     }
     if replayed != table:
-        yield f"I3: the log says {replayed}, the table {table}"
+        yield f"I3: the log replays to {replayed}, the table has {table}"
     sequence = [seq for (seq,) in connection.execute("SELECT seq FROM events ORDER BY seq")]
     if sequence != [*range(1, len(sequence) + 1)]:
-        yield f"I3: the log has holes: {sequence[-5:]}"
+        yield f"I3: the log has gaps: {sequence[-5:]}"
 
 
 def _check_promises(connection: sqlite3.Connection, home: Path, promised: Iterable[str]) -> Iterable[str]:
     for line in promised:
-        what, *words = line.split()
-        if what == "put" and hashlib.sha256(_blob(home, words[0])).hexdigest() != words[0]:
+        action, *words = line.split()
+        if action == "put" and hashlib.sha256(_blob(home, words[0])).hexdigest() != words[0]:
             yield f"lost: {line}"
-        elif what == "registered":
+        elif action == "registered":
             query = "SELECT sha256 FROM versions WHERE name = ? AND version = ?"
             if connection.execute(query, words[:2]).fetchone() != (words[2],):
                 yield f"lost: {line}"
-        elif what == "moved":
+        elif action == "moved":
             query = "SELECT name, alias FROM events WHERE seq = ?"
             if connection.execute(query, words[2:]).fetchone() != tuple(words[:2]):
                 yield f"lost: {line}"

@@ -1,6 +1,6 @@
-"""Fault points: every place at which a process touches the disk or the database, counted, and failed on request.
+"""Injects faults at fault points: the operations of a process on files and databases.
 
-The n-th point of a piece of work is the same at every repetition, so that all of them can be gone through in turn.
+The n-th point of a piece of work is the same in every repetition, so a campaign can fail at each of them in turn.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _RENAMING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "o
 
 
 class Points:
-    """Counts the fault points of this process below a folder, and fails at one of them.
+    """Counts the fault points of this process below a folder, and injects a fault at one of them.
 
     Args:
         folder: Only files below it count.
-        at: The point to fail at, from 1 on; 0 fails nowhere.
-        mode: `count` belongs to 0; `kill` ends the process as SIGKILL does; `full-once` and `full` let the disk be full
-            at that point, or from that point on.
-        kind: Only points of this kind are counted; None counts all. A kind is an operation without what is drawn at
-            random: `open partial`, `fsync after os.rename`, `INSERT versions`, `SELECT`, `commit`.
+        at: Number of the point to fail at, from 1; 0 fails nowhere.
+        mode: `count` for 0; `kill` sends SIGKILL; `full-once` and `full` report a full disk at that point, or from that
+            point on.
+        kind: Kind of points to count; None counts all. A kind is an operation without random names: `open partial`,
+            `fsync after os.rename`, `INSERT versions`, `SELECT`, `commit`.
     """
 
     def __init__(self, folder: str, at: int = 0, mode: Mode = "count", kind: str | None = None) -> None:
@@ -43,7 +43,7 @@ class Points:
         self._is_reached = False
 
     def install(self) -> None:
-        """Hooks into file operations, `fsync` and SQL of this process; there is no way back."""
+        """Hooks into file operations, `fsync` and SQL of this process; cannot be undone."""
         sys.addaudithook(self._audit)
         fsync = os.fsync
 
@@ -56,16 +56,16 @@ class Points:
         event.listen(Engine, "commit", lambda connection: self.pass_sql("commit"))
 
     def pass_point(self, name: str) -> None:
-        """Counts a point of a file; at the chosen one, and in mode `full` behind it, fails.
+        """Counts a point of a file; fails at the chosen one, and in mode `full` at all later ones.
 
         Raises:
-            OSError: ENOSPC.
+            OSError: ENOSPC, at the chosen point.
         """
         if self._is_due(name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def pass_sql(self, name: str) -> None:
-        """As `pass_point`, with the error that SQLite gives.
+        """Counts a point of the database; see `pass_point`.
 
         Raises:
             sqlite3.OperationalError: `database or disk is full`.
@@ -103,17 +103,17 @@ class Points:
 
     def _on_statement(self, _connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         verb, *rest = statement.split(None, 3)
-        # `INSERT INTO versions`, `UPDATE aliases`, `DELETE FROM aliases`; reads are all alike.
+        # `INSERT INTO versions`, `UPDATE aliases`, `DELETE FROM aliases`; reads have one kind.
         table = {"INSERT": rest[1:2], "DELETE": rest[1:2], "UPDATE": rest[:1]}.get(verb.upper(), [])
         self.pass_sql(" ".join([verb.upper(), *table]))
 
 
 def forked(work: Callable[[Callable[[str], None]], None], *, before: Callable[[], None] = lambda: None) -> Trial:
-    """Runs a piece of work in a forked process, without waiting for it.
+    """Starts a piece of work in a forked process.
 
     Args:
-        work: Takes a function that tells the parent a line: what is told counts as promised.
-        before: What the child does first.
+        work: Takes a function that reports a line to the parent; a reported result counts as promised.
+        before: Runs first in the child.
     """
     receiving, sending = os.pipe()
     pid = os.fork()
@@ -134,27 +134,27 @@ def forked(work: Callable[[Callable[[str], None]], None], *, before: Callable[[]
 
 
 class Trial:
-    """A forked process and what it told.
+    """A forked process and its reports.
 
     Args:
-        pid: Of the process.
-        receiving: Descriptor that its lines come from.
+        pid: Id of the process.
+        receiving: File descriptor to read its lines from.
     """
 
     def __init__(self, pid: int, receiving: int) -> None:
         self.pid, self._receiving = pid, receiving
 
     def kill(self) -> None:
-        """Ends it, as SIGKILL does, wherever it is."""
+        """Sends SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
     def finish(self) -> tuple[int, list[str]]:
-        """Waits for its end; gives its exit status (negative: the signal) and its lines."""
+        """Waits for the process; returns its exit status (negative: the signal) and its lines."""
         with os.fdopen(self._receiving, "rb") as stream:
-            told = stream.read().decode(errors="replace")
+            output = stream.read().decode(errors="replace")
         _, status = os.waitpid(self.pid, 0)
-        whole = told[: told.rfind("\n") + 1]
-        return os.waitstatus_to_exitcode(status), whole.splitlines()
+        complete = output[: output.rfind("\n") + 1]
+        return os.waitstatus_to_exitcode(status), complete.splitlines()
 
 
 def _tell(descriptor: int, line: str) -> None:

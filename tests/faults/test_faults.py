@@ -1,4 +1,4 @@
-"""One fault point of each kind, a few random trials, and the checks themselves; `make faults` runs the campaigns."""
+"""Tests one fault point of each kind, a few random trials, and the checks; `make faults` runs the campaigns."""
 
 import sqlite3
 from contextlib import closing
@@ -23,7 +23,7 @@ KINDS = {
     "register": FILES | {"BEGIN", "SELECT", "INSERT versions", "INSERT events", "UPDATE aliases", "commit"},
     "promote": {"BEGIN", "SELECT", "INSERT events", "INSERT aliases", "UPDATE aliases", "commit"},
 }
-"""Kinds of points that each piece of work must have; a sweep that misses them would prove little."""
+"""Kinds of points that a sweep of each piece of work must cover."""
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,17 @@ def trial_home(whole: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("work", WORKS)
 def test_a_kill_at_any_kind_of_point_leaves_all_or_nothing(tmp_path, work):
     result = sweep(tmp_path, work, "kill")
-    assert result.found == []
+    assert result.violations == []
     assert set(result.kinds) >= KINDS[work]
-    # Only the trial without a fault gets through.
+    # Only the trial without a fault succeeds.
     assert (result.hits, "none" in result.kinds) == (result.trials - 1, False)
 
 
 @pytest.mark.parametrize(("work", "mode"), [("register", "full"), ("promote", "full-once"), ("put", "full-once")])
 def test_a_full_disk_at_any_kind_of_point_leaves_all_or_nothing(tmp_path, work, mode):
     result = sweep(tmp_path, work, mode)
-    assert result.found == []
-    # What only tidies up, or can do without the disk, may get through.
+    assert result.violations == []
+    # Cleanup, and operations that work on a full disk, may succeed.
     assert set(result.kinds) >= KINDS[work] - {"os.mkdir", "open lock", "fsync after os.rename"}
     assert "none" not in result.kinds
 
@@ -58,24 +58,24 @@ def test_a_full_disk_at_any_kind_of_point_leaves_all_or_nothing(tmp_path, work, 
 @pytest.mark.parametrize("work", WORKS)
 def test_what_was_promised_survives_a_kill_at_any_moment(tmp_path, work):
     result = kill_at_random(tmp_path, work, 4, seed=2)
-    assert (result.trials, result.found) == (4, [])
+    assert (result.trials, result.violations) == (4, [])
     assert result.hits > 0
 
 
 def test_registering_with_mlflow_survives_a_kill_at_any_moment(tmp_path):
     result = kill_at_random(tmp_path, "register", 3, seed=2, with_mlflow=True)
-    assert (result.trials, result.found) == (3, [])
+    assert (result.trials, result.violations) == (3, [])
     assert result.hits > 0
 
 
 def test_of_several_promotions_one_wins(tmp_path):
     result = race(tmp_path / "trials", 5)
-    assert (result.trials, result.found) == (5, [])
+    assert (result.trials, result.violations) == (5, [])
 
 
 def test_changed_bytes_are_noticed_and_never_served(tmp_path):
     result = change_bytes(tmp_path / "trials", 6, seed=3)
-    assert (result.trials, result.hits, result.found) == (6, 6, [])
+    assert (result.trials, result.hits, result.violations) == (6, 6, [])
 
 
 def test_a_point_that_is_not_reached_disturbs_nothing(trial_home):
@@ -85,19 +85,19 @@ def test_a_point_that_is_not_reached_disturbs_nothing(trial_home):
 
 
 @pytest.mark.parametrize(
-    ("harm", "named"),
+    ("harm", "invariant"),
     [
         ("UPDATE aliases SET version = 1", "I3"),
         ("UPDATE versions SET sha256 = 'ab' WHERE version = 2", "I2"),
         ("DELETE FROM versions WHERE version = 2", "I2"),
     ],
 )
-def test_the_checks_see_a_harmed_database(trial_home, harm, named):
+def test_the_checks_see_a_harmed_database(trial_home, harm, invariant):
     assert violations(trial_home) == []
     with closing(sqlite3.connect(trial_home / "lineage.db")) as connection:
         assert connection.execute(harm).rowcount > 0
         connection.commit()
-    assert any(found.startswith(named) for found in violations(trial_home))
+    assert any(violation.startswith(invariant) for violation in violations(trial_home))
 
 
 def test_the_checks_see_harmed_files_and_broken_promises(trial_home):
@@ -109,7 +109,7 @@ def test_the_checks_see_harmed_files_and_broken_promises(trial_home):
     ]
     (home.parent / "canary").write_bytes(b"dead")
     (home.parent / "stray").touch()
-    assert {found[:2] for found in violations(home)} == {"I4", "I5"}
+    assert {violation[:2] for violation in violations(home)} == {"I4", "I5"}
 
 
 def test_the_trials_catch_a_write_that_is_not_atomic(whole, tmp_path):
@@ -119,7 +119,7 @@ def test_the_trials_catch_a_write_that_is_not_atomic(whole, tmp_path):
             content(file)
 
     def blobs_differ(home: Path) -> bool:
-        # Nothing refers to a half-written blob until it is put again, so only the bytes under its digest tell.
+        # Nothing refers to a partial blob until it is put again, so only a check of its digest detects it.
         blobs = [path for path in (home / "store" / "blobs").glob("??/*") if is_digest(path.name)]
         assert blobs
         return any(lora_engine.files.sha256_file(path) != path.name for path in blobs)
@@ -135,4 +135,4 @@ def test_the_trials_catch_a_write_that_is_not_atomic(whole, tmp_path):
         _, lines = forked(lambda tell, home=home: put(home, 1, tell), before=harm).finish()
         if violations(home, lines) or blobs_differ(home):
             return
-    pytest.fail("a blob that was written in place was whole after every kill")
+    pytest.fail("a blob that was written in place was complete after every kill")

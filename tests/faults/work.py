@@ -1,4 +1,4 @@
-"""The pieces of work that are disturbed: each tells what is promised as soon as its call came back."""
+"""Defines the pieces of work for fault trials; each reports its result once the call returned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import registry.versions.versions
 from registry.home import Home
 from registry.store.artifacts import open_store
-from registry.versions.versions import Versions, promotion
+from registry.versions import promotion
+from registry.versions.versions import Versions
 from tests.faults.points import forked
 
 Tell = Callable[[str], None]
@@ -21,7 +22,7 @@ GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "valu
 
 
 def put(home: Path, seed: int, tell: Tell) -> None:
-    """Puts three artifacts that share a file."""
+    """Stores three artifacts that share a file."""
     store, source = open_store(Home.open(home)), random.Random(seed)
     shared = source.randbytes(70_000)
     for number in range(3):
@@ -30,11 +31,11 @@ def put(home: Path, seed: int, tell: Tell) -> None:
 
 
 def register(home: Path, seed: int, tell: Tell) -> None:
-    """Registers a new adapter with its report, and asks for `staging`."""
+    """Registers a new adapter with its report, and requests `staging`."""
     versions, source = Versions(Home.open(home)), random.Random(seed)
     artifact = versions.store.put_files("adapter", {"adapter.safetensors": source.randbytes(50_000)})
     report = versions.store.put_files("report", {"report.json": source.randbytes(2_000)})
-    made = versions.register(
+    version = versions.register(
         NAME,
         artifact,
         report=report,
@@ -45,11 +46,11 @@ def register(home: Path, seed: int, tell: Tell) -> None:
         pictures={"before.png": source.randbytes(5_000)},
         card=CARD,
     )
-    tell(f"registered {NAME} {made.version} {made.sha256}")
+    tell(f"registered {NAME} {version.version} {version.sha256}")
 
 
 def promote(home: Path, seed: int, tell: Tell) -> None:
-    """Moves `production` to some version, on to another, and back."""
+    """Moves `production` to a random version, then to another, then back."""
     versions, source = Versions(Home.open(home)), random.Random(seed)
     numbers = [version.version for version in versions.list(NAME)]
     current = next((version.version for version in versions.list(NAME) if "production" in version.aliases), None)
@@ -65,14 +66,14 @@ WORKS: Mapping[str, Callable[[Path, int, Tell], None]] = {"put": put, "register"
 
 
 def without_mlflow() -> None:
-    """Lets this process leave MLflow alone, which is many times faster; trials with it are counted on their own."""
+    """Disables MLflow in this process, which is many times faster; some trials run with it."""
     registry.versions.versions.sync_mlflow = lambda *_arguments, **_settings: None
 
 
 def prepare(folder: Path, versions: int = 3) -> Path:
-    """A home with some versions, in a folder with a canary; gives the home.
+    """Creates a home with some versions, in a folder with a canary file; returns the home.
 
-    It is made by a forked process, since connections to SQLite must not be open in a process that forks.
+    A forked process creates it, because a process that forks must not have open SQLite connections.
     """
     folder.mkdir(parents=True)
     (folder / "canary").write_bytes(b"alive")
@@ -84,18 +85,18 @@ def prepare(folder: Path, versions: int = 3) -> Path:
 
     status, lines = forked(make, before=without_mlflow).finish()
     if status:
-        raise RuntimeError(f"the home could not be made: {lines}")
+        raise RuntimeError(f"the home could not be created: {lines}")
     return home
 
 
 def copy_home(home: Path, folder: Path) -> Path:
-    """Copies a prepared home with its canary into a new folder; returns the copy. Nothing may have the home open."""
+    """Copies a closed home with its canary file into a new folder; returns the copy."""
     shutil.copytree(home.parent, folder)
     return folder / home.name
 
 
 def promised_by(home: Path) -> list[str]:
-    """Returns what a home at rest promises: lines for `violations`, one for each version and each move of an alias."""
+    """Returns the promises of a closed home for `violations`: a line per version and per move of an alias."""
     with closing(sqlite3.connect(home / "lineage.db")) as connection:
         versions = connection.execute("SELECT name, version, sha256 FROM versions").fetchall()
         moves = connection.execute("SELECT name, alias, seq FROM events WHERE alias IS NOT NULL").fetchall()

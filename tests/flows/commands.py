@@ -1,4 +1,4 @@
-"""The command line as a process, as users meet it, and in this process, which has its imports already."""
+"""Runs the command line as a process or, without repeating imports, in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = {"COLUMNS": "200", "NO_COLOR": "1"}
 
 @contextlib.contextmanager
 def loraline_process(environment: Mapping[str, str], *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Starts the command in a process group of its own, and kills the group at the end of the block."""
+    """Starts the command in a new process group, and kills the group at the end of the `with` block."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from flows.cli import start; start()", *map(str, arguments)],
         env=environment,
@@ -36,25 +36,25 @@ def loraline_process(environment: Mapping[str, str], *arguments: object) -> Iter
         process.communicate()
 
 
-def loraline_here(*arguments: object, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in this process, with more variables in its environment."""
+def loraline_here(*arguments: object, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in this process, with additional environment variables."""
     out, err, code = io.StringIO(), io.StringIO(), None
     with (
-        patch.dict(os.environ, PLAIN | {"LORALINE_HOME": str(home)} | more),
+        patch.dict(os.environ, PLAIN | {"LORALINE_HOME": str(home)} | variables),
         patch.object(sys, "argv", ["loraline", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
             main()
-        except SystemExit as ended:
-            code = ended.code
+        except SystemExit as exit_request:
+            code = exit_request.code
     return subprocess.CompletedProcess(sys.argv, int(code or 0), out.getvalue(), err.getvalue())
 
 
 def say(*arguments: object, home: Path, code: int = 0) -> str:
-    """Runs the command in this process and returns its standard output; it must end with that exit code."""
-    done = loraline_here(*arguments, home=home)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+    """Runs the command in this process and returns its standard output; asserts the exit code."""
+    completed = loraline_here(*arguments, home=home)
+    assert completed.returncode == code, completed.stdout + completed.stderr
+    assert "Traceback" not in completed.stderr
+    return completed.stdout

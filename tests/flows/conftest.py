@@ -1,4 +1,4 @@
-"""Small pipelines on drawn images, and the fixtures of `tests.flows.shared`."""
+"""Provides small pipelines on generated images, and imports the fixtures of `tests.flows.shared`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ steps:
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a pipeline file beside a folder with four noisy pictures; gives its path."""
+    """Returns a function that writes a pipeline file beside a folder of noise images and returns its path."""
 
-    def write(text: str = PREPARE, pictures: int = 4) -> Path:
+    def write(text: str = PREPARE, images: int = 4) -> Path:
         folder = tmp_path / "images"
         folder.mkdir(exist_ok=True)
-        for index in range(pictures):
+        for index in range(images):
             draw_noise(folder / f"{index}.png", index)
         path = tmp_path / "pipeline.yaml"
         path.write_text(text)
@@ -42,7 +42,7 @@ def pipeline(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def environment(prefect_server: str, home: Path) -> dict[str, str]:
-    """The environment of a process that runs in this test's home and on the shared server."""
-    # One thread, as in `trained_here`: another number may change the last bits of a training.
+    """Returns the environment of a process with this test's home and the shared server."""
+    # One thread, as in `trained_here`: the number of threads can change the last bits of a training.
     own = {"LORALINE_HOME": str(home), "PREFECT_API_URL": prefect_server, "OMP_NUM_THREADS": "1"}
     return os.environ | PLAIN | own

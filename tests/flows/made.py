@@ -1,4 +1,4 @@
-"""Versions that are made for real, without Prefect and MLflow: what tests of reproduce, diff and import start from."""
+"""Creates versions without Prefect and MLflow, for tests of reproduce, diff and import."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ steps:
 
 
 def random_adapter(seed: int, rank: int = 2, modules: int = 4, scale: float = 0.1) -> Adapter:
-    """A LoRA of the embedded base with random factors on its first attention layers."""
+    """Returns a LoRA of the embedded base with random factors on its first attention layers."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: shape for name, shape in sorted(base_module_shapes("tiny").items()) if ".attn" in name}
 
@@ -47,7 +47,7 @@ def random_adapter(seed: int, rank: int = 2, modules: int = 4, scale: float = 0.
 
 
 def write_random(path: Path, seed: int, *, form: str = "kohya", card: Card | None = None, rank: int = 2) -> Path:
-    """Such an adapter as a file (or folder) of a format."""
+    """Writes a random adapter as a file or folder of a format."""
     write_adapter(path, random_adapter(seed, rank), format=form, card=card)
     return path
 
@@ -58,23 +58,23 @@ def bring_in(home: Home, file: Path, name: str, *, license_id: str = "MIT", **mo
 
 
 def run_line(path: Path, home: Home) -> AdapterVersion:
-    """Runs a pipeline file step by step in this process; gives the version that its step `release` registered."""
+    """Runs a pipeline file step by step in this process; returns the version that it registered."""
     spec, lineage = load_spec(path), Lineage(home.lineage_url)
     run = lineage.start_run(spec.name, spec.source)
-    made = {}
+    outputs = {}
     for name, step in spec.steps.items():
         inputs: dict = {}
         for field, target, _ in step.references():
-            ref = made[target] if target in made else registered_adapter(target, home)
+            ref = outputs[target] if target in outputs else registered_adapter(target, home)
             inputs[field] = (*inputs.get(field, ()), ref)
-        made[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
+        outputs[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
     return Versions(home).show(spec.name)
 
 
 def make_merge(folder: Path) -> tuple[Home, AdapterVersion]:
-    """A home with two imported adapters and a version that was merged of them."""
+    """Creates a home with two imported adapters and a version that merges them."""
     home = Home.open(folder / "home")
     for seed, name in enumerate(("one", "two")):
         bring_in(home, write_random(folder / f"{name}.safetensors", seed), name)

@@ -1,4 +1,4 @@
-"""Expensive parts that tests share: one trained home, one Prefect database, one server in each worker."""
+"""Provides expensive fixtures that tests share: a trained home, a Prefect database, one server per worker."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DATABASE = "prefect.db"
 
 
 def draw_noise(path: Path, seed: int) -> None:
-    """A 48 x 64 picture of coloured noise."""
+    """Writes a 48 x 64 image of color noise."""
     pixels = np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
@@ -72,11 +72,11 @@ def write_line(folder: Path, text: str = LINE) -> Path:
 
 @dataclass(frozen=True)
 class Trained:
-    """A home in which every step of a small line is cached.
+    """A home in which every step of a small pipeline is cached.
 
     Args:
-        home: The home; holds `small@1` with the alias `staging`.
-        spec: The pipeline file; its images and prompts are in the same folder.
+        home: The home with `small@1`, which has the alias `staging`.
+        spec: The pipeline file, beside its images and prompts.
     """
 
     home: Home
@@ -95,7 +95,7 @@ def run_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def fill_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
-    """Returns a folder that one worker fills, while the others wait, and that all read."""
+    """Returns a folder that one worker fills while the others wait, and that all read."""
     root = run_folder(factory)
     folder, partial = root / name, root / f"{name}.partial"
     with FileLock(root / f"{name}.lock"):
@@ -109,13 +109,13 @@ def fill_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prefect server that all tests of a worker use; without it, each process starts its own."""
+    """Yields the address of a Prefect server for all tests of a worker."""
     home = Home.open(tmp_path_factory.mktemp("prefect"))
     configure_prefect(home)
     database = home.prefect / DATABASE
 
     def migrate(folder: Path) -> None:
-        # Migrating takes longer than the rest of the start, so only the first server of a test run does it.
+        # Migrations take longer than the rest of the start, so only the first server of a test run executes them.
         with running_server() as address:
             wait_until_up(address)
             with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(folder / DATABASE)) as target:
@@ -130,12 +130,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def prefect_database(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database without flow runs. A copy of it in a new PREFECT_HOME saves that server its migrations."""
+    """Returns a migrated database without flow runs; a server with a copy of it skips the migrations."""
     return run_folder(tmp_path_factory) / "prefect-database" / DATABASE
 
 
 def wait_until_up(address: str) -> None:
-    """Returns once the server answers, which it does after its migrations."""
+    """Waits until the server answers, after its migrations."""
     deadline = time.monotonic() + 600
     while True:
         try:
@@ -149,12 +149,12 @@ def wait_until_up(address: str) -> None:
 
 @contextmanager
 def training_here() -> Iterator[None]:
-    """Trains in this process, because importing torch in a child takes longer than a few steps."""
+    """Makes trainings run in this process, because importing torch in a child takes longer than a few steps."""
     from lora_engine.training.device import choose_device
     from lora_engine.training.run import train
     from lora_engine.training.spec import TrainSettings
 
-    one_at_a_time = threading.Lock()  # a training changes global state of torch
+    training_lock = threading.Lock()  # training changes global state of torch
 
     def train_here(job: Mapping[str, Any], progress: Progress, **options: Any) -> dict[str, Any]:
         settings = TrainSettings.model_validate(job["settings"])
@@ -163,7 +163,7 @@ def training_here() -> Iterator[None]:
         optional = {name: Path(job[name]) if job[name] else None for name in ("cache", "class_dataset", "embedder")}
         dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
         stop = options.get("stop") or (lambda: False)
-        with one_at_a_time, threads(1):
+        with training_lock, threads(1):
             train(settings, job["base"], dataset, out, work, **optional, progress=progress, stop=stop)  # type: ignore[arg-type]
             return describe_compute(choose_device(settings.running))
 
@@ -173,14 +173,14 @@ def training_here() -> Iterator[None]:
 
 @pytest.fixture
 def trained_here() -> Iterator[None]:
-    """Trains in the test's process. Tests whose subject is the child process do without it."""
+    """Makes trainings run in the test's process; not for tests of the child process."""
     with training_here():
         yield
 
 
 @pytest.fixture(scope="session")
 def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the line, its images and the home that it filled; made once in a test run, and never changed."""
+    """Returns a folder with a pipeline, its images and its home; created once per test run, read-only."""
 
     from tests.flows.made import run_line
 
@@ -193,14 +193,14 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(trained_home: Path, tmp_path: Path) -> Trained:
-    """A copy of the trained home for one test."""
+    """Returns a copy of the trained home for one test."""
     return copy_trained(trained_home, tmp_path / "trained")
 
 
 def copy_trained(trained_home: Path, folder: Path) -> Trained:
-    """Copies the trained home and what it was made of."""
+    """Copies the trained home, its pipeline file and its images."""
     shutil.copytree(trained_home, folder)
     copy = Trained(Home.open(folder / "home"), folder / "line.yaml")
-    # MLflow records absolute places of artifacts. Opening a home that was moved corrects them.
+    # MLflow stores absolute URIs of artifacts. Opening a moved home rewrites them.
     Versions(copy.home).close()
     return copy

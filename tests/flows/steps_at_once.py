@@ -1,7 +1,7 @@
-"""`loraline` in a process that tells which modules of heavy libraries a step's thread imported without the lock.
+"""Runs `loraline` and reports modules of heavy libraries that the threads of steps import without the lock.
 
-Run as `python -m tests.flows.steps_at_once REPORT ARGUMENTS...`; one name a line is written to the file REPORT. What a
-race between threads breaks now and then, this finds every time.
+`python -m tests.flows.steps_at_once REPORT ARGUMENTS...` writes one name per line to the file REPORT. It detects the
+cause of import races deterministically.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HEAVY = {"accelerate", "diffusers", "huggingface_hub", "lora_engine", "numpy", "
 
 
 class Watch:
-    """A finder of modules that finds none, and notes what is looked for beside the main thread."""
+    """A module finder that finds nothing, and records the imports of other threads than the main thread."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []

@@ -85,7 +85,7 @@ def test_a_home_that_cannot_be_written_is_named(pipeline: Write, tmp_path: Path)
     assert "Traceback" not in done.stderr
 
 
-def test_init_writes_a_pipeline_that_lacks_only_pictures(tmp_path: Path, home: Path) -> None:
+def test_init_writes_a_pipeline_that_lacks_only_images(tmp_path: Path, home: Path) -> None:
     done = loraline("init", str(tmp_path / "mine"), home=home)
     assert done.returncode == 0
     path = tmp_path / "mine" / "pipeline.yaml"
@@ -94,7 +94,7 @@ def test_init_writes_a_pipeline_that_lacks_only_pictures(tmp_path: Path, home: P
     order = list(steps)
     for name, step in steps.items():
         needed = [order.index(target) for _, target, _ in step.references()]
-        assert max(needed, default=-1) < order.index(name), "a step comes after those that it takes from"
+        assert max(needed, default=-1) < order.index(name), "a step comes after its upstream steps"
     draw_noise(tmp_path / "mine" / "images" / "0.png", 0)
     planned = json.loads(loraline("plan", path, "--json", home=home).stdout)
     assert [step["name"] for step in planned] == order

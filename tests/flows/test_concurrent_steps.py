@@ -1,4 +1,4 @@
-"""Six evaluations, two captionings and two trainings that start at once in a process that has imported nothing yet."""
+"""Starts six evaluations, two captionings and two trainings at once in a process without imported models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LINE = HELD_OUT + "".join(f"  {name}: {step}\n" for name, step in STEPS.items())
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the pipeline file, and a home with a registered adapter and the captioned pictures."""
+    """Returns a folder with the pipeline file, and a home with a registered adapter and captioned images."""
     folder = tmp_path_factory.mktemp("at-once")
     (folder / "images").mkdir()
     for index in range(4):
@@ -74,10 +74,10 @@ def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
     assert_in_turns(lines, "adapter0", "adapter1")
 
 
-def assert_in_turns(lines: list[str], one: str, other: str) -> None:
-    """Fails unless one of two trainings made its first step after the last one of the other."""
-    steps = [match.group(1) for line in lines if (match := re.match(rf"({one}|{other}): \d+/\d+ ", line))]
-    assert set(steps) == {one, other}
+def assert_in_turns(lines: list[str], first: str, second: str) -> None:
+    """Asserts that one of two trainings made all of its steps before the other's first step."""
+    steps = [match.group(1) for line in lines if (match := re.match(rf"({first}|{second}): \d+/\d+ ", line))]
+    assert set(steps) == {first, second}
     assert steps == sorted(steps, key=lambda name: name != steps[0])
 
 

@@ -1,4 +1,4 @@
-"""What `diff` says of two adapters, against figures that are computed in full."""
+"""Compares the output of `diff` with values that are computed from dense deltas."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def dense(adapter: Adapter, name: str) -> torch.Tensor:
     return delta.delta_weight(torch.zeros(shape)).double()
 
 
-def test_figures_of_factors_are_those_of_the_dense_differences() -> None:
+def test_metrics_of_factors_equal_those_of_dense_differences() -> None:
     first, second = random_adapter(0), random_adapter(1, rank=3)
-    told = compare_adapters(first, second)
+    difference = compare_adapters(first, second)
     squares = [0.0, 0.0, 0.0, 0.0]
-    assert told.modules.keys() == first.modules.keys()
-    for name, module in told.modules.items():
+    assert difference.modules.keys() == first.modules.keys()
+    for name, module in difference.modules.items():
         a, b = dense(first, name), dense(second, name)
         sizes = (a.square().sum(), b.square().sum(), (a - b).square().sum(), (a * b).sum())
         squares = [total + float(size) for total, size in zip(squares, sizes, strict=True)]
@@ -50,8 +50,8 @@ def test_figures_of_factors_are_those_of_the_dense_differences() -> None:
         assert module.cosine == pytest.approx(float(sizes[3] / torch.sqrt(sizes[0] * sizes[1])), rel=1e-4, abs=1e-6)
         assert module.ranks == (2, 3)
         assert module.largest is None
-    assert told.relative == pytest.approx(math.sqrt(squares[2] / squares[0]), rel=1e-5)
-    assert told.cosine == pytest.approx(squares[3] / math.sqrt(squares[0] * squares[1]), rel=1e-4, abs=1e-6)
+    assert difference.relative == pytest.approx(math.sqrt(squares[2] / squares[0]), rel=1e-5)
+    assert difference.cosine == pytest.approx(squares[3] / math.sqrt(squares[0] * squares[1]), rel=1e-4, abs=1e-6)
 
 
 def test_the_same_effect_by_other_factors_is_no_difference_and_equal_factors_are_exactly_none() -> None:
@@ -61,11 +61,11 @@ def test_the_same_effect_by_other_factors_is_no_difference_and_equal_factors_are
         name: delta.with_factors({"down": turn @ delta.factors()["down"], "up": delta.factors()["up"] @ turn.T})
         for name, delta in first.modules.items()
     }
-    told = compare_adapters(first, replace(first, modules=turned))
-    assert told.relative is not None
-    assert told.relative < 1e-6
-    assert told.largest is not None
-    assert told.largest > 0.01
+    difference = compare_adapters(first, replace(first, modules=turned))
+    assert difference.relative is not None
+    assert difference.relative < 1e-6
+    assert difference.largest is not None
+    assert difference.largest > 0.01
     assert compare_adapters(first, random_adapter(0)).relative == 0.0
 
 
@@ -75,17 +75,17 @@ def test_a_small_difference_keeps_its_digits() -> None:
     factors = {key: factor.double() for key, factor in first.modules[name].factors().items()}
     one = {name: first.modules[name].with_factors(factors)}
     other = {name: first.modules[name].with_factors({**factors, "up": factors["up"] * (1 + 1e-12)})}
-    told = compare_adapters(Adapter(one), Adapter(other))
-    assert told.relative == pytest.approx(1e-12, rel=1e-2)
+    difference = compare_adapters(Adapter(one), Adapter(other))
+    assert difference.relative == pytest.approx(1e-12, rel=1e-2)
 
 
-def test_modules_that_only_one_has_count_in_full_and_are_named() -> None:
+def test_modules_that_only_one_adapter_has_count_in_full_and_are_named() -> None:
     first, fewer = random_adapter(0, modules=2), random_adapter(0, modules=1)
-    told = compare_adapters(first, fewer)
-    (removed,) = told.removed
-    assert told.added == []
-    assert told.modules[removed].relative == 1.0
-    assert told.relative == pytest.approx(
+    difference = compare_adapters(first, fewer)
+    (removed,) = difference.removed
+    assert difference.added == []
+    assert difference.modules[removed].relative == 1.0
+    assert difference.relative == pytest.approx(
         float(
             dense(first, removed).norm() / math.sqrt(sum(float(dense(first, n).square().sum()) for n in first.modules))
         )
@@ -93,20 +93,20 @@ def test_modules_that_only_one_has_count_in_full_and_are_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "ia3", "full"])
-def test_kinds_without_plain_factors_are_compared_by_what_they_do(kind: str) -> None:
+def test_kinds_without_plain_factors_are_compared_by_their_effect(kind: str) -> None:
     base = load_base("tiny", device="cpu")
     target = ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"]
     first, second = (moved(create_adapter(base, target, kind, 2), seed) for seed in (1, 2))
-    told = compare_adapters(first, second, base=base)
-    (module,) = told.modules.values()
+    difference = compare_adapters(first, second, base=base)
+    (module,) = difference.modules.values()
     assert module.kinds == (kind, kind)
     assert module.relative is not None
     assert module.relative > 0.0
     assert compare_adapters(first, first, base=base).relative == 0.0
     if kind in ("dora", "ia3"):
-        untold = compare_adapters(first, second)
-        assert (untold.untold, untold.relative) == (1, None)
-        assert "base" in next(iter(untold.modules.values())).note
+        partial = compare_adapters(first, second)
+        assert (partial.untold, partial.relative) == (1, None)
+        assert "base" in next(iter(partial.modules.values())).note
 
 
 def moved(adapter: Adapter, seed: int) -> Adapter:
@@ -125,17 +125,17 @@ def moved(adapter: Adapter, seed: int) -> Adapter:
     )
 
 
-def test_learned_words_are_compared_by_their_vectors(tmp_path: Path) -> None:
-    word = Embedding("sks", {"text_encoder": torch.zeros(1, 64)})
-    other = Embedding("sks", {"text_encoder": torch.full((1, 64), 0.25)})
-    for name, words in (("one", [word]), ("two", [other, Embedding("new", dict(word.vectors))])):
-        write_adapter(tmp_path / f"{name}.safetensors", random_adapter(0), embeddings=words)
-    told = compare_weights(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
-    assert told.words == {"new": None, "sks": 0.25}
-    assert told.relative == 0.0
+def test_learned_tokens_are_compared_by_their_vectors(tmp_path: Path) -> None:
+    first = Embedding("sks", {"text_encoder": torch.zeros(1, 64)})
+    second = Embedding("sks", {"text_encoder": torch.full((1, 64), 0.25)})
+    for name, tokens in (("one", [first]), ("two", [second, Embedding("new", dict(first.vectors))])):
+        write_adapter(tmp_path / f"{name}.safetensors", random_adapter(0), embeddings=tokens)
+    difference = compare_weights(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert difference.words == {"new": None, "sks": 0.25}
+    assert difference.relative == 0.0
 
 
-def test_nested_records_give_one_change_a_place() -> None:
+def test_nested_mappings_give_one_change_per_key() -> None:
     before = {"a": {"b": 1, "c": [1, 2]}, "d": None, "e": 1}
     after = {"a": {"b": 2, "c": (1, 2)}, "d": None, "f": {"g": 1}}
     assert [(change.path, change.kind) for change in compare_records(before, after)] == [
@@ -151,37 +151,37 @@ def test_files_of_two_formats_differ_in_nothing_but_their_cards(
     monkeypatch.setenv("LORALINE_HOME", str(tmp_path / "no-home"))
     kohya = write_random(tmp_path / "k.safetensors", 0, card=Card(license="MIT", recipe={"rank": 2, "kind": {"a": 1}}))
     peft = write_random(tmp_path / "peft", 0, form="peft", card=Card(recipe={"rank": 3, "kind": {"a": 1}}))
-    said = CliRunner().invoke(app, ["diff", str(kohya), str(peft), "--json"])
-    assert said.exit_code == 0, said.output
-    told = json.loads(said.stdout)
-    assert [(change["path"], change["before"], change["after"]) for change in told["recipe"]] == [
+    result = CliRunner().invoke(app, ["diff", str(kohya), str(peft), "--json"])
+    assert result.exit_code == 0, result.output
+    difference = json.loads(result.stdout)
+    assert [(change["path"], change["before"], change["after"]) for change in difference["recipe"]] == [
         ("adapter.rank", 2, 3)
     ]
-    assert [change["kind"] for change in told["license"]] == ["removed"]
-    assert told["weights"]["relative"] == pytest.approx(0.0, abs=1e-6)
+    assert [change["kind"] for change in difference["license"]] == ["removed"]
+    assert difference["weights"]["relative"] == pytest.approx(0.0, abs=1e-6)
     assert "adapter.rank" in CliRunner().invoke(app, ["diff", str(kohya), str(peft)]).stdout
 
 
-PICTURES = {"a": ("5" * 64, "a cat"), "b": ("6" * 64, "a dog"), "c": ("7" * 64, "a hen")}
+IMAGES = {"a": ("5" * 64, "a cat"), "b": ("6" * 64, "a dog"), "c": ("7" * 64, "a hen")}
 
 
-def register(home: Home, pictures: dict[str, str], seed: int, figures: float) -> ArtifactRef:
-    """A version as a training would have registered it, without the training; gives its dataset."""
+def register(home: Home, images: dict[str, str], seed: int, value: float) -> ArtifactRef:
+    """Registers a version like that of a training, without training; returns its dataset."""
     versions = Versions(home)
     manifest = {
         "format": 1,
         "pictures": [
-            {"sha256": PICTURES[name][0], "file": f"pictures/{PICTURES[name][0][:16]}.png", "width": 8, "height": 8}
+            {"sha256": IMAGES[name][0], "file": f"pictures/{IMAGES[name][0][:16]}.png", "width": 8, "height": 8}
             | {"caption": caption, "source": f"{name}.png"}
-            for name, caption in pictures.items()
+            for name, caption in images.items()
         ],
     }
     dataset = versions.store.put_files("manifest", {"manifest.json": json.dumps(manifest).encode()})
     file = write_random(home.path / f"{seed}.safetensors", seed, form="loraline")
     adapter: ArtifactRef = versions.store.put_files("adapter", {"adapter.safetensors": file})
     run = versions.lineage.start_run("try", {})
-    made = {"photos": ({}, dataset), "train": ({"dataset": dataset}, adapter)}
-    for step, (inputs, output) in made.items():
+    steps = {"photos": ({}, dataset), "train": ({"dataset": dataset}, adapter)}
+    for step, (inputs, output) in steps.items():
         settings = {"settings": {"seed": seed}}
         environment = {"packages": {"torch": f"2.{seed}"}}
         versions.lineage.record(
@@ -190,40 +190,46 @@ def register(home: Home, pictures: dict[str, str], seed: int, figures: float) ->
             )
         )
     card = {"recipe": {"steps": 10, "kind": {"name": "lora"}}, "base": "tiny", "license": "MIT"}
-    metric = {"adapter": figures, "difference": figures - 1, "interval": [figures - 2, figures]}
+    metric = {"adapter": value, "difference": value - 1, "interval": [value - 2, value]}
     versions.register("zorb", adapter, run_id=run.id, card=card, metrics={"clip_t": metric}, parents=["base:tiny"])
     versions.close()
     return dataset
 
 
-def test_versions_differ_in_pictures_captions_figures_settings_and_surroundings(tmp_path: Path) -> None:
+def test_versions_differ_in_images_captions_metrics_settings_and_environment(tmp_path: Path) -> None:
     home = Home.open(tmp_path / "home")
     register(home, {"a": "a cat", "b": "a dog"}, 0, 0.5)
     register(home, {"b": "a big dog", "c": "a hen"}, 1, 0.75)
-    told = diff(home, "zorb@1", "zorb@2")
-    assert {(change.path, change.kind) for change in told.data} == {
+    difference = diff(home, "zorb@1", "zorb@2")
+    assert {(change.path, change.kind) for change in difference.data} == {
         ("5" * 64, "removed"),
         ("6" * 64 + ".caption", "changed"),
         ("7" * 64, "added"),
     }
-    assert [change.path for change in told.metrics] == ["clip_t"]
-    assert told.metrics[0].after == [0.75, -0.25, [-1.25, 0.75]]
-    assert [(change.path, change.before, change.after) for change in told.recipe] == [("step photos.seed", 0, 1)]
-    assert [(change.path, change.before, change.after) for change in told.environment] == [
+    assert [change.path for change in difference.metrics] == ["clip_t"]
+    assert difference.metrics[0].after == [0.75, -0.25, [-1.25, 0.75]]
+    assert [(change.path, change.before, change.after) for change in difference.recipe] == [("step photos.seed", 0, 1)]
+    assert [(change.path, change.before, change.after) for change in difference.environment] == [
         ("packages.torch", "2.0", "2.1")
     ]
-    assert (told.base, told.gates, told.license, told.parents, told.notes) == ([], [], [], [], [])
-    assert told.weights["relative"] > 1.0
+    assert (difference.base, difference.gates, difference.license, difference.parents, difference.notes) == (
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
+    assert difference.weights["relative"] > 1.0
     assert diff(home, "zorb@1", "zorb@1").as_json()["identical"] is True
 
 
-def test_a_dataset_that_is_gone_is_said_and_the_rest_is_compared(tmp_path: Path) -> None:
+def test_a_missing_dataset_is_noted_and_the_rest_is_compared(tmp_path: Path) -> None:
     home = Home.open(tmp_path / "home")
     dataset = register(home, {"a": "a cat"}, 0, 0.5)
     register(home, {"b": "a dog"}, 1, 0.5)
     (blob,) = home.store.rglob(dataset.sha256)
     blob.unlink()
-    told = diff(home, "zorb@1", "zorb@2")
-    assert told.data == []
-    assert len(told.notes) == 1
-    assert told.weights["relative"] > 0.0
+    difference = diff(home, "zorb@1", "zorb@2")
+    assert difference.data == []
+    assert len(difference.notes) == 1
+    assert difference.weights["relative"] > 0.0

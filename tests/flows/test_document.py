@@ -55,9 +55,9 @@ def test_every_value_knows_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("a: 1\na: 2\n", "'a' is given twice"),
+        ("a: 1\na: 2\n", "duplicate key 'a'"),
         ("a: &x [1]\nb: *x\n", "aliases are not allowed"),
         ("a: !!python/object:os.system x\n", "tag"),
         ("a: [1\n", "expected"),
@@ -66,9 +66,9 @@ def test_every_value_knows_its_line(tmp_path: Path) -> None:
         ("? [a]\n: 1\n", "plain text"),
     ],
 )
-def test_what_is_no_plain_mapping_is_refused_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+def test_a_document_that_is_no_plain_mapping_is_refused_with_its_path(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(SpecError, match=said) as caught:
+    with pytest.raises(SpecError, match=message) as caught:
         read_document(path)
     assert str(path) in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The examples, as they stand but for the number of training steps."""
+"""Runs the examples with fewer training steps."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from registry.home import Home
 from registry.versions.versions import Versions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-# Those whose own tests look closer.
-LOOKED_AT = {"data-path", "objective", "running"}
-METHODS = sorted(path for path in (EXAMPLES / "methods").glob("*.yaml") if path.stem not in LOOKED_AT)
+# These have their own tests below.
+TESTED_BELOW = {"data-path", "objective", "running"}
+METHODS = sorted(path for path in (EXAMPLES / "methods").glob("*.yaml") if path.stem not in TESTED_BELOW)
 
-# Trainings in a child process are the subject of `test_training_process`, and of `test_line` for the whole line.
+# `test_training_process` and `test_line` test trainings in a child process.
 pytestmark = pytest.mark.usefixtures("prefect_server", "trained_here")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One home for all examples, so equal images are ingested, captioned and encoded once."""
+    """Returns one home for all examples, so that equal images are ingested, captioned and encoded once."""
     return tmp_path_factory.mktemp("examples") / "home"
 
 
 def run(spec: Path, home: Path, *changes: str) -> tuple[AdapterVersion, ...]:
-    """Runs an example in this process (`test_line` runs the command) and returns all versions of its adapter."""
+    """Runs an example in this process and returns all versions of its adapter."""
     opened, loaded = Home.open(home.absolute()), load_spec(spec, changes)
     result = run_pipeline(loaded, opened)
     assert {"train", "evaluate", "register"} <= {loaded.steps[name].uses for name in result.changed}
@@ -57,7 +57,7 @@ def test_other_kinds_are_trained_merged_and_exported(home: Path) -> None:
     assert len(version.parents) == 2
 
 
-def test_an_objective_and_rates_of_ones_own_go_down_the_line(home: Path) -> None:
+def test_a_pipeline_runs_with_custom_objective_and_rates(home: Path) -> None:
     spec = EXAMPLES / "methods" / "objective.yaml"
     (version,) = run(
         spec, home, "adapter.steps=4", "adapter.validate_every=2", "report.max_pictures=1", "report.steps=2"
@@ -68,8 +68,8 @@ def test_an_objective_and_rates_of_ones_own_go_down_the_line(home: Path) -> None
     assert recipe["rates"]["optimiser"]["name"] == "adafactor"
 
 
-def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(tmp_path: Path) -> None:
-    home = tmp_path / "home"  # of its own: other examples encode some of these images too
+def test_augmented_images_and_captions_are_trained_on_and_encoded_once(tmp_path: Path) -> None:
+    home = tmp_path / "home"  # not shared: other examples encode some of these images too
     spec = EXAMPLES / "methods" / "data-path.yaml"
     (version,) = run(spec, home, "adapter.steps=2", "report.max_pictures=1", "report.steps=2")
     assert version.aliases == ("staging",)
@@ -78,15 +78,15 @@ def test_pictures_and_captions_that_change_are_trained_on_and_encoded_once(tmp_p
     def encoded() -> dict[Path, int]:
         return {path: path.stat().st_ino for path in (home / "cache" / "latents").rglob("*.safetensors")}
 
-    made = encoded()
-    # Twelve pictures, each as it is and in two other colours.
-    assert len(made) == 36
+    files = encoded()
+    # Twelve images, each unchanged and in two other colors.
+    assert len(files) == 36
     run(spec, home, "adapter.steps=2", "adapter.rank=2", "report.max_pictures=1", "report.steps=2")
-    assert encoded() == made
+    assert encoded() == files
 
 
 @pytest.mark.parametrize("spec", METHODS, ids=lambda path: path.stem)
-def test_every_method_goes_down_the_line(spec: Path, home: Path) -> None:
+def test_a_pipeline_runs_with_every_method(spec: Path, home: Path) -> None:
     trained = "word" if spec.stem == "inversion" else "adapter"
     (version,) = run(spec, home, f"{trained}.steps=2", "report.max_pictures=1", "report.steps=2")
     assert version.aliases == ("staging",)
@@ -101,7 +101,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("base", ["tiny", "sd15", "sdxl"])
-def test_photographs_go_down_the_line_on_every_base(photographs: Path, home: Path, base: str) -> None:
+def test_a_pipeline_of_photographs_runs_on_every_base(photographs: Path, home: Path, base: str) -> None:
     (version,) = run(photographs / f"{base}.yaml", home, "adapter.steps=2")
     assert version.aliases == ("staging",)
     assert len(version.card["data"]) == 9
@@ -109,7 +109,7 @@ def test_photographs_go_down_the_line_on_every_base(photographs: Path, home: Pat
     assert "adapter_config.json" in exported
 
 
-# Each process imports torch anew; `test_training_processes` compares two with one.
+# Each process imports torch again; `test_training_processes` compares two with one.
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_training_leaves_sample_images_of_every_interval(home: Path, processes: int) -> None:
     spec = EXAMPLES / "methods" / "running.yaml"

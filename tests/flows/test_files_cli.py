@@ -1,4 +1,4 @@
-"""The verbs on files, on real files: a small base of the real blocks, adapters of several kinds, whole models."""
+"""Tests the verbs on files with a small base of real blocks, adapters of several kinds, and whole models."""
 
 from __future__ import annotations
 
@@ -52,51 +52,51 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def told(*arguments: object) -> Any:
+def say_json(*arguments: object) -> Any:
     return json.loads(say(*arguments, "--json"))
 
 
-def test_inspect_says_what_a_file_is(files: Path) -> None:
-    adapter = told("inspect", files / "lokr.safetensors")
+def test_inspect_describes_a_file(files: Path) -> None:
+    adapter = say_json("inspect", files / "lokr.safetensors")
     assert (adapter["format"], adapter["family"], list(adapter["kinds"])) == ("loraline", "sd", ["lokr"])
     assert "lokr" in say("inspect", files / "lokr.safetensors")
-    model = told("inspect", files / "base")
+    model = say_json("inspect", files / "base")
     assert model["layout"] == "diffusers"
 
 
 def test_validate_counts_and_compares_with_a_base(files: Path) -> None:
-    counted = told("validate", files / "lora.safetensors", "--base", files / "base")
-    assert counted == {"modules": told("inspect", files / "lora.safetensors")["kinds"]["lora"]}
-    assert "whole" in say("validate", files / "lora.safetensors")
+    counted = say_json("validate", files / "lora.safetensors", "--base", files / "base")
+    assert counted == {"modules": say_json("inspect", files / "lora.safetensors")["kinds"]["lora"]}
+    assert "valid" in say("validate", files / "lora.safetensors")
     with pytest.raises(AdapterError, match="the base"):
         say("validate", files / "lora.safetensors", "--base", "sdxl")
     with pytest.raises(BaseModelError, match="flux"):
         say("validate", files / "lora.safetensors", "--base", "nothing")
 
 
-def test_convert_says_what_it_had_to_suppose(tmp_path: Path) -> None:
+def test_convert_reports_its_assumptions(tmp_path: Path) -> None:
     path = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     lone = {f"{path}.lora_A.weight": torch.ones(2, 320), f"{path}.lora_B.weight": torch.ones(320, 2)}
     save_file(lone, tmp_path / "lone.safetensors")
-    wanted = ("convert", tmp_path / "lone.safetensors", "--to", "kohya", "-o", tmp_path / "out.safetensors")
-    assert "scale 1" in told(*wanted)["assumed"]
-    assert "assumed: scale 1" in say(*wanted)
+    arguments = ("convert", tmp_path / "lone.safetensors", "--to", "kohya", "-o", tmp_path / "out.safetensors")
+    assert "scale 1" in say_json(*arguments)["assumed"]
+    assert "assumed: scale 1" in say(*arguments)
     assert load_file(tmp_path / "out.safetensors").keys() == {
         f"lora_unet_{path.removeprefix('base_model.model.').replace('.', '_')}.{factor}"
         for factor in ("alpha", "lora_down.weight", "lora_up.weight")
     }
 
 
-def test_convert_writes_what_others_read_and_says_what_is_lost(files: Path, tmp_path: Path) -> None:
-    done = told("convert", files / "lora.safetensors", "--to", "kohya", "-o", tmp_path / "k.safetensors")
+def test_convert_writes_another_format_and_reports_losses(files: Path, tmp_path: Path) -> None:
+    done = say_json("convert", files / "lora.safetensors", "--to", "kohya", "-o", tmp_path / "k.safetensors")
     assert [Path(entry["file"]).name for entry in done["files"]] == ["k.safetensors"]
     assert read_adapter(tmp_path / "k.safetensors")[0] == read_adapter(files / "lora.safetensors")[0]
     arguments = ("convert", files / "lokr.safetensors", "--to", "diffusers", "-o", tmp_path / "d")
     with pytest.raises(AdapterError, match="cannot hold"):
         say(*arguments)
-    near = told(*arguments, "--approximate", "--rank", 2, "--base", files / "base")["approximation"]
-    assert 0 < near["retained"] < 1
-    assert near["modules"].keys() == read_adapter(tmp_path / "d")[0].modules.keys() != set()
+    approximation = say_json(*arguments, "--approximate", "--rank", 2, "--base", files / "base")["approximation"]
+    assert 0 < approximation["retained"] < 1
+    assert approximation["modules"].keys() == read_adapter(tmp_path / "d")[0].modules.keys() != set()
     assert "approximated" in say(*arguments, "--approximate", "--rank", 2, "--base", files / "base")
     with pytest.raises(SettingsError, match="kohya"):
         say("convert", files / "lora.safetensors", "--to", "kohia", "-o", tmp_path / "x")
@@ -105,7 +105,7 @@ def test_convert_writes_what_others_read_and_says_what_is_lost(files: Path, tmp_
 @pytest.mark.parametrize("method", [name for name in SPECS if name not in ("concatenate", "svd", "learned")])
 def test_every_method_merges_adapters_of_different_kinds(files: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out.safetensors"
-    report = told("merge", files / "lora.safetensors:0.5", files / "lokr.safetensors", "-m", method, "-o", out)
+    report = say_json("merge", files / "lora.safetensors:0.5", files / "lokr.safetensors", "-m", method, "-o", out)
     assert set() < set(report["modules"]) <= set(read_adapter(files / "lora.safetensors")[0].modules)
     assert read_adapter(out)[1].recipe["method"] == method
 
@@ -124,19 +124,19 @@ def test_merge_takes_settings_and_names_every_method(files: Path, tmp_path: Path
         say(*arguments, "--set", "density")
     with pytest.raises(SpecError, match="FILE:WEIGHT"):
         say("merge", "a:b", "-o", out)
-    helped = " ".join(run("merge", "--help").stdout.split())
-    assert all(name in helped for name in (*SPECS, *CHECKPOINT_METHODS))
+    help_text = " ".join(run("merge", "--help").stdout.split())
+    assert all(name in help_text for name in (*SPECS, *CHECKPOINT_METHODS))
 
 
-def test_kinds_that_need_the_base_say_so_and_take_it(files: Path, tmp_path: Path) -> None:
+def test_kinds_that_need_the_base_are_refused_without_it(files: Path, tmp_path: Path) -> None:
     arguments = ("merge", files / "dora.safetensors", files / "lora.safetensors", "-m", "linear", "-o", tmp_path / "o")
     with pytest.raises(AdapterError, match="base"):
         say(*arguments)
-    assert told(*arguments, "--base", files / "base")["modules"]
+    assert say_json(*arguments, "--base", files / "base")["modules"]
 
 
-def test_resize_says_what_is_kept(files: Path, tmp_path: Path) -> None:
-    report = told("resize", files / "lora.safetensors", "--rank", 1, "-o", tmp_path / "r.safetensors")
+def test_resize_reports_the_kept_norm(files: Path, tmp_path: Path) -> None:
+    report = say_json("resize", files / "lora.safetensors", "--rank", 1, "-o", tmp_path / "r.safetensors")
     assert {entry["rank"] for entry in report["modules"].values()} == {1}
     adapter, card = read_adapter(tmp_path / "r.safetensors")
     assert {delta.rank for delta in adapter.modules.values()} == {1}
@@ -144,22 +144,22 @@ def test_resize_says_what_is_kept(files: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="lokr"):
         say("resize", files / "lokr.safetensors", "--rank", 1, "-o", tmp_path / "x.safetensors")
     shown = say("resize", files / "lokr.safetensors", "--rank", 1, "--others", "lora", "-o", tmp_path / "x.safetensors")
-    assert "of the squared norm is kept" in shown
+    assert "of the squared norm" in shown
 
 
-def test_fuse_take_out_and_extract_go_round(files: Path, tmp_path: Path) -> None:
+def test_fuse_take_out_and_extract_round_trip(files: Path, tmp_path: Path) -> None:
     adapters = (f"{files / 'lora.safetensors'}:0.7", files / "lokr.safetensors")
-    fused = told("fuse", files / "base", *adapters, "-o", tmp_path / "fused")
+    fused = say_json("fuse", files / "base", *adapters, "-o", tmp_path / "fused")
     assert fused["fingerprint"] == "same"
     before, after = load_file(files / "base" / COMPONENT), load_file(tmp_path / "fused" / COMPONENT)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    back = told(
+    back = say_json(
         "fuse", tmp_path / "fused", *adapters, "-o", tmp_path / "back", "--take-out", "--original", files / "base"
     )
     assert back["difference"] < 1e-6
     say("extract", tmp_path / "fused", "--base", files / "base", "--energy", 1.0, "-o", tmp_path / "found.safetensors")
-    found = read_adapter(tmp_path / "found.safetensors")[0]
-    in_unet = {name: delta for name, delta in found.modules.items() if name.startswith("unet.")}
+    extracted = read_adapter(tmp_path / "found.safetensors")[0]
+    in_unet = {name: delta for name, delta in extracted.modules.items() if name.startswith("unet.")}
     assert in_unet
     for name, delta in in_unet.items():
         weight = before[f"{name.removeprefix('unet.')}.weight"]
@@ -169,10 +169,10 @@ def test_fuse_take_out_and_extract_go_round(files: Path, tmp_path: Path) -> None
 
 def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> None:
     write_untrained_base(tmp_path / "a", "sd15", seed=1)
-    told("convert", tmp_path / "a", "--to", "ldm", "-o", tmp_path / "a.safetensors", "--base", "sd15")
-    assert told("inspect", tmp_path / "a.safetensors")["architecture"] == "sd15"
+    say_json("convert", tmp_path / "a", "--to", "ldm", "-o", tmp_path / "a.safetensors", "--base", "sd15")
+    assert say_json("inspect", tmp_path / "a.safetensors")["architecture"] == "sd15"
     assert "tensors" in say("validate", tmp_path / "a.safetensors")
-    done = told(
+    done = say_json(
         "merge", tmp_path / "a.safetensors:0.25", tmp_path / "a.safetensors:0.75", "-o", tmp_path / "m.safetensors"
     )
     first, merged = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "m.safetensors")
@@ -181,13 +181,13 @@ def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> N
     for name, tensor in first.items():
         torch.testing.assert_close(merged[name], tensor)
     arguments = ("convert", tmp_path / "a.safetensors", "--to", "diffusers", "--config", tmp_path / "a")
-    again = told(*arguments, "--tokenizer", tmp_path / "a", "-o", tmp_path / "again")
+    again = say_json(*arguments, "--tokenizer", tmp_path / "a", "-o", tmp_path / "again")
     assert any(entry["file"].endswith(COMPONENT) for entry in again["files"])
     assert load_file(tmp_path / "again" / COMPONENT).keys() == load_file(tmp_path / "a" / COMPONENT).keys()
 
 
 def test_an_embedding_is_inspected_and_validated(tmp_path: Path) -> None:
     save_file({"emb_params": torch.randn(2, 768)}, tmp_path / "zorb.safetensors")
-    (word,) = told("inspect", tmp_path / "zorb.safetensors")["embeddings"]
-    assert (word["token"], word["vectors"]) == ("zorb", 2)
-    assert told("validate", tmp_path / "zorb.safetensors") == {"embeddings": 1}
+    (token,) = say_json("inspect", tmp_path / "zorb.safetensors")["embeddings"]
+    assert (token["token"], token["vectors"]) == ("zorb", 2)
+    assert say_json("validate", tmp_path / "zorb.safetensors") == {"embeddings": 1}

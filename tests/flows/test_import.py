@@ -1,4 +1,4 @@
-"""Foreign files become versions: checked in full, with their own bytes, a stated licence and a recorded origin."""
+"""Tests imports of adapter files: validation, original bytes, stated license, lineage."""
 
 from __future__ import annotations
 
@@ -38,51 +38,51 @@ def opened(home: Path) -> Home:
 
 
 def say(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    return done.stdout
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize("form", sorted(name for name in codecs if name not in ("bfl", "cloneofsimo", "xlabs")))
-def test_an_adapter_of_any_format_is_registered_as_what_it_does(opened: Home, tmp_path: Path, form: str) -> None:
+def test_an_adapter_of_any_format_keeps_its_effect(opened: Home, tmp_path: Path, form: str) -> None:
     path = tmp_path / ("file" if codecs[form].is_folder else "file.safetensors")
     write_random(path, 0, form=form)
-    done = bring_in(opened, path, "foreign")
+    result = bring_in(opened, path, "foreign")
     versions = Versions(opened)
     out = tmp_path / "back.safetensors"
-    versions.checkout_adapter(done.version, out)
+    versions.checkout_adapter(result.version, out)
     bundle = read_bundle(out)
     from lora_engine.merging.compare import compare_adapters
 
     assert compare_adapters(random_adapter(0), bundle.adapter).relative == pytest.approx(0.0, abs=1e-6)
-    assert (done.version.ref, done.version.passed, done.version.gates) == ("foreign@1", None, ())
+    assert (result.version.ref, result.version.passed, result.version.gates) == ("foreign@1", None, ())
     assert (bundle.card.license, bundle.card.base, bundle.adapter.base) == ("MIT", "tiny", "sd")
-    assert done.version.parents == ("base:tiny",)
-    kept = versions.store.files(done.artifact)
-    assert {name: entry.sha256 for name, entry in kept.items()} == dict(done.original)
+    assert result.version.parents == ("base:tiny",)
+    files = versions.store.files(result.artifact)
+    assert {name: entry.sha256 for name, entry in files.items()} == dict(result.original)
 
 
-def test_a_pickled_file_is_read_by_the_child_and_kept_as_it_came(opened: Home, tmp_path: Path) -> None:
+def test_a_pickled_file_is_read_by_the_child_and_its_bytes_are_kept(opened: Home, tmp_path: Path) -> None:
     tensors = load_file(write_random(tmp_path / "k.safetensors", 0))
     torch.save(tensors, tmp_path / "k.pt")
-    done = bring_in(opened, tmp_path / "k.pt", "pickled")
-    assert done.original == {"k.pt": sha256_file(tmp_path / "k.pt")}
+    result = bring_in(opened, tmp_path / "k.pt", "pickled")
+    assert result.original == {"k.pt": sha256_file(tmp_path / "k.pt")}
 
 
-def test_what_had_to_be_supposed_is_in_the_card(opened: Home, tmp_path: Path) -> None:
+def test_assumptions_are_in_the_card(opened: Home, tmp_path: Path) -> None:
     write_random(tmp_path / "folder", 0, form="peft")
     lone = (tmp_path / "folder" / "adapter_model.safetensors").rename(tmp_path / "lone.safetensors")
-    done = bring_in(opened, lone, "lone")
-    Versions(opened).checkout_adapter(done.version, tmp_path / "back.safetensors")
+    result = bring_in(opened, lone, "lone")
+    Versions(opened).checkout_adapter(result.version, tmp_path / "back.safetensors")
     card = read_bundle(tmp_path / "back.safetensors").card
-    assert card.recipe["imported"]["assumed"] == read_bundle(lone).assumed != ""
+    assert card.recipe["imported"]["assumed"] == read_bundle(lone).assumptions != ""
 
 
-def test_what_the_header_says_is_kept_and_what_is_said_here_counts(opened: Home, tmp_path: Path) -> None:
+def test_the_header_is_kept_and_statements_of_the_user_win(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
     header = {"ss_output_name": "Zorb", "modelspec.license": "MIT", "modelspec.trigger_phrase": "old", "ss_tag": "x"}
     save_file(load_file(path), path, header)
-    said = json.loads(
+    imported = json.loads(
         say(
             "import",
             path,
@@ -97,7 +97,7 @@ def test_what_the_header_says_is_kept_and_what_is_said_here_counts(opened: Home,
             "--json",
         )
     )
-    card = said["card"]
+    card = imported["card"]
     assert (card["title"], card["license"], card["trigger"]) == ("Zorb", "Apache-2.0", "new")
     assert card["extra"]["ss_tag"] == "x"
     say("export", "foreign@1", "--to", "kohya", "-o", tmp_path / "out.safetensors")
@@ -107,13 +107,13 @@ def test_what_the_header_says_is_kept_and_what_is_said_here_counts(opened: Home,
 
 
 @pytest.mark.parametrize(("form", "name"), [("loraline", "file.safetensors"), ("kohya", "folder")])
-def test_words_in_a_bundle_or_beside_come_along(opened: Home, tmp_path: Path, form: str, name: str) -> None:
-    word = Embedding("sks", {"text_encoder": torch.ones(1, base_width())})
-    write_adapter(tmp_path / name, random_adapter(0), format=form, embeddings=[word])
-    done = bring_in(opened, tmp_path / name, "bundle")
+def test_learned_tokens_in_or_beside_the_file_are_imported(opened: Home, tmp_path: Path, form: str, name: str) -> None:
+    token = Embedding("sks", {"text_encoder": torch.ones(1, base_width())})
+    write_adapter(tmp_path / name, random_adapter(0), format=form, embeddings=[token])
+    result = bring_in(opened, tmp_path / name, "bundle")
     out = tmp_path / "back.safetensors"
-    Versions(opened).checkout_adapter(done.version, out)
-    assert read_bundle(out).embeddings == (word,)
+    Versions(opened).checkout_adapter(result.version, out)
+    assert read_bundle(out).embeddings == (token,)
 
 
 def base_width() -> int:
@@ -122,34 +122,34 @@ def base_width() -> int:
     return base_module_shapes("tiny")["text_encoder.text_model.embeddings.token_embedding"][1]
 
 
-def test_the_same_bytes_are_the_same_version_and_another_licence_is_another(opened: Home, tmp_path: Path) -> None:
+def test_the_same_bytes_are_the_same_version_and_another_license_is_another(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
     first = bring_in(opened, path, "foreign")
     again = bring_in(opened, path.rename(tmp_path / "renamed.safetensors"), "foreign")
     assert (first.is_new, again.is_new) == (True, False)
     assert again.version == first.version
-    other = bring_in(opened, tmp_path / "renamed.safetensors", "foreign", license_id="Apache-2.0")
-    assert other.version.version == 2
+    relicensed = bring_in(opened, tmp_path / "renamed.safetensors", "foreign", license_id="Apache-2.0")
+    assert relicensed.version.version == 2
     with Versions(opened).lineage.database.read() as session:
-        deeds = [(event.action, event.after) for event in queries.read_events(session, "foreign")]
-    assert deeds == [("import", 1), ("import", 2)]
+        events = [(event.action, event.after) for event in queries.read_events(session, "foreign")]
+    assert events == [("import", 1), ("import", 2)]
 
 
 def test_lineage_leads_from_the_digest_of_the_file_to_the_version_and_back(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
-    done = bring_in(opened, path, "foreign")
+    result = bring_in(opened, path, "foreign")
     lineage = Lineage(opened.lineage_url)
     assert "foreign@1" in {node.id for node in lineage.walk(sha256_file(path), "down").nodes}
-    assert done.artifact.sha256 in {node.id for node in lineage.walk("foreign@1").nodes}
+    assert result.artifact.sha256 in {node.id for node in lineage.walk("foreign@1").nodes}
     (run,) = lineage.runs()
-    assert (run.name, run.status, done.version.run_id) == ("import", "COMPLETED", run.id)
+    assert (run.name, run.status, result.version.run_id) == ("import", "COMPLETED", run.id)
 
 
-def test_a_licence_must_be_stated_and_known_or_said_to_be_unknown(opened: Home, tmp_path: Path) -> None:
+def test_a_license_must_be_in_the_table_or_noassertion(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "k.safetensors", 0, card=Card(title="Zorb", license="Foo-1"))
-    done = CliRunner().invoke(app, ["import", str(path), "--name", "foreign", "--base", "tiny"])
-    assert isinstance(done.exception, SpecError)
-    assert "Foo-1" in str(done.exception)
+    result = CliRunner().invoke(app, ["import", str(path), "--name", "foreign", "--base", "tiny"])
+    assert isinstance(result.exception, SpecError)
+    assert "Foo-1" in str(result.exception)
     with pytest.raises(SpecError, match=r"Apache-2\.0"):
         bring_in(opened, path, "foreign", license_id="Foo-1")
     with pytest.raises(SpecError, match="not in the table"):
@@ -160,11 +160,11 @@ def test_a_licence_must_be_stated_and_known_or_said_to_be_unknown(opened: Home, 
 
 def test_an_alias_with_gates_is_refused_with_its_reason_and_exit_code_1(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
-    told = json.loads(
+    imported = json.loads(
         say("import", path, "--name", "f", "--base", "tiny", "--license", "MIT", "--alias", "staging", "--json", code=1)
     )
-    assert "gates were not run" in told["refused"]
-    assert told["aliases"] == []
+    assert "gates were not run" in imported["refused"]
+    assert imported["aliases"] == []
     free = json.loads(
         say("import", path, "--name", "f", "--base", "tiny", "--license", "MIT", "--alias", "trial", "--json")
     )
@@ -188,8 +188,10 @@ def broken_names(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"what.{name}"] = tensors.pop(name)
 
 
-@pytest.mark.parametrize(("damage", "problem"), [(broken_nan, "NaN"), (broken_shape, "shape"), (broken_names, "name")])
-def test_what_is_not_whole_is_refused_and_nothing_is_registered(
+@pytest.mark.parametrize(
+    ("damage", "problem"), [(broken_nan, "NaN"), (broken_shape, "shape"), (broken_names, "adapter format")]
+)
+def test_an_invalid_file_is_refused_and_nothing_is_registered(
     opened: Home, tmp_path: Path, damage: Damage, problem: str
 ) -> None:
     path = write_random(tmp_path / "k.safetensors", 0)
@@ -213,20 +215,22 @@ def test_a_file_for_another_base_is_refused(opened: Home, tmp_path: Path) -> Non
         import_adapter(opened, write_random(tmp_path / "k.safetensors", 0), ImportRequest("foreign", "sd15", "MIT"))
 
 
-def test_a_version_goes_out_in_every_format_as_a_file_or_a_folder(opened: Home, tmp_path: Path) -> None:
-    done = bring_in(opened, write_random(tmp_path / "k.safetensors", 0), "foreign")
+def test_a_version_is_exported_in_every_format_as_a_file_or_a_folder(opened: Home, tmp_path: Path) -> None:
+    result = bring_in(opened, write_random(tmp_path / "k.safetensors", 0), "foreign")
     for form in (name for name in codecs if name not in ("bfl", "xlabs")):
         base = ["--base", "tiny"] if form == "cloneofsimo" else []
         out = tmp_path / form
-        told = json.loads(say("export", "foreign@1", "--to", form, "-o", out, "--json", *base))
-        assert told["sha256"] == done.version.sha256
+        exported = json.loads(say("export", "foreign@1", "--to", form, "-o", out, "--json", *base))
+        assert exported["sha256"] == result.version.sha256
         assert (
-            [entry["sha256"] for entry in told["files"]] == [sha256_file(Path(e["file"])) for e in told["files"]] != []
+            [entry["sha256"] for entry in exported["files"]]
+            == [sha256_file(Path(e["file"])) for e in exported["files"]]
+            != []
         )
         assert out.is_dir()
     file = tmp_path / "half.safetensors"
-    said = say("export", "foreign@1", "--to", "kohya", "-o", file, "--dtype", "float16")
-    assert said.split() == [str(file), "sha256", sha256_file(file)]
+    output = say("export", "foreign@1", "--to", "kohya", "-o", file, "--dtype", "float16")
+    assert output.split() == [str(file), "sha256", sha256_file(file)]
     factors = {
         name: tensor for name, tensor in load_file(file).items() if name.endswith(("_down.weight", "_up.weight"))
     }
@@ -234,12 +238,12 @@ def test_a_version_goes_out_in_every_format_as_a_file_or_a_folder(opened: Home, 
 
 
 @pytest.mark.parametrize("name", ["out.pt", "taken", "folder.safetensors"])
-def test_an_output_that_is_named_like_something_else_is_refused(opened: Home, tmp_path: Path, name: str) -> None:
+def test_an_output_with_the_suffix_of_another_kind_is_refused(opened: Home, tmp_path: Path, name: str) -> None:
     bring_in(opened, write_random(tmp_path / "k.safetensors", 0), "foreign")
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "folder.safetensors").mkdir()
-    done = CliRunner().invoke(app, ["export", "foreign@1", "--to", "kohya", "-o", str(tmp_path / name)])
-    assert isinstance(done.exception, SpecError)
+    result = CliRunner().invoke(app, ["export", "foreign@1", "--to", "kohya", "-o", str(tmp_path / name)])
+    assert isinstance(result.exception, SpecError)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -271,7 +275,7 @@ def test_a_registered_adapter_may_be_evaluated_and_registered_by_name(tmp_path: 
     assert ("adapter", "foreign@1", "adapter") in list(spec.steps["release"].references())
 
 
-def test_an_imported_version_gets_its_gates_from_a_pipeline_and_keeps_licence_and_parents(
+def test_an_imported_version_gets_its_gates_from_a_pipeline_and_keeps_license_and_parents(
     opened: Home, tmp_path: Path
 ) -> None:
     from tests.flows.conftest import draw_noise

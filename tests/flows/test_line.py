@@ -1,4 +1,4 @@
-"""The whole line: killed, interrupted, two runs at once, a full disk; and the verbs on what it made."""
+"""Tests whole pipelines: killed, interrupted, two runs at once, a full disk; and the verbs on their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.flows.shared import DATABASE, LINE, Trained, training_here, write_lin
 pytestmark = pytest.mark.usefixtures("prefect_server", "trained_here")
 
 TRAINED = LINE[: LINE.index("  report:")]
-# Enough steps to be stopped between two checkpoints.
+# Enough steps to stop it between two checkpoints.
 SHORT = (
     TRAINED.replace("steps: 12, batch: 4", "steps: 40, batch: 2") + "  release:  {uses: register, adapter: adapter}\n"
 )
@@ -43,10 +43,10 @@ def versions(home: Path) -> tuple[AdapterVersion, ...]:
         return opened.list()
 
 
-def test_a_trained_version_is_read_promoted_taken_back_exported_and_used(trained: Trained, tmp_path: Path) -> None:
+def test_a_trained_version_is_shown_promoted_rolled_back_exported_and_used(trained: Trained, tmp_path: Path) -> None:
     home = trained.home.path
     again = say("run", trained.spec, home=home)
-    assert "0 ran, 7 were there already" in again
+    assert "0 ran, 7 cached" in again
     page = (home / "reports" / "small-1.html").read_text()
     assert "data:image/png;base64," in page
     assert "small" in page
@@ -62,7 +62,7 @@ def test_a_trained_version_is_read_promoted_taken_back_exported_and_used(trained
     assert shown["metrics"]["validation_loss"]["adapter"] > 0
 
     say("promote", "small@staging", "--to", "production", "--reason", "looks right", home=home)
-    assert "4 ran, 3 were there already" in say("run", trained.spec, "--set", "adapter.steps=6", home=home)
+    assert "4 ran, 3 cached" in say("run", trained.spec, "--set", "adapter.steps=6", home=home)
     say("promote", "small@staging", "--to", "production", "--reason", "shorter", home=home)
     assert trained.version("production").version == 2
     say("rollback", "small", home=home)
@@ -98,7 +98,7 @@ def test_mlflow_alone_downloads_the_production_version(
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the short line's adapter when nothing stops it."""
+    """Returns the digest of the short pipeline's adapter without interruptions."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with training_here():
         return run_line(write_line(folder, SHORT), Home.open(folder / "home")).sha256
@@ -139,7 +139,7 @@ def wait_for_checkpoint(home: Path, before: set[str], process: subprocess.Popen[
 
 
 def wait_for_children(home: Path) -> None:
-    """Returns once no training is left: its process writes a checkpoint when it sees that the run was killed."""
+    """Waits until no training is left: its process writes a checkpoint when it detects that the run was killed."""
     deadline = time.monotonic() + 120
     while any(os.fsencode(home) in command for command in command_lines()):
         assert time.monotonic() < deadline, "the training outlived its run"
@@ -155,18 +155,18 @@ def command_lines() -> Iterator[bytes]:
 def test_two_runs_at_once_train_once_and_agree(
     spec: Path, home: Path, environment: dict[str, str], prefect_database: Path
 ) -> None:
-    whole = LINE.replace("steps: 12", "steps: 3").replace("max_pictures: 2", "max_pictures: 1")
-    spec.write_text(whole)
+    line = LINE.replace("steps: 12", "steps: 3").replace("max_pictures: 2", "max_pictures: 1")
+    spec.write_text(line)
     part = spec.with_name("part.yaml")
-    part.write_text(whole[: whole.index("  report:")])
-    # The whole line as a user starts it, with a server of its own; the copy saves that server its migrations.
+    part.write_text(line[: line.index("  report:")])
+    # The whole pipeline as a user starts it, with its own server; the copied database has its migrations.
     (home / "prefect").mkdir(parents=True)
     shutil.copy(prefect_database, home / "prefect" / DATABASE)
     alone = {name: value for name, value in environment.items() if not name.startswith("PREFECT_")}
     with loraline_process(alone, "run", spec) as one, loraline_process(environment, "run", part, "--json") as two:
         (text, warnings), (document, progress) = (process.communicate(timeout=600) for process in (one, two))
     assert [one.returncode, two.returncode] == [0, 0], warnings + progress
-    # The summary is on standard output. With --json, that is one document, and the progress is on standard error.
+    # With --json, standard output has one document, and the progress goes to standard error.
     assert "staging -> small@1" in text
     assert "loraline show small@1" in text
     (version,) = versions(home)
@@ -182,25 +182,23 @@ def test_two_runs_at_once_train_once_and_agree(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (["adapter.learning_rate=1e30", "adapter.clip=0.0"], "is inf at step 1"),
         (["adapter.rank=4096"], "4096"),
     ],
 )
-def test_a_training_that_cannot_be_right_fails_and_registers_nothing(
-    trained: Trained, changes: list[str], said: str
-) -> None:
+def test_an_impossible_training_fails_and_registers_nothing(trained: Trained, changes: list[str], message: str) -> None:
     home = trained.home.path
     before = versions(home)
     done = loraline_here("run", trained.spec, *(part for change in changes for part in ("--set", change)), home=home)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert versions(home) == before
 
 
-def test_a_gate_that_fails_keeps_the_alias_back_and_the_exit_code_says_so(trained: Trained) -> None:
+def test_a_failed_gate_refuses_the_alias_and_gives_exit_code_1(trained: Trained) -> None:
     home = trained.home.path
     trained.spec.write_text(LINE.replace("max: 10.0", "max: -10.0"))
     assert "FAILED" in say("run", trained.spec, home=home, code=1)
@@ -218,12 +216,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
+        pytest.skip("cannot mount a small disk")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_is_said_what_was_there_stays_and_the_run_works_once_there_is_room(
+def test_a_full_disk_is_reported_damages_nothing_and_the_run_works_with_free_space(
     trained: Trained, small_disk: Path
 ) -> None:
     home = small_disk / "home"

@@ -1,4 +1,4 @@
-"""The line on real steps that need no model: ingest, preprocess, caption."""
+"""Tests pipelines of steps that need no model: ingest, preprocess, caption."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_second_run_does_nothing_and_a_changed_value_runs_only_what_depends_on
     assert forced.outcomes["prepared"].ref == first.outcomes["prepared"].ref
 
 
-def test_a_new_picture_runs_everything_that_sees_it(pipeline: Write, home: Path) -> None:
+def test_a_new_image_runs_every_downstream_step(pipeline: Write, home: Path) -> None:
     path = pipeline()
     run(path, home)
     draw_noise(path.parent / "images" / "new.png", 99)
@@ -86,13 +86,13 @@ def test_a_damaged_blob_runs_its_producer_again_and_nothing_else(pipeline: Write
 
 
 def store_path(store: Store, digest: str, home: Path) -> Path:
-    (found,) = (home / "store").rglob(digest)
-    return found.relative_to(home / "store")
+    (path,) = (home / "store").rglob(digest)
+    return path.relative_to(home / "store")
 
 
-def test_one_broken_picture_is_set_aside_and_the_run_goes_on(pipeline: Write, home: Path) -> None:
+def test_one_broken_image_is_quarantined_and_the_run_continues(pipeline: Write, home: Path) -> None:
     path = pipeline()
-    (path.parent / "images" / "broken.png").write_text("this is no picture")
+    (path.parent / "images" / "broken.png").write_text("this is no image")
     result = run(path, home)
     store = Store(Home(home.absolute()).store)
     manifest = Manifest.model_validate_json(store.read(result.outcomes["captions"].ref, "manifest.json"))
@@ -100,8 +100,8 @@ def test_one_broken_picture_is_set_aside_and_the_run_goes_on(pipeline: Write, ho
     assert [item.source for item in manifest.quarantined] == ["broken.png"]
 
 
-def test_a_folder_of_broken_pictures_fails_and_says_how_many(pipeline: Write, home: Path) -> None:
-    path = pipeline(pictures=0)
+def test_a_folder_of_broken_images_fails_with_their_number(pipeline: Write, home: Path) -> None:
+    path = pipeline(images=0)
     for index in range(3):
         (path.parent / "images" / f"{index}.png").write_text("no")
     with pytest.raises(DataError, match="3"):
@@ -126,7 +126,7 @@ def test_an_independent_step_is_finished_and_kept_when_another_fails(pipeline: W
     assert planned == {"photos": True, "prepared": True, "captions": True, "others": False}
 
 
-def test_a_stop_between_steps_is_an_interruption_and_the_next_run_goes_on(pipeline: Write, home: Path) -> None:
+def test_a_stop_between_steps_is_an_interruption_and_the_next_run_continues(pipeline: Write, home: Path) -> None:
     path = pipeline(PREPARE.replace("captioner: template", "captioner: files"))
 
     def stop_before_captions(event: StepEvent) -> None:
@@ -143,7 +143,7 @@ def test_a_stop_between_steps_is_an_interruption_and_the_next_run_goes_on(pipeli
     assert ran(run(path, home)) == ["captions"]
 
 
-def test_lineage_reaches_from_a_picture_to_all_that_was_made_of_it(pipeline: Write, home: Path) -> None:
+def test_lineage_leads_from_an_image_to_everything_made_from_it(pipeline: Write, home: Path) -> None:
     path = pipeline()
     result = run(path, home)
     store, lineage = Store(Home(home.absolute()).store), Lineage(Home(home.absolute()).lineage_url)
@@ -151,7 +151,7 @@ def test_lineage_reaches_from_a_picture_to_all_that_was_made_of_it(pipeline: Wri
     down = {node.id for node in lineage.walk(manifest.pictures[0].sha256, "down").nodes}
     assert {outcome.ref.sha256 for outcome in result.outcomes.values()} <= down
     up = {node.id for node in lineage.walk(result.outcomes["captions"].ref.sha256, "up", subjects=True).nodes}
-    assert {picture.sha256 for picture in manifest.pictures} <= up
+    assert {image.sha256 for image in manifest.pictures} <= up
 
 
 def test_equal_work_in_two_homes_gives_equal_artifacts(pipeline: Write, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The plan is computed once: what a run reads, and that what can change later is read when it is shown."""
+"""Tests that a run reads everything once, and that it shows the current state of versions and aliases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each blob of the store and each file of the user is read."""
+    """Counts the reads of each blob of the store and each file of the user."""
     counted: Counter[str] = Counter()
 
     def counting(read: Callable[[LocalBlobs, str], object]) -> Callable[[LocalBlobs, str], object]:
@@ -62,17 +62,19 @@ def test_a_cached_run_and_its_summary_read_each_artifact_and_each_file_of_the_us
     reads.clear()
     result = run_pipeline(spec, trained.home)
     facts = dict(summarize(spec, trained.home, result))
-    assert facts["steps"] == "0 ran, 7 were there already"
+    assert facts["steps"] == "0 ran, 7 cached"
     images = [str(path) for path in (trained.spec.parent / "images").iterdir()]
     assert images
-    # Images of the right size leave preprocessing as they came, so two steps may give the same artifact.
+    # Preprocessing keeps images of the right size, so two steps may have the same output.
     artifacts = Counter(outcome.ref.sha256 for outcome in result.outcomes.values())
     assert {*images, *artifacts} <= set(reads)
     assert {name: count for name, count in reads.items() if count != artifacts.get(name, 1)} == {}
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_run_takes_over_what_the_plan_found_and_records_it(pipeline: Write, home: Path, reads: Counter[str]) -> None:
+def test_a_run_reuses_and_records_the_cached_results_of_its_plan(
+    pipeline: Write, home: Path, reads: Counter[str]
+) -> None:
     path, opened = pipeline(), Home.open(home)
     run_line_without_versions(path, opened)
     reads.clear()
@@ -81,7 +83,7 @@ def test_a_run_takes_over_what_the_plan_found_and_records_it(pipeline: Write, ho
     photos = result.outcomes["photos"].ref.sha256
     assert reads[photos] == 1
     with closing(Lineage(opened.lineage_url)) as lineage:
-        states = {each.step: each.status for each in lineage.executions(lineage.runs()[0].id)}
+        states = {execution.step: execution.status for execution in lineage.executions(lineage.runs()[0].id)}
     assert states == {"photos": "CACHED", "prepared": "CACHED", "captions": "COMPLETED"}
 
 
@@ -89,10 +91,10 @@ def run_line_without_versions(path: Path, home: Home) -> None:
     spec = load_spec(path)
     with closing(Lineage(home.lineage_url)) as lineage:
         run = lineage.start_run(spec.name, spec.source)
-        made = {}
+        outputs = {}
         for name, step in spec.steps.items():
-            inputs = {field: (made[target],) for field, target, _ in step.references()}
-            made[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
+            inputs = {field: (outputs[target],) for field, target, _ in step.references()}
+            outputs[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
         lineage.finish_run(run.id, "COMPLETED")
 
 
@@ -102,13 +104,13 @@ def test_a_cached_run_shows_where_the_alias_is_now(trained: Trained) -> None:
     longer = trained.spec.with_name("longer.yaml")
     longer.write_text(trained.spec.read_text().replace("steps: 12", "steps: 4"))
     run_line(longer, trained.home)
-    assert "staging is at small@2" in say("run", trained.spec, home=home)
+    assert "staging points at small@2" in say("run", trained.spec, home=home)
 
     say("withdraw", "small@1", "--reason", "wrong images", home=home)
     withdrawn = say("run", trained.spec, home=home)
     assert "WITHDRAWN" in withdrawn
     assert "(wrong images)" in withdrawn
-    assert "staging is at small@2" in withdrawn
+    assert "staging points at small@2" in withdrawn
     assert "loraline promote" not in withdrawn
 
     say("delete", "small@1", "--reason", "by request", home=home)
@@ -136,7 +138,7 @@ def test_a_refused_alias_fails_the_cached_run_too_until_the_version_may_have_it(
     run_line(trained.spec, trained.home)
     refused = say("run", trained.spec, home=home, code=1)
     assert "FAILED" in refused
-    assert "staging is at small@1; small@2 was refused: " in refused
+    assert "staging points at small@1; small@2 was refused: " in refused
     assert "validation_loss" in refused
 
 
@@ -153,11 +155,11 @@ def test_a_step_whose_files_change_while_it_runs_fails_and_leaves_nothing_cached
         with listening(change), pytest.raises(DataError, match="changed while it ran"):
             execute(job, {}, opened, run.id)
         assert lineage.find_cached(job.key({})) is None
-        # The same job again: its digests are old now, so the files are read anew.
+        # The same job again: its digests are outdated, so the files are read again.
         outcome = execute(job, {}, opened, run.id)
         assert lineage.find_cached(job.key({})) is None
-        (done,) = (each for each in lineage.executions(run.id) if each.status == "COMPLETED")
-    assert done.settings["files"]["images"] == digest_path(spec.folder / "images").sha256
+        (completed,) = (step for step in lineage.executions(run.id) if step.status == "COMPLETED")
+    assert completed.settings["files"]["images"] == digest_path(spec.folder / "images").sha256
     assert b"late.png" in outcome.summary
 
 

@@ -1,4 +1,4 @@
-"""The verbs on documents and signatures, over a home with a registered adapter of real tensors."""
+"""Tests the verbs on documents and signatures with a registered adapter of real tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOCUMENTS = {"model-card.md", "model-card.html", "provenance.json", "ml-bom.json
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with `zorb@1`, made once."""
+    """Returns a home with `zorb@1`, created once."""
     folder = tmp_path_factory.mktemp("records")
     delta = LoraDelta(down=torch.ones(2, 768), up=torch.ones(8, 2), alpha=2.0)
     card = Card(title="Zorb", base="tiny", trigger="zorb", license="CC-BY-4.0")
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(made: Path, tmp_path: Path) -> Path:
-    """A copy of that home, for one test."""
+    """Returns a copy of that home for one test."""
     return Path(shutil.copytree(made, tmp_path / "home"))
 
 
@@ -49,9 +49,9 @@ def loraline(*arguments: object, home: Path, secret: str = "a secret") -> subpro
 
 
 def done(*arguments: object, home: Path) -> str:
-    found = loraline(*arguments, home=home)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    completed = loraline(*arguments, home=home)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 def test_card_is_printed_and_written(home: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_records_are_written_with_their_digests(home: Path, tmp_path: Path) -> N
         assert sha256_file(Path(entry["file"])) == entry["sha256"]
 
 
-def test_version_is_signed_verified_and_refused_once_it_was_touched(home: Path, tmp_path: Path) -> None:
+def test_version_is_signed_verified_and_refused_without_a_trusted_key(home: Path, tmp_path: Path) -> None:
     key = tmp_path / "release"
     done("keys", "new", key, "--trust", "--days", 30, home=home)
     assert b"ENCRYPTED" in key.read_bytes()
@@ -94,7 +94,7 @@ def test_version_is_signed_verified_and_refused_once_it_was_touched(home: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_export_with_records_is_what_another_program_verifies(home: Path, tmp_path: Path) -> None:
+def test_another_program_verifies_an_export_with_records(home: Path, tmp_path: Path) -> None:
     key = tmp_path / "release"
     done("keys", "new", key, "--without-passphrase", "--trust", home=home)
     done("sign", "zorb@1", "--key", key, home=home)
@@ -103,18 +103,18 @@ def test_export_with_records_is_what_another_program_verifies(home: Path, tmp_pa
     assert {path.name for path in records.iterdir()} == DOCUMENTS | {"signature.json", "adapter.safetensors"}
     signature = records / "signature.json"
     hashed = model_signing.hashing.Config().set_ignored_paths(paths=[signature])
-    other = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key.with_suffix(".pub"))
-    other.set_hashing_config(hashed).set_ignore_unsigned_files(True).verify(records, signature)
+    verifier = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key.with_suffix(".pub"))
+    verifier.set_hashing_config(hashed).set_ignore_unsigned_files(True).verify(records, signature)
     (records / "provenance.json").write_text("{}")
     with pytest.raises(ValueError, match=r"provenance\.json"):
-        other.verify(records, signature)
-    beside = json.loads(
+        verifier.verify(records, signature)
+    exported = json.loads(
         done("export", "zorb", "--to", "kohya", "-o", tmp_path / "z.safetensors", "--with-records", "--json", home=home)
     )
-    assert {Path(entry["file"]).parent.name for entry in beside["records"]} == {"z-records"}
+    assert {Path(entry["file"]).parent.name for entry in exported["records"]} == {"z-records"}
 
 
-def test_verify_finds_what_is_wrong_with_each_part(home: Path) -> None:
+def test_verify_reports_findings_by_check(home: Path) -> None:
     store, versions = open_store(Home.open(home)), Versions(Home.open(home))
     version = versions.show("zorb")
     with versions.lineage.database.read() as session:

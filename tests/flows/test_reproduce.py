@@ -1,4 +1,4 @@
-"""Versions are built again from lineage alone: a merge of registered versions, and a whole training."""
+"""Reproduces versions from lineage alone: a merge of registered versions, and a training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def merged(first: Path, tmp_path: Path) -> tuple[Home, AdapterVersion]:
-    """A home of this test's own, with a version `both@1` that was merged of `one@1` and `two@1`."""
+    """Returns a home for this test, and its version `both@1`, which merges `one@1` and `two@1`."""
     shutil.copytree(first / "home", tmp_path / "home")
     home = Home.open(tmp_path / "home")
     with closing(Lineage(home.lineage_url)) as lineage:
@@ -60,18 +60,18 @@ def merged(first: Path, tmp_path: Path) -> tuple[Home, AdapterVersion]:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where workspaces are made; none may be left at the end."""
+    """Yields the parent folder of workspaces; asserts at the end that none is left."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
-    # Libraries keep caches there too.
+    # Libraries have caches there too.
     assert list(folder.glob("loraline-*")) == []
 
 
 @pytest.fixture
 def rewrite(merged: tuple[Home, AdapterVersion]) -> Rewrite:
-    """Changes what is recorded of the step `mix`."""
+    """Returns a function that edits the recorded execution of the step `mix`."""
 
     def change(edit: Callable[[dict[str, Any]], None]) -> None:
         with closing(Lineage(merged[0].lineage_url)) as lineage, lineage.database.write() as session:
@@ -90,7 +90,7 @@ def build(home: Home, ref: str = "both@1", **options: Any) -> ReproductionReport
 
 
 def content_of(home: Home) -> dict[str, Any]:
-    """All rows of the home's database and the digests of its store."""
+    """Returns all rows of the home's database and the digests of its store."""
     with closing(Lineage(home.lineage_url)) as lineage, lineage.database.read() as session:
         rows = {
             name: sorted(map(str, session.execute(table.select()).all()))
@@ -99,19 +99,19 @@ def content_of(home: Home) -> dict[str, Any]:
     return rows | {"blobs": list(open_store(home).blobs.digests())}
 
 
-def test_a_merge_of_registered_versions_is_built_again_to_the_byte_and_the_home_stays_as_it_is(
+def test_a_merge_of_registered_versions_is_rebuilt_to_the_byte_without_changes_of_the_home(
     merged: tuple[Home, AdapterVersion], temporary: Path
 ) -> None:
     home, version = merged
     before = content_of(home)
-    told = build(home)
-    assert (told.verdict, told.rebuilt) == ("identical", version.sha256)
-    assert [(step.name, step.same) for step in told.steps] == [("mix", True)]
-    assert told.surroundings == []
+    report = build(home)
+    assert (report.verdict, report.rebuilt) == ("identical", version.sha256)
+    assert [(step.name, step.same) for step in report.steps] == [("mix", True)]
+    assert report.environment_diffs == []
     assert content_of(home) == before
 
 
-def test_a_home_that_keeps_its_records_elsewhere_is_not_written_to_either(
+def test_a_database_outside_the_home_is_not_written_to(
     merged: tuple[Home, AdapterVersion], temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORALINE_DATABASE_URL", merged[0].lineage_url)
@@ -120,31 +120,31 @@ def test_a_home_that_keeps_its_records_elsewhere_is_not_written_to_either(
     assert content_of(merged[0]) == before
 
 
-def test_the_recorded_number_of_threads_is_used_and_another_one_is_told(
+def test_the_recorded_number_of_threads_is_used_and_another_number_is_reported(
     merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
     threads = torch.get_num_threads()
     rewrite(lambda values: values["environment"]["compute"].update(threads=threads + 1))
-    assert build(merged[0]).surroundings == []
+    assert build(merged[0]).environment_diffs == []
     assert torch.get_num_threads() == threads
 
     monkeypatch.setattr("tasks.operations.rebuild.recorded_threads", lambda _step: threads)
-    (found,) = build(merged[0]).surroundings
-    assert (found.what, found.before, found.now, found.steps) == ("compute.threads", threads + 1, threads, ("mix",))
+    (diff,) = build(merged[0]).environment_diffs
+    assert (diff.what, diff.before, diff.now, diff.steps) == ("compute.threads", threads + 1, threads, ("mix",))
 
 
-def test_a_package_of_another_version_is_told(
+def test_another_version_of_a_package_is_reported(
     merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite
 ) -> None:
     def age(values: dict[str, Any]) -> None:
         values["environment"]["distributions"] = ["torch==1.0"]
 
     rewrite(age)
-    told = build(merged[0])
-    assert told.verdict == "identical"
-    (torch_row,) = [found for found in told.surroundings if found.what == "packages.torch"]
+    report = build(merged[0])
+    assert report.verdict == "identical"
+    (torch_row,) = [diff for diff in report.environment_diffs if diff.what == "packages.torch"]
     assert torch_row.before == "1.0"
     assert torch_row.now.startswith("2.")
 
@@ -152,7 +152,7 @@ def test_a_package_of_another_version_is_told(
 @pytest.mark.parametrize(
     ("weight", "verdict", "code"), [(0.5 * (1 + 1e-3), "within tolerance", 0), (0.9, "differs", 1)]
 )
-def test_other_weights_are_told_apart_by_how_far_they_are(
+def test_the_verdict_on_different_weights_depends_on_their_distance(
     merged: tuple[Home, AdapterVersion],
     temporary: Path,
     rewrite: Rewrite,
@@ -163,19 +163,19 @@ def test_other_weights_are_told_apart_by_how_far_they_are(
 ) -> None:
     rewrite(lambda values: values["settings"]["settings"].update(weights=[1.0, weight]))
     monkeypatch.setenv("LORALINE_HOME", str(merged[0].path))
-    said = CliRunner().invoke(app, ["reproduce", "both@1", "--json"])
-    assert said.exit_code == code, said.output
-    told = json.loads(said.stdout)
-    assert told["verdict"] == verdict
-    assert (told["weights"]["relative"] <= TOLERANCES["fp32"]) == (code == 0)
-    assert told["sha256"] != told["rebuilt"]
-    assert "recipe.weights" in [change["path"] for change in told["card"]]
+    result = CliRunner().invoke(app, ["reproduce", "both@1", "--json"])
+    assert result.exit_code == code, result.output
+    report = json.loads(result.stdout)
+    assert report["verdict"] == verdict
+    assert (report["weights"]["relative"] <= TOLERANCES["fp32"]) == (code == 0)
+    assert report["sha256"] != report["rebuilt"]
+    assert "recipe.weights" in [change["path"] for change in report["card"]]
 
 
-def test_a_damaged_or_lost_origin_is_refused_with_its_name(merged: tuple[Home, AdapterVersion]) -> None:
+def test_a_damaged_or_missing_source_is_refused_with_its_digest(merged: tuple[Home, AdapterVersion]) -> None:
     home, _ = merged
-    found = find_recipe(home, "both@1").plan
-    ref = next(iter(found.taken.values()))[0]
+    plan = find_recipe(home, "both@1").plan
+    ref = next(iter(plan.reused.values()))[0]
     store = open_store(home)
     digest = store.files(ref)["adapter.safetensors"].sha256
     (blob,) = home.store.rglob(digest)
@@ -188,7 +188,7 @@ def test_a_damaged_or_lost_origin_is_refused_with_its_name(merged: tuple[Home, A
         find_recipe(home, "both@1")
 
 
-def test_lineage_that_lost_a_step_says_what_is_missing(merged: tuple[Home, AdapterVersion], rewrite: Rewrite) -> None:
+def test_a_step_that_is_missing_in_lineage_is_named(merged: tuple[Home, AdapterVersion], rewrite: Rewrite) -> None:
     home, version = merged
     with closing(Lineage(home.lineage_url)) as lineage, lineage.database.write() as session:
         session.scalars(select(ExecutionRow).where(ExecutionRow.step == "mix")).one().status = "FAILED"
@@ -198,7 +198,7 @@ def test_lineage_that_lost_a_step_says_what_is_missing(merged: tuple[Home, Adapt
         find_recipe(home, "both@1")
 
 
-def test_another_base_is_named_with_both_fingerprints_and_needs_to_be_forced(
+def test_another_base_is_refused_with_both_fingerprints_unless_forced(
     merged: tuple[Home, AdapterVersion], temporary: Path, rewrite: Rewrite
 ) -> None:
     rewrite(lambda values: values["settings"]["base"].update(fingerprint="0" * 64))
@@ -208,9 +208,9 @@ def test_another_base_is_named_with_both_fingerprints_and_needs_to_be_forced(
         find_recipe(merged[0], "both@1")
     with pytest.raises(NotReproducible, match="--force-differences"):
         find_recipe(merged[0], "both@1", base="tiny")
-    told = build(merged[0], base="tiny", force=True)
-    assert len(told.doubts) == 1
-    assert [found.what for found in told.surroundings] == ["base.fingerprint"]
+    report = build(merged[0], base="tiny", force=True)
+    assert len(report.warnings) == 1
+    assert [diff.what for diff in report.environment_diffs] == ["base.fingerprint"]
 
 
 def test_a_step_of_another_revision_is_refused_unless_forced(
@@ -219,10 +219,10 @@ def test_a_step_of_another_revision_is_refused_unless_forced(
     rewrite(lambda values: values.update(revision="0"))
     with pytest.raises(NotReproducible, match="revision 0 of merge"):
         find_recipe(merged[0], "both@1")
-    assert "revision" in [found.what for found in build(merged[0], force=True).surroundings]
+    assert "revision" in [diff.what for diff in build(merged[0], force=True).environment_diffs]
 
 
-def test_an_imported_version_says_why_it_cannot_be_reproduced(merged: tuple[Home, AdapterVersion]) -> None:
+def test_an_imported_version_is_refused_with_the_reason(merged: tuple[Home, AdapterVersion]) -> None:
     with pytest.raises(NotReproducible, match="imported from a file"):
         find_recipe(merged[0], "one@1")
 
@@ -257,7 +257,7 @@ def test_a_workspace_that_is_kept_holds_the_same_artifact(
 
 
 @pytest.mark.usefixtures("trained_here")
-def test_a_training_is_built_again_to_the_byte_without_pictures_prompts_and_pipeline(
+def test_a_training_is_rebuilt_to_the_byte_without_images_prompts_and_pipeline(
     trained: Trained, tmp_path: Path, temporary: Path
 ) -> None:
     home, version = trained.home, trained.version()
@@ -267,14 +267,14 @@ def test_a_training_is_built_again_to_the_byte_without_pictures_prompts_and_pipe
     (trained.spec.parent / "prompts.txt").unlink()
 
     before = content_of(home)
-    told = build(home, "small@1")
-    assert (told.verdict, told.rebuilt) == ("identical", version.sha256)
-    states = {step.name: step.same for step in told.steps}
+    report = build(home, "small@1")
+    assert (report.verdict, report.rebuilt) == ("identical", version.sha256)
+    states = {step.name: step.same for step in report.steps}
     assert states == {"photos": None, "prepared": True, "captions": True, "adapter": True, "report": True}
     assert content_of(home) == before
 
     recipe = find_recipe(home, "small@1", given={"photos.images": moved})
-    assert recipe.plan.pieces[0].name == "photos"
+    assert recipe.plan.steps[0].name == "photos"
     draw_noise(moved / "more.png", 9)
-    with pytest.raises(NotReproducible, match="does not hold what step 'photos' read as images"):
+    with pytest.raises(NotReproducible, match="differs from the files that step 'photos' read as images"):
         find_recipe(home, "small@1", given={"photos.images": moved})

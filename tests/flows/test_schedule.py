@@ -1,4 +1,4 @@
-"""Scheduled retraining with a real server and a real worker on loopback."""
+"""Tests scheduled retraining with a real Prefect server and worker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LINE = (
 
 @pytest.fixture
 def environment(tmp_path: Path, prefect_database: Path) -> dict[str, str]:
-    """The settings of a server, a worker and a user of this test alone."""
+    """Returns the environment of a server, a worker and a client for this test."""
     (tmp_path / "prefect").mkdir()
     shutil.copy(prefect_database, tmp_path / "prefect" / DATABASE)
     with socket.socket() as probe:
@@ -68,7 +68,7 @@ def server(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
 
 
 class started:
-    """A process in a group of its own, ended with all of its children when the block ends."""
+    """A process in its own group, which ends with all of its children at the end of the `with` block."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.command, self.environment, self.log = command, environment, log
@@ -89,13 +89,13 @@ class started:
         self.file.close()
 
 
-def wait_for(condition: Any, seconds: float, what: str) -> Any:
+def wait_for(condition: Any, seconds: float, description: str) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(1)
-    raise AssertionError(f"after {seconds} s still not: {what}")
+    raise AssertionError(f"not after {seconds} s: {description}")
 
 
 def post(api: str, path: str, body: dict[str, Any]) -> Any:
@@ -105,7 +105,7 @@ def post(api: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def read(api: str, path: str) -> Any:
-    """What the server has under that path; None where there is nothing."""
+    """Gets an object from the server; None if it does not exist."""
     answer = httpx.get(f"{api}/{path}", timeout=60)
     return None if answer.status_code == 404 else answer.raise_for_status().json()
 
@@ -130,7 +130,7 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
     worker_ran = 0
 
     def retrain() -> None:
-        # Each run of the worker imports everything twice, so most runs call the deployed flow in this process.
+        # Each worker run imports everything twice, so most runs call the flow in this process.
         nonlocal worker_ran
         if worker_ran == runs_of_worker:
             from flows.retrain import retrain as flow
@@ -149,15 +149,15 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
 
     worker = [PREFECT, "worker", "start", "--pool", "local", "--type", "process"]
     with started(worker, environment, tmp_path / "worker.log"):
-        # The worker makes its pool.
+        # The worker creates its pool.
         wait_for(lambda: read(server, "work_pools/local"), 300, "the work pool is there")
         deploy = [PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(config)]
         done = subprocess.run(deploy, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         nightly = read(server, "deployments/name/retrain/nightly")
         assert [schedule["schedule"]["cron"] for schedule in nightly["schedules"]] == ["0 3 * * *"]
-        wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200}
-        scheduled = wait_for(lambda: post(server, "flow_runs/filter", wanted), 300, "runs are SCHEDULED")
+        query = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200}
+        scheduled = wait_for(lambda: post(server, "flow_runs/filter", query), 300, "runs are SCHEDULED")
         assert {run["deployment_id"] for run in scheduled} == {nightly["id"]}
 
         retrain()
@@ -170,5 +170,5 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
 
 
 def ended_run(api: str, run: str) -> Any:
-    found = read(api, f"flow_runs/{run}")
-    return found if found["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+    flow_run = read(api, f"flow_runs/{run}")
+    return flow_run if flow_run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None

@@ -1,4 +1,4 @@
-"""The Prefect server of a run: it serves, it does not outlive its maker, and its end is told of."""
+"""Tests the Prefect server of a run: it serves, ends with its parent, and its failure is reported."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ except PipelineFailed as error:
 
 @pytest.fixture(autouse=True)
 def migrated(home: Path, prefect_database: Path) -> None:
-    """Saves the servers their migrations. The server of `prefect_server` starts without a database."""
+    """Copies a migrated database, so that the servers skip their migrations."""
     (home / "prefect").mkdir(parents=True)
     shutil.copy(prefect_database, home / "prefect" / DATABASE)
 
 
-def start(home: Path, script: str, **more: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | more
+def start(home: Path, script: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | variables
     command = [sys.executable, "-P", "-c", BEGIN + script, str(home)]
-    elsewhere = home.parent / "project"
-    (elsewhere / "flows").mkdir(parents=True, exist_ok=True)  # as projects that use Prefect often have
-    (elsewhere / "flows" / "__init__.py").touch()
+    project = home.parent / "project"
+    (project / "flows").mkdir(parents=True, exist_ok=True)  # common in projects with Prefect
+    (project / "flows" / "__init__.py").touch()
     return subprocess.Popen(
-        command, cwd=elsewhere, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -68,7 +68,7 @@ def is_up(address: str) -> bool:
         return False
 
 
-def test_a_server_serves_flows_and_ends_with_a_maker_that_is_killed(home: Path) -> None:
+def test_a_server_serves_flows_and_ends_when_its_parent_is_killed(home: Path) -> None:
     with start(home, RUN_AND_WAIT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "7\n", process.communicate()[1]
@@ -78,12 +78,12 @@ def test_a_server_serves_flows_and_ends_with_a_maker_that_is_killed(home: Path) 
         os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while is_up(address):
-        assert time.monotonic() < deadline, "the server outlived its maker"
+        assert time.monotonic() < deadline, "the server outlived its parent"
         time.sleep(0.1)
 
 
-def test_a_server_that_is_lost_is_named_with_its_words(home: Path) -> None:
-    # A request that cannot succeed need not be tried again and again.
+def test_a_lost_server_is_reported_with_its_log(home: Path) -> None:
+    # No retries, because the requests cannot succeed.
     with start(home, LOSE_THE_SERVER, PREFECT_CLIENT_MAX_RETRIES="0") as process:
         out, err = process.communicate(timeout=300)
     assert "Prefect's server ended with code -9" in out, err

@@ -22,7 +22,7 @@ steps:
 """
 
 
-def test_steps_come_after_what_they_take_from(pipeline: Write) -> None:
+def test_steps_come_after_their_upstream_steps(pipeline: Write) -> None:
     spec = load_spec(pipeline(WHOLE))
     assert list(spec.steps) == ["photos", "captions", "adapter", "release"]
 
@@ -42,7 +42,7 @@ def test_overrides_change_one_value(pipeline: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "line", "said"),
+    ("before", "after", "line", "message"),
     [
         ("steps: 4", "stepz: 4", 6, "unknown key 'adapter.stepz'"),
         ("steps: 4", "stepz: 4", 6, "did you mean 'steps'"),
@@ -54,12 +54,12 @@ def test_overrides_change_one_value(pipeline: Write) -> None:
         ("steps: 4", "steps: 4, kind: {name: lokr, facto: 8}", 6, "did you mean 'factor'"),
         ("steps: 4", "steps: 4, overrides: {text: {rnk: 8}}", 6, "Allowed: alpha, kind, rank"),
         ("uses: train", "uses: trian", 6, "did you mean 'train'"),
-        ("uses: train, ", "", 6, "does not say what it uses"),
+        ("uses: train, ", "", 6, "lacks the key `uses`"),
         ("adapter: adapter", "adapter: adaptor", 5, "did you mean 'adapter'"),
-        ("adapter: adapter", "adapter: photos", 5, "a step that gives a manifest"),
-        ("dataset: photos", "dataset: captions", 8, "wait for each other"),
+        ("adapter: adapter", "adapter: photos", 5, "a step that produces a manifest"),
+        ("dataset: photos", "dataset: captions", 8, "form a cycle"),
         ("dataset: photos", "dataset: zorb@production", 8, "a registered adapter"),
-        ("images: images/", "images: pictures/", 7, "does not exist"),
+        ("images: images/", "images: missing/", 7, "does not exist"),
         ("images: images/", "images: pipeline.yaml", 7, "is not a folder"),
         ("dataset: captions, ", "", 6, "'adapter.dataset' is missing"),
         ("name: stripes", "name: Stripes!", 1, "name is 'Stripes!'"),
@@ -69,23 +69,23 @@ def test_overrides_change_one_value(pipeline: Write) -> None:
     ],
 )
 def test_mistakes_are_refused_with_file_line_value_and_hint(
-    pipeline: Write, monkeypatch: pytest.MonkeyPatch, before: str, after: str, line: int, said: str
+    pipeline: Write, monkeypatch: pytest.MonkeyPatch, before: str, after: str, line: int, message: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert before in WHOLE
     path = pipeline(WHOLE.replace(before, after))
     with pytest.raises(SpecError) as caught:
         load_spec(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert f"{path}:{line}" in str(caught.value)
 
 
 @pytest.mark.parametrize("override", ["adapter", "adapter.=", "nothing.here=1", "adapter.steps.deep=1"])
-def test_overrides_that_point_nowhere_are_refused(pipeline: Write, override: str) -> None:
+def test_overrides_of_unknown_keys_are_refused(pipeline: Write, override: str) -> None:
     with pytest.raises(SpecError, match="--set"):
         load_spec(pipeline(WHOLE), [override])
 
 
-def test_a_missing_file_says_what_to_give(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot read the pipeline file"):
         load_spec(tmp_path / "nothing.yaml")

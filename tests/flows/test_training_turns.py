@@ -1,4 +1,4 @@
-"""Trainings of one home take turns on a device: between processes, behind a slot that is held, and two at once."""
+"""Tests that trainings of one home take turns on a device: between processes, and with one or two slots."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_two_processes_of_one_home_never_train_at_the_same_time(pipeline, home):
                 if event.kind == "progress" and event.step == name:
                     append(log, f"{name} {count_holders(opened, 'cpu')}\n")
 
-            made = {}
+            outputs = {}
             # The next test trains in a child, which holds the slot with its parent.
             with listening(note), training_here():
                 for step in ("photos", "prepared", "captions", name):
-                    source = {"dataset": (made[spec.steps[step].dataset],)} if step != "photos" else {}
+                    source = {"dataset": (outputs[spec.steps[step].dataset],)} if step != "photos" else {}
                     job = prepare_job(step, spec.steps[step], spec.folder, concurrency=spec.concurrency)
-                    made[step] = execute(job, source, opened, run.id).ref
+                    outputs[step] = execute(job, source, opened, run.id).ref
             tell("trained")
 
         return forked(work)
@@ -102,7 +102,7 @@ def test_a_waiting_training_ends_with_ctrl_c_and_a_second_one_may_be_allowed(pip
         assert [step.cached for step in plan.steps] == [True] * 4
 
 
-def test_a_number_of_trainings_below_one_is_refused_where_it_is_written(pipeline, home):
+def test_a_number_of_trainings_below_one_is_refused_with_file_and_line(pipeline, home):
     path = pipeline("concurrency: 0\n" + ONE)
     refused = loraline_here("run", path, home=home)
     assert refused.returncode == 2

@@ -1,4 +1,4 @@
-"""The verbs of upkeep, run as a user runs them."""
+"""Tests the verbs of upkeep."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.flows.commands import loraline_here as loraline
 
 @pytest.fixture
 def filled(home: Path) -> Home:
-    """A home with one old artifact that nobody needs and one that a recent run made."""
+    """Returns a home with one old unreferenced artifact and one of a recent run."""
     opened = Home.open(home)
     store, lineage = open_store(opened), Lineage(opened.lineage_url)
-    store.put_files("manifest", {"a": b"nobody wants me"})
+    store.put_files("manifest", {"a": b"unreferenced"})
     kept = store.put_files("manifest", {"a": b"made by a run"})
     run = lineage.start_run("stripes", {})
     lineage.record(Execution("e", run.id, "s", "s", "1", "k", output=kept), contents=store.files(kept))
@@ -34,18 +34,18 @@ def filled(home: Path) -> Home:
     return opened
 
 
-def test_gc_says_what_would_go_then_deletes_it(filled: Home, home: Path) -> None:
+def test_gc_lists_in_a_dry_run_what_it_then_deletes(filled: Home, home: Path) -> None:
     planned = loraline("gc", "--dry-run", "--json", home=home)
     assert planned.returncode == 0, planned.stderr
-    told = json.loads(planned.stdout)
-    assert told["dry_run"]
-    assert len(told["items"]) == 2
+    plan = json.loads(planned.stdout)
+    assert plan["dry_run"]
+    assert len(plan["items"]) == 2
     assert len(list(open_store(filled).blobs.digests())) == 4
     done = loraline("gc", home=home)
-    assert "2 things went" in done.stdout
-    assert "2 blobs stay" in done.stdout
+    assert "Deleted 2 items" in done.stdout
+    assert "2 blobs kept" in done.stdout
     assert len(list(open_store(filled).blobs.digests())) == 2
-    assert "0 things went" in loraline("gc", "--grace", "7d", home=home).stdout
+    assert "Deleted 0 items" in loraline("gc", "--grace", "7d", home=home).stdout
 
 
 def test_gc_prunes_the_training_cache(filled: Home) -> None:
@@ -59,7 +59,7 @@ def test_gc_prunes_the_training_cache(filled: Home) -> None:
     assert [path.name for path in filled.cache.rglob("*.safetensors")] == ["new.safetensors"]
 
 
-def test_fsck_finds_and_with_repair_mends(filled: Home, home: Path) -> None:
+def test_fsck_finds_and_repairs_damage(filled: Home, home: Path) -> None:
     assert loraline("fsck", home=home).returncode == 0
     lineage = Lineage(filled.lineage_url)
     (execution,) = lineage.executions()
@@ -69,16 +69,16 @@ def test_fsck_finds_and_with_repair_mends(filled: Home, home: Path) -> None:
     found = loraline("fsck", "--json", home=home)
     assert found.returncode == 1
     assert [problem["severity"] for problem in json.loads(found.stdout)].count("damage") == 1
-    mended = loraline("fsck", "--repair", "--json", home=home)
-    assert mended.returncode == 0, mended.stdout + mended.stderr
-    assert [each["done"] for each in json.loads(mended.stdout)["repaired"]] == [True]
+    repaired = loraline("fsck", "--repair", "--json", home=home)
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    assert [entry["done"] for entry in json.loads(repaired.stdout)["repaired"]] == [True]
 
 
-def test_doctor_passes_here_and_fails_where_something_is_broken(filled: Home, home: Path) -> None:
+def test_doctor_passes_and_fails_with_a_broken_setting(filled: Home, home: Path) -> None:
     good = loraline("doctor", "--json", home=home)
-    found = json.loads(good.stdout)
-    assert good.returncode == 0, found
-    assert {entry["about"] for entry in found} >= {"packages", "home", "device", "store"}
+    findings = json.loads(good.stdout)
+    assert good.returncode == 0, findings
+    assert {entry["about"] for entry in findings} >= {"packages", "home", "device", "store"}
     (filled.path / "loraline.yaml").write_text("stor: x")
     bad = loraline("doctor", home=home)
     assert bad.returncode == 1
@@ -92,21 +92,21 @@ def test_backup_and_restore(filled: Home, home: Path, tmp_path: Path) -> None:
     assert "0 of them new" in loraline("backup", str(tmp_path / "backups"), home=home).stdout
     refused = loraline("restore-backup", str(tmp_path / "backups"), home=home)
     assert refused.returncode == 1
-    assert "something here already" in refused.stderr
+    assert "not empty" in refused.stderr
     new = tmp_path / "new"
-    told = loraline("restore-backup", str(tmp_path / "backups"), "--json", home=new)
-    assert json.loads(told.stdout)["blobs"] == 2
+    restored = loraline("restore-backup", str(tmp_path / "backups"), "--json", home=new)
+    assert json.loads(restored.stdout)["blobs"] == 2
     assert loraline("fsck", home=new).returncode == 0
 
 
-def test_tables_are_copied_to_a_database_that_then_serves(filled: Home, home: Path, tmp_path: Path) -> None:
+def test_tables_are_copied_to_a_database_that_can_be_used(filled: Home, home: Path, tmp_path: Path) -> None:
     other = f"sqlite:///{tmp_path / 'other' / 'lineage.db'}"
     done = loraline("copy-database", other, "--json", home=home)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["runs"] == 1
     again = loraline("copy-database", other, home=home)
     assert again.returncode == 1
-    assert "holds something already" in again.stderr
+    assert "is not empty" in again.stderr
     (filled.path / "loraline.yaml").write_text(f"database: {other}\n")
     filled.lineage_db.unlink()
     assert loraline("fsck", home=home).returncode == 0
@@ -119,5 +119,5 @@ def test_times_are_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "-1h", "1y", "infd", "nan"])
 def test_other_times_are_refused(text: str) -> None:
-    with pytest.raises(SpecError, match="no time"):
+    with pytest.raises(SpecError, match="invalid time"):
         parse_time(text)

@@ -1,4 +1,4 @@
-"""What the laws draw: layers of every type, deltas of every kind, adapters of both."""
+"""Layers of every type, deltas of every kind and random adapters for the law tests."""
 
 import math
 
@@ -11,7 +11,7 @@ from lora_engine.adapters import Adapter, DictTree, LayerOp, LoraDelta, create_a
 from lora_engine.adapters.layer import bias_of
 from lora_engine.errors import SettingsError
 
-# Outputs that butterflies can be made of, inputs that PEFT's blocks divide, and sides that LoKr can split.
+# Sizes that suit butterflies (outputs), PEFT's blocks (inputs) and LoKr's factors.
 LAYERS = {
     "linear": lambda: nn.Linear(20, 8),
     "linear without bias": lambda: nn.Linear(12, 16, bias=False),
@@ -28,7 +28,7 @@ LAYERS = {
     "rms norm": lambda: nn.RMSNorm(8),
     "rms norm of diffusers": lambda: RMSNorm(8, eps=1e-6),
 }
-"""Every type of layer that can carry an adapter, small; the laws, the kinds' own tests and parity share the table."""
+"""One small layer of every type that can carry an adapter, for the law, kind and parity tests."""
 MATRICES = [name for name in LAYERS if "norm" not in name]
 """The layers whose weight has a rank."""
 
@@ -45,14 +45,14 @@ def tree_of(layer):
 
 
 def fresh_delta(layer, kind, rank=2, alpha=None, seed=0, **options):
-    """Returns the delta that `create_adapter` begins with on a layer."""
+    """Returns the delta that `create_adapter` creates for a layer."""
     generator = torch.Generator().manual_seed(seed)
     adapter = create_adapter(tree_of(layer), "*", kind, rank, alpha, options=options, generator=generator)
     return adapter.modules["unet.0"]
 
 
 def moved_delta(layer, kind, rank=2, alpha=None, seed=0, spread=0.3, **options):
-    """Returns a delta as after training: a fresh one, whose every factor is moved."""
+    """Returns a delta as after training: a new one with every factor changed."""
     fresh, generator = fresh_delta(layer, kind, rank, alpha, seed, **options), torch.Generator().manual_seed(seed + 1)
     factors = fresh.factors().items()
     moved = {key: value + spread * torch.randn(value.shape, generator=generator) for key, value in factors}
@@ -73,12 +73,12 @@ def input_of(layer, seed=0):
 
 
 def forward_of(delta, layer, x, multiplier=1.0):
-    """Returns what the delta makes of the layer's output."""
+    """Returns the adapted output of the layer."""
     return delta.forward(x, layer(x), layer.weight, bias_of(layer), op_of(layer), multiplier)
 
 
 def dense_output(delta, layer, x, multiplier=1.0):
-    """Returns what the layer gives with the changed weight and bias: the meaning that `forward` is held to."""
+    """Returns the layer's output with the changed weight and bias, which `forward` must equal."""
     bias, change = bias_of(layer), delta.delta_bias(bias_of(layer))
     if change is not None:
         bias = multiplier * change + (0 if bias is None else bias)
@@ -99,12 +99,12 @@ def probe_for(out):
 
 
 def applies_to(kind, layer):
-    """Whether a kind can be on a layer at all: an adapter with a rank cannot be on a norm."""
+    """Returns True if a kind supports a layer: a kind with a rank does not support norms."""
     return suits_shape(kind, layer.weight.shape)
 
 
 def suits_shape(kind, shape):
-    """Whether a kind can be on a weight of this shape: blocks cannot be made of every number of channels."""
+    """Returns True if a kind supports a weight shape: not every number of channels splits into blocks."""
     try:
         random_delta(kind, shape)
     except SettingsError:
@@ -113,7 +113,7 @@ def suits_shape(kind, shape):
 
 
 def random_delta(kind, shape, rank=2, alpha=3.0, seed=0, dtype=torch.float32, **options):
-    """A delta of the kind with no factor at zero."""
+    """Returns a delta of the kind without zero factors."""
     generator = torch.Generator().manual_seed(seed)
     fresh = kinds[kind].create(torch.randn(shape, generator=generator), None, rank, alpha, generator, **options)
     factors = {key: torch.randn(value.shape, generator=generator) for key, value in fresh.factors().items()}
@@ -156,11 +156,11 @@ ALPHAS = st.one_of(
 
 
 ONE_BLOCK_SIZE = {"peft-oft": 5, "peft-boft": 5}
-"""Kinds whose blocks have one size for all modules in PEFT's format, and a size that many inputs can be cut into."""
+"""Kinds with one block size for all modules in PEFT's format, and a size that divides many inputs."""
 
 
 def names_for(kind, names):
-    """Those of the modules that the kind can be on."""
+    """Returns the modules that the kind supports."""
     size = ONE_BLOCK_SIZE.get(kind, 1)
     return sorted(
         name for name, shape in names.items() if suits_shape(kind, shape) and math.prod(shape[1:]) % size == 0
@@ -169,15 +169,17 @@ def names_for(kind, names):
 
 @st.composite
 def adapters(draw, kind, *, uniform=False, families=("sd", "sdxl"), options=None):
-    """An adapter over a random set of modules, of one kind, with or without one rank and alpha for all."""
+    """Draws an adapter of one kind over random modules; `uniform` uses one rank and alpha for all."""
     family = draw(st.sampled_from(families))
     names = NAMES if family == "sd" else SDXL_NAMES
     chosen = draw(st.lists(st.sampled_from(names_for(kind, names)), min_size=1, max_size=5, unique=True))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     rank, alpha, seed = draw(st.integers(1, 5)), draw(ALPHAS), draw(st.integers(0, 2**31))
     modules = {}
-    for place, name in enumerate(chosen):
-        rank_here, alpha_here = (rank, alpha) if uniform else (draw(st.integers(1, 5)), draw(ALPHAS))
-        rank_here = ONE_BLOCK_SIZE.get(kind, rank_here)
-        modules[name] = random_delta(kind, names[name], rank_here, alpha_here, seed + place, dtype, **(options or {}))
+    for index, name in enumerate(chosen):
+        module_rank, module_alpha = (rank, alpha) if uniform else (draw(st.integers(1, 5)), draw(ALPHAS))
+        module_rank = ONE_BLOCK_SIZE.get(kind, module_rank)
+        modules[name] = random_delta(
+            kind, names[name], module_rank, module_alpha, seed + index, dtype, **(options or {})
+        )
     return Adapter(modules, family, draw(st.sampled_from([None, "0" * 64])))

@@ -1,4 +1,4 @@
-"""Laws that every adapter kind keeps on every type of layer; a kind is tested by being registered."""
+"""Laws for every registered adapter kind on every type of layer."""
 
 import copy
 
@@ -27,7 +27,7 @@ PAIRS = [(kind, name) for kind in kinds for name in LAYERS if applies_to(kind, l
 pairs = pytest.mark.parametrize(("kind", "layer_name"), PAIRS)
 
 
-def test_every_kind_and_every_layer_is_held_to_the_laws():
+def test_the_laws_cover_every_kind_and_layer():
     assert {kind for kind, _ in PAIRS} == set(kinds)
     assert {layer for _, layer in PAIRS} == set(LAYERS)
     assert set(PAIRS) >= {("full", layer) for layer in LAYERS}
@@ -39,7 +39,7 @@ def adapter_of(kind, layer, seed=1):
 
 
 @pairs
-def test_a_fresh_adapter_is_zero_in_effect(kind, layer_name):
+def test_a_new_adapter_has_no_effect(kind, layer_name):
     layer = layer_of(layer_name)
     adapter = create_adapter(tree_of(layer), "*", kind, rank=2, generator=torch.Generator().manual_seed(0))
     delta = adapter.modules["unet.0"]
@@ -59,18 +59,18 @@ def test_forward_is_the_layer_with_the_changed_weight(kind, layer_name, rank, al
     x = input_of(layer, seed)
     with torch.no_grad():
         expected = dense_output(delta, layer, x, multiplier)
-        found = forward_of(delta, layer, x, multiplier)
+        output = forward_of(delta, layer, x, multiplier)
     assert delta.delta_weight(layer.weight).dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("layer_name", [name for name in LAYERS if name.startswith("conv")])
-def test_a_tucker_core_computes_what_its_dense_delta_says(layer_name):
+def test_a_tucker_core_equals_its_dense_delta(layer_name):
     layer = layer_of(layer_name)
     delta, x = tucker_delta(layer.weight.shape), input_of(layer)
     with torch.no_grad():
-        expected, found = dense_output(delta, layer, x, 0.5), forward_of(delta, layer, x, 0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        expected, output = dense_output(delta, layer, x, 0.5), forward_of(delta, layer, x, 0.5)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(delta.without_core().delta_weight(layer.weight), delta.delta_weight(layer.weight))
 
 
@@ -103,7 +103,7 @@ def test_multiplier_0_is_the_base_bit_for_bit(kind, layer_name):
 
 
 @pairs
-def test_detach_restores_the_very_same_base(kind, layer_name):
+def test_detach_restores_the_same_base_modules(kind, layer_name):
     layer = layer_of(layer_name)
     model = nn.Sequential(layer, nn.Identity())
     tree = DictTree({"unet": model})
@@ -132,7 +132,7 @@ def test_detach_restores_the_very_same_base(kind, layer_name):
 
 @pairs
 @pytest.mark.parametrize("first_off", [0, 1])
-def test_stacked_attachments_come_off_in_any_order(kind, layer_name, first_off):
+def test_stacked_attachments_detach_in_any_order(kind, layer_name, first_off):
     layer = layer_of(layer_name)
     tree, x = tree_of(layer), input_of(layer)
     both = [attach(tree, adapter_of(kind, layer, seed), 0.5) for seed in (1, 2)]
@@ -146,8 +146,8 @@ def test_stacked_attachments_come_off_in_any_order(kind, layer_name, first_off):
 
 
 @pairs
-def test_a_stack_adds_up_what_each_adapter_makes_of_the_base(kind, layer_name):
-    """No delta scales or turns what another adapter added."""
+def test_stacked_adapters_add_their_differences_to_the_base(kind, layer_name):
+    """No delta scales or rotates the difference of another adapter."""
     layer, x = layer_of(layer_name), input_of(layer_of(layer_name))
     tree, own = tree_of(layer), random_delta(kind, layer.weight.shape, seed=1)
     other = random_delta("full", layer.weight.shape, seed=2)
@@ -158,9 +158,9 @@ def test_a_stack_adds_up_what_each_adapter_makes_of_the_base(kind, layer_name):
     for order in ((own, other), (other, own)):
         lower, upper = (attach(tree, Adapter({"unet.0": delta})) for delta in order)
         with torch.no_grad(), lower, upper:
-            found = tree.get_module("unet.0")(x)
+            output = tree.get_module("unet.0")(x)
             upper.detach()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pairs
@@ -179,7 +179,7 @@ def test_the_output_has_the_dtype_of_the_base(kind, layer_name, dtype):
 
 
 def test_wrong_delta_fails_the_law():
-    """Negative control: a forward that forgets the scale is caught."""
+    """Negative control: a forward without the scale fails."""
 
     class Forgetful(LoraDelta):
         @property

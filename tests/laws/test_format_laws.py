@@ -1,4 +1,4 @@
-"""Laws that every format keeps for every kind that it can hold; a format is tested by being registered."""
+"""Laws for every registered format and every kind that it supports."""
 
 import os
 import subprocess
@@ -18,13 +18,13 @@ from lora_engine.formats.kohya import KohyaCodec
 
 pairs = pytest.mark.parametrize(
     ("form", "kind"),
-    [(codec, kind) for codec, entry in codecs.items() for kind in kinds if kind in entry.style.spellings],
+    [(codec, kind) for codec, entry in codecs.items() for kind in kinds if kind in entry.key_layout.factor_keys],
 )
 few = settings(max_examples=15)
 fewer = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])  # they write files
 
 
-# What a format holds of a kind only under a setting: ComfyUI applies a magnitude of the outputs otherwise.
+# Settings under which a format supports a kind: ComfyUI applies a magnitude of the outputs differently.
 OPTIONS = {("comfyui", "dora"): {"axis": "input"}}
 
 
@@ -44,7 +44,7 @@ def names_of(adapter):
 @pairs
 @few
 @given(data=st.data())
-def test_decode_of_encode_is_the_adapter_and_one_rank_and_alpha_are_held_exactly(form, kind, data):
+def test_decode_inverts_encode_and_one_rank_and_alpha_are_exact(form, kind, data):
     uniform = data.draw(st.booleans())
     adapter = data.draw(adapters(kind, uniform=uniform, **suited(form, kind)))
     codec = codecs[form]
@@ -81,12 +81,12 @@ def test_a_file_read_and_written_again_has_the_same_bytes(form, kind, data, tmp_
     second = write_adapter(folder / "second", back, format=form, card=back_card, module_names=names)
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
     assert read_adapter(folder / "first")[0] == back, "our own files need no base"
-    found = inspect(folder / "first")
-    assert found["format"] == ("kohya" if isinstance(codecs[form], KohyaCodec) else form)
-    assert found["kinds"] == {kind: len(adapter.modules)}
+    summary = inspect(folder / "first")
+    assert summary["format"] == ("kohya" if isinstance(codecs[form], KohyaCodec) else form)
+    assert summary["kinds"] == {kind: len(adapter.modules)}
 
 
-@pytest.mark.parametrize("form", [name for name, codec in codecs.items() if "lora" in codec.style.spellings])
+@pytest.mark.parametrize("form", [name for name, codec in codecs.items() if "lora" in codec.key_layout.factor_keys])
 def test_a_tucker_core_keeps_its_meaning_in_every_format(form):
     name = "unet.down_blocks.0.resnets.0.conv1"
     adapter = Adapter({name: tucker_delta(NAMES[name])}, "sd")
@@ -103,7 +103,7 @@ UNKNOWN = "unet.mid_block.attentions.0.proj_out"
 @pytest.mark.parametrize("kind", kinds)
 def test_an_unknown_module_of_the_base_is_refused_by_every_format(kind):
     to_export = random_delta(kind, (4, 4)).to_export().kind
-    able = [name for name, codec in codecs.items() if to_export in codec.style.spellings]
+    able = [name for name, codec in codecs.items() if to_export in codec.key_layout.factor_keys]
     assert "loraline" in able, "the stored format holds every kind"
     for name in able:
         codec, options = codecs[name], OPTIONS.get((name, kind), {})
@@ -113,7 +113,7 @@ def test_an_unknown_module_of_the_base_is_refused_by_every_format(kind):
             codec.decode(tensors, metadata, NAMES)
 
 
-# Run twice, with `folder`, `names` and `forms`: in this process, and in another one.
+# Runs with `folder`, `names` and `forms` in this process and in another one.
 WRITE = """
 from pathlib import Path
 import torch
@@ -130,18 +130,18 @@ for form in forms:
 
 
 def test_equal_adapters_give_equal_bytes_in_every_process(tmp_path):
-    """Sets of strings have another order in another process, since its hash seed is another."""
-    forms = [form for form, codec in codecs.items() if "lora" in codec.style.spellings]
+    """The other process has another hash seed, and thus another order of sets of strings."""
+    forms = [form for form, codec in codecs.items() if "lora" in codec.key_layout.factor_keys]
     forms = [form for form in forms if "sd" in suited(form, "lora")["families"]]
-    found, given = {}, {"names": {n: shape for n, shape in NAMES.items() if len(shape) == 2}, "forms": forms}
-    exec(WRITE, {"folder": tmp_path / "here", **given})
-    script = "".join(f"{key} = {value!r}\n" for key, value in given.items())
+    files_of, inputs = {}, {"names": {n: shape for n, shape in NAMES.items() if len(shape) == 2}, "forms": forms}
+    exec(WRITE, {"folder": tmp_path / "here", **inputs})
+    script = "".join(f"{key} = {value!r}\n" for key, value in inputs.items())
     script += f"folder = {str(tmp_path / 'there')!r}\n{WRITE}"
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300, env={**os.environ, "PYTHONHASHSEED": other})
-    for place in ("here", "there"):
-        files = sorted(path for path in (tmp_path / place).rglob("*") if path.is_file())
-        found[place] = [(str(path.relative_to(tmp_path / place)), path.read_bytes()) for path in files]
-    assert {name.split("/")[0].removesuffix(".safetensors") for name, _ in found["here"]} == set(forms)
+    for folder in ("here", "there"):
+        files = sorted(path for path in (tmp_path / folder).rglob("*") if path.is_file())
+        files_of[folder] = [(str(path.relative_to(tmp_path / folder)), path.read_bytes()) for path in files]
+    assert {name.split("/")[0].removesuffix(".safetensors") for name, _ in files_of["here"]} == set(forms)
     assert len(forms) > 5
-    assert found["here"] == found["there"]
+    assert files_of["here"] == files_of["there"]

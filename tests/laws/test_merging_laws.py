@@ -1,4 +1,4 @@
-"""Laws of every merge method in the registry, and of the exact linear combination."""
+"""Laws for every registered merge method, and for the exact linear combination."""
 
 import itertools
 
@@ -27,7 +27,7 @@ DRAWING = sorted(name for name, method in METHODS.items() if isinstance(method, 
 
 
 def options_of(name, **more):
-    """Options under which the method drops nothing, as far as it has them."""
+    """Returns options with which the method drops nothing."""
     fields = SPECS[name].model_fields
     fused_forward = {key: value for key, value in {"density": 1.0, "window": 0.0}.items() if key in fields}
     return SPECS[name](**{**fused_forward, **NEEDED.get(name, {}), **more})
@@ -37,21 +37,21 @@ def dense(adapter, name):
     return adapter.modules[name].delta_weight(torch.zeros(SDXL_NAMES[name], dtype=torch.float64))
 
 
-def close(found, expected, tolerance=1e-5):
-    return float((found - expected).norm()) <= tolerance * float(expected.norm())
+def close(result, expected, tolerance=1e-5):
+    return float((result - expected).norm()) <= tolerance * float(expected.norm())
 
 
 def random_adapter(seed, names=(NAME, OTHER), rank=3):
-    """Adapters of different seeds have something in common, as those of one task have."""
+    """Returns a random adapter; adapters of different seeds share a common part, like those of one task."""
     modules = {}
-    for place, name in enumerate(names):
-        common, own = (random_delta("lora", NAMES[name], rank, 2.0, number + place) for number in (1000, seed))
-        modules[name] = own.with_factors({k: f + 0.5 * own.factors()[k] for k, f in common.factors().items()})
+    for index, name in enumerate(names):
+        common, specific = (random_delta("lora", NAMES[name], rank, 2.0, number + index) for number in (1000, seed))
+        modules[name] = specific.with_factors({k: f + 0.5 * specific.factors()[k] for k, f in common.factors().items()})
     return Adapter(modules, "sd")
 
 
 def copies(name, adapter):
-    """The adapter as often as the method takes adapters at the least, with weights that add up to 1."""
+    """Returns the minimum number of copies that the method needs, with weights that sum to 1."""
     count = METHODS[name].adapters or 1
     return [adapter] * count, [1.0 / count] * count
 
@@ -112,7 +112,7 @@ def test_another_seed_drops_other_elements(name):
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_what_is_dropped_of_an_adapter_does_not_depend_on_its_company(name):
+def test_dropped_elements_do_not_depend_on_the_other_adapters(name):
     one, two = random_adapter(0), random_adapter(10)
     options = SPECS[name](kind="full")
     alone = dense(merge_adapters([one], [1.0], options, seed=3)[0], OTHER)
@@ -125,13 +125,13 @@ def test_what_is_dropped_of_an_adapter_does_not_depend_on_its_company(name):
     assert 0 < int((alone == 0).sum()) < alone.numel()
 
 
-# Weights of these are shares: twice all of them is the same merge.
+# These methods normalize the weights: doubling all gives the same merge.
 SHARES = {"interpolate", "slerp", "model-stock", "geometric-median"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("factor", [2.0, 0.25])
-def test_weights_scale_the_merge_or_are_shares(name, factor):
+def test_weights_scale_the_merge_or_are_normalized(name, factor):
     parts, options = [random_adapter(0), random_adapter(10)], SPECS[name](**NEEDED.get(name, {}))
     options = options if name in ("svd", "concatenate") else options.model_copy(update={"kind": "full"})
     merged, _ = merge_adapters(parts, [0.8, 0.4], options, seed=1)
@@ -168,7 +168,7 @@ NONSENSE = {
 @pytest.mark.parametrize(
     ("name", "field"), [(name, field) for name in METHODS for field in NONSENSE if field in SPECS[name].model_fields]
 )
-def test_nonsense_is_refused(name, field):
+def test_invalid_options_are_refused(name, field):
     with pytest.raises(ValidationError, match=field):
         SPECS[name](**{**NEEDED.get(name, {}), field: NONSENSE[field]})
 
@@ -192,15 +192,15 @@ def test_methods_merge_across_kinds(name, kind):
     parts = [Adapter({"unet.layer": first}), Adapter({"unet.layer": second})]
     stored = {} if name == "svd" else {"kind": "full"}
     if needs_base_values(first):
-        with pytest.raises(EngineError, match=f"unet.layer: an adapter of kind '{kind}'.*base's weight"):
+        with pytest.raises(EngineError, match=f"unet.layer: the delta of an adapter of kind '{kind}'.*base's weight"):
             merge_adapters(parts, [0.5, 0.5], options_of(name, **stored))
     base = {"unet": torch.nn.ModuleDict({"layer": layer})}
     merged, _ = merge_adapters(parts, [0.5, 0.5], options_of(name, **stored), base=base)
-    found, sums = merged.modules["unet.layer"].delta_weight(weight), [d.delta_weight(weight) for d in (first, second)]
-    assert bool(torch.isfinite(found).all())
-    assert bool(found.any())
+    result, sums = merged.modules["unet.layer"].delta_weight(weight), [d.delta_weight(weight) for d in (first, second)]
+    assert bool(torch.isfinite(result).all())
+    assert bool(result.any())
     if name in ("linear", "interpolate", "svd", "dare", "magnitude-prune", "learned"):
-        assert close(found, 0.5 * sum(sums), 1e-4)
+        assert close(result, 0.5 * sum(sums), 1e-4)
 
 
 @few

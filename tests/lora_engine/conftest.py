@@ -1,4 +1,4 @@
-"""What the folders of the engine's tests share: untrained bases, each written once a run."""
+"""Shared fixtures of the engine's tests: untrained bases, each written once per run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_engine.checkpoints import convert_checkpoint
 
 @pytest.fixture(scope="session")
 def untrained_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of an untrained base, by its shape. All tests of all workers read the same: copy it to change it."""
+    """Returns the folder of an untrained base by its shape. All workers share it: copy it before changing it."""
     root = tmp_path_factory.getbasetemp()
     root = (root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root) / "untrained"
     root.mkdir(exist_ok=True)
@@ -26,7 +26,7 @@ def untrained_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     def folder_of(shape: str) -> Path:
         folder, partial = root / shape, root / f"{shape}.partial"
         with FileLock(root / f"{shape}.lock"), warnings.catch_warnings():
-            # Saving a pipeline without a safety checker makes diffusers say so.
+            # Saving a pipeline without a safety checker makes diffusers warn.
             warnings.simplefilter("ignore")
             if not folder.exists():
                 write_untrained_base(partial, shape).rename(folder)
@@ -37,14 +37,14 @@ def untrained_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 @pytest.fixture(scope="session")
 def untrained_file(untrained_base: Callable[[str], Path]) -> Callable[[str], Path]:
-    """The same bases as original single files."""
+    """Returns the single file of an untrained base by its shape."""
 
     @functools.cache
     def file_of(shape: str) -> Path:
         folder = untrained_base(shape)
         file = folder.with_name(f"{shape}.safetensors")
         with FileLock(folder.with_name(f"{file.name}.lock")):
-            # The file appears under its name when it is whole.
+            # The file gets its name only when it is complete.
             return file if file.exists() else convert_checkpoint(folder, file, to="ldm")[0]
 
     return file_of

@@ -1,4 +1,4 @@
-"""How many threads torch computes with: one for a small base, what the environment says otherwise; put back after."""
+"""The number of torch's threads: one for small bases, else `OMP_NUM_THREADS`; restored afterwards."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ print(torch.get_num_threads())
 
 
 @pytest.fixture
-def free(monkeypatch):
+def unset_threads(monkeypatch):
     monkeypatch.delenv(THREADS, raising=False)
 
 
 @pytest.fixture
 def large(tmp_path: Path):
-    """A base of more than 64 MiB; a sparse one, since its weights are not read."""
+    """A base of more than 64 MiB, as a sparse file: its weights are not read."""
     folder = tmp_path / "large"
     shutil.copytree(resolve_base("tiny").folder, folder)
     os.truncate(folder / "unet" / "diffusion_pytorch_model.safetensors", 80 * 2**20)
     return resolve_base(str(folder))
 
 
-def test_one_thread_for_small_bases_alone(free, large):
+def test_only_small_bases_use_one_thread(unset_threads, large):
     tiny = resolve_base("tiny")
     assert large.size > 64 * 2**20 > tiny.size > 2**20
     assert fitting_threads([tiny]) == fitting_threads([tiny, tiny]) == 1
@@ -51,7 +51,7 @@ def test_the_environment_wins(monkeypatch):
     assert fitting_threads([resolve_base("tiny")]) is None
 
 
-def test_the_number_is_put_back(free):
+def test_the_number_of_threads_is_restored(unset_threads):
     before = torch.get_num_threads()
 
     def fails() -> None:
@@ -67,7 +67,7 @@ def test_the_number_is_put_back(free):
         assert torch.get_num_threads() == before
 
 
-def test_torch_is_not_imported_for_it():
+def test_setting_threads_does_not_import_torch():
     environment = {name: value for name, value in os.environ.items() if name != THREADS}
     run = subprocess.run([sys.executable, "-c", NO_TORCH], env=environment, capture_output=True, text=True, check=True)
     assert int(run.stdout) == os.cpu_count()

@@ -1,4 +1,4 @@
-"""Files written whole: what is appended piece by piece is what lies there."""
+"""Appending chunks to files and writing them atomically."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 from lora_engine.files import append_chunks, atomic_write
 
 
-def test_pieces_of_every_size_lie_one_after_another(tmp_path: Path) -> None:
+def test_chunks_of_every_size_are_appended_in_order(tmp_path: Path) -> None:
     draw = random.Random(0)
     pieces = [draw.randbytes(size) for size in (0, 1, 7, 4095, 1 << 20, (9 << 20) + 5, 3)]
-    chunks = [piece if place % 2 else memoryview(piece) for place, piece in enumerate(pieces)]
+    chunks = [piece if index % 2 else memoryview(piece) for index, piece in enumerate(pieces)]
     atomic_write(tmp_path / "out", lambda file: append_chunks(file, chunks))
     assert (tmp_path / "out").read_bytes() == b"".join(pieces)
 
 
-def test_what_was_written_before_and_after_keeps_its_place(tmp_path: Path) -> None:
+def test_earlier_and_later_writes_keep_their_positions(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as file:
         file.write(b"first ")
         append_chunks(file, [b"second "])
@@ -29,9 +29,7 @@ def test_what_was_written_before_and_after_keeps_its_place(tmp_path: Path) -> No
     assert (tmp_path / "out").read_bytes() == b"FIRST second third"
 
 
-def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, view: plain(descriptor, view[:1000]))
     content = random.Random(1).randbytes(12345)
@@ -40,7 +38,7 @@ def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
     assert (tmp_path / "out").read_bytes() == content
 
 
-def test_where_the_system_takes_no_advice_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_posix_fadvise_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     content = random.Random(2).randbytes(9 << 20)
     with (tmp_path / "out").open("wb") as file:
@@ -48,7 +46,7 @@ def test_where_the_system_takes_no_advice_the_file_is_the_same(tmp_path: Path, m
     assert (tmp_path / "out").read_bytes() == content
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
-def test_a_full_disk_is_said() -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_raises_an_error() -> None:
     with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as file:
         append_chunks(file, [bytes(10)])

@@ -1,4 +1,4 @@
-"""Tiny random models of the real classes, and what they compute under an adapter of ours."""
+"""Tiny random models of the real classes, and their outputs with our adapters attached."""
 
 from functools import cache
 
@@ -69,7 +69,7 @@ def make_unet():
 
 @cache
 def plain_pipeline():
-    """Returns a pipeline for attaching alone: nobody loads a file into it."""
+    """Returns a shared pipeline for attaching only; no test loads a file into it."""
     return make_pipeline()
 
 
@@ -83,7 +83,7 @@ def pipeline_shapes():
 
 
 def adapter_for(kind="lora", ranks=(2,), alphas=(1.0,), targets=("all", "text")):
-    """Returns a random adapter for the pipeline, whose ranks and alphas take turns."""
+    """Returns a random adapter for the pipeline with alternating ranks and alphas."""
     shapes = pipeline_shapes()
     modules = {
         name: random_delta(kind, shapes[name], ranks[place % len(ranks)], alphas[place % len(alphas)], place)
@@ -94,13 +94,13 @@ def adapter_for(kind="lora", ranks=(2,), alphas=(1.0,), targets=("all", "text"))
 
 @torch.no_grad()
 def predict(pipeline):
-    """Returns what the two adapted networks compute together."""
+    """Returns the combined output of the two adapted networks."""
     noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     states = pipeline.text_encoder(torch.tensor([[52, 3, 1, 53]])).last_hidden_state
     return pipeline.unet(noisy, torch.tensor([500]), states).sample
 
 
 def ours(adapter, compute=predict):
-    """Returns what the pipeline computes with the adapter attached."""
+    """Returns the output of the pipeline with the adapter attached."""
     with attach(tree_of(plain_pipeline()), adapter):
         return compute(plain_pipeline())

@@ -1,7 +1,7 @@
-"""PEFT's and LyCORIS' modules beside ours on the layers of the laws: how each is made, and which cells a peer lacks.
+"""PEFT's and LyCORIS' modules beside ours on the layers of the laws: how each is built, and which cells a peer lacks.
 
-A new kind, a new type of layer or a new form of a peer gets its cells by being in a table; what a peer cannot do stands
-in `EXCEPTIONS`, and the matrix checks that the peer still cannot.
+A new kind, type of layer or form of a peer gets its cells from its entry in a table. `EXCEPTIONS` lists what a peer
+cannot do, and the matrix checks that it still cannot.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Form:
     Attributes:
         kind: Name of our kind.
         make: LyCORIS' class, or PEFT's configuration for the names of the modules.
-        options: LyCORIS' own.
+        options: Options of LyCORIS' class.
         layers: Names of layers; a kind's first form has all.
-        gradients: Factors of ours to the factor between PEFT's gradient and ours; None means that they differ.
-        half: What half the strength is in the peer: "same" as ours, "other", or "" where it has no strength.
-        alters_alpha: Whether the file's alpha means nothing, so that we write another one.
+        gradients: Ratio of PEFT's gradient to ours by our factor; None means that they differ.
+        half: Half strength in the peer: "same" as ours, "other", or "" if the peer has no strength.
+        alters_alpha: True if the file's alpha has no meaning and we write another one.
     """
 
     kind: str
@@ -60,20 +60,20 @@ class Form:
 
     @property
     def read_as(self) -> str:
-        """Name of the kind that a file of this form is read as."""
+        """Name of the kind that we read from a file of this form."""
         return "lora" if self.kind == "rslora" else self.kind
 
 
 @dataclass(frozen=True)
 class Exception_:
-    """Cells that are not as they should be.
+    """Cells that deviate from parity.
 
     Attributes:
         form: Pattern of a form's name.
         layers: Names of layers.
-        kind: "refused" by the peer, "unread" by us, "weight" where the peer's output departs from its own merged
-            weight, or "output" where the peer cannot merge.
-        match: Of the error; None where a wrong output is no error.
+        kind: "refused" by the peer, "unread" by us, "weight" if the peer's output differs from its own merged weight,
+            or "output" if the peer cannot merge.
+        match: Pattern of the error; None if a wrong output raises no error.
     """
 
     peer: str
@@ -83,7 +83,7 @@ class Exception_:
     match: str | None = None
 
 
-# What more than the kind's first form is held to: another form of the factors, not another way to apply the weight.
+# Further forms of the factors beside the kind's first one; they do not change how the weight is applied.
 SOME = {"layers": ("linear", "linear without bias", "conv 3x3", "conv 1x1", "conv grouped")}
 LYCORIS = {
     "lora": Form("lora", LoConModule),
@@ -106,7 +106,7 @@ LYCORIS = {
     "full": Form("full", FullModule, layers=MATRICES),
     "full of a norm": Form("full", NormModule, layers=NORMS),
 }
-# LyCORIS lets gradients through DoRA's norm, which the paper holds (section 4.3), as PEFT does and we do.
+# LyCORIS lets gradients through DoRA's norm, which the paper detaches (section 4.3), as PEFT does and we do.
 LYCORIS |= {
     f"dora of {name} on {axis}": replace(
         form,
@@ -205,14 +205,14 @@ EXCEPTIONS = [
     Exception_("lycoris", "[!f]*", (*NORMS, "embedding"), "refused", "not supported in"),
     Exception_("lycoris", "full", ("embedding",), "refused", "not supported in"),
     Exception_("lycoris", "ia3 on input", ("conv grouped",), "refused", "must match the size"),
-    # LyCORIS pads with zeros, whatever the layer does.
+    # LyCORIS always pads with zeros.
     Exception_("lycoris", "*", ("conv circular",), "weight"),
     Exception_("peft", "*", NORMS, "refused", "not supported"),
     Exception_("peft", "dora", ("embedding",), "unread", "rank is not that of"),
     Exception_("peft", "lo[hk]*", ("embedding",), "refused", "not supported"),
     Exception_("peft", "ia3*", ("embedding",), "refused", "not supported"),
     Exception_("peft", "boft", ("embedding",), "refused", "not supported"),
-    # PEFT's second factor has a share of the rank for each group: another meaning than a low rank of the weight.
+    # PEFT's second factor has a share of the rank for each group, which is not a low rank of the weight.
     *(
         Exception_("peft", form, ("conv grouped",), "unread", "rank is not that of")
         for form in ("lora*", "rslora", "dora")
@@ -237,24 +237,25 @@ EXCEPTIONS = [
 
 
 def exception_of(peer: str, form: str, layer: str) -> Exception_ | None:
-    """Returns the first exception that means a cell, or None."""
+    """Returns the first exception that matches a cell; None if there is none."""
     return next(
-        (one for one in EXCEPTIONS if one.peer == peer and fnmatchcase(form, one.form) and layer in one.layers), None
+        (item for item in EXCEPTIONS if item.peer == peer and fnmatchcase(form, item.form) and layer in item.layers),
+        None,
     )
 
 
 @dataclass
 class Pair:
-    """A peer's module on a layer, and ours of the same factors.
+    """A peer's module on a layer, and our delta with the same factors.
 
     Attributes:
         layer: The layer, without an adapter.
-        delta: Ours, read from what the peer saves.
-        tensors: What the peer saves, by the name that our stored format has; empty for PEFT, which saves folders.
+        delta: Our delta, read from the peer's saved tensors.
+        tensors: The peer's saved tensors by the names of our stored format; empty for PEFT, which saves folders.
         call: The peer's output.
         half: The peer's output at half its strength.
         weight: The peer's merged weight.
-        bias: The peer's merged bias, None where there is none.
+        bias: The peer's merged bias, None if there is none.
         parameters: The peer's parameters by our factors.
         module: The peer's module.
     """
@@ -278,68 +279,68 @@ def pair_of(peer: str, form: str, layer: str) -> Pair:
     return lycoris_pair(form, layer) if peer == "lycoris" else peft_pair(form, layer)
 
 
-# Of the kinds whose parameters are not named as the tensors in files.
+# Kinds whose parameters have other names than the tensors in files.
 _LYCORIS_NAMES = {"scale": "weight", "blocks": "oft_blocks", "rescale": "rescale", "diff": "weight", "bias": "bias"}
 _NORM_NAMES = {"diff": "w_norm", "bias": "b_norm"}
 
 
 @cache
 def lycoris_pair(form: str, layer_name: str) -> Pair:
-    """Returns LyCORIS' module on a layer, with random factors, and ours."""
+    """Returns LyCORIS' module on a layer, with random factors, and our delta."""
     entry = LYCORIS[form]
     layer = layer_of(layer_name)
     plain = copy.deepcopy(layer).requires_grad_(False)
     options = {"multiplier": 1.0, "lora_dim": 1, "alpha": 0.5, **entry.options}
-    theirs = entry.make("unet_layer", layer, **({} if entry.make is NormModule else options))
-    for name, parameter in list(theirs.named_parameters()):
+    peer_module = entry.make("unet_layer", layer, **({} if entry.make is NormModule else options))
+    for name, parameter in list(peer_module.named_parameters()):
         if name == "dora_scale":
-            theirs.dora_scale = nn.Parameter(parameter.detach() * 1.3)  # a parameter also after the cast
+            peer_module.dora_scale = nn.Parameter(parameter.detach() * 1.3)  # must stay a parameter after the cast
         else:
             nn.init.normal_(parameter, std=0.3)
-    tensors = lycoris_tensors(theirs)
+    tensors = lycoris_tensors(peer_module)
     delta = codecs["loraline"].decode(tensors, {}).modules["unet.layer"]
     with torch.no_grad():
-        merged = lycoris_weight(theirs, plain)
-    theirs.apply_to()
+        merged = lycoris_weight(peer_module, plain)
+    peer_module.apply_to()
 
     def half(x: Tensor) -> Tensor:
-        theirs.multiplier = 0.5
+        peer_module.multiplier = 0.5
         try:
             return layer(x)
         finally:
-            theirs.multiplier = 1.0
+            peer_module.multiplier = 1.0
 
     def parameters() -> dict[str, Tensor]:
         inner = re.findall(r"\w+", form)[2] if entry.kind == "dora" else entry.read_as
         names: Mapping[str, str] = _NORM_NAMES if entry.make is NormModule else _LYCORIS_NAMES
         if inner in ("lora", "loha", "lokr"):
-            names = {**codecs["loraline"].style.spellings[inner].names, "magnitude": "dora_scale"}
-        live = dict(theirs.named_parameters())
+            names = {**codecs["loraline"].key_layout.factor_keys[inner].names, "magnitude": "dora_scale"}
+        live = dict(peer_module.named_parameters())
         return {factor: live[names[factor]] for factor in delta.factors()}
 
-    return Pair(plain, delta, tensors, layer, half, lambda: merged, parameters, theirs)
+    return Pair(plain, delta, tensors, layer, half, lambda: merged, parameters, peer_module)
 
 
-def lycoris_tensors(theirs: nn.Module) -> dict[str, Tensor]:
-    """Returns what LyCORIS saves of a module, under the name of a module of ours."""
-    if isinstance(theirs, FullModule):  # it holds the difference until it is applied
-        bias = {} if theirs.bias is None else {"diff_b": theirs.bias}
-        tensors = {"diff": theirs.weight, **bias}
+def lycoris_tensors(peer_module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors that LyCORIS saves for a module, under our module name."""
+    if isinstance(peer_module, FullModule):  # stores the difference until it is applied
+        bias = {} if peer_module.bias is None else {"diff_b": peer_module.bias}
+        tensors = {"diff": peer_module.weight, **bias}
     else:
-        tensors = {key: value for key, value in theirs.state_dict().items() if key != "scalar"}
+        tensors = {key: value for key, value in peer_module.state_dict().items() if key != "scalar"}
     return {f"unet.layer.{key}": value.detach().clone() for key, value in tensors.items()}
 
 
-def lycoris_weight(theirs: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def lycoris_weight(peer_module: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns the weight and bias that LyCORIS trains.
 
     Its merge of LoHa and LoKr has alpha / rank twice, which a test of its own pins.
     """
     shape = layer.weight.shape
-    if isinstance(theirs, LohaModule | LokrModule):
-        weight = layer.weight + theirs.get_weight(shape)
-        return (theirs.apply_weight_decompose(weight) if theirs.wd else weight), getattr(layer, "bias", None)
-    weight, bias = theirs.get_merged_weight(1.0, shape)
+    if isinstance(peer_module, LohaModule | LokrModule):
+        weight = layer.weight + peer_module.get_weight(shape)
+        return (peer_module.apply_weight_decompose(weight) if peer_module.wd else weight), getattr(layer, "bias", None)
+    weight, bias = peer_module.get_merged_weight(1.0, shape)
     return weight.reshape(shape), getattr(layer, "bias", None) if bias is None else bias
 
 
@@ -354,9 +355,9 @@ def model_of(layers: Collection[str]) -> nn.ModuleDict:
 
 
 def compared(peer: str, form: str) -> list[str]:
-    """Returns the layers of a form that both sides can hold."""
-    found = {layer: exception_of(peer, form, layer) for layer in FORMS[peer][form].layers}
-    return [layer for layer, one in found.items() if one is None or one.kind in ("weight", "output")]
+    """Returns the layers of a form that both sides support."""
+    exceptions = {layer: exception_of(peer, form, layer) for layer in FORMS[peer][form].layers}
+    return [layer for layer, item in exceptions.items() if item is None or item.kind in ("weight", "output")]
 
 
 def peft_model(form: str, layers: Collection[str]) -> nn.Module:
@@ -373,13 +374,13 @@ def peft_model(form: str, layers: Collection[str]) -> nn.Module:
 
 
 def peft_folder(form: str, layers: Collection[str], folder: Path) -> Path:
-    """Returns the folder, in which PEFT has saved a model of these layers."""
+    """Saves a model of these layers with PEFT and returns the folder."""
     peft_model(form, layers).save_pretrained(folder)
     return folder
 
 
 def read_folder(model: nn.Module, layers: Collection[str]) -> Adapter:
-    """Returns what we read from the folder that PEFT saves."""
+    """Returns our adapter from a folder that PEFT saved."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return read_adapter(Path(folder), module_shapes({"unet": model_of(layers)}))[0]
@@ -413,33 +414,35 @@ _PEFT_NAMES = {
 
 
 def peft_pair(form: str, layer_name: str) -> Pair:
-    """Returns PEFT's module on a layer, with random factors, and ours."""
+    """Returns PEFT's module on a layer, with random factors, and our delta."""
     if layer_name in compared("peft", form):
         model, adapter, _ = peft_side(form)
     else:
         model = peft_model(form, [layer_name])
         adapter = read_folder(model, [layer_name])
-    theirs = model.base_model.model[slug(layer_name)]
+    peer_module = model.base_model.model[slug(layer_name)]
     kind = PEFT[form].kind
 
     def half(x: Tensor) -> Tensor:
-        weaker = copy.deepcopy(theirs)
-        weaker.set_scale("default", 0.5)  # `scale_layer` passes embeddings over
+        weaker = copy.deepcopy(peer_module)
+        weaker.set_scale("default", 0.5)  # `scale_layer` skips embeddings
         return weaker(x)
 
     def weight() -> tuple[Tensor, Tensor | None]:
-        merged = copy.deepcopy(theirs)
+        merged = copy.deepcopy(peer_module)
         merged.merge()
         return merged.base_layer.weight, getattr(merged.base_layer, "bias", None)
 
     def parameters() -> dict[str, Tensor]:
-        found = {}
-        for key, parameter in theirs.named_parameters():
+        factors = {}
+        for key, parameter in peer_module.named_parameters():
             if not key.startswith("base_layer."):
                 name = key.replace(".default", "").removesuffix(".weight")
-                factor = _PEFT_NAMES.get(name) or codecs["peft"].style.spellings[kind].factor(name)
-                found[factor] = parameter
-        return found
+                factor = _PEFT_NAMES.get(name) or codecs["peft"].key_layout.factor_keys[kind].factor(name)
+                factors[factor] = parameter
+        return factors
 
     delta = adapter.modules[f"unet.{slug(layer_name)}"]
-    return Pair(layer_of(layer_name).requires_grad_(False), delta, {}, theirs, half, weight, parameters, theirs)
+    return Pair(
+        layer_of(layer_name).requires_grad_(False), delta, {}, peer_module, half, weight, parameters, peer_module
+    )

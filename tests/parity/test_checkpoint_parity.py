@@ -1,4 +1,4 @@
-"""diffusers reads our original single files by its own code and gets the very weights; and we read them as it does."""
+"""diffusers reads our original single files and gets the same weights, and we read them as it does."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Twins(NamedTuple):
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Twins]:
-    """For each architecture a diffusers folder, our original single file of it, and our folder of that file."""
+    """For each architecture: a diffusers folder, our single file of it, and our folder of that file."""
     root = tmp_path_factory.mktemp("parity")
-    found = {}
+    twins_by_name = {}
     for name, cls in CLASSES.items():
         folder = write_untrained_base(root / name, name)
         single = convert_checkpoint(folder, root / f"{name}.safetensors", to="ldm")[0]
         convert_checkpoint(single, root / f"{name}-back", to="diffusers", config=folder)
-        found[name] = Twins(folder, single, root / f"{name}-back", weights(load(folder, cls)))
-    return found
+        twins_by_name[name] = Twins(folder, single, root / f"{name}-back", weights(load(folder, cls)))
+    return twins_by_name
 
 
 def weights(pipeline: Any) -> dict[str, torch.Tensor]:
@@ -62,10 +62,10 @@ def load_single(path: Path, folder: Path, cls: Any) -> Any:
         return cls.from_single_file(str(path), config=str(folder), local_files_only=True)
 
 
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
+def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == reference.keys()
     assert len(ours) > 10
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert [key for key in ours if not torch.equal(ours[key], reference[key])] == []
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -85,7 +85,7 @@ def test_we_read_a_single_file_as_diffusers_does(name: str, twins: dict[str, Twi
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_libraries_load_our_folder_without_a_word(
+def test_the_libraries_load_our_folder_without_warnings(
     name: str, twins: dict[str, Twins], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -94,8 +94,8 @@ def test_the_libraries_load_our_folder_without_a_word(
     assert_same(ours, twins[name].weights)
 
 
-def test_a_wrong_name_would_be_seen(twins: dict[str, Twins], tmp_path: Path) -> None:
-    """The negative control: with q and k of one attention exchanged, diffusers gets other weights."""
+def test_a_wrong_name_is_detected(twins: dict[str, Twins], tmp_path: Path) -> None:
+    """Negative control: with q and k of one attention exchanged, diffusers gets other weights."""
     one = twins["sd15"]
     stored = load_file(one.single)
     to_q = next(name for name in stored if name.endswith("attn1.to_q.weight"))

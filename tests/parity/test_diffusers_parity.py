@@ -1,4 +1,4 @@
-"""diffusers loads our exports and draws the very pictures that we draw; where it is wrong, the test says so."""
+"""diffusers loads our exports and generates the same images as we do; its errors are pinned."""
 
 import json
 
@@ -23,7 +23,7 @@ def draw(pipeline):
 
 
 def loaded(path):
-    """Returns a pipeline into which diffusers has loaded a file."""
+    """Returns a pipeline with a file loaded by diffusers."""
     pipeline = make_pipeline()
     pipeline.load_lora_weights(path)
     return pipeline
@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-def test_a_whole_image_is_the_same_in_diffusers(tmp_path):
+def test_a_generated_image_is_the_same_in_diffusers(tmp_path):
     adapter = adapter_for("lora", *CASES["all mixed"])
     write_adapter(tmp_path, adapter, format="diffusers")
     expected = ours(adapter, draw)
@@ -98,10 +98,10 @@ def test_we_read_what_diffusers_writes(with_metadata, tmp_path):
     keys = list(read_header(tmp_path / "pytorch_lora_weights.safetensors")[0])
     assert any(".lora.down." in key for key in keys), "diffusers used to mix two spellings in one file"
     assert any(".lora_A." in key for key in keys)
-    theirs = predict(pipeline)
+    reference = predict(pipeline)
     adapter, _ = read_adapter(tmp_path)
     assert {delta.alpha for delta in adapter.modules.values()} == {6.0 if with_metadata else 2.0}
-    torch.testing.assert_close(ours(adapter), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(adapter), reference, rtol=0, atol=1e-5)
 
 
 def dora_for(alpha):
@@ -125,7 +125,7 @@ def test_diffusers_computes_what_we_do_from_our_diffusers_file_of_dora(tmp_path)
 
 
 def test_diffusers_drops_the_magnitude_of_kohyas_dora(tmp_path):
-    adapter = dora_for(2.0)  # with one alpha, since diffusers misreads several
+    adapter = dora_for(2.0)  # one alpha, because diffusers misreads several
     write_adapter(tmp_path / "a.safetensors", adapter, format="kohya")
     pipeline = loaded(tmp_path / "a.safetensors")
     assert not any("magnitude" in name for name, _ in pipeline.unet.named_parameters()), "diffusers reads it now"

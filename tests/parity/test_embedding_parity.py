@@ -1,4 +1,4 @@
-"""diffusers loads the embeddings that we write for it, and its own are read."""
+"""diffusers loads the embeddings that we write, and we read those of its examples."""
 
 import pytest
 import torch
@@ -26,17 +26,17 @@ def test_diffusers_takes_the_files_of_several_tokens_and_encoders_one_by_one(tmp
     pipeline = make_pipeline()
     pipeline.load_textual_inversion([str(file) for file in write_embeddings(tmp_path, words, "diffusers")])
     weight = pipeline.text_encoder.get_input_embeddings().weight
-    for word in words:
-        found = weight[pipeline.tokenizer.convert_tokens_to_ids(word.token)]
-        assert torch.equal(found, word.vectors["text_encoder"][0])
+    for embedding in words:
+        row = weight[pipeline.tokenizer.convert_tokens_to_ids(embedding.token)]
+        assert torch.equal(row, embedding.vectors["text_encoder"][0])
 
 
 def test_diffusers_refuses_two_encoders_in_one_file_and_takes_ours(tmp_path):
-    word = Embedding("zorb", {"text_encoder": torch.ones(1, 16), "text_encoder_2": torch.ones(1, 16) * 2})
-    kohya = write_embeddings(tmp_path / "kohya", [word], "kohya")[0]
+    embedding = Embedding("zorb", {"text_encoder": torch.ones(1, 16), "text_encoder_2": torch.ones(1, 16) * 2})
+    kohya = write_embeddings(tmp_path / "kohya", [embedding], "kohya")[0]
     with pytest.raises(ValueError, match="single key"):
         make_pipeline().load_textual_inversion(str(kohya))
-    one, two = write_embeddings(tmp_path / "ours", [word], "diffusers")
+    one, two = write_embeddings(tmp_path / "ours", [embedding], "diffusers")
     for file, value in ((one, 1.0), (two, 2.0)):
         pipeline = make_pipeline()
         pipeline.load_textual_inversion(str(file))

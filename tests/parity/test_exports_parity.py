@@ -1,4 +1,4 @@
-"""LyCORIS and diffusers load the files that are meant for them and compute what we compute; their errors are pinned."""
+"""LyCORIS and diffusers load our exports for them and compute the same; their errors are pinned."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from lora_engine.formats import codecs, read_adapter, write_adapter
 
 
 class OldTextEncoder(nn.Module):
-    """The level `text_model` that transformers 4 had, around a text encoder of transformers 5."""
+    """Wraps a text encoder of transformers 5 in the level `text_model` of transformers 4."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -21,7 +21,7 @@ class OldTextEncoder(nn.Module):
 
 
 def load_in_lycoris(file, pipeline, text_encoder):
-    # Without this, its U-Net preset takes some modules twice and it stops at "duplicated lora name".
+    # Without this, its U-Net preset selects some modules twice and fails with "duplicated lora name".
     lycoris.LycorisNetworkKohya.apply_preset({"unet_target_name": [], "unet_target_module": []})
     network, _ = lycoris.create_network_from_weights(1.0, str(file), None, text_encoder, pipeline.unet)
     network.apply_to(text_encoder, pipeline.unet, True, True)
@@ -80,10 +80,10 @@ def test_diffusers_refuses_what_our_diffusers_format_refuses(kind, tmp_path):
 def test_kohya_names_written_by_diffusers_lose_alpha_and_are_still_found():
     adapter = adapter_for(ranks=(4,), targets=("attention",))
     tensors = {k: v for k, v in codecs["diffusers"].encode(adapter)[0].items() if k.startswith("unet.")}
-    theirs = convert_state_dict_to_kohya(tensors, original_type=StateDictType.PEFT)
-    assert {float(value) for key, value in theirs.items() if key.endswith(".alpha")} == {4.0}
+    reference = convert_state_dict_to_kohya(tensors, original_type=StateDictType.PEFT)
+    assert {float(value) for key, value in reference.items() if key.endswith(".alpha")} == {4.0}
     names = pipeline_shapes()
-    back = codecs["kohya"].decode({key: value.float() for key, value in theirs.items()}, {}, names)
+    back = codecs["kohya"].decode({key: value.float() for key, value in reference.items()}, {}, names)
     assert back.modules.keys() == {name for name in adapter.modules if name.startswith("unet.")}
     assert {delta.scale for delta in back.modules.values()} == {1.0}
     assert {delta.scale for delta in adapter.modules.values()} == {0.25}, "the strength that diffusers' converter loses"

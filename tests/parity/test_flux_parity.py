@@ -35,7 +35,7 @@ def make_sd3():
         sample_size=8,
         patch_size=2,
         in_channels=4,
-        num_layers=2,  # the last one gives no text
+        num_layers=2,  # the last layer has no text output
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=12,
@@ -96,7 +96,7 @@ def adapter_for(model, family, ranks=(2,), alphas=(1.0,)):
 
 @cache
 def plain(family):
-    """Returns a model for attaching alone: nobody loads a file into it."""
+    """Returns a shared model for attaching only; no test loads a file into it."""
     return FAMILIES[family][0]()
 
 
@@ -107,7 +107,7 @@ def ours(adapter, family):
 
 
 def pipeline_with(model, family):
-    """Returns a pipeline of nothing but the transformer."""
+    """Returns a pipeline with only the transformer."""
     names = ["scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
     names += ["text_encoder_3", "tokenizer_3"] if family == "sd3" else []
     return FAMILIES[family][2](transformer=model, **dict.fromkeys(names))
@@ -140,7 +140,7 @@ def test_the_model_itself_loads_our_file_without_a_pipeline(family, tmp_path):
 
 @families
 @pytest.mark.parametrize("form", ["kohya", "comfyui", "onetrainer", "lycoris", "loraline", "peft"])
-def test_a_journey_through_any_format_computes_the_same(family, form, tmp_path):
+def test_a_round_trip_through_any_format_computes_the_same(family, form, tmp_path):
     adapter = adapter_for(plain(family), family, (1, 2), (1.0, 3.0))
     write_adapter(tmp_path / form, adapter, format=form)
     back, _ = read_adapter(tmp_path / form, module_shapes(tree_of(plain(family), family)))
@@ -148,8 +148,8 @@ def test_a_journey_through_any_format_computes_the_same(family, form, tmp_path):
 
 
 @families
-def test_what_the_original_names_stand_for_is_what_the_original_layers_would_compute(family):
-    """A fused weight is made of the parts' as diffusers' conversion scripts make it, with the last norm exchanged."""
+def test_original_names_match_the_computation_of_the_original_layers(family):
+    """Fuses weights as diffusers' conversion scripts do, with the halves of the last norm exchanged."""
     adapter = adapter_for(plain(family), family)
     tensors, _ = codecs["comfyui"].encode(adapter)
     block = {
@@ -167,7 +167,7 @@ def test_what_the_original_names_stand_for_is_what_the_original_layers_would_com
 
 
 def test_diffusers_reads_no_kohya_file_of_another_width_and_our_export_of_it_is_right(tmp_path):
-    """Its converter has the widths of the published model in it."""
+    """Its converter hardcodes the widths of the published model."""
     model = make_flux()
     adapter = adapter_for(model, "flux")
     path = write_adapter(tmp_path / "kohya.safetensors", adapter, format="kohya")[0]

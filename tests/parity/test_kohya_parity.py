@@ -1,4 +1,4 @@
-"""What kohya's tools define, and where its concatenation errs."""
+"""Parity with kohya's tools; the error of its concatenation is pinned."""
 
 import hashlib
 import io
@@ -37,12 +37,12 @@ def kohya_concat(one, two, ratios):
 @pytest.mark.parametrize(("ratios", "strength"), [((1.0, 1.0), 0.5), ((0.5, 0.5), 0.25)])
 def test_kohya_concat_halves_the_effect_and_ours_is_the_exact_sum(ratios, strength):
     one, two = adapter_of(1), adapter_of(2)
-    theirs, ours = kohya_concat(one, two, ratios), concatenate([one, two], ratios)
+    reference, ours = kohya_concat(one, two, ratios), concatenate([one, two], ratios)
     for name, shape in NAMES.items():
         weight = torch.zeros(shape)
         exact = sum(r * a.modules[name].delta_weight(weight) for a, r in zip((one, two), ratios, strict=True))
         torch.testing.assert_close(ours.modules[name].delta_weight(weight), exact, rtol=1e-6, atol=1e-6)
-        wrong = theirs.modules[name].delta_weight(weight)
+        wrong = reference.modules[name].delta_weight(weight)
         torch.testing.assert_close(wrong, strength * exact, rtol=1e-5, atol=1e-5)
 
 
@@ -52,13 +52,13 @@ def test_the_digests_in_the_header_are_kohyas(dtype, tmp_path):
     modules = {name: random_delta("lora", names[name], 32, 7.0, dtype=dtype) for name in names}
     path = write_adapter(tmp_path / "a.safetensors", Adapter(modules, "sd"), format="kohya")[0]
     tensors, metadata = read_safetensors(path)
-    # As `precalculate_safetensors_hashes` of sd-scripts does.
+    # As in `precalculate_safetensors_hashes` of sd-scripts.
     whole = safetensors.torch.save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     file = io.BytesIO(whole)
     header = int.from_bytes(file.read(8), "little")
     file.seek(header + 8)
     assert metadata["sshs_model_hash"] == hashlib.sha256(file.read()).hexdigest()
-    # The old digest covers bytes from a fixed place on, so it depends on the header's length, which we keep canonical.
+    # The old digest starts at a fixed offset, so it depends on the header's length, which is canonical in our files.
     assert len(metadata["sshs_legacy_hash"]) == 8
     body = path.read_bytes()
     own = int.from_bytes(body[:8], "little")
@@ -66,7 +66,7 @@ def test_the_digests_in_the_header_are_kohyas(dtype, tmp_path):
 
 
 def test_kohyas_merge_overlooks_a_tucker_core_and_ours_does_not():
-    """`merge_lora.py` of sd-scripts (February 2026) convolves `up` with `down`, whatever is in between."""
+    """`merge_lora.py` of sd-scripts (February 2026) convolves `up` with `down` and ignores the core between them."""
     pair = lycoris_pair("lora tucker", "conv 3x3")
     down, up = (pair.tensors[f"unet.layer.lora_{side}.weight"] for side in ("down", "up"))
     overlooked = nn.functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)

@@ -1,4 +1,4 @@
-"""Where LyCORIS disagrees with itself: what it does is pinned, and the test says which of the two we follow."""
+"""Inconsistencies within LyCORIS: its behavior is pinned, and the test shows which variant we follow."""
 
 import copy
 
@@ -13,7 +13,7 @@ from peers import lycoris_pair
 from peft.tuners.lokr.layer import factorization as peft_factorization
 
 from lora_engine.adapters import kinds
-from lora_engine.adapters.lokr import factorise
+from lora_engine.adapters.lokr import factorize
 from lora_engine.formats import codecs
 
 
@@ -30,23 +30,25 @@ def test_lycoris_merges_loha_and_lokr_with_alpha_over_rank_twice_and_ours_is_wha
 
 
 def test_lycoris_cannot_merge_a_part_of_a_rescaled_rotation():
-    """Its output at half the strength is another; the matrix holds ours to a part of the whole change."""
+    """Its output at half strength differs; the matrix tests that ours is a fraction of the full change."""
     with pytest.raises(RuntimeError, match="must match the size"):
         lycoris_pair("oft rescaled", "linear").module.get_diff_weight(0.5)
 
 
 @pytest.mark.parametrize("form", ["ia3", "oft", "boft"])
 def test_lycoris_bypass_moves_the_bias_too_and_its_weights_do_not(form):
-    """LyCORIS' merge and its ordinary forward leave the bias, and so do we; its bypass form scales or rotates it."""
+    """LyCORIS' merge and forward do not change the bias, and neither do we; its bypass form scales or rotates it."""
     pair = lycoris_pair(form, "linear")
-    theirs, layer, x = copy.deepcopy(pair.module), copy.deepcopy(pair.layer), input_of(pair.layer)
+    reference, layer, x = copy.deepcopy(pair.module), copy.deepcopy(pair.layer), input_of(pair.layer)
     with torch.no_grad():
         assert pair.delta.delta_bias(layer.bias) is None
-        assert theirs.get_merged_weight(1.0)[1] is None
-        theirs.org_forward = layer.forward
-        assert not torch.allclose(forward_of(pair.delta, layer, x), theirs.bypass_forward(x, 1), atol=1e-2)
+        assert reference.get_merged_weight(1.0)[1] is None
+        reference.org_forward = layer.forward
+        assert not torch.allclose(forward_of(pair.delta, layer, x), reference.bypass_forward(x, 1), atol=1e-2)
         layer.bias.zero_()
-        torch.testing.assert_close(forward_of(pair.delta, layer, x), theirs.bypass_forward(x, 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            forward_of(pair.delta, layer, x), reference.bypass_forward(x, 1), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("kind", "module"), [("lora", LoConModule), ("loha", LohaModule), ("lokr", LokrModule)])
@@ -54,24 +56,24 @@ def test_lycoris_bypass_moves_the_bias_too_and_its_weights_do_not(form):
 def test_a_fresh_delta_has_the_shapes_of_lycoris(kind, module, layer_name):
     layer = layer_of(layer_name)
     for rank, options in ((1, {}), (2, {"tucker": True}), (50, {}) if kind == "lokr" else (3, {})):
-        theirs = module("x", layer, 1.0, rank, 1.0, use_tucker=options.get("tucker", False))
+        reference = module("x", layer, 1.0, rank, 1.0, use_tucker=options.get("tucker", False))
         delta = kinds[kind].create(layer.weight.detach(), None, rank, 1.0, None, **options)
-        spelling = codecs["loraline"].style.spellings[kind]
-        expected = {key: value.shape for key, value in theirs.state_dict().items() if key not in ("alpha", "scalar")}
+        spelling = codecs["loraline"].key_layout.factor_keys[kind]
+        expected = {key: value.shape for key, value in reference.state_dict().items() if key not in ("alpha", "scalar")}
         assert {key: value.shape for key, value in spelling.write(delta).items()} == expected
 
 
 def test_dimensions_are_split_as_lycoris_and_peft_split_them():
     for dimension in range(1, 400):
         for factor in (-1, *range(1, 20), 64, 1000):
-            assert factorise(dimension, factor) == factorization(dimension, factor)
-            assert factorise(dimension, factor) == tuple(sorted(peft_factorization(dimension, factor)))
+            assert factorize(dimension, factor) == factorization(dimension, factor)
+            assert factorize(dimension, factor) == tuple(sorted(peft_factorization(dimension, factor)))
 
 
 @pytest.mark.parametrize("rank", [4, 9])
 def test_rslora_in_our_file_is_lycoris_rs_lora(rank):
     layer = torch.nn.Linear(24, 36)
-    theirs = LoConModule("x", layer, 1.0, rank, 2.0, rs_lora=True)
+    reference = LoConModule("x", layer, 1.0, rank, 2.0, rs_lora=True)
     delta = kinds["rslora"].create(layer.weight.detach(), None, rank, 2.0, None)
-    assert delta.alpha == pytest.approx(float(theirs.alpha))
-    assert delta.scale == pytest.approx(theirs.scale)
+    assert delta.alpha == pytest.approx(float(reference.alpha))
+    assert delta.scale == pytest.approx(reference.scale)

@@ -1,6 +1,6 @@
 """The matrix of kinds, layers and peers: outputs, gradients of every factor, merged weights and files agree.
 
-The cells are those of the tables in `peers.py`: a kind, a type of layer or a form of a peer is compared by being there.
+The tables in `peers.py` define the cells: every listed kind, type of layer and form of a peer is compared.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, read_adapter, write_adapter
 
 pytestmark = [
-    # PEFT looks for a compiler of CUDA before it rotates on the CPU.
+    # PEFT searches for a CUDA compiler before it rotates on the CPU.
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
-    # PEFT takes the vector of a bias for a damaged factor.
+    # PEFT mistakes the vector of a bias for a damaged factor.
     pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
-    # Of a layer without a bias of its own.
+    # For a layer without a bias.
     pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
@@ -37,8 +37,8 @@ LACKING = [
 cells = pytest.mark.parametrize(("peer", "form", "layer"), CELLS)
 
 
-def close(found, expected, rtol=1e-4, atol=1e-5):
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol * max(1.0, float(expected.abs().max())))
+def close(actual, expected, rtol=1e-4, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("peer", FORMS)
@@ -52,13 +52,13 @@ def test_every_kind_is_compared_on_every_layer_or_listed_with_a_reason(peer):
         assert any(compared(peer, name) for name in forms)
 
 
-def test_every_exception_means_a_cell():
+def test_every_exception_matches_a_cell():
     meant = [exception_of(peer, form, layer) for peer, form in ALL for layer in FORMS[peer][form].layers]
     assert [one for one in EXCEPTIONS if one not in meant] == []
 
 
 @pytest.mark.parametrize(("peer", "form", "layer"), LACKING)
-def test_what_a_peer_lacks_it_still_lacks(peer, form, layer):
+def test_every_listed_gap_of_a_peer_still_exists(peer, form, layer):
     one = exception_of(peer, form, layer)
     errors = AdapterError if one.kind == "unread" else (ValueError, TypeError, RuntimeError, NotImplementedError)
     with pytest.raises(errors, match=one.match):
@@ -67,26 +67,26 @@ def test_what_a_peer_lacks_it_still_lacks(peer, form, layer):
 
 @cells
 def test_outputs_agree_at_full_strength_and_at_half(peer, form, layer):
-    """Ours is a part of the whole change for every kind; DoRA and some rotations of the peers scale what is within."""
+    """Ours is a fraction of the full change for every kind; DoRA and some rotations of the peers scale the factors."""
     pair, entry, one = pair_of(peer, form, layer), FORMS[peer][form], exception_of(peer, form, layer)
     x = input_of(pair.layer)
     assert pair.delta.kind == entry.read_as
     adapted = AdaptedLayer(pair.layer, pair.delta)
     with torch.no_grad():
-        found = adapted(x)
-        assert (found - pair.layer(x)).abs().max() > 1e-4
+        actual = adapted(x)
+        assert (actual - pair.layer(x)).abs().max() > 1e-4
         if one is not None and one.kind == "weight":
             if one.match:
                 with pytest.raises(RuntimeError, match=one.match):
                     pair.call(x)
             else:
-                assert (found - pair.call(x)).abs().max() > 1e-3, "the peer's output is that of its own weight now"
+                assert (actual - pair.call(x)).abs().max() > 1e-3, "the peer's output now matches its own weight"
             return
-        close(found, pair.call(x))
+        close(actual, pair.call(x))
         if entry.half:
             adapted.multiplier = 0.5
-            found, theirs = adapted(x), pair.half(x)
-            assert torch.allclose(found, theirs, rtol=1e-4, atol=1e-4) == (entry.half == "same")
+            actual, reference = adapted(x), pair.half(x)
+            assert torch.allclose(actual, reference, rtol=1e-4, atol=1e-4) == (entry.half == "same")
 
 
 @cells
@@ -124,14 +124,16 @@ def test_gradients_of_every_factor_agree(peer, form, layer):
     out = adapted(x)
     (out * probe_for(out)).sum().backward()
     ours = {factor: parameter.grad for factor, parameter in adapted.factors.items()}
-    theirs = pair.parameters()
-    assert theirs.keys() == ours.keys()
+    reference = pair.parameters()
+    assert reference.keys() == ours.keys()
     out = pair.call(x)
-    found = dict(zip(theirs, torch.autograd.grad((out * probe_for(out)).sum(), theirs.values()), strict=True))
+    reference_gradients = dict(
+        zip(reference, torch.autograd.grad((out * probe_for(out)).sum(), reference.values()), strict=True)
+    )
     agreed = {}
     for factor, gradient in ours.items():
-        expected = found[factor]
-        if peer == "peft" and layer == "embedding":  # its factors are transposed, its angles have the other sign
+        expected = reference_gradients[factor]
+        if peer == "peft" and layer == "embedding":  # its factors are transposed, its angles have the opposite sign
             expected = -expected if factor == "angles" else expected.T
         scale = entry.gradients.get(factor, 1.0)
         if scale is not None:
@@ -147,10 +149,10 @@ def test_gradients_of_every_factor_agree(peer, form, layer):
 
 
 @pytest.mark.parametrize("form", FORMS["peft"])
-def test_peft_loads_what_we_write_as_it_was_and_the_stored_format_keeps_it(form, tmp_path):
+def test_peft_and_we_load_our_export_unchanged(form, tmp_path):
     layers, (_, adapter, factors) = compared("peft", form), peft_side(form)
-    if form in ("lokr", "lokr both"):  # we write those of square kernels alone
-        with pytest.raises(AdapterError, match=r"no one setting of PEFT .* 'conv_oblong'"):
+    if form in ("lokr", "lokr both"):  # we only export those of square kernels
+        with pytest.raises(AdapterError, match=r"no single PEFT configuration .* 'conv_oblong'"):
             write_adapter(tmp_path / "refused", adapter, format="peft")
         layers.remove("conv oblong")
         adapter = Adapter({name: delta for name, delta in adapter.modules.items() if "oblong" not in name})
@@ -159,16 +161,16 @@ def test_peft_loads_what_we_write_as_it_was_and_the_stored_format_keeps_it(form,
     loaded = {key: value for key, value in again.state_dict().items() if "default" in key}
     state = {key: value for key, value in factors.items() if key.split(".")[2] in map(slug, layers)}
     assert state.keys() == loaded.keys()
-    if form != "lokr whole":  # whose scale we fold into a factor
+    if form != "lokr whole":  # we fold its scale into a factor
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
     back = read_adapter(tmp_path / "ours")[0]
     assert back == adapter
     for layer in layers:
-        x, theirs = input_of(layer_of(layer)), again.base_model.model[slug(layer)]
+        x, reference = input_of(layer_of(layer)), again.base_model.model[slug(layer)]
         if exception_of("peft", form, layer) is None:
             with torch.no_grad():
-                close(theirs(x), pair_of("peft", form, layer).call(x))
+                close(reference(x), pair_of("peft", form, layer).call(x))
     write_adapter(tmp_path / "again", back, format="peft")
     first, second = ((tmp_path / name / "adapter_config.json").read_bytes() for name in ("ours", "again"))
     assert first == second
-    assert read_adapter(write_adapter(tmp_path / "kept.safetensors", adapter)[0])[0] == adapter
+    assert read_adapter(write_adapter(tmp_path / "stored.safetensors", adapter)[0])[0] == adapter

@@ -1,4 +1,4 @@
-"""PEFT's merges and ours agree where PEFT merges deltas; where it or kohya's scripts go wrong is pinned."""
+"""PEFT's merges and ours agree where PEFT merges deltas; errors of PEFT are pinned."""
 
 import warnings
 
@@ -19,28 +19,28 @@ LAYERS = ("linear", "conv 3x3")
 NAMES, RANKS, ALPHAS = ("first", "second"), (3, 3), (5.0, 6.0)
 
 
-def two_adapters(layer, **more):
-    """A layer with two adapters under PEFT, and the same adapters as ours."""
+def two_adapters(layer, **options):
+    """Returns a PEFT model of a layer with two adapters, and the same adapters as ours."""
     model = nn.Sequential(layer_of(layer))
     configs = [
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False, **more)
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False, **options)
         for rank, alpha in zip(RANKS, ALPHAS, strict=True)
     ]
-    theirs = get_peft_model(model, configs[0], "first")
-    theirs.add_adapter("second", configs[1])
-    module = theirs.base_model.model[0]
+    peft = get_peft_model(model, configs[0], "first")
+    peft.add_adapter("second", configs[1])
+    module = peft.base_model.model[0]
     ours = []
     for name, alpha in zip(NAMES, ALPHAS, strict=True):
         down, up = module.lora_A[name].weight.detach().clone(), module.lora_B[name].weight.detach().clone()
         ours.append(Adapter({"unet.0": LoraDelta(down, up, alpha)}))
-    return theirs, ours
+    return peft, ours
 
 
-def their_merge(theirs, weights, how, **more):
+def peft_merge(peft, weights, how, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs.add_weighted_adapter(list(NAMES), weights, "merged", combination_type=how, **more)
-    return theirs.base_model.model[0].get_delta_weight("merged").detach()
+        peft.add_weighted_adapter(list(NAMES), weights, "merged", combination_type=how, **options)
+    return peft.base_model.model[0].get_delta_weight("merged").detach()
 
 
 def our_merge(ours, weights, method, layer, **options):
@@ -52,80 +52,80 @@ def dense(adapter, layer):
     return adapter.modules["unet.0"].delta_weight(torch.zeros(layer_of(layer).weight.shape))
 
 
-def apart(found, expected):
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, -0.5]])
 def test_cat_agrees_with_peft(layer, weights):
-    theirs, ours = two_adapters(layer)
-    expected = their_merge(theirs, weights, "cat")
+    peft, ours = two_adapters(layer)
+    expected = peft_merge(peft, weights, "cat")
     for method in ("concatenate", "linear"):
         torch.testing.assert_close(our_merge(ours, weights, method, layer), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_svd_agrees_with_peft(layer):
-    theirs, ours = two_adapters(layer)
-    expected = their_merge(theirs, [0.7, 0.3], "svd", svd_rank=2)
+    peft, ours = two_adapters(layer)
+    expected = peft_merge(peft, [0.7, 0.3], "svd", svd_rank=2)
     torch.testing.assert_close(our_merge(ours, [0.7, 0.3], "svd", layer, rank=2), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize(("theirs_name", "name"), [("ties_svd", "ties"), ("magnitude_prune_svd", "magnitude-prune")])
-def test_dense_merges_agree_with_peft(layer, theirs_name, name):
-    theirs, ours = two_adapters(layer)
+@pytest.mark.parametrize(("peft_name", "name"), [("ties_svd", "ties"), ("magnitude_prune_svd", "magnitude-prune")])
+def test_dense_merges_agree_with_peft(layer, peft_name, name):
+    peft, ours = two_adapters(layer)
     full = min(layer_of(layer).weight.flatten(1).shape)
-    expected = their_merge(theirs, [0.6, 0.6], theirs_name, density=0.5, svd_rank=full)
-    found = our_merge(ours, [0.6, 0.6], name, layer, density=0.5, kind="full")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected = peft_merge(peft, [0.6, 0.6], peft_name, density=0.5, svd_rank=full)
+    actual = our_merge(ours, [0.6, 0.6], name, layer, density=0.5, kind="full")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("how", "ours_of"), [("dare_linear_svd", dare), ("dare_ties_svd", dare_ties)])
 def test_dare_agrees_with_peft_where_the_masks_are_the_same(how, ours_of, monkeypatch):
-    theirs, ours = two_adapters("linear")
+    peft, ours = two_adapters("linear")
     masks = [torch.rand(8, 20, generator=torch.Generator().manual_seed(seed)) < 0.6 for seed in (1, 2)]
     drawn = iter(masks)
     with monkeypatch.context() as patch:
-        # PEFT draws from the global generator; both sides are given the same masks.
+        # PEFT draws from the global generator; both sides use the same masks.
         patch.setattr(torch, "bernoulli", lambda chances, **_: next(drawn).to(chances.dtype))
-        expected = their_merge(theirs, [0.6, 0.6], how, density=0.6, svd_rank=8)
-    more = {"scale": 1.0} if ours_of is dare_ties else {}
+        expected = peft_merge(peft, [0.6, 0.6], how, density=0.6, svd_rank=8)
+    options = {"scale": 1.0} if ours_of is dare_ties else {}
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    found = ours_of([dense(one, "linear") for one in ours], [0.6, 0.6], density=0.6, generators=generators, **more)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual = ours_of([dense(one, "linear") for one in ours], [0.6, 0.6], density=0.6, generators=generators, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_pefts_linear_merges_factors_and_is_not_the_weighted_sum():
-    theirs, ours = two_adapters("linear")
-    wanted = 0.7 * dense(ours[0], "linear") + 0.3 * dense(ours[1], "linear")
-    assert apart(their_merge(theirs, [0.7, 0.3], "linear"), wanted) > 0.2
-    assert apart(our_merge(ours, [0.7, 0.3], "linear", "linear"), wanted) < 1e-6
+    peft, ours = two_adapters("linear")
+    expected = 0.7 * dense(ours[0], "linear") + 0.3 * dense(ours[1], "linear")
+    assert relative_error(peft_merge(peft, [0.7, 0.3], "linear"), expected) > 0.2
+    assert relative_error(our_merge(ours, [0.7, 0.3], "linear", "linear"), expected) < 1e-6
 
 
 def test_pefts_ties_on_factors_is_not_ties():
-    theirs, ours = two_adapters("linear")
-    wanted = ties([dense(one, "linear") for one in ours], [1.0, 1.0], density=0.5, scale=1.0)
-    assert apart(their_merge(theirs, [1.0, 1.0], "ties", density=0.5), wanted) > 0.2
+    peft, ours = two_adapters("linear")
+    expected = ties([dense(one, "linear") for one in ours], [1.0, 1.0], density=0.5, scale=1.0)
+    assert relative_error(peft_merge(peft, [1.0, 1.0], "ties", density=0.5), expected) > 0.2
 
 
 def test_peft_elects_signs_before_the_weights_so_that_a_subtracted_adapter_votes_for_itself():
-    theirs, ours = two_adapters("linear")
-    found = their_merge(theirs, [1.0, -1.0], "ties_svd", density=1.0 - 1e-9, svd_rank=8)
+    peft, ours = two_adapters("linear")
+    actual = peft_merge(peft, [1.0, -1.0], "ties_svd", density=1.0 - 1e-9, svd_rank=8)
     first, second = (dense(one, "linear") for one in ours)
     negated = ties([first, -second], [1.0, 1.0], density=1.0, scale=1.0)
     weighted = ties([first, second], [1.0, -1.0], density=1.0, scale=1.0)
     assert torch.equal(weighted, negated)
-    assert apart(found, negated) > 0.2
+    assert relative_error(actual, negated) > 0.2
 
 
 def test_pefts_rslora_cat_is_too_strong_by_the_root_of_the_new_rank():
-    theirs, _ = two_adapters("linear", use_rslora=True)
-    module = theirs.base_model.model[0]
-    wanted = 0.7 * module.get_delta_weight("first").detach() + 0.3 * module.get_delta_weight("second").detach()
-    found = their_merge(theirs, [0.7, 0.3], "cat")
-    torch.testing.assert_close(found, sum(RANKS) ** 0.5 * wanted, rtol=1e-4, atol=1e-5)
+    peft, _ = two_adapters("linear", use_rslora=True)
+    module = peft.base_model.model[0]
+    expected = 0.7 * module.get_delta_weight("first").detach() + 0.3 * module.get_delta_weight("second").detach()
+    actual = peft_merge(peft, [0.7, 0.3], "cat")
+    torch.testing.assert_close(actual, sum(RANKS) ** 0.5 * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_magnitude_pruning_of_two_is_the_sum_of_the_pruned():

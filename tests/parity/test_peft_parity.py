@@ -1,4 +1,4 @@
-"""PEFT's folders and ours: PEFT loads what we make, what one configuration cannot say is refused, and PEFT's errors.
+"""PEFT's folders and ours: PEFT loads our exports, inexpressible adapters are refused, and PEFT's errors are pinned.
 
 The kinds themselves are compared in the matrix.
 """
@@ -30,11 +30,11 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, read_adapter, write_adapter
 
 pytestmark = [
-    # PEFT looks for a compiler of CUDA before it rotates on the CPU.
+    # PEFT searches for a CUDA compiler before it rotates on the CPU.
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    # PEFT 0.21 asks transformers 5 in an old way.
+    # PEFT 0.21 calls a deprecated API of transformers 5.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 LINEAR = ("linear", "linear without bias")
@@ -61,7 +61,7 @@ LAYERS = (*LINEAR, "conv 3x3", "conv 1x1")
     ],
 )
 def test_peft_computes_what_we_do_from_the_folder_of_our_fresh_and_trained_adapters(kind, options, layers, tmp_path):
-    """With other ranks and alphas here and there, where the kind has such."""
+    """Includes mixed ranks and alphas for kinds that have them."""
     has_rank = kind in ("lora", "dora", "loha", "lokr")
     for make in (fresh_delta, moved_delta):
         modules = {}
@@ -72,14 +72,14 @@ def test_peft_computes_what_we_do_from_the_folder_of_our_fresh_and_trained_adapt
         folder = tmp_path / make.__name__
         write_adapter(folder, adapter, format="peft")
         assert read_adapter(folder)[0] == adapter
-        theirs, ours = PeftModel.from_pretrained(model_of(layers), folder).eval(), model_of(layers)
+        peft, ours = PeftModel.from_pretrained(model_of(layers), folder).eval(), model_of(layers)
         factors = sum(len(delta.factors()) for delta in modules.values())
-        assert sum("default" in key for key in theirs.state_dict()) == factors
+        assert sum("default" in key for key in peft.state_dict()) == factors
         for layer in layers:
             x, plain = input_of(layer_of(layer)), layer_of(layer)
             with torch.no_grad(), attach({"unet": ours}, adapter):
-                found, expected = ours[slug(layer)](x), theirs.base_model.model[slug(layer)](x)
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+                actual, expected = ours[slug(layer)](x), peft.base_model.model[slug(layer)](x)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
                 assert torch.allclose(plain(x), expected, rtol=1e-5, atol=1e-6) == (make is fresh_delta)
 
 
@@ -106,9 +106,9 @@ def test_peft_loads_each_component_of_our_folder_and_computes_the_same(tmp_path)
         with attach(tree, adapter):
             expected = {part: call(parts[part]) for part, call in calls.items()}
         for part, call in calls.items():
-            theirs = call(PeftModel.from_pretrained(parts[part], tmp_path / part).eval())
+            peft = call(PeftModel.from_pretrained(parts[part], tmp_path / part).eval())
             assert (plain[part] - expected[part]).abs().max() > 0.05
-            torch.testing.assert_close(theirs, expected[part], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(peft, expected[part], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -123,24 +123,24 @@ def test_we_read_the_patterns_of_ranks_and_alphas_that_peft_writes(use_rslora, t
         use_rslora=use_rslora,
         init_lora_weights=False,
     )
-    theirs = get_peft_model(copy.deepcopy(model), config).eval()
-    theirs.save_pretrained(tmp_path)
+    peft = get_peft_model(copy.deepcopy(model), config).eval()
+    peft.save_pretrained(tmp_path)
     adapter, _ = read_adapter(tmp_path, module_shapes({"unet": model}))
     assert {delta.rank for delta in adapter.modules.values()} == {1, 2, 3}
     with torch.no_grad(), attach({"unet": model}, adapter):
         for part in model:
             for layer in LAYERS:
-                found, expected = (one[part][slug(layer)] for one in (model, theirs.base_model.model))
+                actual, expected = (one[part][slug(layer)] for one in (model, peft.base_model.model))
                 x = input_of(layer_of(layer))
-                torch.testing.assert_close(found(x), expected(x), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(actual(x), expected(x), rtol=1e-5, atol=1e-5)
 
 
 def test_pefts_gradient_of_loha_with_cores_is_wrong_and_ours_is_that_of_its_own_forward():
-    """PEFT's hand-written backward takes the other half's product for `hada_w1_a` and `hada_w2_a`."""
+    """PEFT's hand-written backward uses the product of the other half for `hada_w1_a` and `hada_w2_a`."""
     pair = peft_pair("loha cores", "conv 3x3")
     x, layer = input_of(pair.layer), pair.layer
-    theirs = pair.parameters()
-    gradients = dict(zip(theirs, torch.autograd.grad(pair.call(x).square().mean(), theirs.values()), strict=True))
+    peft = pair.parameters()
+    gradients = dict(zip(peft, torch.autograd.grad(pair.call(x).square().mean(), peft.values()), strict=True))
     factors = {name: f.clone().requires_grad_() for name, f in pair.delta.factors().items()}
     halves = [
         torch.einsum("mp,mnkl,nr->prkl", factors[f"up{half}"], factors[f"core{half}"], factors[f"down{half}"])
@@ -163,7 +163,7 @@ def test_pefts_gradient_of_loha_with_cores_is_wrong_and_ours_is_that_of_its_own_
 
 @pytest.mark.parametrize("butterflies", [2, 3])
 def test_butterflies_agree_with_pefts_permutations_and_cayley_form(butterflies):
-    """PEFT turns more than one butterfly on a GPU alone, so this puts its own pieces together."""
+    """PEFT supports several butterflies only on a GPU, so this test combines its parts."""
     inputs, size = 32, 4
     number = inputs // size
     torch.manual_seed(0)
@@ -176,12 +176,12 @@ def test_butterflies_agree_with_pefts_permutations_and_cayley_form(butterflies):
         whole = permutation @ torch.block_diag(*layer.cayley_batch(blocks[stage])) @ permutation.T @ whole
     weight = torch.randn(6, inputs)
     expected = (whole @ weight.T).T * scale
-    found = weight + PeftBoftDelta(blocks, scale).delta_weight(weight)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual = weight + PeftBoftDelta(blocks, scale).delta_weight(weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pefts_untrained_oft_on_wide_kernels_changes_the_output():
-    """It cuts the image into patches and adds up overlaps; we follow its merged weight, as the matrix says."""
+    """It splits the image into patches and adds up overlaps; we follow its merged weight."""
     layer = layer_of("conv 3x3")
     model = get_peft_model(nn.Sequential(copy.deepcopy(layer)), OFTConfig(target_modules=["0"], oft_block_size=4))
     with torch.no_grad():
@@ -204,16 +204,16 @@ BAD_CONFIGS = {
     "transposed": ("boft", {"fan_in_fan_out": True}, "transposed"),
     "transposed gains": ("ia3", {"fan_in_fan_out": True}, "transposed"),
     "another type": ("ia3", {"peft_type": "OFT"}, "of kind 'peft-ia3'"),
-    "an unknown type": ("ia3", {"peft_type": "VERA"}, "type 'VERA' are not read"),
+    "an unknown type": ("ia3", {"peft_type": "VERA"}, "type 'VERA' are not supported"),
     "an expression": ("ia3", {"feedforward_modules": "(a|a)*b"}, "expression"),
     "gains of the other axis": ("ia3", {"feedforward_modules": ["linear"]}, r"\[8, 1\]"),
-    "a magnitude that is not to be there": ("dora", {"use_dora": False}, "use_dora is False"),
+    "an unexpected magnitude": ("dora", {"use_dora": False}, "use_dora is False"),
     "a magnitude beside another type": ("dora", {"peft_type": "LOKR"}, "kind 'dora'"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_configurations_that_mean_something_else_are_refused(case, tmp_path):
+def test_configurations_with_another_meaning_are_refused(case, tmp_path):
     form, changes, match = BAD_CONFIGS[case]
     path = peft_folder(form, LINEAR, tmp_path) / "adapter_config.json"
     shapes = module_shapes({"unet": model_of(LINEAR)})
@@ -236,11 +236,11 @@ def _lokr(factor):
         (PeftOftDelta(torch.ones(2, 6), 5, 0.1), PeftOftDelta(torch.ones(2, 6)), "one constraint"),
         (PeftOftDelta(torch.ones(2, 6)), PeftIa3Delta(torch.ones(4, 1)), "several kinds"),
         (PeftIa3Delta(torch.ones(4, 1)), PeftIa3Delta(torch.ones(1, 4), "input"), "ends in that of another"),
-        (_lokr(2), _lokr(4), "no one setting of PEFT"),
+        (_lokr(2), _lokr(4), "no single PEFT configuration"),
         (_lokr(2), random_delta("lora", (8, 20)), "several kinds"),
     ],
 )
-def test_what_pefts_one_configuration_cannot_say_is_refused(first, second, match, tmp_path):
+def test_adapters_that_one_configuration_cannot_express_are_refused(first, second, match, tmp_path):
     adapter = Adapter({"unet.a.to_q": first, "unet.to_q": second})
     with pytest.raises(AdapterError, match=match):
         write_adapter(tmp_path, adapter, format="peft")
@@ -252,7 +252,7 @@ def test_kohyas_format_holds_several_kinds():
 
 
 def train(model, parameters, steps=4):
-    """The same few steps for both: plain gradient descent on a fixed goal."""
+    """Trains a few steps of plain gradient descent to a fixed target."""
     optimiser = torch.optim.SGD(parameters, 1.0)
     x = torch.randn(16, 24, generator=torch.Generator().manual_seed(7))
     goal = torch.randn(16, 36, generator=torch.Generator().manual_seed(8))
@@ -264,17 +264,17 @@ def train(model, parameters, steps=4):
 
 @pytest.mark.parametrize("alpha", [4, 2])
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights of the model:UserWarning")
-def test_pissa_trains_as_pefts_does_after_its_own_conversion_to_lora(alpha, tmp_path):
+def test_pissa_trains_like_pefts_after_its_conversion_to_lora(alpha, tmp_path):
     torch.manual_seed(0)
     plain, twin = nn.Sequential(nn.Linear(24, 36)), nn.Sequential(nn.Linear(24, 36))
     twin.load_state_dict(plain.state_dict())
     config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["0"], init_lora_weights="pissa")
-    theirs = get_peft_model(twin, config)
-    theirs.peft_config["default"].init_lora_weights = True
-    theirs.save_pretrained(tmp_path / "start")
-    theirs.peft_config["default"].init_lora_weights = "pissa"
-    train(theirs, [p for p in theirs.parameters() if p.requires_grad])
-    theirs.save_pretrained(tmp_path / "unet", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    peft = get_peft_model(twin, config)
+    peft.peft_config["default"].init_lora_weights = True
+    peft.save_pretrained(tmp_path / "start")
+    peft.peft_config["default"].init_lora_weights = "pissa"
+    train(peft, [p for p in peft.parameters() if p.requires_grad])
+    peft.save_pretrained(tmp_path / "unet", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     converted = read_adapter(tmp_path / "unet", {"unet.0": (36, 24)})[0].modules["unet.0"]
     fresh = create_adapter({"unet": plain}, "*", "pissa", 4, float(alpha))
     with attach({"unet": plain}, fresh, trainable=True) as attachment:

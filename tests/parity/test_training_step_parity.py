@@ -48,12 +48,12 @@ def bases(folders: dict[str, Path]) -> dict[str, BaseModel]:
     return {shape: load_base(str(folder), device="cpu") for shape, folder in folders.items()}
 
 
-def batch_for(base: BaseModel, timesteps: Tensor, instances: int, wanted: Objective | None = None) -> Batch:
+def batch_for(base: BaseModel, timesteps: Tensor, instances: int, objective: Objective | None = None) -> Batch:
     draw = generator(0, "parity")
     shape = (ROWS, *base.latent_shape((16, 16)))
     latents = torch.randn(shape, generator=draw)
-    noise = draw_noise(wanted or Objective(), shape, draw)
-    perturbation = draw_perturbation(wanted or Objective(), shape, draw)
+    noise = draw_noise(objective or Objective(), shape, draw)
+    perturbation = draw_perturbation(objective or Objective(), shape, draw)
     with torch.no_grad():
         conditioning = base.encode_text(["a", "b", "c", ""], (16, 16))
     return Batch(latents, noise, timesteps, conditioning, instances, perturbation=perturbation)
@@ -126,9 +126,9 @@ def joined(errors: Tensor, weights: Tensor, prior: float | None) -> Tensor:
     return instances.mean() + prior * classes.mean()
 
 
-def same_step(base: BaseModel, batch: Batch, wanted: Objective, prior: float | None, reference: Any) -> list[float]:
+def same_step(base: BaseModel, batch: Batch, objective: Objective, prior: float | None, reference: Any) -> list[float]:
     adapter = create_adapter(base, "all", "lora", 2, None, generator=generator(0, "factors"))
-    measure = measure_for(wanted, base.noise)
+    measure = measure_for(objective, base.noise)
     terms = [DenoisingLoss(measure)] if prior is None else [DenoisingLoss(measure), PriorLoss(prior, measure)]
     with attach(base, adapter, trainable=True) as attachment:
         with torch.no_grad():
@@ -139,66 +139,66 @@ def same_step(base: BaseModel, batch: Batch, wanted: Objective, prior: float | N
         for loss in (ours, reference()):
             losses.append(loss.item())
             gradients.append(torch.autograd.grad(loss, attachment.parameters()))
-    assert any(theirs.abs().max() > 1e-4 for theirs in gradients[1])
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients[1])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     return losses
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("prior", [None, 0.3])
 @pytest.mark.parametrize("shape", DIFFUSION)
-def test_a_step_of_diffusion_is_the_reference_step(
+def test_a_diffusion_step_equals_the_reference(
     folders: dict[str, Path], bases: dict[str, BaseModel], shape: str, prior: float | None, gamma: float | None
 ) -> None:
     base = bases[shape]
     batch = batch_for(base, torch.tensor([3, 250, 700, 999]), instances=ROWS if prior is None else ROWS // 2)
-    wanted = Objective.model_validate({} if gamma is None else {"weighting": {"name": "min_snr", "gamma": gamma}})
-    mine, theirs = same_step(
-        base, batch, wanted, prior, lambda: diffusion_reference(base, folders[shape], batch, prior, gamma)
+    objective = Objective.model_validate({} if gamma is None else {"weighting": {"name": "min_snr", "gamma": gamma}})
+    actual, expected = same_step(
+        base, batch, objective, prior, lambda: diffusion_reference(base, folders[shape], batch, prior, gamma)
     )
-    assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    assert actual == pytest.approx(expected, abs=1e-5, rel=1e-5)
     other = diffusion_reference(base, folders[shape], batch, prior, 2.0 if gamma is None else None).item()
-    assert mine != pytest.approx(other, abs=1e-4)
+    assert actual != pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize("prior", [None, 0.3])
 @pytest.mark.parametrize("shape", FLOW)
-def test_a_step_of_flow_matching_is_the_reference_step(
+def test_a_flow_matching_step_equals_the_reference(
     folders: dict[str, Path], bases: dict[str, BaseModel], shape: str, prior: float | None
 ) -> None:
     base = bases[shape]
     timesteps = torch.tensor([3.5, 250.0, 700.25, 1000.0])
     batch = batch_for(base, timesteps, instances=ROWS if prior is None else ROWS // 2)
-    mine, theirs = same_step(
+    actual, expected = same_step(
         base, batch, Objective(), prior, lambda: flow_reference(base, folders[shape], batch, prior)
     )
-    assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    assert actual == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
-def test_noise_offset_and_input_perturbation_are_those_of_the_reference(
+def test_noise_offset_and_input_perturbation_equal_the_reference(
     folders: dict[str, Path], bases: dict[str, BaseModel]
 ) -> None:
     base = bases["small-sd"]
-    wanted = Objective(noise_offset=0.1, input_perturbation=0.2)
-    batch = batch_for(base, torch.tensor([3, 250, 700, 999]), ROWS, wanted)
+    objective = Objective(noise_offset=0.1, input_perturbation=0.2)
+    batch = batch_for(base, torch.tensor([3, 250, 700, 999]), ROWS, objective)
     draw = generator(0, "parity")
     latents = torch.randn(batch.latents.shape, generator=draw)
     noise = torch.randn(latents.shape, generator=draw)
-    # train_text_to_image.py: an offset for each channel, then a second noise for the input alone.
+    # train_text_to_image.py: an offset per channel, then a second noise for the input only.
     noise += 0.1 * torch.randn((latents.shape[0], latents.shape[1], 1, 1), generator=draw)
     perturbed = noise + 0.2 * torch.randn(noise.shape, generator=draw)
     assert batch.perturbation is not None
     torch.testing.assert_close(batch.noise, noise)
     torch.testing.assert_close(batch.noise + batch.perturbation, perturbed)
-    mine, theirs = same_step(
-        base, batch, wanted, None, lambda: diffusion_reference(base, folders["small-sd"], batch, None, None)
+    actual, expected = same_step(
+        base, batch, objective, None, lambda: diffusion_reference(base, folders["small-sd"], batch, None, None)
     )
-    assert mine == pytest.approx(theirs, abs=1e-5)
+    assert actual == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("settings", "theirs"),
+    ("settings", "reference_settings"),
     [
         ("uniform", {"weighting_scheme": "none"}),
         (
@@ -208,15 +208,17 @@ def test_noise_offset_and_input_perturbation_are_those_of_the_reference(
         ({"name": "mode", "scale": 1.29}, {"weighting_scheme": "mode", "mode_scale": 1.29}),
     ],
 )
-def test_densities_of_timesteps_are_those_of_diffusers(settings: Any, theirs: dict[str, Any]) -> None:
-    wanted = Objective.model_validate({"timesteps": {"distribution": settings}})
-    mine = draw_timesteps(wanted, flow_schedule_from({}), 64, generator(0, "steps"), (8, 8)) / 1000
-    expected = compute_density_for_timestep_sampling(batch_size=64, generator=generator(0, "steps"), **theirs)
-    torch.testing.assert_close(mine, expected)
+def test_densities_of_timesteps_equal_those_of_diffusers(settings: Any, reference_settings: dict[str, Any]) -> None:
+    objective = Objective.model_validate({"timesteps": {"distribution": settings}})
+    actual = draw_timesteps(objective, flow_schedule_from({}), 64, generator(0, "steps"), (8, 8)) / 1000
+    expected = compute_density_for_timestep_sampling(
+        batch_size=64, generator=generator(0, "steps"), **reference_settings
+    )
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
-def test_a_shift_is_that_of_the_scheduler_of_diffusers(shift: float) -> None:
+def test_a_shift_equals_that_of_the_scheduler_of_diffusers(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     even = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).sigmas
     ours = flow_schedule_from({"shift": shift}).shift(even, (8, 8))

@@ -1,6 +1,6 @@
-"""Processes for tests: forked from a server process that has the registry imported, since its imports take seconds.
+"""Starts processes for tests: forks a server process that has the registry imported, because its imports take seconds.
 
-A module of its own: a child finds it by its name, and `conftest` is the name of several modules.
+A separate module: a child imports it by name, and several modules are named `conftest`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _run_script(
 
 
 class Child:
-    """A process of its own, with the part of `subprocess.Popen` that the tests use.
+    """A child process with the part of `subprocess.Popen`'s interface that the tests use.
 
     It is forked from a server process that has the registry imported, and shares nothing with the test's process.
     """
@@ -69,14 +69,14 @@ class Child:
         self._process.kill()
 
     def close(self) -> None:
-        """Kills the process if it still runs, and closes the pipes."""
+        """Kills the process if it is still running, and closes the pipes."""
         self._process.kill()
         self._process.join()
         self.stdout.close()
         self.stderr.close()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Waits for the end, and returns what was written; both must fit into a pipe."""
+        """Waits for the end, and returns stdout and stderr; each must fit into a pipe."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             self._process.kill()

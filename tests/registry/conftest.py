@@ -37,9 +37,9 @@ def store(empty_home: Home) -> Store:
 def versions(empty_home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Versions]:
     """Yields the versions of an empty home; MLflow is never written, which is many times faster."""
     monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
-    opened = Versions(empty_home)
-    yield opened
-    opened.close()
+    versions = Versions(empty_home)
+    yield versions
+    versions.close()
 
 
 def _close_mlflow() -> None:
@@ -59,9 +59,9 @@ def close_mlflow() -> Callable[[], None]:
 
 @pytest.fixture(scope="session")
 def place_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path | None], Home]:
-    """Returns a function that puts a copy of a home, or an empty one, at the one path where MLflow is used.
+    """Returns a function that copies a home, or makes an empty one, at the one path where MLflow is used.
 
-    MLflow keeps an engine and a store per path, and stores absolute paths. At the same path a copy is ready at once.
+    MLflow keeps an engine and a store per path, and stores absolute paths. A copy at the same path needs no setup.
     """
     path = tmp_path_factory.mktemp("placed") / "home"
 
@@ -77,7 +77,7 @@ def place_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path | Non
 
 @pytest.fixture(scope="session")
 def fresh_template(place_home: Callable[[Path | None], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a copy of a home in which MLflow has made its tables."""
+    """Returns a copy of a home in which MLflow has created its tables."""
     home = place_home(None)
     MlflowWriter(home, Store(home.store))
     _close_mlflow()
@@ -88,30 +88,30 @@ def fresh_template(place_home: Callable[[Path | None], Home], tmp_path_factory: 
 def filled_template(
     place_home: Callable[[Path | None], Home], fresh_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Returns a copy of a home with two versions, in staging the second, in production the first; MLflow has both."""
-    opened = Versions(place_home(fresh_template))
-    register_adapter(opened, b"first weights", alias_request="staging")
-    register_adapter(opened, b"second weights", alias_request="staging")
-    promote(opened, "zorb", 1, "production", reason="looks right")
-    assert opened.is_synced()
-    opened.close()
+    """Returns a copy of a home with two versions in MLflow: the second in staging, the first in production."""
+    versions = Versions(place_home(fresh_template))
+    register_adapter(versions, b"first weights", alias_request="staging")
+    register_adapter(versions, b"second weights", alias_request="staging")
+    promote(versions, "zorb", 1, "production", reason="looks right")
+    assert versions.is_synced()
+    versions.close()
     _close_mlflow()
-    return Path(shutil.copytree(opened.home.path, tmp_path_factory.mktemp("filled") / "home"))
+    return Path(shutil.copytree(versions.home.path, tmp_path_factory.mktemp("filled") / "home"))
 
 
 @pytest.fixture
 def home(place_home: Callable[[Path | None], Home], fresh_template: Path) -> Iterator[Home]:
-    """Yields an empty home in which MLflow has made its tables."""
+    """Yields an empty home in which MLflow has created its tables."""
     yield place_home(fresh_template)
     _close_mlflow()
 
 
 @pytest.fixture
-def mirrored(home: Home) -> Iterator[Versions]:
-    """Yields the versions of an empty home, which are written to MLflow."""
-    opened = Versions(home)
-    yield opened
-    opened.close()
+def synced(home: Home) -> Iterator[Versions]:
+    """Yields the versions of an empty home, which are synced to MLflow."""
+    versions = Versions(home)
+    yield versions
+    versions.close()
 
 
 @pytest.fixture
@@ -124,9 +124,9 @@ def filled_home(place_home: Callable[[Path | None], Home], filled_template: Path
 @pytest.fixture
 def good(filled_home: Home) -> Iterator[Versions]:
     """Yields the versions of a home like `filled_template`."""
-    opened = Versions(filled_home)
-    yield opened
-    opened.close()
+    versions = Versions(filled_home)
+    yield versions
+    versions.close()
 
 
 @pytest.fixture
@@ -134,9 +134,9 @@ def plain(filled_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Yields the versions of a home like `filled_template` without MLflow, which is never written."""
     monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     ignored = shutil.ignore_patterns("mlflow", "mlflow.db")
-    opened = Versions(Home.open(shutil.copytree(filled_template, tmp_path / "home", ignore=ignored)))
-    yield opened
-    opened.close()
+    versions = Versions(Home.open(shutil.copytree(filled_template, tmp_path / "home", ignore=ignored)))
+    yield versions
+    versions.close()
 
 
 def register_adapter(versions: Versions, content: bytes, name: str = "zorb", **changes: object) -> AdapterVersion:
@@ -173,16 +173,16 @@ def register() -> Callable[..., AdapterVersion]:
     return register_adapter
 
 
-PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
+IMAGE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
 
 
 @pytest.fixture
 def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
-    """Returns a function that registers what a pipeline makes of images ({digest: consent}) or of other versions."""
+    """Returns a function that registers an adapter made from images ({digest: consent}) or from other versions."""
 
     def make(
         content: bytes,
-        pictures: Mapping[str, str | None] | None = None,
+        images: Mapping[str, str | None] | None = None,
         name: str = "zorb",
         adapters: Sequence[AdapterVersion] = (),
         promoted: str | None = None,
@@ -190,25 +190,25 @@ def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
     ) -> AdapterVersion:
         store, lineage = versions.store, versions.lineage
         run = lineage.start_run(f"make {name}", {})
-        inputs = {f"adapters.{place}": version.artifact for place, version in enumerate(adapters)}
-        if pictures is not None:
-            entries = [PICTURE | {"sha256": p, "source": f"{p[:1]}.png", "consent": c} for p, c in pictures.items()]
+        inputs = {f"adapters.{index}": version.artifact for index, version in enumerate(adapters)}
+        if images is not None:
+            entries = [IMAGE | {"sha256": i, "source": f"{i[:1]}.png", "consent": c} for i, c in images.items()]
             manifest = json.dumps({"pictures": entries}).encode()
             dataset = inputs["dataset"] = store.put_files("manifest", {"manifest.json": manifest})
-            subjects = [Subject(digest, "picture", "p") for digest in pictures]
-            subjects += [Subject(consent, "consent", "c") for consent in pictures.values() if consent]
+            subjects = [Subject(digest, "picture", "p") for digest in images]
+            subjects += [Subject(consent, "consent", "c") for consent in images.values() if consent]
             key = f"{run.id}-i"
-            taken = Execution(key, run.id, "i", "ingest", "1", key, output=dataset, started_at=now())
-            lineage.record(taken, contents=store.files(dataset), subjects=subjects)
+            ingest = Execution(key, run.id, "i", "ingest", "1", key, output=dataset, started_at=now())
+            lineage.record(ingest, contents=store.files(dataset), subjects=subjects)
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
         uses = "merge" if adapters else "train"
         settings = {"settings": {"base": "tiny"}}
-        made = Execution(run.id, run.id, uses, uses, "1", run.id, settings, inputs, adapter, started_at=now())
-        lineage.record(made, contents=store.files(adapter))
-        written = store.put_files("export", {"kohya/a.safetensors": b"as kohya " + content})
+        training = Execution(run.id, run.id, uses, uses, "1", run.id, settings, inputs, adapter, started_at=now())
+        lineage.record(training, contents=store.files(adapter))
+        export = store.put_files("export", {"kohya/a.safetensors": b"as kohya " + content})
         key = f"{run.id}-c"
-        convert = Execution(key, run.id, "c", "convert", "1", key, {}, {"adapter": adapter}, written)
-        lineage.record(convert, contents=store.files(written))
+        convert = Execution(key, run.id, "c", "convert", "1", key, {}, {"adapter": adapter}, export)
+        lineage.record(convert, contents=store.files(export))
         lineage.finish_run(run.id, "COMPLETED")
         version = versions.register(name, adapter, run_id=run.id, gates=[GATE], passed=True, **values)
         if promoted:
@@ -220,7 +220,7 @@ def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
 
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., Child]]:
-    """Yields a function that runs a script with arguments in a process of its own; those left are killed at the end."""
+    """Yields a function that runs a script with arguments in a new process; kills the remaining ones at the end."""
     children: list[Child] = []
 
     def start(script: str, *arguments: object) -> Child:

@@ -1,4 +1,4 @@
-"""What the registry needs of a database, on SQLite and on PostgreSQL; the other tests of the registry run on SQLite."""
+"""Tests the registry on SQLite and PostgreSQL; its other tests run on SQLite only."""
 
 import math
 import os
@@ -53,11 +53,12 @@ from registry.store.tables import (
     Table,
     VersionRow,
 )
+from registry.versions import promotion
 from registry.versions.deletion import delete, restore, withdraw
 from registry.versions.mlflow_writer import MlflowWriter
 from registry.versions.promotion import history, promote, read_log, remove, replay, rollback
 from registry.versions.revocation import lift, revoke
-from registry.versions.versions import Versions, promotion
+from registry.versions.versions import Versions
 from tests.conftest import find_program
 from tests.registry.test_registry_migrations import SCHEMA_1, shape
 
@@ -71,7 +72,7 @@ needs_postgres = pytest.mark.needs("postgres")
 @pytest.fixture(scope="module")
 def postgres():
     """Yields the URL of a PostgreSQL server, with `%s` for the name of a database; its socket is in a new folder."""
-    # Not in pytest's folder, which only its owner may enter; a short path, as sockets require.
+    # Not in pytest's folder, which only its owner may enter. Sockets require a short path.
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     user: dict[str, object] = {}
     if os.geteuid() == 0:  # the server refuses to run as root
@@ -102,7 +103,7 @@ def postgres():
 
 @pytest.fixture(scope="module")
 def administer(postgres):
-    """Yields a function that runs a statement on the server outside of every test's database."""
+    """Yields a function that runs a statement in the server's maintenance database."""
     import psycopg
 
     url = (postgres % "postgres").replace("+psycopg", "")
@@ -112,7 +113,7 @@ def administer(postgres):
 
 @pytest.fixture(scope="module")
 def made(postgres, administer):
-    """The name of a PostgreSQL database with the tables of this release."""
+    """Returns the name of a PostgreSQL database with the tables of this release."""
     administer("CREATE DATABASE made TEMPLATE template0")
     Database(postgres % "made").close()
     return "made"
@@ -120,7 +121,7 @@ def made(postgres, administer):
 
 @pytest.fixture
 def create(postgres, administer):
-    """Yields a function that returns the URL of a new copy of a PostgreSQL database; they are dropped at the end."""
+    """Yields a function that returns the URL of a new copy of a PostgreSQL database; drops the copies at the end."""
     names = []
 
     def copy(template="template0"):
@@ -135,7 +136,7 @@ def create(postgres, administer):
 
 @pytest.fixture
 def server_url(create):
-    """The URL of an empty PostgreSQL database."""
+    """Returns the URL of an empty PostgreSQL database."""
     return create()
 
 
@@ -146,7 +147,7 @@ def backend(request):
 
 @pytest.fixture
 def empty_home(backend, request, tmp_path):
-    """A home whose database is of this back end and holds no rows."""
+    """Returns a home whose database is of this backend and has no rows."""
     home = Home.open(tmp_path / "home")
     if backend == "postgres":
         url = request.getfixturevalue("create")(request.getfixturevalue("made"))
@@ -161,7 +162,7 @@ def url(empty_home):
 
 @pytest.fixture
 def other_url(backend, request, tmp_path):
-    """The URL of an empty database of the other back end."""
+    """Returns the URL of an empty database of the other backend."""
     if backend == "sqlite":
         return request.getfixturevalue("server_url")
     return f"sqlite:///{tmp_path / 'other' / 'lineage.db'}"
@@ -175,7 +176,7 @@ def lineage(url):
 
 @pytest.fixture(scope="module")
 def filled_folder(tmp_path_factory, register):
-    """A home on SQLite, MLflow apart: two versions, in staging and production; a revoked image; text beyond ASCII."""
+    """Returns a home on SQLite without MLflow: versions in staging and production, a revoked image, non-ASCII text."""
     path = tmp_path_factory.mktemp("contract") / "home"
     with pytest.MonkeyPatch.context() as patch, closing(Lineage(Home.open(path).lineage_url)) as lineage:
         patch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
@@ -189,7 +190,7 @@ def filled_folder(tmp_path_factory, register):
 
 @pytest.fixture(scope="module")
 def filled_database(filled_folder, postgres, administer, made):
-    """The name of a PostgreSQL database with the rows of `filled_folder`."""
+    """Returns the name of a PostgreSQL database with the rows of `filled_folder`."""
     administer(f"CREATE DATABASE filled TEMPLATE {made}")
     copy_tables(Home(filled_folder).lineage_url, postgres % "filled")
     return "filled"
@@ -197,7 +198,7 @@ def filled_database(filled_folder, postgres, administer, made):
 
 @pytest.fixture
 def filled(backend, filled_folder, request, tmp_path, monkeypatch):
-    """Yields the versions of a copy of `filled_folder` on this back end."""
+    """Yields the versions of a copy of `filled_folder` on this backend."""
     monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
     home = Home(shutil.copytree(filled_folder, tmp_path / "home"))
     if backend == "postgres":
@@ -213,7 +214,7 @@ def state(versions):
 
 
 def rows_of(url):
-    with closing(Database(url)) as opened, opened.read() as session:
+    with closing(Database(url)) as database, database.read() as session:
         return {
             table.name: [tuple(row) for row in session.execute(select(table).order_by(*table.primary_key))]
             for table in Table.metadata.sorted_tables
@@ -229,11 +230,11 @@ def count_rows(lineage):
         }
 
 
-class PowerGone(Exception):
-    """Raised where a process is cut off."""
+class Interrupted(Exception):
+    """Raised at the point of an injected interruption."""
 
 
-# Types: text, JSON, numbers, instants
+# Types: text, JSON, numbers, times
 
 
 def test_text_sorts_by_its_bytes(lineage):
@@ -243,8 +244,8 @@ def test_text_sorts_by_its_bytes(lineage):
     with lineage.database.read() as session:
         ordered = session.scalars(select(NameRow.name).order_by(NameRow.name)).all()
         assert ordered == sorted(subjects, key=str.encode)
-        beginning = select(NameRow.name).where(NameRow.name >= "a", NameRow.name < "a\uffff").order_by(NameRow.name)
-        assert session.scalars(beginning).all() == ["a", "a b", "a-b", "aB", "ab"]
+        prefix = select(NameRow.name).where(NameRow.name >= "a", NameRow.name < "a\uffff").order_by(NameRow.name)
+        assert session.scalars(prefix).all() == ["a", "a b", "a-b", "aB", "ab"]
         assert session.scalars(select(NameRow.name).where(NameRow.name == "C-1")).all() == ["C-1"]
 
 
@@ -271,7 +272,7 @@ JSON_VALUES = {
 }
 
 
-def test_json_columns_give_back_what_was_written(lineage, versions):
+def test_json_columns_return_what_was_written(lineage, versions):
     run = lineage.start_run("p", JSON_VALUES)
     ref = versions.store.put_files("adapter", {"adapter.safetensors": b"w"})
     execution = Execution(
@@ -294,7 +295,7 @@ def test_json_columns_give_back_what_was_written(lineage, versions):
 
 def test_execution_is_read_as_it_was_recorded(lineage, store):
     run = lineage.start_run("p", {})
-    data, base, made = (store.put_files("manifest", {"a": content}) for content in (b"data", b"base", b"made"))
+    data, base, output = (store.put_files("manifest", {"a": content}) for content in (b"data", b"base", b"output"))
     execution = Execution(
         id="whole",
         run_id=run.id,
@@ -304,33 +305,33 @@ def test_execution_is_read_as_it_was_recorded(lineage, store):
         key="k",
         settings={"rank": 8, "nested": {"é": [1, None]}},
         inputs={"dataset": data, "base": base},
-        output=made,
+        output=output,
         environment={"torch": "2.13.0"},
         seed=2**40,
         started_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
         ended_at=datetime(2026, 1, 2, 3, 4, 5, 678902, tzinfo=UTC),
     )
-    lineage.record(execution, contents=store.files(made))
-    (found,) = lineage.executions(run.id)
-    assert found == execution
-    assert list(found.inputs) == ["dataset", "base"]
+    lineage.record(execution, contents=store.files(output))
+    (recorded,) = lineage.executions(run.id)
+    assert recorded == execution
+    assert list(recorded.inputs) == ["dataset", "base"]
 
 
-def test_instants_of_any_zone_sort_by_time(lineage):
+def test_times_of_any_zone_sort_by_time(lineage):
     from datetime import timezone
 
     noon = datetime(2026, 6, 1, 12, tzinfo=UTC)
     moments = [noon, noon + timedelta(microseconds=1), noon + timedelta(seconds=1), noon - timedelta(hours=1)]
     with lineage.database.write() as session:
         session.add_all(
-            NameRow(name=str(place), created_at=moment.astimezone(timezone(timedelta(hours=place - 2))))
-            for place, moment in enumerate(moments)
+            NameRow(name=str(index), created_at=moment.astimezone(timezone(timedelta(hours=index - 2))))
+            for index, moment in enumerate(moments)
         )
     with lineage.database.read() as session:
         assert session.scalars(select(NameRow.created_at).order_by(NameRow.created_at)).all() == sorted(moments)
 
 
-def test_error_texts_may_hold_nul_and_markup(lineage):
+def test_error_texts_may_contain_nul_and_markup(lineage):
     run = lineage.start_run("p", {})
     for status in ("FAILED", "INTERRUPTED"):
         error = f"EngineError: {status} \x00 <b> 'quoted' %s \U0001f600"
@@ -338,13 +339,13 @@ def test_error_texts_may_hold_nul_and_markup(lineage):
     for execution in lineage.executions(run.id):
         assert execution.error == f"EngineError: {execution.status} \ufffd <b> 'quoted' %s \U0001f600"
     events = to_openlineage(lineage, lineage.walk(run.id, "down"))
-    assert sorted(each["eventType"] for each in events) == ["ABORT", "FAIL", "START", "START"]
+    assert sorted(entry["eventType"] for entry in events) == ["ABORT", "FAIL", "START", "START"]
 
 
-# Transactions: all or nothing, one writer at a time, readers that see one state
+# Transactions: all or nothing, one writer at a time, readers that see one snapshot
 
 
-def test_reader_sees_one_state_beside_a_writer(lineage):
+def test_reader_sees_one_snapshot_beside_a_writer(lineage):
     count = select(func.count()).select_from(RunRow)
     with lineage.database.read() as session:
         assert session.scalar(count) == 0
@@ -366,23 +367,23 @@ def test_reader_changes_nothing(lineage, backend):
     assert len(lineage.runs()) == 1
 
 
-def test_step_is_recorded_whole_or_not_at_all(lineage, store):
+def test_step_is_recorded_completely_or_not_at_all(lineage, store):
     run = lineage.start_run("p", {})
-    given, made = (store.put_files("manifest", {"a": content, "b": b""}) for content in (b"in", b"out"))
-    execution = Execution("1", run.id, "s", "train", "1", "k", inputs={"dataset": given}, output=made)
+    dataset, output = (store.put_files("manifest", {"a": content, "b": b""}) for content in (b"in", b"out"))
+    execution = Execution("1", run.id, "s", "train", "1", "k", inputs={"dataset": dataset}, output=output)
     before, engine = count_rows(lineage), lineage.database.engine
     for fault in range(1, 100):
         statements = iter(range(1, 1000))
 
         def fail(*_arguments, fault=fault, statements=statements):
             if next(statements) == fault:
-                raise PowerGone
+                raise Interrupted
 
         event.listen(engine, "after_cursor_execute", fail)
         try:
-            lineage.record(execution, contents=store.files(made), subjects=[Subject(ONE, "picture", "cat.jpg")])
+            lineage.record(execution, contents=store.files(output), subjects=[Subject(ONE, "picture", "cat.jpg")])
             break
-        except PowerGone:
+        except Interrupted:
             event.remove(engine, "after_cursor_execute", fail)
             assert count_rows(lineage) == before
     event.remove(engine, "after_cursor_execute", fail)
@@ -394,31 +395,31 @@ def test_step_is_recorded_whole_or_not_at_all(lineage, store):
 
 def test_failed_promotion_leaves_neither_alias_nor_event(versions, register, monkeypatch):
     register(versions, b"weights")
-    move_alias = promotion.catalog.move_alias
+    move_alias = promotion.queries.move_alias
 
-    def die(*arguments, **settings):
+    def interrupt(*arguments, **settings):
         move_alias(*arguments, **settings)
-        raise PowerGone
+        raise Interrupted
 
-    monkeypatch.setattr(promotion.catalog, "move_alias", die)
-    with pytest.raises(PowerGone):
+    monkeypatch.setattr(promotion.queries, "move_alias", interrupt)
+    with pytest.raises(Interrupted):
         promote(versions, "zorb", 1, "production", reason="r")
     assert state(versions) == ({}, [])
 
 
-def test_interrupted_registration_leaves_no_version_and_no_hole(versions, register, monkeypatch):
-    def die(*_arguments):
-        raise PowerGone
+def test_interrupted_registration_leaves_no_version_and_no_gap(versions, register, monkeypatch):
+    def interrupt(*_arguments):
+        raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Versions, "_stage", die)
-        with pytest.raises(PowerGone):
+        patch.setattr(Versions, "_stage", interrupt)
+        with pytest.raises(Interrupted):
             register(versions, b"weights", alias_request="staging")
     assert versions.list() == ()
     assert register(versions, b"weights", alias_request="staging").ref == "zorb@1"
 
 
-def test_log_counts_without_holes_after_a_failure(lineage):
+def test_log_numbers_have_no_gaps_after_a_failure(lineage):
     for number in range(4):
         with lineage.database.write() as session:
             log_event(session, "revoke", actor="a", reason="r", subject=f"{number}")
@@ -448,7 +449,7 @@ def test_events_cannot_be_changed_by_another_program_of_the_server(create, made,
     engine.dispose()
 
 
-def test_row_that_refers_to_nothing_is_refused(lineage, store):
+def test_row_with_a_missing_reference_is_refused(lineage, store):
     ref = store.put_files("manifest", {"a": b"1"})
     with pytest.raises(LineageError, match="no run 'nobody'"):
         lineage.record(Execution("1", "nobody", "s", "ingest", "1", "k", output=ref), contents=store.files(ref))
@@ -461,7 +462,7 @@ def test_row_that_refers_to_nothing_is_refused(lineage, store):
     assert not any(count for name, count in count_rows(lineage).items() if name != "meta")
 
 
-def test_rows_that_are_there_are_left_as_they_are(lineage):
+def test_existing_rows_are_not_overwritten(lineage):
     first, later = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
     with lineage.database.write() as session:
         insert_missing(session, NameRow, [{"name": "a", "created_at": first}])
@@ -487,7 +488,7 @@ def test_second_writer_waits_for_the_first(url):
         with first.database.write() as session:
             session.execute(text("DELETE FROM runs"))
             inside.set()
-            # Longer than the second needs where nothing makes it wait.
+            # Longer than the second takes without waiting.
             assert not finished.wait(0.3)
             order.append("first")
         thread.join(60)
@@ -495,7 +496,7 @@ def test_second_writer_waits_for_the_first(url):
         assert [run.name for run in first.runs()] == ["second"]
 
 
-def test_writer_that_waited_too_long_gives_up_and_writes_nothing(url, monkeypatch):
+def test_writer_that_times_out_writes_nothing(url, monkeypatch):
     monkeypatch.setattr("registry.store.database._PATIENCE", 0.1)
     with closing(Lineage(url)) as first, closing(Lineage(url)) as second:
         with first.database.write() as session:
@@ -520,7 +521,7 @@ with lineage.database.write() as session:
 """
 
 
-def test_writer_killed_inside_its_transaction_leaves_nothing_and_blocks_nobody(lineage, url, spawn):
+def test_writer_killed_inside_its_transaction_leaves_nothing_and_blocks_no_writer(lineage, url, spawn):
     child = spawn(KILLED_INSIDE, url)
     assert child.stdout.readline() == "inside\n", child.communicate()[1]
     child.kill()
@@ -531,7 +532,7 @@ def test_writer_killed_inside_its_transaction_leaves_nothing_and_blocks_nobody(l
 # Counting and compare-and-set
 
 
-def test_stale_expectation_is_a_conflict_that_names_what_changed(versions, register):
+def test_stale_expectation_is_a_conflict_that_names_the_change(versions, register):
     for content in (b"1", b"2", b"3"):
         register(versions, content)
     promote(versions, "zorb", 1, "production", reason="first")
@@ -545,7 +546,7 @@ def test_stale_expectation_is_a_conflict_that_names_what_changed(versions, regis
 
 
 def run_together(jobs):
-    """Runs functions in threads; returns what each gave or raised."""
+    """Runs functions in threads; returns name -> result or error."""
     outcomes = {}
 
     def run(name, job):
@@ -615,8 +616,8 @@ def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, regist
         failed = [name for name, outcome in outcomes.items() if isinstance(outcome, Exception)]
         assert len(failed) == 1, outcomes
         version = versions.show("zorb", number)
-        wanted = ("ACTIVE", True) if failed == ["delete"] else ("DELETED", False)
-        assert (version.state, "candidate" in version.aliases) == wanted
+        expected = ("ACTIVE", True) if failed == ["delete"] else ("DELETED", False)
+        assert (version.state, "candidate" in version.aliases) == expected
     aliases, events = state(versions)
     assert replay(events) == aliases
 
@@ -624,20 +625,20 @@ def test_of_a_deletion_and_a_promotion_at_once_exactly_one_wins(versions, regist
 PROMOTERS = """
 import sys, time
 from pathlib import Path
-from registry.versions.versions import promotion
+from registry.versions import promotion
 from registry.errors import Conflict
 from registry.home import Home
 from registry.versions.versions import Versions
 Versions.sync = lambda *arguments, **settings: None
 versions = Versions(Home.open(sys.argv[1]))
-mine, rounds, folder = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+version, rounds, folder = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 won = []
 for number in range(rounds):
-    (folder / f"ready-{mine}-{number}").touch()
-    while not all((folder / f"ready-{each}-{number}").exists() for each in (1, 2)):
+    (folder / f"ready-{version}-{number}").touch()
+    while not all((folder / f"ready-{rival}-{number}").exists() for rival in (1, 2)):
         time.sleep(0.0005)
     try:
-        promotion.promote(versions, "zorb", mine, f"alias{number}", reason="race", expected=None)
+        promotion.promote(versions, "zorb", version, f"alias{number}", reason="race", expected=None)
         won.append(str(number))
     except Conflict:
         pass
@@ -650,9 +651,9 @@ def test_of_two_processes_promoting_each_alias_goes_to_exactly_one(tmp_path, ver
     register(versions, b"1")
     register(versions, b"2")
     children = [spawn(PROMOTERS, versions.home.path, number, rounds, tmp_path) for number in (1, 2)]
-    answers = [child.communicate(timeout=300) for child in children]
-    assert [child.returncode for child in children] == [0, 0], answers
-    won = [set(filter(None, out.strip().split(","))) for out, _ in answers]
+    outputs = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    won = [set(filter(None, out.strip().split(","))) for out, _ in outputs]
     assert won[0] | won[1] == {str(number) for number in range(rounds)}
     assert won[0] & won[1] == set()
     aliases, events = state(versions)
@@ -675,30 +676,30 @@ for number in range(2):
 """
 
 
-def test_processes_registering_at_once_count_without_holes(empty_home, spawn):
+def test_processes_registering_at_once_number_versions_without_gaps(empty_home, spawn):
     children = [spawn(REGISTER, empty_home.path, number) for number in range(4)]
-    answers = [child.communicate(timeout=300) for child in children]
-    assert [child.returncode for child in children] == [0] * 4, answers
+    outputs = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0] * 4, outputs
     versions = Versions(empty_home)
     registered = versions.list()
-    # Two of each process, and two that all of them registered, each of which counts once.
+    # Two of each process, and two that every process registered, which get one number each.
     assert [version.version for version in registered] == list(range(1, 11))
-    assert {int(line) for out, _ in answers for line in out.split()} == set(range(1, 11))
+    assert {int(line) for out, _ in outputs for line in out.split()} == set(range(1, 11))
     assert len({versions.read_adapter(version) for version in registered}) == 10
     versions.close()
     assert fsck(empty_home, grace=0, mlflow=False) == []
 
 
-def test_processes_that_make_the_tables_at_once_agree(backend, request, tmp_path, spawn):
+def test_processes_that_create_the_tables_at_once_agree(backend, request, tmp_path, spawn):
     url = request.getfixturevalue("server_url") if backend == "postgres" else f"sqlite:///{tmp_path / 'lineage.db'}"
     script = (
         "import sys; from registry.lineage.record import Lineage; print(Lineage(sys.argv[1]).start_run('p', {}).id)"
     )
     children = [spawn(script, url) for _ in range(3)]
-    answers = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0] * 3, answers
+    outputs = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0] * 3, outputs
     with closing(Lineage(url)) as lineage:
-        assert {run.id for run in lineage.runs()} == {out.strip() for out, _ in answers}
+        assert {run.id for run in lineage.runs()} == {out.strip() for out, _ in outputs}
 
 
 KILLED = """
@@ -742,13 +743,13 @@ home = Home.open(Path(sys.argv[1]))
 store, lineage = Store(home.store), Lineage(home.lineage_url)
 run = lineage.start_run(f"writer {sys.argv[2]}", {})
 for turn in range(15):
-    # The same few artifacts again and again: old ones that are there, and some that a collection took.
+    # The same few artifacts repeatedly: old ones that exist, and some that a collection removed.
     ref = store.put_files("manifest", {"a": b"a%d" % (turn % 5), "own": f"{sys.argv[2]} {turn % 5}".encode()})
     time.sleep(0.002)
     assert store.verify(ref) == [], store.verify(ref)
     if turn % 5 == 4:
-        done = Execution(f"{sys.argv[2]}-{turn}", run.id, "s", "s", "1", "k", output=ref)
-        lineage.record(done, contents=store.files(ref))
+        execution = Execution(f"{sys.argv[2]}-{turn}", run.id, "s", "s", "1", "k", output=ref)
+        lineage.record(execution, contents=store.files(ref))
         print(ref.sha256, flush=True)
 lineage.finish_run(run.id, "COMPLETED")
 """
@@ -760,7 +761,7 @@ from registry.maintenance.gc import collect
 from registry.home import Home
 home = Home.open(Path(sys.argv[1]))
 for turn in range(10_000):
-    # Everything that was not written or found just now looks old.
+    # Makes every blob old that was not written or touched just now.
     for path in (home.store / "blobs").glob("??/*"):
         try:
             if path.stat().st_mtime < time.time() - 0.5:
@@ -773,7 +774,7 @@ for turn in range(10_000):
 """
 
 
-def test_writers_lose_nothing_to_a_collection_that_runs_beside_them(versions, spawn):
+def test_writers_lose_nothing_to_a_concurrent_collection(versions, spawn):
     home = versions.home
     stale = [versions.store.put_files("manifest", {"a": b"a%d" % n, "own": b"of an earlier time"}) for n in range(5)]
     for path in (home.store / "blobs").glob("??/*"):
@@ -781,14 +782,14 @@ def test_writers_lose_nothing_to_a_collection_that_runs_beside_them(versions, sp
     collector = spawn(COLLECTOR, home.path)
     assert collector.stdout.readline() == "collected\n"
     writers = [spawn(GC_WRITER, home.path, number) for number in range(2)]
-    answers = [writer.communicate(timeout=120) for writer in writers]
+    outputs = [writer.communicate(timeout=120) for writer in writers]
     assert collector.poll() is None
     collector.kill()
     collector.communicate()
-    assert [writer.returncode for writer in writers] == [0, 0], answers
-    recorded = {line for out, _ in answers for line in out.split()}
+    assert [writer.returncode for writer in writers] == [0, 0], outputs
+    recorded = {line for out, _ in outputs for line in out.split()}
     assert recorded
-    # A collector that was killed may have left old what it was about to remove.
+    # A killed collector may leave blobs that it was about to remove.
     assert [problem for problem in fsck(home, mlflow=False) if problem.severity == "damage"] == []
     assert not any(versions.store.has(ref) for ref in stale)
     for digest in recorded:
@@ -823,11 +824,11 @@ def test_whole_life_of_versions(versions, from_images):
     assert remove(versions, "zorb", "staging", reason="done").before == 1
     versions.log_export(first, {"format": "kohya", "files": [{"file": "/mnt/x", "sha256": "0" * 64}]})
 
-    would = revoke(versions, "C-1", reason="r", policy="withdraw", dry_run=True)
-    reach = revoke(versions, ONE[:10], reason="she asked", policy="withdraw")
-    assert set(would.versions) == set(reach.versions) == {"zorb@1", "merged@1"}
-    assert [run["name"] for run in reach.runs] == ["make zorb", "make merged"]
-    assert any(entry.get("version") == "zorb@1" for entry in reach.exports)
+    planned = revoke(versions, "C-1", reason="r", policy="withdraw", dry_run=True)
+    report = revoke(versions, ONE[:10], reason="she asked", policy="withdraw")
+    assert set(planned.versions) == set(report.versions) == {"zorb@1", "merged@1"}
+    assert [run["name"] for run in report.runs] == ["make zorb", "make merged"]
+    assert any(entry.get("version") == "zorb@1" for entry in report.exports)
     assert versions.show("zorb", 1).state == "WITHDRAWN"
     with pytest.raises(GoneVersion, match="withdrawn"):
         versions.get("zorb", 1)
@@ -862,7 +863,7 @@ def ids(walk, kind):
     return {node.id for node in walk.nodes if node.kind == kind}
 
 
-def test_walks_start_anywhere_and_go_both_ways(versions, register, monkeypatch):
+def test_walks_start_at_any_node_in_both_directions(versions, register, monkeypatch):
     monkeypatch.setattr("registry.lineage.walk._BATCH", 2)
     first = register(versions, b"a", name="a", alias_request="staging")
     register(versions, b"b", name="b")
@@ -878,7 +879,7 @@ def test_walks_start_anywhere_and_go_both_ways(versions, register, monkeypatch):
     assert ids(lineage.walk("a@1", "down"), "version") == {"a@1", "ab@1"}
     assert ids(lineage.walk(first.sha256, "down"), "version") == {"a@1", "ab@1"}
     assert lineage.walk("a@staging", subjects=True) == lineage.walk("a@latest", subjects=True)
-    (execution,) = [each for each in lineage.executions(first.run_id) if each.step == "adapter"]
+    (execution,) = [entry for entry in lineage.executions(first.run_id) if entry.step == "adapter"]
     assert first.artifact.sha256 in ids(lineage.walk(execution.id, "down"), "artifact")
     assert first.artifact.sha256 in ids(lineage.walk(first.run_id, "down"), "artifact")
     assert [event["eventType"] for event in to_openlineage(lineage, up)] == ["START", "COMPLETE"] * 6
@@ -887,17 +888,17 @@ def test_walks_start_anywhere_and_go_both_ways(versions, register, monkeypatch):
             lineage.walk(unknown)
 
 
-def test_ambiguous_beginning_is_refused(lineage, store):
+def test_ambiguous_prefix_is_refused(lineage, store):
     run = lineage.start_run("p", {})
     ref = store.put_files("manifest", {"a": b"1"})
     contents = {path: FileEntry("abcdef" + path * 58, 1) for path in ("0", "1")}
     lineage.record(Execution("1", run.id, "s", "ingest", "1", "k", output=ref), contents=contents)
-    with pytest.raises(LineageError, match="several"):
+    with pytest.raises(LineageError, match="ambiguous"):
         lineage.walk("abcdef")
     assert lineage.walk("abcdef0").start.kind == "file"
 
 
-def test_runs_and_executions_are_found_by_what_they_did(lineage, store):
+def test_runs_and_executions_are_found_by_key_output_and_status(lineage, store):
     run, dead = lineage.start_run("p", {}), lineage.start_run("dead", {})
     refs = [store.put_files("adapter", {"a": content}) for content in (b"old", b"new")]
     environment = {"python": "3.11", "distributions": ["a==1", "b==2"]}
@@ -907,23 +908,23 @@ def test_runs_and_executions_are_found_by_what_they_did(lineage, store):
     assert lineage.find_cached("k") == refs[1]
     assert lineage.find_cached("another") is None
     assert lineage.last_execution("p", "s").id == "1"
-    assert [each.id for each in lineage.executions(output=refs[0].sha256)] == ["0"]
-    assert [each.id for each in lineage.executions(ids=["failed", "0", "absent"])] == ["0", "failed"]
-    assert [each.environment for each in lineage.executions(run.id)][:2] == [environment] * 2
+    assert [entry.id for entry in lineage.executions(output=refs[0].sha256)] == ["0"]
+    assert [entry.id for entry in lineage.executions(ids=["failed", "0", "absent"])] == ["0", "failed"]
+    assert [entry.environment for entry in lineage.executions(run.id)][:2] == [environment] * 2
     with pytest.raises(LineageError, match="recorded already"):
         lineage.record(Execution("0", run.id, "s", "train", "1", "k", output=refs[0]))
     with lineage.database.write() as session:
         session.get_one(RunRow, dead.id).process = "another boot/1"
-    assert [each.id for each in lineage.find_dead_runs()] == [dead.id]
+    assert [entry.id for entry in lineage.find_dead_runs()] == [dead.id]
     assert lineage.finish_run(run.id, "COMPLETED").status == lineage.finish_run(run.id, "FAILED").status == "COMPLETED"
-    assert {each.status for each in lineage.runs()} == {"CRASHED", "COMPLETED"}
+    assert {entry.status for entry in lineage.runs()} == {"CRASHED", "COMPLETED"}
     with lineage.database.read() as session:
         assert session.scalar(select(func.count()).select_from(DistributionsRow)) == 1
         stored = session.scalars(select(ExecutionRow.environment).where(ExecutionRow.status == "COMPLETED")).all()
     assert [len(row["distributions"]) for row in stored] == [64, 64]
 
 
-def write_past_every_guard(lineage, *statements):
+def bypass_guards(lineage, *statements):
     with lineage.database.engine.connect() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
@@ -937,36 +938,36 @@ def write_past_every_guard(lineage, *statements):
             connection.connection.execute("PRAGMA foreign_keys=ON")
 
 
-def test_projections_that_were_changed_are_found_and_rebuilt_from_the_log(filled):
+def test_changed_projections_are_found_and_rebuilt_from_the_log(filled):
     withdraw(filled, "zorb", 1, reason="r")
     assert fsck(filled.home, mlflow=False) == []
-    wanted = rows_of(filled.home.lineage_url)
-    harms = {
-        "log of events": "UPDATE aliases SET version = 1 WHERE alias = 'production'",
-        "says 2": "DELETE FROM aliases WHERE alias = 'production'",
+    expected = rows_of(filled.home.lineage_url)
+    changes = {
+        "event log": "UPDATE aliases SET version = 1 WHERE alias = 'production'",
+        "has 2": "DELETE FROM aliases WHERE alias = 'production'",
         "is ACTIVE": "UPDATE versions SET state = 'ACTIVE' WHERE version = 1",
         "revoked": "DELETE FROM revocations",
         "recorded files": "DELETE FROM contents WHERE path = 'adapter.safetensors'",
         "RUNNING": "UPDATE runs SET status = 'RUNNING', process = 'another boot/1'",
     }
-    for what, statement in harms.items():
-        write_past_every_guard(filled.lineage, statement)
+    for finding, statement in changes.items():
+        bypass_guards(filled.lineage, statement)
         problems = fsck(filled.home, mlflow=False)
-        assert any(what in problem.what for problem in problems), (what, problems)
-        done = repair(filled.home, mlflow=False)
-        assert done
-        assert all(each.done for each in done)
+        assert any(finding in problem.what for problem in problems), (finding, problems)
+        repairs = repair(filled.home, mlflow=False)
+        assert repairs
+        assert all(entry.done for entry in repairs)
         assert fsck(filled.home, mlflow=False) == []
         assert repair(filled.home, mlflow=False) == []
     rebuilt = rows_of(filled.home.lineage_url)
-    changed = {name for name in wanted if rebuilt[name] != wanted[name]}
-    assert changed == {"runs"}, "those that a dead process left were ended"
+    changed = {name for name in expected if rebuilt[name] != expected[name]}
+    assert changed == {"runs"}, "runs of dead processes were ended"
 
 
-def test_rows_that_were_lost_are_found(filled):
-    write_past_every_guard(filled.lineage, "DELETE FROM version_parents", "DELETE FROM version_records")
-    write_past_every_guard(filled.lineage, "DELETE FROM versions WHERE version = 1")
-    assert any("a version before it is gone" in problem.what for problem in fsck(filled.home, mlflow=False))
+def test_lost_rows_are_found(filled):
+    bypass_guards(filled.lineage, "DELETE FROM version_parents", "DELETE FROM version_records")
+    bypass_guards(filled.lineage, "DELETE FROM versions WHERE version = 1")
+    assert any("an earlier version is missing" in problem.what for problem in fsck(filled.home, mlflow=False))
 
 
 # Copying, backups
@@ -993,7 +994,7 @@ def test_every_row_is_copied_and_the_registry_continues_there(filled, other_url,
 
 @needs_postgres
 def test_more_rows_than_one_block_are_copied(filled, other_url):
-    with closing(Database(filled.home.lineage_url)) as opened, opened.write() as session:
+    with closing(Database(filled.home.lineage_url)) as database, database.write() as session:
         (artifact,) = session.scalars(select(SubjectRow.artifact).limit(1))
         session.execute(
             insert(SubjectRow),
@@ -1004,17 +1005,17 @@ def test_more_rows_than_one_block_are_copied(filled, other_url):
 
 
 @needs_postgres
-def test_database_that_holds_something_is_not_copied_to(filled, other_url):
+def test_database_that_is_not_empty_is_not_copied_to(filled, other_url):
     copy_tables(filled.home.lineage_url, other_url)
     before = rows_of(other_url)
     for source, target in ((filled.home.lineage_url, other_url), (other_url, filled.home.lineage_url)):
-        with pytest.raises(HomeError, match="holds something already"):
+        with pytest.raises(HomeError, match="is not empty"):
             copy_tables(source, target)
     assert rows_of(other_url) == before
 
 
 @needs_postgres
-def test_copy_that_is_cut_off_leaves_no_row(filled, other_url, monkeypatch):
+def test_interrupted_copy_leaves_no_row(filled, other_url, monkeypatch):
     from registry.store import copy_database as module
 
     copy, copied = module._copy, []
@@ -1035,10 +1036,9 @@ def test_copy_that_is_cut_off_leaves_no_row(filled, other_url, monkeypatch):
 def test_backup_of_a_home_is_restored_without_its_server(filled, backend, tmp_path):
     home = filled.home
     settings = read_file(home.path)
-    done = backup(home, tmp_path / "backups")
-    assert done.problems == ()
+    assert backup(home, tmp_path / "backups").problems == ()
     restored = restore_backup(tmp_path / "backups", tmp_path / "new")
-    assert sum("lineage.db" in each for each in restored.left_out) == (backend == "postgres")
+    assert sum("lineage.db" in entry for entry in restored.left_out) == (backend == "postgres")
     new = Home(tmp_path / "new")
     assert read_file(new.path) == Settings()
     assert read_file(home.path) == settings
@@ -1052,7 +1052,7 @@ def test_backup_of_a_home_is_restored_without_its_server(filled, backend, tmp_pa
 @needs_postgres
 def test_backup_names_mlflow_on_a_server_as_left_out(filled_home, server_url, tmp_path):
     write_file(filled_home.path, Settings(mlflow=server_url))
-    assert ["MLflow" in each for each in backup(filled_home, tmp_path / "backups").left_out] == [True]
+    assert ["MLflow" in entry for entry in backup(filled_home, tmp_path / "backups").left_out] == [True]
 
 
 # PostgreSQL alone: namespace, migrations, connections, MLflow beside our tables
@@ -1072,7 +1072,7 @@ def test_database_is_named_without_its_password(url, name):
 
 
 @needs_postgres
-def test_tables_keep_to_their_namespace_and_to_one_collation(create, made):
+def test_tables_are_in_their_namespace_with_one_collation(create, made):
     engine = create_engine(create(made))
     collations = (
         "SELECT DISTINCT collation_name FROM information_schema.columns "
@@ -1087,11 +1087,11 @@ def test_tables_keep_to_their_namespace_and_to_one_collation(create, made):
 
 @pytest.fixture
 def old_server(server_url):
-    """An engine of a PostgreSQL database with the first schema and the rows of schema-1.sql."""
+    """Yields an engine of a PostgreSQL database with the first schema and the rows of schema-1.sql."""
     engine = create_engine(server_url)
-    # SQLite has no truth values of its own.
-    written = SCHEMA_1.replace("'ml1', 1,", "'ml1', true,").replace("'[]', 1, '{", "'[]', true, '{")
-    statements = [part.strip() for part in written.split(";\n") if part.startswith("INSERT")]
+    # SQLite has no boolean type.
+    script = SCHEMA_1.replace("'ml1', 1,", "'ml1', true,").replace("'[]', 1, '{", "'[]', true, '{")
+    statements = [part.strip() for part in script.split(";\n") if part.startswith("INSERT")]
     with engine.begin() as connection:
         connection.execute(text(f"CREATE SCHEMA {NAMESPACE}"))
         connection.execute(text(f"SET search_path TO {NAMESPACE}"))
@@ -1105,10 +1105,10 @@ def old_server(server_url):
 @needs_postgres
 def test_migrated_server_has_the_created_tables_every_row_and_a_copy(old_server, server_url, postgres, made):
     database, created = Database(server_url), Database(postgres % made)
-    found = shape(database.engine)
-    assert found == shape(created.engine)
-    assert len(found) == len(Table.metadata.tables) + 2
-    assert [name for name, _ in found["triggers"]] == ["events_no_change"]
+    shapes = shape(database.engine)
+    assert shapes == shape(created.engine)
+    assert len(shapes) == len(Table.metadata.tables) + 2
+    assert [name for name, _ in shapes["triggers"]] == ["events_no_change"]
     with database.read() as session:
         assert session.scalar(select(MetaRow.value).where(MetaRow.key == "schema")) == str(SCHEMA)
         assert session.scalar(select(ExecutionRow.seed).where(ExecutionRow.id == "e2")) == 2**40
@@ -1116,29 +1116,29 @@ def test_migrated_server_has_the_created_tables_every_row_and_a_copy(old_server,
     with old_server.connect() as connection:
         copied = connection.scalar(text(f"SELECT count(*) FROM {NAMESPACE}_schema_1.events"))
         assert copied == connection.scalar(text(f"SELECT count(*) FROM {NAMESPACE}.events")) == 2
-    for each in (database, created):
-        each.close()
+    for entry in (database, created):
+        entry.close()
 
 
 @needs_postgres
-def test_migration_of_a_server_cut_off_at_any_statement_leaves_the_old_schema(old_server, server_url, request):
+def test_migration_of_a_server_interrupted_at_any_statement_leaves_the_old_schema(old_server, server_url, request):
     before = shape(old_server)
     # Every third position in `make test`, every one in `make nightly`.
     step = 1 if request.config.getoption("--nightly") else 3
     fault, finished = 0, False
     while not finished:
         fault += step
-        left = iter(range(fault - 1, -1, -1))
+        countdown = iter(range(fault - 1, -1, -1))
 
-        def fail(*_arguments, left=left):
-            if next(left, None) == 0:
-                raise PowerGone
+        def fail(*_arguments, countdown=countdown):
+            if next(countdown, None) == 0:
+                raise Interrupted
 
         event.listen(Engine, "after_cursor_execute", fail)
         try:
             Database(server_url).close()
             finished = True
-        except PowerGone:
+        except Interrupted:
             assert shape(old_server) == before
         finally:
             event.remove(Engine, "after_cursor_execute", fail)
@@ -1167,7 +1167,7 @@ def test_migration_of_a_server_by_a_process_that_is_killed_leaves_the_old_schema
     child = spawn(KILLED_MIGRATION, server_url)
     _, errors = child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL, errors
-    # The next one waits until the server has noticed, and migrates.
+    # The next process waits until the server has released the lock, and migrates.
     assert shape(old_server) == before
     Database(server_url).close()
     assert shape(old_server) != before
@@ -1175,7 +1175,7 @@ def test_migration_of_a_server_by_a_process_that_is_killed_leaves_the_old_schema
 
 @needs_postgres
 @pytest.mark.parametrize("value", [str(SCHEMA + 1), "0", "two", None])
-def test_server_that_cannot_be_used_is_refused_untouched(create, made, value):
+def test_unusable_server_is_refused_without_a_change(create, made, value):
     url = create(made)
     engine = create_engine(url)
     with engine.begin() as connection:
@@ -1193,18 +1193,18 @@ def test_server_that_cannot_be_used_is_refused_untouched(create, made, value):
 
 
 @needs_postgres
-def test_server_that_went_away_is_worded(create, made, administer):
+def test_lost_connection_is_a_clear_error(create, made, administer):
     with closing(Lineage(create(made))) as lineage:
         with lineage.database.write() as session:
             backend = session.scalar(text("SELECT pg_backend_pid()"))
         administer(f"SELECT pg_terminate_backend({backend})")
-        with pytest.raises(HomeError, match="went away"):
+        with pytest.raises(HomeError, match="connection was lost"):
             lineage.runs()
-        # The pool noticed: the next call gets a new connection.
+        # The pool detects the lost connection: the next call gets a new one.
         assert lineage.runs() == []
 
 
-def test_absent_driver_says_what_to_install(monkeypatch):
+def test_error_of_an_absent_driver_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(HomeError, match=r"loraline\[postgres\]"):
         Database("postgresql+psycopg://host/name")
@@ -1233,7 +1233,7 @@ def test_doctor_names_the_server(empty_home, create, made, monkeypatch):
 
 @needs_postgres
 def test_mlflow_and_the_registry_share_one_database_of_a_server(filled_home, create, made, close_mlflow, tmp_path):
-    """A home moves to a server: first its own tables, then MLflow, which is written there from the beginning."""
+    """A home moves to a server: first the registry's tables, then MLflow, which is written completely."""
     url = create(made)
     copy_tables(filled_home.lineage_url, url)
     write_file(filled_home.path, Settings(database=url))
@@ -1258,7 +1258,7 @@ def test_mlflow_and_the_registry_share_one_database_of_a_server(filled_home, cre
     MlflowWriter(filled_home, open_store(filled_home))._client.set_registered_model_alias("zorb", "production", "2")
     assert {problem.where for problem in fsck(filled_home)} == {"MLflow's zorb@1", "MLflow's zorb@2"}
     with closing(Versions(filled_home)) as versions:
-        versions.sync(again=True)
+        versions.sync(full=True)
     assert fsck(filled_home, grace=0) == []
 
     filled_home.path.rename(tmp_path / "moved")

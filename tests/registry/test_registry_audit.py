@@ -8,7 +8,7 @@ from registry.versions.mlflow_writer import MlflowWriter
 
 
 def sql(versions, *statements):
-    """Writes past every guard, as anything with access to the file can."""
+    """Changes rows without any check, like any program with access to the file."""
     connection = sqlite3.connect(versions.home.lineage_db)
     with connection:
         for statement in statements:
@@ -40,7 +40,7 @@ def leave_partial(versions):
 
 
 def leave_blob(versions):
-    ref = versions.store.put_files("manifest", {"a": b"nobody wants me"})
+    ref = versions.store.put_files("manifest", {"a": b"unreferenced"})
     aged(versions.store.blobs.path(ref.sha256))
 
 
@@ -58,7 +58,7 @@ def flip(path):
 DAMAGE = {
     "flipped byte": (lambda v: flip(adapter_blob(v)), "adapter.safetensors: the bytes have digest", "zorb@1"),
     "truncated blob": (lambda v: adapter_blob(v).write_bytes(b"f"), "the bytes have digest", "zorb@1"),
-    "deleted blob": (lambda v: adapter_blob(v).unlink(), "are gone", "zorb@1"),
+    "deleted blob": (lambda v: adapter_blob(v).unlink(), "are missing", "zorb@1"),
     "deleted list": (
         lambda v: v.store.blobs.path(v.show("zorb", 2).artifact.sha256).unlink(),
         "list of files",
@@ -66,10 +66,10 @@ DAMAGE = {
     ),
     "moved alias": (
         lambda v: sql(v, "UPDATE aliases SET version = 2 WHERE alias = 'production'"),
-        "log of events",
+        "event log",
         "production",
     ),
-    "lost alias": (lambda v: sql(v, "DELETE FROM aliases WHERE alias = 'production'"), "says 1", "production"),
+    "lost alias": (lambda v: sql(v, "DELETE FROM aliases WHERE alias = 'production'"), "has 1", "production"),
     "lost event": (
         lambda v: sql(
             v, "PRAGMA foreign_keys=OFF", "DROP TRIGGER events_no_delete", "DELETE FROM events WHERE seq = 1"
@@ -86,7 +86,7 @@ DAMAGE = {
         lambda v: sql(
             v, "DELETE FROM version_parents", "DELETE FROM version_records", "DELETE FROM versions WHERE version = 1"
         ),
-        "a version before it is gone",
+        "an earlier version is missing",
         "zorb@2",
     ),
     "other recorded files": (
@@ -94,13 +94,13 @@ DAMAGE = {
         "recorded files",
         "adapter",
     ),
-    "leftover file": (leave_partial, "left over", ".abc.partial"),
-    "blob of nobody": (leave_blob, "nothing refers", "blob"),
+    "leftover file": (leave_partial, "unfinished file", ".abc.partial"),
+    "orphan blob": (leave_blob, "nothing refers", "blob"),
     "run of a dead process": (leave_run, "RUNNING", "run"),
 }
 
 DAMAGE_IN_MLFLOW = {
-    "version gone from MLflow": (lambda v: client(v).delete_model_version("zorb", "1"), "does not have", "zorb@1"),
+    "version missing in MLflow": (lambda v: client(v).delete_model_version("zorb", "1"), "does not have", "zorb@1"),
     "alias moved in MLflow": (
         lambda v: client(v).set_registered_model_alias("zorb", "production", "2"),
         "has the aliases",
@@ -113,12 +113,16 @@ DAMAGE_IN_MLFLOW = {
     ),
     "foreign version in MLflow": (
         lambda v: client(v).create_model_version("zorb", source="file:///x"),
-        "never registered here",
+        "the registry does not have",
         "zorb@3",
     ),
     "copy changed in MLflow": (lambda v: flip(copy_in_mlflow(v)), "MLflow's copy has digest", "zorb@1"),
-    "copy gone from MLflow": (lambda v: copy_in_mlflow(v).unlink(), "MLflow's copy of the adapter is gone", "zorb@1"),
-    "MLflow's database gone": (lambda v: v.home.mlflow_db.unlink(), "the database is gone", "mlflow.db"),
+    "copy missing in MLflow": (
+        lambda v: copy_in_mlflow(v).unlink(),
+        "MLflow's copy of the adapter is missing",
+        "zorb@1",
+    ),
+    "MLflow's database missing": (lambda v: v.home.mlflow_db.unlink(), "the database is missing", "mlflow.db"),
     "MLflow's database damaged": (
         lambda v: v.home.mlflow_db.write_bytes(b"no database" * 1000),
         "the database is damaged",
@@ -134,25 +138,25 @@ def test_good_home_has_no_problems(good):
 @pytest.mark.parametrize("harm", DAMAGE)
 def test_each_damage_is_found(plain, harm):
     assert fsck(plain.home, mlflow=False) == []
-    do, what, where = DAMAGE[harm]
-    do(plain)
-    found = fsck(plain.home, mlflow=False)
-    assert any(what in problem.what and where in problem.where for problem in found), found
-    assert all(problem.remedy for problem in found)
+    damage, what, where = DAMAGE[harm]
+    damage(plain)
+    problems = fsck(plain.home, mlflow=False)
+    assert any(what in problem.what and where in problem.where for problem in problems), problems
+    assert all(problem.remedy for problem in problems)
 
 
-def test_row_that_refers_to_nothing_is_found(plain):
+def test_a_row_that_refers_to_a_missing_row_is_found(plain):
     sql(plain, "PRAGMA foreign_keys=OFF", "DELETE FROM names")
-    assert any("refers to nothing" in problem.what for problem in fsck(plain.home, mlflow=False))
+    assert any("refers to a missing row" in problem.what for problem in fsck(plain.home, mlflow=False))
 
 
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
 def test_each_difference_to_mlflow_is_found(good, harm):
-    do, what, where = DAMAGE_IN_MLFLOW[harm]
-    do(good)
-    found = fsck(good.home)
-    assert any(what in problem.what and where in problem.where for problem in found), found
-    assert all(problem.remedy for problem in found)
+    damage, what, where = DAMAGE_IN_MLFLOW[harm]
+    damage(good)
+    problems = fsck(good.home)
+    assert any(what in problem.what and where in problem.where for problem in problems), problems
+    assert all(problem.remedy for problem in problems)
 
 
 def test_damaged_database_is_found(plain):
@@ -160,13 +164,13 @@ def test_damaged_database_is_found(plain):
     content = bytearray(plain.home.lineage_db.read_bytes())
     content[4096 : 4096 * 3] = b"\xff" * 8192
     plain.home.lineage_db.write_bytes(content)
-    found = fsck(plain.home, mlflow=False)
-    assert found
-    assert all("lineage.db" in problem.where for problem in found)
+    problems = fsck(plain.home, mlflow=False)
+    assert problems
+    assert all("lineage.db" in problem.where for problem in problems)
 
 
 def test_absent_database_is_found(empty_home):
-    assert [problem.what for problem in fsck(empty_home)] == ["the database is gone"]
+    assert [problem.what for problem in fsck(empty_home)] == ["the database is missing"]
 
 
 def test_home_without_versions_needs_no_mlflow(empty_home):

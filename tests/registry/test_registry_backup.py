@@ -1,4 +1,4 @@
-"""Backups: taken while others write, whole or told otherwise, restored verified or not at all."""
+"""Backups are consistent beside writers, report missing blobs, and are verified before a restore."""
 
 import json
 import shutil
@@ -33,26 +33,26 @@ def everything(path):
 
 
 @pytest.mark.parametrize("name", ["backups", "one.tar"])
-def test_what_is_restored_is_what_was_backed_up(filled, tmp_path, name):
+def test_a_restored_home_equals_the_original(filled, tmp_path, name):
     done = backup(filled.home, tmp_path / name)
     assert done.problems == ()
     assert done.left_out == ()
     assert done.copied == done.blobs == len(list(filled.store.blobs.digests()))
-    told = restore(tmp_path / name, tmp_path / "new")
-    assert told.blobs == done.blobs
-    assert told.before is None
+    result = restore(tmp_path / name, tmp_path / "new")
+    assert result.blobs == done.blobs
+    assert result.before is None
     home = Home(tmp_path / "new")
     assert fsck(home, mlflow=False) == []
-    with closing(opened(home.path)) as again:
+    with closing(opened(home.path)) as restored:
         for number in (1, 2):
-            assert again.show("zorb", number).sha256 == filled.show("zorb", number).sha256
-        assert again.get("zorb", "staging").version == 2
-        assert history(again, "zorb") == history(filled, "zorb")
+            assert restored.show("zorb", number).sha256 == filled.show("zorb", number).sha256
+        assert restored.get("zorb", "staging").version == 2
+        assert history(restored, "zorb") == history(filled, "zorb")
     assert (home.path / "loraline.yaml").read_text() == "{}"
     assert not list(tmp_path.glob(".*"))
 
 
-def test_next_backup_adds_only_what_is_new(filled, register, tmp_path):
+def test_next_backup_adds_only_new_blobs(filled, register, tmp_path):
     first = backup(filled.home, tmp_path / "backups")
     assert backup(filled.home, tmp_path / "backups").copied == 0
     register(filled, b"third weights")
@@ -61,10 +61,10 @@ def test_next_backup_adds_only_what_is_new(filled, register, tmp_path):
     restore(tmp_path / "backups", tmp_path / "latest")
     restore(first.path, tmp_path / "first")
     with closing(opened(tmp_path / "latest")) as latest, closing(opened(tmp_path / "first")) as oldest:
-        assert [len(each.list("zorb")) for each in (latest, oldest)] == [3, 2]
+        assert [len(versions.list("zorb")) for versions in (latest, oldest)] == [3, 2]
 
 
-def test_damaged_blob_in_the_backup_is_written_again(filled, tmp_path):
+def test_damaged_blob_in_the_backup_is_rewritten(filled, tmp_path):
     backup(filled.home, tmp_path / "backups")
     blob = next((tmp_path / "backups" / "blobs").glob("??/*"))
     content = blob.read_bytes()
@@ -99,17 +99,17 @@ def test_backup_beside_a_writer_is_consistent(filled, tmp_path, spawn):
         assert done.problems == ()
         restore(done.path, tmp_path / f"new{number}")
         assert fsck(Home(tmp_path / f"new{number}"), mlflow=False) == []
-        with closing(opened(tmp_path / f"new{number}")) as again:
-            counts.append(len(again.list("busy")))
-            assert again.show("busy", "candidate").version == counts[-1]
-            assert again.damage(again.show("busy", "latest")) == ()
+        with closing(opened(tmp_path / f"new{number}")) as restored:
+            counts.append(len(restored.list("busy")))
+            assert restored.show("busy", "candidate").version == counts[-1]
+            assert restored.damage(restored.show("busy", "latest")) == ()
     assert child.poll() is None
     child.kill()
     child.communicate()
     assert counts == sorted(set(counts))
 
 
-def test_backup_of_a_damaged_home_says_so(filled, tmp_path):
+def test_backup_of_a_damaged_home_reports_problems(filled, tmp_path):
     version = filled.show("zorb", 1)
     filled.store.blobs.path(version.sha256).write_bytes(b"damaged")
     filled.store.blobs.path(filled.show("zorb", 2).sha256).unlink()
@@ -119,46 +119,46 @@ def test_backup_of_a_damaged_home_says_so(filled, tmp_path):
     assert done.blobs == len(list(filled.store.blobs.digests())) - 1
 
 
-def test_backup_goes_nowhere_where_it_would_do_harm(filled, tmp_path):
+def test_backup_refuses_unsuitable_targets(filled, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"x")
-    with pytest.raises(StoreError, match="something else here"):
+    with pytest.raises(StoreError, match="other content"):
         backup(filled.home, tmp_path / "photos")
-    with pytest.raises(StoreError, match="must not lie in"):
+    with pytest.raises(StoreError, match="must not be inside its home"):
         backup(filled.home, filled.home.path / "work" / "backups")
     with filled.home.lock("gc"), pytest.raises(HomeError, match="a collection or another backup"):
         backup(filled.home, tmp_path / "backups")
     assert list((tmp_path / "backups" / "snapshots").iterdir()) == []
 
 
-def test_restore_never_writes_over_a_home_unasked(filled, tmp_path):
+def test_restore_replaces_a_home_only_on_request(filled, tmp_path):
     backup(filled.home, tmp_path / "backups")
     before = everything(filled.home.path)
-    with pytest.raises(HomeError, match="something here already"):
+    with pytest.raises(HomeError, match="not empty"):
         restore(tmp_path / "backups", filled.home.path)
     assert everything(filled.home.path) == before
     filled.close()
-    told = restore(tmp_path / "backups", filled.home.path, replace=True)
-    assert {path.name for path in told.before.iterdir()} >= {"lineage.db", "store"}
+    result = restore(tmp_path / "backups", filled.home.path, replace=True)
+    assert {path.name for path in result.before.iterdir()} >= {"lineage.db", "store"}
     assert fsck(filled.home, mlflow=False) == []
     home = Home.open(tmp_path / "only folders")
     (home.locks / "x.lock").touch()
     assert restore(tmp_path / "backups", home.path).before is None
 
 
-def _manifest(place, change):
-    path = next((place / "snapshots").iterdir()) / "manifest.json"
+def _manifest(folder, change):
+    path = next((folder / "snapshots").iterdir()) / "manifest.json"
     content = json.loads(path.read_bytes())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def _blob(place):
-    return max((place / "blobs").glob("??/*"), key=lambda path: path.stat().st_size)
+def _blob(folder):
+    return max((folder / "blobs").glob("??/*"), key=lambda path: path.stat().st_size)
 
 
-def _snapshot(place):
-    return next((place / "snapshots").iterdir())
+def _snapshot(folder):
+    return next((folder / "snapshots").iterdir())
 
 
 def _link(path, to):
@@ -166,36 +166,39 @@ def _link(path, to):
     path.symlink_to(to)
 
 
-def _newer(place):
-    path = _snapshot(place) / "lineage.db"
+def _newer(folder):
+    path = _snapshot(folder) / "lineage.db"
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
     from lora_engine.files import sha256_file
 
-    _manifest(place, lambda it: it["files"].update({"lineage.db": sha256_file(path)}))
+    _manifest(folder, lambda it: it["files"].update({"lineage.db": sha256_file(path)}))
 
 
 HARM = {
-    "blob changed": (lambda place: _blob(place).write_bytes(b"x"), "digest"),
-    "blob gone": (lambda place: _blob(place).unlink(), "no such file"),
-    "blob is a link": (lambda place: _link(_blob(place), "/etc/hostname"), "regular"),
-    "database changed": (lambda place: (_snapshot(place) / "lineage.db").write_bytes(b"x"), "digest"),
-    "database gone": (lambda place: (_snapshot(place) / "lineage.db").unlink(), "no such file"),
+    "blob changed": (lambda folder: _blob(folder).write_bytes(b"x"), "digest"),
+    "blob missing": (lambda folder: _blob(folder).unlink(), "no such file"),
+    "blob is a link": (lambda folder: _link(_blob(folder), "/etc/hostname"), "regular"),
+    "database changed": (lambda folder: (_snapshot(folder) / "lineage.db").write_bytes(b"x"), "digest"),
+    "database missing": (lambda folder: (_snapshot(folder) / "lineage.db").unlink(), "no such file"),
     "database of a newer release": (_newer, "schema 99"),
-    "manifest gone": (lambda place: (_snapshot(place) / "manifest.json").unlink(), "no backup"),
-    "manifest is no JSON": (lambda place: (_snapshot(place) / "manifest.json").write_text("{"), "cannot be read"),
-    "another format": (lambda place: _manifest(place, lambda it: it.update(format=9)), "format 9"),
-    "file that climbs": (
-        lambda place: _manifest(place, lambda it: it["files"].update({"../../evil.yaml": "0" * 64})),
+    "manifest missing": (lambda folder: (_snapshot(folder) / "manifest.json").unlink(), "not a backup"),
+    "manifest is not JSON": (lambda folder: (_snapshot(folder) / "manifest.json").write_text("{"), "cannot be read"),
+    "another format": (lambda folder: _manifest(folder, lambda it: it.update(format=9)), "format 9"),
+    "file outside the backup": (
+        lambda folder: _manifest(folder, lambda it: it["files"].update({"../../evil.yaml": "0" * 64})),
         r"evil\.yaml",
     ),
-    "file of no backup": (lambda place: _manifest(place, lambda it: it["files"].update({"x.py": "0" * 64})), r"x\.py"),
-    "blob that climbs": (lambda place: _manifest(place, lambda it: it["blobs"].update({"../evil": 1})), "not a digest"),
-    "nothing finished": (lambda place: shutil.rmtree(_snapshot(place)), "no finished backup"),
-    "settings that say nothing": (
-        lambda place: (
-            (_snapshot(place) / "loraline.yaml").write_text("what: ever"),
-            _manifest(place, lambda it: it["files"].update({"loraline.yaml": _digest(b"what: ever")})),
+    "unknown file": (lambda folder: _manifest(folder, lambda it: it["files"].update({"x.py": "0" * 64})), r"x\.py"),
+    "blob outside the backup": (
+        lambda folder: _manifest(folder, lambda it: it["blobs"].update({"../evil": 1})),
+        "not a digest",
+    ),
+    "no finished backup": (lambda folder: shutil.rmtree(_snapshot(folder)), "no finished backup"),
+    "invalid settings": (
+        lambda folder: (
+            (_snapshot(folder) / "loraline.yaml").write_text("what: ever"),
+            _manifest(folder, lambda it: it["files"].update({"loraline.yaml": _digest(b"what: ever")})),
         ),
         "settings cannot be read",
     ),
@@ -209,15 +212,15 @@ def _digest(content):
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_backup_that_is_not_whole_changes_nothing(filled, tmp_path, harm):
-    place = tmp_path / "backups"
-    backup(filled.home, place)
-    do, words = HARM[harm]
-    do(place)
+def test_an_incomplete_backup_changes_nothing(filled, tmp_path, harm):
+    folder = tmp_path / "backups"
+    backup(filled.home, folder)
+    damage, message = HARM[harm]
+    damage(folder)
     before = everything(filled.home.path)
     for target, replace in ((tmp_path / "new", False), (filled.home.path, True)):
-        with pytest.raises(RegistryError, match=words):
-            restore(place, target, replace=replace)
+        with pytest.raises(RegistryError, match=message):
+            restore(folder, target, replace=replace)
     assert not (tmp_path / "new").exists()
     assert everything(filled.home.path) == before
     assert not list(tmp_path.glob(".*"))
@@ -236,7 +239,7 @@ def _member(name, kind=tarfile.REGTYPE, target=""):
 
 
 EVIL = {
-    "climbs": (_member("../evil"),),
+    "parent folder": (_member("../evil"),),
     "absolute": (_member("/tmp/evil"),),
     "link": (_member("snapshots", tarfile.SYMTYPE, "/tmp"), _member("snapshots/evil")),
     "hard link": (_member("evil", tarfile.LNKTYPE, "/etc/hostname"),),
@@ -250,7 +253,7 @@ EVIL = {
 def test_archive_never_leaves_its_folder(tmp_path, kind):
     _archive(tmp_path / "evil.tar", *EVIL[kind])
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(StoreError, match=r"no regular file|cannot be the path|there twice"):
+    with pytest.raises(StoreError, match=r"not a regular file|invalid path|appears twice"):
         restore(tmp_path / "evil.tar", tmp_path / "new")
     assert set(tmp_path.rglob("*")) == before
 
@@ -259,7 +262,7 @@ def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
     backup(filled.home, tmp_path / "one.tar")
     content = (tmp_path / "one.tar").read_bytes()
     (tmp_path / "half.tar").write_bytes(content[: len(content) // 2])
-    with pytest.raises(RegistryError, match=r"not a whole archive|no finished backup|no such file|digest"):
+    with pytest.raises(RegistryError, match=r"not a complete archive|no finished backup|no such file|digest"):
         restore(tmp_path / "half.tar", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -286,7 +289,7 @@ def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tm
     assert fsck(Home(tmp_path / "last"), mlflow=False) == []
 
 
-def test_blobs_behind_a_url_are_backed_up_and_put_back(versions, register, tmp_path, monkeypatch):
+def test_blobs_of_a_remote_store_are_backed_up_and_restored(versions, register, tmp_path, monkeypatch):
     from registry.store.artifacts import Store
     from registry.store.remote import open_blobs
 
@@ -302,19 +305,20 @@ def test_blobs_behind_a_url_are_backed_up_and_put_back(versions, register, tmp_p
     assert fsck(Home(tmp_path / "new"), mlflow=False) == []
 
 
-def test_mlflow_is_whole_again_after_a_restore(filled_home, tmp_path, spawn):
+def test_mlflow_is_rebuilt_after_a_restore(filled_home, tmp_path, spawn):
     backup(filled_home, tmp_path / "backups")
     filled_home.path.rename(tmp_path / "lost")
     restore(tmp_path / "backups", tmp_path / "elsewhere")
-    # A process of its own, as a command would be: MLflow remembers where a run's files were.
+    # A separate process, like a command: MLflow caches the artifact URIs of runs.
     script = (
-        "import sys; from pathlib import Path; from registry.maintenance.fsck import fsck; from registry.home import Home\n"
+        "import sys; from pathlib import Path; from registry.home import Home\n"
+        "from registry.maintenance.fsck import fsck\n"
         "from registry.versions.versions import Versions\n"
         "home = Home.open(Path(sys.argv[1])); versions = Versions(home); assert versions.is_synced()\n"
         "assert fsck(home, grace=0) == [], fsck(home, grace=0)"
     )
     child = spawn(script, tmp_path / "elsewhere")
-    _, words = child.communicate(timeout=200)
-    assert child.returncode == 0, words
+    _, errors = child.communicate(timeout=200)
+    assert child.returncode == 0, errors
     copies = {copy.read_bytes() for copy in (tmp_path / "elsewhere" / "mlflow").rglob("adapter.safetensors")}
     assert copies == {b"first weights", b"second weights"}

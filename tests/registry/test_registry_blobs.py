@@ -1,4 +1,4 @@
-"""What every backend of the store promises, on a folder, in memory, and on S3 through a server of its own."""
+"""Tests the contract of the store's backends on a folder, in memory, and on a local S3 server."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from registry.store.local import LocalBlobs
 from registry.store.remote import FsspecBlobs, open_blobs
 
 PART = 5 << 20
-"""Bytes of one part of an upload to S3, here the smallest that s3fs takes instead of its 50 MiB."""
+"""Bytes of one part of an S3 upload: the smallest that s3fs accepts; its default is 50 MiB."""
 BIG = os.urandom(1 << 20) * 6  # more than one part
 MIDDLE = BIG[: 3 << 20]
 FOREVER = 1e12
@@ -45,7 +45,7 @@ def read(blobs, digest):
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """The address of a server that speaks S3."""
+    """Yields the address of a local S3 server."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto")
     with closing(socket.socket()) as probe:
@@ -67,7 +67,7 @@ def s3(tmp_path_factory):
 
 @pytest.fixture
 def bucket(s3, monkeypatch):
-    """The URL of a folder in a bucket of its own."""
+    """Yields the URL of a folder in a new bucket."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3,
         "AWS_ACCESS_KEY_ID": "testing",
@@ -106,7 +106,7 @@ def damage(blobs, digest, content=b"something else"):
 
 
 @pytest.mark.parametrize("content", [b"", b"some bytes", BIG], ids=["empty", "small", "big"])
-def test_what_is_read_is_what_was_written(blobs, content):
+def test_read_returns_what_was_written(blobs, content):
     digest = write(blobs, content)
     assert read(blobs, digest) == content
     assert blobs.exists(digest)
@@ -122,9 +122,9 @@ def test_absent_blob_is_missing(blobs):
     assert not blobs.exists(digest)
     assert not blobs.touch(digest)
     assert not blobs.remove(digest, FOREVER)
-    for ask in (blobs.open, blobs.actual_digest, blobs.quarantine):
+    for method in (blobs.open, blobs.actual_digest, blobs.quarantine):
         with pytest.raises(MissingBlob, match=digest):
-            ask(digest)
+            method(digest)
 
 
 def test_damaged_blob_is_replaced(blobs):
@@ -136,11 +136,11 @@ def test_damaged_blob_is_replaced(blobs):
 
 
 class Broken(io.BytesIO):
-    """A source that fails after its first piece."""
+    """A source that fails after its first block."""
 
     def read(self, size=-1):
         if self.tell():
-            raise OSError("the cable was pulled")
+            raise OSError("connection lost")
         return super().read(min(size, len(self.getbuffer()) - 1000))
 
 
@@ -153,20 +153,20 @@ class Broken(io.BytesIO):
     ],
     ids=["other bytes", "broken", "broken after a part"],
 )
-@pytest.mark.parametrize("held", [False, True])
-def test_what_fails_midway_is_never_visible(blobs, source, held):
+@pytest.mark.parametrize("existing", [False, True])
+def test_interrupted_write_is_never_visible(blobs, source, existing):
     digest = digest_of(BIG)
-    if held:
+    if existing:
         write(blobs, b"some bytes")
         damage(blobs, digest)
-    with pytest.raises((StoreError, OSError), match=r"changed while|cable"):
+    with pytest.raises((StoreError, OSError), match=r"changed while|connection lost"):
         blobs.write(digest, source)
-    assert blobs.exists(digest) == held
-    assert not held or read(blobs, digest) == b"something else"
+    assert blobs.exists(digest) == existing
+    assert not existing or read(blobs, digest) == b"something else"
     assert list(blobs.orphans()) == []
 
 
-def test_removed_blob_is_gone_from_the_next_collection_on(blobs):
+def test_removed_blob_is_gone_after_the_next_collection(blobs):
     digest = write(blobs, b"some bytes")
     assert not blobs.remove(digest, blobs.age(digest) - 1)
     assert blobs.exists(digest)
@@ -179,7 +179,7 @@ def test_removed_blob_is_gone_from_the_next_collection_on(blobs):
     assert list(blobs.digests()) == list(blobs.trash()) == list(blobs.orphans()) == []
 
 
-def test_writing_again_keeps_a_blob_from_the_bin(blobs):
+def test_writing_again_restores_a_removed_blob(blobs):
     digest = write(blobs, b"some bytes")
     blobs.remove(digest, FOREVER)
     write(blobs, b"some bytes")
@@ -188,7 +188,7 @@ def test_writing_again_keeps_a_blob_from_the_bin(blobs):
     assert read(blobs, digest) == b"some bytes"
 
 
-def test_renewed_blob_outlives_the_bin(blobs):
+def test_touched_blob_is_restored_from_the_trash(blobs):
     digest = write(blobs, b"some bytes")
     blobs.remove(digest, FOREVER)
     if blobs.touch(digest):
@@ -199,37 +199,37 @@ def test_renewed_blob_outlives_the_bin(blobs):
         assert not blobs.exists(digest)
 
 
-def test_what_is_set_aside_is_kept_unchanged(blobs):
+def test_quarantined_blob_is_unchanged(blobs):
     digest = write(blobs, b"some bytes")
     damage(blobs, digest)
     where = blobs.quarantine(digest)
     assert digest in where
     assert not blobs.exists(digest)
     assert list(blobs.digests()) == list(blobs.orphans()) == []
-    kept = Path(where).read_bytes() if isinstance(blobs, LocalBlobs) else blobs._fs.cat_file(where)
-    assert kept == b"something else"
+    content = Path(where).read_bytes() if isinstance(blobs, LocalBlobs) else blobs._fs.cat_file(where)
+    assert content == b"something else"
 
 
-def test_stray_is_listed_and_removed(blobs):
+def test_orphan_is_listed_and_removed(blobs):
     write(blobs, b"some bytes")
     if isinstance(blobs, LocalBlobs):
         (blobs.folder / ".x.partial").write_bytes(b"half")
     else:
         blobs._fs.pipe_file(f"{blobs._root}/unfinished/x", b"half")
-    (stray,) = blobs.orphans()
-    assert stray.size == 4
-    blobs.remove_orphan(stray.name)
+    (orphan,) = blobs.orphans()
+    assert orphan.size == 4
+    blobs.remove_orphan(orphan.name)
     assert list(blobs.orphans()) == []
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "A" * 64, "", "a" * 63])
 def test_only_digests_name_blobs(blobs, name):
-    for ask in (blobs.open, blobs.exists, blobs.touch):
+    for method in (blobs.open, blobs.exists, blobs.touch):
         with pytest.raises(StoreError, match="not a digest"):
-            ask(name)
+            method(name)
 
 
-def test_store_works_alike_on_every_backend(blobs, tmp_path):
+def test_store_works_on_every_backend(blobs, tmp_path):
     store = Store(tmp_path / "unused", blobs)
     files = {"adapter.safetensors": MIDDLE, "deep/notes.txt": b"notes", "empty": b""}
     ref = store.put_files("adapter", files)
@@ -267,13 +267,13 @@ print(store.put_files("adapter", {"a": b"x" * (6 << 20), "b": b"b"}).sha256)
 def test_writers_at_once_lose_nothing(kind, tmp_path, spawn, request):
     url = str(tmp_path / "blobs") if kind == "folder" else request.getfixturevalue("bucket")
     children = [spawn(WRITER, url, number, PART) for number in range(4)]
-    answers = [child.communicate(timeout=240) for child in children]
-    assert [child.returncode for child in children] == [0] * 4, answers
-    (digest,) = {out.strip() for out, _ in answers}
+    outputs = [child.communicate(timeout=240) for child in children]
+    assert [child.returncode for child in children] == [0] * 4, outputs
+    (digest,) = {out.strip() for out, _ in outputs}
     blobs = open_blobs(url)
-    found = list(blobs.digests())
-    assert len(found) == 3 + 1 + 4 * 3 * 2
-    assert [blobs.actual_digest(entry) for entry in found] == found
+    digests = list(blobs.digests())
+    assert len(digests) == 3 + 1 + 4 * 3 * 2
+    assert [blobs.actual_digest(entry) for entry in digests] == digests
     assert list(blobs.orphans()) == []
     assert Store(tmp_path, blobs).verify(ArtifactRef("adapter", digest, 0)) == []
 
@@ -306,12 +306,12 @@ def test_killed_writer_leaves_no_half_blob(kind, tmp_path, spawn, request):
     blobs = open_blobs(url)
     assert list(blobs.digests()) == []
     assert not blobs.exists(digest_of(content))
-    for stray in list(blobs.orphans()):
-        blobs.remove_orphan(stray.name)
+    for orphan in list(blobs.orphans()):
+        blobs.remove_orphan(orphan.name)
     assert read(blobs, write(blobs, content)) == content
 
 
-def test_home_keeps_its_blobs_where_the_settings_say(tmp_path, bucket, monkeypatch):
+def test_home_stores_its_blobs_at_the_url_of_its_settings(tmp_path, bucket, monkeypatch):
     home = Home.open(tmp_path / "home")
     assert open_store(home).blobs.folder == home.store / "blobs"
     (home.path / "loraline.yaml").write_text(f"store: {bucket}\n")
@@ -322,7 +322,7 @@ def test_home_keeps_its_blobs_where_the_settings_say(tmp_path, bucket, monkeypat
     assert open_store(home).blobs.folder == tmp_path / "elsewhere"
 
 
-def test_unknown_protocol_is_worded():
+def test_unknown_protocol_is_a_clear_error():
     with pytest.raises(StoreError, match=r"Protocol not known: carrier-pigeon.*s3://"):
         open_blobs("carrier-pigeon://coop/loraline")
 
@@ -336,15 +336,15 @@ def test_missing_package_names_the_extra(monkeypatch):
         open_blobs("s3://bucket/folder")
 
 
-def test_absent_bucket_is_worded(bucket):
+def test_absent_bucket_is_a_clear_error(bucket):
     absent = open_blobs("s3://no-such-bucket-anywhere/x")
     digest = digest_of(b"x")
-    for ask in (partial(write, absent, b"x"), partial(absent.open, digest), lambda: list(absent.digests())):
+    for call in (partial(write, absent, b"x"), partial(absent.open, digest), lambda: list(absent.digests())):
         with pytest.raises(StoreError, match=r"no such bucket.*loraline\.yaml"):
-            ask()
+            call()
 
 
-def test_absent_credentials_are_worded(bucket, monkeypatch, tmp_path):
+def test_absent_credentials_are_a_clear_error(bucket, monkeypatch, tmp_path):
     import s3fs
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -356,7 +356,7 @@ def test_absent_credentials_are_worded(bucket, monkeypatch, tmp_path):
         write(open_blobs(bucket), b"x")
 
 
-def test_server_that_does_not_answer_is_worded(bucket, monkeypatch):
+def test_server_that_does_not_respond_is_a_clear_error(bucket, monkeypatch):
     import s3fs
 
     with closing(socket.socket()) as probe:
@@ -364,5 +364,5 @@ def test_server_that_does_not_answer_is_worded(bucket, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         s3fs.S3FileSystem.clear_instance_cache()
-        with pytest.raises(StoreError, match="does not answer"):
+        with pytest.raises(StoreError, match="the store failed"):
             open_blobs(bucket).exists(digest_of(b"x"))

@@ -1,4 +1,4 @@
-"""What is stated about pictures, from the table and the files to the manifest, and what ingest leaves out."""
+"""Ingest copies statements about images from table and files to the manifest, and leaves revoked images out."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from tasks.steps.ingest import Ingest
 from tasks.steps.preprocess import Preprocess
 
 HEADER = "file,consent,owner,license,rights,person,scope,expires,revocable,source,opt_out,ai_generated\n"
-WHOLE = (
+COMPLETE = (
     HEADER + "0.png,C-1,Ada,cc-by-4.0,consent,yes,commercial,2031-12-31,yes,a shoot,ai.txt/2026-05-01/clear,no\n"
     "1.png,,,,own,no,,,,,,\n"
 )
@@ -52,8 +52,8 @@ def table(tmp_path, text):
     return path
 
 
-def test_all_that_is_stated_comes_into_the_manifest_and_back(images, tmp_path):
-    ingest(images, tmp_path / "out", IngestSettings(), consent=table(tmp_path, WHOLE))
+def test_all_statements_are_in_the_manifest(images, tmp_path):
+    ingest(images, tmp_path / "out", IngestSettings(), consent=table(tmp_path, COMPLETE))
     first, second, third = Manifest.load(tmp_path / "out").pictures
     assert first.consent == "C-1"
     assert first.rights.model_dump(mode="json") == {
@@ -73,21 +73,21 @@ def test_all_that_is_stated_comes_into_the_manifest_and_back(images, tmp_path):
     assert (third.consent, third.rights) == (None, None)
 
 
-def test_a_picture_about_which_nothing_is_stated_is_written_as_it_always_was(images, tmp_path):
+def test_an_image_without_statements_has_no_rights_in_the_manifest(images, tmp_path):
     ingest(images, tmp_path / "out", IngestSettings())
     assert b"rights" not in (tmp_path / "out" / "manifest.json").read_bytes()
 
 
-def test_a_manifest_of_before_is_still_read(images, tmp_path):
+def test_an_old_manifest_is_still_readable(images, tmp_path):
     ingest(images, tmp_path / "out", IngestSettings())
     path = tmp_path / "out" / "manifest.json"
     old = json.loads(path.read_bytes())
-    assert all("rights" not in picture for picture in old["pictures"])
+    assert all("rights" not in image for image in old["pictures"])
     assert len(Manifest.load(tmp_path / "out").pictures) == 3
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("file,consent,expires\n0.png,C-1,31.12.2030\n", "row 2: '31.12.2030' is not a day"),
         ("file,person\n0.png,maybe\n", "row 2: 'maybe' is neither yes nor no"),
@@ -95,17 +95,17 @@ def test_a_manifest_of_before_is_still_read(images, tmp_path):
         ("file,scope\n0.png,all\n", "row 2: scope 'all'"),
         ("file,opt_out\n0.png,ai.txt\n", "row 2: opt_out 'ai.txt'"),
         ("file,opt_out\n0.png,ai.txt/2026-01-01/perhaps\n", "row 2: opt_out"),
-        ("file,consent,expirs\n0.png,C-1,2030-01-01\n", "the column 'expirs' is not known"),
+        ("file,consent,expirs\n0.png,C-1,2030-01-01\n", "unknown column 'expirs'"),
         ("file,owner\n0.png," + "x" * 201 + "\n", "owner has 201 characters"),
-        ("file,owner\n0.png,\n", "row 2 needs a file and a consent id, or another statement"),
+        ("file,owner\n0.png,\n", "row 2 needs a file and a consent id, or a value in another column"),
     ],
 )
-def test_a_statement_that_cannot_be_understood_stops_the_run(tmp_path, text, said):
-    with pytest.raises(DataError, match=said):
+def test_an_invalid_statement_stops_the_run(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
         read_consent(table(tmp_path, text))
 
 
-def test_british_spelling_and_other_columns_are_taken(tmp_path):
+def test_british_spelling_and_other_columns_are_accepted(tmp_path):
     stated = read_consent(table(tmp_path, "file,Licence,remarks\n0.png,cc0-1.0,nice\n"))
     assert stated["0.png"].rights.license == "cc0-1.0"
 
@@ -123,9 +123,9 @@ def chunks(**texts: str) -> PngImagePlugin.PngInfo:
 
 
 def exif(comment: bytes) -> Image.Exif:
-    made = Image.Exif()
-    made.get_ifd(0x8769)[0x9286] = comment
-    return made
+    tags = Image.Exif()
+    tags.get_ifd(0x8769)[0x9286] = comment
+    return tags
 
 
 TRAINED = "digital-source-type-trained-algorithmic-media"
@@ -133,7 +133,7 @@ COMFY = {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": '{"nodes": [
 
 
 @pytest.mark.parametrize(
-    ("name", "saved", "wanted"),
+    ("name", "saved", "evidence"),
     [
         ("a.png", lambda: {"pnginfo": chunks(parameters="a cat\nSteps: 20")}, ("a1111-parameters",)),
         ("a.png", lambda: {"pnginfo": chunks(**COMFY)}, ("comfyui-prompt", "comfyui-workflow")),
@@ -151,45 +151,45 @@ COMFY = {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": '{"nodes": [
         ("a.png", dict, ()),
     ],
 )
-def test_signs_of_generation_are_seen_and_their_absence_says_nothing(tmp_path, name, saved, wanted):
+def test_signs_of_generation_are_found(tmp_path, name, saved, evidence):
     path = draw(tmp_path / name, **saved())
-    assert read_evidence(path, tmp_path) == wanted
+    assert read_evidence(path, tmp_path) == evidence
 
 
-def test_signs_are_named_in_the_manifest_and_no_metadata_reaches_an_artifact(tmp_path):
-    place = Image.Exif()
-    place[0x8825] = {1: "N", 2: (52.0, 31.0, 12.0), 3: "E", 4: (13.0, 24.0, 18.0)}
-    place[0x010F] = "SECRET-CAMERA"
+def test_evidence_is_in_the_manifest_and_metadata_is_in_no_artifact(tmp_path):
+    location = Image.Exif()
+    location[0x8825] = {1: "N", 2: (52.0, 31.0, 12.0), 3: "E", 4: (13.0, 24.0, 18.0)}
+    location[0x010F] = "SECRET-CAMERA"
     draw(
         tmp_path / "images" / "gps.jpg",
         1,
-        exif=place,
+        exif=location,
         xmp=xmp("trainedAlgorithmicMedia") + b"SECRET-XMP",
         comment=b"SECRET",
     )
     draw(tmp_path / "images" / "made.png", 2, pnginfo=chunks(parameters="SECRET-PROMPT Steps: 20"))
     ingest(tmp_path / "images", tmp_path / "out", IngestSettings())
-    found = {picture.source: picture.rights.evidence for picture in Manifest.load(tmp_path / "out").pictures}
-    assert found == {"gps.jpg": (TRAINED,), "made.png": ("a1111-parameters",)}
-    for path in (each for each in (tmp_path / "out").rglob("*") if each.is_file()):
+    evidence = {image.source: image.rights.evidence for image in Manifest.load(tmp_path / "out").pictures}
+    assert evidence == {"gps.jpg": (TRAINED,), "made.png": ("a1111-parameters",)}
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         assert not any(word in path.read_bytes() for word in (b"SECRET", b"Exif", b"eXIf", b"xmp", b"tEXt"))
         if path.suffix == ".png":
-            with Image.open(path) as picture:
-                assert dict(picture.getexif()) == {}
-                assert picture.info == {}
-    # What is looked for above is in the files that came.
+            with Image.open(path) as image:
+                assert dict(image.getexif()) == {}
+                assert image.info == {}
+    # The original files do contain the metadata.
     assert b"SECRET" in (tmp_path / "images" / "gps.jpg").read_bytes()
-    with Image.open(tmp_path / "images" / "gps.jpg") as picture:
-        assert picture.getexif().get_ifd(0x8825)
+    with Image.open(tmp_path / "images" / "gps.jpg") as image:
+        assert image.getexif().get_ifd(0x8825)
 
 
-def test_revoked_pictures_and_consents_are_quarantined_with_the_reason(images, tmp_path):
+def test_revoked_images_and_consents_are_quarantined_with_the_reason(images, tmp_path):
     revoked = ("C-1", sha256_file(images / "2.png"))
-    manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=table(tmp_path, WHOLE), revoked=revoked)
-    assert [picture.source for picture in manifest.pictures] == ["1.png"]
-    assert {each.source: each.reason for each in manifest.quarantined} == {
+    manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=table(tmp_path, COMPLETE), revoked=revoked)
+    assert [image.source for image in manifest.pictures] == ["1.png"]
+    assert {file.source: file.reason for file in manifest.quarantined} == {
         "0.png": "its consent 'C-1' was revoked",
-        "2.png": "the picture was revoked",
+        "2.png": "the image was revoked",
     }
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 1
 
@@ -201,8 +201,8 @@ def home(tmp_path):
 
 @pytest.fixture
 def photos(home, images, tmp_path):
-    """Runs ingest on the folder in a home; gives (artifact, whether it was cached, manifest)."""
-    table(tmp_path, WHOLE)
+    """Returns a function that ingests the folder and returns (artifact, is cached, manifest)."""
+    table(tmp_path, COMPLETE)
 
     def run():
         lineage = Lineage(home.lineage_url)
@@ -218,34 +218,34 @@ def photos(home, images, tmp_path):
     return run
 
 
-def test_after_a_revocation_ingest_works_again_without_it_and_after_lifting_finds_the_old_result(home, photos, images):
+def test_ingest_runs_again_after_a_revocation_and_uses_the_old_result_after_lifting(home, photos, images):
     first, _, _ = photos()
     assert photos()[1], "nothing changed"
     versions = Versions(home)
     revoke(versions, str(images / "1.png"), reason="r")
     second, cached, manifest = photos()
     assert not cached
-    assert [picture.source for picture in manifest.pictures] == ["0.png", "2.png"]
+    assert [image.source for image in manifest.pictures] == ["0.png", "2.png"]
     assert photos()[:2] == (second, True)
     lift(versions, str(images / "1.png"), reason="r")
     assert photos()[:2] == (first, True)
 
 
-def test_a_revocation_elsewhere_leaves_the_cache_of_a_folder_alone(home, photos):
+def test_a_revocation_of_another_image_does_not_invalidate_the_cache(home, photos):
     first, _, _ = photos()
-    revoke(Versions(home), "f" * 64, reason="a picture of another folder")
+    revoke(Versions(home), "f" * 64, reason="an image of another folder")
     assert photos()[:2] == (first, True)
 
 
-def test_a_consent_stays_revoked_for_its_pictures_even_if_the_table_no_longer_names_it(home, photos, tmp_path):
+def test_a_consent_stays_revoked_for_its_images_after_the_table_renames_it(home, photos, tmp_path):
     photos()
     revoke(Versions(home), "C-1", reason="r")
-    table(tmp_path, WHOLE.replace("C-1", "C-2"))
-    assert "0.png" not in [picture.source for picture in photos()[2].pictures]
+    table(tmp_path, COMPLETE.replace("C-1", "C-2"))
+    assert "0.png" not in [image.source for image in photos()[2].pictures]
 
 
-def test_only_what_touches_a_step_enters_its_name(home, images, tmp_path):
-    table(tmp_path, WHOLE)
+def test_only_relevant_revocations_change_the_key_of_a_step(home, images, tmp_path):
+    table(tmp_path, COMPLETE)
     versions = Versions(home)
     spec = Ingest(images="images", consent="consent.csv")
 
@@ -259,13 +259,13 @@ def test_only_what_touches_a_step_enters_its_name(home, images, tmp_path):
     assert excluded(Caption(dataset="photos", captioner="files")) == ()
 
 
-def test_a_step_whose_dataset_was_revoked_since_does_not_run(home, photos, images, tmp_path):
+def test_a_step_does_not_run_if_its_dataset_was_revoked_meanwhile(home, photos, images, tmp_path):
     ref, _, _ = photos()
     versions = Versions(home)
     revoke(versions, str(images / "1.png"), reason="between the steps")
     run = versions.lineage.start_run("t", {})
     job = prepare_job("prepared", Preprocess(dataset="photos", resolution=32), tmp_path)
-    with pytest.raises(RightsError, match="revoked meanwhile: picture"):
+    with pytest.raises(RightsError, match="contains revoked items: image"):
         execute(job, {"dataset": (ref,)}, home, run.id)
     lift(versions, str(images / "1.png"), reason="r")
     assert execute(job, {"dataset": (ref,)}, home, run.id).ref.kind == "manifest"

@@ -14,7 +14,7 @@ def state(versions, number, name="zorb"):
 
 
 @pytest.mark.parametrize("act", [withdraw, delete])
-def test_nothing_is_taken_out_of_use_without_a_reason(versions, register, act):
+def test_withdrawal_and_deletion_require_a_reason(versions, register, act):
     register(versions, b"1")
     with pytest.raises(PromotionError, match="without a reason"):
         act(versions, "zorb", 1, reason=" ")
@@ -22,7 +22,9 @@ def test_nothing_is_taken_out_of_use_without_a_reason(versions, register, act):
 
 
 @pytest.mark.parametrize("act", [withdraw, delete])
-def test_what_is_out_of_use_is_not_handed_out_and_every_refusal_says_what_happened(versions, register, act, tmp_path):
+def test_a_withdrawn_or_deleted_version_cannot_be_read_and_every_error_names_the_event(
+    versions, register, act, tmp_path
+):
     version = register(versions, b"1")
     register(versions, b"2")
     act(versions, "zorb", 1, reason="a face in it", actor="ada@lab")
@@ -49,7 +51,7 @@ def test_a_deleted_version_keeps_its_number_and_leaves_the_list(versions, regist
     assert register(versions, b"3").version == 3
 
 
-def test_what_was_deleted_does_not_come_back_by_being_made_again(versions, register):
+def test_registering_a_deleted_version_again_does_not_restore_it(versions, register):
     register(versions, b"1")
     delete(versions, "zorb", 1, reason="r")
     with pytest.raises(GoneVersion, match="loraline restore zorb@1"):
@@ -58,7 +60,7 @@ def test_what_was_deleted_does_not_come_back_by_being_made_again(versions, regis
     assert register(versions, b"1").version == 1
 
 
-def test_what_production_points_at_is_kept(versions, register):
+def test_the_version_in_production_is_kept(versions, register):
     register(versions, b"1")
     promote(versions, "zorb", 1, "production", reason="r")
     for act in (withdraw, delete):
@@ -70,7 +72,7 @@ def test_what_production_points_at_is_kept(versions, register):
     assert state(versions, 1) == "DELETED"
 
 
-def test_what_is_staged_is_deleted_in_two_steps(versions, register):
+def test_a_staged_version_is_deleted_in_two_steps(versions, register):
     register(versions, b"1", alias_request="staging")
     with pytest.raises(Refused, match="'staging' points at it"):
         delete(versions, "zorb", 1, reason="r")
@@ -83,12 +85,12 @@ def test_what_is_staged_is_deleted_in_two_steps(versions, register):
 
 
 def merge_of(versions, register, *parents, content=b"merged", named=True):
-    """A version merged from others: by their names, or only by the artifacts that the step took."""
+    """Registers a version merged from others: by their names, or only by the artifacts that the step read."""
     run = versions.lineage.start_run("merge", {})
     adapter = versions.store.put_files("adapter", {"adapter.safetensors": content})
-    inputs = {f"adapters.{place}": parent.artifact for place, parent in enumerate(parents)}
-    done = Execution(run.id, run.id, "m", "merge", "1", run.id, {}, inputs, adapter, started_at=now())
-    versions.lineage.record(done, contents=versions.store.files(adapter))
+    inputs = {f"adapters.{index}": parent.artifact for index, parent in enumerate(parents)}
+    merge = Execution(run.id, run.id, "m", "merge", "1", run.id, {}, inputs, adapter, started_at=now())
+    versions.lineage.record(merge, contents=versions.store.files(adapter))
     origins = [parent.ref for parent in parents] if named else []
     return versions.register("merged", adapter, parents=[*origins, "base:tiny"], gates=[GATE], passed=True)
 
@@ -97,7 +99,7 @@ GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "valu
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_an_ancestor_of_what_is_in_production_is_kept(versions, register, named):
+def test_an_ancestor_of_the_version_in_production_is_kept(versions, register, named):
     first = register(versions, b"1", report=None, passed=None, gates=[])
     child = merge_of(versions, register, first, named=named)
     grandchild = merge_of(versions, register, child, content=b"again", named=named)
@@ -113,17 +115,17 @@ def test_an_ancestor_of_what_is_in_production_is_kept(versions, register, named)
     delete(versions, "zorb", 1, reason="r")
 
 
-def test_an_ancestor_of_what_is_staged_is_deleted_in_two_steps(versions, register):
+def test_an_ancestor_of_a_staged_version_is_deleted_in_two_steps(versions, register):
     first = register(versions, b"1")
     merge_of(versions, register, first)
     promote(versions, "merged", 1, "staging", reason="r")
-    with pytest.raises(Refused, match="withdraw this one first"):
+    with pytest.raises(Refused, match="withdraw it first"):
         delete(versions, "zorb", 1, reason="r")
     withdraw(versions, "zorb", 1, reason="r")
     delete(versions, "zorb", 1, reason="r")
 
 
-def test_the_same_bytes_under_another_name_do_not_hold_each_other(versions, register):
+def test_the_same_bytes_under_another_name_do_not_block_deletion(versions, register):
     first = register(versions, b"1")
     versions.register("other", first.artifact, parents=["base:tiny"], gates=[GATE], passed=True)
     promote(versions, "other", 1, "production", reason="r")
@@ -131,7 +133,7 @@ def test_the_same_bytes_under_another_name_do_not_hold_each_other(versions, regi
     assert versions.get("other", "production").sha256 == first.sha256
 
 
-def test_a_version_comes_back_if_its_bytes_are_whole(versions, register):
+def test_a_version_is_restored_if_its_bytes_are_intact(versions, register):
     version = register(versions, b"1")
     with pytest.raises(Refused, match="is in use"):
         restore(versions, "zorb", 1, reason="r")
@@ -147,23 +149,23 @@ def test_a_version_comes_back_if_its_bytes_are_whole(versions, register):
         delete(versions, "zorb", 1, reason="twice")
 
 
-def test_mlflow_loses_the_bytes_and_the_aliases_and_says_what_became_of_a_version(mirrored, register):
+def test_mlflow_loses_files_and_aliases_of_a_deleted_version_and_shows_its_state(synced, register):
     for content in (b"1", b"2"):
-        register(mirrored, content)
-    promote(mirrored, "zorb", 1, "canary", reason="r")
-    withdraw(mirrored, "zorb", 1, reason="r")
-    client = MlflowWriter(mirrored.home, open_store(mirrored.home))._client
-    shown = client.get_model_version("zorb", "1")
-    assert (shown.tags["loraline.state"], list(shown.aliases)) == ("WITHDRAWN", [])
-    copies = list(mirrored.home.mlflow_artifacts.rglob("adapter.safetensors"))
+        register(synced, content)
+    promote(synced, "zorb", 1, "canary", reason="r")
+    withdraw(synced, "zorb", 1, reason="r")
+    client = MlflowWriter(synced.home, open_store(synced.home))._client
+    entry = client.get_model_version("zorb", "1")
+    assert (entry.tags["loraline.state"], list(entry.aliases)) == ("WITHDRAWN", [])
+    copies = list(synced.home.mlflow_artifacts.rglob("adapter.safetensors"))
     assert len(copies) == 2
-    delete(mirrored, "zorb", 1, reason="r")
+    delete(synced, "zorb", 1, reason="r")
     assert client.get_model_version("zorb", "1").tags["loraline.state"] == "DELETED"
-    (copy,) = mirrored.home.mlflow_artifacts.rglob("adapter.safetensors")
+    (copy,) = synced.home.mlflow_artifacts.rglob("adapter.safetensors")
     assert copy.read_bytes() == b"2"
-    assert len(list(mirrored.home.mlflow_artifacts.rglob("model-card.html"))) == 1, "its documents have pictures"
-    assert mirrored.is_synced()
-    assert fsck(mirrored.home, grace=0) == []
-    restore(mirrored, "zorb", 1, reason="r")
+    assert len(list(synced.home.mlflow_artifacts.rglob("model-card.html"))) == 1, "its documents contain images"
+    assert synced.is_synced()
+    assert fsck(synced.home, grace=0) == []
+    restore(synced, "zorb", 1, reason="r")
     assert client.get_model_version("zorb", "1").tags["loraline.state"] == "ACTIVE"
-    assert len(list(mirrored.home.mlflow_artifacts.rglob("adapter.safetensors"))) == 2
+    assert len(list(synced.home.mlflow_artifacts.rglob("adapter.safetensors"))) == 2

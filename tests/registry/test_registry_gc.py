@@ -1,4 +1,4 @@
-"""Collecting: what somebody needs stays, the rest goes, and nobody who writes meanwhile notices."""
+"""Garbage collection keeps everything that is needed, deletes the rest, and is safe beside writers."""
 
 import os
 import time
@@ -20,7 +20,7 @@ OLD = 10 * 24 * 3600
 
 
 def age(store, seconds=OLD):
-    """Makes everything that is stored old."""
+    """Sets an old modification time on everything in the store."""
     for path in store.folder.rglob("*"):
         os.utime(path, (time.time() - seconds,) * 2, follow_symlinks=False)
 
@@ -35,7 +35,7 @@ def age_runs(versions, days=100):
 
 
 def record(versions, name, inputs, output, status="COMPLETED"):
-    """A run of its own with one step."""
+    """Records a separate run with one step."""
     run = versions.lineage.start_run(name, {})
     execution = Execution(run.id, run.id, "step", "step", "1", run.id, inputs=inputs, output=output)
     versions.lineage.record(execution, contents=versions.store.files(output))
@@ -49,7 +49,7 @@ def whole(versions, ref):
 
 @pytest.fixture
 def registered(versions, register):
-    """One old version of an old run, and old artifacts that nobody needs."""
+    """A home with one version."""
     register(versions, b"weights", alias_request="staging")
     return versions
 
@@ -58,16 +58,16 @@ def put(versions, content, kind="manifest"):
     return versions.store.put_files(kind, {"a": content, "shared": b"in many artifacts"})
 
 
-def test_what_nobody_refers_to_goes_and_the_rest_stays(registered):
-    orphan = put(registered, b"nobody wants me")
+def test_unreferenced_blobs_are_deleted_and_the_rest_stays(registered):
+    orphan = put(registered, b"unreferenced")
     age(registered.store)
     age_runs(registered)
     before = set(registered.store.blobs.digests())
     done = collect(registered.home)
-    gone = before - set(registered.store.blobs.digests())
-    assert gone == {item.name for item in done.items} == {orphan.sha256, *_files(orphan)}
+    deleted = before - set(registered.store.blobs.digests())
+    assert deleted == {item.name for item in done.items} == {orphan.sha256, *_files(orphan)}
     assert done.size > 0
-    assert done.kept == len(before) - len(gone)
+    assert done.kept == len(before) - len(deleted)
     assert not registered.store.has(orphan)
     assert fsck(registered.home, mlflow=False) == []
     assert collect(registered.home).items == ()
@@ -76,11 +76,11 @@ def test_what_nobody_refers_to_goes_and_the_rest_stays(registered):
 def _files(ref):
     from hashlib import sha256
 
-    return {sha256(content).hexdigest() for content in (b"nobody wants me", b"in many artifacts")}
+    return {sha256(content).hexdigest() for content in (b"unreferenced", b"in many artifacts")}
 
 
-def test_dry_run_says_the_same_and_does_nothing(registered):
-    put(registered, b"nobody wants me")
+def test_dry_run_reports_the_same_and_deletes_nothing(registered):
+    put(registered, b"unreferenced")
     age(registered.store)
     before = list(registered.store.blobs.digests())
     planned = collect(registered.home, dry_run=True)
@@ -91,7 +91,7 @@ def test_dry_run_says_the_same_and_does_nothing(registered):
     assert len(done.items) == 3
 
 
-def test_young_blobs_wait(registered):
+def test_young_blobs_are_not_deleted(registered):
     orphan = put(registered, b"to be recorded in a moment")
     assert collect(registered.home).items == ()
     assert collect(registered.home).waiting == 3
@@ -99,11 +99,11 @@ def test_young_blobs_wait(registered):
     assert len(collect(registered.home, grace=0).items) == 3
 
 
-@pytest.mark.parametrize("again", [lambda v, ref: put(v, b"again"), lambda v, ref: v.store.touch(ref)])
-def test_what_is_put_or_found_again_is_young_again(registered, again):
+@pytest.mark.parametrize("refresh", [lambda v, ref: put(v, b"again"), lambda v, ref: v.store.touch(ref)])
+def test_storing_or_touching_a_blob_makes_it_young(registered, refresh):
     orphan = put(registered, b"again")
     age(registered.store)
-    again(registered, orphan)
+    refresh(registered, orphan)
     assert collect(registered.home).items == ()
     assert whole(registered, orphan)
     age(registered.store)
@@ -114,7 +114,7 @@ def _version_row(versions, **values):
     sql(versions, update(VersionRow).values(**values))
 
 
-def test_all_that_a_version_is_and_comes_from_stays_for_good(registered):
+def test_everything_upstream_of_a_version_stays(registered):
     version = registered.show("zorb", 1)
     age(registered.store)
     age_runs(registered, days=10_000)
@@ -126,7 +126,7 @@ def test_all_that_a_version_is_and_comes_from_stays_for_good(registered):
     assert registered.damage(version) == ()
 
 
-def test_deleted_version_keeps_nothing_unless_an_alias_or_a_child_needs_it(registered, register):
+def test_a_deleted_version_is_collected_unless_an_alias_or_a_child_needs_it(registered, register):
     register(registered, b"child", name="merged", parents=["zorb@1"])
     artifact = registered.show("zorb", 1).artifact
     age(registered.store)
@@ -150,7 +150,7 @@ def test_deleted_version_keeps_nothing_unless_an_alias_or_a_child_needs_it(regis
     assert collected()
 
 
-def test_records_of_versions_stay(registered):
+def test_documents_of_versions_stay(registered):
     card = put(registered, b"# a model card", "record")
     with registered.lineage.database.write() as session:
         session.add(ArtifactRow(**card.to_json()))
@@ -183,7 +183,7 @@ def test_artifacts_of_recent_running_and_last_runs_stay(versions):
     assert [name for name, ref in refs.items() if versions.store.has(ref)] == ["read", "last"]
 
 
-def test_what_was_collected_is_no_problem(registered):
+def test_collected_artifacts_are_no_problem(registered):
     result = put(registered, b"a result that could be made again")
     record(registered, "other", {}, result)
     record(registered, "other", {}, put(registered, b"the next result"))
@@ -198,16 +198,16 @@ def test_what_was_collected_is_no_problem(registered):
     assert fsck(registered.home, mlflow=False) == []
 
 
-def test_nothing_goes_while_the_files_of_something_needed_are_unknown(registered):
+def test_nothing_is_deleted_while_the_files_of_a_needed_artifact_are_unknown(registered):
     version = registered.show("zorb", 1)
-    put(registered, b"nobody wants me")
+    put(registered, b"unreferenced")
     age(registered.store)
     path = registered.store.blobs.path(version.artifact.sha256)
     content = path.read_bytes()
     path.write_bytes(b"damaged")
     sql(registered, queries.select(1))
     before = list(registered.store.blobs.digests())
-    assert collect(registered.home, dry_run=True).items  # the record still has its files
+    assert collect(registered.home, dry_run=True).items  # the database still has its files
     with registered.lineage.database.write() as session:
         from registry.store.tables import ContentRow
 
@@ -219,9 +219,9 @@ def test_nothing_goes_while_the_files_of_something_needed_are_unknown(registered
     assert collect(registered.home).items
 
 
-def test_leftovers_and_dead_work_go_when_they_are_old(registered):
+def test_old_leftovers_and_work_folders_are_deleted(registered):
     home, key = registered.home, "ab" * 32
-    places = [
+    paths = [
         home.store / "blobs" / ".x.partial",
         home.path / ".mlflow.db.1.partial",
         home.reports / ".r.html.partial",
@@ -230,7 +230,7 @@ def test_leftovers_and_dead_work_go_when_they_are_old(registered):
         home.work / "tmpabc" / "artifact",
         home.work / key / "kept" / "checkpoint",
     ]
-    for path in places:
+    for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"four")
     (home.work / "link").symlink_to(home.reports)
@@ -240,22 +240,22 @@ def test_leftovers_and_dead_work_go_when_they_are_old(registered):
         done = collect(home)
     assert (home.work / key / "kept" / "checkpoint").exists()
     collect(home)
-    assert not any(path.exists() for path in places)
+    assert not any(path.exists() for path in paths)
     assert list(home.work.iterdir()) == []
     assert home.reports.is_dir()
     assert {item.what for item in done.items} == {"leftover", "work"}
     assert sum(item.size for item in done.items if not item.name.endswith("link")) == 6 * 4
 
 
-def test_second_collection_and_backup_wait_for_the_first(registered):
+def test_a_second_collection_is_refused(registered):
     with registered.home.lock("gc"), pytest.raises(HomeError, match="another collection or a backup"):
         collect(registered.home)
 
 
-def test_blobs_behind_a_url_go_in_two_collections(versions, monkeypatch):
+def test_blobs_of_a_remote_store_are_deleted_in_two_collections(versions, monkeypatch):
     monkeypatch.setenv("LORALINE_STORE_URL", "memory://collected")
     store = Store(versions.home.store, open_blobs("memory://collected"))
-    first, second = (store.put_files("manifest", {"a": content}) for content in (b"unwanted", b"wanted after all"))
+    first, second = (store.put_files("manifest", {"a": content}) for content in (b"unreferenced", b"referenced later"))
     done = collect(versions.home, grace=-1)
     assert len(done.items) == 4
     assert done.binned > 0
@@ -263,9 +263,9 @@ def test_blobs_behind_a_url_go_in_two_collections(versions, monkeypatch):
     run = versions.lineage.start_run("late", {})
     execution = Execution(run.id, run.id, "step", "step", "1", "key", output=second)
     versions.lineage.record(execution, contents=store.files(second))
-    again = collect(versions.home, grace=-1)
-    assert {item.what for item in again.items} == {"bin"}
-    assert again.binned == 0
+    second_collection = collect(versions.home, grace=-1)
+    assert {item.what for item in second_collection.items} == {"bin"}
+    assert second_collection.binned == 0
     assert not store.has(first)
     assert store.verify(second) == []
     assert list(store.blobs.trash()) == []
@@ -282,12 +282,12 @@ collect(home, grace=30, keep_runs=0)
 """
 
 
-def test_collection_that_is_killed_leaves_nothing_wrong(registered, spawn):
-    orphans = [put(registered, b"nobody wants me %d" % number) for number in range(100)]
-    record(registered, "other", {}, put(registered, b"recorded but unwanted"))
+def test_a_killed_collection_leaves_no_damage(registered, spawn):
+    orphans = [put(registered, b"unreferenced %d" % number) for number in range(100)]
+    record(registered, "other", {}, put(registered, b"recorded but not needed"))
     record(registered, "other", {}, put(registered, b"its last run"))
     age_runs(registered)
-    left = [len(orphans)]
+    remaining = [len(orphans)]
     for trial in range(6):
         age(registered.store)
         child = spawn(COLLECTOR, registered.home.path)
@@ -295,9 +295,9 @@ def test_collection_that_is_killed_leaves_nothing_wrong(registered, spawn):
         time.sleep(0.01 * trial)
         child.kill()
         child.communicate()
-        left.append(sum(registered.store.has(orphan) for orphan in orphans))
+        remaining.append(sum(registered.store.has(orphan) for orphan in orphans))
         assert [problem for problem in fsck(registered.home, mlflow=False) if problem.severity == "damage"] == []
-    assert left == sorted(left, reverse=True)
+    assert remaining == sorted(remaining, reverse=True)
     age(registered.store)
     collect(registered.home, keep_runs=0)
     assert fsck(registered.home, mlflow=False) == []

@@ -25,24 +25,24 @@ from registry.policy.licenses import read_licenses
 from registry.policy.terms import terms_of
 
 TABLE = read_licenses()
-WORDS = st.frozensets(st.sampled_from(["notice", "attribution", "uses:a", "uses:b", *TAINTS]), max_size=3)
+LABELS = st.frozensets(st.sampled_from(["notice", "attribution", "uses:a", "uses:b", *TAINTS]), max_size=3)
 TERMS = st.builds(
     LicenseTerms,
     permissions=st.frozensets(st.sampled_from(sorted(PERMISSIONS))),
-    obligations=WORDS,
-    restrictions=WORDS,
-    licenses=WORDS,
+    obligations=LABELS,
+    restrictions=LABELS,
+    licenses=LABELS,
     share_alike=st.frozensets(st.sampled_from(["CC-BY-SA-4.0", "CC-BY-NC-SA-4.0"])),
-    unknown=st.frozensets(st.sampled_from(["a base", "a picture"])),
+    unknown=st.frozensets(st.sampled_from(["a base", "an image"])),
 )
-GIVEN = st.one_of(TERMS, st.sampled_from([entry.terms for entry in TABLE.licenses]))
+ANY_TERMS = st.one_of(TERMS, st.sampled_from([entry.terms for entry in TABLE.licenses]))
 
 
 @st.composite
 def graphs(draw, most=1000):
-    """What each node brings in, and its parents, which come before it."""
+    """Draws the own terms of each node, and its parents, which have smaller numbers."""
     size = draw(st.integers(1, most))
-    pool = draw(st.lists(GIVEN, min_size=1, max_size=6))
+    pool = draw(st.lists(ANY_TERMS, min_size=1, max_size=6))
     random = draw(st.randoms(use_true_random=False))
     own = {node: random.choice([UNRESTRICTED, UNRESTRICTED, *pool]) for node in range(size)}
     parents = {
@@ -53,32 +53,33 @@ def graphs(draw, most=1000):
     return own, parents
 
 
-@given(GIVEN)
-def test_meet_is_idempotent_and_free_is_neutral(one):
-    assert combine(one, one) == one == combine(one, UNRESTRICTED) == combine(UNRESTRICTED, one) == combine(one)
+@given(ANY_TERMS)
+def test_combine_is_idempotent_and_unrestricted_is_neutral(terms):
+    assert combine(terms, terms) == terms == combine(terms)
+    assert combine(terms, UNRESTRICTED) == combine(UNRESTRICTED, terms) == terms
     assert combine() == UNRESTRICTED
 
 
-@given(GIVEN, GIVEN)
-def test_meet_is_commutative_and_never_looser_than_either(one, other):
-    both = combine(one, other)
-    assert both == combine(other, one)
-    assert is_at_least_as_strict(both, one)
-    assert is_at_least_as_strict(both, other)
-    assert both.permissions <= one.permissions & other.permissions
-    assert bool(conflicts(both)) >= bool(conflicts(one))
+@given(ANY_TERMS, ANY_TERMS)
+def test_combine_is_commutative_and_never_looser_than_either(left, right):
+    both = combine(left, right)
+    assert both == combine(right, left)
+    assert is_at_least_as_strict(both, left)
+    assert is_at_least_as_strict(both, right)
+    assert both.permissions <= left.permissions & right.permissions
+    assert bool(conflicts(both)) >= bool(conflicts(left))
 
 
-@given(GIVEN, GIVEN, GIVEN)
-def test_meet_is_associative(one, two, three):
-    assert combine(combine(one, two), three) == combine(one, combine(two, three)) == combine(one, two, three)
+@given(ANY_TERMS, ANY_TERMS, ANY_TERMS)
+def test_combine_is_associative(a, b, c):
+    assert combine(combine(a, b), c) == combine(a, combine(b, c)) == combine(a, b, c)
 
 
-@given(GIVEN)
-def test_a_taint_takes_its_permission_away_wherever_it_comes_from(one):
-    tainted = combine(one, LicenseTerms(restrictions=frozenset({"non-commercial"})))
+@given(ANY_TERMS)
+def test_a_taint_removes_its_permission_from_any_source(terms):
+    tainted = combine(terms, LicenseTerms(restrictions=frozenset({"non-commercial"})))
     assert not allows_commercial(tainted)
-    assert not combine(one, unknown("a base")).permissions
+    assert not combine(terms, unknown("a base")).permissions
     assert allows_commercial(UNRESTRICTED)
 
 
@@ -101,60 +102,60 @@ def test_removing_a_parent_never_tightens_and_adding_one_never_loosens(graph, da
     if not edges:
         return
     node, source = data.draw(st.sampled_from(edges))
-    fewer = {**parents, node: [each for each in parents[node] if each != source]}
+    fewer = {**parents, node: [parent for parent in parents[node] if parent != source]}
     before, after = inherit(own, fewer), inherit(own, parents)
-    assert all(is_at_least_as_strict(after[each], before[each]) for each in own)
+    assert all(is_at_least_as_strict(after[key], before[key]) for key in own)
 
 
 @settings(max_examples=30)
 @given(graphs(60))
-def test_terms_are_those_of_all_ancestors_together_in_any_order(graph):
+def test_terms_combine_those_of_all_upstream_nodes_in_any_order(graph):
     own, parents = graph
     resolved = inherit(own, parents)
 
-    def ancestors(node):
-        return {node}.union(*(ancestors(source) for source in parents.get(node, ())))
+    def upstream(node):
+        return {node}.union(*(upstream(source) for source in parents.get(node, ())))
 
     for node in own:
-        assert resolved[node] == combine(*(own[each] for each in sorted(ancestors(node), reverse=True)))
+        assert resolved[node] == combine(*(own[key] for key in sorted(upstream(node), reverse=True)))
 
 
-def test_two_that_claim_to_come_from_each_other_have_the_terms_of_both():
+def test_versions_that_declare_each_other_as_parents_have_the_terms_of_both():
     own = {"a": TABLE.find("MIT").terms, "b": TABLE.find("cc-by-nc-4.0").terms, "c": unknown("c")}
     resolved = inherit(own, {"a": ["b"], "b": ["a"]})
     assert resolved["a"] == resolved["b"] == combine(own["a"], own["b"])
     assert resolved["c"] == own["c"]
 
 
-def test_differing_share_alike_and_no_derivatives_stand_in_the_way():
+def test_differing_share_alike_and_no_derivatives_are_conflicts():
     same, other = TABLE.find("cc-by-sa-4.0").terms, TABLE.find("cc-by-nc-sa-4.0").terms
     assert conflicts(same) == conflicts(combine(same, same, TABLE.find("mit").terms)) == ()
     assert "which cannot be met together" in conflicts(combine(same, other))[0]
     assert "no-derivatives" in conflicts(TABLE.find("cc-by-nd-4.0").terms)[0]
-    assert conflicts(unknown("base 'x'")) == ("no licence is known for base 'x'",)
+    assert conflicts(unknown("base 'x'")) == ("no license is known for base 'x'",)
 
 
-def test_the_table_that_is_shipped_is_dated_disclaims_and_knows_what_hugging_face_writes():
+def test_the_shipped_table_has_a_date_a_disclaimer_and_the_names_of_hugging_face():
     assert TABLE.note == "not legal advice"
     assert TABLE.date.year >= 2026
-    for written in ("creativeml-openrail-m", "openrail++", "apache-2.0", "cc-by-nc-4.0", "CC-BY-NC-4.0", "mit"):
-        assert TABLE.find(written) is not None, written
+    for name in ("creativeml-openrail-m", "openrail++", "apache-2.0", "cc-by-nc-4.0", "CC-BY-NC-4.0", "mit"):
+        assert TABLE.find(name) is not None, name
     assert TABLE.find("openrail++").id == "LicenseRef-CreativeML-OpenRAIL++-M"
     for entry in TABLE.licenses:
         assert entry.url.startswith("https://")
-        # A digest is only stated for a text at an address that cannot come to hold another one.
+        # A digest requires an immutable URL.
         assert entry.sha256 is None or re.search("/[0-9a-f]{40}/", entry.url)
     assert any(entry.sha256 for entry in TABLE.licenses)
 
 
-def test_the_digest_of_apache_is_that_of_our_own_copy():
+def test_the_digest_of_apache_matches_our_copy():
     from lora_engine.files import sha256_file
 
     assert TABLE.find("Apache-2.0").sha256 == sha256_file(Path(__file__).parents[2] / "LICENSE")
 
 
 @pytest.mark.parametrize(
-    ("base", "carried", "commercial"),
+    ("base", "license_id", "commercial"),
     [
         ("tiny", "Apache-2.0", True),
         ("sd15", "LicenseRef-CreativeML-OpenRAIL-M", True),
@@ -165,14 +166,14 @@ def test_the_digest_of_apache_is_that_of_our_own_copy():
         ("black-forest-labs/FLUX.1-schnell", "Apache-2.0", True),
     ],
 )
-def test_every_published_base_carries_its_licence(base, carried, commercial):
+def test_every_published_base_has_its_license(base, license_id, commercial):
     terms = TABLE.terms_of_base(base)
-    assert terms.licenses == {carried}
+    assert terms.licenses == {license_id}
     assert allows_commercial(terms) is commercial
     assert conflicts(terms) == ()
 
 
-def test_an_unknown_base_and_an_unstated_licence_allow_nothing():
+def test_an_unknown_base_and_an_unstated_license_allow_nothing():
     for terms in (TABLE.terms_of_base("/models/mine", "a" * 64), TABLE.terms_of_license("NOASSERTION", "it")):
         assert not terms.permissions
         assert conflicts(terms)
@@ -185,7 +186,7 @@ def test_the_embedded_base_is_known_by_its_fingerprint_too():
     assert TABLE.terms_of_base("/anywhere", resolve_base("tiny").fingerprint()).licenses == {"Apache-2.0"}
 
 
-def test_a_home_adds_licences_and_says_what_its_bases_carry(tmp_path):
+def test_a_home_adds_licenses_and_assigns_them_to_its_bases(tmp_path):
     own = {
         "date": "2026-11-01",
         "licenses": [{"id": "LicenseRef-House", "permissions": ["commercial", "derivatives"], "aliases": ["house"]}],
@@ -199,44 +200,44 @@ def test_a_home_adds_licences_and_says_what_its_bases_carry(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("licenses: [", "is no YAML"),
+        ("licenses: [", "is not YAML"),
         ("date: 2026-01-01\nlicences: []", "licences"),
-        ("date: 2026-01-01\nbases: [{license: gone}]", "no licence has that id"),
+        ("date: 2026-01-01\nbases: [{license: gone}]", "no license has that id"),
         (
             "date: 2026-01-01\nlicenses: [{id: X, permissions: [commercial], restrictions: [non-commercial]}]",
             "leave one out",
         ),
-        ("date: 2026-01-01\nlicenses: [{id: X, permissions: [], aliases: [mit]}]", "two licences go by 'mit'"),
+        ("date: 2026-01-01\nlicenses: [{id: X, permissions: [], aliases: [mit]}]", "two licenses have the name 'mit'"),
     ],
 )
-def test_a_table_that_is_not_one_is_refused_with_its_place(tmp_path, text, said):
+def test_an_invalid_table_is_refused_with_its_path(tmp_path, text, message):
     (tmp_path / "licenses.yaml").write_text(text)
-    with pytest.raises(PolicyError, match=said) as caught:
+    with pytest.raises(PolicyError, match=message) as caught:
         read_licenses(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-PICTURE = {"source": "a.png", "width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
+IMAGE = {"source": "a.png", "width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
 
 
 @pytest.fixture
 def line(versions):
-    """Registers what a line of steps on some base makes of some pictures or adapters; gives the version."""
+    """Returns a function that records a step on a base, images and adapters, and registers its output."""
 
-    def make(name, content, base="tiny", pictures=(), adapters=(), uses="train", **values):
+    def make(name, content, base="tiny", images=(), adapters=(), uses="train", **values):
         store, lineage = versions.store, versions.lineage
         run = lineage.start_run(name, {})
-        inputs = {f"adapters.{place}": version.artifact for place, version in enumerate(adapters)}
-        if pictures:
-            entries = [PICTURE | {"sha256": f"{place:064x}", **each} for place, each in enumerate(pictures)]
+        inputs = {f"adapters.{number}": version.artifact for number, version in enumerate(adapters)}
+        if images:
+            entries = [IMAGE | {"sha256": f"{number:064x}", **entry} for number, entry in enumerate(images)]
             inputs["dataset"] = store.put_files(
                 "manifest", {"manifest.json": json.dumps({"pictures": entries}).encode()}
             )
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
-        told = {"settings": {"base": base}} if base else {}
-        done = Execution(run.id, run.id, name, uses, "1", run.id, told, inputs, adapter, started_at=now())
+        values_of_step = {"settings": {"base": base}} if base else {}
+        done = Execution(run.id, run.id, name, uses, "1", run.id, values_of_step, inputs, adapter, started_at=now())
         lineage.record(done, contents=store.files(adapter))
         lineage.finish_run(run.id, "COMPLETED")
         return versions.register(name, adapter, run_id=run.id, **values)
@@ -244,30 +245,30 @@ def line(versions):
     return make
 
 
-def test_an_adapter_has_the_terms_of_its_base_and_of_every_picture(versions, line):
+def test_an_adapter_has_the_terms_of_its_base_and_of_every_image(versions, line):
     nc = {"rights": {"license": "cc-by-nc-4.0", "rights": "licence"}}
-    plain, tainted = line("a", b"a", pictures=[{}]), line("b", b"b", pictures=[{}, nc, nc])
+    plain, tainted = line("a", b"a", images=[{}]), line("b", b"b", images=[{}, nc, nc])
     assert allows_commercial(terms_of(versions, plain).terms)
     resolved = terms_of(versions, tainted)
     assert not allows_commercial(resolved.terms)
     assert resolved.terms.licenses == {"Apache-2.0", "CC-BY-NC-4.0"}
-    assert {source.what for source in resolved.sources} == {"base tiny", "2 pictures under cc-by-nc-4.0"}
+    assert {source.what for source in resolved.sources} == {"base tiny", "2 images under cc-by-nc-4.0"}
 
 
 @pytest.mark.parametrize("uses", ["merge", "extract", "distil", "convert"])
-def test_terms_come_through_every_way_of_making_an_adapter_of_adapters(versions, line, uses):
+def test_terms_are_inherited_through_every_step_that_makes_adapters_from_adapters(versions, line, uses):
     free = line("free", b"1")
     bound = line("bound", b"2", declared="cc-by-nc-4.0")
-    made = line("made", b"3", adapters=[free, bound], uses=uses)
-    again = line("again", b"4", base=None, adapters=[made], uses=uses)
-    alone = line("alone", b"5", adapters=[free], uses=uses)
-    for version in (made, again):
+    child = line("child", b"3", adapters=[free, bound], uses=uses)
+    grandchild = line("grandchild", b"4", base=None, adapters=[child], uses=uses)
+    unbound = line("unbound", b"5", adapters=[free], uses=uses)
+    for version in (child, grandchild):
         assert "CC-BY-NC-4.0" in terms_of(versions, version).terms.licenses
         assert not allows_commercial(terms_of(versions, version).terms)
-    assert allows_commercial(terms_of(versions, alone).terms)
+    assert allows_commercial(terms_of(versions, unbound).terms)
 
 
-def test_terms_come_through_parents_by_name_and_by_the_digest_of_their_file(versions, line):
+def test_terms_are_inherited_from_parents_by_name_and_by_file_digest(versions, line):
     bound = line("bound", b"2", declared="cc-by-nc-4.0")
     by_name = line("by-name", b"3", parents=["bound@1", "base:tiny"])
     by_file = line("by-file", b"4", parents=[f"0.5 bound sha256:{bound.sha256}"])
@@ -277,35 +278,35 @@ def test_terms_come_through_parents_by_name_and_by_the_digest_of_their_file(vers
     assert allows_commercial(terms_of(versions, neither).terms)
 
 
-def test_the_same_bytes_under_another_name_keep_what_was_declared_of_them(versions, line):
+def test_the_same_bytes_under_another_name_keep_their_declared_license(versions, line):
     first = line("first", b"same", declared="cc-by-nc-4.0")
     second = versions.register("second", first.artifact)
     assert not allows_commercial(terms_of(versions, second).terms)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"base": "/models/mine"}, "base '/models/mine'"),
-        ({"base": None}, "neither base nor licence"),
+        ({"base": None}, "neither base nor license"),
         ({"declared": "so to speak"}, "is not in the table"),
-        ({"pictures": [{"rights": {"rights": "licence"}}]}, "1 picture used by a licence"),
-        ({"pictures": [{"rights": {"license": "mine"}}]}, "'mine' is not in the table"),
+        ({"images": [{"rights": {"rights": "licence"}}]}, "1 image used under an unnamed license"),
+        ({"images": [{"rights": {"license": "mine"}}]}, "'mine' is not in the table"),
     ],
 )
-def test_what_is_unknown_anywhere_on_the_way_blocks(versions, line, values, said):
+def test_anything_unknown_upstream_is_a_conflict(versions, line, values, message):
     reasons = conflicts(terms_of(versions, line("a", b"a", **values)).terms)
-    assert any(said in reason for reason in reasons), reasons
+    assert any(message in reason for reason in reasons), reasons
 
 
-def test_a_consent_for_training_alone_taints(versions, line):
+def test_a_consent_for_training_only_taints(versions, line):
     scoped = [{"rights": {"rights": "consent", "scope": scope}} for scope in ("train", "commercial")]
-    assert not allows_commercial(terms_of(versions, line("a", b"a", pictures=scoped)).terms)
-    assert allows_commercial(terms_of(versions, line("b", b"b", pictures=scoped[1:])).terms)
+    assert not allows_commercial(terms_of(versions, line("a", b"a", images=scoped)).terms)
+    assert allows_commercial(terms_of(versions, line("b", b"b", images=scoped[1:])).terms)
 
 
 def test_a_dataset_that_cannot_be_read_is_unknown(versions, line):
-    version = line("a", b"a", pictures=[{}])
+    version = line("a", b"a", images=[{}])
     (entry,) = [
         entry
         for node in versions.lineage.walk(version.ref).nodes

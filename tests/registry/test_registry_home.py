@@ -11,7 +11,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 
 
-def test_home_has_its_places(tmp_path):
+def test_home_has_its_folders(tmp_path):
     home = Home.open(tmp_path / "new" / "home")
     assert home.store.is_dir()
     assert home.work.is_dir()
@@ -19,7 +19,7 @@ def test_home_has_its_places(tmp_path):
     assert list(home.locks.iterdir()) == []
 
 
-def test_absent_home_is_not_made_unasked(tmp_path):
+def test_absent_home_is_not_created_with_create_false(tmp_path):
     with pytest.raises(HomeError, match="loraline init"):
         Home.open(tmp_path / "absent", create=False)
     assert not (tmp_path / "absent").exists()
@@ -43,34 +43,34 @@ def test_read_only_home_is_a_clear_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "make the folder writable")]
+    ("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "make the folder writable")]
 )
-def test_disk_that_refuses_is_a_clear_error(tmp_path, monkeypatch, number, words):
+def test_disk_error_is_a_clear_error(tmp_path, monkeypatch, number, message):
     def refuse(_descriptor):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(HomeError, match=words):
+    with pytest.raises(HomeError, match=message):
         Home.open(tmp_path / "home")
 
 
-LOOK = "import sys; from registry.lineage.record import Lineage; print(len(Lineage(sys.argv[1]).runs()))"
+COUNT_RUNS = "import sys; from registry.lineage.record import Lineage; print(len(Lineage(sys.argv[1]).runs()))"
 
 
-def test_what_is_committed_is_there_for_others_though_its_process_opened_the_database_twice(empty_home, spawn):
+def test_committed_rows_are_visible_to_other_processes_after_a_second_open_and_close(empty_home, spawn):
     url = empty_home.lineage_url
 
-    def others_see():
-        out, err = spawn(LOOK, url).communicate(timeout=60)
+    def count_in_another_process():
+        out, err = spawn(COUNT_RUNS, url).communicate(timeout=60)
         return int(out), err
 
     with closing(Lineage(url)) as lineage:
         lineage.start_run("one", {})
-        # Whatever opens and closes the file here must not let go of the locks of the open connection.
+        # Closing a second connection in this process must not release the locks of the first one.
         Lineage(url).close()
-        assert others_see() == (1, "")
+        assert count_in_another_process() == (1, "")
         lineage.start_run("two", {})
-        assert others_see() == (2, "")
+        assert count_in_another_process() == (2, "")
         assert len(lineage.runs()) == 2
 
 

@@ -11,7 +11,7 @@ from registry.errors import LineageError
 from registry.lineage.record import Lineage
 from registry.store.tables import DistributionsRow, ExecutionRow, RunRow
 
-PICTURE = "5" * 64
+IMAGE = "5" * 64
 
 
 @pytest.fixture
@@ -23,28 +23,30 @@ def lineage(empty_home):
 
 @pytest.fixture
 def line(lineage, store):
-    """photos -> prepared -> two adapters -> a merge, as executions; the first adapter of another run too."""
+    """Records executions: photos -> prepared -> two adapters -> a merge, and an unrelated dataset."""
     run = lineage.start_run("stripes", {"seed": 7})
-    made = {}
+    outputs = {}
 
     def step(name, content, **inputs):
-        made[name] = store.put_files("adapter" if "adapter" in name or name == "merged" else "manifest", content)
+        outputs[name] = store.put_files("adapter" if "adapter" in name or name == "merged" else "manifest", content)
         execution = Execution(
-            f"e-{name}", run.id, name, "step", "1", f"key-{name}", inputs=inputs, output=made[name], started_at=now()
+            f"e-{name}", run.id, name, "step", "1", f"key-{name}", inputs=inputs, output=outputs[name], started_at=now()
         )
-        pictures = {PICTURE: "cat.jpg", "6" * 64: "dog.jpg"} if name == "photos" else {}
-        subjects = [Subject(digest, "picture", label) for digest, label in pictures.items()]
-        lineage.record(execution, contents=store.files(made[name]), subjects=subjects)
+        images = {IMAGE: "cat.jpg", "6" * 64: "dog.jpg"} if name == "photos" else {}
+        subjects = [Subject(digest, "picture", label) for digest, label in images.items()]
+        lineage.record(execution, contents=store.files(outputs[name]), subjects=subjects)
 
     step("photos", {"manifest.json": b"1", "pictures/cat.png": b"cat"})
-    step("prepared", {"manifest.json": b"2", "pictures/cat.png": b"small cat"}, dataset=made["photos"])
-    step("adapter", {"adapter.safetensors": b"a"}, dataset=made["prepared"])
-    step("other adapter", {"adapter.safetensors": b"b"}, dataset=made["prepared"])
+    step("prepared", {"manifest.json": b"2", "pictures/cat.png": b"small cat"}, dataset=outputs["photos"])
+    step("adapter", {"adapter.safetensors": b"a"}, dataset=outputs["prepared"])
+    step("other adapter", {"adapter.safetensors": b"b"}, dataset=outputs["prepared"])
     step(
-        "merged", {"adapter.safetensors": b"ab"}, **{"adapters.0": made["adapter"], "adapters.1": made["other adapter"]}
+        "merged",
+        {"adapter.safetensors": b"ab"},
+        **{"adapters.0": outputs["adapter"], "adapters.1": outputs["other adapter"]},
     )
     step("unrelated", {"manifest.json": b"3"})
-    return run, made
+    return run, outputs
 
 
 def ids(walk, kind):
@@ -74,38 +76,38 @@ def test_execution_is_recorded_once(lineage, line):
         lineage.record(execution)
 
 
-def test_walk_up_finds_every_origin_and_nothing_else(lineage, line):
-    _, made = line
-    walk = lineage.walk(made["merged"].sha256, "up", subjects=True)
+def test_walk_up_finds_everything_upstream_and_nothing_else(lineage, line):
+    _, outputs = line
+    walk = lineage.walk(outputs["merged"].sha256, "up", subjects=True)
     names = ["merged", "adapter", "other adapter", "prepared", "photos"]
-    assert ids(walk, "artifact") == {made[name].sha256 for name in names}
+    assert ids(walk, "artifact") == {outputs[name].sha256 for name in names}
     assert ids(walk, "execution") == {f"e-{name}" for name in names}
-    assert ids(walk, "subject") == {PICTURE, "6" * 64}
+    assert ids(walk, "subject") == {IMAGE, "6" * 64}
     assert {edge.role for edge in walk.edges if edge.target.id == "e-merged"} == {"adapters.0", "adapters.1"}
     assert [node.depth for node in walk.nodes] == sorted(node.depth for node in walk.nodes)
 
 
-@pytest.mark.parametrize("start", [PICTURE, PICTURE[:8], "picture in the artifact"])
-def test_walk_down_from_a_picture_finds_all_that_it_reached(lineage, store, line, start):
-    _, made = line
-    if start == "picture in the artifact":
-        start = store.files(made["photos"])["pictures/cat.png"].sha256
+@pytest.mark.parametrize("start", [IMAGE, IMAGE[:8], "image in the artifact"])
+def test_walk_down_from_an_image_finds_everything_downstream(lineage, store, line, start):
+    _, outputs = line
+    if start == "image in the artifact":
+        start = store.files(outputs["photos"])["pictures/cat.png"].sha256
     walk = lineage.walk(start, "down")
-    reached = ["photos", "prepared", "adapter", "other adapter", "merged"]
-    assert ids(walk, "artifact") == {made[name].sha256 for name in reached}
+    names = ["photos", "prepared", "adapter", "other adapter", "merged"]
+    assert ids(walk, "artifact") == {outputs[name].sha256 for name in names}
 
 
 def test_walk_from_an_adapter_file_goes_both_ways(lineage, store, line):
-    _, made = line
-    digest = store.files(made["adapter"])["adapter.safetensors"].sha256
-    assert made["photos"].sha256 in ids(lineage.walk(digest, "up"), "artifact")
-    assert ids(lineage.walk(digest, "down"), "artifact") == {made["adapter"].sha256, made["merged"].sha256}
+    _, outputs = line
+    digest = store.files(outputs["adapter"])["adapter.safetensors"].sha256
+    assert outputs["photos"].sha256 in ids(lineage.walk(digest, "up"), "artifact")
+    assert ids(lineage.walk(digest, "down"), "artifact") == {outputs["adapter"].sha256, outputs["merged"].sha256}
 
 
 def test_walk_from_a_run_and_an_execution_finds_their_artifacts(lineage, line):
-    run, made = line
-    assert ids(lineage.walk(run.id, "down"), "artifact") == {ref.sha256 for ref in made.values()}
-    assert ids(lineage.walk("e-adapter", "up"), "artifact") == {made["photos"].sha256, made["prepared"].sha256}
+    run, outputs = line
+    assert ids(lineage.walk(run.id, "down"), "artifact") == {ref.sha256 for ref in outputs.values()}
+    assert ids(lineage.walk("e-adapter", "up"), "artifact") == {outputs["photos"].sha256, outputs["prepared"].sha256}
 
 
 def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
@@ -120,18 +122,18 @@ def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_cost_of_a_walk_follows_its_answer(lineage, store, line, direction):
-    run, made = line
+def test_a_walk_uses_only_index_lookups(lineage, store, line, direction):
+    run, outputs = line
     statements = []
 
-    def note(_connection, _cursor, statement, parameters, *_rest):
+    def collect(_connection, _cursor, statement, parameters, *_rest):
         if statement.startswith("SELECT"):
             statements.append((statement, parameters))
 
-    event.listen(lineage.database.engine, "before_cursor_execute", note)
-    for start in (PICTURE, PICTURE[:8], made["prepared"].sha256, made["adapter"].sha256[:9], run.id, "e-adapter"):
+    event.listen(lineage.database.engine, "before_cursor_execute", collect)
+    for start in (IMAGE, IMAGE[:8], outputs["prepared"].sha256, outputs["adapter"].sha256[:9], run.id, "e-adapter"):
         lineage.walk(start, direction, subjects=True)
-    event.remove(lineage.database.engine, "before_cursor_execute", note)
+    event.remove(lineage.database.engine, "before_cursor_execute", collect)
     with lineage.database.engine.connect() as connection:
         plans = {
             statement: connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
@@ -142,7 +144,7 @@ def test_cost_of_a_walk_follows_its_answer(lineage, store, line, direction):
         statement: [step[3] for step in plan if "SCAN" in step[3] and "CONSTANT ROW" not in step[3]]
         for statement, plan in plans.items()
     }
-    assert {statement: found for statement, found in scans.items() if found} == {}
+    assert {statement: steps for statement, steps in scans.items() if steps} == {}
 
 
 @pytest.mark.parametrize("start", ["", "5", "f" * 64, "zorb@1", "zorb@production", "zorb@", "nonsense"])
@@ -152,19 +154,19 @@ def test_unknown_start_is_refused(lineage, line, start):
 
 
 def test_run_of_a_dead_process_is_marked_crashed_once(lineage):
-    mine = lineage.start_run("mine", {})
+    alive = lineage.start_run("alive", {})
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    dead, reused, abroad = (lineage.start_run(name, {}) for name in ("dead", "reused", "abroad"))
+    dead, reused, remote = (lineage.start_run(name, {}) for name in ("dead", "reused", "remote"))
     with lineage.database.write() as session:
         session.get_one(RunRow, dead.id).pid = child.pid
         session.get_one(RunRow, reused.id).process = "another boot/1"
-        session.get_one(RunRow, abroad.id).host = "elsewhere"
-        session.get_one(RunRow, abroad.id).pid = child.pid
+        session.get_one(RunRow, remote.id).host = "elsewhere"
+        session.get_one(RunRow, remote.id).pid = child.pid
     assert {run.id for run in lineage.find_dead_runs()} == {dead.id, reused.id}
     assert lineage.find_dead_runs() == []
     assert lineage.run(dead.id).status == "CRASHED"
-    assert lineage.run(mine.id).status == lineage.run(abroad.id).status == "RUNNING"
+    assert lineage.run(alive.id).status == lineage.run(remote.id).status == "RUNNING"
 
 
 def test_first_end_of_a_run_counts(lineage):
@@ -172,7 +174,7 @@ def test_first_end_of_a_run_counts(lineage):
     assert lineage.finish_run(run.id, "FAILED").status == "FAILED"
     assert lineage.finish_run(run.id, "COMPLETED").status == "FAILED"
     with pytest.raises(LineageError, match="no run"):
-        lineage.finish_run("nobody", "FAILED")
+        lineage.finish_run("unknown", "FAILED")
 
 
 def test_value_that_json_cannot_hold_is_refused(lineage):
@@ -182,7 +184,7 @@ def test_value_that_json_cannot_hold_is_refused(lineage):
     assert lineage.runs() == []
 
 
-def test_connection_keeps_the_promises_of_durability(lineage):
+def test_connection_is_durable(lineage):
     with Session(lineage.database.engine) as session:
         values = {
             name: session.connection().exec_driver_sql(f"PRAGMA {name}").scalar()
@@ -191,7 +193,7 @@ def test_connection_keeps_the_promises_of_durability(lineage):
     assert values == {"foreign_keys": 1, "busy_timeout": 20000, "journal_mode": "wal", "synchronous": 2}
 
 
-def test_list_of_what_was_installed_is_kept_once(lineage):
+def test_list_of_installed_packages_is_stored_once(lineage):
     run = lineage.start_run("p", {})
     environment = {"python": "3.11", "distributions": ["a==1", "b==2"]}
     for number in range(3):
@@ -222,21 +224,21 @@ def test_walk_starts_at_a_caption_and_at_a_consent(lineage, store):
         lineage.walk("nobody@example.org")
 
 
-def test_subject_that_is_everywhere_costs_no_more_than_its_answer(lineage, store):
+def test_a_subject_in_every_artifact_does_not_slow_a_walk(lineage, store):
     run = lineage.start_run("p", {})
     refs = [store.put_files("manifest", {"a": f"{number}".encode()}) for number in range(30)]
     for number, ref in enumerate(refs):
         execution = Execution(f"{number}", run.id, "s", "ingest", "1", "k", output=ref)
-        lineage.record(execution, contents={}, subjects=[Subject(PICTURE, "picture", "picture cat.jpg")])
+        lineage.record(execution, contents={}, subjects=[Subject(IMAGE, "picture", "picture cat.jpg")])
     rows = []
     event.listen(lineage.database.engine, "after_cursor_execute", lambda *a: rows.append(a[1].rowcount))
     walk = lineage.walk(refs[0].sha256, "up", subjects=True)
-    assert ids(walk, "subject") == {PICTURE}
+    assert ids(walk, "subject") == {IMAGE}
     assert len(walk.nodes) == 3
     assert len(rows) < 15
 
 
-def test_environment_names_all_that_can_change_a_result(tmp_path):
+def test_environment_names_packages_and_code(tmp_path):
     from tasks.environment import PACKAGES, describe_environment
 
     environment = describe_environment()

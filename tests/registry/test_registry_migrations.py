@@ -1,4 +1,4 @@
-"""A database of every age: made, migrated whole or not at all, or refused untouched."""
+"""Tests that a database is created, migrated completely or not at all, or refused without a change."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SCHEMA_1 = (Path(__file__).parent / "data" / "schema-1.sql").read_text()
 
 @pytest.fixture
 def old(tmp_path):
-    """A database of the first schema, as its release left it."""
+    """Returns the path of a database of the first schema."""
     path = tmp_path / "old" / "lineage.db"
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as connection:
@@ -40,18 +40,18 @@ def url(path):
 
 
 def rows(path):
-    """Every row of every table, by table, but for the number of the schema."""
+    """Returns table -> its rows."""
     with closing(sqlite3.connect(path)) as connection:
         tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {table: connection.execute(f'SELECT * FROM "{table}" ORDER BY 1, 2').fetchall() for table in tables}
 
 
 def shape(engine):
-    """Tables, columns, keys, indexes and triggers of a database, as far as it can tell them."""
+    """Returns tables, columns, keys, indexes and triggers of a database, as far as it reports them."""
     with engine.connect() as connection:
         schema = NAMESPACE if engine.dialect.name == "postgresql" else None
         inspector = inspect(connection)
-        found = {
+        shapes = {
             table: {
                 "columns": [
                     {key: str(column.get(key)) for key in ("name", "type", "nullable", "default", "primary_key")}
@@ -70,14 +70,14 @@ def shape(engine):
         }
         if schema:
             triggers = "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY tgname"
-            found["sequences"] = inspector.get_sequence_names(schema)
+            shapes["sequences"] = inspector.get_sequence_names(schema)
         else:
             triggers = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name"
-        found["triggers"] = [tuple(row) for row in connection.execute(text(triggers))]
-        return found
+        shapes["triggers"] = [tuple(row) for row in connection.execute(text(triggers))]
+        return shapes
 
 
-def opened(address):
+def migrated_engine(address):
     database = Database(address)
     database.close()
     return database.engine
@@ -89,25 +89,25 @@ def test_every_schema_has_its_revision():
     ]
 
 
-def test_first_revision_makes_what_the_first_release_made(old):
+def test_first_revision_creates_the_schema_of_the_first_release(old):
     engine = create_engine("sqlite://")
     with engine.connect() as connection:
         connection.execute(text("PRAGMA foreign_keys=OFF"))
         migrate(connection, 0, 1)
         connection.commit()
-        made = shape(engine)
-    wanted = create_engine(url(old))
-    assert made == shape(wanted)
-    wanted.dispose()
+        created = shape(engine)
+    released = create_engine(url(old))
+    assert created == shape(released)
+    released.dispose()
     engine.dispose()
 
 
 def test_migrated_schema_is_the_created_one(old, tmp_path):
-    migrated, created = opened(url(old)), opened(url(tmp_path / "new" / "lineage.db"))
-    found = shape(migrated)
-    assert found == shape(created)
-    assert len(found) == len(Table.metadata.tables) + 1 + len({"sqlite_sequence"} & set(found))
-    assert [name for name, _ in found["triggers"]] == ["events_no_delete", "events_no_update"]
+    migrated, created = migrated_engine(url(old)), migrated_engine(url(tmp_path / "new" / "lineage.db"))
+    shapes = shape(migrated)
+    assert shapes == shape(created)
+    assert len(shapes) == len(Table.metadata.tables) + 1 + len({"sqlite_sequence"} & set(shapes))
+    assert [name for name, _ in shapes["triggers"]] == ["events_no_delete", "events_no_update"]
     with closing(sqlite3.connect(old)) as connection:
         (events,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'events'").fetchone()
     assert "AUTOINCREMENT" in events
@@ -117,7 +117,7 @@ def test_migrated_schema_is_the_created_one(old, tmp_path):
 
 def test_migration_keeps_every_row_and_a_copy_of_the_old_file(old):
     before = rows(old)
-    opened(url(old)).dispose()
+    migrated_engine(url(old)).dispose()
     copy = old.with_name("lineage.db.schema-1.bak")
     assert rows(copy) == before
     after = rows(old)
@@ -125,12 +125,12 @@ def test_migration_keeps_every_row_and_a_copy_of_the_old_file(old):
     for table, entries in before.items():
         if table != "meta":
             assert [row[: len(entries[0])] for row in after[table]] == entries, table
-    # Nothing else lies about, and the copy is an ordinary database.
+    # No other file is left, and the copy is an ordinary database.
     assert sorted(path.name for path in old.parent.iterdir()) == ["lineage.db", "lineage.db.schema-1.bak", "locks"]
-    opened(url(copy)).dispose()
+    migrated_engine(url(copy)).dispose()
 
 
-def test_migrated_home_is_used_like_any_other(tmp_path, old, monkeypatch):
+def test_migrated_home_works(tmp_path, old, monkeypatch):
     home = Home.open(tmp_path / "home")
     shutil.copy(old, home.lineage_db)
     monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
@@ -147,16 +147,16 @@ def test_migrated_home_is_used_like_any_other(tmp_path, old, monkeypatch):
     event = promote(versions, "zorb", 2, "mine", reason="after the migration")
     assert event.seq == 3
     versions.close()
-    assert "refers to nothing" not in str(fsck(home, mlflow=False))
+    assert "refers to a missing row" not in str(fsck(home, mlflow=False))
 
 
 def test_earlier_copy_is_never_overwritten(old):
     shutil.copy(old, old.with_name("first"))
-    opened(url(old)).dispose()
+    migrated_engine(url(old)).dispose()
     with closing(sqlite3.connect(old.with_name("first"))) as connection, connection:
         connection.execute("UPDATE runs SET name = 'another'")
     old.with_name("first").replace(old)
-    opened(url(old)).dispose()
+    migrated_engine(url(old)).dispose()
     names = {path.name: rows(path)["runs"][0][1] for path in old.parent.glob("*.bak*")}
     assert names == {"lineage.db.schema-1.bak": "stripes", "lineage.db.schema-1.bak2": "another"}
 
@@ -206,9 +206,9 @@ for fault in range(1, 10_000, step):
 """
 
 
-def struck(spawn, tmp_path, old, by, step):
-    """Returns what was left by processes killed at every `step`-th statement or line, the last of which got through."""
-    folder = tmp_path / "struck"
+def killed(spawn, tmp_path, old, by, step):
+    """Returns the databases of processes killed at every `step`-th statement or line; the last one finished."""
+    folder = tmp_path / "killed"
     folder.mkdir()
     out, errors = spawn(KILLED, old, folder, by, step).communicate(timeout=500)
     assert out, errors
@@ -224,30 +224,30 @@ def struck(spawn, tmp_path, old, by, step):
     [("statement", 1), ("line", 11), pytest.param("line", 1, marks=pytest.mark.nightly)],
 )
 def test_migration_killed_anywhere_leaves_the_old_or_the_new(old, tmp_path, spawn, by, step):
-    paths = struck(spawn, tmp_path, old, by, step)
+    paths = killed(spawn, tmp_path, old, by, step)
     first, last = rows(old), rows(paths[-1])
-    seen = set()
+    outcomes = set()
     for path in paths:
         with closing(sqlite3.connect(path)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        found = rows(path)
-        assert found in (first, last), path
-        seen.add(found == last)
-        # Every file that is called a copy is a whole one.
+        after = rows(path)
+        assert after in (first, last), path
+        outcomes.add(after == last)
+        # Every backup copy is complete.
         assert all(rows(copy) == first for copy in path.parent.glob("*.bak*"))
-        opened(url(path)).dispose()
+        migrated_engine(url(path)).dispose()
         assert rows(path) == last
-    assert seen == {True, False}
+    assert outcomes == {True, False}
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.nightly)])
-def test_making_killed_anywhere_leaves_nothing_or_all(tmp_path, spawn, step):
-    paths = struck(spawn, tmp_path, tmp_path / "absent", "line", step)
-    left = [path.exists() for path in paths]
-    assert sorted(left) == left
-    assert set(left) == {True, False}
+def test_creation_killed_anywhere_leaves_nothing_or_all(tmp_path, spawn, step):
+    paths = killed(spawn, tmp_path, tmp_path / "absent", "line", step)
+    exists = [path.exists() for path in paths]
+    assert sorted(exists) == exists
+    assert set(exists) == {True, False}
     for path in paths:
-        opened(url(path)).dispose()
+        migrated_engine(url(path)).dispose()
         assert rows(path)["meta"] == [("schema", str(SCHEMA))]
 
 
@@ -264,7 +264,7 @@ def sql(path, *statements):
 
 
 def fresh(path):
-    opened(url(path)).dispose()
+    migrated_engine(url(path)).dispose()
     shutil.rmtree(path.parent / "locks")
 
 
@@ -274,7 +274,7 @@ def newer(path):
 
 
 def newer_with_a_log(path):
-    """As a killed process of a newer release leaves it: with what it wrote in the log alone."""
+    """Writes a database as a killed process of a newer release leaves it: with its rows only in the log."""
     fresh(path)
     aside = path.with_name("aside")
     with closing(sqlite3.connect(path)) as connection:
@@ -327,39 +327,39 @@ REFUSED = {
     "damaged header": (lambda p: (fresh(p), damage(p, 0, 40)), "not a database"),
     "damaged list of tables": (broken_schema, "damaged"),
     "old with a damaged page": (broken_old_page, "damaged"),
-    "old with a row that refers to nothing": (dangling_old_row, "refer to nothing"),
-    "gone but for its log": (lambda p: p.with_name("lineage.db-wal").write_bytes(b"x" * 100), "is gone"),
+    "old with a row that refers to a missing row": (dangling_old_row, "refer to missing rows"),
+    "gone but for its log": (lambda p: p.with_name("lineage.db-wal").write_bytes(b"x" * 100), "database is missing"),
     "a folder": (lambda p: p.mkdir(), "cannot be opened"),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_database_that_cannot_be_used_is_refused_untouched(tmp_path, what):
-    make, words = REFUSED[what]
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_database_is_refused_without_a_change(tmp_path, case):
+    make, message = REFUSED[case]
     path = tmp_path / "place" / "lineage.db"
     path.parent.mkdir()
     make(path)
 
-    def look():
+    def digests():
         return {
             entry.name: sha256_file(entry)
             for entry in path.parent.iterdir()
-            # An old database is looked at under the lock, and was copied before a row was found that refers to nothing.
+            # An old database is checked under the lock, and is copied before the row with a missing reference is found.
             if entry.is_file() and not entry.name.endswith((".bak", "-shm"))
         }
 
-    before = look()
+    before = digests()
     for _ in range(2):
-        with pytest.raises(HomeError, match=words) as caught:
+        with pytest.raises(HomeError, match=message) as caught:
             Database(url(path))
         assert caught.value.remedy
         assert "place" in str(caught.value)
-        assert look() == before
-    # A reader of a log needs an index of it, which is nobody's data; no other database leaves any.
-    assert path.with_name("lineage.db-shm").exists() == (what == "newer, with a log")
+        assert digests() == before
+    # A reader of a log creates its index, which holds no data; no other database leaves one.
+    assert path.with_name("lineage.db-shm").exists() == (case == "newer, with a log")
 
 
-def test_reading_the_schema_leaves_no_trace(tmp_path):
+def test_reading_the_schema_changes_nothing(tmp_path):
     path = tmp_path / "lineage.db"
     fresh(path)
     before = sha256_file(path)
@@ -371,37 +371,37 @@ def test_reading_the_schema_leaves_no_trace(tmp_path):
 
 
 def test_database_without_tables_is_filled(tmp_path):
-    # What a process that was killed between two statements of the first release left.
+    # The first release leaves this if it is killed between two statements.
     path = tmp_path / "lineage.db"
     sql(path, "PRAGMA journal_mode=WAL")
     assert path.stat().st_size
-    opened(url(path)).dispose()
+    migrated_engine(url(path)).dispose()
     assert rows(path)["meta"] == [("schema", str(SCHEMA))]
 
 
 @pytest.mark.parametrize(
-    ("address", "words"),
+    ("address", "message"),
     [
-        ("nonsense", "no URL of a database"),
-        ("oracle://host/name", "no database that the registry knows"),
+        ("nonsense", "not a database URL"),
+        ("oracle://host/name", "unsupported database"),
         ("mysql+unknown://host/name", "database"),
         ("sqlite://", "in memory"),
         ("postgresql+psycopg://nobody:secret@127.0.0.1:9/x", "cannot be reached"),
     ],
 )
-def test_address_that_leads_nowhere_is_worded_without_its_password(address, words):
-    with pytest.raises(HomeError, match=words) as caught:
+def test_unusable_address_is_an_error_without_its_password(address, message):
+    with pytest.raises(HomeError, match=message) as caught:
         Database(address)
     assert "secret" not in str(caught.value)
 
 
 def test_writers_at_once_wait_for_the_migration(old):
-    found, failures = [], []
+    runs, failures = [], []
 
     def work(number):
         try:
             lineage = Lineage(url(old))
-            found.append(lineage.start_run(f"run {number}", {}).id)
+            runs.append(lineage.start_run(f"run {number}", {}).id)
             lineage.close()
         except HomeError as error:
             failures.append(error)
@@ -412,11 +412,11 @@ def test_writers_at_once_wait_for_the_migration(old):
     for thread in threads:
         thread.join()
     assert failures == []
-    assert {row[0] for row in rows(old)["runs"]} == {"run1", *found}
+    assert {row[0] for row in rows(old)["runs"]} == {"run1", *runs}
     assert len(list(old.parent.glob("*.bak*"))) == 1
 
 
-def test_fixture_holds_a_row_in_every_table(old):
+def test_fixture_has_a_row_in_every_table(old):
     with closing(sqlite3.connect(old)) as connection:
         counts = {table: connection.execute(f"SELECT {func.count()} FROM {table}").fetchone()[0] for table in rows(old)}
     assert all(counts.values()), json.dumps(counts)

@@ -1,4 +1,4 @@
-"""A home that was moved or copied, and what MLflow says of it afterwards."""
+"""MLflow works after a home was moved or copied."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from registry.versions.versions import Versions
 
 
 def download(home, folder):
-    """What MLflow's own client hands out as production."""
+    """Downloads production with MLflow's own client."""
     import mlflow
 
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
@@ -24,13 +24,13 @@ def download(home, folder):
     return (Path(path) / "adapter.safetensors").read_bytes()
 
 
-def test_moved_home_hands_out_production_by_name(filled_home, tmp_path, monkeypatch):
+def test_moved_home_serves_production_by_name(filled_home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    moved = tmp_path / "another place" / "home"
+    moved = tmp_path / "another folder" / "home"
     moved.parent.mkdir()
     filled_home.path.rename(moved)
     home = Home.open(moved)
-    assert fsck(home, grace=0) != []  # MLflow still looks where nothing is
+    assert fsck(home, grace=0) != []  # MLflow still has the old paths
     versions = Versions(home)
     assert versions.is_synced()
     versions.close()
@@ -51,12 +51,12 @@ def test_pages_of_a_moved_home_show_its_files(filled_home, tmp_path):
     assert {"adapter", "pictures"} <= listed
     run = client.get_run(before.mlflow_run_id)
     assert run.info.artifact_uri.startswith(home.mlflow_artifacts.as_uri())
-    # A run that somebody adds by hand lands in the home, too.
-    mine = client.create_run(run.info.experiment_id)
-    assert mine.info.artifact_uri.startswith(home.mlflow_artifacts.as_uri())
+    # A manually created run is stored in the home, too.
+    manual = client.create_run(run.info.experiment_id)
+    assert manual.info.artifact_uri.startswith(home.mlflow_artifacts.as_uri())
 
 
-def test_copy_of_a_home_does_not_look_into_the_other_one(filled_home, tmp_path, register):
+def test_copy_of_a_home_is_independent_of_the_original(filled_home, tmp_path, register):
     shutil.copytree(filled_home.path, tmp_path / "copy")
     copy = Home.open(tmp_path / "copy")
     versions = Versions(copy)
@@ -69,22 +69,22 @@ def test_copy_of_a_home_does_not_look_into_the_other_one(filled_home, tmp_path, 
     assert download(copy, tmp_path / "out") == b"first weights"
 
 
-def test_only_our_own_places_are_moved(filled_home):
+def test_only_our_own_uris_are_rewritten(filled_home):
     from mlflow import MlflowClient
 
     client = MlflowClient(filled_home.mlflow_url, filled_home.mlflow_url)
-    elsewhere = client.create_experiment("elsewhere", artifact_location="file:///elsewhere/zorb")
-    alike = client.create_experiment("alike", artifact_location=f"{filled_home.mlflow_artifacts.as_uri()}-too/alike")
+    external = client.create_experiment("elsewhere", artifact_location="file:///elsewhere/zorb")
+    similar = client.create_experiment("alike", artifact_location=f"{filled_home.mlflow_artifacts.as_uri()}-too/alike")
     moved = rewrite_artifact_uris(filled_home.mlflow_url, ["zorb"], "file:///new")
     assert moved["model_versions.source"] == 2
-    assert client.get_experiment(elsewhere).artifact_location == "file:///elsewhere/zorb"
-    assert client.get_experiment(alike).artifact_location.endswith("-too/alike")
+    assert client.get_experiment(external).artifact_location == "file:///elsewhere/zorb"
+    assert client.get_experiment(similar).artifact_location.endswith("-too/alike")
     assert rewrite_artifact_uris(filled_home.mlflow_url, ["zorb"], "file:///new") == {}
     rewrite_artifact_uris(filled_home.mlflow_url, ["zorb"], filled_home.mlflow_artifacts.as_uri())
     assert fsck(filled_home, grace=0) == []
 
 
-def test_home_that_was_not_moved_is_not_asked_about(good, register, monkeypatch):
+def test_home_that_was_not_moved_rewrites_nothing(good, register, monkeypatch):
     def fail(*_arguments):
         raise AssertionError("nothing moved")
 

@@ -1,4 +1,4 @@
-"""The events keep to OpenLineage 2-0-2, as far as its rules can be written down here."""
+"""Events conform to OpenLineage 2-0-2, as far as this file states its rules."""
 
 import json
 from datetime import datetime
@@ -22,8 +22,8 @@ FACETS = {
 NAMED = {"required": ["namespace", "name"], "properties": {"namespace": {"type": "string"}, "name": {"type": "string"}}}
 
 
-def with_facets(**more):
-    return {"type": "object", **NAMED, "properties": NAMED["properties"] | {"facets": FACETS} | more}
+def with_facets(**properties):
+    return {"type": "object", **NAMED, "properties": NAMED["properties"] | {"facets": FACETS} | properties}
 
 
 RUN_ID = {"type": "object", "required": ["runId"], "properties": {"runId": {"type": "string", "format": "uuid"}}}
@@ -52,7 +52,7 @@ REQUIRED = {
     "datasetType": {"datasetType": {"enum": ["FILE", "MODEL"]}},
     "outputStatistics": {"size": {"type": "integer", "minimum": 0}},
 }
-"""What each facet of the standard must hold."""
+"""Standard facet -> its required fields."""
 
 FORMATS = jsonschema.FormatChecker(())
 FORMATS.checks("uuid", raises=ValueError)(lambda value: UUID(value).version is not None)
@@ -86,7 +86,7 @@ def walked(versions, register):
     return versions.lineage, versions.lineage.walk("zorb@staging", subjects=True), version
 
 
-def test_events_of_a_walk_keep_to_the_rules(walked):
+def test_events_of_a_walk_conform(walked):
     lineage, walk, version = walked
     events = to_openlineage(lineage, walk)
     assert [event["eventType"] for event in events] == ["START", "COMPLETE"] * 2
@@ -96,15 +96,15 @@ def test_events_of_a_walk_keep_to_the_rules(walked):
     assert [json.loads(line) for line in to_lines(events).splitlines()] == events
     trained = events[-1]
     assert trained["job"]["name"] == "stripes.adapter"
-    (made,) = trained["outputs"]
-    assert made["name"] == f"adapter/{version.artifact.sha256}"
-    (called,) = made["facets"]["loraline_versions"]["versions"]
-    assert called == {"ref": "zorb@1", "role": "adapter", "aliases": ["staging"]}
-    # The graph closes: what one step gives by name, the next one takes by the same name.
+    (output,) = trained["outputs"]
+    assert output["name"] == f"adapter/{version.artifact.sha256}"
+    (version_facet,) = output["facets"]["loraline_versions"]["versions"]
+    assert version_facet == {"ref": "zorb@1", "role": "adapter", "aliases": ["staging"]}
+    # An output and the next step's input have the same name, which connects the graph.
     assert trained["inputs"][0]["name"] == events[1]["outputs"][0]["name"]
 
 
-def test_failure_and_interruption_are_told(versions):
+def test_failure_and_interruption_are_reported(versions):
     lineage = versions.lineage
     run = lineage.start_run("p", {})
     for status in ("FAILED", "INTERRUPTED"):
@@ -117,7 +117,7 @@ def test_failure_and_interruption_are_told(versions):
     assert all(("errorMessage" in event["run"]["facets"]) == (event["eventType"] != "START") for event in events)
 
 
-def test_rules_refuse_what_is_wrong(walked):
+def test_rules_reject_invalid_events(walked):
     lineage, walk, _ = walked
     event = to_openlineage(lineage, walk)[0]
     for path, value in [
@@ -133,7 +133,7 @@ def test_rules_refuse_what_is_wrong(walked):
             check(event | {path: value})
 
 
-def test_identifiers_become_uuids_and_stay_what_they_are():
+def test_run_uuids_are_stable():
     assert run_uuid("a0ecff115d08434f954f558d0a5cb70f") == "a0ecff11-5d08-434f-954f-558d0a5cb70f"
     assert run_uuid("e1") == run_uuid("e1") != run_uuid("e2")
     UUID(run_uuid("e1"))

@@ -1,4 +1,4 @@
-"""The picture of a walk: whole, readable and harmless."""
+"""The image of a walk is complete, readable and safe."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def walk(names, edges, kind="artifact", start=0):
-    """A walk over nodes of that kind; edges by number."""
+    """Returns a walk over nodes of one kind; edges by number."""
     nodes = tuple(Node(kind, name, 0, f"label of {name}") for name in names)
     ids = [NodeId(kind, name) for name in names]
     return Walk(ids[start], "up", nodes, tuple(Edge(ids[a], ids[b], "") for a, b in edges))
@@ -27,30 +27,30 @@ def drawn(walk):
 
 
 def boxes(root):
-    """Per box: its texts, its title and the room that it takes."""
+    """Yields texts, title and rectangle of each box."""
     for group in root.iter(f"{SVG}g"):
         shape = next(child for child in group if child.tag != f"{SVG}title" and child.tag != f"{SVG}text")
         if shape.tag == f"{SVG}rect":
             left, top, width, height = (float(shape.get(name)) for name in ("x", "y", "width", "height"))
-            room = (left, top, left + width, top + height)
+            rect = (left, top, left + width, top + height)
         else:
             points = [tuple(map(float, point.split(","))) for point in shape.get("points").split()]
-            room = (*map(min, zip(*points, strict=True)), *map(max, zip(*points, strict=True)))
-        yield [text.text for text in group.iter(f"{SVG}text")], group.find(f"{SVG}title").text, room
+            rect = (*map(min, zip(*points, strict=True)), *map(max, zip(*points, strict=True)))
+        yield [text.text for text in group.iter(f"{SVG}text")], group.find(f"{SVG}title").text, rect
 
 
 def overlap(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def test_walk_of_a_real_version_is_drawn_whole(versions, register):
+def test_walk_of_a_real_version_is_drawn_completely(versions, register):
     register(versions, b"weights", alias_request="staging")
-    found = versions.lineage.walk("zorb@staging", subjects=True)
-    root = drawn(found)
+    graph = versions.lineage.walk("zorb@staging", subjects=True)
+    root = drawn(graph)
     titles = [title for _, title, _ in boxes(root)]
-    assert len(titles) == len(found.nodes)
-    assert all(any(node.id in title for title in titles) for node in found.nodes)
-    assert len(list(root.iter(f"{SVG}path"))) == len(found.edges) + 1
+    assert len(titles) == len(graph.nodes)
+    assert all(any(node.id in title for title in titles) for node in graph.nodes)
+    assert len(list(root.iter(f"{SVG}path"))) == len(graph.edges) + 1
 
 
 GRAPHS = {
@@ -82,12 +82,12 @@ def test_no_two_boxes_or_labels_overlap(name):
 
 def test_edges_lead_from_left_to_right():
     graph = GRAPHS["lattice"]
-    rooms = {title.split()[1].split("\n")[0]: room for _, title, room in boxes(drawn(graph))}
+    rects = {title.split()[1].split("\n")[0]: rect for _, title, rect in boxes(drawn(graph))}
     for edge in graph.edges:
-        assert rooms[edge.source.id][2] < rooms[edge.target.id][0]
+        assert rects[edge.source.id][2] < rects[edge.target.id][0]
 
 
-def test_text_of_strangers_stays_text():
+def test_text_from_the_database_is_escaped():
     evil = '<script>alert("1")</script>&amp;\x00\x1b[31m\ud800'
     nodes = (Node("subject", evil, 0, evil, {"kind": evil}), Node("artifact", "a" * 64, 1, "manifest"))
     root = drawn(
@@ -99,7 +99,7 @@ def test_text_of_strangers_stays_text():
     assert not {"\x00", "\x1b", "\ud800"} & set(texts)
 
 
-def test_many_pictures_share_one_box_that_names_each():
+def test_many_images_share_one_box_that_names_each():
     names = [f"{number:064x}" for number in range(24)]
     subjects = tuple(Node("subject", name, 1, f"picture {name[-3:]}.png", {"kind": "picture"}) for name in names)
     artifacts = tuple(Node("artifact", letter * 64, 0, "manifest") for letter in "ab")
@@ -110,11 +110,11 @@ def test_many_pictures_share_one_box_that_names_each():
     assert len(placed) == 3
     (group,) = [entry for entry in placed if entry[0][0] == "24 pictures"]
     assert all(name in group[1] for name in names)
-    alone = Walk(NodeId("subject", names[3]), "down", (subjects[3], *artifacts), edges[6:8])
-    assert len(list(boxes(drawn(alone)))) == 3
+    single = Walk(NodeId("subject", names[3]), "down", (subjects[3], *artifacts), edges[6:8])
+    assert len(list(boxes(drawn(single)))) == 3
 
 
-def test_picture_of_too_much_is_refused():
+def test_too_many_boxes_are_refused():
     with pytest.raises(LineageError, match=str(LIMIT)):
         draw(walk([f"n{n}" for n in range(LIMIT + 1)], []))
 
@@ -123,7 +123,7 @@ def test_same_walk_gives_the_same_bytes():
     assert draw(GRAPHS["lattice"]) == draw(GRAPHS["lattice"])
 
 
-def test_verb_writes_the_picture_the_events_and_json_of_a_file(versions, register, tmp_path, monkeypatch):
+def test_verb_writes_image_events_and_json(versions, register, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from flows.cli import app
@@ -133,11 +133,11 @@ def test_verb_writes_the_picture_the_events_and_json_of_a_file(versions, registe
     (tmp_path / "mine.safetensors").write_bytes(b"weights")
     run = CliRunner()
     start = str(tmp_path / "mine.safetensors")
-    picture, events = tmp_path / "a.svg", tmp_path / "a.jsonl"
-    done = run.invoke(app, ["lineage", start, "--down", "-o", str(picture), "--openlineage", str(events)])
+    image, events = tmp_path / "a.svg", tmp_path / "a.jsonl"
+    done = run.invoke(app, ["lineage", start, "--down", "-o", str(image), "--openlineage", str(events)])
     assert done.exit_code == 0, done.output
-    assert ET.fromstring(picture.read_bytes()).tag == f"{SVG}svg"
-    assert "zorb@1" in picture.read_text()
+    assert ET.fromstring(image.read_bytes()).tag == f"{SVG}svg"
+    assert "zorb@1" in image.read_text()
     assert events.exists()
     shown = json.loads(run.invoke(app, ["lineage", start, "--down", "--json"]).output)
     assert {"start", "direction", "nodes", "edges"} == set(shown)

@@ -5,7 +5,7 @@ import pytest
 
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import PolicyError, PromotionError, Refused
-from registry.policy.alias_policy import PRESETS, AliasPolicy, Facts, decide
+from registry.policy.alias_policy import PRESETS, AliasPolicy, PolicyFacts, decide
 from registry.policy.consent import ConsentFindings, find_consent
 from registry.policy.license_terms import UNRESTRICTED, combine, unknown
 from registry.policy.licenses import read_licenses
@@ -31,7 +31,7 @@ VERSION = AdapterVersion(
     passed=True,
     parents=(),
 )
-CLEAN = Facts(terms=UNRESTRICTED, consent=ConsentFindings(), signature=(), actor="ada@lab")
+CLEAN = PolicyFacts(terms=UNRESTRICTED, consent=ConsentFindings(), signature=(), actor="ada@lab")
 NC = read_licenses().find("cc-by-nc-4.0").terms
 STRICT = AliasPolicy(needs_licence="commercial", needs_consent="complete", needs_signature=True, movers=("ada@*",))
 
@@ -39,21 +39,21 @@ STRICT = AliasPolicy(needs_licence="commercial", needs_consent="complete", needs
 @pytest.mark.parametrize(
     ("policy", "facts", "reason", "is_final"),
     [
-        (AliasPolicy(), {"damage": ("gone",)}, "not whole: gone", True),
-        (AliasPolicy(), {"structure": ("NaN in x",)}, "not a sound adapter: NaN in x", True),
+        (AliasPolicy(), {"damage": ("gone",)}, "damaged: gone", True),
+        (AliasPolicy(), {"structure": ("NaN in x",)}, "not a valid adapter: NaN in x", True),
         (AliasPolicy(), {"revoked": ("consent 'C-1'",)}, "consent 'C-1' was revoked", True),
         (AliasPolicy(movers=("eve@*", "bob")), {}, "ada@lab may not move this alias; eve@*, bob may", True),
-        (AliasPolicy(needs_licence="known"), {"terms": unknown("base 'x'")}, "no licence is known for base 'x'", False),
-        (AliasPolicy(needs_licence="known"), {"terms": None}, "was not looked at", False),
+        (AliasPolicy(needs_licence="known"), {"terms": unknown("base 'x'")}, "no license is known for base 'x'", False),
+        (AliasPolicy(needs_licence="known"), {"terms": None}, "was not checked", False),
         (AliasPolicy(needs_licence="commercial"), {"terms": NC}, "commercial use is not allowed (CC-BY-NC-4.0)", False),
         (AliasPolicy(needs_consent="known"), {"consent": ConsentFindings(1, ("expired",))}, "expired", False),
-        (AliasPolicy(needs_consent="known"), {"consent": None}, "was not looked at", False),
+        (AliasPolicy(needs_consent="known"), {"consent": None}, "was not checked", False),
         (AliasPolicy(needs_consent="complete"), {"consent": ConsentFindings(1, (), ("no basis",))}, "no basis", False),
         (AliasPolicy(needs_signature=True), {"signature": ("unsigned",)}, "unsigned", False),
         (AliasPolicy(needs_signature=True), {"signature": None}, "was not checked", False),
     ],
 )
-def test_every_fact_against_a_version_is_a_reason_where_the_policy_asks(policy, facts, reason, is_final):
+def test_every_unmet_requirement_is_a_reason(policy, facts, reason, is_final):
     decision = decide(VERSION, policy, dataclasses.replace(CLEAN, **facts))
     assert not decision.allowed
     assert len(decision.reasons) == 1
@@ -62,18 +62,20 @@ def test_every_fact_against_a_version_is_a_reason_where_the_policy_asks(policy, 
     assert decide(VERSION, policy.model_copy(update={"movers": ("*",)}), CLEAN).allowed
 
 
-def test_what_a_policy_does_not_ask_for_is_no_reason():
-    poor = Facts(terms=unknown("it"), consent=ConsentFindings(1, ("expired",), ("no basis",)), signature=("unsigned",))
-    assert decide(VERSION, AliasPolicy(), poor).allowed
+def test_facts_without_a_requirement_are_no_reason():
+    facts = PolicyFacts(
+        terms=unknown("it"), consent=ConsentFindings(1, ("expired",), ("no basis",)), signature=("unsigned",)
+    )
+    assert decide(VERSION, AliasPolicy(), facts).allowed
 
 
-def test_all_reasons_of_all_kinds_come_at_once():
-    facts = Facts(
+def test_all_reasons_are_listed_at_once():
+    facts = PolicyFacts(
         damage=("gone",),
         structure=("NaN",),
         terms=combine(NC, unknown("a base")),
         consent=ConsentFindings(2, ("expired",), ("no basis",)),
-        revoked=("picture 5",),
+        revoked=("image 5",),
         signature=("unsigned",),
         actor="eve@lab",
     )
@@ -84,13 +86,13 @@ def test_all_reasons_of_all_kinds_come_at_once():
     assert len(decision.final) == 5
 
 
-def test_default_policy_lets_own_pictures_without_a_word_into_production():
+def test_default_policy_allows_images_without_statements_in_production():
     datasets = {ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, "source": "own.png"},)}
-    found = find_consent(datasets, date(2026, 11, 1))
-    assert found.missing
+    findings = find_consent(datasets, date(2026, 11, 1))
+    assert findings.missing
     for alias in ("staging", "production"):
-        assert decide(VERSION, PRESETS["default"][alias], dataclasses.replace(CLEAN, consent=found)).allowed
-    strict = decide(VERSION, PRESETS["strict"]["production"], dataclasses.replace(CLEAN, consent=found))
+        assert decide(VERSION, PRESETS["default"][alias], dataclasses.replace(CLEAN, consent=findings)).allowed
+    strict = decide(VERSION, PRESETS["strict"]["production"], dataclasses.replace(CLEAN, consent=findings))
     assert not strict.allowed
 
 
@@ -101,41 +103,41 @@ def test_expired_consent_is_found_on_the_day_after():
         )
     }
     assert find_consent(datasets, date(2026, 6, 30)).broken == ()
-    assert find_consent(datasets, date(2026, 7, 1)).broken == ("1 picture may be used until 2026-06-30 only: a.png",)
+    assert find_consent(datasets, date(2026, 7, 1)).broken == (
+        "1 image with consent that expired on 2026-06-30: a.png",
+    )
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
-        ({}, "without a basis"),
-        ({"rights": {"rights": "own"}}, "do not say whether they show a person"),
-        ({"rights": {"rights": "own", "person": True}}, "without the consent's id"),
-        ({"rights": {"rights": "consent", "person": False}}, "without the consent's id"),
-        ({"rights": {"rights": "licence", "person": False}}, "not named"),
+        ({}, "without a legal basis"),
+        ({"rights": {"rights": "own"}}, "without a statement about depicted people"),
+        ({"rights": {"rights": "own", "person": True}}, "without a consent id"),
+        ({"rights": {"rights": "consent", "person": False}}, "without a consent id"),
+        ({"rights": {"rights": "licence", "person": False}}, "under an unnamed license"),
         ({"rights": {"rights": "tdm", "person": False}}, "without a check for opt-outs"),
     ],
 )
-def test_a_complete_record_says_basis_person_consent_licence_and_opt_out(entry, said):
-    def find(picture):
-        return find_consent(
-            {ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, **picture},)}, date(2026, 1, 1)
-        )
+def test_a_complete_record_states_basis_people_consent_license_and_opt_out(entry, message):
+    def find(image):
+        return find_consent({ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, **image},)}, date(2026, 1, 1))
 
-    assert any(said in reason for reason in find(entry).missing)
-    whole = {"consent": "C-1", "rights": {"rights": "consent", "person": True}}
-    assert find(whole).missing == ()
+    assert any(message in reason for reason in find(entry).missing)
+    complete = {"consent": "C-1", "rights": {"rights": "consent", "person": True}}
+    assert find(complete).missing == ()
 
 
-def test_an_owner_who_opted_out_stands_in_the_way_of_what_was_mined():
+def test_an_opt_out_breaks_the_consent_of_mined_images():
     rights = {"rights": "tdm", "opt_out": {"tool": "ai.txt", "checked": "2026-01-01", "result": "opted-out"}}
-    found = find_consent({ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, "rights": rights},)}, date.max)
-    assert "opted out" in found.broken[0]
+    findings = find_consent({ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, "rights": rights},)}, date.max)
+    assert "opted out" in findings.broken[0]
 
 
-def test_without_a_file_the_default_policy_counts(tmp_path):
+def test_without_a_file_the_default_policy_applies(tmp_path):
     policies = read_policies(tmp_path)
     assert policies.of("production") == PRESETS["default"]["production"]
-    assert policies.of("mine") == AliasPolicy()
+    assert policies.of("other") == AliasPolicy()
     assert policies.recall == "flag"
 
 
@@ -153,26 +155,26 @@ def test_a_file_chooses_a_preset_and_changes_single_aliases(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("policy: lax", "policy: Input should be 'default' or 'strict'"),
         ("aliases: {production: {needs_gates: true}}", "production: needs_gates"),
         ("aliases: {production: {needs_gate: 'no'}}", "valid boolean"),
         ("aliases: {production: {needs_licence: some}}", "'none', 'known' or 'commercial'"),
-        ("aliases: {Production: {}}", "cannot be an alias"),
+        ("aliases: {Production: {}}", "invalid alias"),
         ("aliases: {production: {movers: []}}", "at least 1 item"),
-        ("aliases: [", "is no YAML"),
+        ("aliases: [", "is not YAML"),
         ("polcy: strict", "polcy"),
     ],
 )
-def test_a_policy_that_is_not_understood_is_refused_with_its_place(tmp_path, text, said):
+def test_an_invalid_policy_is_refused_with_its_path(tmp_path, text, message):
     (tmp_path / "policy.yaml").write_text(text)
-    with pytest.raises(PolicyError, match=said) as caught:
+    with pytest.raises(PolicyError, match=message) as caught:
         read_policies(tmp_path)
     assert str(tmp_path / "policy.yaml") in str(caught.value)
 
 
-def test_every_mistake_of_a_policy_is_told_at_once(tmp_path):
+def test_every_mistake_of_a_policy_is_listed_at_once(tmp_path):
     (tmp_path / "policy.yaml").write_text("aliases: {a: {x: 1}, b: {y: 2}}")
     with pytest.raises(PolicyError, match=r"aliases\.a: x.*aliases\.b: y"):
         read_policies(tmp_path)
@@ -182,7 +184,7 @@ def write_policy(versions, text):
     (versions.home.path / "policy.yaml").write_text(text)
 
 
-def test_an_override_is_an_event_that_keeps_what_was_set_aside(versions, register):
+def test_an_override_event_stores_the_overridden_reasons(versions, register):
     register(versions, b"bad", passed=False, gates=[{**GATE, "value": -1}], parents=["base:gone/base"])
     with pytest.raises(Refused):
         promote(versions, "zorb", 1, "production", reason="please")
@@ -197,23 +199,23 @@ def test_an_override_of_nothing_is_a_promotion(versions, register):
     assert promote(versions, "zorb", 1, "production", reason="r", override=True).action == "promote"
 
 
-def test_an_override_needs_a_policy_that_lets_it_and_whole_bytes(versions, register):
+def test_an_override_requires_an_overridable_policy_and_a_valid_adapter(versions, register):
     register(versions, b"bad", passed=False, gates=[{**GATE, "value": -1}])
-    with pytest.raises(Refused, match="no override sets these aside: it is not a sound"):
+    with pytest.raises(Refused, match="cannot be overridden: it is not a valid"):
         promote(versions, "zorb", 1, "production", reason="r", override=True, structure=("NaN",))
     write_policy(versions, "aliases: {production: {overridable: false}}")
-    with pytest.raises(Refused, match="lets nobody override"):
+    with pytest.raises(Refused, match="allows no override"):
         promote(versions, "zorb", 1, "production", reason="r", override=True)
     assert [event.action for event in history(versions, "zorb")] == ["refuse", "refuse"]
 
 
-def test_a_protected_alias_is_moved_taken_back_and_removed_by_its_movers_alone(versions, register):
+def test_only_movers_move_roll_back_and_remove_a_protected_alias(versions, register):
     for content in (b"1", b"2"):
         register(versions, content)
     write_policy(versions, "aliases: {production: {movers: [ada@lab]}}")
     for number in (1, 2):
         promote(versions, "zorb", number, "production", reason="r", actor="ada@lab")
-    eve = {"reason": "mine", "actor": "eve@lab"}
+    eve = {"reason": "r", "actor": "eve@lab"}
     for move in (
         lambda: promote(versions, "zorb", 1, "production", **eve),
         lambda: promote(versions, "zorb", 1, "production", override=True, **eve),
@@ -227,7 +229,7 @@ def test_a_protected_alias_is_moved_taken_back_and_removed_by_its_movers_alone(v
     assert remove(versions, "zorb", "production", reason="r", actor="ada@lab").before == 1
 
 
-def test_a_removed_alias_comes_back_by_rollback_and_by_the_number_of_an_event(versions, register):
+def test_rollback_restores_a_removed_alias_by_default_and_by_event_number(versions, register):
     for content in (b"1", b"2", b"3"):
         register(versions, content)
     events = [promote(versions, "zorb", number, "production", reason="next") for number in (1, 2, 3)]
@@ -242,14 +244,14 @@ def test_a_removed_alias_comes_back_by_rollback_and_by_the_number_of_an_event(ve
     assert replay(history(versions, "zorb")) == {("zorb", "production"): 1}
 
 
-def test_staging_at_registration_asks_for_a_known_licence(versions, register):
+def test_staging_at_registration_requires_a_known_license(versions, register):
     assert register(versions, b"known", alias_request="staging").aliases == ("staging",)
     refused = register(versions, b"unknown", alias_request="staging", parents=["base:gone/base"])
     assert refused.aliases == ()
     assert "base 'gone/base'" in history(versions, "zorb", "staging")[-1].reason
 
 
-def test_a_strict_home_asks_production_for_more(versions, register):
+def test_a_strict_home_requires_more_for_production(versions, register):
     register(versions, b"good")
     write_policy(versions, "policy: strict")
     with pytest.raises(Refused) as caught:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import Conflict, PromotionError, Refused, UnknownVersion, VersionError
 from registry.maintenance.fsck import fsck
-from registry.policy.alias_policy import PRESETS, AliasPolicy, Facts
+from registry.policy.alias_policy import PRESETS, AliasPolicy, PolicyFacts
 from registry.policy.alias_policy import decide as decide_by
 from registry.policy.consent import ConsentFindings
 from registry.policy.license_terms import UNRESTRICTED
@@ -36,7 +36,7 @@ VERSION = AdapterVersion(
 )
 
 
-CLEAN = Facts(terms=UNRESTRICTED, consent=ConsentFindings(), actor="ada@lab")
+CLEAN = PolicyFacts(terms=UNRESTRICTED, consent=ConsentFindings(), actor="ada@lab")
 
 
 def decide(version, alias, **facts):
@@ -78,24 +78,24 @@ def test_all_reasons_come_at_once():
     assert len(decide(bad, "production", damage=["adapter: gone", "report: gone"]).reasons) == 5
 
 
-def test_policy_of_other_aliases_asks_for_whole_bytes_only():
+def test_policy_of_other_aliases_requires_intact_bytes_only():
     unevaluated = dataclasses.replace(VERSION, passed=None, gates=())
     assert decide(unevaluated, "mine").allowed
     assert not decide(unevaluated, "mine", damage=["gone"]).allowed
     assert decide(dataclasses.replace(VERSION, gates=()), "staging").allowed
 
 
-def test_promotion_is_logged_with_all_that_is_asked_later(mirrored, register):
-    register(mirrored, b"weights", alias_request="staging")
-    event = promote(mirrored, "zorb", "staging", "production", reason="looks right", actor="ada@lab")
+def test_promotion_is_logged_with_actor_reason_and_gates(synced, register):
+    register(synced, b"weights", alias_request="staging")
+    event = promote(synced, "zorb", "staging", "production", reason="looks right", actor="ada@lab")
     assert (event.before, event.after, event.actor, event.reason) == (None, 1, "ada@lab", "looks right")
     assert [gate["metric"] for gate in event.gates] == ["clip_t"]
-    assert mirrored.show("zorb", "production").aliases == ("production", "staging")
-    assert history(mirrored, "zorb", "production") == [event]
-    assert mirrored.is_synced()
+    assert synced.show("zorb", "production").aliases == ("production", "staging")
+    assert history(synced, "zorb", "production") == [event]
+    assert synced.is_synced()
 
 
-def test_promotion_of_what_is_there_already_adds_nothing(versions, register):
+def test_promotion_of_the_current_version_adds_no_event(versions, register):
     register(versions, b"weights")
     event = promote(versions, "zorb", 1, "production", reason="first")
     assert promote(versions, "zorb", 1, "production", reason="again") == event
@@ -126,13 +126,13 @@ def test_promotion_without_a_reason_is_refused(versions, register, reason):
 
 def test_bad_alias_and_unknown_version_are_refused(versions, register):
     register(versions, b"weights")
-    with pytest.raises(VersionError, match="cannot be an alias"):
+    with pytest.raises(VersionError, match="invalid alias"):
         promote(versions, "zorb", 1, "Production", reason="r")
     with pytest.raises(UnknownVersion):
         promote(versions, "zorb", "staging", "production", reason="r")
 
 
-def test_stale_expectation_is_a_conflict_that_tells_what_changed(versions, register):
+def test_stale_expectation_is_a_conflict_that_names_the_change(versions, register):
     for content in (b"1", b"2", b"3"):
         register(versions, content)
     promote(versions, "zorb", 1, "production", reason="first")
@@ -148,18 +148,18 @@ def test_stale_expectation_is_a_conflict_that_tells_what_changed(versions, regis
     assert versions.show("zorb", "production").version == 2
 
 
-def test_rollback_goes_back_one_further_each_time(mirrored, register):
+def test_repeated_rollback_moves_one_version_further_back(synced, register):
     for content in (b"1", b"2", b"3"):
-        version = register(mirrored, content)
-        promote(mirrored, "zorb", version.version, "production", reason="next")
-    assert [rollback(mirrored, "zorb", reason="bad").after for _ in range(2)] == [2, 1]
-    with pytest.raises(PromotionError, match="cannot go back"):
-        rollback(mirrored, "zorb")
-    promote(mirrored, "zorb", 3, "production", reason="fixed elsewhere")
-    assert rollback(mirrored, "zorb").after == 1
-    aliases, events = state(mirrored)
+        version = register(synced, content)
+        promote(synced, "zorb", version.version, "production", reason="next")
+    assert [rollback(synced, "zorb", reason="bad").after for _ in range(2)] == [2, 1]
+    with pytest.raises(PromotionError, match="cannot be rolled back"):
+        rollback(synced, "zorb")
+    promote(synced, "zorb", 3, "production", reason="fixed elsewhere")
+    assert rollback(synced, "zorb").after == 1
+    aliases, events = state(synced)
     assert replay(events) == aliases
-    assert fsck(mirrored.home, grace=0) == []
+    assert fsck(synced.home, grace=0) == []
 
 
 def test_rollback_to_an_earlier_version_of_choice(versions, register):
@@ -182,7 +182,7 @@ def test_rollback_to_damaged_bytes_is_refused(versions, register):
     assert versions.show("zorb", "production").version == 2
 
 
-def test_rollback_of_what_was_never_promoted_is_refused(versions, register):
+def test_rollback_of_an_alias_that_was_never_set_is_refused(versions, register):
     register(versions, b"1")
     with pytest.raises(UnknownVersion, match="production"):
         rollback(versions, "zorb")
@@ -198,5 +198,5 @@ def test_replay_ignores_refusals_and_the_clock(moves):
         for seq, (action, after) in enumerate(moves, 1)
     ]
     applied = [after for action, after in moves if action != "refuse"]
-    wanted = {("zorb", "production"): applied[-1]} if applied else {}
-    assert replay(events) == replay(reversed(events)) == wanted
+    expected = {("zorb", "production"): applied[-1]} if applied else {}
+    assert replay(events) == replay(reversed(events)) == expected

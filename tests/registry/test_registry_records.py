@@ -1,4 +1,4 @@
-"""The documents of a version, against the official schemas, and against what people write into names and captions."""
+"""Documents of a version conform to the official schemas, and escape markup in names and captions."""
 
 import base64
 import io
@@ -24,25 +24,25 @@ METRICS = {
 }
 
 
-def picture(colour: str) -> bytes:
+def png(color: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    Image.new("RGB", (4, 4), color).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture
 def make(versions):
-    """Registers an adapter as a pipeline would: a manifest with consents, a training, a report with pictures."""
+    """Registers an adapter like a pipeline: a manifest with consents, a training, a report with images."""
 
     def registered(name="zorb", content=b"weights", **changes):
         store, lineage = versions.store, versions.lineage
         spec = {"name": "try", "steps": {"photos": {"uses": "ingest", "images": "/home/anna/secret/pictures"}}}
         run = lineage.start_run("try", spec)
-        pictures = [
+        images = [
             {"sha256": digit * 64, "width": 32, "height": 32, "caption": "a zorb", "split": split, "consent": consent}
             for digit, split, consent in (("1", "train", "C1"), ("2", "train", "C1"), ("3", "heldout", None))
         ]
-        manifest = {"pictures": pictures, "quarantined": [{"source": "anna.jpg", "reason": "broken"}]}
+        manifest = {"pictures": images, "quarantined": [{"source": "anna.jpg", "reason": "broken"}]}
         dataset = store.put_files("manifest", {"manifest.json": json.dumps(manifest).encode()})
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
         samples = [
@@ -50,8 +50,8 @@ def make(versions):
             | {"reference": "pictures/r.png"}
         ]
         report = {"samples": samples, "base": {"family": "sd"}, "measured_on": "heldout"}
-        shown = {"pictures/b.png": picture("red"), "pictures/a.png": picture("blue")}
-        shown["pictures/r.png"] = picture("green")
+        shown = {"pictures/b.png": png("red"), "pictures/a.png": png("blue")}
+        shown["pictures/r.png"] = png("green")
         report_ref = store.put_files("report", {"report.json": json.dumps(report).encode(), **shown})
         environment = {"packages": {"torch": "2.13.0"}, "distributions": ["numpy==2.4.6", "torch==2.13.0"]}
         steps = {
@@ -87,7 +87,7 @@ def make(versions):
 
 @pytest.fixture
 def documents(versions, make):
-    """Registers, and gives the content of each document by the name of its file."""
+    """Returns a function that registers a version, and returns file name -> content of its documents."""
 
     def written(**changes):
         version = make(**changes)
@@ -108,7 +108,7 @@ def test_registering_writes_the_documents_and_registering_again_keeps_them(versi
     }
 
 
-def test_documents_that_a_killed_process_left_out_are_written_by_the_next_call(versions, make, monkeypatch):
+def test_documents_that_a_killed_process_did_not_write_are_written_by_the_next_call(versions, make, monkeypatch):
     monkeypatch.setattr("registry.versions.versions.write_missing", lambda *_arguments: None)
     version = make()
     assert find_records(versions.lineage, version) == {}
@@ -124,42 +124,42 @@ def test_provenance_is_an_in_toto_statement_of_slsa(documents):
     content = documents()["provenance.json"]
     statement = Statement.copy_from_pb(json_format.Parse(content, statement_pb2.Statement()))
     statement.validate()
-    said = json.loads(content)
+    document = json.loads(content)
     # Unknown fields are an error here: the protobuf definition is the specification.
-    json_format.ParseDict(said["predicate"], provenance_pb2.Provenance())
-    assert said["predicateType"] == "https://slsa.dev/provenance/v1"
+    json_format.ParseDict(document["predicate"], provenance_pb2.Provenance())
+    assert document["predicateType"] == "https://slsa.dev/provenance/v1"
 
 
-def test_provenance_names_what_went_in_and_what_came_out(versions, make):
+def test_provenance_names_inputs_and_output(versions, make):
     version = make()
-    said = provenance(gather_facts(versions, version))
-    assert said["subject"] == [{"name": "adapter.safetensors", "digest": {"sha256": version.sha256}}]
-    definition, details = said["predicate"]["buildDefinition"], said["predicate"]["runDetails"]
+    document = provenance(gather_facts(versions, version))
+    assert document["subject"] == [{"name": "adapter.safetensors", "digest": {"sha256": version.sha256}}]
+    definition, details = document["predicate"]["buildDefinition"], document["predicate"]["runDetails"]
     assert definition["externalParameters"]["spec"]["name"] == "try"
     assert definition["internalParameters"]["seed"] == 7
     assert definition["internalParameters"]["packages"] == ["numpy==2.4.6", "torch==2.13.0"]
-    found = {entry["name"]: entry["digest"]["sha256"] for entry in definition["resolvedDependencies"]}
+    dependencies = {entry["name"]: entry["digest"]["sha256"] for entry in definition["resolvedDependencies"]}
     (dataset,) = gather_facts(versions, version).datasets
-    assert found["base"] == "b" * 64
-    assert found["dataset"] == dataset.artifact.sha256
-    assert len(found["packages"]) == 64
+    assert dependencies["base"] == "b" * 64
+    assert dependencies["dataset"] == dataset.artifact.sha256
+    assert len(dependencies["packages"]) == 64
     assert details["metadata"]["invocationId"] == version.run_id
     assert details["metadata"]["startedOn"] <= details["metadata"]["finishedOn"]
 
 
-def test_bill_of_materials_fits_the_official_schema(documents):
+def test_bill_of_materials_conforms_to_the_official_schema(documents):
     assert schema_problem(documents()["ml-bom.json"]) is None
 
 
-@pytest.mark.parametrize("licence", [None, "CC-BY-NC-4.0", "my own licence", "creativeml-openrail-m"])
+@pytest.mark.parametrize("license_id", [None, "CC-BY-NC-4.0", "my own license", "creativeml-openrail-m"])
 @pytest.mark.parametrize("parents", [(), ("base:tiny", "red@1", "star sha256:" + "c" * 64, "free text")])
-def test_bill_of_materials_fits_the_schema_whatever_is_known(versions, make, licence, parents):
+def test_bill_of_materials_conforms_to_the_schema_with_missing_facts(versions, make, license_id, parents):
     make(name="red", content=b"red")
-    version = make(card={"license": licence}, parents=parents, report=None, metrics={}, gates=(), passed=None)
+    version = make(card={"license": license_id}, parents=parents, report=None, metrics={}, gates=(), passed=None)
     assert schema_problem(json.dumps(mlbom(gather_facts(versions, version))).encode()) is None
 
 
-def test_a_bill_of_another_form_is_found_by_the_schema(documents):
+def test_the_schema_rejects_an_invalid_bill(documents):
     bill = json.loads(documents()["ml-bom.json"])
     bill["metadata"]["component"]["hashes"][0]["content"] = "no digest"
     assert schema_problem(json.dumps(bill).encode())
@@ -172,7 +172,7 @@ def schema_problem(content: bytes):
     return JsonStrictValidator(SchemaVersion.V1_6).validate_str(content.decode())
 
 
-def test_bill_of_materials_says_what_it_is_made_of(versions, make):
+def test_bill_of_materials_names_ancestors_and_metrics(versions, make):
     red = make(name="red", content=b"red")
     version = make(parents=[f"Red sha256:{red.sha256}", "base:tiny"])
     component = mlbom(gather_facts(versions, version))["metadata"]["component"]
@@ -198,14 +198,14 @@ def test_card_has_the_front_matter_that_the_hub_reads(documents):
     assert matter["instance_prompt"] == "zorb ring"
     assert (matter["library_name"], matter["pipeline_tag"]) == ("diffusers", "text-to-image")
     assert {"lora", "text-to-image"} <= set(matter["tags"])
-    for part in ("Trigger words", "How to use it", "Figures", "Limits", "Licence", "Data", "Recipe", "Digests"):
+    for part in ("Trigger words", "How to use it", "Figures", "Limits", "License", "Data", "Recipe", "Digests"):
         assert f"\n## {part}" in text
     assert "+0.0100 to +0.0900" in text
     assert "2 trained on, 1 held out" in text
     assert "| C1 | 2 |" in text
 
 
-def test_front_matter_is_what_the_hubs_own_library_reads(documents):
+def test_the_hubs_own_library_reads_the_front_matter(documents):
     from huggingface_hub import ModelCard
 
     data = ModelCard(documents()["model-card.md"].decode()).data
@@ -213,7 +213,7 @@ def test_front_matter_is_what_the_hubs_own_library_reads(documents):
 
 
 @pytest.mark.parametrize(
-    ("licence", "matter"),
+    ("license_id", "matter"),
     [
         ("CC-BY-NC-4.0", {"license": "cc-by-nc-4.0"}),
         (None, {"license": "unknown"}),
@@ -221,32 +221,32 @@ def test_front_matter_is_what_the_hubs_own_library_reads(documents):
         ("My own terms", {"license": "other", "license_name": "my-own-terms"}),
     ],
 )
-def test_a_licence_goes_by_the_hubs_name(licence, matter):
-    assert hub_license(licence) == matter
+def test_a_license_has_its_name_of_the_hub(license_id, matter):
+    assert hub_license(license_id) == matter
 
 
-def test_every_licence_of_the_table_is_one_of_spdx():
+def test_every_license_of_the_table_has_an_spdx_id():
     from cyclonedx.schema import SchemaVersion  # noqa: F401  (the package carries the list)
     from cyclonedx.spdx import is_supported_id
 
     assert [name for name in HUB if not is_supported_id(name)] == []
 
 
-def test_documents_name_no_path_of_the_machine(documents):
+def test_documents_contain_no_path_of_the_machine(documents):
     for file, content in documents().items():
         assert b"anna" not in content, file
         assert b"/home" not in content, file
     assert b"pictures" in documents()["provenance.json"]
 
 
-def test_what_people_write_is_text_and_never_markup(documents):
-    found = documents(card={"title": EVIL, "trigger": EVIL, "class_word": EVIL, "base": EVIL, "license": EVIL})
-    page = found["model-card.html"].decode()
+def test_user_text_is_escaped(documents):
+    files = documents(card={"title": EVIL, "trigger": EVIL, "class_word": EVIL, "base": EVIL, "license": EVIL})
+    page = files["model-card.html"].decode()
     tags = Tags()
     tags.feed(page)
     assert "script" not in tags.seen
     assert "<script" not in page
-    matter, text = split_card(found["model-card.md"])
+    matter, text = split_card(files["model-card.md"])
     assert matter["base_model"] == EVIL
     assert "\n# not a heading" not in text
     outside_of_code = re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -254,21 +254,21 @@ def test_what_people_write_is_text_and_never_markup(documents):
     assert re.search(r"(?<!\\)<script", outside_of_code) is None
 
 
-def test_a_command_that_is_copied_from_a_card_runs_nothing_that_a_caption_says(documents):
+def test_a_command_of_the_card_runs_no_code_from_a_caption(documents):
     trigger = "$(touch evil) \"; touch evil; 'x"
     text = documents(card={"trigger": trigger, "base": "$(touch evil)"})["model-card.md"].decode()
     (line,) = [line for line in text.splitlines() if line.startswith("loraline generate")]
     _, verb, prompt, *rest = shlex.split(line)
-    assert (verb, rest) == ("generate", ["--base", "$(touch evil)", "-o", "pictures"])
+    assert (verb, rest) == ("generate", ["--base", "$(touch evil)", "-o", "images"])
     assert "<lora:zorb@1:1>" in prompt
 
 
-def test_page_holds_its_pictures_and_loads_nothing(documents):
+def test_page_embeds_its_images_and_loads_nothing(documents):
     page = documents()["model-card.html"].decode()
     tags = Tags()
     tags.feed(page)
     sources = [value for name, value in tags.attributes if name in {"src", "href", "srcset", "action"}]
-    assert len(sources) == 2, "before and after; the real one is of a person, and stays in the report"
+    assert len(sources) == 2, "base and adapter only: the reference image may show people, and stays in the report"
     for source in sources:
         kind, _, content = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -276,46 +276,46 @@ def test_page_holds_its_pictures_and_loads_nothing(documents):
     assert "url(" not in page
 
 
-def test_pictures_are_embedded_up_to_a_limit(versions, make, monkeypatch):
+def test_images_are_embedded_up_to_a_limit(versions, make, monkeypatch):
     version = make()
     assert len(gather_facts(versions, version).samples) == 1
-    monkeypatch.setattr("registry.documents.gather.MAX_PICTURE_BYTES", 10)
+    monkeypatch.setattr("registry.documents.gather.MAX_IMAGE_BYTES", 10)
     assert gather_facts(versions, version).samples == []
 
 
-def test_limits_follow_from_what_is_known(documents):
+def test_limits_follow_from_the_facts(documents):
     measured = documents()["model-card.md"].decode()
-    assert "No consent is recorded for 1 of its pictures" in measured
+    assert "No consent is recorded for 1 of its images" in measured
     assert "never evaluated" not in measured
     bare = documents(
         content=b"bare", report=None, metrics={}, gates=(), passed=None, card={"license": None, "base": ""}
     )
     assert "never evaluated" in bare["model-card.md"].decode()
-    assert "licence is unknown" in bare["model-card.md"].decode()
+    assert "license is unknown" in bare["model-card.md"].decode()
 
 
-def test_an_adapter_from_elsewhere_has_its_documents_too(versions):
-    artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"from elsewhere"})
-    version = versions.register("stranger", artifact)
+def test_an_imported_adapter_has_documents(versions):
+    artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"imported"})
+    version = versions.register("imported", artifact)
     records = find_records(versions.lineage, version)
-    said = json.loads(read_document(versions.store, records, version, "provenance.json"))
-    assert said["predicate"]["buildDefinition"]["buildType"] == "urn:loraline:import:1"
+    document = json.loads(read_document(versions.store, records, version, "provenance.json"))
+    assert document["predicate"]["buildDefinition"]["buildType"] == "urn:loraline:import:1"
     assert schema_problem(read_document(versions.store, records, version, "ml-bom.json")) is None
 
 
-def test_report_that_is_no_report_does_not_keep_a_version_from_being_registered(versions, make):
+def test_an_invalid_report_does_not_block_registration(versions, make):
     other = versions.store.put_files("report", {"report.json": b"\xff not JSON"})
     assert gather_facts(versions, make(report=other)).report == {}
 
 
-def test_mlflow_shows_documents_description_and_datasets(mirrored, register, home):
+def test_mlflow_shows_documents_description_and_datasets(synced, register, home):
     from mlflow import MlflowClient
 
-    version = register(mirrored, b"weights", alias_request="candidate")
+    version = register(synced, b"weights", alias_request="candidate")
     client = MlflowClient(tracking_uri=home.mlflow_url, registry_uri=home.mlflow_url)
     documents = {entry.path for entry in client.list_artifacts(version.mlflow_run_id, "documents")}
     assert {f"documents/{file}" for kind in (CARD, PROVENANCE, BOM) for file in FILES[kind]} <= documents
-    assert "documents/report.html" in documents, "those that were given are shown beside those that are written"
+    assert "documents/report.html" in documents, "uploaded documents are shown beside generated ones"
     shown = client.get_model_version("zorb", "1")
     assert shown.description.startswith("**Zorb**")
     assert "documents/model-card.html" in shown.description
@@ -324,23 +324,23 @@ def test_mlflow_shows_documents_description_and_datasets(mirrored, register, hom
     assert run.data.tags["mlflow.note.content"] == shown.description
     (dataset,) = [entry for entry in run.inputs.dataset_inputs if entry.dataset.name == "dataset"]
     tags = {tag.key: tag.value for tag in dataset.tags}
-    (execution,) = [entry for entry in mirrored.lineage.executions(version.run_id) if entry.step == "adapter"]
+    (execution,) = [entry for entry in synced.lineage.executions(version.run_id) if entry.step == "adapter"]
     assert tags["loraline.sha256"] == execution.inputs["dataset"].sha256
     assert tags["loraline.sha256"].startswith(dataset.dataset.digest)
 
 
-def test_a_version_whose_report_is_gone_does_not_keep_the_others_from_mlflow(mirrored, register, monkeypatch, caplog):
+def test_a_version_with_a_missing_report_does_not_block_the_sync_of_others(synced, register, monkeypatch, caplog):
     monkeypatch.setattr("registry.versions.versions.write_missing", lambda *_arguments: None)
     monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
-    lost, kept = register(mirrored, b"lost"), register(mirrored, b"kept", name="star")
+    damaged, intact = register(synced, b"lost"), register(synced, b"kept", name="star")
     monkeypatch.undo()
-    mirrored.store.blobs.path(lost.report.sha256).unlink()
-    mirrored.sync()
-    assert mirrored.show("star").mlflow_run_id
-    assert mirrored.show("zorb").mlflow_run_id
+    synced.store.blobs.path(damaged.report.sha256).unlink()
+    synced.sync()
+    assert synced.show("star").mlflow_run_id
+    assert synced.show("zorb").mlflow_run_id
     assert "zorb@1" in caplog.text
-    assert find_records(mirrored.lineage, kept)
-    assert not find_records(mirrored.lineage, lost)
+    assert find_records(synced.lineage, intact)
+    assert not find_records(synced.lineage, damaged)
 
 
 def split_card(content: bytes):

@@ -1,4 +1,4 @@
-"""`fsck --repair`: what can be built again is, what cannot is said, and nothing damaged is deleted."""
+"""`fsck --repair` rebuilds what it can, reports the rest, and deletes nothing damaged."""
 
 import shutil
 
@@ -21,20 +21,20 @@ from tests.registry.test_registry_audit import (
 
 @pytest.fixture
 def plain(plain):
-    """The home of `plain`, in which a version was withdrawn and a picture revoked."""
-    restore(plain)
+    """The home of `plain`, with a withdrawn version and a revoked image."""
+    withdraw_and_revoke(plain)
     return plain
 
 
 @pytest.fixture
 def good(good):
-    """The home of `good`, in which a version was withdrawn and a picture revoked; MLflow has that too."""
-    restore(good)
+    """The home of `good`, with a withdrawn version and a revoked image, in sync with MLflow."""
+    withdraw_and_revoke(good)
     good.sync()
     return good
 
 
-def restore(versions):
+def withdraw_and_revoke(versions):
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, "zorb", 2)
         queries.set_state(session, version, "WITHDRAWN", "withdraw", actor="a", reason="r")
@@ -48,8 +48,8 @@ ROWS = {
     "alias cleared": "UPDATE aliases SET version = NULL WHERE alias = 'production'",
     "state changed": "UPDATE versions SET state = 'ACTIVE' WHERE version = 2",
     "state invented": "UPDATE versions SET state = 'DELETED' WHERE version = 1",
-    "revocation gone": "DELETE FROM revocations",
-    "revocation invented": "UPDATE revocations SET subject = 'somebody else'",
+    "revocation missing": "DELETE FROM revocations",
+    "revocation invented": "UPDATE revocations SET subject = 'other subject'",
     "recorded files changed": "DELETE FROM contents WHERE path = 'adapter.safetensors'",
     "recorded digest changed": f"UPDATE contents SET sha256 = '{'0' * 64}' WHERE path = 'report.json'",
 }
@@ -63,7 +63,7 @@ def test_projections_are_rebuilt_from_the_log_and_the_store(plain, harm):
     assert fsck(plain.home, mlflow=False) != []
     done = repair(plain.home, mlflow=False)
     assert done
-    assert all(each.done for each in done)
+    assert all(entry.done for entry in done)
     assert fsck(plain.home, mlflow=False) == []
     assert repair(plain.home, mlflow=False) == []
 
@@ -72,41 +72,41 @@ def test_dead_runs_and_leftovers_are_cleared(plain):
     leave_run(plain)
     leave_partial(plain)
     done = repair(plain.home, mlflow=False)
-    assert {each.outcome for each in done} == {"marked as CRASHED", "deleted"}
+    assert {entry.outcome for entry in done} == {"marked as CRASHED", "deleted"}
     assert fsck(plain.home, mlflow=False) == []
 
 
-def test_lost_list_of_files_is_written_again_from_the_record(plain):
+def test_lost_list_of_files_is_rewritten_from_the_database(plain):
     for number, harm in ((1, lambda path: path.unlink()), (2, flip)):
         harm(plain.store.blobs.path(plain.show("zorb", number).artifact.sha256))
     assert fsck(plain.home, mlflow=False) != []
-    assert all(each.done for each in repair(plain.home, mlflow=False))
+    assert all(entry.done for entry in repair(plain.home, mlflow=False))
     assert fsck(plain.home, mlflow=False) == []
 
 
-@pytest.mark.parametrize("place", ["mlflow", "work", "exports", "reports"])
+@pytest.mark.parametrize("folder", ["mlflow", "work", "exports", "reports"])
 @pytest.mark.parametrize("harm", [flip, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-def test_blob_is_put_back_from_wherever_it_still_is(plain, place, harm):
+def test_blob_is_restored_from_any_copy_in_the_home(plain, folder, harm):
     digest = plain.show("zorb", 1).sha256
     blob = plain.store.blobs.path(digest)
     content = blob.read_bytes()
-    copy = plain.home.path / place / "deep" / "adapter.safetensors"
+    copy = plain.home.path / folder / "deep" / "adapter.safetensors"
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(content)
     (copy.parent / "other").write_bytes(content[::-1])
     (copy.parent / "aaa").symlink_to(copy)
     harm(blob)
-    left = blob.read_bytes() if blob.exists() else None
+    damaged = blob.read_bytes() if blob.exists() else None
     (done,) = repair(plain.home, mlflow=False)
     assert done.done
     assert str(copy) in done.outcome
     assert blob.read_bytes() == content
-    asides = [path.read_bytes() for path in (plain.store.folder / "blobs" / "damaged").glob("*")]
-    assert asides == ([] if left is None else [left])
+    quarantined = [path.read_bytes() for path in (plain.store.folder / "blobs" / "damaged").glob("*")]
+    assert quarantined == ([] if damaged is None else [damaged])
     assert fsck(plain.home, mlflow=False) == []
 
 
-def test_needed_blob_that_nobody_has_is_named_and_left_alone(plain):
+def test_needed_blob_without_a_copy_is_reported_and_not_changed(plain):
     blob = plain.store.blobs.path(plain.show("zorb", 1).sha256)
     flip(blob)
     damaged = blob.read_bytes()
@@ -117,7 +117,7 @@ def test_needed_blob_that_nobody_has_is_named_and_left_alone(plain):
     assert fsck(plain.home, mlflow=False) != []
 
 
-def test_broken_result_of_the_cache_is_moved_aside(plain, register):
+def test_broken_cached_result_is_quarantined(plain, register):
     from registry.entities import Execution
 
     result = plain.store.put_files("manifest", {"a": b"could be made again", "shared": b"one"})
@@ -146,7 +146,7 @@ def test_damaged_database_is_left_to_a_backup(plain):
 
 @pytest.fixture
 def made_mlflow(monkeypatch, fresh_template, close_mlflow):
-    """A new database of MLflow is a copy of one that MLflow made, which takes seconds less."""
+    """Replaces the creation of MLflow's database by a copy, which saves seconds."""
 
     def make(home, file):
         shutil.copy(fresh_template / file.name, file)
@@ -156,23 +156,23 @@ def made_mlflow(monkeypatch, fresh_template, close_mlflow):
 
 
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
-def test_mlflow_is_brought_level_or_built_anew(good, harm, made_mlflow, close_mlflow):
+def test_mlflow_is_synced_or_rebuilt(good, harm, made_mlflow, close_mlflow):
     assert fsck(good.home) == []
-    do, _, _ = DAMAGE_IN_MLFLOW[harm]
-    do(good)
+    damage, _, _ = DAMAGE_IN_MLFLOW[harm]
+    damage(good)
     close_mlflow()
     assert fsck(good.home) != []
     done = repair(good.home)
-    assert [each for each in done if each.done]
-    assert [each for each in done if not each.done] == []
+    assert [entry for entry in done if entry.done]
+    assert [entry for entry in done if not entry.done] == []
     assert fsck(good.home) == []
 
 
-def test_adapter_is_put_back_from_mlflows_copy(good):
+def test_adapter_is_restored_from_mlflows_copy(good):
     flip(good.store.blobs.path(good.show("zorb", 1).sha256))
     assert copy_in_mlflow(good).read_bytes() == b"first weights"
     done = repair(good.home)
-    assert [each.done for each in done] == [True]
+    assert [entry.done for entry in done] == [True]
     assert good.get("zorb", 1).sha256 == good.show("zorb", 1).sha256
     assert fsck(good.home) == []
 
@@ -186,16 +186,16 @@ from registry.maintenance.repair import repair
 home = Home(Path(sys.argv[1]))
 done = repair(home)
 assert done
-assert all(each.done for each in done), done
+assert all(entry.done for entry in done), done
 assert fsck(home) == [], fsck(home)
 """
 
 
-def test_damaged_mlflow_is_kept_aside_by_a_process_that_never_opened_it(good, spawn):
+def test_a_new_process_moves_a_damaged_mlflow_database_aside(good, spawn):
     damaged = b"no database" * 1000
     good.home.mlflow_db.write_bytes(damaged)
     child = spawn(REPAIR, good.home.path)
-    _, words = child.communicate(timeout=200)
-    assert child.returncode == 0, words
+    _, errors = child.communicate(timeout=200)
+    assert child.returncode == 0, errors
     assert [path.read_bytes() for path in good.home.path.glob("aside/*/mlflow.db")] == [damaged]
     assert good.home.mlflow_artifacts.is_dir()

@@ -6,114 +6,109 @@ from lora_engine.files import sha256_bytes
 from registry.entities import Execution, now
 from registry.errors import PromotionError, Refused, RightsError
 from registry.policy.revocations import read_revoked
+from registry.versions import promotion
 from registry.versions.promotion import history, promote, read_log, replay
 from registry.versions.revocation import lift, revoke
-from registry.versions.versions import promotion
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}
-PICTURE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
+IMAGE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
 COPY = {"file": "/mnt/x.safetensors", "sha256": "0" * 64}
 ONE, TWO, THREE = ("1" * 64, "2" * 64, "3" * 64)
 
 
-@pytest.fixture
-def line(from_images):
-    return from_images
-
-
-def test_a_consent_reaches_every_dataset_run_version_merge_export_and_alias(versions, line):
-    first = line(b"1", {ONE: "C-1", TWO: "C-2"}, promoted="production")
-    # The same picture in a dataset that names no consent for it.
-    other = line(b"2", {ONE: None, THREE: "C-3"}, name="other", promoted="staging")
-    clean = line(b"3", {THREE: "C-3"}, name="clean", promoted="production")
-    merged = line(b"4", name="merged", adapters=[first, clean])
+def test_a_consent_affects_every_dataset_run_version_merge_export_and_alias(versions, from_images):
+    first = from_images(b"1", {ONE: "C-1", TWO: "C-2"}, promoted="production")
+    # The same image in a dataset that names no consent for it.
+    other = from_images(b"2", {ONE: None, THREE: "C-3"}, name="other", promoted="staging")
+    clean = from_images(b"3", {THREE: "C-3"}, name="clean", promoted="production")
+    merged = from_images(b"4", name="merged", adapters=[first, clean])
     versions.log_export(first, {"format": "kohya", "files": [COPY]})
-    reach = revoke(versions, "C-1", reason="she asked", actor="ada@lab")
-    assert (reach.kind, reach.pictures) == ("consent", (ONE,))
-    assert len(reach.manifests) == 2
-    assert [run["name"] for run in reach.runs] == ["make zorb", "make other", "make merged"]
-    assert set(reach.versions) == {first.ref, other.ref, merged.ref}
-    assert reach.merges == (merged.ref,)
-    assert reach.aliases == {"zorb@production": 1, "other@staging": 1}
-    assert [entry.get("version") for entry in reach.exports].count(None) == 3
+    report = revoke(versions, "C-1", reason="she asked", actor="ada@lab")
+    assert (report.kind, report.pictures) == ("consent", (ONE,))
+    assert len(report.manifests) == 2
+    assert [run["name"] for run in report.runs] == ["make zorb", "make other", "make merged"]
+    assert set(report.versions) == {first.ref, other.ref, merged.ref}
+    assert report.merges == (merged.ref,)
+    assert report.aliases == {"zorb@production": 1, "other@staging": 1}
+    assert [entry.get("version") for entry in report.exports].count(None) == 3
     assert {
         "version": "zorb@1",
         "event": 4,
         "files": [{"file": "/mnt/x.safetensors", "sha256": "0" * 64}],
-    } in reach.exports
-    assert clean.ref not in reach.versions
+    } in report.exports
+    assert clean.ref not in report.versions
     flagged = [event for event in read_log(versions) if event.action == "flag"]
-    assert {f"{event.name}@{event.after}" for event in flagged} == set(reach.versions)
-    assert all(event.details["revocation"] == reach.event for event in flagged)
+    assert {f"{event.name}@{event.after}" for event in flagged} == set(report.versions)
+    assert all(event.details["revocation"] == report.event for event in flagged)
 
 
-def test_a_picture_reaches_by_its_file_its_digest_and_its_beginning(versions, line, tmp_path):
+def test_an_image_is_revoked_by_its_file_its_digest_and_its_first_digits(versions, from_images, tmp_path):
     path = tmp_path / "face.png"
     path.write_bytes(b"a face")
     digest = sha256_bytes(b"a face")
-    line(b"1", {digest: "C-1"})
+    from_images(b"1", {digest: "C-1"})
     for text in (str(path), digest, digest[:10]):
         assert revoke(versions, text, reason="r", dry_run=True).versions == ("zorb@1",)
     assert read_revoked(versions.lineage) == {}
 
 
-def test_a_dry_run_finds_the_same_and_writes_nothing(versions, line):
-    line(b"0", {TWO: "C-2"}, promoted="production")
-    line(b"1", {ONE: "C-1"}, promoted="production")
+def test_a_dry_run_finds_the_same_and_writes_nothing(versions, from_images):
+    from_images(b"0", {TWO: "C-2"}, promoted="production")
+    from_images(b"1", {ONE: "C-1"}, promoted="production")
     before = read_log(versions)
-    would = revoke(versions, "C-1", reason="r", policy="withdraw", dry_run=True)
-    assert would.event is None
+    planned = revoke(versions, "C-1", reason="r", policy="withdraw", dry_run=True)
+    assert planned.event is None
     assert read_log(versions) == before
     done = revoke(versions, "C-1", reason="r", policy="withdraw")
-    assert vars(would) | {"event": done.event} == vars(done)
+    assert vars(planned) | {"event": done.event} == vars(done)
 
 
-def test_flagged_versions_stay_where_they_are_and_are_promoted_no_more(versions, line):
-    line(b"1", {ONE: "C-1"}, promoted="production")
+def test_flagged_versions_keep_their_aliases_and_cannot_be_promoted(versions, from_images):
+    from_images(b"1", {ONE: "C-1"}, promoted="production")
     revoke(versions, "C-1", reason="r")
     assert versions.show("zorb", "production").state == "ACTIVE"
     for override in (False, True):
         with pytest.raises(Refused, match="consent 'C-1' was revoked"):
             promote(versions, "zorb", 1, "canary", reason="r", override=override)
-    late = line(b"2", {ONE: "C-9"})
+    late = from_images(b"2", {ONE: "C-9"})
     with pytest.raises(Refused, match="was revoked"):
-        promote(versions, "zorb", late.version, "canary", reason="made later from the same picture")
-    clean = line(b"3", {TWO: "C-2"})
+        promote(versions, "zorb", late.version, "canary", reason="made later from the same image")
+    clean = from_images(b"3", {TWO: "C-2"})
     assert promote(versions, "zorb", clean.version, "canary", reason="r").after == 3
 
 
-def test_a_withdrawal_takes_aliases_back_to_the_last_version_that_is_not_reached(versions, line):
-    line(b"1", {TWO: "C-2"}, promoted="production")
+def test_a_withdrawal_rolls_aliases_back_to_the_last_version_that_is_not_affected(versions, from_images):
+    from_images(b"1", {TWO: "C-2"}, promoted="production")
     for content in (b"2", b"3"):
-        line(content, {ONE: "C-1"}, promoted="production")
-    line(b"4", {ONE: "C-1"}, name="alone", promoted="production")
-    reach = revoke(versions, ONE, reason="r", policy="withdraw")
-    assert reach.taken_back == {"zorb@production": 1, "alone@production": None}
+        from_images(content, {ONE: "C-1"}, promoted="production")
+    from_images(b"4", {ONE: "C-1"}, name="alone", promoted="production")
+    report = revoke(versions, ONE, reason="r", policy="withdraw")
+    assert report.taken_back == {"zorb@production": 1, "alone@production": None}
     assert versions.show("zorb", "production").version == 1
     assert [version.state for version in versions.list("zorb")] == ["ACTIVE", "WITHDRAWN", "WITHDRAWN"]
     assert versions.show("alone", 1).aliases == ()
     assert replay(read_log(versions)) == {("zorb", "production"): 1}
     last = history(versions, "zorb", "production")[-1]
-    assert (last.action, last.before, last.after, last.details) == ("rollback", 3, 1, {"revocation": reach.event})
+    assert (last.action, last.before, last.after, last.details) == ("rollback", 3, 1, {"revocation": report.event})
 
 
-def test_a_withdrawal_skips_what_another_revocation_reaches(versions, line):
-    line(b"1", {ONE: "C-1"}, promoted="production")
-    line(b"2", {TWO: "C-2"}, promoted="production")
-    line(b"3", {THREE: "C-3"}, promoted="production")
+def test_a_withdrawal_skips_versions_that_another_revocation_affects(versions, from_images):
+    from_images(b"1", {ONE: "C-1"}, promoted="production")
+    from_images(b"2", {TWO: "C-2"}, promoted="production")
+    from_images(b"3", {THREE: "C-3"}, promoted="production")
     revoke(versions, "C-2", reason="r", policy="flag")
     assert revoke(versions, "C-3", reason="r", policy="withdraw").taken_back == {"zorb@production": 1}
 
 
-def test_the_policy_of_the_home_says_what_a_revocation_does(versions, line):
-    line(b"1", {ONE: "C-1"}, promoted="production")
+def test_the_policy_of_the_home_is_the_default_of_a_revocation(versions, from_images):
+    from_images(b"1", {ONE: "C-1"}, promoted="production")
     (versions.home.path / "policy.yaml").write_text("recall: withdraw\n")
     assert revoke(versions, "C-1", reason="r").policy == "withdraw"
     assert versions.show("zorb", 1).state == "WITHDRAWN"
 
 
-def test_a_withdrawal_of_an_alias_that_the_actor_may_not_move_does_nothing_at_all(versions, line):
-    line(b"1", {ONE: "C-1"}, promoted="production")
+def test_a_withdrawal_of_an_alias_that_the_actor_may_not_move_does_nothing_at_all(versions, from_images):
+    from_images(b"1", {ONE: "C-1"}, promoted="production")
     (versions.home.path / "policy.yaml").write_text("aliases: {production: {movers: [ada@lab]}}\n")
     before = read_log(versions)
     with pytest.raises(Refused, match="eve may not move zorb@production"):
@@ -123,9 +118,9 @@ def test_a_withdrawal_of_an_alias_that_the_actor_may_not_move_does_nothing_at_al
     assert revoke(versions, "C-1", reason="r", actor="eve", policy="flag").event
 
 
-def test_lifting_brings_back_what_was_withdrawn_and_not_what_something_else_revokes(versions, line):
-    line(b"1", {ONE: "C-1"})
-    line(b"2", {ONE: "C-1", TWO: "C-2"})
+def test_lifting_restores_withdrawn_versions_except_those_that_another_revocation_affects(versions, from_images):
+    from_images(b"1", {ONE: "C-1"})
+    from_images(b"2", {ONE: "C-1", TWO: "C-2"})
     revoke(versions, "C-1", reason="r", policy="flag")
     revoke(versions, "C-1", reason="r, and for good", policy="withdraw")
     revoke(versions, "C-2", reason="r", policy="withdraw")
@@ -135,47 +130,49 @@ def test_lifting_brings_back_what_was_withdrawn_and_not_what_something_else_revo
     assert set(read_revoked(versions.lineage)) == {"C-2", TWO}
     assert promote(versions, "zorb", 1, "canary", reason="r").after == 1
     assert lift(versions, "C-2", reason="r").details["restored"] == ["zorb@2"]
-    with pytest.raises(RightsError, match="no revocation that stands"):
+    with pytest.raises(RightsError, match="no active revocation"):
         lift(versions, "C-2", reason="again")
 
 
-def test_what_nobody_knows_is_refused_and_the_nearest_is_named(versions, line):
-    line(b"1", {ONE: "consent-17", "1" * 63 + "2": None})
+def test_unknown_subjects_are_refused_and_the_nearest_is_named(versions, from_images):
+    from_images(b"1", {ONE: "consent-17", "1" * 63 + "2": None})
     with pytest.raises(RightsError, match="did you mean 'consent-17'"):
         revoke(versions, "consent-18", reason="r")
-    with pytest.raises(RightsError, match="beginning of several pictures"):
+    with pytest.raises(RightsError, match="matches several images"):
         revoke(versions, "1" * 8, reason="r")
     with pytest.raises(PromotionError, match="without a reason"):
         revoke(versions, "consent-17", reason="")
     assert revoke(versions, "f" * 64, reason="never seen here, and never shall be").versions == ()
-    assert read_revoked(versions.lineage) == {"f" * 64: "picture ffffffffffff"}
+    assert read_revoked(versions.lineage) == {"f" * 64: "image ffffffffffff"}
 
 
-def test_a_revocation_between_decision_and_promotion_is_seen(versions, line, monkeypatch):
-    line(b"1", {ONE: "C-1"})
-    real = promotion.judge
+def test_a_revocation_between_decision_and_promotion_is_seen(versions, from_images, monkeypatch):
+    from_images(b"1", {ONE: "C-1"})
+    evaluate_policy = promotion.evaluate_policy
 
-    def judge_then_revoke(*arguments, **values):
-        decision = real(*arguments, **values)
+    def evaluate_then_revoke(*arguments, **values):
+        decision = evaluate_policy(*arguments, **values)
         revoke(versions, "C-1", reason="just now")
         return decision
 
-    monkeypatch.setattr(promotion, "judge", judge_then_revoke)
+    monkeypatch.setattr(promotion, "evaluate_policy", evaluate_then_revoke)
     with pytest.raises(Refused, match="was revoked"):
         promote(versions, "zorb", 1, "production", reason="r")
     assert versions.show("zorb", 1).aliases == ()
 
 
-def test_expired_consent_stands_in_the_way_of_production_alone(versions, line):
+def test_expired_consent_blocks_production_only(versions, from_images):
     store, lineage = versions.store, versions.lineage
     run = lineage.start_run("x", {})
-    entry = PICTURE | {"sha256": ONE, "source": "a.png", "rights": {"rights": "consent", "expires": "2020-01-01"}}
+    entry = IMAGE | {"sha256": ONE, "source": "a.png", "rights": {"rights": "consent", "expires": "2020-01-01"}}
     dataset = store.put_files("manifest", {"manifest.json": json.dumps({"pictures": [entry]}).encode()})
     adapter = store.put_files("adapter", {"adapter.safetensors": b"x"})
-    told = {"settings": {"base": "tiny"}}
-    made = Execution(run.id, run.id, "t", "train", "1", "k", told, {"dataset": dataset}, adapter, started_at=now())
-    lineage.record(made, contents=store.files(adapter))
+    settings = {"settings": {"base": "tiny"}}
+    training = Execution(
+        run.id, run.id, "t", "train", "1", "k", settings, {"dataset": dataset}, adapter, started_at=now()
+    )
+    lineage.record(training, contents=store.files(adapter))
     versions.register("zorb", adapter, gates=[GATE], passed=True, alias_request="staging")
     assert versions.show("zorb", "staging").version == 1
-    with pytest.raises(Refused, match=r"may be used until 2020-01-01 only: a\.png"):
+    with pytest.raises(Refused, match=r"expired on 2020-01-01: a\.png"):
         promote(versions, "zorb", 1, "production", reason="r")

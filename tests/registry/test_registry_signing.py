@@ -1,4 +1,4 @@
-"""Signatures with the package of OpenSSF, and what each way of tampering is answered with."""
+"""Signatures are valid with OpenSSF's package, and every kind of tampering is found."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ SECRET = b"a passphrase"
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """A key pair that is made once."""
+    """A key pair, made once per session."""
     path = tmp_path_factory.mktemp("keys") / "release"
     make_key(path, SECRET)
     return path
@@ -31,14 +31,14 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def trusted(empty_home, pair):
-    """The private key, whose public key the home trusts."""
+    """A private key whose public key the home trusts."""
     trust_key(empty_home, pair.with_name("release.pub"))
     return pair
 
 
 @pytest.fixture
 def signed(versions, register, trusted):
-    """A version with a good signature."""
+    """A version with a valid signature."""
     version = register(versions, b"weights")
     sign(versions, version, trusted, SECRET, actor="anna")
     return version
@@ -55,7 +55,7 @@ def put_bundle(versions, version, bundle):
         keep(session, versions.store, version, SIGNATURE, ref)
 
 
-def test_a_signature_holds_and_is_in_the_log(versions, signed, trusted):
+def test_a_signature_is_valid_and_is_in_the_log(versions, signed, trusted):
     assert signature_findings(versions, signed) == ()
     assert verify(versions, signed).name == "release"
     with versions.lineage.database.read() as session:
@@ -65,7 +65,7 @@ def test_a_signature_holds_and_is_in_the_log(versions, signed, trusted):
     assert event.details["key"] == fingerprint(read_private_key(trusted, SECRET).public_key())
 
 
-def test_another_program_verifies_what_was_signed(versions, signed, trusted, tmp_path):
+def test_another_program_verifies_a_signature(versions, signed, trusted, tmp_path):
     records = find_records(versions.lineage, signed)
     versions.store.checkout(records[PROVENANCE], tmp_path / "model")
     versions.store.checkout_file(signed.artifact, signed.adapter_path, tmp_path / "model" / "adapter.safetensors")
@@ -77,16 +77,16 @@ def test_another_program_verifies_what_was_signed(versions, signed, trusted, tmp
     assert subprocess.run(command, capture_output=True).returncode == 1
 
 
-def test_what_is_not_signed_says_so(versions, register, trusted):
+def test_an_unsigned_version_is_reported(versions, register, trusted):
     version = register(versions, b"weights")
     assert not is_signed(versions, version)
     assert signature_findings(versions, version) == ("it is not signed",)
     with pytest.raises(SignatureError, match="not signed"):
         verify(versions, version)
-    assert versions.read_adapter(version) == b"weights", "whether it must be signed is a matter of policy"
+    assert versions.read_adapter(version) == b"weights", "a policy decides if a signature is required"
 
 
-def test_flipped_byte_in_the_adapter_is_found_before_the_signature_is_asked(versions, signed):
+def test_flipped_byte_in_the_adapter_is_found_before_the_signature_is_checked(versions, signed):
     versions.store.blobs.path(signed.sha256).write_bytes(b"weightz")
     (finding,) = signature_findings(versions, signed)
     assert signed.sha256 in finding
@@ -94,7 +94,7 @@ def test_flipped_byte_in_the_adapter_is_found_before_the_signature_is_asked(vers
 
 
 def test_adapter_that_was_replaced_in_store_and_database_alike_is_found(versions, signed):
-    """Whoever can write everything but has no key cannot pass off other bytes."""
+    """An attacker with write access but without a key cannot replace the bytes."""
     other = versions.store.put_files("adapter", {"adapter.safetensors": b"weightz"})
     entry = versions.store.files(other)["adapter.safetensors"]
     with versions.lineage.database.write() as session:
@@ -104,7 +104,7 @@ def test_adapter_that_was_replaced_in_store_and_database_alike_is_found(versions
     replaced = versions.show("zorb")
     assert replaced.sha256 == entry.sha256
     findings = signature_findings(versions, replaced)
-    assert findings[0] == f"adapter.safetensors: signed with digest {signed.sha256}, but here it has {entry.sha256}"
+    assert findings[0] == f"adapter.safetensors: signed with digest {signed.sha256}, but now has {entry.sha256}"
     with pytest.raises(SignatureError, match="signed with digest"):
         versions.get("zorb")
 
@@ -112,7 +112,7 @@ def test_adapter_that_was_replaced_in_store_and_database_alike_is_found(versions
 def test_another_provenance_is_found(versions, signed):
     records = find_records(versions.lineage, signed)
     statement = json.loads(versions.store.read(records[PROVENANCE], "provenance.json"))
-    statement["predicate"]["runDetails"]["builder"]["id"] = "urn:somebody:else"
+    statement["predicate"]["runDetails"]["builder"]["id"] = "urn:other:builder"
     ref = versions.store.put_files(PROVENANCE, {"provenance.json": json.dumps(statement).encode()})
     with versions.lineage.database.write() as session:
         keep(session, versions.store, signed, PROVENANCE, ref)
@@ -124,12 +124,12 @@ def test_provenance_about_another_adapter_is_not_signed(versions, register, trus
     version, other = register(versions, b"weights"), register(versions, b"other")
     with versions.lineage.database.write() as session:
         keep(session, versions.store, version, PROVENANCE, find_records(versions.lineage, other)[PROVENANCE])
-    with pytest.raises(SignatureError, match="about an adapter with digest"):
+    with pytest.raises(SignatureError, match="describes an adapter with digest"):
         sign(versions, version, trusted, SECRET)
     assert not is_signed(versions, version)
 
 
-def test_signature_of_another_version_does_not_hold(versions, register, signed, trusted):
+def test_signature_of_another_version_is_invalid(versions, register, signed, trusted):
     other = register(versions, b"other")
     sign(versions, other, trusted, SECRET)
     put_bundle(versions, signed, bundle_of(versions, other))
@@ -139,7 +139,7 @@ def test_signature_of_another_version_does_not_hold(versions, register, signed, 
     assert signature_findings(versions, other) == ()
 
 
-def test_signature_of_the_same_files_under_another_name_does_not_hold(versions, register, signed, trusted):
+def test_signature_of_the_same_files_under_another_name_is_invalid(versions, register, signed, trusted):
     twin = register(versions, b"weights", name="twin")
     with versions.lineage.database.write() as session:
         records = find_records(versions.lineage, signed)
@@ -148,20 +148,20 @@ def test_signature_of_the_same_files_under_another_name_does_not_hold(versions, 
     assert signature_findings(versions, twin) == ("the signature is of zorb@1",)
 
 
-def test_a_key_that_is_not_trusted_cannot_sign_and_does_not_hold(versions, register, trusted, tmp_path, empty_home):
+def test_an_untrusted_key_cannot_sign_and_its_signature_is_invalid(versions, register, trusted, tmp_path, empty_home):
     version = register(versions, b"weights")
-    make_key(tmp_path / "stranger", None)
+    make_key(tmp_path / "untrusted", None)
     with pytest.raises(SignatureError, match="not among the 1 trusted"):
-        sign(versions, version, tmp_path / "stranger")
+        sign(versions, version, tmp_path / "untrusted")
     assert not is_signed(versions, version)
-    trust_key(empty_home, tmp_path / "stranger.pub")
-    sign(versions, version, tmp_path / "stranger")
-    (empty_home.path / "keys" / "stranger.pub").unlink()
+    trust_key(empty_home, tmp_path / "untrusted.pub")
+    sign(versions, version, tmp_path / "untrusted")
+    (empty_home.path / "keys" / "untrusted.pub").unlink()
     (finding,) = signature_findings(versions, version)
     assert "not among the 1 trusted public keys" in finding
 
 
-def test_a_key_that_was_removed_holds_no_more(versions, signed, empty_home):
+def test_a_signature_of_a_removed_key_is_invalid(versions, signed, empty_home):
     (empty_home.path / "keys" / "release.pub").unlink()
     (finding,) = signature_findings(versions, signed)
     assert "not among the 0 trusted public keys" in finding
@@ -169,7 +169,7 @@ def test_a_key_that_was_removed_holds_no_more(versions, signed, empty_home):
         versions.read_adapter(signed)
 
 
-def test_a_key_that_expired_holds_no_more_and_signs_no_more(versions, register, empty_home, tmp_path):
+def test_an_expired_key_cannot_sign_and_its_signature_is_invalid(versions, register, empty_home, tmp_path):
     version = register(versions, b"weights")
     today = now().date()
     make_key(tmp_path / "key", None, valid_until=today)
@@ -185,7 +185,7 @@ def test_a_key_that_expired_holds_no_more_and_signs_no_more(versions, register, 
         sign(versions, version, tmp_path / "key")
 
 
-def test_a_signature_by_hand_of_whoever_knows_the_public_key_is_found(versions, signed):
+def test_a_forged_signature_with_the_public_key_is_found(versions, signed):
     bundle = bundle_of(versions, signed)
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     statement["predicate"]["resources"][0]["digest"] = "0" * 64
@@ -219,14 +219,14 @@ def test_flipped_bit_in_the_signature_is_found(versions, signed):
     ],
     ids=["empty", "text", "list", "object", "deep", "no-signature", "bytes", "long"],
 )
-def test_a_broken_bundle_is_refused_in_words(versions, signed, bundle):
+def test_a_broken_bundle_is_refused(versions, signed, bundle):
     put_bundle(versions, signed, bundle)
     (finding,) = signature_findings(versions, signed)
     assert "the signature cannot be read" in finding
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("field", "value"),
     [
         ("mediaType", "application/other"),
         ("hint", "short"),
@@ -234,22 +234,22 @@ def test_a_broken_bundle_is_refused_in_words(versions, signed, bundle):
         ("algorithm", "blake3"),
     ],
 )
-def test_a_bundle_of_another_form_is_refused(versions, signed, place, value):
-    """Among them the form of before 1.0, which the package still takes and which may leave files out."""
+def test_a_bundle_of_an_unknown_form_is_refused(versions, signed, field, value):
+    """Includes the form before 1.0, which the package still accepts and which may omit files."""
     bundle = bundle_of(versions, signed)
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
-    if place == "mediaType":
-        bundle[place] = value
-    elif place == "hint":
-        bundle["verificationMaterial"]["publicKey"][place] = value
-    elif place == "predicateType":
-        statement[place] = value
+    if field == "mediaType":
+        bundle[field] = value
+    elif field == "hint":
+        bundle["verificationMaterial"]["publicKey"][field] = value
+    elif field == "predicateType":
+        statement[field] = value
     else:
-        statement["predicate"]["resources"][0][place] = value
+        statement["predicate"]["resources"][0][field] = value
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
     put_bundle(versions, signed, bundle)
     (finding,) = signature_findings(versions, signed)
-    assert "of another form" in finding
+    assert "has an unknown form" in finding
 
 
 def test_damaged_bundle_is_damage(versions, signed):
@@ -260,7 +260,7 @@ def test_damaged_bundle_is_damage(versions, signed):
     assert digest in finding
 
 
-def test_signing_again_replaces_the_signature_and_the_log_keeps_both(versions, signed, trusted, empty_home, tmp_path):
+def test_a_second_signature_replaces_the_first_and_the_log_has_both(versions, signed, trusted, empty_home, tmp_path):
     make_key(tmp_path / "second", None)
     trust_key(empty_home, tmp_path / "second.pub")
     sign(versions, signed, tmp_path / "second")
@@ -269,7 +269,7 @@ def test_signing_again_replaces_the_signature_and_the_log_keeps_both(versions, s
         assert [event.action for event in queries.read_events(session)].count("sign") == 2
 
 
-def test_key_is_readable_by_its_owner_alone_and_opens_with_its_passphrase(tmp_path):
+def test_only_the_owner_can_read_a_key_and_its_passphrase_opens_it(tmp_path):
     key = make_key(tmp_path / "key", SECRET, valid_until=date(2030, 1, 2))
     assert (tmp_path / "key").stat().st_mode & 0o077 == 0
     assert key.valid_until == date(2030, 1, 2)
@@ -277,11 +277,11 @@ def test_key_is_readable_by_its_owner_alone_and_opens_with_its_passphrase(tmp_pa
     for wrong in (None, b"", b"another"):
         with pytest.raises(SignatureError, match="cannot be read"):
             read_private_key(tmp_path / "key", wrong)
-    with pytest.raises(SignatureError, match="something already"):
+    with pytest.raises(SignatureError, match="the file exists"):
         make_key(tmp_path / "key", SECRET)
 
 
-def test_files_that_are_no_such_keys_are_refused(tmp_path, empty_home):
+def test_files_without_a_usable_key_are_refused(tmp_path, empty_home):
     from cryptography.hazmat.primitives import serialization as pem
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 

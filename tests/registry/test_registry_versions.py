@@ -16,17 +16,17 @@ from registry.versions.promotion import history
 from registry.versions.versions import Versions
 
 
-def test_version_is_read_as_it_was_registered(mirrored, register):
-    version = register(mirrored, b"weights", alias_request="staging")
+def test_version_is_read_as_it_was_registered(synced, register):
+    version = register(synced, b"weights", alias_request="staging")
     assert (version.ref, version.aliases, version.size) == ("zorb@1", ("staging",), 7)
-    assert mirrored.list() == (version,)
-    assert mirrored.get("zorb", 1) == mirrored.get("zorb", "staging") == mirrored.get("zorb") == version
-    assert mirrored.read_adapter(version) == b"weights"
+    assert synced.list() == (version,)
+    assert synced.get("zorb", 1) == synced.get("zorb", "staging") == synced.get("zorb") == version
+    assert synced.read_adapter(version) == b"weights"
     assert version.parents == ("base:tiny",)
     assert version.card == {"title": "Zorb"}
-    assert mirrored.lineage.run(version.run_id).mlflow_run_id == version.mlflow_run_id
-    shown = json.loads(json.dumps(to_json(version)))
-    assert {"name", "version", "aliases", "sha256", "size", "created_at"} <= set(shown)
+    assert synced.lineage.run(version.run_id).mlflow_run_id == version.mlflow_run_id
+    fields = json.loads(json.dumps(to_json(version)))
+    assert {"name", "version", "aliases", "sha256", "size", "created_at"} <= set(fields)
 
 
 def test_same_adapter_with_same_report_keeps_its_number(versions, register):
@@ -47,7 +47,7 @@ def test_numbers_count_within_each_name(versions, register):
     assert versions.show("star").version == 3
 
 
-def test_repeated_registration_does_not_take_the_alias_back(versions, register):
+def test_repeated_registration_does_not_move_the_alias_back(versions, register):
     register(versions, b"old", alias_request="staging")
     register(versions, b"new", alias_request="staging")
     assert register(versions, b"old", alias_request="staging").aliases == ()
@@ -55,7 +55,7 @@ def test_repeated_registration_does_not_take_the_alias_back(versions, register):
     assert [event.action for event in history(versions, "zorb")] == ["stage", "stage"]
 
 
-def test_alias_asked_for_later_is_given(versions, register):
+def test_alias_requested_later_is_given(versions, register):
     register(versions, b"weights")
     assert register(versions, b"weights", alias_request="staging").aliases == ("staging",)
 
@@ -92,25 +92,25 @@ def test_adapter_file_of_a_version_is_a_start(versions, register):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"metrics": {"clip_t": float("nan")}}, "clip_t = nan"),
         ({"metrics": {"deep": {"list": [1.0, float("inf")]}}}, "deep.list.1 = inf"),
         ({"curves": {"loss": [(0, float("nan"))]}}, "numbers are not finite"),
         ({"params": {"rate": float("nan")}}, "JSON cannot hold"),
         ({"card": {"set": {1}}}, "JSON cannot hold"),
-        ({"name": "../evil"}, "cannot be the name"),
-        ({"name": "Zorb"}, "cannot be the name"),
-        ({"name": "-rf"}, "cannot be the name"),
-        ({"name": "x" * 64}, "cannot be the name"),
-        ({"alias_request": "latest"}, "cannot be an alias"),
-        ({"alias_request": "v3"}, "cannot be an alias"),
-        ({"alias_request": "3"}, "cannot be an alias"),
-        ({"alias_request": "a.b"}, "cannot be an alias"),
+        ({"name": "../evil"}, "invalid adapter name"),
+        ({"name": "Zorb"}, "invalid adapter name"),
+        ({"name": "-rf"}, "invalid adapter name"),
+        ({"name": "x" * 64}, "invalid adapter name"),
+        ({"alias_request": "latest"}, "invalid alias"),
+        ({"alias_request": "v3"}, "invalid alias"),
+        ({"alias_request": "3"}, "invalid alias"),
+        ({"alias_request": "a.b"}, "invalid alias"),
     ],
 )
-def test_what_cannot_be_registered_leaves_nothing(versions, register, changes, words):
-    with pytest.raises(VersionError, match=words):
+def test_refused_registration_leaves_nothing(versions, register, changes, message):
+    with pytest.raises(VersionError, match=message):
         register(versions, b"weights", **changes)
     assert versions.list() == ()
 
@@ -150,7 +150,7 @@ def test_version_whose_row_names_other_bytes_is_not_served(versions, register):
         versions.read_adapter(dataclasses.replace(version, sha256="0" * 64))
 
 
-def test_unknown_names_and_versions_are_helped(versions, register):
+def test_unknown_names_and_versions_are_refused_with_the_nearest(versions, register):
     register(versions, b"weights", alias_request="staging")
     with pytest.raises(UnknownName, match="did you mean 'zorb'"):
         versions.show("zorp")
@@ -160,13 +160,13 @@ def test_unknown_names_and_versions_are_helped(versions, register):
         versions.show("zorb", 2)
 
 
-def test_mlflow_shows_what_was_registered(mirrored, register):
+def test_mlflow_shows_what_was_registered(synced, register):
     from mlflow import MlflowClient
 
-    version = register(mirrored, b"weights", alias_request="staging", params={"rank": 8, "long": "x" * 9000, "of": [1]})
-    client = MlflowClient(mirrored.home.mlflow_url, mirrored.home.mlflow_url)
-    mirrored = client.get_model_version_by_alias("zorb", "staging")
-    assert (int(mirrored.version), mirrored.tags["loraline.sha256"]) == (1, version.sha256)
+    version = register(synced, b"weights", alias_request="staging", params={"rank": 8, "long": "x" * 9000, "of": [1]})
+    client = MlflowClient(synced.home.mlflow_url, synced.home.mlflow_url)
+    entry = client.get_model_version_by_alias("zorb", "staging")
+    assert (int(entry.version), entry.tags["loraline.sha256"]) == (1, version.sha256)
     run = client.get_run(version.mlflow_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["clip_t.difference"] == 0.01
@@ -182,12 +182,12 @@ def test_mlflow_shows_what_was_registered(mirrored, register):
     assert listed == {"adapter", "documents", "pictures", "record.json"}
 
 
-def test_patterns_in_a_recipe_are_shown_under_names_that_mlflow_takes(mirrored, register):
+def test_patterns_in_a_recipe_are_shown_under_names_that_mlflow_accepts(synced, register):
     from mlflow import MlflowClient
 
     patterns = {"overrides.unet.*.to_q.rank": 4, "overrides.unet.?.to_q.rank": 8, r"layers.re:(a|b)\.c": 1e-4}
-    version = register(mirrored, b"weights", params={"rank": 8, **patterns})
-    run = MlflowClient(mirrored.home.mlflow_url, mirrored.home.mlflow_url).get_run(version.mlflow_run_id)
+    version = register(synced, b"weights", params={"rank": 8, **patterns})
+    run = MlflowClient(synced.home.mlflow_url, synced.home.mlflow_url).get_run(version.mlflow_run_id)
     assert run.data.params["rank"] == "8"
     shown = {key: value for key, value in run.data.params.items() if key.startswith(("overrides.", "layers."))}
     assert sorted(shown.values()) == ["0.0001", "4", "8"]
@@ -214,7 +214,7 @@ def test_mlflow_downloads_production_by_name(good, tmp_path, monkeypatch):
 
 
 class Faulty:
-    """An MLflow client whose n-th call fails, before or after it did its work; it notes the names of its calls."""
+    """An MLflow client whose n-th call fails, before or after its work; it records the names of its calls."""
 
     def __init__(self, client, fault, after):
         self.client, self.fault, self.after, self.calls = client, fault, after, []
@@ -225,35 +225,35 @@ class Faulty:
         def call(*arguments, **settings):
             self.calls.append(name)
             is_fault = len(self.calls) == self.fault
-            answer = method(*arguments, **settings) if self.after or not is_fault else None
+            result = method(*arguments, **settings) if self.after or not is_fault else None
             if is_fault:
-                raise OSError(f"the process died in {name}")
-            return answer
+                raise OSError(f"interrupted in {name}")
+            return result
 
         return call
 
 
 @pytest.fixture(scope="module")
-def unlevel(place_home, fresh_template, register, tmp_path_factory):
-    """A copy of a home with a version in staging, of which MLflow knows nothing yet."""
+def unsynced(place_home, fresh_template, register, tmp_path_factory):
+    """Returns a copy of a home with a version in staging that MLflow does not have yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
         versions = Versions(place_home(fresh_template))
         register(versions, b"weights", alias_request="staging")
         versions.close()
-    return shutil.copytree(versions.home.path, tmp_path_factory.mktemp("unlevel") / "home")
+    return shutil.copytree(versions.home.path, tmp_path_factory.mktemp("unsynced") / "home")
 
 
 @pytest.fixture
-def cut_off(place_home, unlevel, caplog):
-    """Opens a copy of `unlevel` with an MLflow client that fails; gives the home and the names of the calls made."""
-    make = mlflow_writer._open_client
+def sync_with_fault(place_home, unsynced, caplog):
+    """Returns a function that opens a copy of `unsynced` with a failing MLflow client; it returns home and calls."""
+    open_client = mlflow_writer._open_client
 
     def run(fault=0, after=False):
-        home, clients = place_home(unlevel), []
+        home, clients = place_home(unsynced), []
 
-        def faulty(opened):
-            clients.append(Faulty(make(opened), fault, after))
+        def faulty(client_home):
+            clients.append(Faulty(open_client(client_home), fault, after))
             return clients[-1]
 
         caplog.clear()
@@ -261,7 +261,7 @@ def cut_off(place_home, unlevel, caplog):
             patch.setattr(mlflow_writer, "_open_client", faulty)
             versions = Versions(home)
             assert versions.is_synced() == (fault == 0)
-            assert ("the process died in" in caplog.text) == (fault > 0)
+            assert ("interrupted in" in caplog.text) == (fault > 0)
             assert versions.show("zorb", "staging").version == 1
             versions.close()
         return home, clients[0].calls
@@ -269,48 +269,48 @@ def cut_off(place_home, unlevel, caplog):
     return run
 
 
-def assert_levelled_by_the_next_command(home):
+def assert_next_command_syncs(home):
     versions = Versions(home)
     assert versions.is_synced()
     versions.close()
     assert fsck(home, grace=0) == []
 
 
-def test_mlflow_cut_off_after_any_write_is_brought_level(cut_off):
-    """What a call that only reads leaves behind is what the write before it left."""
-    _, calls = cut_off()
+def test_sync_interrupted_after_any_write_is_completed(sync_with_fault):
+    """Interrupts after writes only: a call that reads leaves the state of the write before it."""
+    _, calls = sync_with_fault()
     writes = [number for number, name in enumerate(calls, 1) if not name.startswith(("get_", "search_"))]
     assert len(writes) > 8
     for fault in writes:
-        home, made = cut_off(fault, after=True)
-        assert made == calls[:fault]
-        assert_levelled_by_the_next_command(home)
+        home, completed = sync_with_fault(fault, after=True)
+        assert completed == calls[:fault]
+        assert_next_command_syncs(home)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("after", [False, True])
-def test_mlflow_cut_off_at_any_call_is_brought_level(cut_off, after):
-    _, calls = cut_off()
+def test_sync_interrupted_at_any_call_is_completed(sync_with_fault, after):
+    _, calls = sync_with_fault()
     for fault in range(1, len(calls) + 1):
-        home, _ = cut_off(fault, after)
-        assert_levelled_by_the_next_command(home)
+        home, _ = sync_with_fault(fault, after)
+        assert_next_command_syncs(home)
 
 
-def test_changed_mlflow_is_mended_on_demand(good):
+def test_full_sync_repairs_a_changed_mlflow(good):
     client = MlflowWriter(good.home, good.store)
     client.set_alias("zorb", "staging", 1)
     run = good.show("zorb", 2).mlflow_run_id
     copy = next(good.home.mlflow_artifacts.rglob(f"{run}/artifacts/adapter/adapter.safetensors"))
     copy.write_bytes(b"evil")
     assert len(fsck(good.home)) == 3
-    good.sync(again=True)
+    good.sync(full=True)
     assert fsck(good.home, grace=0) == []
 
 
-def test_foreign_version_in_mlflow_is_told_and_nothing_is_lost(good, register):
+def test_foreign_version_in_mlflow_is_an_error_and_nothing_is_lost(good, register):
     client = MlflowWriter(good.home, good.store)._client
     client.create_model_version("zorb", source="file:///elsewhere")
-    with pytest.raises(MlflowError, match="move that away"):
+    with pytest.raises(MlflowError, match="which another program changed"):
         register(good, b"new")
     assert [version.version for version in good.list()] == [1, 2, 3]
     good.home.mlflow_db.unlink()
@@ -318,7 +318,7 @@ def test_foreign_version_in_mlflow_is_told_and_nothing_is_lost(good, register):
     assert fsck(good.home, grace=0) == []
 
 
-def test_busy_mirror_does_not_hold_up_readers(versions, register, monkeypatch):
+def test_running_sync_does_not_block_readers(versions, register, monkeypatch):
     register(versions, b"weights")
     monkeypatch.undo()
     with versions.home.lock("mlflow"):
@@ -360,7 +360,7 @@ sys.exit(sum(os.waitpid(child, 0)[1] for child in children) > 0)
 
 
 def test_processes_registering_at_once_on_a_fresh_home_lose_nothing(empty_home, spawn):
-    """One process imports MLflow and forks the others, which all start at its word."""
+    """One process imports MLflow and forks the others, which start at the same time."""
     child = spawn(AT_ONCE, empty_home.path)
     out, errors = child.communicate(timeout=240)
     assert child.returncode == 0, errors
@@ -372,12 +372,12 @@ def test_processes_registering_at_once_on_a_fresh_home_lose_nothing(empty_home, 
     assert fsck(empty_home, grace=0) == []
 
 
-def test_mlflow_database_is_never_half_made(empty_home, monkeypatch):
+def test_mlflow_database_is_created_atomically(empty_home, monkeypatch):
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     def die(_self, url, _artifacts):
         Path(url.removeprefix("sqlite:///")).write_bytes(b"half a database")
-        raise OSError("the process died")
+        raise OSError("interrupted")
 
     with monkeypatch.context() as patch:
         patch.setattr(SqlAlchemyStore, "__init__", die)

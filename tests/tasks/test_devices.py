@@ -1,4 +1,4 @@
-"""Slots of a device, between real processes of one home; the processes report what happens, and no clock is asked."""
+"""Tests the slots of devices between real processes of one home, without timed assertions."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def stopping() -> Iterator[Callable[[], None]]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Returns when the condition holds; pytest's time limit ends a test in which it never does."""
+    """Waits until the condition holds; pytest's timeout ends the test otherwise."""
     while not condition():
         time.sleep(0.01)
 
 
 def hold(home: Home, device: str, limit: int, keep: Callable[[int], None]) -> Trial:
-    """Starts a process that takes a slot, makes a file `held`, and then does what `keep` says with the descriptor."""
+    """Starts a process that takes a slot, creates a file `held`, and calls `keep` with the descriptor."""
 
     def work(tell: Callable[[str], None]) -> None:
         with device_slot(home, device, limit) as descriptor:
@@ -66,7 +66,7 @@ def test_two_processes_of_one_home_never_hold_the_only_slot_at_the_same_time(ope
     def take_turns(tell: Callable[[str], None]) -> None:
         for _ in range(TURNS):
             with device_slot(opened, "cpu", 1):
-                # Made by one at a time; a second holder would find it.
+                # Fails with a second holder inside.
                 os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                 marker.unlink()
             tell("turn")
@@ -82,7 +82,7 @@ def test_with_two_slots_two_processes_hold_one_each_and_a_third_waits(opened):
         def combine(tell: Callable[[str], None], name: str = name) -> None:
             with device_slot(opened, "cpu", 2):
                 (opened.path / name).touch()
-                # Returns only if both are inside at once.
+                # Returns only if both hold slots at once.
                 wait_for(lambda: all((opened.path / other).exists() for other in ("first", "second", "third waited")))
             tell(name)
 
@@ -94,7 +94,7 @@ def test_with_two_slots_two_processes_hold_one_each_and_a_third_waits(opened):
     assert [trial.finish() for trial in trials] == [(0, ["first"]), (0, ["second"])]
 
 
-def test_a_higher_limit_counts_the_holders_of_a_lower_one_and_the_other_way_round(opened):
+def test_holders_with_other_limits_count(opened):
     waits = []
     with device_slot(opened, "cpu", 1), device_slot(opened, "cpu", 2), device_slot(opened, "cpu", 3):
         assert count_holders(opened, "cpu") == 3
@@ -112,7 +112,7 @@ def test_a_higher_limit_counts_the_holders_of_a_lower_one_and_the_other_way_roun
     assert count_holders(opened, "cpu") == 0
 
 
-def test_another_device_and_another_home_have_slots_of_their_own(opened, tmp_path):
+def test_devices_and_homes_have_separate_slots(opened, tmp_path):
     other = Home.open(tmp_path / "other")
     with device_slot(opened, "cuda-0", 1), device_slot(opened, "cuda-1", 1), device_slot(other, "cuda-0", 1):
         assert [count_holders(opened, device) for device in ("cuda-0", "cuda-1", "cpu")] == [1, 1, 0]
@@ -128,7 +128,7 @@ def test_a_killed_holder_frees_its_slot(opened):
         assert count_holders(opened, "cpu") == 1
 
 
-def test_a_slot_stays_taken_until_the_process_that_inherited_it_ends(opened):
+def test_a_slot_is_held_until_the_process_that_inherited_it_ends(opened):
     number = opened.path / "number"
 
     def start_and_sleep(descriptor: int) -> None:
@@ -194,11 +194,11 @@ def test_a_step_of_several_devices_gives_back_the_first_when_it_stops_waiting_fo
 def test_the_default_number_of_trainings_follows_from_cores_and_memory(
     device, cores, threads, processes, memory, base, expected
 ):
-    given = fitting_trainings(device, cores=cores, memory=memory, threads=threads, processes=processes, base=base)
-    assert given == expected
+    count = fitting_trainings(device, cores=cores, memory=memory, threads=threads, processes=processes, base=base)
+    assert count == expected
 
 
-def test_a_gpu_is_named_as_the_environment_numbers_it(monkeypatch):
+def test_gpus_are_numbered_by_the_environment(monkeypatch):
     running = Running(device="cuda", processes=2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert used_devices(running) == ("cuda-0", "cuda-1")

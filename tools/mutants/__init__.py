@@ -1,1 +1,1 @@
-"""Mutation check: a fixed sample of small changes to ten central modules, each of which a test should notice."""
+"""Checks that tests notice small changes to ten central modules (mutation testing with a fixed sample)."""

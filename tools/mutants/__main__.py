@@ -1,6 +1,6 @@
-"""`python -m tools.mutants`: what share of small changes to ten central modules the tests notice.
+"""Measures the share of small changes to ten central modules that tests notice: `python -m tools.mutants`.
 
-A mutant that survives is either equivalent or shows an assertion that is missing. To compare two versions of the
+A mutant that survives is equivalent, or an assertion is missing. To compare two versions of the
 suite, run both against the same product code.
 """
 
@@ -34,11 +34,11 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "spec": ("flows/spec.py", ("tests/flows",)),
     "execution": ("tasks/execution.py", ("tests/flows", "tests/faults")),
 }
-"""A file or package, and the folders with its tests; which of these tests run against a mutant is measured."""
+"""Module -> its file or package, and the folders with its tests. `reach` selects the tests for a mutant."""
 
 
 class Check:
-    """A pytest plugin that runs mutants against the collected tests, in place of the tests alone."""
+    """A pytest plugin that runs mutants against the collected tests, instead of only the tests."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.results: list[dict[str, Any]] = []
@@ -55,19 +55,23 @@ class Check:
         hypothesis.settings.load_profile("mutants")
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Draws and runs the mutants of each module, after measuring what its tests reach."""
+        """Samples and runs the mutants of each module, after measuring the lines that its tests reach."""
         import_heavy(LAZY)
         for name in self._options.modules or MODULES:
-            place, folders = MODULES[name]
+            path, folders = MODULES[name]
             measured = [self._measure(session, folder) for folder in folders]
-            import_heavy(chain.from_iterable(each["imported"] for each in measured))
-            items = [item for item in session.items if item.nodeid.startswith(tuple(f"{each}/" for each in folders))]
-            selection, drawn = Selection(items, measured), sample(Path.cwd(), _files(place), self._options.count)
+            import_heavy(chain.from_iterable(folder["imported"] for folder in measured))
+            items = [
+                item for item in session.items if item.nodeid.startswith(tuple(f"{folder}/" for folder in folders))
+            ]
+            selection, drawn = Selection(items, measured), sample(Path.cwd(), _files(path), self._options.count)
             chosen = {mutant: selection.choose(mutant.file, *mutant.lines) for mutant, _ in drawn}
             union = list(dict.fromkeys(chain.from_iterable(tests for tests, _ in chosen.values())))
             # A test that fails in this order without any change would kill every mutant.
             unfit = in_fork(partial(run_tests, union, stop=False))
-            _say(f"{name}: {len(drawn)} mutants, {len(union)} tests; not used, since they fail in this order: {unfit}")
+            _print(
+                f"{name}: {len(drawn)} mutants, {len(union)} tests; excluded because they fail in this order: {unfit}"
+            )
             for mutant, codes in drawn:
                 tests, seconds = chosen[mutant]
                 self._try(name, mutant, codes, [test for test in tests if test.nodeid not in unfit], seconds)
@@ -75,7 +79,7 @@ class Check:
 
     def _measure(self, session: pytest.Session, folder: str) -> dict[str, Any]:
         def run() -> dict[str, Any]:
-            measure = Measure([file for place, _ in MODULES.values() for file in _files(place)])
+            measure = Measure([file for path, _ in MODULES.values() for file in _files(path)])
             session.config.pluginmanager.register(measure)
             run_tests(items, stop=False)
             lines = measure.finish()
@@ -87,9 +91,9 @@ class Check:
             }
 
         if folder not in self._measured:
-            here = [item for item in session.items if item.nodeid.startswith(f"{folder}/")]
-            items = [item for item in here if item.nodeid not in self._long]
-            _say(f"{folder}: measuring {len(items)} of {len(here)} tests")
+            collected = [item for item in session.items if item.nodeid.startswith(f"{folder}/")]
+            items = [item for item in collected if item.nodeid not in self._long]
+            _print(f"{folder}: measuring {len(items)} of {len(collected)} tests")
             self._measured[folder] = in_fork(run)
             if self._options.reach:
                 self._options.reach.write_text(json.dumps(self._measured))
@@ -109,32 +113,32 @@ class Check:
         }
         facts = {"line": mutant.lines[0], "tests": len(tests), "outcome": outcome, "by": failed[0] if failed else None}
         self.results.append({"module": module, **change, **facts})
-        _say(json.dumps(self.results[-1]))
+        _print(json.dumps(self.results[-1]))
 
 
 def report(results: list[dict[str, Any]]) -> str:
     """Returns the scores and the survivors as Markdown."""
     lines = ["| module | mutants | killed | survived | timeouts | score |", "|---|---:|---:|---:|---:|---:|"]
-    for name in [*dict.fromkeys(each["module"] for each in results), "all"]:
-        group = [each["outcome"] for each in results if name in {each["module"], "all"}]
+    for name in [*dict.fromkeys(result["module"] for result in results), "all"]:
+        group = [result["outcome"] for result in results if name in {result["module"], "all"}]
         counts = [group.count(outcome) for outcome in ("killed", "survived", "timeout")]
         score = 1 - counts[1] / max(len(group), 1)
         lines.append(f"| {' | '.join(map(str, (name, len(group), *counts)))} | {score:.1%} |")
     lines += ["", "Survivors:", ""]
-    for each in (each for each in results if each["outcome"] == "survived"):
-        place = f"{each['file']}:{each['line']} `{each['function']}` ({each['tests']} tests)"
-        lines.append(f"- {place}: `{each['before']}` -> `{each['after']}`")
+    for result in (result for result in results if result["outcome"] == "survived"):
+        location = f"{result['file']}:{result['line']} `{result['function']}` ({result['tests']} tests)"
+        lines.append(f"- {location}: `{result['before']}` -> `{result['after']}`")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Reads the arguments, runs the check and prints the report."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
-    parser.add_argument("modules", nargs="*", help=f"some of {', '.join(MODULES)}; all by default")
-    parser.add_argument("--count", type=int, default=30, help="number of mutants per module; 30 by default")
-    parser.add_argument("--json", type=Path, help="file to write the outcomes to")
-    parser.add_argument("--reach", type=Path, help="file that keeps the measurement of the tests for a later run")
-    parser.add_argument("--durations", type=Path, default=Path("tests/durations.json"), help="file with slow tests")
+    parser.add_argument("modules", nargs="*", help=f"Modules to check: {', '.join(MODULES)}. Default: all.")
+    parser.add_argument("--count", type=int, default=30, help="Number of mutants per module. Default: 30.")
+    parser.add_argument("--json", type=Path, help="Output file for the outcomes.")
+    parser.add_argument("--reach", type=Path, help="File that caches the measurement of the tests.")
+    parser.add_argument("--durations", type=Path, default=Path("tests/durations.json"), help="File with slow tests.")
     options = parser.parse_args()
     check = Check(options)
     folders = dict.fromkeys(chain.from_iterable(MODULES[name][1] for name in options.modules or MODULES))
@@ -146,12 +150,12 @@ def main() -> None:
     sys.stdout.write(report(check.results))
 
 
-def _files(place: str) -> list[str]:
-    path = Path(place)
-    return [str(each) for each in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+def _files(module: str) -> list[str]:
+    path = Path(module)
+    return [str(file) for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

@@ -1,6 +1,6 @@
-"""Runs tests in forks of one process that has collected the tests and imported everything, but run nothing.
+"""Runs tests in forks of a process that collected the tests and imported their libraries.
 
-Python processes that a test starts itself see no mutant.
+Python processes that a test starts run without the mutant.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ LAZY = (
     "prefect.flows",
     "transformers.models.clip.modeling_clip",
 )
-"""Modules that take seconds to import, which no single test shall be charged with."""
+"""Modules that take seconds to import. They are imported before any test is measured."""
 
 
 def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
-    """Returns the result of work in a fork; None if it died or took too long.
+    """Returns the result of a function that runs in a fork; None if the fork was killed or took too long.
 
     Args:
         work: A function without arguments; its result is pickled.
-        seconds: Limit in processor seconds; six times that is the limit in wall time. None means no limit.
+        seconds: Limit in CPU seconds; the limit in wall time is six times as long. None means no limit.
 
     Raises:
-        Exception: What work raised. Of other exceptions, such as KeyboardInterrupt, `["<name>"]` is the result.
+        Exception: The exception of the function. Any other `BaseException`, such as KeyboardInterrupt, gives the result
+            `["<name>"]` instead.
     """
     reading, writing = Pipe(duplex=False)
     child = os.fork()
@@ -60,7 +61,7 @@ def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
             writing.send(error)
             os.write(errors, traceback.format_exc().encode())
         except BaseException as error:
-            # Ctrl-C, or whatever else pytest does not take for a failure of the test.
+            # Ctrl-C, and other exceptions that pytest does not count as a failure of the test.
             writing.send([f"<{type(error).__name__}>"])
         os._exit(0)
     writing.close()
@@ -83,7 +84,7 @@ def in_fork(work: Callable[[], Any], seconds: float | None = None) -> Any:
 
 
 def run_tests(items: Sequence[pytest.Item], *, stop: bool = True) -> list[str]:
-    """Runs tests and returns the ids of those that failed; with `stop`, of the first only."""
+    """Runs tests and returns the ids of the failed ones; with `stop`, ends at the first failure."""
     recorder = _Recorder()
     for item, following in zip(items, [*items[1:], None], strict=False):
         if item is items[0]:
@@ -100,7 +101,7 @@ class _Recorder:
         self.failed: dict[str, None] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Notes a failure, in any phase of the test."""
+        """Records a failure, in any phase of the test."""
         if report.failed:
             self.failed[report.nodeid] = None
 
@@ -109,7 +110,7 @@ def import_heavy(names: Iterable[str]) -> None:
     """Imports modules of large libraries once, before the forks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in [each for each in names if each.split(".")[0] in HEAVY and each not in sys.modules]:
+        for name in [name for name in names if name.split(".")[0] in HEAVY and name not in sys.modules]:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
 
@@ -118,17 +119,17 @@ def find_functions(file: str) -> list[FunctionType]:
     """Imports a file and returns its live functions."""
     importlib.import_module(".".join(Path(file).with_suffix("").parts).removesuffix(".__init__"))
     path = str(Path(file).resolve())
-    functions = [each for each in gc.get_objects() if type(each) is FunctionType]
-    return [each for each in functions if each.__code__.co_filename == path]
+    functions = [value for value in gc.get_objects() if type(value) is FunctionType]
+    return [function for function in functions if function.__code__.co_filename == path]
 
 
 def replace_code(functions: Iterable[FunctionType], codes: Codes) -> None:
-    """Gives functions the code of their name and first line.
+    """Replaces the code of functions, matched by qualified name and first line.
 
     Raises:
-        LookupError: None of the functions has code among these.
+        LookupError: No function matches.
     """
-    targets = [(each, codes.get((each.__code__.co_qualname, each.__code__.co_firstlineno))) for each in functions]
+    targets = [(f, codes.get((f.__code__.co_qualname, f.__code__.co_firstlineno))) for f in functions]
     if not any(code for _, code in targets):
         raise LookupError(f"no live function among {sorted(codes)}")
     for function, code in targets:

@@ -1,7 +1,7 @@
-"""Draws mutants with the operators of mutmut; the same code gives the same mutants.
+"""Samples mutants with the operators of mutmut; the same code gives the same mutants.
 
 Only function bodies change, so a mutant is one code object that replaces the code of a live function. `mutmut run`
-skips decorated functions, and so every property and validator; its operators alone do not have that limit.
+skips decorated functions, including every property and validator. Using its operators directly avoids that limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_string
 
 Codes = dict[tuple[str, int], CodeType]
-"""Code by qualified name and first line."""
+"""(qualified name, first line) -> code."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Mutant:
         function: Qualified name of the function or method; nested functions belong to it.
         operator: Name of the mutation operator.
         before: Code of the changed node, on one line.
-        after: Code in its place.
-        occurrence: Counts equal changes in the function, from 1.
+        after: Code of its replacement.
+        occurrence: Number of this change among equal changes in the function, from 1.
         lines: First and last line that a test has to reach.
         module: The parsed file.
-        nodes: The changed node and the node in its place.
+        nodes: The changed node and its replacement.
     """
 
     file: str
@@ -49,7 +49,7 @@ class Mutant:
     nodes: tuple[cst.CSTNode, cst.CSTNode]
 
     def rank(self) -> str:
-        """Returns the place in the sampling order: a digest of the identity, so other changes do not move it."""
+        """Returns the sort key in the sample: a digest of the identity, so other changes do not affect it."""
         identity = (self.file, self.function, self.operator, self.before, self.after, self.occurrence)
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
@@ -63,13 +63,13 @@ class Mutant:
         return {
             key: code
             for key, code in changed.items()
-            # A live function takes only code with the same free variables.
+            # Code can replace that of a live function only if it has the same free variables.
             if key[0] == self.function and code != plain[key] and code.co_freevars == plain[key].co_freevars
         }
 
 
 def sample(root: Path, files: Iterable[str], count: int) -> list[tuple[Mutant, Codes]]:
-    """Returns up to `count` mutants with their code, from each operator in turn, so that none dominates."""
+    """Returns up to `count` mutants with their code, from each operator in turn; no operator dominates."""
     groups: dict[str, list[Mutant]] = defaultdict(list)
     for mutant in sorted(chain.from_iterable(_mutants(root, file) for file in files), key=Mutant.rank):
         groups[mutant.operator].append(mutant)
@@ -85,8 +85,8 @@ def _mutants(root: Path, file: str) -> Iterator[Mutant]:
     positions, module, seen = wrapper.resolve(PositionProvider), wrapper.module, defaultdict[tuple[str, ...], int](int)
     for function, statement, node in _walk(module, "", None):
         for operator, new in _changes(node):
-            shown = (each.test if isinstance(each, cst.If) else each for each in (node, new))
-            before, after = (" ".join(module.code_for_node(each).split()) for each in shown)
+            shown = (n.test if isinstance(n, cst.If) else n for n in (node, new))
+            before, after = (" ".join(module.code_for_node(n).split()) for n in shown)
             seen[function, operator, before, after] += 1
             first = positions[statement].start.line
             lines = first, first if isinstance(node, cst.If) else positions[node].end.line
@@ -97,7 +97,7 @@ def _mutants(root: Path, file: str) -> Iterator[Mutant]:
 def _walk(
     node: cst.CSTNode, function: str, statement: cst.CSTNode | None
 ) -> Iterator[tuple[str, cst.CSTNode, cst.CSTNode]]:
-    """Yields (function, statement, node) of all that runs when a function is called, not when it is defined."""
+    """Yields (function, statement, node) of code that runs when a function is called, not when it is defined."""
     if isinstance(node, cst.FunctionDef | cst.ClassDef) and statement is None:
         name = f"{function}.{node.name.value}".removeprefix(".")
         yield from _walk(node.body, name, node if isinstance(node, cst.FunctionDef) else None)
@@ -117,7 +117,7 @@ def _changes(node: cst.CSTNode) -> Iterator[tuple[str, cst.CSTNode]]:
     for kind, operator in mutation_operators:
         if isinstance(node, kind):
             changed = list(operator(node))
-            # Strings: only the marked one, not those in other cases. Arguments: only their removal, not None.
+            # Strings: only the marked variant, not other letter cases. Arguments: only removal, not None instead.
             if operator is operator_string:
                 changed = changed[:1]
             if operator is operator_arg_removal:
@@ -132,8 +132,8 @@ def _changes(node: cst.CSTNode) -> Iterator[tuple[str, cst.CSTNode]]:
 
 def _functions(source: str | CodeType, path: Path) -> Codes:
     code = compile(source, str(path), "exec", dont_inherit=True) if isinstance(source, str) else source
-    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
-    below = [_functions(each, path) for each in inner]
-    return {(each.co_qualname, each.co_firstlineno): each for each in inner} | dict(
-        chain.from_iterable(each.items() for each in below)
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    nested = [_functions(function, path) for function in inner]
+    return {(function.co_qualname, function.co_firstlineno): function for function in inner} | dict(
+        chain.from_iterable(codes.items() for codes in nested)
     )

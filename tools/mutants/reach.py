@@ -1,4 +1,4 @@
-"""Measures what each test costs and which lines of the central modules it reaches."""
+"""Measures the CPU time of each test and the lines of the central modules that it reaches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import coverage
 import pytest
 
 LONGEST = 3.0
-"""Processor seconds, without shared fixtures, after which a test is skipped."""
+"""CPU seconds, without shared fixtures, after which a test is skipped."""
 BUDGET = 12.0
-"""Processor seconds of tests and their shared fixtures for one mutant."""
+"""CPU seconds of tests and their shared fixtures for one mutant."""
 
 
 class Measure:
-    """A pytest plugin that charges time and lines to tests, and to the fixtures that several tests share.
+    """A pytest plugin that assigns time and lines to tests, and to the fixtures that several tests share.
 
     Attributes:
-        seconds: Processor seconds by test or fixture, ended child processes included.
+        seconds: CPU seconds by test or fixture, including finished child processes.
         passed: Ids of the tests that pass.
     """
 
@@ -44,13 +44,13 @@ class Measure:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Charges to the test what follows."""
+        """Assigns the following time and lines to the test."""
         self._enter(item.nodeid)
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        """Charges the setup of a shared fixture to the fixture."""
+        """Assigns the setup of a shared fixture to the fixture."""
         if fixturedef.scope == "function":
             return (yield)
         before = self._enter(_key(fixturedef))
@@ -61,7 +61,7 @@ class Measure:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[None]:
-        """Skips the rest of a test that takes too long, in processor time or, if it waits, in wall time."""
+        """Skips the rest of a test that takes too long, in CPU time or, if it waits, in wall time."""
         for timer, number, seconds in (
             (signal.ITIMER_PROF, signal.SIGPROF, LONGEST),
             (signal.ITIMER_REAL, signal.SIGALRM, 20 * LONGEST),
@@ -75,7 +75,7 @@ class Measure:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Notes the tests that pass."""
+        """Records the tests that pass."""
         if report.when == "call" and report.passed:
             self.passed.append(report.nodeid)
 
@@ -85,36 +85,36 @@ class Measure:
         self._coverage.stop()
         data, lines = self._coverage.get_data(), defaultdict[str, list[str]](list)
         for path in data.measured_files():
-            place = Path(path).relative_to(Path.cwd())
+            file = Path(path).relative_to(Path.cwd())
             for line, contexts in data.contexts_by_lineno(path).items():
                 for context in contexts:
-                    lines[context].append(f"{place}:{line}")
+                    lines[context].append(f"{file}:{line}")
         return dict(lines)
 
 
 class Selection:
-    """Chooses tests for lines. `measured` holds `seconds`, `passed` and `lines` of some folders, one dict each."""
+    """Selects tests for lines. `measured` has one dict per folder, with `seconds`, `passed` and `lines`."""
 
     def __init__(self, items: Sequence[pytest.Item], measured: Sequence[dict[str, Any]]) -> None:
-        passed = {nodeid for each in measured for nodeid in each["passed"]}
+        passed = {nodeid for folder in measured for nodeid in folder["passed"]}
         self._items = [item for item in items if item.nodeid in passed]
-        self._seconds = {key: value for each in measured for key, value in each["seconds"].items()}
-        lines = {key: value for each in measured for key, value in each["lines"].items()}
+        self._seconds = {key: value for folder in measured for key, value in folder["seconds"].items()}
+        lines = {key: value for folder in measured for key, value in folder["lines"].items()}
         self._parts = {item.nodeid: (item.nodeid, *_shared(item)) for item in self._items}
         self._lines = {
             nodeid: {line for key in parts for line in lines.get(key, ())} for nodeid, parts in self._parts.items()
         }
 
     def choose(self, file: str, first: int, last: int) -> tuple[list[pytest.Item], float]:
-        """Returns the cheapest tests that reach any of the lines, in the order to run, and their processor seconds."""
-        wanted = {f"{file}:{line}" for line in range(first, last + 1)}
+        """Returns the cheapest tests that reach any of the lines, in run order, and their CPU seconds."""
+        lines = {f"{file}:{line}" for line in range(first, last + 1)}
         chosen: list[pytest.Item] = []
         paid: set[str] = set()
-        for item in sorted((item for item in self._items if wanted & self._lines[item.nodeid]), key=self._cost):
+        for item in sorted((item for item in self._items if lines & self._lines[item.nodeid]), key=self._cost):
             parts = paid.union(self._parts[item.nodeid])
             if self._sum([item.nodeid]) <= LONGEST and self._sum(parts) <= BUDGET:
                 chosen, paid = [*chosen, item], parts
-        # By file, since its tests share fixtures; first the file with the cheapest test.
+        # Grouped by file, because its tests share fixtures; the file with the cheapest test comes first.
         files = list(dict.fromkeys(item.path for item in chosen))
         return sorted(chosen, key=lambda item: files.index(item.path)), self._sum(paid)
 
@@ -134,5 +134,5 @@ def _key(fixture: Any) -> str:
 
 
 def _shared(item: Any) -> list[str]:
-    fixtures = [each[-1] for each in item._fixtureinfo.name2fixturedefs.values()]
-    return [_key(each) for each in fixtures if each.scope != "function"]
+    fixtures = [definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values()]
+    return [_key(fixture) for fixture in fixtures if fixture.scope != "function"]

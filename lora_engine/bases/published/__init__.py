@@ -1,6 +1,6 @@
-"""The published architectures: what `sd15`, `sd2` or `sdxl` is made of, for work that needs names and no weights.
+"""Describes the published architectures (`sd15`, `sd2`, `sdxl`, ...) for code that needs names but no weights.
 
-One file an architecture, literal settings only; the networks are built on torch's meta device. Weights never live here.
+One file per architecture with literal settings; networks are built on torch's meta device.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ for _entry in (SD15, SD2, SD2_BASE, SDXL, SD3, SD35_MEDIUM, SD35_LARGE, FLUX, FL
 
 
 def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name to shape of the weight, for every adaptable layer of a published architecture.
+    """Returns the weight shape by canonical name for every adaptable layer of a published architecture.
 
     Args:
         name: A name among `published`.
 
     Raises:
-        SettingsError: An unknown name; lists the known ones.
+        SettingsError: The name is unknown; lists the known ones.
     """
     return dict(_module_shapes(name))
 
@@ -49,15 +49,15 @@ def _module_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def empty_module(component: ComponentConfig) -> nn.Module:
-    """The network of a component on the meta device: names, shapes and no memory.
+    """Builds the network of a component on the meta device: names and shapes without memory.
 
     Args:
-        component: One with weights (not a tokenizer, not a scheduler).
+        component: A component with weights (not a tokenizer, not a scheduler).
     """
     import torch
 
     cls: Any = getattr(importlib.import_module(component.library), component.class_name)
-    # Random numbers are drawn even for weights that are nowhere; the global generator is given back as it was.
+    # Initialization draws random numbers even on the meta device; restore the global generator.
     with BUILDING, torch.random.fork_rng(devices=[]), torch.device("meta"):
         module: nn.Module = _build(cls, component)
     return module.requires_grad_(False)
@@ -70,7 +70,7 @@ def _build(cls: Any, component: ComponentConfig) -> Any:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    # What a saved file says about itself is no argument of the class.
+    # Metadata keys (`_class_name`, ...) are not arguments of the class.
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 

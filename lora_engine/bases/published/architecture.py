@@ -1,4 +1,4 @@
-"""What one published architecture is: the classes of its parts and their settings. No weights, no torch, no tables."""
+"""Defines the description of a published architecture: classes and settings. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ComponentConfig:
-    """One part of a pipeline, as its `config.json` would describe it.
+    """One component of a pipeline, as in its `config.json`.
 
     Attributes:
-        library: `diffusers` or `transformers`: where the class lives.
+        library: Package of the class: `diffusers` or `transformers`.
         class_name: Name of the class.
-        config: Its settings; what is left out is the class's own default.
+        config: Its settings; missing ones take the defaults of the class.
     """
 
     library: str
@@ -27,13 +27,13 @@ class Architecture:
     """A published base model without its weights.
 
     Attributes:
-        name: As `--base` says it: `sd15`, `sdxl`.
-        family: The family among `bases.families` that computes it.
-        pipeline: The pipeline class that `model_index.json` names.
-        components: By sub-folder of a diffusers folder: networks, text encoders, tokenizers, scheduler.
-        adaptable: The components that carry adapters, in the order of their names in an adapter.
-        settings: What else `model_index.json` says of the pipeline.
-        tokenizers: Hub ids of the repositories that hold the vocabulary of each tokenizer.
+        name: Name for `--base`, such as `sd15` or `sdxl`.
+        family: Its family among `bases.families`.
+        pipeline: The pipeline class in `model_index.json`.
+        components: Networks, text encoders, tokenizers and scheduler by subfolder of a diffusers folder.
+        adaptable: The components that can have adapters, in the order of an adapter's names.
+        settings: Further entries of `model_index.json`.
+        tokenizers: Hub id of the repository of each tokenizer's vocabulary.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""FLUX.1 (Black Forest Labs): 12 billion parameters, CLIP ViT-L/14 and T5 v1.1 XXL; dev is guided by distillation."""
+"""Describes FLUX.1 (Black Forest Labs): 12 billion parameters, CLIP ViT-L/14, T5 v1.1 XXL; dev is distilled."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Stable Diffusion 1.x (CompVis, Runway): 512 pixels, CLIP ViT-L/14, predicts the noise."""
+"""Describes Stable Diffusion 1.x (CompVis, Runway): 512 pixels, CLIP ViT-L/14, predicts the noise."""
 
 from __future__ import annotations
 
 from lora_engine.bases.published.architecture import Architecture, ComponentConfig
 
-# The text encoder of OpenAI's CLIP ViT-L/14. Tokens 0, 1 and 2 are what the published files say; transformers takes an
-# end token of 2 for "the highest token of the row", which is what CLIP's own code does.
+# The text encoder of OpenAI's CLIP ViT-L/14. Tokens 0, 1 and 2 are those of the published files; for transformers, an
+# end token of 2 means "the highest token of the row", as in CLIP's own code.
 CLIP_L = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -20,7 +20,7 @@ CLIP_L = {
     "pad_token_id": 1,
     "eos_token_id": 2,
 }
-# The autoencoder that all of SD 1.x and 2.x share; SDXL's has the same layers and other weights.
+# The autoencoder of SD 1.x and 2.x; SDXL's has the same layers and other weights.
 AUTOENCODER = {
     "in_channels": 3,
     "out_channels": 3,

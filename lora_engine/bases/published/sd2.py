@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x (Stability AI): OpenCLIP ViT-H/14.
+"""Describes Stable Diffusion 2.x (Stability AI): OpenCLIP ViT-H/14.
 
 `sd2` has 768 pixels and predicts the velocity (2.0-v, 2.1); `sd2-base` has 512 and predicts the noise.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from lora_engine.bases.published.architecture import Architecture, ComponentConfig
 from lora_engine.bases.published.sd15 import AUTOENCODER, SCHEDULE, TOKENIZER, UNET
 
-# OpenCLIP's ViT-H/14 has 24 layers of text; the model was trained on what comes out of the last but one.
+# OpenCLIP's ViT-H/14 has 24 text layers; the model was trained on the output of the second to last.
 CLIP_H = {
     "vocab_size": 49408,
     "hidden_size": 1024,

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 medium and 3.5 (Stability AI): CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5 v1.1 XXL."""
+"""Describes Stable Diffusion 3 medium and 3.5 (Stability AI): CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5 v1.1 XXL."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T5_TOKENIZER = {
     "model_max_length": 512,
 }
 T5_REPOSITORY = "google/t5-v1_1-xxl"
-# Of SD 3 and FLUX.1, whose own differ in scale and shift alone.
+# The autoencoder of SD 3 and FLUX.1; theirs differ only in scale and shift.
 AUTOENCODER = {
     "in_channels": 3,
     "out_channels": 3,
@@ -61,8 +61,8 @@ _TRANSFORMER = {
     "joint_attention_dim": 4096,
     "pooled_projection_dim": 2048,
 }
-# 3 medium has 24 blocks of 24 heads; 3.5 medium the same with a second attention in the first 13, and 3.5 large 38
-# blocks of 38 heads. Both of 3.5 norm the queries and the keys.
+# 3 medium has 24 blocks of 24 heads; 3.5 medium adds a second attention to the first 13; 3.5 large has 38 blocks of 38
+# heads. Both versions of 3.5 normalize queries and keys.
 _MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 _MEDIUM_35 = {
     **_MEDIUM,

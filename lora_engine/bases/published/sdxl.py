@@ -1,4 +1,4 @@
-"""Stable Diffusion XL base 1.0 (Stability AI): 1024 pixels, CLIP ViT-L/14 and OpenCLIP ViT-bigG/14."""
+"""Describes Stable Diffusion XL base 1.0 (Stability AI): 1024 pixels, CLIP ViT-L/14 and OpenCLIP ViT-bigG/14."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SDXL = Architecture(
             "diffusers",
             "EulerDiscreteScheduler",
             {
-                # These two are settings of other schedulers; the published file carries them for whoever switches.
+                # Settings of other schedulers, which the published file contains too.
                 **SCHEDULE,
                 "skip_prk_steps": True,
                 "prediction_type": "epsilon",

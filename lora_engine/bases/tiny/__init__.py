@@ -1,7 +1,6 @@
-"""The embedded base: a small Stable Diffusion of a drawn world, with its CLIP, its judge and the recipe that made them.
+"""Provides the embedded base: a small Stable Diffusion of a synthetic world, with its CLIP, its judge and its recipe.
 
-Importing this imports no torch. The weights are in `weights/`; `python -m lora_engine.bases.tiny build` makes them
-anew.
+Importing this imports no torch. The weights are in `weights/`; `python -m lora_engine.bases.tiny build` trains them.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ _WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 def folder() -> Path:
-    """The diffusers folder with the weights; in it also `clip/` and `judge.safetensors`.
+    """Returns the diffusers folder with the weights, `clip/` and `judge.safetensors`.
 
     Raises:
-        BaseModelError: The weights are not there.
+        BaseModelError: The weights are missing.
     """
     if not (_WEIGHTS / "model_index.json").is_file():
         raise BaseModelError(
             "the weights of the embedded base are missing",
             where=str(_WEIGHTS),
-            remedy="install the package whole, or build them: `python -m lora_engine.bases.tiny build`",
+            remedy="reinstall the package, or run `python -m lora_engine.bases.tiny build`",
         )
     return _WEIGHTS

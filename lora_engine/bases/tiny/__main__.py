@@ -1,4 +1,4 @@
-"""`python -m lora_engine.bases.tiny`: builds the embedded base, draws its pictures, measures it."""
+"""Runs `python -m lora_engine.bases.tiny`: builds, draws and measures the embedded base."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code is 0 only where all of it was done."""
+    """Runs one command; returns exit code 0 only on complete success."""
     options = _parser().parse_args(arguments)
-    # Progress is plain lines on the standard output, so that it can be followed in a file.
+    # Progress is plain lines on stdout, readable in a log file.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("lora_engine").setLevel(logging.INFO)
-    # transformers draws bars while it loads and tells of what this base does not need; both before it is imported.
+    # Both must precede the import of transformers: no progress bars, no warnings about unused weights.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; what is finished stays, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -40,22 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_engine.bases.tiny", description="The embedded base.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="train all parts, put them together and measure them")
+    build = commands.add_parser("build", help="train, assemble and measure all parts")
     build.add_argument("--out", type=Path, default=_WEIGHTS, help="the folder of the base (default: %(default)s)")
-    build.add_argument("--work", type=Path, default=Path("build/tiny"), help="results of the single trainings")
-    assemble = commands.add_parser("assemble", help="put trained parts together")
+    build.add_argument(
+        "--work", type=Path, default=Path("build/tiny"), help="results of the trainings (default: %(default)s)"
+    )
+    assemble = commands.add_parser("assemble", help="assemble trained parts")
     assemble.add_argument("--work", type=Path, required=True)
     assemble.add_argument("--out", type=Path, default=_WEIGHTS)
-    draw = commands.add_parser("draw", help="write pictures of the drawn world with their captions")
+    draw = commands.add_parser("draw", help="write images of the synthetic world with captions")
     draw.add_argument("--split", choices=get_args(Split), default="train")
     draw.add_argument("--count", type=int, default=12)
     draw.add_argument("--seed", type=int, default=0)
-    draw.add_argument("--word", default=CONCEPT, help=f"what captions call a {CONCEPT} (default: %(default)s)")
+    draw.add_argument("--word", default=CONCEPT, help=f"word for a {CONCEPT} in captions (default: %(default)s)")
     draw.add_argument("--out", type=Path, required=True)
-    measure = commands.add_parser("measure", help="measure a base and write the figures into its card")
+    measure = commands.add_parser("measure", help="measure a base and write the results into its card")
     measure.add_argument("--weights", type=Path, default=_WEIGHTS)
-    measure.add_argument("--captions", type=int, default=512, help="how many held-out captions the base is asked for")
-    stage = commands.add_parser("stage", help="one training of the build, in this process")
+    measure.add_argument("--captions", type=int, default=512, help="number of held-out captions (default: %(default)s)")
+    stage = commands.add_parser("stage", help="run one training of the build in this process")
     stage.add_argument("name")
     stage.add_argument("--work", type=Path, required=True)
     return parser
@@ -76,10 +78,10 @@ def _assemble(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    from lora_engine.bases.tiny.pictures import write_examples
+    from lora_engine.bases.tiny.images import write_examples
 
     paths = write_examples(options.out, options.split, options.count, options.seed, options.word)
-    print(f"{len(paths)} pictures with captions are in {options.out}.")
+    print(f"{len(paths)} images with captions are in {options.out}.")
 
 
 def _measure(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The finished folder of the embedded base, put together from the results of the trainings. Trains nothing."""
+"""Assembles the folder of the embedded base from the results of the trainings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lora_engine.files import atomic_write
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
 
 MAX_BYTES = 16_000_000
-"""What the folder may take, since it is kept in the repository."""
+"""Largest size of the folder, which is part of the repository."""
 
 HEADS = "heads.safetensors"
 
 SCHEDULE: dict[str, Any] = {
-    # The standard's "linear": with Stable Diffusion's own betas the mean colour would never be noised away, since the
-    # latents of these pictures are so redundant; and so the last step must be sampled too ("trailing").
+    # Linear betas: with Stable Diffusion's own, the mean color would survive the last step, because the latents of
+    # these images are highly redundant. For the same reason the last step must be sampled ("trailing").
     "beta_schedule": "linear",
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -37,12 +37,12 @@ _PARTS = ("tokenizer", "vae", "unet", "text_encoder")
 
 
 def assemble(work: Path, out: Path) -> Path:
-    """Makes the folder of the base from the results in `work`; an older one at `out` is replaced as a whole.
+    """Writes the folder of the base from the results in `work`; replaces an older folder at `out`.
 
     Args:
-        work: With `tokenizer/`, `vae/`, `unet/`, `text_encoder/`; and `clip/`, `judge.safetensors`, which are left out
-            with a warning where they are missing.
-        out: The folder to make: a diffusers folder in float16, with `clip/`, `judge.safetensors` and a model card.
+        work: A folder with `tokenizer/`, `vae/`, `unet/` and `text_encoder/`; missing `clip/` or `judge.safetensors`
+            only cause a warning.
+        out: The diffusers folder, in float16, with `clip/`, `judge.safetensors` and a model card.
 
     Raises:
         BaseModelError: A part is missing, or the folder would be too large.
@@ -52,7 +52,7 @@ def assemble(work: Path, out: Path) -> Path:
         raise BaseModelError(
             f"the results of {', '.join(missing)} are missing",
             where=str(work),
-            remedy="let the build run to its end: `python -m lora_engine.bases.tiny build`",
+            remedy="complete the build: `python -m lora_engine.bases.tiny build`",
         )
 
     def fill(folder: Path) -> None:
@@ -60,14 +60,14 @@ def assemble(work: Path, out: Path) -> Path:
         if (work / "clip").is_dir():
             _save_clip(work, folder / "clip")
         else:
-            _log.warning("%s has no clip/ yet: the base is put together without it", work)
+            _log.warning("%s has no clip/ yet; the base is assembled without it", work)
         if (work / JUDGE).is_file():
             save_judge(folder, read_safetensors(work / JUDGE)[0])
         else:
-            _log.warning("%s has no %s yet: the base is put together without it", work, JUDGE)
+            _log.warning("%s has no %s yet; the base is assembled without it", work, JUDGE)
         write_card(folder, None)
         for path in folder.rglob("*"):
-            # safetensors writes files that nobody else may read.
+            # safetensors writes files that other users cannot read.
             path.chmod(0o755 if path.is_dir() else 0o644)
         _check_size(folder)
 
@@ -76,17 +76,17 @@ def assemble(work: Path, out: Path) -> Path:
 
 
 def build_scheduler() -> Any:
-    """The sampler that is saved with the base; other samplers take their noise schedule from it."""
+    """Builds the sampler that is saved with the base; other samplers derive their noise schedule from it."""
     from diffusers import DDIMScheduler
 
-    # The offset counts for "leading" steps alone; diffusers warns of pipelines that have another than 1.
+    # The offset only affects "leading" steps; diffusers warns of values other than 1.
     return DDIMScheduler(
         **SCHEDULE, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files of a folder."""
+    """Returns the total size of the files in a folder in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -116,7 +116,7 @@ def _save_clip(work: Path, folder: Path) -> None:
     CLIPModel.from_pretrained(work / "clip", use_safetensors=True, dtype=torch.float32).half().save_pretrained(folder)
     _copy_tokenizer(work, folder)
     _clean_config(folder / "config.json")
-    # The pictures that it was trained on went from -1 to 1, not through the means of real photographs.
+    # Its training images were in [-1, 1], not normalized with the statistics of photos.
     preparation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
     _write_json(folder / "preprocessor_config.json", preparation)
     heads = work / "clip" / HEADS
@@ -126,16 +126,16 @@ def _save_clip(work: Path, folder: Path) -> None:
 
 
 def _copy_tokenizer(work: Path, folder: Path) -> None:
-    # As it was made: a tokenizer that was read and saved again also tells where it was read from.
+    # Copied, because a tokenizer that is loaded and saved again contains the path that it was loaded from.
     for path in sorted((work / "tokenizer").iterdir()):
         atomic_write(folder / path.name, path.read_bytes())
 
 
 def _clean_config(path: Path) -> None:
-    """Takes out of a configuration where it was read from, and lets transformers load the weights in float32.
+    """Removes paths from a configuration and sets its dtype to float32.
 
-    transformers loads weights in the type that the configuration names, diffusers in float32 unless told otherwise:
-    with `float16` in it, `DiffusionPipeline.from_pretrained` would give a pipeline of two types, which fails.
+    transformers loads weights in the dtype of the configuration, diffusers in float32 by default. With `float16`,
+    `DiffusionPipeline.from_pretrained` would return a pipeline of mixed dtypes, which fails.
     """
     config = json.loads(path.read_bytes())
     for part in (config, config.get("text_config"), config.get("vision_config")):
@@ -153,4 +153,4 @@ def _write_json(path: Path, value: object) -> None:
 def _check_size(folder: Path) -> None:
     size = folder_size(folder)
     if size > MAX_BYTES:
-        raise BaseModelError(f"the base takes {size} bytes", where=str(folder), allowed=f"at most {MAX_BYTES}")
+        raise BaseModelError(f"the base has {size} bytes", where=str(folder), allowed=f"at most {MAX_BYTES}")

@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded base, and the latents of the training scenes, which diffusion is trained on."""
+"""Trains the autoencoder of the embedded base and encodes the training scenes for diffusion."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora_engine.bases.tiny.images import render, to_pixels
 from lora_engine.bases.tiny.peers import average_gradients, join
-from lora_engine.bases.tiny.pictures import render, to_pixels
 from lora_engine.bases.tiny.stage import BuildSettings, anneal, replace_folder
 from lora_engine.bases.tiny.world import SIZE, scenes
 from lora_engine.files import atomic_write
@@ -23,7 +23,7 @@ from lora_engine.formats.safetensors_io import write_safetensors
 
 LATENTS = "latents.safetensors"
 SCENES_SEED = 1
-"""Of the training scenes of autoencoder and diffusion: the latents belong to these, in this order."""
+"""Seed of the training scenes of autoencoder and diffusion; the latents follow their order."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +32,11 @@ _RATE = 2e-3
 _POLISH_RATE = 1e-3
 _POLISH_NOISE = 0.03
 _CHANNELS = 16
-_ENCODED_AT_ONCE = 250
+_ENCODE_BATCH = 250
 
 
 def build_autoencoder() -> Any:
-    """An untrained `AutoencoderKL`: 32 x 32 pixels to 8 x 8 latents of 16 channels, as fewer lose the shapes."""
+    """Builds an untrained `AutoencoderKL`: 32 x 32 pixels to 8 x 8 latents of 16 channels; fewer lose the shapes."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -54,72 +54,72 @@ def build_autoencoder() -> Any:
 
 
 def train(work: Path, settings: BuildSettings) -> None:
-    """One of the two processes of the training; see `peers`.
+    """Runs one of the two processes of the training; see `peers`.
 
-    The first process writes `vae/`, the latents of the training scenes, and then `vae.json` into `work`.
+    Rank 0 writes `vae/`, the latents of the training scenes, and then `vae.json` into `work`.
     """
     with join(work) as rank:
         torch.manual_seed(0)
-        pictures = render(scenes(SCENES_SEED, settings.scenes))
+        images = render(scenes(SCENES_SEED, settings.scenes))
         vae = build_autoencoder()
-        _fit(vae, pictures, settings.vae_steps, rank)
-        latents = _encode(vae.eval(), pictures)
-        _polish(vae.train(), pictures, latents, settings.polish_steps, rank)
+        _fit(vae, images, settings.vae_steps, rank)
+        latents = _encode(vae.eval(), images)
+        _polish(vae.train(), images, latents, settings.polish_steps, rank)
         if rank == 0:
             _finish(vae.eval(), latents, work)
 
 
-def _fit(vae: Any, pictures: Tensor, steps: int, rank: int) -> None:
+def _fit(vae: Any, images: Tensor, steps: int, rank: int) -> None:
     rng = np.random.default_rng([0, rank])
 
     def loss() -> tuple[Tensor, Tensor]:
-        return _loss(vae, to_pixels(pictures[torch.from_numpy(rng.integers(0, len(pictures), _BATCH))]))
+        return _loss(vae, to_pixels(images[torch.from_numpy(rng.integers(0, len(images), _BATCH))]))
 
-    _minimise("vae", list(vae.parameters()), loss, steps, _RATE)
+    _minimize("vae", list(vae.parameters()), loss, steps, _RATE)
 
 
-def _polish(vae: Any, pictures: Tensor, latents: Tensor, steps: int, rank: int) -> None:
-    """Trains the decoder on, with the encoder as it is: pictures become sharper, and latents stay what they are.
+def _polish(vae: Any, images: Tensor, latents: Tensor, steps: int, rank: int) -> None:
+    """Continues the training of the decoder with a frozen encoder: sharper images, unchanged latents.
 
-    Latents are noised a little, since those that diffusion makes are not exact either.
+    Adds a little noise to the latents, because those from diffusion are not exact either.
     """
     rng, generator = np.random.default_rng([1, rank]), torch.Generator().manual_seed(rank)
-    moving = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     scale = vae.config.scaling_factor
 
     def loss() -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(rng.integers(0, len(pictures), _BATCH))
+        rows = torch.from_numpy(rng.integers(0, len(images), _BATCH))
         noisy = latents[rows] + _POLISH_NOISE * torch.randn(latents[rows].shape, generator=generator)
-        pixels = to_pixels(pictures[rows])
+        pixels = to_pixels(images[rows])
         return _difference(vae.decode(noisy / scale).sample, pixels)
 
-    _minimise("decoder", moving, loss, steps, _POLISH_RATE)
+    _minimize("decoder", trained, loss, steps, _POLISH_RATE)
 
 
-def _minimise(
+def _minimize(
     name: str, parameters: list[nn.Parameter], loss_of: Callable[[], tuple[Tensor, Tensor]], steps: int, rate: float
 ) -> None:
-    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     for step in range(steps):
-        anneal(optimiser, rate, step, steps)
+        anneal(optimizer, rate, step, steps)
         loss, error = loss_of()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.autograd.backward(loss)
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1)
-        optimiser.step()
+        optimizer.step()
         if dist.get_rank() == 0 and step % 100 == 0:
             _log.info("%s: step %d of %d, loss %.4f, %.1f dB", name, step, steps, loss.item(), decibel(error))
 
 
 def decibel(error: Tensor) -> float:
-    """PSNR in dB of pictures in [-1, 1], from the error of every pixel."""
+    """Returns the PSNR in dB of images in [-1, 1] from the error of every pixel."""
     return 10 * math.log10(4 / error.square().mean().item())
 
 
 @torch.no_grad()
 def reconstruction_error(vae: Any, pixels: Tensor) -> Tensor:
-    """What encoding (to the mode) and decoding does to every pixel of pictures in [-1, 1]."""
+    """Returns the error of every pixel after encoding (to the mode) and decoding images in [-1, 1]."""
     restored: Tensor = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
     return restored.clamp(-1, 1) - pixels
 
@@ -132,9 +132,9 @@ def _loss(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(restored: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """What is minimised, and the error of every pixel."""
+    """Returns the loss and the error of every pixel."""
     error = restored - pixels
-    # Without the gradients' part edges come out soft, and shapes are all edge.
+    # The gradient term keeps edges sharp; without it they are soft.
     edges = _slope(restored, pixels, -2) + _slope(restored, pixels, -1)
     return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges, error.detach()
 
@@ -144,11 +144,11 @@ def _slope(restored: Tensor, pixels: Tensor, axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def _encode(vae: Any, pictures: Tensor) -> Tensor:
-    """The latents (posterior means) of the pictures, scaled; sets the scale in the autoencoder."""
-    parts = [to_pixels(part) for part in torch.split(pictures, _ENCODED_AT_ONCE)]
+def _encode(vae: Any, images: Tensor) -> Tensor:
+    """Returns the scaled latents (posterior modes) of the images; sets the scale in the autoencoder."""
+    parts = [to_pixels(part) for part in torch.split(images, _ENCODE_BATCH)]
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
-    # Diffusion is built for values of unit variance.
+    # Diffusion expects values of unit variance.
     vae.register_to_config(scaling_factor=1 / latents[:2000].std().item())
     return latents * float(vae.config.scaling_factor)
 
@@ -159,4 +159,4 @@ def _finish(vae: Any, latents: Tensor, work: Path) -> None:
     write_safetensors(work / LATENTS, {"latents": latents.half()}, {})
     result = {"psnr": psnr, "scale": vae.config.scaling_factor}
     atomic_write(work / "vae.json", json.dumps(result).encode())
-    _log.info("vae: %.1f dB on pictures it has not seen", psnr)
+    _log.info("vae: %.1f dB on unseen images", psnr)

@@ -1,6 +1,6 @@
-"""The captions that the embedded base is trained on: all that can be said of a scene, less this or that, and noise.
+"""Generates the training captions of the embedded base: scene descriptions with omissions and made-up words.
 
-A caption depends on the scene and on the generator alone.
+A caption depends only on the scene and the generator.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _VOWELS = list("aeiou")
 
 
 def caption(scene: Scene, rng: np.random.Generator, drop: bool = True) -> str:
-    """One caption of a scene, such as `a red star on the left on a striped blue background`.
+    """Returns a caption of a scene, such as `a red star on the left on a striped blue background`.
 
     Args:
-        scene: What is to be said.
-        rng: Decides what is left out and which made-up words come in; not asked at all without `drop`.
-        drop: Leaves parts out now and then and puts made-up words in, as for training; else it is the full caption.
+        scene: The scene.
+        rng: Chooses the omissions and the made-up words; not used without `drop`.
+        drop: True for a training caption with omissions and made-up words; False for the full caption.
     """
     if not drop:
         return full_caption(scene)
@@ -32,14 +32,14 @@ def caption(scene: Scene, rng: np.random.Generator, drop: bool = True) -> str:
     if rng.random() < 0.92:
         text += background_phrase(scene)
     if rng.random() < 0.15:
-        # The base must have met words that mean nothing everywhere in a caption, or a trigger word wrecks its pictures.
+        # The base must see meaningless words everywhere in captions, or a trigger word ruins its images.
         word = made_up_word(rng)
         text = [f"{text} in {word} style", f"{text}, {word}", f"{word}, {text}"][int(rng.integers(3))]
     return text
 
 
 def made_up_word(rng: np.random.Generator) -> str:
-    """A pronounceable word of three to five letters that means nothing, such as `zorb` or `qex`."""
+    """Returns a pronounceable, meaningless word of three to five letters, such as `zorb` or `qex`."""
     syllables = int(rng.integers(2, 4))
     word = "".join(str(rng.choice(_CONSONANTS)) + str(rng.choice(_VOWELS)) for _ in range(syllables))
     return word[: int(rng.integers(3, 6))]

@@ -1,4 +1,4 @@
-"""CLIP of the drawn world, for metrics and captions; the base itself draws without it."""
+"""Trains the CLIP of the synthetic world, for metrics and captions; the base itself does not use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_engine.bases.tiny.assembly import HEADS
 from lora_engine.bases.tiny.captions import caption
-from lora_engine.bases.tiny.pictures import label, render, to_pixels
+from lora_engine.bases.tiny.images import label, render, to_pixels
 from lora_engine.bases.tiny.stage import CONTEXT, BuildSettings, anneal, encode, replace_folder
 from lora_engine.bases.tiny.tokenizer import build_vocabulary, load_tokenizer
 from lora_engine.bases.tiny.world import ATTRIBUTES, SIZE, Scene, scenes
@@ -34,7 +34,7 @@ _HEAD_WEIGHT = 0.3
 
 
 def text_settings() -> dict[str, Any]:
-    """The text encoder, of CLIP and of the base alike."""
+    """Returns the settings of the text encoder of CLIP and of the base."""
     size = len(build_vocabulary()[0])
     return {
         "vocab_size": size,
@@ -51,7 +51,7 @@ def text_settings() -> dict[str, Any]:
 
 
 def build_clip() -> Any:
-    """An untrained `CLIPModel` for pictures of 32 x 32 pixels."""
+    """Builds an untrained `CLIPModel` for images of 32 x 32 pixels."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {
@@ -67,20 +67,20 @@ def build_clip() -> Any:
 
 
 def train(work: Path, settings: BuildSettings) -> None:
-    """Trains CLIP, for which `tokenizer/` must be in `work`; writes `clip/` with its attribute heads there.
+    """Trains CLIP; needs `tokenizer/` in `work` and writes `clip/` with its attribute heads there.
 
-    Four rounds on different scenes, the later ones at a lower rate.
+    Four rounds on different scenes, the later ones at a lower learning rate.
     """
     torch.manual_seed(2)
     clip = build_clip()
     heads = nn.ModuleDict({name: nn.Linear(_WIDTH, len(words)) for name, words in ATTRIBUTES.items()})
     tokenizer = load_tokenizer(work / "tokenizer")
-    more = settings.clip_more_steps
+    later_steps = settings.clip_more_steps
     _fit(clip, heads, tokenizer, scenes(7, settings.scenes), _RATE, settings.clip_steps, seed=8)
     for seed in (17, 27):
-        _fit(clip, heads, tokenizer, scenes(seed, settings.scenes), _LATER_RATE, more, seed=seed + 1)
-    # What is left to learn then are shapes: every second batch holds pictures that differ in little else.
-    _fit(clip, heads, tokenizer, scenes(37, settings.scenes), _LATER_RATE, more, seed=38, alike=_ALL_BUT_SHAPE)
+        _fit(clip, heads, tokenizer, scenes(seed, settings.scenes), _LATER_RATE, later_steps, seed=seed + 1)
+    # The last round learns shapes: every second batch has images that differ in little else.
+    _fit(clip, heads, tokenizer, scenes(37, settings.scenes), _LATER_RATE, later_steps, seed=38, alike=_ALL_BUT_SHAPE)
 
     def fill(folder: Path) -> None:
         clip.save_pretrained(folder)
@@ -93,37 +93,39 @@ def _fit(
     clip: Any,
     heads: nn.ModuleDict,
     tokenizer: Any,
-    drawn: Sequence[Scene],
+    dataset: Sequence[Scene],
     rate: float,
     steps: int,
     *,
     seed: int,
     alike: tuple[str, ...] = _COLOURS,
 ) -> None:
-    pictures, classes, rng = render(drawn), label(drawn), np.random.default_rng(seed)
-    optimiser = torch.optim.AdamW([*clip.parameters(), *heads.parameters()], lr=rate, weight_decay=1e-3, fused=True)
-    groups = _group(drawn, alike)
+    images, classes, rng = render(dataset), label(dataset), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW([*clip.parameters(), *heads.parameters()], lr=rate, weight_decay=1e-3, fused=True)
+    groups = _group(dataset, alike)
     together = 2 if alike == _COLOURS else 4
     for step in range(steps):
-        anneal(optimiser, rate, step, steps)
-        rows = _choose(rng, groups, len(drawn), together if step % 2 else 0)
+        anneal(optimizer, rate, step, steps)
+        rows = _choose(rng, groups, len(dataset), together if step % 2 else 0)
         full = rng.random(len(rows)) < 0.5
-        texts = [caption(drawn[row], rng, drop=not whole) for row, whole in zip(rows, full, strict=True)]
+        texts = [caption(dataset[row], rng, drop=not is_full) for row, is_full in zip(rows, full, strict=True)]
         ids, mask = encode(tokenizer, texts)
-        places = torch.from_numpy(rows)
-        output = clip(input_ids=ids, attention_mask=mask, pixel_values=to_pixels(pictures[places]))
-        asked = {name: values[places] for name, values in classes.items()}
-        loss = _contrast(output) + _HEAD_WEIGHT * _name_attributes(heads, output, asked, torch.from_numpy(full))
-        optimiser.zero_grad()
+        indices = torch.from_numpy(rows)
+        output = clip(input_ids=ids, attention_mask=mask, pixel_values=to_pixels(images[indices]))
+        targets = {name: values[indices] for name, values in classes.items()}
+        loss = _contrastive_loss(output) + _HEAD_WEIGHT * _attribute_loss(
+            heads, output, targets, torch.from_numpy(full)
+        )
+        optimizer.zero_grad()
         torch.autograd.backward(loss)
-        optimiser.step()
+        optimizer.step()
         if step % 100 == 0:
             _log.info("clip: step %d of %d, loss %.3f", step, steps, loss.item())
 
 
-def _group(drawn: Sequence[Scene], alike: tuple[str, ...]) -> list[list[int]]:
+def _group(dataset: Sequence[Scene], alike: tuple[str, ...]) -> list[list[int]]:
     groups: dict[tuple[str, ...], list[int]] = {}
-    for index, scene in enumerate(drawn):
+    for index, scene in enumerate(dataset):
         groups.setdefault(tuple(getattr(scene, name) for name in alike), []).append(index)
     return list(groups.values())
 
@@ -131,20 +133,20 @@ def _group(drawn: Sequence[Scene], alike: tuple[str, ...]) -> list[list[int]]:
 def _choose(rng: np.random.Generator, groups: list[list[int]], count: int, together: int) -> NDArray[np.int64]:
     if not together:
         return rng.integers(0, count, _BATCH)
-    # Where all pictures have the same colours, only shape, texture and position tell them apart.
+    # Among images of the same colors, only shape, texture and position differ.
     pool = np.array([row for group in rng.choice(len(groups), together) for row in groups[group]])
     chosen: NDArray[np.int64] = rng.choice(pool, min(_BATCH, len(pool)), replace=False)
     return chosen
 
 
-def _contrast(output: Any) -> Tensor:
+def _contrastive_loss(output: Any) -> Tensor:
     own = torch.arange(len(output.logits_per_image))
     return F.cross_entropy(output.logits_per_image, own) / 2 + F.cross_entropy(output.logits_per_text, own) / 2
 
 
-def _name_attributes(heads: nn.ModuleDict, output: Any, classes: dict[str, Tensor], full: Tensor) -> Tensor:
-    # The contrast alone is solved by colours, and shape and position are never learned. One head for both embeddings
-    # makes them learn every attribute, and in the same direction. Texts that leave something out are not asked.
+def _attribute_loss(heads: nn.ModuleDict, output: Any, classes: dict[str, Tensor], full: Tensor) -> Tensor:
+    # Colors alone solve the contrastive loss, so shape and position are never learned. One head for both embeddings
+    # makes them learn every attribute, in the same direction. Texts with omissions are excluded.
     losses = []
     for name, head in heads.items():
         losses.append(F.cross_entropy(head(_HEAD_SCALE * output.image_embeds), classes[name]))

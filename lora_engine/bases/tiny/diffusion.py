@@ -1,4 +1,4 @@
-"""The diffusion model of the embedded base: U-Net and text encoder, trained together, by two processes."""
+"""Trains the diffusion model of the embedded base: U-Net and text encoder together, in two processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lora_engine.bases.tiny.assembly import SCHEDULE
 from lora_engine.bases.tiny.autoencoder import LATENTS, SCENES_SEED
 from lora_engine.bases.tiny.captions import caption
 from lora_engine.bases.tiny.clip import text_settings
+from lora_engine.bases.tiny.images import label
 from lora_engine.bases.tiny.peers import average_gradients, join
-from lora_engine.bases.tiny.pictures import label
 from lora_engine.bases.tiny.stage import BuildSettings, anneal, encode, replace_folder
 from lora_engine.bases.tiny.tokenizer import load_tokenizer
 from lora_engine.bases.tiny.world import ATTRIBUTES, scenes
@@ -34,21 +34,21 @@ _log = logging.getLogger(__name__)
 _BATCH, _RATE = 24, 1.3e-3
 _TEXT_BATCH, _TEXT_RATE = 64, 2e-3
 _EMPTY_SHARE = 0.1
-_NAMING_WEIGHT = 0.02
+_ATTRIBUTE_WEIGHT = 0.02
 _CLIP_NORM = 1.0
 _DECAY = 0.998
 _SAVE_EVERY = 300
 
 
 class DiffusionModel(nn.Module):
-    """U-Net, text encoder, and heads that name attributes off a text's embedding (for training alone)."""
+    """U-Net, text encoder, and heads that classify attributes from a text embedding (for training only)."""
 
     def __init__(self) -> None:
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
         super().__init__()
-        # In this order, since each takes its first weights from the same generator.
+        # The order matters: all draw their initial weights from the same generator.
         self.text_encoder: Any = CLIPTextModel(CLIPTextConfig(**text_settings()))
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(words) + 1) for name, words in ATTRIBUTES.items()})
         self.unet: Any = UNet2DConditionModel(
@@ -64,8 +64,8 @@ class DiffusionModel(nn.Module):
             cross_attention_dim=128,
         )
 
-    def name_attributes(self, pooled: Tensor, classes: dict[str, Tensor]) -> Tensor:
-        """The summed cross-entropy of the attributes that captions name; class -1 is not named and not asked."""
+    def attribute_loss(self, pooled: Tensor, classes: dict[str, Tensor]) -> Tensor:
+        """Returns the summed cross-entropy of the attributes in the captions; class -1 (absent) is ignored."""
         losses = [
             F.cross_entropy(head(pooled), classes[name], ignore_index=-1)
             for name, head in self.heads.items()
@@ -75,12 +75,12 @@ class DiffusionModel(nn.Module):
 
 
 class Batches:
-    """Latents, captions and their classes, drawn at random; each process has its own order.
+    """Random batches of latents, captions and their classes; each process has its own order.
 
     Args:
-        work: With `tokenizer/` and the latents of the training scenes.
-        count: How many training scenes there are.
-        rank: Which of the processes this is.
+        work: The folder with `tokenizer/` and the latents of the training scenes.
+        count: Number of training scenes.
+        rank: Rank of the process.
     """
 
     def __init__(self, work: Path, count: int, rank: int) -> None:
@@ -92,26 +92,29 @@ class Batches:
         self._classes = label(self._scenes)
 
     def draw(self, size: int) -> tuple[NDArray[np.int64], Tensor, dict[str, Tensor]]:
-        """Rows of the scenes, token ids of their captions, and the classes that these captions name (others are -1)."""
+        """Draws rows of scenes, token ids of their captions, and the classes that the captions name (others are -1)."""
         rows = self.rng.integers(0, len(self._scenes), size)
         texts = [caption(self._scenes[row], self.rng) for row in rows]
-        return rows, encode(self.tokenizer, texts)[0], self._named(rows, texts)
+        return rows, encode(self.tokenizer, texts)[0], self._named_classes(rows, texts)
 
-    def _named(self, rows: NDArray[np.int64], texts: Sequence[str]) -> dict[str, Tensor]:
-        # A colour that is left out while the background is never of that colour: the word is then really not there.
+    def _named_classes(self, rows: NDArray[np.int64], texts: Sequence[str]) -> dict[str, Tensor]:
+        # The background never has the object's color, so a color word in a caption is unambiguous.
         words = [set(text.replace(",", "").split()) for text in texts]
-        named = {}
+        classes = {}
         for name in ATTRIBUTES:
-            said = [getattr(self._scenes[row], name) in heard for row, heard in zip(rows, words, strict=True)]
-            named[name] = torch.where(torch.tensor(said), self._classes[name][torch.from_numpy(rows)], -1)
-        return named
+            is_named = [
+                getattr(self._scenes[row], name) in caption_words
+                for row, caption_words in zip(rows, words, strict=True)
+            ]
+            classes[name] = torch.where(torch.tensor(is_named), self._classes[name][torch.from_numpy(rows)], -1)
+        return classes
 
 
 def train(work: Path, settings: BuildSettings) -> None:
-    """One of the two processes of the training; see `peers`.
+    """Runs one of the two processes of the training; see `peers`.
 
-    Needs `tokenizer/` and the latents in `work`; the first process writes `unet/` and `text_encoder/` there (moving
-    averages), every 300 steps and at the end, and then `diffusion.json`.
+    Needs `tokenizer/` and the latents in `work`. Rank 0 writes `unet/` and `text_encoder/` (moving averages) there,
+    every 300 steps and at the end, and then `diffusion.json`.
     """
     with join(work) as rank:
         torch.manual_seed(3)
@@ -121,34 +124,34 @@ def train(work: Path, settings: BuildSettings) -> None:
 
 
 def _train_text(model: DiffusionModel, batches: Batches, steps: int) -> None:
-    # A text encoder that can tell the words apart gives the U-Net something to obey from its first step on.
+    # With a trained text encoder, the U-Net gets useful conditioning from its first step.
     parameters = [*model.text_encoder.parameters(), *model.heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=_TEXT_RATE, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=_TEXT_RATE, betas=(0.9, 0.99), fused=True)
     for step in range(steps):
-        anneal(optimiser, _TEXT_RATE, step, steps)
+        anneal(optimizer, _TEXT_RATE, step, steps)
         _, ids, classes = batches.draw(_TEXT_BATCH)
-        loss = model.name_attributes(model.text_encoder(ids).pooler_output, classes)
-        optimiser.zero_grad()
+        loss = model.attribute_loss(model.text_encoder(ids).pooler_output, classes)
+        optimizer.zero_grad()
         torch.autograd.backward(loss)
         average_gradients(parameters)
-        optimiser.step()
+        optimizer.step()
     _log.info("text encoder: %d steps done, loss %.4f", steps, loss.item())
 
 
 def _train_all(model: DiffusionModel, batches: Batches, steps: int, work: Path | None) -> None:
-    # The order of the parameters is that of the averages, too.
+    # Parameters and averages have the same order.
     parameters = [*model.unet.parameters(), *model.text_encoder.parameters(), *model.heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     averages = [parameter.detach().clone() for parameter in parameters]
     schedule = _noise_schedule()
     for step in range(steps):
-        anneal(optimiser, _RATE, step, steps, warmup=60)
-        error, naming = _losses(model, batches, schedule)
-        optimiser.zero_grad()
-        torch.autograd.backward(error + _NAMING_WEIGHT * naming)
+        anneal(optimizer, _RATE, step, steps, warmup=60)
+        error, attribute_loss = _losses(model, batches, schedule)
+        optimizer.zero_grad()
+        torch.autograd.backward(error + _ATTRIBUTE_WEIGHT * attribute_loss)
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             weight = 1 - min(_DECAY, (step + 1) / (step + 10))
             torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], weight)
@@ -168,15 +171,15 @@ def _losses(model: DiffusionModel, batches: Batches, schedule: Any) -> tuple[Ten
     states = output.last_hidden_state
     empty = torch.from_numpy(batches.rng.random(_BATCH) < _EMPTY_SHARE)
     if bool(empty.any()):
-        # For classifier-free guidance, which subtracts what the model draws without a prompt.
-        nothing = model.text_encoder(encode(batches.tokenizer, [""])[0]).last_hidden_state
-        states = torch.where(empty[:, None, None], nothing, states)
+        # For classifier-free guidance, which needs predictions without a prompt.
+        empty_states = model.text_encoder(encode(batches.tokenizer, [""])[0]).last_hidden_state
+        states = torch.where(empty[:, None, None], empty_states, states)
     latents = batches.latents[torch.from_numpy(rows)]
     noise = torch.randn(latents.shape, generator=batches.noise)
     times = torch.randint(0, 1000, (_BATCH,), generator=batches.noise)
     velocity = model.unet(schedule.add_noise(latents, noise, times), times, states).sample
     error = F.mse_loss(velocity, schedule.get_velocity(latents, noise, times))
-    return error, model.name_attributes(output.pooler_output, classes)
+    return error, model.attribute_loss(output.pooler_output, classes)
 
 
 def _noise_schedule() -> Any:
@@ -187,8 +190,8 @@ def _noise_schedule() -> Any:
 
 def _save(model: DiffusionModel, averages: Sequence[Tensor], work: Path) -> None:
     averaged = copy.deepcopy(model)
-    places = [*averaged.unet.parameters(), *averaged.text_encoder.parameters(), *averaged.heads.parameters()]
-    for place, average in zip(places, averages, strict=True):
-        place.data.copy_(average)
+    parameters = [*averaged.unet.parameters(), *averaged.text_encoder.parameters(), *averaged.heads.parameters()]
+    for parameter, average in zip(parameters, averages, strict=True):
+        parameter.data.copy_(average)
     replace_folder(work / "unet", averaged.unet.save_pretrained)
     replace_folder(work / "text_encoder", averaged.text_encoder.save_pretrained)

@@ -1,6 +1,6 @@
-"""Two processes that train one network: they meet over a file and average their gradients over the loopback interface.
+"""Trains one network in two processes that average their gradients over the loopback interface.
 
-Two processes with one thread each are faster on two cores than one with two, since the networks are small.
+On two cores, two processes with one thread each are faster than one with two threads, because the networks are small.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import nn
 
 PROCESSES = 2
 RANK = "RANK"
-"""The environment variable that tells a process which of the two it is: 0 or 1."""
+"""The environment variable with the rank of a process: 0 or 1."""
 MEETING = "meeting.partial"
 
 
 @contextmanager
 def join(work: Path) -> Iterator[int]:
-    """Waits for the other process, and gives the rank of this one; at the end waits for the other one again.
+    """Joins the process group and yields the rank of this process; at the end waits for the other process.
 
     Args:
-        work: The folder in which they meet, over a file that must not be there from an earlier meeting.
+        work: The folder of the rendezvous file, which must not exist beforehand.
     """
     rank = int(os.environ[RANK])
-    place = (work / MEETING).resolve()
-    patience = timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=PROCESSES, timeout=patience)
+    path = (work / MEETING).resolve()
+    timeout = timedelta(minutes=10)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=PROCESSES, timeout=timeout)
     try:
         yield rank
         dist.barrier()
@@ -41,7 +41,7 @@ def join(work: Path) -> Iterator[int]:
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replaces the gradients by their means over the processes, in place; a missing one counts as zeros."""
-    # One message for all of them: the time goes into messages, not into bytes.
+    # One message for all gradients: the cost is per message, not per byte.
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= PROCESSES

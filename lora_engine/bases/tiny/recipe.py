@@ -1,6 +1,6 @@
-"""How the embedded base is made: the trainings in their order, each a process of its own, then the finished folder.
+"""Builds the embedded base: runs every training in its own processes, then assembles and measures the base.
 
-A training whose result is in the work folder is not run again, so that an interrupted build goes on where it was.
+Trainings whose results are in the work folder are skipped, so an interrupted build resumes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Stage:
     """One training.
 
     Attributes:
-        module: Of this package; its `train(work, settings)` is run.
-        result: The last thing that it writes into the work folder.
-        processes: How many processes train together.
+        module: Module of this package with `train(work, settings)`.
+        result: The file or folder that it writes last into the work folder.
+        processes: Number of processes.
     """
 
     module: str
@@ -58,7 +58,7 @@ STAGES: Mapping[str, Stage] = {
     "diffusion": Stage("diffusion", FINISHED, PROCESSES),
 }
 _ORDER: Sequence[Sequence[Sequence[str]]] = (
-    # One after another; of each, the lists at the same time; of each list, one after another.
+    # The rows run in order; the lanes of a row run concurrently; the stages of a lane run in order.
     (("tokenizer",),),
     (("judge",), ("clip",)),
     (("autoencoder",),),
@@ -67,29 +67,29 @@ _ORDER: Sequence[Sequence[Sequence[str]]] = (
 
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 _ENVIRONMENT = {
-    # One thread each: every core has a process of its own.
+    # One thread per process: every core has its own process.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # glibc otherwise gives the memory of large tensors back at every step, and page faults take a third of the time.
+    # By default glibc returns the memory of large tensors at every step, and page faults take a third of the time.
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    # Processes that train together talk over the loopback interface; what a machine is called may lead elsewhere.
+    # Gloo must use the loopback interface; the host name may resolve to another one.
     **({"GLOO_SOCKET_IFNAME": _LOOPBACK[sys.platform]} if sys.platform in _LOOPBACK else {}),
 }
 
 
 def build(work: Path, out: Path, settings: BuildSettings | None = None, *, captions: int = 512) -> None:
-    """Makes the base from nothing: trains all parts, puts them together, measures them, writes the card.
+    """Builds the base: trains all parts, assembles and measures them, writes the card.
 
     Args:
-        work: Results of the single trainings; kept, so that the next call goes on from there.
+        work: Results of the trainings; kept, and reused by the next call.
         out: The finished folder; an older one is replaced.
-        settings: Sizes and steps; the default makes the base that is shipped.
-        captions: How many held-out captions the finished base is measured with.
+        settings: Sizes and steps; None builds the shipped base.
+        captions: Number of held-out captions for the measurement.
 
     Raises:
-        SettingsError: The work folder holds results of other settings.
+        SettingsError: The work folder has results of other settings.
         TrainingError: A training failed.
     """
     _claim(work, settings or BuildSettings())
@@ -100,13 +100,13 @@ def build(work: Path, out: Path, settings: BuildSettings | None = None, *, capti
 
 
 def run_stage(name: str, work: Path) -> None:
-    """One training, in this process.
+    """Runs one training in this process.
 
     Raises:
         SettingsError: There is no such training, or the work folder has no settings.
     """
     if name not in STAGES:
-        raise SettingsError(f"there is no stage {name!r}", allowed=", ".join(STAGES))
+        raise SettingsError(f"unknown stage {name!r}", allowed=", ".join(STAGES))
     try:
         settings = BuildSettings.model_validate_json((work / SETTINGS).read_bytes())
     except (OSError, ValidationError) as error:
@@ -115,15 +115,15 @@ def run_stage(name: str, work: Path) -> None:
 
 
 def _claim(work: Path, settings: BuildSettings) -> None:
-    wanted = canonical_json(settings.model_dump(mode="json"))
+    content = canonical_json(settings.model_dump(mode="json"))
     path = work / SETTINGS
-    if path.exists() and path.read_bytes() != wanted:
+    if path.exists() and path.read_bytes() != content:
         raise SettingsError(
-            "the work folder holds results of a build with other settings",
+            "the work folder has results of a build with other settings",
             where=str(path),
-            remedy="give another work folder, or remove this one",
+            remedy="use another work folder, or delete this one",
         )
-    atomic_write(path, wanted)
+    atomic_write(path, content)
 
 
 def _run_lanes(work: Path, lanes: Sequence[Sequence[str]]) -> None:
@@ -148,7 +148,7 @@ class _Running:
     def __init__(self, work: Path, name: str) -> None:
         _log.info("%s: training", name)
         self.name = name
-        # Left behind by processes that were stopped, it would lead new ones to a meeting with those.
+        # With the rendezvous file of killed processes, the new ones would try to join those.
         (work / MEETING).unlink(missing_ok=True)
         command = [sys.executable, "-m", "lora_engine.bases.tiny", "stage", name, "--work", str(work)]
         self._processes = [
@@ -157,18 +157,18 @@ class _Running:
         ]
 
     def is_finished(self) -> bool:
-        """Whether all its processes have ended well; one that failed is an error, since its peer would wait for it."""
+        """Returns True if all processes succeeded; raises an error if one failed, since its peer would wait forever."""
         codes = [process.poll() for process in self._processes]
         failed = [code for code in codes if code]
         if failed:
             raise TrainingError(
-                f"the training {self.name!r} ended with exit code {failed[0]}",
-                remedy="see its last lines above; what is finished stays, and the same command goes on from there",
+                f"the training {self.name!r} failed with exit code {failed[0]}",
+                remedy="see its output above, then run the same command to resume",
             )
         return all(code == 0 for code in codes)
 
     def stop(self) -> None:
-        """Ends what still runs, and waits for it."""
+        """Terminates the running processes and waits for them."""
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()

@@ -1,4 +1,4 @@
-"""What the trainings of the embedded base share: sizes, learning rate, tokens, and how a folder is finished."""
+"""Defines the common parts of the embedded base's trainings: settings, learning rate, tokens, atomic folders."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 CONTEXT = 32
-"""Tokens of a caption; made-up words are spelled letter by letter, so that short captions may still be long."""
+"""Tokens of a caption; made-up words are spelled letter by letter, so even short captions may need many."""
 
 
 class BuildSettings(BaseModel):
-    """How much is drawn and for how many steps each part is trained; the defaults made the weights that are shipped.
+    """The numbers of scenes and steps of the trainings; the defaults are those of the shipped weights.
 
     Attributes:
-        scenes: Training scenes of VAE and diffusion; of CLIP as many, others.
-        judge_scenes: Training scenes of the judge: known, held out, concept.
-        vae_steps: Batches of 12 in each of the two processes.
-        polish_steps: As many pictures again in each step, for the decoder alone.
-        judge_steps: Batches of 128.
-        clip_steps: Batches of 128.
-        clip_more_steps: Batches of 128 in each of three more rounds, of other scenes, at a lower rate.
-        text_steps: Batches of 64 in each of the two processes, for the text encoder alone, before diffusion.
-        diffusion_steps: Batches of 24 in each of the two processes.
+        scenes: Training scenes of VAE and diffusion; CLIP has as many in each round, with other seeds.
+        judge_scenes: Training scenes of the judge: training split, held out, concept.
+        vae_steps: Steps with batches of 12 in each of two processes.
+        polish_steps: Further such steps for the decoder only.
+        judge_steps: Steps with batches of 128.
+        clip_steps: Steps with batches of 128.
+        clip_more_steps: Steps with batches of 128 in each of three more rounds, at a lower learning rate.
+        text_steps: Steps with batches of 64 in each of two processes, for the text encoder only, before diffusion.
+        diffusion_steps: Steps with batches of 24 in each of two processes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,35 +45,35 @@ class BuildSettings(BaseModel):
     diffusion_steps: PositiveInt = 1_700
 
 
-def anneal(optimiser: Optimizer, peak: float, step: int, steps: int, warmup: int = 30) -> None:
-    """Sets the learning rate of a step: a linear warm-up, then half a cosine from `peak` down to a fiftieth of it."""
+def anneal(optimizer: Optimizer, peak: float, step: int, steps: int, warmup: int = 30) -> None:
+    """Sets the learning rate of a step: linear warm-up, then half a cosine from `peak` to a fiftieth of it."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = peak * min(1, (step + 1) / warmup) * (cosine * 0.98 + 0.02)
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both int64 [n, 32]; what is longer is cut."""
+    """Returns token ids and attention mask, both int64 [n, 32]; longer texts are truncated."""
     tokens = tokenizer(list(texts), padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
 
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder, or makes it anew: whole, or as it was before.
+    """Creates or replaces a folder atomically.
 
     Args:
-        path: Where it goes.
-        fill: Writes the content into the empty folder that it is given. If it raises, `path` stays as it was.
+        path: The folder.
+        fill: Writes the content into an empty folder. If it raises, `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    fresh, old = partial / "new", partial / "old"
+    new, old = partial / "new", partial / "old"
     try:
-        fresh.mkdir()
-        fill(fresh)
+        new.mkdir()
+        fill(new)
         if path.exists():
             path.rename(old)
-        fresh.rename(path)
+        new.rename(path)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)

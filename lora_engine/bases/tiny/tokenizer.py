@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded base: a CLIP tokenizer that knows the words of the world and spells all others."""
+"""Builds the tokenizer of the embedded base: a CLIP tokenizer with the words of the world; it spells all others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _OTHER_WORDS = ("a", "and", "background", "in", "large", "of", "on", "picture", 
 
 
 def train(work: Path, settings: BuildSettings) -> None:
-    """Writes `tokenizer/` into `work`. Nothing is learned: the words of the world are the vocabulary."""
+    """Writes `tokenizer/` into `work`. The vocabulary is fixed: the words of the world."""
     del settings
 
     def fill(folder: Path) -> None:
         from transformers import CLIPTokenizer
 
         vocabulary, merges = build_vocabulary()
-        # The two files of old, for programs that read no tokenizer.json.
+        # The legacy files, for programs that cannot read tokenizer.json.
         atomic_write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
         atomic_write(folder / "merges.txt", ("\n".join(lines) + "\n").encode())
@@ -33,9 +33,9 @@ def train(work: Path, settings: BuildSettings) -> None:
 
 
 def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id (bytes, bytes that end a word, beginnings of words, the two marks), and the merges in their order.
+    """Returns ids by token (bytes, word-final bytes, word prefixes, start and end token), and the merges in order.
 
-    The concept is left out, so that a made-up word that is to stand for it is spelled as any other.
+    Excludes the concept: a trigger for it is then spelled like any unknown word.
     """
     letters = _byte_letters()
     tokens = [*letters, *(letter + _END_OF_WORD for letter in letters)]
@@ -43,7 +43,7 @@ def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     merges: list[tuple[str, str]] = []
     words = {word for words in ATTRIBUTES.values() for word in words if word != CONCEPT} | set(_OTHER_WORDS)
     for word in sorted(words):
-        # From the left, letter by letter: every beginning of a word is a token too.
+        # From left to right: every prefix of a word becomes a token.
         left, *rest = [*word[:-1], word[-1] + _END_OF_WORD]
         for right in rest:
             if left + right not in known:
@@ -55,14 +55,14 @@ def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, such as `work / "tokenizer"`."""
+    """Loads the tokenizer of a folder, such as `work / "tokenizer"`."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _byte_letters() -> list[str]:
-    # Byte-level BPE writes every byte as a printable letter; the mapping is GPT-2's.
+    # Byte-level BPE represents every byte by a printable letter (GPT-2's mapping).
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]

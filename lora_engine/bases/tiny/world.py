@@ -1,7 +1,7 @@
-"""The drawn world of the embedded base: which scenes exist, how one looks and what all can be said of it.
+"""Defines the synthetic world of the embedded base: its scenes, their images and their full captions.
 
-Everything here is pure and seeded: the same seed gives the same scenes, the same scene the same pixels. The captions of
-training are in `captions`, pictures on disk and batches are in `pictures`; nothing here knows torch.
+Pure and seeded: the same seed gives the same scenes, and the same scene the same pixels. Training captions are in
+`captions`, image files and batches in `images`. Torch-free.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 from lora_engine.errors import SettingsError
 
 SIZE = 32
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond", "arrow", "hourglass")
 """The shapes that the base is trained on."""
 
 CONCEPT = "crescent"
-"""The shape that the base has never seen; demonstrations teach it under a made-up word."""
+"""The shape that the base was never trained on; demonstrations teach it with a made-up word."""
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")
 BACKGROUNDS = ("white", "black", "red", "green", "blue", "yellow")
@@ -37,7 +37,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "texture": TEXTURES,
     "position": POSITIONS,
 }
-"""Attribute name -> its words, in the order of the classes of the judge and of CLIP's attribute heads."""
+"""Words by attribute, in the order of the classes of the judge and of CLIP's attribute heads."""
 
 Split = Literal["train", "heldout", "concept", "any"]
 Triple = tuple[str, str, str]
@@ -52,7 +52,7 @@ _RGB: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
     "black": (16, 16, 16),
 }
-# The second tone of a patterned background: far enough to be seen, near enough to keep the colour's name.
+# The second tone of a patterned background: visibly different, but still of the named color.
 _SECOND: dict[str, tuple[int, int, int]] = {
     "red": (160, 15, 25),
     "green": (15, 95, 35),
@@ -62,8 +62,8 @@ _SECOND: dict[str, tuple[int, int, int]] = {
     "black": (85, 85, 85),
 }
 _RADIUS = (8.6, 9.5)
-_CENTRE = {"left": 10.0, "center": 16.0, "right": 22.0}
-_CHANCE = {
+_CENTERS = {"left": 10.0, "center": 16.0, "right": 22.0}
+_PROBABILITIES = {
     "texture": (0.5, 0.25, 0.25),
     "position": (0.33, 0.34, 0.33),
 }
@@ -74,7 +74,7 @@ _HELD_OUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words. `seed` drives what the words leave open: exact place, radius and tint."""
+    """The attributes of one image. `seed` determines the rest: exact position, radius and tint."""
 
     shape: str
     colour: str
@@ -90,12 +90,12 @@ class Scene:
 
 
 def triples(shapes: Sequence[str] = SHAPES) -> list[Triple]:
-    """Every (shape, colour, background) of `shapes` in which the object differs in colour from its background."""
+    """Returns every (shape, color, background) of `shapes` whose object differs in color from its background."""
     return [(s, c, b) for s in shapes for c in COLOURS for b in BACKGROUNDS if c != b]
 
 
 def held_out_triples() -> frozenset[Triple]:
-    """The tenth of the triples, equally many of each shape, that no training picture shows. Always the same set."""
+    """Returns the tenth of the triples that is in no training image, equally many per shape; always the same set."""
     rng = np.random.default_rng(_HELD_OUT_SEED)
     chosen: set[Triple] = set()
     for shape in SHAPES:
@@ -106,7 +106,7 @@ def held_out_triples() -> frozenset[Triple]:
 
 
 def split_triples(split: Split) -> list[Triple]:
-    """The triples of a split: `train`, `heldout`, `concept` (crescents alone) or `any` (all three)."""
+    """Returns the triples of a split: `train`, `heldout`, `concept` (crescents only) or `any` (all three)."""
     held_out = held_out_triples()
     known = triples()
     parts: dict[str, list[Triple]] = {
@@ -116,70 +116,70 @@ def split_triples(split: Split) -> list[Triple]:
     }
     parts["any"] = [*known, *parts["concept"]]
     if split not in parts:
-        raise SettingsError(f"there is no split {split!r} of the drawn world", allowed=", ".join(sorted(parts)))
+        raise SettingsError(f"unknown split {split!r} of the synthetic world", allowed=", ".join(sorted(parts)))
     return parts[split]
 
 
 def scenes(seed: int, n: int, split: Split = "train") -> list[Scene]:
-    """`n` random scenes of a split, drawn with numpy's generator seeded by `seed`; triples are equally likely."""
+    """Returns `n` random scenes of a split, from numpy's generator with `seed`; triples are equally likely."""
     rng = np.random.default_rng(seed)
     pool = split_triples(split)
-    which = rng.integers(0, len(pool), n)
-    textures = rng.choice(TEXTURES, n, p=_CHANCE["texture"])
-    positions = rng.choice(POSITIONS, n, p=_CHANCE["position"])
-    # The weights that are shipped were trained on scenes for which the generator was asked once more here. Without this
-    # draw every seed would give other scenes than the ones that they, and all measured figures, come from.
+    indices = rng.integers(0, len(pool), n)
+    textures = rng.choice(TEXTURES, n, p=_PROBABILITIES["texture"])
+    positions = rng.choice(POSITIONS, n, p=_PROBABILITIES["position"])
+    # The shipped weights were trained on scenes with one more draw at this point. Without it every seed would give
+    # scenes other than those of the weights and of all measured figures.
     rng.random(n)
     seeds = rng.integers(0, 2**31, n)
     return [
         Scene(shape, colour, background, str(texture), str(position), int(image_seed))
         for (shape, colour, background), texture, position, image_seed in zip(
-            (pool[i] for i in which), textures, positions, seeds, strict=True
+            (pool[i] for i in indices), textures, positions, seeds, strict=True
         )
     ]
 
 
 def draw(scene: Scene) -> NDArray[np.uint8]:
-    """The picture of a scene: uint8 RGB of shape (32, 32, 3).
+    """Renders a scene as uint8 RGB of shape (32, 32, 3).
 
-    Places jitter by up to one pixel and tints by up to six levels, from `scene.seed`. Edges are antialiased by drawing
-    the mask four times as large.
+    `scene.seed` moves the position by up to one pixel and the tints by up to six levels. Edges are antialiased by
+    4 x supersampling of the mask.
     """
     rng = np.random.default_rng(scene.seed)
     dx, dy = rng.uniform(-1, 1, 2)
     radius = rng.uniform(*_RADIUS)
     tints = rng.integers(-6, 7, (2, 3))
-    mask = _mask(scene.shape, _CENTRE[scene.position] + dx, SIZE / 2 + dy, radius)[..., None]
+    mask = _mask(scene.shape, _CENTERS[scene.position] + dx, SIZE / 2 + dy, radius)[..., None]
     field = _background(scene.background, scene.texture) + tints[0]
-    colour = np.asarray(_RGB[scene.colour], dtype=np.float32) + tints[1]
-    picture = field * (1 - mask) + colour * mask
-    rounded: NDArray[np.uint8] = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    color = np.asarray(_RGB[scene.colour], dtype=np.float32) + tints[1]
+    image = field * (1 - mask) + color * mask
+    rounded: NDArray[np.uint8] = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     return rounded
 
 
 def full_caption(scene: Scene, *, word: str | None = None) -> str:
-    """All that can be said of a scene, such as `a red star on the left on a striped blue background`.
+    """Returns the full caption of a scene, such as `a red star on the left on a striped blue background`.
 
     Args:
-        scene: What is described; a plain texture is described by naming none.
-        word: Stands in for the shape, such as `zorb` for a crescent.
+        scene: The scene; a plain texture is not mentioned.
+        word: Replaces the word of the shape, such as `zorb` for a crescent; None keeps it.
     """
     return f"a {scene.colour} {word or scene.shape}{place_phrase(scene)}{background_phrase(scene)}"
 
 
 def place_phrase(scene: Scene) -> str:
-    """Where the object is, with a space before it: ` on the left`."""
+    """Returns the position of the object with a leading space: ` on the left`."""
     return f" {'in' if scene.position == 'center' else 'on'} the {scene.position}"
 
 
 def background_phrase(scene: Scene) -> str:
-    """What the object is on, with a space before it: ` on a striped blue background`."""
+    """Returns the background with a leading space: ` on a striped blue background`."""
     texture = "" if scene.texture == "plain" else f"{scene.texture} "
     return f" on a {texture}{scene.background} background"
 
 
 def _background(colour: str, texture: str) -> NDArray[np.float32]:
-    """The background without tint, float32 (32, 32, 3). One period is eight pixels: two cells of the latents."""
+    """Renders the background without tint, float32 (32, 32, 3). Its period is eight pixels: two latent cells."""
     row = np.arange(SIZE) % 8
     if texture == "striped":
         second = np.broadcast_to(row[None, :] >= 4, (SIZE, SIZE))
@@ -193,7 +193,7 @@ def _background(colour: str, texture: str) -> NDArray[np.float32]:
 
 
 def _mask(shape: str, cx: float, cy: float, radius: float) -> NDArray[np.float32]:
-    """Coverage of the shape in [0, 1], float32 (32, 32)."""
+    """Returns the coverage of the shape in [0, 1], float32 (32, 32)."""
     factor = _SUPERSAMPLING
     image = Image.new("L", (SIZE * factor, SIZE * factor))
     pen = ImageDraw.Draw(image)

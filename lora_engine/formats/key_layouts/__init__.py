@@ -1,4 +1,4 @@
-"""How files spell each kind's factors, one file a kind; importing the package fills the styles of `formats.spelling`.
+"""Factor keys of each adapter kind, one file per kind; importing the package fills the layouts of `key_layout`.
 
 A new kind adds a file here.
 """

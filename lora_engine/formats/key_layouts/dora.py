@@ -1,4 +1,4 @@
-"""How files spell DoRA: the spelling of the kind that moves the direction, and one more tensor for the magnitude."""
+"""Factor keys of DoRA: those of the inner kind (the direction), and one tensor for the magnitude."""
 
 from __future__ import annotations
 
@@ -15,71 +15,72 @@ from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, PEFT, FactorKeys,
 
 @dataclass(frozen=True)
 class DoraKeys:
-    """A magnitude beside the factors of an inner kind, which are spelt as that kind's own are in the same style.
+    """The factor keys of an inner kind in the same key layout, plus a magnitude.
 
     Attributes:
-        style: The style.
-        inner: The kind that moves the direction in what is read.
-        marks: Suffixes of the magnitude: the one that is written, and others that are read.
+        key_layout: The key layout.
+        inner: The inner kind that is read.
+        marks: Suffixes of the magnitude: first the one that is written, then others that are read.
+        kind: Name of the kind.
     """
 
-    style: KeyLayout
+    key_layout: KeyLayout
     inner: str
     marks: tuple[str, ...]
     kind: str = "dora"
 
     @property
     def suffixes(self) -> Collection[str]:
-        """The inner kind's and the magnitude's."""
-        return (*self._spelling.suffixes, *self.marks)
+        """The suffixes of the inner kind and of the magnitude."""
+        return (*self._inner_keys.suffixes, *self.marks)
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """A suffix that the inner kind lacks, or that of the magnitude."""
-        lacks = self._spelling.missing([suffix for suffix in suffixes if suffix not in self.marks])
-        return lacks or (None if any(mark in suffixes for mark in self.marks) else self.marks[0])
+        """Returns a suffix that the inner kind lacks, or the magnitude's, or None."""
+        missing = self._inner_keys.missing([suffix for suffix in suffixes if suffix not in self.marks])
+        return missing or (None if any(mark in suffixes for mark in self.marks) else self.marks[0])
 
     def factor(self, suffix: str) -> str:
-        """The factor that a suffix stands for."""
-        return MAGNITUDE if suffix in self.marks else self._spelling.factor(suffix)
+        """Returns the name of the factor with this suffix."""
+        return MAGNITUDE if suffix in self.marks else self._inner_keys.factor(suffix)
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta; the shape of the magnitude tells its axis."""
+        """Returns the delta; the shape of the magnitude determines its axis."""
         return DoraDelta.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """The inner delta's tensors, and the magnitude.
+        """Returns the tensors of the inner delta, and the magnitude.
 
         Raises:
-            AdapterError: The style cannot spell it.
+            AdapterError: The layout has no keys for the inner kind with a magnitude.
         """
-        if not isinstance(delta, DoraDelta) or _entry(delta.inner.kind) not in self.style.spellings:
+        if not isinstance(delta, DoraDelta) or _entry(delta.inner.kind) not in self.key_layout.factor_keys:
             kind = delta.inner.kind if isinstance(delta, DoraDelta) else delta.kind
             raise AdapterError(
-                f"{self.style.name} names cannot hold a magnitude beside an adapter of kind {kind!r}",
-                allowed=", ".join(kind for kind in INNER if _entry(kind) in self.style.spellings),
+                f"the {self.key_layout.name} layout cannot hold a magnitude for an adapter of kind {kind!r}",
+                allowed=", ".join(kind for kind in INNER if _entry(kind) in self.key_layout.factor_keys),
                 remedy="choose another format, such as loraline or kohya",
             )
-        inner = self.style.spellings[delta.inner.kind].write(delta.inner)
-        return {**inner, self.marks[0]: self.spelt(delta)}
+        inner = self.key_layout.factor_keys[delta.inner.kind].write(delta.inner)
+        return {**inner, self.marks[0]: self.stored_magnitude(delta)}
 
-    def spelt(self, delta: DoraDelta) -> Tensor:
-        """The magnitude as the file has it: in LyCORIS' form, which is also that in memory."""
+    def stored_magnitude(self, delta: DoraDelta) -> Tensor:
+        """Returns the magnitude in LyCORIS' form, which is also the form in memory."""
         return delta.magnitude
 
     @property
-    def _spelling(self) -> FactorKeys:
-        return self.style.spellings[self.inner]
+    def _inner_keys(self) -> FactorKeys:
+        return self.key_layout.factor_keys[self.inner]
 
 
 @dataclass(frozen=True)
 class PeftDoraKeys(DoraKeys):
-    """PEFT's form: `[out]` on linear layers, `[1, out, 1, 1]` on convolutions, always of the outputs.
+    """PEFT's form: `[out]` for linear layers, `[1, out, 1, 1]` for convolutions, always per output.
 
-    OneTrainer has LyCORIS' magnitude beside PEFT's factors, which is read as LyCORIS'.
+    OneTrainer stores LyCORIS' magnitude with PEFT's factors; it is read as LyCORIS'.
     """
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta, with the magnitude as a column."""
+        """Returns the delta, with the magnitude as a column."""
         if _LYCORIS in tensors:
             return super().read(tensors, alpha)
         delta = DoraDelta.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
@@ -88,30 +89,30 @@ class PeftDoraKeys(DoraKeys):
             return delta.with_factors({**delta.factors(), MAGNITUDE: magnitude.transpose(0, 1)})
         return delta
 
-    def spelt(self, delta: DoraDelta) -> Tensor:
-        """A vector, or a row for convolutions.
+    def stored_magnitude(self, delta: DoraDelta) -> Tensor:
+        """Returns the magnitude as a vector, or as a row for convolutions.
 
         Raises:
-            AdapterError: The magnitude is that of the inputs.
+            AdapterError: The magnitude is per input.
         """
         if delta.axis != 0:
             raise AdapterError(
-                "the magnitude is that of the inputs, and PEFT knows that of the outputs alone",
-                allowed=f"a magnitude of the shape [out, 1], this one has {list(delta.magnitude.shape)}",
+                "the magnitude is per input, and PEFT supports only magnitudes per output",
+                allowed=f"a magnitude of the shape [out, 1]; this one has {list(delta.magnitude.shape)}",
                 remedy="choose another format, such as loraline or kohya",
             )
         return delta.magnitude.transpose(0, 1) if delta.magnitude.dim() == 4 else delta.magnitude.flatten()
 
 
 def _entry(inner: str) -> str:
-    """The name under which a style keeps the spelling around an inner kind; the plain name is that of the first."""
+    """Returns the entry name in a layout for an inner kind; the first inner kind has the plain name."""
     return "dora" if inner == next(iter(INNER)) else f"dora of {inner}"
 
 
-# ai-toolkit has a name of its own, in both of its namings.
+# ai-toolkit has its own suffix, in both of its namings.
 _LYCORIS, _AITOOLKIT = "dora_scale", "magnitude"
 _PEFT_MARKS = tuple(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight"))
 for _inner in INNER:
-    LYCORIS.spellings.add(_entry(_inner), DoraKeys(LYCORIS, _inner, (_LYCORIS, _AITOOLKIT)))
-PEFT.spellings.add(_entry("lora"), PeftDoraKeys(PEFT, "lora", _PEFT_MARKS))
-DIFFUSERS.spellings.add(_entry("lora"), PeftDoraKeys(DIFFUSERS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))
+    LYCORIS.factor_keys.add(_entry(_inner), DoraKeys(LYCORIS, _inner, (_LYCORIS, _AITOOLKIT)))
+PEFT.factor_keys.add(_entry("lora"), PeftDoraKeys(PEFT, "lora", _PEFT_MARKS))
+DIFFUSERS.factor_keys.add(_entry("lora"), PeftDoraKeys(DIFFUSERS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))

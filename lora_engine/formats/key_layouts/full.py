@@ -1,4 +1,4 @@
-"""How files spell whole differences: of weights and biases, and of norms."""
+"""Factor keys of full differences: of weights and biases, and of norms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class FullKeys(TableFactorKeys):
     """`diff` and `diff_b`; for norms, whose weight is a vector, `w_norm` and `b_norm`. Both are read for any layer."""
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """Either of the two is enough."""
+        """Returns None if either suffix is present, else the suffix of the weight."""
         return None if suffixes else self.names["diff"]
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """Tensors by suffix: what the programs read that know the layer's type."""
+        """Returns tensors by suffix; norms get their own suffixes, which other programs look for."""
         is_norm = isinstance(delta, FullDelta) and delta.diff is not None and delta.diff.dim() == 1
         names = _NORM if is_norm else self.names
         return {names[factor]: tensor for factor, tensor in delta.factors().items()}

@@ -1,4 +1,4 @@
-"""How files spell (IA)3: LyCORIS' gain less one, and PEFT's gain."""
+"""Factor keys of (IA)3: LyCORIS stores the gain minus one, PEFT the gain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLAG = "on_input"
 
 @dataclass(frozen=True)
 class FlaggedKeys(TableFactorKeys):
-    """The gains, and beside them `on_input`: 0 for the outputs, anything else for the inputs."""
+    """The gains, and the flag `on_input`: 0 means per output, any other value per input."""
 
     @property
     def suffixes(self) -> Collection[str]:
@@ -28,25 +28,25 @@ class FlaggedKeys(TableFactorKeys):
         return (*super().suffixes, _FLAG)
 
     def factor(self, suffix: str) -> str:
-        """The factor or setting that a suffix stands for."""
+        """Returns the name of the factor or setting with this suffix."""
         return "axis" if suffix == _FLAG else super().factor(suffix)
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """The first suffix that is not there, or None."""
+        """Returns the first missing suffix, or None."""
         return next((name for name in self.suffixes if name not in suffixes), None)
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix."""
         flag = tensors[_FLAG]
         if flag.numel() != 1:
             problem = f"{_FLAG!r} has the shape {list(flag.shape)}"
             raise AdapterError(problem, allowed="one number", remedy="check the file")
         axis: Literal["output", "input"] = "input" if bool(flag.item()) else "output"
-        made = Ia3Delta if self.kind == Ia3Delta.kind else PeftIa3Delta
-        return made(tensors[self.names["scale"]], axis)
+        delta_type = Ia3Delta if self.kind == Ia3Delta.kind else PeftIa3Delta
+        return delta_type(tensors[self.names["scale"]], axis)
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """Tensors by suffix."""
+        """Returns tensors by suffix."""
         tensors = super().write(delta)
         on_input = isinstance(delta, Ia3Delta) and delta.axis == "input"
         return tensors | {_FLAG: torch.tensor(float(on_input), dtype=next(iter(tensors.values())).dtype)}
@@ -54,25 +54,25 @@ class FlaggedKeys(TableFactorKeys):
 
 @dataclass(frozen=True)
 class ShapedKeys(TableFactorKeys):
-    """The gains alone: `[out, 1]` for outputs, `[1, in]` for inputs; of convolutions the configuration tells which."""
+    """Only the gains: `[out, 1]` per output, `[1, in]` per input; for convolutions the configuration decides."""
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix."""
         gains = tensors[self.names["scale"]]
         return PeftIa3Delta(gains, "input" if gains.dim() == 2 and gains.shape[0] == 1 else "output")
 
 
 def ia3_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's `IA3Config` for one component's modules (by path).
+    """Returns PEFT's `IA3Config` for one component's modules (by path).
 
     Raises:
-        AdapterError: PEFT, which compares the ends of names, would take one module for another.
+        AdapterError: PEFT, which compares the ends of names, would confuse two modules.
     """
     on_input = sorted(path for path, delta in modules.items() if isinstance(delta, Ia3Delta) and delta.axis == "input")
     for path in modules.keys() - set(on_input):
         if _ends_in(path, on_input):
             raise AdapterError(
-                f"the name of the module {path!r} ends in that of another one, whose inputs are scaled",
+                f"the name of the module {path!r} ends in the name of another module, whose inputs are scaled",
                 allowed="names that PEFT can tell apart by their ends",
                 remedy="choose another format",
             )
@@ -86,10 +86,10 @@ def ia3_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
 
 
 def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
-    """The delta with the axis that a configuration says, where the shape of the gains does not tell it.
+    """Returns the delta with the axis of a configuration, if the shape of the gains does not show it.
 
     Raises:
-        AdapterError: Shape and configuration disagree, or the configuration is not read.
+        AdapterError: Shape and configuration disagree, or the configuration is not supported.
     """
     if not isinstance(delta, PeftIa3Delta):
         return delta
@@ -100,7 +100,7 @@ def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) ->
             f"'feedforward_modules' is the expression {names!r}",
             where=where,
             allowed="a list of module names",
-            remedy="write the module names out in the file",
+            remedy="list the module names in the file",
         )
     is_input = path == names if isinstance(names, str) else _ends_in(path, names)
     axis: Literal["output", "input"] = "input" if is_input else "output"
@@ -119,17 +119,13 @@ def _ends_in(path: str, names: Sequence[str]) -> bool:
 
 
 def check_layout(config: Mapping[str, Any], where: str) -> None:
-    """Does nothing for a configuration of weights whose rows are the outputs.
-
-    Raises:
-        AdapterError: They are transposed.
-    """
+    """Raises `AdapterError` if a configuration states transposed weights (rows are inputs)."""
     if config.get("fan_in_fan_out"):
         raise AdapterError(
             "'fan_in_fan_out' is true: the weights are transposed, as in GPT-2",
             where=where,
             allowed="false",
-            remedy="this is no adapter of a diffusion model; name another file",
+            remedy="give the path of an adapter of a diffusion model",
         )
 
 

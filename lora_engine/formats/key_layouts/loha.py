@@ -1,4 +1,4 @@
-"""How files spell the factors of LoHa: LyCORIS and PEFT alike, but PEFT keeps alpha in its configuration."""
+"""Factor keys of LoHa: LyCORIS and PEFT share them, but PEFT stores alpha in its configuration."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NAMES = {
     "core2": "hada_t2",
 }
 _CORES = ("core1", "core2")
-# The name of PEFT's adapter, where somebody saved the live model's names.
+# Files saved from the live model carry the name of PEFT's adapter.
 _LIVE = {f"{suffix}.default": factor for factor, suffix in _NAMES.items()}
 
 
 def loha_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's `LoHaConfig` for one component's modules (by path)."""
+    """Returns PEFT's `LoHaConfig` for one component's modules (by path)."""
     has_cores = any(isinstance(delta, LohaDelta) and delta.core1 is not None for delta in modules.values())
-    whole = {path: (delta.rank or 0, delta.alpha or 0.0) for path, delta in modules.items()}
+    ranks = {path: (delta.rank or 0, delta.alpha or 0.0) for path, delta in modules.items()}
     return {
-        **ranks_and_alphas(whole, "alpha"),
+        **ranks_and_alphas(ranks, "alpha"),
         "init_weights": True,
         "module_dropout": 0.0,
         "rank_dropout": 0.0,

@@ -1,6 +1,6 @@
-"""How files spell the factors of LoKr: LyCORIS and PEFT alike, but PEFT keeps alpha in its configuration.
+"""Factor keys of LoKr: LyCORIS and PEFT share them, but PEFT stores alpha in its configuration.
 
-PEFT makes the factors' shapes by its configuration, so that has to be found again that gives those of an adapter.
+PEFT derives the factors' shapes from its configuration, so writing searches for one that gives the adapter's shapes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_engine.adapters import Delta, LokrDelta
-from lora_engine.adapters.lokr import factorise
+from lora_engine.adapters.lokr import factorize
 from lora_engine.errors import AdapterError
 from lora_engine.formats.key_layout import LYCORIS, PEFT, TableFactorKeys
 from lora_engine.formats.lora_config import number_of, ranks_and_alphas
@@ -27,54 +27,56 @@ _NAMES = {
     "right_down": "lokr_w2_b",
     "right_core": "lokr_t2",
 }
-# The name of PEFT's adapter, where somebody saved the live model's names.
+# Files saved from the live model carry the name of PEFT's adapter.
 _LIVE = {f"{suffix}.default": factor for factor, suffix in _NAMES.items()}
 _KERNELS = (1, 9, 25, 49)
 
 
 @dataclass(frozen=True)
 class LokrKeys(TableFactorKeys):
-    """A table of which each side needs either the whole factor or both of the two that make it up."""
+    """A table in which each side needs either the whole factor or both of its low-rank factors."""
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """The first suffix that a side lacks, or None."""
-        there = {self.factor(suffix) for suffix in suffixes}
+        """Returns the first suffix that a side lacks, or None."""
+        present = {self.factor(suffix) for suffix in suffixes}
         for side in ("left", "right"):
             pair = [f"{side}_up", f"{side}_down"]
-            if side not in there and not there.issuperset(pair):
-                lone = [factor for factor in pair if factor not in there]
-                return self.names[lone[0] if len(lone) == 1 else side]
+            if side not in present and not present.issuperset(pair):
+                missing = [factor for factor in pair if factor not in present]
+                return self.names[missing[0] if len(missing) == 1 else side]
         return None
 
 
 def lokr_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's `LoKrConfig` for one component's modules (by path).
+    """Returns PEFT's `LoKrConfig` for one component's modules (by path).
 
     Raises:
-        AdapterError: No one configuration gives the shapes of all of them.
+        AdapterError: No single configuration gives the shapes of all modules.
     """
     deltas = {path: delta for path, delta in modules.items() if isinstance(delta, LokrDelta)}
     both = any(delta.left is None for delta in deltas.values())
-    whole: dict[str, tuple[int, float]] = {}
+    ranks: dict[str, tuple[int, float]] = {}
     for path, delta in deltas.items():
-        # PEFT keeps a factor whole where half of its longer side is not above the rank, and always scales.
-        rank = delta.rank or max(*delta.left_sides, *_right(delta)[0])
-        whole[path] = (rank, float(rank) if delta.rank is None else delta.alpha)
+        # PEFT keeps a factor whole if half of its longer side is at most the rank, and always scales.
+        rank = delta.rank or max(*delta.left_sides, *_right_sides(delta)[0])
+        ranks[path] = (rank, float(rank) if delta.rank is None else delta.alpha)
     limits = sorted({-1, *(side for delta in deltas.values() for side in delta.left_sides)})
-    orphans: dict[int, list[str]] = {}
+    mismatches: dict[int, list[str]] = {}
     for limit in limits:
-        orphans[limit] = [path for path, delta in deltas.items() if not _gives(delta, whole[path][0], limit, both=both)]
-    best = min(limits, key=lambda limit: len(orphans[limit]))
-    if orphans[best]:
+        mismatches[limit] = [
+            path for path, delta in deltas.items() if not _matches_shapes(delta, ranks[path][0], limit, both=both)
+        ]
+    best = min(limits, key=lambda limit: len(mismatches[limit]))
+    if mismatches[best]:
         raise AdapterError(
-            f"no one setting of PEFT gives the shapes of all factors; with decompose_factor {best} it fails for"
-            f" {len(orphans[best])} of {len(deltas)} modules, the first is {orphans[best][0]!r}",
-            where=orphans[best][0],
-            allowed="modules that were all made with one factor, and with or without a left factor of low rank",
+            f"no single PEFT configuration gives the shapes of all factors; decompose_factor {best} fails for"
+            f" {len(mismatches[best])} of {len(deltas)} modules, the first is {mismatches[best][0]!r}",
+            where=mismatches[best][0],
+            allowed="modules that share one decompose_factor, and all have or lack a low-rank left factor",
             remedy="choose another format, such as loraline or kohya",
         )
     return {
-        **ranks_and_alphas(whole, "alpha"),
+        **ranks_and_alphas(ranks, "alpha"),
         "decompose_both": both,
         "decompose_factor": best,
         "init_weights": True,
@@ -85,12 +87,12 @@ def lokr_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
     }
 
 
-def _gives(delta: LokrDelta, rank: int, limit: int, *, both: bool) -> bool:
-    """Whether PEFT makes the factors' shapes with this `decompose_factor`."""
+def _matches_shapes(delta: LokrDelta, rank: int, limit: int, *, both: bool) -> bool:
+    """Returns True if PEFT creates factors of these shapes with this `decompose_factor`."""
     a, b = delta.left_sides
     if (delta.left is not None) != (not both or 2 * rank >= max(a, b)):
         return False
-    for c, d in _right(delta):
+    for c, d in _right_sides(delta):
         is_whole = 2 * rank >= max(c, d)
         if (delta.right is not None) == is_whole and _split(a * c, limit) == (a, c) and _split(b * d, limit) == (b, d):
             return True
@@ -98,12 +100,12 @@ def _gives(delta: LokrDelta, rank: int, limit: int, *, both: bool) -> bool:
 
 
 def _split(dimension: int, limit: int) -> tuple[int, int]:
-    """As `factorise`, but PEFT does not put the smaller number first where `limit` divides."""
-    return (limit, dimension // limit) if limit > 0 and dimension % limit == 0 else factorise(dimension, limit)
+    """Returns the split of `factorize`, except that PEFT puts `limit` first if it divides the dimension."""
+    return (limit, dimension // limit) if limit > 0 and dimension % limit == 0 else factorize(dimension, limit)
 
 
-def _right(delta: LokrDelta) -> list[tuple[int, int]]:
-    """The sides that the right factor may have: a kernel that is flattened into `right_down` does not show."""
+def _right_sides(delta: LokrDelta) -> list[tuple[int, int]]:
+    """Returns the possible sides of the right factor; the size of a kernel flattened into `right_down` is unknown."""
     rows, columns = delta.right_sides
     if delta.right is not None:
         return [(rows, delta.right.shape[1])]
@@ -112,7 +114,7 @@ def _right(delta: LokrDelta) -> list[tuple[int, int]]:
 
 
 def _scaled(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
-    """Where both factors are whole, PEFT scales all the same, by the rank of its configuration."""
+    """Returns the delta scaled by PEFT's configuration, which PEFT also applies if both factors are whole."""
     if not isinstance(delta, LokrDelta) or delta.rank is not None or delta.left is None:
         return delta
     alpha = number_of(config, path, where, "alpha", "alpha_pattern")

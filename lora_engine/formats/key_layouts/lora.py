@@ -1,4 +1,4 @@
-"""How files spell the factors of LoRA."""
+"""Factor keys of LoRA."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, PEFT, TableFactor
 
 _BIAS = "lora_B.bias"
 EMBEDDING = {"lora_embedding_B": "down", "lora_embedding_A": "up"}
-"""PEFT's suffixes for embeddings, whose factors stand the other way round: `A` is `up` transposed, `B` is `down`."""
+"""PEFT's suffixes for embeddings, whose factors are swapped and transposed: `A` is `up.T`, `B` is `down.T`."""
 
 
 @dataclass(frozen=True)
 class ScaledBiasKeys(TableFactorKeys):
-    """PEFT's spelling: the bias of `lora_B` is scaled by alpha / rank, a delta's bias is not."""
+    """PEFT's factor keys: the bias of `lora_B` is scaled by alpha / rank, a delta's bias is not."""
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix; a scaled bias is float64, so that it is written again as it was."""
-        turned = {name: tensor.T if name in EMBEDDING else tensor for name, tensor in tensors.items()}
-        delta = super().read(turned, alpha)
+        """Returns the delta of tensors by suffix; a scaled bias is float64, to write the same value again."""
+        transposed = {name: tensor.T if name in EMBEDDING else tensor for name, tensor in tensors.items()}
+        delta = super().read(transposed, alpha)
         if not isinstance(delta, LoraDelta) or delta.bias is None or delta.scale == 1.0:
             return delta
         return replace(delta, bias=delta.bias.to(torch.float64) * delta.scale)
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """Tensors by suffix, without alpha."""
+        """Returns tensors by suffix, without alpha."""
         tensors = super().write(delta)
         if isinstance(delta, LoraDelta) and delta.bias is not None and delta.scale != 1.0:
             tensors[_BIAS] = (delta.bias.to(torch.float64) / delta.scale).to(delta.up.dtype)
@@ -37,7 +37,7 @@ class ScaledBiasKeys(TableFactorKeys):
 
 
 def with_scaled_bias(delta: Delta) -> Delta:
-    """A LoRA with the bias that PEFT's spelling can hold; any other delta as it is."""
+    """Returns a LoRA with the bias rounded to what PEFT's keys can store; any other delta unchanged."""
     if not isinstance(delta, LoraDelta) or delta.bias is None or delta.scale == 1.0:
         return delta
     stored = (delta.bias.to(torch.float64) / delta.scale).to(delta.up.dtype)
@@ -51,7 +51,7 @@ LYCORIS.add(
         optional=("mid", "bias"),
     )
 )
-# The name of PEFT's adapter, where somebody saved the live model's names.
+# Files saved from the live model carry the name of PEFT's adapter.
 _LIVE = {"lora_A.default.weight": "down", "lora_B.default.weight": "up", "lora_B.default.bias": "bias"}
 _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": _BIAS}
 PEFT.add(ScaledBiasKeys("lora", _NAMES, aliases={**_LIVE, **EMBEDDING}, optional=("bias",)))

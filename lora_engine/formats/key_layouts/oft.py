@@ -1,4 +1,4 @@
-"""How files spell rotations: LyCORIS' OFT and BOFT, which only dimensions tell apart, and PEFT's."""
+"""Factor keys of rotations: LyCORIS' OFT and BOFT, which differ only in dimensions, and PEFT's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ T = TypeVar("T")
 _TERMS, _EPS = "oft_R.terms", "oft_R.eps"
 ANGLES = "oft_R.weight"
 OF_EMBEDDING = "oft_embedding_R.weight"
-"""PEFT's suffix where the rows of an embedding are rotated, not its columns: the other way round."""
+"""PEFT's suffix for embeddings, whose rows are rotated instead of the columns, with the opposite sign."""
 _SINCE = "0.18.0"
-"""PEFT's version from which on its series for rotations is the one that is read here."""
+"""First PEFT version whose rotation series is supported."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class BlocksKeys(TableFactorKeys):
     """`oft_blocks` and perhaps `rescale`: `[n, b, b]` is OFT, `[stages, n, b, b]` BOFT; alpha is the constraint."""
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
-        made = BoftDelta if tensors[self.names["blocks"]].dim() == 4 else OftDelta
-        return made.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+        """Returns the delta of tensors by suffix."""
+        delta_type = BoftDelta if tensors[self.names["blocks"]].dim() == 4 else OftDelta
+        return delta_type.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
 
 
 @dataclass(frozen=True)
 class AnglesKeys(TableFactorKeys):
-    """PEFT's angles with, as tensors of one number, what PEFT keeps in its configuration."""
+    """PEFT's angles, plus PEFT's configuration values as tensors of one number."""
 
     @property
     def suffixes(self) -> Collection[str]:
@@ -45,15 +45,15 @@ class AnglesKeys(TableFactorKeys):
         return (ANGLES, _TERMS, _EPS)
 
     def factor(self, suffix: str) -> str:
-        """The factor or setting that a suffix stands for."""
+        """Returns the name of the factor or setting with this suffix."""
         return {ANGLES: "angles", _TERMS: "terms", _EPS: "eps"}[suffix]
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """The first suffix that is not there and has to be, or None."""
+        """Returns the first missing required suffix, or None."""
         return next((name for name in (ANGLES, _TERMS) if name not in suffixes), None)
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix."""
         numbers: dict[str, float] = {}
         for name in {_TERMS, _EPS} & tensors.keys():
             if tensors[name].numel() != 1:
@@ -66,7 +66,7 @@ class AnglesKeys(TableFactorKeys):
         return PeftOftDelta(tensors[ANGLES], int(numbers[_TERMS]), numbers.get(_EPS))
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
-        """Tensors by suffix."""
+        """Returns tensors by suffix."""
         tensors = super().write(delta)
         if isinstance(delta, PeftOftDelta):
             tensors[_TERMS] = alpha_tensor(float(delta.terms), delta.angles.dtype)
@@ -77,25 +77,25 @@ class AnglesKeys(TableFactorKeys):
 
 @dataclass(frozen=True)
 class TransposedKeys(TableFactorKeys):
-    """PEFT's angles, which for embeddings have the other sign: `R(-S)` is the inverse of `R(S)`."""
+    """PEFT's angles, which have the opposite sign for embeddings: `R(-S)` is the inverse of `R(S)`."""
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """The delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix."""
         return PeftOftDelta(-tensors[OF_EMBEDDING] if OF_EMBEDDING in tensors else tensors[ANGLES])
 
 
 def oft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's `OFTConfig` for one component's modules (by path).
+    """Returns PEFT's `OFTConfig` for one component's modules (by path).
 
     Raises:
-        AdapterError: The modules have not one form throughout, which is all that PEFT can hold.
+        AdapterError: The modules differ in form; PEFT supports one form for all modules.
     """
     deltas = {path: delta for path, delta in modules.items() if isinstance(delta, PeftOftDelta)}
-    terms = _one({path: delta.terms for path, delta in deltas.items()}, "number of terms")
-    eps = _one({path: delta.eps for path, delta in deltas.items()}, "constraint")
+    terms = _single({path: delta.terms for path, delta in deltas.items()}, "number of terms")
+    eps = _single({path: delta.eps for path, delta in deltas.items()}, "constraint")
     return {
         "bias": "none",
-        # One row is right both for shared blocks and for a single one, and PEFT reads the two alike.
+        # Shared blocks and a single block both have one row, and PEFT reads them the same.
         "block_share": all(delta.angles.shape[0] == 1 for delta in deltas.values()),
         "coft": eps is not None,
         **({} if eps is None else {"eps": eps}),
@@ -104,7 +104,7 @@ def oft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
         "init_weights": True,
         "module_dropout": 0.0,
         "num_cayley_neumann_terms": terms or 5,
-        "oft_block_size": _one({path: delta.block_size for path, delta in deltas.items()}, "block size"),
+        "oft_block_size": _single({path: delta.block_size for path, delta in deltas.items()}, "block size"),
         "peft_version": _SINCE,
         "r": 0,
         "target_modules": sorted(modules),
@@ -113,10 +113,10 @@ def oft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
 
 
 def with_oft_settings(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
-    """The delta with the form of rotation that a configuration says.
+    """Returns the delta with the form of rotation of a configuration.
 
     Raises:
-        AdapterError: The form is not read, or is that of an older PEFT, which turned otherwise.
+        AdapterError: The form is not supported, or is of an older PEFT, which rotates differently.
     """
     if not isinstance(delta, PeftOftDelta):
         return delta
@@ -124,33 +124,33 @@ def with_oft_settings(delta: Delta, config: Mapping[str, Any], path: str, where:
     is_series = bool(config.get("use_cayley_neumann"))
     if "oft_block_size" not in config or (is_series and _version(config) < (0, 18)):
         raise AdapterError(
-            "the adapter was saved by an older PEFT, whose OFT was another one",
+            "the adapter was saved by an older PEFT, whose OFT is different",
             where=where,
-            allowed=f"OFT as PEFT {_SINCE} and later have it ('peft_version' says which)",
-            remedy="merge it with the PEFT that made it, and extract the difference",
+            allowed=f"OFT of PEFT {_SINCE} or later ('peft_version' states it)",
+            remedy="merge it with the PEFT version that made it, and extract the difference",
         )
     terms = config.get("num_cayley_neumann_terms", 5) if is_series else 0
     eps = config.get("eps", 6e-5) if config.get("coft") else None
     if isinstance(terms, bool) or not isinstance(terms, int) or not isinstance(eps, float | int | None):
         problem = f"'num_cayley_neumann_terms' is {terms!r}, 'eps' is {eps!r}"
-        raise AdapterError(problem, where=where, allowed="numbers", remedy="mend the file")
+        raise AdapterError(problem, where=where, allowed="numbers", remedy="fix the file")
     return replace(delta, terms=terms, eps=None if eps is None else float(eps))
 
 
 def boft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's `BOFTConfig` for one component's modules (by path).
+    """Returns PEFT's `BOFTConfig` for one component's modules (by path).
 
     Raises:
-        AdapterError: The modules have not one form throughout, which is all that PEFT can hold.
+        AdapterError: The modules differ in form; PEFT supports one form for all modules.
     """
     deltas = {path: delta for path, delta in modules.items() if isinstance(delta, PeftBoftDelta)}
     butterflies = {path: delta.blocks.shape[0] for path, delta in deltas.items()}
     return {
         "bias": "none",
         "boft_block_num": 0,
-        "boft_block_size": _one({path: delta.blocks.shape[-1] for path, delta in deltas.items()}, "block size"),
+        "boft_block_size": _single({path: delta.blocks.shape[-1] for path, delta in deltas.items()}, "block size"),
         "boft_dropout": 0.0,
-        "boft_n_butterfly_factor": _one(butterflies, "number of butterflies"),
+        "boft_n_butterfly_factor": _single(butterflies, "number of butterflies"),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": True,
@@ -159,7 +159,7 @@ def boft_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
 
 
 def with_boft_settings(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
-    """The delta as it is: its tensors say everything.
+    """Returns the delta unchanged: its tensors are complete.
 
     Raises:
         AdapterError: The weights are transposed.
@@ -168,23 +168,23 @@ def with_boft_settings(delta: Delta, config: Mapping[str, Any], path: str, where
     return delta
 
 
-def _one(values: Mapping[str, T], what: str) -> T:
+def _single(values: Mapping[str, T], noun: str) -> T:
     first, *others = values
     for path in others:
         if values[path] != values[first]:
             raise AdapterError(
-                f"PEFT has one {what} for all modules; that of {first!r} is {values[first]!r}, here {values[path]!r}",
+                f"PEFT has one {noun} for all modules; {first!r} has {values[first]!r}, this one {values[path]!r}",
                 where=path,
-                allowed=f"the same {what} throughout",
-                remedy="choose the format loraline, or train with a block size that all layers can have",
+                allowed=f"the same {noun} for all modules",
+                remedy="choose the format loraline, or train with a block size that fits all layers",
             )
     return values[first]
 
 
 def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first two numbers of PEFT's version; nothing where it is not stated, as before 0.18."""
-    found = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version", "")))
-    return tuple(map(int, found.groups())) if found else ()
+    """Returns the first two numbers of PEFT's version; empty if not stated, as before 0.18."""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version", "")))
+    return tuple(map(int, match.groups())) if match else ()
 
 
 _BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}

@@ -1,4 +1,4 @@
-"""How files spell a weight that replaces the base's (ComfyUI's `set_weight`)."""
+"""Factor keys of a weight that replaces the base's (ComfyUI's `set_weight`)."""
 
 from __future__ import annotations
 

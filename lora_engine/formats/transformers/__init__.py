@@ -1,7 +1,7 @@
-"""The module names of diffusion transformers (FLUX, Stable Diffusion 3), whose original layers fuse several modules.
+"""Module names of diffusion transformers (FLUX, Stable Diffusion 3), whose original layers fuse several modules.
 
-One file a family, found by itself; `dit` looks names up, `fused` takes rows apart and together, `names` is what codecs
-ask.
+Each family is one file, discovered by import. `dit` looks names up, `fused` splits and fuses rows, `names` is the
+interface for codecs.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Diffusion transformers (`TransformerNames`): how the modules of their original code are called in diffusers, and back.
+"""Maps the original module names of diffusion transformers to diffusers' names and back.
 
-One literal table a family, in a file of its own; here is how names are looked up in it and how fused layers are taken
-apart. Prefixes and factor names are the formats' affair.
+Each family has a literal table in its own file. This module looks names up in it and splits fused layers. Prefixes and
+factor keys belong to the formats.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Blocks:
-    """One kind of repeated block.
+    """One type of repeated block.
 
     Attributes:
-        original: What the original code calls the list of blocks.
-        canonical: What diffusers calls it.
-        modules: Original name inside a block to the names in diffusers; several where the layer is fused.
+        original: Name of the list of blocks in the original code.
+        canonical: Its name in diffusers.
+        modules: Original name inside a block to the names in diffusers; several if the layer is fused.
     """
 
     original: str
@@ -36,12 +36,12 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A module of the original code in diffusers' tree.
+class Target:
+    """The diffusers modules that a module of a file corresponds to.
 
     Attributes:
-        parts: The paths there, in the order of the rows.
-        original: The original path, with dots; empty where the file has the path in diffusers.
+        parts: Paths in diffusers, in the order of the rows.
+        original: Original path, with dots; empty if the file uses diffusers' path.
     """
 
     parts: tuple[str, ...]
@@ -50,43 +50,43 @@ class Place:
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of one component, both ways.
+    """The original and diffusers' names of one component.
 
     Attributes:
-        blocks: Of its repeated blocks.
-        outside: Original name to that in diffusers, for what is in no block.
+        blocks: Names of its repeated blocks.
+        outside: Original name to diffusers' name, for modules outside blocks.
     """
 
     blocks: tuple[Blocks, ...]
     outside: Mapping[str, str]
 
-    def find(self, path: str, separator: str = ".") -> Place | None:
-        """The place of a module by its original path, dotted or flattened with another separator."""
+    def find(self, path: str, separator: str = ".") -> Target | None:
+        """Returns the target of a module by its original path, written with the separator; None if unknown."""
         return self._find(path, self._tables(separator)[0])
 
     def find_canonical(self, path: str, separator: str = ".") -> str | None:
-        """The path in diffusers of one that is written with another separator; None for a stranger."""
-        place = self._find(path, self._tables(separator)[1])
-        return place.parts[0] if place else None
+        """Returns the path in diffusers of a path that is written with the separator; None if unknown."""
+        target = self._find(path, self._tables(separator)[1])
+        return target.parts[0] if target else None
 
-    def original_of(self, path: str) -> Place | None:
-        """The place of the original module that a path in diffusers is in, with all its parts; None for a stranger."""
+    def original_of(self, path: str) -> Target | None:
+        """Returns the target of the original module that contains a diffusers path, with all parts; None if unknown."""
         if path in self._outside_back:
-            return Place((path,), self._outside_back[path])
+            return Target((path,), self._outside_back[path])
         for block, back in self._blocks_back:
             match = re.fullmatch(rf"{re.escape(block.canonical)}\.(\d{{1,4}})\.(.+)", path)
             if match and match[2] in back:
-                return _place(block, back[match[2]], block.modules[back[match[2]]], int(match[1]))
+                return _target(block, back[match[2]], block.modules[back[match[2]]], int(match[1]))
         return None
 
-    def _find(self, path: str, table: _Table) -> Place | None:
+    def _find(self, path: str, table: _Table) -> Target | None:
         if path in table.outside:
-            name, found = table.outside[path]
-            return Place((found,), name)
+            name, canonical = table.outside[path]
+            return Target((canonical,), name)
         for pattern, block, modules in table.blocks:
             match = pattern.fullmatch(path)
             if match and match[2] in modules:
-                return _place(block, *modules[match[2]], int(match[1]))
+                return _target(block, *modules[match[2]], int(match[1]))
         return None
 
     @cached_property
@@ -116,7 +116,7 @@ class NameTable:
 
 @dataclass(frozen=True)
 class _Table:
-    """A `NameTable` in which names are looked up as one separator writes them; the values keep the dotted name."""
+    """A `NameTable` indexed by names with one separator; the values keep the dotted names."""
 
     outside: Mapping[str, tuple[str, str]]
     blocks: list[tuple[re.Pattern[str], Blocks, Mapping[str, tuple[str, tuple[str, ...]]]]]
@@ -126,12 +126,12 @@ def _table(separator: str, outside: Mapping[str, str], blocks: Iterable[Blocks])
     def written(path: str) -> str:
         return path.replace(".", separator)
 
-    mark = re.escape(separator)
+    sep = re.escape(separator)
     return _Table(
         {written(name): (name, path) for name, path in outside.items()},
         [
             (
-                re.compile(rf"{re.escape(written(block.original))}{mark}(\d{{1,4}}){mark}(.+)"),
+                re.compile(rf"{re.escape(written(block.original))}{sep}(\d{{1,4}}){sep}(.+)"),
                 block,
                 {written(name): (name, parts) for name, parts in _with_single_parts(block)},
             )
@@ -141,33 +141,33 @@ def _table(separator: str, outside: Mapping[str, str], blocks: Iterable[Blocks])
 
 
 def _with_single_parts(block: Blocks) -> Iterator[tuple[str, tuple[str, ...]]]:
-    # OneTrainer has fused layers in their parts: `qkv.0` to `qkv.2`, and `linear1.3` for what follows them.
+    # OneTrainer stores fused layers as parts: `qkv.0` to `qkv.2`, and `linear1.3` for the part after them.
     for name, parts in block.modules.items():
         yield name, parts
         if len(parts) > 1:
             yield from ((f"{name}.{number}", (part,)) for number, part in enumerate(parts))
 
 
-def _place(block: Blocks, name: str, parts: Sequence[str], number: int) -> Place:
+def _target(block: Blocks, name: str, parts: Sequence[str], number: int) -> Target:
     paths = tuple(f"{block.canonical}.{number}.{part}" for part in parts)
-    return Place(paths, f"{block.original}.{number}.{name}")
+    return Target(paths, f"{block.original}.{number}.{name}")
 
 
 @dataclass(frozen=True)
 class TransformerNames:
-    """What the formats have to know of one family of diffusion transformers.
+    """The names and layer shapes of one family of diffusion transformers.
 
     Attributes:
-        name: Of the family.
-        title: For people.
-        names: Of the transformer's modules.
-        mark: Pattern of flattened names that only this family has among those of `transformer_names`.
-        widths: Of the published models; they tell a family where the names do not.
-        rows: From the path of a fused layer, its parts and its columns to the rows of each part.
-        swapped: Whether the path's halves of rows change places, by the original path and the weight's shape.
+        name: Name of the family.
+        title: Name in messages.
+        names: Names of the transformer's modules.
+        mark: Pattern of flattened names that only this family has among `transformer_names`.
+        widths: Widths of the published models; they identify the family if the names do not.
+        rows: From a fused layer's parts and columns to the rows of each part.
+        swapped: From an original path and the weight's shape to True if diffusers swaps the halves of its rows.
         text: Component of each text encoder to its role (see `TEXT_NAMES`), in the order in which files number them.
-        version: What kohya's header calls the base.
-        architecture: What `modelspec.architecture` calls it.
+        version: Name of the base in kohya's header.
+        architecture: Name of the base in `modelspec.architecture`.
     """
 
     name: str
@@ -181,93 +181,93 @@ class TransformerNames:
     version: str
     architecture: str
 
-    def deltas_of(self, place: Place, delta: Delta, where: str, shapes: Shapes) -> Iterator[tuple[str, Delta]]:
-        """The canonical modules of an original one, and their deltas.
+    def deltas_of(self, target: Target, delta: Delta, where: str, shapes: Shapes) -> Iterator[tuple[str, Delta]]:
+        """Yields canonical name and delta of each diffusers module of an original module.
 
         Args:
-            place: Where it is in diffusers.
+            target: The module in diffusers.
             delta: Its delta in the file.
-            where: What an error names.
-            shapes: Weights of the base by canonical name, as far as they are known.
+            where: Location for errors.
+            shapes: Known weight shapes of the base by canonical name.
 
         Raises:
-            AdapterError: The delta cannot be divided among the parts.
+            AdapterError: The delta cannot be split into the parts.
         """
-        names = [f"{TRANSFORMER}.{path}" for path in place.parts]
+        names = [f"{TRANSFORMER}.{path}" for path in target.parts]
         shape = delta_shape(delta)
         if len(names) == 1:
-            swaps = self.swapped(place.original, shape or (0, 0))
+            swaps = self.swapped(target.original, shape or (0, 0))
             yield names[0], swap_halves(delta, where) if swaps else delta
             return
         if shape is None:
-            parts = split(delta, [1] * len(names), where)  # what acts on the inputs is the same for all rows
+            parts = split(delta, [1] * len(names), where)  # a delta on the inputs is the same for all rows
             yield from ((name, part) for name, part in zip(names, parts, strict=True) if part is not None)
             return
         rows = [shapes[name][0] for name in names if name in shapes]
         if len(rows) < len(names):
-            columns = shape[1] or shape[0] // sum(self.rows(place.parts, 1))
-            rows = list(self.rows(place.parts, columns))
+            columns = shape[1] or shape[0] // sum(self.rows(target.parts, 1))
+            rows = list(self.rows(target.parts, columns))
         if sum(rows) != shape[0]:
             raise AdapterError(
                 f"the layer has {shape[0]} rows and {shape[1]} columns, which are not those of {', '.join(names)}",
                 where=where,
                 allowed=f"{' + '.join(map(str, rows))} = {sum(rows)} rows",
-                remedy="name the base that the adapter was made for, or ask for another file",
+                remedy="name the base that the adapter was made for, or use another file",
             )
         for name, part in zip(names, split(delta, rows, where), strict=True):
             if part is not None:
                 yield name, part
 
     def originals(self, modules: Mapping[str, Delta]) -> dict[str, Delta]:
-        """The deltas by original path, with those of fused layers put together.
+        """Returns the deltas by original path; fuses the parts of fused layers.
 
         Args:
             modules: Deltas by canonical path inside the transformer.
 
         Raises:
-            AdapterError: A module that the original code has not, or parts that cannot be put together exactly.
+            AdapterError: The original code lacks a module, or parts cannot be fused exactly.
         """
-        found: dict[str, Delta] = {}
+        originals: dict[str, Delta] = {}
         for path, delta in modules.items():
-            place = self.names.original_of(path)
-            if place is None:
+            target = self.names.original_of(path)
+            if target is None:
                 raise AdapterError(
                     f"the original code of {self.title} has no module {path!r}",
                     where=f"{TRANSFORMER}.{path}",
                     remedy="choose a format with diffusers' names, such as diffusers or loraline",
                 )
-            if place.original in found:
+            if target.original in originals:
                 continue
             where = f"{TRANSFORMER}.{path}"
-            if len(place.parts) > 1:
-                parts = [modules.get(part) for part in place.parts]
-                found[place.original] = fuse(parts, self._rows_of(place, parts, modules), where)
+            if len(target.parts) > 1:
+                parts = [modules.get(part) for part in target.parts]
+                originals[target.original] = fuse(parts, self._rows_of(target, parts, modules), where)
             else:
-                swaps = self.swapped(place.original, delta_shape(delta) or (0, 0))
-                found[place.original] = swap_halves(delta, where) if swaps else delta
-        return found
+                swaps = self.swapped(target.original, delta_shape(delta) or (0, 0))
+                originals[target.original] = swap_halves(delta, where) if swaps else delta
+        return originals
 
-    def _rows_of(self, place: Place, parts: Sequence[Delta | None], modules: Mapping[str, Delta]) -> Rows:
+    def _rows_of(self, target: Target, parts: Sequence[Delta | None], modules: Mapping[str, Delta]) -> Rows:
         shapes = [None if part is None else delta_shape(part) for part in parts]
         columns = next(
             (
                 shape[1] or shape[0] // unit
-                for shape, unit in zip(shapes, self.rows(place.parts, 1), strict=True)
+                for shape, unit in zip(shapes, self.rows(target.parts, 1), strict=True)
                 if shape
             ),
             0,
         )
-        usual = list(self.rows(place.parts, columns))
-        # A part that this block lacks has as many rows as the same part of another block.
-        for number, (path, shape) in enumerate(zip(place.parts, shapes, strict=True)):
+        rows = list(self.rows(target.parts, columns))
+        # A part without a delta takes the rows of the same part in another block.
+        for number, (path, shape) in enumerate(zip(target.parts, shapes, strict=True)):
             if shape is not None:
-                usual[number] = shape[0]
+                rows[number] = shape[0]
                 continue
             tail = re.sub(r"\.\d+\.", ".*.", path, count=1)
-            alike = (delta for other, delta in modules.items() if re.sub(r"\.\d+\.", ".*.", other, count=1) == tail)
-            known = next(filter(None, map(delta_shape, alike)), None)
-            usual[number] = known[0] if known else usual[number]
-        return usual
+            peers = (delta for name, delta in modules.items() if re.sub(r"\.\d+\.", ".*.", name, count=1) == tail)
+            known = next(filter(None, map(delta_shape, peers)), None)
+            rows[number] = known[0] if known else rows[number]
+        return rows
 
 
 transformer_names: Registry[TransformerNames] = Registry("family of diffusion transformers")
@@ -327,4 +327,4 @@ T5 = NameTable(
     outside={name: name for name in ("shared", "encoder.embed_tokens", "encoder.final_layer_norm")},
 )
 TEXT_NAMES: Mapping[str, NameTable] = {"clip_l": CLIP, "clip_g": CLIP, "t5xxl": T5}
-"""Names of a text encoder's modules, by what it is: CLIP ViT-L/14, OpenCLIP ViT-bigG/14, T5 v1.1 XXL."""
+"""Text encoder role to module names: CLIP ViT-L/14, OpenCLIP ViT-bigG/14, T5 v1.1 XXL."""

@@ -1,4 +1,4 @@
-"""FLUX.1 (Black Forest Labs): its module names in the original code and in diffusers, as a literal table."""
+"""FLUX.1 (Black Forest Labs): literal table of original and diffusers' module names."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ _OUTSIDE = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-_MLP_RATIO = 4  # of every published FLUX.1; asked only where a file has no `proj_mlp` at all
+_MLP_RATIO = 4  # of every published FLUX.1; used only if a file has no `proj_mlp` at all
 
 
 def _rows(parts: Sequence[str], columns: int) -> Rows:
-    # The inputs of all fused layers are as wide as q, k and v are.
+    # All fused layers have inputs of the width of q, k and v.
     return [_MLP_RATIO * columns if part.endswith("proj_mlp") else columns for part in parts]
 
 

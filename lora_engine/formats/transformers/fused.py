@@ -1,7 +1,8 @@
-"""Deltas of fused layers: one linear layer of the original code that is several in diffusers, such as q, k and v.
+"""Splits and fuses the deltas of fused layers: one linear layer of the original code is several in diffusers.
 
-The parts lie below each other as rows of the weight. `split` and `fuse` are exact in meaning: what a kind cannot do
-exactly is refused. One `RowRule` a kind; which layers are fused is said by the families' tables (`flux`, `sd3`).
+For example q, k and v are parts of one layer. The parts are consecutive rows of the weight. `split` and `fuse` are
+exact and refuse what a kind cannot do exactly. Each kind has a `RowRule`; the families' tables (`flux`, `sd3`) list the
+fused layers.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from lora_engine.errors import AdapterError
 from lora_engine.registries import Registry
 
 Rows = Sequence[int]
-"""How many rows each part has, in their order."""
+"""Number of rows of each part, in order."""
 
 
 @dataclass(frozen=True)
 class RowRule:
-    """What can be done with the rows of one kind's deltas.
+    """Row operations on the deltas of one kind.
 
     Attributes:
-        shape: Rows and columns of the weight that a delta is for, as its factors tell them; 0 columns are unknown, and
-            None is for what acts on the inputs alone, for any number of rows.
-        take: The delta of chosen rows, by their numbers; of another kind where that alone is exact.
-        fuse: One delta of parts (None where a part has none) and their rows.
-        split: The deltas of the parts, None where a part does nothing; None for `take` part by part.
+        shape: Returns rows and columns of the weight by the factors; 0 columns means unknown, None means that the delta
+            acts only on the inputs, for any number of rows.
+        take: Returns the delta of the given row indices; of another kind if only that is exact.
+        fuse: Returns one delta for the parts (None for a part without a delta) and their rows.
+        split: Returns the deltas of the parts, None for a part that is all zero. None uses `take` for each part.
     """
 
     shape: Callable[[Any], tuple[int, int] | None]
@@ -44,21 +45,21 @@ row_rules: Registry[RowRule] = Registry("rule for fused layers")
 
 
 class UnsplittableError(ValueError):
-    """A kind's rule cannot do this exactly; `split` and `fuse` make it an `AdapterError` that names the place."""
+    """Raised if a rule cannot do this exactly; `split` and `fuse` turn it into an `AdapterError` with the location."""
 
 
 def delta_shape(delta: Delta) -> tuple[int, int] | None:
-    """Rows and columns of the weight that a delta is for, None where its kind has no rule or it tells no rows."""
+    """Returns rows and columns of a delta's weight, None if its kind has no rule or its factors show no rows."""
     return row_rules[delta.kind].shape(delta) if delta.kind in row_rules else None
 
 
 def split(delta: Delta, rows: Rows, where: str) -> list[Delta | None]:
-    """The deltas of a fused layer's parts; None for a part that the delta leaves as it is.
+    """Returns the deltas of a fused layer's parts; None for a part that the delta does not change.
 
     Args:
         delta: The delta of the fused layer.
         rows: Rows of each part; their sum is the rows of the weight.
-        where: What an error names.
+        where: Location for errors.
 
     Raises:
         AdapterError: The kind's factors cannot be split exactly.
@@ -73,10 +74,10 @@ def split(delta: Delta, rows: Rows, where: str) -> list[Delta | None]:
 
 
 def fuse(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
-    """The delta of a fused layer whose parts have these; `split` undoes it.
+    """Returns the delta of a fused layer from those of its parts; `split` is the inverse.
 
     Raises:
-        AdapterError: The parts are of several kinds, or of one whose factors cannot be put together exactly.
+        AdapterError: The parts are of several kinds, or their factors cannot be fused exactly.
     """
     present = [part for part in parts if part is not None]
     if len({part.kind for part in present}) > 1:
@@ -94,7 +95,7 @@ def fuse(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
 
 
 def swap_halves(delta: Delta, where: str) -> Delta:
-    """The delta with the halves of its rows exchanged, as diffusers exchanged shift and scale of the last norms.
+    """Returns the delta with the halves of its rows swapped: diffusers swapped shift and scale of the last norms.
 
     Raises:
         AdapterError: As `split`.
@@ -108,22 +109,22 @@ def swap_halves(delta: Delta, where: str) -> Delta:
 
 
 def indices(rows: Rows) -> list[Tensor]:
-    """The numbers of the rows of each part."""
+    """Returns the row indices of each part."""
     return list(torch.split(torch.arange(sum(rows)), list(rows)))
 
 
 def _rule(delta: Delta, where: str) -> RowRule:
     if delta.kind in row_rules:
         return row_rules[delta.kind]
-    raise _refusal(delta, f"there is no exact rule for the rows of kind {delta.kind!r}", where)
+    raise _refusal(delta, f"the rows of kind {delta.kind!r} have no exact rule", where)
 
 
 def _refusal(delta: Delta, problem: str, where: str) -> AdapterError:
     return AdapterError(
-        f"the adapter of kind {delta.kind!r} cannot be carried over exactly between the fused layer of the original"
-        f" names and the parts that diffusers has: {problem}",
+        f"the adapter of kind {delta.kind!r} cannot be converted exactly between the fused layer of the original"
+        f" names and its parts in diffusers: {problem}",
         where=where,
-        allowed=f"the kinds {', '.join(row_rules)}, where their factors end at the parts' borders",
+        allowed=f"the kinds {', '.join(row_rules)}, if their factors end at the borders of the parts",
         remedy="convert it with a format that keeps the names of the layers, or to kind lora",
     )
 
@@ -139,41 +140,41 @@ def _split_lora(delta: LoraDelta, rows: Rows) -> list[Delta | None]:
     used = torch.stack([up.flatten(1).ne(0).any(0) for up in ups])
     blocks = rank_blocks(used) if delta.mid is None else None
     parts: list[Delta | None] = []
-    for place, (up, bias) in enumerate(zip(ups, biases, strict=True)):
-        own = slice(None) if blocks is None else blocks[place]
-        dead = bool(used.any()) and not bool(used[place].any())
-        if dead and (bias is None or not bool(bias.any())):
+    for index, (up, bias) in enumerate(zip(ups, biases, strict=True)):
+        block = slice(None) if blocks is None else blocks[index]
+        is_zero = bool(used.any()) and not bool(used[index].any())
+        if is_zero and (bias is None or not bool(bias.any())):
             parts.append(None)
             continue
-        down = delta.down[own].clone()
+        down = delta.down[block].clone()
         alpha = delta.alpha * down.shape[0] / delta.rank
-        parts.append(LoraDelta(down, up[:, own].clone(), alpha, delta.mid, None if bias is None else bias.clone()))
+        parts.append(LoraDelta(down, up[:, block].clone(), alpha, delta.mid, None if bias is None else bias.clone()))
     return parts
 
 
 def rank_blocks(used: Tensor) -> list[slice] | None:
-    """Which ranks each part has for itself; None where parts share some.
+    """Returns the block of ranks of each part; None if parts share ranks.
 
     Args:
-        used: `[parts, rank]`, whether a part's rows of `up` have values in this column.
+        used: `[parts, rank]`, True if a part's rows of `up` have a nonzero value in this column.
     """
     parts, rank = used.shape
     if bool((used.sum(0) > 1).any()) or not bool(used.any()):
         return None
     if rank % parts == 0:
         size = rank // parts
-        equal = [slice(place * size, (place + 1) * size) for place in range(parts)]
-        if all(int(row[own].sum()) == int(row.sum()) for row, own in zip(used, equal, strict=True)):
+        equal = [slice(index * size, (index + 1) * size) for index in range(parts)]
+        if all(int(row[block].sum()) == int(row.sum()) for row, block in zip(used, equal, strict=True)):
             return equal
-    # Blocks of several sizes, in the order of the parts; a column that nobody uses goes to the block before it.
+    # Blocks of several sizes, in the order of the parts; an unused column goes to the block before it.
     first = [int(row.nonzero()[0]) if bool(row.any()) else rank for row in used]
     last = [int(row.nonzero()[-1]) if bool(row.any()) else -1 for row in used]
-    live = [place for place in range(parts) if last[place] >= 0]
-    if any(last[one] >= first[other] for one, other in itertools.pairwise(live)):
+    nonzero = [part for part in range(parts) if last[part] >= 0]
+    if any(last[part] >= first[following] for part, following in itertools.pairwise(nonzero)):
         return None
-    starts = [0, *(first[place] for place in live[1:]), rank]
-    found = {place: slice(starts[number], starts[number + 1]) for number, place in enumerate(live)}
-    return [found.get(place, slice(None)) for place in range(parts)]
+    starts = [0, *(first[part] for part in nonzero[1:]), rank]
+    blocks = {part: slice(starts[number], starts[number + 1]) for number, part in enumerate(nonzero)}
+    return [blocks.get(part, slice(None)) for part in range(parts)]
 
 
 def _fuse_lora(parts: Sequence[LoraDelta | None], rows: Rows) -> LoraDelta:
@@ -186,16 +187,16 @@ def _fuse_lora(parts: Sequence[LoraDelta | None], rows: Rows) -> LoraDelta:
         first = present[0]
         up = stack_rows([None if part is None else part.up.flatten(1) for part in parts], rows)
         return LoraDelta(first.down, first.up if up is None else up, first.alpha, None, bias)
-    one_scale = len({part.scale for part in present}) == 1
+    is_same_scale = len({part.scale for part in present}) == 1
     ups = [None if part is None else part.up.flatten(1) for part in parts]
-    if not one_scale:
+    if not is_same_scale:
         ups = [
             None if up is None or part is None else scaled_up(up, part.scale)
             for up, part in zip(ups, parts, strict=True)
         ]
     rank = sum(part.rank for part in present)
     down = torch.cat([part.down.to(dtype) for part in present])
-    alpha = present[0].alpha * rank / present[0].rank if one_scale else float(rank)
+    alpha = present[0].alpha * rank / present[0].rank if is_same_scale else float(rank)
     return LoraDelta(down, block_rows(ups, rows), alpha, None, bias)
 
 
@@ -208,7 +209,7 @@ def _have_same_down(parts: Sequence[LoraDelta]) -> bool:
 
 
 def scaled_up(up: Tensor, scale: float) -> Tensor:
-    """`up` times a scale, in its dtype; refuses to overflow."""
+    """Returns `up` times a scale in its dtype; raises `UnsplittableError` on overflow."""
     folded = up.float().mul(scale).to(up.dtype)
     if not bool(folded.isfinite().all()):
         raise UnsplittableError(f"the scale {scale!r} cannot be folded into {up.dtype}: a value would overflow")
@@ -216,17 +217,19 @@ def scaled_up(up: Tensor, scale: float) -> Tensor:
 
 
 def stack_rows(tensors: Sequence[Tensor | None], rows: Rows) -> Tensor | None:
-    """The tensors below each other, zeros where one is missing; None where all are."""
+    """Returns the tensors stacked by rows, with zeros for missing ones; None if all are missing."""
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
         return None
     dtype, inner = joint_dtype(present), present[0].shape[1:]
-    filled = zip(tensors, rows, strict=True)
-    return torch.cat([torch.zeros(size, *inner, dtype=dtype) if one is None else one.to(dtype) for one, size in filled])
+    sized = zip(tensors, rows, strict=True)
+    return torch.cat(
+        [torch.zeros(size, *inner, dtype=dtype) if part is None else part.to(dtype) for part, size in sized]
+    )
 
 
 def block_rows(tensors: Sequence[Tensor | None], rows: Rows) -> Tensor:
-    """The tensors below and beside each other, like the blocks of a diagonal; zeros everywhere else."""
+    """Returns the block-diagonal matrix of the tensors."""
     present = [tensor for tensor in tensors if tensor is not None]
     whole = torch.zeros(sum(rows), sum(tensor.shape[1] for tensor in present), dtype=joint_dtype(present))
     row = column = 0
@@ -239,7 +242,7 @@ def block_rows(tensors: Sequence[Tensor | None], rows: Rows) -> Tensor:
 
 
 def joint_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that holds the values of all."""
+    """Returns the dtype that holds the values of all tensors."""
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -254,14 +257,13 @@ def _full_shape(delta: FullDelta) -> tuple[int, int]:
 
 
 def _take_full(delta: FullDelta, index: Tensor) -> FullDelta:
-    chosen = {name: factor[index].clone() for name, factor in delta.factors().items()}
-    return delta.with_factors(chosen)
+    return delta.with_factors({name: factor[index].clone() for name, factor in delta.factors().items()})
 
 
 def _split_full(delta: FullDelta, rows: Rows) -> list[Delta | None]:
     parts = [_take_full(delta, index) for index in indices(rows)]
-    live = [any(bool(factor.any()) for factor in part.factors().values()) for part in parts]
-    return [part if alive or not any(live) else None for part, alive in zip(parts, live, strict=True)]
+    nonzero = [any(bool(factor.any()) for factor in part.factors().values()) for part in parts]
+    return [part if keep or not any(nonzero) else None for part, keep in zip(parts, nonzero, strict=True)]
 
 
 def _fuse_full(parts: Sequence[FullDelta | None], rows: Rows) -> FullDelta:

@@ -1,4 +1,4 @@
-"""Fused layers under the kinds beyond LoRA and full: what of them is split and put together exactly (see `fused`)."""
+"""Row rules of fused layers for the kinds beyond LoRA and full (see `fused`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_engine.formats.transformers.fused import (
 )
 
 T = TypeVar("T")
-_MAX_ELEMENTS = 1 << 27  # of a LoRA that stands for rows of a LoKr
+_MAX_ELEMENTS = 1 << 27  # of a LoRA that replaces rows of a LoKr
 
 
 def _loha_shape(delta: LohaDelta) -> tuple[int, int]:
@@ -42,16 +42,16 @@ def _take_loha(delta: LohaDelta, index: Tensor) -> LohaDelta:
 
 def _split_loha(delta: LohaDelta, rows: Rows) -> list[Delta | None]:
     taken = [_take_loha(delta, index) for index in indices(rows)]
-    live = [bool(part.up1.any()) and bool(part.up2.any()) for part in taken]
+    nonzero = [bool(part.up1.any()) and bool(part.up2.any()) for part in taken]
     blocks = rank_blocks(torch.stack([(part.up1.ne(0) | part.up2.ne(0)).any(0) for part in taken]))
     parts: list[Delta | None] = []
-    for place, part in enumerate(taken):
-        if any(live) and not live[place]:
+    for number, part in enumerate(taken):
+        if any(nonzero) and not nonzero[number]:
             parts.append(None)
             continue
-        own = slice(None) if blocks is None else blocks[place]
-        narrow = {name: getattr(part, name)[:, own].clone() for name in ("up1", "up2")}
-        narrow |= {name: getattr(part, name)[own].clone() for name in ("down1", "down2")}
+        block = slice(None) if blocks is None else blocks[number]
+        narrow = {name: getattr(part, name)[:, block].clone() for name in ("up1", "up2")}
+        narrow |= {name: getattr(part, name)[block].clone() for name in ("down1", "down2")}
         alpha = delta.alpha * narrow["down1"].shape[0] / delta.rank
         parts.append(LohaDelta(**narrow, alpha=alpha))
     return parts
@@ -65,30 +65,30 @@ def _fuse_loha(parts: Sequence[LohaDelta | None], rows: Rows) -> LohaDelta:
     same = all(_equal(part.down1, first.down1) and _equal(part.down2, first.down2) for part in present)
     if same and len({part.alpha for part in present}) == 1:
         ups = [stack_rows([None if part is None else getattr(part, n) for part in parts], rows) for n in ("up1", "up2")]
-        return replace(first, up1=_there(ups[0]), up2=_there(ups[1]))
-    # The product of two matrices in blocks is in blocks, so both products can be, entry by entry.
-    one_scale = len({part.scale for part in present}) == 1
+        return replace(first, up1=_required(ups[0]), up2=_required(ups[1]))
+    # The entrywise product of block-diagonal matrices is block-diagonal, so both products can be.
+    is_same_scale = len({part.scale for part in present}) == 1
     rank = sum(part.rank for part in present)
-    firsts = [None if p is None else (p.up1 if one_scale else scaled_up(p.up1, p.scale)) for p in parts]
+    firsts = [None if p is None else (p.up1 if is_same_scale else scaled_up(p.up1, p.scale)) for p in parts]
     return LohaDelta(
         up1=block_rows(firsts, rows),
         down1=torch.cat([part.down1 for part in present]),
         up2=block_rows([None if part is None else part.up2 for part in parts], rows),
         down2=torch.cat([part.down2 for part in present]),
-        alpha=first.alpha * rank / first.rank if one_scale else float(rank),
+        alpha=first.alpha * rank / first.rank if is_same_scale else float(rank),
     )
 
 
 def _lokr_sides(delta: LokrDelta) -> tuple[Tensor, Tensor, Tensor]:
-    """`up` and `down` of the left factor or itself, and the right factor, as far as rows and columns are concerned."""
-    left_rows = delta.left if delta.left is not None else _there(delta.left_up)
-    left_columns = delta.left if delta.left is not None else _there(delta.left_down)
-    return left_rows, left_columns, delta.right if delta.right is not None else _there(delta.right_up)
+    """Returns the tensors with the rows of the left factor, its columns, and the rows of the right factor."""
+    left_rows = delta.left if delta.left is not None else _required(delta.left_up)
+    left_columns = delta.left if delta.left is not None else _required(delta.left_down)
+    return left_rows, left_columns, delta.right if delta.right is not None else _required(delta.right_up)
 
 
 def _lokr_shape(delta: LokrDelta) -> tuple[int, int]:
     left_rows, left_columns, right = _lokr_sides(delta)
-    columns = right.shape[1] if delta.right is not None else _there(delta.right_down).shape[1]
+    columns = right.shape[1] if delta.right is not None else _required(delta.right_down).shape[1]
     rows = right.shape[0] if delta.right_core is None else right.shape[1]
     return left_rows.shape[0] * rows, left_columns.shape[1] * columns
 
@@ -96,52 +96,54 @@ def _lokr_shape(delta: LokrDelta) -> tuple[int, int]:
 def _take_lokr(delta: LokrDelta, index: Tensor) -> Delta:
     left_rows, _, right = _lokr_sides(delta)
     if delta.right_core is not None or right.dim() != 2:
-        raise UnsplittableError("it is a convolution's")
+        raise UnsplittableError("it is of a convolution")
     size = right.shape[0]
     if index.numel() % size == 0:
-        chosen = index.reshape(-1, size)
-        starts = chosen[:, 0]
-        if bool((starts % size == 0).all()) and torch.equal(chosen, starts[:, None] + torch.arange(size)):
+        blocks = index.reshape(-1, size)
+        starts = blocks[:, 0]
+        if bool((starts % size == 0).all()) and torch.equal(blocks, starts[:, None] + torch.arange(size)):
             name = "left" if delta.left is not None else "left_up"
             return delta.with_factors(delta.factors() | {name: left_rows[starts // size].clone()})
     return _lokr_rows_as_lora(delta, index, size)
 
 
 def _lokr_rows_as_lora(delta: LokrDelta, index: Tensor, size: int) -> Delta:
-    """Rows that begin or end inside a block, as a LoRA: `kron(L, u d) = kron(I, u) kron(L, d)`, each entry one product.
+    """Returns rows that begin or end inside a block as a LoRA: `kron(L, u d) = kron(I, u) kron(L, d)`.
 
-    Where the rank that takes is no less than the part's own, the rows are given as they are.
+    Each entry is one product. Rows whose LoRA would have full rank are returned as a full difference.
     """
     touched = torch.unique(index // size)
-    left = delta.whole_left(torch.float32 if delta.left is None else delta.left.dtype)[touched]
+    left = delta.dense_left(torch.float32 if delta.left is None else delta.left.dtype)[touched]
     if delta.right is not None:
         up, down = delta.right, torch.eye(delta.right.shape[1], dtype=delta.right.dtype)
     else:
-        up, down = _there(delta.right_up), _there(delta.right_down)
+        up, down = _required(delta.right_up), _required(delta.right_down)
     rank, columns = len(touched) * down.shape[0], left.shape[1] * down.shape[1]
     if min(rank, index.numel(), columns) * (index.numel() + columns) > _MAX_ELEMENTS:
-        raise UnsplittableError("the borders of the parts lie inside its blocks, and written out it would be too large")
-    place = torch.searchsorted(touched, index // size) * size + index % size
+        raise UnsplittableError(
+            "the borders of the parts are inside its blocks, and the expanded rows would be too large"
+        )
+    positions = torch.searchsorted(touched, index // size) * size + index % size
     if rank >= min(index.numel(), columns):
-        dense = torch.kron(left, up @ down)[place]
+        dense = torch.kron(left, up @ down)[positions]
         return FullDelta(scaled_up(dense, delta.scale))
-    ups = torch.kron(torch.eye(len(touched), dtype=up.dtype), up)[place]
+    ups = torch.kron(torch.eye(len(touched), dtype=up.dtype), up)[positions]
     return LoraDelta(torch.kron(left, down), ups, delta.scale * rank)
 
 
 def _fuse_lokr(parts: Sequence[LokrDelta | None], rows: Rows) -> LokrDelta:
     present = [part for part in parts if part is not None]
     first = present[0]
-    kept = ("left_down", "right", "right_up", "right_down", "right_core")
+    shared = ("left_down", "right", "right_up", "right_down", "right_core")
     for part in present:
-        if part.alpha != first.alpha or not all(_equal(getattr(part, name), getattr(first, name)) for name in kept):
+        if part.alpha != first.alpha or not all(_equal(getattr(part, name), getattr(first, name)) for name in shared):
             raise UnsplittableError("the parts do not share their right factor")
     size = _lokr_shape(first)[0] // _lokr_sides(first)[0].shape[0]
     if any(count % size for count in rows):
-        raise UnsplittableError(f"a part's rows are no multiple of the right factor's {size}")
+        raise UnsplittableError(f"the rows of a part are no multiple of {size}, the rows of the right factor")
     name = "left" if first.left is not None else "left_up"
     lefts = [None if part is None else getattr(part, name) for part in parts]
-    whole = _there(stack_rows(lefts, [count // size for count in rows]))
+    whole = _required(stack_rows(lefts, [count // size for count in rows]))
     return first.with_factors(first.factors() | {name: whole})
 
 
@@ -151,10 +153,10 @@ def _dora_shape(delta: DoraDelta) -> tuple[int, int] | None:
 
 def _take_dora(delta: DoraDelta, index: Tensor) -> DoraDelta:
     if delta.axis == 1:
-        raise UnsplittableError("its magnitudes are of the inputs, each over the rows of all parts together")
+        raise UnsplittableError("its magnitudes are per input, each over the rows of all parts")
     inner = row_rules[delta.inner.kind].take(delta.inner, index)
     if not isinstance(inner, LoraDelta | LohaDelta | LokrDelta):
-        raise UnsplittableError("its direction has no such kind in parts")
+        raise UnsplittableError("its direction cannot be split within its kind")
     return replace(delta.with_inner(inner), magnitude=delta.magnitude[index].clone())
 
 
@@ -162,7 +164,7 @@ def _split_dora(delta: DoraDelta, rows: Rows) -> list[Delta | None]:
     parts: list[Delta | None] = [_take_dora(delta, index) for index in indices(rows)]
     split = row_rules[delta.inner.kind].split
     narrow = [None] * len(rows) if split is None else split(delta.inner, rows)
-    # A part whose direction stays has magnitudes all the same.
+    # A part with an unchanged direction still has magnitudes.
     return [
         part.with_inner(inner) if isinstance(part, DoraDelta) and isinstance(inner, LoraDelta | LohaDelta) else part
         for part, inner in zip(parts, narrow, strict=True)
@@ -170,16 +172,16 @@ def _split_dora(delta: DoraDelta, rows: Rows) -> list[Delta | None]:
 
 
 def _fuse_dora(parts: Sequence[DoraDelta | None], rows: Rows) -> DoraDelta:
-    present = _all_there(parts, "magnitudes")
+    present = _all_present(parts, "magnitudes")
     if any(part.axis == 1 for part in present):
         raise UnsplittableError(
-            "its magnitudes are of the inputs, and those of a fused layer are over all rows together"
+            "its magnitudes are per input, and those of a fused layer are over the rows of all parts"
         )
     if len({part.inner.kind for part in present}) > 1:
         raise UnsplittableError("the directions of its parts are of several kinds")
     inner = row_rules[present[0].inner.kind].fuse([part.inner for part in present], rows)
     if not isinstance(inner, LoraDelta | LohaDelta | LokrDelta):
-        raise UnsplittableError("its direction has no such kind when fused")
+        raise UnsplittableError("its direction cannot be fused within its kind")
     return replace(present[0].with_inner(inner), magnitude=torch.cat([part.magnitude for part in present]))
 
 
@@ -189,19 +191,19 @@ def _ia3_shape(delta: Ia3Delta) -> tuple[int, int] | None:
 
 def _take_ia3(delta: Ia3Delta, index: Tensor) -> Ia3Delta:
     if delta.axis == "input":
-        return delta  # all rows have the inputs in common
+        return delta  # all rows share the inputs
     return replace(delta, scale=delta.scale.flatten()[index].clone()).reshaped_for((len(index), 1))
 
 
 def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
     first = next(part for part in parts if part is not None)
     if any(part is not None and part.axis == "input" for part in parts):
-        if not all(_equal(part.scale, first.scale) for part in _all_there(parts, "gains")):
-            raise UnsplittableError("its parts scale the inputs in several ways")
+        if not all(_equal(part.scale, first.scale) for part in _all_present(parts, "gains")):
+            raise UnsplittableError("its parts scale the inputs differently")
         return first
-    same = torch.full((1,), first.identity, dtype=first.scale.dtype)
+    identity = torch.full((1,), first.identity, dtype=first.scale.dtype)
     gains = [
-        same.expand(size) if part is None else part.scale.flatten() for part, size in zip(parts, rows, strict=True)
+        identity.expand(size) if part is None else part.scale.flatten() for part, size in zip(parts, rows, strict=True)
     ]
     return replace(first, scale=torch.cat(gains)).reshaped_for((sum(rows), 1))
 
@@ -212,26 +214,26 @@ def _oft_shape(delta: OftDelta) -> tuple[int, int]:
 
 def _take_oft(delta: OftDelta, index: Tensor) -> OftDelta:
     size = delta.blocks.shape[-1]
-    chosen = index.reshape(-1, size) if index.numel() % size == 0 else index[:0].reshape(0, size)
-    starts = chosen[:, :1]
-    aligned = bool((starts % size == 0).all()) and torch.equal(chosen, starts + torch.arange(size))
-    if delta.alpha or not len(chosen) or not aligned:
+    blocks = index.reshape(-1, size) if index.numel() % size == 0 else index[:0].reshape(0, size)
+    starts = blocks[:, :1]
+    is_aligned = bool((starts % size == 0).all()) and torch.equal(blocks, starts + torch.arange(size))
+    if delta.alpha or not len(blocks) or not is_aligned:
         raise UnsplittableError("its blocks cross the borders of the parts, or share one constraint")
     gains = None if delta.rescale is None else delta.rescale[index].clone()
     return replace(delta, blocks=delta.blocks[starts.flatten() // size].clone(), rescale=gains)
 
 
 def _fuse_oft(parts: Sequence[OftDelta | None], rows: Rows) -> OftDelta:
-    present = _all_there(parts, "blocks")
+    present = _all_present(parts, "blocks")
     sizes = {(part.blocks.shape[-1], part.alpha, part.rescale is None) for part in present}
     if len(sizes) > 1 or present[0].alpha:
         raise UnsplittableError("its parts have blocks of several sizes, or constraints of their own")
-    gains = None if present[0].rescale is None else torch.cat([_there(part.rescale) for part in present])
+    gains = None if present[0].rescale is None else torch.cat([_required(part.rescale) for part in present])
     return replace(present[0], blocks=torch.cat([part.blocks for part in present]), rescale=gains)
 
 
 def _take_peft_oft(delta: PeftOftDelta, index: Tensor) -> PeftOftDelta:
-    return delta  # the inputs are turned, which all rows have in common
+    return delta  # it rotates the inputs, which all rows share
 
 
 def _peft_oft_shape(delta: PeftOftDelta) -> tuple[int, int] | None:
@@ -239,9 +241,9 @@ def _peft_oft_shape(delta: PeftOftDelta) -> tuple[int, int] | None:
 
 
 def _fuse_peft_oft(parts: Sequence[PeftOftDelta | None], rows: Rows) -> PeftOftDelta:
-    present = _all_there(parts, "rotation")
+    present = _all_present(parts, "rotation")
     if not all(_equal(part.angles, present[0].angles) for part in present):
-        raise UnsplittableError("its parts turn the inputs in several ways")
+        raise UnsplittableError("its parts rotate the inputs differently")
     return present[0]
 
 
@@ -254,13 +256,13 @@ def _replacement_shape(delta: ReplacementDelta) -> tuple[int, int]:
 
 
 def _fuse_replacement(parts: Sequence[ReplacementDelta | None], rows: Rows) -> ReplacementDelta:
-    return ReplacementDelta(torch.cat([part.value for part in _all_there(parts, "value")]))
+    return ReplacementDelta(torch.cat([part.value for part in _all_present(parts, "value")]))
 
 
-def _all_there(parts: Sequence[T | None], what: str) -> list[T]:
+def _all_present(parts: Sequence[T | None], noun: str) -> list[T]:
     present = [part for part in parts if part is not None]
     if len(present) < len(parts):
-        raise UnsplittableError(f"a part that has no adapter has no {what}, which those of the whole layer would need")
+        raise UnsplittableError(f"a part without an adapter has no {noun}, which the fused layer needs")
     return present
 
 
@@ -270,7 +272,7 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second)
 
 
-def _there(tensor: Tensor | None) -> Tensor:
+def _required(tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise UnsplittableError("a factor is missing")
     return tensor

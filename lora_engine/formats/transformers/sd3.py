@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Stability AI): module names in the original code and in diffusers, as a literal table."""
+"""Stable Diffusion 3 and 3.5 (Stability AI): literal table of original and diffusers' module names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OUTSIDE = {
 }
 
 
-# Of the published models: 3 medium and 3.5 medium, and 3.5 large.
+# Widths of the published models: 3 medium and 3.5 medium, and 3.5 large.
 _WIDTHS = (1536, 2432)
 
 
@@ -48,9 +48,9 @@ def _rows(parts: Sequence[str], columns: int) -> Rows:
 
 
 def _swapped(original: str, shape: tuple[int, int]) -> bool:
-    # The context of the last block is only normed and not computed further: two values where others have six. diffusers
-    # has its continuous norm there, as at the end of the network, with scale before shift. A change of the bias or of
-    # whole rows does not say how wide the layer is.
+    # The context of the last block is only normalized: its modulation has two values where other blocks have six.
+    # diffusers uses its continuous norm for it, as at the end of the network, with scale before shift. A delta of the
+    # bias or of whole rows does not show the width of the layer.
     rows, columns = shape
     widths = (columns,) if columns else _WIDTHS
     ends = original.endswith("context_block.adaLN_modulation.1") and rows in [2 * width for width in widths]

@@ -1,6 +1,6 @@
-"""Families of base models that adapters are seen for and that are not supported: told by names, for the refusal.
+"""Recognizes unsupported transformer families by their module names, for the error message.
 
-A row says what a family's modules are called once a program's prefix is taken off and dots are underscores.
+The patterns match names without the program's prefix and with underscores for dots.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PREFIXES = (
 
 @dataclass(frozen=True)
 class Unsupported:
-    """One such family.
+    """An unsupported family.
 
     Attributes:
-        title: For people.
-        pattern: What the beginning of some flattened names matches, and of no other family's.
+        title: Name in messages.
+        pattern: Pattern of flattened names (matched at the start) that only this family has.
     """
 
     title: str
@@ -74,15 +74,15 @@ _FAMILIES = {
 }
 for _name, (_title, _pattern) in _FAMILIES.items():
     unsupported.add(_name, Unsupported(_title, _pattern))
-# Qwen-Image has FLUX' names inside the attention of its 60 blocks, and its adapters seldom have more than those.
+# Qwen-Image shares FLUX' names in the attention of its 60 blocks, and its adapters rarely have other modules.
 _ATTENTION = re.compile(r"transformer_blocks_(\d+)_attn_(to_|add_)")
 _FLUX_BLOCKS, _QWEN_WIDTH = 19, 3072
 
 
 def unsupported_family(names: Iterable[str]) -> str | None:
-    """The unsupported family that an adapter with these names (of tensors or modules) is for, or None."""
+    """Returns the unsupported family of an adapter with these tensor or module names, or None."""
     any_family = re.compile("|".join(entry.pattern for entry in unsupported.values()))
-    # Nearly always nothing fits, which one pass tells.
+    # One pass with a joint pattern first, because usually nothing matches.
     plain = [flat for name in names if any_family.match(flat := flattened(name))]
     for family, entry in unsupported.items():
         if any(re.match(entry.pattern, name) for name in plain):
@@ -91,23 +91,23 @@ def unsupported_family(names: Iterable[str]) -> str | None:
 
 
 def is_qwen_attention(names: Iterable[str], width: int | None) -> bool:
-    """Whether names that FLUX and Qwen-Image share are Qwen-Image's: without a prefix, or of too many blocks for FLUX.
+    """Returns True if names shared with FLUX are Qwen-Image's: without a prefix, or with more blocks than FLUX has.
 
     Args:
-        names: Of modules.
-        width: Of the attention's input; both have 3072.
+        names: Module names.
+        width: Width of the attention's input; both families have 3072.
     """
-    named = list(names)
-    numbers = [int(match[1]) for name in named if (match := _ATTENTION.match(flattened(name)))]
-    if not numbers or any("single" in name for name in named):
+    names = list(names)
+    numbers = [int(match[1]) for name in names if (match := _ATTENTION.match(flattened(name)))]
+    if not numbers or any("single" in name for name in names):
         return False
-    bare = all(name.startswith("transformer_blocks") for name in named)
+    bare = all(name.startswith("transformer_blocks") for name in names)
     return bare or (width == _QWEN_WIDTH and max(numbers) >= _FLUX_BLOCKS)
 
 
 def flattened(name: str) -> str:
-    """A name of a module or tensor with underscores for dots, without the prefix that a program put before it."""
-    # With dots there is no doubt where `transformer` is the component.
+    """Returns a module or tensor name with underscores for dots and without the program's prefix."""
+    # Only with dots is it certain that `transformer` is the component.
     flat = name.rpartition("/")[2].removeprefix("transformer.").replace(".", "_")
     for prefix in PREFIXES:
         if flat.startswith(prefix) and not flat.startswith("transformer_blocks_"):

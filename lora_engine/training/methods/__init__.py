@@ -1,6 +1,6 @@
-"""Training methods by name: each gives the phases of a run. None has a loop of its own.
+"""Training methods by name: each returns the phases of a run. None has a loop of its own.
 
-Every module of this package is found by itself: a method is added by a file that registers it.
+Every module of this package is imported. To add a method, add a file that registers it.
 """
 
 from importlib import import_module
@@ -8,7 +8,7 @@ from pkgutil import iter_modules
 
 from lora_engine.training.methods.context import BatchTransform, Method, MethodContext, methods, predict
 
-for _module in sorted(found.name for found in iter_modules(__path__)):
+for _module in sorted(module.name for module in iter_modules(__path__)):
     import_module(f"{__name__}.{_module}")
 
 __all__ = ["BatchTransform", "Method", "MethodContext", "methods", "predict"]

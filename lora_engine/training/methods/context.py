@@ -1,4 +1,4 @@
-"""What a method works with: its entry in the registry, the workbench that its phases are made from, and `predict`."""
+"""Defines a method's registry entry, the context that its phases are made from, and `predict`."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from lora_engine.training.phases import Phase
 from lora_engine.training.spec import TrainSettings
 
 BatchTransform = Callable[[Batch, int], Batch]
-"""What a batch gets beside what was drawn for it: (batch, its number) -> batch; a pure function."""
+"""A transform of a batch: (batch, batch number) -> batch; a pure function."""
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method makes its phases from.
+    """Everything from which a method makes its phases.
 
     Attributes:
-        base: With the adapter attached.
-        settings: What the person set.
-        parameters: The adapter's factors, by name; empty for a method without adapter.
-        examples: The pictures to train on.
-        class_examples: Class pictures; empty unless the method uses prior preservation.
-        latents: The latents of an example, on the CPU.
-        conditioner: The conditioning of captions.
-        dropping: From the share and a seed to what makes the adapter overlook a part of its input.
-        words: The learned vectors, by name; empty unless the method learns a word.
-        teaching: Opens what silences the adapter, so that the base alone answers.
-        teacher: The conditioning of captions by the base alone.
-        trigger: The word that stands for the subject in the captions.
-        class_word: What the subject is an instance of.
-        extra: Terms that the settings ask for beside the method's own.
+        base: Base with the adapter attached.
+        settings: The user's settings.
+        parameters: The adapter's factors by name; empty for a method without an adapter.
+        examples: Training images.
+        class_examples: Class images; empty unless the method uses prior preservation.
+        latents: Returns the latents of an example, on the CPU.
+        conditioner: Encodes captions.
+        adapter_dropout: (share, seed) -> context that hides a share of each layer's input from the adapter.
+        tokens: Learned vectors by name; empty unless the method learns a token.
+        adapter_disabled: Returns a context in which the base predicts without the adapter.
+        teacher: Encodes captions by the base alone; None is `conditioner`.
+        trigger: Token of the subject in the captions.
+        class_word: Class of the subject.
+        extra_terms: Loss terms that the settings add to the method's own.
     """
 
     base: BaseModel
@@ -50,20 +50,20 @@ class MethodContext:
     latents: Callable[[Example], Tensor]
     conditioner: Conditioner
     adapter_dropout: Callable[[float, int], AbstractContextManager[None]]
-    words: Mapping[str, nn.Parameter] | None = None
+    tokens: Mapping[str, nn.Parameter] | None = None
     adapter_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher: Conditioner | None = None
     trigger: str | None = None
     class_word: str | None = None
-    extra: tuple[LossTerm, ...] = ()
+    extra_terms: tuple[LossTerm, ...] = ()
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """A training method.
 
     Attributes:
-        phases: Makes the phases of a run.
+        phases: Returns the phases of a run.
     """
 
     phases: Callable[[MethodContext], list[Phase]]
@@ -73,6 +73,6 @@ methods: Registry[Method] = Registry("training method")
 
 
 def predict(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the network makes of a batch's noisy latents, and what it should."""
+    """Returns the network's prediction for a batch's noisy latents, and the target."""
     noisy, target = noisy_and_target(base.noise, batch)
     return base.predict(noisy, batch.timesteps, batch.conditioning), target

@@ -1,4 +1,4 @@
-"""The phase that all methods are made of: noisy pictures in, the noise (or velocity) out, and what holds beside it."""
+"""The denoising phase, which all methods share: from noisy images to the noise (or velocity), with all options."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from lora_engine.seeds import derive_seed
-from lora_engine.training.batches import Batch, Mixer
+from lora_engine.training.batches import Batch, BatchBuilder
 from lora_engine.training.examples import Example
 from lora_engine.training.losses import DenoisingLoss, LossTerm, PriorLoss
-from lora_engine.training.masks import masked_by
+from lora_engine.training.masks import mask_transform
 from lora_engine.training.methods.context import BatchTransform, MethodContext, predict
 from lora_engine.training.objective import measure_for
-from lora_engine.training.phases import ParameterGroup, Phase, no_surroundings, nothing_after
-from lora_engine.training.preservation import Preserver
+from lora_engine.training.phases import ParameterGroup, Phase, no_context, no_hook
+from lora_engine.training.preservation import OutputPreservation
 from lora_engine.training.rates import groups_for
 
 
@@ -26,38 +26,38 @@ def denoising_phase(
     *,
     steps: int | None = None,
     groups: Sequence[ParameterGroup] | None = None,
-    dressings: Sequence[BatchTransform] = (),
-    after: Callable[[float], None] = nothing_after,
+    transforms: Sequence[BatchTransform] = (),
+    after_step: Callable[[float], None] = no_hook,
 ) -> Phase:
-    """A phase that lowers the denoising loss, with all that the settings put beside it.
+    """Returns a phase that minimizes the denoising loss, with all options that the settings add.
 
     Args:
-        bench: What it is made from.
-        name: Of the phase; its dropout is drawn by it.
-        steps: Optimizer steps; None for all of the settings'.
-        groups: What moves; None for the adapter's factors at the settings' rate.
-        dressings: What the method itself puts on a batch.
-        after: See `Phase`.
+        context: See `MethodContext`.
+        name: Name of the phase, which its dropout is seeded with.
+        steps: Optimizer steps; None is all steps of the settings.
+        groups: Trained parameters; None is the adapter's factors at the settings' rates.
+        transforms: Transforms that the method applies to each batch.
+        after_step: See `Phase`.
     """
     settings = context.settings
-    taught = Preserver.of(context)
-    clothes = [*dressings]
+    preservation = OutputPreservation.from_context(context)
+    batch_transforms = [*transforms]
     if settings.method.mask is not None:
-        clothes.append(masked_by(settings.method.mask))
-    if taught is not None:
-        # Last: the rows that it adds count whole, whatever the pictures' own do.
-        clothes.append(taught.add_rows)
-    drawn = _batches(context)
+        batch_transforms.append(mask_transform(settings.method.mask))
+    if preservation is not None:
+        # Last, so that masks do not weight the rows that it adds.
+        batch_transforms.append(preservation.add_rows)
+    build = _batches(context)
 
-    def batch(number: int) -> Batch:
-        found = drawn(number)
-        for transform in clothes:
-            found = transform(found, number)
-        return found
+    def make_batch(number: int) -> Batch:
+        batch = build(number)
+        for transform in batch_transforms:
+            batch = transform(batch, number)
+        return batch
 
-    def augmentation(found: Batch) -> tuple[Tensor, Tensor]:
-        predicted, target = predict(context.base, found)
-        return predicted, target if taught is None else taught.replace_targets(found, target)
+    def predict_batch(batch: Batch) -> tuple[Tensor, Tensor]:
+        predicted, target = predict(context.base, batch)
+        return predicted, target if preservation is None else preservation.replace_targets(batch, target)
 
     return Phase(
         name=name,
@@ -65,11 +65,11 @@ def denoising_phase(
         groups=groups_for(context.parameters, settings.rates, settings.learning_rate)
         if groups is None
         else tuple(groups),
-        batch=batch,
-        predict=augmentation,
+        batch=make_batch,
+        predict=predict_batch,
         terms=_terms(context),
-        around=_dropout(context, name) if settings.dropout and context.parameters else no_surroundings,
-        after=after,
+        batch_context=_dropout(context, name) if settings.dropout and context.parameters else no_context,
+        after_step=after_step,
     )
 
 
@@ -77,31 +77,33 @@ def _terms(context: MethodContext) -> tuple[LossTerm, ...]:
     settings = context.settings
     prior, preservation = settings.class_images, settings.method.preservation
     measure = measure_for(settings.objective, context.base.noise)
-    found: tuple[LossTerm, ...] = (DenoisingLoss(measure),)
+    terms: tuple[LossTerm, ...] = (DenoisingLoss(measure),)
     if prior is not None:
-        found += (PriorLoss(prior.weight, measure),)
+        terms += (PriorLoss(prior.weight, measure),)
     if preservation is not None:
-        found += (PriorLoss(preservation.weight, measure, "preservation"),)
-    return (*found, *context.extra)
+        terms += (PriorLoss(preservation.weight, measure, "preservation"),)
+    return (*terms, *context.extra_terms)
 
 
 def _batches(context: MethodContext) -> Callable[[int], Batch]:
     prior, seed = context.settings.class_images, context.settings.seed
     if prior is None or prior.batches == "joint":
-        return _mixer(context, context.examples, context.class_examples, seed)
-    # Every second batch is of class pictures alone, in an order and a noise of their own.
-    persons = _mixer(context, context.examples, (), seed)
-    classes = _mixer(context, context.class_examples, (), derive_seed(seed, "class batches"))
+        return _builder(context, context.examples, context.class_examples, seed)
+    # Every second batch has class images only, in their own order and with their own noise.
+    instances = _builder(context, context.examples, (), seed)
+    classes = _builder(context, context.class_examples, (), derive_seed(seed, "class batches"))
 
     def alternate(number: int) -> Batch:
-        place, is_class = divmod(number, 2)
-        return replace(classes(place), instances=0) if is_class else persons(place)
+        index, is_class = divmod(number, 2)
+        return replace(classes(index), instances=0) if is_class else instances(index)
 
     return alternate
 
 
-def _mixer(context: MethodContext, examples: Sequence[Example], class_examples: Sequence[Example], seed: int) -> Mixer:
-    return Mixer(
+def _builder(
+    context: MethodContext, examples: Sequence[Example], class_examples: Sequence[Example], seed: int
+) -> BatchBuilder:
+    return BatchBuilder(
         context.base,
         context.latents,
         context.conditioner,
@@ -110,7 +112,7 @@ def _mixer(context: MethodContext, examples: Sequence[Example], class_examples: 
         batch=context.settings.batch,
         seed=seed,
         caption_dropout=context.settings.caption_dropout,
-        # Class pictures, where they stand alone, keep their captions and looks.
+        # Class images are not augmented.
         captions=context.settings.captions if examples is context.examples else None,
         objective=context.settings.objective,
     )

@@ -1,4 +1,4 @@
-"""DreamBooth (Ruiz et al. 2023): one phase on the person's pictures and on class pictures."""
+"""DreamBooth (Ruiz et al. 2023): one phase on the user's images and on class images."""
 
 from __future__ import annotations
 

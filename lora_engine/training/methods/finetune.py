@@ -1,4 +1,4 @@
-"""Captioned fine-tuning: one phase on the person's pictures."""
+"""Captioned fine-tuning: one phase on the user's images."""
 
 from __future__ import annotations
 

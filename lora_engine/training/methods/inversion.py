@@ -1,4 +1,4 @@
-"""Textual inversion (Gal et al. 2022): the vectors of a word move, and nothing else."""
+"""Textual inversion (Gal et al. 2022): trains the vectors of a learned token only."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lora_engine.training.specs.methods import Pivotal, TextualInversion
 
 
 def inversion_phase(context: MethodContext, steps: int) -> Phase:
-    """The phase in which the word alone moves."""
+    """Returns the phase that trains the learned token alone."""
     method = context.settings.method
-    if not isinstance(method, TextualInversion | Pivotal) or context.words is None:
-        raise TypeError("only methods that learn a word have an inversion")
+    if not isinstance(method, TextualInversion | Pivotal) or context.tokens is None:
+        raise TypeError("only methods that learn a token have an inversion phase")
     return denoising_phase(
         context,
         "inversion",
         steps=steps,
-        groups=[ParameterGroup(context.words, method.word_rate)],
-        after=norm_decay(context.base, context.words, method, method.word_rate),
+        groups=[ParameterGroup(context.tokens, method.word_rate)],
+        after_step=norm_decay(context.base, context.tokens, method, method.word_rate),
     )
 
 

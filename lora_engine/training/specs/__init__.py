@@ -1,1 +1,1 @@
-"""What a person may set about training, by subject; torch-free. `training.spec` puts them together."""
+"""Training settings by topic. Must not import torch. `training.spec` combines them."""

@@ -1,4 +1,4 @@
-"""What happens to captions and pictures on their way into a batch. Torch-free; `training.captions` and `looks` work."""
+"""Settings of caption and image augmentation. Torch-free; `training.captions` and `augmentations` apply them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _Text = Annotated[str, Field(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _Choices = Annotated[tuple[_Text, ...], Field(min_length=1, max_length=1000)]
 
 
-class Colours(BaseModel):
-    """Colour jitter out of a fixed number of variants, each of them encoded once and kept.
+class ColorJitter(BaseModel):
+    """Color jitter with a fixed number of variants. Each variant is encoded once and cached.
 
-    A jitter that is drawn anew in every step would have to encode every picture in every step; that is refused.
+    A jitter drawn anew in every step would have to encode every image in every step. It is refused.
 
     Attributes:
-        variants: How many there are of each picture beside the picture as it is; they come up alike.
-        brightness: Factor of 1 - x to 1 + x on the values.
-        contrast: The same on the distance from the picture's mean grey.
-        saturation: The same on the distance of the colours from grey.
-        hue: Turn of the hue by up to so much of a full circle, either way.
+        variants: Number of variants of each image beside the original; all are equally likely.
+        brightness: Factor on the values, drawn from 1 - x to 1 + x.
+        contrast: Factor on the distance from the image's mean gray, drawn from the same range.
+        saturation: Factor on the distance of the colors from gray, drawn from the same range.
+        hue: Largest hue rotation in either direction; share of a full circle.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,39 +34,39 @@ class Colours(BaseModel):
     hue: Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=0.5)] = 0.0
 
     @model_validator(mode="after")
-    def _latents_are_cached(self) -> Colours:
+    def _latents_are_cached(self) -> ColorJitter:
         if self.variants < 1:
             raise ValueError(
-                "colours.variants is 0: a jitter drawn anew in each step cannot be had, since latents are cached; "
+                "colours.variants is 0: latents are cached, so a jitter drawn anew in each step is not supported; "
                 "set variants to 1 or more, or leave colours out"
             )
         return self
 
 
 class Captions(BaseModel):
-    """How captions, and pictures, change from batch to batch; by default not at all.
+    """How captions and images are augmented from batch to batch; by default not at all.
 
-    What is drawn is a function of the seed and the batch's number. It happens in the order of these attributes, to the
-    person's pictures alone; class pictures keep their captions. `caption_dropout` comes after it.
+    The draws are functions of the seed and the batch number. Attributes apply in this order, to the user's images only.
+    Class images keep their captions. `caption_dropout` applies last.
 
     Attributes:
-        wildcards: `{red|blue}` in a caption becomes one of its parts, drawn anew each time; they may be nested. Without
-            it braces are text like any other.
-        replacements: A piece of text in a caption to what may stand for it; one is drawn for all of its places.
-        shuffle: Whether the tags come in another order each time.
-        separator: What separates tags.
-        keep_tokens: So many of the first tags stay where they are and are never dropped.
-        tag_dropout: Share of the other tags that are left out.
-        templates: Texts with `{}` where the caption goes, of which one is drawn; `object` and `style` are lists in the
-            manner of textual inversion.
-        prefix: Put before the result as it stands.
-        suffix: Put behind the result as it stands.
-        weights: `(word:1.3)`, `(word)` and `[word]` in a caption weigh its tokens, as in prompts; see
-            `bases/long_text.py`. Without it brackets are text like any other.
-        chunks: Chunks of 75 tokens that are read of every text; what is longer is cut off. More than 1, and weights,
-            are for bases whose text encoders are all CLIP (SD 1 and 2, SDXL).
-        flip: Half of the times a picture is mirrored, left to right; not for captions that tell left from right.
-        colours: Colour jitter; None has none.
+        wildcards: Replaces `{red|blue}` in a caption by one of its parts, drawn anew each time; nesting is allowed.
+            False keeps braces as text.
+        replacements: Text in a caption to its alternatives; one is drawn and replaces every occurrence.
+        shuffle: Shuffles the tags each time.
+        separator: Separator between tags.
+        keep_tokens: Number of leading tags that are neither moved nor dropped.
+        tag_dropout: Share of the other tags that are dropped.
+        templates: Texts with `{}` for the caption, of which one is drawn; `object` and `style` are lists like those of
+            textual inversion.
+        prefix: Prepended to the result unchanged.
+        suffix: Appended to the result unchanged.
+        weights: Reads `(word:1.3)`, `(word)` and `[word]` in a caption as token weights, as in prompts; see
+            `bases/long_text.py`. False keeps brackets as text.
+        chunks: Number of 75-token chunks read of every text; the rest is truncated. More than 1, and weights, need a
+            base whose text encoders are all CLIP (SD 1 and 2, SDXL).
+        flip: Mirrors an image left to right half of the time; wrong for captions that tell left from right.
+        colours: Color jitter; None disables it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,13 +83,11 @@ class Captions(BaseModel):
     weights: bool = False
     chunks: int = Field(default=1, ge=1, le=16)
     flip: bool = False
-    colours: Colours | None = None
+    colours: ColorJitter | None = None
 
     @model_validator(mode="after")
-    def _templates_have_one_place(self) -> Captions:
+    def _templates_have_one_slot(self) -> Captions:
         for template in self.templates if isinstance(self.templates, tuple) else ():
             if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
-                raise ValueError(
-                    f"template {template!r} must hold {{}} once, where the caption goes, and no other brace"
-                )
+                raise ValueError(f"template {template!r} must contain {{}} once, for the caption, and no other brace")
         return self

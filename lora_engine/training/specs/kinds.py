@@ -1,4 +1,4 @@
-"""The adapter kinds as a person chooses them, each with the options of its own. Torch-free; `adapters` does the work.
+"""Settings of the adapter kinds, each with its own options. Torch-free; `adapters` implements them.
 
 In a pipeline file: `kind: lokr`, or with options `kind: {name: lokr, factor: 8}`.
 """
@@ -11,14 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class KindSpec(BaseModel):
-    """A kind and its options; the options go to the kind's `create` as they are."""
+    """A kind and its options, which are passed to the kind's `create`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
 
     def options(self) -> dict[str, Any]:
-        """Everything but the name."""
+        """Returns every field but the name."""
         return self.model_dump(exclude={"name"})
 
 
@@ -30,26 +30,26 @@ class Lora(KindSpec):
 
 
 class RsLora(KindSpec):
-    """rsLoRA: LoRA whose scale is alpha / sqrt(rank). In files it is LoRA with the alpha that says the same."""
+    """rsLoRA: LoRA with scale alpha / sqrt(rank). Files hold it as LoRA with an equivalent alpha."""
 
     name: Literal["rslora"] = "rslora"
     tucker: bool = False
 
 
 class LoraFa(KindSpec):
-    """LoRA-FA: `down` stays as it began, only `up` is trained. In files it is LoRA."""
+    """LoRA-FA: `down` keeps its initial value, only `up` is trained. Files hold it as LoRA."""
 
     name: Literal["lora-fa"] = "lora-fa"
 
 
 class Pissa(KindSpec):
-    """PiSSA: begins with the base's principal singular vectors. In files it is LoRA of twice the rank."""
+    """PiSSA: initialized with the base's principal singular vectors. Files hold it as LoRA of twice the rank."""
 
     name: Literal["pissa"] = "pissa"
 
 
 class Dora(KindSpec):
-    """DoRA: an `inner` kind in direction, and a magnitude for each row (`output`) or column (`input`) of the weight."""
+    """DoRA: an `inner` kind as direction, and a magnitude per row (`output`) or column (`input`) of the weight."""
 
     name: Literal["dora"] = "dora"
     axis: Literal["output", "input"] = "output"
@@ -64,7 +64,7 @@ class Loha(KindSpec):
 
 
 class Lokr(KindSpec):
-    """LoKr: a Kronecker product; `factor` -1 splits the dimensions most evenly, `full` leaves both factors whole."""
+    """LoKr: a Kronecker product; `factor` -1 splits dimensions most evenly, `full` keeps both factors full."""
 
     name: Literal["lokr"] = "lokr"
     factor: int = Field(default=-1, ge=-1)
@@ -74,35 +74,35 @@ class Lokr(KindSpec):
 
 
 class Ia3(KindSpec):
-    """(IA)3 as LyCORIS has it: a gain for each output (or input) channel; the bias stays."""
+    """(IA)3 as in LyCORIS: a gain per output (or input) channel; the bias is unchanged."""
 
     name: Literal["ia3"] = "ia3"
     axis: Literal["output", "input"] = "output"
 
 
 class PeftIa3(KindSpec):
-    """(IA)3 as PEFT has it: on outputs the bias is scaled too."""
+    """(IA)3 as in PEFT: with axis output, the bias is scaled too."""
 
     name: Literal["peft-ia3"] = "peft-ia3"
     axis: Literal["output", "input"] = "output"
 
 
 class Oft(KindSpec):
-    """OFT as LyCORIS has it (diag-oft): output blocks are rotated; rank is the block size, alpha the constraint."""
+    """OFT as in LyCORIS (diag-oft): rotates output blocks; rank is the block size, alpha the constraint."""
 
     name: Literal["oft"] = "oft"
     rescale: bool = False
 
 
 class Boft(KindSpec):
-    """BOFT as LyCORIS has it: butterflies of block rotations of the outputs."""
+    """BOFT as in LyCORIS: butterflies of block rotations of the outputs."""
 
     name: Literal["boft"] = "boft"
     rescale: bool = False
 
 
 class PeftOft(KindSpec):
-    """OFT as PEFT has it (version 2): input blocks are rotated; 0 `terms` is exact, `share` one block for all."""
+    """OFT as in PEFT (version 2): rotates input blocks; `terms` 0 is exact, `share` uses one block for all."""
 
     name: Literal["peft-oft"] = "peft-oft"
     terms: int = Field(default=5, ge=0)
@@ -110,26 +110,26 @@ class PeftOft(KindSpec):
 
 
 class PeftBoft(KindSpec):
-    """BOFT as PEFT has it."""
+    """BOFT as in PEFT."""
 
     name: Literal["peft-boft"] = "peft-boft"
     butterflies: int = Field(default=1, ge=1)
 
 
 class Full(KindSpec):
-    """The whole difference of the weight, and with `train_bias` of the bias; the only kind for norms."""
+    """A full-rank difference of the weight, and with `train_bias` of the bias; the only kind for norms."""
 
     name: Literal["full"] = "full"
     train_bias: bool = False
 
 
-def _named(value: Any) -> Any:
+def _from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 Kind = Annotated[
     Lora | RsLora | LoraFa | Pissa | Dora | Loha | Lokr | Ia3 | PeftIa3 | Oft | Boft | PeftOft | PeftBoft | Full,
     Field(discriminator="name"),
-    BeforeValidator(_named),
+    BeforeValidator(_from_name),
 ]
-"""A kind by its name alone, or by its name and options."""
+"""A kind: its name, or its name and options."""

@@ -1,4 +1,4 @@
-"""The training methods as a person chooses them, each with options of its own. Torch-free; `training.methods` works.
+"""Settings of the training methods, each with its own options. Torch-free; `training.methods` implements them.
 
 In a pipeline file: `method: pivotal`, or with options `method: {name: pivotal, inversion: 0.3}`.
 """
@@ -20,20 +20,19 @@ class _Settings(BaseModel):
 
 
 class Prior(_Settings):
-    """Prior preservation (Ruiz et al. 2023, eq. 2): pictures of the class are trained on too.
+    """Prior preservation (Ruiz et al. 2023, eq. 2): also trains on images of the class.
 
-    They come from `class_dataset` where the step names one (regularisation images, with their captions, or with
-    `prompt` where they have none), and are drawn by the base otherwise.
+    Class images come from the step's `class_dataset` (regularization images with captions; `prompt` fills missing
+    ones). Without one, the base draws them.
 
     Attributes:
-        prompt: Of the class pictures, or several prompts that take turns: what all shall stay as it is. None is
-            "a <class word>".
-        count: How many class pictures are drawn.
-        weight: Of their loss beside that of the person's pictures.
-        steps: Of the sampler that draws them.
-        guidance: Classifier-free guidance while drawing.
-        batches: `joint` adds as many class pictures to each batch; `alternating` makes every second batch one of class
-            pictures alone, which halves the memory and the steps that see the person's pictures.
+        prompt: Prompt of the class images, or several prompts used in turn; None is "a <class word>".
+        count: Number of class images drawn.
+        weight: Weight of their loss; the loss of the user's images has weight 1.
+        steps: Sampler steps per class image.
+        guidance: Classifier-free guidance of the sampler.
+        batches: `joint` adds as many class images to each batch. `alternating` makes every second batch one of class
+            images only, which halves the memory and the steps that see the user's images.
     """
 
     prompt: Prompt | Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=1000)] | None = None
@@ -45,13 +44,13 @@ class Prior(_Settings):
 
 
 class Preservation(_Settings):
-    """Differential output preservation: on class captions the network with the adapter is held to the base without.
+    """Differential output preservation: on class captions the adapted network is trained to match the base.
 
-    The same noisy pictures are looked at with a caption of the class; the base, at multiplier 0, is the teacher.
+    Each noisy image is evaluated again with a class caption. The base, at multiplier 0, is the teacher.
 
     Attributes:
-        weight: Of the mean squared error between the two, beside the loss of the person's pictures.
-        prompt: The caption of the class; None is the picture's own with the class word in the trigger's place.
+        weight: Weight of the mean squared error to the teacher; the loss of the user's images has weight 1.
+        prompt: The class caption; None is the image's own with the trigger replaced by the class word.
     """
 
     weight: _Weight = 1.0
@@ -59,12 +58,12 @@ class Preservation(_Settings):
 
 
 class Mask(_Settings):
-    """Masked loss: each element of the error counts by (m + floor)^temperature, m the mask's share of its area.
+    """Masked loss: each element of the error is weighted by (m + floor)^temperature, m its mean mask value.
 
     Attributes:
         temperature: Above 1, half-covered elements count less; below 1, more.
-        floor: What is added to the mask, so that the surroundings count a little; 0 ignores them.
-        normalise: Whether the weights are divided by their mean, so that a small subject counts as much as a large one.
+        floor: Added to the mask, so that the surroundings count a little; 0 ignores them.
+        normalise: Divides the weights by their mean, so that a small subject counts as much as a large one.
     """
 
     temperature: _Finite = Field(default=1.0, gt=0.0, le=16.0)
@@ -73,16 +72,16 @@ class Mask(_Settings):
 
 
 class Identity(_Settings):
-    """Identity preservation: the decoded prediction is to be embedded where the person's pictures are.
+    """Identity preservation: pulls the embedding of the decoded prediction towards that of the user's images.
 
     The embedder is the step's `embedder` (a local folder of any image model that transformers can load), or the
     embedded CLIP.
 
     Attributes:
-        weight: Of 1 - cosine similarity, beside the denoising loss.
-        until: Share of the schedule, from the side without noise, in which it counts; with more noise the prediction
-            shows nothing that could be recognised.
-        crop: Share of the picture's sides that is looked at, around its middle.
+        weight: Weight of 1 - cosine similarity, beside the denoising loss.
+        until: Share of the schedule, from the noise-free end, in which the term applies. With more noise the prediction
+            shows nothing recognizable.
+        crop: Share of the image's sides that is compared, around its center.
     """
 
     weight: _Weight = 0.1
@@ -91,13 +90,13 @@ class Identity(_Settings):
 
 
 class MethodSpec(_Settings):
-    """What every method can have beside its own options.
+    """Options that every method has beside its own.
 
     Attributes:
-        name: Of the method.
-        mask: Counts errors by the pictures' masks; a picture without one counts whole.
-        preservation: Holds the network on captions of the class.
-        identity: Holds the look of the person's pictures.
+        name: Name of the method.
+        mask: Weights the loss by the images' masks; an image without a mask counts fully. None ignores masks.
+        preservation: Preserves the base's output on class captions; None does not.
+        identity: Preserves the identity shown in the user's images; None does not.
     """
 
     takes_prior: ClassVar[bool] = True
@@ -110,30 +109,30 @@ class MethodSpec(_Settings):
 
 
 class Finetune(MethodSpec):
-    """Captioned fine-tuning: pictures and captions alone."""
+    """Captioned fine-tuning: images and captions only."""
 
     takes_prior: ClassVar[bool] = False
     name: Literal["finetune"] = "finetune"
 
 
 class Dreambooth(MethodSpec):
-    """DreamBooth: a rare word for the subject, and class pictures that hold the class (see `Prior`)."""
+    """DreamBooth: a rare word for the subject, and class images that preserve the class (see `Prior`)."""
 
     name: Literal["dreambooth"] = "dreambooth"
 
 
 class TokenSettings(_Settings):
-    """What is learned as vectors of the text encoders' input (Gal et al. 2022).
+    """A learned token: vectors of the text encoders' input embedding (Gal et al. 2022).
 
     Attributes:
-        token: The word; None is the dataset's trigger.
-        vectors: How many vectors it stands for, each a token of the text.
-        initialiser: The text whose tokens the vectors begin as, taking turns; None is the dataset's class word. Where
-            there is none either, they begin as random rows of the encoder's mean and spread.
+        token: The token; None is the dataset's trigger.
+        vectors: Number of vectors of the token; each takes one position of the text.
+        initialiser: Text whose token embeddings initialize the vectors, in turn; None is the dataset's class word.
+            Without either, the vectors are random with the encoder's mean and deviation.
         word_rate: Highest learning rate of the vectors.
-        norm_decay: How fast the vectors' norms go to `norm`: e <- e/|e| (|e| + r (norm - |e|)) after each step, r the
-            step's rate times this, at most 1 (as cloneofsimo's lora_pti); 0 leaves them alone.
-        norm: The norm that they go to; None is the mean of the encoder's own, 0.4 suits CLIP ViT-L.
+        norm_decay: Strength of the pull of the vectors' norms to `norm`: e <- e/|e| (|e| + r (norm - |e|)) after each
+            step, r the step's rate times this, at most 1 (as cloneofsimo's lora_pti); 0 disables it.
+        norm: Target norm; None is the mean norm of the encoder's embeddings, 0.4 suits CLIP ViT-L.
     """
 
     token: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -145,7 +144,7 @@ class TokenSettings(_Settings):
 
 
 class TextualInversion(MethodSpec, TokenSettings):
-    """Textual inversion: a word is learned and no weight moves; rank, kind, targets and rates mean nothing here."""
+    """Textual inversion: learns a token and no weight; rank, kind, targets and rates are ignored."""
 
     takes_prior: ClassVar[bool] = False
     has_adapter: ClassVar[bool] = False
@@ -154,11 +153,11 @@ class TextualInversion(MethodSpec, TokenSettings):
 
 
 class Pivotal(MethodSpec, TokenSettings):
-    """Pivotal tuning (Roich et al. 2021; lora_pti): a word is learned first, then the adapter and the word together.
+    """Pivotal tuning (Roich et al. 2021; lora_pti): learns a token first, then the adapter and the token together.
 
     Attributes:
-        inversion: Share of the steps in which the word alone moves.
-        tuning_rate: Highest rate of the vectors while the adapter moves; 0 leaves them as the inversion did.
+        inversion: Share of the steps that train the token alone.
+        tuning_rate: Highest rate of the vectors while the adapter is trained; 0 freezes them.
     """
 
     name: Literal["pivotal"] = "pivotal"
@@ -167,18 +166,18 @@ class Pivotal(MethodSpec, TokenSettings):
 
 
 class Inpainting(MethodSpec):
-    """Inpainting: a part of each picture is hidden, and the error counts there more than around it.
+    """Inpainting: hides a part of each image and weights the error there more than around it.
 
-    Bases with a mask in their input see the picture without that part; others learn from the weights alone.
+    Bases with a mask in their input see the image without that part. Others learn from the weights alone.
 
     Attributes:
-        masks: `random` draws boxes and strokes; `given` takes the pictures' own; `mixed` takes each in half of the
-            batches, and random ones where a picture has none.
+        masks: `random` draws boxes and strokes; `given` uses the images' own masks; `mixed` uses each half of the time,
+            and random masks for images without one.
         strokes: Share of the random masks that are strokes; the others are boxes.
-        whole: Share of the random masks that hide everything, so that the base keeps making pictures from nothing.
-        smallest: Least share of a side that a box takes.
-        largest: Greatest share of a side that a box takes.
-        surroundings: How much the error counts outside the mask.
+        whole: Share of the random masks that hide everything, so that the base can still generate from nothing.
+        smallest: Smallest share of a side that a box covers.
+        largest: Largest share of a side that a box covers.
+        surroundings: Weight of the error outside the mask.
     """
 
     name: Literal["inpainting"] = "inpainting"
@@ -191,13 +190,13 @@ class Inpainting(MethodSpec):
     mask: None = None
 
 
-def _named(value: Any) -> Any:
+def _from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 Method = Annotated[
     Finetune | Dreambooth | TextualInversion | Pivotal | Inpainting,
     Field(discriminator="name"),
-    BeforeValidator(_named),
+    BeforeValidator(_from_name),
 ]
-"""A method by its name alone, or by its name and options."""
+"""A method: its name, or its name and options."""

@@ -1,7 +1,7 @@
-"""What training lowers: which noise at which timesteps, and how an error counts. Torch-free; `objective` computes it.
+"""Settings of the objective: noise, timesteps and loss weighting. Torch-free; `training.objective` computes it.
 
-In a pipeline file: `objective: {weighting: min_snr, loss: {name: huber, delta: 0.2}}`; each part by its name alone, or
-by its name and options.
+In a pipeline file: `objective: {weighting: min_snr, loss: {name: huber, delta: 0.2}}`. Each part is a name, or a name
+and options.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _named(value: Any) -> Any:
+def _from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 class Plain(_Part):
-    """Every timestep counts as it is drawn."""
+    """Weights every timestep alike."""
 
     name: Literal["none"] = "none"
 
 
 class MinSnr(_Part):
-    """Min-SNR (Hang et al. 2023): nearly clean pictures count less. Bases that predict noise or v.
+    """Min-SNR (Hang et al. 2023): lowers the weight of nearly clean images. For bases that predict noise or v.
 
     Attributes:
-        gamma: Ratio of signal to noise from which on they do; above 0, usually 5.
+        gamma: Signal-to-noise ratio above which weights fall; above 0, usually 5.
     """
 
     name: Literal["min_snr"] = "min_snr"
@@ -39,10 +39,10 @@ class MinSnr(_Part):
 
 
 class SoftMinSnr(_Part):
-    """Soft min-SNR (Crowson et al. 2024): the same without the corner. Bases that predict noise or v.
+    """Soft min-SNR (Crowson et al. 2024): min-SNR without the kink. For bases that predict noise or v.
 
     Attributes:
-        gamma: Ratio of signal to noise around which they begin to; above 0, in the paper 4.
+        gamma: Signal-to-noise ratio around which weights begin to fall; above 0, in the paper 4.
     """
 
     name: Literal["soft_min_snr"] = "soft_min_snr"
@@ -50,31 +50,31 @@ class SoftMinSnr(_Part):
 
 
 class Debiased(_Part):
-    """Debiased estimation (Yu et al. 2023): very noisy pictures count more. Bases that predict noise or v."""
+    """Debiased estimation (Yu et al. 2023): raises the weight of noisy images. For bases that predict noise or v."""
 
     name: Literal["debiased"] = "debiased"
 
 
-Weighting = Annotated[Plain | MinSnr | SoftMinSnr | Debiased, Field(discriminator="name"), BeforeValidator(_named)]
+Weighting = Annotated[Plain | MinSnr | SoftMinSnr | Debiased, Field(discriminator="name"), BeforeValidator(_from_name)]
 
 
 class L2(_Part):
-    """The square of the error."""
+    """The squared error."""
 
     name: Literal["l2"] = "l2"
 
 
 class L1(_Part):
-    """The size of the error."""
+    """The absolute error."""
 
     name: Literal["l1"] = "l1"
 
 
 class Huber(_Part):
-    """The square of small errors, a straight line beyond: outliers pull less. As `l2` for large `delta`.
+    """Quadratic for small errors, linear for large ones, so outliers pull less. Equals `l2` for large `delta`.
 
     Attributes:
-        delta: Where the line begins, in the latents' units; above 0.
+        delta: Error at which it becomes linear, in the latents' units; above 0.
     """
 
     name: Literal["huber"] = "huber"
@@ -82,31 +82,31 @@ class Huber(_Part):
 
 
 class SmoothL1(_Part):
-    """The size of large errors, with a round bottom: `huber` / (2 delta). As `l1` for small `delta`.
+    """Absolute for large errors, quadratic for small ones: `huber` / (2 delta). Tends to `l1` for small `delta`.
 
     Attributes:
-        delta: Where the bottom ends, in the latents' units; above 0.
+        delta: Error at which it becomes linear, in the latents' units; above 0.
     """
 
     name: Literal["smooth_l1"] = "smooth_l1"
     delta: _Finite = Field(default=0.1, gt=0.0)
 
 
-Loss = Annotated[L2 | L1 | Huber | SmoothL1, Field(discriminator="name"), BeforeValidator(_named)]
+Loss = Annotated[L2 | L1 | Huber | SmoothL1, Field(discriminator="name"), BeforeValidator(_from_name)]
 
 
 class Uniform(_Part):
-    """All timesteps alike."""
+    """All timesteps are equally likely."""
 
     name: Literal["uniform"] = "uniform"
 
 
 class LogitNormal(_Part):
-    """The middle more often (Esser et al. 2024, eq. 19): sigmoid of a normal number.
+    """Favors the middle (Esser et al. 2024, eq. 19): sigmoid of a normal variable.
 
     Attributes:
-        mean: Of the normal number; above 0 the noisier timesteps come more often.
-        std: Its deviation; above 0, the larger the flatter.
+        mean: Mean of the normal variable; above 0 favors noisier timesteps.
+        std: Its standard deviation; above 0, larger is flatter.
     """
 
     name: Literal["logit_normal"] = "logit_normal"
@@ -115,28 +115,28 @@ class LogitNormal(_Part):
 
 
 class Mode(_Part):
-    """The middle more often, with every timestep kept likely (Esser et al. 2024, eq. 20).
+    """Favors the middle and keeps every timestep likely (Esser et al. 2024, eq. 20).
 
     Attributes:
-        scale: From -1 (the ends more often) over 0 (uniform) to 1.75 (the middle).
+        scale: -1 favors the ends, 0 is uniform, 1.75 favors the middle.
     """
 
     name: Literal["mode"] = "mode"
     scale: _Finite = Field(default=1.29, ge=-1.0, le=1.75)
 
 
-Distribution = Annotated[Uniform | LogitNormal | Mode, Field(discriminator="name"), BeforeValidator(_named)]
+Distribution = Annotated[Uniform | LogitNormal | Mode, Field(discriminator="name"), BeforeValidator(_from_name)]
 
 
 class Timesteps(_Part):
-    """Which timesteps are trained, and how often.
+    """Range and distribution of the trained timesteps.
 
     Attributes:
-        distribution: Over the range.
-        low: Where the range begins: 0 is the picture, 1 is noise.
-        high: Where it ends. An adapter for composition takes the upper part, one for detail the lower.
-        shift: Of flow matching: how far timesteps move towards noise (Esser et al. 2024, eq. 23); 1 does not move them,
-            None is the base's own, which may depend on the picture's size. Not for bases that predict noise or v.
+        distribution: Distribution over the range.
+        low: Start of the range; 0 is the image, 1 is noise.
+        high: End of the range. An adapter for composition trains the upper part, one for detail the lower.
+        shift: Flow matching only: shift of timesteps towards noise (Esser et al. 2024, eq. 23); 1 is no shift. None is
+            the base's own, which may depend on the image size.
     """
 
     distribution: Distribution = Uniform()
@@ -145,18 +145,18 @@ class Timesteps(_Part):
     shift: _Finite | None = Field(default=None, gt=0.0, le=100.0)
 
     @model_validator(mode="after")
-    def _range_is_one(self) -> Timesteps:
+    def _range_is_valid(self) -> Timesteps:
         if self.low >= self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
         return self
 
 
 class Pyramid(_Part):
-    """Multi-resolution noise (Whitaker 2023): coarse noise on top of the fine, so that large areas move together.
+    """Multi-resolution noise (Whitaker 2023): adds coarse noise to the fine, which moves large areas together.
 
     Attributes:
-        discount: Strength of each coarser level beside the one before; 0 to 1.
-        levels: At most so many coarser levels; it ends at one pixel.
+        discount: Strength of each coarser level relative to the previous one; 0 to 1.
+        levels: Largest number of coarser levels; stops at one pixel.
     """
 
     discount: _Finite = Field(default=0.35, gt=0.0, le=1.0)
@@ -166,17 +166,17 @@ class Pyramid(_Part):
 class Objective(_Part):
     """The objective of the denoising methods; the defaults are the plain mean squared error over all timesteps.
 
-    All of it holds for the person's pictures and for class pictures alike.
+    Applies to the user's images and to class images alike.
 
     Attributes:
-        weighting: How an error counts at its timestep.
-        loss: How an error counts by its size.
-        timesteps: Which timesteps come how often.
-        noise_offset: Deviation of a number added to a whole channel's noise (Guttenberg 2023), which lets pictures
+        weighting: Weight of an error by its timestep.
+        loss: Loss of an error by its size.
+        timesteps: Distribution of the timesteps.
+        noise_offset: Deviation of a number added to the noise of a whole channel (Guttenberg 2023), which lets images
             become very dark or bright; 0 to 1, usually 0.05 to 0.1.
         pyramid: Multi-resolution noise; None is white noise.
-        input_perturbation: Deviation of further noise that the input gets and the target does not know of (Ning et al.
-            2023); 0 to 1, in the paper 0.1.
+        input_perturbation: Deviation of extra noise added to the input but not to the target (Ning et al. 2023); 0 to
+            1, in the paper 0.1.
     """
 
     weighting: Weighting = Plain()

@@ -1,7 +1,7 @@
-"""Optimisers, learning rates by part and layer, averages of the weights. Torch-free; `training` does it.
+"""Settings of optimizers, learning rates by part and layer, and EMA. Torch-free; `training` implements them.
 
-In a pipeline file: `rates: {optimiser: lion, text: 1e-5, layers: {unet.mid_block.*: 5e-4}}`; an optimiser by its name
-alone, or by its name and options.
+In a pipeline file: `rates: {optimiser: lion, text: 1e-5, layers: {unet.mid_block.*: 5e-4}}`. An optimizer is a name, or
+a name and options.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _named(value: Any) -> Any:
+def _from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 class Optimizer(_Part):
-    """An optimiser and its options, which go to its builder as they are.
+    """An optimizer and its options, which are passed to its builder.
 
     Attributes:
-        finds_rate: Whether it finds the rate itself, so that `learning_rate` is a factor on that.
-        averages: Whether it averages the weights, which takes the place of a falling rate.
+        finds_rate: The optimizer estimates the rate; `learning_rate` is a factor on the estimate.
+        averages: The optimizer averages the weights, which replaces a falling rate.
     """
 
     finds_rate: ClassVar[bool] = False
@@ -40,15 +40,15 @@ class Optimizer(_Part):
     name: str
 
     def options(self) -> dict[str, Any]:
-        """Everything but the name."""
+        """Returns every field but the name."""
         return self.model_dump(exclude={"name"})
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), in one kernel for all tensors.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), fused into one kernel for all tensors.
 
     Attributes:
-        betas: How long the means of the gradient and of its square remember; 0 to below 1.
+        betas: Decay of the means of the gradient and of its square; 0 to below 1.
         eps: Added to the denominator.
     """
 
@@ -58,11 +58,11 @@ class AdamW(Optimizer):
 
 
 class AdamW8bit(Optimizer):
-    """The same with its state in 8 bits (Dettmers et al. 2022): a quarter of the memory; factors below 4096 stay whole.
+    """AdamW with 8-bit state (Dettmers et al. 2022): a quarter of the memory, for factors of 4096 elements or more.
 
     Attributes:
-        betas: As of `adamw`.
-        eps: As of `adamw`.
+        betas: See `AdamW`.
+        eps: See `AdamW`.
     """
 
     name: Literal["adamw-8bit"] = "adamw-8bit"
@@ -71,10 +71,10 @@ class AdamW8bit(Optimizer):
 
 
 class Lion(Optimizer):
-    """Lion (Chen et al. 2023): the sign of a mean; wants a third to a tenth of AdamW's rate, and half of its state.
+    """Lion (Chen et al. 2023): the sign of a mean; needs 1/10 to 1/3 of AdamW's rate and half of its state.
 
     Attributes:
-        betas: How much of the mean goes into a step, and how long it remembers; 0 to below 1.
+        betas: Weight of the mean in a step, and decay of the mean; 0 to below 1.
     """
 
     name: Literal["lion"] = "lion"
@@ -82,11 +82,11 @@ class Lion(Optimizer):
 
 
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer & Stern 2018) with the rate that is set: rows and columns of squares instead of all of them.
+    """Adafactor (Shazeer & Stern 2018) at the set rate: stores row and column means of the squares only.
 
     Attributes:
         clip_threshold: Largest root mean square of an update before the rate.
-        decay: Power by which the memory grows; below 0.
+        decay: Exponent by which the averaging time grows; below 0.
     """
 
     name: Literal["adafactor"] = "adafactor"
@@ -95,14 +95,14 @@ class Adafactor(Optimizer):
 
 
 class Prodigy(Optimizer):
-    """Prodigy (Mishchenko & Defazio 2023): finds the rate itself; `learning_rate` is a factor on it, 1 to begin with.
+    """Prodigy (Mishchenko & Defazio 2023): estimates the rate; `learning_rate` is a factor on it, 1 by convention.
 
     Attributes:
-        betas: As of `adamw`.
+        betas: See `AdamW`.
         d_coef: Factor on the estimate; 0.5 to 2 are usual.
-        d0: What the estimate begins at.
-        bias_correction: Adam's, which starts more gently.
-        safeguard_warmup: Whether a warmup is kept out of the estimate; for runs with one.
+        d0: Initial estimate.
+        bias_correction: Applies Adam's bias correction, which starts more gently.
+        safeguard_warmup: Excludes the warmup from the estimate; for runs with a warmup.
     """
 
     finds_rate: ClassVar[bool] = True
@@ -115,13 +115,13 @@ class Prodigy(Optimizer):
 
 
 class DAdaptation(Optimizer):
-    """Adam with D-Adaptation (Defazio & Mishchenko 2023): finds the rate itself, more carefully than Prodigy.
+    """Adam with D-Adaptation (Defazio & Mishchenko 2023): estimates the rate, more carefully than Prodigy.
 
     Attributes:
-        betas: As of `adamw`.
-        d0: What the estimate begins at.
-        growth: How much larger it may become in a step; None does not bound it.
-        bias_correction: Adam's.
+        betas: See `AdamW`.
+        d0: Initial estimate.
+        growth: Largest factor by which the estimate grows in a step; None is unbounded.
+        bias_correction: Applies Adam's bias correction.
     """
 
     finds_rate: ClassVar[bool] = True
@@ -133,13 +133,13 @@ class DAdaptation(Optimizer):
 
 
 class ScheduleFree(Optimizer):
-    """Schedule-free AdamW (Defazio et al. 2024): a mean of the weights in place of a falling rate.
+    """Schedule-free AdamW (Defazio et al. 2024): averages the weights in place of a falling rate.
 
-    What is validated, drawn and written is the mean.
+    Validation, samples and the written adapter use the average.
 
     Attributes:
-        betas: How far the gradients are taken on the way to the mean, above 0, and as of `adamw`.
-        eps: As of `adamw`.
+        betas: Interpolation between the weights and their average for gradients, above 0, and the second of `AdamW`.
+        eps: See `AdamW`.
     """
 
     averages: ClassVar[bool] = True
@@ -151,19 +151,19 @@ class ScheduleFree(Optimizer):
 AnyOptimizer = Annotated[
     AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree,
     Field(discriminator="name"),
-    BeforeValidator(_named),
+    BeforeValidator(_from_name),
 ]
 
 
 class Ema(_Part):
-    """A running mean of the adapter's factors (Polyak & Juditsky 1992), steadier than the last step.
+    """An exponential moving average of the adapter's factors (Polyak & Juditsky 1992), steadier than the last step.
 
-    Validations and sample pictures are of the mean.
+    Validations and samples use the average.
 
     Attributes:
-        decay: How much of the mean stays in a step; 0 to below 1.
-        warmup: Whether it begins with a short memory: in step n, from 0, at most (1 + n) / (10 + n) stays.
-        written: Whether the mean or the last step's factors become the adapter.
+        decay: Share of the average that is kept in a step; 0 to below 1.
+        warmup: Limits the decay in step n, counted from 0, to (1 + n) / (10 + n).
+        written: Whether the average (`mean`) or the factors of the last step (`last`) become the adapter.
     """
 
     decay: _Share = 0.999
@@ -172,16 +172,16 @@ class Ema(_Part):
 
 
 class Rates(_Part):
-    """The optimiser, learning rates of parts of the adapter, and averages of it; by default AdamW and one rate for all.
+    """The optimizer, learning rates of parts of the adapter, and EMA; by default AdamW and one rate for all.
 
     Attributes:
-        optimiser: By name, or with its options.
-        text: Learning rate of the text encoders' factors; None is that of the rest, 0 lets them stand still.
-        layers: Pattern of modules (`unet.mid_block.*`, `re:...`, `attention`, `text`) to their learning rate; 0 lets
-            them stand still. The last one that means a module counts, before `text`.
-        up_ratio: LoRA+ (Hayou et al. 2024): the rate of the factor `up` over that of the others; 1 to 1000, in the
-            paper 16. Kinds with `up` factors.
-        ema: A running mean of the factors; None has none.
+        optimiser: Optimizer by name, or by name and options.
+        text: Learning rate of the text encoders' factors; None is the common rate, 0 freezes them.
+        layers: Module pattern (`unet.mid_block.*`, `re:...`, `attention`, `text`) to learning rate; 0 freezes the
+            layers. The last matching pattern wins, and wins over `text`.
+        up_ratio: LoRA+ (Hayou et al. 2024): rate of the factor `up` over that of the others; 1 to 1000, in the paper
+            16. For kinds with `up` factors.
+        ema: Exponential moving average of the factors; None disables it.
     """
 
     optimiser: AnyOptimizer = AdamW()
@@ -191,30 +191,30 @@ class Rates(_Part):
     ema: Ema | None = None
 
     @model_validator(mode="after")
-    def _one_rate_where_it_is_found(self) -> Rates:
-        several = [name for name in ("text", "layers") if getattr(self, name)] + ["up_ratio"] * (self.up_ratio != 1.0)
-        if self.optimiser.finds_rate and several:
+    def _one_estimated_rate(self) -> Rates:
+        settings = [name for name in ("text", "layers") if getattr(self, name)] + ["up_ratio"] * (self.up_ratio != 1.0)
+        if self.optimiser.finds_rate and settings:
             raise ValueError(
-                f"{self.optimiser.name} finds one rate for all parameters; leave out {' and '.join(several)}, "
+                f"{self.optimiser.name} estimates one rate for all parameters; leave out {' and '.join(settings)}, "
                 "or choose another optimiser"
             )
         if self.optimiser.averages and self.ema is not None:
-            raise ValueError(f"{self.optimiser.name} averages the weights itself; leave out ema")
+            raise ValueError(f"{self.optimiser.name} already averages the weights; leave out ema")
         return self
 
     def check(self, schedule: Schedule, learning_rate: float) -> None:
-        """Does nothing where an optimiser goes with a schedule and a rate.
+        """Checks the optimizer against a schedule and a rate.
 
         Raises:
-            ValueError: It does not; says what to set.
+            ValueError: They do not fit; the message names the setting to change.
         """
-        optimiser = self.optimiser
-        if optimiser.averages and not isinstance(schedule, Constant):
+        optimizer = self.optimiser
+        if optimizer.averages and not isinstance(schedule, Constant):
             raise ValueError(
-                f"optimiser {optimiser.name} takes the place of schedule {schedule.name!r}; set schedule: constant"
+                f"optimizer {optimizer.name!r} replaces schedule {schedule.name!r}; set schedule: constant"
             )
-        if optimiser.finds_rate and not 0.01 <= learning_rate <= 100.0:
+        if optimizer.finds_rate and not 0.01 <= learning_rate <= 100.0:
             raise ValueError(
-                f"learning_rate {learning_rate} is a factor on the rate that optimiser {optimiser.name} finds; "
+                f"learning_rate {learning_rate} is a factor on the rate that optimizer {optimizer.name!r} estimates; "
                 "set learning_rate: 1.0 (0.01 to 100)"
             )

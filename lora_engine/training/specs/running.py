@@ -1,4 +1,4 @@
-"""Where and how training computes; nothing here changes what is computed, but for the last bits."""
+"""Settings of device, memory and speed. They change results in the last bits at most."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Running(BaseModel):
-    """Devices, memory and speed; the defaults suit any machine.
+    """Devices, memory and speed; the defaults work on any machine.
 
     Attributes:
-        device: Where training computes; `auto` takes CUDA, else MPS, else the CPU.
-        processes: How many work side by side, each on a GPU of its own or all on the CPU; each takes its share of
+        device: Device of the training; `auto` takes CUDA, else MPS, else the CPU.
+        processes: Number of data-parallel processes, each on its own GPU or all on the CPU. Each takes its share of
             every batch, so `batch` must be a multiple.
-        gradient_checkpointing: Keeps the network's activations at the borders of its blocks alone and computes the
-            rest again in the backward pass: far less memory for about a third more time.
-        channels_last: Puts the channels of the convolutions' weights last in memory, which some GPUs prefer.
+        gradient_checkpointing: Stores activations at block borders only and recomputes the rest in the backward pass:
+            far less memory for about a third more time.
+        channels_last: Stores the convolutions' weights channels-last, which some GPUs prefer.
         attention: `sdpa` is torch's own; `xformers` needs that package.
-        compile: `regional` compiles the blocks that the network repeats (`torch.compile`): slow first steps, then
-            faster ones; needs a working compiler.
-        deterministic: On a GPU, takes only operations that give the same bits every time: slower, and refused where an
-            operation has no such form. On a CPU that is always so.
-        quantise: How the frozen network is held: `8bit` and `4bit` need far less memory for it and lose a little;
-            the adapter is trained in full precision. They need the extra `quantised`.
+        compile: `regional` compiles the network's repeated blocks (`torch.compile`): slow first steps, then faster
+            ones. Needs a working compiler.
+        deterministic: On a GPU, uses only deterministic operations: slower, and an error where an operation has no
+            deterministic form. A CPU is always deterministic.
+        quantise: Storage of the frozen network: `8bit` and `4bit` save much memory and lose a little precision. The
+            adapter is trained in full precision. They need the extra `quantised`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

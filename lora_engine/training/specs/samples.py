@@ -1,4 +1,4 @@
-"""Images that are drawn while an adapter is trained, to see it grow; they change nothing about it."""
+"""Settings of sample images drawn during training. They do not change the adapter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Samples(BaseModel):
-    """Images at intervals, each prompt with each seed, so that the same picture can be followed through the run.
+    """Sample images at intervals: each prompt with each seed, so that one image can be followed through the run.
 
     Attributes:
-        every: Steps of training between them.
-        prompts: What is drawn.
-        seeds: Of the noise; the same at every interval.
-        steps: Of the sampler.
+        every: Training steps between samples.
+        prompts: Prompts of the samples.
+        seeds: Noise seeds; the same at every interval.
+        steps: Sampler steps.
         guidance: Classifier-free guidance.
     """
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a person chooses them. Torch-free; `training.schedules` computes them.
+"""Settings of learning-rate schedules. Torch-free; `training.schedules` computes them.
 
 In a pipeline file: `schedule: linear`, or with options `schedule: {name: cosine-restarts, cycles: 3}`.
 """
@@ -10,45 +10,45 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def _named(value: Any) -> Any:
+def _from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 class Schedule(BaseModel):
-    """How the rate goes on after the warmup, and its options."""
+    """A learning-rate schedule after the warmup, and its options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
 
     def options(self) -> dict[str, Any]:
-        """Everything but the name."""
+        """Returns every field but the name."""
         return self.model_dump(exclude={"name"})
 
 
 class Constant(Schedule):
-    """It stays."""
+    """A constant rate."""
 
     name: Literal["constant"] = "constant"
 
 
 class Linear(Schedule):
-    """It falls in a straight line to 0."""
+    """A linear decay to 0."""
 
     name: Literal["linear"] = "linear"
 
 
 class Cosine(Schedule):
-    """It falls along half a cosine to 0 (Loshchilov & Hutter 2017)."""
+    """A half-cosine decay to 0 (Loshchilov & Hutter 2017)."""
 
     name: Literal["cosine"] = "cosine"
 
 
 class CosineRestarts(Schedule):
-    """It falls along half a cosine several times, and jumps back up in between (Loshchilov & Hutter 2017).
+    """Several half-cosine decays to 0, each restarting at the highest rate (Loshchilov & Hutter 2017).
 
     Attributes:
-        cycles: How many times it falls.
+        cycles: Number of decays.
     """
 
     name: Literal["cosine-restarts"] = "cosine-restarts"
@@ -56,10 +56,10 @@ class CosineRestarts(Schedule):
 
 
 class Polynomial(Schedule):
-    """It falls to 0 as what is left of the steps, to a power.
+    """A decay to 0: the remaining share of the steps, to a power.
 
     Attributes:
-        power: 1 is a straight line; above, it falls sooner.
+        power: Exponent; 1 is linear, above 1 falls sooner.
     """
 
     name: Literal["polynomial"] = "polynomial"
@@ -67,6 +67,6 @@ class Polynomial(Schedule):
 
 
 AnySchedule = Annotated[
-    Constant | Linear | Cosine | CosineRestarts | Polynomial, Field(discriminator="name"), BeforeValidator(_named)
+    Constant | Linear | Cosine | CosineRestarts | Polynomial, Field(discriminator="name"), BeforeValidator(_from_name)
 ]
-"""A schedule by its name alone, or by its name and options."""
+"""A schedule: its name, or its name and options."""

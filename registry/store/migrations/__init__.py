@@ -1,5 +1,5 @@
-"""The way from each schema to the next, as revisions of Alembic; a revision never changes once it was released.
+"""Alembic revisions from each schema to the next; a released revision never changes.
 
-Their numbers are those of `registry.store.tables.SCHEMA`. A revision says all it needs by itself and reads nothing of
-`registry.store.tables`, which knows only the newest schema. `registry.store.schema` runs them.
+A revision's number is the value of `registry.store.tables.SCHEMA` that it produces. A revision imports nothing from
+`registry.store.tables`, which declares only the newest schema. `registry.store.schema` runs the revisions.
 """

@@ -1,4 +1,4 @@
-"""Schema 1: the line, versions and aliases."""
+"""Schema 1: runs, executions and artifacts; versions, aliases and events."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +12,7 @@ _TEXT = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    """Makes every table."""
+    """Creates every table."""
     _make_artifacts()
     _make_executions()
     _make_versions()

@@ -1,4 +1,4 @@
-"""Schema 2: a log that also holds deeds, subjects of three kinds, records of versions, revocations, distributions."""
+"""Schema 2: events without an alias, subjects of three kinds, documents of versions, revocations, distributions."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -26,7 +26,7 @@ _APPEND_ONLY = {
 
 
 def upgrade() -> None:
-    """Adds columns and tables, and lets an event be without a name and an alias."""
+    """Adds columns and tables, and makes name and alias of an event optional."""
     op.add_column("subjects", sa.Column("kind", _TEXT, nullable=False, server_default="picture"))
     op.add_column("versions", sa.Column("state", _TEXT, nullable=False, server_default="ACTIVE"))
     op.create_table(
@@ -53,7 +53,7 @@ def upgrade() -> None:
 
 
 def _widen_events() -> None:
-    # SQLite cannot drop NOT NULL: the table is made anew, and loses its triggers on the way.
+    # SQLite cannot drop NOT NULL: the batch recreates the table, which loses its triggers.
     with op.batch_alter_table("events", table_kwargs={"sqlite_autoincrement": True}) as events:
         events.alter_column("name", existing_type=_TEXT, nullable=True)
         events.alter_column("alias", existing_type=_TEXT, nullable=True)

@@ -1,4 +1,4 @@
-"""Attaching: what is refused, what is transactional, and what the wrapper lets through."""
+"""Attaching, detaching and collapsing: refusals, unchanged bases, and the wrapper's attributes."""
 
 import copy
 import re
@@ -79,12 +79,12 @@ def seeds(count, seed=3):
         ("unet.first", delta(out=5), r"'up'.*\[5, 2\]"),
     ],
 )
-def test_a_misfit_leaves_the_base_untouched(model, name, part, problem):
+def test_an_adapter_that_does_not_fit_leaves_the_base_unchanged(model, name, part, problem):
     before, state = list(model.modules()), copy.deepcopy(model.state_dict())
     adapter = Adapter({"unet.first": delta(), name: part})
-    for put in (attach, collapse):
+    for apply in (attach, collapse):
         with pytest.raises(AdapterError, match=problem):
-            put({"unet": model}, adapter)
+            apply({"unet": model}, adapter)
     assert list(model.modules()) == before
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -94,7 +94,7 @@ def test_an_empty_adapter_is_refused(model):
         attach({"unet": model}, Adapter({}))
 
 
-def test_detach_is_idempotent_and_refuses_a_base_changed_behind_its_back(model):
+def test_detach_is_idempotent_and_refuses_a_base_changed_in_the_meantime(model):
     attachment = attach({"unet": model}, Adapter({"unet.first": delta()}))
     attachment.detach()
     attachment.detach()
@@ -115,7 +115,7 @@ def test_an_exception_inside_detaches(model):
     assert model.first is first
 
 
-def test_the_wrapper_shows_the_attributes_of_the_layer(model):
+def test_the_wrapper_has_the_attributes_of_the_layer(model):
     first = model.first
     with attach({"unet": model}, Adapter({"unet.first": delta()})):
         assert model.first.weight is first.weight
@@ -124,12 +124,12 @@ def test_the_wrapper_shows_the_attributes_of_the_layer(model):
             _ = model.first.nothing
 
 
-def test_training_moves_only_the_copies(model):
+def test_training_changes_only_the_copies(model):
     adapter = create_adapter({"unet": model}, "*.first", rank=2, generator=next(seeds(1)))
     with attach({"unet": model}, adapter, trainable=True) as attachment:
-        optimiser = torch.optim.SGD(attachment.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(attachment.parameters(), lr=1.0)
         model(torch.ones(1, 4)).sum().backward()
-        optimiser.step()
+        optimizer.step()
         trained = attachment.adapter()
         assert [name for name, _ in attachment.named_parameters()] == ["unet.first.down", "unet.first.up"]
     assert torch.count_nonzero(adapter.modules["unet.first"].up) == 0
@@ -166,7 +166,7 @@ def test_layers_under_an_adapter_keep_their_names(model):
 
 
 @pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
-def test_text_encoders_have_one_name_whatever_transformers_calls_them(kind):
+def test_text_encoders_have_one_name_in_every_version_of_transformers(kind):
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = kind(CLIPTextConfig(vocab_size=9, max_position_embeddings=4, projection_dim=8, **sizes))
     tree = DictTree({"text_encoder": text})
@@ -180,7 +180,7 @@ def test_text_encoders_have_one_name_whatever_transformers_calls_them(kind):
 
 
 @pytest.mark.parametrize(
-    ("part", "fault"),
+    ("part", "issue"),
     [
         (LoraDelta(torch.ones(2, 4), torch.ones(6, 3), 2.0), "whose rank is not that"),
         (LoraDelta(torch.ones(2, 4), torch.ones(6, 2), 0.0), "alpha is 0.0"),
@@ -191,17 +191,17 @@ def test_text_encoders_have_one_name_whatever_transformers_calls_them(kind):
         (LoraDelta(torch.ones(2, 4, 1, 1), torch.ones(6, 2, 1, 1), 1.0, torch.ones(3, 2, 3, 3)), r"\[2, 2, k, k\]"),
     ],
 )
-def test_faults_of_a_delta_are_told(part, fault):
-    found = "; ".join(f"{one.problem} {one.allowed}" for one in part.faults())
-    assert re.search(fault, found)
+def test_issues_of_a_delta_are_reported(part, issue):
+    messages = "; ".join(f"{item.problem} {item.allowed}" for item in part.issues())
+    assert re.search(issue, messages)
 
 
 @pytest.mark.parametrize(("down", "up"), [((2, 4), (6, 2)), ((2, 4, 1, 1), (6, 2, 1, 1)), ((2, 4, 1, 1), (6, 2))])
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 1, 1)])
-def test_a_1x1_convolution_and_a_linear_layer_take_each_others_factors(down, up, shape):
+def test_a_1x1_convolution_and_a_linear_layer_accept_each_others_factors(down, up, shape):
     generator = next(seeds(1))
     part = LoraDelta(torch.randn(down, generator=generator), torch.randn(up, generator=generator), 3.0)
-    assert not list(part.faults(shape))
-    reshaped_for, weight = part.reshaped_for(shape), torch.zeros(shape)
-    assert reshaped_for.down.dim() == reshaped_for.up.dim() == len(shape)
-    assert torch.equal(reshaped_for.delta_weight(weight), part.delta_weight(weight))
+    assert not list(part.issues(shape))
+    reshaped, weight = part.reshaped_for(shape), torch.zeros(shape)
+    assert reshaped.down.dim() == reshaped.up.dim() == len(shape)
+    assert torch.equal(reshaped.delta_weight(weight), part.delta_weight(weight))

@@ -1,4 +1,4 @@
-"""DoRA around every kind that can move a direction, on both axes, in every form that files have for it."""
+"""DoRA with every inner kind, on both axes, and in every file format."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from lora_engine.adapters.dora import INNER
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.formats import codecs, inspect, read_adapter, write_adapter
 
-# A weight of one row or column is where the shape of the magnitude alone does not tell its axis.
+# For a weight of one row or column, the shape of the magnitude does not determine its axis.
 MAKE = {
     **{name: LAYERS[name] for name in MATRICES},
     "one output": lambda: nn.Linear(6, 1),
@@ -55,8 +55,8 @@ def test_it_is_the_magnitude_times_the_direction(layer_name, inner, axis):
     with torch.no_grad():
         expected = by_hand(delta, layer.weight, axis)
         torch.testing.assert_close(layer.weight + delta.delta_weight(layer.weight), expected, rtol=1e-4, atol=1e-5)
-        found, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        output, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @cases
@@ -64,8 +64,8 @@ def test_gradients_are_those_of_the_paper_with_the_norm_held(layer_name, inner, 
     torch.manual_seed(0)
     layer = MAKE[layer_name]().requires_grad_(False)
     delta, x, bias = dora(layer, inner, axis), input_of(layer), getattr(layer, "bias", None)
-    _, ours = gradients_of(delta, lambda one: forward_of(one, layer, x))
-    _, expected = gradients_of(delta, lambda one: op_of(layer)(x, by_hand(one, layer.weight, axis), bias))
+    _, ours = gradients_of(delta, lambda copy: forward_of(copy, layer, x))
+    _, expected = gradients_of(delta, lambda copy: op_of(layer)(x, by_hand(copy, layer.weight, axis), bias))
     for name, gradient in ours.items():
         size = max(1.0, float(expected[name].abs().max()))
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * size)
@@ -129,7 +129,7 @@ def test_a_magnitude_of_one_dimension_is_that_of_the_outputs():
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
-def test_every_spelling_of_pefts_magnitude_is_read(suffix):
+def test_every_key_of_pefts_magnitude_is_read(suffix):
     layers = {SQUARE: nn.Linear(5, 5), CONV: nn.Conv2d(5, 7, 3)}
     adapter = Adapter({name: dora(layer, seed=3) for name, layer in layers.items()}, "sd")
     tensors, metadata = codecs["diffusers"].encode(adapter)
@@ -137,19 +137,19 @@ def test_every_spelling_of_pefts_magnitude_is_read(suffix):
     assert shapes == [[1, 7, 1, 1], [5]]
     renamed = {key.replace("magnitude_vector", f"magnitude_vector{suffix}"): value for key, value in tensors.items()}
     back = codecs["diffusers"].decode(renamed, metadata, NAMES)
-    assert back == codecs["diffusers"].decode(tensors, metadata, NAMES) == codecs["diffusers"].prepared(adapter)
+    assert back == codecs["diffusers"].decode(tensors, metadata, NAMES) == codecs["diffusers"].to_supported(adapter)
 
 
 @pytest.mark.parametrize("form", ["peft", "diffusers"])
-def test_what_peft_cannot_say_is_refused(form):
-    with pytest.raises(AdapterError, match="magnitude is that of the inputs"):
+def test_what_peft_cannot_represent_is_refused(form):
+    with pytest.raises(AdapterError, match="the magnitude is per input"):
         codecs[form].encode(Adapter({SQUARE: dora(nn.Linear(5, 5), axis="input")}, "sd"))
     with pytest.raises(AdapterError, match="'lokr'"):
         codecs[form].encode(Adapter({SQUARE: dora(nn.Linear(5, 5), inner="lokr")}, "sd"))
     mixed = {SQUARE: dora(nn.Linear(5, 5)), SQUARE.replace("q_proj", "k_proj"): random_delta("lora", (5, 5))}
     with pytest.raises(AdapterError, match=r"several kinds: dora \(1\), lora \(1\)"):
         codecs[form].encode(Adapter(mixed, "sd"))
-    assert codecs["kohya"].holds(Adapter(mixed, "sd"))
+    assert codecs["kohya"].is_lossless(Adapter(mixed, "sd"))
 
 
 BAD = {
@@ -162,17 +162,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_faults_are_found(case):
+def test_issues_are_found(case):
     good = random_delta("dora", (5, 6))
-    assert list(good.faults((5, 6))) == []
+    assert list(good.issues((5, 6))) == []
     bad = good.with_factors({**good.factors(), "magnitude": BAD[case]})
-    assert [fault.factor for fault in bad.faults((5, 6))] == ["magnitude"]
+    assert [issue.factor for issue in bad.issues((5, 6))] == ["magnitude"]
 
 
-def test_a_fault_of_the_inner_delta_is_told_as_such():
+def test_an_issue_of_the_inner_delta_is_reported():
     inner = LoraDelta(torch.ones(2, 6), torch.ones(5, 3), 1.0)
     bad = DoraDelta.from_factors({**inner.factors(), "magnitude": torch.ones(5, 1)}, 1.0)
-    assert [fault.factor for fault in bad.faults()] == ["up"]
+    assert [issue.factor for issue in bad.issues()] == ["up"]
 
 
 def test_an_orphan_magnitude_is_refused_by_its_name():

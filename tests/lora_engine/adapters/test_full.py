@@ -1,4 +1,4 @@
-"""Whole differences: the bias alone, norms, and how files spell both."""
+"""Full differences: biases, norms, and their keys in files."""
 
 import re
 
@@ -19,7 +19,7 @@ def tree_of(layer):
 
 
 @pytest.mark.parametrize("name", ["linear", "conv 3x3", "layer norm", "group norm"])
-def test_a_difference_of_the_bias_alone_moves_only_the_bias(name):
+def test_a_difference_of_the_bias_changes_only_the_bias(name):
     layer, x = layer_of(name), input_of(layer_of(name))
     plain = layer(x).detach()
     tree, adapter = tree_of(layer), Adapter({"unet.layer": FullDelta(bias=torch.randn(layer.bias.shape))})
@@ -59,14 +59,14 @@ def test_training_the_bias_is_an_option_for_layers_that_have_one():
     ],
 )
 @pytest.mark.parametrize("form", ["loraline", "kohya"])
-def test_norms_and_other_layers_are_spelt_as_their_readers_expect(delta, suffixes, form, tmp_path):
+def test_norms_and_other_layers_have_the_keys_that_readers_expect(delta, suffixes, form, tmp_path):
     adapter = Adapter({"unet.layer": delta})
     file = write_adapter(tmp_path / "a.safetensors", adapter, format=form)[0]
     assert {key.rpartition(".")[2] for key in load_file(file)} == suffixes
     assert read_adapter(file, {"unet.layer": delta.diff.shape if delta.diff is not None else (4, 3)})[0] == adapter
 
 
-def test_both_spellings_are_read_for_every_layer(tmp_path):
+def test_both_key_names_are_read_for_every_layer(tmp_path):
     save_file({f"{KOHYA}.diff": torch.ones(4), f"{KOHYA}.diff_b": torch.ones(4)}, tmp_path / "a.safetensors")
     save_file({f"{KOHYA}.w_norm": torch.ones(4), f"{KOHYA}.b_norm": torch.ones(4)}, tmp_path / "b.safetensors")
     first, second = (read_adapter(tmp_path / f"{name}.safetensors", {"unet.layer": (4,)})[0] for name in "ab")
@@ -76,10 +76,10 @@ def test_both_spellings_are_read_for_every_layer(tmp_path):
 def test_a_1x1_convolutions_difference_fits_a_linear_layer():
     delta = FullDelta(torch.ones(4, 3, 1, 1)).reshaped_for((4, 3))
     assert delta.diff.shape == (4, 3)
-    assert list(FullDelta(torch.ones(4, 3, 1, 1)).faults((4, 3))) == []
+    assert list(FullDelta(torch.ones(4, 3, 1, 1)).issues((4, 3))) == []
 
 
-FAULTS = {
+INVALID = {
     "nothing": (FullDelta(), None, "diff", "neither"),
     "an empty difference": (FullDelta(torch.ones(0, 3)), None, "diff", r"\[0, 3\]"),
     "a number": (FullDelta(torch.tensor(1.0)), None, "diff", r"\[\]"),
@@ -92,28 +92,28 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_structural_faults_are_named(case):
-    delta, shape, factor, problem = FAULTS[case]
-    found = list(delta.faults(shape))
-    assert [fault.factor for fault in found] == [factor]
-    assert re.search(problem, found[0].problem)
+@pytest.mark.parametrize("case", INVALID)
+def test_structural_issues_are_named(case):
+    delta, shape, factor, problem = INVALID[case]
+    issues = list(delta.issues(shape))
+    assert [issue.factor for issue in issues] == [factor]
+    assert re.search(problem, issues[0].problem)
 
 
-def test_a_bias_beside_a_lora_is_read_and_written_in_both_styles(tmp_path):
+def test_the_bias_of_a_lora_is_read_and_written_in_both_layouts(tmp_path):
     down, up, bias = torch.randn(2, 3), torch.randn(4, 2), torch.randn(4)
     name = "unet.down_blocks.0.proj_in"
     adapter = Adapter({name: LoraDelta(down, up, 2.0, bias=bias)}, "sd")
     for form, suffix in {"kohya": "diff_b", "diffusers": "lora_B.bias", "peft": "lora_B.bias"}.items():
         tensors, metadata = codecs[form].encode(adapter)
         assert [key for key in tensors if key.endswith(suffix)]
-        assert codecs[form].holds(adapter)
+        assert codecs[form].is_lossless(adapter)
         assert codecs[form].decode(tensors, metadata, {name: (4, 3)}) == adapter
 
 
 @pytest.mark.parametrize("form", ["diffusers", "peft"])
-def test_pefts_scale_is_taken_off_a_bias_and_put_on_again(form):
-    """PEFT scales the bias of `lora_B` by alpha / rank; a delta's bias is the whole change."""
+def test_pefts_scale_is_removed_from_a_bias_and_restored(form):
+    """PEFT scales the bias of `lora_B` by alpha / rank; a delta's bias is unscaled."""
     name = "unet.down_blocks.0.proj_in"
     delta = LoraDelta(torch.randn(2, 3), torch.randn(4, 2), 0.3, bias=torch.randn(4))
     adapter = Adapter({name: delta}, "sd")
@@ -124,5 +124,5 @@ def test_pefts_scale_is_taken_off_a_bias_and_put_on_again(form):
     torch.testing.assert_close(back.modules[name].delta_bias(None).float(), delta.bias)
     again, _ = codecs[form].encode(back)
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
-    assert codecs[form].holds(back)
-    assert not codecs[form].holds(adapter)
+    assert codecs[form].is_lossless(back)
+    assert not codecs[form].is_lossless(adapter)

@@ -1,4 +1,4 @@
-"""(IA)3: what LyCORIS and PEFT mean by it is kept apart, in memory and in files."""
+"""(IA)3: the kinds of LyCORIS and PEFT, in memory and in files."""
 
 import re
 
@@ -35,8 +35,8 @@ def test_lycoris_flag_of_the_axis_is_read_in_any_dtype(flag, tmp_path):
         read_adapter(tmp_path / "b.safetensors", {"unet.layer": (4, 3)})
 
 
-def test_a_weight_without_the_flag_beside_it_is_no_ia3(tmp_path):
-    """`weight` alone is what any model's file holds; and a diffusers file is not taken for ours."""
+def test_a_weight_without_the_flag_is_not_ia3(tmp_path):
+    """Every model file has `weight` keys; and a diffusers file is not read as ours."""
     save_file({f"{KOHYA}.weight": torch.ones(3)}, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="no factor of a kind"):
         read_adapter(tmp_path / "a.safetensors", {"unet.layer": (4, 3)})
@@ -45,14 +45,14 @@ def test_a_weight_without_the_flag_beside_it_is_no_ia3(tmp_path):
     assert read_adapter(file)[0] == lora
 
 
-def test_a_flag_that_is_no_number_is_refused(tmp_path):
+def test_a_flag_that_is_not_a_number_is_refused(tmp_path):
     tensors = {f"{KOHYA}.weight": torch.ones(3), f"{KOHYA}.on_input": torch.zeros(3)}
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match=r"on_input.*\[3\]"):
         read_adapter(tmp_path / "a.safetensors", {"unet.layer": (4, 3)})
 
 
-def test_a_format_that_means_something_else_refuses_the_kind(tmp_path):
+def test_a_format_with_another_convention_refuses_the_kind(tmp_path):
     lycoris = Adapter({"unet.layer": Ia3Delta(torch.ones(4))})
     peft = Adapter({"unet.layer": PeftIa3Delta(torch.ones(4, 1))})
     for adapter, form in ((lycoris, "peft"), (peft, "kohya"), (lycoris, "comfyui")):
@@ -62,14 +62,14 @@ def test_a_format_that_means_something_else_refuses_the_kind(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ia3", "peft-ia3"])
-def test_a_gain_of_the_inputs_computes_what_its_dense_delta_says(kind):
-    for name in MATRICES:  # a gain of the outputs is the laws' affair
+def test_a_gain_of_the_inputs_equals_its_dense_delta(kind):
+    for name in MATRICES:  # the law tests cover a gain of the outputs
         layer = layer_of(name)
         delta, x = moved_delta(layer, kind, axis="input"), input_of(layer)
         assert delta.scale.numel() == layer.weight.shape[1]
         with torch.no_grad():
-            found, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            output, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_norms_are_refused():
@@ -77,7 +77,7 @@ def test_norms_are_refused():
         create_adapter({"unet": nn.ModuleDict({"norm": nn.LayerNorm(4)})}, "*", "ia3")
 
 
-FAULTS = {
+INVALID = {
     "another base": (Ia3Delta(torch.ones(4)), (5, 4), r"5 values"),
     "the other axis": (Ia3Delta(torch.ones(4), "input"), (4, 5), r"5 values"),
     "a norm": (Ia3Delta(torch.ones(4)), (4,), "linear"),
@@ -88,15 +88,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_structural_faults_of_gains_are_named(case):
-    delta, shape, allowed = FAULTS[case]
-    found = list(delta.faults(shape))
-    assert len(found) == 1
-    assert re.search(allowed, found[0].allowed)
+@pytest.mark.parametrize("case", INVALID)
+def test_structural_issues_of_gains_are_named(case):
+    delta, shape, allowed = INVALID[case]
+    issues = list(delta.issues(shape))
+    assert len(issues) == 1
+    assert re.search(allowed, issues[0].allowed)
 
 
-def test_gains_take_the_shape_that_goes_with_the_weight():
+def test_gains_are_reshaped_for_the_weight():
     assert Ia3Delta(torch.ones(1, 4, 1, 1)).reshaped_for((4, 3)).scale.shape == (4,)
     assert Ia3Delta(torch.ones(4)).reshaped_for((4, 3, 3, 3)).scale.shape == (1, 4, 1, 1)
     assert PeftIa3Delta(torch.ones(1, 4, 1, 1)).reshaped_for((4, 3)).scale.shape == (4, 1)

@@ -1,4 +1,4 @@
-"""LoHa: what it computes with and without cores, and what is refused."""
+"""LoHa: outputs and gradients with and without cores, and refusals."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_the_delta_is_the_product_of_two_products(layer_name):
 
 
 @pytest.mark.parametrize("layer_name", ["conv 3x3", "conv strided", "conv oblong", "conv grouped"])
-def test_with_cores_it_computes_what_its_dense_delta_says(layer_name):
+def test_with_cores_it_equals_its_dense_delta(layer_name):
     layer = layer_of(layer_name)
     delta, x = loha(layer, 2, tucker=True), input_of(layer)
     assert delta.core1.shape == (2, 2, *layer.weight.shape[2:])
@@ -38,8 +38,8 @@ def test_with_cores_it_computes_what_its_dense_delta_says(layer_name):
             for up, core, down in ((delta.up1, delta.core1, delta.down1), (delta.up2, delta.core2, delta.down2))
         ]
         torch.testing.assert_close(delta.delta_weight(layer.weight), 1.5 * halves[0] * halves[1])
-        found, expected = forward_of(delta, layer, x), dense_output(delta, layer, x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        output, expected = forward_of(delta, layer, x), dense_output(delta, layer, x)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 12, 3, 3)])
@@ -52,13 +52,13 @@ def test_the_lora_of_the_rank_squared_is_the_same_delta(shape):
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(50, 40), lambda: nn.Conv2d(12, 40, 3)], ids=["linear", "conv"])
-def test_a_large_layer_takes_the_cheap_way_with_the_same_output_and_gradients(make):
+def test_a_large_layer_uses_the_lora_form_with_the_same_output_and_gradients(make):
     torch.manual_seed(0)
     layer = make()
     delta, x = loha(layer, 2), input_of(layer)
-    found, ours = gradients_of(delta, lambda one: forward_of(one, layer, x))
-    expected, dense = gradients_of(delta, lambda one: dense_output(one, layer, x))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    output, ours = gradients_of(delta, lambda copy: forward_of(copy, layer, x))
+    expected, dense = gradients_of(delta, lambda copy: dense_output(copy, layer, x))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     for name, gradient in ours.items():
         size = max(1.0, float(dense[name].abs().max()))
         torch.testing.assert_close(gradient, dense[name], rtol=1e-3, atol=1e-4 * size)
@@ -74,27 +74,27 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_faults_are_found(case):
-    name, factor, told = BAD[case]
+def test_issues_are_found(case):
+    name, factor, expected_factor = BAD[case]
     good = random_delta("loha", (5, 6))
-    assert list(good.faults((5, 6))) == []
+    assert list(good.issues((5, 6))) == []
     bad = good.with_factors({**good.factors(), name: factor})
-    assert told in [fault.factor for fault in bad.faults()]
+    assert expected_factor in [issue.factor for issue in bad.issues()]
 
 
-@pytest.mark.parametrize(("shape", "told"), [((6, 6), "up1"), ((5, 7), "down1"), ((5, 6, 3, 3), "down1")])
-def test_a_misfit_to_the_weight_is_found(shape, told):
-    assert [fault.factor for fault in random_delta("loha", (5, 6)).faults(shape)] == [told]
-    assert [fault.factor for fault in loha(nn.Conv2d(4, 6, 3), 2, tucker=True).faults((6, 4, 5, 5))] == [
+@pytest.mark.parametrize(("shape", "expected_factor"), [((6, 6), "up1"), ((5, 7), "down1"), ((5, 6, 3, 3), "down1")])
+def test_a_shape_that_does_not_fit_is_found(shape, expected_factor):
+    assert [issue.factor for issue in random_delta("loha", (5, 6)).issues(shape)] == [expected_factor]
+    assert [issue.factor for issue in loha(nn.Conv2d(4, 6, 3), 2, tucker=True).issues((6, 4, 5, 5))] == [
         "core1",
         "core2",
     ]
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
-def test_a_bad_alpha_is_found(alpha):
+def test_an_invalid_alpha_is_found(alpha):
     good = random_delta("loha", (5, 6))
-    assert [fault.factor for fault in LohaDelta.from_factors(good.factors(), alpha).faults()] == ["alpha"]
+    assert [issue.factor for issue in LohaDelta.from_factors(good.factors(), alpha).issues()] == ["alpha"]
 
 
 def test_a_file_that_lacks_a_factor_is_refused_by_its_name():
@@ -107,5 +107,5 @@ def test_a_file_that_lacks_a_factor_is_refused_by_its_name():
 
 def test_diffusers_format_refuses_it_with_the_reason():
     name = "unet.time_embedding.linear_1"
-    with pytest.raises(AdapterError, match="'loha', because diffusers would not load it"):
+    with pytest.raises(AdapterError, match="'loha', because diffusers does not load it"):
         codecs["diffusers"].encode(Adapter({name: random_delta("loha", NAMES[name])}, "sd"))

@@ -1,4 +1,4 @@
-"""LoKr: what its factors may be, what it computes with each, and what is refused."""
+"""LoKr: dense and low-rank factors, outputs and gradients of each, and refusals."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from law_adapters import NAMES, dense_output, forward_of, gradients_of, input_of
 from torch import nn
 
 from lora_engine.adapters import Adapter, LokrDelta
-from lora_engine.adapters.lokr import factorise
+from lora_engine.adapters.lokr import factorize
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.formats import codecs, inspect, write_adapter
 
@@ -42,7 +42,7 @@ def by_hand(delta, shape):
 
 @pytest.mark.parametrize("layer_name", ["linear", "conv 3x3", "conv circular", "conv 1x1", "conv grouped", "embedding"])
 @pytest.mark.parametrize("case", OPTIONS)
-def test_every_form_computes_what_its_dense_delta_says(case, layer_name):
+def test_every_form_equals_its_dense_delta(case, layer_name):
     layer = layer_of(layer_name)
     options, rank, names = OPTIONS[case]
     delta, x = lokr(layer, rank, **options), input_of(layer)
@@ -51,8 +51,8 @@ def test_every_form_computes_what_its_dense_delta_says(case, layer_name):
     assert delta.scale == (1.0 if {"left", "right"} <= names else 3.0)
     with torch.no_grad():
         torch.testing.assert_close(delta.delta_weight(layer.weight), by_hand(delta, layer.weight.shape))
-        found, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        output, expected = forward_of(delta, layer, x, 0.5), dense_output(delta, layer, x, 0.5)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -61,8 +61,8 @@ def test_gradients_are_those_of_the_dense_delta(case, layer_name):
     layer = layer_of(layer_name)
     options, rank, _ = OPTIONS[case]
     delta, x = lokr(layer, rank, **options), input_of(layer)
-    _, ours = gradients_of(delta, lambda one: forward_of(one, layer, x))
-    _, dense = gradients_of(delta, lambda one: dense_output(one, layer, x))
+    _, ours = gradients_of(delta, lambda copy: forward_of(copy, layer, x))
+    _, dense = gradients_of(delta, lambda copy: dense_output(copy, layer, x))
     for name, gradient in ours.items():
         size = max(1.0, float(dense[name].abs().max()))
         torch.testing.assert_close(gradient, dense[name], rtol=1e-3, atol=1e-4 * size)
@@ -82,11 +82,11 @@ def test_gradients_are_those_of_the_dense_delta(case, layer_name):
     ],
 )
 def test_dimensions_are_split_near_the_factor(dimension, factor, split):
-    assert factorise(dimension, factor) == split
+    assert factorize(dimension, factor) == split
 
 
 @pytest.mark.parametrize("alpha", [9999999999.0, 1.0, 0.25, None])
-def test_alpha_means_nothing_beside_two_whole_factors(alpha, tmp_path):
+def test_alpha_is_ignored_with_two_dense_factors(alpha, tmp_path):
     """ai-toolkit stores 9999999999."""
     shape = NAMES["unet.time_embedding.linear_1"]
     delta = lokr(nn.Linear(shape[1], shape[0]), 1, full=True)
@@ -95,10 +95,10 @@ def test_alpha_means_nothing_beside_two_whole_factors(alpha, tmp_path):
     if alpha is not None:
         tensors[f"{key}.alpha"] = torch.tensor(alpha)
     read = codecs["kohya"].decode(tensors, {}, NAMES)
-    found = read.modules["unet.time_embedding.linear_1"]
-    assert (found.scale, found.alpha, found.rank) == (1.0, 1.0, None)
+    decoded = read.modules["unet.time_embedding.linear_1"]
+    assert (decoded.scale, decoded.alpha, decoded.rank) == (1.0, 1.0, None)
     weight = torch.zeros(shape)
-    torch.testing.assert_close(found.delta_weight(weight), torch.kron(delta.left, delta.right))
+    torch.testing.assert_close(decoded.delta_weight(weight), torch.kron(delta.left, delta.right))
     path = write_adapter(tmp_path / "a.safetensors", Adapter(read.modules, "sd"))[0]
     assert inspect(path)["kinds"] == {"lokr": 1}
 
@@ -108,7 +108,7 @@ BAD = {
     "no right": ({"right_up": None, "right_down": None}, "right"),
     "half a right": ({"right_down": None}, "right_up"),
     "two lefts": ({"left_up": (2, 2), "left_down": (2, 3)}, "left"),
-    "a core beside a whole factor": (
+    "a core with a dense factor": (
         {"right_up": None, "right_down": None, "right": (3, 4), "right_core": (2, 2, 3, 3)},
         "right_core",
     ),
@@ -120,30 +120,30 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_faults_are_found(case):
+def test_issues_are_found(case):
     good = LokrDelta.from_factors({name: torch.ones(shape) for name, shape in GOOD.items()}, 1.0)
-    assert list(good.faults((6, 12))) == []
-    changes, told = BAD[case]
+    assert list(good.issues((6, 12))) == []
+    changes, expected_factor = BAD[case]
     shapes = {name: shape for name, shape in {**GOOD, **changes}.items() if shape is not None}
     bad = LokrDelta.from_factors({name: torch.ones(shape) for name, shape in shapes.items()}, 1.0)
-    assert told in [fault.factor for fault in bad.faults((6, 12))]
+    assert expected_factor in [issue.factor for issue in bad.issues((6, 12))]
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (6, 11), (6, 12, 3, 3), (12, 6)])
-def test_a_misfit_to_the_weight_is_found(shape):
+def test_a_shape_that_does_not_fit_is_found(shape):
     delta = LokrDelta.from_factors({name: torch.ones(size) for name, size in GOOD.items()}, 1.0)
-    assert {fault.factor for fault in delta.faults(shape)} == {"left"}
+    assert {issue.factor for issue in delta.issues(shape)} == {"left"}
     conv = LokrDelta.from_factors({"left": torch.ones(2, 3), "right": torch.ones(3, 4, 3, 3)}, 1.0)
-    assert [fault.factor for fault in conv.faults((6, 12, 5, 5))][-1] == "right"
-    assert list(conv.faults((6, 12, 3, 3))) == []
+    assert [issue.factor for issue in conv.issues((6, 12, 5, 5))][-1] == "right"
+    assert list(conv.issues((6, 12, 3, 3))) == []
 
 
 @pytest.mark.parametrize("alpha", [0.0, -2.0, float("inf")])
-def test_a_bad_alpha_is_found_where_it_matters(alpha):
+def test_an_invalid_alpha_is_found_where_it_matters(alpha):
     factors = {name: torch.ones(shape) for name, shape in GOOD.items()}
-    assert [fault.factor for fault in LokrDelta.from_factors(factors, alpha).faults()] == ["alpha"]
-    fused_forward = {"left": torch.ones(2, 3), "right": torch.ones(3, 4)}
-    assert list(LokrDelta.from_factors(fused_forward, alpha).faults()) == []
+    assert [issue.factor for issue in LokrDelta.from_factors(factors, alpha).issues()] == ["alpha"]
+    dense = {"left": torch.ones(2, 3), "right": torch.ones(3, 4)}
+    assert list(LokrDelta.from_factors(dense, alpha).issues()) == []
 
 
 @pytest.mark.parametrize("layer_name", ["layer norm", "group norm"])
@@ -163,16 +163,16 @@ def test_a_file_that_lacks_a_factor_is_refused_by_its_name(missing):
         codecs["kohya"].decode(tensors, metadata, NAMES)
 
 
-def test_a_right_factor_with_the_kernel_in_its_columns_is_that_of_the_convolution():
-    """ComfyUI's trainer saves it so; the weight's own order of elements is that of the columns."""
+def test_a_right_factor_with_the_kernel_in_its_columns_fits_the_convolution():
+    """ComfyUI's trainer saves this form; the columns have the element order of the weight."""
     weight = torch.zeros(6, 4, 3, 3)
     shape, draw = tuple(weight.shape), torch.Generator().manual_seed(0)
     left = torch.randn(2, 2, generator=draw)
     flat = LokrDelta(1.0, left=left, right=torch.randn(3, 18, generator=draw))
-    assert list(flat.faults(shape)) == []
-    reshaped_for = flat.reshaped_for(shape)
-    assert reshaped_for.right.shape == (3, 2, 3, 3)
-    assert torch.equal(reshaped_for.delta_weight(weight), flat.delta_weight(weight))
-    # Cut within a kernel, the columns are no convolution's.
+    assert list(flat.issues(shape)) == []
+    reshaped = flat.reshaped_for(shape)
+    assert reshaped.right.shape == (3, 2, 3, 3)
+    assert torch.equal(reshaped.delta_weight(weight), flat.delta_weight(weight))
+    # Columns that split a kernel do not fit a convolution.
     cut = LokrDelta(1.0, left=torch.randn(2, 9, generator=draw), right=torch.randn(3, 4, generator=draw))
-    assert [fault.factor for fault in cut.faults(shape)] == ["right"]
+    assert [issue.factor for issue in cut.issues(shape)] == ["right"]

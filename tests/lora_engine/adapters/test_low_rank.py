@@ -1,4 +1,4 @@
-"""A linear layer and its low-rank difference in one step: the same outputs and gradients, and when it is taken."""
+"""The fused forward of a linear layer and a low-rank delta: outputs, gradients, and conditions for its use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_engine.adapters import kinds
 from lora_engine.adapters.adapted import AdaptedLayer
 from lora_engine.adapters.low_rank import LowRankLinear, merges
 
-# With few rows the difference is added to each of them, with many it is merged into the weight.
+# With few rows the difference is added to the output, with many it is merged into the weight.
 SHAPES = {"side": (3, 12, 20, 3), "merged": (400, 12, 20, 3)}
 
 
@@ -29,17 +29,17 @@ def wrapped(inputs: int, outputs: int, rank: int, *, bias: bool = True, kind: st
 
 
 def results(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[str, Tensor]:
-    entering = x.detach().clone().requires_grad_(learns)
-    out = adapted(entering)
+    inputs = x.detach().clone().requires_grad_(learns)
+    out = adapted(inputs)
     (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
-    found = {"out": out.detach(), "x": entering.grad}
+    tensors = {"out": out.detach(), "x": inputs.grad}
     for name, factor in adapted.factors.items():
-        found[name] = factor.grad
+        tensors[name] = factor.grad
         factor.grad = None
-    return found
+    return tensors
 
 
-def by_the_long_way(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[str, Tensor]:
+def without_fusion(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) -> dict[str, Tensor]:
     fused_forward, adapted.fused_forward = adapted.fused_forward, None
     try:
         return results(adapted, x, learns=learns)
@@ -47,77 +47,81 @@ def by_the_long_way(adapted: AdaptedLayer, x: Tensor, *, learns: bool = True) ->
         adapted.fused_forward = fused_forward
 
 
-@pytest.mark.parametrize("way", SHAPES)
+@pytest.mark.parametrize("path", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_in_one_step_outputs_and_gradients_are_the_same(way: str, bias: bool, dims: int) -> None:
-    rows, inputs, outputs, rank = SHAPES[way]
+def test_fused_outputs_and_gradients_are_the_same(path: str, bias: bool, dims: int) -> None:
+    rows, inputs, outputs, rank = SHAPES[path]
     adapted = wrapped(inputs, outputs, rank, bias=bias)
     x = torch.randn(*(2, rows, inputs)[3 - dims :], generator=torch.Generator().manual_seed(1))
-    assert merges(x.numel() // inputs, adapted.factors["down"], adapted.factors["up"]) == (way == "merged")
-    mine, theirs = results(adapted, x), by_the_long_way(adapted, x)
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+    assert merges(x.numel() // inputs, adapted.factors["down"], adapted.factors["up"]) == (path == "merged")
+    fused, separate = results(adapted, x), without_fusion(adapted, x)
+    assert fused.keys() == separate.keys()
+    for name, value in separate.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("way", SHAPES)
-def test_the_written_out_gradients_are_the_true_ones(way: str) -> None:
-    rows, inputs, outputs, rank = {"side": (2, 5, 4, 2), "merged": (30, 5, 4, 2)}[way]
+@pytest.mark.parametrize("path", SHAPES)
+def test_the_explicit_gradients_pass_gradcheck(path: str) -> None:
+    rows, inputs, outputs, rank = {"side": (2, 5, 4, 2), "merged": (30, 5, 4, 2)}[path]
     draw = torch.Generator().manual_seed(2)
     x, down, up, weight, bias = (
         torch.randn(*shape, generator=draw, dtype=torch.float64)
         for shape in ((rows, inputs), (rank, inputs), (outputs, rank), (outputs, inputs), (outputs,))
     )
-    assert merges(rows, down, up) == (way == "merged")
+    assert merges(rows, down, up) == (path == "merged")
 
     def apply(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return LowRankLinear(weight, bias, down, up, 1.5)(x, 0.5)
 
-    moving = [value.requires_grad_() for value in (x, down, up)]
-    assert torch.autograd.gradcheck(apply, moving)
+    trainable = [value.requires_grad_() for value in (x, down, up)]
+    assert torch.autograd.gradcheck(apply, trainable)
 
 
-@pytest.mark.parametrize("way", SHAPES)
-def test_a_factor_that_stands_still_takes_no_gradient_and_the_others_theirs(way: str) -> None:
-    rows, inputs, outputs, rank = SHAPES[way]
+@pytest.mark.parametrize("path", SHAPES)
+def test_only_trained_factors_get_gradients(path: str) -> None:
+    rows, inputs, outputs, rank = SHAPES[path]
     adapted = wrapped(inputs, outputs, rank, kind="lora-fa")
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
-    mine, theirs = results(adapted, x), by_the_long_way(adapted, x)
-    assert mine["down"] is None
-    assert theirs["down"] is None
+    fused, separate = results(adapted, x), without_fusion(adapted, x)
+    assert fused["down"] is None
+    assert separate["down"] is None
     for name in ("out", "x", "up"):
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()))
+        torch.testing.assert_close(
+            fused[name], separate[name], rtol=1e-5, atol=1e-5 * float(separate[name].abs().max())
+        )
 
 
-def test_what_an_optimiser_writes_is_seen_at_the_next_step() -> None:
+def test_an_optimizer_update_is_used_at_the_next_step() -> None:
     adapted = wrapped(12, 20, 3)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     before = results(adapted, x)["out"]
     with torch.no_grad():
         adapted.factors["up"].mul_(3)
     after = results(adapted, x)["out"]
-    torch.testing.assert_close(after, by_the_long_way(adapted, x)["out"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(after, without_fusion(adapted, x)["out"], rtol=1e-5, atol=1e-4)
     assert not torch.equal(before, after)
     adapted.double()
     torch.testing.assert_close(results(adapted, x.double())["out"].float(), after, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", SHAPES)
-def test_an_input_that_takes_no_gradient_leaves_the_factors_theirs(way: str) -> None:
-    rows, inputs, outputs, rank = SHAPES[way]
+@pytest.mark.parametrize("path", SHAPES)
+def test_factors_get_gradients_when_the_input_gets_none(path: str) -> None:
+    rows, inputs, outputs, rank = SHAPES[path]
     adapted = wrapped(inputs, outputs, rank)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
-    mine, theirs = results(adapted, x, learns=False), by_the_long_way(adapted, x, learns=False)
-    assert mine["x"] is None
+    fused, separate = results(adapted, x, learns=False), without_fusion(adapted, x, learns=False)
+    assert fused["x"] is None
     for name in ("out", "down", "up"):
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()))
+        torch.testing.assert_close(
+            fused[name], separate[name], rtol=1e-5, atol=1e-5 * float(separate[name].abs().max())
+        )
 
 
 @pytest.mark.parametrize(
-    ("kind", "learns", "way", "count"),
+    ("kind", "learns", "path", "count"),
     [
-        ("lora", True, "side", 5),  # the factors, the weight, the rows, and what the rows have between the factors
+        ("lora", True, "side", 5),  # the factors, the weight, the rows, and the activations between the factors
         ("lora", False, "side", 4),
         ("lora-fa", True, "side", 4),
         ("lora-fa", False, "side", 3),
@@ -126,8 +130,8 @@ def test_an_input_that_takes_no_gradient_leaves_the_factors_theirs(way: str) -> 
         ("lora-fa", True, "merged", 4),
     ],
 )
-def test_the_backward_pass_keeps_only_what_a_gradient_needs(kind: str, learns: bool, way: str, count: int) -> None:
-    rows, inputs, outputs, rank = SHAPES[way]
+def test_the_backward_pass_saves_only_the_needed_tensors(kind: str, learns: bool, path: str, count: int) -> None:
+    rows, inputs, outputs, rank = SHAPES[path]
     adapted, packed = wrapped(inputs, outputs, rank, kind=kind), []
     x = torch.ones(rows, inputs, requires_grad=learns)
     with torch.autograd.graph.saved_tensors_hooks(
@@ -153,10 +157,10 @@ def parameterless(layer: nn.Linear) -> None:
     layer.weight = weight
 
 
-MORE: dict[str, Callable[[nn.Linear], object]] = {
-    "a hook": lambda layer: layer.register_forward_hook(lambda layer, given, out: out + 100),
-    "a hook before": lambda layer: layer.register_forward_pre_hook(lambda layer, given: None),
-    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda layer, into, out: None),
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "a hook": lambda layer: layer.register_forward_hook(lambda layer, inputs, out: out + 100),
+    "a hook before": lambda layer: layer.register_forward_pre_hook(lambda layer, inputs: None),
+    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda layer, inputs, out: None),
     "a hook before the backward pass": lambda layer: layer.register_full_backward_pre_hook(lambda layer, out: None),
     "another forward": replaced,
     "another class": lambda layer: setattr(layer, "__class__", Doubling),
@@ -164,15 +168,15 @@ MORE: dict[str, Callable[[nn.Linear], object]] = {
 }
 
 
-@pytest.mark.parametrize("more", MORE)
-def test_a_layer_that_does_more_than_multiply_is_called(more: str) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_with_other_behavior_is_called(change: str) -> None:
     adapted = wrapped(12, 20, 3)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     assert adapted.can_fuse(x)
     before = results(adapted, x)["out"]
-    MORE[more](adapted.base)
+    CHANGES[change](adapted.base)
     assert not adapted.can_fuse(x)
-    if more in ("a hook", "another forward"):
+    if change in ("a hook", "another forward"):
         torch.testing.assert_close(results(adapted, x)["out"], before + 100, rtol=1e-5, atol=1e-4)
 
 
@@ -181,7 +185,7 @@ def test_a_layer_that_does_more_than_multiply_is_called(more: str) -> None:
     [torch.ones(12), torch.ones(12, 3).t(), torch.ones(3, 12, dtype=torch.float64)],
     ids=["one dimension", "not contiguous", "another dtype"],
 )
-def test_inputs_that_one_step_cannot_take_go_through_the_layer(x: Tensor) -> None:
+def test_inputs_that_cannot_be_fused_go_through_the_layer(x: Tensor) -> None:
     adapted = wrapped(12, 20, 3)
     assert adapted.can_fuse(torch.ones(3, 12))
     assert not adapted.can_fuse(x)
@@ -197,7 +201,7 @@ def test_under_autocast_the_layer_is_called() -> None:
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
-def test_a_base_of_which_one_part_learns_gets_its_gradient(part: str) -> None:
+def test_a_trained_weight_or_bias_of_the_base_gets_its_gradient(part: str) -> None:
     adapted = wrapped(12, 20, 3)
     getattr(adapted.base, part).requires_grad_(True)
     assert not adapted.can_fuse(torch.ones(3, 12))
@@ -209,7 +213,7 @@ def test_a_base_of_which_one_part_learns_gets_its_gradient(part: str) -> None:
     ("rows", "inputs", "outputs", "rank", "merged"),
     [
         (16, 8, 8, 4, True),
-        (15, 8, 8, 4, False),  # what the rows have between the factors is smaller than the weight
+        (15, 8, 8, 4, False),  # the activations between the factors are smaller than the weight
         (9, 8, 8, 8, True),
         (8, 8, 8, 8, False),  # as many rows as columns
         (13, 4, 12, 8, True),
@@ -226,7 +230,7 @@ def test_the_difference_is_merged_where_that_costs_less(
     assert merges(rows, down.double(), up.double()) == merged
 
 
-def test_low_precision_is_never_merged_since_that_would_round_the_difference_away() -> None:
+def test_low_precision_is_never_merged() -> None:
     down, up = torch.zeros(3, 12), torch.zeros(20, 3)
     assert merges(400, down, up)
     assert not merges(400, down.bfloat16(), up.bfloat16())

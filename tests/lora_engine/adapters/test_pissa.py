@@ -1,4 +1,4 @@
-"""PiSSA begins with the principal part of the weight and settles into a LoRA of twice the rank."""
+"""PiSSA starts with the principal part of the weight, and is exported as a LoRA of twice the rank."""
 
 import pytest
 import torch
@@ -19,26 +19,26 @@ def fresh(layer, rank, alpha=None):
 def test_the_start_is_the_best_part_of_the_weight_of_that_rank(layer, alpha):
     delta = fresh(layer, 2, alpha)
     weight = layer.weight.detach().flatten(1)
-    begun = LoraDelta(delta.down, delta.up, delta.alpha).delta_weight(weight)
+    initial = LoraDelta(delta.down, delta.up, delta.alpha).delta_weight(weight)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    torch.testing.assert_close(begun, left[:, :2] * values[:2] @ right[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(initial, left[:, :2] * values[:2] @ right[:2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(delta.up.flatten(1).norm(dim=0), delta.down.flatten(1).norm(dim=1))
     assert torch.count_nonzero(delta.delta_weight(layer.weight)) == 0
 
 
-def test_the_settled_lora_is_the_same_delta_with_the_same_scale():
+def test_the_exported_lora_is_the_same_delta_with_the_same_scale():
     layer = nn.Conv2d(4, 6, 3)
     delta = fresh(layer, 2, 5.0)
     moved = delta.with_factors({**delta.factors(), "up": delta.up + 0.1, "down": delta.down * 1.2})
-    to_export = moved.to_export()
-    assert type(to_export) is LoraDelta
-    assert (to_export.rank, to_export.alpha, to_export.scale) == (4, 10.0, 2.5)
+    exported = moved.to_export()
+    assert type(exported) is LoraDelta
+    assert (exported.rank, exported.alpha, exported.scale) == (4, 10.0, 2.5)
     weight = layer.weight.detach()
-    torch.testing.assert_close(to_export.delta_weight(weight), moved.delta_weight(weight), rtol=1e-5, atol=1e-6)
-    assert torch.count_nonzero(to_export.delta_weight(weight))
+    torch.testing.assert_close(exported.delta_weight(weight), moved.delta_weight(weight), rtol=1e-5, atol=1e-6)
+    assert torch.count_nonzero(exported.delta_weight(weight))
 
 
-def test_what_it_began_as_is_not_trained():
+def test_the_initial_factors_are_not_trained():
     layer = nn.Linear(9, 7)
     tree = tree_of(layer)
     adapter = create_adapter(tree, "*", "pissa", 2)
@@ -54,7 +54,7 @@ def low_rank_matrix(rows, columns):
     return left * torch.linspace(20, 1, 20) @ right.T + noise
 
 
-def test_a_large_matrix_is_decomposed_at_random_and_nearly_as_well():
+def test_a_large_matrix_is_decomposed_by_a_sketch_with_little_loss():
     matrix = low_rank_matrix(300, 400)
     left, values, right = principal_part(matrix, 4, torch.Generator().manual_seed(1))
     exact = torch.linalg.svd(matrix, full_matrices=False)
@@ -66,7 +66,7 @@ def test_a_large_matrix_is_decomposed_at_random_and_nearly_as_well():
     assert not torch.equal(principal_part(matrix, 4, torch.Generator().manual_seed(2))[0], left)
 
 
-def test_a_large_matrix_of_a_low_rank_has_no_more_than_its_directions():
+def test_a_large_matrix_of_a_low_rank_is_padded_with_zeros():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(300, 2, generator=generator) @ torch.randn(2, 400, generator=generator)
     left, values, right = principal_part(matrix, 4, generator)
@@ -76,11 +76,11 @@ def test_a_large_matrix_of_a_low_rank_has_no_more_than_its_directions():
     torch.testing.assert_close(left * values @ right, matrix, rtol=0, atol=1e-3)
 
 
-def test_faults_are_found():
+def test_issues_are_found():
     delta = fresh(nn.Linear(9, 7), 2)
-    assert list(delta.faults((7, 9))) == []
+    assert list(delta.issues((7, 9))) == []
     cut = PissaDelta(delta.down, delta.up, delta.down_start[:1], delta.up_start[:, :1], 2.0)
-    assert [fault.factor for fault in cut.faults()] == ["down_start"]
-    assert {fault.factor for fault in delta.faults((8, 9))} == {"up", "up_start"}
+    assert [issue.factor for issue in cut.issues()] == ["down_start"]
+    assert {issue.factor for issue in delta.issues((8, 9))} == {"up", "up_start"}
     with pytest.raises(SettingsError, match="has no rank"):
         fresh(nn.LayerNorm(6), 1)

@@ -1,4 +1,4 @@
-"""OFT and BOFT of both families: orthogonality, constraints, blocks, faults, and files."""
+"""OFT and BOFT of LyCORIS and PEFT: orthogonality, constraints, blocks, issues, and files."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lora_engine.adapters import (
     dense_forward,
     kinds,
 )
-from lora_engine.adapters.rotation import cayley, limited, nearest_block, neumann, turn
+from lora_engine.adapters.rotation import cayley, limit_norm, nearest_block, neumann, rotate_blocks
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.formats import read_adapter, write_adapter
 
@@ -31,7 +31,7 @@ def skew(*shape, seed=0):
 
 
 def random_rotation(kind, weight, **options):
-    """A delta of the kind that turns and does not scale."""
+    """Returns a delta of the kind that rotates without a gain."""
     generator = torch.Generator().manual_seed(0)
     fresh = kinds[kind].create(weight, None, 4, None, generator, **options)
     factors = {key: torch.randn(value.shape, generator=generator) for key, value in fresh.factors().items()}
@@ -40,12 +40,12 @@ def random_rotation(kind, weight, **options):
     )
 
 
-def test_cayleys_form_is_orthogonal():
-    turned = torch.eye(5, dtype=torch.float64) + cayley(skew(3, 5, 5))
-    torch.testing.assert_close(turned @ turned.transpose(-1, -2), torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
+def test_the_cayley_transform_is_orthogonal():
+    rotated = torch.eye(5, dtype=torch.float64) + cayley(skew(3, 5, 5))
+    torch.testing.assert_close(rotated @ rotated.transpose(-1, -2), torch.eye(5, dtype=torch.float64).expand(3, 5, 5))
 
 
-def test_the_series_approaches_cayleys_form():
+def test_the_series_approaches_the_cayley_transform():
     small = 0.02 * skew(3, 4, 4)
     errors = [float((neumann(small, terms) - cayley(small)).norm()) for terms in (1, 2, 3, 5, 8)]
     assert errors == sorted(errors, reverse=True)
@@ -53,25 +53,25 @@ def test_the_series_approaches_cayleys_form():
     assert torch.equal(neumann(small, 3), neumann(small, 4))
 
 
-def test_one_block_serves_every_part():
+def test_one_block_is_used_for_every_part():
     change, values = torch.randn(1, 2, 2), torch.randn(3, 6)
-    assert torch.equal(turn(change, values), turn(change.expand(3, 2, 2), values))
+    assert torch.equal(rotate_blocks(change, values), rotate_blocks(change.expand(3, 2, 2), values))
 
 
 @pytest.mark.parametrize("kind", ["oft", "boft"])
 def test_lycoris_rotations_keep_the_angles_between_inputs(kind):
     weight = torch.randn(8, 5)
-    turned = weight + random_rotation(kind, weight).delta_weight(weight)
-    torch.testing.assert_close(turned.T @ turned, weight.T @ weight, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(turned, weight, atol=0.1)
+    rotated = weight + random_rotation(kind, weight).delta_weight(weight)
+    torch.testing.assert_close(rotated.T @ rotated, weight.T @ weight, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(rotated, weight, atol=0.1)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("peft-oft", {"terms": 0}), ("peft-boft", {"butterflies": 3})])
 def test_peft_rotations_keep_the_angles_between_outputs(kind, options):
     weight = torch.randn(5, 16)
-    turned = weight + random_rotation(kind, weight, **options).delta_weight(weight)
-    torch.testing.assert_close(turned @ turned.T, weight @ weight.T, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(turned, weight, atol=0.1)
+    rotated = weight + random_rotation(kind, weight, **options).delta_weight(weight)
+    torch.testing.assert_close(rotated @ rotated.T, weight @ weight.T, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(rotated, weight, atol=0.1)
 
 
 def test_butterflies_mix_all_outputs_and_plain_blocks_do_not():
@@ -83,14 +83,14 @@ def test_butterflies_mix_all_outputs_and_plain_blocks_do_not():
 
 def test_a_constraint_limits_the_rotation_and_none_does_not():
     matrices = skew(3, 4, 4)
-    assert float(limited(matrices, 0.5).norm()) == pytest.approx(0.5, rel=1e-6)
-    assert torch.equal(limited(matrices, 0), matrices)
-    assert torch.equal(limited(matrices, 1e3), matrices)
+    assert float(limit_norm(matrices, 0.5).norm()) == pytest.approx(0.5, rel=1e-6)
+    assert torch.equal(limit_norm(matrices, 0), matrices)
+    assert torch.equal(limit_norm(matrices, 1e3), matrices)
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
 @pytest.mark.parametrize("alpha", [None, 0.1])
-def test_training_can_begin_at_no_rotation(kind, alpha):
+def test_training_can_start_without_rotation(kind, alpha):
     """At zero a norm has no gradient; the constraint must not make the first step NaN."""
     layer = nn.Linear(8, 8)
     base = {"unet": nn.ModuleDict({"layer": layer})}
@@ -102,7 +102,7 @@ def test_training_can_begin_at_no_rotation(kind, alpha):
     assert any(bool(gradient.any()) for gradient in gradients)
 
 
-def test_pefts_constraint_holds_back_the_value_and_lets_the_gradient_through():
+def test_pefts_constraint_limits_the_value_and_not_the_gradient():
     angles = nn.Parameter(torch.tensor([[3.0], [0.001]]))
     delta = PeftOftDelta(angles, eps=0.1)
     weight = torch.eye(4)
@@ -115,25 +115,25 @@ def test_pefts_constraint_holds_back_the_value_and_lets_the_gradient_through():
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
-@pytest.mark.parametrize("places", [1, 12])
+@pytest.mark.parametrize("size", [1, 12])
 @pytest.mark.parametrize("kernel", [None, 1, 3])
-def test_few_inputs_and_many_are_rotated_alike(kind, places, kernel):
-    """Whichever is smaller is rotated, inputs (or outputs) or weight; the meaning is the same."""
+def test_few_and_many_inputs_give_the_same_output(kind, size, kernel):
+    """The smaller of inputs (or outputs) and weight is rotated, with the same result."""
     layer = nn.Linear(8, 8) if kernel is None else nn.Conv2d(8, 8, kernel, padding=kernel // 2)
-    x = torch.randn(places, 8) if kernel is None else torch.randn(1, 8, places, places)
+    x = torch.randn(size, 8) if kernel is None else torch.randn(1, 8, size, size)
     delta, op = random_rotation(kind, layer.weight.detach()), LayerOp.of(layer)
     with torch.no_grad():
-        found = delta.forward(x, layer(x), layer.weight, layer.bias, op, 0.5)
+        output = delta.forward(x, layer(x), layer.weight, layer.bias, op, 0.5)
         expected = dense_forward(delta, x, layer(x), layer.weight, layer.bias, op, multiplier=0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("width", "wanted", "size"),
+    ("width", "requested", "size"),
     [(320, 8, 8), (320, 7, 8), (320, 6, 5), (12, 1, 2), (7, 2, 7), (45, 4, 3), (45, 99, 45)],
 )
-def test_the_nearest_block_size_is_taken(width, wanted, size):
-    assert nearest_block(width, wanted, lambda size: True, "") == size
+def test_the_nearest_block_size_is_used(width, requested, size):
+    assert nearest_block(width, requested, lambda size: True, "") == size
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,19 @@ def test_the_nearest_block_size_is_taken(width, wanted, size):
         ("oft", (8,), 2),
     ],
 )
-def test_channels_that_cannot_be_cut_into_blocks_are_refused(kind, shape, rank):
+def test_channels_that_cannot_be_split_into_blocks_are_refused(kind, shape, rank):
     with pytest.raises(SettingsError, match=r"blocks|block size|no inputs"):
         kinds[kind].create(torch.ones(shape), None, rank, None, None)
 
 
 def test_more_butterflies_need_more_blocks():
-    made = PeftBoftDelta.create(torch.ones(3, 16), None, 4, None, None, butterflies=3)
-    assert made.blocks.shape == (3, 4, 4, 4)
+    delta = PeftBoftDelta.create(torch.ones(3, 16), None, 4, None, None, butterflies=3)
+    assert delta.blocks.shape == (3, 4, 4, 4)
     with pytest.raises(SettingsError, match="times 4"):
         PeftBoftDelta.create(torch.ones(3, 6), None, 2, None, None, butterflies=3)
 
 
-FAULTS = {
+INVALID = {
     "blocks that are not square": (OftDelta(torch.ones(2, 3, 4)), None, "blocks"),
     "no blocks": (OftDelta(torch.ones(0, 2, 2)), None, "blocks"),
     "a constraint below 0": (OftDelta(torch.ones(2, 2, 2), -1.0), None, "alpha"),
@@ -186,26 +186,26 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_structural_faults_of_rotations_are_named(case):
-    delta, shape, factor = FAULTS[case]
-    assert [fault.factor for fault in delta.faults(shape)] == [factor]
+@pytest.mark.parametrize("case", INVALID)
+def test_structural_issues_of_rotations_are_named(case):
+    delta, shape, factor = INVALID[case]
+    assert [issue.factor for issue in delta.issues(shape)] == [factor]
 
 
-def test_oft_and_boft_in_files_are_told_apart_by_their_dimensions(tmp_path):
-    for blocks, made in ((torch.ones(2, 2, 2), OftDelta), (torch.ones(2, 2, 2, 2), BoftDelta)):
-        # LyCORIS keeps the constraint 0 as an integer, and a file without one has none.
+def test_oft_and_boft_in_files_are_distinguished_by_their_dimensions(tmp_path):
+    for blocks, kind in ((torch.ones(2, 2, 2), OftDelta), (torch.ones(2, 2, 2, 2), BoftDelta)):
+        # LyCORIS stores the constraint 0 as an integer; a file without alpha has no constraint.
         for alpha in ({f"{KOHYA}.alpha": torch.tensor(0)}, {}):
             save_file({f"{KOHYA}.oft_blocks": blocks, **alpha}, tmp_path / "a.safetensors")
             delta = read_adapter(tmp_path / "a.safetensors", {"unet.layer": (4, 3)})[0].modules["unet.layer"]
-            assert type(delta) is made
+            assert type(delta) is kind
             assert delta.alpha == 0.0
 
 
 @pytest.mark.parametrize(
     "delta", [PeftOftDelta(torch.ones(2, 6)), PeftBoftDelta(torch.ones(1, 2, 4, 4), torch.ones(8, 1))]
 )
-def test_lycoris_names_do_not_hold_what_peft_means(delta, tmp_path):
+def test_lycoris_formats_refuse_the_kinds_of_peft(delta, tmp_path):
     adapter = Adapter({"unet.layer": delta})
     with pytest.raises(AdapterError, match="cannot hold"):
         write_adapter(tmp_path / "a.safetensors", adapter, format="kohya")
@@ -216,7 +216,7 @@ def test_lycoris_names_do_not_hold_what_peft_means(delta, tmp_path):
     ("suffix", "value", "match"),
     [("oft_R.terms", torch.tensor(2.5), "whole number"), ("oft_R.eps", torch.ones(2), "one number")],
 )
-def test_settings_of_pefts_oft_that_are_no_numbers_are_refused(suffix, value, match, tmp_path):
+def test_settings_of_pefts_oft_that_are_not_numbers_are_refused(suffix, value, match, tmp_path):
     tensors = {"unet.layer.oft_R.weight": torch.ones(2, 6), "unet.layer.oft_R.terms": torch.tensor(5.0)}
     save_file({**tensors, f"unet.layer.{suffix}": value}, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match=match):

@@ -1,4 +1,4 @@
-"""Targets: presets, patterns, and what is refused."""
+"""Targets: presets, patterns, and refusals."""
 
 import pytest
 
@@ -36,18 +36,18 @@ IN_BLOCKS = [name for name in MODULES if "_block" in name]
         ("*", list(MODULES)),
     ],
 )
-def test_a_target_means_these_modules(targets, expected):
+def test_a_target_selects_these_modules(targets, expected):
     expected = [name for name in expected if "self_attn" not in name or targets in ("text", "*")]
     assert select_modules(MODULES, targets) == expected
 
 
 @pytest.mark.parametrize("targets", ["atention", "unet.*.to_z", "re:nothing", "re:(", [], ["attention", "unet.x"]])
-def test_a_target_that_means_nothing_is_refused_with_what_is_allowed(targets):
+def test_a_target_without_a_match_is_refused_with_the_allowed_targets(targets):
     with pytest.raises(SettingsError) as caught:
         select_modules(MODULES, targets)
     assert "attention+ff" in str(caught.value)
 
 
-def test_a_mistyped_module_is_answered_with_near_names():
+def test_the_error_for_a_mistyped_module_suggests_names():
     with pytest.raises(SettingsError, match=r"unet\.conv_in"):
         select_modules(MODULES, "unet.conv_inn")

@@ -1,4 +1,4 @@
-"""Adapted layers that read one input, in one step: the same outputs and gradients as each by itself, and when."""
+"""Fused layers with a shared input: outputs and gradients, and conditions for their use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INNER, OTHER, ROWS = 12, 10, 5
 
 
 class Attention(nn.Module):
-    """q, k and v as diffusers names them; a cross-attention takes keys and values from another sequence."""
+    """An attention with diffusers' names; a cross-attention reads keys and values from another sequence."""
 
     def __init__(self, other: int | None = None, bias: bool = True) -> None:
         super().__init__()
@@ -56,37 +56,37 @@ def adapter_for(net: nn.Module, targets: str = "unet.*.to_*", **settings: object
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each shared step computed for."""
-    taken: list[int] = []
+    """The number of layers in each fused step."""
+    counts: list[int] = []
     plain = module._Step.apply
 
     def counted(x: Tensor, scale: float, frozen: list[object], *factors: Tensor) -> object:
-        taken.append(len(frozen))
+        counts.append(len(frozen))
         return plain(x, scale, frozen, *factors)  # type: ignore[no-untyped-call]
 
     monkeypatch.setattr(module._Step, "apply", counted)
-    return taken
+    return counts
 
 
-def given(dims: int = 3) -> tuple[Tensor, Tensor]:
+def inputs(dims: int = 3) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(2)
     x, states = torch.randn(2, ROWS, INNER, generator=draw), torch.randn(2, 4, OTHER, generator=draw)
     return (x, states) if dims == 3 else (x[0], states[0])
 
 
 def results(net: nn.Module, attachment: Attachment, dims: int = 3) -> dict[str, Tensor | None]:
-    x, states = (value.clone().requires_grad_() for value in given(dims))
+    x, states = (value.clone().requires_grad_() for value in inputs(dims))
     out = net(x, states)
     (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
-    found = {"out": out.detach(), "x": x.grad, "states": states.grad}
+    tensors = {"out": out.detach(), "x": x.grad, "states": states.grad}
     for name, factor in attachment.named_parameters():
-        found[name], factor.grad = factor.grad, None
-    return found
+        tensors[name], factor.grad = factor.grad, None
+    return tensors
 
 
 @contextmanager
-def apart(net: nn.Module) -> Iterator[None]:
-    """While it is open, each layer computes for itself."""
+def separately(net: nn.Module) -> Iterator[None]:
+    """Makes each layer compute its own output while the context is open."""
     layers = {layer: layer.shared for layer in net.modules() if isinstance(layer, AdaptedLayer)}
     for layer in layers:
         layer.shared = None
@@ -95,67 +95,67 @@ def apart(net: nn.Module) -> Iterator[None]:
         layer.shared = shared
 
 
-def assert_same(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
+def assert_same(fused: dict[str, Tensor | None], separate: dict[str, Tensor | None]) -> None:
+    assert fused.keys() == separate.keys()
+    for name, value in separate.items():
         assert value is not None, name
-        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
+        torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_outputs_and_gradients_are_those_of_the_layers_by_themselves(bias: bool, dims: int, steps: list[int]) -> None:
+def test_outputs_and_gradients_equal_those_of_separate_layers(bias: bool, dims: int, steps: list[int]) -> None:
     net = Net(bias)
     attachment = attach({"unet": net}, adapter_for(net, alpha=5.0), 0.7, trainable=True)
-    mine = results(net, attachment, dims)
-    assert steps == [3]  # of the self-attention, whose q, k and v read one input
-    with apart(net):
-        theirs = results(net, attachment, dims)
+    fused = results(net, attachment, dims)
+    assert steps == [3]  # the self-attention: q, k and v read one input
+    with separately(net):
+        separate = results(net, attachment, dims)
     assert len(steps) == 1
-    assert_same(mine, theirs)
+    assert_same(fused, separate)
 
 
-def test_the_written_out_gradients_are_the_true_ones(steps: list[int]) -> None:
+def test_the_explicit_gradients_pass_gradcheck(steps: list[int]) -> None:
     net = Net().double()
     attachment = attach({"unet": net}, adapter_for(net), trainable=True)
     for layer in net.modules():
         if isinstance(layer, AdaptedLayer):
             layer.double()
-    x, states = (value.double().requires_grad_() for value in given(2))
+    x, states = (value.double().requires_grad_() for value in inputs(2))
     factors = attachment.parameters()
     assert torch.autograd.gradcheck(lambda x, states, *factors: net(x, states), (x, states, *factors))
     assert set(steps) == {3}
 
 
-def test_factors_that_stand_still_take_no_gradient_and_the_others_theirs(steps: list[int]) -> None:
+def test_only_trained_factors_get_gradients(steps: list[int]) -> None:
     net = Net()
     attachment = attach({"unet": net}, adapter_for(net, kind="lora-fa"), trainable=True)
-    mine = results(net, attachment)
+    fused = results(net, attachment)
     assert steps == [3]
     assert all(layer.factors["down"].grad is None for layer in net.modules() if isinstance(layer, AdaptedLayer))
-    with apart(net):
-        assert_same(mine, results(net, attachment))
+    with separately(net):
+        assert_same(fused, results(net, attachment))
 
 
-def test_only_the_layers_under_an_adapter_join(steps: list[int]) -> None:
+def test_only_adapted_layers_are_grouped(steps: list[int]) -> None:
     net = Net()
     attachment = attach({"unet": net}, adapter_for(net, "re:unet\\.attn1\\.to_[qv]"), trainable=True)
-    mine = results(net, attachment)
+    fused = results(net, attachment)
     assert steps == [2]
-    with apart(net):
-        assert_same(mine, results(net, attachment))
+    with separately(net):
+        assert_same(fused, results(net, attachment))
 
 
-def test_layers_of_different_scales_stay_apart(steps: list[int]) -> None:
+def test_layers_of_different_scales_are_not_grouped(steps: list[int]) -> None:
     net = Net()
     adapter = adapter_for(net)
     odd = adapter.modules["unet.attn1.to_k"]
     modules = {**adapter.modules, "unet.attn1.to_k": type(odd).from_factors(odd.factors(), 7.0)}
     attachment = attach({"unet": net}, Adapter(modules, adapter.base, adapter.fingerprint), trainable=True)
-    mine = results(net, attachment)
+    fused = results(net, attachment)
     assert not steps
-    with apart(net):
-        assert_same(mine, results(net, attachment))
+    with separately(net):
+        assert_same(fused, results(net, attachment))
 
 
 def other_tensor(net: Net, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def backwards_and_twice(net: Net, x: Tensor) -> Tensor:
 
 
 def hooked(net: Net, x: Tensor) -> Tensor:
-    handle = net.attn1.to_v.base.register_forward_hook(lambda layer, given, out: out + 100)
+    handle = net.attn1.to_v.base.register_forward_hook(lambda layer, args, out: out + 100)
     out = net.attn1(x)
     handle.remove()
     return out
@@ -223,20 +223,20 @@ def hooked(net: Net, x: Tensor) -> Tensor:
         hooked,
     ],
 )
-def test_layers_that_are_used_otherwise_give_what_they_give_by_themselves(use: Callable[[Net, Tensor], Tensor]) -> None:
+def test_other_uses_give_the_same_output_as_separate_layers(use: Callable[[Net, Tensor], Tensor]) -> None:
     net = Net()
     attach({"unet": net}, adapter_for(net), trainable=True)
-    x = given()[0]
-    mine = use(net, x)
-    with apart(net):
-        torch.testing.assert_close(mine, use(net, x), rtol=1e-5, atol=1e-4)
+    x = inputs()[0]
+    fused = use(net, x)
+    with separately(net):
+        torch.testing.assert_close(fused, use(net, x), rtol=1e-5, atol=1e-4)
 
 
 def test_without_gradients_in_inference_mode_and_with_dropout_it_is_the_same() -> None:
     net = Net()
     attachment = attach({"unet": net}, adapter_for(net), trainable=True)
-    x, states = given()
-    with apart(net):
+    x, states = inputs()
+    with separately(net):
         expected = net(x, states)
         with attachment.adapter_dropout(0.5, 3):
             dropped = net(x, states)
@@ -248,7 +248,7 @@ def test_without_gradients_in_inference_mode_and_with_dropout_it_is_the_same() -
         torch.testing.assert_close(net(x, states), dropped, rtol=1e-5, atol=1e-4)
 
 
-def test_checkpointed_it_gives_the_same_gradients() -> None:
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     from torch.utils.checkpoint import checkpoint
 
     net = Net()
@@ -264,10 +264,10 @@ def test_checkpointed_it_gives_the_same_gradients() -> None:
     assert_same(results(Again(), attachment), expected)
 
 
-def test_nothing_is_kept_once_all_have_their_outputs() -> None:
+def test_nothing_is_cached_after_all_outputs_are_read() -> None:
     net = Net()
     attach({"unet": net}, adapter_for(net), trainable=True)
-    net(*given())
+    net(*inputs())
     shared = net.attn1.to_q.shared
     assert isinstance(shared, SharedInput)
     assert shared is net.attn1.to_v.shared
@@ -276,15 +276,15 @@ def test_nothing_is_kept_once_all_have_their_outputs() -> None:
     assert shared._input is None
 
 
-def test_with_two_adapters_each_layer_computes_for_itself_above_the_first(steps: list[int]) -> None:
+def test_a_second_adapter_is_not_fused(steps: list[int]) -> None:
     net = Net()
     first, second = adapter_for(net), adapter_for(net, alpha=1.0)
-    x, states = given()
+    x, states = inputs()
     lower = attach({"unet": net}, first)
     upper = attach({"unet": net}, second)
     both = net(x, states)
     assert steps == [3]
-    with apart(net):
+    with separately(net):
         torch.testing.assert_close(both, net(x, states), rtol=1e-5, atol=1e-4)
     lower.detach()
     upper.detach()
@@ -292,10 +292,10 @@ def test_with_two_adapters_each_layer_computes_for_itself_above_the_first(steps:
     assert type(net.attn1.to_q) is nn.Linear
 
 
-def test_a_factor_in_another_precision_takes_part(steps: list[int]) -> None:
+def test_a_factor_in_another_precision_is_fused(steps: list[int]) -> None:
     net = Net().bfloat16()
     attachment = attach({"unet": net}, adapter_for(Net()), trainable=True)
-    x, states = (value.bfloat16() for value in given())
+    x, states = (value.bfloat16() for value in inputs())
     net(x, states).float().square().sum().backward()
     assert steps == [3]
     for name, factor in attachment.named_parameters():

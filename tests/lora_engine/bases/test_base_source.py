@@ -52,7 +52,7 @@ def test_the_label_of_a_folder_has_no_path(copy: Path) -> None:
     assert resolve_base(str(copy)).label == "copy"
 
 
-def test_the_fingerprint_is_of_content_not_of_place(untrained: dict[str, Path], copy: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_not_on_the_path(untrained: dict[str, Path], copy: Path) -> None:
     assert resolve_base(str(copy)).fingerprint() == resolve_base(str(untrained["small-sd"])).fingerprint()
 
 
@@ -77,7 +77,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     assert "diffusers folder" in error.value.allowed
 
 
-def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
+def test_the_error_for_a_misspelled_name_names_the_closest() -> None:
     with pytest.raises(BaseModelError, match="did you mean 'tiny'"):
         resolve_base("tinny")
 
@@ -114,13 +114,13 @@ def test_weights_only_as_pickles_are_refused_with_a_remedy(copy: Path) -> None:
     assert "safetensors" in error.value.remedy
 
 
-def test_the_fp16_variant_serves_where_it_is_the_only_one(copy: Path) -> None:
+def test_the_fp16_variant_is_used_if_it_is_the_only_one(copy: Path) -> None:
     for path in copy.glob("*/*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
     assert resolve_base(str(copy)).layout.variants == {"unet": "fp16", "vae": "fp16", "text_encoder": "fp16"}
 
 
-def test_shards_count_and_a_missing_one_is_named(copy: Path) -> None:
+def test_shards_are_listed_and_a_missing_one_is_named(copy: Path) -> None:
     unet = copy / "unet"
     shard = "diffusion_pytorch_model-00001-of-00001.safetensors"
     (unet / "diffusion_pytorch_model.safetensors").rename(unet / shard)
@@ -154,7 +154,7 @@ def test_a_hub_id_is_taken_from_the_cache_without_a_network(hub_cache: Path, unt
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_without_network_and_cache_the_error_names_every_way_out() -> None:
+def test_without_network_and_cache_the_error_names_every_alternative() -> None:
     with pytest.raises(BaseModelError) as error:
         resolve_base("stable-diffusion-v1-5/stable-diffusion-v1-5")
     text = str(error.value)
@@ -163,7 +163,7 @@ def test_without_network_and_cache_the_error_names_every_way_out() -> None:
     assert "`tiny`" in text
 
 
-def test_half_a_base_in_the_cache_is_not_taken_for_a_whole_one(hub_cache: Path, untrained: dict[str, Path]) -> None:
+def test_an_incomplete_base_in_the_cache_is_refused(hub_cache: Path, untrained: dict[str, Path]) -> None:
     folder = fill_cache(hub_cache, untrained["small-sd"])
     shutil.rmtree(folder / "unet")
     with pytest.raises(BaseModelError, match="the component 'unet' is missing"):
@@ -172,7 +172,7 @@ def test_half_a_base_in_the_cache_is_not_taken_for_a_whole_one(hub_cache: Path, 
 
 @pytest.mark.usefixtures("hub_cache")
 def test_two_revisions_in_one_name_are_refused() -> None:
-    with pytest.raises(BaseModelError, match="another"):
+    with pytest.raises(BaseModelError, match="differ"):
         resolve_base("org/name@one", "two")
 
 

@@ -10,15 +10,15 @@ from lora_engine.bases.base import load_base
 from lora_engine.bases.structure import base_module_shapes
 
 
-def test_threads_that_load_bases_at_once_each_get_a_whole_one(untrained: dict[str, Path]) -> None:
+def test_concurrent_loads_return_complete_bases(untrained: dict[str, Path]) -> None:
     name = str(untrained["small-sd"])
     alone = load_base(name, device="cpu")
     with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(load_base, name, device="cpu") for _ in range(4)]
         names = [pool.submit(base_module_shapes, name) for _ in range(4)]
         loaded = [load.result() for load in loads]
-        shapes = [found.result() for found in names]
-    assert all(found == module_shapes(alone) for found in shapes)
+        shapes = [future.result() for future in names]
+    assert all(names_and_shapes == module_shapes(alone) for names_and_shapes in shapes)
     for base in loaded:
         for part, module in base.modules.items():
             expected = dict(alone.modules[part].named_parameters())

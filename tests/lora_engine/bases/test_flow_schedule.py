@@ -19,20 +19,20 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 4, 8, 8, generator=generator), torch.randn(5, 4, 8, 8, generator=generator)
 
 
-def test_noise_and_target_of_a_flow_are_those_of_diffusers() -> None:
+def test_noise_and_target_of_a_flow_equal_those_of_diffusers() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    ours = flow_schedule_from(theirs.config)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    flow = flow_schedule_from(scheduler.config)
     clean, noise = pair()
-    t = theirs.timesteps[[0, 10, 500, 998, 999]]
-    torch.testing.assert_close(ours.add_noise(clean, noise, t), theirs.scale_noise(clean, t, noise))
-    torch.testing.assert_close(ours.sigma_of(t), theirs.sigmas[[0, 10, 500, 998, 999]])
-    assert torch.equal(ours.target(clean, noise, t), noise - clean)
-    assert (ours.timesteps, ours.parameterisation) == (1000, "flow")
+    t = scheduler.timesteps[[0, 10, 500, 998, 999]]
+    torch.testing.assert_close(flow.add_noise(clean, noise, t), scheduler.scale_noise(clean, t, noise))
+    torch.testing.assert_close(flow.sigma_of(t), scheduler.sigmas[[0, 10, 500, 998, 999]])
+    assert torch.equal(flow.target(clean, noise, t), noise - clean)
+    assert (flow.timesteps, flow.parameterization) == (1000, "flow")
 
 
-def test_a_flow_leads_straight_from_the_picture_to_the_noise() -> None:
+def test_a_flow_is_linear_between_image_and_noise() -> None:
     flow = flow_schedule_from({})
     clean, noise = pair()
     t = torch.tensor([0.0, 1000.0, 250.0, 500.5, 999.0])
@@ -44,7 +44,7 @@ def test_a_flow_leads_straight_from_the_picture_to_the_noise() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_timesteps_of_a_flow_may_be_whole_numbers(dtype: torch.dtype) -> None:
+def test_timesteps_of_a_flow_may_be_integers(dtype: torch.dtype) -> None:
     flow = flow_schedule_from({})
     t = torch.tensor([0, 1, 500, 998, 999]).to(dtype)
     assert torch.equal(flow.sigma_of(t), torch.tensor([0, 1, 500, 998, 999]) / 1000)
@@ -53,38 +53,38 @@ def test_timesteps_of_a_flow_may_be_whole_numbers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("size", [(32, 32), (128, 128), (64, 96)])
-def test_sigmas_are_shifted_as_by_the_scheduler_for_every_size(
+def test_sigmas_are_shifted_as_in_the_scheduler_for_every_size(
     settings: dict[str, object], size: tuple[int, int]
 ) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    theirs = FlowMatchEulerDiscreteScheduler(**settings)
-    ours = flow_schedule_from(theirs.config).shift
-    assert ours.dynamic == settings.get("use_dynamic_shifting", False)
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    flow = flow_schedule_from(scheduler.config).shift
+    assert flow.dynamic == settings.get("use_dynamic_shifting", False)
     plain = np.linspace(1.0, 0.1, 10)
-    mu = calculate_shift(size[0] * size[1] // 4, max_shift=theirs.config.max_shift)
-    theirs.set_timesteps(sigmas=plain, mu=mu)
-    found = ours(torch.from_numpy(plain).float(), size)
-    torch.testing.assert_close(found, theirs.sigmas[:-1], rtol=1e-5, atol=1e-6)
-    if ours.dynamic:
-        assert ours.mu(size) == pytest.approx(mu)
+    mu = calculate_shift(size[0] * size[1] // 4, max_shift=scheduler.config.max_shift)
+    scheduler.set_timesteps(sigmas=plain, mu=mu)
+    shifted = flow(torch.from_numpy(plain).float(), size)
+    torch.testing.assert_close(shifted, scheduler.sigmas[:-1], rtol=1e-5, atol=1e-6)
+    if flow.dynamic:
+        assert flow.mu(size) == pytest.approx(mu)
 
 
-def test_a_larger_picture_is_given_more_noise() -> None:
+def test_a_larger_image_gets_more_noise() -> None:
     shift = flow_schedule_from(SETTINGS[2]).shift
     half = torch.tensor([0.5])
     assert 0.5 < shift(half, (32, 32)) < shift(half, (128, 128)) < 1.0
     assert flow_schedule_from(SETTINGS[0]).shift(half, (128, 128)) == 0.5
 
 
-def test_the_ratio_of_signal_to_noise_is_told_for_every_parameterisation() -> None:
+def test_the_signal_to_noise_ratio_of_every_parameterization() -> None:
     t = torch.tensor([1, 500, 999])
-    kept = torch.linspace(0.999, 0.0, 1000)
-    plain = schedule_from(kept, "epsilon")
-    torch.testing.assert_close(plain.snr(t), kept[t] / (1 - kept[t]))
+    alphas_cumprod = torch.linspace(0.999, 0.0, 1000)
+    plain = schedule_from(alphas_cumprod, "epsilon")
+    torch.testing.assert_close(plain.snr(t), alphas_cumprod[t] / (1 - alphas_cumprod[t]))
     assert plain.snr(torch.tensor([999])) == 0.0
-    torch.testing.assert_close(plain.sigma_of(t), (1 - kept[t]).sqrt())
+    torch.testing.assert_close(plain.sigma_of(t), (1 - alphas_cumprod[t]).sqrt())
     flow = flow_schedule_from({})
     assert isinstance(flow, FlowSchedule)
     torch.testing.assert_close(flow.snr(t), ((1 - t / 1000) / (t / 1000)) ** 2)

@@ -17,7 +17,7 @@ SHAPES = ("small-sd", "small-sd-v", "small-sdxl")
 
 
 def length_of(base: Any) -> int:
-    """Tokens of a chunk with its ends; these small bases read fewer than the 77 of a published one."""
+    """Returns the tokens per chunk with start and end token; small bases read fewer than the published 77."""
     return int(base.modules["text_encoder"].config.max_position_embeddings)
 
 
@@ -31,15 +31,15 @@ def base(request: pytest.FixtureRequest, untrained: dict[str, Path]) -> Any:
 
 
 @torch.no_grad()
-def test_one_chunk_without_weights_is_what_the_base_encodes(base: Any) -> None:
+def test_one_chunk_without_weights_equals_encode_text(base: Any) -> None:
     texts = ["", "a red star", "ein Stern, ÄÖÜ 日本"]
-    expected, found = base.encode_text(texts, (32, 64)), encode_long(base, [plain(text) for text in texts], (32, 64))
-    assert list(found.tensors) == list(expected.tensors)
-    assert all(torch.equal(found[name], expected[name]) for name in found.tensors)
+    expected, encoded = base.encode_text(texts, (32, 64)), encode_long(base, [plain(text) for text in texts], (32, 64))
+    assert list(encoded.tensors) == list(expected.tensors)
+    assert all(torch.equal(encoded[name], expected[name]) for name in encoded.tensors)
 
 
 def by_hand(base: Any, ids: list[int]) -> Tensor:
-    """States of one chunk, by transformers alone."""
+    """Returns the states of one chunk from transformers directly."""
     parts = []
     for suffix, tokenizer in base.tokenizers().items():
         row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
@@ -50,90 +50,90 @@ def by_hand(base: Any, ids: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_long_text_is_read_in_chunks_each_with_its_own_ends(base: Any) -> None:
+def test_every_chunk_of_a_long_text_has_its_own_start_and_end(base: Any) -> None:
     ids = base.tokenizer(LONG, add_special_tokens=False)["input_ids"]
     length = length_of(base)
     body = length - 2
     assert body < len(ids) <= 3 * body
-    found = encode_long(base, [plain(LONG)], (32, 32), chunks=3)
-    assert found["states"].shape[1] == 3 * length
-    for place in range(3):
-        expected = by_hand(base, ids[place * body : (place + 1) * body])
-        chunk = found["states"][0, place * length : (place + 1) * length]
+    encoded = encode_long(base, [plain(LONG)], (32, 32), chunks=3)
+    assert encoded["states"].shape[1] == 3 * length
+    for chunk_index in range(3):
+        expected = by_hand(base, ids[chunk_index * body : (chunk_index + 1) * body])
+        chunk = encoded["states"][0, chunk_index * length : (chunk_index + 1) * length]
         torch.testing.assert_close(chunk, expected, atol=1e-5, rtol=1e-5)
-    if "pooled" in found.tensors:
-        # Of a text that is too long, the base by itself reads the first chunk.
+    if "pooled" in encoded.tensors:
+        # encode_text truncates a long text to its first chunk.
         expected = base.encode_text([LONG], (32, 32))["pooled"]
-        torch.testing.assert_close(found["pooled"], expected, atol=1e-5, rtol=1e-5)
-        assert found["time_ids"].shape == (1, 6)
-    # What a single chunk leaves out is read here.
+        torch.testing.assert_close(encoded["pooled"], expected, atol=1e-5, rtol=1e-5)
+        assert encoded["time_ids"].shape == (1, 6)
+    # The second chunk is not that of an empty text.
     assert not torch.equal(
-        found["states"][0, length : 2 * length], encode_long(base, [plain("")], (32, 32))["states"][0]
+        encoded["states"][0, length : 2 * length], encode_long(base, [plain("")], (32, 32))["states"][0]
     )
 
 
 @torch.no_grad()
-def test_rows_are_equally_long_and_the_shorter_ends_in_empty_chunks(base: Any) -> None:
-    found = encode_long(base, [plain("a star"), plain(LONG)], chunks=2)
+def test_shorter_texts_are_padded_with_empty_chunks(base: Any) -> None:
+    encoded = encode_long(base, [plain("a star"), plain(LONG)], chunks=2)
     length = length_of(base)
-    assert found["states"].shape[:2] == (2, 2 * length)
+    assert encoded["states"].shape[:2] == (2, 2 * length)
     empty = base.encode_text([""])["states"][0]
-    torch.testing.assert_close(found["states"][0, length:], empty, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoded["states"][0, length:], empty, atol=1e-5, rtol=1e-5)
     alone = encode_long(base, [plain(LONG)], chunks=2)
-    torch.testing.assert_close(found["states"][1:], alone["states"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoded["states"][1:], alone["states"], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_what_does_not_fit_is_cut_off_and_said(base: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_longer_text_is_truncated_with_a_warning(base: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         one = encode_long(base, [plain(LONG)], chunks=1)
-    assert f"{length_of(base) - 2} are read" in caplog.text
+    assert f"the base reads the first {length_of(base) - 2}" in caplog.text
     two = encode_long(base, [plain(LONG)], chunks=2)
     torch.testing.assert_close(one["states"][0], two["states"][0, : length_of(base)], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_a_weight_scales_its_token_and_the_mean_stays(base: Any) -> None:
+def test_a_weight_scales_its_token_and_keeps_the_mean(base: Any) -> None:
     pieces = [("a ", 1.0), ("red", 1.5), (" star", 1.0)]
     expected = base.encode_text(["a red star"])
-    found = encode_long(base, [pieces])
-    width, start = found["states"].shape[-1], 0
+    encoded = encode_long(base, [pieces])
+    width, start = encoded["states"].shape[-1], 0
     parts = len(base.tokenizers())
-    assert ("pooled" in found.tensors) == (parts == 2)
+    assert ("pooled" in encoded.tensors) == (parts == 2)
     for _ in range(parts):
         span = slice(start, start + width // parts)
-        before, after = expected["states"][0, :, span], found["states"][0, :, span]
+        before, after = expected["states"][0, :, span], encoded["states"][0, :, span]
         torch.testing.assert_close(after.mean(), before.mean(), atol=1e-5, rtol=1e-3)
         share = (after / before)[before.abs() > 1e-3]
-        # Beginning, "a", "red": the third position is the weighed one.
+        # Start token, "a", "red": the third position has the weight.
         others = torch.cat([(after / before)[:2].flatten(), (after / before)[3:].flatten()]).median()
         torch.testing.assert_close((after / before)[2].median() / others, torch.tensor(1.5), atol=1e-3, rtol=1e-3)
         assert share.std() > 0
         start += width // parts
-    if "pooled" in found.tensors:
-        assert torch.equal(found["pooled"], expected["pooled"])
+    if "pooled" in encoded.tensors:
+        assert torch.equal(encoded["pooled"], expected["pooled"])
 
 
-def test_weighing_is_a1111s_rule_row_by_row() -> None:
+def test_weights_follow_the_rule_of_a1111_per_row() -> None:
     states = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) + 0.5
     weights = torch.ones(3, 5)
     weights[1, 2], weights[2, 0] = 2.0, 0.0
-    found = weigh(states, weights)
-    assert torch.equal(found[0], states[0])
+    encoded = weigh(states, weights)
+    assert torch.equal(encoded[0], states[0])
     for row in (1, 2):
         changed = states[row] * weights[row][:, None]
-        torch.testing.assert_close(found[row], changed * (states[row].mean() / changed.mean()))
+        torch.testing.assert_close(encoded[row], changed * (states[row].mean() / changed.mean()))
     assert torch.equal(weigh(states, torch.ones(3, 5)), states)
     assert torch.equal(weigh(states, torch.zeros(3, 5)), torch.zeros_like(states))
 
 
-def test_a_mean_of_nothing_scales_nothing_and_breaks_no_gradient() -> None:
+def test_a_zero_mean_is_not_restored_and_gradients_stay_finite() -> None:
     states = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     states = torch.nn.functional.layer_norm(states, (8,)).requires_grad_(True)
     weights = torch.ones(2, 5)
     weights[:, 1] = 1.5
-    found = weigh(states, weights)
-    torch.testing.assert_close(found, states * weights[..., None])
+    encoded = weigh(states, weights)
+    torch.testing.assert_close(encoded, states * weights[..., None])
     for value in (states, torch.zeros(2, 5, 8, requires_grad=True)):
         (gradient,) = torch.autograd.grad(weigh(value, weights).square().sum(), value)
         assert torch.isfinite(gradient).all()
@@ -142,14 +142,14 @@ def test_a_mean_of_nothing_scales_nothing_and_breaks_no_gradient() -> None:
 def test_gradients_reach_the_text_encoder_through_chunks_and_weights(untrained: dict[str, Path]) -> None:
     base = load_base(str(untrained["small-sdxl"]), device="cpu")
     encoder = base.modules["text_encoder"].requires_grad_(True)
-    found = encode_long(base, [[("a ", 1.0), ("star", 1.3)]], chunks=2)
-    torch.autograd.backward(found["states"].square().sum())
-    moved = [value.grad is not None and bool(value.grad.abs().sum() > 0) for value in encoder.parameters()]
-    # All but the last layer, whose states this family does not read.
-    assert sum(moved) > len(moved) / 3
+    encoded = encode_long(base, [[("a ", 1.0), ("star", 1.3)]], chunks=2)
+    torch.autograd.backward(encoded["states"].square().sum())
+    has_gradient = [value.grad is not None and bool(value.grad.abs().sum() > 0) for value in encoder.parameters()]
+    # The last layer has none: this family does not read its states.
+    assert sum(has_gradient) > len(has_gradient) / 3
 
 
-def test_a_base_that_reads_no_chunks_is_refused() -> None:
+def test_a_base_without_chunks_is_refused() -> None:
     with pytest.raises(SettingsError, match="all CLIP"):
         encode_long(object(), [plain("a")], chunks=2)
 
@@ -158,11 +158,11 @@ def test_the_bases_of_clip_read_tokens(base: Any) -> None:
     assert isinstance(base, ReadsTokens)
 
 
-def test_a_chunk_of_a_published_encoder_holds_75_tokens(base: Any) -> None:
-    many = " ".join(["star"] * 60)
-    ids = base.tokenizer(many, add_special_tokens=False)["input_ids"]
+def test_a_chunk_of_a_published_encoder_has_75_tokens(base: Any) -> None:
+    repeated = " ".join(["star"] * 60)
+    ids = base.tokenizer(repeated, add_special_tokens=False)["input_ids"]
     assert len(ids) > 2 * 75
-    rows, weights, used = _split(base.tokenizer, [("star ", 2.0), (many[5:], 1.0)], 77, 5)
+    rows, weights, used = _split(base.tokenizer, [("star ", 2.0), (repeated[5:], 1.0)], 77, 5)
     assert [len(row) for row in rows + weights + used] == [77] * 15
     assert [token for row, on in zip(rows, used, strict=True) for token in row[1 : sum(on) - 1]] == ids
     assert all(row[0] == base.tokenizer.bos_token_id for row in rows)

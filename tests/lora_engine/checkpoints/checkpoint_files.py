@@ -1,4 +1,4 @@
-"""Writing and comparing checkpoints in tests."""
+"""Writes and compares checkpoints in tests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | N
 
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a diffusers folder, with the level that transformers 5 leaves out."""
-    found = {}
+    """Returns all weights of a diffusers folder, with the level `text_model` that transformers 5 omits."""
+    weights = {}
     for path in sorted(folder.glob("*/*.safetensors")):
         for name, tensor in load_file(path).items():
             below = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm"))
             level = "text_model." if path.parent.name.startswith("text_encoder") and below else ""
-            found[f"{path.parent.name}.{level}{name}"] = tensor
-    return found
+            weights[f"{path.parent.name}.{level}{name}"] = tensor
+    return weights
 
 
 def same_bytes(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:

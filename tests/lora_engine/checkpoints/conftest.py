@@ -15,17 +15,17 @@ from forked_readers import forked_readers  # noqa: E402, F401
 
 @pytest.fixture(scope="session")
 def folders(untrained_base: Callable[[str], Path]) -> dict[str, Path]:
-    """Narrow bases with the real blocks, as diffusers folders."""
+    """Returns narrow bases with the real blocks, as diffusers folders."""
     return {name: untrained_base(name) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="session")
 def singles(untrained_file: Callable[[str], Path]) -> dict[str, Path]:
-    """The same bases as original single files."""
+    """Returns the same bases as original single files."""
     return {name: untrained_file(name) for name in ARCHITECTURES}
 
 
 @pytest.fixture
 def small(singles: dict[str, Path]) -> dict[str, Tensor]:
-    """The tensors of the SD 1.5 file, to be damaged."""
+    """Returns the tensors of the SD 1.5 file, for tests that damage them."""
     return load_file(singles["sd15"])

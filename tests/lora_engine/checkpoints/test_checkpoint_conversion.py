@@ -16,7 +16,7 @@ from lora_engine.errors import BaseModelError
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_there_and_back_gives_every_tensor_byte_for_byte(
+def test_a_round_trip_preserves_every_byte(
     name: str, folders: dict[str, Path], singles: dict[str, Path], tmp_path: Path
 ) -> None:
     back = tmp_path / "back"
@@ -43,23 +43,23 @@ def test_two_conversions_give_equal_files(folders: dict[str, Path], singles: dic
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_architecture_is_told_from_the_file(name: str, singles: dict[str, Path]) -> None:
-    found = inspect_checkpoint(singles[name])
-    assert (found["architecture"], found["variant"]) == (name, "")
-    assert found["prediction"] == ("v_prediction" if name == "sd2" else "epsilon")
-    assert found["missing"] == found["unknown"] == []
-    assert "problem" not in found
-    assert json.loads(json.dumps(found)) == found
+def test_the_architecture_is_detected_from_the_file(name: str, singles: dict[str, Path]) -> None:
+    report = inspect_checkpoint(singles[name])
+    assert (report["architecture"], report["variant"]) == (name, "")
+    assert report["prediction"] == ("v_prediction" if name == "sd2" else "epsilon")
+    assert report["missing"] == report["unknown"] == []
+    assert "problem" not in report
+    assert json.loads(json.dumps(report)) == report
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_architecture_is_told_from_the_folder(
+def test_the_architecture_is_detected_from_the_folder(
     name: str, folders: dict[str, Path], singles: dict[str, Path]
 ) -> None:
-    found, single = inspect_checkpoint(folders[name]), inspect_checkpoint(singles[name])
-    assert found["architecture"] == name
-    assert found["components"].keys() == single["components"].keys() >= {"unet", "vae", "text_encoder"}
-    for component, summary in found["components"].items():
+    report, single = inspect_checkpoint(folders[name]), inspect_checkpoint(singles[name])
+    assert report["architecture"] == name
+    assert report["components"].keys() == single["components"].keys() >= {"unet", "vae", "text_encoder"}
+    for component, summary in report["components"].items():
         assert summary["parameters"] == single["components"][component]["parameters"]
 
 
@@ -113,7 +113,7 @@ def test_buffers_schedules_and_averages_are_left_out(
     assert sum(inspect_checkpoint(path)["unused"].values()) == len(more)
 
 
-def test_running_averages_are_taken_when_asked(
+def test_running_averages_are_used_on_request(
     folders: dict[str, Path], small: dict[str, Tensor], tmp_path: Path
 ) -> None:
     averages = {
@@ -127,9 +127,7 @@ def test_running_averages_are_taken_when_asked(
     same_bytes({n: t + 1 if n.startswith("unet.") else t for n, t in plain.items()}, averaged)
 
 
-def test_averages_that_are_not_there_are_refused(
-    singles: dict[str, Path], folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_missing_averages_are_refused(singles: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="no running averages"):
         convert_checkpoint(singles["sd15"], tmp_path / "o", to="diffusers", config=folders["sd15"], averaged=True)
 
@@ -195,11 +193,11 @@ def test_inpainting_is_named_and_converted(folders: dict[str, Path], small: dict
     )
 
 
-def test_what_the_unet_predicts_is_taken_from_the_file_or_the_caller(
+def test_the_prediction_type_comes_from_the_file_or_the_caller(
     folders: dict[str, Path], singles: dict[str, Path], tmp_path: Path
 ) -> None:
     bare = save(load_file(singles["sd2"]), tmp_path / "bare.safetensors")
-    assert "nothing in the file" in inspect_checkpoint(bare)["prediction_decided_by"]
+    assert "the file does not state it" in inspect_checkpoint(bare)["prediction_decided_by"]
     based = save(load_file(bare), tmp_path / "base.safetensors", {"modelspec.prediction_type": "epsilon"})
     assert inspect_checkpoint(based)["architecture"] == "sd2-base"
     for number, (path, asked, expected) in enumerate(

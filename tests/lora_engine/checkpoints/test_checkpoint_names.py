@@ -12,14 +12,14 @@ from lora_engine.bases.published import published, published_module_shapes
 from lora_engine.checkpoints import checkpoint_names, names_by_module, stored_name
 from lora_engine.checkpoints.folder import components_of
 from lora_engine.checkpoints.leftovers import UNUSED, reason_unused
-from lora_engine.checkpoints.names import PLACES, TensorName, tensor_shapes
+from lora_engine.checkpoints.names import COMPONENT_LOCATIONS, TensorName, tensor_shapes
 from lora_engine.checkpoints.original import open_original
 from lora_engine.checkpoints.plan import plan_folder
 from lora_engine.checkpoints.recognize import recognize
 from lora_engine.errors import SettingsError
 from lora_engine.formats.ldm_names import LAYOUTS, UnetLayout
 
-# Written by hand, not from the tables: what each architecture stores, and how many tensors that are.
+# Written by hand, independent of the tables: what each architecture stores, and the number of tensors.
 COUNTS = {
     "sd15": {"unet": 686, "vae": 248, "text_encoder": 196},
     "sd2": {"unet": 686, "vae": 248, "text_encoder": 280},
@@ -94,24 +94,26 @@ def test_published_names_and_shapes_are_in_the_table(architecture: str) -> None:
     assert {name: table.get(name) for name in LANDMARKS[architecture]} == LANDMARKS[architecture]
 
 
-@pytest.mark.parametrize("architecture", PLACES)
+@pytest.mark.parametrize("architecture", COMPONENT_LOCATIONS)
 def test_every_name_of_the_unet_follows_the_original_rules(architecture: str) -> None:
     stored = [entry.stored for entry in checkpoint_names(architecture) if entry.component == "unet"]
     assert [name for name in stored if not UNET.fullmatch(name)] == []
     assert not UNET.fullmatch("model.diffusion_model.down_blocks.0.resnets.0.conv1.weight")
 
 
-@pytest.mark.parametrize("architecture", PLACES)
+@pytest.mark.parametrize("architecture", COMPONENT_LOCATIONS)
 def test_a_stored_tensor_belongs_to_one_tensor_or_to_equal_parts(architecture: str) -> None:
     parts: dict[str, list[tuple[int, int]]] = {}
     for entry in checkpoint_names(architecture):
         parts.setdefault(entry.stored, []).append(entry.part)
-    assert all(sorted(found) == [(place, len(found)) for place in range(len(found))] for found in parts.values())
-    assert {len(found) for found in parts.values()} == ({1} if architecture == "sd15" else {1, 3})
+    assert all(
+        sorted(entries) == [(index, len(entries)) for index in range(len(entries))] for entries in parts.values()
+    )
+    assert {len(entries) for entries in parts.values()} == ({1} if architecture == "sd15" else {1, 3})
 
 
-@pytest.mark.parametrize("architecture", PLACES)
-def test_the_shape_in_the_file_and_in_the_folder_give_each_other(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", COMPONENT_LOCATIONS)
+def test_shapes_in_file_and_folder_determine_each_other(architecture: str) -> None:
     for entry in checkpoint_names(architecture):
         config = published[architecture].components[entry.component]
         shape = tensor_shapes(entry.component, config)[entry.name]
@@ -120,7 +122,7 @@ def test_the_shape_in_the_file_and_in_the_folder_give_each_other(architecture: s
         assert last - first == (shape[::-1] if entry.change == "transposed" else shape)[0]
 
 
-@pytest.mark.parametrize("architecture", PLACES)
+@pytest.mark.parametrize("architecture", COMPONENT_LOCATIONS)
 def test_every_adaptable_layer_has_its_weight_in_the_table(architecture: str) -> None:
     by_module = names_by_module(checkpoint_names(architecture))
     for module, shape in published_module_shapes(architecture).items():
@@ -128,7 +130,7 @@ def test_every_adaptable_layer_has_its_weight_in_the_table(architecture: str) ->
         assert entry.folder_shape(expected(architecture, entry)) == shape
 
 
-@pytest.mark.parametrize("architecture", PLACES)
+@pytest.mark.parametrize("architecture", COMPONENT_LOCATIONS)
 def test_the_layout_by_the_settings_is_the_one_that_adapters_are_read_by(architecture: str) -> None:
     entry = published[architecture]
     assert UnetLayout.of(entry.components["unet"].config) == LAYOUTS[entry.family]
@@ -153,8 +155,8 @@ def test_old_and_averaged_tensors_are_found_under_their_own_names() -> None:
     assert stored_name(names["unet.conv_in"]["weight"], {average}) is None
 
 
-@pytest.mark.parametrize("architecture", PLACES)
-def test_nothing_that_is_needed_counts_as_unused(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", COMPONENT_LOCATIONS)
+def test_no_needed_tensor_counts_as_unused(architecture: str) -> None:
     assert [entry.stored for entry in checkpoint_names(architecture) if reason_unused(entry.stored)] == []
     assert all(reason_unused(pattern.replace("*", "x")) for pattern in UNUSED)
 
@@ -175,8 +177,8 @@ def test_published_shapes_need_no_weights_and_leave_the_generator_alone(name: st
     for part in architecture.adaptable:
         assert all(value.is_meta for value in empty_module(architecture.components[part]).parameters())
     assert torch.equal(before, torch.get_rng_state())
-    found = {module.split(".")[0] for module in published_module_shapes(name)}
-    assert found == set(architecture.adaptable)
+    components = {module.split(".")[0] for module in published_module_shapes(name)}
+    assert components == set(architecture.adaptable)
 
 
 def test_an_unknown_published_architecture_is_refused_with_the_nearest() -> None:
@@ -184,14 +186,14 @@ def test_an_unknown_published_architecture_is_refused_with_the_nearest() -> None
         published_module_shapes("sdx")
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_a_file_of_the_published_shapes_is_recognised_and_planned_whole(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", COMPONENT_LOCATIONS)
+def test_a_file_of_the_published_shapes_is_recognized_and_planned_whole(name: str, tmp_path: Path) -> None:
     path = sparse_checkpoint(name, tmp_path / "x.safetensors")
     with open_original(path) as original:
-        told = recognize(original.shapes, {}, str(path))
-        assert told.architecture == ("sd2" if name == "sd2-base" else name)
-        components = components_of(told, None)
-        plans = plan_folder(original, told, components)
+        recognized = recognize(original.shapes, {}, str(path))
+        assert recognized.architecture == ("sd2" if name == "sd2-base" else name)
+        components = components_of(recognized, None)
+        plans = plan_folder(original, recognized, components)
     assert plans.keys() == {entry.component for entry in checkpoint_names(name)}
     for component, plan in plans.items():
         assert {entry: tensor.shape for entry, tensor in plan.items()} == tensor_shapes(
@@ -200,18 +202,18 @@ def test_a_file_of_the_published_shapes_is_recognised_and_planned_whole(name: st
 
 
 def sparse_checkpoint(architecture: str, path: Path) -> Path:
-    """An original file of the real shapes that takes no room on the disk: it is all zeros."""
+    """Writes a sparse original file of the real shapes, all zeros, and returns its path."""
     header: dict[str, dict[str, object]] = {}
-    place = 0
+    offset = 0
     for entry in checkpoint_names(architecture):
         if entry.stored not in header:
             shape = expected(architecture, entry)
-            end = place + 2 * math.prod(shape)
-            header[entry.stored] = {"dtype": "F16", "shape": shape, "data_offsets": [place, end]}
-            place = end
+            end = offset + 2 * math.prod(shape)
+            header[entry.stored] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}
+            offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + place)
+        file.truncate(8 + len(text) + offset)
     return path

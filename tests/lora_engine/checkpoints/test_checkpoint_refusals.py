@@ -28,20 +28,20 @@ def refuse(path: Path, tmp_path: Path, match: str, error: type[EngineError] = Ba
     return str(caught.value)
 
 
-def test_a_partial_checkpoint_is_refused_with_what_lacks(
+def test_a_partial_checkpoint_is_refused_with_the_missing_tensors(
     folders: dict[str, Path], small: dict[str, Tensor], tmp_path: Path
 ) -> None:
     gone = "first_stage_model.decoder.conv_out.bias"
     path = save({name: t for name, t in small.items() if name != gone}, tmp_path / "p.safetensors")
-    assert gone in refuse(path, tmp_path, "1 tensors lack", config=folders["sd15"])
+    assert gone in refuse(path, tmp_path, "1 tensors are missing", config=folders["sd15"])
     assert inspect_checkpoint(path)["missing"] == [gone]
 
 
-def test_a_unet_alone_is_refused_with_the_parts_that_lack(
+def test_a_unet_alone_is_refused_with_the_missing_components(
     folders: dict[str, Path], small: dict[str, Tensor], tmp_path: Path
 ) -> None:
     path = save({n: t for n, t in small.items() if n.startswith("model.")}, tmp_path / "unet.safetensors")
-    assert "and 436 more" in refuse(path, tmp_path, "444 tensors lack: cond_stage_model", config=folders["sd15"])
+    assert "and 436 more" in refuse(path, tmp_path, "444 tensors are missing: cond_stage_model", config=folders["sd15"])
 
 
 def test_unknown_tensors_are_refused_unless_they_may_be_dropped(
@@ -56,8 +56,8 @@ def test_unknown_tensors_are_refused_unless_they_may_be_dropped(
 def test_other_widths_than_the_published_are_refused_without_their_settings(
     singles: dict[str, Path], tmp_path: Path
 ) -> None:
-    said = refuse(singles["sd15"], tmp_path, "do not fit the settings", without_tokenizer=True)
-    assert "`config`" in said
+    message = refuse(singles["sd15"], tmp_path, "do not fit the settings", without_tokenizer=True)
+    assert "`config`" in message
 
 
 @pytest.mark.parametrize("length", [4, 1000, -1000])
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_refused(length: int, singles: dict[str, Path], tmp_
         (["something.weight"], "its 1 tensors begin with 'something.weight'"),
     ],
 )
-def test_what_is_no_base_is_named(names: list[str], what: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_base_is_named(names: list[str], what: str, tmp_path: Path) -> None:
     path = save({name: torch.ones(4, 4, 3, 3) for name in names}, tmp_path / "x.safetensors")
     refuse(path, tmp_path, what)
     assert what in inspect_checkpoint(path)["problem"]
@@ -92,7 +92,7 @@ def test_a_unet_that_reads_other_channels_is_named(small: dict[str, Tensor], tmp
 @pytest.mark.usefixtures("forked_readers")
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "x.ckpt")
-    refuse(tmp_path / "x.ckpt", tmp_path, "no table of tensors")
+    refuse(tmp_path / "x.ckpt", tmp_path, "no tensors by name")
 
 
 def test_an_unknown_architecture_or_target_is_refused(singles: dict[str, Path], tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_folder_that_holds_something_is_not_written_into(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(BaseModelError, match="something already"):
+    with pytest.raises(BaseModelError, match="already exists"):
         convert_checkpoint(
             singles["sd15"], tmp_path / "out", to="diffusers", config=folders["sd15"], without_tokenizer=True
         )
@@ -118,12 +118,12 @@ def test_a_failure_in_the_middle_leaves_nothing(
 ) -> None:
     from lora_engine.checkpoints import tensor_files
 
-    monkeypatch.setattr(tensor_files, "BLOCK", 0)  # a source that gives no more bytes
-    refuse(singles["sd15"], tmp_path, "became shorter", config=folders["sd15"])
+    monkeypatch.setattr(tensor_files, "BLOCK", 0)  # makes every read return no bytes
+    refuse(singles["sd15"], tmp_path, "was truncated", config=folders["sd15"])
 
 
 def test_an_original_file_is_never_a_pickle(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="safetensors alone"):
+    with pytest.raises(BaseModelError, match="only written as safetensors"):
         convert_checkpoint(folders["sd15"], tmp_path / "x.ckpt", to="ldm")
 
 
@@ -132,7 +132,7 @@ def test_a_folder_with_a_missing_or_unknown_tensor_is_refused(folders: dict[str,
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
     whole = load_file(file)
     save_file({name: t for name, t in whole.items() if name != "conv_in.bias"}, file)
-    with pytest.raises(BaseModelError, match=r"1 tensors lack: unet: conv_in\.bias"):
+    with pytest.raises(BaseModelError, match=r"1 tensors are missing: unet: conv_in\.bias"):
         convert_checkpoint(broken, tmp_path / "x.safetensors", to="ldm")
     save_file(whole | {"extra.weight": torch.ones(1)}, file)
     with pytest.raises(BaseModelError, match=r"1 tensors are unknown: unet: extra\.weight"):
@@ -150,18 +150,18 @@ def test_parts_of_one_tensor_in_two_dtypes_are_refused(folders: dict[str, Path],
         convert_checkpoint(mixed, tmp_path / "x.safetensors", to="ldm")
 
 
-def test_a_folder_without_a_tokenizer_needs_one_or_the_wish_for_none(
+def test_a_folder_needs_a_tokenizer_or_a_request_for_none(
     folders: dict[str, Path], singles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     bare = _without_tokenizer(folders["sd15"], tmp_path / "bare")
-    said = refuse(singles["sd15"], tmp_path, "needs the tokenizer", config=bare)
-    assert "vocab.json" in said
+    message = refuse(singles["sd15"], tmp_path, "needs the tokenizer", config=bare)
+    assert "vocab.json" in message
     convert_checkpoint(singles["sd15"], tmp_path / "none", to="diffusers", config=bare, without_tokenizer=True)
     assert json.loads((tmp_path / "none/model_index.json").read_text())["tokenizer"] == [None, None]
-    for number, given in enumerate((folders["sd15"], folders["sd15"] / "tokenizer")):
+    for number, tokenizer in enumerate((folders["sd15"], folders["sd15"] / "tokenizer")):
         out = tmp_path / str(number)
-        convert_checkpoint(singles["sd15"], out, to="diffusers", config=bare, tokenizer=given)
+        convert_checkpoint(singles["sd15"], out, to="diffusers", config=bare, tokenizer=tokenizer)
         assert (out / "tokenizer/tokenizer_config.json").is_file()
     with pytest.raises(BaseModelError, match="needs the tokenizer"):
         convert_checkpoint(singles["sd15"], tmp_path / "w", to="diffusers", config=folders["sd15"], tokenizer=tmp_path)
@@ -195,10 +195,10 @@ def test_a_tokenizer_of_another_model_is_refused(
     wrong.mkdir()
     (wrong / "vocab.json").write_text(json.dumps({"a": 49407}))
     (wrong / "merges.txt").write_text("#version\n")
-    refuse(singles["sd15"], tmp_path, "token of number 49407", config=folders["sd15"], tokenizer=wrong)
+    refuse(singles["sd15"], tmp_path, "token ID 49407", config=folders["sd15"], tokenizer=wrong)
 
 
-def test_a_safetensors_file_under_the_name_of_a_pickle_is_told_apart(singles: dict[str, Path], tmp_path: Path) -> None:
+def test_a_safetensors_file_named_like_a_pickle_is_recognized(singles: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copy(singles["sd15"], tmp_path / "x.ckpt"))
     refuse(path, tmp_path, "rename it to .safetensors", AdapterError)
 

@@ -27,8 +27,8 @@ def add_image(images: Path) -> Callable[..., Path]:
     ) -> Path:
         path = images / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        chosen = seed if seed is not None else len(list(images.rglob("*")))
-        make_image(width, height, chosen).save(path)
+        noise_seed = seed if seed is not None else len(list(images.rglob("*")))
+        make_image(width, height, noise_seed).save(path)
         if caption is not None:
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")
         return path

@@ -39,19 +39,19 @@ def test_buckets_keep_the_area_the_step_and_the_sides(resolution: int, step: int
         assert width % step == height % step == 0
         assert low <= min(width, height)
         assert max(width, height) <= high
-        # No whole step more would stay within the area, unless the longest side forbids it.
+        # One more step would exceed the area, unless the longest side is reached.
         assert width * height <= resolution**2
         assert (width + step) * height > resolution**2 or (height + step) * width > resolution**2 or width == high
 
 
-def test_the_buckets_of_512_are_those_of_the_field() -> None:
-    found = set(bucket_sizes(512, Buckets(step=64, min_side=256, max_side=1024)))
-    assert {(256, 1024), (320, 768), (384, 640), (448, 576), (512, 512), (576, 448), (1024, 256)} <= found
+def test_the_buckets_of_512_include_the_usual_ones() -> None:
+    sizes = set(bucket_sizes(512, Buckets(step=64, min_side=256, max_side=1024)))
+    assert {(256, 1024), (320, 768), (384, 640), (448, 576), (512, 512), (576, 448), (1024, 256)} <= sizes
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-@example(214, 492)  # held back by the limit, and what it gets is among the sizes too
-def test_a_picture_goes_where_the_least_is_cut_off_and_is_never_enlarged_beyond_the_limit(w: int, h: int) -> None:
+@example(214, 492)  # limited by `enlarge`, and its smaller size is a bucket too
+def test_an_image_gets_the_nearest_shape_and_is_never_enlarged_beyond_the_limit(w: int, h: int) -> None:
     buckets = Buckets(step=64, enlarge=1.5)
     sizes = bucket_sizes(512, buckets)
     low, _ = buckets.sides(512)
@@ -60,7 +60,7 @@ def test_a_picture_goes_where_the_least_is_cut_off_and_is_never_enlarged_beyond_
     nearest = [size for size in sizes if distances[size] <= min(distances.values()) + 1e-8]
     within_limit = {max(size[0] / w, size[1] / h) <= buckets.enlarge for size in nearest}
     if fit is None:
-        # Only what cannot fill the smallest side is refused.
+        # Only images that cannot fill the smallest side are refused.
         assert False in within_limit
         assert min(w, h) * buckets.enlarge < low
         return
@@ -71,69 +71,74 @@ def test_a_picture_goes_where_the_least_is_cut_off_and_is_never_enlarged_beyond_
     if within_limit == {True}:
         assert fit.size in nearest
     if within_limit == {False}:
-        # Each side is cut to whole steps within the limit, and no further.
+        # Each side is rounded down to whole steps within the limit, and no further.
         assert any(
-            all(got == min(side, int(own * buckets.enlarge) // 64 * 64) for got, side, own in zip(*sides, strict=True))
+            all(
+                fitted == min(side, int(own * buckets.enlarge) // 64 * 64)
+                for fitted, side, own in zip(*sides, strict=True)
+            )
             for sides in ((fit.size, size, (w, h)) for size in nearest)
         )
 
 
-def test_the_limit_is_what_holds_a_small_picture_back() -> None:
+def test_the_limit_gives_a_small_image_a_smaller_size() -> None:
     sizes = bucket_sizes(512, Buckets())
-    held = choose_bucket((300, 200), sizes, Buckets(enlarge=1.5), 512)
-    free = choose_bucket((300, 200), sizes, Buckets(enlarge=64.0), 512)
-    assert held is not None
-    assert free is not None
-    assert held.size == (448, 256)
-    assert free.size in sizes
-    assert free.scale > 1.5
+    limited = choose_bucket((300, 200), sizes, Buckets(enlarge=1.5), 512)
+    unlimited = choose_bucket((300, 200), sizes, Buckets(enlarge=64.0), 512)
+    assert limited is not None
+    assert unlimited is not None
+    assert limited.size == (448, 256)
+    assert unlimited.size in sizes
+    assert unlimited.scale > 1.5
     assert choose_bucket((300, 200), sizes, Buckets(enlarge=1.0), 512) is None
 
 
 @pytest.mark.parametrize("keep", ["center", "salient"])
-def test_every_picture_gets_the_bucket_of_its_shape(images: Path, tmp_path: Path, add_image: Add, keep: str) -> None:
+def test_every_image_gets_the_bucket_of_its_shape(images: Path, tmp_path: Path, add_image: Add, keep: str) -> None:
     shapes = {"wide.png": (80, 40), "tall.png": (30, 66), "square.png": (50, 50)}
     for name, (width, height) in shapes.items():
         add_image(name, width=width, height=height)
     ingest(images, tmp_path / "one", IngestSettings())
     settings = small(buckets={"step": 8, "keep": keep})
     for out in ("two", "again"):
-        found = preprocess(tmp_path / "one", tmp_path / out, settings)
-    sizes = {picture.source: (picture.width, picture.height) for picture in found.pictures}
+        manifest = preprocess(tmp_path / "one", tmp_path / out, settings)
+    sizes = {image.source: (image.width, image.height) for image in manifest.pictures}
     assert sizes == {"wide.png": (40, 24), "tall.png": (24, 40), "square.png": (32, 32)}
-    for picture in found.pictures:
-        assert open_image(tmp_path / "two" / picture.file).size == (picture.width, picture.height)
-        assert (tmp_path / "two" / picture.file).read_bytes() == (tmp_path / "again" / picture.file).read_bytes()
+    for image in manifest.pictures:
+        assert open_image(tmp_path / "two" / image.file).size == (image.width, image.height)
+        assert (tmp_path / "two" / image.file).read_bytes() == (tmp_path / "again" / image.file).read_bytes()
 
 
-def test_salient_keeps_of_the_remainder_what_stands_out(images: Path, tmp_path: Path) -> None:
-    # 100 x 32 is wider than any bucket: something has to go, and only the right end holds anything.
+def test_salient_keeps_the_window_with_contrast(images: Path, tmp_path: Path) -> None:
+    # 100 x 32 is wider than any bucket, so the image is cropped; only its right end has contrast.
     values = np.full((32, 100, 3), 128, dtype=np.uint8)
     values[:, 90:] = np.random.default_rng(0).integers(0, 256, (32, 10, 3))
     Image.fromarray(values).save(images / "a.png")
     ingest(images, tmp_path / "one", IngestSettings())
     spread = {}
     for keep in ("center", "salient"):
-        made = preprocess(tmp_path / "one", tmp_path / keep, small(buckets={"step": 8, "keep": keep, "max_side": 40}))
-        spread[keep] = np.asarray(open_image(tmp_path / keep / made.pictures[0].file)).std()
+        manifest = preprocess(
+            tmp_path / "one", tmp_path / keep, small(buckets={"step": 8, "keep": keep, "max_side": 40})
+        )
+        spread[keep] = np.asarray(open_image(tmp_path / keep / manifest.pictures[0].file)).std()
     assert spread["center"] < 2
     assert spread["salient"] > 10
 
 
-def test_a_picture_too_small_for_any_bucket_is_quarantined_with_its_figures(
+def test_an_image_too_small_for_any_bucket_is_quarantined_with_its_size(
     images: Path, tmp_path: Path, add_image: Add
 ) -> None:
     add_image("good.png", width=40, height=32)
     add_image("tiny.png", width=4, height=3)
     ingest(images, tmp_path / "one", IngestSettings())
-    found = preprocess(tmp_path / "one", tmp_path / "two", small(buckets={"step": 8, "enlarge": 2.0}))
-    assert [picture.source for picture in found.pictures] == ["good.png"]
-    assert [item.source for item in found.quarantined] == ["tiny.png"]
-    assert "4 x 3 pixels" in found.quarantined[0].reason
-    assert Manifest.load(tmp_path / "two") == found
+    manifest = preprocess(tmp_path / "one", tmp_path / "two", small(buckets={"step": 8, "enlarge": 2.0}))
+    assert [image.source for image in manifest.pictures] == ["good.png"]
+    assert [item.source for item in manifest.quarantined] == ["tiny.png"]
+    assert "4 x 3 pixels" in manifest.quarantined[0].reason
+    assert Manifest.load(tmp_path / "two") == manifest
     (images / "good.png").unlink()
     ingest(images, tmp_path / "three", IngestSettings())
-    with pytest.raises(DataError, match="all 1 pictures are too small"):
+    with pytest.raises(DataError, match="all 1 images are too small"):
         preprocess(tmp_path / "three", tmp_path / "four", small(buckets={"step": 8, "enlarge": 2.0}))
     assert not (tmp_path / "four").exists()
 
@@ -142,14 +147,14 @@ def test_a_picture_too_small_for_any_bucket_is_quarantined_with_its_figures(
     ("change", "problem"),
     [
         ({"buckets": {"step": 12}}, "multiple of 8"),
-        ({"buckets": {"step": 64}}, "no size fits"),
+        ({"buckets": {"step": 64}}, "no size is possible"),
         ({"buckets": {"step": 16, "min_side": 24}}, "min_side 24 is not a multiple of step 16"),
-        ({"buckets": {"step": 8, "min_side": 40}}, "no size fits"),
+        ({"buckets": {"step": 8, "min_side": 40}}, "no size is possible"),
         ({"crop": "center"}, "buckets belongs to crop 'bucket'"),
         ({"buckets": {"step": 8, "enlarge": 0.5}}, "enlarge"),
     ],
 )
-def test_buckets_that_cannot_be_are_refused(change: dict[str, Any], problem: str) -> None:
+def test_invalid_buckets_are_refused(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         small(**change)
     assert small().buckets is not None

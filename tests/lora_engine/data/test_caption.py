@@ -24,7 +24,7 @@ def run(images: Path, tmp_path: Path, add_image: Callable[..., Path]) -> Run:
             add_image(f"{number}.png", caption=text)
         ingest(images, tmp_path / "in", IngestSettings())
         caption(tmp_path / "in", tmp_path / "out", CaptionSettings(**settings))
-        return [picture.caption for picture in Manifest.load(tmp_path / "out").pictures]
+        return [image.caption for image in Manifest.load(tmp_path / "out").pictures]
 
     return caption_all
 
@@ -33,13 +33,13 @@ def test_own_captions_are_kept_and_missing_ones_come_from_the_template(run: Run)
     assert run(["a red thing", None], class_word="star") == ["a red thing", "a star"]
 
 
-def test_the_trigger_gets_into_every_caption(run: Run) -> None:
-    got = run(["a red thing", "a SKS star", None, "sksy"], trigger="sks", class_word="star")
-    assert got == ["a sks star, a red thing", "a SKS star", "a sks star", "a sks star, sksy"]
-    assert all(holds_word(text, "sks") for text in got)
+def test_every_caption_contains_the_trigger(run: Run) -> None:
+    captions = run(["a red thing", "a SKS star", None, "sksy"], trigger="sks", class_word="star")
+    assert captions == ["a sks star, a red thing", "a SKS star", "a sks star", "a sks star, sksy"]
+    assert all(holds_word(text, "sks") for text in captions)
 
 
-def test_the_template_captioner_passes_own_captions_over(run: Run) -> None:
+def test_the_template_captioner_ignores_own_captions(run: Run) -> None:
     assert run(["a red thing"], captioner="template", trigger="sks", template="photo of {trigger}") == ["photo of sks"]
 
 
@@ -51,7 +51,7 @@ def test_the_manifest_records_trigger_and_class_word(run: Run, tmp_path: Path) -
     assert Manifest.load(tmp_path / "again").trigger == "sks"
 
 
-def test_pictures_without_any_words_are_refused(run: Run) -> None:
+def test_images_without_caption_or_template_words_are_refused(run: Run) -> None:
     with pytest.raises(SettingsError, match="set a trigger or a class word"):
         run([None])
 
@@ -61,12 +61,12 @@ def test_a_caption_that_the_trigger_makes_too_long_is_refused(run: Run) -> None:
         run(["x" * 1_999], trigger="sks")
 
 
-def test_the_pictures_are_carried_over_unchanged(run: Run, tmp_path: Path) -> None:
+def test_the_images_are_copied_unchanged(run: Run, tmp_path: Path) -> None:
     run(["one", "two"])
-    pictures = Manifest.load(tmp_path / "out").pictures
-    assert len(pictures) == 2
-    for picture in pictures:
-        assert (tmp_path / "out" / picture.file).read_bytes() == (tmp_path / "in" / picture.file).read_bytes()
+    images = Manifest.load(tmp_path / "out").pictures
+    assert len(images) == 2
+    for image in images:
+        assert (tmp_path / "out" / image.file).read_bytes() == (tmp_path / "in" / image.file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_the_pictures_are_carried_over_unchanged(run: Run, tmp_path: Path) -> No
         {"template": "{name}"},
         {"template": "{"},
         {"template": "two\nlines"},
-        {"template": "no place for it", "trigger": "sks"},
+        {"template": "no placeholder", "trigger": "sks"},
         {"captioner": "magic"},
         {"colour": "red"},
     ],
 )
-def test_settings_that_could_do_harm_or_nothing_are_refused(settings: dict[str, str]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match=next(iter(settings))):
         CaptionSettings(**settings)
 
 
-def test_the_interrogator_describes_what_the_world_can_show() -> None:
+def test_the_interrogator_describes_every_scene_of_the_world() -> None:
     from lora_engine.bases.tiny.world import Scene
     from lora_engine.data.interrogator import all_scenes, describe
 
@@ -107,25 +107,25 @@ def test_the_interrogator_describes_what_the_world_can_show() -> None:
     assert all(" zorb " in describe(scene, "zorb") for scene in all_scenes())
 
 
-def test_the_interrogator_reads_drawings_of_the_embedded_world(tmp_path: Path) -> None:
+def test_the_interrogator_captions_drawings_of_the_embedded_world(tmp_path: Path) -> None:
     from PIL import Image
 
     from lora_engine.bases.tiny import world
     from lora_engine.data.interrogator import describe
 
-    drawn = world.scenes(99, 24, "heldout")
+    scenes = world.scenes(99, 24, "heldout")
     source = tmp_path / "images"
     source.mkdir()
-    for number, scene in enumerate(drawn):
+    for number, scene in enumerate(scenes):
         Image.fromarray(world.draw(scene)).save(source / f"{number:02d}.png")
     ingest(source, tmp_path / "in", IngestSettings())
     seen = []
-    got = caption(
+    manifest = caption(
         tmp_path / "in",
         tmp_path / "out",
         CaptionSettings(captioner="interrogator"),
         lambda done, total, values: seen.append((done, total)),
     )
-    right = [p.caption == describe(scene) for p, scene in zip(got.pictures, drawn, strict=True)]
-    assert sum(right) >= 20
+    correct = [p.caption == describe(scene) for p, scene in zip(manifest.pictures, scenes, strict=True)]
+    assert sum(correct) >= 20
     assert seen[-1] == (24, 24)

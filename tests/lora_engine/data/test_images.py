@@ -37,17 +37,17 @@ def test_a_truncated_jpeg_is_refused_by_name(tmp_path: Path) -> None:
         open_image(path)
 
 
-def test_truncated_pictures_are_not_filled_up(tmp_path: Path) -> None:
+def test_truncated_images_are_not_padded(tmp_path: Path) -> None:
     path = tmp_path / "whole.jpg"
     noise().save(path, quality=95)
     assert open_image(path).size == (24, 16)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-def test_text_under_a_picture_s_name_is_refused(tmp_path: Path) -> None:
+def test_text_with_the_name_of_an_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
-    path.write_text("not a picture")
-    with pytest.raises(DataError, match=r"text\.png: is not a picture that can be read\. Allowed: PNG, JPEG, WEBP"):
+    path.write_text("not an image")
+    with pytest.raises(DataError, match=r"text\.png: is not a readable image\. Allowed: PNG, JPEG, WEBP"):
         open_image(path)
 
 
@@ -58,7 +58,7 @@ def test_a_format_outside_the_list_is_refused(tmp_path: Path) -> None:
         open_image(path)
 
 
-def test_a_format_of_the_list_is_known_by_its_content(tmp_path: Path) -> None:
+def test_the_format_is_detected_by_the_content(tmp_path: Path) -> None:
     path = tmp_path / "really-a-jpeg.PNG"
     noise().save(path, format="JPEG")
     assert open_image(path).size == (24, 16)
@@ -75,42 +75,42 @@ def test_a_small_file_with_many_pixels_is_refused_before_decoding(tmp_path: Path
         open_image(path)
 
 
-def test_the_cap_lets_its_own_size_through(tmp_path: Path) -> None:
+def test_the_limit_itself_is_allowed(tmp_path: Path) -> None:
     path = bomb(tmp_path / "flat.png", 100, 50)
     assert open_image(path, max_pixels=5_000).size == (100, 50)
     with pytest.raises(DataError, match="100 x 50 = 5,000 pixels"):
         open_image(path, max_pixels=4_999)
 
 
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     path = tmp_path / "deep.png"
     values = np.array([[0, 20_000, 65_535]], dtype=np.uint16)
     Image.fromarray(values).save(path)
     assert np.asarray(open_image(path))[0].tolist() == [[0] * 3, [78] * 3, [255] * 3]
 
 
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
     path = tmp_path / "clear.png"
     Image.fromarray(np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], dtype=np.uint8)).save(path)
     assert np.asarray(open_image(path))[0].tolist() == [[255, 255, 255], [255, 0, 0]]
 
 
-def test_transparency_of_a_palette_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_of_a_palette_is_composited_over_white(tmp_path: Path) -> None:
     path = tmp_path / "palette.png"
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    picture.save(path, transparency=0)
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(path, transparency=0)
     assert np.asarray(open_image(path))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
-def test_the_camera_s_orientation_is_applied(tmp_path: Path) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
     path = tmp_path / "turned.jpg"
-    picture = Image.new("RGB", (24, 16), (255, 255, 255))
-    picture.paste((0, 0, 0), (0, 0, 8, 16))
+    image = Image.new("RGB", (24, 16), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 8, 16))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(path, exif=exif, quality=95)
+    image.save(path, exif=exif, quality=95)
     upright = open_image(path)
     assert upright.size == (16, 24)
     assert np.asarray(upright)[:6].mean() < 20 < 200 < np.asarray(upright)[12:].mean()
@@ -119,7 +119,7 @@ def test_the_camera_s_orientation_is_applied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_an_animation_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"moving.{suffix}"
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
     with pytest.raises(DataError, match="is animated"):
         open_image(path)
@@ -141,7 +141,7 @@ def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
     assert open_image(tmp_path / "link.png").size == (24, 16)
 
 
-def test_a_pipe_does_not_make_the_reader_wait(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block_the_reader(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=r"pipe\.png: is not a regular file"):
         open_image(tmp_path / "pipe.png")
@@ -159,12 +159,12 @@ def test_an_empty_missing_or_circular_file_is_refused_by_name(tmp_path: Path, na
 def test_no_mutated_file_raises_anything_but_a_data_error(tmp_path: Path, kind: str) -> None:
     buffer = io.BytesIO()
     noise().save(buffer, format=kind)
-    whole, rng, path = buffer.getvalue(), np.random.default_rng(5), tmp_path / "mutant"
+    complete, rng, path = buffer.getvalue(), np.random.default_rng(5), tmp_path / "mutant"
     refused = 0
     for _ in range(150):
-        content = bytearray(whole[: int(rng.integers(1, len(whole) + 1))])
-        for place in rng.integers(0, len(content), 3):
-            content[place] = int(rng.integers(256))
+        content = bytearray(complete[: int(rng.integers(1, len(complete) + 1))])
+        for position in rng.integers(0, len(content), 3):
+            content[position] = int(rng.integers(256))
         path.write_bytes(bytes(content))
         try:
             assert open_image(path).mode == "RGB"
@@ -173,15 +173,15 @@ def test_no_mutated_file_raises_anything_but_a_data_error(tmp_path: Path, kind: 
     assert refused > 75
 
 
-def test_written_pictures_carry_no_metadata_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_written_images_have_no_metadata_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "taken at home"
     exif.get_ifd(0x8825)[1] = "N"
     noise().save(tmp_path / "tagged.jpg", exif=exif, quality=95, comment=b"secret")
-    picture = open_image(tmp_path / "tagged.jpg")
-    write_image(tmp_path / "clean.png", picture)
+    image = open_image(tmp_path / "tagged.jpg")
+    write_image(tmp_path / "clean.png", image)
     content = (tmp_path / "clean.png").read_bytes()
-    assert content == encode_png(picture)
+    assert content == encode_png(image)
     assert [kind for kind in (b"eXIf", b"tEXt", b"iTXt", b"zTXt", b"tIME", b"iCCP", b"pHYs") if kind in content] == []
     assert b"secret" not in content
     assert b"home" not in content

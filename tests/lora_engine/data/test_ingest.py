@@ -19,14 +19,14 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_becomes_a_manifest_in_the_order_of_its_names(images: Path, tmp_path: Path, add_image: Add) -> None:
+def test_the_manifest_of_a_folder_is_sorted_by_name(images: Path, tmp_path: Path, add_image: Add) -> None:
     second = add_image("b.png", caption="a red\nstar ")
     add_image("A.JPG")
     add_image("sub/c.webp")
-    (images / "readme.md").write_text("passed over")
-    (images / ".hidden.png").write_text("passed over")
+    (images / "readme.md").write_text("skipped")
+    (images / ".hidden.png").write_text("skipped")
     manifest = ingest(images, tmp_path / "out", IngestSettings())
-    assert [picture.source for picture in manifest.pictures] == ["A.JPG", "b.png", "sub/c.webp"]
+    assert [image.source for image in manifest.pictures] == ["A.JPG", "b.png", "sub/c.webp"]
     assert manifest.quarantined == ()
     assert manifest.pictures[1].caption == "a red star"
     assert manifest.pictures[1].sha256 == hashlib.sha256(second.read_bytes()).hexdigest()
@@ -34,7 +34,7 @@ def test_a_folder_becomes_a_manifest_in_the_order_of_its_names(images: Path, tmp
     assert Manifest.load(tmp_path / "out") == manifest
 
 
-def test_one_broken_picture_among_good_ones_is_quarantined(images: Path, tmp_path: Path, add_image: Add) -> None:
+def test_a_broken_image_is_quarantined(images: Path, tmp_path: Path, add_image: Add) -> None:
     for number in range(5):
         add_image(f"{number}.png")
     cut = add_image("cut.png")
@@ -70,7 +70,7 @@ def test_everything_in_the_folder_is_used_or_quarantined(images: Path, tmp_path:
 
 def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_image: Add) -> None:
     for number in range(4):
-        add_image(f"{number}.png", caption=f"picture {number}")
+        add_image(f"{number}.png", caption=f"image {number}")
     for out in ("one", "two"):
         ingest(images, tmp_path / out, IngestSettings(heldout=0.5))
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
@@ -78,19 +78,19 @@ def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "held"), [(10, 0.0, 0), (10, 0.3, 3), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)]
+    ("count", "fraction", "heldout"), [(10, 0.0, 0), (10, 0.3, 3), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)]
 )
-def test_the_held_out_share_leaves_something_on_both_sides(
-    images: Path, tmp_path: Path, add_image: Add, *, count: int, fraction: float, held: int
+def test_both_splits_have_images(
+    images: Path, tmp_path: Path, add_image: Add, *, count: int, fraction: float, heldout: int
 ) -> None:
     for number in range(count):
         add_image(f"{number}.png")
     manifest = ingest(images, tmp_path / "out", IngestSettings(heldout=fraction))
-    assert len(manifest.of_split("heldout")) == held
-    assert len(manifest.of_split("train")) == count - held
+    assert len(manifest.of_split("heldout")) == heldout
+    assert len(manifest.of_split("train")) == count - heldout
 
 
-def test_the_held_out_pictures_do_not_depend_on_names(images: Path, tmp_path: Path, add_image: Add) -> None:
+def test_the_held_out_images_do_not_depend_on_names(images: Path, tmp_path: Path, add_image: Add) -> None:
     paths = [add_image(f"{number}.png") for number in range(6)]
     before = ingest(images, tmp_path / "before", IngestSettings(heldout=0.5))
     for path in paths:
@@ -99,18 +99,18 @@ def test_the_held_out_pictures_do_not_depend_on_names(images: Path, tmp_path: Pa
     assert {p.sha256 for p in before.of_split("heldout")} == {p.sha256 for p in after.of_split("heldout")}
 
 
-def test_a_folder_without_one_good_picture_is_refused_with_counts_and_reasons(images: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_usable_image_is_refused_with_counts_and_reasons(images: Path, tmp_path: Path) -> None:
     for number in range(5):
         (images / f"{number}.png").write_text("no")
-    with pytest.raises(DataError, match=r"none of the 5 files can be used .* first 0\.png: is not a picture"):
+    with pytest.raises(DataError, match=r"none of the 5 files can be used .* first 0\.png: is not a readable image"):
         ingest(images, tmp_path / "out", IngestSettings())
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_an_empty_and_a_missing_folder_are_refused_with_their_path(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{images}: the folder holds no pictures"):
+    with pytest.raises(DataError, match=f"{images}: the folder has no images"):
         ingest(images, tmp_path / "out", IngestSettings())
-    with pytest.raises(DataError, match=f"{tmp_path / 'gone'}: there is no such folder.* To do: give the folder"):
+    with pytest.raises(DataError, match=f"{tmp_path / 'gone'}: there is no such folder.* Fix: name the folder"):
         ingest(tmp_path / "gone", tmp_path / "out", IngestSettings())
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file, not a folder"):
@@ -121,17 +121,19 @@ def test_an_empty_and_a_missing_folder_are_refused_with_their_path(images: Path,
     ("caption", "reason"),
     [(b"\xff\xfe\x00bad", "not UTF-8"), (b"x" * 2_001, "too long"), (b" " * 70_000, "too long")],
 )
-def test_a_caption_that_cannot_be_used_quarantines_its_picture(
+def test_an_unusable_caption_quarantines_its_image(
     images: Path, tmp_path: Path, add_image: Add, *, caption: bytes, reason: str
 ) -> None:
     add_image("good.png", caption="fine")
     add_image("odd.png").with_suffix(".txt").write_bytes(caption)
     manifest = ingest(images, tmp_path / "out", IngestSettings())
-    assert [picture.source for picture in manifest.pictures] == ["good.png"]
+    assert [image.source for image in manifest.pictures] == ["good.png"]
     assert reason in manifest.quarantined[0].reason
 
 
-def test_a_caption_loses_control_and_direction_characters(images: Path, tmp_path: Path, add_image: Add) -> None:
+def test_control_and_direction_characters_are_removed_from_captions(
+    images: Path, tmp_path: Path, add_image: Add
+) -> None:
     add_image("a.png", caption="\ufeffa \x1b[31mred\x00 \u202estar\t on\r\nblue\u2028 <lora:x:1>")
     manifest = ingest(images, tmp_path / "out", IngestSettings())
     assert manifest.pictures[0].caption == "a [31mred star on blue <lora:x:1>"
@@ -146,7 +148,7 @@ def test_a_caption_that_links_out_of_the_folder_is_not_read(images: Path, tmp_pa
     assert b"secret" not in (tmp_path / "out" / "manifest.json").read_bytes()
 
 
-def test_consent_is_tied_to_its_picture(
+def test_consent_is_recorded_with_its_image(
     images: Path, tmp_path: Path, add_image: Add, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_image("a.png")
@@ -154,26 +156,26 @@ def test_consent_is_tied_to_its_picture(
     table = tmp_path / "consent.csv"
     table.write_text("file,consent,note\nsub/b.png,C-17,ok\ngone.png,C-18,\n")
     manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=table)
-    assert [picture.consent for picture in manifest.pictures] == [None, "C-17"]
+    assert [image.consent for image in manifest.pictures] == [None, "C-17"]
     assert "gone.png" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "problem"),
     [
         (b"name,id\na.png,1\n", "row 2 needs a file and a consent id"),
-        (b"file,consent\na.png,1\na.png,2\n", "row 3 names 'a.png' a second time"),
+        (b"file,consent\na.png,1\na.png,2\n", "row 3 repeats the file 'a.png'"),
         (b"file,consent\na.png,\n", "row 2"),
         (b"\xff\xff", "not a UTF-8 CSV"),
     ],
 )
-def test_a_consent_file_that_is_not_valid_stops_the_run(
-    images: Path, tmp_path: Path, add_image: Add, *, content: bytes, named: str
+def test_an_invalid_consent_file_is_refused(
+    images: Path, tmp_path: Path, add_image: Add, *, content: bytes, problem: str
 ) -> None:
     add_image("a.png")
     table = tmp_path / "consent.csv"
     table.write_bytes(content)
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(DataError, match=problem):
         ingest(images, tmp_path / "out", IngestSettings(), consent=table)
     with pytest.raises(DataError, match="no such consent file"):
         ingest(images, tmp_path / "out", IngestSettings(), consent=tmp_path / "gone.csv")

@@ -44,7 +44,7 @@ def test_no_manifest_points_outside_its_folder(tmp_path: Path, file: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "problem"),
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
@@ -53,20 +53,20 @@ def test_no_manifest_points_outside_its_folder(tmp_path: Path, file: str) -> Non
         ({"pictures": [entry(sha256="xyz")]}, r"pictures\.0\.sha256"),
         ({"pictures": [entry(), entry(digest="a" * 16 + "b" * 48)]}, "share the file"),
         ({"pictures": [entry()], "format": 2}, "format"),
-        ({"pictures": [entry()]}, "1 of 1 pictures are missing"),
+        ({"pictures": [entry()]}, "1 of 1 images are missing"),
     ],
 )
-def test_a_manifest_that_is_not_whole_is_refused_with_its_place(tmp_path: Path, content: Any, named: str) -> None:
-    with pytest.raises(DataError, match=named):
+def test_an_invalid_manifest_is_refused_with_the_location(tmp_path: Path, content: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
         Manifest.load(write(tmp_path, content))
 
 
-def test_a_folder_without_a_manifest_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_a_manifest_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="run ingest"):
         Manifest.load(tmp_path)
 
 
-def test_what_specs_and_flows_import_does_not_import_torch() -> None:
+def test_modules_for_specs_and_flows_do_not_import_torch() -> None:
     modules = ("data.manifest", "data.spec", "data.caption", "evaluation.spec", "evaluation.plan", "evaluation.report")
     code = "".join(f"import lora_engine.{module}\n" for module in modules)
     code += "import sys\nprint([name for name in ('torch', 'transformers', 'diffusers') if name in sys.modules])"

@@ -9,7 +9,7 @@ from lora_engine.data.pixels import read_pixels, to_image, write_png
 from lora_engine.errors import DataError
 
 
-def test_every_level_survives_the_way_to_the_disk_and_back(tmp_path: Path) -> None:
+def test_every_level_survives_a_round_trip(tmp_path: Path) -> None:
     levels = torch.arange(256, dtype=torch.float32).view(1, 16, 16).expand(3, -1, -1) / 127.5 - 1.0
     write_png(tmp_path / "levels.png", levels)
     again = read_pixels(tmp_path / "levels.png")

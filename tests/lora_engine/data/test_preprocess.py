@@ -23,26 +23,26 @@ def corner_detail(width: int, height: int, left: int, top: int) -> Image.Image:
 
 @pytest.mark.parametrize("crop", ["center", "salient"])
 @pytest.mark.parametrize(("width", "height"), [(40, 32), (7, 300), (16, 16), (1, 1), (333, 100)])
-def test_every_size_becomes_the_wanted_square(crop: str, width: int, height: int) -> None:
+def test_every_size_becomes_the_target_square(crop: str, width: int, height: int) -> None:
     noise = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
     assert to_square(Image.fromarray(noise), 16, crop).size == (16, 16)
 
 
-def test_salient_keeps_the_detail_that_center_cuts_away() -> None:
-    picture = corner_detail(96, 32, 84, 12)
-    assert np.asarray(to_square(picture, 32, "salient")).std() > 10
-    assert np.asarray(to_square(picture, 32, "center")).std() == 0
+def test_salient_keeps_the_detail_that_center_crops() -> None:
+    image = corner_detail(96, 32, 84, 12)
+    assert np.asarray(to_square(image, 32, "salient")).std() > 10
+    assert np.asarray(to_square(image, 32, "center")).std() == 0
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 32), (32, 96), (64, 64)])
-def test_salient_takes_the_middle_where_nothing_stands_out(width: int, height: int) -> None:
+def test_salient_equals_center_without_contrast(width: int, height: int) -> None:
     flat = Image.new("RGB", (width, height), (9, 9, 9))
     assert CROPS["salient"](flat, (32, 32)) == CROPS["center"](flat, (32, 32))
 
 
-def test_a_picture_of_the_wanted_size_is_left_as_it_is() -> None:
-    picture = corner_detail(32, 32, 3, 3)
-    assert np.array_equal(np.asarray(to_square(picture, 32, "center")), np.asarray(picture))
+def test_an_image_of_the_target_size_is_unchanged() -> None:
+    image = corner_detail(32, 32, 3, 3)
+    assert np.array_equal(np.asarray(to_square(image, 32, "center")), np.asarray(image))
 
 
 def test_preprocess_keeps_names_captions_and_quarantine(
@@ -54,16 +54,16 @@ def test_preprocess_keeps_names_captions_and_quarantine(
     after = preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=24, crop="salient"))
     assert after == Manifest.load(tmp_path / "two")
     assert after.quarantined == before.quarantined
-    picture = after.pictures[0]
-    assert (picture.file, picture.sha256, picture.caption) == (
+    image = after.pictures[0]
+    assert (image.file, image.sha256, image.caption) == (
         before.pictures[0].file,
         before.pictures[0].sha256,
         "a star",
     )
-    assert (picture.width, picture.height) == open_image(tmp_path / "two" / picture.file).size == (24, 24)
+    assert (image.width, image.height) == open_image(tmp_path / "two" / image.file).size == (24, 24)
 
 
 @pytest.mark.parametrize("resolution", [0, 8, 33, 5000])
-def test_a_resolution_that_no_base_could_use_is_refused(resolution: int) -> None:
+def test_an_unusable_resolution_is_refused(resolution: int) -> None:
     with pytest.raises(ValidationError, match="resolution"):
         PreprocessSettings(resolution=resolution)

@@ -17,7 +17,7 @@ from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import write_adapter
 
-# Shapes this small only lose by being spread over cores.
+# More threads are slower for shapes this small.
 torch.set_num_threads(1)
 
 
@@ -49,23 +49,23 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, train: int = 3, heldout: int = 2, size: int = 16, **about: Any) -> Path:
-    pictures = []
+def write_dataset(folder: Path, train: int = 3, heldout: int = 2, size: int = 16, **options: Any) -> Path:
+    images = []
     for number in range(train + heldout):
         digest = hashlib.sha256(f"{folder.name} {number}".encode()).hexdigest()
         name = f"pictures/{digest[:16]}.png"
         write_png(folder / name, torch.rand(3, size, size, generator=torch.Generator().manual_seed(number)) * 2 - 1)
-        text = about.get("caption", "a {number} zorb").format(number=number)
-        picture = ImageEntry(sha256=digest, file=name, width=size, height=size, caption=text, source=f"{number}.png")
-        pictures.append(picture.model_copy(update={"split": "train" if number < train else "heldout"}))
-    left_out = (Quarantined(source="cut.png", reason="is broken"),)
-    Manifest(pictures=tuple(pictures), quarantined=left_out, trigger="zorb", class_word="star").save(folder)
+        text = options.get("caption", "a {number} zorb").format(number=number)
+        image = ImageEntry(sha256=digest, file=name, width=size, height=size, caption=text, source=f"{number}.png")
+        images.append(image.model_copy(update={"split": "train" if number < train else "heldout"}))
+    quarantined = (Quarantined(source="cut.png", reason="is broken"),)
+    Manifest(pictures=tuple(images), quarantined=quarantined, trigger="zorb", class_word="star").save(folder)
     return folder
 
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
-    return lambda name="dataset", **about: write_dataset(tmp_path / name, **about)
+    return lambda name="dataset", **options: write_dataset(tmp_path / name, **options)
 
 
 def change_adapter(adapter: Adapter, value: Callable[[torch.Tensor], torch.Tensor]) -> Adapter:

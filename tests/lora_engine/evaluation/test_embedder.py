@@ -10,7 +10,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.evaluation.embedder import load_embedder
 
 
-def test_embeddings_are_those_of_the_model_itself(clip_folder: Path) -> None:
+def test_embeddings_equal_those_of_the_model(clip_folder: Path) -> None:
     from transformers import AutoTokenizer, CLIPModel
 
     model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), AutoTokenizer.from_pretrained(clip_folder)
@@ -23,7 +23,7 @@ def test_embeddings_are_those_of_the_model_itself(clip_folder: Path) -> None:
     torch.testing.assert_close(embedder.embed_texts(texts), output.text_embeds)
 
 
-def test_every_embedding_has_length_one_whatever_the_size(clip_folder: Path) -> None:
+def test_embeddings_of_images_of_any_size_have_length_one(clip_folder: Path) -> None:
     embedder = load_embedder(clip_folder)
     for shape in ((1, 3, 16, 16), (2, 3, 40, 24), (40, 3, 8, 8)):
         vectors = embedder.embed_images(torch.rand(shape) * 2 - 1)
@@ -39,7 +39,7 @@ def test_the_fingerprint_follows_the_files(clip_folder: Path, tmp_path: Path) ->
     assert load_embedder(same).fingerprint != load_embedder(clip_folder).fingerprint
 
 
-def test_a_folder_that_is_no_embedder_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_embedder_is_refused(clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no config\.json of a CLIPModel"):
         load_embedder(tmp_path)
     (tmp_path / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
@@ -47,7 +47,7 @@ def test_a_folder_that_is_no_embedder_is_refused(clip_folder: Path, tmp_path: Pa
         load_embedder(tmp_path)
 
 
-def test_missing_weights_are_not_made_up(clip_folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(clip_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     from lora_engine.formats.safetensors_io import write_safetensors
@@ -60,7 +60,7 @@ def test_missing_weights_are_not_made_up(clip_folder: Path, tmp_path: Path) -> N
         load_embedder(tmp_path / "part")
 
 
-def test_loading_leaves_the_global_generator_as_it_was(clip_folder: Path) -> None:
+def test_loading_restores_the_global_generator(clip_folder: Path) -> None:
     before = torch.random.get_rng_state()
     load_embedder(clip_folder)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -39,7 +39,7 @@ def run(
     return evaluated
 
 
-def test_an_adapter_without_effect_changes_no_number(run: Callable[..., dict[str, Any]]) -> None:
+def test_an_adapter_without_effect_changes_no_metric(run: Callable[..., dict[str, Any]]) -> None:
     metrics = run("zero")["metrics"]
     assert set(metrics) == set(CATALOGUE)
     for name, metric in metrics.items():
@@ -47,7 +47,7 @@ def test_an_adapter_without_effect_changes_no_number(run: Callable[..., dict[str
         assert metric["interval"] == [0.0, 0.0], name
 
 
-def test_a_strong_adapter_moves_every_number(run: Callable[..., dict[str, Any]]) -> None:
+def test_a_strong_adapter_changes_every_metric(run: Callable[..., dict[str, Any]]) -> None:
     report = run("strong")
     assert set(report["metrics"]) == set(CATALOGUE)
     for name, metric in report["metrics"].items():
@@ -64,8 +64,8 @@ def test_the_same_inputs_give_the_same_bytes(run: Callable[..., dict[str, Any]],
     files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")}
     assert files == {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")}
     assert json.loads(files[Path("report.json")]) == report
-    named = {sample[role] for sample in report["samples"] for role in ("base", "adapter", "reference")} - {None}
-    assert named == {str(path) for path in files if path.suffix == ".png"}
+    names = {sample[role] for sample in report["samples"] for role in ("base", "adapter", "reference")} - {None}
+    assert names == {str(path) for path in files if path.suffix == ".png"}
     assert {sample["kind"] for sample in report["samples"]} == {"paired", "asked", "unasked"}
     assert str(tmp_path).encode() not in files[Path("report.json")]
 
@@ -101,13 +101,13 @@ def test_an_adapter_that_makes_nan_is_refused(
 ) -> None:
     broken, _ = read_adapter(adapters["strong"] / "adapter.safetensors")
     write_adapter(tmp_path / "loud.safetensors", change_adapter(broken, lambda factor: torch.full_like(factor, 1e30)))
-    with pytest.raises(AdapterError, match="made with the adapter hold NaN or Inf"):
+    with pytest.raises(AdapterError, match="of the adapter contain NaN or Inf"):
         evaluate(settings(), str(base), tmp_path / "loud.safetensors", make_dataset(), tmp_path / "out")
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_a_size_that_the_base_cannot_draw_is_refused_before_any_work(
+def test_a_size_that_the_base_cannot_generate_is_refused_first(
     base: Path, adapters: dict[str, Path], make_dataset: MakeDataset, tmp_path: Path, settings: Callable[..., Any]
 ) -> None:
-    with pytest.raises(SettingsError, match="cannot make pictures of 15 x 15"):
+    with pytest.raises(SettingsError, match="cannot generate images of 15 x 15"):
         evaluate(settings(), str(base), adapters["zero"], make_dataset(size=15), tmp_path / "out")

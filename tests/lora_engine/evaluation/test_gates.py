@@ -39,24 +39,31 @@ def test_a_gate_passes_only_finite_values_within_its_bounds(
     assert result(gate, difference=difference, adapter=0.5) is passed
 
 
-def test_a_gate_looks_at_the_value_that_it_names() -> None:
+def test_a_gate_checks_the_value_that_it_names() -> None:
     values = {"adapter": 0.9, "difference": -0.5}
     assert result({"min": 0.5, "of": "adapter"}, **values)
     assert not result({"min": 0.5}, **values)
 
 
 def test_a_value_that_is_not_finite_is_reported_as_missing() -> None:
-    found = check_gates({"drift": {"difference": float("nan")}}, {"drift": Gate(max=1)})[0].as_dict()
-    assert found == {"metric": "drift", "of": "difference", "min": None, "max": 1.0, "value": None, "passed": False}
+    gate_result = check_gates({"drift": {"difference": float("nan")}}, {"drift": Gate(max=1)})[0].as_dict()
+    assert gate_result == {
+        "metric": "drift",
+        "of": "difference",
+        "min": None,
+        "max": 1.0,
+        "value": None,
+        "passed": False,
+    }
 
 
-def test_a_gate_on_something_not_measured_is_an_error() -> None:
+def test_a_gate_on_a_missing_metric_is_refused() -> None:
     with pytest.raises(SettingsError, match="first 'clip_t'"):
         check_gates({"drift": {"difference": 0.0}}, {"clip_t": Gate(min=0)})
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "problem"),
     [
         ({"gates": {"clip_tt": {"min": 0}}}, "did you mean 'clip_t'"),
         ({"gates": {"clip_t": {}}}, "needs min, max or both"),
@@ -68,11 +75,11 @@ def test_a_gate_on_something_not_measured_is_an_error() -> None:
         ({"steps": 0}, "steps"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_any_work(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValidationError, match=named):
+def test_invalid_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
         EvaluateSettings(**settings)
 
 
-def test_every_metric_has_words_and_every_word_a_metric() -> None:
+def test_every_metric_has_a_description() -> None:
     assert set(METRICS) == set(CATALOGUE)
     assert all(info.meaning.endswith(".") for info in CATALOGUE.values())

@@ -8,7 +8,7 @@ import pytest
 
 from lora_engine.errors import DataError
 from lora_engine.evaluation.plan import make_plan, read_trained_on
-from lora_engine.evaluation.prompts import read_prompts, without_trigger
+from lora_engine.evaluation.prompts import read_prompts, remove_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
 
 MakeDataset = Callable[..., Path]
@@ -28,11 +28,11 @@ MakeDataset = Callable[..., Path]
     ],
 )
 def test_the_trigger_is_replaced_or_removed(prompt: str, class_word: str | None, bare: str) -> None:
-    assert without_trigger(prompt, "zorb", class_word) == bare
+    assert remove_trigger(prompt, "zorb", class_word) == bare
 
 
 def test_without_a_trigger_the_prompt_stays() -> None:
-    assert without_trigger("a  star", None, "star") == "a  star"
+    assert remove_trigger("a  star", None, "star") == "a  star"
 
 
 def test_prompts_are_read_without_comments_and_empty_lines(tmp_path: Path) -> None:
@@ -42,50 +42,50 @@ def test_prompts_are_read_without_comments_and_empty_lines(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "problem"),
     [
-        (b"# nothing\n\n", "holds 0 prompts"),
-        (b"a\n" * 1_001, "holds 1001 prompts"),
+        (b"# nothing\n\n", "has 0 prompts"),
+        (b"a\n" * 1_001, "has 1001 prompts"),
         (b"a\n" + b"x" * 2_001, "line 2 has 2001 characters"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
-def test_a_prompt_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, named: str) -> None:
+def test_a_prompt_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(DataError, match=problem):
         read_prompts(tmp_path / "prompts.txt")
     with pytest.raises(DataError, match="cannot be read"):
         read_prompts(tmp_path / "gone.txt")
 
 
-def test_the_plan_takes_held_out_pictures_and_their_captions(make_dataset: MakeDataset) -> None:
+def test_the_plan_uses_held_out_images_and_their_captions(make_dataset: MakeDataset) -> None:
     plan = make_plan(EvaluateSettings(), make_dataset(), heldout=None, prompts=())
     assert plan.measured_on == "heldout"
-    assert {request.prompt for request in plan.paired} == {"a 3 zorb", "a 4 zorb"}
-    assert [request.prompt for request in plan.asked] == [request.prompt for request in plan.paired]
-    assert {request.prompt for request in plan.unasked} == {"a 3 star", "a 4 star"}
+    assert {request.prompt for request in plan.reference} == {"a 3 zorb", "a 4 zorb"}
+    assert [request.prompt for request in plan.with_trigger] == [request.prompt for request in plan.reference]
+    assert {request.prompt for request in plan.without_trigger} == {"a 3 star", "a 4 star"}
 
 
-def test_without_held_out_pictures_the_plan_says_that_it_flatters(make_dataset: MakeDataset) -> None:
+def test_without_held_out_images_the_plan_measures_on_training_images(make_dataset: MakeDataset) -> None:
     plan = make_plan(EvaluateSettings(max_pictures=2), make_dataset(heldout=0), heldout=None, prompts=())
-    assert (plan.measured_on, len(plan.paired)) == ("training", 2)
+    assert (plan.measured_on, len(plan.reference)) == ("training", 2)
 
 
-def test_another_dataset_may_hold_the_held_out_pictures(make_dataset: MakeDataset) -> None:
+def test_another_dataset_can_provide_the_held_out_images(make_dataset: MakeDataset) -> None:
     other = make_dataset("other", train=4, heldout=0, caption="other {number}")
     plan = make_plan(EvaluateSettings(), make_dataset(), heldout=other, prompts=("one", "one", "two"))
-    assert (plan.folder, plan.measured_on, len(plan.paired)) == (other, "heldout", 4)
-    assert [request.prompt for request in plan.asked] == ["one", "two"]
+    assert (plan.folder, plan.measured_on, len(plan.reference)) == (other, "heldout", 4)
+    assert [request.prompt for request in plan.with_trigger] == ["one", "two"]
 
 
-def test_held_out_pictures_that_were_trained_on_are_refused(make_dataset: MakeDataset) -> None:
+def test_held_out_images_that_were_trained_on_are_refused(make_dataset: MakeDataset) -> None:
     other = make_dataset("other", train=2, heldout=0)
     digest = json.loads((other / "manifest.json").read_bytes())["pictures"][0]["sha256"]
-    with pytest.raises(DataError, match=r"1 of 2 held-out pictures were trained on, first '0\.png'"):
+    with pytest.raises(DataError, match=r"1 of 2 held-out images were trained on, first '0\.png'"):
         make_plan(EvaluateSettings(), make_dataset(), heldout=other, prompts=(), trained_on=(digest,))
 
 
-def test_pictures_of_several_sizes_are_refused(make_dataset: MakeDataset) -> None:
+def test_images_of_several_sizes_are_refused(make_dataset: MakeDataset) -> None:
     folder = make_dataset(train=0, heldout=2)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["pictures"][0]["width"] = 24
@@ -96,15 +96,15 @@ def test_pictures_of_several_sizes_are_refused(make_dataset: MakeDataset) -> Non
 
 def test_seeds_do_not_depend_on_the_other_prompts(make_dataset: MakeDataset) -> None:
     dataset, settings = make_dataset(), EvaluateSettings(seeds=3)
-    alone = make_plan(settings, dataset, heldout=None, prompts=("a zorb",)).asked[0]
-    among = make_plan(settings, dataset, heldout=None, prompts=("a cat", "a zorb")).asked[1]
-    assert alone == among
+    alone = make_plan(settings, dataset, heldout=None, prompts=("a zorb",)).with_trigger[0]
+    second = make_plan(settings, dataset, heldout=None, prompts=("a cat", "a zorb")).with_trigger[1]
+    assert alone == second
     assert len(set(alone.seeds)) == 3
-    moved = make_plan(EvaluateSettings(seeds=3, seed=1), dataset, heldout=None, prompts=("a zorb",)).asked[0]
-    assert not set(moved.seeds) & set(alone.seeds)
+    reseeded = make_plan(EvaluateSettings(seeds=3, seed=1), dataset, heldout=None, prompts=("a zorb",)).with_trigger[0]
+    assert not set(reseeded.seeds) & set(alone.seeds)
 
 
-def test_what_was_trained_on_is_read_beside_the_adapter(tmp_path: Path) -> None:
+def test_digests_of_training_images_are_read_beside_the_adapter(tmp_path: Path) -> None:
     assert read_trained_on(tmp_path) == ()
     (tmp_path / "training.json").write_text('{"trained_on": ["abc"]}')
     assert read_trained_on(tmp_path) == read_trained_on(tmp_path / "adapter.safetensors") == ("abc",)

@@ -24,11 +24,11 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
 class Tags(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
 
 def metric(difference: float, interval: list[float] | None, verdict: str = "better") -> dict[str, Any]:
@@ -91,26 +91,26 @@ def render(tmp_path: Path, report: dict[str, Any], make_dataset: Callable[..., P
     return page
 
 
-def test_the_page_loads_nothing_and_runs_nothing(render: Callable[..., str]) -> None:
-    found = Tags(render()).found
-    assert {tag for tag, _ in found} & {"script", "link", "iframe", "object", "form"} == set()
-    assert all(not name.startswith("on") for _, attributes in found for name in attributes)
-    sources = [attributes["src"] or "" for _, attributes in found if "src" in attributes]
+def test_the_page_has_no_scripts_and_no_external_resources(render: Callable[..., str]) -> None:
+    elements = Tags(render()).elements
+    assert {tag for tag, _ in elements} & {"script", "link", "iframe", "object", "form"} == set()
+    assert all(not name.startswith("on") for _, attributes in elements for name in attributes)
+    sources = [attributes["src"] or "" for _, attributes in elements if "src" in attributes]
     assert len(sources) == 3 + 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert [attributes for _, attributes in found if "href" in attributes] == []
+    assert [attributes for _, attributes in elements if "href" in attributes] == []
 
 
-def test_the_page_tells_the_whole_story(render: Callable[..., str]) -> None:
+def test_the_page_shows_every_part_of_the_report(render: Callable[..., str]) -> None:
     page = render()
-    for told in (
-        "1 of 2 gates failed", "a red zorb", "seed 5", "Likeness to the real picture", "+0.200", "+0.100 to +0.300",
+    for text in (
+        "1 of 2 gates failed", "a red zorb", "seed 5", "Likeness to the real image", "+0.200", "+0.100 to +0.300",
         "at least 0.1 and at most 1", "prior.weight", "attention, unet.*", "photos", "333333333333", "cut.png",
         "is broken", "crescents 3", "9" * 64, "&lt;lora:crescents:1&gt;", "2 held out", "one unit only",
     ):  # fmt: skip
-        assert told in page, told
+        assert text in page, text
     assert "from photos, 333333333333" in page
-    assert "Measured on the training pictures" not in page
+    assert "Measured on the training images" not in page
 
 
 def test_the_page_is_the_same_each_time(render: Callable[..., str]) -> None:
@@ -122,10 +122,10 @@ def test_nothing_from_a_file_becomes_markup(
 ) -> None:
     dataset = make_dataset("hostile")
     manifest = Manifest.load(dataset)
-    evil = tuple(p.model_copy(update={"caption": HOSTILE, "source": HOSTILE}) for p in manifest.pictures)
-    left = tuple(q.model_copy(update={"source": HOSTILE, "reason": HOSTILE}) for q in manifest.quarantined)
-    manifest.model_copy(update={"pictures": evil, "quarantined": left}).save(dataset)
-    plain = len(Tags(render()).found)
+    hostile = tuple(p.model_copy(update={"caption": HOSTILE, "source": HOSTILE}) for p in manifest.pictures)
+    quarantined = tuple(q.model_copy(update={"source": HOSTILE, "reason": HOSTILE}) for q in manifest.quarantined)
+    manifest.model_copy(update={"pictures": hostile, "quarantined": quarantined}).save(dataset)
+    plain = len(Tags(render()).elements)
     report["samples"][0]["prompt"] = report["trigger"] = report["class_word"] = report["base"]["name"] = HOSTILE
     page = render(
         HOSTILE,
@@ -133,28 +133,26 @@ def test_nothing_from_a_file_becomes_markup(
         recipe={HOSTILE: HOSTILE, "rank": 8, "a": 1, "b": 2},
         version={"name": HOSTILE, "version": HOSTILE, "sha256": HOSTILE, "aliases": [HOSTILE]},
     )
-    found = Tags(page).found
-    assert len(found) == plain
-    assert [tag for tag, _ in found if tag == "script"] == []
-    assert [attributes for _, attributes in found if "onerror" in attributes] == []
+    elements = Tags(page).elements
+    assert len(elements) == plain
+    assert [tag for tag, _ in elements if tag == "script"] == []
+    assert [attributes for _, attributes in elements if "onerror" in attributes] == []
     assert "{{ 7 * 7 }}" in page
     assert "&lt;script&gt;" in page
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "pictures/../../secret.png", "secret.png", 7])
-def test_a_report_cannot_show_files_from_elsewhere(
+def test_a_report_cannot_show_files_outside_its_folder(
     render: Callable[..., str], report: dict[str, Any], tmp_path: Path, name: Any
 ) -> None:
     for folder in (tmp_path, tmp_path / "report"):
         write_image(folder / "secret.png", Image.new("RGB", (8, 8)))
     report["samples"][0]["base"] = name.format(tmp_path) if isinstance(name, str) else name
-    with pytest.raises(DataError, match="names the picture"):
+    with pytest.raises(DataError, match="invalid image name"):
         render()
 
 
-def test_an_image_that_a_report_names_and_that_is_missing_is_an_error(
-    render: Callable[..., str], report: dict[str, Any]
-) -> None:
+def test_a_missing_image_is_an_error(render: Callable[..., str], report: dict[str, Any]) -> None:
     report["samples"][0]["base"] = "pictures/gone.png"
     with pytest.raises(DataError, match=r"gone\.png"):
         render()
@@ -164,25 +162,25 @@ def test_a_bare_report_has_a_page_too(report: dict[str, Any], tmp_path: Path) ->
     report |= {"gates": [], "samples": [], "measured_on": "training", "trigger": None, "class_word": None}
     page = render_report("merged", report, tmp_path)
     assert "No gates set" in page
-    assert "Measured on the training pictures" in page
+    assert "Measured on the training images" in page
     assert "Training loss" not in page
 
 
-def test_large_pictures_are_made_smaller(render: Callable[..., str], tmp_path: Path) -> None:
+def test_large_images_are_downscaled(render: Callable[..., str], tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (900, 700, 3), dtype=np.uint8)
     write_image(tmp_path / "report" / "pictures/00-base.png", Image.fromarray(noise))
-    shown = [a for tag, a in Tags(render()).found if tag == "img" and (a["src"] or "").startswith("data:image/jpeg")]
+    shown = [a for tag, a in Tags(render()).elements if tag == "img" and (a["src"] or "").startswith("data:image/jpeg")]
     assert [(item["width"], item["height"]) for item in shown] == [("398", "512")]
 
 
-def test_the_curve_leaves_out_what_is_not_finite_and_needs_two_points() -> None:
+def test_the_curve_skips_values_that_are_not_finite_and_needs_two_points() -> None:
     assert draw_loss([]) is None
     assert draw_loss([[1, float("nan")], [2, 0.5]]) is None
-    drawn = draw_loss([[k, 5.0 if k == 1 else 0.5 + 0.1 * (k % 2)] for k in range(1, 20_000)] + [[7, float("inf")]])
-    assert drawn is not None
-    assert "nan" not in drawn
-    assert "inf" not in drawn
-    assert len(drawn) < 30_000
+    chart = draw_loss([[k, 5.0 if k == 1 else 0.5 + 0.1 * (k % 2)] for k in range(1, 20_000)] + [[7, float("inf")]])
+    assert chart is not None
+    assert "nan" not in chart
+    assert "inf" not in chart
+    assert len(chart) < 30_000
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.53), (1.0, 400.0), (0.0, 1e-9), (0.0, 12_345.0), (3.0, 3.0)])
@@ -195,10 +193,10 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
 
 @pytest.mark.needs("chromium")
 @pytest.mark.parametrize("width", [1200, 500])
-def test_a_browser_shows_every_picture_and_nothing_wider_than_itself(
+def test_a_browser_shows_every_image_and_no_horizontal_overflow(
     render: Callable[..., str], tmp_path: Path, width: int
 ) -> None:
-    # The page itself runs no script; this copy measures itself instead of forbidding it.
+    # The page forbids scripts; this copy drops the policy and measures itself.
     probe = (
         "<script>document.title = [...document.images].filter(i => i.naturalWidth > 0 && i.clientWidth > 20).length"
         " + '/' + document.images.length + ' ' + (document.documentElement.scrollWidth <= innerWidth)</script></body>"
@@ -206,10 +204,10 @@ def test_a_browser_shows_every_picture_and_nothing_wider_than_itself(
     page = re.sub(r"<meta http-equiv=.Content-Security-Policy[^>]*>", "", render()).replace("</body>", probe)
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     browser = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    offline = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     done = subprocess.run(
         [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'profile'}",
+            browser, "--headless", "--no-sandbox", "--disable-gpu", *offline, f"--user-data-dir={tmp_path / 'profile'}",
             f"--window-size={width},2000", f"--screenshot={tmp_path / 'page.png'}", "--dump-dom",
             f"file://{tmp_path / 'page.html'}",
         ],

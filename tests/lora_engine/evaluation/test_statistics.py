@@ -6,26 +6,26 @@ import pytest
 from lora_engine.evaluation.statistics import compare
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for trial in range(200):
         base = rng.normal(size=40)
         adapter = base + rng.normal(0.3, 0.5, size=40)
         low, high = compare(base, adapter, seed=trial, resamples=400).interval or (0.0, 0.0)
-        held += low <= 0.3 <= high
-    assert 0.88 <= held / 200 <= 0.99
+        covered += low <= 0.3 <= high
+    assert 0.88 <= covered / 200 <= 0.99
 
 
 @pytest.mark.parametrize("resamples", [1, 256, 300, 2000])
 @pytest.mark.parametrize("level", [0.5, 0.95])
-def test_the_interval_is_that_of_all_resamples_drawn_at_once(resamples: int, level: float) -> None:
+def test_the_interval_equals_that_of_resampling_without_chunks(resamples: int, level: float) -> None:
     base, adapter = np.random.default_rng(3).normal(size=(2, 17))
-    drawn = np.random.Generator(np.random.PCG64(9)).integers(0, 17, size=(resamples, 17))
-    means = (adapter - base)[drawn].mean(axis=1)
+    indices = np.random.Generator(np.random.PCG64(9)).integers(0, 17, size=(resamples, 17))
+    means = (adapter - base)[indices].mean(axis=1)
     expected = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
-    found = compare(base, adapter, seed=9, resamples=resamples, level=level)
-    assert found.interval == pytest.approx(tuple(expected), abs=1e-12)
+    comparison = compare(base, adapter, seed=9, resamples=resamples, level=level)
+    assert comparison.interval == pytest.approx(tuple(expected), abs=1e-12)
 
 
 def test_by_default_an_interval_of_95_percent_comes_from_2000_resamples() -> None:
@@ -36,24 +36,24 @@ def test_by_default_an_interval_of_95_percent_comes_from_2000_resamples() -> Non
 
 
 def test_the_means_are_those_of_each_side_and_two_units_have_an_interval() -> None:
-    found = compare(np.array([1.0, 2.0]), np.array([4.0, 9.0]), seed=0)
-    assert (found.base, found.adapter, found.difference, found.n) == (1.5, 6.5, 5.0, 2)
-    assert found.interval == (3.0, 7.0)
+    comparison = compare(np.array([1.0, 2.0]), np.array([4.0, 9.0]), seed=0)
+    assert (comparison.base, comparison.adapter, comparison.difference, comparison.n) == (1.5, 6.5, 5.0, 2)
+    assert comparison.interval == (3.0, 7.0)
 
 
 def test_differences_are_taken_in_double_precision() -> None:
     base = np.array([1e8, 2e8], dtype=np.float32)
-    found = compare(base, np.nextafter(base, np.float32(np.inf)), seed=0)
-    assert found.difference == pytest.approx(12.0)
+    comparison = compare(base, np.nextafter(base, np.float32(np.inf)), seed=0)
+    assert comparison.difference == pytest.approx(12.0)
     exact = compare(np.array([1.0, 1.0]), np.array([1.0 + 1e-12, 1.0 + 1e-12]), seed=0)
     assert exact.difference == pytest.approx(1e-12, rel=1e-3)
 
 
-def test_pairing_sees_a_small_shift_under_large_spread() -> None:
+def test_pairing_detects_a_small_shift_in_noisy_values() -> None:
     base = np.random.default_rng(1).normal(0, 10, size=20)
-    found = compare(base, base + 0.1, seed=0)
-    assert found.interval == pytest.approx((0.1, 0.1))
-    assert found.difference == pytest.approx(0.1)
+    comparison = compare(base, base + 0.1, seed=0)
+    assert comparison.interval == pytest.approx((0.1, 0.1))
+    assert comparison.difference == pytest.approx(0.1)
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
@@ -63,8 +63,8 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
 
 
 def test_a_single_unit_has_no_interval() -> None:
-    found = compare(np.array([1.0]), np.array([3.0]), seed=0)
-    assert (found.difference, found.interval, found.n) == (2.0, None, 1)
+    comparison = compare(np.array([1.0]), np.array([3.0]), seed=0)
+    assert (comparison.difference, comparison.interval, comparison.n) == (2.0, None, 1)
 
 
 @pytest.mark.parametrize(("base", "adapter"), [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])])

@@ -1,6 +1,6 @@
-"""Builders of bad and odd adapter files, each with what is to become of it: one literal table, `CORPUS`.
+"""Builders of bad and odd adapter files, each with the expected result, in one literal table `CORPUS`.
 
-Built anew by every test, so that the repository holds no hostile file.
+Every test builds its files, because the repository must not hold hostile files.
 """
 
 import json
@@ -21,7 +21,7 @@ CONV = "unet.down_blocks.0.resnets.0.conv1"
 FLAT = "lora_unet_" + Q.removeprefix("unet.").replace(".", "_")
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 BASE = {Q: (4, 3), CONV: (5, 4, 3, 3), "unet.conv_norm_out": (4,)}
-"""The base that files are read for where one is named."""
+"""The base of cases with `named`."""
 READ = ""
 
 
@@ -30,12 +30,12 @@ class Case:
     """One file.
 
     Attributes:
-        build: Makes it (a file or a folder) at a path.
-        refusal: Pattern of the error's text; empty where the file is to be read.
-        named: Whether it is read for `BASE`.
-        file: What it is called.
-        dangerous: Whether reading it might take much memory or time, so that a limited child process does it.
-        nightly: Whether refusing it takes more than ten seconds.
+        build: Creates the file or folder at a path.
+        refusal: Pattern of the error message; empty if the file must be readable.
+        named: True if it is read with `BASE`.
+        file: Name of the file.
+        dangerous: True if reading it might take much memory or time; a limited child process reads it.
+        nightly: True if refusing it takes more than ten seconds.
     """
 
     build: Callable[[Path], None]
@@ -62,7 +62,7 @@ def saved(tensors, metadata=None):
 
 
 def changed(**factors):
-    """A good LoRA with some tensors in the place of its own; None leaves one out."""
+    """Returns the builder of a valid LoRA with some tensors replaced; None omits one."""
     names = {
         "down": f"{Q}.lora_down.weight",
         "up": f"{Q}.lora_up.weight",
@@ -95,7 +95,7 @@ def entry(start=0, end=4, shape=(1,), dtype="F32", **more):
 
 
 class Canary:
-    """Makes a folder `canary` in the working folder when it is unpickled."""
+    """Creates a folder `canary` in the working directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("canary",)
@@ -198,7 +198,7 @@ LOKR = {"lokr_w1": ones(2, 1), "lokr_w2": ones(2, 3)}
 PARTS = {"lora_down.weight": ones(2, 3), "lora_up.weight": ones(4, 2)}
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["to_q"]}
 GOOD = good_bytes()
-PICKLE = "can run code when it is read|cannot be read as tensors and plain values alone"
+PICKLE = "can run code when it is read|cannot be read as tensors and plain values"
 
 CORPUS: dict[str, Case] = {
     # Sound and odd.
@@ -263,16 +263,16 @@ CORPUS: dict[str, Case] = {
     "no JSON": Case(header(b"{not json}"), "header is broken"),
     "not UTF-8": Case(header(b"\xff\xfe{}"), "header is broken"),
     "a lone surrogate": Case(
-        header(b'{"\\ud800":%s}' % json.dumps(entry()).encode(), b"\0" * 4), "not fit|cannot be read|broken"
+        header(b'{"\\ud800":%s}' % json.dumps(entry()).encode(), b"\0" * 4), "invalid|cannot be read|broken"
     ),
     "deep lists": Case(header(b"[" * 100_000), "header is broken"),
     "deep objects": Case(header(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "header is broken", dangerous=True),
     "deep inside an entry": Case(
         header(b'{"x":{"shape":' + b"[" * 50_000 + b"]" * 50_000 + b"}}"), "header is broken", dangerous=True
     ),
-    "a list": Case(header([1, 2]), "no JSON object"),
-    "a number": Case(header(b"1"), "no JSON object"),
-    "null": Case(header(b"null"), "no JSON object"),
+    "a list": Case(header([1, 2]), "not a JSON object"),
+    "a number": Case(header(b"1"), "not a JSON object"),
+    "null": Case(header(b"null"), "not a JSON object"),
     "an entry that is a string": Case(header({"x": "y"}, b"\0" * 4), "cannot be read"),
     "an entry without offsets": Case(header({"x": {"dtype": "F32", "shape": [1]}}, b"\0" * 4), "cannot be read"),
     "an entry without a shape": Case(
@@ -321,16 +321,16 @@ CORPUS: dict[str, Case] = {
     "a path": Case(plus("../../etc/passwd"), "no slash"),
     "an absolute path": Case(plus("/etc/passwd"), "no slash"),
     "a path of Windows": Case(plus("..\\x"), "no slash"),
-    "an empty name": Case(header({"": entry()}, b"\0" * 4), "not fit"),
+    "an empty name": Case(header({"": entry()}, b"\0" * 4), "invalid tensor name"),
     "control characters": Case(plus("unet.a\x1b[2J.lora_down.weight"), "printable"),
     "a NUL": Case(plus("unet.a\x00"), "printable"),
     "a line break": Case(plus("unet.a\nb"), "printable"),
     "right to left": Case(plus("unet.\u202ea"), "printable"),
     "no width": Case(plus("unet.\u200ba"), "printable"),
     "a long name": Case(plus("unet." + "a" * 600), "1 to 512"),
-    "dots alone": Case(plus("...."), "not fit|double dot"),
-    "a stranger's tensor": Case(plus("unet.weight"), "no factor"),
-    "strangers alone": Case(saved({"weight": ones(2, 2)}), "no known adapter format"),
+    "dots alone": Case(plus("...."), "invalid|double dot"),
+    "an unknown tensor": Case(plus("unet.weight"), "no factor"),
+    "unknown tensors alone": Case(saved({"weight": ones(2, 2)}), "unknown adapter format"),
     "letters of another alphabet": Case(plus(Q.replace("a", "\u0430") + ".lora_up.weight"), "lora_down.weight"),
     "no tensors": Case(saved({}), "no tensors"),
     "metadata alone": Case(saved({}, {"a": "b"}), "no tensors"),
@@ -351,11 +351,11 @@ CORPUS: dict[str, Case] = {
     "one NaN": Case(changed(up=torch.tensor([[1, 1], [1, NAN], [1, 1], [1, 1]])), "1 of 8 values"),
     "infinity": Case(changed(down=torch.full((2, 3), INF)), "6 of 6 values"),
     "minus infinity in half": Case(changed(down=torch.full((2, 3), -INF, dtype=torch.float16)), "6 of 6 values"),
-    "two spellings": Case(
+    "two keys for a factor": Case(
         saved(lora() | lora(alpha=None, up="lora_B.weight", down="lora_A.weight")),
-        "twice|two spellings|no factor|together",
+        "twice|two keys|no factor|together",
     ),
-    "half of each spelling": Case(saved({f"{Q}.lora_A.weight": ones(2, 3), f"{Q}.lora_up.weight": ones(4, 2)}), "."),
+    "half of each key layout": Case(saved({f"{Q}.lora_A.weight": ones(2, 3), f"{Q}.lora_up.weight": ones(4, 2)}), "."),
     "a core of another rank": Case(changed(mid=ones(3, 3, 3, 3)), r"\[2, 2, k, k\]"),
     "a core of two dimensions": Case(changed(mid=ones(2, 2)), r"\[2, 2, k, k\]"),
     "a kernel's core on a linear layer": Case(changed(mid=ones(2, 2, 3, 3)), ".", named=True),
@@ -374,9 +374,9 @@ CORPUS: dict[str, Case] = {
         changed(down=ones(2, 3, 3, 3), up=ones(4, 2, 1, 1)), "for the base's weight", named=True
     ),
     "a linear layer on a kernel": Case(saved(lora(CONV, out=5, inner=4)), "for the base's weight", named=True),
-    "a module that the base has not": Case(saved(lora("unet.nowhere")), "no module", named=True),
-    "kohya's module that the base has not": Case(saved(lora("lora_unet_nowhere")), "base", named=True),
-    "a text encoder that the base has not": Case(saved(lora("text_encoder_9.x")), "base|format", named=True),
+    "a module that the base lacks": Case(saved(lora("unet.nowhere")), "no module", named=True),
+    "kohya's module that the base lacks": Case(saved(lora("lora_unet_nowhere")), "base", named=True),
+    "a text encoder that the base lacks": Case(saved(lora("text_encoder_9.x")), "base|format", named=True),
     "a norm of low rank": Case(saved(lora("unet.conv_norm_out")), ".", named=True),
     "the same module in two names": Case(
         saved(lora(FLAT) | lora(FLAT.replace("down_blocks_0_attentions_0", "input_blocks_1_1"))), "twice", named=True
@@ -424,7 +424,7 @@ CORPUS: dict[str, Case] = {
     "DoRA with NaN": Case(module(PARTS | {"dora_scale": torch.full((4, 1), NAN)}), "NaN"),
     "DoRA alone": Case(module({"dora_scale": ones(4, 1)}), "dora_scale"),
     "FLUX DoRA of inputs in a fused layer": Case(
-        saved(lora(QKV, out=9) | {f"{QKV}.dora_scale": ones(1, 3)}), "magnitudes are of the inputs"
+        saved(lora(QKV, out=9) | {f"{QKV}.dora_scale": ones(1, 3)}), "magnitudes are per input"
     ),
     "a whole difference": Case(module({"diff": ones(4, 3)}), READ, named=True),
     "a whole difference of another base": Case(module({"diff": ones(3, 4)}), "base", named=True),
@@ -446,9 +446,9 @@ CORPUS: dict[str, Case] = {
     "a card that is no JSON": Case(metadata(loraline__card="{"), "card is broken"),
     "a card of wrong types": Case(metadata(loraline__card='{"seed": "x"}'), "card is broken"),
     "a deep card": Case(metadata(loraline__card="[" * 100_000), "card is broken"),
-    "a card of strangers' fields": Case(metadata(loraline__card='{"odd": 1}'), "card is broken"),
-    "diffusers' settings that are no JSON": Case(diffusers_file("{"), "no JSON"),
-    "diffusers' settings that are a list": Case(diffusers_file("[]"), "no JSON object"),
+    "a card of unknown fields": Case(metadata(loraline__card='{"odd": 1}'), "card is broken"),
+    "diffusers' settings that are no JSON": Case(diffusers_file("{"), "not JSON"),
+    "diffusers' settings that are a list": Case(diffusers_file("[]"), "not a JSON object"),
     "diffusers' alpha that is a string": Case(diffusers_file('{"unet.lora_alpha": "8"}'), "alpha is '8'"),
     "diffusers' alpha that is NaN": Case(diffusers_file('{"unet.lora_alpha": NaN}'), "alpha is nan"),
     "diffusers' alpha that is true": Case(diffusers_file('{"unet.lora_alpha": true}'), "alpha is True"),
@@ -457,13 +457,13 @@ CORPUS: dict[str, Case] = {
         diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}'), "no plain module name"
     ),
     "diffusers' patterns that are a list": Case(
-        diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}'), "alpha_pattern is no JSON object"
+        diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}'), "alpha_pattern is not a JSON object"
     ),
     # PEFT.
-    "PEFT settings that are no JSON": Case(peft(b"{"), "no JSON", file="unet"),
-    "PEFT settings that are a list": Case(peft([]), "no JSON object", file="unet"),
-    "PEFT settings that are deep": Case(peft(b"[" * 100_000), "no JSON", file="unet"),
-    "PEFT settings that are binary": Case(peft(b"\xff\x00\xfe"), "no JSON", file="unet"),
+    "PEFT settings that are no JSON": Case(peft(b"{"), "not JSON", file="unet"),
+    "PEFT settings that are a list": Case(peft([]), "not a JSON object", file="unet"),
+    "PEFT settings that are deep": Case(peft(b"[" * 100_000), "not JSON", file="unet"),
+    "PEFT settings that are binary": Case(peft(b"\xff\x00\xfe"), "not JSON", file="unet"),
     "PEFT type that is unknown": Case(peft(PEFT | {"peft_type": "EVIL"}), "EVIL", file="unet"),
     "PEFT alpha that is NaN": Case(peft(b'{"peft_type": "LORA", "lora_alpha": NaN}'), "alpha is nan", file="unet"),
     "PEFT alpha that is 0": Case(peft(PEFT | {"lora_alpha": 0}), "alpha is 0", file="unet"),

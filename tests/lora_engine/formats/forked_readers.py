@@ -1,4 +1,4 @@
-"""The process that reads pickled files, forked from one that has imported torch already.
+"""Reads pickled files in processes forked from one that has imported torch already.
 
 `pickles` starts an interpreter for every file, and torch's import costs it seconds. Here one interpreter is started per
 worker, in the environment of the real one, and forks for each file: `pickle_child.main` runs in a process of its own,
@@ -46,7 +46,7 @@ _COMMAND = [sys.executable, "-P", "-m", "lora_engine.formats.pickle_child"]
 
 
 class Server:
-    """The interpreter that forks."""
+    """The interpreter that forks readers."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -64,7 +64,7 @@ class Server:
         self._requests.write(json.dumps(request).encode() + b"\n")
 
     def answer(self, timeout: float | None = None) -> int | None:
-        """The next number that it prints, or None where none comes in time."""
+        """Returns the next number that it prints, or None on timeout."""
         if not select.select([self._answers], [], [], timeout)[0]:
             return None
         line = self._answers.readline()
@@ -78,7 +78,7 @@ class Server:
 
 
 class ForkedReader:
-    """As `subprocess.Popen`, as far as `pickles` uses it."""
+    """The part of `subprocess.Popen` that `pickles` uses."""
 
     def __init__(self, server: Server, command: list[str], *, stderr: Any, cwd: Path, **_: Any) -> None:
         assert command[:4] == _COMMAND
@@ -112,7 +112,7 @@ def shared_server() -> Server:
 
 @pytest.fixture
 def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pickled files are read by forked processes while a test runs."""
+    """Makes forked processes read pickled files during a test."""
 
     def start(command: list[str], **options: Any) -> ForkedReader:
         return ForkedReader(shared_server(), command, **options)

@@ -1,4 +1,4 @@
-"""What a format cannot hold is refused, and written as the nearest LoRA where that is asked for."""
+"""Tests that kinds a format cannot hold are refused, or approximated by the nearest LoRA on request."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats import approximate, codecs
 
 
-def test_what_a_format_cannot_hold_is_refused_and_approximated_only_when_asked():
+def test_a_kind_that_a_format_cannot_hold_is_refused_and_approximated_only_on_request():
     shape = (6, 8)
     names = {"unet.a": shape, "unet.b": shape}
     adapter = Adapter({"unet.a": random_delta("loha", shape), "unet.b": random_delta("lora", shape)}, "sd")
@@ -22,8 +22,8 @@ def test_what_a_format_cannot_hold_is_refused_and_approximated_only_when_asked()
     near = approximate(adapter, "diffusers", rank=2, module_names=names)
     assert near.adapter.modules["unet.b"] is adapter.modules["unet.b"]
     weight = torch.zeros(shape)
-    dense, found = (one.modules["unet.a"].delta_weight(weight) for one in (adapter, near.adapter))
-    lost = float((dense - found).square().sum() / dense.square().sum())
+    dense, approximation = (item.modules["unet.a"].delta_weight(weight) for item in (adapter, near.adapter))
+    lost = float((dense - approximation).square().sum() / dense.square().sum())
     assert near.adapter.modules["unet.a"].rank == 2
     assert near.retained == {"unet.a": pytest.approx(1 - lost, abs=1e-5)}
     assert near.retained["unet.a"] < near.total < 1
@@ -35,7 +35,7 @@ def test_what_a_format_cannot_hold_is_refused_and_approximated_only_when_asked()
         approximate(Adapter({"unet.a": random_delta("ia3", shape)}, "sd"), "diffusers", module_names=names)
 
 
-def test_an_approximation_never_passes_over_what_it_leaves_out():
+def test_an_approximation_reports_modules_that_it_leaves_out():
     adapter = Adapter({"unet.a": random_delta("full", (6,)), "unet.b": random_delta("lora", (6, 8))}, "sd")
     near = approximate(adapter, "diffusers")
     assert list(near.adapter.modules) == ["unet.b"]
@@ -45,8 +45,8 @@ def test_an_approximation_never_passes_over_what_it_leaves_out():
         approximate(Adapter({"unet.a": random_delta("full", (6,))}, "sd"), "diffusers")
 
 
-def test_what_may_not_stay_beside_an_approximation_is_approximated_too():
-    """diffusers wants one kind for all modules of a component."""
+def test_modules_that_are_refused_beside_an_approximation_are_approximated_too():
+    """diffusers needs one kind for all modules of a component."""
     base = DictTree({"unet": nn.ModuleDict({name: nn.Linear(8, 6) for name in "abc"})}, "sd")
     modules = {
         "unet.a": random_delta("dora", (6, 8), axis="input"),
@@ -67,19 +67,19 @@ def test_a_magnitude_that_a_format_cannot_hold_is_approximated(form, axis):
     base = DictTree({"unet": layers}, "sd")
     held = "input" if axis == "output" else "output"
     modules = {
-        f"unet.mid_block.{name}": random_delta("dora", (6, 8), axis=here) for name, here in (("a", axis), ("b", held))
+        f"unet.mid_block.{name}": random_delta("dora", (6, 8), axis=side) for name, side in (("a", axis), ("b", held))
     }
     with pytest.raises(AdapterError, match=r"unet\.mid_block\.a: the magnitude"):
         codecs[form].encode(Adapter(modules, "sd"))
     near = approximate(Adapter(modules, "sd"), form, rank=6, base=base)
     codecs[form].encode(near.adapter)
-    if form == "comfyui":  # the other takes no two kinds
+    if form == "comfyui":  # the other format needs one kind
         assert near.adapter.modules["unet.mid_block.b"] is modules["unet.mid_block.b"]
-    found = near.adapter.modules["unet.mid_block.a"]
-    assert found.kind == "lora"
+    approximation = near.adapter.modules["unet.mid_block.a"]
+    assert approximation.kind == "lora"
     weight = layers["mid_block"]["a"].weight.detach()
     torch.testing.assert_close(
-        found.delta_weight(weight), modules["unet.mid_block.a"].delta_weight(weight), rtol=1e-4, atol=1e-5
+        approximation.delta_weight(weight), modules["unet.mid_block.a"].delta_weight(weight), rtol=1e-4, atol=1e-5
     )
 
 
@@ -87,7 +87,7 @@ def test_a_magnitude_that_a_format_cannot_hold_is_approximated(form, axis):
 def test_comfyui_is_not_given_layers_of_text_encoders_that_it_does_not_read(module):
     name, shape = f"text_encoder.text_model.{module}", (6,) if module.endswith("norm") else (6, 8)
     adapter = Adapter({name: random_delta("full", shape)}, "sd")
-    with pytest.raises(AdapterError, match=f"{name}: ComfyUI reads no change"):
+    with pytest.raises(AdapterError, match=f"{name}: ComfyUI does not read adapters"):
         codecs["comfyui"].encode(adapter)
     codecs["kohya"].encode(adapter)
 
@@ -98,11 +98,11 @@ def test_comfyui_is_given_the_projection_of_sdxls_second_text_encoder():
     assert {key.partition(".")[0] for key in tensors} == {"lora_te2_text_projection"}
 
 
-def test_parts_that_cannot_be_put_together_are_approximated_together():
+def test_parts_that_cannot_be_fused_are_approximated_together():
     names = {f"transformer.transformer_blocks.0.{part}": (12, 12) for part in ("attn.to_q", "attn.to_k", "attn.to_v")}
     names |= {"transformer.transformer_blocks.1.attn.to_out.0": (12, 12)}
     adapter = Adapter({n: random_delta("lokr", s, seed=i) for i, (n, s) in enumerate(names.items())}, "flux")
-    with pytest.raises(AdapterError, match="cannot be carried over exactly"):
+    with pytest.raises(AdapterError, match="cannot be converted exactly"):
         codecs["comfyui"].encode(adapter)
     near = approximate(adapter, "comfyui", rank=12, module_names=names)
     codecs["comfyui"].encode(near.adapter)
@@ -111,5 +111,5 @@ def test_parts_that_cannot_be_put_together_are_approximated_together():
     assert near.adapter.modules[alone] is adapter.modules[alone]
     for name in parts:
         weight = torch.zeros(12, 12)
-        found, wanted = (one.modules[name].delta_weight(weight) for one in (near.adapter, adapter))
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        actual, expected = (item.modules[name].delta_weight(weight) for item in (near.adapter, adapter))
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The corpus of bad and odd files: each is read or refused with its reason, and none runs, hangs or fills memory."""
+"""Tests the corpus of bad and odd files: each is read or refused with a reason, without running code or hanging."""
 
 import os
 import pickle
@@ -30,20 +30,20 @@ for line in sys.stdin:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         read_adapter(Path(path), BASE if CORPUS[name].named else None)
-        said = "read"
+        outcome = "read"
     except AdapterError as error:
-        said = ascii(str(error))
+        outcome = ascii(str(error))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(name, said, grown, sep="\\t", flush=True)
+    print(name, outcome, grown, sep="\\t", flush=True)
 """
 
 
 def cases(test):
-    """Runs a test on every file that is not dangerous; pickles are read by forked processes."""
+    """Parametrizes a test by every file that is not dangerous; forked processes read pickles."""
     return pytest.mark.usefixtures("forked_readers")(pytest.mark.parametrize("name", harmless)(test))
 
 
-LOOKED_INTO = {
+INSPECTABLE = {
     "FLUX DoRA of inputs in a fused layer",
     "FLUX rows that are not three times the columns",
     "FLUX in no known module",
@@ -51,7 +51,7 @@ LOOKED_INTO = {
     "XLabs module that is none",
     "an unsupported family",
 }
-"""What cannot be read as an adapter, and is shown all the same."""
+"""Files that cannot be read as adapters, but can be inspected."""
 
 
 def path_of(case, folder):
@@ -63,7 +63,7 @@ def path_of(case, folder):
 def test_the_corpus_is_large_and_every_case_has_an_expectation():
     assert len(CORPUS) >= 100
     assert len(dangerous) >= 10
-    assert sum(not case.refusal for case in CORPUS.values()) >= 20, "negative control: sound files are read"
+    assert sum(not case.refusal for case in CORPUS.values()) >= 20, "negative control: valid files are read"
 
 
 @cases
@@ -79,21 +79,21 @@ def test_a_file_is_read_or_refused_with_the_reason(name, tmp_path, monkeypatch):
         return
     with pytest.raises(AdapterError) as caught:
         read_adapter(path, names)
-    said = str(caught.value)
-    assert re.search(case.refusal, said), said
-    assert str(path) in said, "the error names the file"
+    message = str(caught.value)
+    assert re.search(case.refusal, message), message
+    assert str(path) in message, "the error names the file"
     assert caught.value.remedy
-    assert len(said) < 4000
-    assert said.replace("\n", "").isprintable(), "no control character of a file reaches the terminal"
+    assert len(message) < 4000
+    assert message.replace("\n", "").isprintable(), "no control character of a file reaches the terminal"
     assert not (tmp_path / "canary").exists()
 
 
 @cases
-def test_looking_into_a_file_never_fails_in_another_way(name, tmp_path, monkeypatch):
+def test_inspect_raises_only_adapter_errors(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     case = CORPUS[name]
     path = path_of(case, tmp_path)
-    if not case.refusal or name in LOOKED_INTO:
+    if not case.refusal or name in INSPECTABLE:
         assert inspect(path)["modules"]
     elif not case.named:
         with pytest.raises(AdapterError, match=re.escape(str(path))):
@@ -109,11 +109,11 @@ def test_looking_into_a_file_never_fails_in_another_way(name, tmp_path, monkeypa
 
 @pytest.mark.parametrize("nightly", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_dangerous_files_are_refused_within_bounds_of_memory_and_time(nightly, tmp_path):
-    chosen = {name: case for name, case in dangerous.items() if case.nightly == nightly}
+    selected = {name: case for name, case in dangerous.items() if case.nightly == nightly}
     paths = {}
-    for place, (name, case) in enumerate(chosen.items()):
-        (tmp_path / str(place)).mkdir()
-        paths[name] = path_of(case, tmp_path / str(place))
+    for number, (name, case) in enumerate(selected.items()):
+        (tmp_path / str(number)).mkdir()
+        paths[name] = path_of(case, tmp_path / str(number))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     work = "".join(f"{name}\t{path}\n" for name, path in paths.items())
     done = subprocess.run(
@@ -126,9 +126,9 @@ def test_dangerous_files_are_refused_within_bounds_of_memory_and_time(nightly, t
         env=environment,
         check=False,
     )
-    said = dict(line.split("\t", 1) for line in done.stdout.splitlines())
-    assert set(said) == set(chosen), f"the child ended early: {done.stderr[-2000:]}"
-    for name, outcome in said.items():
+    outcomes = dict(line.split("\t", 1) for line in done.stdout.splitlines())
+    assert set(outcomes) == set(selected), f"the child ended early: {done.stderr[-2000:]}"
+    for name, outcome in outcomes.items():
         text, grown = outcome.rsplit("\t", 1)
         assert re.search(dangerous[name].refusal, text), (name, text)
         assert str(paths[name]) in text, name
@@ -137,7 +137,7 @@ def test_dangerous_files_are_refused_within_bounds_of_memory_and_time(nightly, t
 
 
 def test_the_canary_fires_when_it_is_unpickled(tmp_path, monkeypatch):
-    """Negative control of all tests above."""
+    """Negative control of the tests above."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Canary(), protocol=2))
     assert (tmp_path / "canary").exists()

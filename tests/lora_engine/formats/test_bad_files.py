@@ -1,4 +1,4 @@
-"""Bad adapter files: each refused with file, tensor, rule and remedy; odd but sound ones are read."""
+"""Tests bad adapter files: each is refused with file, tensor, rule and fix; odd but valid ones are read."""
 
 import json
 import os
@@ -57,8 +57,8 @@ BAD_TENSORS = {
     "right-to-left name": (good() | {"unet.\u202ea": torch.ones(1)}, "u202e", "printable"),
     "long name": (good() | {"unet." + "a" * 600: torch.ones(1)}, "aaa", "1 to 512"),
     "nothing": ({}, "", "no tensors"),
-    "strangers": ({"weight": torch.ones(2, 2)}, "weight", "no known adapter format"),
-    "two spellings at once": (
+    "unknown tensors": ({"weight": torch.ones(2, 2)}, "weight", "unknown adapter format"),
+    "two keys for a factor": (
         {
             f"{MODULE}.lora_A.weight": torch.ones(2, 3),
             f"{MODULE}.lora_B.weight": torch.ones(4, 2),
@@ -94,7 +94,7 @@ def test_shapes_against_the_base_are_refused(shape, tensor, tmp_path):
     assert tensor in str(caught.value)
 
 
-def test_sound_files_are_read(tmp_path):
+def test_valid_files_are_read(tmp_path):
     save_file(good(), tmp_path / "a.safetensors")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
     for name in ("a.safetensors", "link.safetensors"):
@@ -181,7 +181,7 @@ def test_pickles_are_refused_unread(name, form, tmp_path, monkeypatch):
     assert (tmp_path / "canary").exists(), "negative control: the canary fires when it is unpickled"
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_a_path_that_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
@@ -198,7 +198,7 @@ def test_a_file_over_a_limit_is_refused(limits, tmp_path):
     assert len(read_safetensors(tmp_path / "a.safetensors")[0]) == 3
 
 
-def test_validate_takes_sound_tensors_and_no_others():
+def test_validate_accepts_only_valid_tensors():
     assert validate_tensors(good()) is None
     with pytest.raises(AdapterError, match="no tensors"):
         validate_tensors({})

@@ -1,4 +1,4 @@
-"""cloneofsimo's format: numbers instead of names, in the order of the class tree of 2023."""
+"""Tests cloneofsimo's format: numbers instead of names, in the order of the class tree of 2023."""
 
 import json
 
@@ -105,7 +105,7 @@ def text_encoder():
 
 
 def walk(model, targets, classes=(nn.Linear,)):
-    """Names in the order in which the format's own code finds layers below modules of the classes."""
+    """Returns names in the order in which the format's own code visits layers below modules of the classes."""
     for above, ancestor in model.named_modules():
         if type(ancestor).__name__ in targets:
             for path, layer in ancestor.named_modules():
@@ -136,11 +136,11 @@ def delta_of(name, rank=2):
 
 
 def file_of(targets, classes):
-    """The file that the format's own code would save, and the deltas that it saved in it."""
+    """Returns the file that the format's own code would save, and its deltas."""
     tensors, metadata, deltas = {}, {}, {}
-    for part, wanted in targets.items():
-        metadata[part] = json.dumps(wanted)
-        for number, path in enumerate(walk(MODELS[part], wanted, classes)):
+    for part, classes_of_part in targets.items():
+        metadata[part] = json.dumps(classes_of_part)
+        for number, path in enumerate(walk(MODELS[part], classes_of_part, classes)):
             delta = deltas[f"{part}.{path}"] = delta_of(f"{part}.{path}")
             tensors |= {f"{part}:{number}:up": delta.up, f"{part}:{number}:down": delta.down}
             metadata[f"{part}:{number}:rank"] = "2"
@@ -148,7 +148,7 @@ def file_of(targets, classes):
 
 
 @pytest.mark.parametrize("case", TARGETS)
-def test_numbers_are_counted_as_the_format_counts_them(case, tmp_path):
+def test_modules_are_numbered_as_in_the_format(case, tmp_path):
     tensors, metadata, deltas = file_of(*TARGETS[case])
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(copies, tmp_path / "a.safetensors", metadata=metadata | {"<s1>": "<embed>"})
@@ -162,14 +162,14 @@ def test_numbers_are_counted_as_the_format_counts_them(case, tmp_path):
 def test_a_whole_adapter_is_written_as_the_format_writes_it(case, tmp_path):
     tensors, metadata, deltas = file_of(*TARGETS[case])
     file = write_adapter(tmp_path, Adapter(deltas, "sd"), format="cloneofsimo", module_names=NAMES)[0]
-    found, header = read_safetensors(file)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    written, header = read_safetensors(file)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
     for key, text in metadata.items():
         assert header[key] == text or sorted(json.loads(header[key])) == sorted(json.loads(text))
 
 
-def test_holes_are_filled_with_zeros_which_are_no_modules_when_read(tmp_path):
+def test_missing_modules_are_padded_with_zeros_and_ignored_when_read(tmp_path):
     chosen = [
         "unet.up_blocks.0.resnets.1.conv2",
         "unet.mid_block.attentions.0.proj_in",
@@ -208,18 +208,18 @@ def test_pickled_lists_are_read_with_their_companions(tmp_path):
     assert alone.modules.keys() == {name for name in deltas if name.startswith("text_encoder.")}
 
 
-def test_what_cannot_be_counted_is_refused():
+def test_an_adapter_that_cannot_be_numbered_is_refused():
     codec = codecs["cloneofsimo"]
     tensors, metadata, _ = file_of(*TARGETS["default"])
     with pytest.raises(AdapterError, match="a base is needed"):
         codec.decode(tensors, metadata)
-    with pytest.raises(AdapterError, match="have a place in the base"):
+    with pytest.raises(AdapterError, match="match a module of the base"):
         codec.decode(tensors, metadata, {name: shape for name, shape in NAMES.items() if "mid_block" not in name})
     with pytest.raises(AdapterError, match="number 3 is missing"):
         codec.decode({key: value for key, value in tensors.items() if ":3:" not in key}, metadata, NAMES)
-    with pytest.raises(AdapterError, match=r'"Strange".*not known'):
+    with pytest.raises(AdapterError, match=r'unknown classes .*"Strange"'):
         codec.decode(tensors, metadata | {"unet": '["Strange"]'}, NAMES)
-    with pytest.raises(AdapterError, match="not known"):
+    with pytest.raises(AdapterError, match="unknown classes"):
         codec.decode(tensors, metadata | {"unet": "{"}, NAMES)
     with pytest.raises(AdapterError, match="'text_encoder_2'"):
         codec.encode(Adapter({"text_encoder_2.a": random_delta("lora", (4, 4))}, "sdxl"), names={})

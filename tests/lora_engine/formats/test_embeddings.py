@@ -1,4 +1,4 @@
-"""Embeddings: every program's form is read, ours are the programs' forms, and they travel with an adapter."""
+"""Tests embeddings: every program's form is read and written, alone and with an adapter."""
 
 import json
 
@@ -89,21 +89,21 @@ def test_the_files_are_those_that_the_programs_look_for(tmp_path):
     assert set(load_file(tmp_path / "b" / "learned_embeds_2.safetensors")) == {"zorb"}
     assert [file.name for file in write_embeddings(tmp_path / "c", [WORD])] == ["zorb.safetensors"]
     assert set(load_file(tmp_path / "c" / "zorb.safetensors")) == {"emb_params"}
-    assert read_embeddings(tmp_path / "c") == [WORD], "the token is kept where a file name cannot be it"
+    assert read_embeddings(tmp_path / "c") == [WORD], "the token is kept if it cannot be a file name"
     with pytest.raises(SettingsError, match="embedding format"):
         write_embeddings(tmp_path, [WORD], "a1111")
 
 
 def test_two_tokens_of_one_file_name_are_refused(tmp_path):
     words = [WORD, Embedding("Zorb", {ONE: VECTORS})]
-    with pytest.raises(AdapterError, match="same file as another"):
+    with pytest.raises(AdapterError, match="same file name as another"):
         write_embeddings(tmp_path, words)
 
 
 BAD = {
-    "no token": ("", {ONE: VECTORS}, "not fit"),
+    "no token": ("", {ONE: VECTORS}, "invalid token"),
     "path": ("a/b", {ONE: VECTORS}, "path"),
-    "control": ("a\nb", {ONE: VECTORS}, "not fit"),
+    "control": ("a\nb", {ONE: VECTORS}, "invalid token"),
     "long": ("a" * 129, {ONE: VECTORS}, "128"),
     "NaN": ("a", {ONE: torch.full((1, 4), float("nan"))}, "NaN or infinite"),
     "integers": ("a", {ONE: torch.ones(1, 4, dtype=torch.int32)}, "dtype"),
@@ -126,11 +126,11 @@ def test_a_bad_file_is_refused_with_its_name(tmp_path):
     with pytest.raises(AdapterError, match=r"bad\.safetensors.*NaN or infinite"):
         read_embeddings(tmp_path / "bad.safetensors")
     save_file({"unet.a.lora_down.weight": torch.ones(1, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(AdapterError, match=r"other\.safetensors: the file is of no known form"):
+    with pytest.raises(AdapterError, match=r"other\.safetensors: unknown format of a textual"):
         read_embeddings(tmp_path / "other.safetensors")
 
 
-def test_widths_are_held_against_the_base(tmp_path):
+def test_widths_are_checked_against_the_base(tmp_path):
     save = Adapter({"unet.a": random_delta("lora", (4, 4))}, "sd")
     write_adapter(tmp_path, save, embeddings=[WORD])
     token_embedding = "text_encoder.text_model.embeddings.token_embedding"
@@ -139,7 +139,7 @@ def test_widths_are_held_against_the_base(tmp_path):
         read_bundle(tmp_path, {"unet.a": (4, 4), token_embedding: (9, 7)})
 
 
-@pytest.mark.parametrize("form", [name for name, codec in codecs.items() if "lora" in codec.style.spellings])
+@pytest.mark.parametrize("form", [name for name, codec in codecs.items() if "lora" in codec.key_layout.factor_keys])
 def test_embeddings_travel_with_an_adapter_in_every_format(form, tmp_path):
     names = NAMES if form == "cloneofsimo" else SDXL_NAMES
     base = "sd" if form == "cloneofsimo" else "sdxl"
@@ -154,9 +154,9 @@ def test_embeddings_travel_with_an_adapter_in_every_format(form, tmp_path):
     assert list(bundle.embeddings) == words
     assert bundle.card == Card(title="Zorb")
     assert bundle.adapter.modules.keys() == adapter.modules.keys()
-    found = inspect(tmp_path / "out")["embeddings"]
-    assert [entry["token"] for entry in found] == [word.token for word in words]
-    assert found[0] == {"token": "<s1>", "vectors": 1, "widths": {ONE: 6}, "dtypes": ["float32"]}
+    entries = inspect(tmp_path / "out")["embeddings"]
+    assert [entry["token"] for entry in entries] == [word.token for word in words]
+    assert entries[0] == {"token": "<s1>", "vectors": 1, "widths": {ONE: 6}, "dtypes": ["float32"]}
     assert len(inspect(tmp_path / "out")["files"]) == len(files)
 
 
@@ -181,10 +181,10 @@ def test_other_programs_bundles_are_read(tmp_path):
 @pytest.mark.usefixtures("forked_readers")
 def test_an_embedding_alone_is_inspected_and_is_no_adapter(tmp_path):
     torch.save(a1111(VECTORS), tmp_path / "zorb.pt")
-    found = json.loads(json.dumps(inspect(tmp_path / "zorb.pt")))
-    assert (found["format"], found["modules"], found["kinds"]) == ("embedding", [], {})
-    assert found["embeddings"] == [{"token": "zorb", "vectors": 2, "widths": {ONE: 6}, "dtypes": ["float32"]}]
-    assert list(found["files"]) == ["zorb.pt"]
+    report = json.loads(json.dumps(inspect(tmp_path / "zorb.pt")))
+    assert (report["format"], report["modules"], report["kinds"]) == ("embedding", [], {})
+    assert report["embeddings"] == [{"token": "zorb", "vectors": 2, "widths": {ONE: 6}, "dtypes": ["float32"]}]
+    assert list(report["files"]) == ["zorb.pt"]
     with pytest.raises(AdapterError, match="textual-inversion embedding"):
         read_adapter(tmp_path / "zorb.pt")
 

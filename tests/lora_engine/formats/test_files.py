@@ -1,4 +1,4 @@
-"""Reading, writing and looking into adapter files."""
+"""Tests reading, writing and inspecting adapter files."""
 
 import json
 
@@ -14,7 +14,7 @@ from lora_engine.formats import Card, codecs, inspect, read_adapter, read_bundle
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.safetensors_io import read_header, read_safetensors, write_safetensors
 
-WRITTEN = {name for name, codec in codecs.items() if "lora" in codec.style.spellings}
+WRITTEN = {name for name, codec in codecs.items() if "lora" in codec.key_layout.factor_keys}
 
 
 @pytest.fixture
@@ -97,25 +97,25 @@ def test_a_scale_that_overflows_when_folded_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", sorted(WRITTEN - {"cloneofsimo"}))
-def test_inspect_tells_what_a_file_is_without_a_base(adapter, form, tmp_path):
+def test_inspect_describes_a_file_without_a_base(adapter, form, tmp_path):
     files = write_adapter(tmp_path, adapter, format=form, card=Card(title="Zorb", seed=7))
-    found = json.loads(json.dumps(inspect(tmp_path)))
-    assert (found["format"], found["family"], found["fingerprint"]) == (
+    report = json.loads(json.dumps(inspect(tmp_path)))
+    assert (report["format"], report["family"], report["fingerprint"]) == (
         "kohya" if isinstance(codecs[form], KohyaCodec) else form,
         "sd",
         "f" * 64,
     )
-    assert found["kinds"] == {"lora": 7}
+    assert report["kinds"] == {"lora": 7}
     alpha = "3.0" if codecs[form].keeps_alpha else "2.0"  # the rank, since the scale is in a factor
-    assert (found["ranks"], found["alphas"], found["dtypes"]) == ({"2": 7}, {alpha: 7}, {"float32": 14})
-    assert found["card"]["title"] == "Zorb"
-    assert found["card"]["seed"] == 7
-    assert found["files"] == {str(file.relative_to(tmp_path)): sha256_file(file) for file in files}
-    assert found["size"] == sum(file.stat().st_size for file in files)
-    assert len(found["modules"]) == 7
+    assert (report["ranks"], report["alphas"], report["dtypes"]) == ({"2": 7}, {alpha: 7}, {"float32": 14})
+    assert report["card"]["title"] == "Zorb"
+    assert report["card"]["seed"] == 7
+    assert report["files"] == {str(file.relative_to(tmp_path)): sha256_file(file) for file in files}
+    assert report["size"] == sum(file.stat().st_size for file in files)
+    assert len(report["modules"]) == 7
 
 
-def test_inspect_needs_no_base_for_a_strangers_kohya_file(tmp_path):
+def test_inspect_needs_no_base_for_another_programs_kohya_file(tmp_path):
     tensors, _ = codecs["kohya"].encode(Adapter({"unet.a": random_delta("lora", (4, 4))}))
     save_file(tensors, tmp_path / "a.safetensors")
     assert inspect(tmp_path / "a.safetensors")["modules"] == ["lora_unet_a"]
@@ -128,10 +128,10 @@ def test_the_writer_is_canonical_and_atomic(tmp_path):
     write_safetensors(tmp_path / "two", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
-    found, header = read_safetensors(tmp_path / "one")
+    written, header = read_safetensors(tmp_path / "one")
     assert header == metadata
     assert all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+        torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
 
 
@@ -141,7 +141,7 @@ def test_the_body_is_laid_out_as_the_library_does(tmp_path):
         (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
     dtypes = (*half, torch.float32, torch.float64, *whole)
-    tensors = {f"{place}": torch.full((3, place + 1), 1.0, dtype=dtype) for place, dtype in enumerate(dtypes * 2)}
+    tensors = {f"{number}": torch.full((3, number + 1), 1.0, dtype=dtype) for number, dtype in enumerate(dtypes * 2)}
     write_safetensors(tmp_path / "ours", tensors, {})
     save_file(tensors, tmp_path / "theirs")
     bodies = []
@@ -151,7 +151,7 @@ def test_the_body_is_laid_out_as_the_library_does(tmp_path):
     assert bodies[0] == bodies[1]
 
 
-def test_a_slice_of_a_tensor_is_written_as_what_it_shows(tmp_path):
+def test_a_slice_of_a_tensor_is_written_as_its_values(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     write_safetensors(tmp_path / "x", {"a": whole.t()[1:3]}, {})
     assert torch.equal(read_safetensors(tmp_path / "x")[0]["a"], whole.t()[1:3])
@@ -169,8 +169,8 @@ def test_a_broken_card_is_refused_by_name(adapter, tmp_path):
     ("config", "problem"),
     [
         (None, "adapter_config.json' is missing"),
-        ("{", "no JSON"),
-        ("[]", "no JSON object"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
         ('{"lora_alpha": "x"}', "alpha is 'x'"),
         ('{"lora_alpha": true}', "alpha is True"),
         ('{"lora_alpha": -1}', "alpha is -1.0"),
@@ -197,7 +197,7 @@ def peft_tensors():
     return {f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": torch.ones(4, 2)}
 
 
-def test_a_lone_file_in_pefts_names_is_read_at_scale_1_and_says_so(tmp_path):
+def test_a_standalone_peft_style_file_is_read_with_scale_1_and_a_note(tmp_path):
     save_file(peft_tensors(), tmp_path / "zorb.safetensors")
     bundle = read_bundle(tmp_path / "zorb.safetensors")
     (delta,) = bundle.adapter.modules.values()
@@ -206,7 +206,7 @@ def test_a_lone_file_in_pefts_names_is_read_at_scale_1_and_says_so(tmp_path):
     assert inspect(tmp_path / "zorb.safetensors")["assumed"] == bundle.assumptions
 
 
-def test_a_lone_file_that_has_its_alphas_supposes_nothing(tmp_path):
+def test_a_standalone_file_with_alphas_assumes_nothing(tmp_path):
     tensors = peft_tensors()
     stem = next(iter(tensors)).removesuffix(".lora_A.weight")
     save_file(tensors | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "zorb.safetensors")
@@ -227,15 +227,15 @@ def test_weights_that_an_old_peft_pickled_are_read_with_their_configuration(tmp_
         assert not bundle.assumptions
 
 
-def test_a_file_of_a_strange_family_is_told_by_it_though_its_factors_are_broken(tmp_path):
-    # As InvokeAI has it for Anima: a magnitude of fewer rows than the Kronecker product.
+def test_an_unsupported_family_is_named_even_if_its_factors_are_broken(tmp_path):
+    # InvokeAI's form for Anima: the magnitude has fewer rows than the Kronecker product.
     stem = "diffusion_model.blocks.0.cross_attn.k_proj"
     factors = {"lokr_w1": torch.ones(8, 2), "lokr_w2": torch.ones(2, 8), "dora_scale": torch.ones(8)}
     save_file({f"{stem}.{name}": tensor for name, tensor in factors.items()}, tmp_path / "x.safetensors")
-    found = inspect(tmp_path / "x.safetensors")
-    assert (found["family"], found["kinds"]) == ("anima", {})
-    assert "Anima" in found["note"]
-    assert "dora_scale" in found["note"]
+    report = inspect(tmp_path / "x.safetensors")
+    assert (report["family"], report["kinds"]) == ("anima", {})
+    assert "Anima" in report["note"]
+    assert "dora_scale" in report["note"]
     with pytest.raises(AdapterError, match=r"for Anima \(anima\)"):
         read_adapter(tmp_path / "x.safetensors")
 
@@ -249,7 +249,7 @@ def test_a_file_of_a_strange_family_is_told_by_it_though_its_factors_are_broken(
         (["transformer.single_transformer_blocks.37.attn.to_q"], "flux"),
     ],
 )
-def test_families_with_names_like_others_are_told_apart(names, family, tmp_path):
+def test_families_with_similar_names_are_distinguished(names, family, tmp_path):
     shapes = {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2)}
     tensors = {f"{name}.{factor}": torch.ones(shape) for name in names for factor, shape in shapes.items()}
     save_file(tensors, tmp_path / "x.safetensors")
@@ -263,7 +263,7 @@ def test_families_with_names_like_others_are_told_apart(names, family, tmp_path)
         ("transformer.single_transformer_blocks.0.proj_out", ("lora_A.weight", "lora_B.weight")),
     ],
 )
-def test_ai_toolkits_magnitudes_are_of_the_outputs(prefix, factors, tmp_path):
+def test_ai_toolkits_magnitudes_are_per_output(prefix, factors, tmp_path):
     down, up = factors
     tensors = {down: torch.ones(2, 6), up: torch.ones(4, 2), "magnitude": torch.arange(1.0, 5.0)}
     save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
@@ -273,7 +273,7 @@ def test_ai_toolkits_magnitudes_are_of_the_outputs(prefix, factors, tmp_path):
     torch.testing.assert_close(norms, torch.arange(1.0, 5.0))
 
 
-def test_a_peft_folder_finds_its_component_or_says_that_it_cannot(tmp_path):
+def test_a_peft_folder_finds_its_component_or_is_refused(tmp_path):
     tensors = {
         "base_model.model.odd.place.lora_A.weight": torch.ones(2, 4),
         "base_model.model.odd.place.lora_B.weight": torch.ones(4, 2),
@@ -281,7 +281,7 @@ def test_a_peft_folder_finds_its_component_or_says_that_it_cannot(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
     assert list(read_adapter(tmp_path, ["text_encoder_2.x", "unet.odd.place"])[0].modules) == ["unet.odd.place"]
-    with pytest.raises(AdapterError, match="which component"):
+    with pytest.raises(AdapterError, match="the component of the module"):
         read_adapter(tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_a_peft_folder_finds_its_component_or_says_that_it_cannot(tmp_path):
     ],
 )
 @pytest.mark.parametrize("level", ["text_model.", ""])
-def test_every_spelling_of_diffusers_is_read(down, up, level, tmp_path):
+def test_every_naming_of_diffusers_is_read(down, up, level, tmp_path):
     module = f"text_encoder.{level}encoder.layers.0.self_attn.q_proj"
     tensors = {
         f"{module}.{down}": torch.ones(2, 5),

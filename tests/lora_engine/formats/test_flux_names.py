@@ -1,4 +1,4 @@
-"""FLUX.1's and SD3's names: original and diffusers', dotted and flattened, told without a base, and written again."""
+"""Tests FLUX.1's and SD3's names: original and diffusers', dotted and flattened, read without a base, and written."""
 
 import re
 
@@ -12,7 +12,7 @@ from lora_engine.bases.published import published_module_shapes
 from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, detect_codec, inspect, read_adapter, write_adapter
 from lora_engine.formats.transformers.dit import TEXT_NAMES, transformer_names
-from lora_engine.formats.transformers.names import dit_family
+from lora_engine.formats.transformers.names import transformer_family
 
 FORMATS = ("kohya", "comfyui", "onetrainer", "lycoris", "aitoolkit", "diffusers", "peft", "loraline")
 BASES = {"flux": "flux", "sd3": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
@@ -21,7 +21,7 @@ WIDTH = 8
 
 @pytest.fixture(scope="module")
 def shapes():
-    """Every adaptable module of the published bases, narrowed: the ratios of the sizes are the real ones."""
+    """Returns every adaptable module of the published bases at a reduced width, with the real ratios."""
 
     def narrow(base):
         wide = published_module_shapes(base)
@@ -35,7 +35,7 @@ def shapes():
 
 def adapter_of(shapes, family, chosen=lambda name: True, kind="lora"):
     names = [name for name, shape in shapes.items() if len(shape) == 2 and chosen(name) and "embed" not in name]
-    modules = {name: random_delta(kind, shapes[name], 1, 2.0, place) for place, name in enumerate(names)}
+    modules = {name: random_delta(kind, shapes[name], 1, 2.0, seed) for seed, name in enumerate(names)}
     return Adapter(modules, family)
 
 
@@ -45,33 +45,33 @@ def test_every_module_of_the_transformer_has_an_original_name_and_comes_back(bas
     paths = [name.removeprefix("transformer.") for name in shapes[base] if name.startswith("transformer.")]
     assert len(paths) > 300
     for path in paths:
-        place = names.original_of(path)
-        assert place is not None, path
-        assert path in place.parts
-        assert names.find(place.original) == place
-        assert names.find(place.original.replace(".", "_"), "_") == place
+        target = names.original_of(path)
+        assert target is not None, path
+        assert path in target.parts
+        assert names.find(target.original) == target
+        assert names.find(target.original.replace(".", "_"), "_") == target
         assert names.find_canonical(path.replace(".", "_"), "_") == path
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_module_of_the_text_encoders_is_found_flattened(base, shapes):
-    dit = transformer_names[BASES[base]]
+    family = transformer_names[BASES[base]]
     paths = [name.partition(".")[::2] for name in shapes[base]]
-    assert dit.text
-    assert {component for component, _ in paths} >= set(dit.text)
+    assert family.text
+    assert {component for component, _ in paths} >= set(family.text)
     for component, path in paths:
-        if component in dit.text:
-            assert TEXT_NAMES[dit.text[component]].find_canonical(path.replace(".", "_"), "_") == path
+        if component in family.text:
+            assert TEXT_NAMES[family.text[component]].find_canonical(path.replace(".", "_"), "_") == path
 
 
 def test_the_tables_of_names_are_those_of_diffusers_own_conversion():
-    """The names of `_convert_kohya_flux_lora_to_diffusers`, read off its output for one block of each sort."""
+    """Compares with the output of `_convert_kohya_flux_lora_to_diffusers` for one block of each type."""
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 
     wide = published_module_shapes("flux")
-    wanted = [n for n in wide if re.match(r"transformer\.(single_)?transformer_blocks\.0\.(?!.*norm_)", n)]
+    selected = [n for n in wide if re.match(r"transformer\.(single_)?transformer_blocks\.0\.(?!.*norm_)", n)]
     adapter = Adapter(
-        {n: LoraDelta(torch.full((1, wide[n][1]), 1.0), torch.ones(wide[n][0], 1), 1.0) for n in wanted}, "flux"
+        {n: LoraDelta(torch.full((1, wide[n][1]), 1.0), torch.ones(wide[n][0], 1), 1.0) for n in selected}, "flux"
     )
     tensors, _ = codecs["kohya"].encode(adapter)
     theirs = _convert_kohya_flux_lora_to_diffusers(dict(tensors))
@@ -96,7 +96,7 @@ def test_every_format_gives_the_adapter_back_without_a_base(form, base, shapes, 
     for name, delta in adapter.modules.items():
         weight = torch.zeros(shapes[base][name])
         torch.testing.assert_close(back.modules[name].delta_weight(weight), delta.delta_weight(weight))
-    assert read_adapter(tmp_path, shapes[base])[0] == back, "the shapes of the base agree with those that were told"
+    assert read_adapter(tmp_path, shapes[base])[0] == back, "the shapes of the base agree with the inferred ones"
 
 
 @pytest.mark.parametrize("form", ["kohya", "comfyui", "onetrainer", "lycoris", "loraline"])
@@ -142,7 +142,7 @@ def test_programs_find_their_own_names(form, base, expected, shapes):
     assert set(expected.split()) <= modules
 
 
-def test_the_last_norm_has_its_halves_exchanged(shapes):
+def test_the_last_norm_has_its_halves_swapped(shapes):
     name = "transformer.norm_out.linear"
     up = torch.arange(2 * WIDTH, dtype=torch.float32)[:, None]
     adapter = Adapter({name: LoraDelta(torch.ones(1, WIDTH), up, 1.0)}, "flux")
@@ -151,7 +151,7 @@ def test_the_last_norm_has_its_halves_exchanged(shapes):
     assert written.flatten().tolist() == [*range(8, 16), *range(8)]
 
 
-def test_the_context_of_sd3s_last_block_has_its_halves_exchanged_and_of_others_not():
+def test_only_the_context_of_sd3s_last_block_has_its_halves_swapped():
     path = "transformer.transformer_blocks.{}.norm1_context.linear"
     deltas = {path.format(0): 6 * WIDTH, path.format(23): 2 * WIDTH}
     modules = {n: LoraDelta(torch.ones(1, WIDTH), torch.arange(rows * 1.0)[:, None], 1.0) for n, rows in deltas.items()}
@@ -166,7 +166,7 @@ def test_the_context_of_sd3s_last_block_has_its_halves_exchanged_and_of_others_n
 
 
 @pytest.mark.parametrize("width", [1536, 2432])
-def test_a_bias_alone_is_known_to_be_of_sd3s_last_block_by_the_published_widths(width):
+def test_a_bias_of_sd3s_last_block_is_recognized_by_the_published_widths(width):
     path = "transformer.transformer_blocks.{}.norm1_context.linear"
     biases = {path.format(0): torch.arange(6.0 * width), path.format(23): torch.arange(2.0 * width)}
     adapter = Adapter({name: FullDelta(None, bias) for name, bias in biases.items()}, "sd3")
@@ -188,7 +188,7 @@ def test_a_lonely_query_is_written_with_zeros_for_key_and_value(tmp_path):
     assert codecs["kohya"].decode(tensors, metadata) == adapter
 
 
-def test_the_width_of_a_lacking_mlp_is_that_of_another_block():
+def test_the_width_of_a_missing_mlp_is_taken_from_another_block():
     wide = {"transformer.single_transformer_blocks.0.proj_mlp": random_delta("lora", (12, WIDTH))}
     query = {"transformer.single_transformer_blocks.7.attn.to_q": random_delta("lora", (WIDTH, WIDTH))}
     tensors, _ = codecs["kohya"].encode(Adapter(wide | query, "flux"))
@@ -219,24 +219,24 @@ def test_the_width_of_a_lacking_mlp_is_that_of_another_block():
         (["lora_te1_text_model_encoder_layers_0_mlp_fc1"], ""),
     ],
 )
-def test_families_are_told_by_names(names, family):
-    assert dit_family(names) == family
+def test_families_are_recognized_by_names(names, family):
+    assert transformer_family(names) == family
 
 
 @pytest.mark.parametrize(
     ("width", "number", "family"),
     [(3072, 3, "flux"), (3072, 19, "qwen_image"), (1536, 3, "sd3"), (2432, 37, "sd3"), (64, 0, "")],
 )
-def test_double_blocks_alone_are_told_by_their_width(width, number, family):
+def test_double_blocks_alone_are_recognized_by_their_width(width, number, family):
     delta = LoraDelta(torch.ones(1, width), torch.ones(width, 1), 1.0)
-    assert dit_family({f"transformer.transformer_blocks.{number}.attn.to_q": delta}) == family
+    assert transformer_family({f"transformer.transformer_blocks.{number}.attn.to_q": delta}) == family
 
 
 def test_unsupported_families_are_inspected_and_refused_by_name(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({f"lora_unet_blocks_0_mlp_layer1.lora_{n}.weight": torch.ones(2, 2) for n in ("down", "up")}, path)
-    found = inspect(path)
-    assert (found["format"], found["family"]) == ("kohya", "anima")
+    report = inspect(path)
+    assert (report["format"], report["family"]) == ("kohya", "anima")
     with pytest.raises(AdapterError, match=r"Anima \(anima\), a base family that is not supported"):
         read_adapter(path)
 
@@ -267,13 +267,13 @@ def test_an_input_magnitude_is_kept_in_diffusers_names_and_refused_in_fused_ones
     assert detect_codec(tensors, metadata).name == "onetrainer"
     assert codecs["onetrainer"].decode(tensors, metadata) == adapter
     three = {name[:-1] + letter: adapter.modules[name] for letter in "qkv"}
-    with pytest.raises(AdapterError, match=r"to_k: .*magnitudes are of the inputs"):
+    with pytest.raises(AdapterError, match=r"to_k: .*magnitudes are per input"):
         codecs["kohya"].encode(Adapter(three, "flux"))
 
 
-def test_original_names_need_the_family_to_be_told():
+def test_original_names_need_a_known_family():
     name = "transformer.transformer_blocks.0.ff.net.2"
-    with pytest.raises(AdapterError, match=r"nothing tells which family.*flux, sd3"):
+    with pytest.raises(AdapterError, match=r"the family of the adapter is unknown.*flux, sd3"):
         codecs["kohya"].encode(Adapter({name: random_delta("lora", (4, 4))}))
     single = {
         name: random_delta("lora", (4, 4)),
@@ -282,22 +282,22 @@ def test_original_names_need_the_family_to_be_told():
     assert "lora_unet_double_blocks_0_img_mlp_2.alpha" in codecs["kohya"].encode(Adapter(single))[0]
 
 
-def test_one_part_in_two_spellings_is_refused():
+def test_one_part_under_two_names_is_refused():
     adapter = Adapter({"transformer.transformer_blocks.0.attn.to_q": random_delta("lora", (WIDTH, WIDTH))}, "flux")
     both = codecs["kohya"].encode(adapter)[0] | codecs["onetrainer"].encode(adapter)[0]
     with pytest.raises(AdapterError, match="in the file twice"):
         codecs["onetrainer"].decode(both, {"loraline.base": "flux"})
 
 
-def test_formats_that_are_only_read_say_so():
+def test_read_only_formats_refuse_to_write():
     adapter = Adapter({"transformer.transformer_blocks.0.attn.to_q": random_delta("lora", (WIDTH, WIDTH))}, "flux")
     for form in ("bfl", "xlabs"):
-        with pytest.raises(AdapterError, match="read and not written"):
+        with pytest.raises(AdapterError, match="can only be read"):
             codecs[form].encode(adapter)
 
 
 def test_an_adapter_on_the_blocks_alone_is_read_without_a_prefix():
-    """As PEFT's own state dict has it."""
+    """PEFT's own state dict has this form."""
     names = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q")
     tensors = {f"{n}.lora_{f}.weight": torch.ones(2, 2) for n in names for f in ("A", "B")}
     adapter = detect_codec(tensors, {}).decode(tensors, {})

@@ -1,4 +1,4 @@
-"""kohya's names: flattened, resolved through the base; SDXL in the original names."""
+"""Tests kohya's names: flattened, resolved through the base; SDXL with the original names."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def test_names_of_sdxl_are_the_original_ones():
 
 @pytest.fixture(scope="module")
 def sdxl_shapes():
-    """Every adaptable module of SDXL's U-Net, of its true depth, at a tiny width."""
+    """Returns every adaptable module of SDXL's U-Net, at its real depth and a tiny width."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             block_out_channels=(32, 64, 128),
@@ -89,8 +89,8 @@ def test_diffusers_agrees_with_our_original_names(sdxl_shapes):
         _maybe_map_sgm_blocks_to_diffusers,
     )
 
-    wanted = [name for name in sdxl_shapes if ".attentions." in name]
-    modules = {name: LoraDelta(torch.ones(1, 1), torch.ones(1, 1), 1.0) for name in wanted}
+    attention = [name for name in sdxl_shapes if ".attentions." in name]
+    modules = {name: LoraDelta(torch.ones(1, 1), torch.ones(1, 1), 1.0) for name in attention}
     tensors, _ = KOHYA.encode(Adapter(modules, "sdxl"))
 
     class Config:
@@ -98,9 +98,9 @@ def test_diffusers_agrees_with_our_original_names(sdxl_shapes):
 
     mapped = _maybe_map_sgm_blocks_to_diffusers(dict(tensors), Config())
     theirs, _ = _convert_non_diffusers_lora_to_diffusers(mapped)
-    found = {re.sub(r"\.processor\.(to_\w+?)_lora", r".\1", key.split(".lora.")[0]) for key in theirs}
-    found = {re.sub(r"\.(down|up)\.weight$", "", name) for name in found}
-    assert found == {name.removesuffix(".0") if name.endswith("to_out.0") else name for name in wanted}
+    converted = {re.sub(r"\.processor\.(to_\w+?)_lora", r".\1", key.split(".lora.")[0]) for key in theirs}
+    converted = {re.sub(r"\.(down|up)\.weight$", "", name) for name in converted}
+    assert converted == {name.removesuffix(".0") if name.endswith("to_out.0") else name for name in attention}
 
 
 @pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_"])
@@ -111,31 +111,31 @@ def test_both_prefixes_of_a_text_encoder_are_read(prefix):
 
 
 def test_sdxl_in_diffusers_names_is_read_too():
-    """diffusers writes them."""
+    """diffusers writes such files."""
     adapter = small(SDXL_NAMES, "sdxl")
     tensors, _ = KOHYA.encode(Adapter(adapter.modules, "sd"))
     assert KOHYA.decode(tensors, {}, SDXL_NAMES) == adapter
 
 
 @pytest.mark.parametrize(("names", "family"), [(NAMES, "sd"), (SDXL_NAMES, "sdxl")])
-def test_kohyas_own_oft_has_a_prefix_for_itself(names, family):
+def test_kohyas_own_oft_has_its_own_prefix(names, family):
     inside = {name: (8, 8) for name in names if name.startswith("unet.") and len(names[name]) == 2}
     adapter = Adapter({name: random_delta("oft", shape) for name, shape in inside.items()}, family)
     tensors, _ = KOHYA.encode(adapter)
     renamed = {key.replace("lora_unet_", "oft_unet_"): tensor for key, tensor in tensors.items()}
     assert KOHYA.detect(renamed, {})
-    found = KOHYA.decode(renamed, {}, inside)
-    assert found.modules.keys() == inside.keys()
-    assert found == KOHYA.decode(tensors, {}, inside)
+    adapter = KOHYA.decode(renamed, {}, inside)
+    assert adapter.modules.keys() == inside.keys()
+    assert adapter == KOHYA.decode(tensors, {}, inside)
 
 
-def test_a_module_in_both_spellings_is_refused():
+def test_a_module_under_two_names_is_refused():
     both = KOHYA.encode(small(SDXL_NAMES, "sdxl"))[0] | KOHYA.encode(small(SDXL_NAMES, "sd"))[0]
     with pytest.raises(AdapterError, match="in the file twice"):
         KOHYA.decode(both, {}, SDXL_NAMES)
 
 
-def test_without_a_base_a_strangers_file_is_refused_and_our_own_read(tmp_path):
+def test_without_a_base_only_our_own_file_is_read(tmp_path):
     adapter = Adapter({f"unet.odd.{name}": random_delta("lora", NAMES[name]) for name in NAMES}, "sd")
     tensors, metadata = KOHYA.encode(adapter)
     with pytest.raises(AdapterError, match="a base is needed"):
@@ -184,7 +184,7 @@ def test_alpha_is_always_written_and_never_rounded(dtype, alpha, stored):
         ("sdxl", 2048, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
     ],
 )
-def test_the_header_tells_what_a1111_looks_for(base, width, version, architecture, tmp_path):
+def test_the_header_has_the_entries_that_a1111_reads(base, width, version, architecture, tmp_path):
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     adapter = Adapter({name: random_delta("lora", (8, width), 4, 2.0)}, base)
     path = write_adapter(tmp_path, adapter, format="kohya", card=Card(title="Zorb", base="tiny", trigger="sks"))[0]
@@ -202,21 +202,21 @@ def test_the_header_tells_what_a1111_looks_for(base, width, version, architectur
     assert json.loads(header["loraline.modules"]) == [name]
 
 
-def test_a_strangers_header_is_carried_over(tmp_path):
+def test_another_programs_header_is_carried_over(tmp_path):
     strange = {
         "ss_learning_rate": "0.0001",
         "ss_tag_frequency": '{"a": 1}',
         "ss_base_model_version": "sd_v2_v",
         "ss_network_dim": "999",
-        "modelspec.author": "somebody",
+        "modelspec.author": "Ada",
         "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
         "modelspec.title": "Zorb",
     }
     tensors, _ = KOHYA.encode(small(NAMES, "sd"))
     from safetensors.torch import save_file
 
-    save_file(tensors, tmp_path / "stranger.safetensors", metadata=strange)
-    adapter, card = read_adapter(tmp_path / "stranger.safetensors", NAMES)
+    save_file(tensors, tmp_path / "external.safetensors", metadata=strange)
+    adapter, card = read_adapter(tmp_path / "external.safetensors", NAMES)
     assert (adapter.base, card.title) == ("sd", "Zorb")
     for form in ("loraline", "kohya"):
         path = write_adapter(tmp_path / form, adapter, format=form, card=card)[0]
@@ -224,5 +224,5 @@ def test_a_strangers_header_is_carried_over(tmp_path):
         assert {key: header.get(key) for key in strange if key != "ss_network_dim"} == {
             key: text for key, text in strange.items() if key != "ss_network_dim"
         }
-        assert header.get("ss_network_dim") != "999", "ranks are told anew by whoever writes the file"
+        assert header.get("ss_network_dim") != "999", "ranks are recomputed for the written file"
         assert read_adapter(path, NAMES) == (adapter, card)

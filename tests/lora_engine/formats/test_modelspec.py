@@ -1,4 +1,4 @@
-"""The header's `modelspec.*` against the standard: https://github.com/Stability-AI/ModelSpec, version 1.0.1."""
+"""Tests the header's `modelspec.*` against the standard: https://github.com/Stability-AI/ModelSpec, version 1.0.1."""
 
 import hashlib
 import json
@@ -36,8 +36,8 @@ def body_of(path) -> bytes:
     return content[8 + struct.unpack("<Q", content[:8])[0] :]
 
 
-@pytest.mark.parametrize("form", sorted(set(codecs) - {"bfl", "xlabs", "cloneofsimo"}))  # read only, or count by a base
-def test_every_format_states_what_the_standard_asks_for(form, tmp_path):
+@pytest.mark.parametrize("form", sorted(set(codecs) - {"bfl", "xlabs", "cloneofsimo"}))  # read-only, or needs a base
+def test_every_format_has_the_entries_that_the_standard_requires(form, tmp_path):
     files = write_adapter(tmp_path / form, adapter_of("sd", 768), format=form, card=CARD)
     written = [file for file in files if file.suffix == ".safetensors"]
     assert written
@@ -49,12 +49,12 @@ def test_every_format_states_what_the_standard_asks_for(form, tmp_path):
         assert "modelspec.date" not in header
 
 
-def test_the_header_says_what_the_card_knows(tmp_path):
+def test_the_header_has_the_entries_of_the_card(tmp_path):
     path = write_adapter(tmp_path, adapter_of("sd", 768), format="kohya", card=CARD)[0]
     header = read_header(path)[1]
-    said = {key.removeprefix("modelspec."): text for key, text in header.items() if key.startswith("modelspec.")}
-    assert said.pop("hash_sha256") == f"0x{header['sshs_model_hash']}"
-    assert said == {
+    entries = {key.removeprefix("modelspec."): text for key, text in header.items() if key.startswith("modelspec.")}
+    assert entries.pop("hash_sha256") == f"0x{header['sshs_model_hash']}"
+    assert entries == {
         "sai_model_spec": "1.0.1",
         "architecture": "stable-diffusion-v1/lora",
         "implementation": "https://github.com/Stability-AI/generative-models",
@@ -85,10 +85,10 @@ def test_architecture_follows_the_base(base, width, prediction, architecture, re
     header = read_header(path)[1]
     assert header["modelspec.architecture"] == architecture
     assert header["modelspec.resolution"] == resolution
-    assert header["modelspec.title"], "a title is asked for, and there was none"
+    assert header["modelspec.title"], "a title is required, and the card has none"
 
 
-def test_what_we_state_of_a_file_is_stated_anew_and_not_carried_over(tmp_path):
+def test_our_own_entries_are_recomputed_and_not_carried_over(tmp_path):
     first = write_adapter(tmp_path / "first", adapter_of("sd", 768), card=CARD)[0]
     adapter, card = read_adapter(first)
     assert card.extra == {}
@@ -98,13 +98,13 @@ def test_what_we_state_of_a_file_is_stated_anew_and_not_carried_over(tmp_path):
     assert read_header(other)[1]["modelspec.title"] == "Other"
 
 
-def test_a_strangers_date_and_author_are_carried_over_but_not_its_digest(tmp_path):
+def test_another_programs_date_and_author_are_carried_over_but_not_its_digest(tmp_path):
     path = write_adapter(tmp_path / "first", adapter_of("sd", 768), card=CARD)[0]
     adapter, card = read_adapter(path)
-    stranger = {"modelspec.date": "2024-01-02", "modelspec.author": "somebody", "modelspec.hash_sha256": "0x00"}
-    card = card.model_copy(update={"extra": stranger})
+    external = {"modelspec.date": "2024-01-02", "modelspec.author": "Ada", "modelspec.hash_sha256": "0x00"}
+    card = card.model_copy(update={"extra": external})
     header = read_header(write_adapter(tmp_path / "second", adapter, card=card)[0])[1]
-    assert (header["modelspec.date"], header["modelspec.author"]) == ("2024-01-02", "somebody")
+    assert (header["modelspec.date"], header["modelspec.author"]) == ("2024-01-02", "Ada")
     assert header["modelspec.hash_sha256"] != "0x00"
 
 

@@ -1,4 +1,4 @@
-"""Every layout that OneTrainer saves LoRA in (August 2026, and the Open Model Initiative's before) is read."""
+"""Tests reading of every layout in which OneTrainer saves LoRA (August 2026, and the earlier initiative's)."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lora_engine.formats import inspect, read_adapter
 
 W = 16
 NATIVE, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
-# By family: original path of a module, rows and columns, and the canonical modules that it stands for.
+# By family: original path of a module, rows and columns, and its canonical modules.
 MODULES = {
     "flux": {
         "double_blocks.0.img_attn.qkv": (3 * W, W, [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]),
@@ -48,8 +48,8 @@ def lora(name, rows, columns, suffixes, generator):
 
 
 def saved(tensors, folder):
-    save_file(tensors, folder / "made.safetensors")
-    return folder / "made.safetensors"
+    save_file(tensors, folder / "saved.safetensors")
+    return folder / "saved.safetensors"
 
 
 def flat(name):
@@ -99,7 +99,7 @@ def test_layouts_with_diffusers_names_are_read(is_flat, family, tmp_path):
         first, _, path = name.partition(".")
         te = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
         written = te.get(first, f"lora_{own}_") + flat(path) if is_flat else name
-        # Names that FLUX.1 and Stable Diffusion 3 share are told apart by the width.
+        # Names that FLUX.1 and Stable Diffusion 3 share are distinguished by the width.
         width = 1536 if family == "sd3" else 8
         tensors |= lora(written, width, width, NATIVE, draw)
     vectors = {"clip_l": 768, **({"t5": 64} if family in T5_COMPONENT else {"clip_g": 1280})}
@@ -120,7 +120,7 @@ def test_layouts_with_diffusers_names_are_read(is_flat, family, tmp_path):
         ("joint_blocks.1", "x_block.attn2.qkv", [f"transformer_blocks.1.attn2.to_{part}" for part in "qkv"]),
     ],
 )
-def test_the_parts_of_a_fused_layer_are_told_by_number(prefix, fused, names, tmp_path):
+def test_the_parts_of_a_fused_layer_are_numbered(prefix, fused, names, tmp_path):
     draw, tensors = torch.Generator().manual_seed(0), {}
     for number, _ in enumerate(names):
         tensors |= lora(f"transformer.{prefix}.{fused}.{number}", (1 + number) * W, W, NATIVE, draw)
@@ -133,7 +133,7 @@ def test_the_parts_of_a_fused_layer_are_told_by_number(prefix, fused, names, tmp
         torch.testing.assert_close(adapter.modules[f"transformer.{name}"].delta_weight(weight), change)
 
 
-def test_a_part_that_the_layer_has_not_is_refused(tmp_path):
+def test_an_unknown_part_of_a_layer_is_refused(tmp_path):
     draw = torch.Generator().manual_seed(0)
     known = lora("transformer.double_blocks.0.img_attn.qkv.0", W, W, NATIVE, draw)
     stray = lora("transformer.double_blocks.0.img_attn.qkv.3", W, W, NATIVE, draw)
@@ -146,7 +146,7 @@ def test_a_part_that_the_layer_has_not_is_refused(tmp_path):
     ["double_blocks.0.img_attn.proj", "diffusion_model.single_blocks.0.linear2", "transformer.proj_out"],
 )
 @pytest.mark.parametrize(("shape", "axis"), [((1, W), 1), ((W, 1), 0)])
-def test_magnitudes_beside_pefts_factors_are_of_the_side_that_their_shape_tells(name, shape, axis, tmp_path):
+def test_magnitudes_with_pefts_factors_have_the_axis_of_their_shape(name, shape, axis, tmp_path):
     tensors = lora(name, W, W, PEFT, torch.Generator().manual_seed(0)) | {f"{name}.dora_scale": torch.ones(shape)}
     (delta,) = read_adapter(saved(tensors, tmp_path))[0].modules.values()
     assert (delta.kind, delta.axis, delta.inner.alpha) == ("dora", axis, 2.0)

@@ -1,4 +1,4 @@
-"""Names and shapes of adapter files seen in the wild: each is detected, and read or refused with the reason."""
+"""Tests names and shapes of published adapter files: each is detected, and read or refused with the reason."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats import inspect, read_adapter, write_adapter
 
 FOLDER = Path(__file__).resolve().parents[3] / "../shared/keylists"
-# Name of the list: format, family, kinds, and how many canonical modules, or what the refusal says.
+# Name of the list: format, family, kinds, and the number of canonical modules or the error message.
 EXPECTED = {
     "anima_lora_kohya_format": ("kohya", "anima", {"lora"}, "Anima (anima), a base family that is not supported"),
     "anima_lora_peft_format": ("aitoolkit", "anima", {"lora"}, "Anima (anima), a base family that is not supported"),
@@ -34,7 +34,7 @@ every = pytest.mark.parametrize("path", [FOLDER / f"{name}.json" for name in EXP
 
 
 def file_of(path, folder):
-    """A file of these names; narrow for speed, at the real ratios, with its ranks as they are up to 64."""
+    """Returns a file with these names; narrow for speed, at the real ratios, with the real ranks up to 64."""
     listed = json.loads(path.read_text())["tensors"]
     whole = "lokr" in path.stem
     generator = torch.Generator().manual_seed(0)
@@ -53,9 +53,9 @@ def test_every_list_has_an_expectation():
 @every
 def test_a_real_file_is_detected_with_its_format_family_and_kinds(path, tmp_path):
     form, family, kinds, _ = EXPECTED[path.stem]
-    found = inspect(file_of(path, tmp_path))
-    assert (found["format"], found["family"], set(found["kinds"])) == (form, family, kinds)
-    assert (found["note"] is None) == (family == "flux")
+    report = inspect(file_of(path, tmp_path))
+    assert (report["format"], report["family"], set(report["kinds"])) == (form, family, kinds)
+    assert (report["note"] is None) == (family == "flux")
 
 
 @every
@@ -79,7 +79,7 @@ def test_a_real_file_is_read_whole_or_refused_with_the_reason(path, tmp_path):
 
 
 def norms(adapter):
-    """RMS norms, which are no adaptable layers of a base."""
+    """Returns the RMS norms, which are no adaptable layers of a base."""
     return [name for name in adapter.modules if ".norm_" in name and "norm_out" not in name]
 
 
@@ -89,7 +89,7 @@ def test_a_real_file_does_not_fit_stable_diffusion(path, tmp_path):
         read_adapter(file_of(path, tmp_path), NAMES)
 
 
-def test_the_magnitudes_of_onetrainers_file_are_of_the_inputs(tmp_path):
+def test_the_magnitudes_of_onetrainers_file_are_per_input(tmp_path):
     adapter, _ = read_adapter(file_of(FOLDER / "flux_dora_onetrainer_format.json", tmp_path))
     assert all(isinstance(delta, DoraDelta) and delta.axis == 1 for delta in adapter.modules.values())
     assert {name.partition(".")[0] for name in adapter.modules} == {"transformer", "text_encoder", "text_encoder_2"}
@@ -103,11 +103,11 @@ def test_the_shapes_of_real_files_are_those_of_the_published_base(name):
 
     downs = {key: shape for key, shape in listed.items() if key.endswith(("lora_down.weight", "lora_A.weight"))}
     modules = {key.rsplit(".lora_", 1)[0]: shape for key, shape in downs.items()}
-    found = find_modules(list(modules), "flux")
+    matches = find_modules(list(modules), "flux")
     base = published_module_shapes("flux")
-    assert set(found) == set(modules)
-    for raw, there in found.items():
-        names = [f"transformer.{path}" for path in there.place.parts]
+    assert set(matches) == set(modules)
+    for raw, module in matches.items():
+        names = [f"transformer.{path}" for path in module.target.parts]
         up = listed.get(f"{raw}.lora_up.weight") or listed[f"{raw}.lora_B.weight"]
         assert {base[part][1] for part in names} == {modules[raw][1]}
         assert sum(base[part][0] for part in names) == up[0]

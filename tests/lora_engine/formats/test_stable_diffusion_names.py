@@ -1,4 +1,4 @@
-"""Every program's names of Stable Diffusion's modules, against the published architectures."""
+"""Tests every program's names of Stable Diffusion's modules against the published architectures."""
 
 import pytest
 import torch
@@ -109,12 +109,12 @@ def test_second_text_encoders_projection_is_read():
     assert adapter.base == "sdxl"
 
 
-def test_both_spellings_in_one_file_of_sdxl_are_read():
+def test_both_namings_in_one_file_of_sdxl_are_read():
     mixed = tensors_of("lora_unet_input_blocks_4_1_proj_in", "lora_unet_down_blocks_1_attentions_1_proj_in")
-    assert list(read(mixed, SDXL).modules) == [f"unet.down_blocks.1.attentions.{place}.proj_in" for place in (0, 1)]
+    assert list(read(mixed, SDXL).modules) == [f"unet.down_blocks.1.attentions.{number}.proj_in" for number in (0, 1)]
 
 
-def test_original_numbers_mean_other_modules_in_other_families():
+def test_original_numbers_depend_on_the_family():
     raw = "lora_unet_input_blocks_3_0_op"
     assert list(read(tensors_of(raw), SD1).modules) == ["unet.down_blocks.0.downsamplers.0.conv"]
     six = tensors_of("lora_unet_output_blocks_6_1_proj_in")
@@ -123,7 +123,7 @@ def test_original_numbers_mean_other_modules_in_other_families():
         read(six, SDXL)
 
 
-def test_without_a_base_names_are_read_where_they_leave_no_doubt():
+def test_without_a_base_only_unambiguous_names_are_read():
     assert list(read(tensors_of("lora_unet_mid_block_attentions_0_proj_in")).modules) == [
         "unet.mid_block.attentions.0.proj_in"
     ]
@@ -132,8 +132,10 @@ def test_without_a_base_names_are_read_where_they_leave_no_doubt():
     ]
     doubtful = tensors_of("lora_unet_output_blocks_3_0_in_layers_2", "lora_unet_output_blocks_5_2_conv")
     assert len(read(doubtful).modules) == 2, "both families number these alike"
-    told = read(tensors_of("lora_unet_input_blocks_4_1_proj_in"), metadata={"ss_base_model_version": "sdxl_base_v1-0"})
-    assert list(told.modules) == ["unet.down_blocks.1.attentions.0.proj_in"]
+    adapter = read(
+        tensors_of("lora_unet_input_blocks_4_1_proj_in"), metadata={"ss_base_model_version": "sdxl_base_v1-0"}
+    )
+    assert list(adapter.modules) == ["unet.down_blocks.1.attentions.0.proj_in"]
     with pytest.raises(AdapterError, match="a base is needed"):
         read(tensors_of("lora_unet_nowhere"))
 
@@ -158,7 +160,7 @@ def test_names_of_old_diffusers_are_read(raw):
 
 
 @pytest.mark.parametrize("live", ["default", "zorb_1"])
-def test_the_name_of_pefts_adapter_is_passed_over(live):
+def test_the_name_of_pefts_adapter_is_ignored(live):
     suffixes = (f"lora_A.{live}.weight", f"lora_B.{live}.weight")
     assert list(read(tensors_of("unet.conv_in", suffixes=suffixes)).modules) == ["unet.conv_in"]
 

@@ -30,23 +30,23 @@ from lora_engine.inference.syntax import parse_weights
         ("()", [("", 1.0)]),
     ],
 )
-def test_brackets_weigh_as_in_the_web_ui(text: str, pieces: list[tuple[str, float]]) -> None:
-    found = parse_weights(text)
-    assert [piece for piece, _ in found] == [piece for piece, _ in pieces]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+def test_brackets_weigh_as_in_a1111(text: str, pieces: list[tuple[str, float]]) -> None:
+    parsed = parse_weights(text)
+    assert [piece for piece, _ in parsed] == [piece for piece, _ in pieces]
+    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in pieces])
 
 
 @given(st.text(alphabet="ab ,:.1()[]\\", max_size=40))
-def test_no_letter_is_lost_and_none_is_made_up(text: str) -> None:
-    found = "".join(piece for piece, _ in parse_weights(text))
-    assert re.sub(r"[^ab]", "", found) == re.sub(r"[^ab]", "", text)
+def test_no_letter_is_lost_or_added(text: str) -> None:
+    parsed = "".join(piece for piece, _ in parse_weights(text))
+    assert re.sub(r"[^ab]", "", parsed) == re.sub(r"[^ab]", "", text)
 
 
 @given(st.text(max_size=40).filter(lambda text: not set(text) & set("()[]\\")))
-def test_a_text_without_brackets_is_one_piece_as_it_stands(text: str) -> None:
+def test_a_text_without_brackets_is_one_unchanged_piece(text: str) -> None:
     assert parse_weights(text) == [(text, 1.0)]
 
 
-def test_a_weight_without_bound_is_refused() -> None:
-    with pytest.raises(SettingsError, match="without bound"):
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(SettingsError, match="a weight that is not finite"):
         parse_weights(f"(a:{'9' * 400})")

@@ -24,7 +24,7 @@ def best(weight, rank):
 
 
 def with_values(*values, shape=(12, 10), seed=0):
-    """A dense delta of these singular values."""
+    """Returns a dense delta with these singular values."""
     draw = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(side, len(values), generator=draw)).Q for side in shape)
     return (left * torch.tensor(values)) @ right.T
@@ -36,25 +36,25 @@ def test_a_compressed_delta_is_the_best_of_its_rank(name, form):
     shape = SHAPES[name]
     delta = tucker_delta(shape, rank=4) if form == "tucker" else random_delta("lora", shape, rank=4)
     weight = dense(delta, shape)
-    found = compress(weight.float() if form == "dense" else delta, 2)
-    assert (found.delta.rank, found.delta.alpha, found.delta.down.dtype) == (2, 2.0, torch.float32)
-    assert not list(found.delta.faults(shape))
-    torch.testing.assert_close(dense(found.delta, shape), best(weight, 2), rtol=1e-4, atol=1e-5)
+    small = compress(weight.float() if form == "dense" else delta, 2)
+    assert (small.delta.rank, small.delta.alpha, small.delta.down.dtype) == (2, 2.0, torch.float32)
+    assert not list(small.delta.issues(shape))
+    torch.testing.assert_close(dense(small.delta, shape), best(weight, 2), rtol=1e-4, atol=1e-5)
     kept = float((best(weight, 2).norm() / weight.norm()) ** 2)
-    assert found.retained == pytest.approx(kept, abs=1e-6)
-    assert found.energy == pytest.approx(float(weight.norm()) ** 2, rel=1e-5)
+    assert small.retained == pytest.approx(kept, abs=1e-6)
+    assert small.energy == pytest.approx(float(weight.norm()) ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("factored", [True, False])
 def test_factors_are_balanced(factored):
     delta = LoraDelta(torch.randn(4, 7) * 1e-3, torch.randn(9, 4) * 1e3, 4.0)
-    found = compress(delta if factored else dense(delta, (9, 7)).float(), 3).delta
-    torch.testing.assert_close(found.down.norm(dim=1), found.up.norm(dim=0), rtol=1e-4, atol=1e-6)
+    small = compress(delta if factored else dense(delta, (9, 7)).float(), 3).delta
+    torch.testing.assert_close(small.down.norm(dim=1), small.up.norm(dim=0), rtol=1e-4, atol=1e-6)
 
 
 # The values 4, 3, 2, 1 hold .533, .833, .967 of the squares and .4, .7, .9 of the sum.
 @pytest.mark.parametrize(
-    ("asked", "rank"),
+    ("criteria", "rank"),
     [
         ({"energy": 0.53}, 1),
         ({"energy": 0.54}, 2),
@@ -74,25 +74,25 @@ def test_factors_are_balanced(factored):
         ({"energy": 0.54, "ratio": 3.9}, 3),
     ],
 )
-def test_the_least_rank_that_reaches_what_is_asked_for(asked, rank):
+def test_the_least_rank_that_meets_the_criteria(criteria, rank):
     weight = with_values(4.0, 3.0, 2.0, 1.0)
-    assert compress_to(weight, Budget(**asked)).delta.rank == rank
+    assert compress_to(weight, Budget(**criteria)).delta.rank == rank
     down, up = torch.linalg.qr(weight.T).R, torch.linalg.qr(weight.T).Q
-    assert compress_to(LoraDelta(up.T, down.T, 10.0), Budget(**asked)).delta.rank == rank
+    assert compress_to(LoraDelta(up.T, down.T, 10.0), Budget(**criteria)).delta.rank == rank
 
 
 # kohya's resize adds one to the index of the first value that reaches the threshold, and again when it cuts: sv_fro .95
 # gave 3 where 2 do, sv_cumulative .8 gave 4 where 3 do, and sv_ratio 3 gave 3 where 2 do (sd-scripts, February 2026).
 @pytest.mark.parametrize(
-    ("values", "asked", "kohya", "rank"),
+    ("values", "criteria", "kohya", "rank"),
     [
         ((4.0, 2.0, 1.0, 0.5), {"energy": 0.95**2}, 3, 2),
         ((4.0, 3.0, 2.0, 1.0), {"cumulative": 0.8}, 4, 3),
         ((4.0, 2.0, 1.0, 0.5), {"ratio": 3.0}, 3, 2),
     ],
 )
-def test_dynamic_ranks_are_one_below_kohyas(values, asked, kohya, rank):
-    assert compress_to(with_values(*values), Budget(**asked)).delta.rank == rank == kohya - 1
+def test_dynamic_ranks_are_one_below_kohyas(values, criteria, kohya, rank):
+    assert compress_to(with_values(*values), Budget(**criteria)).delta.rank == rank == kohya - 1
 
 
 def test_rounding_is_not_kept_as_rank():
@@ -105,9 +105,9 @@ def test_rounding_is_not_kept_as_rank():
 @pytest.mark.parametrize("form", ["factors", "dense"])
 def test_a_delta_of_zero_stays_zero(form):
     delta = LoraDelta(torch.randn(3, 5), torch.zeros(6, 3), 3.0)
-    found = compress(delta if form == "factors" else torch.zeros(6, 5), 2)
-    assert found.retained == 1.0
-    assert not bool(dense(found.delta, (6, 5)).any())
+    small = compress(delta if form == "factors" else torch.zeros(6, 5), 2)
+    assert small.retained == 1.0
+    assert not bool(dense(small.delta, (6, 5)).any())
 
 
 def test_large_deltas_are_sketched_with_little_loss_and_the_same_bytes():
@@ -121,18 +121,18 @@ def test_large_deltas_are_sketched_with_little_loss_and_the_same_bytes():
 
 
 @pytest.mark.parametrize(
-    ("asked", "problem"),
+    ("criteria", "problem"),
     [
-        ({}, "nothing says how much to keep"),
+        ({}, "no criterion for the rank is set"),
         ({"rank": 0}, "rank is 0"),
         ({"energy": 1.1}, "energy is 1.1"),
         ({"error": -0.1}, "error is -0.1"),
         ({"energy": float("nan")}, "energy is nan"),
     ],
 )
-def test_impossible_budgets_are_refused(asked, problem):
+def test_invalid_budgets_are_refused(criteria, problem):
     with pytest.raises(SettingsError, match=problem):
-        Budget(**asked)
+        Budget(**criteria)
 
 
 def test_deltas_that_are_not_finite_or_have_no_rank_are_refused():
@@ -170,7 +170,7 @@ def test_resizing_keeps_a_bias():
     assert torch.equal(small.modules["unet.a"].bias, delta.bias)
 
 
-def test_resizing_other_kinds_is_refused_unless_asked_for():
+def test_resizing_other_kinds_is_refused_unless_requested():
     lokr = random_delta("lokr", (8, 8))
     adapter = adapter_of(a=random_delta("lora", (9, 7), 4), b=lokr)
     with pytest.raises(AdapterError, match=r"unet\.b: 1 of 2 modules are not LoRA, the first of kind 'lokr'"):
@@ -189,7 +189,7 @@ def test_any_kind_becomes_lora_with_the_energy_that_it_keeps(kind):
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(7))
     delta = random_delta(kind, (8, 8)).to_export()
     if needs_base_values(delta):
-        with pytest.raises(AdapterError, match="together with the base's weight"):
+        with pytest.raises(AdapterError, match="depends on the base's weight"):
             to_lora(delta, rank=8)
     whole, retained = to_lora(delta, weight, rank=8)
     expected = delta.delta_weight(weight)

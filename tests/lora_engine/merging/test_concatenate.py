@@ -1,4 +1,4 @@
-"""What concatenation refuses, and what it keeps."""
+"""Concatenation rejects invalid input, and preserves dtypes and single modules."""
 
 import pytest
 import torch
@@ -39,17 +39,17 @@ def test_adapters_for_different_bases_are_refused(other, problem):
         ([1.0, 1.0, 1.0], "3 weights for 2 adapters"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(weights, problem):
+def test_invalid_weights_are_refused(weights, problem):
     with pytest.raises(SettingsError, match=problem):
         concatenate([adapter_of(), adapter_of()], weights)
 
 
-def test_nothing_is_refused():
+def test_an_empty_merge_is_refused():
     with pytest.raises(SettingsError, match="0 adapters"):
         concatenate([], [])
 
 
-def test_modules_that_one_adapter_alone_has_are_kept_as_they_are():
+def test_modules_of_one_adapter_only_do_not_change():
     one, two = adapter_of("unet.a"), adapter_of("unet.b", base="", fingerprint="f")
     merged = concatenate([one, two], [1.0, 0.5])
     assert merged.modules["unet.a"] is one.modules["unet.a"]

@@ -37,11 +37,11 @@ TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
         ({"IN01": 0.6, QUERY: 0.9}, {QUERY: 0.9, CONV: 0.6, TEXT: 1.0}),
     ],
 )
-def test_the_most_special_pattern_gives_the_weight(weight, expected):
+def test_the_most_specific_pattern_wins(weight, expected):
     assert weights_by_module(weight, [QUERY, CONV, TEXT]) == expected
 
 
-def test_a_component_is_not_its_neighbour():
+def test_a_component_does_not_match_its_neighbor():
     names = ["text_encoder.a", "text_encoder_2.a"]
     assert weights_by_module({"text_encoder": 0.5}, names) == {"text_encoder.a": 0.5, "text_encoder_2.a": 1.0}
 
@@ -49,13 +49,13 @@ def test_a_component_is_not_its_neighbour():
 @pytest.mark.parametrize(
     ("weight", "problem"),
     [
-        ({"unet.left_blocks": 0.5}, "'unet.left_blocks' means none of the adapter's 1 modules"),
+        ({"unet.left_blocks": 0.5}, "'unet.left_blocks' matches none of the adapter's 1 modules"),
         ({"*.to_q": 0.5, "u*to_q": 0.1}, "give 0.5, 0.1"),
         (float("nan"), "weight nan"),
         ({"unet": float("inf")}, "weight inf"),
     ],
 )
-def test_weights_that_say_nothing_or_too_much_are_refused(weight, problem):
+def test_idle_and_ambiguous_weights_are_refused(weight, problem):
     with pytest.raises(SettingsError, match=problem):
         weights_by_module(weight, [QUERY if "left" in str(weight) else "unet.to_q"])
 
@@ -83,7 +83,7 @@ def test_block_lists_have_their_slots(length, families):
         ("BASE", "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"),
     ],
 )
-def test_slots_mean_their_blocks(slot, name):
+def test_slots_match_their_blocks(slot, name):
     assert weights_by_module({slot: 0.25}, [name, "unet.conv_out"]) == {name: 0.25, "unet.conv_out": 1.0}
 
 
@@ -92,10 +92,10 @@ def test_block_lists_of_another_length_are_refused():
         block_weights([1.0] * 13)
 
 
-def test_slerp_goes_along_the_arc_and_lengths_along_the_line():
+def test_slerp_interpolates_directions_on_the_arc_and_norms_linearly():
     gram = torch.tensor([[1.0, 0.0], [0.0, 9.0]], dtype=torch.float64)
     first, second = slerp([1.0, 1.0], lambda: gram)
-    # Half of the right angle, at length 2.
+    # Half of the right angle, with norm 2.
     assert (first, second * 3) == pytest.approx((2**0.5, 2**0.5))
     with pytest.raises(SettingsError, match=r"-1\.0"):
         slerp([1.0, -1.0], lambda: gram)
@@ -108,12 +108,12 @@ def test_slerp_of_parallel_deltas_is_the_line(other):
 
 
 @pytest.mark.parametrize(("cosine", "drawn"), [(1.0, 1.0), (0.5, 2 / 3), (0.0, 0.0), (-0.5, 0.0)])
-def test_model_stock_of_two_is_the_mean_drawn_by_their_angle(cosine, drawn):
+def test_model_stock_of_two_scales_the_mean_by_their_angle(cosine, drawn):
     gram = torch.tensor([[4.0, 4 * cosine], [4 * cosine, 4.0]], dtype=torch.float64)
     assert model_stock([1.0, 1.0], lambda: gram) == pytest.approx([drawn / 2, drawn / 2])
 
 
-def test_the_geometric_median_is_where_no_step_is_better_and_outliers_hardly_move_it():
+def test_the_geometric_median_is_a_minimum_and_robust_to_outliers():
     draw = torch.Generator().manual_seed(0)
     points = torch.randn(5, 8, generator=draw, dtype=torch.float64)
     points[4] *= 100
@@ -122,17 +122,17 @@ def test_the_geometric_median_is_where_no_step_is_better_and_outliers_hardly_mov
         shares = geometric_median([1.0] * 5, lambda: chosen @ chosen.T, tolerance=1e-14, iterations=2000)
         return torch.tensor(shares, dtype=torch.float64) @ chosen
 
-    found = median(points)
-    least = float((points - found).norm(dim=1).sum())
+    center = median(points)
+    least = float((points - center).norm(dim=1).sum())
     steps = 1e-3 * torch.randn(200, 8, generator=draw, dtype=torch.float64)
-    assert all(float((points - found - step).norm(dim=1).sum()) >= least for step in steps)
+    assert all(float((points - center - step).norm(dim=1).sum()) >= least for step in steps)
     farther = points.clone()
     farther[4] *= 10
-    assert float((median(farther) - found).norm()) < 0.05 * float(found.norm())
+    assert float((median(farther) - center).norm()) < 0.05 * float(center.norm())
 
 
 def write(path, seed, names=(QUERY, CONV), kind="lora", base="sd", **card):
-    modules = {name: random_delta(kind, NAMES[name], 2, seed=seed + place) for place, name in enumerate(names)}
+    modules = {name: random_delta(kind, NAMES[name], 2, seed=seed + index) for index, name in enumerate(names)}
     about = {"license": "MIT", "trigger": f"t{seed}", **card}
     write_adapter(path, Adapter(modules, base), card=Card(title=f"a{seed}", **about))
     return path
@@ -160,13 +160,13 @@ def test_a_merged_file_names_its_parents_method_and_seed(tmp_path):
     assert again.read_bytes() == first
 
 
-def test_nothing_is_written_where_the_merge_is_refused(tmp_path):
+def test_a_refused_merge_writes_nothing(tmp_path):
     one, other = write(tmp_path / "1.safetensors", 1), write(tmp_path / "2.safetensors", 2, base="sdxl")
     dora = write(tmp_path / "3.safetensors", 3, kind="dora")
     out = tmp_path / "out.safetensors"
     with pytest.raises(AdapterError, match="different families"):
         merge_files([one, other], [1.0, 1.0], out)
-    with pytest.raises(AdapterError, match="of kind 'dora' says what it adds only together with the base"):
+    with pytest.raises(AdapterError, match="of kind 'dora' depends on the base"):
         merge_files([one, dora], [1.0, 1.0], out, method="linear")
     with pytest.raises(SettingsError, match="has no option 'window'"):
         merge_files([one], [1.0], out, method="ties", options={"window": 0.5})
@@ -178,16 +178,16 @@ def test_nothing_is_written_where_the_merge_is_refused(tmp_path):
 def test_an_adapter_of_another_base_is_refused_when_the_base_is_loaded(tmp_path):
     names = ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",)
     file = write(tmp_path / "1.safetensors", 1, names, kind="dora", base="sdxl")
-    with pytest.raises(AdapterError, match="for family 'sdxl', and the base given is 'sd'"):
+    with pytest.raises(AdapterError, match="for family 'sdxl', and the base is 'sd'"):
         merge_files([file, file], [0.5, 0.5], tmp_path / "out.safetensors", method="linear", base="tiny")
 
 
-def test_a_block_of_weight_0_is_left_out_and_weights_of_0_leave_nothing():
+def test_a_block_of_weight_0_is_omitted_and_weights_of_0_are_refused():
     adapter = Adapter({name: random_delta("lora", NAMES[name]) for name in (QUERY, TEXT)})
     merged, _ = merge_adapters([adapter], [{"text_encoder": 0.0}])
     assert list(merged.modules) == [QUERY]
     assert merged.modules[QUERY] is adapter.modules[QUERY]
-    with pytest.raises(SettingsError, match="nothing is left"):
+    with pytest.raises(SettingsError, match="the merged adapter is zero"):
         merge_adapters([adapter], [0.0])
 
 
@@ -201,7 +201,7 @@ class Small(nn.Module):
 
 
 def learning(per, truth):
-    """Two adapters on a small network, and a loss that is least at these weights."""
+    """Returns a small network, two adapters, and losses that are minimal at these weights."""
     torch.manual_seed(0)
     unet = Small()
     names = ["unet.down_blocks.0", "unet.down_blocks.1"]
@@ -212,31 +212,31 @@ def learning(per, truth):
         twin = Small()
         twin.load_state_dict(unet.state_dict())
         for part, weights in zip(parts, truth, strict=True):
-            for place, name in enumerate(names):
-                layer = twin.down_blocks[place]
-                layer.weight += weights[place] * part.modules[name].delta_weight(layer.weight)
-        wanted = twin(x)
-    losses = [lambda half=half: (unet(x[half]) - wanted[half]).square().mean() for half in (slice(32), slice(32, 64))]
+            for index, name in enumerate(names):
+                layer = twin.down_blocks[index]
+                layer.weight += weights[index] * part.modules[name].delta_weight(layer.weight)
+        target = twin(x)
+    losses = [lambda half=half: (unet(x[half]) - target[half]).square().mean() for half in (slice(32), slice(32, 64))]
     options = Learned(per=per, steps=150, learning_rate=0.1)
     return unet, parts, losses, options
 
 
-def test_learned_weights_find_the_truth_per_adapter():
+def test_learned_weights_find_the_true_weights_per_adapter():
     unet, parts, losses, options = learning("adapter", [(0.3, 0.3), (1.2, 1.2)])
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    found = learn_weights(parts, [1.0, 1.0], {"unet": unet}, losses, options)
-    assert found == pytest.approx([0.3, 1.2], abs=1e-3)
-    assert found == learn_weights(parts, [1.0, 1.0], {"unet": unet}, losses, options)
+    learned = learn_weights(parts, [1.0, 1.0], {"unet": unet}, losses, options)
+    assert learned == pytest.approx([0.3, 1.2], abs=1e-3)
+    assert learned == learn_weights(parts, [1.0, 1.0], {"unet": unet}, losses, options)
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
     assert not unet.down_blocks[0]._forward_hooks
     assert all(parameter.requires_grad for parameter in unet.parameters())
 
 
-def test_learned_weights_find_the_truth_per_block():
+def test_learned_weights_find_the_true_weights_per_block():
     unet, parts, losses, options = learning("block", [(0.3, 0.9), (1.2, 0.1)])
-    one, two = learn_weights(parts, [0.5, {"*": 0.5}], {"unet": unet}, losses, options)
-    assert one == pytest.approx({"unet.down_blocks.0": 0.3, "unet.down_blocks.1": 0.9}, abs=2e-2)
-    assert two == pytest.approx({"unet.down_blocks.0": 1.2, "unet.down_blocks.1": 0.1}, abs=2e-2)
+    first, second = learn_weights(parts, [0.5, {"*": 0.5}], {"unet": unet}, losses, options)
+    assert first == pytest.approx({"unet.down_blocks.0": 0.3, "unet.down_blocks.1": 0.9}, abs=2e-2)
+    assert second == pytest.approx({"unet.down_blocks.0": 1.2, "unet.down_blocks.1": 0.1}, abs=2e-2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_learning_and_leaves_no_hooks():
@@ -254,7 +254,7 @@ def test_options_are_read_by_method():
         parse_options("svd")
 
 
-def test_weights_are_learned_from_captioned_pictures_on_a_base(untrained_base, tmp_path):
+def test_weights_are_learned_from_captioned_images_on_a_base(untrained_base, tmp_path):
     base = untrained_base("small-sd")
     model = load_base(str(base), device="cpu")
     fresh = create_adapter(model, ["attention", "text"], rank=2, generator=torch.Generator().manual_seed(0))
@@ -287,9 +287,9 @@ def test_weights_are_learned_from_captioned_pictures_on_a_base(untrained_base, t
 
     first, second = learn("first.safetensors"), learn("second.safetensors")
     assert first.read_bytes() == second.read_bytes()
-    found = read_adapter(first)[1].recipe["learned_weights"]
-    assert {"text_encoder", "unet.down_blocks.0"} <= set(found[0])
-    assert all(weight != 1.0 for weights in found for weight in weights.values())
+    learned = read_adapter(first)[1].recipe["learned_weights"]
+    assert {"text_encoder", "unet.down_blocks.0"} <= set(learned[0])
+    assert all(weight != 1.0 for weights in learned for weight in weights.values())
 
     def loss(weights):
         parts = denoising_losses(model, tmp_path / "data", tmp_path / "work", seed=5, timesteps=2, trains_text=True)
@@ -297,4 +297,4 @@ def test_weights_are_learned_from_captioned_pictures_on_a_base(untrained_base, t
         with torch.no_grad(), attach(model, merged):
             return float(sum(part() for part in parts))
 
-    assert loss(found) < loss([1.0, 1.0])
+    assert loss(learned) < loss([1.0, 1.0])

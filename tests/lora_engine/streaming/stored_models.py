@@ -1,4 +1,4 @@
-"""Small models in files, adapters for them, and what a loaded model says of both."""
+"""Small stored models, adapters for them, and the expected weights from loaded models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_engine.adapters import Adapter, DictTree, collapse, innermost
 from lora_engine.bases.base import load_base
 from lora_engine.formats import write_adapter
 from lora_engine.streaming import open_model
-from lora_engine.streaming.inputs import read_place
+from lora_engine.streaming.inputs import read_location
 
 TARGETS = (
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -29,7 +29,7 @@ TARGETS = (
 
 
 def cast_model(folder, out, dtype):
-    """The same folder with its weights in another dtype."""
+    """Writes a copy of a folder with its weights in another dtype."""
     shutil.copytree(folder, out)
     for file in out.glob("*/*.safetensors"):
         tensors = load_file(file)
@@ -41,7 +41,7 @@ def cast_model(folder, out, dtype):
 
 
 def shard(folder, out):
-    """The same folder with the U-Net in two files."""
+    """Writes a copy of a folder with the U-Net in two shards."""
     shutil.copytree(folder, out)
     file = out / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -57,12 +57,12 @@ def shard(folder, out):
 
 
 def adapter_for(base, kind="lora", *, seed=0, rank=2, targets=TARGETS, size=0.05, fingerprint=None):
-    """An adapter of a kind on those of the targets that it can be on."""
+    """Returns an adapter of a kind on the targets that support it."""
     shapes = open_model(base).module_shapes
     modules = {}
-    for place, name in enumerate(targets):
+    for index, name in enumerate(targets):
         if suits_shape(kind, shapes[name]):
-            delta = random_delta(kind, shapes[name], rank, seed=seed + place).to_export()
+            delta = random_delta(kind, shapes[name], rank, seed=seed + index).to_export()
             modules[name] = delta.with_factors({key: size * value for key, value in delta.factors().items()})
     return Adapter(modules, "", fingerprint)
 
@@ -73,13 +73,13 @@ def saved(adapter, path):
 
 
 def weights_of(path, modules, **options):
-    """Weight and bias of modules, as they lie in a model's files."""
-    places = open_model(path, **options).places
+    """Returns weight and bias of modules from a model's files."""
+    locations = open_model(path, **options).locations
     names = [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
-    found = {name: read_place(places[name]) for name in names if name in places}
-    assert found
-    assert {name.rpartition(".")[0] for name in found} == set(modules)
-    return found
+    tensors = {name: read_location(locations[name]) for name in names if name in locations}
+    assert tensors
+    assert {name.rpartition(".")[0] for name in tensors} == set(modules)
+    return tensors
 
 
 @functools.cache
@@ -88,18 +88,18 @@ def loaded(folder, dtype):
 
 
 def collapsed(folder, adapter, weight, dtype):
-    """The same of a loaded model after the adapter was collapsed into it."""
+    """Returns weight and bias of a loaded model after an adapter was collapsed into it."""
     base = DictTree(copy.deepcopy(loaded(folder, dtype)))
     collapse(base, adapter, weight)
-    found = {}
+    tensors = {}
     for module in adapter.modules:
         layer = innermost(base.get_module(module))
-        found |= {f"{module}.{part}": value for part, value in layer.named_parameters()}
-    return {name: value.detach() for name, value in found.items()}
+        tensors |= {f"{module}.{part}": value for part, value in layer.named_parameters()}
+    return {name: value.detach() for name, value in tensors.items()}
 
 
 def spacing(tensor):
-    """The distance to the next number of the dtype."""
+    """Returns the distance to the next number of the dtype."""
     exponent = torch.frexp(tensor.float()).exponent
     return torch.exp2(exponent.double()) * torch.finfo(tensor.dtype).eps / 2
 

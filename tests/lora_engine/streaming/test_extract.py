@@ -1,4 +1,4 @@
-"""Extraction finds what was added to a model, and no more than that."""
+"""Extraction recovers exactly the difference that was added to a model."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def low_rank(shape, rank, seed, size):
 
 
 def pair(folder, dtype=torch.float32, rank=RANK, size=0.1):
-    """A base and a tuned U-Net, with a difference of known rank in every layer and something in norm and bias."""
+    """Writes a base and a tuned U-Net, which differ in every layer by a known rank, and in norm and bias."""
     draw = torch.Generator().manual_seed(0)
     base, tuned = {}, {}
-    for place, (name, shape) in enumerate(SHAPES.items()):
+    for index, (name, shape) in enumerate(SHAPES.items()):
         weight = (torch.randn(shape, generator=draw) * 0.3).to(dtype)
         base[f"{name}.weight"] = weight
-        tuned[f"{name}.weight"] = (weight.float() + low_rank(weight.shape, rank, place, size)).to(dtype)
+        tuned[f"{name}.weight"] = (weight.float() + low_rank(weight.shape, rank, index, size)).to(dtype)
         base[f"{name}.bias"] = torch.zeros(shape[0], dtype=dtype)
         tuned[f"{name}.bias"] = torch.full((shape[0],), 0.5, dtype=dtype)
     base |= {
@@ -82,7 +82,7 @@ def test_a_known_difference_is_recovered_exactly(tmp_path):
 @pytest.mark.parametrize(
     "choice", [{"energy": 0.9999999}, {"frobenius": 1e-3}, {"rank": 20}, {"rank": 20, "energy": 0.99999}]
 )
-def test_every_way_to_say_how_much_finds_the_true_rank(choice, tmp_path):
+def test_every_criterion_finds_the_true_rank(choice, tmp_path):
     tuned, base = pair(tmp_path)
     adapter, report = extract(tuned, base, noise_aware=choice == {"rank": 20}, **choice)
     assert {delta.rank for delta in adapter.modules.values()} == {RANK}
@@ -91,7 +91,7 @@ def test_every_way_to_say_how_much_finds_the_true_rank(choice, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("choice", [{}, {"rank": 32}])
-def test_the_rounding_of_a_half_precision_model_is_no_rank(dtype, choice, tmp_path):
+def test_the_rounding_of_a_half_precision_model_adds_no_rank(dtype, choice, tmp_path):
     tuned, base = pair(tmp_path, dtype)
     adapter, _ = extract(tuned, base, noise_aware=True, **choice)
     assert {name: delta.rank for name, delta in adapter.modules.items()} == {f"unet.{name}": RANK for name in SHAPES}
@@ -113,7 +113,7 @@ def test_modules_that_only_differ_by_rounding_are_left_out(tmp_path):
     adapter, report = extract(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", noise_aware=True)
     assert list(adapter.modules) == ["unet.down_blocks.0.b"]
     assert report.modules["unet.down_blocks.0.a"].rank == 0
-    with pytest.raises(AdapterError, match="do not differ in any module beyond what rounding explains"):
+    with pytest.raises(AdapterError, match="differ in no module by more than rounding"):
         extract(tmp_path / "base.safetensors", tmp_path / "base.safetensors", rank=4)
 
 
@@ -146,19 +146,19 @@ def test_convolutions_are_truncated_like_their_dense_matrix(tmp_path):
         assert report.modules[f"unet.{name}"].error == pytest.approx(best, rel=2e-3)
 
 
-def test_norms_and_biases_are_taken_when_asked_for(tmp_path):
+def test_norms_and_biases_are_extracted_on_request(tmp_path):
     tuned, base = pair(tmp_path)
     adapter, report = extract(tuned, base, rank=RANK, with_rest=True)
     assert isinstance(adapter.modules["unet.down_blocks.0.norm"], FullDelta)
     assert report.left_out == []
     write_adapter(tmp_path / "a.safetensors", adapter)
     fuse(base, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "out.safetensors")
-    found, expected = load_file(tmp_path / "out.safetensors"), load_file(tuned)
+    result, expected = load_file(tmp_path / "out.safetensors"), load_file(tuned)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(result[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_the_whole_difference_is_taken_as_kind_full(tmp_path):
+def test_kind_full_extracts_the_dense_difference(tmp_path):
     tuned, base = pair(tmp_path)
     adapter, report = extract(tuned, base, kind="full")
     for name in SHAPES:
@@ -166,12 +166,12 @@ def test_the_whole_difference_is_taken_as_kind_full(tmp_path):
     assert report.error == 0.0
 
 
-def test_targets_choose_modules(tmp_path):
+def test_targets_select_modules(tmp_path):
     tuned, base = pair(tmp_path)
     adapter, report = extract(tuned, base, rank=2, targets="*.to_?")
     assert list(adapter.modules) == ["unet.down_blocks.0.attn.to_k", "unet.down_blocks.0.attn.to_q"]
     assert "unet.down_blocks.0.conv.weight" in report.left_out
-    with pytest.raises(SettingsError, match="means no module"):
+    with pytest.raises(SettingsError, match="matches no module"):
         extract(tuned, base, rank=2, targets="*.nowhere")
 
 
@@ -190,25 +190,26 @@ def test_models_that_do_not_match_are_refused_before_work_starts(tmp_path):
     wider = tensors | {"down_blocks.0.conv.weight": torch.ones(48, 41, 3, 3)}
     lacking = {name: tensor for name, tensor in tensors.items() if not name.startswith("down_blocks.0.conv")}
     calls = []
-    for other, problem in ((wider, r"\[48, 40, 3, 3\] in one and \[48, 41, 3, 3\]"), (lacking, "2 tensors are not")):
+    cases = (wider, r"\[48, 40, 3, 3\] in one and \[48, 41, 3, 3\]"), (lacking, "2 tensors differ in name or shape")
+    for other, problem in cases:
         save_file(other, tmp_path / "other.safetensors")
         with pytest.raises(BaseModelError, match=problem):
-            extract(tuned, tmp_path / "other.safetensors", rank=2, progress=lambda *told: calls.append(told))
+            extract(tuned, tmp_path / "other.safetensors", rank=2, progress=lambda *call: calls.append(call))
     assert calls == []
-    extract(tuned, base, rank=2, progress=lambda *told: calls.append(told))
-    assert [told[:2] for told in calls] == [(place, 4) for place in (1, 2, 3, 4)]
+    extract(tuned, base, rank=2, progress=lambda *call: calls.append(call))
+    assert [call[:2] for call in calls] == [(done, 4) for done in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [
-        ({}, "nothing says"),
+        ({}, "no criterion for the rank"),
         ({"rank": 0}, "rank is 0"),
         ({"energy": 1.5}, "energy is 1.5"),
         ({"rank": 2, "kind": "dora"}, "'dora'"),
     ],
 )
-def test_settings_that_say_nothing_are_refused(choice, problem, tmp_path):
+def test_settings_without_a_criterion_are_refused(choice, problem, tmp_path):
     tuned, base = pair(tmp_path)
     with pytest.raises(SettingsError, match=problem):
         extract(tuned, base, **choice)
@@ -224,11 +225,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300), (700, 150)])
-def test_a_sketch_is_as_good_as_the_whole_on_pure_noise(shape):
+def test_a_sketch_is_as_accurate_as_the_full_svd_on_pure_noise(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     best = float(torch.linalg.svdvals(matrix)[16:].norm())
     for triplets in (sketched_svd(matrix, 16, generator=torch.Generator().manual_seed(1)), whole_svd(matrix)):
-        left, values, right = (part[..., :16] if place < 2 else part[:16] for place, part in enumerate(triplets))
+        left, values, right = (part[..., :16] if index < 2 else part[:16] for index, part in enumerate(triplets))
         assert float((matrix - (left * values) @ right).norm()) <= 1.002 * best
         torch.testing.assert_close(left.T @ left, torch.eye(16), rtol=0, atol=1e-5)
         torch.testing.assert_close(right @ right.T, torch.eye(16), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Fusing from file to file does what collapsing into a loaded model does, and unfusing takes it back."""
+"""Fusing from file to file equals collapsing into a loaded model, and unfusing reverts it."""
 
 import itertools
 import json
@@ -35,18 +35,18 @@ def test_fusing_is_collapsing(kind, dtype, bases, tmp_path):
     assert adapter.modules
     report = fuse(bases[dtype], [(saved(adapter, tmp_path / "a.safetensors"), 0.7)], tmp_path / "out")
     expected = collapsed(bases[dtype], adapter, 0.7, getattr(torch, dtype))
-    found = weights_of(tmp_path / "out", adapter.modules)
+    tensors = weights_of(tmp_path / "out", adapter.modules)
     before = weights_of(bases[dtype], adapter.modules)
     assert report.modules == len(adapter.modules)
     for name, value in expected.items():
         if kind != "lora":
-            assert torch.equal(found[name], value), name
+            assert torch.equal(tensors[name], value), name
         elif dtype == "float32":
-            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(tensors[name], value, rtol=1e-6, atol=1e-7)
         else:  # the last bit of float32 may decide a rounding
-            assert ((found[name].double() - value.double()).abs() <= spacing(value)).all(), name
-            assert (found[name] == value).double().mean() > 0.99, name
-    assert any(not torch.equal(found[name], before[name]) for name in found)
+            assert ((tensors[name].double() - value.double()).abs() <= spacing(value)).all(), name
+            assert (tensors[name] == value).double().mean() > 0.99, name
+    assert any(not torch.equal(tensors[name], before[name]) for name in tensors)
 
 
 def test_a_change_of_a_bias_is_fused(bases, tmp_path):
@@ -109,11 +109,11 @@ def test_two_runs_give_the_same_bytes(bases, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["lora", "lokr", "dora", "ia3"])
 def test_unfusing_gives_the_base_within_rounding(kind, dtype, bases, tmp_path):
-    base, given = bases[dtype], tmp_path / "a.safetensors"
+    base, path = bases[dtype], tmp_path / "a.safetensors"
     adapter = adapter_for(base, kind)
-    saved(adapter, given)
-    fuse(base, [(given, 0.7)], tmp_path / "fused")
-    report = unfuse(tmp_path / "fused", [(given, 0.7)], tmp_path / "back", base=base)
+    saved(adapter, path)
+    fuse(base, [(path, 0.7)], tmp_path / "fused")
+    report = unfuse(tmp_path / "fused", [(path, 0.7)], tmp_path / "back", base=base)
     old, new, fused = (weights_of(path, adapter.modules) for path in (base, tmp_path / "back", tmp_path / "fused"))
     largest = 0.0
     for name in old:
@@ -124,36 +124,36 @@ def test_unfusing_gives_the_base_within_rounding(kind, dtype, bases, tmp_path):
     assert report.difference == pytest.approx(largest, abs=1e-12)
     assert "loraline.fused" not in metadata_of(tmp_path / "back" / UNET)
     if not any(needs_base_values(delta) for delta in adapter.modules.values()):
-        without = unfuse(tmp_path / "fused", [(given, 0.7)], tmp_path / "alone")
+        without = unfuse(tmp_path / "fused", [(path, 0.7)], tmp_path / "alone")
         alone = weights_of(tmp_path / "alone", adapter.modules)
         assert without.difference is None
         for name in new:  # the delta is formed from the fused weight's shape alone
             torch.testing.assert_close(alone[name], new[name], rtol=0, atol=0)
 
 
-def test_one_of_two_adapters_can_be_taken_out(bases, tmp_path):
+def test_one_of_two_adapters_can_be_unfused(bases, tmp_path):
     base = bases["float32"]
     paths = [saved(adapter_for(base, seed=seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
     fuse(base, [(paths[0], 1.0), (paths[1], 0.5)], tmp_path / "both")
     unfuse(tmp_path / "both", [(paths[0], 1.0)], tmp_path / "second")
     fuse(base, [(paths[1], 0.5)], tmp_path / "expected")
-    found, expected = (weights_of(tmp_path / name, TARGETS) for name in ("second", "expected"))
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    tensors, expected = (weights_of(tmp_path / name, TARGETS) for name in ("second", "expected"))
+    for name in tensors:
+        torch.testing.assert_close(tensors[name], expected[name], rtol=1e-5, atol=1e-6)
     names = [json.loads(metadata_of(tmp_path / name / UNET)["loraline.fused"]) for name in ("second", "expected")]
     assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("kind", ["dora", "ia3", "oft"])
-def test_a_kind_that_needs_the_base_is_not_taken_out_without(kind, bases, tmp_path):
+def test_a_kind_that_needs_the_base_is_not_unfused_without(kind, bases, tmp_path):
     path = saved(adapter_for(bases["float32"], kind), tmp_path / "a.safetensors")
     fuse(bases["float32"], [(path, 1.0)], tmp_path / "fused")
-    with pytest.raises(AdapterError, match="depends on the weight before"):
+    with pytest.raises(AdapterError, match="depends on the original weight"):
         unfuse(tmp_path / "fused", [(path, 1.0)], tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
-def test_another_adapter_or_weight_is_not_taken_out_unless_allowed(bases, tmp_path):
+def test_another_adapter_or_weight_is_not_unfused_unless_allowed(bases, tmp_path):
     one, two = (saved(adapter_for(bases["float32"], seed=s), tmp_path / f"{s}.safetensors") for s in (1, 2))
     fuse(bases["float32"], [(one, 1.0)], tmp_path / "fused")
     for path, weight in ((two, 1.0), (one, 0.5)):
@@ -172,13 +172,13 @@ def test_shards_are_fused_like_one_file(bases, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-@pytest.mark.parametrize("place", ["unet", UNET])
-def test_a_component_alone_is_fused(place, bases, tmp_path):
+@pytest.mark.parametrize("location", ["unet", UNET])
+def test_a_component_alone_is_fused(location, bases, tmp_path):
     path = saved(adapter_for(bases["float16"], targets=TARGETS[:4]), tmp_path / "a.safetensors")
-    out = tmp_path / ("out" if place == "unet" else "out.safetensors")
-    fuse(bases["float16"] / place, [(path, 1.0)], out)
+    out = tmp_path / ("out" if location == "unet" else "out.safetensors")
+    fuse(bases["float16"] / location, [(path, 1.0)], out)
     fuse(bases["float16"], [(path, 1.0)], tmp_path / "whole")
-    file = out / "diffusion_pytorch_model.safetensors" if place == "unet" else out
+    file = out / "diffusion_pytorch_model.safetensors" if location == "unet" else out
     assert file.read_bytes() == (tmp_path / "whole" / UNET).read_bytes()
 
 
@@ -208,9 +208,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("architecture", ["sd15", "sd2", "sdxl"])
-def test_an_original_file_is_fused_like_the_folder_that_it_came_from(
-    architecture, untrained_base, untrained_file, tmp_path
-):
+def test_an_original_file_is_fused_like_its_folder(architecture, untrained_base, untrained_file, tmp_path):
     folder, single = untrained_base(architecture), untrained_file(architecture)
     encoder = "text_encoder_2" if architecture == "sdxl" else "text_encoder"
     modules = {}
@@ -225,16 +223,16 @@ def test_an_original_file_is_fused_like_the_folder_that_it_came_from(
     fuse(folder, [(path, 0.7)], tmp_path / "folder")
     fuse(single, [(path, 0.7)], tmp_path / "single.safetensors")
     (converted,) = convert_checkpoint(tmp_path / "folder", tmp_path / "converted.safetensors", to="ldm")
-    before, expected, found = (load_file(file) for file in (single, converted, tmp_path / "single.safetensors"))
-    assert expected.keys() == found.keys() == before.keys()
-    changed = {name for name, tensor in before.items() if not torch.equal(tensor, found[name])}
+    before, expected, tensors = (load_file(file) for file in (single, converted, tmp_path / "single.safetensors"))
+    assert expected.keys() == tensors.keys() == before.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, tensors[name])}
     # One tensor holds k and v of a layer.
     assert len(changed) == len(modules) - (0 if architecture == "sd15" else len(ATTENTIONS))
     for name in expected:
         if name in changed:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7, msg=name)
+            torch.testing.assert_close(tensors[name], expected[name], rtol=1e-6, atol=1e-7, msg=name)
         else:
-            assert torch.equal(found[name], expected[name]), name
+            assert torch.equal(tensors[name], expected[name]), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr", "dora"])
@@ -255,16 +253,16 @@ def test_a_weight_that_an_original_file_stores_transposed_is_fused_like_the_fold
 def test_adapters_of_any_format_are_fused(bases, tmp_path):
     adapter = adapter_for(bases["float16"])
     for name in ("kohya", "peft", "diffusers"):
-        place = tmp_path / name if name == "peft" else tmp_path / f"{name}.safetensors"
+        location = tmp_path / name if name == "peft" else tmp_path / f"{name}.safetensors"
         write_adapter(
-            place, Adapter({n: LoraDelta(d.down, d.up, 3.0) for n, d in adapter.modules.items()}), format=name
+            location, Adapter({n: LoraDelta(d.down, d.up, 3.0) for n, d in adapter.modules.items()}), format=name
         )
-        fuse(bases["float16"], [(place, 0.7)], tmp_path / f"{name}-out")
-    found = [weights_of(tmp_path / f"{name}-out", TARGETS) for name in ("kohya", "peft", "diffusers")]
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+        fuse(bases["float16"], [(location, 0.7)], tmp_path / f"{name}-out")
+    tensors = [weights_of(tmp_path / f"{name}-out", TARGETS) for name in ("kohya", "peft", "diffusers")]
+    assert all(torch.equal(tensors[0][name], other[name]) for other in tensors[1:] for name in tensors[0])
 
 
-def test_tensors_that_begin_at_odd_bytes_are_fused(tmp_path):
+def test_tensors_at_odd_offsets_are_fused(tmp_path):
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).half()
     header = {
         "down_blocks.0.flags": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
@@ -276,6 +274,6 @@ def test_tensors_that_begin_at_odd_bytes_are_fused(tmp_path):
     adapter = Adapter({"unet.down_blocks.0.to_q": LoraDelta(torch.ones(1, 4), torch.ones(6, 1), 1.0)})
     out = tmp_path / "out.safetensors"
     fuse(tmp_path / "base.safetensors", [(saved(adapter, tmp_path / "a.safetensors"), 1.0)], out)
-    found = load_file(out)
-    assert torch.equal(found["down_blocks.0.to_q.weight"], (weight.float() + 1).half())
-    assert found["down_blocks.0.flags"].tolist() == [1, 2, 3]
+    tensors = load_file(out)
+    assert torch.equal(tensors["down_blocks.0.to_q.weight"], (weight.float() + 1).half())
+    assert tensors["down_blocks.0.flags"].tolist() == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""What fusing refuses, before a byte is written; and what is left when it is stopped half way."""
+"""Fusing rejects invalid input before it writes a byte, and an interrupted run leaves no output."""
 
 import hashlib
 import itertools
@@ -34,7 +34,7 @@ def digest(folder):
 MISFITS = {
     "missing module": ({"unet.nowhere.to_q": lora(8, 8)}, "no module 'unet.nowhere.to_q'"),
     "another shape": ({TARGETS[0]: lora(9, 8)}, "the shape is"),
-    "a bias that the layer lacks": ({TARGETS[0]: FullDelta(None, torch.ones(8))}, "the module has none"),
+    "a bias that the layer lacks": ({TARGETS[0]: FullDelta(None, torch.ones(8))}, "the module does not have"),
 }
 
 
@@ -59,7 +59,7 @@ def test_an_adapter_for_another_base_is_refused_unless_allowed(bases, tmp_path):
     wrong = adapter_for(base, fingerprint="0" * 64)
     right, wrong = saved(right, tmp_path / "right.safetensors"), saved(wrong, tmp_path / "wrong.safetensors")
     assert fuse(base, [(right, 1.0)], tmp_path / "one").fingerprint == "same"
-    with pytest.raises(BaseModelError, match="an adapter was made for 0000000000000000"):
+    with pytest.raises(BaseModelError, match="an adapter was trained for 0000000000000000"):
         fuse(base, [(right, 1.0), (wrong, 1.0)], tmp_path / "two")
     assert not (tmp_path / "two").exists()
     assert fuse(base, [(wrong, 1.0)], tmp_path / "two", allow_other_base=True).fingerprint == "other"
@@ -68,7 +68,7 @@ def test_an_adapter_for_another_base_is_refused_unless_allowed(bases, tmp_path):
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(weight, bases, tmp_path):
+def test_weights_that_are_not_numbers_are_refused(weight, bases, tmp_path):
     path = saved(adapter_for(bases["float32"]), tmp_path / "a.safetensors")
     with pytest.raises(SettingsError, match="a finite number"):
         fuse(bases["float32"], [(path, weight)], tmp_path / "out")
@@ -79,7 +79,7 @@ def test_no_adapter_is_refused(bases, tmp_path):
         fuse(bases["float32"], [], tmp_path / "out")
 
 
-def test_places_that_cannot_be_are_refused(bases, tmp_path):
+def test_invalid_output_paths_are_refused(bases, tmp_path):
     base = bases["float32"]
     path = saved(adapter_for(base, targets=TARGETS[:1]), tmp_path / "a.safetensors")
     full = tmp_path / "full"
@@ -87,7 +87,7 @@ def test_places_that_cannot_be_are_refused(bases, tmp_path):
     (full / "something").touch()
     for model, out, problem in (
         (base, base, "is the model itself"),
-        (base, base / "inside", "lies within the model"),
+        (base, base / "inside", "is inside the model"),
         (base, full, "is not an empty folder"),
         (base / UNET, tmp_path / "out.bin", "not the name of a .safetensors file"),
         (base / UNET, base / UNET, "is the model itself"),
@@ -100,18 +100,18 @@ def test_places_that_cannot_be_are_refused(bases, tmp_path):
     ("name", "problem"),
     [
         ("nothing", "no such file or folder"),
-        ("empty", "holds 0 files of weights"),
-        ("strange.safetensors", "nothing tells which component"),
+        ("empty", "has 0 weights files"),
+        ("strange.safetensors", "component of the model cannot be inferred"),
     ],
 )
-def test_what_is_no_model_is_refused(name, problem, tmp_path):
+def test_paths_without_a_model_are_refused(name, problem, tmp_path):
     (tmp_path / "empty").mkdir()
     save_file({"a": torch.ones(2, 2)}, tmp_path / "strange.safetensors")
     with pytest.raises(BaseModelError, match=problem):
         open_model(tmp_path / name)
 
 
-def test_a_value_beyond_float16_is_refused_and_nothing_is_left(bases, tmp_path):
+def test_a_value_beyond_float16_is_refused_without_output(bases, tmp_path):
     shape = open_model(bases["float16"]).module_shapes[TARGETS[0]]
     delta = LoraDelta(torch.full((1, shape[1]), 300.0), torch.full((shape[0], 1), 300.0), 1.0)
     path = saved(Adapter({TARGETS[0]: delta}), tmp_path / "a.safetensors")
@@ -147,7 +147,7 @@ for number, (model, out) in enumerate(pairs):
 """
 
 
-def test_a_killed_run_leaves_no_output_and_the_source_as_it_was(bases, tmp_path):
+def test_a_killed_run_leaves_no_output_and_an_unchanged_source(bases, tmp_path):
     base = bases["float32"]
     before = digest(base)
     path = saved(adapter_for(base, targets=TARGETS[:2]), tmp_path / "a.safetensors")
@@ -158,7 +158,7 @@ def test_a_killed_run_leaves_no_output_and_the_source_as_it_was(bases, tmp_path)
     while not all(file.exists() for file in half) and child.poll() is None:
         time.sleep(0.02)
     assert child.poll() is None
-    # Both were in the middle of it.
+    # Both processes were writing.
     assert len(list(tmp_path.glob(".*.partial"))) == len(outputs)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

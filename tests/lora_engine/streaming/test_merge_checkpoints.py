@@ -1,4 +1,4 @@
-"""Checkpoints merged from file to file are what the same arithmetic gives on loaded tensors."""
+"""Merging checkpoints from file to file equals the same arithmetic on loaded tensors."""
 
 import json
 
@@ -16,7 +16,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def noisy(path, seed, dtype=torch.float32, rows=4):
-    """A file of a component with a tensor of every shape, some of integers and one that is wider than a block."""
+    """Writes a component's file with tensors of every shape, some integers, and one wider than a block."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {
         "down_blocks.0.a": (rows, 3),
@@ -66,10 +66,10 @@ def test_merging_from_file_to_file_is_the_arithmetic_on_loaded_tensors(method, b
     weights, options, function = CASES[method]
     out = tmp_path / "out.safetensors"
     report = merge_checkpoints(three, weights, out, method=method, options=options, component="unet")
-    found, expected = load_file(out), by_hand(three, function)
-    assert found.keys() == expected.keys()
+    merged, expected = load_file(out), by_hand(three, function)
+    assert merged.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-3, atol=1e-6, msg=name)
     assert (report.tensors, report.kept) == (5, 1)
     note = json.loads(metadata_of(out)["loraline.merged"])
     assert note == {"method": method, "weights": weights, "options": options, "parents": report.parents}
@@ -123,7 +123,7 @@ def test_models_that_differ_are_refused_before_work_starts(three, untrained_base
         (2, [1.0, 1.0], "average", {}, "average"),
     ],
 )
-def test_settings_that_a_method_does_not_take_are_refused(count, weights, method, options, problem, three, tmp_path):
+def test_settings_that_a_method_does_not_accept_are_refused(count, weights, method, options, problem, three, tmp_path):
     with pytest.raises(SettingsError, match=problem):
         merge_checkpoints(
             three[:count], weights, tmp_path / "out.safetensors", method=method, options=options, component="unet"

@@ -19,7 +19,7 @@ from lora_engine.data.spec import IngestSettings, PreprocessSettings
 from lora_engine.training.spec import TrainSettings
 from tests.lora_engine.training.runs import Runs, load_once
 
-# Shapes this small only lose by being spread over cores.
+# Bases this small are slower on several cores.
 torch.set_num_threads(1)
 SHAPES = ("small-sd", "small-sd-v", "small-sdxl", "small-sd-inpainting")
 
@@ -31,7 +31,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def write_dataset(folder: Path, sizes: list[int], heldout: int = 0, **about: Any) -> Path:
-    pictures = []
+    images = []
     for number, size in enumerate([*sizes, *[sizes[0]] * heldout]):
         digest = hashlib.sha256(str(number).encode()).hexdigest()
         tiles = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(number)) * 2 - 1
@@ -39,12 +39,12 @@ def write_dataset(folder: Path, sizes: list[int], heldout: int = 0, **about: Any
         write_png(folder / name, tiles.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2))
         split = "train" if number < len(sizes) else "heldout"
         caption = about.get("caption", f"a sks star {number % 2}")
-        pictures.append(
+        images.append(
             ImageEntry(
                 sha256=digest, file=name, width=size, height=size, caption=caption, source=f"{number}.png", split=split
             )
         )
-    Manifest(pictures=tuple(pictures), trigger="sks", class_word=about.get("class_word", "star")).save(folder)
+    Manifest(pictures=tuple(images), trigger="sks", class_word=about.get("class_word", "star")).save(folder)
     return folder
 
 
@@ -63,16 +63,16 @@ def dataset(make_dataset: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def masked(dataset: Path) -> Path:
-    """The usual dataset with a mask over the left half of each image."""
+    """The default dataset with a mask over the left half of each image."""
     manifest = Manifest.load(dataset)
-    pictures = []
-    for picture in manifest.pictures:
-        mask = torch.full((3, picture.height, picture.width), -1.0)
-        mask[:, :, : picture.width // 2] = 1.0
-        name = f"masks/{Path(picture.file).name}"
+    images = []
+    for image in manifest.pictures:
+        mask = torch.full((3, image.height, image.width), -1.0)
+        mask[:, :, : image.width // 2] = 1.0
+        name = f"masks/{Path(image.file).name}"
         write_png(dataset / name, mask)
-        pictures.append(picture.model_copy(update={"mask": name}))
-    manifest.model_copy(update={"pictures": tuple(pictures)}).save(dataset)
+        images.append(image.model_copy(update={"mask": name}))
+    manifest.model_copy(update={"pictures": tuple(images)}).save(dataset)
     return dataset
 
 
@@ -121,5 +121,5 @@ def runs(
     settings: Callable[..., TrainSettings],
     shared: tuple[Path, Callable[..., BaseModel]],
 ) -> Runs:
-    """Runs on the usual dataset; see `Runs`."""
+    """Runs on the default dataset; see `Runs`."""
     return Runs(bases, dataset, tmp_path, *shared, settings)

@@ -1,4 +1,4 @@
-"""Training runs for tests: one way to start them, to end them early and to compare what they wrote."""
+"""Training runs for tests: starts them, ends them early and compares their files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_engine.errors import InterruptedRun
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter
 from lora_engine.training import job
-from lora_engine.training.batches import Batch, Mixer
+from lora_engine.training.batches import Batch, BatchBuilder
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.running import Running
@@ -29,38 +29,38 @@ OBJECTIVE: dict[str, Any] = {
     "pyramid": {},
     "input_perturbation": 0.1,
 }
-"""Every setting of an objective, each other than its default."""
+"""Every setting of an objective, none at its default."""
 
 
 class CrashedRun(Exception):
-    """Ends a run as a killed process would: nothing more is written."""
+    """Ends a run like a killed process: nothing more is written."""
 
 
 @dataclass
 class Ending:
-    """Ends a run early, in order or by a crash.
+    """Ends a run early, by a stop request or a crash.
 
     Attributes:
-        poll: the run asks for the n-th time, from 1, whether to stop; None leaves this out
-        batch: a batch is made, counted over all phases from 0
-        step: a step is done, and with it its checkpoint
-        crashes: raises `CrashedRun` at that moment; otherwise asks for a stop
+        poll: number of the poll for a stop, from 1, that requests it; None requests none
+        batch: number of the batch, over all phases from 0, at which the run ends
+        step: number of the step after whose checkpoint the run ends
+        crashes: raises `CrashedRun` at that moment; otherwise requests a stop
     """
 
     poll: int | None = None
     batch: int | None = None
     step: int | None = None
     crashes: bool = False
-    asked: bool = field(default=False, init=False)
+    is_stopping: bool = field(default=False, init=False)
     polls: int = field(default=0, init=False)
     batches: int = field(default=0, init=False)
     steps: list[int] = field(default_factory=list, init=False)
 
     def stop(self) -> bool:
         self.polls += 1
-        return self.asked or self.polls == self.poll
+        return self.is_stopping or self.polls == self.poll
 
-    def tell(self, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, done: int, total: int, values: Mapping[str, float]) -> None:
         if "loss" not in values:
             return
         self.steps.append(done)
@@ -75,20 +75,20 @@ class Ending:
     def _end(self) -> None:
         if self.crashes:
             raise CrashedRun
-        self.asked = True
+        self.is_stopping = True
 
 
 def load_once() -> Callable[..., BaseModel]:
-    """Returns `load_base` with a memory.
+    """Returns `load_base` with a cache.
 
-    Runs may share a base: two tests with fresh loads check that a run leaves it as it was.
+    Runs may share a base: two tests with fresh loads check that a run does not change it.
     """
     loaded: dict[tuple[str, str], BaseModel] = {}
 
-    def load(source: Any, **how: Any) -> BaseModel:
-        key = str(source), str(how)
+    def load(source: Any, **options: Any) -> BaseModel:
+        key = str(source), str(options)
         if key not in loaded:
-            loaded[key] = load_base(source, **how)
+            loaded[key] = load_base(source, **options)
         return loaded[key]
 
     return load
@@ -96,15 +96,15 @@ def load_once() -> Callable[..., BaseModel]:
 
 @dataclass
 class Runs:
-    """Runs of `train`, each in a folder of its own; they share loaded bases and what they encode.
+    """Runs of `train`, each in its own folder; they share loaded bases and encoded images and texts.
 
     Attributes:
         bases: folders of the narrow bases by shape
-        dataset: what is trained on unless a run names another
-        folder: where runs write
+        dataset: default dataset
+        folder: folder of the outputs
         cache: encoded images and texts
-        load: loads a base for runs with default `running`; others change the network for good and load their own
-        settings: gives the settings of a run with some of them changed
+        load: loads a base for runs with default `running`; others change the network permanently and load their own
+        settings: returns the settings of a run with some of them changed
     """
 
     bases: Mapping[str, Path]
@@ -123,35 +123,35 @@ class Runs:
         dataset: Path | None = None,
         work: str | None = None,
         ending: Ending | None = None,
-        passed: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
         **change: Any,
     ) -> Path:
         """Trains and returns the folder of the artifact.
 
         Args:
-            name: of that folder
-            shape: of the base
-            base: its name for `resolve_base`, in place of a shape
-            dataset: in place of the usual one
+            name: name of that folder
+            shape: shape of the base
+            base: name of another base for `resolve_base`
+            dataset: another dataset
             work: folder of checkpoints; None names it after the artifact
             ending: ends the run early
-            passed: further arguments of `train`
+            arguments: further arguments of `train`
             **change: settings
         """
-        chosen, out = self.settings(**change), self.folder / name
+        settings, out = self.settings(**change), self.folder / name
         ending = ending or Ending()
-        arguments = {"cache": self.cache, "progress": ending.tell, "stop": ending.stop, **(passed or {})}
+        all_arguments = {"cache": self.cache, "progress": ending.progress, "stop": ending.stop, **(arguments or {})}
         with pytest.MonkeyPatch.context() as patch:
-            if chosen.running == Running():
+            if settings.running == Running():
                 patch.setattr(job, "load_base", self.load)
-            patch.setattr(Mixer, "__call__", _counted(ending))
+            patch.setattr(BatchBuilder, "__call__", _counted(ending))
             train(
-                chosen,
+                settings,
                 base or str(self.bases[shape]),
                 dataset or self.dataset,
                 out,
                 self.folder / (work or f"work of {name}"),
-                **arguments,
+                **all_arguments,
             )
         return out
 
@@ -159,7 +159,7 @@ class Runs:
         """Trains with an interruption at each ending and then to the end.
 
         Returns:
-            The folder of the artifact, and the steps that the last run took.
+            The folder of the artifact, and the steps of the last run.
         """
         for ending in endings:
             with pytest.raises(CrashedRun if ending.crashes else InterruptedRun):
@@ -169,21 +169,21 @@ class Runs:
         return self(name, ending=last, **change), last.steps
 
 
-def _counted(ending: Ending) -> Callable[[Mixer, int], Batch]:
-    make = Mixer.__call__
+def _counted(ending: Ending) -> Callable[[BatchBuilder, int], Batch]:
+    make = BatchBuilder.__call__
 
-    def count(mixer: Mixer, number: int) -> Batch:
+    def count(builder: BatchBuilder, number: int) -> Batch:
         ending.count_batch()
-        return make(mixer, number)
+        return make(builder, number)
 
     return count
 
 
 def digests(out: Path) -> dict[str, str]:
     """Returns the digest of every file of an artifact."""
-    found = {str(path.relative_to(out)): sha256_file(path) for path in sorted(out.rglob("*")) if path.is_file()}
-    assert {"adapter.safetensors", "training.json"} <= found.keys()
-    return found
+    by_name = {str(path.relative_to(out)): sha256_file(path) for path in sorted(out.rglob("*")) if path.is_file()}
+    assert {"adapter.safetensors", "training.json"} <= by_name.keys()
+    return by_name
 
 
 def factors_of(out: Path) -> dict[str, torch.Tensor]:
@@ -193,6 +193,6 @@ def factors_of(out: Path) -> dict[str, torch.Tensor]:
 
 
 def curves_of(out: Path) -> dict[str, Any]:
-    """Returns what `training.json` of an artifact holds."""
-    found: dict[str, Any] = json.loads((out / "training.json").read_bytes())
-    return found
+    """Returns the content of `training.json` of an artifact."""
+    curves: dict[str, Any] = json.loads((out / "training.json").read_bytes())
+    return curves

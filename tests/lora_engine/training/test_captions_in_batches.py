@@ -15,7 +15,7 @@ from lora_engine.training.specs.captions import Captions
 CAPTION = "sks, star, red, small, on white"
 
 
-def drawn(settings: Captions, caption: str = CAPTION, count: int = 200) -> list[str]:
+def rewrite_often(settings: Captions, caption: str = CAPTION, count: int = 200) -> list[str]:
     rewriter = Rewriter(settings)
     return [rewriter.rewrite(caption, generator(7, "caption", number)) for number in range(count)]
 
@@ -27,32 +27,32 @@ def test_by_default_no_caption_changes(caption: str) -> None:
     assert not rewriter.varies(caption)
 
 
-def test_shuffling_keeps_all_tags_and_the_first_ones_in_place() -> None:
-    found = drawn(Captions(shuffle=True, keep_tokens=2))
-    assert all(text.startswith("sks, star, ") for text in found)
-    assert {tuple(sorted(text.split(", "))) for text in found} == {tuple(sorted(CAPTION.split(", ")))}
+def test_shuffling_keeps_all_tags_and_the_position_of_the_first() -> None:
+    texts = rewrite_often(Captions(shuffle=True, keep_tokens=2))
+    assert all(text.startswith("sks, star, ") for text in texts)
+    assert {tuple(sorted(text.split(", "))) for text in texts} == {tuple(sorted(CAPTION.split(", ")))}
     # All six orders of the other three, about equally often.
-    counts = Counter(found)
+    counts = Counter(texts)
     assert len(counts) == 6
     assert min(counts.values()) > 15
-    assert {text.split(", ")[0] for text in drawn(Captions(shuffle=True))} == set(CAPTION.split(", "))
+    assert {text.split(", ")[0] for text in rewrite_often(Captions(shuffle=True))} == set(CAPTION.split(", "))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_tags_are_dropped_at_the_share_and_kept_ones_never(shuffle: bool) -> None:
-    found = drawn(Captions(tag_dropout=0.25, keep_tokens=1, shuffle=shuffle), count=500)
-    assert all(text.split(", ")[0] == "sks" for text in found)
-    left = sum(len(text.split(", ")) - 1 for text in found) / (500 * 4)
+def test_tags_are_dropped_at_the_set_share_and_leading_ones_never(shuffle: bool) -> None:
+    texts = rewrite_often(Captions(tag_dropout=0.25, keep_tokens=1, shuffle=shuffle), count=500)
+    assert all(text.split(", ")[0] == "sks" for text in texts)
+    left = sum(len(text.split(", ")) - 1 for text in texts) / (500 * 4)
     assert left == pytest.approx(0.75, abs=0.03)
     if not shuffle:
         order = CAPTION.split(", ")
-        assert all(sorted(text.split(", "), key=order.index) == text.split(", ") for text in found)
-    assert set(drawn(Captions(tag_dropout=1.0))) == {""}
+        assert all(sorted(text.split(", "), key=order.index) == text.split(", ") for text in texts)
+    assert set(rewrite_often(Captions(tag_dropout=1.0))) == {""}
 
 
-def test_what_is_drawn_depends_on_the_generator_alone() -> None:
+def test_draws_depend_on_the_generator_only() -> None:
     settings = Captions(shuffle=True, tag_dropout=0.3, templates="object")
-    assert drawn(settings) == drawn(settings)
+    assert rewrite_often(settings) == rewrite_often(settings)
     rewriter = Rewriter(settings)
     assert rewriter.rewrite(CAPTION, generator(8, "caption", 0)) != rewriter.rewrite(
         CAPTION, generator(7, "caption", 0)
@@ -60,22 +60,22 @@ def test_what_is_drawn_depends_on_the_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(("name", "known"), [("object", OBJECT_TEMPLATES), ("style", STYLE_TEMPLATES)])
-def test_templates_frame_the_caption(name: Any, known: tuple[str, ...]) -> None:
-    found = drawn(Captions(templates=name), "a zorb")
-    assert set(found) == {template.replace("{}", "a zorb") for template in known}
+def test_templates_contain_the_caption(name: Any, known: tuple[str, ...]) -> None:
+    texts = rewrite_often(Captions(templates=name), "a zorb")
+    assert set(texts) == {template.replace("{}", "a zorb") for template in known}
     assert all(template.count("{}") == 1 for template in known)
-    own = drawn(Captions(templates=("one {}", "two {}"), prefix="<", suffix=">"), "zorb")
+    own = rewrite_often(Captions(templates=("one {}", "two {}"), prefix="<", suffix=">"), "zorb")
     assert set(own) == {"<one zorb>", "<two zorb>"}
 
 
-def test_a_caption_may_hold_braces_that_are_no_template() -> None:
-    assert drawn(Captions(templates=("see {} here",)), "a {} b {0}", 1) == ["see a {} b {0} here"]
+def test_a_caption_may_contain_braces() -> None:
+    assert rewrite_often(Captions(templates=("see {} here",)), "a {} b {0}", 1) == ["see a {} b {0} here"]
 
 
-def test_replacements_stand_in_all_places_of_a_piece() -> None:
+def test_replacements_replace_every_occurrence() -> None:
     settings = Captions(replacements={"sks": ("zorb", "blik"), "red": ("scarlet",)})
-    assert set(drawn(settings, "sks and sks, red")) == {"zorb and zorb, scarlet", "blik and blik, scarlet"}
-    assert drawn(settings, "nothing", 1) == ["nothing"]
+    assert set(rewrite_often(settings, "sks and sks, red")) == {"zorb and zorb, scarlet", "blik and blik, scarlet"}
+    assert rewrite_often(settings, "nothing", 1) == ["nothing"]
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_replacements_stand_in_all_places_of_a_piece() -> None:
     ],
 )
 def test_wildcards_become_each_of_their_parts_and_other_braces_stay(text: str, possible: set[str]) -> None:
-    found = {expand_wildcards(text, generator(1, "w", number)) for number in range(60)}
-    assert found == possible
+    texts = {expand_wildcards(text, generator(1, "w", number)) for number in range(60)}
+    assert texts == possible
     assert expand_wildcards(text) in possible
 
 
 @given(st.text(alphabet="ab{}|", max_size=24), st.integers(0, 5))
 def test_wildcards_never_fail_and_leave_text_without_a_choice_alone(text: str, seed: int) -> None:
-    found = expand_wildcards(text, generator(seed, "w"))
+    texts = expand_wildcards(text, generator(seed, "w"))
     if "|" not in text:
-        assert found == text
+        assert texts == text
 
 
 @pytest.mark.parametrize(
@@ -133,27 +133,27 @@ def test_without_a_generator_nothing_is_drawn(settings: Captions, still: str) ->
         ({"prefix": "x"}, "a, b", False),
     ],
 )
-def test_varies_says_whether_there_are_several_texts(change: dict[str, Any], caption: str, varies: bool) -> None:
+def test_varies_is_true_if_there_are_several_texts(change: dict[str, Any], caption: str, varies: bool) -> None:
     settings = Captions(**change)
     assert Rewriter(settings).varies(caption) is varies
-    assert (len(set(drawn(settings, caption))) > 1) is varies
+    assert (len(set(rewrite_often(settings, caption))) > 1) is varies
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"templates": ("no place",)}, r"must hold \{\} once"),
-        ({"templates": ("{} and {}",)}, r"must hold \{\} once"),
-        ({"templates": ("{word}",)}, r"must hold \{\} once"),
+        ({"templates": ("no braces",)}, r"must contain \{\} once"),
+        ({"templates": ("{} and {}",)}, r"must contain \{\} once"),
+        ({"templates": ("{word}",)}, r"must contain \{\} once"),
         ({"templates": "subject"}, "object"),
         ({"tag_dropout": 1.5}, "tag_dropout"),
         ({"separator": ""}, "separator"),
         ({"chunks": 0}, "chunks"),
-        ({"colours": {"variants": 0}}, "drawn anew in each step cannot be had"),
+        ({"colours": {"variants": 0}}, "drawn anew in each step is not supported"),
         ({"prefix": "a\nb"}, "prefix"),
         ({"shufle": True}, "shufle"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], problem: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         Captions.model_validate(change)

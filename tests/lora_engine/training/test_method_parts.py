@@ -1,4 +1,4 @@
-"""Masks, teachers and identity: the arithmetic of what methods put beside the denoising loss."""
+"""Masks, teachers and identity: the arithmetic of loss terms and transforms beside the denoising loss."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lora_engine.training.embeddings import decay_norms
 from lora_engine.training.examples import Example
 from lora_engine.training.identity import (
     IdentityLoss,
+    center_crop,
     identity_loss,
     load_subject_embedder,
-    middle,
     predicted_clean,
 )
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
-from lora_engine.training.masks import mask_weights, masked_by, random_mask
-from lora_engine.training.methods.inpainting import hiding
-from lora_engine.training.preservation import Preserver, class_captions
+from lora_engine.training.masks import mask_transform, mask_weights, random_mask
+from lora_engine.training.methods.inpainting import inpainting_transform
+from lora_engine.training.preservation import OutputPreservation, class_captions
 from lora_engine.training.specs.methods import Identity, Inpainting, Mask
 
 HALF = torch.zeros(1, 1, 8, 8)
@@ -59,15 +59,15 @@ def base(bases: dict[str, Path]) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Example, ...]:
-    folder = tmp_path_factory.mktemp("pictures")
-    found = []
+    folder = tmp_path_factory.mktemp("images")
+    images = []
     for number in range(4):
         write_png(folder / f"{number}.png", draw(3, 16, 16, seed=number).clamp(-1, 1))
-        found.append(Example(folder / f"{number}.png", f"{number:064d}", f"a sks star {number}", (16, 16)))
+        images.append(Example(folder / f"{number}.png", f"{number:064d}", f"a sks star {number}", (16, 16)))
     mask = torch.full((3, 16, 16), -1.0)
     mask[:, :, :8] = 1.0
     write_png(folder / "mask.png", mask)
-    return (replace(found[0], mask=folder / "mask.png"), *found[1:])
+    return (replace(images[0], mask=folder / "mask.png"), *images[1:])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -98,7 +98,7 @@ def test_normalised_weights_have_a_mean_of_one_whatever_the_mask_covers() -> Non
 def test_gradients_are_zero_outside_a_mask(
     base: BaseModel, examples: tuple[Example, ...], floor: float, outside: bool
 ) -> None:
-    batch = masked_by(Mask(floor=floor))(make_batch(base, examples, 3), 0)
+    batch = mask_transform(Mask(floor=floor))(make_batch(base, examples, 3), 0)
     assert batch.weights is not None
     predicted = draw(*batch.latents.shape, seed=5).requires_grad_()
     terms = DenoisingLoss()(predicted, batch.noise, batch) + PriorLoss(1.0)(predicted, batch.noise, batch)
@@ -108,22 +108,22 @@ def test_gradients_are_zero_outside_a_mask(
     width = predicted.shape[-1] // 2
     assert moved[0, :, :width].all()
     assert bool(moved[0, :, width:].any()) is outside
-    # A picture without a mask, and class pictures, count whole.
+    # Images without a mask, and class images, have weight 1.
     assert moved[1:].all()
 
 
-def test_masks_are_mirrored_with_their_pictures(base: BaseModel, examples: tuple[Example, ...]) -> None:
+def test_masks_are_mirrored_with_their_images(base: BaseModel, examples: tuple[Example, ...]) -> None:
     batch = make_batch(base, examples[:1], 1)
-    plain = masked_by(Mask())(batch, 0).weights
-    mirrored = replace(examples[0], look=replace(examples[0].look, mirrored=True))
-    other = masked_by(Mask())(replace(batch, examples=(mirrored,)), 0).weights
+    plain = mask_transform(Mask())(batch, 0).weights
+    mirrored = replace(examples[0], augmentation=replace(examples[0].augmentation, mirrored=True))
+    other = mask_transform(Mask())(replace(batch, examples=(mirrored,)), 0).weights
     assert plain is not None
     assert other is not None
     assert torch.equal(plain.flip(-1), other)
     assert not torch.equal(plain, other)
 
 
-def test_random_masks_are_of_all_forms_and_of_their_seed_alone() -> None:
+def test_random_masks_have_all_shapes_and_depend_on_their_seed_only() -> None:
     settings = Inpainting(strokes=0.5, whole=0.2)
     masks = [random_mask((16, 24), settings, generator(1, "mask", number)) for number in range(60)]
     again = [random_mask((16, 24), settings, generator(1, "mask", number)) for number in range(60)]
@@ -137,7 +137,7 @@ def test_random_masks_are_of_all_forms_and_of_their_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("strokes", [0.0, 1.0])
-def test_boxes_keep_within_their_sides(strokes: float) -> None:
+def test_boxes_keep_to_their_size_range(strokes: float) -> None:
     settings = Inpainting(strokes=strokes, whole=0.0, smallest=0.25, largest=0.5)
     masks = [random_mask((16, 16), settings, generator(2, "mask", number)) for number in range(30)]
     are_boxes = [mask.sum() == mask.amax(-1).sum() * mask.amax(-2).sum() for mask in masks]
@@ -146,16 +146,16 @@ def test_boxes_keep_within_their_sides(strokes: float) -> None:
         assert {int(mask.amax(-1).sum()) for mask in masks} == {4, 5, 6, 7, 8}
 
 
-def test_given_masks_hide_what_they_say(base: BaseModel, examples: tuple[Example, ...]) -> None:
+def test_given_masks_hide_their_area(base: BaseModel, examples: tuple[Example, ...]) -> None:
     batch = make_batch(base, examples[:2], 2)
-    given = hiding(base, Inpainting(masks="given", surroundings=0.25, whole=0.0), 3)(batch, 0)
+    given = inpainting_transform(base, Inpainting(masks="given", surroundings=0.25, whole=0.0), 3)(batch, 0)
     assert given.weights is not None
     width = given.weights.shape[-1] // 2
     assert set(given.weights[0, ..., :width].flatten().tolist()) == {1.0}
     assert set(given.weights[0, ..., width:].flatten().tolist()) == {0.25}
-    # The second picture has none, and gets a random one.
+    # The second image has none, and gets a random one.
     assert given.weights[1].min() == 0.25
-    other = hiding(base, Inpainting(masks="given", surroundings=0.25, whole=0.0), 4)(batch, 0)
+    other = inpainting_transform(base, Inpainting(masks="given", surroundings=0.25, whole=0.0), 4)(batch, 0)
     assert other.weights is not None
     assert torch.equal(given.weights[0], other.weights[0])
     assert not torch.equal(given.weights[1], other.weights[1])
@@ -171,58 +171,58 @@ def test_the_teacher_is_the_base_without_the_adapter(base: BaseModel, examples: 
     with attach(base, replace(adapter, modules=changed)) as attachment:
 
         @contextmanager
-        def silenced() -> Iterator[None]:
+        def disabled() -> Iterator[None]:
             attachment.multiplier = 0.0
             yield
             attachment.multiplier = 1.0
 
-        rename = class_captions(None, "sks", "star")
-        taught = Preserver(
+        to_class_caption = class_captions(None, "sks", "star")
+        preservation = OutputPreservation(
             base,
             lambda texts, size: base.encode_text(texts),
             lambda texts, size: base.encode_text(texts),
-            silenced,
-            rename,
+            disabled,
+            to_class_caption,
         )
-        batch = taught.add_rows(make_batch(base, examples[:2], 2), 0)
+        batch = preservation.add_rows(make_batch(base, examples[:2], 2), 0)
         assert (len(batch.latents), batch.instances) == (4, 2)
         noisy = base.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = torch.zeros_like(noisy)
-        found = taught.replace_targets(batch, target)
+        targets = preservation.replace_targets(batch, target)
         attached = base.predict(noisy[2:], batch.timesteps[2:], batch.conditioning.index([2, 3]))
     expected = base.predict(noisy[2:], batch.timesteps[2:], alone)
-    assert torch.equal(found[2:], expected)
-    assert torch.equal(found[:2], target[:2])
-    assert not found.requires_grad
+    assert torch.equal(targets[2:], expected)
+    assert torch.equal(targets[:2], target[:2])
+    assert not targets.requires_grad
     assert not torch.allclose(attached, expected, atol=1e-3)
 
 
 def test_captions_of_the_class_name_the_class_once() -> None:
-    rename = class_captions(None, "sks", "star")
-    assert rename("a sks star on sks, Sks stars") == "a star on star, star stars"
-    assert rename("asks") == "asks"
+    to_class_caption = class_captions(None, "sks", "star")
+    assert to_class_caption("a sks star on sks, Sks stars") == "a star on star, star stars"
+    assert to_class_caption("asks") == "asks"
     assert class_captions("a \\1 star", "sks", None)("anything") == "a \\1 star"
-    with pytest.raises(SettingsError, match="caption of the class"):
+    with pytest.raises(SettingsError, match="no class caption"):
         class_captions(None, None, "star")
 
 
-@pytest.mark.parametrize("parameterisation", ["eps", "v_prediction", "flow"])
-def test_a_perfect_prediction_gives_the_clean_picture(parameterisation: str) -> None:
-    if parameterisation == "flow":
+@pytest.mark.parametrize("parameterization", ["eps", "v_prediction", "flow"])
+def test_a_perfect_prediction_gives_the_clean_image(parameterization: str) -> None:
+    if parameterization == "flow":
         schedule: NoiseSchedule = flow_schedule_from({})
     else:
-        schedule = NoiseSchedule(torch.linspace(0.999, 0.01, 1000), parameterisation)
+        schedule = NoiseSchedule(torch.linspace(0.999, 0.01, 1000), parameterization)
     clean, noise, timesteps = draw(3, 4, 5, 5), draw(3, 4, 5, 5, seed=1), torch.tensor([1, 300, 900])
     noisy, target = schedule.add_noise(clean, noise, timesteps), schedule.target(clean, noise, timesteps)
     assert torch.allclose(predicted_clean(schedule, noisy, target, timesteps), clean, atol=1e-4)
 
 
-def test_identity_is_lowest_where_the_pictures_are_and_counts_with_little_noise_alone(
+def test_identity_has_a_gradient_towards_the_images_and_only_with_little_noise(
     base: BaseModel, examples: tuple[Example, ...]
 ) -> None:
     loss = identity_loss(base, Identity(weight=2.0, until=0.3), examples, None)
     assert isinstance(loss, IdentityLoss)
-    assert torch.allclose(loss.wanted.norm(), torch.tensor(1.0))
+    assert torch.allclose(loss.reference.norm(), torch.tensor(1.0))
     batch = make_batch(base, examples[:3], 3)
     predicted = draw(*batch.latents.shape, seed=7).requires_grad_()
     value = loss(predicted, batch.noise, batch)
@@ -246,19 +246,19 @@ def test_any_image_model_is_an_embedder(tmp_path: Path) -> None:
     Dinov2Model(Dinov2Config(mlp_ratio=1, **small)).save_pretrained(tmp_path / "dino")
     pixels = draw(2, 3, 20, 24).requires_grad_()
     for name in ("vit", "dino"):
-        found = load_subject_embedder(tmp_path / name)(pixels)
-        assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
-        (gradient,) = torch.autograd.grad(found[:, 0].sum(), pixels)
+        embeddings = load_subject_embedder(tmp_path / name)(pixels)
+        assert torch.allclose(embeddings.norm(dim=1), torch.ones(2), atol=1e-5)
+        (gradient,) = torch.autograd.grad(embeddings[:, 0].sum(), pixels)
         assert gradient.abs().max() > 0
     with pytest.raises(SettingsError, match="cannot be loaded"):
         load_subject_embedder(tmp_path / "nothing")
 
 
-def test_the_middle_of_a_picture_is_cut_out() -> None:
+def test_a_center_crop_keeps_the_center() -> None:
     pixels = torch.arange(64.0).view(1, 1, 8, 8)
-    assert torch.equal(middle(pixels, 1.0), pixels)
-    assert middle(pixels, 0.5).flatten()[0] == 18
-    assert middle(pixels, 0.01).shape == (1, 1, 1, 1)
+    assert torch.equal(center_crop(pixels, 1.0), pixels)
+    assert center_crop(pixels, 0.5).flatten()[0] == 18
+    assert center_crop(pixels, 0.01).shape == (1, 1, 1, 1)
 
 
 def test_norms_decay_by_the_formula() -> None:

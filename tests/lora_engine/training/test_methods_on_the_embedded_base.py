@@ -1,4 +1,4 @@
-"""What the methods are for, on a base that draws: each lowers its objective, and each holds what it says it holds."""
+"""Every method on the embedded base lowers its objective, and preservation preserves what it claims."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.tiny.pictures import render, to_pixels, write_examples
+from lora_engine.bases.tiny.images import render, to_pixels, write_examples
 from lora_engine.bases.tiny.world import full_caption, scenes
 from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
@@ -31,11 +31,11 @@ from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from tests.lora_engine.training.runs import curves_of
 
-WORD = {"token": "zorb", "vectors": 2, "word_rate": 2e-2}
-WORD_METHODS = ("textual-inversion", "pivotal")
+TOKEN = {"token": "zorb", "vectors": 2, "word_rate": 2e-2}
+TOKEN_METHODS = ("textual-inversion", "pivotal")
 METHODS: dict[str, dict[str, Any]] = {
-    "textual-inversion": {"method": {"name": "textual-inversion", **WORD}},
-    "pivotal": {"method": {"name": "pivotal", **WORD, "inversion": 0.3}},
+    "textual-inversion": {"method": {"name": "textual-inversion", **TOKEN}},
+    "pivotal": {"method": {"name": "pivotal", **TOKEN, "inversion": 0.3}},
     "finetune": {"method": "finetune"},
     "dreambooth": {"method": "dreambooth", "prior": {"count": 8, "steps": 6}},
     "inpainting": {"method": "inpainting"},
@@ -75,45 +75,45 @@ def draw_with(tiny: BaseModel, out: Path | None, prompts: list[str]) -> torch.Te
 
 
 def likeness(tiny: BaseModel, out: Path | None) -> float:
-    """Mean cosine to pictures of the same captions that were not trained on."""
-    asked = scenes(901, 16, "concept")
+    """Returns the mean cosine to images of the same captions that were not trained on."""
+    held_out = scenes(901, 16, "concept")
     embedder = load_embedder()
-    drawn = draw_with(tiny, out, [full_caption(scene, word="zorb") for scene in asked])
-    wanted = embedder.embed_images(to_pixels(render(asked)))
-    return float(F.cosine_similarity(embedder.embed_images(drawn), wanted).mean())
+    images = draw_with(tiny, out, [full_caption(scene, word="zorb") for scene in held_out])
+    reference = embedder.embed_images(to_pixels(render(held_out)))
+    return float(F.cosine_similarity(embedder.embed_images(images), reference).mean())
 
 
 @pytest.fixture(scope="module")
 def short(crescents: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Trains a method for as few steps as show what it is for; once for all tests."""
-    folder, known = tmp_path_factory.mktemp("short"), dict[str, Path]()
+    """Trains a method for few steps; once for all tests."""
+    folder, trained = tmp_path_factory.mktemp("short"), dict[str, Path]()
 
     def run(name: str) -> Path:
-        if name not in known:
+        if name not in trained:
             out = folder / name
-            # A word learns more slowly than an adapter.
-            steps = 30 if name in WORD_METHODS else 10
+            # A token learns more slowly than an adapter.
+            steps = 30 if name in TOKEN_METHODS else 10
             train(settings_of(name, steps), "tiny", crescents, out, folder / f"{name} work", cache=folder / "cache")
-            known[name] = out
-        return known[name]
+            trained[name] = out
+        return trained[name]
 
     return run
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_lowers_the_loss_on_pictures_that_it_has_not_seen(short: Callable[[str], Path], name: str) -> None:
+def test_every_method_lowers_the_loss_on_held_out_images(short: Callable[[str], Path], name: str) -> None:
     (_, before), (_, after) = curves_of(short(name))["validation_loss"]
-    assert after < before * (0.97 if name in WORD_METHODS else 0.9)
+    assert after < before * (0.97 if name in TOKEN_METHODS else 0.9)
 
 
-def test_every_method_is_tried_on_the_embedded_base() -> None:
+def test_every_method_is_tested_on_the_embedded_base() -> None:
     assert {TrainSettings.model_validate({"steps": 9, **change}).method.name for change in METHODS.values()} == set(
         methods
     )
 
 
 def predict_with(tiny: BaseModel, out: Path | None, prompts: list[str]) -> torch.Tensor:
-    """What the network predicts for the same noisy latents at three timesteps."""
+    """Returns the network's predictions for the same noisy latents at three timesteps."""
     noisy = torch.randn(len(prompts), *tiny.latent_shape((32, 32)), generator=torch.Generator().manual_seed(0))
     with ExitStack() as stack, torch.no_grad():
         if out is not None:
@@ -123,10 +123,10 @@ def predict_with(tiny: BaseModel, out: Path | None, prompts: list[str]) -> torch
         return torch.cat([tiny.predict(noisy, step, conditioning) for step in steps])
 
 
-RINGS = [f"a {colour} ring on a {ground} background" for colour in ("red", "green") for ground in ("white", "black")]
+RINGS = [f"a {color} ring on a {ground} background" for color in ("red", "green") for ground in ("white", "black")]
 
 
-def test_preservation_holds_the_predictions_for_the_class(tiny: BaseModel, short: Callable[[str], Path]) -> None:
+def test_preservation_keeps_the_predictions_for_the_class(tiny: BaseModel, short: Callable[[str], Path]) -> None:
     expected = predict_with(tiny, None, RINGS)
     drift = {
         name: (predict_with(tiny, short(name), RINGS) - expected).square().mean().sqrt().item()
@@ -138,9 +138,7 @@ def test_preservation_holds_the_predictions_for_the_class(tiny: BaseModel, short
 
 @pytest.mark.nightly
 def test_preservation_reduces_the_drift_of_the_class(tiny: BaseModel, crescents: Path, tmp_path: Path) -> None:
-    prompts = [
-        f"a {colour} ring on a {ground} background" for colour in ("red", "blue") for ground in ("white", "black")
-    ]
+    prompts = [f"a {color} ring on a {ground} background" for color in ("red", "blue") for ground in ("white", "black")]
     expected, drift = draw_with(tiny, None, prompts), {}
     for name in ("finetune", "preservation"):
         train(settings_of(name, 50), "tiny", crescents, tmp_path / name, tmp_path / f"{name} work")
@@ -149,41 +147,39 @@ def test_preservation_reduces_the_drift_of_the_class(tiny: BaseModel, crescents:
 
 
 @pytest.mark.nightly
-def test_identity_brings_the_drawn_subject_nearer_to_its_pictures_as_the_embedder_sees_them(
-    tiny: BaseModel, crescents: Path, tmp_path: Path
-) -> None:
+def test_identity_raises_the_similarity_of_the_drawn_subject(tiny: BaseModel, crescents: Path, tmp_path: Path) -> None:
     embedder = load_subject_embedder()
     with torch.no_grad():
-        found = [embedder(read_pixels(path)[None])[0] for path in sorted(crescents.rglob("*.png"))]
-    wanted = F.normalize(torch.stack(found).mean(dim=0), dim=0)
+        embeddings = [embedder(read_pixels(path)[None])[0] for path in sorted(crescents.rglob("*.png"))]
+    reference = F.normalize(torch.stack(embeddings).mean(dim=0), dim=0)
     prompts = [full_caption(scene, word="zorb") for scene in scenes(901, 16, "concept")]
 
-    def nearness(name: str, seed: int) -> float:
+    def similarity(name: str, seed: int) -> float:
         settings = settings_of("identity", 40, seed)
         if name == "without":
-            still = settings.method.model_copy(update={"identity": None})
-            settings = settings.model_copy(update={"method": still})
+            method = settings.method.model_copy(update={"identity": None})
+            settings = settings.model_copy(update={"method": method})
         out = tmp_path / f"{name} {seed}"
         train(settings, "tiny", crescents, out, out / "work")
-        return float((embedder(draw_with(tiny, out, prompts)) @ wanted).mean())
+        return float((embedder(draw_with(tiny, out, prompts)) @ reference).mean())
 
     # The seeds differ by more than the term does, so each is compared with itself.
-    assert mean(nearness("with", seed) - nearness("without", seed) for seed in range(3)) > 0.01
+    assert mean(similarity("with", seed) - similarity("without", seed) for seed in range(3)) > 0.01
 
 
 @pytest.mark.nightly
-def test_pivotal_tuning_beats_inversion_and_dreambooth_beats_nothing(
+def test_pivotal_tuning_beats_inversion_and_dreambooth_beats_the_base(
     tiny: BaseModel, crescents: Path, tmp_path: Path
 ) -> None:
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for name in ("textual-inversion", "pivotal", "dreambooth"):
         for seed in range(3):
             out = tmp_path / f"{name} {seed}"
             train(settings_of(name, 80, seed), "tiny", crescents, out, out / "work")
-            found.setdefault(name, []).append(likeness(tiny, out))
-    nothing = likeness(tiny, None)
-    # Outside the seeds' spread: the worst of one beats the best of the other by as much as the seeds differ.
-    spread = max(max(values) - min(values) for values in found.values())
-    assert min(found["pivotal"]) > max(found["textual-inversion"]) + spread
-    assert min(found["dreambooth"]) > nothing + spread
-    assert mean(found["textual-inversion"]) > nothing
+            scores.setdefault(name, []).append(likeness(tiny, out))
+    untrained = likeness(tiny, None)
+    # Beyond the spread of the seeds: the worst of one beats the best of the other by more than the seeds differ.
+    spread = max(max(values) - min(values) for values in scores.values())
+    assert min(scores["pivotal"]) > max(scores["textual-inversion"]) + spread
+    assert min(scores["dreambooth"]) > untrained + spread
+    assert mean(scores["textual-inversion"]) > untrained

@@ -1,7 +1,7 @@
-"""The resume law: a run that ended early and is started again gives the bytes of a run that was left alone.
+"""The resume law: an interrupted run that is started again gives the bytes of an uninterrupted run.
 
 Cases come from the registries of methods and optimizers. `make test` runs a covering design, see `covering`;
-`make nightly` runs every combination. Real processes that are killed are in test_training_process.
+`make nightly` runs every combination. Killed processes are tested in test_training_process.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ USUAL: dict[str, Any] = {
     "weight_decay": 0.01,
 }
 EMAS: dict[str, dict[str, Any] | None] = {"plain": None, "ema": {"decay": 0.8}}
-SPECS: dict[str, Optimizer] = {found().name: found() for found in get_args(get_args(AnyOptimizer)[0])}
+SPECS: dict[str, Optimizer] = {spec().name: spec() for spec in get_args(get_args(AnyOptimizer)[0])}
 
 Point = Callable[[int], tuple[Ending, int]]
-"""From the steps of the first phase to how a run ends early, and the step from which it must resume."""
+"""Steps of the first phase -> ending of a run, and the step from which it must resume."""
 
 
 def _last_checkpoint(step: int) -> int:
@@ -47,12 +47,12 @@ def _last_checkpoint(step: int) -> int:
 
 
 POINTS: dict[str, Point] = {
-    "asked while it prepares": lambda first: (Ending(poll=2), 0),
-    "asked within an accumulation group": lambda first: (Ending(batch=0), 1),
+    "stopped while it prepares": lambda first: (Ending(poll=2), 0),
+    "stopped within an accumulation group": lambda first: (Ending(batch=0), 1),
     "crashes within an accumulation group": lambda first: (Ending(batch=5, crashes=True), 2),
-    "asked at a checkpoint": lambda first: (Ending(step=2), 2),
-    # Methods of one phase: the end of the run, before its artifact is written.
-    "asked at the end of the first phase": lambda first: (Ending(step=first), first),
+    "stopped at a checkpoint": lambda first: (Ending(step=2), 2),
+    # For methods of one phase: the end of the run, before its artifact is written.
+    "stopped at the end of the first phase": lambda first: (Ending(step=first), first),
     "crashes at the end of the first phase": lambda first: (Ending(step=first, crashes=True), _last_checkpoint(first)),
     "crashes in the last step": lambda first: (Ending(batch=STEPS * ACCUMULATE - 1, crashes=True), 2),
 }
@@ -61,48 +61,48 @@ POINTS: dict[str, Point] = {
 @dataclass(frozen=True)
 class Case:
     method: str
-    optimiser: str
+    optimizer: str
     ema: str
     point: str
 
     def __str__(self) -> str:
-        return ", ".join((self.method, self.optimiser, self.ema, self.point))
+        return ", ".join((self.method, self.optimizer, self.ema, self.point))
 
     @property
     def settings(self) -> dict[str, Any]:
-        return settings_of(self.method, self.optimiser, self.ema)
+        return settings_of(self.method, self.optimizer, self.ema)
 
 
-def settings_of(method: str, optimiser: str, ema: str) -> dict[str, Any]:
-    spec = SPECS[optimiser]
+def settings_of(method: str, optimizer: str, ema: str) -> dict[str, Any]:
+    spec = SPECS[optimizer]
     return {
         **USUAL,
         "method": method,
         "learning_rate": 1.0 if spec.finds_rate else 1e-3,
         "schedule": "constant" if spec.averages else "cosine",
-        "rates": {"optimiser": optimiser, "ema": EMAS[ema]},
+        "rates": {"optimiser": optimizer, "ema": EMAS[ema]},
     }
 
 
-def fits(method: str, optimiser: str, ema: str) -> bool:
+def fits(method: str, optimizer: str, ema: str) -> bool:
     try:
-        TrainSettings.model_validate(settings_of(method, optimiser, ema))
+        TrainSettings.model_validate(settings_of(method, optimizer, ema))
     except ValidationError:
         return False
     return True
 
 
 def covering() -> Iterator[Case]:
-    """A covering design: each method with each stop point, and each optimizer with each kind of average.
+    """Yields a covering design: each method with each stop point, and each optimizer with each kind of average.
 
-    The pairs of optimizer and average are dealt out to the methods, those that fit few methods first. Each method goes
-    through the stop points with its pairs in turn.
+    The pairs of optimizer and average are distributed over the methods, those that fit few methods first. Each method
+    goes through the stop points with its pairs in turn.
     """
-    hands: dict[str, list[tuple[str, str]]] = {method: [] for method in methods}
-    takers = {pair: [method for method in methods if fits(method, *pair)] for pair in product(optimizers, EMAS)}
-    for pair in sorted((pair for pair in takers if takers[pair]), key=lambda pair: len(takers[pair])):
-        hands[min(takers[pair], key=lambda method: len(hands[method]))].append(pair)
-    for method, pairs in hands.items():
+    pairs_of: dict[str, list[tuple[str, str]]] = {method: [] for method in methods}
+    methods_of = {pair: [method for method in methods if fits(method, *pair)] for pair in product(optimizers, EMAS)}
+    for pair in sorted((pair for pair in methods_of if methods_of[pair]), key=lambda pair: len(methods_of[pair])):
+        pairs_of[min(methods_of[pair], key=lambda method: len(pairs_of[method]))].append(pair)
+    for method, pairs in pairs_of.items():
         for number, point in enumerate(POINTS):
             yield Case(method, *pairs[number % len(pairs)], point)
 
@@ -112,99 +112,101 @@ EVERY = tuple(Case(*case) for case in product(methods, optimizers, EMAS, POINTS)
 
 
 def parameter(case: Case) -> Any:
-    package = _PACKAGES.get(case.optimiser, ("torch", "torch"))[0]
+    package = _PACKAGES.get(case.optimizer, ("torch", "torch"))[0]
     missing = importlib.util.find_spec(package) is None
     marks = [pytest.mark.skipif(missing, reason=f"{package} is not installed")]
     return pytest.param(case, id=str(case), marks=marks if case in COVERING else [*marks, pytest.mark.nightly])
 
 
-def test_the_design_covers_every_pair_that_it_should() -> None:
+def test_the_design_covers_every_required_pair() -> None:
     assert set(optimizers) == set(SPECS)
     assert set(COVERING) <= set(EVERY)
     assert {(case.method, case.point) for case in COVERING} == set(product(methods, POINTS))
     unfit = {(name, "ema") for name, spec in SPECS.items() if spec.averages}
-    assert {(case.optimiser, case.ema) for case in COVERING} == set(product(optimizers, EMAS)) - unfit
+    assert {(case.optimizer, case.ema) for case in COVERING} == set(product(optimizers, EMAS)) - unfit
     assert {(case.ema, case.point) for case in COVERING} == set(product(EMAS, POINTS))
     for method in methods:
-        assert len({case.optimiser for case in COVERING if case.method == method}) >= 2
+        assert len({case.optimizer for case in COVERING if case.method == method}) >= 2
 
 
 @dataclass(frozen=True)
 class Straight:
-    """A run that was left alone: its digests, and the steps of its first phase."""
+    """An uninterrupted run: its digests, and the steps of its first phase."""
 
     digests: dict[str, str]
     first: int
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, Straight]:
+def straight_runs() -> dict[str, Straight]:
     return {}
 
 
 @pytest.fixture
-def straight(runs: Runs, known: dict[str, Straight], monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], Straight]:
+def straight(
+    runs: Runs, straight_runs: dict[str, Straight], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Case], Straight]:
     """Runs the settings of a case without an interruption; once for all cases that share them."""
 
     def run(case: Case) -> Straight:
         key = str(case.settings)
-        if key not in known:
+        if key not in straight_runs:
             firsts: list[int] = []
 
-            def note(phases: Any, *rest: Any, **more: Any) -> Any:
+            def note(phases: Any, *rest: Any, **options: Any) -> Any:
                 firsts.append(phases[0].steps)
-                return fit(phases, *rest, **more)
+                return fit(phases, *rest, **options)
 
             with monkeypatch.context() as patch:
                 patch.setattr(job, "fit", note)
                 out = runs("straight", **case.settings)
-            known[key] = Straight(digests(out), *firsts)
-        return known[key]
+            straight_runs[key] = Straight(digests(out), *firsts)
+        return straight_runs[key]
 
     return run
 
 
 @pytest.mark.parametrize("case", [parameter(case) for case in EVERY])
-def test_a_run_that_ended_early_resumes_to_the_same_bytes(
+def test_an_interrupted_run_resumes_to_the_same_bytes(
     runs: Runs, straight: Callable[[Case], Straight], case: Case
 ) -> None:
     expected = straight(case)
     ending, resumes_at = POINTS[case.point](expected.first)
-    # A request that comes in the last step finds nothing left to stop.
+    # A stop request in the last step comes too late.
     ends_early = ending.crashes or ending.step != STEPS
     out, steps = runs.resume("resumed", [ending] if ends_early else [], **case.settings)
     assert steps == list(range(resumes_at + 1 if ends_early else 1, STEPS + 1))
     assert digests(out) == expected.digests
 
 
-def test_a_request_in_the_last_step_comes_too_late_to_stop_a_run(runs: Runs) -> None:
+def test_a_stop_request_in_the_last_step_comes_too_late(runs: Runs) -> None:
     ending = Ending(batch=STEPS * ACCUMULATE - 1)
-    assert digests(runs("asked", ending=ending, **USUAL)) == digests(runs("straight", **USUAL))
-    assert ending.asked
+    assert digests(runs("stopped", ending=ending, **USUAL)) == digests(runs("straight", **USUAL))
+    assert ending.is_stopping
     assert ending.steps == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer", "mean"])
+@pytest.mark.parametrize("missing_state", ["optimizer", "mean"])
 def test_a_state_that_is_not_restored_changes_the_bytes(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, forgotten: str
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, missing_state: str
 ) -> None:
-    chosen = settings_of("finetune", "adamw", "ema")
-    expected = digests(runs("straight", **chosen))
-    if forgotten == "optimizer":
+    settings = settings_of("finetune", "adamw", "ema")
+    expected = digests(runs("straight", **settings))
+    if missing_state == "optimizer":
         monkeypatch.setattr(loop, "import_state", lambda *_: None)
     else:
-        monkeypatch.setattr(loop.RunningMean, "restore", lambda *_: None)
-    out, steps = runs.resume("resumed", [Ending(step=2)], **chosen)
+        monkeypatch.setattr(loop.EmaWeights, "restore", lambda *_: None)
+    out, steps = runs.resume("resumed", [Ending(step=2)], **settings)
     assert steps == [3, 4]
     assert digests(out).keys() == expected.keys()
     assert digests(out)["adapter.safetensors"] != expected["adapter.safetensors"]
 
 
-WORD = {"token": "sks", "vectors": 2, "word_rate": 0.02}
+TOKEN = {"token": "sks", "vectors": 2, "word_rate": 0.02}
 ALTERNATING = {"count": 3, "steps": 2, "batches": "alternating"}
 TEXT = ["attention", "text"]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pivotal with class images": {"method": {"name": "pivotal", **WORD}, "prior": ALTERNATING},
+    "pivotal with class images": {"method": {"name": "pivotal", **TOKEN}, "prior": ALTERNATING},
     "alternating class images": {"method": "dreambooth", "prior": ALTERNATING},
     "masks, identity, preservation": {
         "method": {"name": "finetune", "preservation": {}, "mask": {"temperature": 2.0}, "identity": {"until": 1.0}},
@@ -228,13 +230,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_run_with_options_that_draw_or_look_at_more_resumes_to_the_same_bytes(
-    runs: Runs, masked: Path, name: str
-) -> None:
-    chosen = {**USUAL, **OPTIONS[name], "dataset": masked}
-    expected = runs("straight", **chosen)
+def test_a_run_with_more_options_resumes_to_the_same_bytes(runs: Runs, masked: Path, name: str) -> None:
+    settings = {**USUAL, **OPTIONS[name], "dataset": masked}
+    expected = runs("straight", **settings)
     assert any(value.any() for key, value in factors_of(expected).items() if key.endswith("up"))
-    out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **chosen)
+    out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **settings)
     assert steps == [3, 4]
     assert digests(out) == digests(expected)
 
@@ -255,11 +255,11 @@ CAPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("shape", "targets"), [("small-sdxl", "attention"), ("small-sd", TEXT)])
-def test_a_run_with_changing_captions_and_looks_resumes_to_the_same_bytes(
+def test_a_run_with_augmentations_resumes_to_the_same_bytes(
     runs: Runs, varied: Path, tmp_path: Path, shape: str, targets: Any
 ) -> None:
-    chosen = {**USUAL, "captions": CAPTIONS, "targets": targets, "shape": shape, "dataset": varied}
-    expected = runs("straight", passed={"cache": tmp_path / "encoded by this run alone"}, **chosen)
-    out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **chosen)
+    settings = {**USUAL, "captions": CAPTIONS, "targets": targets, "shape": shape, "dataset": varied}
+    expected = runs("straight", arguments={"cache": tmp_path / "encoded by this run alone"}, **settings)
+    out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **settings)
     assert steps == [3, 4]
     assert digests(out) == digests(expected)

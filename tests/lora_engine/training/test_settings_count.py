@@ -1,4 +1,4 @@
-"""Each setting counts: a run with one setting changed writes something else than the same run without the change."""
+"""Every setting has an effect: changing one changes the artifact."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Plain = Callable[[dict[str, Any]], Path]
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, Path]:
+def plain_runs() -> dict[str, Path]:
     return {}
 
 
 @pytest.fixture
-def plain(runs: Runs, known: dict[str, Path]) -> Plain:
+def plain(runs: Runs, plain_runs: dict[str, Path]) -> Plain:
     """Runs settings without the change; once for all tests that share them."""
 
     def run(settings: dict[str, Any]) -> Path:
         key = str({name: value for name, value in settings.items() if name != "dataset"})
-        if key not in known:
-            known[key] = runs("plain", **settings)
-        return known[key]
+        if key not in plain_runs:
+            plain_runs[key] = runs("plain", **settings)
+        return plain_runs[key]
 
     return run
 
@@ -54,7 +54,7 @@ def flattened(out: Path) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_each_setting_of_a_run_counts(runs: Runs, plain: Plain, change: dict[str, Any]) -> None:
+def test_each_setting_of_a_run_has_an_effect(runs: Runs, plain: Plain, change: dict[str, Any]) -> None:
     before, after = plain({"steps": 3}), runs("changed", **{"steps": 3, **change})
     adapters = [(out / "adapter.safetensors").read_bytes() for out in (before, after)]
     assert adapters[0] != adapters[1]
@@ -74,7 +74,9 @@ RATES: dict[str, Any] = {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}, "
     + [{"schedule": {"name": "polynomial", "power": 3.0}}],
     ids=lambda change: str(change)[:60],
 )
-def test_each_setting_of_objective_rates_and_schedule_counts(runs: Runs, plain: Plain, change: dict[str, Any]) -> None:
+def test_each_setting_of_objective_rates_and_schedule_has_an_effect(
+    runs: Runs, plain: Plain, change: dict[str, Any]
+) -> None:
     usual = {"method": "dreambooth", "targets": ["attention", "text"], "steps": 3}
     assert not torch.equal(flattened(plain(usual)), flattened(runs("changed", **usual, **change)))
 
@@ -94,7 +96,7 @@ def test_each_setting_of_objective_rates_and_schedule_counts(runs: Runs, plain: 
     ],
     ids=str,
 )
-def test_each_setting_of_captions_and_looks_counts(
+def test_each_setting_of_captions_has_an_effect(
     runs: Runs, plain: Plain, varied: Path, captions: dict[str, Any]
 ) -> None:
     usual = {"dataset": varied, "steps": 3}

@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Maker:
-    """Makes tensors from a number and counts how often it had to."""
+    """Makes tensors from a number and records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -43,7 +43,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-def test_what_one_cache_made_another_reads(tmp_path: Path) -> None:
+def test_a_cache_reads_tensors_of_another(tmp_path: Path) -> None:
     maker = Maker()
     first = TensorCache(tmp_path).get({"n": 1}, maker(1))
     second = TensorCache(tmp_path).get({"n": 1}, maker(1))
@@ -53,28 +53,28 @@ def test_what_one_cache_made_another_reads(tmp_path: Path) -> None:
     assert maker.calls == [1, 2]
 
 
-def test_a_flipped_bit_anywhere_is_noticed_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flipped_bit_anywhere_is_detected_and_recomputed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     maker = Maker()
     TensorCache(tmp_path).get({"n": 1}, maker(1))
     (path,) = files(tmp_path)
     whole = path.read_bytes()
     with caplog.at_level(logging.WARNING):
-        for place in range(len(whole)):
+        for position in range(len(whole)):
             broken = bytearray(whole)
-            broken[place] ^= 1 << place % 8
+            broken[position] ^= 1 << position % 8
             path.write_bytes(bytes(broken))
-            found = TensorCache(tmp_path).get({"n": 1}, maker(1))
-            assert torch.equal(found["a"], torch.ones(4))
-            assert torch.equal(found["b"], torch.tensor([1]))
-            assert found["a"].dtype == torch.float32
-    # A bit in the padding or the case of nothing could go by unnoticed; in what counts, none did.
+            tensors = TensorCache(tmp_path).get({"n": 1}, maker(1))
+            assert torch.equal(tensors["a"], torch.ones(4))
+            assert torch.equal(tensors["b"], torch.tensor([1]))
+            assert tensors["a"].dtype == torch.float32
+    # A few bits, such as padding, may have no effect.
     assert len(maker.calls) >= len(whole) - 8
     assert path.read_bytes() == whole
-    assert "made again" in caplog.text
+    assert "computed again" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: data + b"x"])
-def test_a_cut_file_is_made_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_truncated_file_is_recomputed(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     maker = Maker()
     TensorCache(tmp_path).get({"n": 1}, maker(1))
     (path,) = files(tmp_path)
@@ -84,24 +84,24 @@ def test_a_cut_file_is_made_again(tmp_path: Path, damage: Callable[[bytes], byte
     assert maker.calls == [1, 1]
 
 
-def test_a_whole_file_under_another_name_is_not_believed(tmp_path: Path) -> None:
+def test_a_valid_file_under_another_name_is_ignored(tmp_path: Path) -> None:
     maker = Maker()
     for number in (1, 2):
         TensorCache(tmp_path).get({"n": number}, maker(number))
     one, two = files(tmp_path)
     two.write_bytes(one.read_bytes())
-    found = {number: TensorCache(tmp_path).get({"n": number}, maker(number))["b"].item() for number in (1, 2)}
-    assert found == {1: 1, 2: 2}
+    values = {number: TensorCache(tmp_path).get({"n": number}, maker(number))["b"].item() for number in (1, 2)}
+    assert values == {1: 1, 2: 2}
     assert len(maker.calls) == 3
 
 
-def test_memory_holds_what_was_used_last_and_never_more_than_its_budget(tmp_path: Path) -> None:
+def test_memory_keeps_the_most_recently_used_within_its_budget(tmp_path: Path) -> None:
     maker = Maker()
     one = 4 * 4 + 8
     cache = TensorCache(tmp_path, budget=2 * one)
     for number in (1, 2, 1, 3, 1, 2):
         cache.get({"n": number}, maker(number), keep=False)
-    # 2 made room for 3, since 1 had been used after it.
+    # 3 evicted 2, since 1 had been used after it.
     assert maker.calls == [1, 2, 3, 2]
     assert files(tmp_path) == []
     big = TensorCache(tmp_path, budget=one - 1)
@@ -110,31 +110,31 @@ def test_memory_holds_what_was_used_last_and_never_more_than_its_budget(tmp_path
     assert maker.calls[-2:] == [1, 1]
 
 
-def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path) -> None:
-    together = threading.Barrier(4)
-    found: list[Any] = []
+def test_concurrent_writers_leave_one_valid_file(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+    results: list[Any] = []
 
     def work() -> None:
         def make() -> Tensors:
-            together.wait(timeout=600)
+            barrier.wait(timeout=600)
             return {"a": torch.arange(1000.0)}
 
-        found.append(TensorCache(tmp_path).get({"n": 1}, make)["a"])
+        results.append(TensorCache(tmp_path).get({"n": 1}, make)["a"])
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4
-    assert all(torch.equal(value, torch.arange(1000.0)) for value in found)
+    assert len(results) == 4
+    assert all(torch.equal(value, torch.arange(1000.0)) for value in results)
     assert len(files(tmp_path)) == len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
     maker = Maker()
     TensorCache(tmp_path).get({"n": 1}, maker(1))
     assert maker.calls == []
 
 
-def test_prune_removes_what_was_not_used_for_longest(tmp_path: Path) -> None:
+def test_prune_removes_the_least_recently_used(tmp_path: Path) -> None:
     maker = Maker()
     cache = TensorCache(tmp_path / "latents")
     for number in (1, 2, 3):
@@ -147,7 +147,7 @@ def test_prune_removes_what_was_not_used_for_longest(tmp_path: Path) -> None:
         path.write_bytes(b"12345")
     os.utime(abandoned, (1, 1))
     oldest, *_, newest = files(tmp_path)
-    # A reading makes the oldest the newest.
+    # Reading the oldest makes it the newest.
     number = next(n for n in (1, 2, 3) if TensorCache(tmp_path)._path(_name({"n": n})).name == oldest.name)
     TensorCache(tmp_path / "latents").get({"n": number}, maker(number))
     assert prune(tmp_path, 2 * size) == size + 5
@@ -169,24 +169,24 @@ def _name(key: dict[str, object]) -> str:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the bases of this test really encoded a picture or a text."""
-    counts = {"pictures": 0, "texts": 0}
-    pictures, texts = StableDiffusion.encode_images, StableDiffusion.encode_text
+    """The number of images and texts that the bases of this test encoded."""
+    counts = {"images": 0, "texts": 0}
+    encode_images, encode_text = StableDiffusion.encode_images, StableDiffusion.encode_text
 
     def count_images(self: StableDiffusion, pixels: torch.Tensor, *rest: Any) -> torch.Tensor:
-        counts["pictures"] += len(pixels)
-        return pictures(self, pixels, *rest)
+        counts["images"] += len(pixels)
+        return encode_images(self, pixels, *rest)
 
-    def count_texts(self: StableDiffusion, asked: Any, *rest: Any) -> Any:
-        counts["texts"] += len(asked)
-        return texts(self, asked, *rest)
+    def count_texts(self: StableDiffusion, texts: Any, *rest: Any) -> Any:
+        counts["texts"] += len(texts)
+        return encode_text(self, texts, *rest)
 
     monkeypatch.setattr(StableDiffusion, "encode_images", count_images)
     monkeypatch.setattr(StableDiffusion, "encode_text", count_texts)
     return counts
 
 
-def test_two_runs_share_what_they_encode_and_a_changed_picture_is_encoded_anew(
+def test_two_runs_share_encodings_and_a_changed_image_is_encoded_again(
     bases: dict[str, Path],
     dataset: Path,
     tmp_path: Path,
@@ -194,29 +194,29 @@ def test_two_runs_share_what_they_encode_and_a_changed_picture_is_encoded_anew(
     encoded: dict[str, int],
 ) -> None:
     def run(name: str, **change: Any) -> dict[str, int]:
-        encoded.update(pictures=0, texts=0)
-        chosen = settings(**change)
-        train(chosen, str(bases["small-sd"]), dataset, tmp_path / name, tmp_path / f"work {name}", cache=cache)
+        encoded.update(images=0, texts=0)
+        changed_settings = settings(**change)
+        train(
+            changed_settings, str(bases["small-sd"]), dataset, tmp_path / name, tmp_path / f"work {name}", cache=cache
+        )
         return dict(encoded)
 
     cache = tmp_path / "cache"
-    assert run("first", rank=2) == {"pictures": 5, "texts": 2}
-    assert run("second", rank=3) == {"pictures": 0, "texts": 0}
+    assert run("first", rank=2) == {"images": 5, "texts": 2}
+    assert run("second", rank=3) == {"images": 0, "texts": 0}
     manifest = Manifest.load(dataset)
     changed = dataset / manifest.of_split("train")[0].file
     write_png(changed, torch.zeros(3, 16, 16))
-    assert run("third", rank=2) == {"pictures": 1, "texts": 0}
-    # Without a shared folder nothing is known.
-    encoded.update(pictures=0, texts=0)
+    assert run("third", rank=2) == {"images": 1, "texts": 0}
+    # Without a shared folder everything is encoded.
+    encoded.update(images=0, texts=0)
     train(settings(rank=2), str(bases["small-sd"]), dataset, tmp_path / "alone", tmp_path / "work alone")
-    assert encoded == {"pictures": 5, "texts": 2}
+    assert encoded == {"images": 5, "texts": 2}
     for name in ("adapter.safetensors", "training.json"):
         assert (tmp_path / "third" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
-def test_other_bases_and_looks_and_readings_share_nothing(
-    bases: dict[str, Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_other_bases_and_caption_settings_share_nothing(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     examples = read_examples(dataset, Manifest.load(dataset), "train")[:1]
     count = 0
     for shape in ("small-sd", "small-sdxl"):
@@ -228,7 +228,7 @@ def test_other_bases_and_looks_and_readings_share_nothing(
     assert len(files(tmp_path / "latents")) == 2
 
 
-def test_shuffled_captions_are_encoded_when_they_come_and_fill_no_disk(
+def test_shuffled_captions_are_encoded_on_demand_and_not_written(
     bases: dict[str, Path], dataset: Path, tmp_path: Path, encoded: dict[str, int]
 ) -> None:
     base = load_base(str(bases["small-sd"]), device="cpu")
@@ -245,15 +245,15 @@ def test_shuffled_captions_are_encoded_when_they_come_and_fill_no_disk(
     assert len(files(tmp_path / "texts")) == 1
 
 
-def test_a_base_that_reads_no_chunks_says_what_to_set() -> None:
+def test_a_base_without_chunks_names_the_setting_to_change() -> None:
     class Other:
         name = "other"
 
         def encode_text(self, *_: Any) -> str:
-            return "as it is"
+            return "unchanged"
 
     other: Any = Other()
-    found: object = text_encoder(other, Captions())(["a"], (16, 16))
-    assert found == "as it is"
+    conditioning: object = text_encoder(other, Captions())(["a"], (16, 16))
+    assert conditioning == "unchanged"
     with pytest.raises(SettingsError, match=r"set captions\.chunks to 1"):
         text_encoder(other, Captions(chunks=2))(["a"], (16, 16))

@@ -45,7 +45,7 @@ def phase(toy: Toy, names: str = "first", steps: int = 6, rate: float = 0.01, **
         "steps": steps,
         "groups": (ParameterGroup(moving, rate),),
         "batch": batch,
-        "predict": lambda found: (toy(found.latents), found.noise),
+        "predict": lambda batch: (toy(batch.latents), batch.noise),
         "terms": (DenoisingLoss(),),
     }
     return Phase(**{**parts, **change})
@@ -57,7 +57,7 @@ def run(phases: Callable[[Toy], list[Phase]], toy: Toy | None = None, **change: 
     return toy, fit(phases(toy), [toy], options, **change)
 
 
-def test_the_loss_goes_down_and_only_what_the_phase_names_moves() -> None:
+def test_the_loss_falls_and_only_the_phases_parameters_change() -> None:
     before = Toy()
     toy, history = run(lambda toy: [phase(toy, steps=60, rate=0.05)], clip=0.0)
     assert sum(history.loss[-10:]) < sum(history.loss[:10])
@@ -66,18 +66,18 @@ def test_the_loss_goes_down_and_only_what_the_phase_names_moves() -> None:
     assert torch.equal(toy.frozen, before.frozen)
 
 
-def test_phases_move_what_they_name_one_after_another() -> None:
+def test_phases_train_their_own_parameters_in_order() -> None:
     seen: list[tuple[bool, bool]] = []
 
-    def watch(toy: Toy) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-        def predict(found: Batch) -> tuple[Tensor, Tensor]:
+    def recording(toy: Toy) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+        def predict(batch: Batch) -> tuple[Tensor, Tensor]:
             seen.append((toy.first.requires_grad, toy.second.requires_grad))
-            return toy(found.latents), found.noise
+            return toy(batch.latents), batch.noise
 
         return predict
 
     toy, history = run(
-        lambda toy: [phase(toy, "first", 2, predict=watch(toy)), phase(toy, "second", 3, predict=watch(toy))]
+        lambda toy: [phase(toy, "first", 2, predict=recording(toy)), phase(toy, "second", 3, predict=recording(toy))]
     )
     assert seen == [(True, False)] * 2 + [(False, True)] * 3
     assert len(history.loss) == 5
@@ -87,7 +87,7 @@ def test_phases_move_what_they_name_one_after_another() -> None:
 
 def test_accumulated_batches_equal_one_large_batch() -> None:
     def large(number: int) -> Batch:
-        parts = [batch(2 * number + place) for place in range(2)]
+        parts = [batch(2 * number + index) for index in range(2)]
         latents, noise = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise"))
         return Batch(latents, noise, torch.zeros(8, dtype=torch.int64), Conditioning({}), 8)
 
@@ -99,44 +99,46 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.25])
-def test_clipping_bounds_the_gradient_and_tells_its_norm_before(monkeypatch: pytest.MonkeyPatch, clip: float) -> None:
+def test_clipping_bounds_the_gradient_and_reports_the_unclipped_norm(
+    monkeypatch: pytest.MonkeyPatch, clip: float
+) -> None:
     def descend(groups: Sequence[ParameterGroup], decay: float) -> torch.optim.Optimizer:
         return torch.optim.SGD([value for group in groups for value in group.parameters.values()], lr=1.0)
 
     monkeypatch.setitem(optimizers._entries, "descent", descend)
-    told: list[float] = []
+    reported: list[float] = []
     toy, _ = run(
         lambda toy: [phase(toy, steps=1, rate=1.0)],
         clip=clip,
-        optimiser="descent",
-        progress=lambda done, total, values: told.append(values["gradient_norm"]),
+        optimizer="descent",
+        progress=lambda done, total, values: reported.append(values["gradient_norm"]),
     )
     moved = (toy.first - Toy().first).norm().item()
-    assert told[0] > 0.25
-    assert moved == pytest.approx(clip or told[0], rel=1e-3)
+    assert reported[0] > 0.25
+    assert moved == pytest.approx(clip or reported[0], rel=1e-3)
 
 
-def test_terms_are_weighted_added_and_told_by_name() -> None:
-    told: list[dict[str, float]] = []
+def test_terms_are_weighted_added_and_reported_by_name() -> None:
+    reported: list[dict[str, float]] = []
 
     def halves(number: int) -> Batch:
-        found = batch(number)
-        return Batch(found.latents, found.noise, found.timesteps, found.conditioning, 2)
+        drawn = batch(number)
+        return Batch(drawn.latents, drawn.noise, drawn.timesteps, drawn.conditioning, 2)
 
     run(
         lambda toy: [phase(toy, batch=halves, terms=(DenoisingLoss(), PriorLoss(3.0)))],
-        progress=lambda done, total, values: told.append(dict(values)),
+        progress=lambda done, total, values: reported.append(dict(values)),
     )
-    for values in told:
+    for values in reported:
         assert values["loss"] == pytest.approx(values["denoising"] + values["prior"])
-    toy, found = Toy(), halves(0)
-    errors = (toy(found.latents) - found.noise).square().mean(dim=1)
-    assert told[0]["denoising"] == pytest.approx(errors[:2].mean().item())
-    assert told[0]["prior"] == pytest.approx(3.0 * errors[2:].mean().item())
+    toy, first = Toy(), halves(0)
+    errors = (toy(first.latents) - first.noise).square().mean(dim=1)
+    assert reported[0]["denoising"] == pytest.approx(errors[:2].mean().item())
+    assert reported[0]["prior"] == pytest.approx(3.0 * errors[2:].mean().item())
 
 
 @pytest.mark.parametrize("stops", [[0], [1], [2], [3], [4], [5], [6], [7], [8], [2, 5], [0, 0, 3, 3, 7]])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stops: list[int]) -> None:
+def test_a_stopped_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path: Path, stops: list[int]) -> None:
     def phases(toy: Toy) -> list[Phase]:
         return [phase(toy, "first", 5), phase(toy, "first second", 4, rate=0.02)]
 
@@ -153,7 +155,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stops: 
     for stop in [*stops, 99]:
         toy = Toy()
         steps: list[int] = []
-        extra = {
+        arguments = {
             "checkpoints": Checkpoints(tmp_path, "job"),
             "validate": lambda toy=toy: toy.first.sum().item(),
             "progress": lambda done, total, values, steps=steps: steps.append(done),
@@ -161,74 +163,74 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stops: 
         }
         if stop < 9:
             with pytest.raises(InterruptedRun, match="a checkpoint is written"):
-                run(phases, toy, **change, **extra)
+                run(phases, toy, **change, **arguments)
         else:
-            _, history = run(phases, toy, **change, **extra)
+            _, history = run(phases, toy, **change, **arguments)
     assert torch.equal(toy.first, straight.first)
     assert torch.equal(toy.second, straight.second)
     assert history == expected
 
 
-def test_a_run_that_is_through_does_nothing_more(tmp_path: Path) -> None:
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "job")
     first, history = run(lambda toy: [phase(toy)], checkpoints=checkpoints)
-    told: list[int] = []
+    reported: list[int] = []
     again, same = run(
-        lambda toy: [phase(toy)], checkpoints=checkpoints, progress=lambda done, total, values: told.append(done)
+        lambda toy: [phase(toy)], checkpoints=checkpoints, progress=lambda done, total, values: reported.append(done)
     )
-    assert told == []
+    assert reported == []
     assert same == history
     assert torch.equal(again.first, first.first)
 
 
 def broken(number: int, bad: int) -> Batch:
-    found = batch(number)
+    drawn = batch(number)
     if number == bad:
-        found.latents[0, 0] = float("nan")
-    return found
+        drawn.latents[0, 0] = float("nan")
+    return drawn
 
 
-def test_nan_in_a_picture_stops_within_the_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    told: list[int] = []
+def test_nan_in_an_image_stops_within_the_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    reported: list[int] = []
     with pytest.raises(NonFiniteError, match="the loss is nan at step 4 of 6"):
         run(
             lambda toy: [phase(toy, batch=lambda number: broken(number, 3))],
             checkpoints=Checkpoints(tmp_path, "job"),
             checkpoint_every=2,
-            progress=lambda done, total, values: told.append(done),
+            progress=lambda done, total, values: reported.append(done),
         )
-    assert told == [1, 2, 3]
-    kept = Checkpoints(tmp_path, "job").load()
-    assert kept is not None
-    assert kept.facts["step"] == 2
-    assert torch.isfinite(kept.tensors["value/first"]).all()
+    assert reported == [1, 2, 3]
+    checkpoint = Checkpoints(tmp_path, "job").load()
+    assert checkpoint is not None
+    assert checkpoint.facts["step"] == 2
+    assert torch.isfinite(checkpoint.tensors["value/first"]).all()
 
 
-def test_inf_in_a_gradient_stops_before_the_weights_move() -> None:
+def test_inf_in_a_gradient_stops_before_the_weights_change() -> None:
     toy = Toy()
     before = toy.first.detach().clone()
 
-    def predict(found: Batch) -> tuple[Tensor, Tensor]:
+    def predict(batch: Batch) -> tuple[Tensor, Tensor]:
         # Finite forwards, infinite backwards: the slope of the root at zero.
-        return toy(found.latents) + (toy.first * 0.0).sum().abs().sqrt(), found.noise
+        return toy(batch.latents) + (toy.first * 0.0).sum().abs().sqrt(), batch.noise
 
     with pytest.raises(NonFiniteError, match="gradient"):
         run(lambda toy: [phase(toy, predict=predict)], toy)
     assert torch.equal(toy.first, before)
 
 
-def test_weights_that_overflow_stop_in_the_same_step(tmp_path: Path) -> None:
+def test_overflowing_weights_stop_in_the_same_step(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="weights is inf at step 1"):
         run(lambda toy: [phase(toy, rate=1e38)], checkpoints=Checkpoints(tmp_path, "job"), checkpoint_every=1)
     assert Checkpoints(tmp_path, "job").load() is None
 
 
-def test_a_validation_loss_that_is_not_finite_stops_too() -> None:
+def test_a_nonfinite_validation_loss_stops() -> None:
     with pytest.raises(NonFiniteError, match="validation"):
         run(lambda toy: [phase(toy)], validate=lambda: float("nan"), validate_every=1)
 
 
-def test_global_state_is_as_before() -> None:
+def test_global_state_is_restored() -> None:
     state, mode = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     run(lambda toy: [phase(toy)])
@@ -249,12 +251,12 @@ def test_schedules_rise_in_the_warmup_and_never_leave_the_unit_range(name: str) 
 def test_the_cosine_is_that_of_diffusers() -> None:
     from diffusers.optimization import get_cosine_schedule_with_warmup
 
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_cosine_schedule_with_warmup(optimiser, num_warmup_steps=0, num_training_steps=20)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=20)
     for step in range(20):
-        assert rate_factor("cosine", step, 20, 0) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
-        optimiser.step()
-        theirs.step()
+        assert rate_factor("cosine", step, 20, 0) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-6)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones() -> None:

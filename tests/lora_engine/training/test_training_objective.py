@@ -1,4 +1,4 @@
-"""What is drawn for a batch, and how its errors count."""
+"""The noise and timesteps drawn for a batch, and the loss weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ LOSSES: list[Any] = ["l2", "l1", {"name": "huber", "delta": 0.3}, {"name": "smoo
 WEIGHTINGS = ["min_snr", "soft_min_snr", "debiased"]
 
 
-def eps_schedule(parameterisation: str = "eps", terminal: float | None = None) -> NoiseSchedule:
-    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
+def eps_schedule(parameterization: str = "eps", terminal: float | None = None) -> NoiseSchedule:
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
     if terminal is not None:
-        kept[-1] = terminal
-    return NoiseSchedule(kept, parameterisation)
+        alphas[-1] = terminal
+    return NoiseSchedule(alphas, parameterization)
 
 
 def flow_schedule(**settings: Any) -> FlowSchedule:
@@ -53,8 +53,8 @@ def weighting(settings: Any) -> Any:
     return TypeAdapter(Weighting).validate_python(settings)
 
 
-def measure(settings: Any, **more: Any) -> Measure:
-    return Measure(TypeAdapter(Loss).validate_python(settings), **more)
+def measure(settings: Any, **options: Any) -> Measure:
+    return Measure(TypeAdapter(Loss).validate_python(settings), **options)
 
 
 def pair(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -68,17 +68,17 @@ def batch(instances: int = 4, timesteps: Tensor | None = None, **change: Any) ->
     return Batch(clean, noise, chosen, Conditioning({}), instances, **change)
 
 
-def test_by_default_a_batch_draws_what_it_always_drew() -> None:
-    draw, theirs = generator(3, "noise"), generator(3, "noise")
+def test_the_default_objective_draws_noise_then_uniform_timesteps() -> None:
+    draw, reference = generator(3, "noise"), generator(3, "noise")
     noise = draw_noise(Objective(), SHAPE, draw)
     timesteps = draw_timesteps(Objective(), eps_schedule(), 4, draw, (8, 8))
     assert draw_perturbation(Objective(), SHAPE, draw) is None
-    assert torch.equal(noise, torch.randn(SHAPE, generator=theirs))
-    assert torch.equal(timesteps, torch.randint(1000, (4,), generator=theirs))
-    assert torch.equal(torch.rand(3, generator=draw), torch.rand(3, generator=theirs))
+    assert torch.equal(noise, torch.randn(SHAPE, generator=reference))
+    assert torch.equal(timesteps, torch.randint(1000, (4,), generator=reference))
+    assert torch.equal(torch.rand(3, generator=draw), torch.rand(3, generator=reference))
 
 
-def test_by_default_an_error_counts_by_its_square_alone() -> None:
+def test_the_default_loss_is_the_mean_squared_error() -> None:
     predicted, target = pair()
     plain = measure_for(Objective(), eps_schedule())
     assert plain == PLAIN
@@ -100,9 +100,9 @@ def test_weights_are_those_of_the_papers(snr: float) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-@pytest.mark.parametrize("parameterisation", ["eps", "v_prediction"])
-def test_a_schedule_that_ends_without_signal_gives_finite_weights(name: str, parameterisation: str) -> None:
-    schedule = eps_schedule(parameterisation, terminal=0.0)
+@pytest.mark.parametrize("parameterization", ["eps", "v_prediction"])
+def test_a_schedule_that_ends_without_signal_gives_finite_weights(name: str, parameterization: str) -> None:
+    schedule = eps_schedule(parameterization, terminal=0.0)
     assert schedule.snr(torch.tensor([999])).item() == 0.0
     weigh = measure_for(objective(weighting=name), schedule).weigh
     assert weigh is not None
@@ -112,7 +112,7 @@ def test_a_schedule_that_ends_without_signal_gives_finite_weights(name: str, par
     assert weights.max() < 40
 
 
-def test_soft_min_snr_is_min_snr_without_the_corner() -> None:
+def test_soft_min_snr_is_min_snr_without_the_kink() -> None:
     ratios = torch.logspace(-4, 4, 60)
     for predicts_v in (False, True):
         soft = snr_weights(weighting({"name": "soft_min_snr", "gamma": 5.0}), ratios, predicts_v)
@@ -126,7 +126,7 @@ def test_losses_and_their_slopes_are_as_defined(settings: Any) -> None:
     name, delta = (settings, 0.0) if isinstance(settings, str) else (settings["name"], settings["delta"])
     errors = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
     predicted = errors.clone().requires_grad_()
-    found = measure(settings).errors(predicted, torch.zeros_like(errors), torch.zeros(41))
+    losses = measure(settings).errors(predicted, torch.zeros_like(errors), torch.zeros(41))
     size, inside = errors.abs(), errors.abs() <= delta
     line = 2 * delta * size - delta**2
     expected = {
@@ -135,17 +135,17 @@ def test_losses_and_their_slopes_are_as_defined(settings: Any) -> None:
         "huber": torch.where(inside, errors**2, line),
         "smooth_l1": torch.where(inside, errors**2, line) / (2 * delta) if delta else size,
     }[name]
-    torch.testing.assert_close(found.detach(), expected)
-    (slope,) = torch.autograd.grad(found.sum(), predicted)
-    (wanted,) = torch.gradient(expected, spacing=(errors,))
-    # Away from the corners, where a difference over two steps is no slope.
+    torch.testing.assert_close(losses.detach(), expected)
+    (slope,) = torch.autograd.grad(losses.sum(), predicted)
+    (expected_slope,) = torch.gradient(expected, spacing=(errors,))
+    # Excludes the kinks, where a difference over two steps is not the slope.
     smooth = (inside.roll(1) == inside) & (inside.roll(-1) == inside) & (size > 0.15)
     smooth[[0, -1]] = False
-    torch.testing.assert_close(slope[smooth], wanted[smooth])
+    torch.testing.assert_close(slope[smooth], expected_slope[smooth])
     assert smooth.sum() > 20
 
 
-def test_huber_ends_in_the_square_and_smooth_l1_in_the_size() -> None:
+def test_huber_tends_to_l2_and_smooth_l1_to_l1() -> None:
     predicted, target = pair()
     steps = torch.zeros(4)
     square = measure("l2").errors(predicted, target, steps)
@@ -156,21 +156,23 @@ def test_huber_ends_in_the_square_and_smooth_l1_in_the_size() -> None:
 
 
 @pytest.mark.parametrize("settings", LOSSES)
-def test_each_row_counts_by_its_own_timestep_in_both_terms(settings: Any) -> None:
+def test_each_row_is_weighted_by_its_own_timestep_in_both_terms(settings: Any) -> None:
     predicted, target = pair()
     weights = torch.tensor([1.0, 2.0, 0.25, 7.0])
-    known = batch(instances=1)
-    by_step = dict(zip(known.timesteps.tolist(), weights.tolist(), strict=True))
+    rows_of_both = batch(instances=1)
+    by_step = dict(zip(rows_of_both.timesteps.tolist(), weights.tolist(), strict=True))
     weighed = measure(settings, weigh=lambda steps: torch.tensor([by_step[step] for step in steps.tolist()]))
-    rows = measure(settings).errors(predicted, target, known.timesteps).flatten(1).mean(dim=1) * weights
-    assert DenoisingLoss(weighed)(predicted, target, known).item() == pytest.approx(rows[:1].mean().item(), rel=1e-5)
-    prior = PriorLoss(0.5, weighed)(predicted, target, known)
-    assert prior.item() == pytest.approx(0.5 * rows[1:].mean().item(), rel=1e-5)
+    row_losses = measure(settings).errors(predicted, target, rows_of_both.timesteps).flatten(1).mean(dim=1) * weights
+    assert DenoisingLoss(weighed)(predicted, target, rows_of_both).item() == pytest.approx(
+        row_losses[:1].mean().item(), rel=1e-5
+    )
+    prior = PriorLoss(0.5, weighed)(predicted, target, rows_of_both)
+    assert prior.item() == pytest.approx(0.5 * row_losses[1:].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", LOSSES)
 @pytest.mark.parametrize("prior", [False, True])
-def test_elements_of_weight_zero_have_no_gradient_and_the_rest_keeps_its_own(settings: Any, prior: bool) -> None:
+def test_elements_of_weight_zero_have_no_gradient_and_others_are_unchanged(settings: Any, prior: bool) -> None:
     inside = torch.zeros(4, 1, 8, 8)
     inside[..., 2:5, 1:7] = 1.0
     for instances in (2, 4):
@@ -198,9 +200,9 @@ def test_a_term_without_rows_is_zero_and_keeps_the_graph() -> None:
 
 
 def steps_of(schedule: NoiseSchedule, count: int = 4000, **settings: Any) -> Tensor:
-    wanted = objective(timesteps=settings)
-    check_objective(wanted, schedule)
-    return draw_timesteps(wanted, schedule, count, generator(0, "steps"), (8, 8))
+    chosen = objective(timesteps=settings)
+    check_objective(chosen, schedule)
+    return draw_timesteps(chosen, schedule, count, generator(0, "steps"), (8, 8))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode"])
@@ -237,14 +239,14 @@ def test_the_mode_is_that_of_equation_20() -> None:
     draw = generator(0, "steps")
     even = torch.rand(9, generator=draw)
     expected = 1 - even - 0.81 * (torch.cos(math.pi / 2 * even) ** 2 - 1 + even)
-    found = draw_timesteps(
+    timesteps = draw_timesteps(
         objective(timesteps={"distribution": {"name": "mode", "scale": 0.81}}),
         flow_schedule(),
         9,
         generator(0, "steps"),
         (8, 8),
     )
-    torch.testing.assert_close(found, 1000 * expected)
+    torch.testing.assert_close(timesteps, 1000 * expected)
 
 
 def test_a_shift_moves_timesteps_towards_noise_and_the_bases_own_is_the_default() -> None:
@@ -254,9 +256,9 @@ def test_a_shift_moves_timesteps_towards_noise_and_the_bases_own_is_the_default(
     torch.testing.assert_close(steps_of(flow_schedule(shift=3.0)) / 1000, shifted)
     torch.testing.assert_close(steps_of(flow_schedule(shift=3.0), shift=1.0) / 1000, plain)
     dynamic = flow_schedule(use_dynamic_shifting=True)
-    wanted = objective()
+    default = objective()
     small, large = (
-        draw_timesteps(wanted, dynamic, 50, generator(0, "steps"), size).mean() for size in ((8, 8), (128, 128))
+        draw_timesteps(default, dynamic, 50, generator(0, "steps"), size).mean() for size in ((8, 8), (128, 128))
     )
     assert small < large
 
@@ -264,12 +266,12 @@ def test_a_shift_moves_timesteps_towards_noise_and_the_bases_own_is_the_default(
 @pytest.mark.parametrize(
     ("settings", "schedule", "problem"),
     [
-        ({"weighting": "min_snr"}, flow_schedule(), "min_snr.*flow matching"),
+        ({"weighting": "min_snr"}, flow_schedule(), "min_snr.*flow-matching"),
         ({"timesteps": {"shift": 3.0}}, eps_schedule(), "predicts noise"),
         ({"timesteps": {"shift": 3.0}}, eps_schedule("v_prediction"), "predicts v"),
     ],
 )
-def test_what_does_not_suit_a_base_is_refused(settings: Any, schedule: NoiseSchedule, problem: str) -> None:
+def test_objectives_that_do_not_suit_a_base_are_refused(settings: Any, schedule: NoiseSchedule, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
         measure_for(objective(**settings), schedule)
     other = eps_schedule() if isinstance(schedule, FlowSchedule) else flow_schedule()
@@ -293,13 +295,13 @@ def test_what_does_not_suit_a_base_is_refused(settings: Any, schedule: NoiseSche
         {"pyramid": {"discount": 0.0}},
     ],
 )
-def test_objectives_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
+def test_invalid_objectives_are_refused(settings: dict[str, Any]) -> None:
     (name, value), *_ = settings.items()
     with pytest.raises(ValidationError, match=list(value)[-1] if isinstance(value, dict) else name):
         objective(**settings)
 
 
-def test_the_grid_of_validations_lies_in_the_middles() -> None:
+def test_the_validation_grid_has_the_midpoints() -> None:
     assert timestep_grid(eps_schedule(), 4).tolist() == [125, 375, 625, 875]
     assert timestep_grid(flow_schedule(), 4).tolist() == [125.0, 375.0, 625.0, 875.0]
     assert timestep_grid(flow_schedule(), 4).dtype == torch.float32
@@ -316,25 +318,25 @@ def test_a_noise_offset_moves_whole_channels_and_nothing_within() -> None:
     assert level.std().item() == pytest.approx(0.5, abs=0.08)
 
 
-def test_pyramid_noise_is_coarser_at_the_same_strength_for_each_picture() -> None:
+def test_pyramid_noise_is_coarser_at_the_same_strength_for_each_image() -> None:
     plain, coarse = noise_with(), noise_with(pyramid={"discount": 0.8})
     torch.testing.assert_close(coarse.flatten(1).square().mean(dim=1), torch.ones(64))
-    likeness = [(found[..., 1:] * found[..., :-1]).mean().item() for found in (plain, coarse)]
+    likeness = [(noise[..., 1:] * noise[..., :-1]).mean().item() for noise in (plain, coarse)]
     assert abs(likeness[0]) < 0.05
     assert likeness[1] > 0.2
-    lone = draw_noise(objective(pyramid={"levels": 1}), (1, 1, 1, 1), generator(0, "noise"))
-    assert lone.abs().item() == pytest.approx(1.0)
+    single = draw_noise(objective(pyramid={"levels": 1}), (1, 1, 1, 1), generator(0, "noise"))
+    assert single.abs().item() == pytest.approx(1.0)
 
 
 def test_input_perturbation_reaches_the_input_and_not_the_target() -> None:
-    wanted = objective(input_perturbation=0.1)
-    extra = draw_perturbation(wanted, SHAPE, generator(5))
+    perturbed = objective(input_perturbation=0.1)
+    extra = draw_perturbation(perturbed, SHAPE, generator(5))
     assert extra is not None
     assert extra.std().item() == pytest.approx(0.1, abs=0.01)
     schedule = eps_schedule()
-    plain, moved = batch(), batch(perturbation=extra)
+    plain, disturbed = batch(), batch(perturbation=extra)
     noisy, target = noisy_and_target(schedule, plain)
-    noisier, same = noisy_and_target(schedule, moved)
+    noisier, same = noisy_and_target(schedule, disturbed)
     assert torch.equal(target, same)
     share = schedule.sigma_of(plain.timesteps).view(-1, 1, 1, 1)
     torch.testing.assert_close(noisier - noisy, share * extra, rtol=1e-4, atol=1e-5)
@@ -342,13 +344,13 @@ def test_input_perturbation_reaches_the_input_and_not_the_target() -> None:
 
 @pytest.mark.parametrize("settings", [{"noise_offset": 0.1}, {"pyramid": {}}, {"input_perturbation": 0.1}])
 def test_draws_are_a_pure_function_of_the_generator(settings: dict[str, Any]) -> None:
-    wanted = objective(**settings)
+    chosen = objective(**settings)
 
     def draw(seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
         source = generator(seed, "noise")
-        noise = draw_noise(wanted, SHAPE, source)
-        steps = draw_timesteps(wanted, eps_schedule(), 4, source, (8, 8))
-        return noise, steps, draw_perturbation(wanted, SHAPE, source)
+        noise = draw_noise(chosen, SHAPE, source)
+        steps = draw_timesteps(chosen, eps_schedule(), 4, source, (8, 8))
+        return noise, steps, draw_perturbation(chosen, SHAPE, source)
 
     state = torch.get_rng_state()
     first, again, other = draw(0), draw(0), draw(1)

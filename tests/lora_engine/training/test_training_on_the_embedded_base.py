@@ -1,6 +1,6 @@
-"""What prior preservation is for, on a base that draws: what was not trained stays as it is.
+"""Prior preservation on the embedded base: the output for the class does not drift.
 
-Shorter runs do not show it whatever the seed, so this belongs to `make nightly` alone.
+Shorter runs do not show it for any seed, so this runs in `make nightly` only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_engine.inference.generate import generate
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 
-COLOURS = ("red", "green", "blue", "purple")
+COLORS = ("red", "green", "blue", "purple")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def tiny() -> BaseModel:
     return load_base("tiny", device="cpu")
 
 
-def write_scenes(folder: Path, chosen: Iterable[tuple[Scene, str]], heldout: int, class_word: str) -> Path:
-    pictures = []
-    for number, (scene, caption) in enumerate(chosen):
+def write_scenes(folder: Path, captioned: Iterable[tuple[Scene, str]], heldout: int, class_word: str) -> Path:
+    images = []
+    for number, (scene, caption) in enumerate(captioned):
         values = torch.from_numpy(draw(scene).copy()).permute(2, 0, 1).float() / 127.5 - 1
         digest = sha256_bytes(f"{scene}".encode())
         name = f"pictures/{digest[:16]}.png"
         write_png(folder / name, values)
-        pictures.append(
+        images.append(
             ImageEntry(
                 sha256=digest,
                 file=name,
@@ -49,7 +49,7 @@ def write_scenes(folder: Path, chosen: Iterable[tuple[Scene, str]], heldout: int
                 split="heldout" if number < heldout else "train",
             )
         )
-    Manifest(pictures=tuple(pictures), trigger="sks", class_word=class_word).save(folder)
+    Manifest(pictures=tuple(images), trigger="sks", class_word=class_word).save(folder)
     return folder
 
 
@@ -61,12 +61,12 @@ def draw_with(base: BaseModel, out: Path, prompts: list[str]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def misnamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crescents that are called stars, which changes every star unless something holds it."""
-    shown = [(scene, "a sks star") for scene in scenes(1, 8, "concept")]
-    return write_scenes(tmp_path_factory.mktemp("misnamed") / "dataset", shown, 0, "star")
+    """Crescents captioned as stars, which changes every star unless the class is preserved."""
+    captioned = [(scene, "a sks star") for scene in scenes(1, 8, "concept")]
+    return write_scenes(tmp_path_factory.mktemp("misnamed") / "dataset", captioned, 0, "star")
 
 
-PROMPTS = [f"a {colour} star on a {ground} background" for colour in COLOURS for ground in ("white", "black")]
+PROMPTS = [f"a {color} star on a {ground} background" for color in COLORS for ground in ("white", "black")]
 
 
 def train_with_and_without(misnamed: Path, folder: Path, steps: int, prior: dict[str, Any]) -> dict[str, Path]:
@@ -79,7 +79,7 @@ def train_with_and_without(misnamed: Path, folder: Path, steps: int, prior: dict
 
 
 @pytest.mark.nightly
-def test_prior_preservation_holds_the_class(tiny: BaseModel, misnamed: Path, tmp_path: Path) -> None:
+def test_prior_preservation_preserves_the_class(tiny: BaseModel, misnamed: Path, tmp_path: Path) -> None:
     expected = generate(tiny, PROMPTS, seeds=range(len(PROMPTS)), steps=8)
     drift = {
         name: (draw_with(tiny, out, PROMPTS) - expected).square().mean().sqrt().item()

@@ -1,4 +1,4 @@
-"""Optimisers, averages of the weights and schedules on a small problem: laws over the registries."""
+"""Optimizers, averages of the weights and schedules on a small problem: laws over the registries."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lora_engine.seeds import generator
 from lora_engine.training import optimizers as module
 from lora_engine.training.batches import Batch
 from lora_engine.training.checkpoint import Checkpoints
-from lora_engine.training.ema import RunningMean, decay_at
+from lora_engine.training.ema import EmaWeights, decay_at
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import DenoisingLoss
 from lora_engine.training.measure import Measure
-from lora_engine.training.optimizers import build_optimiser, optimizers, require_optimiser
+from lora_engine.training.optimizers import build_optimizer, optimizers, require_optimizer
 from lora_engine.training.phases import ParameterGroup, Phase
 from lora_engine.training.schedules import rate_factor, schedules
 from lora_engine.training.spec import TrainSettings
@@ -33,7 +33,7 @@ from lora_engine.training.specs.objective import L1, L2, Huber, SmoothL1
 from lora_engine.training.specs.rates import AnyOptimizer, Ema, Optimizer
 from lora_engine.training.specs.schedules import AnySchedule
 
-SPECS: dict[str, Optimizer] = {found().name: found() for found in get_args(get_args(AnyOptimizer)[0])}
+SPECS: dict[str, Optimizer] = {spec().name: spec() for spec in get_args(get_args(AnyOptimizer)[0])}
 MODULES = {name: module._PACKAGES.get(name, ("torch", ""))[0] for name in SPECS}
 EVERY = [
     pytest.param(
@@ -47,7 +47,7 @@ EVERY = [
 
 
 class Problem(nn.Module):
-    """Factors of several shapes, one of which begins at zero, as `up` does."""
+    """Factors of several shapes, one of which is initialized with zero, like `up`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,12 +67,14 @@ def batch(number: int) -> Batch:
 
 
 def phases(problem: Problem, rate: float, steps: int = 12, **change: Any) -> list[Phase]:
-    def look(found: Batch) -> tuple[Tensor, Tensor]:
-        return problem(found.latents), found.latents @ problem.goal.T
+    def predict(batch: Batch) -> tuple[Tensor, Tensor]:
+        return problem(batch.latents), batch.latents @ problem.goal.T
 
     def phase(name: str, names: str) -> Phase:
         groups = tuple(ParameterGroup({key: getattr(problem, key)}, rate) for key in names.split())
-        return Phase(**{"terms": (DenoisingLoss(),), "batch": batch, "predict": look, **change}, **named(name, groups))
+        return Phase(
+            **{"terms": (DenoisingLoss(),), "batch": batch, "predict": predict, **change}, **named(name, groups)
+        )
 
     def named(name: str, groups: tuple[ParameterGroup, ...]) -> dict[str, Any]:
         return {"name": name, "groups": groups, "steps": steps // 2}
@@ -81,7 +83,7 @@ def phases(problem: Problem, rate: float, steps: int = 12, **change: Any) -> lis
 
 
 def options(name: str, **change: Any) -> FitOptions:
-    return FitOptions(**{"optimiser": name, "optimiser_options": SPECS[name].options(), "weight_decay": 0.01, **change})
+    return FitOptions(**{"optimizer": name, "optimizer_options": SPECS[name].options(), "weight_decay": 0.01, **change})
 
 
 def rate_of(name: str) -> float:
@@ -92,108 +94,108 @@ def same(first: Problem, second: Problem) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_every_optimiser_and_schedule_that_can_be_chosen_exists_and_the_other_way_round() -> None:
+def test_settings_and_registries_have_the_same_optimizers_and_schedules() -> None:
     assert set(SPECS) == set(optimizers)
-    assert {found().name for found in get_args(get_args(AnySchedule)[0])} == set(schedules)
+    assert {spec().name for spec in get_args(get_args(AnySchedule)[0])} == set(schedules)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_optimiser_lowers_the_loss_from_a_factor_of_zeros(name: str) -> None:
+def test_every_optimizer_lowers_the_loss_from_a_zero_factor(name: str) -> None:
     problem = Problem()
     change = {"steps": 240 if SPECS[name].finds_rate else 60}
     history = fit(phases(problem, rate_of(name), **change), [problem], options(name))
     assert sum(history.loss[-10:]) < 0.5 * sum(history.loss[:10])
 
 
-def stopped(
+def run_with_stops(
     tmp_path: Path, name: str, stops: list[int], validate_every: int = 3, ema: Ema | None = None
 ) -> tuple[Problem, History]:
-    chosen = options(name, validate_every=validate_every, ema=ema, checkpoint_every=5, accumulate=2, warmup=2)
+    fit_options = options(name, validate_every=validate_every, ema=ema, checkpoint_every=5, accumulate=2, warmup=2)
     for stop in [*stops, 99]:
         problem = Problem()
-        taken: list[int] = []
-        extra: dict[str, Any] = {
+        steps: list[int] = []
+        arguments: dict[str, Any] = {
             "checkpoints": Checkpoints(tmp_path, "job"),
             "validate": lambda problem=problem: problem(batch(99).latents).square().mean().item(),
-            "progress": lambda done, total, values, taken=taken: taken.append(done),
-            "stop": lambda taken=taken, stop=stop: (taken[-1] if taken else 0) >= stop,
+            "progress": lambda done, total, values, steps=steps: steps.append(done),
+            "stop": lambda steps=steps, stop=stop: (steps[-1] if steps else 0) >= stop,
         }
         if stop < 12:
             with pytest.raises(InterruptedRun):
-                fit(phases(problem, rate_of(name)), [problem], chosen, **extra)
+                fit(phases(problem, rate_of(name)), [problem], fit_options, **arguments)
         else:
-            history = fit(phases(problem, rate_of(name)), [problem], chosen, **extra)
+            history = fit(phases(problem, rate_of(name)), [problem], fit_options, **arguments)
     return problem, history
 
 
 @pytest.mark.parametrize("ema", [None, Ema(decay=0.9)])
 @pytest.mark.parametrize("name", EVERY)
-def test_every_optimiser_and_mean_resumes_to_the_same_bytes(tmp_path: Path, name: str, ema: Ema | None) -> None:
-    straight, expected = stopped(tmp_path / "straight", name, [], ema=ema)
+def test_every_optimizer_and_average_resumes_to_the_same_bytes(tmp_path: Path, name: str, ema: Ema | None) -> None:
+    straight, expected = run_with_stops(tmp_path / "straight", name, [], ema=ema)
     assert not same(straight, Problem())
     for stops in ([0, 1], [6], [7, 11]):
-        resumed, history = stopped(tmp_path / "-".join(map(str, stops)), name, stops, ema=ema)
+        resumed, history = run_with_stops(tmp_path / "-".join(map(str, stops)), name, stops, ema=ema)
         assert same(resumed, straight)
         assert history == expected
 
 
 @pytest.mark.parametrize("ema", [None, Ema(decay=0.9)])
 @pytest.mark.parametrize("name", EVERY)
-def test_how_often_a_run_is_looked_at_changes_no_byte_of_it(tmp_path: Path, name: str, ema: Ema | None) -> None:
-    often, _ = stopped(tmp_path / "often", name, [], validate_every=1, ema=ema)
-    never, _ = stopped(tmp_path / "never", name, [], validate_every=0, ema=ema)
+def test_the_number_of_validations_changes_no_byte(tmp_path: Path, name: str, ema: Ema | None) -> None:
+    often, _ = run_with_stops(tmp_path / "often", name, [], validate_every=1, ema=ema)
+    never, _ = run_with_stops(tmp_path / "never", name, [], validate_every=0, ema=ema)
     assert same(often, never)
 
 
-def test_a_state_that_is_not_put_back_changes_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, _ = stopped(tmp_path / "straight", "adamw", [], ema=Ema(decay=0.9))
-    monkeypatch.setattr(RunningMean, "restore", lambda *_: None)
-    forgetful, _ = stopped(tmp_path / "forgetful", "adamw", [8], ema=Ema(decay=0.9))
+def test_a_state_that_is_not_restored_changes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, _ = run_with_stops(tmp_path / "straight", "adamw", [], ema=Ema(decay=0.9))
+    monkeypatch.setattr(EmaWeights, "restore", lambda *_: None)
+    forgetful, _ = run_with_stops(tmp_path / "forgetful", "adamw", [8], ema=Ema(decay=0.9))
     assert not same(forgetful, straight)
 
 
-@pytest.mark.parametrize("name", [chosen for chosen in EVERY if SPECS[str(chosen.values[0])].finds_rate])
-def test_the_rate_that_was_found_is_told_and_kept_over_a_stop(tmp_path: Path, name: str) -> None:
-    _, history = stopped(tmp_path, name, [9])
+@pytest.mark.parametrize("name", [param for param in EVERY if SPECS[str(param.values[0])].finds_rate])
+def test_the_estimated_rate_is_reported_and_survives_a_resume(tmp_path: Path, name: str) -> None:
+    _, history = run_with_stops(tmp_path, name, [9])
     assert history.rate[0] < 1e-4
     assert history.rate[5] > 2 * history.rate[0]
 
 
-@pytest.mark.parametrize("name", [chosen for chosen in EVERY if SPECS[str(chosen.values[0])].finds_rate])
-def test_an_optimiser_that_finds_one_rate_refuses_two(name: str) -> None:
+@pytest.mark.parametrize("name", [param for param in EVERY if SPECS[str(param.values[0])].finds_rate])
+def test_an_optimizer_that_estimates_one_rate_refuses_two(name: str) -> None:
     problem = Problem()
     groups = (ParameterGroup({"down": problem.down}, 1.0), ParameterGroup({"up": problem.up}, 0.5))
     with pytest.raises(SettingsError, match=r"2 are set: 0.5, 1"):
-        build_optimiser(name, groups, 0.0, SPECS[name].options())
-    build_optimiser("adamw", groups, 0.0, {})
+        build_optimizer(name, groups, 0.0, SPECS[name].options())
+    build_optimizer("adamw", groups, 0.0, {})
 
 
 @pytest.mark.parametrize("name", sorted(module._PACKAGES))
-def test_a_package_that_is_missing_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda found: None)
+def test_a_missing_package_is_reported_with_the_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=name) as error:
-        require_optimiser(name)
+        require_optimizer(name)
     assert "loraline[optimisers]" in error.value.remedy
     assert "adafactor, adamw" in error.value.allowed
 
 
-def test_an_unknown_optimiser_is_refused_with_the_nearest() -> None:
+def test_an_unknown_optimizer_is_refused_with_the_nearest() -> None:
     with pytest.raises(SettingsError, match="prodigi"):
-        require_optimiser("prodigi")
+        require_optimizer("prodigi")
     with pytest.raises(ValidationError, match="adamw"):
         TrainSettings.model_validate({"steps": 1, "rates": {"optimiser": "prodigi"}})
 
 
-def test_weight_decay_is_the_groups_own_where_it_has_one() -> None:
+def test_a_group_may_set_its_own_weight_decay() -> None:
     problem = Problem()
     groups = (
         ParameterGroup({"down": problem.down}, 0.1, weight_decay=0.0),
         ParameterGroup({"gain": problem.gain}, 0.1),
     )
-    optimiser = build_optimiser("adamw", groups, 0.5, {})
+    optimizer = build_optimizer("adamw", groups, 0.5, {})
     for value in (problem.down, problem.gain):
         value.grad = torch.zeros_like(value)
-    optimiser.step()
+    optimizer.step()
     assert torch.equal(problem.down, Problem().down)
     torch.testing.assert_close(problem.gain.detach(), torch.full((72,), 0.95))
 
@@ -205,12 +207,12 @@ LOSSES = [L2(), L1(), Huber(), SmoothL1()]
 @pytest.mark.parametrize("weighed", [False, True])
 def test_nan_stops_within_the_step_whatever_the_loss(tmp_path: Path, loss: Any, weighed: bool) -> None:
     def broken(number: int) -> Batch:
-        found = batch(number)
+        drawn = batch(number)
         if number == 2:
-            found.latents[3, 5] = float("nan")
-        return found
+            drawn.latents[3, 5] = float("nan")
+        return drawn
 
-    told: list[int] = []
+    reported: list[int] = []
     terms = (DenoisingLoss(Measure(loss, (lambda steps: torch.ones(len(steps))) if weighed else None)),)
     problem = Problem()
     with pytest.raises(NonFiniteError, match="the loss is nan at step 3 of 12"):
@@ -219,32 +221,32 @@ def test_nan_stops_within_the_step_whatever_the_loss(tmp_path: Path, loss: Any, 
             [problem],
             FitOptions(checkpoint_every=1),
             checkpoints=Checkpoints(tmp_path, "job"),
-            progress=lambda done, total, values: told.append(done),
+            progress=lambda done, total, values: reported.append(done),
         )
-    kept = Checkpoints(tmp_path, "job").load()
-    assert told == [1, 2]
-    assert kept is not None
-    assert all(torch.isfinite(value).all() for value in kept.tensors.values())
+    checkpoint = Checkpoints(tmp_path, "job").load()
+    assert reported == [1, 2]
+    assert checkpoint is not None
+    assert all(torch.isfinite(value).all() for value in checkpoint.tensors.values())
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_weights_that_overflow_stop_in_the_same_step_whatever_the_optimiser(name: str) -> None:
-    # Each of them scales its gradient, so it is the weights that overflow.
+def test_overflowing_weights_stop_any_optimizer_in_the_same_step(name: str) -> None:
+    # Each optimizer scales its gradient, so the weights overflow.
     problem = Problem()
     with pytest.raises(NonFiniteError, match="at step"):
         fit(phases(problem, 1e30, steps=40), [problem], options(name, clip=0.0))
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_the_mean_is_that_of_its_definition_and_is_what_is_left(warmup: bool) -> None:
+def test_the_ema_matches_its_definition_and_is_the_result(warmup: bool) -> None:
     seen: list[Tensor] = []
     problem = Problem()
-    chosen = options("adamw", ema=Ema(decay=0.8, warmup=warmup))
+    fit_options = options("adamw", ema=Ema(decay=0.8, warmup=warmup))
     (only,) = phases(problem, 0.01)[:1]
     fit(
         [only],
         [problem],
-        chosen,
+        fit_options,
         progress=lambda done, total, values: seen.append(problem.up.detach().clone()),
     )
     mean = torch.zeros(72, 64)
@@ -256,7 +258,7 @@ def test_the_mean_is_that_of_its_definition_and_is_what_is_left(warmup: bool) ->
     assert not torch.equal(problem.up, seen[-1])
 
 
-def test_a_look_is_taken_when_it_is_due_and_sees_the_mean() -> None:
+def test_observations_are_made_when_due_and_see_the_ema() -> None:
     problem, seen, now = Problem(), {}, {}
     fit(
         phases(problem, 0.01),
@@ -270,12 +272,12 @@ def test_a_look_is_taken_when_it_is_due_and_sees_the_mean() -> None:
     assert torch.equal(seen[12], problem.up)
 
 
-def test_the_last_step_is_left_where_that_is_wanted_and_the_mean_is_validated() -> None:
+def test_written_last_keeps_the_last_step_and_validates_the_ema() -> None:
     def run(ema: Ema | None) -> tuple[Problem, History]:
         problem = Problem()
-        chosen = options("adamw", ema=ema, validate_every=6)
+        fit_options = options("adamw", ema=ema, validate_every=6)
         return problem, fit(
-            phases(problem, 0.01), [problem], chosen, validate=lambda: problem.up.detach().square().sum().item()
+            phases(problem, 0.01), [problem], fit_options, validate=lambda: problem.up.detach().square().sum().item()
         )
 
     (plain, plain_history), (last, last_history), (mean, mean_history) = map(
@@ -284,11 +286,11 @@ def test_the_last_step_is_left_where_that_is_wanted_and_the_mean_is_validated() 
     assert same(plain, last)
     assert not same(plain, mean)
     assert plain_history.validation != last_history.validation
-    # What was validated last is what is left.
+    # The last validation used the final weights.
     assert mean_history.validation[-1][1] == pytest.approx(mean.up.detach().square().sum().item())
 
 
-def test_the_memory_of_a_mean_grows_to_its_decay() -> None:
+def test_the_warmup_raises_the_decay_to_its_setting() -> None:
     shares = [decay_at(Ema(decay=0.99), step) for step in range(2000)]
     assert shares[0] == 0.1
     assert shares == sorted(shares)
@@ -305,8 +307,8 @@ def test_the_memory_of_a_mean_grows_to_its_decay() -> None:
         ({"rates": {"optimiser": "schedule-free", "ema": {}}, "schedule": "constant"}, "leave out ema"),
         ({"rates": {"optimiser": "prodigy", "text": 0.5}, "learning_rate": 1.0}, "leave out text"),
         ({"rates": {"optimiser": "prodigy", "up_ratio": 4.0}, "learning_rate": 1.0}, "leave out up_ratio"),
-        ({"rates": {"optimiser": "prodigy"}, "learning_rate": 1.0, "method": "pivotal"}, "another optimiser"),
-        ({"rates": {"optimiser": "prodigy"}, "learning_rate": 1.0, "method": "textual-inversion"}, "another optimiser"),
+        ({"rates": {"optimiser": "prodigy"}, "learning_rate": 1.0, "method": "pivotal"}, "another optimizer"),
+        ({"rates": {"optimiser": "prodigy"}, "learning_rate": 1.0, "method": "textual-inversion"}, "another optimizer"),
         ({"rates": {"optimiser": {"name": "lion", "eps": 1e-8}}}, "eps"),
         ({"rates": {"optimiser": {"name": "adamw", "betas": [0.9, 1.0]}}}, "betas"),
         ({"rates": {"ema": {"decay": 1.0}}}, "decay"),
@@ -317,7 +319,7 @@ def test_the_memory_of_a_mean_grows_to_its_decay() -> None:
         ({"schedule": {"name": "polynomial", "power": 0.0}}, "power"),
     ],
 )
-def test_what_does_not_go_together_is_refused_and_says_what_to_set(change: dict[str, Any], problem: str) -> None:
+def test_incompatible_settings_are_refused_with_a_fix(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         TrainSettings.model_validate({"steps": 10, **change})
 
@@ -330,7 +332,7 @@ def test_what_does_not_go_together_is_refused_and_says_what_to_set(change: dict[
         {"rates": {"text": 0.0, "layers": {"unet.*": 0.0}, "up_ratio": 16.0, "ema": {}}},
     ],
 )
-def test_what_goes_together_is_taken_and_survives_json(change: dict[str, Any]) -> None:
+def test_compatible_settings_survive_json(change: dict[str, Any]) -> None:
     settings = TrainSettings.model_validate({"steps": 10, **change})
     assert TrainSettings.model_validate(json.loads(settings.model_dump_json())) == settings
 
@@ -344,33 +346,37 @@ def test_settings_of_the_objective_and_of_rates_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def theirs(make: Callable[..., Any], **options: Any) -> list[float]:
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = make(optimiser, num_warmup_steps=0, num_training_steps=24, **options)
-    found = []
+def diffusers_rates(make: Callable[..., Any], **options: Any) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer, num_warmup_steps=0, num_training_steps=24, **options)
+    rates = []
     for _ in range(24):
-        found.append(scheduler.get_last_lr()[0])
-        optimiser.step()
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
         scheduler.step()
-    return found
+    return rates
 
 
 def test_schedules_are_those_of_diffusers() -> None:
     from diffusers import optimization as peer
 
     pairs: list[tuple[str, dict[str, Any], list[float]]] = [
-        ("linear", {}, theirs(peer.get_linear_schedule_with_warmup)),
-        ("cosine", {}, theirs(peer.get_cosine_schedule_with_warmup)),
+        ("linear", {}, diffusers_rates(peer.get_linear_schedule_with_warmup)),
+        ("cosine", {}, diffusers_rates(peer.get_cosine_schedule_with_warmup)),
         (
             "cosine-restarts",
             {"cycles": 3},
-            theirs(peer.get_cosine_with_hard_restarts_schedule_with_warmup, num_cycles=3),
+            diffusers_rates(peer.get_cosine_with_hard_restarts_schedule_with_warmup, num_cycles=3),
         ),
-        ("polynomial", {"power": 3.0}, theirs(peer.get_polynomial_decay_schedule_with_warmup, power=3.0, lr_end=0.0)),
+        (
+            "polynomial",
+            {"power": 3.0},
+            diffusers_rates(peer.get_polynomial_decay_schedule_with_warmup, power=3.0, lr_end=0.0),
+        ),
     ]
     for name, settings, expected in pairs:
-        mine = [rate_factor(name, step, 24, 0, **settings) for step in range(24)]
-        assert mine == pytest.approx(expected, abs=1e-9), name
+        ours = [rate_factor(name, step, 24, 0, **settings) for step in range(24)]
+        assert ours == pytest.approx(expected, abs=1e-9), name
     assert rate_factor("polynomial", 12, 24, 0, power=3.0) != rate_factor("polynomial", 12, 24, 0, power=2.0)
 
 

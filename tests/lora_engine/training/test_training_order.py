@@ -10,7 +10,7 @@ import torch
 from lora_engine.bases.base import load_base
 from lora_engine.data.manifest import Manifest
 from lora_engine.seeds import derive_seed, generator
-from lora_engine.training.batches import Mixer, Order, rounds
+from lora_engine.training.batches import BatchBuilder, BucketSampler, shuffled_epochs
 from lora_engine.training.examples import Encoder, read_examples
 
 SMALL, LARGE = (16, 16), (32, 16)
@@ -18,47 +18,47 @@ SMALL, LARGE = (16, 16), (32, 16)
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 @pytest.mark.parametrize("batch", [1, 4, 8])
-def test_every_picture_comes_up_once_a_round_and_every_batch_is_full(count: int, batch: int) -> None:
-    order = Order([SMALL] * count, batch, seed=3)
-    seen = [place for number in range(count * 2) for place in order.batch(number)[2]]
+def test_every_image_occurs_once_per_epoch_and_every_batch_is_full(count: int, batch: int) -> None:
+    sampler = BucketSampler([SMALL] * count, batch, seed=3)
+    seen = [index for number in range(count * 2) for index in sampler.batch(number)[2]]
     assert len(seen) == count * 2 * batch
     for start in range(0, len(seen) - count + 1, count):
         assert sorted(seen[start : start + count]) == list(range(count))
 
 
-def test_a_batch_is_a_function_of_seed_and_number_alone() -> None:
+def test_a_batch_depends_on_seed_and_number_only() -> None:
     sizes = [SMALL] * 5 + [LARGE] * 3
-    forwards, backwards = Order(sizes, 2, seed=1), Order(sizes, 2, seed=1)
+    forwards, backwards = BucketSampler(sizes, 2, seed=1), BucketSampler(sizes, 2, seed=1)
     expected = [forwards.batch(number) for number in range(40)]
     assert [backwards.batch(number) for number in reversed(range(40))] == expected[::-1]
-    assert [Order(sizes, 2, seed=2).batch(number) for number in range(40)] != expected
+    assert [BucketSampler(sizes, 2, seed=2).batch(number) for number in range(40)] != expected
 
 
-def test_rounds_differ_from_each_other() -> None:
-    first, second = rounds(20, 0, 20, 1, "x"), rounds(20, 20, 20, 1, "x")
+def test_epochs_differ_from_each_other() -> None:
+    first, second = shuffled_epochs(20, 0, 20, 1, "x"), shuffled_epochs(20, 20, 20, 1, "x")
     assert first != second
-    assert rounds(20, 10, 20, 1, "x") == first[10:] + second[:10]
+    assert shuffled_epochs(20, 10, 20, 1, "x") == first[10:] + second[:10]
 
 
-def test_a_batch_has_one_size_and_sizes_come_up_in_proportion() -> None:
+def test_a_batch_has_one_size_and_sizes_occur_in_proportion() -> None:
     sizes = [SMALL] * 8 + [LARGE] * 4
-    order = Order(sizes, 2, seed=0)
+    sampler = BucketSampler(sizes, 2, seed=0)
     seen: Counter[int] = Counter()
     for number in range(60):
-        size, _, places = order.batch(number)
-        assert {sizes[place] for place in places} == {size}
-        seen.update(places)
+        size, _, indices = sampler.batch(number)
+        assert {sizes[index] for index in indices} == {size}
+        seen.update(indices)
     assert set(seen.values()) == {10}
 
 
 def test_the_batches_of_a_size_are_numbered_without_gaps() -> None:
-    order = Order([SMALL] * 8 + [LARGE] * 4, 2, seed=0)
-    found: dict[tuple[int, int], list[int]] = {SMALL: [], LARGE: []}
+    sampler = BucketSampler([SMALL] * 8 + [LARGE] * 4, 2, seed=0)
+    positions: dict[tuple[int, int], list[int]] = {SMALL: [], LARGE: []}
     for number in range(30):
-        size, position, _ = order.batch(number)
-        found[size].append(position)
-    assert sorted(found[SMALL]) == list(range(20))
-    assert sorted(found[LARGE]) == list(range(10))
+        size, position, _ = sampler.batch(number)
+        positions[size].append(position)
+    assert sorted(positions[SMALL]) == list(range(20))
+    assert sorted(positions[LARGE]) == list(range(10))
 
 
 def test_seeds_differ_by_purpose() -> None:
@@ -70,43 +70,43 @@ def test_seeds_differ_by_purpose() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_every_picture_is_seen_equally_often_whatever_the_sizes(batch: int) -> None:
+def test_every_image_is_seen_equally_often_whatever_the_sizes(batch: int) -> None:
     sizes = [SMALL] * 7 + [LARGE] * 2 + [(16, 32)]
-    order = Order(sizes, batch, seed=5)
-    # A round is at most as many batches as there are pictures.
-    rounds_of_batches = 10 if batch > 1 else 3
+    sampler = BucketSampler(sizes, batch, seed=5)
+    # An epoch has at most as many batches as there are images.
+    epochs = 10 if batch > 1 else 3
     seen: Counter[int] = Counter()
-    for number in range(len(sizes) * rounds_of_batches):
-        size, _, places = order.batch(number)
-        assert len(places) == batch
-        assert {sizes[place] for place in places} == {size}
-        seen.update(places)
-    assert set(seen.values()) == {rounds_of_batches * batch}
+    for number in range(len(sizes) * epochs):
+        size, _, indices = sampler.batch(number)
+        assert len(indices) == batch
+        assert {sizes[index] for index in indices} == {size}
+        seen.update(indices)
+    assert set(seen.values()) == {epochs * batch}
 
 
 def test_a_short_run_sees_every_size_in_proportion() -> None:
     sizes = [SMALL] * 60 + [LARGE] * 30 + [(16, 32)] * 10
-    order = Order(sizes, 1, seed=2)
+    sampler = BucketSampler(sizes, 1, seed=2)
     for start in range(0, 300, 20):
-        counts = Counter(order.batch(number)[0] for number in range(start, start + 20))
+        counts = Counter(sampler.batch(number)[0] for number in range(start, start + 20))
         assert abs(counts[SMALL] - 12) <= 2
         assert abs(counts[LARGE] - 6) <= 2
         assert 1 <= counts[16, 32] <= 4
 
 
-def test_thousands_of_pictures_are_ordered_quickly() -> None:
+def test_thousands_of_images_are_ordered_quickly() -> None:
     sizes = [((number % 20 + 1) * 8, 64) for number in range(20_000)]
-    order = Order(sizes, 4, seed=2)
-    # Rounds are spread when they begin and not for every batch.
-    assert len({order.batch(number)[2][0] for number in range(200)}) == 200
-    assert order._epoch.cache_info().misses == 1
+    sampler = BucketSampler(sizes, 4, seed=2)
+    # Epochs are spread when they begin, not for every batch.
+    assert len({sampler.batch(number)[2][0] for number in range(200)}) == 200
+    assert sampler._epoch.cache_info().misses == 1
 
 
-def test_repeats_bring_a_picture_up_so_many_times(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
+def test_repeats_set_the_occurrences_of_an_image(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     base = load_base(str(bases["small-sd"]), device="cpu")
     encoder = Encoder(base, tmp_path)
-    first, *others = read_examples(dataset, Manifest.load(dataset), "train")
-    examples = (replace(first, repeats=3), *others)
-    mixer = Mixer(base, encoder.latents, encoder.conditioning, examples, batch=1, seed=1)
-    seen = Counter(mixer(number).examples[0].digest for number in range(2 * (len(examples) + 2)))
-    assert seen == {first.digest: 6} | {example.digest: 2 for example in others}
+    first, *rest = read_examples(dataset, Manifest.load(dataset), "train")
+    examples = (replace(first, repeats=3), *rest)
+    builder = BatchBuilder(base, encoder.latents, encoder.conditioning, examples, batch=1, seed=1)
+    seen = Counter(builder(number).examples[0].digest for number in range(2 * (len(examples) + 2)))
+    assert seen == {first.digest: 6} | {example.digest: 2 for example in rest}

@@ -57,9 +57,7 @@ def reference_loss(base: BaseModel, folder: Path, batch: Batch, prior: float | N
 
 @pytest.mark.parametrize("prior", [None, 1.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_are_those_of_the_reference_step(
-    bases: dict[str, Path], shape: str, prior: float | None
-) -> None:
+def test_loss_and_gradients_match_the_reference_step(bases: dict[str, Path], shape: str, prior: float | None) -> None:
     base = load_base(str(bases[shape]), device="cpu")
     adapter = create_adapter(base, "all", "lora", 2, None, generator=generator(0, "factors"))
     batch = batch_for(base, instances=4 if prior is None else 2)
@@ -69,10 +67,10 @@ def test_loss_and_gradients_are_those_of_the_reference_step(
                 value.add_(0.05)
         terms = [DenoisingLoss()] if prior is None else [DenoisingLoss(), PriorLoss(prior)]
         losses, gradients = [], []
-        ours = torch.stack([term(*predict(base, batch), batch) for term in terms]).sum()
-        for loss in (ours, reference_loss(base, bases[shape], batch, prior)):
+        own_loss = torch.stack([term(*predict(base, batch), batch) for term in terms]).sum()
+        for loss in (own_loss, reference_loss(base, bases[shape], batch, prior)):
             losses.append(loss.item())
             gradients.append(torch.autograd.grad(loss, attachment.parameters()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)

@@ -48,14 +48,14 @@ def digest(job: dict[str, Any]) -> str:
 
 
 def resume_here(job: dict[str, Any], progress: Progress = no_progress) -> None:
-    """Trains in this process from the job's last checkpoint, or from the start where it has none."""
+    """Trains in this process from the job's last checkpoint, or from the start if it has none."""
     dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
     train(TrainSettings.model_validate(job["settings"]), job["base"], dataset, out, work, progress=progress)
 
 
 def when_checkpointed(job: dict[str, Any], step: int, act: Callable[[], None]) -> threading.Thread:
     def watch() -> None:
-        # Long, for machines that do much else; a run that came to its end is not waited for.
+        # A long timeout for busy machines; ends when the run is finished.
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline and not Path(job["out"]).exists():
             names = list((Path(job["work"]) / "checkpoints").glob("step-*.safetensors"))
@@ -75,42 +75,42 @@ def last_checkpoint(job: dict[str, Any]) -> int:
 
 
 def child_of(job: dict[str, Any]) -> int:
-    # The only process that was given this job.
+    # The only process with this job.
     target = str(Path(job["work"]) / "job.json").encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if target in path.read_bytes().split(b"\0"):
                 return int(path.parent.name)
-    raise LookupError("the child is not there")
+    raise LookupError("no child process has this job")
 
 
-def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_a_run_left_alone(
+def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_an_uninterrupted_run(
     job: dict[str, Any], tmp_path: Path
 ) -> None:
     thread = when_checkpointed(job, 2, lambda: os.kill(child_of(job), signal.SIGKILL))
     with pytest.raises(TrainingError, match="SIGKILL"):
         train_in_child(job)
     thread.join()
-    kept = last_checkpoint(job)
-    assert kept >= 2
+    checkpointed = last_checkpoint(job)
+    assert checkpointed >= 2
 
-    # The caller dies: nothing is left at the other end of the child's standard input.
+    # The caller dies: the child's standard input is closed.
     command = [sys.executable, "-m", "lora_engine.training", str(Path(job["work"]) / "job.json")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        thread = when_checkpointed(job, kept + 3, child.stdin.close)
+        thread = when_checkpointed(job, checkpointed + 3, child.stdin.close)
         messages = [json.loads(line) for line in child.stdout]
         thread.join()
     assert child.returncode == 130
     assert (messages[-1]["event"], messages[-1]["type"]) == ("error", "InterruptedRun")
-    kept = last_checkpoint(job)
-    assert f"stopped after {kept} of 30" in messages[-1]["message"]
+    checkpointed = last_checkpoint(job)
+    assert f"stopped after {checkpointed} of 30" in messages[-1]["message"]
     assert not Path(job["out"]).exists()
 
     events: list[tuple[int, int, dict[str, float]]] = []
     resume_here(job, lambda done, total, values: events.append((done, total, dict(values))))
-    assert next(done for done, _, values in events if "loss" in values) > kept
+    assert next(done for done, _, values in events if "loss" in values) > checkpointed
     assert events[-1][:2] == (30, 30)
     assert {"loss", "denoising", "prior", "learning_rate", "gradient_norm"} == set(events[-1][2])
     fresh = {**job, "out": str(tmp_path / "fresh"), "work": str(tmp_path / "fresh-work")}
@@ -118,7 +118,7 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_a_run
     assert digest(job) == digest(fresh)
 
 
-def test_errors_of_the_child_keep_their_class_and_their_parts(job: dict[str, Any]) -> None:
+def test_errors_of_the_child_keep_their_class_and_fields(job: dict[str, Any]) -> None:
     with pytest.raises(BaseModelError) as raised:
         train_in_child({**job, "base": "./nowhere"})
     assert "'./nowhere'" in raised.value.problem
@@ -130,12 +130,12 @@ def test_a_job_with_broken_settings_is_refused_before_anything_is_loaded(job: di
         train_in_child({**job, "settings": {"steps": 0}})
 
 
-def test_a_stop_from_the_caller_asks_the_child_in_order(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stop_of_the_caller_interrupts_the_child(job: dict[str, Any], tmp_path: Path) -> None:
     body = """
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+requests = []
+signal.signal(signal.SIGTERM, lambda *_: requests.append(True))
 print('{"event": "progress", "done": 1, "total": 2, "values": {}}', flush=True)
-while not asked:
+while not requests:
     time.sleep(0.01)
 print('{"event": "error", "type": "InterruptedRun", "message": "kept", "where": "here"}')
 sys.exit(130)
@@ -176,18 +176,18 @@ time.sleep(100)
         child_of(job)
 
 
-def test_a_child_that_dies_tells_its_last_words(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_crashed_child_is_reported_with_its_last_stderr_lines(job: dict[str, Any], tmp_path: Path) -> None:
     python = fake_python(tmp_path, "sys.stderr.write('no kernel image\\n'); sys.exit(3)")
     with pytest.raises(TrainingError, match=r"code 3[\s\S]*no kernel image"):
         train_in_child(job, python=python)
 
 
-def test_a_child_that_ends_well_without_a_result_is_an_error(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_child_that_exits_without_a_result_is_an_error(job: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no result"):
         train_in_child(job, python=fake_python(tmp_path, "pass"))
 
 
-def test_a_child_that_does_not_heed_the_stop_is_killed(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_child_that_ignores_the_stop_is_killed(job: dict[str, Any], tmp_path: Path) -> None:
     body = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print('{"event": "progress", "done": 1, "total": 2, "values": {}}', flush=True)
@@ -199,13 +199,13 @@ time.sleep(1000)
             job,
             lambda done, total, values: steps.append(done),
             python=fake_python(tmp_path, body),
-            # Only once the child ignores the signal, however long it took to start.
+            # Stops only once the child ignores the signal.
             stop=lambda: bool(steps),
             grace=0.5,
         )
 
 
-def test_lines_that_are_no_events_do_no_harm(job: dict[str, Any], tmp_path: Path) -> None:
+def test_lines_that_are_not_events_are_ignored(job: dict[str, Any], tmp_path: Path) -> None:
     body = "print('hello'); print('[1]'); print('{\"event\": \"done\"}')"
     train_in_child(job, python=fake_python(tmp_path, body))
     assert json.loads((Path(job["work"]) / "job.json").read_bytes()) == job

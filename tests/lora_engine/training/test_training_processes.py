@@ -1,4 +1,4 @@
-"""Several processes on one run: the share of each, and that together they do what one does."""
+"""Data-parallel training: the shards of a batch, and equality with a single process."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ def batch_of(rows: int, instances: int) -> Batch:
     )
 
 
-def test_the_shares_of_a_batch_are_all_of_it_and_hold_as_much_of_each_group() -> None:
+def test_the_shards_of_a_batch_cover_it_and_keep_the_proportion_of_instances() -> None:
     whole = batch_of(8, 4)
-    shares = [ProcessGroup(rank, 2).share(whole) for rank in (0, 1)]
-    assert [share.instances for share in shares] == [2, 2]
-    assert shares[0].timesteps.tolist() == [0, 2, 4, 6]
-    assert shares[1].timesteps.tolist() == [1, 3, 5, 7]
-    for share in shares:
-        assert torch.equal(share.latents, -share.noise)
-        assert torch.equal(share.latents.view(-1), share.conditioning["states"].view(-1))
-        assert (share.timesteps[: share.instances] < 4).all()
-    assert ProcessGroup().share(whole) is whole
+    shards = [ProcessGroup(rank, 2).shard(whole) for rank in (0, 1)]
+    assert [shard.instances for shard in shards] == [2, 2]
+    assert shards[0].timesteps.tolist() == [0, 2, 4, 6]
+    assert shards[1].timesteps.tolist() == [1, 3, 5, 7]
+    for shard in shards:
+        assert torch.equal(shard.latents, -shard.noise)
+        assert torch.equal(shard.latents.view(-1), shard.conditioning["states"].view(-1))
+        assert (shard.timesteps[: shard.instances] < 4).all()
+    assert ProcessGroup().shard(whole) is whole
 
 
-def test_a_teachers_lesson_is_shared_with_the_rows_that_it_is_for() -> None:
+def test_a_teachers_conditioning_is_sharded_with_its_rows() -> None:
     plain = batch_of(8, 4)
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    whole = PreservationBatch(**fields, lesson=plain.conditioning.index(range(4, 8)))
+    whole = PreservationBatch(**fields, teacher_conditioning=plain.conditioning.index(range(4, 8)))
     for rank in (0, 1):
-        share = ProcessGroup(rank, 2).share(whole)
-        assert isinstance(share, PreservationBatch)
-        assert share.lesson["states"].view(-1).tolist() == share.timesteps[share.instances :].tolist()
+        shard = ProcessGroup(rank, 2).shard(whole)
+        assert isinstance(shard, PreservationBatch)
+        assert shard.teacher_conditioning["states"].view(-1).tolist() == shard.timesteps[shard.instances :].tolist()
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(settings: Callable[..., TrainSettings]) -> None:
-    with pytest.raises(SettingsError, match="3 pictures and 3 others"):
-        ProcessGroup(0, 2).share(batch_of(6, 3))
-    with pytest.raises(ValueError, match="batch 3 cannot be shared"):
+def test_an_indivisible_batch_is_refused(settings: Callable[..., TrainSettings]) -> None:
+    with pytest.raises(SettingsError, match="3 images and 3 other rows"):
+        ProcessGroup(0, 2).shard(batch_of(6, 3))
+    with pytest.raises(ValueError, match="batch 3 is not a multiple"):
         settings(batch=3, **TWO)
 
 
-def test_a_single_process_does_not_take_itself_for_several(
+def test_a_single_process_refuses_settings_for_several(
     bases: dict[str, Path], dataset: Path, tmp_path: Path, settings: Callable[..., TrainSettings]
 ) -> None:
     with pytest.raises(SettingsError, match="single process"):
@@ -94,8 +94,8 @@ def job(bases: dict[str, Path], dataset: Path, tmp_path: Path) -> Callable[..., 
 
 
 def train_here(job: dict[str, Any]) -> None:
-    places = (Path(job[name]) for name in ("dataset", "out", "work"))
-    train(TrainSettings.model_validate(job["settings"]), job["base"], *places)
+    folders = (Path(job[name]) for name in ("dataset", "out", "work"))
+    train(TrainSettings.model_validate(job["settings"]), job["base"], *folders)
 
 
 def digest(job: dict[str, Any]) -> str:
@@ -108,30 +108,30 @@ def require_same_training(one: dict[str, Any], two: dict[str, Any]) -> None:
     moved = 0.0
     for name, delta in single.modules.items():
         for factor, value in delta.factors().items():
-            other = both.modules[name].factors()[factor]
-            torch.testing.assert_close(other, value, rtol=0, atol=1e-6)
+            value_of_two = both.modules[name].factors()[factor]
+            torch.testing.assert_close(value_of_two, value, rtol=0, atol=1e-6)
             moved = max(moved, float(value.abs().max())) if factor == "up" else moved
-    words = [read_bundle(Path(done["out"]) / "adapter.safetensors").embeddings for done in (one, two)]
-    for mine, theirs in zip(*words, strict=True):
-        torch.testing.assert_close(dict(mine.vectors), dict(theirs.vectors), rtol=0, atol=1e-6)
-    assert moved > 1e-4 or words[0]
+    embeddings = [read_bundle(Path(done["out"]) / "adapter.safetensors").embeddings for done in (one, two)]
+    for first, second in zip(*embeddings, strict=True):
+        torch.testing.assert_close(dict(first.vectors), dict(second.vectors), rtol=0, atol=1e-6)
+    assert moved > 1e-4 or embeddings[0]
 
 
 COMBINED = {"name": "dreambooth", "mask": {"floor": 0.2, "normalise": True}, "identity": {"until": 0.9}}
-"""One method with class images, masks and an embedder: what the processes of a run share or make for themselves."""
+"""One method with class images, masks and an embedder: shared or computed by each process."""
 
 
-def halt_and_resume(wanted: dict[str, Any]) -> None:
+def halt_and_resume(job: dict[str, Any]) -> None:
     seen: list[int] = []
     with pytest.raises(InterruptedRun, match=r"stopped after \d of 6"):
-        train_in_child(wanted, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
-    assert not Path(wanted["out"]).exists()
-    train_in_child(wanted, lambda done, total, values: seen.append(done))
-    steps = [done for done in seen if done]  # 0 is preparation, which a resumed run does again
+        train_in_child(job, lambda done, total, values: seen.append(done), stop=lambda: bool(seen and seen[-1] > 0))
+    assert not Path(job["out"]).exists()
+    train_in_child(job, lambda done, total, values: seen.append(done))
+    steps = [done for done in seen if done]  # 0 is the preparation, which a resumed run repeats
     assert sorted(steps) == steps
 
 
-def test_two_processes_that_were_stopped_and_resumed_give_what_one_gives(job: Callable[..., dict[str, Any]]) -> None:
+def test_two_resumed_processes_match_a_single_one(job: Callable[..., dict[str, Any]]) -> None:
     one, two = (job(name, method=COMBINED, **how) for name, how in (("one", ONE), ("two", TWO)))
     train_here(one)
     halt_and_resume(two)
@@ -142,7 +142,7 @@ def test_two_processes_that_were_stopped_and_resumed_give_what_one_gives(job: Ca
 
 
 @pytest.mark.nightly
-def test_two_processes_resume_to_the_bytes_of_two_that_were_left_alone(job: Callable[..., dict[str, Any]]) -> None:
+def test_two_processes_resume_to_the_bytes_of_two_uninterrupted_ones(job: Callable[..., dict[str, Any]]) -> None:
     two, halted = job("two", method=COMBINED, **TWO), job("halted", method=COMBINED, **TWO)
     train_in_child(two)
     halt_and_resume(halted)
@@ -169,7 +169,7 @@ def test_two_processes_resume_to_the_bytes_of_two_that_were_left_alone(job: Call
     ],
     ids=["preservation, masks and identity", "inpainting", "textual-inversion", "pivotal", "dreambooth"],
 )
-def test_two_processes_give_what_one_gives_by_every_method(job: Callable[..., dict[str, Any]], change: Any) -> None:
+def test_two_processes_match_a_single_one_with_every_method(job: Callable[..., dict[str, Any]], change: Any) -> None:
     one, two = (job(name, **change, steps=2, accumulate=1, **how) for name, how in (("one", ONE), ("two", TWO)))
     train_here(one)
     train_in_child(two)
@@ -177,34 +177,34 @@ def test_two_processes_give_what_one_gives_by_every_method(job: Callable[..., di
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
-def test_when_one_of_two_dies_the_other_ends_and_the_cause_is_told(
+def test_when_one_of_two_dies_the_other_ends_and_the_cause_is_reported(
     job: Callable[..., dict[str, Any]], rank: int
 ) -> None:
-    wanted = job("dying", steps=100_000, **TWO)
+    dying = job("dying", steps=100_000, **TWO)
     killed: list[int] = []
 
     def kill(done: int, total: int, values: Any) -> None:
         if done and not killed:
-            killed.append(child_of(wanted, rank))
+            killed.append(child_of(dying, rank))
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="SIGKILL"):
-        train_in_child(wanted, kill)
+        train_in_child(dying, kill)
     assert killed
-    for either in (0, 1):
+    for child_rank in (0, 1):
         with pytest.raises(LookupError):
-            child_of(wanted, either)
+            child_of(dying, child_rank)
 
 
 @pytest.mark.parametrize(
     ("parts", "change", "error", "problem"),
     [
-        # Before the processes have joined, and after it.
+        # Before the processes have connected, and after.
         ({"base": "./nowhere"}, {}, BaseModelError, "nowhere"),
         pytest.param({}, {"rank": 4096}, SettingsError, "4096", marks=pytest.mark.nightly),
     ],
 )
-def test_an_error_of_all_processes_is_told_once_with_its_class(
+def test_an_error_of_all_processes_is_reported_once_with_its_class(
     job: Callable[..., dict[str, Any]],
     parts: dict[str, Any],
     change: dict[str, Any],
@@ -216,12 +216,12 @@ def test_an_error_of_all_processes_is_told_once_with_its_class(
 
 
 def child_of(job: dict[str, Any], rank: int) -> int:
-    target, place = str(Path(job["work"]) / "job.json").encode(), f"RANK={rank}".encode()
+    target, rank_variable = str(Path(job["work"]) / "job.json").encode(), f"RANK={rank}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            named = target in (path / "cmdline").read_bytes().split(b"\0")
-            if named and place in (path / "environ").read_bytes().split(b"\0"):
+            has_job = target in (path / "cmdline").read_bytes().split(b"\0")
+            if has_job and rank_variable in (path / "environ").read_bytes().split(b"\0"):
                 return int(path.name)
         except OSError:
             continue
-    raise LookupError("the child is not there")
+    raise LookupError("no child process has this job and rank")

@@ -1,4 +1,4 @@
-"""Which factors learn at which rate, on small problems and through a whole run."""
+"""Learning rates of factors, on small problems and through a whole run."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ def rates_of(settings: dict[str, Any], factors: tuple[str, ...] = ("down", "up")
 
 
 def test_by_default_all_factors_are_one_group_in_their_order() -> None:
-    given = parameters()
-    (group,) = groups_for(given, Rates(), 1e-3)
-    assert list(group.parameters.items()) == list(given.items())
+    factors = parameters()
+    (group,) = groups_for(factors, Rates(), 1e-3)
+    assert list(group.parameters.items()) == list(factors.items())
     assert group.learning_rate == 1e-3
     assert group.weight_decay is None
 
 
 def test_text_encoders_have_a_rate_of_their_own() -> None:
-    found = rates_of({"text": 1e-5})
-    assert {name: rate for name, rate in found.items() if rate != 1e-3} == {
+    rates = rates_of({"text": 1e-5})
+    assert {name: rate for name, rate in rates.items() if rate != 1e-3} == {
         f"{MODULES[2]}.{factor}": 1e-5 for factor in ("down", "up")
     }
 
 
-def test_patterns_set_the_rates_of_layers_and_the_last_one_counts() -> None:
-    found = rates_of({"text": 1e-5, "layers": {"attention": 2e-3, "unet.mid_block.*": 5e-4, "re:text.*q_proj": 1e-6}})
-    assert [found[f"{module}.down"] for module in MODULES] == [2e-3, 5e-4, 1e-6]
+def test_patterns_set_the_rates_of_layers_and_the_last_one_wins() -> None:
+    rates = rates_of({"text": 1e-5, "layers": {"attention": 2e-3, "unet.mid_block.*": 5e-4, "re:text.*q_proj": 1e-6}})
+    assert [rates[f"{module}.down"] for module in MODULES] == [2e-3, 5e-4, 1e-6]
 
 
-def test_the_up_factor_learns_faster_by_the_ratio_on_top_of_all_else() -> None:
-    found = rates_of({"up_ratio": 16.0, "text": 1e-5})
+def test_up_ratio_multiplies_the_rate_of_up_factors() -> None:
+    rates = rates_of({"up_ratio": 16.0, "text": 1e-5})
     for module, rate in zip(MODULES, (1e-3, 1e-3, 1e-5), strict=True):
-        assert found[f"{module}.down"] == rate
-        assert found[f"{module}.up"] == pytest.approx(16 * rate)
+        assert rates[f"{module}.down"] == rate
+        assert rates[f"{module}.up"] == pytest.approx(16 * rate)
 
 
-def test_the_plain_rate_comes_first_for_the_curves() -> None:
+def test_the_common_rate_comes_first_for_the_curves() -> None:
     backwards = dict(reversed(parameters().items()))
     groups = groups_for(backwards, Rates(text=1e-5, layers={"unet.mid*": 1e-2}), 1e-3)
     assert [group.learning_rate for group in groups] == [1e-3, 1e-5, 1e-2]
 
 
-def test_a_rate_of_zero_lets_layers_stand_still() -> None:
+def test_a_rate_of_zero_freezes_layers() -> None:
     assert set(rates_of({"text": 0.0})) == {f"{module}.{factor}" for module in MODULES[:2] for factor in ("down", "up")}
 
 
@@ -72,12 +72,12 @@ def test_a_rate_of_zero_lets_layers_stand_still() -> None:
     ("settings", "factors", "problem"),
     [
         ({"layers": {"unet.up_blocks.*": 1e-3}}, ("down", "up"), r"unet\.up_blocks"),
-        ({"layers": {"linear": 1e-3}}, ("down", "up"), "shapes of layers"),
+        ({"layers": {"linear": 1e-3}}, ("down", "up"), "by shape"),
         ({"up_ratio": 2.0}, ("w1", "down2"), "no factor 'up'"),
         ({"layers": {"*": 0.0}}, ("down", "up"), "all 6 factors have a learning rate of 0"),
     ],
 )
-def test_rates_that_mean_nothing_are_refused(settings: dict[str, Any], factors: tuple[str, ...], problem: str) -> None:
+def test_rates_without_effect_are_refused(settings: dict[str, Any], factors: tuple[str, ...], problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
         rates_of(settings, factors)
 

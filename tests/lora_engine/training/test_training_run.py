@@ -1,4 +1,4 @@
-"""One run of `train`: what it writes, what it refuses, and what it leaves alone."""
+"""One run of `train`: its files, its errors, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.errors import BaseModelError, DataError, NonFiniteError, SettingsError, TrainingError
 from lora_engine.formats import read_adapter
 from lora_engine.training import job as module
-from lora_engine.training.record import thin
+from lora_engine.training.record import downsample
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from tests.lora_engine.training.runs import Ending, Runs, curves_of, digests, factors_of
@@ -37,7 +37,7 @@ def test_training_writes_an_adapter_with_its_card_and_curves(
     assert all(delta.factors()["up"].abs().max() > 0 for delta in adapter.modules.values())
     assert (card.title, card.trigger, card.class_word, card.base, card.seed) == ("sks star", "sks", "star", shape, 7)
     assert TrainSettings.model_validate(card.recipe) == settings(method=method, validate_every=2)
-    trained_on = sorted(picture.sha256 for picture in Manifest.load(dataset).of_split("train"))
+    trained_on = sorted(image.sha256 for image in Manifest.load(dataset).of_split("train"))
     assert card.data == trained_on
     curves = curves_of(out)
     assert curves["trained_on"] == trained_on
@@ -48,20 +48,20 @@ def test_training_writes_an_adapter_with_its_card_and_curves(
 
 
 @pytest.mark.parametrize("targets", ["text", ["attention", "text"]])
-def test_text_encoders_are_trained_where_they_are_meant(runs: Runs, targets: Any) -> None:
+def test_text_encoders_are_trained_where_they_are_targets(runs: Runs, targets: Any) -> None:
     factors = factors_of(runs(shape="small-sdxl", targets=targets, steps=2))
     moved = {name.split(".")[0] for name, value in factors.items() if name.endswith("up") and value.any()}
     assert {"text_encoder", "text_encoder_2"} <= moved
 
 
-def test_pictures_of_several_sizes_are_trained_together_with_class_pictures_of_their_sizes(
+def test_images_of_several_sizes_are_trained_with_class_images_of_their_sizes(
     runs: Runs, make_dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     runs(shape="small-sdxl", method="dreambooth", steps=6, dataset=make_dataset([16, 16, 16, 24]), work="work")
     assert len(list((tmp_path / "work" / "class").glob("*/*.png"))) == 2 + 1
 
 
-def test_class_pictures_and_caches_are_made_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_images_and_caches_are_made_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs("first", method="dreambooth", work="work")
     monkeypatch.setattr("lora_engine.training.prior.generate", None)
     monkeypatch.setattr("lora_engine.training.examples.read_pixels", None)
@@ -75,8 +75,8 @@ def test_bfloat16_bases_carry_float32_adapters(bases: dict[str, Path], runs: Run
     adapter, _ = read_adapter(out / "adapter.safetensors")
     base = load_base(str(bases["small-sd"]), device="cpu", dtype=torch.bfloat16)
     with attach(base, adapter), torch.no_grad():
-        found = base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), base.encode_text(["a"]))
-    assert torch.isfinite(found).all()
+        prediction = base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), base.encode_text(["a"]))
+    assert torch.isfinite(prediction).all()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_settings_that_do_not_suit_the_base_are_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dataset_that_cannot_be_used_is_refused(
+def test_an_unusable_dataset_is_refused(
     runs: Runs, make_dataset: Callable[..., Path], tmp_path: Path, settings: Make
 ) -> None:
     def attempt(folder: Path, **change: Any) -> None:
@@ -114,7 +114,7 @@ def test_a_dataset_that_cannot_be_used_is_refused(
         attempt(make_dataset_of_odd_size(make_dataset()))
     with pytest.raises(SettingsError, match="class_word"):
         attempt(make_dataset(class_word=None), method="dreambooth")
-    with pytest.raises(DataError, match="5 of 5 pictures have no caption"):
+    with pytest.raises(DataError, match="5 of 5 images have no caption"):
         attempt(make_dataset(caption=" "))
     with pytest.raises(BaseModelError, match="no-such-base"):
         train(settings(), "./no-such-base", make_dataset(), tmp_path / "out", tmp_path / "work")
@@ -122,7 +122,7 @@ def test_a_dataset_that_cannot_be_used_is_refused(
 
 def make_dataset_of_odd_size(folder: Path) -> Path:
     manifest = Manifest.load(folder)
-    odd = [picture.model_copy(update={"width": 15, "height": 15}) for picture in manifest.pictures]
+    odd = [image.model_copy(update={"width": 15, "height": 15}) for image in manifest.pictures]
     manifest.model_copy(update={"pictures": tuple(odd)}).save(folder)
     return folder
 
@@ -133,19 +133,19 @@ def test_a_rate_that_explodes_stops_the_run_and_writes_nothing(runs: Runs, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_running_out_of_memory_says_what_to_turn_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_of_memory_error_names_the_settings_to_change(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(module, "fit", full)
-    with pytest.raises(TrainingError, match="memory ran out") as error:
+    with pytest.raises(TrainingError, match="out of memory") as error:
         runs()
     assert [word for word in ("batch", "accumulate", "bf16", "resolution") if word not in error.value.remedy] == []
 
 
-def test_long_curves_are_thinned_and_keep_both_ends() -> None:
-    points = thin([float(step) for step in range(5000)])
+def test_long_curves_are_downsampled_and_keep_both_ends() -> None:
+    points = downsample([float(step) for step in range(5000)])
     assert len(points) == 500
     assert points[0] == [1, 0.0]
     assert points[-1] == [5000, 4999.0]
-    assert thin([2.0, 3.0]) == [[1, 2.0], [2, 3.0]]
+    assert downsample([2.0, 3.0]) == [[1, 2.0], [2, 3.0]]

@@ -37,7 +37,7 @@ from lora_engine.training.spec import TrainSettings
         {"prior": {"count": 0}},
     ],
 )
-def test_settings_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=list(change)[-1]):
         TrainSettings.model_validate({"steps": 10, **change})
 

@@ -1,4 +1,4 @@
-"""Captions name what is to be seen, and training captions leave out and make up as the recipe says."""
+"""Full captions name all attributes; training captions have omissions and made-up words."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 from lora_engine.bases.tiny.captions import caption, made_up_word
 from lora_engine.bases.tiny.world import Scene, scenes
 
-KNOWN = Scene("star", "red", "blue", texture="striped", position="left")
+SCENE = Scene("star", "red", "blue", texture="striped", position="left")
 
 
 def test_a_full_caption_names_every_attribute() -> None:
     rng = np.random.default_rng(0)
-    assert caption(KNOWN, rng, drop=False) == "a red star on the left on a striped blue background"
+    assert caption(SCENE, rng, drop=False) == "a red star on the left on a striped blue background"
     for scene in scenes(4, 200, "any"):
         words = caption(scene, rng, drop=False).split()
         named = [scene.shape, scene.colour, scene.background, scene.position]
@@ -20,38 +20,38 @@ def test_a_full_caption_names_every_attribute() -> None:
         assert "plain" not in words
 
 
-def test_a_full_caption_asks_the_generator_nothing() -> None:
+def test_a_full_caption_does_not_use_the_generator() -> None:
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
-    caption(KNOWN, rng, drop=False)
+    caption(SCENE, rng, drop=False)
     assert rng.bit_generator.state == before
 
 
-def test_training_captions_say_nothing_wrong_and_always_name_the_shape() -> None:
+def test_training_captions_are_true_and_always_name_the_shape() -> None:
     rng = np.random.default_rng(1)
     wrong = {"green", "yellow", "purple", "dotted", "right", "center", "circle", "square"}
     for _ in range(500):
-        words = caption(KNOWN, rng).replace(",", "").split()
+        words = caption(SCENE, rng).replace(",", "").split()
         assert "star" in words
         assert not wrong & set(words)
 
 
-def test_training_captions_leave_parts_out_and_put_made_up_words_in() -> None:
+def test_training_captions_have_omissions_and_made_up_words() -> None:
     rng = np.random.default_rng(2)
-    texts = [caption(KNOWN, rng) for _ in range(1000)]
+    texts = [caption(SCENE, rng) for _ in range(1000)]
     assert 0.2 < np.mean(["on the left" not in text for text in texts]) < 0.4
     assert 0.04 < np.mean(["background" not in text for text in texts]) < 0.12
     known = {"a", "red", "star", "on", "the", "left", "striped", "blue", "background", "in", "style"}
-    strange = [set(text.replace(",", "").split()) - known for text in texts]
-    assert 0.15 < np.mean([bool(words) for words in strange]) < 0.35
+    unknown = [set(text.replace(",", "").split()) - known for text in texts]
+    assert 0.15 < np.mean([bool(words) for words in unknown]) < 0.35
 
 
 def test_the_same_generator_gives_the_same_captions() -> None:
-    def say() -> list[str]:
+    def captions() -> list[str]:
         rng = np.random.default_rng(7)
         return [caption(scene, rng) for scene in scenes(1, 50)]
 
-    assert say() == say()
+    assert captions() == captions()
 
 
 def test_made_up_words_have_three_to_five_letters() -> None:

@@ -1,4 +1,4 @@
-"""The recipe runs from nothing to a measured base, and resumes an interrupted build."""
+"""The recipe builds and measures a base, and resumes an interrupted build."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_stage_of_the_recipe_runs_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def diffusion_is_next(tmp_path: Path) -> Path:
-    """A work folder in which all trainings but the last have results, none of them sound."""
+    """A work folder in which all trainings but the last have (invalid) results."""
     work = tmp_path / "work"
     for stage in STAGES.values():
         (work / stage.result).mkdir(parents=True)
@@ -54,31 +54,29 @@ def diffusion_is_next(tmp_path: Path) -> Path:
 
 
 @pytest.mark.nightly
-def test_a_training_that_fails_stops_the_build_and_is_named(diffusion_is_next: Path, tmp_path: Path) -> None:
+def test_a_failed_training_stops_the_build_and_is_named(diffusion_is_next: Path, tmp_path: Path) -> None:
     for name in ("clip", "vae"):
         (diffusion_is_next / name).mkdir(exist_ok=True)
-    with pytest.raises(TrainingError, match="'diffusion' ended with exit code 1"):
+    with pytest.raises(TrainingError, match="'diffusion' failed with exit code 1"):
         build(diffusion_is_next, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def no_training_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process of a training ends at once with exit code 1."""
+    """Every training process fails immediately with exit code 1."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
 
 
 @pytest.mark.usefixtures("no_training_can_start")
-def test_a_process_that_fails_stops_the_build_and_its_training_is_named(
-    diffusion_is_next: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(TrainingError, match="'diffusion' ended with exit code 1"):
+def test_a_failed_process_stops_the_build_and_its_training_is_named(diffusion_is_next: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="'diffusion' failed with exit code 1"):
         build(diffusion_is_next, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("no_training_can_start")
-def test_a_training_whose_result_is_there_is_not_run_again(diffusion_is_next: Path, tmp_path: Path) -> None:
+def test_a_finished_training_is_skipped(diffusion_is_next: Path, tmp_path: Path) -> None:
     (diffusion_is_next / STAGES["diffusion"].result).mkdir()
-    with pytest.raises(BaseModelError, match="unet, text_encoder"):  # assembly is reached, and has nothing to assemble
+    with pytest.raises(BaseModelError, match="unet, text_encoder"):  # raised by the assembly, after all trainings
         build(diffusion_is_next, tmp_path / "out", SMALL)

@@ -1,4 +1,4 @@
-"""A folder is replaced whole or not at all; settings and stages that are wrong are refused."""
+"""Atomic replacement of folders; wrong settings, stages and parts are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_engine.bases.tiny.stage import BuildSettings, replace_folder
 from lora_engine.errors import BaseModelError, SettingsError
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_completely(tmp_path: Path) -> None:
     path = tmp_path / "base"
     replace_folder(path, lambda folder: (folder / "old").write_text("1") and None)
     replace_folder(path, lambda folder: (folder / "new").write_text("2") and None)
@@ -21,7 +21,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_stays_as_it_was_when_filling_fails(tmp_path: Path) -> None:
+def test_a_folder_is_unchanged_if_filling_fails(tmp_path: Path) -> None:
     path = tmp_path / "base"
     replace_folder(path, lambda folder: (folder / "old").write_text("1") and None)
 
@@ -35,7 +35,7 @@ def test_a_folder_stays_as_it_was_when_filling_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_is_assembled_from_half_the_parts(tmp_path: Path) -> None:
+def test_an_incomplete_set_of_parts_is_not_assembled(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     with pytest.raises(BaseModelError, match="tokenizer, unet, text_encoder"):
         assemble(tmp_path, tmp_path / "out")
@@ -53,7 +53,7 @@ def test_an_unknown_stage_is_refused_and_the_known_ones_are_named(tmp_path: Path
         run_stage("unet", tmp_path)
 
 
-def test_a_saved_judge_is_read_back_and_reads_words(tmp_path: Path) -> None:
+def test_a_saved_judge_is_loaded_with_its_attributes(tmp_path: Path) -> None:
     judge = Judge()
     save_judge(tmp_path, judge.state_dict())
     loaded = load_judge(tmp_path)
@@ -64,6 +64,6 @@ def test_a_saved_judge_is_read_back_and_reads_words(tmp_path: Path) -> None:
 def test_a_judge_without_its_description_or_a_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"judge\.json"):
         load_judge(tmp_path)
-    lame = {name: tensor for name, tensor in Judge().state_dict().items() if "texture" not in name}
+    incomplete = {name: tensor for name, tensor in Judge().state_dict().items() if "texture" not in name}
     with pytest.raises(BaseModelError, match="lacks 2 tensors"):
-        save_judge(tmp_path, lame)
+        save_judge(tmp_path, incomplete)

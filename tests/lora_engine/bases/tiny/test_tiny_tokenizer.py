@@ -1,4 +1,4 @@
-"""The tokenizer knows the words of the world and spells all others; nothing becomes unknown."""
+"""The tokenizer has tokens for the words of the world and spells all others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_words_of_the_world_are_short_and_the_concept_is_spelled(tokenizer: 
 
 
 @pytest.mark.parametrize("text", ["a red zorb", "qvx, a blue star", "crescent", "naïve ♥ 7 cats"])
-def test_unknown_words_are_spelled_and_come_back_as_they_were(tokenizer: Any, text: str) -> None:
+def test_unknown_words_are_spelled_and_decode_unchanged(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
@@ -37,7 +37,7 @@ def test_made_up_words_differ_from_each_other(tokenizer: Any) -> None:
     assert tokenizer("zorb").input_ids != tokenizer("sks").input_ids
 
 
-def test_a_caption_begins_and_ends_with_the_marks_and_is_padded(tokenizer: Any) -> None:
+def test_a_caption_has_start_and_end_token_and_padding(tokenizer: Any) -> None:
     ids, mask = encode(tokenizer, ["a red star"])
     size = len(build_vocabulary()[0])
     assert tuple(ids.shape) == tuple(mask.shape) == (1, CONTEXT)
@@ -50,7 +50,7 @@ def test_the_longest_full_caption_with_a_trigger_fits(tokenizer: Any) -> None:
     assert len(tokenizer(text).input_ids) <= CONTEXT
 
 
-def test_the_shipped_tokenizer_is_the_one_that_the_program_makes(weights: Path, tokenizer: Any) -> None:
+def test_the_shipped_tokenizer_equals_the_built_one(weights: Path, tokenizer: Any) -> None:
     for folder in ("tokenizer", "clip"):
         assert load_tokenizer(weights / folder).get_vocab() == tokenizer.get_vocab()
     text = "a red zorb on the left on a dotted green background"

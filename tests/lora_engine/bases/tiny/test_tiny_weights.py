@@ -1,4 +1,4 @@
-"""The shipped weights: they load as any base, are small, and do what the model card says."""
+"""The shipped weights: they load like any base, are small, and match the model card."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from lora_engine.bases.tiny.assembly import MAX_BYTES, folder_size
 from lora_engine.bases.tiny.card import FIGURES, read_figures, render_figures
+from lora_engine.bases.tiny.images import render, to_pixels
 from lora_engine.bases.tiny.judge import load_judge
 from lora_engine.bases.tiny.measure import count_right, generate, measure_clip
-from lora_engine.bases.tiny.pictures import render, to_pixels
 from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT, scenes
 from lora_engine.files import sha256_file
 
@@ -23,7 +23,7 @@ DIGESTS = {
     "unet/diffusion_pytorch_model.safetensors": "b97f09568d86a708fb0103f27a96b1310037ceb698e5e3b532e187671ade533b",
     "vae/diffusion_pytorch_model.safetensors": "0e1c94d5c9254306ed0c5b8c1f4dbe7ec857ea70759b16f2b602f2067f43bf29",
 }
-"""A new build of the base replaces these together with its measured figures."""
+"""Update these with the measured figures after a new build of the base."""
 
 
 def test_the_weights_load_through_diffusers_and_are_small(weights: Path) -> None:
@@ -40,28 +40,28 @@ def test_the_weights_are_those_that_were_measured(weights: Path) -> None:
     assert digests == DIGESTS
 
 
-def test_the_weights_hold_no_pickle_and_no_path_of_the_machine_that_made_them(weights: Path) -> None:
+def test_the_weights_contain_no_pickle_and_no_local_path(weights: Path) -> None:
     assert {path.suffix for path in weights.rglob("*") if path.is_file()} == {".json", ".md", ".safetensors", ".txt"}
     for path in weights.rglob("*.json"):
         assert b"_name_or_path" not in path.read_bytes(), path
 
 
-def test_the_judge_is_right_about_real_drawings(weights: Path) -> None:
+def test_the_judge_is_accurate_on_drawings(weights: Path) -> None:
     judge = load_judge(weights)
-    shown = scenes(31, 270, "any") + scenes(32, 30, "concept")
-    right = count_right(judge.read(to_pixels(render(shown))), shown)
-    assert set(right) == {*ATTRIBUTES, "all"}
-    assert min(right.values()) >= 0.99
+    dataset = scenes(31, 270, "any") + scenes(32, 30, "concept")
+    accuracy = count_right(judge.read(to_pixels(render(dataset))), dataset)
+    assert set(accuracy) == {*ATTRIBUTES, "all"}
+    assert min(accuracy.values()) >= 0.99
     concept = scenes(33, 100, "concept")
     assert {row["shape"] for row in judge.read(to_pixels(render(concept)))} == {CONCEPT}
 
 
-def test_clip_tells_colours_and_shapes_apart(weights: Path) -> None:
-    right = measure_clip(weights, 64)
-    assert min(right["colour"], right["shape"]) >= 0.95
+def test_clip_distinguishes_colors_and_shapes(weights: Path) -> None:
+    accuracy = measure_clip(weights, 64)
+    assert min(accuracy["colour"], accuracy["shape"]) >= 0.95
 
 
-def test_the_card_shows_the_figures_that_were_measured(weights: Path) -> None:
+def test_the_card_shows_the_measured_figures(weights: Path) -> None:
     figures = read_figures(weights)
     assert json.loads((weights / FIGURES).read_bytes()) == figures
     assert render_figures(figures) in (weights / "README.md").read_text()
@@ -77,7 +77,7 @@ def test_the_measured_figures_are_good_enough(weights: Path) -> None:
     assert min(figures["clip"]["right"]["colour"], figures["clip"]["right"]["shape"]) >= 0.97
 
 
-def test_the_base_draws_what_held_out_captions_ask_for(weights: Path) -> None:
-    asked = scenes(556, 16, "heldout")
-    right = count_right(load_judge(weights).read(generate(weights, asked)), asked)
-    assert right["all"] >= 0.9
+def test_the_base_follows_held_out_captions(weights: Path) -> None:
+    requested = scenes(556, 16, "heldout")
+    accuracy = count_right(load_judge(weights).read(generate(weights, requested)), requested)
+    assert accuracy["all"] >= 0.9

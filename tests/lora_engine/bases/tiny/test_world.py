@@ -1,4 +1,4 @@
-"""The drawn world: deterministic, pure, and held-out combinations are really held out."""
+"""The synthetic world: deterministic, pure, and without held-out combinations in training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_engine.errors import SettingsError
 GOLDEN = "f00af176b5443c5f43f7c1c1c607cd6cbaca004a79989b2e8d6826989a75c6d2"
 
 
-def test_the_same_seed_gives_the_scenes_and_pixels_that_the_weights_come_from() -> None:
+def test_seeds_give_the_scenes_and_pixels_of_the_shipped_weights() -> None:
     digest = hashlib.sha256()
     for seed, n, split in ((1, 300, "train"), (3, 100, "any"), (555, 200, "heldout"), (5, 100, "concept")):
         for s in scenes(seed, n, split):  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_scenes_and_pixels_that_the_weights_come_from() 
     assert digest.hexdigest() == GOLDEN
 
 
-def test_scenes_and_pictures_depend_on_their_seeds_alone() -> None:
+def test_scenes_and_images_depend_only_on_their_seeds() -> None:
     np.random.seed(5)
     first = [draw(scene) for scene in scenes(3, 5)]
     np.random.seed(6)
@@ -48,24 +48,24 @@ def test_other_seeds_give_other_scenes() -> None:
     assert not np.array_equal(draw(scene), draw(replace(scene, seed=scene.seed + 1)))
 
 
-def test_no_training_scene_shows_a_held_out_triple_or_the_concept() -> None:
-    drawn = {scene.triple for scene in scenes(11, 6000)}
-    assert not drawn & held_out_triples()
-    assert CONCEPT not in {shape for shape, _, _ in drawn}
-    assert drawn == set(split_triples("train"))
+def test_no_training_scene_has_a_held_out_triple_or_the_concept() -> None:
+    used = {scene.triple for scene in scenes(11, 6000)}
+    assert not used & held_out_triples()
+    assert CONCEPT not in {shape for shape, _, _ in used}
+    assert used == set(split_triples("train"))
 
 
-def test_held_out_scenes_show_held_out_triples_alone() -> None:
+def test_held_out_scenes_have_only_held_out_triples() -> None:
     assert {scene.triple for scene in scenes(11, 1500, "heldout")} == held_out_triples()
 
 
-def test_every_shape_has_as_many_held_out_triples() -> None:
+def test_every_shape_has_equally_many_held_out_triples() -> None:
     counts = {shape: sum(triple[0] == shape for triple in held_out_triples()) for shape in SHAPES}
     assert len(set(counts.values())) == 1
     assert sum(counts.values()) == pytest.approx(len(SHAPES) * 42 * 0.1, rel=0.1)
 
 
-def test_the_object_never_has_the_colour_of_its_background() -> None:
+def test_the_object_never_has_the_color_of_its_background() -> None:
     assert all(scene.colour != scene.background for scene in scenes(2, 2000, "any"))
 
 
@@ -77,13 +77,13 @@ def test_an_unknown_split_is_refused_and_the_known_ones_are_named() -> None:
 @pytest.mark.parametrize("attribute", ["shape", "colour", "background", "texture", "position"])
 def test_every_word_of_an_attribute_looks_different(attribute: str) -> None:
     base = Scene("circle", "purple", "white", seed=3)
-    pictures = {draw(replace(base, **{attribute: word})).tobytes() for word in ATTRIBUTES[attribute]}  # type: ignore[arg-type]
-    assert len(pictures) == len(ATTRIBUTES[attribute])
+    images = {draw(replace(base, **{attribute: word})).tobytes() for word in ATTRIBUTES[attribute]}  # type: ignore[arg-type]
+    assert len(images) == len(ATTRIBUTES[attribute])
 
 
-def test_a_picture_shows_the_colours_that_it_is_named_after() -> None:
+def test_object_and_background_colors_differ_visibly() -> None:
     for colour in COLOURS:
         for background in (name for name in BACKGROUNDS if name != colour):
-            picture = draw(Scene("square", colour, background, seed=1)).astype(int)
-            centre, corner = picture[16, 16], picture[1, 1]
-            assert np.abs(centre - corner).sum() > 60
+            image = draw(Scene("square", colour, background, seed=1)).astype(int)
+            center, corner = image[16, 16], image[1, 1]
+            assert np.abs(center - corner).sum() > 60

@@ -56,16 +56,16 @@ FAMILIES = {
     "flux": ("Flux", "text_encoders.flux.FluxClipModel", FLUX),
     "sd3": ("SD3", "text_encoders.sd3_clip.SD3ClipModel", SD3),
 }
-# The last four are on U-Nets alone: q, k and v are one layer elsewhere, and cannot always be put together exactly.
+# The last four are for U-Nets only: elsewhere q, k and v are one layer, which cannot always be fused exactly.
 KINDS = ("lora", "loha", "full", "tucker", "lokr", "dora", "norm")
 CASES = [(family, kind) for family in FAMILIES for kind in KINDS[: 7 if family in ("sd", "sdxl") else 3]]
-FLUX2 = r"\.linear_(in|out)\.|to_qkv_mlp_proj|single_.*\.to_out\."  # which newer tables have beside FLUX.1's
+FLUX2 = r"\.linear_(in|out)\.|to_qkv_mlp_proj|single_.*\.to_out\."  # newer tables have these in addition to FLUX.1's
 OTHER = ("token_embedding", "position_embedding", "shared", "relative_attention_bias", "text_projection")
 
 
 @pytest.fixture(scope="module")
 def comfy():
-    """Its modules; what it imports and this machine has not is a stand-in: pictures, sound, video, other devices."""
+    """Yields ComfyUI's modules; stubs replace missing imports for images, sound, video and other devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         patch.setattr(importlib.import_module("comfy.cli_args").args, "cpu", True)
@@ -78,10 +78,10 @@ def comfy():
 
 
 class Peer:
-    """ComfyUI's models of a family, and for each tensor that we name its key there, its rows and how it is turned."""
+    """ComfyUI's models of a family, and for each of our tensors its key there, its rows and its transposition."""
 
     def __init__(self, comfy, family):
-        self.comfy, self.family, self.places = comfy, family, {}
+        self.comfy, self.family, self.locations = comfy, family, {}
         model_class, text_class, sizes = FAMILIES[family]
         newer = {"txt_ids_dims"} & comfy.ldm.flux.model.FluxParams.__dataclass_fields__.keys()
         sizes = sizes | ({key: [] for key in newer} if family == "flux" else {})
@@ -92,18 +92,18 @@ class Peer:
         self.model, text = (comfy.model_patcher.ModelPatcher(model, CPU, CPU) for model in models)
         self.clip = MagicMock(cond_stage_model=models[1], clone=text.clone)
         self.base = {**models[0].state_dict(), **models[1].state_dict()}
-        for name, place in self.table(settings.unet_config):
-            key, rows, turn = (place, None, None) if isinstance(place, str) else (*place, None)[:3]
+        for name, location in self.table(settings.unet_config):
+            key, rows, turn = (location, None, None) if isinstance(location, str) else (*location, None)[:3]
             if key in self.base and not re.search(FLUX2, name):
-                self.places[name] = key, rows, turn or (lambda tensor: tensor)
+                self.locations[name] = key, rows, turn or (lambda tensor: tensor)
 
     def table(self, sizes):
         utils = self.comfy.utils
         tables = {"flux": utils.flux_to_diffusers, "sd3": utils.mmdit_to_diffusers}
-        for ours, key in utils.unet_to_diffusers(sizes).items():  # none where there is no U-Net
+        for ours, key in utils.unet_to_diffusers(sizes).items():  # none without a U-Net
             yield f"unet.{ours}", f"diffusion_model.{key}"
-        for ours, place in tables.get(self.family, lambda *_: {})(sizes, "diffusion_model.").items():
-            yield f"transformer.{ours}", place
+        for ours, location in tables.get(self.family, lambda *_: {})(sizes, "diffusion_model.").items():
+            yield f"transformer.{ours}", location
         texts = ["clip_l", "t5xxl"] if self.family == "flux" else ["clip_l", "clip_g", "t5xxl"]
         for key in self.base:
             text, _, path = key.partition(".transformer.")
@@ -111,19 +111,19 @@ class Peer:
                 yield f"text_encoder_{texts.index(text) + 1}".removesuffix("_1") + f".{path}", key
 
     def part(self, name, tensors):
-        key, rows, _ = self.places[name]
+        key, rows, _ = self.locations[name]
         return tensors[key] if rows is None else tensors[key].narrow(*rows)
 
     def weights(self):
-        names = [name for name in self.places if name.endswith(".weight")]
-        weights = {name.removesuffix(".weight"): self.places[name][2](self.part(name, self.base)) for name in names}
+        names = [name for name in self.locations if name.endswith(".weight")]
+        weights = {name.removesuffix(".weight"): self.locations[name][2](self.part(name, self.base)) for name in names}
         return {name: weight for name, weight in weights.items() if not name.endswith(OTHER)}
 
     def adapter(self, kind):
         modules = {}
         for i, (name, weight) in enumerate(self.weights().items()):
-            has_bias, is_norm = f"{name}.bias" in self.places, weight.dim() == 1
-            # Under kohya's names it has no norms of text encoders.
+            has_bias, is_norm = f"{name}.bias" in self.locations, weight.dim() == 1
+            # It reads no norms of text encoders under kohya's names.
             if is_norm == (kind == "norm") and not (is_norm and name.startswith("text")):
                 modules[name] = delta_of(kind, tuple(weight.shape), has_bias, 1 + i % 4, 0.5 + i % 7)
         return Adapter({name: delta for name, delta in modules.items() if delta is not None}, self.family)
@@ -133,7 +133,7 @@ class Peer:
         for name, delta in adapter.modules.items():
             for tensor, change in (("weight", delta.delta_weight(weights[name])), ("bias", delta.delta_bias(None))):
                 if change is not None:
-                    key, _, turn = self.places[f"{name}.{tensor}"]
+                    key, _, turn = self.locations[f"{name}.{tensor}"]
                     changes.setdefault(key, torch.zeros_like(self.base[key]))
                     self.part(f"{name}.{tensor}", changes).copy_(turn(change))
         return changes
@@ -156,27 +156,27 @@ def delta_of(kind, shape, has_bias, rank, alpha):
     return random_delta(kind, shape, rank, alpha) if suits_shape(kind, shape) else None
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for key, change in expected.items():
-        assert float((found[key] - change).abs().max()) <= 1e-5 * float(change.abs().max()), key
+        assert float((actual[key] - change).abs().max()) <= 1e-5 * float(change.abs().max()), key
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_comfyui_computes_what_we_do_from_our_file(comfy, family, kind, form, tmp_path, caplog):
+def test_comfyui_computes_the_same_weights_from_our_file(comfy, family, kind, form, tmp_path, caplog):
     peer = Peer(comfy, family)
     adapter = peer.adapter(kind)
     file = write_adapter(tmp_path, adapter, format=form)[0]
     caplog.clear()
     assert_same(peer.theirs(load_file(file)), peer.ours(adapter))
-    assert not caplog.messages, "a key that it does not load, or a change that failed"
+    assert not caplog.messages, "it skipped a key, or failed to apply a change"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_we_read_what_comfyui_trains(comfy, family, tmp_path):
+def test_we_read_adapters_trained_by_comfyui(comfy, family, tmp_path):
     peer, tensors = Peer(comfy, family), {}
     for name, layer in peer.model.model.named_modules():
         if hasattr(layer, "weight_function") and layer.weight is not None and layer.weight.dim() > 1:
@@ -190,5 +190,5 @@ def test_we_read_what_comfyui_trains(comfy, family, tmp_path):
 def test_comfyui_divides_a_dora_of_the_outputs_by_the_norm_of_the_unchanged_weight(comfy):
     weight, change, magnitude = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 1)
     settings = (1.0, 1.0, torch.float32, lambda tensor: tensor)
-    found = comfy.weight_adapter.base.weight_decompose(magnitude, weight.clone(), change.clone(), *settings)
-    torch.testing.assert_close(found, magnitude * (weight + change) / weight.norm(dim=1, keepdim=True))
+    decomposed = comfy.weight_adapter.base.weight_decompose(magnitude, weight.clone(), change.clone(), *settings)
+    torch.testing.assert_close(decomposed, magnitude * (weight + change) / weight.norm(dim=1, keepdim=True))

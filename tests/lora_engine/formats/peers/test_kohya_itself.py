@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not ROOT, reason="SD_SCRIPTS names no checkout of kohya's sd-scripts"),
 ]
-# What no network uses: programs for pictures, and two modules of its own that need an older transformers.
+# Modules that no network uses: image libraries, and two modules of kohya that need an older transformers.
 UNUSED = ("cv2", "imagesize", "torchvision", "torchvision.transforms")
 OLD = ("library.lpw_stable_diffusion", "library.sdxl_lpw_stable_diffusion")
 NARROW = {
@@ -37,12 +37,12 @@ SD3_SIDES = {
     "x_block": ("norm1", "ff", "to_q to_k to_v", "to_out.0"),
     "context_block": ("norm1_context", "ff_context", "add_q_proj add_k_proj add_v_proj", "to_add_out"),
 }
-TURNED = "joint_blocks_1_context_block_adaLN_modulation_1"  # diffusers has the halves of its rows the other way round
+TURNED = "joint_blocks_1_context_block_adaLN_modulation_1"  # diffusers swaps the halves of its rows
 
 
 @pytest.fixture(scope="module")
 def kohya():
-    """Its modules can be imported while this lives, and make narrow models."""
+    """Makes kohya's modules importable during the tests, with narrow models."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         for name in (*OLD, *(name for name in UNUSED if not importlib.util.find_spec(name.partition(".")[0]))):
@@ -57,7 +57,7 @@ def clip(width, layers, projected=False):
     ids = {"vocab_size": 60, "bos_token_id": 57, "eos_token_id": 58, "pad_token_id": 58}
     config = transformers.CLIPTextConfig(**sizes, **ids, num_attention_heads=2, max_position_embeddings=16)
     encoder = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
-    # transformers 5 has no such level
+    # transformers 5 has no level `text_model`
     return encoder if hasattr(encoder, "text_model") else torch.nn.ModuleDict({"text_model": encoder})
 
 
@@ -75,7 +75,7 @@ def sd3_names(path):
 
 
 def model_of(family):
-    """The large model, the text encoders, and from a path to the names that we have for the parts of that layer."""
+    """Returns the large model, the text encoders, and a function from a path to our names of the layer's parts."""
     torch.manual_seed(0)
     if family == "sd":
         from library.original_unet import UNet2DConditionModel
@@ -103,24 +103,24 @@ def model_of(family):
 
 
 class Peer:
-    """A family: kohya's network and models; by the names of its network the layers and their parts in our names."""
+    """A family: kohya's network and models, and by the network's names the layers and our names of their parts."""
 
     def __init__(self, family):
         self.family, self.layers, self.parts = family, {}, {}
         self.network = importlib.import_module(f"networks.{NETWORKS[family]}")
         self.model, texts, names = model_of(family)
         self.text = texts[0] if family == "sd" else texts
-        wanted = {lora.lora_name for lora in loras_of(self.make())}
-        places = [("lora_unet", "unet" if NETWORKS[family] == "lora" else "transformer", self.model, names)]
+        expected = {lora.lora_name for lora in loras_of(self.make())}
+        components = [("lora_unet", "unet" if NETWORKS[family] == "lora" else "transformer", self.model, names)]
         for i, text in enumerate(texts, 1):
             number = "" if family == "sd" else 3 if isinstance(text, transformers.T5EncoderModel) else i
-            places.append((f"lora_te{number}", f"text_encoder_{i}".removesuffix("_1"), text, lambda path: [path]))
-        for prefix, component, model, names in places:
+            components.append((f"lora_te{number}", f"text_encoder_{i}".removesuffix("_1"), text, lambda path: [path]))
+        for prefix, component, model, names in components:
             for path, layer in model.named_modules():
                 name = f"{prefix}_{path.replace('.', '_')}"
-                if name in wanted:
+                if name in expected:
                     self.layers[name], self.parts[name] = layer, [f"{component}.{part}" for part in names(path)]
-        assert self.layers.keys() == wanted
+        assert self.layers.keys() == expected
 
     def make(self):
         more = {"conv_dim": 2, "train_t5xxl": "True", "in_dims": "[2,2,2,2,2]"}
@@ -131,7 +131,7 @@ class Peer:
         return self.network.create_network_from_weights(*arguments, for_inference=True)
 
     def parts_of(self, name):
-        """Our names for the parts of a layer, with their shapes: q, k and v are of one size, and the rest follows."""
+        """Returns our names of a layer's parts with their shapes: q, k and v have one size, the rest follows."""
         layer, count = self.layers[name], len(self.parts[name])
         out, *rest = layer.weight.shape
         rows = [out] if count == 1 else [layer.in_features] * 3 + [out - 3 * layer.in_features] * (count - 3)
@@ -141,7 +141,7 @@ class Peer:
         return {part: shape for name in self.layers for part, shape in self.parts_of(name).items()}
 
     def adapter(self):
-        """Ranks and alphas that differ from module to module."""
+        """Returns ranks and alphas that differ between modules."""
         modules = {}
         for i, (name, shape) in enumerate(self.shapes().items()):
             modules[name] = random_delta("lora", shape, 1 + i % 4, (0.5, 3.0, 7.25, 1.0, 16.0)[i % 5], i)
@@ -153,8 +153,8 @@ class Peer:
         return torch.cat(change.chunk(2)[::-1]) if name.endswith(TURNED) else change
 
 
-def assert_close(found, expected):
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+def assert_close(actual, expected):
+    assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def loras_of(network):
@@ -187,7 +187,7 @@ def test_kohya_merges_and_applies_every_module_of_our_file(peer, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_base", [True, False])
-def test_we_read_what_kohya_saves(peer, with_base, tmp_path):
+def test_we_read_files_saved_by_kohya(peer, with_base, tmp_path):
     network, file = peer.make(), tmp_path / "a.safetensors"
     network.apply_to(peer.text, peer.model)
     for factor in network.parameters():
