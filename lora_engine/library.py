@@ -220,7 +220,7 @@ def tree_of(model: Model, components: set[str]) -> ModuleTree:
 
     Args:
         model: See `attach`.
-        components: The components that the caller needs; a single torch module stands for the only one.
+        components: The components that the caller needs; a single torch module is the only one.
 
     Raises:
         AdapterError: A single module where several components are needed, or an object without torch modules.

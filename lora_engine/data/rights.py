@@ -46,7 +46,7 @@ class Rights(BaseModel):
         license: An SPDX identifier, or a license id of Hugging Face.
         rights: Legal basis of the use: `own` work, a `licence`, a `consent`, or the text and data mining exception
             (`tdm`).
-        person: True if the image shows a person.
+        person: True if the image shows an identifiable human.
         scope: Scope of the basis: `train` for training only, or `commercial` for commercial use of the result too.
         expires: Last day of permitted use.
         revocable: True if the consent can be withdrawn.

@@ -224,7 +224,7 @@ CORPUS: dict[str, Case] = {
     "a name in capitals": Case(saved(lora()), READ, file="A.SAFETENSORS"),
     "a name with spaces and quotes": Case(saved(lora()), READ, file='it\'s "one" $(x).safetensors'),
     "unknown metadata": Case(metadata(anything="\u00e9\u4e2d\x00"), READ),
-    "ss_network_dim lies": Case(metadata(ss_network_dim="999", ss_network_alpha="nan"), READ),
+    "ss_network_dim is wrong": Case(metadata(ss_network_dim="999", ss_network_alpha="nan"), READ),
     "diffusers' spelling": Case(saved(lora(alpha=None, up="lora_B.weight", down="lora_A.weight")), READ),
     "diffusers' old spelling": Case(saved(lora(alpha=None, up="lora.up.weight", down="lora.down.weight")), READ),
     "kohya for the base": Case(saved(lora(FLAT)), READ, named=True),
