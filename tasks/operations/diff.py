@@ -215,8 +215,8 @@ def _parents(side: Side) -> dict[str, str]:
 
 def _environment(first: Side, second: Side) -> list[Change]:
     makers = [side.upstream.maker(side.version.artifact) if side.version else None for side in (first, second)]
-    environments = [environment_of(maker) for maker in makers if maker is not None]
-    return compare_records(*environments) if len(environments) == len(makers) else []
+    before, after = (None if maker is None else environment_of(maker) for maker in makers)
+    return [] if before is None or after is None else compare_records(before, after)
 
 
 def _base_of(side: Side) -> str | None:

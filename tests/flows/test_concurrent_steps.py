@@ -1,4 +1,4 @@
-"""Starts six evaluations, two captionings and two trainings at once in a process without imported models."""
+"""Runs a whole pipeline in a fresh process, with six evaluations, two captionings and two trainings at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.faults.points import forked
 from tests.faults.work import Tell, without_mlflow
 from tests.flows.conftest import PREPARE, draw_noise
 from tests.flows.made import bring_in, run_line, write_random
+from tests.flows.shared import DATABASE
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -26,7 +27,12 @@ STEPS = {
     **{f"adapter{number}": TRAIN.format(number) for number in range(2)},
 }
 HELD_OUT = PREPARE.replace("images: images/", "images: images/, heldout: 0.5")
-LINE = HELD_OUT + "".join(f"  {name}: {step}\n" for name, step in STEPS.items())
+AFTER = """\
+  report:  {uses: evaluate, adapter: adapter0, dataset: captions, seeds: 1, steps: 1, max_pictures: 1}
+  release: {uses: register, adapter: adapter0, report: report, alias: staging}
+  exports: {uses: convert, adapter: adapter0, to: [kohya, diffusers, peft]}
+"""
+LINE = HELD_OUT + "".join(f"  {name}: {step}\n" for name, step in STEPS.items()) + AFTER
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +59,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("attempt", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(2, 11))])
 def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
-    prepared: Path, tmp_path: Path, environment: dict[str, str], attempt: int
+    prepared: Path, tmp_path: Path, environment: dict[str, str], prefect_database: Path, attempt: int
 ) -> None:
     del attempt
     folder = tmp_path / "line"
     shutil.copytree(prepared, folder)
+    # As a user starts it, with a server of its own; the copy saves that server its migrations.
+    shutil.copy(prefect_database, folder / "home" / "prefect" / DATABASE)
+    alone = {name: value for name, value in environment.items() if not name.startswith("PREFECT_")}
     command = [sys.executable, "-m", "tests.flows.steps_at_once", str(tmp_path / "report"), "run"]
     done = subprocess.run(
         [*command, str(folder / "pipeline.yaml"), "--concurrency", "1"],
-        env=environment | {"LORALINE_HOME": str(folder / "home")},
+        env=alone | {"LORALINE_HOME": str(folder / "home")},
         capture_output=True,
         text=True,
         timeout=800,
@@ -72,6 +81,9 @@ def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
     assert {f"{name}: done" for name in STEPS} <= set(lines)
     assert {f"{name}: cached, verified" for name in ("photos", "prepared", "captions")} <= set(lines)
     assert_in_turns(lines, "adapter0", "adapter1")
+    assert "staging -> try@2" in done.stdout
+    assert (folder / "home" / "reports" / "try-2.html").is_file()
+    assert {path.name for path in (folder / "home" / "exports").glob("try/*/*")} >= {"kohya", "diffusers", "peft"}
 
 
 def assert_in_turns(lines: list[str], first: str, second: str) -> None:

@@ -200,12 +200,12 @@ def test_the_prediction_type_comes_from_the_file_or_the_caller(
     assert "the file does not state it" in inspect_checkpoint(bare)["prediction_decided_by"]
     based = save(load_file(bare), tmp_path / "base.safetensors", {"modelspec.prediction_type": "epsilon"})
     assert inspect_checkpoint(based)["architecture"] == "sd2-base"
-    for number, (path, asked, expected) in enumerate(
+    for number, (path, options, expected) in enumerate(
         [(bare, {}, "v_prediction"), (based, {}, "epsilon"), (bare, {"architecture": "sd2-base"}, "epsilon"),
          (based, {"prediction": "v_prediction"}, "v_prediction")]
     ):  # fmt: skip
         out = tmp_path / str(number)
-        convert_checkpoint(path, out, to="diffusers", config=folders["sd2"], **asked)
+        convert_checkpoint(path, out, to="diffusers", config=folders["sd2"], **options)
         assert json.loads((out / "scheduler/scheduler_config.json").read_text())["prediction_type"] == expected
 
 

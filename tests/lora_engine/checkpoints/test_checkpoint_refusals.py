@@ -176,8 +176,8 @@ def test_a_tokenizer_is_taken_from_the_local_cache(
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
-    words = {"a</w>": 0, "!": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
-    (snapshot / "vocab.json").write_text(json.dumps(words))
+    vocabulary = {"a</w>": 0, "!": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+    (snapshot / "vocab.json").write_text(json.dumps(vocabulary))
     (snapshot / "merges.txt").write_text("#version: 0.2\n")
     bare = Path(shutil.copytree(folders["sdxl"], tmp_path / "bare"))
     shutil.rmtree(bare / "tokenizer")

@@ -65,7 +65,7 @@ def test_tensors_and_plain_values_are_read(new: bool, tmp_path: Path) -> None:
 
 
 def test_the_real_reader_imports_no_module_beside_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torch.py").write_text("raise SystemExit('a stranger was imported')")
+    (tmp_path / "torch.py").write_text("raise SystemExit('the wrong module was imported')")
     torch.save(CONTENT, tmp_path / "x.pt")
     monkeypatch.chdir(tmp_path)
     assert_is_content(read_pickle(Path("x.pt")))
@@ -161,14 +161,14 @@ def test_a_reader_that_loops_without_memory_is_killed() -> None:
     code = """
 import pathlib, resource, time
 taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + {room}, taken + {room}))
+resource.setrlimit(resource.RLIMIT_AS, (taken + {free}, taken + {free}))
 print("ready", flush=True)
-time.sleep(60 if {room} < 1 << 20 else 0)
+time.sleep(60 if {free} < 1 << 20 else 0)
 """
     cases: list[tuple[int, AbstractContextManager[Any]]]
     cases = [(1 << 12, pytest.raises(MemoryError)), (1 << 26, contextlib.nullcontext())]
-    for room, ends in cases:
-        command = [sys.executable, "-S", "-c", code.format(room=room)]
+    for free, ends in cases:
+        command = [sys.executable, "-S", "-c", code.format(free=free)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"

@@ -203,7 +203,7 @@ def test_pickled_lists_are_read_with_their_companions(tmp_path):
     torch.save({"<s1>": torch.ones(5)}, tmp_path / "zorb.ti.pt")
     bundle = read_bundle(tmp_path / "zorb.pt", NAMES)
     assert bundle.adapter == Adapter(deltas, bundle.adapter.base)
-    assert [word.token for word in bundle.embeddings] == ["<s1>"]
+    assert [embedding.token for embedding in bundle.embeddings] == ["<s1>"]
     alone = read_adapter(tmp_path / "zorb.text_encoder.pt", NAMES)[0]
     assert alone.modules.keys() == {name for name in deltas if name.startswith("text_encoder.")}
 

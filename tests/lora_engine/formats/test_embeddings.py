@@ -72,11 +72,11 @@ def test_safetensors_forms_are_read(case, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
-@pytest.mark.parametrize("words", [[WORD], [WIDE], [OTHER, WIDE]], ids=["one", "SDXL", "two"])
-def test_what_is_written_is_read_again(form, words, tmp_path):
-    files = write_embeddings(tmp_path, words, form)
+@pytest.mark.parametrize("tokens", [[WORD], [WIDE], [OTHER, WIDE]], ids=["one", "SDXL", "two"])
+def test_what_is_written_is_read_again(form, tokens, tmp_path):
+    files = write_embeddings(tmp_path, tokens, form)
     assert sorted(files) == sorted(tmp_path.iterdir())
-    assert read_embeddings(tmp_path) == sorted(words, key=lambda word: word.token)
+    assert read_embeddings(tmp_path) == sorted(tokens, key=lambda embedding: embedding.token)
 
 
 def test_the_files_are_those_that_the_programs_look_for(tmp_path):
@@ -95,9 +95,9 @@ def test_the_files_are_those_that_the_programs_look_for(tmp_path):
 
 
 def test_two_tokens_of_one_file_name_are_refused(tmp_path):
-    words = [WORD, Embedding("Zorb", {ONE: VECTORS})]
+    tokens = [WORD, Embedding("Zorb", {ONE: VECTORS})]
     with pytest.raises(AdapterError, match="same file name as another"):
-        write_embeddings(tmp_path, words)
+        write_embeddings(tmp_path, tokens)
 
 
 BAD = {
@@ -143,19 +143,19 @@ def test_widths_are_checked_against_the_base(tmp_path):
 def test_embeddings_travel_with_an_adapter_in_every_format(form, tmp_path):
     names = NAMES if form == "cloneofsimo" else SDXL_NAMES
     base = "sd" if form == "cloneofsimo" else "sdxl"
-    words = [Embedding("<s1>", {ONE: VECTORS[0]}), Embedding("<s2>", {ONE: VECTORS[1]})]
+    tokens = [Embedding("<s1>", {ONE: VECTORS[0]}), Embedding("<s2>", {ONE: VECTORS[1]})]
     if form != "cloneofsimo":
-        words.append(WIDE)
+        tokens.append(WIDE)
     adapter = Adapter({name: random_delta("lora", shape) for name, shape in names.items()}, base)
-    settings = {"format": form, "embeddings": words, "module_names": names}
+    settings = {"format": form, "embeddings": tokens, "module_names": names}
     files = write_adapter(tmp_path / "out", adapter, card=Card(title="Zorb"), **settings)
     assert sorted(files) == sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
     bundle = read_bundle(tmp_path / "out", names)
-    assert list(bundle.embeddings) == words
+    assert list(bundle.embeddings) == tokens
     assert bundle.card == Card(title="Zorb")
     assert bundle.adapter.modules.keys() == adapter.modules.keys()
     entries = inspect(tmp_path / "out")["embeddings"]
-    assert [entry["token"] for entry in entries] == [word.token for word in words]
+    assert [entry["token"] for entry in entries] == [embedding.token for embedding in tokens]
     assert entries[0] == {"token": "<s1>", "vectors": 1, "widths": {ONE: 6}, "dtypes": ["float32"]}
     assert len(inspect(tmp_path / "out")["files"]) == len(files)
 
@@ -170,7 +170,7 @@ def test_other_programs_bundles_are_read(tmp_path):
     }
     save_file(tensors[0] | more, tmp_path / "pack.safetensors", metadata=tensors[1])
     bundle = read_bundle(tmp_path / "pack.safetensors")
-    assert [word.token for word in bundle.embeddings] == ["my.three", "one", "two"]
+    assert [embedding.token for embedding in bundle.embeddings] == ["my.three", "one", "two"]
     assert bundle.embeddings[0].widths == {ONE: 6, TWO: 1280}
     assert read_adapter(tmp_path / "pack.safetensors")[0] == bundle.adapter
     save_file(tensors[0] | {"bundle_emb.a.clip_l_out": VECTORS}, tmp_path / "out.safetensors", metadata=tensors[1])

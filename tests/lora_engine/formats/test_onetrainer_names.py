@@ -103,10 +103,10 @@ def test_layouts_with_diffusers_names_are_read(is_flat, family, tmp_path):
         width = 1536 if family == "sd3" else 8
         tensors |= lora(written, width, width, NATIVE, draw)
     vectors = {"clip_l": 768, **({"t5": 64} if family in T5_COMPONENT else {"clip_g": 1280})}
-    words = {f"bundle_emb.zorb.{part}": torch.randn(2, width, generator=draw) for part, width in vectors.items()}
-    path = saved(tensors | words, tmp_path)
+    tokens = {f"bundle_emb.zorb.{part}": torch.randn(2, width, generator=draw) for part, width in vectors.items()}
+    path = saved(tensors | tokens, tmp_path)
     assert set(read_adapter(path)[0].modules) == set(names)
-    assert [word["token"] for word in inspect(path)["embeddings"]] == ["zorb"]
+    assert [embedding["token"] for embedding in inspect(path)["embeddings"]] == ["zorb"]
 
 
 @pytest.mark.parametrize(
