@@ -30,7 +30,7 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "loop": ("lora_engine/training/loop.py", ("tests/lora_engine/training",)),
     "policy": ("registry/policy/alias_policy.py", ("tests/registry",)),
     "promotion": ("registry/versions/promotion.py", ("tests/registry",)),
-    "store": ("registry/store", ("tests/registry",)),
+    "store": ("registry/store/artifacts.py", ("tests/registry",)),
     "spec": ("flows/spec.py", ("tests/flows",)),
     "execution": ("tasks/execution.py", ("tests/flows", "tests/faults")),
 }
