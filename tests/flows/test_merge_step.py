@@ -57,7 +57,7 @@ def test_weights_may_be_by_pattern(load):
         (", method: ties, density: 0", "density is 0"),
         (", method: ties, density: '0.5'", "density is '0.5'"),
         (", method: svd", "svd needs rank, energy or error"),
-        (", method: della, density: 0.1, window: 0.5", "chances from"),
+        (", method: della, density: 0.1, window: 0.5", "probabilities from"),
         (", method: ties, density: 0.5, options: {density: 0.5}", "is set both beside"),
         (", method: ties, options: {method: dare}", "options are for method 'dare'"),
         (", weights: [1.0]", "1 weights for 2 adapters"),
