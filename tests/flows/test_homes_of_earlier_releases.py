@@ -1,0 +1,62 @@
+"""A home that release 0.1.0 wrote opens unchanged: versions, log, lineage, MLflow and the cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from flows.plan import plan_pipeline
+from flows.spec import load_spec
+from registry.home import Home
+from registry.versions.promotion import read_log
+from registry.versions.versions import Versions
+from tests.flows.commands import say
+
+HOMES = Path(__file__).with_name("homes")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    with tarfile.open(HOMES / "home-0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "home"
+
+
+def test_versions_aliases_and_the_log_are_read_and_every_byte_agrees(home: Path) -> None:
+    with closing(Versions(Home.open(home))) as versions:
+        first, second = versions.list("old")
+        assert (first.aliases, second.state) == (("trial",), "WITHDRAWN")
+        assert [event.action for event in read_log(versions)] == [
+            "stage",
+            "stage",
+            "promote",
+            "remove",
+            "withdraw",
+        ]
+        assert versions.read_adapter(first)
+    assert "agrees" in say("fsck", home=home)
+    shown = json.loads(say("show", "old@trial", "--json", home=home))
+    assert shown["sha256"].startswith("c6fd65452854764c")
+    assert "old@1" in say("lineage", "old@1", home=home)
+
+
+def test_every_step_of_its_pipeline_is_still_cached(home: Path, tmp_path: Path) -> None:
+    for name in ("line.yaml", "images"):
+        (shutil.copytree if (HOMES / name).is_dir() else shutil.copy)(HOMES / name, tmp_path / name)
+    plan = plan_pipeline(load_spec(tmp_path / "line.yaml"), Home.open(home))
+    assert {step.name: step.cached for step in plan.steps} == dict.fromkeys(
+        ("photos", "prepared", "captions", "adapter", "report", "release"), True
+    )
+
+
+def test_it_takes_new_versions_and_stays_in_sync(home: Path) -> None:
+    say("promote", "old@1", "--to", "candidate", "--reason", "compared with the new release", home=home)
+    with closing(Versions(Home.open(home))) as versions:
+        assert versions.show("old", "candidate").version == 1
+        assert versions.is_synced()
+    assert "agrees" in say("fsck", home=home)
