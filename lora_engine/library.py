@@ -18,7 +18,6 @@ from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.formats import Bundle, Card, read_bundle, write_adapter
-from lora_engine.merging.deltas import needs_base_values
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.report import Report
 from lora_engine.merging.resize import resize as resize_adapter
@@ -182,7 +181,7 @@ def merge(
         raise SettingsError("'learned' needs a dataset", remedy="use `lora_engine.merging.files.merge_files`")
     loaded = [item if isinstance(item, LoadedAdapter) else load(item) for item in adapters]
     scales: Sequence[Weight] = [1.0] * len(loaded) if weights is None else weights
-    reads_base = any(needs_base_values(delta) for item in loaded for delta in item.adapter.modules.values())
+    reads_base = any(delta.reads_base for item in loaded for delta in item.adapter.modules.values())
     model = load_base(base) if isinstance(base, str) and reads_base else None if isinstance(base, str) else base
     merged, report = merge_adapters([item.adapter for item in loaded], scales, chosen, seed=seed, base=model)
     licenses = {item.card.license for item in loaded}

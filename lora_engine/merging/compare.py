@@ -19,7 +19,7 @@ from lora_engine.adapters.attach import Base
 from lora_engine.errors import AdapterError
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.merging.compress import plain_factors, shape_of
-from lora_engine.merging.deltas import ModuleDeltas, needs_base_values
+from lora_engine.merging.deltas import ModuleDeltas
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _norms(name: str, pair: tuple[Delta | None, Delta | None], base: Base | None
             return None, f"for weights {list(shape_of(first))} and {list(shape_of(second))}"
         return _norms_of_factors(first, second), ""
     deltas = [delta for delta in pair if delta is not None]
-    if base is None and any(needs_base_values(delta) for delta in deltas):
+    if base is None and any(delta.reads_base for delta in deltas):
         if first is second:
             return _Norms(), ""
         return None, "the delta depends on the base's weight, and no base is set"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Delta, LoraDelta, as_tree, innermost
+from lora_engine.adapters import Delta, LoraDelta, as_tree, innermost, kinds
 from lora_engine.adapters.attach import Base
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.layer import bias_of
@@ -22,14 +22,6 @@ from lora_engine.adapters.lokr import LokrDelta
 from lora_engine.errors import AdapterError, EngineError
 from lora_engine.files import sha256_bytes
 from lora_engine.merging.compress import plain_factors, shape_of
-
-_INDEPENDENT_OF_BASE = frozenset({"lora", "loha", "lokr", "full"})
-"""Kinds whose delta does not depend on the values of the base's weight; a law test checks the list."""
-
-
-def needs_base_values(delta: Delta) -> bool:
-    """Returns True if a delta depends on the values of the base's weight (DoRA, OFT, (IA)3)."""
-    return delta.kind not in _INDEPENDENT_OF_BASE
 
 
 def content_digest(delta: Delta) -> str:
@@ -77,12 +69,12 @@ class ModuleDeltas:
         if base is not None:
             layer = innermost(as_tree(base).get_module(name))
             weight, bias = layer.weight.detach(), bias_of(layer)  # type: ignore[operator]
-        dependent = [delta for delta in deltas if needs_base_values(delta)]
+        dependent = [delta for delta in deltas if delta.reads_base]
         if dependent and weight is None:
             raise AdapterError(
                 f"the delta of an adapter of kind {dependent[0].kind!r} depends on the base's weight",
                 where=name,
-                allowed=", ".join(sorted(_INDEPENDENT_OF_BASE)),
+                allowed=", ".join(name for name, kind in kinds.items() if not kind.reads_base),
                 remedy="pass the base that the adapter was trained for",
             )
         shape = tuple(weight.shape) if weight is not None else shape

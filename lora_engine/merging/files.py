@@ -14,7 +14,6 @@ from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Card, read_adapter, write_adapter
 from lora_engine.merging.concatenate import check_bases
-from lora_engine.merging.deltas import needs_base_values
 from lora_engine.merging.learned import denoising_losses, learn_weights
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.methods import METHODS, Elementwise
@@ -131,7 +130,7 @@ def _recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], report:
 
 def _base_if_needed(adapters: Sequence[Adapter], options: MergeOptions, base: str | None) -> BaseModel | None:
     learns = isinstance(options, Learned)
-    if not learns and not any(needs_base_values(delta) for adapter in adapters for delta in adapter.modules.values()):
+    if not learns and not any(delta.reads_base for adapter in adapters for delta in adapter.modules.values()):
         return None
     if base is None:
         if learns:

@@ -14,7 +14,7 @@ from lora_engine.adapters.attach import Base
 from lora_engine.errors import AdapterError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import Compressed, compress_to
-from lora_engine.merging.deltas import ModuleDeltas, located, needs_base_values
+from lora_engine.merging.deltas import ModuleDeltas, located
 from lora_engine.merging.report import ModuleReport, Report
 from lora_engine.seeds import generator
 
@@ -134,7 +134,7 @@ def _require_lora(adapter: Adapter) -> None:
     others = {name: delta for name, delta in adapter.modules.items() if not isinstance(delta, LoraDelta)}
     if others:
         name, delta = next(iter(others.items()))
-        with_base = " and the base" if needs_base_values(delta) else ""
+        with_base = " and the base" if delta.reads_base else ""
         raise AdapterError(
             f"{len(others)} of {len(adapter.modules)} modules are not LoRA, the first of kind {delta.kind!r}",
             where=name,

@@ -20,7 +20,6 @@ from lora_engine.adapters import Adapter, Delta
 from lora_engine.adapters.tree import near_names
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import read_adapter
-from lora_engine.merging.deltas import needs_base_values
 from lora_engine.streaming.blocks import FLOATS, read_tensor
 from lora_engine.streaming.model import StoredModel, TensorLocation
 from lora_engine.streaming.provenance import FusedAdapter, adapter_digest
@@ -134,7 +133,7 @@ def check_removable(adapters: Sequence[WeightedAdapter]) -> None:
         AdapterError: A kind depends on the weight (DoRA, OFT, IA3), and needs the base to be unfused.
     """
     for name, delta in (entry for item in adapters for entry in item.adapter.modules.items()):
-        if needs_base_values(delta):
+        if delta.reads_base:
             raise AdapterError(
                 f"the delta of kind {delta.kind!r} depends on the original weight, which is not in the fused model",
                 where=name,

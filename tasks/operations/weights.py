@@ -26,10 +26,9 @@ def compare_weights(first: Path, second: Path, bases: Iterable[str | None] = ())
     from lora_engine.bases.base import load_base
     from lora_engine.formats import read_bundle
     from lora_engine.merging.compare import compare_adapters
-    from lora_engine.merging.deltas import needs_base_values
 
     bundles = read_bundle(first), read_bundle(second)
-    needs_base = any(needs_base_values(delta) for bundle in bundles for delta in bundle.adapter.modules.values())
+    needs_base = any(delta.reads_base for bundle in bundles for delta in bundle.adapter.modules.values())
     base = _find_base(bases, bundles[0].adapter.fingerprint) if needs_base else None
     return compare_adapters(
         bundles[0].adapter,

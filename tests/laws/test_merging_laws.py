@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from lora_engine.adapters import Adapter, kinds
 from lora_engine.errors import EngineError, SettingsError
 from lora_engine.merging.concatenate import concatenate
-from lora_engine.merging.deltas import needs_base_values
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.methods import METHODS, Elementwise
 from lora_engine.merging.resize import to_lora
@@ -179,7 +178,7 @@ def test_the_kinds_that_need_the_bases_values_are_known(kind):
     delta = random_delta(kind, shape).to_export()
     bases = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     one, two = (delta.delta_weight(base) for base in bases)
-    assert needs_base_values(delta) == (not torch.equal(one, two))
+    assert delta.reads_base == (not torch.equal(one, two))
 
 
 @pytest.mark.parametrize("kind", kinds)
@@ -191,7 +190,7 @@ def test_methods_merge_across_kinds(name, kind):
     second = to_lora(first, weight, rank=3)[0]
     parts = [Adapter({"unet.layer": first}), Adapter({"unet.layer": second})]
     stored = {} if name == "svd" else {"kind": "full"}
-    if needs_base_values(first):
+    if first.reads_base:
         with pytest.raises(EngineError, match=f"unet.layer: the delta of an adapter of kind '{kind}'.*base's weight"):
             merge_adapters(parts, [0.5, 0.5], options_of(name, **stored))
     base = {"unet": torch.nn.ModuleDict({"layer": layer})}

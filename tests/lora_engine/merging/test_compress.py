@@ -8,7 +8,6 @@ from lora_engine.adapters import Adapter, LoraDelta, kinds
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import compress, compress_to
-from lora_engine.merging.deltas import needs_base_values
 from lora_engine.merging.resize import resize, to_lora
 
 SHAPES = {"linear": (9, 7), "conv 3x3": (7, 5, 3, 3), "conv 1x1": (6, 8, 1, 1), "oblong": (5, 4, 1, 3)}
@@ -188,7 +187,7 @@ def test_resizing_other_kinds_is_refused_unless_requested():
 def test_any_kind_becomes_lora_with_the_energy_that_it_keeps(kind):
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(7))
     delta = random_delta(kind, (8, 8)).to_export()
-    if needs_base_values(delta):
+    if delta.reads_base:
         with pytest.raises(AdapterError, match="depends on the base's weight"):
             to_lora(delta, rank=8)
     whole, retained = to_lora(delta, weight, rank=8)

@@ -18,7 +18,6 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import sha256_file
 from lora_engine.formats import write_adapter
 from lora_engine.merging.concatenate import concatenate
-from lora_engine.merging.deltas import needs_base_values
 from lora_engine.streaming import fuse, unfuse
 
 STORED = "conditioner.embedders.1.model.text_projection"
@@ -123,7 +122,7 @@ def test_unfusing_gives_the_base_within_rounding(kind, dtype, bases, tmp_path):
     assert report.recorded
     assert report.difference == pytest.approx(largest, abs=1e-12)
     assert "loraline.fused" not in metadata_of(tmp_path / "back" / UNET)
-    if not any(needs_base_values(delta) for delta in adapter.modules.values()):
+    if not any(delta.reads_base for delta in adapter.modules.values()):
         without = unfuse(tmp_path / "fused", [(path, 0.7)], tmp_path / "alone")
         alone = weights_of(tmp_path / "alone", adapter.modules)
         assert without.difference is None
