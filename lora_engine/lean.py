@@ -29,5 +29,5 @@ def optional_hidden() -> Iterator[None]:
         yield
     finally:
         for name in hidden:
-            if sys.modules[name] is None:
+            if sys.modules.get(name, name) is None:
                 del sys.modules[name]
