@@ -73,7 +73,7 @@ def test_diffusers_refuses_what_our_diffusers_format_refuses(kind, tmp_path):
     file = write_adapter(tmp_path / "a.safetensors", adapter, format="kohya")[0]
     with pytest.raises(ValueError, match="renamed"):
         make_pipeline().load_lora_weights(file)
-    with pytest.raises(AdapterError, match="diffusers would not load it"):
+    with pytest.raises(AdapterError, match="diffusers does not load it"):
         write_adapter(tmp_path / "b", adapter, format="diffusers")
 
 

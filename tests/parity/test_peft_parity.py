@@ -235,7 +235,7 @@ def _lokr(factor):
         (PeftOftDelta(torch.ones(2, 6), 5), PeftOftDelta(torch.ones(2, 6), 0), "one number of terms"),
         (PeftOftDelta(torch.ones(2, 6), 5, 0.1), PeftOftDelta(torch.ones(2, 6)), "one constraint"),
         (PeftOftDelta(torch.ones(2, 6)), PeftIa3Delta(torch.ones(4, 1)), "several kinds"),
-        (PeftIa3Delta(torch.ones(4, 1)), PeftIa3Delta(torch.ones(1, 4), "input"), "ends in that of another"),
+        (PeftIa3Delta(torch.ones(4, 1)), PeftIa3Delta(torch.ones(1, 4), "input"), "ends in the name of another"),
         (_lokr(2), _lokr(4), "no single PEFT configuration"),
         (_lokr(2), random_delta("lora", (8, 20)), "several kinds"),
     ],
