@@ -947,6 +947,7 @@ def test_changed_projections_are_found_and_rebuilt_from_the_log(filled):
         "has 2": "DELETE FROM aliases WHERE alias = 'production'",
         "is ACTIVE": "UPDATE versions SET state = 'ACTIVE' WHERE version = 1",
         "revoked": "DELETE FROM revocations",
+        "not revoked": "UPDATE revocations SET subject = 'another'",
         "recorded files": "DELETE FROM contents WHERE path = 'adapter.safetensors'",
         "RUNNING": "UPDATE runs SET status = 'RUNNING', process = 'another boot/1'",
     }
