@@ -14,10 +14,11 @@ from torch import nn
 
 from lora_engine.adapters import Adapter, Attachment, DictTree, ModuleTree, module_shapes
 from lora_engine.adapters import attach as attach_adapter
-from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.base import BaseModel
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.formats import Bundle, Card, read_bundle, write_adapter
+from lora_engine.formats import Bundle, read_bundle, write_adapter
+from lora_engine.merging.files import load_base_if_read, merge_recipe, merged_card
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.report import Report
 from lora_engine.merging.resize import resize as resize_adapter
@@ -181,19 +182,11 @@ def merge(
         raise SettingsError("'learned' needs a dataset", remedy="use `lora_engine.merging.files.merge_files`")
     loaded = [item if isinstance(item, LoadedAdapter) else load(item) for item in adapters]
     scales: Sequence[Weight] = [1.0] * len(loaded) if weights is None else weights
-    reads_base = any(delta.reads_base for item in loaded for delta in item.adapter.modules.values())
-    model = load_base(base) if isinstance(base, str) and reads_base else None if isinstance(base, str) else base
-    merged, report = merge_adapters([item.adapter for item in loaded], scales, chosen, seed=seed, base=model)
-    licenses = {item.card.license for item in loaded}
-    card = Card(
-        title=" + ".join(item.card.title or "adapter" for item in loaded),
-        base=loaded[0].card.base,
-        base_fingerprint=loaded[0].card.base_fingerprint,
-        trigger=", ".join(dict.fromkeys(item.card.trigger for item in loaded if item.card.trigger)) or None,
-        recipe={"method": method, "weights": list(scales), "options": chosen.model_dump(mode="json")},
-        data=sorted({digest for item in loaded for digest in item.card.data}),
-        license=licenses.pop() if len(licenses) == 1 else None,
-    )
+    deltas, cards = [item.adapter for item in loaded], [item.card for item in loaded]
+    model = base if base is not None and not isinstance(base, str) else load_base_if_read(deltas, chosen, base)
+    merged, report = merge_adapters(deltas, scales, chosen, seed=seed, base=model)
+    titles = [card.title or "adapter" for card in cards]
+    card = merged_card(cards, titles, scales, method, merge_recipe(chosen, seed, scales, report))
     return LoadedAdapter(merged, card, report=report)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import Json
+from flows.cli.output import Approximate, Dtype, Energy, Json, Rank
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
@@ -62,14 +62,10 @@ def convert(
     to: Format,
     output: Output,
     base: Base = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")
-    ] = None,
-    approximate: Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")] = False,
-    rank: Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")
-    ] = None,
+    dtype: Dtype = None,
+    approximate: Approximate = False,
+    rank: Rank = None,
+    energy: Energy = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer (whole models).")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Diffusers folder with the model's configuration (whole models).")

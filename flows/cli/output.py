@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _WIDE = 240
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Dtype = Annotated[str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")]
+Approximate = Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")]
+Rank = Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")]
+Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")]
 
 
 def home_path() -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, open_home
+from flows.cli.output import Approximate, Dtype, Energy, Json, Rank, open_home
 
 if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
@@ -125,14 +125,10 @@ def export(
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="Base model, for formats that need its module names.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")
-    ] = None,
-    approximate: Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")] = False,
-    rank: Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")
-    ] = None,
+    dtype: Dtype = None,
+    approximate: Approximate = False,
+    rank: Rank = None,
+    energy: Energy = None,
     with_records: Annotated[bool, typer.Option(help="Include its documents and the registered file.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -57,33 +57,35 @@ def merge_files(
     parsed = options if isinstance(options, MergeOptions) else parse_options(method, options)
     adapters, cards = zip(*(read_adapter(file) for file in files), strict=True)
     check_bases(adapters, weights)
-    model = _base_if_needed(adapters, parsed, base)
+    model = load_base_if_read(adapters, parsed, base)
     final_weights: Sequence[Weight] = weights
     if isinstance(parsed, Learned):
         final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed)
     merged, report = merge_adapters(adapters, final_weights, parsed, seed=seed, base=model)
-    card = merged_card(cards, files, weights, method, _recipe(parsed, seed, final_weights, report))
+    titles = [card.title or file.stem for card, file in zip(cards, files, strict=True)]
+    parents = [f"{title} sha256:{sha256_file(file)}" for title, file in zip(titles, files, strict=True)]
+    recipe = {"parents": parents, **merge_recipe(parsed, seed, final_weights, report)}
+    card = merged_card(cards, titles, weights, method, recipe)
     write_adapter(output, merged, card=card)
     return report
 
 
 def merged_card(
     cards: Sequence[Card],
-    files: Sequence[Path],
+    titles: Sequence[str],
     weights: Sequence[Weight],
     method: str,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any],
 ) -> Card:
-    """Returns the card of a merged adapter: its parents, and the facts that all parents share.
+    """Returns the card of a merged adapter: how it was merged, and the facts that all parents share.
 
     Args:
         cards: Cards of the parents.
-        files: Files of the parents.
+        titles: Titles of the parents.
         weights: One weight per parent.
         method: Name of the merge method.
         recipe: Further entries of the recipe.
     """
-    titles = [card.title or file.stem for card, file in zip(cards, files, strict=True)]
     triggers = dict.fromkeys(card.trigger for card in cards if card.trigger)
     licenses = {card.license for card in cards}
     return Card(
@@ -91,12 +93,7 @@ def merged_card(
         base=cards[0].base,
         base_fingerprint=cards[0].base_fingerprint,
         trigger=", ".join(triggers) or None,
-        recipe={
-            "method": method,
-            "weights": list(weights),
-            "parents": [f"{title} sha256:{sha256_file(file)}" for title, file in zip(titles, files, strict=True)],
-            **(recipe or {}),
-        },
+        recipe={"method": method, "weights": list(weights), **recipe},
         data=sorted({digest for card in cards for digest in card.data}),
         license=licenses.pop() if len(licenses) == 1 else None,
         resolution=_shared(card.resolution for card in cards),
@@ -113,7 +110,8 @@ def _shown(weight: Weight, title: str) -> str:
     return f"{title} by blocks" if isinstance(weight, Mapping) else f"{weight:g} {title}"
 
 
-def _recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], report: Report) -> dict[str, Any]:
+def merge_recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], report: Report) -> dict[str, Any]:
+    """Returns the entries of a recipe that repeat a merge: options that are not defaults, the seed, learned weights."""
     recipe: dict[str, Any] = {}
     settings = options.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)
     if settings:
@@ -128,7 +126,13 @@ def _recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], report:
     return recipe
 
 
-def _base_if_needed(adapters: Sequence[Adapter], options: MergeOptions, base: str | None) -> BaseModel | None:
+def load_base_if_read(adapters: Sequence[Adapter], options: MergeOptions, base: str | None) -> BaseModel | None:
+    """Loads the base if a delta or the method reads its weights, else returns None.
+
+    Raises:
+        AdapterError: The adapters are for another base.
+        SettingsError: The method needs the base, and there is none.
+    """
     learns = isinstance(options, Learned)
     if not learns and not any(delta.reads_base for adapter in adapters for delta in adapter.modules.values()):
         return None
