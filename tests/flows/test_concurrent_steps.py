@@ -1,4 +1,4 @@
-"""Runs a whole pipeline in a fresh process, with six evaluations, two captionings and two trainings at once."""
+"""Runs pipelines whose steps start at once, in fresh processes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 EVALUATE = "{{uses: evaluate, adapter: one@1, dataset: captions, seeds: 1, steps: 1, max_pictures: 1, seed: {}}}"
 CAPTION = "{{uses: caption, dataset: prepared, captioner: interrogator, trigger: sks{}}}"
 TRAIN = "{{uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2, seed: {}}}"
-STEPS = {
-    **{f"report{number}": EVALUATE.format(number) for number in range(6)},
-    **{f"words{number}": CAPTION.format(number) for number in range(2)},
-    **{f"adapter{number}": TRAIN.format(number) for number in range(2)},
-}
 HELD_OUT = PREPARE.replace("images: images/", "images: images/, heldout: 0.5")
 AFTER = """\
   report:  {uses: evaluate, adapter: adapter0, dataset: captions, seeds: 1, steps: 1, max_pictures: 1}
   release: {uses: register, adapter: adapter0, report: report, alias: staging}
   exports: {uses: convert, adapter: adapter0, to: [kohya, diffusers, peft]}
 """
-LINE = HELD_OUT + "".join(f"  {name}: {step}\n" for name, step in STEPS.items()) + AFTER
+
+
+def steps_at_once(evaluations: int, captionings: int, trainings: int) -> dict[str, str]:
+    """Returns steps that all depend on steps of `PREPARE` alone."""
+    return {
+        **{f"report{number}": EVALUATE.format(number) for number in range(evaluations)},
+        **{f"words{number}": CAPTION.format(number) for number in range(captionings)},
+        **{f"adapter{number}": TRAIN.format(number) for number in range(trainings)},
+    }
+
+
+def line_of(steps: dict[str, str], after: str = "") -> str:
+    return HELD_OUT + "".join(f"  {name}: {step}\n" for name, step in steps.items()) + after
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +60,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     status, lines = forked(make, before=without_mlflow).finish()
     assert (status, lines) == (0, ["try@1"])
-    (folder / "pipeline.yaml").write_text(LINE)
     return folder
 
 
-@pytest.mark.parametrize("attempt", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(2, 11))])
-def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
-    prepared: Path, tmp_path: Path, environment: dict[str, str], prefect_database: Path, attempt: int
-) -> None:
-    del attempt
+def run_at_once(prepared: Path, tmp_path: Path, environment: dict[str, str], database: Path, text: str) -> str:
+    """Runs a pipeline as a user does, with a server of its own; returns the output."""
     folder = tmp_path / "line"
     shutil.copytree(prepared, folder)
-    # As a user starts it, with a server of its own; the copy saves that server its migrations.
-    shutil.copy(prefect_database, folder / "home" / "prefect" / DATABASE)
+    (folder / "pipeline.yaml").write_text(text)
+    # The copy saves that server its migrations.
+    shutil.copy(database, folder / "home" / "prefect" / DATABASE)
     alone = {name: value for name, value in environment.items() if not name.startswith("PREFECT_")}
     command = [sys.executable, "-m", "tests.flows.steps_at_once", str(tmp_path / "report"), "run"]
     done = subprocess.run(
@@ -77,13 +81,33 @@ def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "report").read_text() == ""
-    lines = done.stdout.splitlines()
-    assert {f"{name}: done" for name in STEPS} <= set(lines)
+    return done.stdout
+
+
+def test_steps_that_start_at_once_succeed_and_import_nothing_unguarded(
+    prepared: Path, tmp_path: Path, environment: dict[str, str], prefect_database: Path
+) -> None:
+    steps = steps_at_once(evaluations=2, captionings=1, trainings=1)
+    lines = run_at_once(prepared, tmp_path, environment, prefect_database, line_of(steps)).splitlines()
+    assert {f"{name}: done" for name in steps} <= set(lines)
     assert {f"{name}: cached, verified" for name in ("photos", "prepared", "captions")} <= set(lines)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("attempt", range(10))
+def test_many_steps_that_start_at_once_succeed_and_trainings_take_turns(
+    prepared: Path, tmp_path: Path, environment: dict[str, str], prefect_database: Path, attempt: int
+) -> None:
+    del attempt
+    steps = steps_at_once(evaluations=6, captionings=2, trainings=2)
+    output = run_at_once(prepared, tmp_path, environment, prefect_database, line_of(steps, AFTER))
+    lines = output.splitlines()
+    assert {f"{name}: done" for name in steps} <= set(lines)
     assert_in_turns(lines, "adapter0", "adapter1")
-    assert "staging -> try@2" in done.stdout
-    assert (folder / "home" / "reports" / "try-2.html").is_file()
-    assert {path.name for path in (folder / "home" / "exports").glob("try/*/*")} >= {"kohya", "diffusers", "peft"}
+    home = tmp_path / "line" / "home"
+    assert "staging -> try@2" in output
+    assert (home / "reports" / "try-2.html").is_file()
+    assert {path.name for path in (home / "exports").glob("try/*/*")} >= {"kohya", "diffusers", "peft"}
 
 
 def assert_in_turns(lines: list[str], first: str, second: str) -> None:
@@ -93,7 +117,7 @@ def assert_in_turns(lines: list[str], first: str, second: str) -> None:
     assert steps == sorted(steps, key=lambda name: name != steps[0])
 
 
-def test_a_run_without_models_does_not_import_torch(prepared: Path) -> None:
+def test_a_run_without_models_does_not_import_torch(prepared: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom flows.spec import load_spec\n"
         "from tasks.imports import import_for\nfrom tasks.job import prepare_job\n"
@@ -101,9 +125,11 @@ def test_a_run_without_models_does_not_import_torch(prepared: Path) -> None:
         "jobs = {name: prepare_job(name, step, spec.folder) for name, step in spec.steps.items()}\n"
         "import_for(jobs[name] for name in ('photos', 'prepared', 'captions'))\n"
         "print('torch' in sys.modules)\n"
-        "import_for([jobs['words0']])\n"
-        "print('torch' in sys.modules)\n"
+        "report = jobs['report0']\n"
+        "print('lora_engine.bases.sd' in report.kind.imports(report.spec, report.folder))\n"
     )
-    command = [sys.executable, "-c", code, str(prepared / "pipeline.yaml")]
+    shutil.copytree(prepared / "images", tmp_path / "images")
+    (tmp_path / "pipeline.yaml").write_text(line_of(steps_at_once(evaluations=1, captionings=0, trainings=0)))
+    command = [sys.executable, "-c", code, str(tmp_path / "pipeline.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["False", "True"], done.stderr

@@ -27,8 +27,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).parent / "prefect")
 
 # Without evaluation and export, which `test_line` runs in processes: each import of torch takes seconds.
+PREPARED = PREPARE.replace("name: try", "name: nightly")
 LINE = (
-    PREPARE.replace("name: try", "name: nightly")
+    PREPARED
     + """\
   adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2}
   release:  {uses: register, adapter: adapter, alias: trial}
@@ -111,41 +112,39 @@ def read(api: str, path: str) -> Any:
 
 
 @pytest.mark.usefixtures("trained_here")
-@pytest.mark.parametrize("runs_of_worker", [1, pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "by_worker", [{"prepared"}, pytest.param({"prepared", "first", "cached", "changed"}, marks=pytest.mark.nightly)]
+)
 def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
-    server: str, environment: dict[str, str], tmp_path: Path, runs_of_worker: int
+    server: str, environment: dict[str, str], tmp_path: Path, by_worker: set[str]
 ) -> None:
     images = tmp_path / "work" / "images"
     images.mkdir(parents=True)
     for index in range(4):
         draw_noise(images / f"{index}.png", index)
     spec = images.parent / "line.yaml"
-    spec.write_text(LINE)
+    spec.write_text(PREPARED)
     home = tmp_path / "home"
     deployment = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
     deployment["deployments"][0]["parameters"] = {"spec": str(spec), "home": str(home)}
     config = tmp_path / "prefect.yaml"
     config.write_text(yaml.safe_dump(deployment))
 
-    worker_ran = 0
-
-    def retrain() -> None:
-        # Each worker run imports everything twice, so most runs call the flow in this process.
-        nonlocal worker_ran
-        if worker_ran == runs_of_worker:
+    def retrain(run: str) -> None:
+        # A training by the worker imports everything twice, so these runs call the flow in this process.
+        if run not in by_worker:
             from flows.retrain import retrain as flow
 
             flow(str(spec), str(home))
             return
-        worker_ran += 1
-        run = post(server, f"deployments/{nightly['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
-        ended = wait_for(lambda: ended_run(server, run["id"]), 600, "the run has ended")
+        flow_run = post(server, f"deployments/{nightly['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+        ended = wait_for(lambda: ended_run(server, flow_run["id"]), 600, "the run has ended")
         assert ended["state"]["type"] == "COMPLETED", ended["state"]
 
-    def trainings() -> int:
+    def completed(step: str) -> int:
         with closing(Lineage(Home(home).lineage_url)) as lineage:
-            done = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == "train"]
-        return sum(execution.status == "COMPLETED" for execution in done)
+            executions = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == step]
+        return sum(execution.status == "COMPLETED" for execution in executions)
 
     worker = [PREFECT, "worker", "start", "--pool", "local", "--type", "process"]
     with started(worker, environment, tmp_path / "worker.log"):
@@ -160,13 +159,16 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         scheduled = wait_for(lambda: post(server, "flow_runs/filter", query), 300, "runs are SCHEDULED")
         assert {run["deployment_id"] for run in scheduled} == {nightly["id"]}
 
-        retrain()
-        assert trainings() == 1
-        retrain()
-        assert trainings() == 1, "nothing had changed"
+        retrain("prepared")
+        assert (completed("caption"), completed("train")) == (1, 0)
+        spec.write_text(LINE)
+        retrain("first")
+        assert (completed("caption"), completed("train")) == (1, 1)
+        retrain("cached")
+        assert completed("train") == 1, "nothing had changed"
         draw_noise(images / "new.png", 99)
-        retrain()
-        assert trainings() == 2
+        retrain("changed")
+        assert (completed("caption"), completed("train")) == (2, 2)
 
 
 def ended_run(api: str, run: str) -> Any:
