@@ -1,7 +1,7 @@
 # Main targets: `make demo` (set up, run a pipeline, print the results) and `make test` (set up, run all checks).
 PYTHON ?= python3
-# One process per core, one thread each. The tests of a file stay together, since they share servers and models; the
-# longest files come first (tests/measured.py). A crashed worker is not restarted: the same test would crash the next.
+# Processes of one thread each. The tests of a file stay together, since they share servers and models; tests/measured.py
+# sets the number of processes and the order. A crashed worker is not restarted: the same test would crash the next.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check quick nightly mutants durations lint faults bench docs lock clean
+.PHONY: help setup demo test suite check quick nightly mutants durations lint faults bench docs lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,7 +29,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup ## Trains, evaluates, registers and exports one adapter; prints where the results are
 	$(BIN)/loraline run examples/zorb/pipeline.yaml
 
-test: lint ## Runs all checks except those of nightly
+test: setup ## Runs all checks except those of nightly
+	$(MAKE) --jobs=2 lint suite
+
+suite: setup
 	$(PYTEST) --durations=40
 
 check: setup ## Runs lint and the tests that take less than two seconds each

@@ -1,4 +1,4 @@
-"""Defines a pytest plug-in that marks slow tests and orders files by measured durations.
+"""Defines a pytest plug-in that marks slow tests, orders files by measured durations and sets the number of workers.
 
 `make durations` updates `tests/durations.json`. Files without a measurement run first.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ class _Measured:
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
         """Schedules whole files, the longest first, so that workers share fixtures and end together."""
         return _LongestFirst(config, log, self.files) if config.option.dist == "loadfile" else None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_auto_num_workers(self) -> int:
+        """Returns one more process than cores, because tests wait for disks, servers and child processes."""
+        return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration

@@ -15,7 +15,10 @@ from flows.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    page
+    for entry in ROOT.glob("[!.]*")
+    for page in (entry.rglob("*.md") if entry.is_dir() else [entry])
+    if page.suffix == ".md"
 )
 
 

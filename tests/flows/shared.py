@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,29 +109,47 @@ def fill_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yields the address of a Prefect server for all tests of a worker."""
-    home = Home.open(tmp_path_factory.mktemp("prefect"))
+    """Yields the address of the Prefect server of all workers; the worker that needs it first starts it."""
+    home = Home.open(tmp_path_factory.mktemp("server"))
     configure_prefect(home)
-    database = home.prefect / DATABASE
+    users = run_folder(tmp_path_factory) / "prefect-users"
+    users.mkdir(exist_ok=True)
+    user = users / str(os.getpid())
+    user.touch()
 
-    def migrate(folder: Path) -> None:
-        # Migrations take longer than the rest of the start, so only the first server of a test run executes them.
-        with running_server() as address:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with ExitStack() as started:
+
+        def start(folder: Path) -> None:
+            address = started.enter_context(running_server())
             wait_until_up(address)
+            # A server with a copy skips the migrations, which take longer than the rest of the start.
+            database = home.prefect / DATABASE
             with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(folder / DATABASE)) as target:
                 source.backup(target)
+            (folder / "address").write_text(address)
 
-    prepared = fill_once(tmp_path_factory, "prefect-database", migrate)
-    if not database.exists():
-        shutil.copy(prepared / DATABASE, database)
-    with running_server() as address:
-        yield address
+        address = (fill_once(tmp_path_factory, "prefect", start) / "address").read_text()
+        with temporary_settings({PREFECT_API_URL: address}):
+            yield address
+        user.unlink()
+        # The server ends with the process that started it.
+        while any(is_running(int(other.name)) for other in users.iterdir()):
+            time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
 
 
 @pytest.fixture(scope="session")
 def prefect_database(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a migrated database without flow runs; a server with a copy of it skips the migrations."""
-    return run_folder(tmp_path_factory) / "prefect-database" / DATABASE
+    return run_folder(tmp_path_factory) / "prefect" / DATABASE
 
 
 def wait_until_up(address: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from lora_engine.training.batches import Batch
 from lora_engine.training.distributed import ProcessGroup
 from lora_engine.training.preservation import PreservationBatch
 from lora_engine.training.run import train
-from lora_engine.training.spawn import train_in_child
+from lora_engine.training.spawn import _environments, train_in_child
 from lora_engine.training.spec import TrainSettings
+from tests.faults.points import forked
 
 TWO = {"running": {"processes": 2, "device": "cpu"}}
 ONE = {"running": {"device": "cpu"}}
@@ -131,35 +133,45 @@ def halt_and_resume(job: dict[str, Any]) -> None:
     assert sorted(steps) == steps
 
 
+def train_forked(job: dict[str, Any]) -> None:
+    """Trains in two processes that need no imports, unlike those of `train_in_child`."""
+    Path(job["work"]).mkdir(parents=True)
+    trials = [
+        forked(lambda _: train_here(job), before=partial(os.environ.update, environment))
+        for environment in _environments(2, Path(job["work"]) / "rendezvous")
+    ]
+    assert [trial.finish() for trial in trials] == [(0, [])] * 2
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_two_processes_match_a_single_one(job: Callable[..., dict[str, Any]]) -> None:
+    one, two = (job(name, method=COMBINED, **how) for name, how in (("one", ONE), ("two", TWO)))
+    train_here(one)
+    train_forked(two)
+    require_same_training(one, two)
+    curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
+    assert len(curves[0]) == 6
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
-def test_when_one_of_two_dies_the_other_ends_and_a_second_attempt_matches_a_single_process(
+def test_when_one_of_two_dies_the_other_ends_and_the_cause_is_reported(
     job: Callable[..., dict[str, Any]], rank: int
 ) -> None:
-    # Many steps, so that a training is still running when the signal arrives.
-    one, two = (job(name, method=COMBINED, steps=24, **how) for name, how in (("one", ONE), ("two", TWO)))
+    dying = job("dying", steps=100_000, **TWO)
     killed: list[int] = []
 
     def kill(done: int, total: int, values: Any) -> None:
-        if done > 2 and not killed:
-            killed.append(child_of(two, rank))
+        if done and not killed:
+            killed.append(child_of(dying, rank))
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="SIGKILL"):
-        train_in_child(two, kill)
+        train_in_child(dying, kill)
     assert killed
     for child_rank in (0, 1):
         with pytest.raises(LookupError):
-            child_of(two, child_rank)
-    assert not Path(two["out"]).exists()
-
-    steps: list[int] = []
-    train_in_child(two, lambda done, total, values: steps.append(done))
-    assert min(done for done in steps if done) > 2  # 0 is the preparation, which a resumed run repeats
-    train_here(one)
-    require_same_training(one, two)
-    curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
-    assert len(curves[0]) == 24
-    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
+            child_of(dying, child_rank)
 
 
 @pytest.mark.nightly
