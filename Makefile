@@ -35,7 +35,7 @@ test: setup ## Runs all checks except those of nightly
 suite: setup
 	$(PYTEST) --durations=40
 
-check: setup ## Runs lint and the tests that take less than two seconds each
+check: setup ## Runs lint and the tests that take less than a tenth of a second each
 	$(MAKE) --jobs=2 lint quick
 
 quick: setup

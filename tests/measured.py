@@ -15,7 +15,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).parent / "durations.json"
-SLOW = 2.0
+SLOW = 0.1
 """Minimum seconds, fixtures included, of a test that `make check` skips."""
 
 
