@@ -13,11 +13,10 @@ from sqlalchemy.orm import Session
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import Action, AdapterVersion, ArtifactRef, Event, EventType, VersionState, now
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
-from registry.lineage.record import artifact_ref
-from registry.store.database import insert_missing
+from registry.lineage.graph import version_ids
+from registry.lineage.rows import artifact_ref
+from registry.store.database import batched, insert_missing
 from registry.store.tables import AliasRow, ArtifactRow, EventRow, NameRow, ParentRow, VersionRow
-
-_BATCH = 500
 
 
 def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
@@ -54,6 +53,12 @@ def read_versions(session: Session, name: str | None = None) -> list[AdapterVers
     if name is not None:
         query = query.where(VersionRow.name == name)
     return entities(session, session.scalars(query).all())
+
+
+def find_versions(session: Session, refs: Iterable[str]) -> list[AdapterVersion]:
+    """Returns the versions by `name@version`, ordered by name and number; leaves out those that do not exist."""
+    rows = [row for (row,) in batched(session, select(VersionRow), VersionRow.id, version_ids(session, refs))]
+    return entities(session, sorted(rows, key=lambda row: (row.name, row.version)))
 
 
 def find_identical(session: Session, name: str, artifact: ArtifactRef, report: ArtifactRef | None) -> VersionRow | None:
@@ -275,20 +280,17 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:
     """Returns the versions of rows with their artifacts, aliases and parents; uses a few queries for all rows."""
     digests = {row.artifact for row in rows} | {row.report for row in rows if row.report}
-    artifacts: dict[str, ArtifactRef] = {}
-    for batch in _batches(sorted(digests)):
-        artifact_rows = session.scalars(select(ArtifactRow).where(ArtifactRow.sha256.in_(batch)))
-        artifacts |= {row.sha256: artifact_ref(row) for row in artifact_rows}
+    artifacts = {
+        row.sha256: artifact_ref(row) for (row,) in batched(session, select(ArtifactRow), ArtifactRow.sha256, digests)
+    }
     aliases: dict[tuple[str, int | None], list[str]] = defaultdict(list)
-    for batch in _batches(sorted({row.name for row in rows})):
-        for alias in session.scalars(select(AliasRow).where(AliasRow.name.in_(batch)).order_by(AliasRow.alias)):
-            aliases[alias.name, alias.version].append(alias.alias)
+    by_alias, names = select(AliasRow).order_by(AliasRow.alias), {row.name for row in rows}
+    for (alias,) in batched(session, by_alias, AliasRow.name, names):
+        aliases[alias.name, alias.version].append(alias.alias)
     parents: dict[int, list[str]] = defaultdict(list)
-    for batch in _batches([row.id for row in rows]):
-        for parent in session.scalars(
-            select(ParentRow).where(ParentRow.child.in_(batch)).order_by(ParentRow.child, ParentRow.position)
-        ):
-            parents[parent.child].append(parent.text)
+    by_position = select(ParentRow).order_by(ParentRow.child, ParentRow.position)
+    for (parent,) in batched(session, by_position, ParentRow.child, (row.id for row in rows)):
+        parents[parent.child].append(parent.text)
     return [
         AdapterVersion(
             name=row.name,
@@ -319,10 +321,6 @@ def _version_id(session: Session, text: str) -> int | None:
     if not number.isdecimal():
         return None
     return session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == int(number)))
-
-
-def _batches(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (values[begin : begin + _BATCH] for begin in range(0, len(values), _BATCH))
 
 
 def _event(row: EventRow) -> Event:

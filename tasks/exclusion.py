@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from registry.errors import RightsError
 from registry.lineage.record import Lineage
-from registry.policy.ancestry import held_subjects
-from registry.policy.revocations import revoked_subjects
+from registry.policy.revocations import revoked_in
 from tasks.step import Inputs
 
 
@@ -17,11 +16,10 @@ def refuse_revoked(inputs: Inputs, lineage: Lineage, where: str) -> None:
     """
     datasets = {ref.sha256 for refs in inputs.values() for ref in refs if ref.kind == "manifest"}
     with lineage.database.read() as session:
-        revoked = revoked_subjects(session) if datasets else {}
-        held = held_subjects(session, revoked, datasets) if revoked else frozenset()
-    if held:
+        revoked = revoked_in(session, datasets)
+    if revoked:
         raise RightsError(
-            f"its dataset contains revoked items: {', '.join(sorted({revoked[subject] for subject in held}))}",
+            f"its dataset contains revoked items: {', '.join(revoked)}",
             where=where,
             remedy="run the pipeline again; ingest excludes them",
         )

@@ -73,7 +73,7 @@ def front_matter(facts: Facts) -> dict[str, Any]:
     matter: dict[str, Any] = {"base_model": facts.base} if facts.base else {}
     if facts.base:
         matter["base_model_relation"] = "adapter"
-    matter |= hub_license(facts.terms.name)
+    matter |= hub_license(facts.license)
     matter["library_name"] = "diffusers"
     matter["pipeline_tag"] = "text-to-image"
     if facts.triggers:
@@ -130,12 +130,12 @@ def _values(facts: Facts, text: Any) -> dict[str, Any]:
         ),
         "limits": [text(limit) for limit in limits(facts)],
         "terms": {
-            "name": text(facts.terms.name or ""),
-            "origin": text(facts.terms.origin),
-            "unknown": [text(what) for what in facts.terms.unknown],
-            "sources": [(text(where), text(what)) for where, what in facts.terms.sources],
+            "name": text(facts.license or ""),
+            "origin": text(facts.terms_origin),
+            "unknown": [text(what) for what in sorted(facts.terms.unknown)],
+            "sources": [(text(where), text(what)) for where, what in facts.terms_sources],
             **{
-                part: [text(word) for word in getattr(facts.terms, part)]
+                part: [text(word) for word in sorted(getattr(facts.terms, part))]
                 for part in ("permissions", "obligations", "restrictions")
             },
         },

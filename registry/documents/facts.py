@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import AdapterVersion, ArtifactRef, Execution, Run
+from registry.policy.license_terms import LicenseTerms
 
 _ABSOLUTE = re.compile(r"(?:/|~|\\\\|[A-Za-z]:[\\/]|file:)")
 
@@ -74,40 +75,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class LicenseTerms:
-    """The license terms of a version.
-
-    Args:
-        licenses: SPDX identifiers or names of all licenses that apply together; empty means unknown.
-        origin: How the terms were determined.
-        permissions: Allowed uses.
-        obligations: Required actions.
-        restrictions: Forbidden uses.
-        unknown: Sources without a known license; any entry removes all permissions.
-        sources: (where, statement) of each source.
-    """
-
-    licenses: tuple[str, ...]
-    origin: str
-    permissions: tuple[str, ...] = ()
-    obligations: tuple[str, ...] = ()
-    restrictions: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
-    sources: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def name(self) -> str | None:
-        """The licenses as one SPDX expression; None means that some are unknown."""
-        return None if self.unknown or not self.licenses else " AND ".join(self.licenses)
-
-
-@dataclass(frozen=True)
 class Facts:
     """The facts about a version that its documents are made from.
 
     Args:
         version: The version.
         terms: Its license terms.
+        terms_origin: How the terms were determined.
+        terms_sources: (where, statement) of each source of the terms.
         report: Content of `report.json`; empty means not evaluated.
         maker: The step that made the adapter; None for an imported file.
         run: The run of that step.
@@ -120,6 +95,8 @@ class Facts:
 
     version: AdapterVersion
     terms: LicenseTerms
+    terms_origin: str
+    terms_sources: Sequence[tuple[str, str]] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     maker: Execution | None = None
     run: Run | None = None
@@ -133,6 +110,11 @@ class Facts:
     def title(self) -> str:
         """The display name."""
         return str(self.version.card.get("title") or self.version.name)
+
+    @property
+    def license(self) -> str | None:
+        """The licenses that apply together, as one SPDX expression; None means that some are unknown."""
+        return None if self.terms.unknown else " AND ".join(sorted(self.terms.licenses)) or None
 
     @property
     def base(self) -> str:

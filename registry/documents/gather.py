@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as package_version
 from typing import Any
 
 from sqlalchemy import select
 
 from registry.context import RegistryContext
-from registry.documents.facts import Dataset, Facts, LicenseTerms, Parent, Sample, without_paths
+from registry.documents.facts import Dataset, Facts, Parent, Sample, without_paths
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.errors import RegistryError
+from registry.identity import program_version
 from registry.lineage.record import Lineage
-from registry.policy.terms import terms_of
+from registry.policy.license_terms import LicenseTerms, unknown
+from registry.policy.rights import resolve_rights
 from registry.store.artifacts import Store
 from registry.store.tables import VersionRow
 
@@ -32,13 +32,21 @@ def gather_facts(context: RegistryContext, version: AdapterVersion) -> Facts:
         StoreError: The report or a manifest is missing or damaged.
     """
     store, lineage = context.store, context.lineage
+    try:
+        with lineage.database.read() as session:
+            rights = resolve_rights(session, context, version)
+        terms, origin, sources = rights.terms, "inherited from everything upstream", rights.sources
+    except RegistryError as error:
+        terms, origin, sources = unknown("it"), f"not resolved: {error.problem}", ()
     steps = list(_steps(lineage, version))
     maker = next((step for step in reversed(steps) if step.output == version.artifact), None)
     report = _read_object(store, version.report, "report.json") if version.report else {}
     run_id = maker.run_id if maker else version.run_id
     return Facts(
         version=version,
-        terms=_terms(context, version),
+        terms=terms,
+        terms_origin=origin,
+        terms_sources=[(source.where, str(without_paths(source.what))) for source in sources],
         report=report,
         maker=maker,
         run=lineage.run(run_id) if run_id else None,
@@ -46,39 +54,14 @@ def gather_facts(context: RegistryContext, version: AdapterVersion) -> Facts:
         datasets=list(_datasets(store, steps)),
         parents=list(_parents(lineage, version)),
         samples=list(_samples(store, version, report)),
-        builder=builder_version(),
+        builder=program_version(),
     )
 
 
 def bare_facts(version: AdapterVersion) -> Facts:
     """Returns the facts from the row of a version alone, for a version whose bytes are missing."""
-    stated = str(version.card.get("license") or "")
-    return Facts(version, LicenseTerms((stated,) if stated else (), "stated in the adapter's card"))
-
-
-def _terms(context: RegistryContext, version: AdapterVersion) -> LicenseTerms:
-    try:
-        resolved = terms_of(context, version)
-    except RegistryError as error:
-        return LicenseTerms((), f"not resolved: {error.problem}", unknown=("it",))
-    terms = resolved.terms
-    return LicenseTerms(
-        licenses=tuple(sorted(terms.licenses)),
-        origin="inherited from everything upstream",
-        permissions=tuple(sorted(terms.permissions)),
-        obligations=tuple(sorted(terms.obligations)),
-        restrictions=tuple(sorted(terms.restrictions)),
-        unknown=tuple(sorted(terms.unknown)),
-        sources=tuple((source.where, str(without_paths(source.what))) for source in resolved.sources),
-    )
-
-
-def builder_version() -> str:
-    """Returns the version of this program."""
-    try:
-        return package_version("loraline")
-    except PackageNotFoundError:
-        return "unknown"
+    stated = frozenset({str(version.card["license"])} if version.card.get("license") else ())
+    return Facts(version, LicenseTerms(permissions=frozenset(), licenses=stated), "stated in the adapter's card")
 
 
 def _read_object(store: Store, ref: ArtifactRef, file: str) -> dict[str, Any]:
@@ -93,11 +76,9 @@ def _read_object(store: Store, ref: ArtifactRef, file: str) -> dict[str, Any]:
 
 
 def _steps(lineage: Lineage, version: AdapterVersion) -> Iterator[Execution]:
-    nodes = lineage.walk(version.ref).nodes
-    executions = [lineage.executions(output=node.id) for node in nodes if node.kind == "artifact"]
-    completed = [step for steps in executions for step in steps if step.status == "COMPLETED"]
+    steps = lineage.executions(ids=[node.id for node in lineage.walk(version.ref).nodes if node.kind == "execution"])
     # A step that returns its input unchanged has the same output as the step before it.
-    latest = {(step.step, step.uses, step.output): step for step in completed}
+    latest = {(step.step, step.uses, step.output): step for step in steps}
     yield from sorted(latest.values(), key=lambda step: (step.started_at, step.id))
 
 

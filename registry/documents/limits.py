@@ -29,7 +29,7 @@ def limits(facts: Facts) -> Iterator[str]:
         yield f"No consent is recorded for {uncovered} of its images."
     if facts.base:
         yield f"It was made for the base {facts.base}; on other bases of its family its effect was not measured."
-    if facts.terms.name is None:
+    if facts.license is None:
         yield "Its license is unknown: do not publish or sell what it makes before that is settled."
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from registry.documents.facts import Dataset, Facts, LicenseTerms
+from registry.documents.facts import Dataset, Facts
 from registry.documents.limits import limits
 from registry.documents.spdx import SPDX
 from registry.entities import to_json
 from registry.policy.alias_policy import numbers
+from registry.policy.license_terms import LicenseTerms
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 MODEL = "machine-learning-model"
@@ -145,9 +146,9 @@ def _properties(facts: Facts) -> Iterator[dict[str, str]]:
 
 
 def _licenses(terms: LicenseTerms) -> Iterator[dict[str, Any]]:
-    for name in terms.licenses:
+    for name in sorted(terms.licenses):
         yield {"license": {"id": name} if name in SPDX else {"name": name}}
-    for source in terms.unknown:
+    for source in sorted(terms.unknown):
         yield {"license": {"name": f"unknown: {source}"}}
 
 

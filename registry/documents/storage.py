@@ -18,7 +18,8 @@ from registry.documents.mlbom import mlbom
 from registry.documents.provenance import provenance
 from registry.entities import AdapterVersion, ArtifactRef, now
 from registry.errors import StoreError, VersionError
-from registry.lineage.record import Lineage, artifact_ref, record_artifacts, record_contents
+from registry.lineage.record import Lineage
+from registry.lineage.rows import artifact_ref, record_artifacts, record_contents
 from registry.store.artifacts import Store
 from registry.store.tables import ArtifactRow, RecordRow, VersionRow
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from registry.lineage.walk import Node, NodeId, Walk
+from registry.lineage.graph import NodeId
+from registry.lineage.walk import Node, Walk
 
 _SHAPES = {
     "subject": ("([", "])"),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from uuid import UUID, uuid5
 
 from lora_engine.files import canonical_json
 from registry.entities import ArtifactRef, Execution, Run
+from registry.identity import program_version
 from registry.lineage.record import Lineage
 from registry.lineage.walk import Walk
 
@@ -86,7 +86,7 @@ def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
     environment = {key: value for key, value in execution.environment.items() if key != "distributions"}
     facets = {
         "parent": _facet("parent", **parent),
-        "processing_engine": _facet("processing_engine", name="loraline", version=_version()),
+        "processing_engine": _facet("processing_engine", name="loraline", version=program_version()),
         "loraline_execution": _facet(
             "loraline_execution",
             execution=execution.id,
@@ -141,11 +141,4 @@ def _time(instant: datetime) -> str:
 
 
 def _producer() -> str:
-    return f"urn:loraline:{_version()}"
-
-
-def _version() -> str:
-    try:
-        return version("loraline")
-    except PackageNotFoundError:
-        return "unknown"
+    return f"urn:loraline:{program_version()}"

@@ -9,8 +9,9 @@ from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from registry.errors import LineageError
+from registry.lineage.graph import NodeId
 from registry.lineage.layout import GAP_X, GAP_Y, Edges, Key, Rect, layer, order, position
-from registry.lineage.walk import Node, NodeId, Walk
+from registry.lineage.walk import Node, Walk
 
 LIMIT = 400
 """Maximum number of boxes in one image."""

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from lora_engine.files import canonical_json, sha256_bytes
-from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject, now
+from registry.entities import ArtifactRef, Execution, FileEntry, Run, RunStatus, Subject, now
 from registry.errors import LineageError
-from registry.lineage.walk import Direction, Walk, batched, walk
-from registry.store.database import Database, insert_missing, require_json
-from registry.store.tables import ArtifactRow, ContentRow, DistributionsRow, ExecutionRow, InputRow, RunRow, SubjectRow
+from registry.lineage.graph import Edge, NodeId, Relation, upstream
+from registry.lineage.rows import (
+    artifact_ref,
+    read_executions,
+    read_run,
+    record_artifacts,
+    record_contents,
+    store_environment,
+)
+from registry.lineage.walk import Direction, Walk, walk
+from registry.store.database import Database, batched, require_json
+from registry.store.tables import ArtifactRow, ExecutionRow, InputRow, RunRow
 
 
 class Lineage:
@@ -64,7 +72,7 @@ class Lineage:
                 .where(RunRow.id == run_id, RunRow.status == "RUNNING")
                 .values(status=status, ended_at=now())
             )
-            return _run(_get_run(session, run_id))
+            return read_run(_get_run(session, run_id))
 
     def find_dead_runs(self) -> list[Run]:
         """Marks every run of this host whose process does not exist as CRASHED, and returns those runs."""
@@ -75,7 +83,7 @@ class Lineage:
             dead = [row for row in running if not is_alive(row)]
             for row in dead:
                 row.status, row.ended_at = "CRASHED", now()
-            return [_run(row) for row in dead]
+            return [read_run(row) for row in dead]
 
     def run(self, run_id: str) -> Run:
         """Returns the run with that id.
@@ -84,13 +92,13 @@ class Lineage:
             LineageError: No such run.
         """
         with self.database.read() as session:
-            return _run(_get_run(session, run_id))
+            return read_run(_get_run(session, run_id))
 
     def runs(self, limit: int = 100) -> list[Run]:
         """Returns the latest runs, newest first."""
         with self.database.read() as session:
             rows = session.scalars(select(RunRow).order_by(RunRow.started_at.desc(), RunRow.id).limit(limit))
-            return [_run(row) for row in rows]
+            return [read_run(row) for row in rows]
 
     def record(
         self,
@@ -120,7 +128,7 @@ class Lineage:
                 record_artifacts(session, [execution.output])
                 record_contents(session, execution.output, contents or {}, subjects)
             values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
-            values["environment"] = _store_environment(session, execution.environment)
+            values["environment"] = store_environment(session, execution.environment)
             # An error may quote arbitrary text, and PostgreSQL text cannot contain NUL.
             values["error"] = execution.error and execution.error.replace("\0", "\ufffd")
             inputs = values.pop("inputs")
@@ -153,23 +161,44 @@ class Lineage:
                 .order_by(ExecutionRow.started_at.desc())
                 .limit(1)
             ).first()
-            return None if row is None else _execution(session, row)
+            return None if row is None else read_executions(session, [row])[0]
 
     def executions(
         self, run_id: str | None = None, *, output: str | None = None, ids: Sequence[str] | None = None
     ) -> list[Execution]:
         """Returns executions by run, output artifact or ids, sorted by start time."""
-        query = select(ExecutionRow).order_by(ExecutionRow.started_at, ExecutionRow.id)
+        query = select(ExecutionRow)
         if run_id is not None:
             query = query.where(ExecutionRow.run_id == run_id)
         if output is not None:
             query = query.where(ExecutionRow.output == output)
         with self.database.read() as session:
             if ids is None:
-                return [_execution(session, row) for row in session.scalars(query)]
-            rows = [row[0] for row in batched(session, query, ExecutionRow.id, ids)]
-            rows.sort(key=lambda row: (row.started_at, row.id))
-            return [_execution(session, row) for row in rows]
+                return read_executions(session, session.scalars(query))
+            return read_executions(session, (row[0] for row in batched(session, query, ExecutionRow.id, ids)))
+
+    def upstream_executions(
+        self, artifacts: Iterable[ArtifactRef], follow: Callable[[Execution], Iterable[ArtifactRef]]
+    ) -> list[Execution]:
+        """Returns the completed executions upstream of artifacts, nearest first.
+
+        Args:
+            artifacts: The artifacts to start at.
+            follow: Returns the inputs of an execution that the search continues with.
+        """
+        executions: list[Execution] = []
+
+        def find_inputs(session: Session, ids: Sequence[str]) -> Iterator[Edge]:
+            rows = (row for (row,) in batched(session, select(ExecutionRow), ExecutionRow.id, ids))
+            for execution in read_executions(session, rows):
+                executions.append(execution)
+                for ref in follow(execution):
+                    yield Edge(NodeId("artifact", ref.sha256), NodeId("execution", execution.id), "input")
+
+        with self.database.read() as session:
+            starts = [NodeId("artifact", ref.sha256) for ref in artifacts]
+            upstream(session, starts, "output", extra=[Relation("execution", find_inputs)])
+        return executions
 
     def walk(self, start: str, direction: Direction = "up", *, subjects: bool = False) -> Walk:
         """Returns the upstream (`up`) or downstream (`down`) graph of a node.
@@ -187,95 +216,11 @@ class Lineage:
             return walk(session, start, direction, subjects=subjects)
 
 
-def record_artifacts(session: Session, refs: Any) -> None:
-    """Adds rows for the artifacts, within a transaction."""
-    insert_missing(session, ArtifactRow, [ref.to_json() for ref in refs])
-
-
-def record_contents(
-    session: Session, ref: ArtifactRef, contents: Mapping[str, FileEntry], subjects: Iterable[Subject] = ()
-) -> None:
-    """Adds rows for the files and subjects of an artifact, within a transaction."""
-    insert_missing(
-        session, ContentRow, [{"artifact": ref.sha256, "path": path, **vars(entry)} for path, entry in contents.items()]
-    )
-    insert_missing(
-        session,
-        SubjectRow,
-        [
-            {"artifact": ref.sha256, "subject": subject.id, "label": subject.label, "kind": subject.kind}
-            for subject in subjects
-        ],
-    )
-
-
-def artifact_ref(row: ArtifactRow) -> ArtifactRef:
-    """Returns the reference of a row."""
-    return ArtifactRef(row.kind, row.sha256, row.size)
-
-
-def _store_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Stores the list of installed packages once, and returns the environment with its digest instead."""
-    listed = environment.get("distributions")
-    if not isinstance(listed, list):
-        return dict(environment)
-    digest = sha256_bytes(canonical_json(listed))
-    insert_missing(session, DistributionsRow, [{"sha256": digest, "listed": listed}])
-    return {**environment, "distributions": digest}
-
-
-def _read_environment(session: Session, environment: Mapping[str, Any]) -> dict[str, Any]:
-    digest = environment.get("distributions")
-    row = session.get(DistributionsRow, digest) if isinstance(digest, str) else None
-    return dict(environment) if row is None else {**environment, "distributions": row.listed}
-
-
 def _get_run(session: Session, run_id: str) -> RunRow:
     row = session.get(RunRow, run_id)
     if row is None:
         raise LineageError(f"no run {run_id!r}", remedy="start it with `start_run`")
     return row
-
-
-def _run(row: RunRow) -> Run:
-    return Run(
-        row.id,
-        row.name,
-        row.spec,
-        cast("RunStatus", row.status),
-        row.pid,
-        row.host,
-        row.started_at,
-        row.ended_at,
-        row.mlflow_run_id,
-    )
-
-
-def _execution(session: Session, row: ExecutionRow) -> Execution:
-    inputs = session.execute(
-        select(InputRow.role, ArtifactRow)
-        .join(ArtifactRow, ArtifactRow.sha256 == InputRow.artifact)
-        .where(InputRow.execution == row.id)
-        .order_by(InputRow.position)
-    )
-    output = session.get(ArtifactRow, row.output) if row.output else None
-    return Execution(
-        id=row.id,
-        run_id=row.run_id,
-        step=row.step,
-        uses=row.uses,
-        revision=row.revision,
-        key=row.key,
-        settings=row.settings,
-        inputs={role: artifact_ref(artifact) for role, artifact in inputs},
-        output=artifact_ref(output) if output else None,
-        status=cast("ExecutionStatus", row.status),
-        environment=_read_environment(session, row.environment),
-        seed=row.seed,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        error=row.error,
-    )
 
 
 def is_alive(row: RunRow) -> bool:

@@ -5,30 +5,29 @@ Reads rows only; `registry.maintenance.gc` deletes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from lora_engine.files import sha256_bytes
 from registry.entities import ArtifactRef, FileEntry
-from registry.lineage.record import artifact_ref, is_alive
+from registry.lineage.graph import Edge, NodeId, Relation, upstream, version_ids, version_ref
+from registry.lineage.record import is_alive
+from registry.lineage.rows import artifact_ref
 from registry.store.artifacts import encode_tree
+from registry.store.database import batched
 from registry.store.tables import (
     AliasRow,
     ArtifactRow,
     ContentRow,
     ExecutionRow,
     InputRow,
-    ParentRow,
     RecordRow,
     RunRow,
     VersionRow,
 )
-
-_BATCH = 500
 
 
 def version_roots(session: Session) -> set[str]:
@@ -38,15 +37,10 @@ def version_roots(session: Session) -> set[str]:
     them a version cannot be rebuilt.
     """
     aliased = select(AliasRow.version).where(AliasRow.name == VersionRow.name).correlate(VersionRow)
-    live = select(VersionRow.id).where(or_(VersionRow.state != "DELETED", VersionRow.version.in_(aliased)))
-    ids = _with_parents(session, set(session.scalars(live)))
-    digests: set[str] = set()
-    for batch in _batches(sorted(ids)):
-        columns = (VersionRow.artifact, VersionRow.report, VersionRow.record)
-        for row in session.execute(select(*columns).where(VersionRow.id.in_(batch))):
-            digests |= {digest for digest in row if digest}
-        digests |= set(session.scalars(select(RecordRow.artifact).where(RecordRow.version.in_(batch))))
-    return with_ancestry(session, digests)
+    live = select(version_ref()).where(or_(VersionRow.state != "DELETED", VersionRow.version.in_(aliased)))
+    starts = [NodeId("version", ref) for ref in session.scalars(live)]
+    documents = Relation("version", _documents)
+    return set(upstream(session, starts, "version", "output", "input", extra=[documents]).ids("artifact"))
 
 
 def run_roots(session: Session, since: datetime) -> set[str]:
@@ -63,31 +57,9 @@ def run_roots(session: Session, since: datetime) -> set[str]:
     latest = select(RunRow.id).join(last, (RunRow.name == last.c.name) & (RunRow.started_at == last.c.at))
     runs = set(session.scalars(select(RunRow.id).where(RunRow.started_at >= since))) | set(session.scalars(latest))
     runs |= {row.id for row in session.scalars(select(RunRow).where(RunRow.status == "RUNNING")) if is_alive(row)}
-    digests: set[str] = set()
-    for batch in _batches(sorted(runs)):
-        in_batch = ExecutionRow.run_id.in_(batch)
-        digests |= {digest for digest in session.scalars(select(ExecutionRow.output).where(in_batch)) if digest}
-        inputs = select(InputRow.artifact).join(ExecutionRow, ExecutionRow.id == InputRow.execution).where(in_batch)
-        digests |= set(session.scalars(inputs))
-    return digests
-
-
-def with_ancestry(session: Session, digests: Iterable[str]) -> set[str]:
-    """Returns the artifacts and everything upstream of them, through completed steps."""
-    upstream = set(digests)
-    level = sorted(upstream)
-    while level:
-        inputs: set[str] = set()
-        for batch in _batches(level):
-            query = (
-                select(InputRow.artifact)
-                .join(ExecutionRow, ExecutionRow.id == InputRow.execution)
-                .where(ExecutionRow.output.in_(batch), ExecutionRow.status == "COMPLETED")
-            )
-            inputs |= set(session.scalars(query))
-        level = sorted(inputs - upstream)
-        upstream |= inputs
-    return upstream
+    outputs = select(ExecutionRow.output).where(ExecutionRow.output.is_not(None))
+    inputs = select(InputRow.artifact).join(ExecutionRow, ExecutionRow.id == InputRow.execution)
+    return {row[0] for query in (outputs, inputs) for row in batched(session, query, ExecutionRow.run_id, runs)}
 
 
 def recorded_list(session: Session, ref: ArtifactRef) -> dict[str, FileEntry] | None:
@@ -108,17 +80,11 @@ def known_artifacts(session: Session) -> list[ArtifactRef]:
     return [artifact_ref(row) for row in session.scalars(select(ArtifactRow).order_by(ArtifactRow.sha256))]
 
 
-def _with_parents(session: Session, ids: set[int]) -> set[int]:
-    level = sorted(ids)
-    while level:
-        parents: set[int] = set()
-        for batch in _batches(level):
-            query = select(ParentRow.parent).where(ParentRow.child.in_(batch), ParentRow.parent.is_not(None))
-            parents |= {parent for parent in session.scalars(query) if parent is not None}
-        level = sorted(parents - ids)
-        ids |= parents
-    return ids
-
-
-def _batches(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (values[begin : begin + _BATCH] for begin in range(0, len(values), _BATCH))
+def _documents(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
+    """Yields the metadata artifacts and documents of versions."""
+    metadata = select(VersionRow.record, version_ref())
+    documents = select(RecordRow.artifact, version_ref()).join(VersionRow, VersionRow.id == RecordRow.version)
+    ids = version_ids(session, refs)
+    for query in (metadata, documents):
+        for artifact, ref in batched(session, query, VersionRow.id, ids):
+            yield Edge(NodeId("artifact", artifact), NodeId("version", ref), "document")

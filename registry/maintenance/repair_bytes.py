@@ -17,7 +17,7 @@ from lora_engine.files import sha256_file
 from registry.entities import ArtifactRef, FileEntry
 from registry.errors import DamagedBlob, MissingBlob
 from registry.home import Home
-from registry.lineage.record import record_contents
+from registry.lineage.rows import record_contents
 from registry.maintenance.check_bytes import read_digests
 from registry.maintenance.gc_roots import known_artifacts, recorded_files, recorded_list, version_roots
 from registry.store.artifacts import Store, encode_tree

@@ -10,6 +10,7 @@ from typing import Any
 from registry.entities import ArtifactRef
 
 Entry = Mapping[str, Any]
+"""An image as a manifest lists it."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,17 @@ def find_consent(datasets: Mapping[ArtifactRef, tuple[Entry, ...] | None], today
     missing = tuple(_counted(images, _missing))
     if not datasets:
         missing = ("no dataset is recorded, so consent is unknown",)
-    generated = sum(bool(_rights(entry).get("evidence") or _rights(entry).get("ai_generated")) for entry in images)
+    generated = sum(bool(rights_of(entry).get("evidence") or rights_of(entry).get("ai_generated")) for entry in images)
     return ConsentFindings(len(images), broken, missing, generated)
 
 
+def rights_of(image: Entry) -> Entry:
+    """Returns the rights that a manifest states for an image; empty for datasets older than that field."""
+    return image.get("rights") or {}
+
+
 def _broken(entry: Entry, today: date) -> Iterator[str]:
-    rights = _rights(entry)
+    rights = rights_of(entry)
     expires = rights.get("expires")
     if expires is not None and date.fromisoformat(expires) < today:
         yield f"with consent that expired on {expires}"
@@ -61,7 +67,7 @@ def _broken(entry: Entry, today: date) -> Iterator[str]:
 
 
 def _missing(entry: Entry) -> Iterator[str]:
-    rights = _rights(entry)
+    rights = rights_of(entry)
     basis, person, consent = rights.get("rights"), rights.get("person"), entry.get("consent")
     if basis is None:
         yield "without a legal basis (column `rights`)"
@@ -83,7 +89,3 @@ def _counted(images: Iterable[Entry], find: Any) -> Iterator[str]:
     for reason, names in by_reason.items():
         listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         yield f"{len(names)} image{'s' if len(names) > 1 else ''} {reason}: {listed}"
-
-
-def _rights(entry: Entry) -> Entry:
-    return entry.get("rights") or {}

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import date
+from typing import Any
 
 from sqlalchemy.orm import Session
 
 from registry.context import RegistryContext
 from registry.documents.signing import signature_findings
-from registry.entities import AdapterVersion, Decision, now
+from registry.entities import AdapterVersion, Decision
 from registry.identity import current_user
-from registry.policy.alias_policy import AliasPolicy, PolicyFacts, decide
-from registry.policy.ancestry import trace
-from registry.policy.consent import find_consent
-from registry.policy.licenses import read_licenses
+from registry.policy.alias_policy import PolicyFacts, decide
 from registry.policy.policy_file import read_policies
-from registry.policy.revocations import revoked_ancestors, revoked_subjects
-from registry.policy.terms import read_datasets, resolve_terms
+from registry.policy.rights import resolve_rights, revoked_upstream
 
 
 def evaluate_policy(
@@ -47,44 +45,13 @@ def evaluate_policy(
         PolicyError: The home's policy or table of licenses cannot be used.
     """
     policy, actor = read_policies(context.home.path).of(alias), actor or current_user()
-    if session is None:
-        with context.lineage.database.read() as own:
-            facts = gather_policy_facts(own, context, version, policy, actor=actor, today=today)
-    else:
-        facts = gather_policy_facts(session, context, version, policy, actor=actor, today=today)
-    values = {**vars(facts), "damage": damage, "structure": structure}
+    with nullcontext(session) if session is not None else context.lineage.database.read() as current:
+        facts: dict[str, Any] = {"actor": actor, "damage": damage, "structure": structure}
+        if policy.needs_licence == "none" and policy.needs_consent == "none":
+            facts["revoked"] = revoked_upstream(current, version)
+        else:
+            rights = resolve_rights(current, context, version, today=today)
+            facts |= {"revoked": rights.revoked, "terms": rights.terms, "consent": rights.consent}
     if policy.needs_signature:
-        values["signature"] = check_signature(context, version)
-    return decide(version, policy, PolicyFacts(**values))
-
-
-def gather_policy_facts(
-    session: Session,
-    context: RegistryContext,
-    version: AdapterVersion,
-    policy: AliasPolicy,
-    *,
-    actor: str,
-    today: date | None = None,
-) -> PolicyFacts:
-    """Returns the lineage facts that the policy needs; always includes revoked upstream subjects."""
-    revoked = revoked_subjects(session)
-    needs_datasets = policy.needs_licence != "none" or policy.needs_consent != "none"
-    if not needs_datasets and not revoked:
-        return PolicyFacts(actor=actor)
-    ancestry = trace(session, version.artifact)
-    revoked_upstream = revoked_ancestors(session, ancestry, revoked)
-    if not needs_datasets:
-        return PolicyFacts(actor=actor, revoked=revoked_upstream)
-    datasets = read_datasets(context.store, ancestry.datasets)
-    return PolicyFacts(
-        actor=actor,
-        revoked=revoked_upstream,
-        terms=resolve_terms(ancestry, datasets, read_licenses(context.home.path)).terms,
-        consent=find_consent(datasets, today or now().date()),
-    )
-
-
-def check_signature(context: RegistryContext, version: AdapterVersion) -> tuple[str, ...]:
-    """Returns the problems of a version's signature; empty if the signature is valid."""
-    return tuple(signature_findings(context, version))
+        facts["signature"] = tuple(signature_findings(context, version))
+    return decide(version, policy, PolicyFacts(**facts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.lineage.record import Lineage
-from registry.policy.ancestry import Ancestry, held_subjects
-from registry.store.tables import EventRow, RevocationRow
+from registry.store.database import batched, batches
+from registry.store.tables import EventRow, RevocationRow, SubjectRow
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,21 @@ def read_revoked(lineage: Lineage) -> dict[str, str]:
         return revoked_subjects(session)
 
 
-def revoked_ancestors(session: Session, ancestry: Ancestry, revoked: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns descriptions of the revoked images and consents in the upstream datasets."""
-    if not revoked:
-        return ()
-    subjects = held_subjects(session, revoked, ancestry.manifests)
-    return tuple(sorted({revoked[subject] for subject in subjects}))
+def revoked_in(session: Session, datasets: Iterable[str]) -> tuple[str, ...]:
+    """Returns sorted descriptions of the revoked images and consents that the datasets, given by digest, contain."""
+    revoked, digests = revoked_subjects(session), list(datasets)
+    query = select(SubjectRow.subject).distinct()
+    return tuple(
+        sorted(
+            {
+                revoked[subject]
+                for subjects in batches(revoked)
+                for (subject,) in batched(
+                    session, query.where(SubjectRow.subject.in_(subjects)), SubjectRow.artifact, digests
+                )
+            }
+        )
+    )
 
 
 def _revocation(subject: str, seq: int, details: Mapping[str, Any]) -> Revocation:

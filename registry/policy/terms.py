@@ -1,23 +1,21 @@
-"""Resolves the license terms of a version from the bases, declared licenses and images of its lineage."""
+"""Derives license terms from the bases, declared licenses and images of an upstream graph."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from registry.context import RegistryContext
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError
-from registry.lineage.walk import NodeId
-from registry.policy.ancestry import Ancestry, trace
+from registry.lineage.graph import NodeId
+from registry.policy.ancestry import Ancestry
+from registry.policy.consent import Entry, rights_of
 from registry.policy.license_terms import NON_COMMERCIAL, UNRESTRICTED, LicenseTerms, combine, inherit, unknown
-from registry.policy.licenses import Licenses, read_licenses
+from registry.policy.licenses import Licenses
 from registry.store.artifacts import Store
 
-Entry = Mapping[str, Any]
 _BASE = "base:"
 _DATASET = "dataset"
 
@@ -37,58 +35,36 @@ class Source:
     terms: LicenseTerms
 
 
-@dataclass(frozen=True)
-class ResolvedTerms:
-    """The terms of a version and their sources."""
-
-    terms: LicenseTerms
-    sources: tuple[Source, ...]
-
-
-def terms_of(context: RegistryContext, version: AdapterVersion) -> ResolvedTerms:
-    """Returns the license terms of a version, combined over its lineage.
-
-    Raises:
-        PolicyError: The home's table of licenses cannot be used.
-    """
-    with context.lineage.database.read() as session:
-        ancestry = trace(session, version.artifact)
-    datasets = read_datasets(context.store, ancestry.datasets)
-    return resolve_terms(ancestry, datasets, read_licenses(context.home.path))
-
-
 def resolve_terms(
     ancestry: Ancestry, datasets: Mapping[ArtifactRef, tuple[Entry, ...] | None], licenses: Licenses
-) -> ResolvedTerms:
-    """Returns the license terms of an upstream graph; pure.
+) -> tuple[LicenseTerms, tuple[Source, ...]]:
+    """Returns the license terms of an upstream graph, and the statements that they come from; pure.
 
     Args:
         ancestry: The upstream graph.
         datasets: Images of each dataset, from its manifest; None means that the manifest cannot be read.
         licenses: The license table.
     """
-    stated: dict[NodeId, list[Source]] = {}
-    for digest, registered in ancestry.versions.items():
-        stated.setdefault(NodeId("artifact", digest), []).extend(
-            source for version in registered for source in _card_sources(version, licenses)
-        )
+    stated: dict[NodeId, list[Source]] = defaultdict(list)
+    for version in ancestry.versions:
+        stated[NodeId("artifact", version.artifact.sha256)] += _card_sources(version, licenses)
     for step, settings in ancestry.settings.items():
-        stated.setdefault(NodeId("execution", step), []).extend(_step_sources(settings, licenses))
-    for node in ancestry.nodes:
-        if node.kind == "origin" and node.id.startswith(_BASE):
-            name = node.id.removeprefix(_BASE).strip()
-            stated.setdefault(node, []).append(Source("parents", f"base {name}", licenses.terms_of_base(name)))
+        stated[NodeId("execution", step)] += _step_sources(settings, licenses)
+    for origin in ancestry.graph.ids("origin"):
+        if origin.startswith(_BASE):
+            name = origin.removeprefix(_BASE).strip()
+            stated[NodeId("origin", origin)].append(Source("parents", f"base {name}", licenses.terms_of_base(name)))
     for dataset, entries in datasets.items():
-        stated.setdefault(NodeId("artifact", dataset.sha256), []).extend(_image_sources(dataset, entries, licenses))
+        stated[NodeId("artifact", dataset.sha256)] += _image_sources(dataset, entries, licenses)
     sources = _distinct(source for node in sorted(stated) for source in stated[node])
     if all(source.where.startswith(_DATASET) for source in sources):
         no_source = Source(
             "version", "neither base nor license is recorded", unknown("it: neither base nor license is recorded")
         )
-        stated.setdefault(ancestry.root, []).append(no_source)
+        stated[ancestry.root].append(no_source)
         sources = (*sources, no_source)
     own = {node: combine(*(source.terms for source in listed)) for node, listed in stated.items()}
-    return ResolvedTerms(inherit(own, ancestry.parents).get(ancestry.root, UNRESTRICTED), sources)
+    return inherit(own, ancestry.graph.sources()).get(ancestry.root, UNRESTRICTED), sources
 
 
 def read_datasets(store: Store, datasets: Iterable[ArtifactRef]) -> dict[ArtifactRef, tuple[Entry, ...] | None]:
@@ -100,11 +76,6 @@ def read_datasets(store: Store, datasets: Iterable[ArtifactRef]) -> dict[Artifac
         except (StoreError, ValueError):
             images[dataset] = None
     return images
-
-
-def rights_of(image: Entry) -> Entry:
-    """Returns the rights that a manifest states for an image; empty for datasets older than that field."""
-    return image.get("rights") or {}
 
 
 def _card_sources(version: AdapterVersion, licenses: Licenses) -> Iterator[Source]:

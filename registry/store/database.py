@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from lora_engine.files import canonical_json
 from registry.errors import HomeError, RegistryError, database_error
@@ -24,6 +24,8 @@ from registry.store.tables import NAMESPACE, Table
 
 _PATIENCE = 20
 """Seconds to wait for another writer."""
+BATCH = 500
+"""Values per query of `batched`; databases limit the parameters of a statement."""
 
 
 class Database:
@@ -116,6 +118,23 @@ def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[
     dialect = session.connection().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
     session.execute(insert(table).on_conflict_do_nothing(), values)
+
+
+def batches(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yields the values in lists that fit into one query."""
+    listed = list(values)
+    return (listed[begin : begin + BATCH] for begin in range(0, len(listed), BATCH))
+
+
+def batched(
+    session: Session,
+    query: Select[Any],
+    column: ColumnElement[Any] | InstrumentedAttribute[Any],
+    values: Iterable[Any],
+) -> Iterator[Row[Any]]:
+    """Yields the rows of a query for any number of values of an indexed column, or of a tuple of columns."""
+    for batch in batches(values):
+        yield from session.execute(query.where(column.in_(batch)))
 
 
 def require_json(error: type[RegistryError], value: Any, where: str) -> None:

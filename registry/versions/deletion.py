@@ -8,7 +8,8 @@ from registry import queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused
 from registry.identity import current_user
-from registry.policy.descent import descendants
+from registry.lineage.graph import NodeId
+from registry.policy.ancestry import descendants
 from registry.policy.policy_file import Policies, read_policies
 from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
@@ -98,7 +99,8 @@ def restore(versions: Versions, name: str, ref: str | int, *, reason: str, actor
 def _reasons_to_keep(session: Session, version: AdapterVersion, policies: Policies) -> tuple[str, ...]:
     reasons = [_alias_reason(alias) for alias in version.aliases]
     is_first_step = version.state == "ACTIVE"
-    for child in descendants(session, [version]).versions:
+    graph = descendants(session, [NodeId("artifact", version.artifact.sha256)])
+    for child in queries.find_versions(session, graph.ids("version")):
         if child.artifact == version.artifact or child.state == "DELETED":
             continue  # the same bytes under another name are not derived from it
         for alias in child.aliases:

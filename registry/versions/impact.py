@@ -16,11 +16,12 @@ from registry import queries
 from registry.context import RegistryContext
 from registry.entities import AdapterVersion, is_digest
 from registry.errors import RightsError
-from registry.lineage.record import artifact_ref
-from registry.policy.ancestry import trace
-from registry.policy.descent import Descent, descendants, holding
-from registry.policy.revocations import revoked_ancestors, revoked_subjects
+from registry.lineage.graph import NodeId, Subgraph, downstream
+from registry.lineage.rows import artifact_ref
+from registry.policy.ancestry import descendants
+from registry.policy.rights import revoked_upstream
 from registry.policy.terms import read_datasets
+from registry.store.database import batched
 from registry.store.tables import ArtifactRow, EventRow, ExecutionRow, RunRow, SubjectRow
 from registry.versions.promotion import stack
 
@@ -77,27 +78,25 @@ def find_affected(
         RightsError: No image or consent matches, or more than one.
     """
     subject, kind = _resolve(session, text)
-    manifests = [session.get_one(ArtifactRow, digest) for digest in holding(session, [subject])]
+    manifests = [session.get_one(ArtifactRow, digest) for digest in _holders(session, {subject})]
     images = {subject} if kind == "picture" else set()
     if kind == "consent":
         for entries in read_datasets(context.store, map(artifact_ref, manifests)).values():
             images |= {entry["sha256"] for entry in entries or () if entry.get("consent") == subject}
     # The images of a consent are revoked in every dataset, also where it names another consent or none.
-    starts = holding(session, {subject, *images})
-    descent = descendants(session, starts)
-    affected = sorted(
-        (version for version in descent.versions if version.state != "DELETED"),
-        key=lambda version: (version.name, version.version),
-    )
+    starts = _holders(session, {subject, *images})
+    descent = descendants(session, [NodeId("artifact", digest) for digest in starts])
+    registered = queries.find_versions(session, descent.ids("version"))
+    affected = [version for version in registered if version.state != "DELETED"]
     taken_back = _fallbacks(session, context, affected) if policy == "withdraw" else {}
     report = ImpactReport(
         subject=subject,
         kind=kind,
         pictures=tuple(sorted(images)),
-        manifests=tuple(sorted({*starts, *_artifacts(descent, "manifest")})),
+        manifests=tuple(sorted({*starts, *_artifacts(session, descent, "manifest")})),
         runs=_runs(session, descent, starts),
         versions=tuple(version.ref for version in affected),
-        merges=_merges(descent, affected),
+        merges=_merges(session, descent, affected),
         exports=_exports(session, descent, affected),
         aliases={f"{version.name}@{alias}": version.version for version in affected for alias in version.aliases},
         policy=policy,
@@ -134,21 +133,27 @@ def _resolve(session: Session, text: str) -> tuple[str, Literal["picture", "cons
     )
 
 
-def _artifacts(descent: Descent, kind: str) -> list[str]:
-    return [node.id for node in descent.nodes.values() if node.kind == "artifact" and node.label == kind]
+def _holders(session: Session, subjects: set[str]) -> list[str]:
+    """Returns the sorted digests of the artifacts that contain one of the subjects."""
+    return sorted(downstream(session, (NodeId("subject", subject) for subject in subjects), "subject").ids("artifact"))
 
 
-def _runs(session: Session, descent: Descent, starts: Sequence[str]) -> tuple[Mapping[str, str], ...]:
-    ids = {node.detail["run"] for node in descent.nodes.values() if node.kind == "execution"}
-    for start in starts:
-        ids.update(session.scalars(select(ExecutionRow.run_id).where(ExecutionRow.output == start)))
-    rows = [session.get_one(RunRow, run) for run in ids]
+def _artifacts(session: Session, descent: Subgraph, kind: str) -> list[str]:
+    query = select(ArtifactRow.sha256).where(ArtifactRow.kind == kind)
+    return [row[0] for row in batched(session, query, ArtifactRow.sha256, descent.ids("artifact"))]
+
+
+def _runs(session: Session, descent: Subgraph, starts: Sequence[str]) -> tuple[Mapping[str, str], ...]:
+    steps = batched(session, select(ExecutionRow.run_id), ExecutionRow.id, descent.ids("execution"))
+    makers = batched(session, select(ExecutionRow.run_id), ExecutionRow.output, starts)
+    ids = {row[0] for row in (*steps, *makers)}
+    rows = [row for (row,) in batched(session, select(RunRow), RunRow.id, ids)]
     return tuple({"id": row.id, "name": row.name} for row in sorted(rows, key=lambda row: (row.started_at, row.id)))
 
 
-def _merges(descent: Descent, affected: Sequence[AdapterVersion]) -> tuple[str, ...]:
-    steps = {node.id for node in descent.nodes.values() if node.kind == "execution" and node.detail["uses"] == "merge"}
-    outputs = {edge.target.id for edge in descent.edges if edge.source.kind == "execution" and edge.source.id in steps}
+def _merges(session: Session, descent: Subgraph, affected: Sequence[AdapterVersion]) -> tuple[str, ...]:
+    query = select(ExecutionRow.output).where(ExecutionRow.uses == "merge")
+    outputs = {row[0] for row in batched(session, query, ExecutionRow.id, descent.ids("execution"))}
     refs = {version.ref for version in affected}
     merged = {
         version.ref for version in affected if version.artifact.sha256 in outputs or refs.intersection(version.parents)
@@ -156,8 +161,10 @@ def _merges(descent: Descent, affected: Sequence[AdapterVersion]) -> tuple[str, 
     return (*sorted(merged), *sorted(outputs - {version.artifact.sha256 for version in affected}))
 
 
-def _exports(session: Session, descent: Descent, affected: Sequence[AdapterVersion]) -> tuple[Mapping[str, Any], ...]:
-    exports: list[Mapping[str, Any]] = [{"artifact": digest} for digest in sorted(_artifacts(descent, "export"))]
+def _exports(session: Session, descent: Subgraph, affected: Sequence[AdapterVersion]) -> tuple[Mapping[str, Any], ...]:
+    exports: list[Mapping[str, Any]] = [
+        {"artifact": digest} for digest in sorted(_artifacts(session, descent, "export"))
+    ]
     numbers: dict[str, set[int]] = {}
     for version in affected:
         numbers.setdefault(version.name, set()).add(version.version)
@@ -184,14 +191,8 @@ def _fallbacks(session: Session, context: RegistryContext, affected: Sequence[Ad
                 for candidate in candidates
                 if candidate.ref not in refs
                 and candidate.state == "ACTIVE"
-                and not revoked_in(session, candidate)
+                and not revoked_upstream(session, candidate)
                 and not context.damage(candidate)
             )
             fallbacks[f"{version.name}@{alias}"] = next(usable, None)
     return fallbacks
-
-
-def revoked_in(session: Session, version: AdapterVersion) -> tuple[str, ...]:
-    """Returns descriptions of the revoked subjects that a version was made from."""
-    revoked = revoked_subjects(session)
-    return revoked_ancestors(session, trace(session, version.artifact), revoked) if revoked else ()

@@ -16,7 +16,7 @@ from registry import queries
 from registry.documents.storage import Shown
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.lineage.record import artifact_ref
+from registry.lineage.rows import artifact_ref
 from registry.store.artifacts import Store
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow

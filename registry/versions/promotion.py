@@ -12,8 +12,9 @@ from registry.entities import Action, AdapterVersion, Decision, Event, check_ali
 from registry.errors import PromotionError, Refused
 from registry.identity import current_user
 from registry.policy.alias_policy import AliasPolicy, PolicyFacts, decide
-from registry.policy.evaluate import evaluate_policy, gather_policy_facts
+from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
+from registry.policy.rights import revoked_upstream
 from registry.versions.versions import Versions
 
 __all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
@@ -131,8 +132,8 @@ def rollback(
     # The policy allowed this version before; check only what can have changed since and cannot be overridden.
     policy = AliasPolicy(movers=read_policies(versions.home.path).of(alias).movers)
     with versions.lineage.database.read() as session:
-        facts = gather_policy_facts(session, versions, target, policy, actor=actor)
-    decision = decide(target, policy, PolicyFacts(damage=versions.damage(target), revoked=facts.revoked, actor=actor))
+        revoked = revoked_upstream(session, target)
+    decision = decide(target, policy, PolicyFacts(damage=versions.damage(target), revoked=revoked, actor=actor))
     if decision.final:
         raise Refused(
             f"{alias!r} cannot be rolled back",
@@ -243,7 +244,7 @@ def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
 
 def _refuse_revoked(session: Session, versions: Versions, version: AdapterVersion, alias: str, actor: str) -> None:
     """Raises Refused if a subject was revoked since the policy decided; runs in the writing transaction."""
-    revoked = gather_policy_facts(session, versions, version, AliasPolicy(), actor=actor).revoked
+    revoked = revoked_upstream(session, version)
     if revoked:
         reasons = tuple(f"{subject} was revoked" for subject in revoked)
         raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)

@@ -15,8 +15,9 @@ from registry.errors import Refused, RightsError
 from registry.identity import current_user
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.revocations import Revocation, active_revocations
+from registry.policy.rights import revoked_upstream
 from registry.store.tables import EventRow, RevocationRow, VersionRow
-from registry.versions.impact import PREFIX, ImpactReport, Recall, find_affected, revoked_in
+from registry.versions.impact import PREFIX, ImpactReport, Recall, find_affected
 from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
 
@@ -85,7 +86,7 @@ def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = N
         revocation = _find_revocation(session, subject)
         session.delete(session.get_one(RevocationRow, revocation.subject))
         session.flush()
-        restored = [version for version in _withdrawn_by_revocation(session) if not revoked_in(session, version)]
+        restored = [version for version in _withdrawn_by_revocation(session) if not revoked_upstream(session, version)]
         details = {
             "kind": revocation.kind,
             "revocation": revocation.seq,

@@ -25,7 +25,8 @@ from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, che
 from registry.errors import DamagedBlob, HomeError, MlflowError, VersionError
 from registry.home import Home
 from registry.identity import current_user
-from registry.lineage.record import Lineage, record_artifacts, record_contents
+from registry.lineage.record import Lineage
+from registry.lineage.rows import record_artifacts, record_contents
 from registry.policy.alias_policy import numbers
 from registry.policy.evaluate import evaluate_policy
 from registry.store.artifacts import Content, Store, check_relative

@@ -19,7 +19,7 @@ from registry import queries
 from registry.entities import AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
 from registry.home import Home
 from registry.identity import current_user
-from registry.lineage.record import record_contents
+from registry.lineage.rows import record_contents
 from registry.policy.licenses import read_licenses
 from registry.versions.versions import Versions
 from tasks.environment import describe_environment

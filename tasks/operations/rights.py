@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from registry.entities import AdapterVersion, now
-from registry.policy.ancestry import trace
-from registry.policy.consent import find_consent
+from registry.entities import AdapterVersion
 from registry.policy.license_terms import LicenseTerms, allows_commercial, conflicts
-from registry.policy.licenses import read_licenses
-from registry.policy.revocations import revoked_ancestors, revoked_subjects
-from registry.policy.terms import read_datasets, resolve_terms
+from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
 
 
@@ -21,19 +17,14 @@ def describe_rights(versions: Versions, version: AdapterVersion) -> dict[str, An
         PolicyError: The home's license table is invalid.
     """
     with versions.lineage.database.read() as session:
-        ancestry = trace(session, version.artifact)
-        revoked = revoked_ancestors(session, ancestry, revoked_subjects(session))
-    datasets = read_datasets(versions.store, ancestry.datasets)
-    table = read_licenses(versions.home.path)
-    resolved = resolve_terms(ancestry, datasets, table)
-    consent = find_consent(datasets, now().date())
+        rights = resolve_rights(session, versions, version)
+    table, consent = rights.licenses, rights.consent
     return {
-        "terms": _describe(resolved.terms),
-        "commercial": allows_commercial(resolved.terms) and not conflicts(resolved.terms),
-        "conflicts": list(conflicts(resolved.terms)),
+        "terms": _describe(rights.terms),
+        "commercial": allows_commercial(rights.terms) and not conflicts(rights.terms),
+        "conflicts": list(conflicts(rights.terms)),
         "sources": [
-            {"where": source.where, "what": source.what, "terms": _describe(source.terms)}
-            for source in resolved.sources
+            {"where": source.where, "what": source.what, "terms": _describe(source.terms)} for source in rights.sources
         ],
         "table": {"version": table.version, "date": table.date.isoformat(), "note": table.note},
         "pictures": {
@@ -43,7 +34,7 @@ def describe_rights(versions: Versions, version: AdapterVersion) -> dict[str, An
             # Generated images need not carry a sign of it.
             "signs_of_generation": consent.generated or "no evidence",
         },
-        "revoked": list(revoked),
+        "revoked": list(rights.revoked),
     }
 
 

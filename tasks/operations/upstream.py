@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from registry import queries
 from registry.entities import AdapterVersion, ArtifactRef, Execution
-from registry.errors import LineageError
 from registry.lineage.record import Lineage
 from tasks.spec import REGISTERED
 
@@ -55,60 +55,74 @@ def find_upstream_steps(lineage: Lineage, version: AdapterVersion, *, through_ve
         version: The version.
         through_versions: True follows adapters that the pipeline took by `name@version`; False ends there.
     """
-    walk = _UpstreamWalk(lineage, version, through_versions)
-    for ref in (version.artifact, *([version.report] if version.report else [])):
-        walk.follow(ref, ())
-    return walk.result
+    search = _UpstreamSearch(lineage, version, through_versions)
+    for ref in search.starts:
+        search.collect(ref)
+    return search.result
 
 
-class _UpstreamWalk:
+class _UpstreamSearch:
+    """Reads all executions that can be upstream at once, then selects one maker per artifact, depth first."""
+
     def __init__(self, lineage: Lineage, version: AdapterVersion, through_versions: bool) -> None:
         self.result = UpstreamSteps()
-        self._lineage, self._version, self._through = lineage, version, through_versions
+        self.starts = [ref for ref in (version.artifact, version.report) if ref is not None]
+        self._run, self._through = version.run_id, through_versions
         own = lineage.executions(version.run_id) if version.run_id else []
         # The step's name in this pipeline, even if the result is cached from another run.
         self._names = {step.output.sha256: step.step for step in own if step.output is not None}
-        self._specs: dict[str, Mapping[str, Any]] = {}
+        self._lineage, self._specs = lineage, dict[str, Mapping[str, Any]]()
+        self._registered: dict[str, dict[str, str]] = {}
+        self._makers: dict[ArtifactRef | None, list[Execution]] = defaultdict(list)
+        for step in lineage.upstream_executions(self.starts, self._inputs_to_follow):
+            self._makers[step.output].append(step)
 
-    def follow(self, ref: ArtifactRef, path: tuple[str, ...]) -> None:
-        if ref.sha256 in self.result.sources or self.result.maker(ref) is not None:
-            return
-        if ref.kind == FILE:
-            self._add_source(ref, "a kept file of the user")
-            return
-        maker = self._maker(ref, path)
-        if maker is None:
-            self.result.missing.append(f"no step is recorded that made the {ref.kind} {ref.sha256[:16]}")
-            return
-        if maker.uses == "import":
-            self._add_source(ref, "imported")
-            return
-        registered = {} if self._through else self._registered_inputs(maker)
-        for role, source in maker.inputs.items():
-            if role in registered and self.result.maker(source) is None:
-                self._add_source(source, f"registered as {registered[role]}")
+    def collect(self, start: ArtifactRef) -> None:
+        """Adds the steps upstream of an artifact to the result, each after its own upstream steps."""
+        made = {step.output for step in self.result.steps.values()}
+        path: set[str] = set()
+        waiting: list[tuple[ArtifactRef, Execution | str | None]] = [(start, None)]
+        while waiting:
+            ref, state = waiting.pop()
+            if isinstance(state, Execution):
+                path.remove(ref.sha256)
+                made.add(ref)
+                self.result.steps[self._unique_name(self._names.get(ref.sha256, state.step))] = state
+            elif ref.sha256 in self.result.sources or ref in made:
+                continue
+            elif state is not None:
+                self.result.sources[ref.sha256] = (ref, f"registered as {state}")
+            elif ref.kind == FILE:
+                self.result.sources[ref.sha256] = (ref, "a kept file of the user")
+            elif (maker := self._maker(ref, path)) is None:
+                self.result.missing.append(f"no step is recorded that made the {ref.kind} {ref.sha256[:16]}")
+            elif maker.uses == "import":
+                self.result.sources[ref.sha256] = (ref, "imported")
             else:
-                self.follow(source, (*path, ref.sha256))
-        self.result.steps[self._unique_name(self._names.get(ref.sha256, maker.step))] = maker
+                path.add(ref.sha256)
+                waiting.append((ref, maker))
+                registered = self._registered[maker.id]
+                waiting += [(source, registered.get(role)) for role, source in [*maker.inputs.items()][::-1]]
 
-    def _add_source(self, ref: ArtifactRef, reason: str) -> None:
-        self.result.sources.setdefault(ref.sha256, (ref, reason))
-
-    def _maker(self, ref: ArtifactRef, path: tuple[str, ...]) -> Execution | None:
+    def _maker(self, ref: ArtifactRef, path: Set[str]) -> Execution | None:
         """Returns the execution that made an artifact: of the version's own run if possible, else the first."""
-        makers = [step for step in self._lineage.executions(output=ref.sha256) if step.status == "COMPLETED"]
-        seen = {*path, ref.sha256}
-        # A step whose output equals its input (a dataset that needed no preparation) did not make it.
-        makers = [step for step in makers if not seen & {source.sha256 for source in step.inputs.values()}]
-        return min(makers, key=lambda step: (step.run_id != self._version.run_id, step.started_at), default=None)
+        makers = [
+            step
+            for step in self._makers[ref]
+            # A step whose output equals its input (a dataset that needed no preparation) did not make it.
+            if not any(source == ref or source.sha256 in path for source in step.inputs.values())
+        ]
+        return min(makers, key=lambda step: (step.run_id != self._run, step.started_at), default=None)
+
+    def _inputs_to_follow(self, step: Execution) -> list[ArtifactRef]:
+        registered = {} if self._through else self._registered_inputs(step)
+        self._registered[step.id] = registered
+        return [] if step.uses == "import" else [ref for role, ref in step.inputs.items() if role not in registered]
 
     def _registered_inputs(self, step: Execution) -> dict[str, str]:
         """Returns role -> `name@ref` of the inputs that the pipeline file took from the registry."""
         if step.run_id not in self._specs:
-            try:
-                self._specs[step.run_id] = self._lineage.run(step.run_id).spec
-            except LineageError:
-                self._specs[step.run_id] = {}
+            self._specs[step.run_id] = self._lineage.run(step.run_id).spec
         written = self._specs[step.run_id].get("steps", {}).get(step.step, {})
         registered = {}
         for name, value in written.items():

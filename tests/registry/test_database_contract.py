@@ -34,7 +34,7 @@ from registry.maintenance.repair import repair
 from registry.maintenance.restore import restore as restore_backup
 from registry.policy.license_terms import allows_commercial
 from registry.policy.revocations import read_revoked
-from registry.policy.terms import terms_of
+from registry.policy.rights import resolve_rights
 from registry.queries import AliasRow, alias_table, log_event, read_events
 from registry.settings import Settings, read_file, write_file
 from registry.store.artifacts import open_store
@@ -815,8 +815,9 @@ def test_whole_life_of_versions(versions, from_images):
     assert versions.show("zorb").version == versions.show("zorb", "production").version == 2
     with pytest.raises(UnknownName, match="did you mean 'zorb'"):
         versions.show("zorp")
-    assert not allows_commercial(terms_of(versions, merged).terms)
-    assert allows_commercial(terms_of(versions, first).terms)
+    with versions.lineage.database.read() as session:
+        assert not allows_commercial(resolve_rights(session, versions, merged).terms)
+        assert allows_commercial(resolve_rights(session, versions, first).terms)
     assert set(find_records(lineage, merged)) == set(find_records(lineage, first)) != set()
 
     promote(versions, "zorb", 1, "production", reason="compare")
@@ -864,7 +865,7 @@ def ids(walk, kind):
 
 
 def test_walks_start_at_any_node_in_both_directions(versions, register, monkeypatch):
-    monkeypatch.setattr("registry.lineage.walk._BATCH", 2)
+    monkeypatch.setattr("registry.store.database.BATCH", 2)
     first = register(versions, b"a", name="a", alias_request="staging")
     register(versions, b"b", name="b")
     register(versions, b"ab", name="ab", parents=["a@1", "b@1", "base:tiny", "c@9"])

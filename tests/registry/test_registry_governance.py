@@ -22,7 +22,7 @@ from registry.policy.license_terms import (
     unknown,
 )
 from registry.policy.licenses import read_licenses
-from registry.policy.terms import terms_of
+from registry.policy.rights import resolve_rights
 
 TABLE = read_licenses()
 LABELS = st.frozensets(st.sampled_from(["notice", "attribution", "uses:a", "uses:b", *TAINTS]), max_size=3)
@@ -222,6 +222,11 @@ def test_an_invalid_table_is_refused_with_its_path(tmp_path, text, message):
 IMAGE = {"source": "a.png", "width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png"}
 
 
+def rights_of(versions, version):
+    with versions.lineage.database.read() as session:
+        return resolve_rights(session, versions, version)
+
+
 @pytest.fixture
 def line(versions):
     """Returns a function that records a step on a base, images and adapters, and registers its output."""
@@ -248,8 +253,8 @@ def line(versions):
 def test_an_adapter_has_the_terms_of_its_base_and_of_every_image(versions, line):
     nc = {"rights": {"license": "cc-by-nc-4.0", "rights": "licence"}}
     plain, tainted = line("a", b"a", images=[{}]), line("b", b"b", images=[{}, nc, nc])
-    assert allows_commercial(terms_of(versions, plain).terms)
-    resolved = terms_of(versions, tainted)
+    assert allows_commercial(rights_of(versions, plain).terms)
+    resolved = rights_of(versions, tainted)
     assert not allows_commercial(resolved.terms)
     assert resolved.terms.licenses == {"Apache-2.0", "CC-BY-NC-4.0"}
     assert {source.what for source in resolved.sources} == {"base tiny", "2 images under cc-by-nc-4.0"}
@@ -263,9 +268,9 @@ def test_terms_are_inherited_through_every_step_that_makes_adapters_from_adapter
     grandchild = line("grandchild", b"4", base=None, adapters=[child], uses=uses)
     unbound = line("unbound", b"5", adapters=[free], uses=uses)
     for version in (child, grandchild):
-        assert "CC-BY-NC-4.0" in terms_of(versions, version).terms.licenses
-        assert not allows_commercial(terms_of(versions, version).terms)
-    assert allows_commercial(terms_of(versions, unbound).terms)
+        assert "CC-BY-NC-4.0" in rights_of(versions, version).terms.licenses
+        assert not allows_commercial(rights_of(versions, version).terms)
+    assert allows_commercial(rights_of(versions, unbound).terms)
 
 
 def test_terms_are_inherited_from_parents_by_name_and_by_file_digest(versions, line):
@@ -273,15 +278,15 @@ def test_terms_are_inherited_from_parents_by_name_and_by_file_digest(versions, l
     by_name = line("by-name", b"3", parents=["bound@1", "base:tiny"])
     by_file = line("by-file", b"4", parents=[f"0.5 bound sha256:{bound.sha256}"])
     neither = line("neither", b"5", parents=["0.5 bound sha256:" + "0" * 64])
-    assert not allows_commercial(terms_of(versions, by_name).terms)
-    assert not allows_commercial(terms_of(versions, by_file).terms)
-    assert allows_commercial(terms_of(versions, neither).terms)
+    assert not allows_commercial(rights_of(versions, by_name).terms)
+    assert not allows_commercial(rights_of(versions, by_file).terms)
+    assert allows_commercial(rights_of(versions, neither).terms)
 
 
 def test_the_same_bytes_under_another_name_keep_their_declared_license(versions, line):
     first = line("first", b"same", declared="cc-by-nc-4.0")
     second = versions.register("second", first.artifact)
-    assert not allows_commercial(terms_of(versions, second).terms)
+    assert not allows_commercial(rights_of(versions, second).terms)
 
 
 @pytest.mark.parametrize(
@@ -295,14 +300,14 @@ def test_the_same_bytes_under_another_name_keep_their_declared_license(versions,
     ],
 )
 def test_anything_unknown_upstream_is_a_conflict(versions, line, values, message):
-    reasons = conflicts(terms_of(versions, line("a", b"a", **values)).terms)
+    reasons = conflicts(rights_of(versions, line("a", b"a", **values)).terms)
     assert any(message in reason for reason in reasons), reasons
 
 
 def test_a_consent_for_training_only_taints(versions, line):
     scoped = [{"rights": {"rights": "consent", "scope": scope}} for scope in ("train", "commercial")]
-    assert not allows_commercial(terms_of(versions, line("a", b"a", images=scoped)).terms)
-    assert allows_commercial(terms_of(versions, line("b", b"b", images=scoped[1:])).terms)
+    assert not allows_commercial(rights_of(versions, line("a", b"a", images=scoped)).terms)
+    assert allows_commercial(rights_of(versions, line("b", b"b", images=scoped[1:])).terms)
 
 
 def test_a_dataset_that_cannot_be_read_is_unknown(versions, line):
@@ -314,7 +319,7 @@ def test_a_dataset_that_cannot_be_read_is_unknown(versions, line):
         for entry in [versions.store.files(_ref(node))["manifest.json"]]
     ]
     versions.store.blobs.path(entry.sha256).unlink()
-    assert "cannot be read" in conflicts(terms_of(versions, version).terms)[0]
+    assert "cannot be read" in conflicts(rights_of(versions, version).terms)[0]
 
 
 def _ref(node):

@@ -111,7 +111,7 @@ def test_walk_from_a_run_and_an_execution_finds_their_artifacts(lineage, line):
 
 
 def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
-    monkeypatch.setattr("registry.lineage.walk._BATCH", 7)
+    monkeypatch.setattr("registry.store.database.BATCH", 7)
     run = lineage.start_run("p", {})
     source = store.put_files("manifest", {"a": b"source"})
     for number in range(40):

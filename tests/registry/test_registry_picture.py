@@ -7,8 +7,9 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from registry.errors import LineageError
+from registry.lineage.graph import Edge, NodeId
 from registry.lineage.picture import LIMIT, draw
-from registry.lineage.walk import Edge, Node, NodeId, Walk
+from registry.lineage.walk import Node, Walk
 
 SVG = "{http://www.w3.org/2000/svg}"
 

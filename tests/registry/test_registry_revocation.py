@@ -42,6 +42,20 @@ def test_a_consent_affects_every_dataset_run_version_merge_export_and_alias(vers
     assert all(event.details["revocation"] == report.event for event in flagged)
 
 
+def test_a_revocation_reaches_what_was_made_from_the_bytes_of_a_version_that_names_an_affected_one(
+    versions, from_images
+):
+    first = from_images(b"1", {ONE: "C-1"})
+    child = from_images(b"2", name="child", parents=[first.ref])
+    copy = versions.register("copy", child.artifact)
+    made = from_images(b"3", name="made", adapters=[child])
+    report = revoke(versions, "C-1", reason="r")
+    assert set(report.versions) == {first.ref, child.ref, copy.ref, made.ref}
+    for version in (child, copy, made):
+        with pytest.raises(Refused, match="was revoked"):
+            promote(versions, version.name, 1, "canary", reason="r")
+
+
 def test_an_image_is_revoked_by_its_file_its_digest_and_its_first_digits(versions, from_images, tmp_path):
     path = tmp_path / "face.png"
     path.write_bytes(b"a face")

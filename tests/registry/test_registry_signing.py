@@ -15,7 +15,7 @@ from registry.documents.signing import is_signed, sign, signature_findings, veri
 from registry.documents.storage import PROVENANCE, SIGNATURE, find_records, keep, read_document
 from registry.entities import now
 from registry.errors import SignatureError
-from registry.lineage.record import record_artifacts, record_contents
+from registry.lineage.rows import record_artifacts, record_contents
 from registry.store.tables import VersionRow
 
 SECRET = b"a passphrase"

@@ -1,0 +1,65 @@
+"""Resolves the rights of a version: license terms, consent and revocations of everything that it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+from sqlalchemy.orm import Session
+
+from registry.context import RegistryContext
+from registry.entities import AdapterVersion, now
+from registry.policy.ancestry import trace
+from registry.policy.consent import ConsentFindings, find_consent
+from registry.policy.license_terms import LicenseTerms
+from registry.policy.licenses import Licenses, read_licenses
+from registry.policy.revocations import revoked_in, revoked_subjects
+from registry.policy.terms import Source, read_datasets, resolve_terms
+
+
+@dataclass(frozen=True)
+class VersionRights:
+    """The rights of a version.
+
+    Args:
+        terms: The license terms of everything upstream, combined.
+        sources: The statements that the terms come from.
+        consent: Consent statements about the images.
+        revoked: Descriptions of the revoked images and consents upstream.
+        licenses: The license table that was applied.
+    """
+
+    terms: LicenseTerms
+    sources: tuple[Source, ...]
+    consent: ConsentFindings
+    revoked: tuple[str, ...]
+    licenses: Licenses
+
+
+def resolve_rights(
+    session: Session, context: RegistryContext, version: AdapterVersion, *, today: date | None = None
+) -> VersionRights:
+    """Returns the rights of a version; reads rows, and the manifests of the datasets that it was trained on.
+
+    Args:
+        session: Reading or writing; rows that it added are included.
+        context: The registry.
+        version: The version.
+        today: Date to compare consents with; None means the current UTC date.
+
+    Raises:
+        PolicyError: The home's license table is invalid.
+    """
+    ancestry, licenses = trace(session, version.artifact), read_licenses(context.home.path)
+    datasets = read_datasets(context.store, ancestry.datasets)
+    return VersionRights(
+        *resolve_terms(ancestry, datasets, licenses),
+        consent=find_consent(datasets, today or now().date()),
+        revoked=revoked_in(session, ancestry.manifests),
+        licenses=licenses,
+    )
+
+
+def revoked_upstream(session: Session, version: AdapterVersion) -> tuple[str, ...]:
+    """Returns descriptions of the revoked images and consents upstream of a version; reads rows only."""
+    return revoked_in(session, trace(session, version.artifact).manifests) if revoked_subjects(session) else ()
