@@ -17,10 +17,6 @@ import torch.nn.functional as F
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.tiny import folder
-from lora_engine.bases.tiny.images import render, to_pixels, write_examples
-from lora_engine.bases.tiny.judge import Judge, load_judge
-from lora_engine.bases.tiny.measure import count_right
-from lora_engine.bases.tiny.world import CONCEPT, SHAPES, Scene, full_caption, scenes
 from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
 from lora_engine.data.preprocess import preprocess
@@ -31,6 +27,10 @@ from lora_engine.inference.generate import generate
 from lora_engine.training.run import train
 from lora_engine.training.spec import Prior, TrainSettings
 from lora_engine.training.specs.methods import Dreambooth, Finetune
+from tools.tiny_base.images import render, to_pixels, write_examples
+from tools.tiny_base.judge import Judge, load_judge
+from tools.tiny_base.measure import count_right
+from tools.tiny_base.world import CONCEPT, SHAPES, Scene, full_caption, scenes
 
 TOKEN = "zorb"
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, LoraDelta
-from lora_engine.merging.compress import compress
+from lora_engine.merging.budget import Budget
+from lora_engine.merging.compress import compress_to
 from lora_engine.merging.resize import resize
 
 SHAPES = {
@@ -75,12 +76,12 @@ def main() -> None:
         for number in range(chosen.rounds):
             delta = random_delta(shape, chosen.rank, 100 * index + number)
             for name, work in (
-                ("ours", lambda delta=delta: compress(delta, chosen.to)),
+                ("ours", lambda delta=delta: compress_to(delta, Budget(chosen.to))),
                 ("thin", lambda delta=delta: by_full_svd(delta, chosen.to, full_matrices=False)),
                 ("full", lambda delta=delta: by_full_svd(delta, chosen.to, full_matrices=True)),
             ):
                 times[name].append(timed(work))
-            resized = compress(delta, chosen.to).delta.delta_weight(torch.zeros(shape))
+            resized = compress_to(delta, Budget(chosen.to)).delta.delta_weight(torch.zeros(shape))
             up, down = by_full_svd(delta, chosen.to, full_matrices=False)
             worst = max(worst, distance(resized, up @ down))
         medians = {name: statistics.median(measured) for name, measured in times.items()}

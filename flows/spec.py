@@ -6,7 +6,6 @@ and the nearest match. Executes nothing and opens no database.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows.yaml_source import Document, Where, parse_value, read_document
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, did_you_mean
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, StepSpec
 from tasks.step import STEPS, locate_base
@@ -238,6 +237,4 @@ def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> 
 
 def _nearest(word: str, known: Iterable[str]) -> dict[str, str]:
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    hint = {"remedy": f"did you mean {near[0]!r}?"} if near else {}
-    return {"allowed": ", ".join(names) or "none"} | hint
+    return {"allowed": ", ".join(names) or "none", "remedy": did_you_mean(word, names)}

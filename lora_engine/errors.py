@@ -13,6 +13,8 @@ WordedError                 the root of the registry's tree, too
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Self
 
 
@@ -70,3 +72,9 @@ class NonFiniteError(TrainingError):
 
 class InterruptedRun(TrainingError):
     """A signal stopped the run; the next run resumes from its last checkpoint."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:
+    """Returns the remedy `did you mean 'x'?` with the nearest known names; `otherwise` if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=most)
+    return f"did you mean {', '.join(map(repr, near))}?" if near else otherwise

@@ -5,11 +5,10 @@ Unrelated to the package `registry`, which keeps versions of adapters.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from lora_engine.errors import SettingsError
+from lora_engine.errors import SettingsError, did_you_mean
 
 T = TypeVar("T")
 
@@ -45,8 +44,7 @@ class Registry(Mapping[str, T]):
         try:
             return self._entries[name]
         except KeyError:
-            near = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
+            hint = did_you_mean(name, self._entries, "choose one of these")
             known = ", ".join(sorted(self._entries))
             raise SettingsError(f"unknown {self.noun} {name!r}", allowed=known, remedy=hint) from None
 

@@ -100,17 +100,6 @@ class ArtifactRef:
         """Returns a JSON object with the three fields."""
         return {"kind": self.kind, "sha256": self.sha256, "size": self.size}
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ArtifactRef:
-        """Returns the reference that `to_json` wrote.
-
-        Raises:
-            StoreError: A field is missing, unknown or of another type.
-        """
-        if set(value) != {"kind", "sha256", "size"} or not isinstance(value["size"], int):
-            raise StoreError(f"{dict(value)!r} is not an artifact reference", allowed="{kind, sha256, size}")
-        return cls(str(value["kind"]), str(value["sha256"]), value["size"])
-
 
 @dataclass(frozen=True)
 class Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
+from lora_engine.errors import did_you_mean
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import Action, AdapterVersion, ArtifactRef, Event, EventType, VersionState, now
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
@@ -357,8 +357,7 @@ def _conflict(session: Session, name: str, alias: str, row: AliasRow | None, exp
 def _unknown(session: Session, name: str, ref: str) -> UnknownName | UnknownVersion:
     names = list(session.scalars(select(NameRow.name).order_by(NameRow.name)))
     if name not in names:
-        matches = difflib.get_close_matches(name, names, n=3)
-        remedy = f"did you mean {', '.join(map(repr, matches))}?" if matches else "see `loraline list`"
+        remedy = did_you_mean(name, names, "see `loraline list`", most=3)
         return UnknownName(f"no adapter {name!r} among {len(names)}", remedy=remedy)
     count = session.scalar(select(func.count()).where(VersionRow.name == name)) or 0
     table = alias_table(session)

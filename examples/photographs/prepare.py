@@ -1,12 +1,10 @@
-"""Writes the inputs of the pipelines in this folder: photographs from scikit-image, two bases with random weights."""
+"""Writes the inputs of the pipelines in this folder: photographs from scikit-image."""
 
 from __future__ import annotations
 
 import shutil
 from importlib.resources import files
 from pathlib import Path
-
-from lora_engine.bases.untrained import write_untrained_base
 
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -25,15 +23,13 @@ PHOTOGRAPHS = (
 
 
 def main() -> None:
-    """Writes `images/` and `bases/` beside this file."""
+    """Writes `images/` beside this file."""
     folder = Path(__file__).resolve().parent
     (folder / "images").mkdir(exist_ok=True)
     for name in PHOTOGRAPHS:
         with (files("skimage") / "data" / name).open("rb") as source, (folder / "images" / name).open("wb") as target:
             shutil.copyfileobj(source, target)
-    for shape in ("sd15", "sdxl"):
-        write_untrained_base(folder / "bases" / shape, shape)
-    print(f"Wrote {len(PHOTOGRAPHS)} photographs to {folder / 'images'} and two bases to {folder / 'bases'}.")
+    print(f"Wrote {len(PHOTOGRAPHS)} photographs to {folder / 'images'}.")
 
 
 if __name__ == "__main__":

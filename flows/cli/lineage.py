@@ -1,9 +1,9 @@
-"""Defines the verb `lineage`: shows upstream or downstream lineage as a table, JSON, events or a drawing."""
+"""Defines the verb `lineage`: shows upstream or downstream lineage as a table, JSON, events or a graph."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,8 +21,8 @@ def lineage(
         typer.Argument(metavar="REF|DIGEST|FILE", help="name@ref, run, consent, file, or any digest."),
     ],
     down: Annotated[bool, typer.Option("--down", help="Walk downstream instead of upstream.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE.svg", help="SVG file to draw into.")
+    graph: Annotated[
+        Literal["mermaid", "dot"] | None, typer.Option("--format", help="Graph to print instead of the table.")
     ] = None,
     openlineage: Annotated[
         Path | None, typer.Option("--openlineage", metavar="FILE", help="File for OpenLineage events, one per line.")
@@ -39,19 +39,17 @@ def lineage(
         # A file is looked up by the digest of its bytes.
         start = sha256_file(Path(ref)) if "@" not in ref and Path(ref).is_file() else ref
         walk = records.walk(start, "down" if down else "up", subjects=True)
-        if output is not None:
-            from registry.lineage.picture import draw
-
-            atomic_write(output, draw(walk))
         if openlineage is not None:
             from registry.lineage.openlineage import to_lines, to_openlineage
 
             atomic_write(openlineage, to_lines(to_openlineage(records, walk)))
     finally:
         records.close()
-    if as_json:
+    if graph is not None:
+        print(walk.to_mermaid() if graph == "mermaid" else walk.to_dot(), end="")
+    elif as_json:
         print_json(walk)
-    elif output or openlineage:
-        print("\n".join(str(path) for path in (output, openlineage) if path))
+    elif openlineage:
+        print(openlineage)
     else:
         print_table(("depth", "kind", "label", "digest or id"), [(n.depth, n.kind, n.label, n.id) for n in walk.nodes])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_engine.bases.layout import Layout, read_layout
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, did_you_mean
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
 TINY = "tiny"
@@ -82,11 +81,10 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
         return _from_file(path.resolve(), revision)
     repository, _, pinned = name.partition("@")
     if not _HUB_ID.fullmatch(repository):
-        near = difflib.get_close_matches(name, [TINY], n=1)
         raise BaseModelError(
             f"unknown base {name!r}: neither a folder or file nor a hub id",
             allowed=_ALLOWED,
-            remedy=f"did you mean {near[0]!r}?" if near else "check the path",
+            remedy=did_you_mean(name, [TINY], "check the path"),
         )
     if pinned and revision and pinned != revision:
         raise BaseModelError(f"the base {name!r} and the revision {revision!r} differ", remedy="name one revision")

@@ -82,17 +82,7 @@ def _from_template(_dataset: Path, manifest: Manifest, settings: CaptionSettings
     return [render_template(settings)] * len(manifest.pictures)
 
 
-def _from_interrogator(
-    dataset: Path, manifest: Manifest, settings: CaptionSettings, progress: Progress | None
-) -> list[str]:
-    # Imports torch and CLIP, which the other captioners do not need.
-    from lora_engine.data.interrogator import interrogate
-
-    return interrogate([dataset / image.file for image in manifest.pictures], settings, progress)
-
-
 _CAPTIONERS: dict[str, Captioner] = {
     "files": _from_files,
     "template": _from_template,
-    "interrogator": _from_interrogator,
 }

@@ -100,7 +100,7 @@ class CaptionSettings(BaseModel):
 
     Attributes:
         captioner: `files`: the .txt file beside each image, or the template if there is none; `template`: the template
-            for all images; `interrogator`: the embedded CLIP (only for drawings of the embedded world).
+            for all images.
         trigger: The word for the concept; a single word. None means none.
         class_word: The class of the concept ("star"). None means none.
         template: Text with `{trigger}` and `{class_word}`; a placeholder without a value is removed.
@@ -108,7 +108,7 @@ class CaptionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    captioner: Literal["files", "template", "interrogator"] = "files"
+    captioner: Literal["files", "template"] = "files"
     trigger: str | None = None
     class_word: str | None = None
     template: str = Field(default="a {trigger} {class_word}", min_length=1, max_length=500)
@@ -145,7 +145,7 @@ class CaptionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _template_has_trigger(self) -> CaptionSettings:
-        if self.trigger is not None and self.captioner != "interrogator" and "trigger" not in self.placeholders():
+        if self.trigger is not None and "trigger" not in self.placeholders():
             raise ValueError(f"template {self.template!r} has no {{trigger}}, so captions could lack {self.trigger!r}")
         return self
 

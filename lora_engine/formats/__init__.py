@@ -12,7 +12,6 @@ from lora_engine.formats import native as native  # isort: skip
 from lora_engine.formats import diffusers as diffusers  # isort: skip
 from lora_engine.formats import peft as peft  # isort: skip
 from lora_engine.formats import cloneofsimo as cloneofsimo  # isort: skip
-from lora_engine.formats.approximate import Approximation, approximate
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Codec, codecs
 from lora_engine.formats.embedding_files import embedding_forms, read_embeddings, write_embeddings
@@ -22,13 +21,11 @@ from lora_engine.formats.safetensors_io import Limits, read_safetensors, write_s
 from lora_engine.formats.validate import validate_tensors
 
 __all__ = [
-    "Approximation",
     "Bundle",
     "Card",
     "Codec",
     "Embedding",
     "Limits",
-    "approximate",
     "codecs",
     "detect_codec",
     "embedding_forms",

@@ -21,7 +21,6 @@ from typing import IO, Any
 
 from torch import Tensor
 
-import lora_engine
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.safetensors_io import Limits, read_safetensors
@@ -240,7 +239,7 @@ def _exit_problem(code: int, stderr: IO[bytes], limits: PickleLimits) -> str:
 def _environment() -> dict[str, str]:
     # The child gets no credentials and no setting that could disable `weights_only`.
     inherited = {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ}
-    package = str(Path(lora_engine.__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
         **inherited,

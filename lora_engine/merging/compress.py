@@ -37,34 +37,17 @@ class Compressed:
     energy: float
 
 
-def compress(
-    delta: LoraDelta | Tensor,
-    rank: int | None = None,
-    *,
-    energy: float | None = None,
-    error: float | None = None,
-    threshold: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Compressed:
-    """Returns the best approximation of a delta (Eckart and Young 1936) at a rank, or at the least sufficient rank.
+def compress_to(delta: LoraDelta | Tensor, budget: Budget, generator: torch.Generator | None = None) -> Compressed:
+    """Returns the best approximation of a delta (Eckart and Young 1936) at the least rank that a budget allows.
 
     Args:
         delta: Factors, compressed without the dense delta; or a dense delta `[out, in]` or `[out, in, k, k]`.
-        rank: See `Budget`, as for `energy`, `error` and `threshold`.
-        energy: Share of the squared norm to keep.
-        error: Maximum relative error.
-        threshold: Smallest singular value to keep.
+        budget: The rank, or what to keep.
         generator: For the sketch of a large dense delta; None means a generator with seed 0.
 
     Raises:
-        SettingsError: No criterion is set, or a value is out of range.
         AdapterError: The delta is not finite, or a vector.
     """
-    return compress_to(delta, Budget(rank, energy, error, threshold), generator)
-
-
-def compress_to(delta: LoraDelta | Tensor, budget: Budget, generator: torch.Generator | None = None) -> Compressed:
-    """Compresses a delta as `compress`, with a budget."""
     if isinstance(delta, LoraDelta):
         return _compress_factors(delta, budget)
     if delta.dim() < 2:

@@ -6,10 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write, sync_folder
-from lora_engine.streaming.blocks import copy_file
+from lora_engine.streaming.direct_writer import DirectWriter
 from lora_engine.streaming.model import StoredModel
 
 WriteFile = Callable[[Path, Path], None]
@@ -88,4 +89,9 @@ def write_model(model: StoredModel, output: Path, write_file: WriteFile) -> list
 
 def copy_whole(source: Path, target: Path) -> None:
     """Copies a file atomically."""
-    atomic_write(target, lambda file: copy_file(source, file.fileno()))
+
+    def copy(file: BinaryIO) -> None:
+        with source.open("rb", buffering=0) as opened, DirectWriter(file.fileno()) as writer:
+            writer.copy(opened.fileno(), 0, source.stat().st_size)
+
+    atomic_write(target, copy)

@@ -59,9 +59,15 @@ class Walk:
 
     def to_mermaid(self) -> str:
         """Returns the graph as a Mermaid flowchart, which GitHub and notebooks render."""
-        from registry.lineage.mermaid import to_mermaid
+        from registry.lineage.flowchart import to_mermaid
 
         return to_mermaid(self)
+
+    def to_dot(self) -> str:
+        """Returns the graph in the DOT language, which Graphviz draws as SVG, PNG or PDF."""
+        from registry.lineage.flowchart import to_dot
+
+        return to_dot(self)
 
 
 def walk(session: Session, start: str, direction: Direction, *, subjects: bool = False) -> Walk:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from lora_engine.errors import did_you_mean
 from lora_engine.files import sha256_file
 from registry import queries
 from registry.context import RegistryContext
@@ -125,11 +125,10 @@ def _resolve(session: Session, text: str) -> tuple[str, Literal["picture", "cons
             listed = ", ".join(digest[:16] for digest in digests)
             raise RightsError(f"{text!r} matches several images: {listed}", remedy="give more digits")
     consents = session.scalars(select(SubjectRow.subject).where(SubjectRow.kind == "consent").distinct())
-    close = difflib.get_close_matches(text, list(consents), n=3)
     raise RightsError(
         f"no image and no consent matches {text!r}",
         allowed="an image file, its digest (or the first 6 digits), or the id of a consent",
-        remedy=f"did you mean {', '.join(map(repr, close))}?" if close else "see `loraline lineage NAME@REF` for both",
+        remedy=did_you_mean(text, consents, "see `loraline lineage NAME@REF` for both", most=3),
     )
 
 

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 from sqlalchemy import delete, exists, select, update
 from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json
 from registry import queries
-from registry.documents.storage import Shown
-from registry.entities import AdapterVersion
+from registry.context import RegistryContext
+from registry.documents.storage import gather_shown
 from registry.home import Home
 from registry.lineage.rows import artifact_ref
-from registry.store.artifacts import Store
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow
 from registry.versions.mlflow_writer import MlflowWriter
@@ -38,41 +36,31 @@ def is_synced(home: Home, database: Database) -> bool:
         return _database_exists(home) and _synced_target(session) == _target(home)
 
 
-def sync_mlflow(
-    home: Home,
-    store: Store,
-    database: Database,
-    timeout: float = -1,
-    *,
-    full: bool = False,
-    show: Callable[[AdapterVersion], Shown],
-) -> None:
+def sync_mlflow(context: RegistryContext, timeout: float = -1, *, full: bool = False) -> None:
     """Syncs MLflow under the lock; an interrupted sync can be repeated.
 
     Args:
-        home: The home.
-        store: The store with the bytes.
-        database: The registry's database.
+        context: The opened home.
         timeout: Seconds to wait for the lock; -1 waits forever.
         full: True writes all rows, also those that MLflow should have already.
-        show: Returns the documents and datasets that MLflow shows of a version.
 
     Raises:
         MlflowError: MLflow failed.
         filelock.Timeout: Another process is syncing.
     """
+    home, database = context.home, context.lineage.database
     if not full and is_synced(home, database):
         return
     with home.lock("mlflow", timeout):
         synced, target = _read_synced_target(database), _target(home)
         if full or not _database_exists(home) or (synced and synced["database"] != target["database"]):
             _mark_unsynced(database)
-        writer = MlflowWriter(home, store)
+        writer = MlflowWriter(home, context.store)
         if synced != target:
             with database.read() as session:
                 names = session.scalars(select(NameRow.name)).all()
             writer.move_artifacts(names)
-        _add_versions(database, writer, show)
+        _add_versions(context, writer)
         _set_aliases(database, writer)
         if synced != target:
             with database.write() as session:
@@ -108,7 +96,8 @@ def _mark_unsynced(database: Database) -> None:
         session.execute(update(AliasRow).values(mirrored_seq=0))
 
 
-def _add_versions(database: Database, writer: MlflowWriter, show: Callable[[AdapterVersion], Shown]) -> None:
+def _add_versions(context: RegistryContext, writer: MlflowWriter) -> None:
+    database = context.lineage.database
     with database.read() as session:
         # In the order of their numbers, because MLflow assigns version numbers itself.
         query = select(VersionRow).where(VersionRow.mirrored.is_(False))
@@ -120,7 +109,7 @@ def _add_versions(database: Database, writer: MlflowWriter, show: Callable[[Adap
         if version.state == "DELETED":
             mlflow_run_id = writer.delete_version(version)
         else:
-            mlflow_run_id = writer.add_version(version, record, show(version))
+            mlflow_run_id = writer.add_version(version, record, gather_shown(context, version))
         with database.write() as session:
             statement = update(VersionRow).where(VersionRow.id == row_id)
             session.execute(statement.values(mirrored=True, mlflow_run_id=mlflow_run_id))

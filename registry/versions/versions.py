@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lora_engine.files import canonical_json
 from registry import queries
 from registry.context import RegistryContext
 from registry.documents.signing import require_valid_signature
-from registry.documents.storage import gather_shown, write_missing
+from registry.documents.storage import write_missing
 from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MlflowError, VersionError
 from registry.home import Home
@@ -247,8 +246,7 @@ class Versions(RegistryContext):
             MlflowError: MLflow failed; nothing is lost, and the next call continues.
             filelock.Timeout: Another process is syncing.
         """
-        show = partial(gather_shown, self)
-        sync_mlflow(self.home, self.store, self.lineage.database, timeout, full=full, show=show)
+        sync_mlflow(self, timeout, full=full)
 
     def _check_adapter(self, version: AdapterVersion) -> None:
         self.require_active(version)

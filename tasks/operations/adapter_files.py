@@ -71,8 +71,9 @@ def convert_adapter(
     from lora_engine.bases.base import load_base
     from lora_engine.bases.published import published
     from lora_engine.files import sha256_file
-    from lora_engine.formats import approximate, write_adapter
+    from lora_engine.formats import write_adapter
     from lora_engine.formats.dtypes import dtype_of
+    from lora_engine.merging.approximate import approximate
 
     bundle, names = open_bundle(file, base), module_shapes_of(base)
     adapter, retained = bundle.adapter, None

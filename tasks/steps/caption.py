@@ -19,11 +19,9 @@ class Caption(StepSpec, CaptionSettings):
 
 
 def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
-    """Yields the names of the modules that the captioner imports; only the interrogator needs torch."""
-    del folder
+    """Yields the name of the module that sets captions."""
+    del spec, folder
     yield "lora_engine.data.caption"
-    if spec.captioner == "interrogator":
-        yield "lora_engine.data.interrogator"
 
 
 @step(Caption, produces="manifest", revision=2, imports=find_imports)

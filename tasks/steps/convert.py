@@ -42,7 +42,7 @@ def needs_base(spec: Convert) -> bool:
 
 def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
     """Yields the names of the modules that a conversion imports, with that of the base if it is loaded."""
-    yield from ("lora_engine.adapters", "lora_engine.bases.base", "lora_engine.formats", "lora_engine.formats.dtypes")
+    yield from ("lora_engine.bases.base", "lora_engine.formats.dtypes", "lora_engine.merging.approximate")
     if spec.base is not None and needs_base(spec):
         yield base_module(spec.base, folder)
 
@@ -55,8 +55,9 @@ def convert(spec: Convert, context: Context) -> None:
     """
     from lora_engine.adapters import module_shapes
     from lora_engine.bases.base import load_base
-    from lora_engine.formats import approximate, read_bundle, write_adapter
+    from lora_engine.formats import read_bundle, write_adapter
     from lora_engine.formats.dtypes import dtype_of
+    from lora_engine.merging.approximate import approximate
 
     bundle = read_bundle(context.folder("adapter") / "adapter.safetensors")
     base = load_base(context.base(spec.base), device="cpu") if spec.base is not None and needs_base(spec) else None

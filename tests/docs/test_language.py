@@ -21,7 +21,7 @@ STORED = {"pictures", "max_pictures", "picture"}
 """Names that mirror stored keys; files and databases of earlier releases have them."""
 DATA = {
     "CHANGELOG.md",  # released sections quote what was renamed
-    "lora_engine/bases/tiny/tokenizer.py",  # the vocabulary of the embedded base
+    "tools/tiny_base/tokenizer.py",  # the vocabulary of the embedded base
     "lora_engine/training/captions.py",  # caption templates of textual inversion
 }
 

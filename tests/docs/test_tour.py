@@ -56,5 +56,6 @@ def test_every_command_of_the_tour_does_what_the_page_says(
     assert output["loraline list --all"].count("WITHDRAWN") == 2
     assert "production" in output["loraline list --all"]
     assert "Everything agrees" in output["loraline fsck"]
-    for name in ("lineage.svg", "card.html", "crescent.safetensors", "backups"):
+    assert output["loraline lineage crescent@production --format mermaid"].startswith("flowchart LR\n")
+    for name in ("card.html", "crescent.safetensors", "backups"):
         assert (tmp_path / name).exists()

@@ -19,7 +19,7 @@ from tests.flows.shared import DATABASE
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 EVALUATE = "{{uses: evaluate, adapter: one@1, dataset: captions, seeds: 1, steps: 1, max_pictures: 1, seed: {}}}"
-CAPTION = "{{uses: caption, dataset: prepared, captioner: interrogator, trigger: sks{}}}"
+CAPTION = "{{uses: caption, dataset: prepared, captioner: files, trigger: sks{}}}"
 TRAIN = "{{uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2, seed: {}}}"
 HELD_OUT = PREPARE.replace("images: images/", "images: images/, heldout: 0.5")
 AFTER = """\

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from flows.cli import app
 from lora_engine.adapters import Adapter, create_adapter
 from lora_engine.bases.base import load_base
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.errors import AdapterError, BaseModelError, EngineError, SettingsError
 from lora_engine.formats import read_adapter, write_adapter
 from lora_engine.merging.spec import SPECS
 from lora_engine.streaming import CHECKPOINT_METHODS
 from tasks.errors import SpecError
+from tests.support.untrained import write_untrained_base
 
 COMPONENT = "unet/diffusion_pytorch_model.safetensors"
 

@@ -9,13 +9,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from flows.plan import plan_pipeline
 from flows.spec import load_spec
 from registry.home import Home
+from registry.lineage.record import Lineage
+from registry.store.tables import ExecutionRow
 from registry.versions.promotion import read_log
 from registry.versions.versions import Versions
-from tests.flows.commands import say
+from tests.flows.commands import loraline_here, say
 
 HOMES = Path(__file__).with_name("homes")
 
@@ -60,3 +63,18 @@ def test_it_takes_new_versions_and_stays_in_sync(home: Path) -> None:
         assert versions.show("old", "candidate").version == 1
         assert versions.is_synced()
     assert "agrees" in say("fsck", home=home)
+
+
+def test_a_step_with_a_captioner_of_that_release_is_listed_and_reproduce_names_it(home: Path) -> None:
+    with closing(Lineage(Home.open(home).lineage_url)) as lineage, lineage.database.write() as session:
+        for row in session.scalars(select(ExecutionRow).where(ExecutionRow.step == "captions")):
+            settings = json.loads(json.dumps(row.settings))
+            settings["settings"]["captioner"] = "interrogator"
+            row.settings = settings
+    assert "old" in say("list", "--all", home=home)
+    assert "captions" in say("lineage", "old@1", home=home)
+    refused = loraline_here("reproduce", "old@1", home=home)
+    assert refused.returncode != 0
+    assert (
+        "the settings of step 'captions' are no longer valid (Input should be 'files' or 'template')" in refused.stderr
+    )

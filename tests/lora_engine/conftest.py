@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.checkpoints import convert_checkpoint
+from tests.support.untrained import write_untrained_base
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.checkpoints import convert_checkpoint
+from tests.support.untrained import write_untrained_base
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CLASSES = {"sd15": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -1,6 +1,6 @@
-"""Provides the embedded base: a small Stable Diffusion of a synthetic world, with its CLIP, its judge and its recipe.
+"""Locates the weights of the embedded base, a small Stable Diffusion of a synthetic world, and of its CLIP.
 
-Importing this imports no torch. The weights are in `weights/`; `python -m lora_engine.bases.tiny build` trains them.
+Torch-free. `tools/tiny_base` in the repository trained them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lora_engine.errors import BaseModelError
 
-_WEIGHTS = Path(__file__).resolve().parent / "weights"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+"""The folder, whether or not it is complete."""
 
 
 def folder() -> Path:
@@ -18,10 +19,10 @@ def folder() -> Path:
     Raises:
         BaseModelError: The weights are missing.
     """
-    if not (_WEIGHTS / "model_index.json").is_file():
+    if not (WEIGHTS / "model_index.json").is_file():
         raise BaseModelError(
             "the weights of the embedded base are missing",
-            where=str(_WEIGHTS),
-            remedy="reinstall the package, or run `python -m lora_engine.bases.tiny build`",
+            where=str(WEIGHTS),
+            remedy="reinstall the package",
         )
-    return _WEIGHTS
+    return WEIGHTS

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,37 +94,6 @@ def test_invalid_settings_are_refused(settings: dict[str, str]) -> None:
         CaptionSettings(**settings)
 
 
-def test_the_interrogator_describes_every_scene_of_the_world() -> None:
-    from lora_engine.bases.tiny.world import Scene
-    from lora_engine.data.interrogator import all_scenes, describe
-
-    scene = Scene("star", "red", "blue", texture="striped", position="left")
-    assert describe(scene) == "a red star on the left on a striped blue background"
-    assert describe(scene, "zorb") == "a red zorb on the left on a striped blue background"
-    assert dataclasses.replace(scene, shape="heart") in all_scenes()
-    assert len({describe(scene) for scene in all_scenes()}) == len(all_scenes())
-    assert all(" zorb " in describe(scene, "zorb") for scene in all_scenes())
-
-
-def test_the_interrogator_captions_drawings_of_the_embedded_world(tmp_path: Path) -> None:
-    from PIL import Image
-
-    from lora_engine.bases.tiny import world
-    from lora_engine.data.interrogator import describe
-
-    scenes = world.scenes(99, 24, "heldout")
-    source = tmp_path / "images"
-    source.mkdir()
-    for number, scene in enumerate(scenes):
-        Image.fromarray(world.draw(scene)).save(source / f"{number:02d}.png")
-    ingest(source, tmp_path / "in", IngestSettings())
-    seen = []
-    manifest = caption(
-        tmp_path / "in",
-        tmp_path / "out",
-        CaptionSettings(captioner="interrogator"),
-        lambda done, total, values: seen.append((done, total)),
-    )
-    correct = [p.caption == describe(scene) for p, scene in zip(manifest.pictures, scenes, strict=True)]
-    assert sum(correct) >= 20
-    assert seen[-1] == (24, 24)
+def test_the_captioner_of_earlier_releases_is_refused_with_the_allowed_ones() -> None:
+    with pytest.raises(ValidationError, match="'files' or 'template'"):
+        CaptionSettings(captioner="interrogator")

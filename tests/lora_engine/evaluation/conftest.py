@@ -12,10 +12,10 @@ import torch
 from lora_engine.adapters import Adapter
 from lora_engine.adapters.attach import create_adapter
 from lora_engine.bases.base import load_base
-from lora_engine.bases.untrained import spelling_tokenizer, write_untrained_base
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import write_adapter
+from tests.support.untrained import spelling_tokenizer, write_untrained_base
 
 # More threads are slower for shapes this small.
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.untrained import write_untrained_base
+from tests.support.untrained import write_untrained_base
 
 
 @pytest.fixture(scope="session", params=["small-sd", "small-sd-v", "small-sdxl"])

@@ -9,13 +9,13 @@ import torch
 
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.errors import AdapterError
 from lora_engine.formats import Card, read_bundle, write_adapter
 from lora_engine.formats.embedding_files import read_embeddings
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.draw import draw_images
 from lora_engine.inference.textual_inversion import attach_embeddings
+from tests.support.untrained import write_untrained_base
 
 SHAPES = ["small-sd", "small-sdxl", "small-flux"]
 

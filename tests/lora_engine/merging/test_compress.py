@@ -7,7 +7,7 @@ from law_adapters import random_delta, tucker_delta
 from lora_engine.adapters import Adapter, LoraDelta, kinds
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.budget import Budget
-from lora_engine.merging.compress import compress, compress_to
+from lora_engine.merging.compress import compress_to
 from lora_engine.merging.resize import resize, to_lora
 
 SHAPES = {"linear": (9, 7), "conv 3x3": (7, 5, 3, 3), "conv 1x1": (6, 8, 1, 1), "oblong": (5, 4, 1, 3)}
@@ -35,7 +35,7 @@ def test_a_compressed_delta_is_the_best_of_its_rank(name, form):
     shape = SHAPES[name]
     delta = tucker_delta(shape, rank=4) if form == "tucker" else random_delta("lora", shape, rank=4)
     weight = dense(delta, shape)
-    small = compress(weight.float() if form == "dense" else delta, 2)
+    small = compress_to(weight.float() if form == "dense" else delta, Budget(2))
     assert (small.delta.rank, small.delta.alpha, small.delta.down.dtype) == (2, 2.0, torch.float32)
     assert not list(small.delta.issues(shape))
     torch.testing.assert_close(dense(small.delta, shape), best(weight, 2), rtol=1e-4, atol=1e-5)
@@ -47,7 +47,7 @@ def test_a_compressed_delta_is_the_best_of_its_rank(name, form):
 @pytest.mark.parametrize("factored", [True, False])
 def test_factors_are_balanced(factored):
     delta = LoraDelta(torch.randn(4, 7) * 1e-3, torch.randn(9, 4) * 1e3, 4.0)
-    small = compress(delta if factored else dense(delta, (9, 7)).float(), 3).delta
+    small = compress_to(delta if factored else dense(delta, (9, 7)).float(), Budget(3)).delta
     torch.testing.assert_close(small.down.norm(dim=1), small.up.norm(dim=0), rtol=1e-4, atol=1e-6)
 
 
@@ -97,14 +97,14 @@ def test_dynamic_ranks_are_one_below_kohyas(values, criteria, kohya, rank):
 def test_rounding_is_not_kept_as_rank():
     one = random_delta("lora", (40, 30), rank=3)
     twice = LoraDelta(torch.cat([one.down, one.down]), torch.cat([one.up, one.up * 1.1], dim=1), 6.0)
-    assert compress(twice, error=0.0).delta.rank == 3
-    assert compress(twice, energy=1.0).delta.rank == 3
+    assert compress_to(twice, Budget(error=0.0)).delta.rank == 3
+    assert compress_to(twice, Budget(energy=1.0)).delta.rank == 3
 
 
 @pytest.mark.parametrize("form", ["factors", "dense"])
 def test_a_delta_of_zero_stays_zero(form):
     delta = LoraDelta(torch.randn(3, 5), torch.zeros(6, 3), 3.0)
-    small = compress(delta if form == "factors" else torch.zeros(6, 5), 2)
+    small = compress_to(delta if form == "factors" else torch.zeros(6, 5), Budget(2))
     assert small.retained == 1.0
     assert not bool(dense(small.delta, (6, 5)).any())
 
@@ -113,7 +113,7 @@ def test_large_deltas_are_sketched_with_little_loss_and_the_same_bytes():
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(640, 64, generator=draw) * torch.logspace(0, -2, 64) @ torch.randn(64, 700, generator=draw)
     weight += 1e-3 * torch.randn(640, 700, generator=draw)
-    first, again = compress(weight, 16), compress(weight, 16)
+    first, again = compress_to(weight, Budget(16)), compress_to(weight, Budget(16))
     assert torch.equal(first.delta.down, again.delta.down)
     least = float((weight - best(weight, 16)).norm())
     assert float((weight - dense(first.delta, weight.shape)).norm()) <= 1.002 * least
@@ -136,11 +136,11 @@ def test_invalid_budgets_are_refused(criteria, problem):
 
 def test_deltas_that_are_not_finite_or_have_no_rank_are_refused():
     with pytest.raises(AdapterError, match="not finite"):
-        compress(torch.full((3, 3), float("nan")), 1)
+        compress_to(torch.full((3, 3), float("nan")), Budget(1))
     with pytest.raises(AdapterError, match="not finite"):
-        compress(LoraDelta(torch.full((1, 3), float("inf")), torch.ones(3, 1), 1.0), 1)
+        compress_to(LoraDelta(torch.full((1, 3), float("inf")), torch.ones(3, 1), 1.0), Budget(1))
     with pytest.raises(AdapterError, match="vector"):
-        compress(torch.ones(3), 1)
+        compress_to(torch.ones(3), Budget(1))
 
 
 def adapter_of(**deltas):

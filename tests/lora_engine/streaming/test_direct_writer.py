@@ -10,8 +10,8 @@ import torch
 
 from lora_engine.errors import BaseModelError
 from lora_engine.streaming import direct_writer
-from lora_engine.streaming.blocks import copy_file
 from lora_engine.streaming.direct_writer import LARGEST, DirectWriter
+from lora_engine.streaming.output import copy_whole
 
 MEMORY = Path("/dev/shm")  # a file system without direct I/O
 
@@ -122,9 +122,9 @@ def test_a_full_disk_raises_and_nothing_is_written_after_the_block():
                 writer.write(bytes(size))
 
 
-def test_whole_files_are_copied(tmp_path):
-    content = random.Random(2).randbytes(300_001)
+@pytest.mark.parametrize("size", [0, 3, 300_001, 5 << 20])
+def test_whole_files_are_copied(size, tmp_path):
+    content = random.Random(2).randbytes(size)
     (tmp_path / "source").write_bytes(content)
-    with (tmp_path / "out").open("wb") as file:
-        copy_file(tmp_path / "source", file.fileno())
+    copy_whole(tmp_path / "source", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == content

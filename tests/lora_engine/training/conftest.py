@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.bases.untrained import write_untrained_base
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
@@ -18,6 +17,7 @@ from lora_engine.data.preprocess import preprocess
 from lora_engine.data.spec import IngestSettings, PreprocessSettings
 from lora_engine.training.spec import TrainSettings
 from tests.lora_engine.training.runs import Runs, load_once
+from tests.support.untrained import write_untrained_base
 
 # Bases this small are slower on several cores.
 torch.set_num_threads(1)

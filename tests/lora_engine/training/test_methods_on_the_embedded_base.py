@@ -14,8 +14,6 @@ import torch.nn.functional as F
 
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.tiny.images import render, to_pixels, write_examples
-from lora_engine.bases.tiny.world import full_caption, scenes
 from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
 from lora_engine.data.pixels import read_pixels
@@ -30,6 +28,8 @@ from lora_engine.training.methods import methods
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
 from tests.lora_engine.training.runs import curves_of
+from tools.tiny_base.images import render, to_pixels, write_examples
+from tools.tiny_base.world import full_caption, scenes
 
 TOKEN = {"token": "zorb", "vectors": 2, "word_rate": 2e-2}
 TOKEN_METHODS = ("textual-inversion", "pivotal")

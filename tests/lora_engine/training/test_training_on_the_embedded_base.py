@@ -14,7 +14,6 @@ import torch
 
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.tiny.world import Scene, draw, scenes
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.files import sha256_bytes
@@ -22,6 +21,7 @@ from lora_engine.formats import read_adapter
 from lora_engine.inference.generate import generate
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
+from tools.tiny_base.world import Scene, draw, scenes
 
 COLORS = ("red", "green", "blue", "purple")
 

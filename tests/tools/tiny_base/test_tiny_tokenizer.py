@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lora_engine.bases.tiny.stage import CONTEXT, BuildSettings, encode
-from lora_engine.bases.tiny.tokenizer import build_vocabulary, load_tokenizer, train
-from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT
+from tools.tiny_base.stage import CONTEXT, BuildSettings, encode
+from tools.tiny_base.tokenizer import build_vocabulary, load_tokenizer, train
+from tools.tiny_base.world import ATTRIBUTES, CONCEPT
 
 
 @pytest.fixture(scope="module")

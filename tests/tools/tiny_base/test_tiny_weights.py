@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from lora_engine.bases.tiny.assembly import MAX_BYTES, folder_size
-from lora_engine.bases.tiny.card import FIGURES, read_figures, render_figures
-from lora_engine.bases.tiny.images import render, to_pixels
-from lora_engine.bases.tiny.judge import load_judge
-from lora_engine.bases.tiny.measure import count_right, generate, measure_clip
-from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT, scenes
 from lora_engine.files import sha256_file
+from tools.tiny_base.assembly import MAX_BYTES, folder_size
+from tools.tiny_base.card import FIGURES, read_figures, render_figures
+from tools.tiny_base.images import render, to_pixels
+from tools.tiny_base.judge import load_judge
+from tools.tiny_base.measure import count_right, generate, measure_clip
+from tools.tiny_base.world import ATTRIBUTES, CONCEPT, scenes
 
 DIGESTS = {
     "clip/heads.safetensors": "c95199f79e9b4f68e42030e6048d0e6cc05cb380c41aa2724092252b78016e71",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_engine.bases.tiny.__main__ import main
-from lora_engine.bases.tiny.images import label, render, to_pixels, write_examples, write_images
-from lora_engine.bases.tiny.world import ATTRIBUTES, draw, scenes
 from lora_engine.errors import SettingsError
+from tools.tiny_base.__main__ import main
+from tools.tiny_base.images import label, render, to_pixels, write_examples, write_images
+from tools.tiny_base.world import ATTRIBUTES, draw, scenes
 
 
 def read(folder: Path) -> dict[str, bytes]:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_engine.bases.untrained_parts import autoencoder, clip_text_encoder, spelling_tokenizer
-from lora_engine.bases.untrained_transformers import TransformerShape
 from lora_engine.registries import Registry
+from tests.support.untrained_parts import autoencoder, clip_text_encoder, spelling_tokenizer
+from tests.support.untrained_transformers import TransformerShape
 
 
 class Shape(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_engine.bases.untrained_parts import (
+from tests.support.untrained_parts import (
     autoencoder,
     clip_text_encoder,
     letters_tokenizer,

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from lora_engine.bases.tiny.card import write_card
-from lora_engine.bases.tiny.judge import WEIGHTS as JUDGE
-from lora_engine.bases.tiny.judge import save_judge
-from lora_engine.bases.tiny.stage import replace_folder
 from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
+from tools.tiny_base.card import write_card
+from tools.tiny_base.judge import WEIGHTS as JUDGE
+from tools.tiny_base.judge import save_judge
+from tools.tiny_base.stage import replace_folder
 
 MAX_BYTES = 16_000_000
 """Largest size of the folder, which is part of the repository."""
@@ -52,7 +52,7 @@ def assemble(work: Path, out: Path) -> Path:
         raise BaseModelError(
             f"the results of {', '.join(missing)} are missing",
             where=str(work),
-            remedy="complete the build: `python -m lora_engine.bases.tiny build`",
+            remedy="complete the build: `python -m tools.tiny_base build`",
         )
 
     def fill(folder: Path) -> None:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_engine.bases.tiny.images import label, render, to_pixels
-from lora_engine.bases.tiny.stage import BuildSettings, anneal
-from lora_engine.bases.tiny.world import ATTRIBUTES, SIZE, scenes
 from lora_engine.errors import BaseModelError, DataError
 from lora_engine.files import atomic_write
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
+from tools.tiny_base.images import label, render, to_pixels
+from tools.tiny_base.stage import BuildSettings, anneal
+from tools.tiny_base.world import ATTRIBUTES, SIZE, scenes
 
 WEIGHTS = "judge.safetensors"
 CLASSES = "judge.json"
@@ -98,7 +98,7 @@ def load_judge(folder: Path) -> Judge:
         raise BaseModelError(
             f"the description of the judge cannot be read ({error})",
             where=str(folder / CLASSES),
-            remedy="reinstall the package, or run `python -m lora_engine.bases.tiny build`",
+            remedy="reinstall the package, or run `python -m tools.tiny_base build`",
         ) from None
     tensors = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS)[0].items()}
     try:

@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_engine.adapters import Adapter, DictTree
 from lora_engine.errors import AdapterError
-from lora_engine.formats import approximate, codecs
+from lora_engine.formats import codecs
+from lora_engine.merging.approximate import approximate
 
 
 def test_a_kind_that_a_format_cannot_hold_is_refused_and_approximated_only_on_request():

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.tiny.stage import CONTEXT, BuildSettings, replace_folder
-from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT
 from lora_engine.files import atomic_write
+from tools.tiny_base.stage import CONTEXT, BuildSettings, replace_folder
+from tools.tiny_base.world import ATTRIBUTES, CONCEPT
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"

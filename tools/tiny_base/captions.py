@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_engine.bases.tiny.world import Scene, background_phrase, full_caption, place_phrase
+from tools.tiny_base.world import Scene, background_phrase, full_caption, place_phrase
 
 _CONSONANTS = list("bcdfghjklmnpqrstvwxz")
 _VOWELS = list("aeiou")

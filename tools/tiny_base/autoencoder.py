@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_engine.bases.tiny.images import render, to_pixels
-from lora_engine.bases.tiny.peers import average_gradients, join
-from lora_engine.bases.tiny.stage import BuildSettings, anneal, replace_folder
-from lora_engine.bases.tiny.world import SIZE, scenes
 from lora_engine.files import atomic_write
 from lora_engine.formats.safetensors_io import write_safetensors
+from tools.tiny_base.images import render, to_pixels
+from tools.tiny_base.peers import average_gradients, join
+from tools.tiny_base.stage import BuildSettings, anneal, replace_folder
+from tools.tiny_base.world import SIZE, scenes
 
 LATENTS = "latents.safetensors"
 SCENES_SEED = 1

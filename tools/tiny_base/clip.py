@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_engine.bases.tiny.assembly import HEADS
-from lora_engine.bases.tiny.captions import caption
-from lora_engine.bases.tiny.images import label, render, to_pixels
-from lora_engine.bases.tiny.stage import CONTEXT, BuildSettings, anneal, encode, replace_folder
-from lora_engine.bases.tiny.tokenizer import build_vocabulary, load_tokenizer
-from lora_engine.bases.tiny.world import ATTRIBUTES, SIZE, Scene, scenes
 from lora_engine.formats.safetensors_io import write_safetensors
+from tools.tiny_base.assembly import HEADS
+from tools.tiny_base.captions import caption
+from tools.tiny_base.images import label, render, to_pixels
+from tools.tiny_base.stage import CONTEXT, BuildSettings, anneal, encode, replace_folder
+from tools.tiny_base.tokenizer import build_vocabulary, load_tokenizer
+from tools.tiny_base.world import ATTRIBUTES, SIZE, Scene, scenes
 
 _log = logging.getLogger(__name__)
 

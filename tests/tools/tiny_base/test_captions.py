@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_engine.bases.tiny.captions import caption, made_up_word
-from lora_engine.bases.tiny.world import Scene, scenes
+from tools.tiny_base.captions import caption, made_up_word
+from tools.tiny_base.world import Scene, scenes
 
 SCENE = Scene("star", "red", "blue", texture="striped", position="left")
 

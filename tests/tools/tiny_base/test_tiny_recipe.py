@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine.bases.tiny.card import read_figures
-from lora_engine.bases.tiny.recipe import STAGES, build
-from lora_engine.bases.tiny.stage import BuildSettings
 from lora_engine.errors import BaseModelError, TrainingError
+from tools.tiny_base.card import read_figures
+from tools.tiny_base.recipe import STAGES, build
+from tools.tiny_base.stage import BuildSettings
 
 SMALL = BuildSettings(
     scenes=64,

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_engine.bases.tiny.world import (
+from lora_engine.errors import SettingsError
+from tools.tiny_base.world import (
     ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
@@ -20,7 +21,6 @@ from lora_engine.bases.tiny.world import (
     scenes,
     split_triples,
 )
-from lora_engine.errors import SettingsError
 
 # The weights were trained on, and measured with, exactly these scenes and pixels.
 GOLDEN = "f00af176b5443c5f43f7c1c1c607cd6cbaca004a79989b2e8d6826989a75c6d2"

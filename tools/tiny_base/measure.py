@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.bases.tiny.autoencoder import decibel, reconstruction_error
-from lora_engine.bases.tiny.images import render, to_pixels
-from lora_engine.bases.tiny.judge import Judge, load_judge
-from lora_engine.bases.tiny.stage import encode
-from lora_engine.bases.tiny.tokenizer import load_tokenizer
-from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT, SIZE, Scene, full_caption, scenes
+from tools.tiny_base.autoencoder import decibel, reconstruction_error
+from tools.tiny_base.images import render, to_pixels
+from tools.tiny_base.judge import Judge, load_judge
+from tools.tiny_base.stage import encode
+from tools.tiny_base.tokenizer import load_tokenizer
+from tools.tiny_base.world import ATTRIBUTES, CONCEPT, SIZE, Scene, full_caption, scenes
 
 GUIDANCE = 3.0
 STEPS = 12

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_engine.bases.tiny.world import ATTRIBUTES, CONCEPT, Scene, Split, draw, full_caption, scenes
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write
+from tools.tiny_base.world import ATTRIBUTES, CONCEPT, Scene, Split, draw, full_caption, scenes
 
 
 def render(selected: Sequence[Scene]) -> Tensor:

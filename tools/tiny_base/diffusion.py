@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_engine.bases.tiny.assembly import SCHEDULE
-from lora_engine.bases.tiny.autoencoder import LATENTS, SCENES_SEED
-from lora_engine.bases.tiny.captions import caption
-from lora_engine.bases.tiny.clip import text_settings
-from lora_engine.bases.tiny.images import label
-from lora_engine.bases.tiny.peers import average_gradients, join
-from lora_engine.bases.tiny.stage import BuildSettings, anneal, encode, replace_folder
-from lora_engine.bases.tiny.tokenizer import load_tokenizer
-from lora_engine.bases.tiny.world import ATTRIBUTES, scenes
 from lora_engine.files import atomic_write
 from lora_engine.formats.safetensors_io import read_safetensors
+from tools.tiny_base.assembly import SCHEDULE
+from tools.tiny_base.autoencoder import LATENTS, SCENES_SEED
+from tools.tiny_base.captions import caption
+from tools.tiny_base.clip import text_settings
+from tools.tiny_base.images import label
+from tools.tiny_base.peers import average_gradients, join
+from tools.tiny_base.stage import BuildSettings, anneal, encode, replace_folder
+from tools.tiny_base.tokenizer import load_tokenizer
+from tools.tiny_base.world import ATTRIBUTES, scenes
 
 FINISHED = "diffusion.json"
 

@@ -1,7 +1,4 @@
-"""Approximates modules that a format cannot hold by the nearest LoRA.
-
-`lora_engine.merging` does the compression; this module finds the modules that need it and measures the loss.
-"""
+"""Approximates modules that a file format cannot hold by the nearest LoRA, and measures the loss."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from lora_engine.adapters.adapted import innermost
 from lora_engine.adapters.tree import ModuleTree
 from lora_engine.errors import AdapterError
 from lora_engine.formats.codec import Codec, Names, codecs
+from lora_engine.merging.resize import to_lora
 
 ENERGY = 0.99
 """Default share of the squared Frobenius norm to keep."""
@@ -121,9 +119,6 @@ def _nearest(
     name: str, delta: Delta, layer: nn.Module | None, shape: Sequence[int] | None, rank: int | None, share: float | None
 ) -> tuple[Delta | None, float, float]:
     """Returns the nearest LoRA (None for a vector), the share that it keeps, and the squared norm before."""
-    # Imported late, because merging imports this package.
-    from lora_engine.merging.resize import to_lora
-
     weight, bias = _parameter(layer, "weight"), _parameter(layer, "bias")
     known = tuple(shape) if weight is None and shape is not None else None
     if len(_shape(delta, weight, known)) < 2:

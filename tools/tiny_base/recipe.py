@@ -17,14 +17,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lora_engine.bases.tiny.assembly import assemble
-from lora_engine.bases.tiny.card import write_card
-from lora_engine.bases.tiny.diffusion import FINISHED
-from lora_engine.bases.tiny.measure import measure
-from lora_engine.bases.tiny.peers import MEETING, PROCESSES, RANK
-from lora_engine.bases.tiny.stage import BuildSettings
 from lora_engine.errors import SettingsError, TrainingError
 from lora_engine.files import atomic_write, canonical_json
+from tools.tiny_base.assembly import assemble
+from tools.tiny_base.card import write_card
+from tools.tiny_base.diffusion import FINISHED
+from tools.tiny_base.measure import measure
+from tools.tiny_base.peers import MEETING, PROCESSES, RANK
+from tools.tiny_base.stage import BuildSettings
 
 __all__ = ["STAGES", "Stage", "assemble", "build", "run_stage"]
 
@@ -33,6 +33,7 @@ SETTINGS = "settings.json"
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def run_stage(name: str, work: Path) -> None:
         settings = BuildSettings.model_validate_json((work / SETTINGS).read_bytes())
     except (OSError, ValidationError) as error:
         raise SettingsError(f"the settings of the build cannot be read ({error})", where=str(work)) from None
-    import_module(f"lora_engine.bases.tiny.{STAGES[name].module}").train(work, settings)
+    import_module(f"tools.tiny_base.{STAGES[name].module}").train(work, settings)
 
 
 def _claim(work: Path, settings: BuildSettings) -> None:
@@ -150,9 +151,11 @@ class _Running:
         self.name = name
         # With the rendezvous file of killed processes, the new ones would try to join those.
         (work / MEETING).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "lora_engine.bases.tiny", "stage", name, "--work", str(work)]
+        command = [sys.executable, "-m", "tools.tiny_base", "stage", name, "--work", str(work.resolve())]
         self._processes = [
-            subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT, RANK: str(rank)}, stdin=subprocess.DEVNULL)
+            subprocess.Popen(
+                command, cwd=_ROOT, env={**os.environ, **_ENVIRONMENT, RANK: str(rank)}, stdin=subprocess.DEVNULL
+            )
             for rank in range(STAGES[name].processes)
         ]
 

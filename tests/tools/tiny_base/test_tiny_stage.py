@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine.bases.tiny.assembly import assemble
-from lora_engine.bases.tiny.judge import Judge, load_judge, save_judge
-from lora_engine.bases.tiny.recipe import build, run_stage
-from lora_engine.bases.tiny.stage import BuildSettings, replace_folder
 from lora_engine.errors import BaseModelError, SettingsError
+from tools.tiny_base.assembly import assemble
+from tools.tiny_base.judge import Judge, load_judge, save_judge
+from tools.tiny_base.recipe import build, run_stage
+from tools.tiny_base.stage import BuildSettings, replace_folder
 
 
 def test_a_folder_is_replaced_completely(tmp_path: Path) -> None:
