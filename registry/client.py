@@ -168,7 +168,7 @@ class Registry:
         chosen = self[version] if isinstance(version, str) else version
         return deletion.withdraw(self.versions, chosen.version.name, chosen.version.version, reason=reason)
 
-    def history(self, name: str, alias: str | None = None) -> list[Event]:
+    def history(self, name: str, alias: str | None = None) -> Sequence[Event]:
         """Returns the events of a name, oldest first."""
         return promotion.history(self.versions, name, alias)
 
