@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+FilePath = str | os.PathLike[str]
+"""A path as public functions take it."""
 _CHUNK = 1 << 20
 # Bytes per write call: smaller and larger ones were no faster.
 _WRITE_SIZE = 512 << 10

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from lora_engine.adapters import Adapter, Attachment, DictTree, ModuleTree, module_shapes
+from lora_engine.adapters import Adapter, Attachment, module_shapes
 from lora_engine.adapters import attach as attach_adapter
+from lora_engine.adapters.tree import Base
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.files import FilePath
 from lora_engine.formats import Bundle, read_bundle, write_adapter
 from lora_engine.merging.files import load_base_if_read, merge_recipe, merged_card
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.report import Report
 from lora_engine.merging.resize import resize as resize_adapter
 from lora_engine.merging.spec import Learned, Weight, parse_options
-
-FilePath = str | PathLike[str]
-Model = ModuleTree | nn.Module | Mapping[str, nn.Module] | Any
-"""A Loraline base model, a diffusers pipeline, a torch module, or torch modules by component name."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,18 +41,13 @@ class LoadedAdapter(Bundle):
     report: Report | None = None
 
     def __repr__(self) -> str:
-        """Returns the family, the kinds, the ranks and the number of modules."""
-        deltas = self.adapter.modules.values()
-        kinds = "+".join(sorted({delta.kind for delta in deltas})) or "tokens"
-        ranks = sorted({delta.rank for delta in deltas if delta.rank})
-        rank = f" r={ranks[0]}" if len(ranks) == 1 else f" r={ranks[0]}-{ranks[-1]}" if ranks else ""
         tokens = f", {len(self.embeddings)} tokens" if self.embeddings else ""
-        return f"<Adapter {self.adapter.base or 'unknown base'} {kinds}{rank}, {len(deltas)} modules{tokens}>"
+        return f"{repr(self.adapter)[:-1]}{tokens}>"
 
     @property
     def components(self) -> tuple[str, ...]:
         """The parts of the base that the adapter changes, such as `unet` and `text_encoder`, sorted."""
-        return tuple(sorted({name.partition(".")[0] for name in self.adapter.modules}))
+        return self.adapter.components
 
     def only(self, *components: str) -> LoadedAdapter:
         """Returns the adapter without the modules of other components.
@@ -74,7 +66,7 @@ class LoadedAdapter(Bundle):
         *,
         format: str = "loraline",  # noqa: A002 (the name of the option everywhere)
         dtype: torch.dtype | None = None,
-        base: str | None = None,
+        base: FilePath | None = None,
     ) -> list[Path]:
         """Writes the adapter; the same adapter and card give the same bytes.
 
@@ -91,7 +83,7 @@ class LoadedAdapter(Bundle):
             AdapterError: The format or the dtype cannot hold the adapter.
             SettingsError: No such format.
         """
-        shapes = None if base is None else base_module_shapes(base)
+        shapes = None if base is None else base_module_shapes(os.fspath(base))
         return write_adapter(
             path,
             self.adapter,
@@ -102,7 +94,7 @@ class LoadedAdapter(Bundle):
             module_names=shapes,
         )
 
-    def attached(self, model: Model, scale: float = 1.0, *, trainable: bool = False) -> Attachment:
+    def attached(self, model: Base, scale: float = 1.0, *, trainable: bool = False) -> Attachment:
         """Attaches the adapter until the block ends; see `attach`."""
         if self.embeddings and self.adapter.modules:
             tokens = ", ".join(repr(embedding.token) for embedding in self.embeddings)
@@ -114,7 +106,7 @@ class LoadedAdapter(Bundle):
         return attach(model, self.adapter, scale, trainable=trainable)
 
 
-def load(path: FilePath, base: str | Model | None = None) -> LoadedAdapter:
+def load(path: FilePath, base: FilePath | Base | None = None) -> LoadedAdapter:
     """Reads an adapter of any format; the names of its tensors tell which.
 
     Args:
@@ -126,14 +118,14 @@ def load(path: FilePath, base: str | Model | None = None) -> LoadedAdapter:
         AdapterError: The file is no adapter, is damaged, or does not fit the base.
         BaseModelError: No such base.
     """
-    shapes = None if base is None else base_module_shapes(base) if isinstance(base, str) else shapes_of(base)
-    bundle = read_bundle(path, shapes)
+    if isinstance(base, str | os.PathLike):
+        bundle = read_bundle(path, base_module_shapes(os.fspath(base)))
+    else:
+        bundle = read_bundle(path, None if base is None else module_shapes(base))
     return LoadedAdapter(bundle.adapter, bundle.card, bundle.embeddings, bundle.assumptions)
 
 
-def attach(
-    model: Model, adapter: Adapter | LoadedAdapter, scale: float = 1.0, *, trainable: bool = False
-) -> Attachment:
+def attach(model: Base, adapter: Adapter | LoadedAdapter, scale: float = 1.0, *, trainable: bool = False) -> Attachment:
     """Wraps the layers that an adapter changes; no weight is touched.
 
     Args:
@@ -150,8 +142,7 @@ def attach(
         AdapterError: A module is missing, has another shape, or cannot carry an adapter; the model is untouched.
     """
     deltas = adapter.adapter if isinstance(adapter, LoadedAdapter) else adapter
-    components = {name.partition(".")[0] for name in deltas.modules}
-    return attach_adapter(tree_of(model, components), deltas, scale, trainable=trainable)
+    return attach_adapter(model, deltas, scale, trainable=trainable)
 
 
 def merge(
@@ -160,7 +151,7 @@ def merge(
     method: str = "concatenate",
     *,
     seed: int = 0,
-    base: str | BaseModel | None = None,
+    base: FilePath | BaseModel | None = None,
     **options: Any,
 ) -> LoadedAdapter:
     """Merges adapters into one; the result does not depend on their order.
@@ -183,8 +174,9 @@ def merge(
     loaded = [item if isinstance(item, LoadedAdapter) else load(item) for item in adapters]
     scales: Sequence[Weight] = [1.0] * len(loaded) if weights is None else weights
     deltas, cards = [item.adapter for item in loaded], [item.card for item in loaded]
-    model = base if base is not None and not isinstance(base, str) else load_base_if_read(deltas, chosen, base)
-    merged, report = merge_adapters(deltas, scales, chosen, seed=seed, base=model)
+    if base is None or isinstance(base, str | os.PathLike):
+        base = load_base_if_read(deltas, chosen, None if base is None else os.fspath(base))
+    merged, report = merge_adapters(deltas, scales, chosen, seed=seed, base=base)
     titles = [card.title or "adapter" for card in cards]
     card = merged_card(cards, titles, scales, method, merge_recipe(chosen, seed, scales, report))
     return LoadedAdapter(merged, card, report=report)
@@ -200,39 +192,3 @@ def resize(adapter: LoadedAdapter, rank: int, **options: Any) -> LoadedAdapter:
     """
     smaller, report = resize_adapter(adapter.adapter, rank=rank, **options)
     return replace(adapter, adapter=smaller, report=report)
-
-
-def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
-    """Returns the canonical name and the weight shape of every layer that can carry an adapter."""
-    return module_shapes(tree_of(model, {"unet"} if isinstance(model, nn.Module) else set()))
-
-
-def tree_of(model: Model, components: set[str]) -> ModuleTree:
-    """Returns a model as a tree of named modules.
-
-    Args:
-        model: See `attach`.
-        components: The components that the caller needs; a single torch module is the only one.
-
-    Raises:
-        AdapterError: A single module where several components are needed, or an object without torch modules.
-    """
-    if isinstance(model, nn.Module):
-        if len(components) != 1:
-            raise AdapterError(
-                f"the adapter changes {', '.join(sorted(components))}, and one torch module is one of them",
-                allowed="a pipeline, or modules by component name",
-                remedy="pass the pipeline, or take a part of the adapter: `adapter.only('unet')`",
-            )
-        return DictTree({next(iter(components)): model})
-    if isinstance(model, Mapping):
-        return DictTree(model)
-    if isinstance(parts := getattr(model, "components", None), Mapping):
-        return DictTree({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
-    if all(hasattr(model, name) for name in ("module_names", "get_module", "set_module")):
-        return model
-    raise AdapterError(
-        f"an adapter cannot be attached to a {type(model).__name__!r}",
-        allowed="a Loraline base, a diffusers pipeline, a torch module, or torch modules by component name",
-        remedy="pass one of these",
-    )

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lora_engine.files import FilePath
 from registry.entities import AdapterVersion, Event
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.lineage.walk import Direction, Walk
 from registry.versions import deletion, promotion
 from registry.versions.versions import Versions
-
-FilePath = str | PathLike[str]
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,8 +30,7 @@ class RegisteredVersion:
     versions: Versions = field(compare=False)
 
     def __repr__(self) -> str:
-        aliases = f" {','.join(self.version.aliases)}" if self.version.aliases else ""
-        return f"<RegisteredVersion {self.ref}{aliases} sha256:{self.version.sha256[:12]}>"
+        return repr(self.version).replace("Adapter", "Registered", 1)
 
     @property
     def ref(self) -> str:
@@ -85,7 +82,7 @@ class Registry:
         Raises:
             HomeError: The folder is not a home, is not writable, or a newer release wrote its database.
         """
-        return cls(Versions(Home.open(Path(home), create=create)))
+        return cls(Versions(Home.open(home, create=create)))
 
     @property
     def home(self) -> Home:
@@ -171,7 +168,7 @@ class Registry:
         chosen = self[version] if isinstance(version, str) else version
         return deletion.withdraw(self.versions, chosen.version.name, chosen.version.version, reason=reason)
 
-    def history(self, name: str, alias: str | None = None) -> list[Event]:
+    def history(self, name: str, alias: str | None = None) -> Sequence[Event]:
         """Returns the events of a name, oldest first."""
         return promotion.history(self.versions, name, alias)
 

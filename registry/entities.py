@@ -107,7 +107,7 @@ class Run:
 
     id: str
     name: str
-    spec: Mapping[str, Any]
+    spec: Mapping[str, Any] = field(repr=False)
     status: RunStatus
     pid: int
     host: str
@@ -143,12 +143,12 @@ class Execution:
     step: str
     uses: str
     revision: str
-    key: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, ArtifactRef] = field(default_factory=dict)
+    key: str = field(repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    inputs: Mapping[str, ArtifactRef] = field(default_factory=dict, repr=False)
     output: ArtifactRef | None = None
     status: ExecutionStatus = "COMPLETED"
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict, repr=False)
     seed: int | None = None
     started_at: datetime = field(default_factory=now)
     ended_at: datetime | None = None
@@ -174,7 +174,7 @@ class Subject:
     label: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterVersion:
     """A registered adapter, `name@version`, and its metadata.
 
@@ -217,6 +217,10 @@ class AdapterVersion:
     parents: tuple[str, ...]
     params: Mapping[str, Any] = field(default_factory=dict)
     state: VersionState = "ACTIVE"
+
+    def __repr__(self) -> str:
+        aliases = f" {','.join(self.aliases)}" if self.aliases else ""
+        return f"<AdapterVersion {self.ref}{aliases} sha256:{self.sha256[:12]}>"
 
     @property
     def ref(self) -> str:
@@ -261,10 +265,10 @@ class Event:
     after: int | None
     actor: str
     reason: str
-    gates: Sequence[Mapping[str, Any]]
+    gates: Sequence[Mapping[str, Any]] = field(repr=False)
     at: datetime
     subject: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

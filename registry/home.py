@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lora_engine.files import atomic_write
+from lora_engine.files import FilePath, atomic_write
 from registry.errors import HomeError, disk_errors
 from registry.settings import Settings, read_settings
 
@@ -26,7 +26,7 @@ class Home:
     path: Path
 
     @classmethod
-    def open(cls, path: Path | str, *, create: bool = True) -> Home:
+    def open(cls, path: FilePath, *, create: bool = True) -> Home:
         """Returns the home at a path; creates its folders and checks that they are writable.
 
         Args:

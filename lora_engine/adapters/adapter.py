@@ -12,7 +12,7 @@ from lora_engine.adapters.delta import Delta, same_delta
 from lora_engine.errors import AdapterError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One adapter: its deltas, and the base that they were trained for.
 
@@ -30,6 +30,11 @@ class Adapter:
         ordered = dict(sorted(self.modules.items()))
         object.__setattr__(self, "modules", MappingProxyType(ordered))
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The parts of the base that the adapter changes, such as `text_encoder` and `unet`; sorted."""
+        return tuple(sorted({name.partition(".")[0] for name in self.modules}))
+
     def __eq__(self, other: object) -> bool:
         """Returns True if names, kinds, settings, base and dtypes are equal, and the factors bit for bit."""
         if not isinstance(other, Adapter):
@@ -42,6 +47,13 @@ class Adapter:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Returns the family, the kinds, the ranks and the number of modules."""
+        kinds = "+".join(sorted({delta.kind for delta in self.modules.values()}))
+        ranks = sorted({delta.rank for delta in self.modules.values() if delta.rank})
+        rank = f" r={ranks[0]}" if len(ranks) == 1 else f" r={ranks[0]}-{ranks[-1]}" if ranks else ""
+        return f"<Adapter {self.base or 'unknown base'} {kinds or 'empty'}{rank}, {len(self.modules)} modules>"
 
     def to_export(self) -> Adapter:
         """Returns the adapter in export form; see `Delta.to_export`."""

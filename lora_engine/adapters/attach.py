@@ -20,10 +20,8 @@ from lora_engine.adapters.delta import Delta, kinds
 from lora_engine.adapters.layer import ADAPTABLE, bias_of, is_adaptable, meta_weight
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.shared_input import share_inputs
-from lora_engine.adapters.tree import ModuleTree, as_tree, module_shapes, weight_shape
+from lora_engine.adapters.tree import Base, ModuleTree, as_tree, module_shapes, weight_shape
 from lora_engine.errors import AdapterError, SettingsError
-
-Base = ModuleTree | Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def create_adapter(
     """Creates an adapter for a base: factors in float32 on the CPU, and a delta of zero.
 
     Args:
-        base: A base model, or plain modules by component name.
+        base: A base model, a diffusers pipeline, a torch module, or torch modules by component name.
         targets: See `select_modules`.
         kind: Name of an adapter kind.
         rank: Inner dimension.
@@ -176,6 +174,10 @@ class Attachment:
             _unwrap(self._tree, name, layer)
         self.attached = False
 
+    def __repr__(self) -> str:
+        state = f"multiplier {self.multiplier:g}" if self.attached else "detached"
+        return f"<Attachment of {self._adapter!r}, {state}>"
+
     def __enter__(self) -> Self:
         return self
 
@@ -189,7 +191,8 @@ def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: 
     """Attaches an adapter to a base by wrapping its layers. Changes no weight, and copies the factors.
 
     Args:
-        base: A base model, or plain modules by component name.
+        base: A base model, a diffusers pipeline, torch modules by component name, or the one torch module that the
+            adapter changes.
         adapter: The adapter; its factors move to the layers' devices and keep their dtype.
         multiplier: Strength of the adapter.
         trainable: True gives the factors gradients; `requires_grad` of the base does not change.
@@ -198,7 +201,7 @@ def attach(base: Base, adapter: Adapter, multiplier: float = 1.0, *, trainable: 
         AdapterError: A module is missing in the base, its type cannot carry an adapter, or its shape differs. The base
             is unchanged.
     """
-    tree = as_tree(base)
+    tree = as_tree(base, adapter.components)
     check_fit(tree, adapter)
     layers = {
         name: AdaptedLayer(tree.get_module(name), delta, multiplier, trainable=trainable)
@@ -217,7 +220,7 @@ def collapse(base: Base, adapter: Adapter, multiplier: float = 1.0) -> None:
     Raises:
         AdapterError: The adapter does not fit, or a layer is quantized. The base is unchanged.
     """
-    tree = as_tree(base)
+    tree = as_tree(base, adapter.components)
     check_fit(tree, adapter)
     for name in adapter.modules:
         layer = innermost(tree.get_module(name))
@@ -249,7 +252,7 @@ def check_fit(base: Base, adapter: Adapter) -> None:
     Raises:
         AdapterError: The adapter is empty, or a module is missing, cannot carry an adapter, or has another shape.
     """
-    tree = as_tree(base)
+    tree = as_tree(base, adapter.components)
     if not adapter.modules:
         raise AdapterError("the adapter has no modules", remedy="check the file that it was read from")
     for name, delta in adapter.modules.items():

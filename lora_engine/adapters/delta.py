@@ -65,6 +65,15 @@ class Delta(Protocol):
             """The inner dimension; None for kinds without one."""
             ...
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives the kind the short `__repr__`, before `@dataclass` adds one that prints the tensors."""
+        super().__init_subclass__(**options)
+        cls.__repr__ = Delta.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={list(factor.shape)}" for name, factor in self.factors().items())
+        return f"{type(self).__name__}(rank={self.rank}, alpha={self.alpha}, {shapes})"
+
     @classmethod
     def create(
         cls,

@@ -7,8 +7,8 @@ installed transformers has that level (version 5 dropped it from `CLIPTextModel`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -18,6 +18,12 @@ from lora_engine.errors import AdapterError
 
 _LEVEL = "text_model."
 _BELOW_LEVEL = ("embeddings.", "encoder.layers.", "final_layer_norm")
+_COMPONENTS = {
+    "diffusers.models.unets.": "unet",
+    "diffusers.models.transformers.": "transformer",
+    "transformers.models.": "text_encoder",
+}
+"""Component by the package that defines the class of a module."""
 
 
 class ModuleTree(Protocol):
@@ -96,9 +102,70 @@ class DictTree:
         )
 
 
-def as_tree(base: ModuleTree | Mapping[str, nn.Module]) -> ModuleTree:
-    """Returns the base, with plain modules wrapped in a `DictTree`."""
-    return DictTree(base) if isinstance(base, Mapping) else base
+class Pipeline(Protocol):
+    """A diffusers pipeline: models, tokenizers and schedulers by component name."""
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """The parts by name."""
+        ...
+
+
+Base = ModuleTree | Pipeline | nn.Module | Mapping[str, nn.Module]
+"""A base model, a diffusers pipeline, one torch module, or torch modules by component name."""
+
+
+def as_tree(base: Base, components: Collection[str] = ()) -> ModuleTree:
+    """Returns a base as a tree of named modules.
+
+    Args:
+        base: The base. One torch module is the component that its class says.
+        components: The components that the caller needs; empty means all that there are.
+
+    Raises:
+        AdapterError: One torch module is not the needed component, or it may be several; or the object has no modules.
+    """
+    if isinstance(base, nn.Module):
+        return DictTree({_component_of(base, components): base})
+    if isinstance(base, Mapping):
+        return DictTree(base)
+    if hasattr(base, "module_names"):
+        return cast(ModuleTree, base)
+    if isinstance(parts := getattr(base, "components", None), Mapping):
+        return DictTree({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
+    raise AdapterError(
+        f"an object of type {type(base).__name__!r} has no modules for an adapter",
+        allowed="a Loraline base, a diffusers pipeline, a torch module, or torch modules by component name",
+        remedy="pass one of these",
+    )
+
+
+def _component_of(module: nn.Module, needed: Collection[str]) -> str:
+    """Returns the component that one torch module is; `needed` decides where the class leaves a choice."""
+    name = type(module).__name__
+    modules = (f"{cls.__module__}." for cls in type(module).__mro__)
+    role = next((_COMPONENTS[package] for path in modules for package in _COMPONENTS if path.startswith(package)), "")
+    if len(needed) > 1:
+        raise AdapterError(
+            f"the adapter changes {', '.join(sorted(needed))}, and one {name!r} is one of them at most",
+            allowed="a pipeline, or modules by component name",
+            remedy=f"pass the pipeline, or take a part of the adapter: `adapter.only({(role or max(needed))!r})`",
+        )
+    for component in needed:
+        if component.startswith(role):
+            return component
+        raise AdapterError(
+            f"the adapter changes {component!r}, and a {name!r} is {role!r}",
+            remedy=f"pass the module that is {component!r}, or the pipeline",
+        )
+    # Pipelines have up to three text encoders; only `CLIPTextModel` is the first one in all of them.
+    if not role or (role == "text_encoder" and name != "CLIPTextModel"):
+        raise AdapterError(
+            f"the class {name!r} does not say which component of a base it is",
+            allowed="a UNet or transformer of diffusers, a `CLIPTextModel`, or torch modules by component name",
+            remedy=f"name it, as in {{{role or 'unet'!r}: module}}, or pass the pipeline",
+        )
+    return role
 
 
 def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -121,7 +188,7 @@ def canonical_name(component: str, path: str) -> str:
     return f"{component}.{path}"
 
 
-def module_shapes(base: ModuleTree | Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def module_shapes(base: Base) -> dict[str, tuple[int, ...]]:
     """Returns canonical name to weight shape for every adaptable layer of a base."""
     tree = as_tree(base)
     return {name: weight_shape(tree.get_module(name)) for name in tree.module_names()}

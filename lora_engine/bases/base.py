@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -15,6 +16,7 @@ from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
+from lora_engine.files import FilePath
 
 
 class BaseModel(Protocol):
@@ -120,7 +122,7 @@ class BaseModel(Protocol):
 
 
 def load_base(
-    source: BaseSource | str,
+    source: BaseSource | FilePath,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -138,7 +140,7 @@ def load_base(
         BaseModelError: The base is not found, or its parts do not match.
         SettingsError: A package that quantization needs is not installed.
     """
-    resolved = resolve_base(source) if isinstance(source, str) else source
+    resolved = source if isinstance(source, BaseSource) else resolve_base(os.fspath(source))
     check_quantization(quantise)
     with BUILDING:
         module = importlib.import_module(families[resolved.family].module)

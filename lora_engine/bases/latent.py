@@ -55,6 +55,9 @@ class LatentModel(ABC):
         self.default_size = self._default_size()
         self._check_channels(source)
 
+    def __repr__(self) -> str:
+        return f"<BaseModel {self.name} of family {self.family}, {self.dtype} on {self.device}>"
+
     def module_names(self) -> list[str]:
         """See `BaseModel`."""
         return list(self._names)

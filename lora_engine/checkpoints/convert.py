@@ -23,6 +23,7 @@ from lora_engine.checkpoints.recognize import Prediction, recognize
 from lora_engine.checkpoints.tensor_files import write_tensors
 from lora_engine.checkpoints.tokenizers import find_tokenizers, write_tokenizer
 from lora_engine.errors import BaseModelError, SettingsError
+from lora_engine.files import FilePath
 
 Target = Literal["diffusers", "ldm"]
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
@@ -37,14 +38,14 @@ _log = logging.getLogger(__name__)
 
 
 def convert_checkpoint(
-    source: Path,
-    out: Path,
+    source: FilePath,
+    out: FilePath,
     *,
     to: Target,
     architecture: str | None = None,
     prediction: Prediction | None = None,
-    config: Path | None = None,
-    tokenizer: Path | None = None,
+    config: FilePath | None = None,
+    tokenizer: FilePath | None = None,
     without_tokenizer: bool = False,
     averaged: bool = False,
     drop_unknown: bool = False,
@@ -68,6 +69,8 @@ def convert_checkpoint(
         AdapterError: The file cannot be read, or is a pickle with more than tensors.
         SettingsError: The architecture or target is unknown.
     """
+    source, out = Path(source), Path(out)
+    config, tokenizer = Path(config) if config else None, Path(tokenizer) if tokenizer else None
     if architecture is not None:
         component_locations(architecture)
     if to == "ldm":

@@ -17,6 +17,7 @@ from lora_engine.checkpoints.plan import folder_architecture, folder_tensors
 from lora_engine.checkpoints.recognize import recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import BaseModelError
+from lora_engine.files import FilePath
 from lora_engine.formats.pickles import is_pickled
 from lora_engine.formats.safetensors_io import read_header
 
@@ -36,7 +37,7 @@ def is_checkpoint(path: Path) -> bool:
     return any(name.startswith(_COMPONENTS) for name in read_header(path)[0])
 
 
-def inspect_checkpoint(path: Path) -> dict[str, Any]:
+def inspect_checkpoint(path: FilePath) -> dict[str, Any]:
     """Describes a checkpoint and its contents as JSON values.
 
     Args:
@@ -51,6 +52,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         BaseModelError: The path does not exist, or is a folder that is no base.
         AdapterError: The file cannot be read, or is refused.
     """
+    path = Path(path)
     if path.is_dir():
         return _inspect_folder(path)
     with open_original(path) as original:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
@@ -48,13 +48,13 @@ class Card(BaseModel):
     base_fingerprint: str | None = None
     trigger: str | None = None
     class_word: str | None = None
-    recipe: dict[str, Any] = {}
-    data: list[str] = []
+    recipe: dict[str, Any] = Field(default={}, repr=False)
+    data: list[str] = Field(default=[], repr=False)
     seed: int | None = None
     license: str | None = None
     resolution: str | None = None
     prediction: str | None = None
-    extra: dict[str, str] = {}
+    extra: dict[str, str] = Field(default={}, repr=False)
 
 
 def card_header(card: Card) -> dict[str, str]:

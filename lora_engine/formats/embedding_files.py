@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
+from lora_engine.files import FilePath
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
@@ -25,7 +26,7 @@ Layout = Callable[[Embedding], Mapping[str, tuple[Mapping[str, Tensor], Mapping[
 embedding_forms: Registry[Layout] = Registry("embedding format")
 
 
-def read_embeddings(path: Path) -> list[Embedding]:
+def read_embeddings(path: FilePath) -> list[Embedding]:
     """Returns the embeddings of a file, or of all embedding files in a folder, sorted by token.
 
     Supports A1111's `.pt`, kohya's `.safetensors` and `.pt` (`emb_params`; `clip_l` and `clip_g` of SDXL), diffusers'
@@ -37,6 +38,7 @@ def read_embeddings(path: Path) -> list[Embedding]:
     Raises:
         AdapterError: There are no embeddings, broken ones, or two of one token for the same text encoder.
     """
+    path = Path(path)
     if not path.is_dir():
         embeddings = embeddings_of_file(path)
         if embeddings is None:
@@ -64,7 +66,7 @@ def embeddings_of_file(path: Path) -> list[Embedding] | None:
     return _parse(path, tensors, metadata.get(TOKEN, stem), metadata.get(COMPONENT, ""))
 
 
-def write_embeddings(folder: Path, embeddings: Sequence[Embedding], form: str = "kohya") -> list[Path]:
+def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: str = "kohya") -> list[Path]:
     """Writes embeddings as separate files; the same embeddings give the same bytes.
 
     Args:
@@ -88,6 +90,7 @@ def write_embeddings(folder: Path, embeddings: Sequence[Embedding], form: str = 
                 problem = f"the embedding {embedding.token!r} has the same file name as another one"
                 raise AdapterError(problem, where=stem, remedy="rename one of the tokens")
             files[stem] = content
+    folder = Path(folder)
     for name, (tensors, metadata) in files.items():
         write_safetensors(folder / f"{name}{SUFFIX}", tensors, metadata)
     return [folder / f"{name}{SUFFIX}" for name in files]

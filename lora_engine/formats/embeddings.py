@@ -36,7 +36,7 @@ _WIDTH_OF_SECOND = 1280
 _AGAIN = "save or download the embedding again"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Embedding:
     """A learned token: vectors for the input of the text encoders.
 
@@ -55,6 +55,10 @@ class Embedding:
         }
         object.__setattr__(self, "vectors", MappingProxyType(matrices))
         self._check()
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.vectors.items())
+        return f"<Embedding {self.token!r}, {shapes}>"
 
     def __eq__(self, other: object) -> bool:
         """Returns True if token, dtypes and vectors are equal."""

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.errors import AdapterError
-from lora_engine.files import atomic_write, canonical_json, sha256_file
+from lora_engine.files import FilePath, atomic_write, canonical_json, sha256_file
 from lora_engine.formats.card import GENERATED, Card, card_header, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
@@ -46,9 +45,7 @@ class Bundle:
     assumptions: str = ""
 
 
-def read_adapter(
-    path: str | PathLike[str], module_names: Names | None = None, *, limits: Limits = LIMITS
-) -> tuple[Adapter, Card]:
+def read_adapter(path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS) -> tuple[Adapter, Card]:
     """Reads an adapter of any format; the tensor names determine the format.
 
     Args:
@@ -72,7 +69,7 @@ def read_adapter(
     return bundle.adapter, bundle.card
 
 
-def read_bundle(path: str | PathLike[str], module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
+def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
     """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files."""
     path = Path(path)
     with _in_file(path):
@@ -87,7 +84,7 @@ def read_bundle(path: str | PathLike[str], module_names: Names | None = None, *,
 
 
 def write_adapter(
-    path: str | PathLike[str],
+    path: FilePath,
     adapter: Adapter,
     *,
     format: str = "loraline",  # noqa: A002 (the name in every spec and on the command line)
@@ -141,7 +138,7 @@ def write_adapter(
     return files
 
 
-def inspect(path: str | PathLike[str]) -> dict[str, Any]:
+def inspect(path: FilePath) -> dict[str, Any]:
     """Describes a file as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
     Needs no base. Module names are those in the file. A file of embeddings alone has the format `embedding` and no

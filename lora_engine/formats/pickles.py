@@ -22,7 +22,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import canonical_json
+from lora_engine.files import FilePath, canonical_json
 from lora_engine.formats.safetensors_io import Limits, read_safetensors
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -89,7 +89,7 @@ def is_pickled(path: Path) -> bool:
     return start.startswith(_STARTS) and not start.endswith(b"{")
 
 
-def read_pickle(path: Path, *, limits: PickleLimits = PICKLE_LIMITS) -> Any:
+def read_pickle(path: FilePath, *, limits: PickleLimits = PICKLE_LIMITS) -> Any:
     """Returns the contents of a pickled file: dicts and lists of CPU tensors, numbers and strings.
 
     Args:
@@ -100,7 +100,7 @@ def read_pickle(path: Path, *, limits: PickleLimits = PICKLE_LIMITS) -> Any:
         AdapterError: The file is no such file, exceeds a limit, or holds more than tensors and plain values. None of
             its code has run.
     """
-    with unpickled(path, limits=limits) as file:
+    with unpickled(Path(path), limits=limits) as file:
         # Clone, because the tensors are mapped from a file that is about to be deleted.
         tensors = {name: tensor.clone() for name, tensor in read_safetensors(file.tensors, _limits(limits))[0].items()}
         return _rebuild(file.content, tensors)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import append_chunks, atomic_write, canonical_json, sha256_chunks
+from lora_engine.files import FilePath, append_chunks, atomic_write, canonical_json, sha256_chunks
 
 # The safetensors library orders tensors by dtype in this order, then by name. The same order here gives the same body,
 # so hashes over bodies (`sshs_model_hash`) agree.
@@ -72,7 +72,7 @@ class Limits:
 LIMITS = Limits()
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a file atomically; equal tensors and metadata give equal bytes, in every process.
 
     Args:
@@ -88,7 +88,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             allowed = ", ".join(str(dtype) for dtype in _ORDER)
             problem, where = f"the dtype is {tensor.dtype}", f"{path}: tensor {name!r}"
             raise AdapterError(problem, where=where, allowed=allowed, remedy="cast the tensor to one of these")
-    atomic_write(path, lambda file: _write(file, tensors, metadata))
+    atomic_write(Path(path), lambda file: _write(file, tensors, metadata))
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -136,7 +136,7 @@ def short_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return window.hexdigest()[:8]
 
 
-def read_safetensors(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: FilePath, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a file, after checking its header.
 
     Args:
@@ -146,6 +146,7 @@ def read_safetensors(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, Ten
     Raises:
         AdapterError: The file does not exist, is a pickle, not safetensors, truncated, or over a limit; names it.
     """
+    path = Path(path)
     header, metadata = read_header(path, limits)
     try:
         with safe_open(path, framework="pt"):  # checks that the tensors fill the file without gaps or overlaps

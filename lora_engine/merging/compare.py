@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta, same_delta
-from lora_engine.adapters.attach import Base
+from lora_engine.adapters.tree import Base
 from lora_engine.errors import AdapterError
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.merging.compress import plain_factors, shape_of

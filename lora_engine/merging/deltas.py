@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Delta, LoraDelta, as_tree, innermost, kinds
-from lora_engine.adapters.attach import Base
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.layer import bias_of
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
+from lora_engine.adapters.tree import Base
 from lora_engine.errors import AdapterError, EngineError
 from lora_engine.files import sha256_bytes
 from lora_engine.merging.compress import plain_factors, shape_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
-from lora_engine.adapters.attach import Base
+from lora_engine.adapters.tree import Base
 from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_bytes
 from lora_engine.merging.budget import Budget

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
-from lora_engine.adapters.attach import Base
+from lora_engine.adapters.tree import Base
 from lora_engine.errors import AdapterError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import Compressed, compress_to

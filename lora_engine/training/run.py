@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from lora_engine.errors import SettingsError, TrainingError
-from lora_engine.files import atomic_write, canonical_json
+from lora_engine.files import FilePath, atomic_write, canonical_json
 from lora_engine.formats import write_adapter
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.determinism import deterministic
@@ -24,14 +25,14 @@ CURVES = "training.json"
 
 def train(
     settings: TrainSettings,
-    base: str,
-    dataset: Path,
-    out: Path,
-    work: Path,
+    base: FilePath,
+    dataset: FilePath,
+    out: FilePath,
+    work: FilePath,
     *,
-    cache: Path | None = None,
-    class_dataset: Path | None = None,
-    embedder: Path | None = None,
+    cache: FilePath | None = None,
+    class_dataset: FilePath | None = None,
+    embedder: FilePath | None = None,
     progress: Progress = no_progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -59,15 +60,15 @@ def train(
         NonFiniteError: NaN or Inf occurred.
         TrainingError: Memory ran out.
     """
+    dataset, out, work, cache = Path(dataset), Path(out), Path(work), Path(cache or work)
+    class_dataset, embedder = Path(class_dataset) if class_dataset else None, Path(embedder) if embedder else None
     try:
         with (
             process_group(settings.running.processes, choose_device(settings.running)) as group,
             deterministic(enabled=settings.running.deterministic),
         ):
-            job = TrainingJob(
-                settings, dataset, work, cache or work, class_dataset, embedder, progress, stop, group, out
-            )
-            bundle, history = job.run(base)
+            job = TrainingJob(settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out)
+            bundle, history = job.run(os.fspath(base))
     except (MemoryError, RuntimeError) as error:
         if _is_not_deterministic(error):
             raise SettingsError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -94,6 +95,10 @@ class TrainSettings(BaseModel):
     rates: Rates = Rates()
     running: Running = Running()
     samples: Samples | None = None
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yields the settings that were set; the others have their defaults."""
+        return ((name, value) for name, value in super().__repr_args__() if name in self.model_fields_set)
 
     @property
     def class_images(self) -> Prior | None:

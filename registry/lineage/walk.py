@@ -54,8 +54,8 @@ class Walk:
 
     start: NodeId
     direction: Direction
-    nodes: tuple[Node, ...]
-    edges: tuple[Edge, ...]
+    nodes: tuple[Node, ...] = field(repr=False)
+    edges: tuple[Edge, ...] = field(repr=False)
 
     def to_mermaid(self) -> str:
         """Returns the graph as a Mermaid flowchart, which GitHub and notebooks render."""

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from lora_engine.files import atomic_write, canonical_json, sha256_bytes
+from lora_engine.files import FilePath, atomic_write, canonical_json, sha256_bytes
 from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
 from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
 from registry.home import Home
@@ -25,7 +25,7 @@ from registry.store.blobs import Blobs, copy_hashed, damaged
 from registry.store.local import LocalBlobs
 from registry.store.remote import open_blobs
 
-Content = Path | bytes
+Content = FilePath | bytes
 
 
 class Inspection(NamedTuple):
@@ -48,18 +48,18 @@ class Store:
         blobs: The backend; None uses `LocalBlobs` in the folder.
     """
 
-    def __init__(self, folder: Path, blobs: Blobs | None = None) -> None:
-        self.folder = folder
-        self.blobs: Blobs = blobs if blobs is not None else LocalBlobs(folder / "blobs")
+    def __init__(self, folder: FilePath, blobs: Blobs | None = None) -> None:
+        self.folder = Path(folder)
+        self.blobs: Blobs = blobs if blobs is not None else LocalBlobs(self.folder / "blobs")
 
-    def put(self, kind: str, folder: Path) -> ArtifactRef:
+    def put(self, kind: str, folder: FilePath) -> ArtifactRef:
         """Stores every file of a folder and returns the reference to the tree. Empty folders are not stored.
 
         Raises:
             StoreError: The folder is missing or empty, or contains a link, a device or a name that is not portable.
             HomeError: The disk is full or read-only.
         """
-        return self.put_files(kind, _scan(folder))
+        return self.put_files(kind, _scan(Path(folder)))
 
     def put_files(self, kind: str, files: Mapping[str, Content]) -> ArtifactRef:
         """Stores files as one artifact, and returns its reference; `put` does the same for a folder.
@@ -100,7 +100,7 @@ class Store:
         """
         return self._read_blob(self._entry(ref, relative).sha256, f"{relative} of {ref.kind} {ref.sha256[:12]}")
 
-    def checkout(self, ref: ArtifactRef, folder: Path) -> None:
+    def checkout(self, ref: ArtifactRef, folder: FilePath) -> None:
         """Copies an artifact to a folder, verified; the folder appears complete or not at all.
 
         Args:
@@ -111,7 +111,7 @@ class Store:
             StoreError: The folder is not empty; or `MissingBlob`, `DamagedBlob`.
             HomeError: The disk is full or read-only.
         """
-        files = self.files(ref)
+        files, folder = self.files(ref), Path(folder)
         with disk_errors(folder):
             if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
                 raise StoreError("not an empty folder", where=str(folder), remedy="name an empty or new folder")
@@ -129,7 +129,7 @@ class Store:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
-    def checkout_file(self, ref: ArtifactRef, relative: str, path: Path) -> None:
+    def checkout_file(self, ref: ArtifactRef, relative: str, path: FilePath) -> None:
         """Copies one file of an artifact to a path, verified and atomic; replaces an existing file.
 
         Raises:
@@ -138,6 +138,7 @@ class Store:
         """
         digest = self._entry(ref, relative).sha256
         where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
+        path = Path(path)
         with disk_errors(path):
             atomic_write(path, lambda file: self._copy_out(digest, file, where))
 
@@ -210,6 +211,7 @@ class Store:
             entry = FileEntry(sha256_bytes(content), len(content))
             self.blobs.write(entry.sha256, partial(io.BytesIO, content))
             return entry
+        content = Path(content)
         with open_regular(content) as file:
             entry = FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
         self.blobs.write(entry.sha256, partial(open_regular, content))

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 from sqlalchemy.orm import Session
 
-from lora_engine.files import canonical_json
+from lora_engine.files import FilePath, canonical_json
 from registry import queries
 from registry.context import RegistryContext
 from registry.documents.signing import require_valid_signature
@@ -212,7 +211,7 @@ class Versions(RegistryContext):
         self._check_adapter(version)
         return self.store.read(version.artifact, version.adapter_path)
 
-    def checkout_adapter(self, version: AdapterVersion, path: Path) -> None:
+    def checkout_adapter(self, version: AdapterVersion, path: FilePath) -> None:
         """Copies the adapter file to a path, verified and atomic; raises as `get` does."""
         self._check_adapter(version)
         self.store.checkout_file(version.artifact, version.adapter_path, path)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import lora_engine as le
 from lora_engine.adapters import DictTree
@@ -60,7 +62,7 @@ def test_a_saved_adapter_is_loaded_with_its_card_and_has_a_short_repr(loaded, pi
 def test_another_format_is_written_and_read_back(loaded, pipeline, tmp_path):
     names = le.module_shapes({"unet": pipeline.unet})
     (file,) = loaded.save(tmp_path / "kohya.safetensors", format="kohya")
-    again = le.load(file, base=pipeline.unet)
+    again = le.load(file, base=pipeline)
     assert again.adapter.modules.keys() == names.keys()
     for name, delta in loaded.adapter.modules.items():
         weight = torch.zeros(names[name])
@@ -92,6 +94,80 @@ def test_an_adapter_of_two_components_needs_the_pipeline_or_one_part_of_itself(p
         assert type(pipeline.unet[0]).__name__ == "AdaptedLayer"
     with pytest.raises(le.AdapterError, match="vae"):
         both.only("vae")
+
+
+def unet() -> nn.Module:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def transformer() -> nn.Module:
+    return FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+QUERIES = r"re:.*\.(to_q|q_proj|q)"
+SMALL = {"vocab_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+def text_encoder() -> nn.Module:
+    return CLIPTextModel(CLIPTextConfig(**SMALL, hidden_size=8, intermediate_size=8))
+
+
+def t5() -> nn.Module:
+    return T5EncoderModel(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+
+
+@pytest.mark.parametrize("build", [unet, transformer, text_encoder])
+def test_a_single_module_is_the_component_that_its_class_says(build, tmp_path):
+    module = build()
+    adapter = le.create_adapter(module, QUERIES, rank=2)
+    assert adapter.components == (build.__name__,)
+    (file,) = le.LoadedAdapter(adapter, le.Card()).save(tmp_path / "a.safetensors")
+    loaded = le.load(file, base=module)
+    assert loaded.adapter.modules.keys() == adapter.modules.keys()
+    classes = {name: type(layer) for name, layer in module.named_modules()}
+    with loaded.attached(module):
+        assert {name: type(layer) for name, layer in module.named_modules()} != classes
+    assert {name: type(layer) for name, layer in module.named_modules()} == classes
+
+
+def test_a_module_of_another_component_is_refused(tmp_path):
+    adapter = le.create_adapter(unet(), QUERIES, rank=2)
+    with pytest.raises(le.AdapterError, match="'unet', and a 'CLIPTextModel' is 'text_encoder'"):
+        le.attach(text_encoder(), adapter)
+    with pytest.raises(le.AdapterError, match="'unet', and a 'FluxTransformer2DModel' is 'transformer'"):
+        le.collapse(transformer(), adapter)
+    (file,) = le.LoadedAdapter(adapter, le.Card()).save(tmp_path / "a.safetensors")
+    with pytest.raises(le.AdapterError, match="no module"):
+        le.load(file, base=transformer())
+
+
+def test_a_class_that_several_components_have_is_named_by_the_caller_or_the_adapter():
+    module = t5()
+    with pytest.raises(le.AdapterError, match=r"'T5EncoderModel'.*Fix: .*\{'text_encoder': module\}"):
+        le.module_shapes(module)
+    with pytest.raises(le.AdapterError, match=r"'Sequential'.*Fix: .*\{'unet': module\}"):
+        le.create_adapter(nn.Sequential(nn.Linear(8, 8)), "*")
+    adapter = le.create_adapter({"text_encoder_2": module}, QUERIES, rank=2)
+    with le.attach(module, adapter) as attachment:
+        assert len(attachment.parameters()) == 2
 
 
 def test_what_holds_no_modules_is_refused(loaded):
