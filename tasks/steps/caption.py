@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.spec import CaptionSettings
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
@@ -19,11 +20,10 @@ class Caption(StepSpec, CaptionSettings):
 
 
 def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
-    """Yields the names of the modules that the captioner imports; only the interrogator needs torch."""
+    """Yields the names of the modules that the captioner imports."""
     del folder
     yield "lora_engine.data.caption"
-    if spec.captioner == "interrogator":
-        yield "lora_engine.data.interrogator"
+    yield from CAPTIONERS[spec.captioner_name].imports
 
 
 @step(Caption, produces="manifest", revision=2, imports=find_imports)
