@@ -27,9 +27,9 @@ from lora_engine.merging.weights import weights_by_module
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
+from lora_engine.training.denoising import predict
 from lora_engine.training.determinism import deterministic, gradients_off
 from lora_engine.training.examples import Conditioner, Encoder, Example, read_examples
-from lora_engine.training.methods import predict
 
 if TYPE_CHECKING:
     from lora_engine.merging.methods.learned import Learned

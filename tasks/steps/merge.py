@@ -69,8 +69,8 @@ class Merge(StepSpec):
 
     @model_validator(mode="after")
     def _check_options(self) -> Merge:
-        if self.options.method != self.method:
-            raise ValueError(f"options are for method {self.options.method!r}, but method is {self.method!r}")
+        if self.options.name != self.method:
+            raise ValueError(f"options are for method {self.options.name!r}, but method is {self.method!r}")
         return self
 
     @model_validator(mode="after")
