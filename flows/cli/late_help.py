@@ -12,7 +12,7 @@ _PLACEHOLDER = re.compile(r"\{([\w.]+):(\w+)\}")
 
 
 class LateHelp(TyperCommand):
-    """A verb in whose help `{module:REGISTRY}` is replaced by the names of the entries."""
+    """A verb in whose help `{module:registry}` (or a function that returns one) is replaced by the names of the entries."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help."""
@@ -23,4 +23,5 @@ class LateHelp(TyperCommand):
 
 
 def _names(match: re.Match[str]) -> str:
-    return ", ".join(getattr(import_module(match[1]), match[2]))
+    entries = getattr(import_module(match[1]), match[2])
+    return ", ".join(entries() if callable(entries) else entries)

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 
@@ -190,6 +190,3 @@ def _product(up: Tensor, down: Tensor, core: Tensor | None, dtype: torch.dtype) 
     if core is None:
         return up @ down
     return torch.einsum("mp,mr...->pr...", up, torch.einsum("mn...,nr->mr...", core.to(dtype), down))
-
-
-kinds.add(LohaDelta.kind, LohaDelta)

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 from lora_engine.errors import SettingsError
@@ -303,6 +303,3 @@ def _required(factor: Tensor | None) -> Tensor:
     if factor is None:
         raise SettingsError("the delta lacks a factor", remedy="check `issues()` before you use it")
     return factor
-
-
-kinds.add(LokrDelta.kind, LokrDelta)

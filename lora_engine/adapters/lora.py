@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.errors import SettingsError
@@ -220,6 +220,3 @@ def check_rank(rank: int, weight: Tensor) -> None:
 
 def _empty_like(rank: int, weight: Tensor) -> Tensor:
     return torch.empty(rank, *weight.shape[1:])
-
-
-kinds.add(LoraDelta.kind, LoraDelta)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
 from lora_engine.registries import spec_union
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
-from lora_engine.training.specs.kinds import Kind, Lora
 from lora_engine.training.specs.methods import MethodSpec, Prior, TokenSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
@@ -26,8 +26,10 @@ def _from_name(value: Any) -> Any:
 
 
 if TYPE_CHECKING:
+    Kind = KindSpec
     Method = MethodSpec
 else:
+    Kind = Annotated[spec_union(KINDS, "name"), BeforeValidator(_from_name)]
     Method = Annotated[spec_union(methods, "name"), BeforeValidator(_from_name)]
 
 
