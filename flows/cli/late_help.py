@@ -12,7 +12,7 @@ _PLACEHOLDER = re.compile(r"\{([\w.]+):(\w+)\}")
 
 
 class LateHelp(TyperCommand):
-    """A verb in whose help `{module:registry}` (or a function that returns one) is replaced by the names of the entries."""
+    """A verb in whose help `{module:registry}`, or a function that returns one, becomes the names of the entries."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help."""

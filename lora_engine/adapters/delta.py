@@ -142,6 +142,11 @@ class Delta(Protocol):
         """Yields structural errors: factor shapes, alpha, and the fit to a weight if its shape is passed."""
         ...
 
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight, where the factors determine it; a 1x1 kernel may be omitted."""
+        return None
+
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """Returns the delta with factors in the number of dimensions of this weight (1x1 conv or linear)."""
         return self

@@ -37,6 +37,11 @@ class FullDelta(Delta):
         """None: the difference has no inner dimension."""
         return
 
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight; None if only the bias differs."""
+        return None if self.diff is None else tuple(self.diff.shape)
+
     @classmethod
     def create(
         cls,

@@ -203,6 +203,11 @@ class LokrDelta(Delta):
         (a, b), (c, d) = self.left_sides, self.right_sides
         return a * c, b * d
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight; a kernel without a core is in the columns."""
+        return self.sides if self.right_core is None else (*self.sides, *self.right_core.shape[2:])
+
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Yields missing or duplicate factors, ranks that disagree, an invalid alpha, and shapes that do not fit."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):

@@ -51,6 +51,13 @@ class LoraDelta(Delta):
         """`alpha / rank`."""
         return self.alpha / self.rank
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight; a 1 x 1 kernel may be missing."""
+        if self.mid is not None:
+            return (self.up.shape[0], self.down.shape[1], *self.mid.shape[2:])
+        return (self.up.shape[0], *self.down.shape[1:])
+
     @classmethod
     def create(
         cls,

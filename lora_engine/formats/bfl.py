@@ -36,7 +36,7 @@ class ReadOnlyCodec(TensorCodec):
             AdapterError: Always; the format is only read.
         """
         raise AdapterError(
-            f"the format {self.format.name!r} can only be read",
+            f"the format {self.name!r} can only be read",
             allowed=", ".join(sorted(catalog.written_formats())),
             remedy="choose comfyui, which reads the same names",
         )

@@ -43,6 +43,11 @@ class Codec(Protocol):
     format: ClassVar[Format]
     embeddings: ClassVar[str]
 
+    @property
+    def name(self) -> str:
+        """Name that users type."""
+        ...
+
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if a file with these tensor names is in this format."""
         ...
@@ -114,6 +119,11 @@ class TensorCodec:
     key_layout: ClassVar[KeyLayout]
     transformers: ClassVar[ExportNaming | None] = None
     """Names of transformer modules for export; None uses `raw_name`."""
+
+    @property
+    def name(self) -> str:
+        """Name that users type."""
+        return self.format.name
 
     def raw_name(self, name: str, family: str) -> str:
         """Returns the name of a module in the file."""

@@ -162,7 +162,7 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     deltas, metadata = list(modules.values()), raw.metadata
     factors = [factor for delta in deltas for factor in delta.factors().values()]
     return {
-        "format": codec.format.name if codec else "embedding",
+        "format": codec.name if codec else "embedding",
         "family": family_of(metadata, modules) or transformer_family(raw.tensors),
         "fingerprint": metadata.get(FINGERPRINT),
         "note": f"{note}; {problem}" if problem else note,
@@ -225,7 +225,7 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
 
 
 def _holds_only_embeddings(codec: Codec, embeddings: Sequence[Embedding]) -> bool:
-    return bool(embeddings) and (codec.embeddings in embedding_forms or codec.format.name == "loraline")
+    return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
 
 
 def _codec_of(raw: RawFile) -> Codec:

@@ -45,7 +45,7 @@ class KohyaCodec(TensorCodec):
         prefixes = PREFIXES_SDXL if family == "sdxl" else PREFIXES
         if component not in prefixes:
             raise AdapterError(
-                f"the format {self.format.name!r} has no name for the component {component!r}",
+                f"the format {self.name!r} has no name for the component {component!r}",
                 where=name,
                 allowed=", ".join(prefixes),
                 remedy="choose another format",

@@ -26,7 +26,13 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
     yield from CAPTIONERS[spec.captioner_name].imports
 
 
-@step(Caption, produces="manifest", revision=2, imports=find_imports)
+@step(
+    Caption,
+    produces="manifest",
+    revision=2,
+    imports=find_imports,
+    entries=lambda spec: [(CAPTIONERS, spec.captioner_name)],
+)
 def caption(spec: Caption, context: Context) -> None:
     """Writes a manifest of the same images with all captions set."""
     from lora_engine.data.caption import caption as describe

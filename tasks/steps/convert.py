@@ -49,7 +49,13 @@ def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
         yield base_module(spec.base, folder)
 
 
-@step(Convert, produces="export", revision=4, imports=find_imports)
+@step(
+    Convert,
+    produces="export",
+    revision=4,
+    imports=find_imports,
+    entries=lambda spec: [(FORMATS, name) for name in spec.to],
+)
 def convert(spec: Convert, context: Context) -> None:
     """Writes one folder per format, and `exports.json`, which lists the files of each.
 
