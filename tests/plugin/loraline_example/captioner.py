@@ -35,6 +35,4 @@ def captions(dataset: Path, manifest: Manifest, settings: CaptionSettings, progr
     return [" ".join(filter(None, (settings.trigger, name))) for name in names]
 
 
-CAPTIONER = Captioner(
-    name="example-names", title="the file names", captions=captions, spec=Names, adds_trigger=True
-)
+CAPTIONER = Captioner(name="example-names", title="the file names", captions=captions, spec=Names, adds_trigger=True)
