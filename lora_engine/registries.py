@@ -223,7 +223,30 @@ def spec_union(entries: Registry[Any], key: str) -> Any:
     from pydantic import Field
 
     specs = tuple(entry.spec for entry in entries.values() if entry.spec is not None)
-    return Annotated[Union[specs], Field(discriminator=key)]  # noqa: UP007 (the members are known at run time)
+    union: Any = Union[specs]  # noqa: UP007 (the members are known at run time)
+    return Annotated[union, Field(discriminator=key)] if len(specs) > 1 else union
+
+
+@dataclass(frozen=True)
+class NameOrOptions:
+    """Marks a union of specs, discriminated by `name`, for which a name alone is valid too."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Returns the union's schema behind a step that turns a name into options."""
+        from pydantic_core.core_schema import no_info_before_validator_function
+
+        return no_info_before_validator_function(_from_name, handler(source))
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Returns the union's JSON Schema with the names."""
+        union = handler(core_schema)
+        if "oneOf" not in union:  # of one member
+            return {"anyOf": [{"type": "string"}, union]}
+        return {"anyOf": [{"enum": list(union["discriminator"]["mapping"])}, *union["oneOf"]]}
+
+
+def _from_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def names_of(entries: Mapping[str, Any]) -> Any:

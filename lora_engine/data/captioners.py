@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel
 
-from lora_engine.registries import Registry, spec_union
+from lora_engine.registries import NameOrOptions, Registry, spec_union
 
 if TYPE_CHECKING:
     from lora_engine.data.manifest import ImageEntry, Manifest
@@ -48,13 +48,7 @@ def captioner_setting() -> Any:
     plain: Any = Literal[tuple(name for name, captioner in CAPTIONERS.items() if captioner.spec is None)]
     if all(captioner.spec is None for captioner in CAPTIONERS.values()):
         return plain
-    return Annotated[plain | spec_union(CAPTIONERS, "name"), BeforeValidator(_from_name)]
-
-
-def _from_name(value: Any) -> Any:
-    if isinstance(value, str) and value in CAPTIONERS and CAPTIONERS[value].spec is not None:
-        return {"name": value}
-    return value
+    return plain | Annotated[spec_union(CAPTIONERS, "name"), NameOrOptions()]
 
 
 def _from_files(_dataset: Path, manifest: Manifest, settings: CaptionSettings, _: Progress | None) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
-from lora_engine.registries import spec_union
+from lora_engine.registries import NameOrOptions, spec_union
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
@@ -21,16 +21,12 @@ from lora_engine.training.specs.schedules import AnySchedule, Cosine
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _from_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 if TYPE_CHECKING:
     Kind = KindSpec
     Method = MethodSpec
 else:
-    Kind = Annotated[spec_union(KINDS, "name"), BeforeValidator(_from_name)]
-    Method = Annotated[spec_union(methods, "name"), BeforeValidator(_from_name)]
+    Kind = Annotated[spec_union(KINDS, "name"), NameOrOptions()]
+    Method = Annotated[spec_union(methods, "name"), NameOrOptions()]
 
 
 class Override(BaseModel):

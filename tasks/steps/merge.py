@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from lora_engine.merging.methods import METHODS, Combination, MergeMethod
 from lora_engine.merging.methods.sums import Concatenate
@@ -24,12 +24,22 @@ else:
     AnyMergeOptions = spec_union(METHODS, "method")
 
 
+def add_inline_options(schema: dict[str, Any]) -> None:
+    """Adds the methods' options to the JSON Schema of a merge, because they may be set beside the method."""
+    for method in METHODS.values():
+        for name, option in method.spec.model_json_schema()["properties"].items():
+            if name not in schema["properties"]:
+                schema["properties"][name] = {key: value for key, value in option.items() if key != "default"}
+
+
 class Merge(StepSpec):
     """The adapters, the weight of each, and the method.
 
     `concatenate` and `linear` are exact: the result's effect is the weighted sum of the adapters' effects. A weight is
     a number, or numbers by pattern over module names. Options of the method are set beside it or under `options`.
     """
+
+    model_config = ConfigDict(json_schema_extra=add_inline_options)
 
     uses: Literal["merge"] = "merge"
     base: str | None = None
