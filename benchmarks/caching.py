@@ -30,8 +30,8 @@ from lora_engine.seeds import generator
 from lora_engine.training.examples import Encoder, Example, Size
 from lora_engine.training.loop import FitOptions, fit
 from lora_engine.training.methods import MethodContext, methods
+from lora_engine.training.methods.finetune import Finetune
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.methods import Finetune
 
 
 class Uncached:

@@ -30,9 +30,9 @@ from lora_engine.training.determinism import gradients_off
 from lora_engine.training.examples import Encoder, Example
 from lora_engine.training.loop import FitOptions, fit
 from lora_engine.training.methods import MethodContext, methods
+from lora_engine.training.methods.finetune import Finetune
 from lora_engine.training.phases import Phase
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.methods import Finetune
 
 
 def make_examples(folder: Path, base: BaseModel, count: int) -> tuple[Example, ...]:

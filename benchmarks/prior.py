@@ -24,9 +24,10 @@ from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSet
 from lora_engine.evaluation.embedder import Embedder, load_embedder
 from lora_engine.formats import read_adapter
 from lora_engine.inference.generate import generate
+from lora_engine.training.methods.dreambooth import Dreambooth
+from lora_engine.training.methods.finetune import Finetune
 from lora_engine.training.run import train
 from lora_engine.training.spec import Prior, TrainSettings
-from lora_engine.training.specs.methods import Dreambooth, Finetune
 from tools.tiny_base.images import render, to_pixels, write_examples
 from tools.tiny_base.judge import Judge, load_judge
 from tools.tiny_base.measure import count_right

@@ -163,6 +163,7 @@ def _what_changed(step: PlannedStep, last: Execution | None) -> str:
             changes.append(f"{role}: the content of {written} changed")
     if tuple(last.settings.get("excluded", ())) != step.job.excluded:
         changes.append("revocations changed")
+    changes += _differences(last.settings.get("plugins", {}), step.job.plugins)
     before = _by_field(last.inputs)
     for role, refs in step.inputs.items():
         if before.get(role) != [ref.sha256 for ref in refs]:

@@ -22,9 +22,22 @@ from tasks.errors import SpecError
 from tasks.spec import REGISTERED, StepSpec
 from tasks.step import STEPS, locate_base
 
+STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+INHERITED = ("base", "seed", "name")
+"""Top-level keys that are the defaults of the steps' keys of the same name."""
 
-class _Head(BaseModel):
-    """Top level of a pipeline file; each step is validated by its own class."""
+
+class Head(BaseModel):
+    """A Loraline pipeline.
+
+    Attributes:
+        name: Name of the pipeline, and default name of adapters that it registers.
+        base: Default base model of the steps: tiny, a hub id with @revision, a diffusers folder or a checkpoint file.
+        seed: Default seed of the steps.
+        description: Text for readers.
+        concurrency: Maximum trainings per device at the same time; the default depends on the device.
+        steps: The steps by name; each is validated by its own class.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,7 +85,7 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
     document = read_document(path)
     for override in overrides:
         _override(document, override)
-    head = _validate(_Head, document.data, (), document)
+    head = _validate(Head, document.data, (), document)
     steps = {name: _load_step(name, raw, head, document) for name, raw in head.steps.items()}
     order = _order(steps, document)
     folder = path.resolve().parent
@@ -88,7 +101,7 @@ def _override(document: Document, override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise SpecError(f"{override!r}", where="--set", allowed="KEY.KEY=VALUE, such as adapter.rank=8")
-    if keys[0] not in _Head.model_fields:
+    if keys[0] not in Head.model_fields:
         keys.insert(0, "steps")
     target: Any = document.data
     for key in keys[:-1]:
@@ -99,16 +112,16 @@ def _override(document: Document, override: str) -> None:
     target[keys[-1]] = parse_value(text)
 
 
-def _load_step(name: str, raw: dict[str, Any], head: _Head, document: Document) -> StepSpec:
+def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -> StepSpec:
     parent: Where = ("steps", name)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name):
+    if not STEP_NAME.fullmatch(name):
         raise SpecError(f"step name {name!r}", where=document.where(parent), allowed="letters, digits, - and _")
     uses = raw.get("uses")
     if not isinstance(uses, str) or uses not in STEPS:
         problem = f"step {name!r} uses {uses!r}" if "uses" in raw else f"step {name!r} lacks the key `uses`"
         raise SpecError(problem, where=document.where((*parent, "uses")), **_nearest(str(uses), STEPS))
     kind = STEPS[uses].spec
-    inherited = {field: getattr(head, field) for field in ("base", "seed", "name") if field in kind.model_fields}
+    inherited = {field: getattr(head, field) for field in INHERITED if field in kind.model_fields}
     spec: StepSpec = _validate(kind, inherited | raw, parent, document)
     return spec
 

@@ -19,11 +19,11 @@ from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.files import FilePath
 from lora_engine.formats import Bundle, read_bundle, write_adapter
-from lora_engine.merging.files import load_base_if_read, merge_recipe, merged_card
+from lora_engine.merging.files import learns, load_base_if_read, merge_recipe, merged_card
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.report import Report
 from lora_engine.merging.resize import resize as resize_adapter
-from lora_engine.merging.spec import Learned, Weight, parse_options
+from lora_engine.merging.spec import Weight, parse_options
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -169,8 +169,8 @@ def merge(
         AdapterError: The adapters are for different bases, or a kind cannot be merged by the method.
     """
     chosen = parse_options(method, options)
-    if isinstance(chosen, Learned):
-        raise SettingsError("'learned' needs a dataset", remedy="use `lora_engine.merging.files.merge_files`")
+    if learns(chosen):
+        raise SettingsError(f"{method!r} needs a dataset", remedy="use `lora_engine.merging.files.merge_files`")
     loaded = [item if isinstance(item, LoadedAdapter) else load(item) for item in adapters]
     scales: Sequence[Weight] = [1.0] * len(loaded) if weights is None else weights
     deltas, cards = [item.adapter for item in loaded], [item.card for item in loaded]

@@ -8,7 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lora_engine.bases.families import families
 from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
 from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
@@ -54,18 +56,30 @@ class Job:
         return {name: digest.sha256 for name, digest in self.files.items()}
 
     @property
+    def plugins(self) -> dict[str, str]:
+        """Returns name and version of each plug-in that the step, its settings or its base are from."""
+        used: list[tuple[Registry[Any], str]] = [(STEPS, self.kind.name)]
+        used += self.kind.entries(self.spec) if self.kind.entries else ()
+        base = getattr(self.spec, "base", None)
+        used += [(families, _family(locate_base(base, self.folder)))] if base else []
+        found = [registry.plugin(name) for registry, name in used]
+        return {plugin.name: plugin.version for plugin in found if plugin is not None}
+
+    @property
     def recorded_settings(self) -> dict[str, Any]:
         """Returns what lineage records of this step beside its inputs."""
         recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
         recorded |= {"base": dict(self.base)} if self.base else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
+        recorded |= {"plugins": plugins} if (plugins := self.plugins) else {}
         return recorded
 
     def key(self, inputs: Inputs) -> str:
         """Returns the cache key: equal keys mean equal results.
 
         The key is made of the step's name and revision, its own settings, the digests of its inputs, the content of
-        the user's files and the fingerprint of the base; not of names, paths or times.
+        the user's files, the fingerprint of the base and the versions of the plug-ins that it uses; not of names,
+        paths or times.
         """
         own = self.spec.own_settings()
         own.pop("base", None)
@@ -77,7 +91,7 @@ class Job:
             "inputs": {name: [ref.sha256 for ref in refs] for name, refs in inputs.items() if refs},
             "files": self.file_digests | revoked,
             "base": self.base["fingerprint"] if self.base else None,
-        }
+        } | ({"plugins": plugins} if (plugins := self.plugins) else {})
         return sha256_bytes(canonical_json(parts))
 
     def refreshed(self, lineage: Lineage) -> Job:
@@ -139,6 +153,13 @@ def _describe_base(base: str, folder: Path) -> dict[str, str]:
     is_path = source.revision is None and source.name != TINY
     path = {"path": str(Path(located).expanduser().resolve())} if is_path else {}
     return {"label": source.label, "fingerprint": _fingerprint(located)} | path
+
+
+@lru_cache(maxsize=8)
+def _family(located: str) -> str:
+    from lora_engine.bases.source import resolve_base
+
+    return resolve_base(located).family
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Declares functions as pipeline steps with `step`, and defines their `Context`.
+"""Makes functions pipeline steps with `step`, and defines their `Context`.
 
 `tasks.execution` executes steps (cache, verification, lineage). `flows.prefect` wraps them as Prefect tasks.
 """
@@ -70,6 +70,7 @@ Work = Callable[[Any, Context], None]
 IsStillValid = Callable[[Home, bytes], bool]
 FindExcluded = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
 Imports = Callable[[Any, Path], Iterable[str]]
+Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
 
 
 def always(*modules: str) -> Imports:
@@ -95,6 +96,8 @@ class StepKind:
             returns the revoked subjects in these files, which enter the cache key. None means none.
         imports: Takes (spec, folder of the pipeline file); returns names of modules to import before any step starts,
             see `tasks.imports`. None means none.
+        entries: Takes the spec; returns the registry entries that the step uses, as (registry, name). Those of plug-ins
+            enter the cache key and lineage. None means none.
     """
 
     name: str
@@ -106,9 +109,10 @@ class StepKind:
     is_still_valid: IsStillValid | None = None
     find_excluded: FindExcluded | None = None
     imports: Imports | None = None
+    entries: Entries | None = None
 
 
-STEPS: Registry[StepKind] = Registry("step")
+STEPS: Registry[StepKind] = Registry("step", entry=StepKind, source="tasks.steps", group="loraline.steps")
 
 
 def step(
@@ -120,15 +124,15 @@ def step(
     is_still_valid: IsStillValid | None = None,
     find_excluded: FindExcluded | None = None,
     imports: Imports | None = None,
-) -> Callable[[Work], Work]:
-    """Returns a decorator that registers a function as a step (arguments: see `StepKind`)."""
+    entries: Entries | None = None,
+) -> Callable[[Work], StepKind]:
+    """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
-    def register(work: Work) -> Work:
+    def declare(work: Work) -> StepKind:
         name = spec.model_fields["uses"].default
-        STEPS.add(name, StepKind(name, spec, produces, revision, work, summary, is_still_valid, find_excluded, imports))
-        return work
+        return StepKind(name, spec, produces, revision, work, summary, is_still_valid, find_excluded, imports, entries)
 
-    return register
+    return declare
 
 
 Inputs = Mapping[str, tuple[ArtifactRef, ...]]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.late_help import LateHelp
 from flows.cli.output import Approximate, Dtype, Energy, Json, Rank
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
@@ -15,8 +16,7 @@ Format = Annotated[
     str,
     typer.Option(
         metavar="FORMAT",
-        help="Target format: kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline; "
-        "for a whole model diffusers or ldm.",
+        help="Target format: {lora_engine.catalog.formats:written_formats}; for a whole model diffusers or ldm.",
     ),
 ]
 Base = Annotated[
@@ -27,7 +27,7 @@ Base = Annotated[
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     for verb in (inspect, validate, convert, generate):
-        app.command()(verb)
+        app.command(cls=LateHelp)(verb)
 
 
 def inspect(file: File, as_json: Json = False) -> None:

@@ -1,4 +1,4 @@
-"""Defines the verbs of pipelines: init, train, plan, run."""
+"""Defines the verbs of pipelines: init, train, schema, plan, run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Concurrency = Annotated[
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (init, train, plan, run):
+    for verb in (init, train, schema, plan, run):
         app.command()(verb)
 
 
@@ -65,6 +65,21 @@ def train(
     path = write_pipeline(images, trigger, class_word, base=base, name=name, steps=steps, output=output)
     print(f"Wrote {path}. To change anything, edit it and run: loraline run {path}")
     run(path)
+
+
+def schema(
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Output file.")] = None,
+) -> None:
+    """Print the JSON Schema of pipeline files, for editors."""
+    from flows.cli.output import print_json
+    from flows.schema import pipeline_schema
+    from lora_engine.files import atomic_write, canonical_json
+
+    if output is None:
+        print_json(pipeline_schema())
+    else:
+        atomic_write(output, canonical_json(pipeline_schema()))
+        print(f"Wrote {output}. First line of a pipeline file: # yaml-language-server: $schema={output}")
 
 
 def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.late_help import LateHelp
 from flows.cli.output import Approximate, Dtype, Energy, Json, Rank, open_home
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     app.command("list")(list_versions)
     for verb in (show, report, export, promote, rollback):
-        app.command()(verb)
+        app.command(cls=LateHelp)(verb)
 
 
 def list_versions(
@@ -116,7 +117,7 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="Format: kohya, comfyui, diffusers, peft, lycoris, onetrainer, aitoolkit, cloneofsimo, loraline.",
+            help="Format: {lora_engine.catalog.formats:written_formats}.",
         ),
     ],
     output: Annotated[

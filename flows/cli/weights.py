@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from flows.cli.late_help import LateHelp
 from flows.cli.output import Json, home_path
 
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
@@ -22,16 +23,15 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
 _METHODS = (
-    "Method. Adapters: concatenate (exact, the default), linear, interpolate, svd, slerp, model-stock, "
-    "geometric-median, ties, dare, dare-ties, della, magnitude-prune, learned. Whole models: weighted-sum (the "
-    "default), add-difference, ties."
+    "Method. Adapters: {lora_engine.merging.methods:METHODS}; default: concatenate, which is exact. Whole models: "
+    "weighted-sum (the default), add-difference, ties."
 )
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     for verb in (merge, resize, extract, fuse):
-        app.command()(verb)
+        app.command(cls=LateHelp)(verb)
 
 
 def merge(
@@ -47,7 +47,7 @@ def merge(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method, such as density=0.3.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, for kinds and methods that read its weights.")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Captioned dataset (with --method learned).")] = None,
+    dataset: Annotated[Path | None, typer.Option(help="Captioned dataset, for methods that learn the weights.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

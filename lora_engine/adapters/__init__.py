@@ -1,14 +1,5 @@
 """Adapters in memory: delta kinds, and functions that attach, detach and collapse them. Knows no file format."""
 
-from lora_engine.adapters import boft as boft  # registers its kind; a new kind adds a line like this
-from lora_engine.adapters import full as full
-from lora_engine.adapters import ia3 as ia3
-from lora_engine.adapters import lora as lora
-from lora_engine.adapters import lora_fa as lora_fa
-from lora_engine.adapters import peft_boft as peft_boft
-from lora_engine.adapters import peft_oft as peft_oft
-from lora_engine.adapters import replacement as replacement
-from lora_engine.adapters import rslora as rslora
 from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.attach import Attachment, LayerSettings, attach, check_fit, collapse, create_adapter

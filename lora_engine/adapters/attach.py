@@ -32,7 +32,7 @@ class LayerSettings:
         kind: Name of an adapter kind.
         rank: Inner dimension.
         alpha: The scale is `alpha / rank` for most kinds; None means the kind's default, a scale of 1.
-        options: Keyword options of the kind; see `lora_engine.training.specs.kinds`.
+        options: Keyword options of the kind; see `lora_engine.catalog.kinds`.
     """
 
     kind: str = "lora"

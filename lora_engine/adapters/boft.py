@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, Issue, kinds
+from lora_engine.adapters.delta import DAMAGED, Issue
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.rotation import cayley, compute_dtype, nearest_block, rotate_blocks
 
@@ -58,6 +58,3 @@ def _rotate_stage(change: Tensor, rows: Tensor, stride: int) -> Tensor:
     lead = rows.shape[:-1]
     grouped = rows.reshape(*lead, -1, 2, stride).transpose(-1, -2).flatten(-3)
     return rotate_blocks(change, grouped).reshape(*lead, -1, stride, 2).transpose(-1, -2).flatten(-3)
-
-
-kinds.add(BoftDelta.kind, BoftDelta)

@@ -1,4 +1,4 @@
-"""Defines the `Delta` protocol: what an adapter does to one layer. Each kind is one file that registers itself.
+"""Defines the `Delta` protocol: what an adapter does to one layer. Each kind is one file, and an entry of `KINDS`.
 
 `delta_weight` is the definition of a kind; `forward` is an optimization, which a law test compares with it. Factors
 have mathematical names; names from files (`lora_down`, `lora_A`) stay in `formats`.
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.low_rank import LowRankLinear
-from lora_engine.registries import Registry
+from lora_engine.catalog.kinds import KINDS, Kind
+from lora_engine.registries import Loaded, import_target
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Delta(Protocol):
             alpha: None means the kind's default.
             generator: Draws the random factors.
             *args: Unused.
-            **options: Keyword options of the kind; see `lora_engine.training.specs.kinds`.
+            **options: Keyword options of the kind; see `lora_engine.catalog.kinds`.
 
         Raises:
             SettingsError: A setting is not valid for the layer.
@@ -150,6 +151,11 @@ class Delta(Protocol):
         """Yields structural errors: factor shapes, alpha, and the fit to a weight if its shape is passed."""
         ...
 
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight, where the factors determine it; a 1x1 kernel may be omitted."""
+        return None
+
     def reshaped_for(self, weight_shape: Sequence[int]) -> Self:
         """Returns the delta with factors in the number of dimensions of this weight (1x1 conv or linear)."""
         return self
@@ -159,7 +165,15 @@ class Delta(Protocol):
         return self
 
 
-kinds: Registry[type[Delta]] = Registry("adapter kind")
+def _delta_class(kind: Kind) -> type[Delta]:
+    found = import_target(KINDS, kind.name, kind.delta)
+    if not isinstance(found, type) or Delta not in found.__mro__:
+        raise KINDS.misfit(kind.name, f"names {kind.delta!r}", "a subclass of lora_engine.adapters.Delta")
+    return found
+
+
+kinds: Mapping[str, type[Delta]] = Loaded(KINDS, _delta_class)
+"""The `Delta` class of each kind in `KINDS`."""
 
 
 def dense_forward(

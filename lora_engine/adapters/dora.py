@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
@@ -68,7 +68,7 @@ class DoraDelta(Delta):
         generator: torch.Generator | None,
         *,
         axis: Literal["output", "input"] = "output",
-        inner: Literal["lora", "loha", "lokr"] = "lora",
+        inner: str = "lora",
     ) -> Self:
         """Creates a delta: a new inner delta, and the norms of the current weight."""
         if axis not in ("output", "input") or inner not in INNER:
@@ -208,6 +208,3 @@ def _squares(weight: Tensor, axis: int) -> Tensor:
 def _lines(weight: Tensor, axis: int) -> Tensor:
     """Returns a weight as `[out, in * k * k]` (axis 0) or `[in, out * k * k]` (axis 1)."""
     return weight.flatten(1) if axis == 0 else weight.transpose(0, 1).flatten(1)
-
-
-kinds.add(DoraDelta.kind, DoraDelta)

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue
 from lora_engine.adapters.layer import LayerOp
 
 
@@ -36,6 +36,11 @@ class FullDelta(Delta):
     def rank(self) -> None:
         """None: the difference has no inner dimension."""
         return
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight; None if only the bias differs."""
+        return None if self.diff is None else tuple(self.diff.shape)
 
     @classmethod
     def create(
@@ -120,6 +125,3 @@ def _same_layer(first: Sequence[int], second: Sequence[int]) -> bool:
     """Returns True if the shapes are equal, or one is linear and the other the same with a 1 x 1 kernel."""
     short, long = sorted((tuple(first), tuple(second)), key=len)
     return long == short or (len(short) == 2 and long == (*short, 1, 1))
-
-
-kinds.add(FullDelta.kind, FullDelta)

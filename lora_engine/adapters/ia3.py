@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import check_has_rows, compute_dtype
 
@@ -156,7 +156,3 @@ class PeftIa3Delta(Ia3Delta):
         if len(weight_shape) > 2:
             return super()._shape(weight_shape, axis)
         return (weight_shape[0], 1) if axis == "output" else (1, weight_shape[1])
-
-
-kinds.add(Ia3Delta.kind, Ia3Delta)
-kinds.add(PeftIa3Delta.kind, PeftIa3Delta)

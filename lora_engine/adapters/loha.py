@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 
@@ -159,6 +159,11 @@ class LohaDelta(Delta):
         """Rows and columns of the delta as a matrix; with cores, columns without the kernel."""
         return self.up1.flatten(1).shape[0 if self.core1 is None else 1], self.down1[0].numel()
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight; a kernel without cores is in the columns."""
+        return self.sides if self.core1 is None else (*self.sides, *self.core1.shape[2:])
+
     def _disagreements(self) -> Iterator[Issue]:
         rank, (rows, columns) = self.rank, self.sides
         up, down = ((rows, rank) if self.core1 is None else (rank, rows)), (rank, columns)
@@ -190,6 +195,3 @@ def _product(up: Tensor, down: Tensor, core: Tensor | None, dtype: torch.dtype) 
     if core is None:
         return up @ down
     return torch.einsum("mp,mr...->pr...", up, torch.einsum("mn...,nr->mr...", core.to(dtype), down))
-
-
-kinds.add(LohaDelta.kind, LohaDelta)

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 from lora_engine.errors import SettingsError
@@ -203,6 +203,11 @@ class LokrDelta(Delta):
         (a, b), (c, d) = self.left_sides, self.right_sides
         return a * c, b * d
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight; a kernel without a core is in the columns."""
+        return self.sides if self.right_core is None else (*self.sides, *self.right_core.shape[2:])
+
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Yields missing or duplicate factors, ranks that disagree, an invalid alpha, and shapes that do not fit."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -303,6 +308,3 @@ def _required(factor: Tensor | None) -> Tensor:
     if factor is None:
         raise SettingsError("the delta lacks a factor", remedy="check `issues()` before you use it")
     return factor
-
-
-kinds.add(LokrDelta.kind, LokrDelta)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.errors import SettingsError
@@ -50,6 +50,13 @@ class LoraDelta(Delta):
     def scale(self) -> float:
         """`alpha / rank`."""
         return self.alpha / self.rank
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight; a 1 x 1 kernel may be missing."""
+        if self.mid is not None:
+            return (self.up.shape[0], self.down.shape[1], *self.mid.shape[2:])
+        return (self.up.shape[0], *self.down.shape[1:])
 
     @classmethod
     def create(
@@ -220,6 +227,3 @@ def check_rank(rank: int, weight: Tensor) -> None:
 
 def _empty_like(rank: int, weight: Tensor) -> Tensor:
     return torch.empty(rank, *weight.shape[1:])
-
-
-kinds.add(LoraDelta.kind, LoraDelta)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lora_engine.adapters.delta import kinds
 from lora_engine.adapters.lora import LoraDelta
 
 
@@ -17,6 +16,3 @@ class LoraFaDelta(LoraDelta):
     def to_export(self) -> LoraDelta:
         """Returns a LoRA with the same factors."""
         return LoraDelta(self.down, self.up, self.alpha, self.mid, self.bias)
-
-
-kinds.add(LoraFaDelta.kind, LoraFaDelta)

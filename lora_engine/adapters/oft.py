@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import (
     cayley,
@@ -158,6 +158,3 @@ class OftDelta(Delta):
 
     def _own_issues(self) -> Iterator[Issue]:
         yield from ()
-
-
-kinds.add(OftDelta.kind, OftDelta)

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue
 from lora_engine.adapters.rotation import cayley, check_has_rows, compute_dtype, nearest_block, rotate_blocks
 
 
@@ -130,6 +130,3 @@ def _rotate_stage(change: Tensor, rows: Tensor, half: int, pieces: int) -> Tenso
     order = torch.cat([torch.arange(0, pieces, 2), torch.arange(1, pieces, 2)]).to(rows.device)
     permuted = runs.index_select(-2, order.argsort()).flatten(-3)
     return rotate_blocks(change, permuted).reshape(runs.shape).index_select(-2, order).flatten(-3)
-
-
-kinds.add(PeftBoftDelta.kind, PeftBoftDelta)

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import cayley, check_has_rows, compute_dtype, nearest_block, neumann, rotate_blocks
 
@@ -144,6 +144,3 @@ class PeftOftDelta(Delta):
             problem = f"the shape is {shape}, which is {shape[0]} blocks of {size}"
             allowed = f"blocks for the {inputs} inputs of the base's weight {list(weight_shape)}"
             yield Issue("angles", problem, allowed, OTHER_BASE)
-
-
-kinds.add(PeftOftDelta.kind, PeftOftDelta)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.adapters.delta import Delta, Issue, dense_forward, kinds
+from lora_engine.adapters.delta import Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, check_rank
 from lora_engine.decomposition import sketched_svd
@@ -141,6 +141,3 @@ def principal_part(
     # A matrix of a lower rank has fewer directions; zeros fill the rest.
     missing = rank - len(values)
     return F.pad(left, (0, missing)), F.pad(values, (0, missing)), F.pad(right, (0, 0, 0, missing))
-
-
-kinds.add(PissaDelta.kind, PissaDelta)

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, kinds
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,3 @@ class ReplacementDelta(Delta):
             yield Issue(
                 "value", f"the shape is {shape}", f"{list(weight_shape)}, that of the base's weight", OTHER_BASE
             )
-
-
-kinds.add(ReplacementDelta.kind, ReplacementDelta)

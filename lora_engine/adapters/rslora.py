@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.delta import kinds
 from lora_engine.adapters.lora import LoraDelta
 
 
@@ -32,6 +31,3 @@ class RsLora(LoraDelta):
         """Creates a LoRA of scale `alpha / sqrt(rank)`; `alpha` None or 0 means `rank`, for a scale of `sqrt(rank)`."""
         stored = float(alpha or rank) * math.sqrt(max(rank, 0))
         return LoraDelta.create(weight, bias, rank, stored, generator, tucker=tucker)
-
-
-kinds.add("rslora", RsLora)

@@ -35,7 +35,7 @@ class Family:
         object.__setattr__(self, "adapters", self.adapters or self.name)
 
 
-families: Registry[Family] = Registry("base model family")
+families: Registry[Family] = Registry("base model family", entry=Family, group="loraline.families")
 
 _SD = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 _SDXL = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")

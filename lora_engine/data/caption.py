@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
+from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.folder import clean_text
-from lora_engine.data.manifest import MAX_CAPTION, ImageEntry, Manifest
+from lora_engine.data.manifest import MAX_CAPTION, Manifest
 from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import atomic_write
 from lora_engine.progress import Progress
-
-Captioner = Callable[[Path, Manifest, CaptionSettings, Progress | None], list[str]]
 
 
 def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progress | None = None) -> Manifest:
@@ -24,7 +22,7 @@ def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progr
         SettingsError: An image has no caption, and there is neither trigger nor class word for the template.
     """
     manifest = Manifest.load(dataset)
-    captions = _CAPTIONERS[settings.captioner](dataset, manifest, settings, progress)
+    captions = CAPTIONERS[settings.captioner_name].captions(dataset, manifest, settings, progress)
     images = []
     for image, text in zip(manifest.pictures, captions, strict=True):
         if len(text) > MAX_CAPTION:
@@ -63,26 +61,3 @@ def render_template(settings: CaptionSettings) -> str:
 def holds_word(text: str, word: str) -> bool:
     """Returns True if the text contains the word as a whole word, ignoring case."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _from_files(_dataset: Path, manifest: Manifest, settings: CaptionSettings, _: Progress | None) -> list[str]:
-    return [_own_or_template(image, settings) for image in manifest.pictures]
-
-
-def _own_or_template(image: ImageEntry, settings: CaptionSettings) -> str:
-    if not image.caption:
-        return render_template(settings)
-    if settings.trigger is None or holds_word(image.caption, settings.trigger):
-        return image.caption
-    # The caption must contain the trigger, or training would not learn it.
-    return f"{render_template(settings)}, {image.caption}"
-
-
-def _from_template(_dataset: Path, manifest: Manifest, settings: CaptionSettings, _: Progress | None) -> list[str]:
-    return [render_template(settings)] * len(manifest.pictures)
-
-
-_CAPTIONERS: dict[str, Captioner] = {
-    "files": _from_files,
-    "template": _from_template,
-}

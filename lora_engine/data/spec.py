@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lora_engine.data.captioners import CAPTIONERS, captioner_setting
 from lora_engine.data.manifest import MAX_REPEATS
+
+if TYPE_CHECKING:
+    CaptionerSetting = str | BaseModel
+else:
+    CaptionerSetting = captioner_setting()
 
 PLACEHOLDERS = ("trigger", "class_word")
 
@@ -99,8 +105,7 @@ class CaptionSettings(BaseModel):
     """The settings of caption.
 
     Attributes:
-        captioner: `files`: the .txt file beside each image, or the template if there is none; `template`: the template
-            for all images.
+        captioner: Source of the captions by name, or by name and options; see `CAPTIONERS`.
         trigger: The word for the concept; a single word. None means none.
         class_word: The class of the concept ("star"). None means none.
         template: Text with `{trigger}` and `{class_word}`; a placeholder without a value is removed.
@@ -108,7 +113,7 @@ class CaptionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    captioner: Literal["files", "template"] = "files"
+    captioner: CaptionerSetting = "files"
     trigger: str | None = None
     class_word: str | None = None
     template: str = Field(default="a {trigger} {class_word}", min_length=1, max_length=500)
@@ -145,9 +150,15 @@ class CaptionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _template_has_trigger(self) -> CaptionSettings:
-        if self.trigger is not None and "trigger" not in self.placeholders():
+        adds_trigger = CAPTIONERS[self.captioner_name].adds_trigger
+        if self.trigger is not None and not adds_trigger and "trigger" not in self.placeholders():
             raise ValueError(f"template {self.template!r} has no {{trigger}}, so captions could lack {self.trigger!r}")
         return self
+
+    @property
+    def captioner_name(self) -> str:
+        """Returns the name of the captioner."""
+        return self.captioner if isinstance(self.captioner, str) else str(self.captioner.model_dump()["name"])
 
     def placeholders(self) -> list[str]:
         """Returns the placeholders of the template."""

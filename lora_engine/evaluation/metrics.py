@@ -1,18 +1,22 @@
-"""Computes the metrics: functions from evidence to paired values. Their descriptions are in `catalogue`."""
+"""The metrics, one entry each: a function from evidence to paired values, and its description.
+
+Importing this module imports neither torch nor numpy; the functions do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from lora_engine.evaluation.embedder import Embedder
-from lora_engine.evaluation.plan import Request
-from lora_engine.evaluation.statistics import Values
 from lora_engine.registries import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.evaluation.embedder import Embedder
+    from lora_engine.evaluation.plan import Request
+    from lora_engine.evaluation.statistics import Values
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,66 @@ class Evidence:
     embedder: Embedder
 
 
-Pair = tuple[Values, Values]
-Metric = Callable[[Evidence], Pair]
-METRICS: Registry[Metric] = Registry("metric")
+Pair = tuple["Values", "Values"]
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A metric, one entry of `METRICS`.
+
+    Attributes:
+        name: Name in gates, reports and MLflow.
+        measure: Returns the values of base and adapter, one per unit of resampling.
+        title: Name in tables.
+        better: The better direction.
+        meaning: Description in one sentence.
+        is_distance: True for a distance to the base, whose own value is 0; a gate sets the limit, and no adapter is
+            "better".
+        headline: Sentence at the top of a report, with `{verdict}`, `{adapter}` and `{base}`; empty for none.
+        verdicts: `{verdict}` of the headline by better, worse and unclear.
+    """
+
+    name: str
+    measure: Callable[[Evidence], Pair]
+    title: str
+    better: Literal["higher", "lower"]
+    meaning: str
+    is_distance: bool = False
+    headline: str = ""
+    verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different")
+
+
+METRICS: Registry[Metric] = Registry(
+    "metric", entry=Metric, source="lora_engine.evaluation.metrics", group="loraline.metrics"
+)
+
+
+def metric(
+    title: str,
+    better: Literal["higher", "lower"],
+    meaning: str,
+    *,
+    is_distance: bool = False,
+    headline: str = "",
+    verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different"),
+) -> Callable[[Callable[[Evidence], Pair]], Metric]:
+    """Returns a decorator that makes a function a `Metric` of the same name (arguments: see there)."""
+
+    def declare(measure: Callable[[Evidence], Pair]) -> Metric:
+        return Metric(measure.__name__, measure, title, better, meaning, is_distance, headline, verdicts)
+
+    return declare
+
+
+@metric(
+    "Likeness to the real image",
+    "higher",
+    "Similarity of a generated image to the real image with the same caption (cosine of their embeddings, 1 is "
+    "identical).",
+    headline="With the adapter, images are {verdict} the real ones than the base's: likeness {adapter:.2f} instead of "
+    "{base:.2f}.",
+    verdicts=("closer to", "further from", "not clearly closer to"),
+)
 def clip_i_paired(evidence: Evidence) -> Pair:
     """Returns the cosine of a generated image and the real image of the same caption (unpaired means mislead)."""
 
@@ -67,6 +126,11 @@ def clip_i_paired(evidence: Evidence) -> Pair:
     return _by_prompt(evidence.reference, likeness)
 
 
+@metric(
+    "Agreement with the prompt",
+    "higher",
+    "Similarity of a generated image to its prompt without the trigger word (cosine of image and text embeddings).",
+)
 def clip_t(evidence: Evidence) -> Pair:
     """Returns the cosine of a generated image and its prompt without the trigger, which no embedder knows."""
 
@@ -76,6 +140,14 @@ def clip_t(evidence: Evidence) -> Pair:
     return _by_prompt(evidence.with_trigger, agreement)
 
 
+@metric(
+    "Drift without the trigger",
+    "lower",
+    "Change of images whose prompt does not name the concept (1 - cosine to the base's image of the same seed, 0 is "
+    "unchanged).",
+    is_distance=True,
+    headline="Without the trigger it changes the base's images by {adapter:.2f} (0 is unchanged).",
+)
 def drift(evidence: Evidence) -> Pair:
     """Returns 1 - cosine to the base's image of the same seed, on prompts without the trigger; 0 for the base."""
 
@@ -85,6 +157,12 @@ def drift(evidence: Evidence) -> Pair:
     return _from_zero(_by_prompt(evidence.without_trigger, distance))
 
 
+@metric(
+    "Drift in pixels",
+    "lower",
+    "The same comparison in pixels: root mean square difference as a share of the full range.",
+    is_distance=True,
+)
 def drift_pixels(evidence: Evidence) -> Pair:
     """Returns the root mean square difference to the base's image of the same seed, as a share of the full range."""
 
@@ -95,16 +173,14 @@ def drift_pixels(evidence: Evidence) -> Pair:
     return _by_prompt(evidence.without_trigger, distance)
 
 
+@metric(
+    "Validation loss",
+    "lower",
+    "Training loss with fixed noise and time steps, which makes two models comparable.",
+)
 def validation_loss(evidence: Evidence) -> Pair:
     """Returns the denoising losses on the fixed grid of time steps, one value per real image."""
     return evidence.losses
-
-
-METRICS.add("clip_i_paired", clip_i_paired)
-METRICS.add("clip_t", clip_t)
-METRICS.add("drift", drift)
-METRICS.add("drift_pixels", drift_pixels)
-METRICS.add("validation_loss", validation_loss)
 
 
 def _embed(evidence: Evidence, images: Tensor) -> Tensor:
@@ -112,6 +188,8 @@ def _embed(evidence: Evidence, images: Tensor) -> Tensor:
 
 
 def _by_prompt(pairs: tuple[ImagePair, ...], value: Callable[[ImagePair, Tensor], Tensor]) -> Pair:
+    import torch
+
     # Images of one prompt are not independent: the unit of resampling is the prompt, with the mean over its seeds.
     # With a single prompt the seeds are the units.
     base = [value(pair, pair.base) for pair in pairs]
@@ -126,6 +204,8 @@ def _to_numpy(values: Tensor) -> Values:
 
 
 def _from_zero(pair: Pair) -> Pair:
+    import numpy as np
+
     # Rounding makes the cosine of a vector with itself slightly less or more than 1; a distance is never below 0.
     base, adapter = pair
     return np.zeros_like(base), np.maximum(adapter, 0.0)

@@ -19,8 +19,8 @@ from PIL import Image
 from lora_engine.data.images import encode_png, open_image
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError
-from lora_engine.evaluation.catalogue import CATALOGUE, MetricInfo
 from lora_engine.evaluation.chart import draw_interval, draw_loss
+from lora_engine.evaluation.metrics import METRICS
 
 MAX_TRAINING_IMAGES = 24
 
@@ -106,16 +106,12 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _headline(report: Mapping[str, Any]) -> Iterator[str]:
     metrics = report.get("metrics", {})
-    if likeness := metrics.get("clip_i_paired"):
-        verdict = {"better": "closer to", "worse": "further from", "unclear": "not clearly closer to"}[
-            likeness["verdict"]
-        ]
-        yield (
-            f"With the adapter, images are {verdict} the real ones than the base's: likeness "
-            f"{likeness['adapter']:.2f} instead of {likeness['base']:.2f}."
-        )
-    if drift := metrics.get("drift"):
-        yield f"Without the trigger it changes the base's images by {drift['adapter']:.2f} (0 is unchanged)."
+    for name in _known(metrics):
+        entry, values = METRICS[name], metrics[name]
+        if entry.headline:
+            verdicts = dict(zip(("better", "worse", "unclear"), entry.verdicts, strict=True))
+            verdict = verdicts.get(values["verdict"], "")
+            yield entry.headline.format(verdict=verdict, adapter=values["adapter"], base=values["base"])
 
 
 def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -139,18 +135,24 @@ def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, An
     return groups
 
 
+def _known(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns the metrics of a report that are registered here, in the order of the registry."""
+    return [name for name in METRICS if name in metrics]
+
+
 def _metric_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     metrics = report.get("metrics", {})
-    order = [name for name in CATALOGUE if name in metrics] + sorted(set(metrics) - set(CATALOGUE))
+    known = _known(metrics)
     rows = []
-    for name in order:
+    for name in [*known, *sorted(metrics.keys() - known)]:
         metric = metrics[name]
-        info = CATALOGUE[name] if name in CATALOGUE else MetricInfo(name, metric["better"], "")
+        title, meaning = (METRICS[name].title, METRICS[name].meaning) if name in METRICS else (name, "")
         rows.append(
             {
                 **metric,
                 "name": name,
-                "info": info,
+                "title": title,
+                "meaning": meaning,
                 "verdict": _VERDICTS[metric["verdict"]],
                 "class": {"better": "good", "worse": "bad"}.get(metric["verdict"], "none"),
                 "chart": draw_interval(metric["difference"], metric["interval"], metric["better"]),
@@ -163,7 +165,7 @@ def _gate_row(gate: Mapping[str, Any]) -> dict[str, Any]:
     name, low, high = gate["metric"], gate["min"], gate["max"]
     bounds = [f"at least {low:g}"] if low is not None else []
     bounds += [f"at most {high:g}"] if high is not None else []
-    title = CATALOGUE[name].title if name in CATALOGUE else name
+    title = METRICS[name].title if name in METRICS else name
     return {**gate, "name": name, "title": title, "bounds": " and ".join(bounds)}
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from lora_engine.adapters import module_shapes
 from lora_engine.bases.base import load_base
 from lora_engine.data.pixels import write_png
-from lora_engine.evaluation.catalogue import CATALOGUE, MetricInfo
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import gather_evidence
 from lora_engine.evaluation.gates import check_gates
-from lora_engine.evaluation.metrics import METRICS, Evidence, ImagePair
+from lora_engine.evaluation.metrics import METRICS, Evidence, ImagePair, Metric
 from lora_engine.evaluation.plan import derive_seed, make_plan, read_trained_on
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import compare
@@ -95,26 +94,25 @@ def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
     """Returns every metric of `METRICS` as stored in `report.json`."""
     metrics: dict[str, dict[str, Any]] = {}
     for name, metric in METRICS.items():
-        comparison = compare(*metric(evidence), seed=derive_seed(seed, "bootstrap", name))
-        info = CATALOGUE[name]
+        comparison = compare(*metric.measure(evidence), seed=derive_seed(seed, "bootstrap", name))
         metrics[name] = {
             "base": comparison.base,
             "adapter": comparison.adapter,
             "difference": comparison.difference,
             "interval": list(comparison.interval) if comparison.interval else None,
             "n": comparison.n,
-            "better": info.better,
-            "verdict": _verdict(comparison.interval, info),
+            "better": metric.better,
+            "verdict": _verdict(comparison.interval, metric),
         }
     return metrics
 
 
-def _verdict(interval: tuple[float, float] | None, info: MetricInfo) -> str:
-    if info.is_distance:
+def _verdict(interval: tuple[float, float] | None, metric: Metric) -> str:
+    if metric.is_distance:
         return "distance"
     if interval is None or interval[0] <= 0.0 <= interval[1]:
         return "unclear"
-    return "better" if (interval[0] > 0.0) == (info.better == "higher") else "worse"
+    return "better" if (interval[0] > 0.0) == (metric.better == "higher") else "worse"
 
 
 def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:

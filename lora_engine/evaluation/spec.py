@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_engine.errors import SettingsError
-from lora_engine.evaluation.catalogue import CATALOGUE
+from lora_engine.evaluation.metrics import METRICS
 
 
 class Gate(BaseModel):
@@ -66,7 +66,7 @@ class EvaluateSettings(BaseModel):
     def _gates_name_metrics(cls, value: dict[str, Gate]) -> dict[str, Gate]:
         for name in value:
             try:
-                CATALOGUE[name]
+                METRICS[name]
             except SettingsError as error:
                 raise ValueError(str(error)) from None
         return value

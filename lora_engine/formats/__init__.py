@@ -1,17 +1,6 @@
 """Reads and writes adapter files of all formats; every format maps to the one canonical `Adapter`."""
 
-from lora_engine.formats import key_layouts as key_layouts
 from lora_engine.formats import transformers as transformers
-
-# A new format adds a line here. Detection tries the codecs in this order.
-from lora_engine.formats import kohya as kohya  # isort: skip
-from lora_engine.formats import bfl as bfl  # isort: skip
-from lora_engine.formats import kohya_like as kohya_like  # isort: skip
-from lora_engine.formats import comfyui as comfyui  # isort: skip
-from lora_engine.formats import native as native  # isort: skip
-from lora_engine.formats import diffusers as diffusers  # isort: skip
-from lora_engine.formats import peft as peft  # isort: skip
-from lora_engine.formats import cloneofsimo as cloneofsimo  # isort: skip
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Codec, codecs
 from lora_engine.formats.embedding_files import embedding_forms, read_embeddings, write_embeddings

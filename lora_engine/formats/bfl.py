@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import ClassVar
 
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta
+from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import Names, TensorCodec, codecs
+from lora_engine.formats.codec import Names, TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout, TableFactorKeys
 from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames
 from lora_engine.formats.transformers.flux import FLUX
@@ -37,7 +37,7 @@ class ReadOnlyCodec(TensorCodec):
         """
         raise AdapterError(
             f"the format {self.name!r} can only be read",
-            allowed=", ".join(sorted(name for name, codec in codecs.items() if not isinstance(codec, ReadOnlyCodec))),
+            allowed=", ".join(sorted(catalog.written_formats())),
             remedy="choose comfyui, which reads the same names",
         )
 
@@ -59,7 +59,7 @@ class BflCodec(ReadOnlyCodec):
     There is no alpha: the scale is always 1. The `scale` of a norm replaces the base's.
     """
 
-    name: ClassVar[str] = "bfl"
+    format = catalog.BFL
     key_layout = KeyLayout("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
@@ -95,7 +95,7 @@ _XLABS = NameTable(
 class XlabsCodec(ReadOnlyCodec):
     """`double_blocks.0.processor.qkv_lora1.down.weight`: 1 is the image stream, 2 the text stream; no alpha."""
 
-    name: ClassVar[str] = "xlabs"
+    format = catalog.XLABS
     key_layout = KeyLayout(
         "XLabs",
         writes_alpha=False,
@@ -135,5 +135,3 @@ class XlabsCodec(ReadOnlyCodec):
 
 
 XlabsCodec.key_layout.also[0].add(TableFactorKeys("lora", {"down": "factor.down.weight", "up": "factor.up.weight"}))
-codecs.add(BflCodec.name, BflCodec())
-codecs.add(XlabsCodec.name, XlabsCodec())

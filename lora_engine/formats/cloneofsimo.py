@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
+from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.cloneofsimo_order import CLASSES, CONVOLUTIONS, classes_for, ordered_layers
-from lora_engine.formats.codec import Names, TensorCodec, codecs
+from lora_engine.formats.codec import Names, TensorCodec
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import KeyLayout, TableFactorKeys
 from lora_engine.formats.naming import MODULES, listed_modules
@@ -35,10 +36,8 @@ KEY_LAYOUT.add(TableFactorKeys("lora", {"down": "down", "up": "up"}))
 class CloneofsimoCodec(TensorCodec):
     """`unet:0:up`, with the scale in the factor; for Stable Diffusion 1.x and 2.x."""
 
-    name: ClassVar[str] = "cloneofsimo"
-    file_name: ClassVar[str] = "lora.safetensors"
+    format = catalog.CLONEOFSIMO
     embeddings: ClassVar[str] = "tokens"
-    families: ClassVar[tuple[str, ...]] = ("sd",)
     keeps_alpha: ClassVar[bool] = False
     key_layout = KEY_LAYOUT
 
@@ -218,6 +217,3 @@ def _factors(name: str, delta: Delta, shape: Sequence[int]) -> tuple[Tensor, Ten
         raise AdapterError(f"the format cannot hold {part}", where=name, allowed="plain LoRA", remedy=remedy)
     reshaped = delta.reshaped_for(shape)
     return reshaped.up, reshaped.down
-
-
-codecs.add(CloneofsimoCodec.name, CloneofsimoCodec())

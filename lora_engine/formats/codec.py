@@ -1,6 +1,6 @@
 """Defines the `Codec` protocol: a file format encodes and decodes the canonical `Adapter`.
 
-A format is a module naming plus a key layout. `TensorCodec` is the shared base class, each format has its own file.
+A format is a module naming plus a key layout. `TensorCodec` is the shared base class. Each has an entry in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.adapters.tree import near_names
+from lora_engine.catalog.formats import FORMATS, Format
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
@@ -22,7 +23,7 @@ from lora_engine.formats.transformers.names import ExportNaming, find_modules, r
 from lora_engine.formats.transformers.unsupported import unsupported_family
 from lora_engine.formats.unsupported import unsupported_reason
 from lora_engine.formats.validate import check_delta, validate_tensors
-from lora_engine.registries import Registry
+from lora_engine.registries import Loaded, import_target
 
 Names = Iterable[str] | Mapping[str, Sequence[int]]
 """Canonical module names of a base; as a mapping to weight shapes, the shapes are checked too."""
@@ -34,20 +35,18 @@ class Codec(Protocol):
     """A file format for reading and writing adapters.
 
     Attributes:
-        name: Name that users type.
-        file_name: Default file name if the output path is a folder.
-        is_folder: True if an adapter is a folder of files. Tensor names are then `<folder>/<name>`, and the metadata
-            holds the other files as `<folder>/<file name>`; the top folder has no slash.
+        format: Its entry in `FORMATS`: name, file names, what it holds.
         embeddings: Where embeddings are written. A name in `embedding_forms`: in separate files of that form;
             `bundle`, `clip` or `tokens`: as tensors in the same file (see `embeddings.embed`).
-        families: Supported base families; empty means any.
     """
 
-    name: ClassVar[str]
-    file_name: ClassVar[str]
-    is_folder: ClassVar[bool]
+    format: ClassVar[Format]
     embeddings: ClassVar[str]
-    families: ClassVar[tuple[str, ...]]
+
+    @property
+    def name(self) -> str:
+        """Name that users type."""
+        ...
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if a file with these tensor names is in this format."""
@@ -89,7 +88,17 @@ class Codec(Protocol):
         ...
 
 
-codecs: Registry[Codec] = Registry("adapter format")
+def _codec(entry: Format) -> Codec:
+    found = import_target(FORMATS, entry.name, entry.codec)
+    if not isinstance(found, type) or getattr(found, "format", None) is not entry:
+        problem = f"names {entry.codec!r}, which is no codec of this entry"
+        raise FORMATS.misfit(entry.name, problem, "a Codec class whose `format` is the entry")
+    codec: Codec = found()
+    return codec
+
+
+codecs: Mapping[str, Codec] = Loaded(FORMATS, _codec)
+"""The codec of each format in `FORMATS`."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +112,18 @@ class Part:
 class TensorCodec:
     """Base class of codecs whose tensor keys are `<module>.<suffix>`."""
 
-    name: ClassVar[str]
-    file_name: ClassVar[str] = "adapter.safetensors"
-    is_folder: ClassVar[bool] = False
+    format: ClassVar[Format]
     embeddings: ClassVar[str] = "kohya"
-    families: ClassVar[tuple[str, ...]] = ()
     keeps_alpha: ClassVar[bool] = True
     """True if the file stores alpha; otherwise the scale is folded into a factor."""
     key_layout: ClassVar[KeyLayout]
     transformers: ClassVar[ExportNaming | None] = None
     """Names of transformer modules for export; None uses `raw_name`."""
+
+    @property
+    def name(self) -> str:
+        """Name that users type."""
+        return self.format.name
 
     def raw_name(self, name: str, family: str) -> str:
         """Returns the name of a module in the file."""

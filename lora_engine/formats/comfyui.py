@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import ClassVar
 
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, DoraDelta
+from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import Names, codecs
-from lora_engine.formats.key_layout import LYCORIS
+from lora_engine.formats.codec import Names
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
 from lora_engine.formats.transformers.names import COMFYUI_EXPORT_NAMING, is_transformer
 
-_UNREADABLE = ("ia3", "oft", "boft")
 _BARE = tuple(f"{beginning}." for beginning in ORIGINAL_BEGINNINGS)
 _PREFIXES = (*(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes if prefix), *_BARE)
 _BARE_SD3 = re.compile(r"joint_blocks\.\d+\.")
@@ -39,11 +37,9 @@ _DISTINCTIVE = re.compile(
 class ComfyuiCodec(KohyaCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
-    name: ClassVar[str] = "comfyui"
+    format = catalog.COMFYUI
     # ComfyUI does not read (IA)3. For OFT and BOFT it applies the strength twice and ignores the constraint.
-    key_layout = KohyaCodec.key_layout.limited(
-        "ComfyUI", [kind for kind in LYCORIS.factor_keys if kind not in _UNREADABLE]
-    )
+    key_layout = KohyaCodec.key_layout.limited("ComfyUI", catalog.COMFYUI.kinds)
     transformers = COMFYUI_EXPORT_NAMING
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
@@ -90,6 +86,3 @@ class ComfyuiCodec(KohyaCodec):
                     remedy="train with axis: input, or approximate it by a LoRA (--approximate)",
                 )
         return super().encode(adapter, card, names)
-
-
-codecs.add(ComfyuiCodec.name, ComfyuiCodec())

@@ -14,9 +14,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, DoraDelta, LoraDelta, canonical_name
+from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import AlphaRule, Names, TensorCodec, codecs
+from lora_engine.formats.codec import AlphaRule, Names, TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, check_one_kind, parse_config
@@ -38,13 +39,10 @@ _OLD = (
 class DiffusersCodec(TensorCodec):
     """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight`."""
 
-    name: ClassVar[str] = "diffusers"
-    file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
+    format = catalog.DIFFUSERS
     embeddings: ClassVar[str] = "diffusers"
     keeps_alpha: ClassVar[bool] = False
-    key_layout = KeyLayout(
-        "diffusers", writes_alpha=False, factor_keys=DIFFUSERS.factor_keys, also=(DIFFUSERS, LYCORIS)
-    )
+    key_layout = KeyLayout("diffusers", writes_alpha=False, extends=DIFFUSERS, also=(DIFFUSERS, LYCORIS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if all names begin with a component or a transformer's blocks, and some have known suffixes."""
@@ -128,6 +126,3 @@ def _folded(name: str, delta: Delta) -> Delta:
     if isinstance(delta, DoraDelta) and isinstance(delta.inner, LoraDelta):
         return delta.with_inner(folded_lora(name, delta.inner))
     return folded(name, delta)
-
-
-codecs.add(DiffusersCodec.name, DiffusersCodec())

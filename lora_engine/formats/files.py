@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta
+from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, atomic_write, canonical_json, sha256_file
 from lora_engine.formats.card import GENERATED, Card, card_header, read_card
@@ -103,7 +104,7 @@ def write_adapter(
         dtype: Dtype of the factors and embeddings; None keeps theirs.
         embeddings: Tokens that were learned with it. The format decides whether they go into the same file or into
             separate files. Embeddings without modules need a format with embedding files, or `loraline`.
-        module_names: The base's modules with their shapes, for formats that number modules (cloneofsimo).
+        module_names: The base's modules with their shapes, for formats that number modules (`numbers_modules`).
 
     Returns:
         The written files, those of the embeddings last.
@@ -115,7 +116,7 @@ def write_adapter(
     path, codec = Path(path), codecs[format]
     if not adapter.modules and not _holds_only_embeddings(codec, embeddings):
         raise AdapterError("the adapter has no modules", where=str(path), remedy="train or import it again")
-    if codec.is_folder and path.suffix == SUFFIX:
+    if codec.format.is_folder and path.suffix == SUFFIX:
         remedy = "give a path without .safetensors"
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
     card, tokens = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
@@ -128,10 +129,10 @@ def write_adapter(
         tensors, metadata = {**tensors, **token_tensors}, {**metadata, **flags}
     ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
     header = _header(codec, tensors, card, ours)
-    if codec.is_folder:
-        files = list(_write_folder(path, codec.file_name, tensors, header))
+    if codec.format.is_folder:
+        files = list(_write_folder(path, codec.format.file_name, tensors, header))
     else:
-        files = [path if path.suffix == SUFFIX else path / codec.file_name]
+        files = [path if path.suffix == SUFFIX else path / codec.format.file_name]
         write_safetensors(files[0], tensors, header)
     if tokens and has_own_files:
         files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
@@ -206,9 +207,9 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
     keys = list(tensors)
     if not keys:
         raise AdapterError("the file holds no tensors", remedy="save or download the adapter again")
-    for codec in codecs.values():
-        if codec.detect(keys, metadata):
-            return codec
+    for name in sorted(codecs, key=lambda name: FORMATS[name].precedence):
+        if codecs[name].detect(keys, metadata):
+            return codecs[name]
     reason = unsupported_reason(keys)
     raise AdapterError(
         f"the file is {reason}, which is not supported"
@@ -254,7 +255,7 @@ def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mappi
     generated = sorted(key for key in ours if key not in carried and not key.startswith("loraline."))
     header = {**ours, **carried, GENERATED: canonical_json(generated).decode()}
     header |= codec.finalize_metadata(tensors, header)
-    return header if codec.is_folder else header | DIGEST
+    return header if codec.format.is_folder else header | DIGEST
 
 
 def _write_folder(

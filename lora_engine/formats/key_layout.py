@@ -1,6 +1,6 @@
 """Maps tensor keys to factors: a `KeyLayout` (LyCORIS, PEFT, ...) has one `FactorKeys` per adapter kind.
 
-A new kind adds its factor keys to the layouts that can hold it, in its own file in `key_layouts`.
+The entry of a kind in `KINDS` has its tensor names by layout, or names the module that adds its factor keys.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+from threading import RLock
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lora_engine.adapters import Delta, kinds
+from lora_engine.catalog.kinds import KINDS, Kind
 from lora_engine.errors import AdapterError
 from lora_engine.formats.validate import check_delta
-from lora_engine.registries import Registry
 
 ALPHA = "alpha"
 _REQUIRES = {"weight": "on_input"}
@@ -105,20 +107,31 @@ class KeyLayout:
     Attributes:
         name: Name in messages.
         writes_alpha: True if alpha is written as a tensor; it is always read.
-        factor_keys: Factor keys by kind.
         also: Layouts that are also read, and never written.
         rewrites: (pattern, replacement) pairs that normalize keys before the suffix is looked up; applied in order.
+        extends: The layout whose factor keys it has, too.
+        kinds: The kinds that it is limited to; empty means all.
+        own: Factor keys of its own, by kind; `dora of loha` for a kind within DoRA.
     """
 
     name: str
     writes_alpha: bool
-    factor_keys: Registry[FactorKeys] = field(default_factory=lambda: Registry("kind of factor keys"))
     also: tuple[KeyLayout, ...] = ()
     rewrites: tuple[tuple[str, str], ...] = ()
+    extends: KeyLayout | None = None
+    kinds: Collection[str] = ()
+    own: dict[str, FactorKeys] = field(default_factory=dict)
 
-    def add(self, keys: FactorKeys) -> None:
-        """Registers the factor keys of a kind."""
-        self.factor_keys.add(keys.kind, keys)
+    def add(self, keys: FactorKeys, name: str = "") -> None:
+        """Adds the factor keys of a kind; `name` replaces the kind's."""
+        self.own[name or keys.kind] = keys
+
+    @property
+    def factor_keys(self) -> Mapping[str, FactorKeys]:
+        """The factor keys by kind."""
+        load_factor_keys()
+        inherited = {} if self.extends is None else self.extends.factor_keys
+        return {name: keys for name, keys in {**inherited, **self.own}.items() if not self.kinds or name in self.kinds}
 
     @property
     def suffixes(self) -> set[str]:
@@ -132,7 +145,7 @@ class KeyLayout:
 
     def limited(self, name: str, chosen: Collection[str], also: tuple[KeyLayout, ...] = ()) -> KeyLayout:
         """Returns a layout that writes only the `chosen` kinds of this one, and reads what this one and `also` read."""
-        return KeyLayout(name, self.writes_alpha, _Subset(self.factor_keys, chosen), (self, *also))
+        return KeyLayout(name, self.writes_alpha, (self, *also), extends=self, kinds=tuple(chosen))
 
     def split(self, keys: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
         """Yields each key with its module and its longest suffix in this layout (None if no suffix matches)."""
@@ -158,14 +171,15 @@ class KeyLayout:
         Raises:
             AdapterError: The layout has no factor keys for the kind.
         """
-        if delta.kind not in self.factor_keys:
+        factor_keys = self.factor_keys
+        if delta.kind not in factor_keys:
             raise AdapterError(
                 f"the format cannot hold an adapter of kind {delta.kind!r}",
                 where=module,
-                allowed=", ".join(self.factor_keys),
+                allowed=", ".join(factor_keys),
                 remedy="choose another format",
             )
-        tensors = self.factor_keys[delta.kind].write(delta)
+        tensors = factor_keys[delta.kind].write(delta)
         if self.writes_alpha and delta.alpha is not None:
             tensors[ALPHA] = alpha_tensor(delta.alpha, next(iter(tensors.values())).dtype)
         return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
@@ -285,47 +299,6 @@ def _kinds(layout: KeyLayout) -> list[str]:
     return list(dict.fromkeys(keys.kind for keys in layout.readable))
 
 
-class _Subset(Registry[FactorKeys]):
-    """A live view of the chosen entries of another registry; includes entries that are added later."""
-
-    def __init__(self, source: Registry[FactorKeys], chosen: Collection[str]) -> None:
-        super().__init__(source.noun)
-        self._source, self._chosen = source, tuple(chosen)
-
-    def __getitem__(self, name: str) -> FactorKeys:
-        return self._source[name] if name in self._chosen else super().__getitem__(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._chosen and name in self._source
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._source if name in self._chosen)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class _Extended(Registry[FactorKeys]):
-    """A live view of another registry, plus entries of its own."""
-
-    def __init__(self, source: Registry[FactorKeys]) -> None:
-        super().__init__(source.noun)
-        self._source = source
-
-    def __getitem__(self, name: str) -> FactorKeys:
-        return self._source[name] if name in self._source else super().__getitem__(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._source or super().__contains__(name)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._source
-        yield from super().__iter__()
-
-    def __len__(self) -> int:
-        return len(self._source) + super().__len__()
-
-
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """Returns alpha as a 0-d tensor in the first of `dtype`, float32 and float64 that holds it exactly."""
     for candidate in (dtype, torch.float32):
@@ -336,7 +309,7 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 LYCORIS = KeyLayout("LyCORIS", writes_alpha=True)
-LORALINE = KeyLayout("Loraline", writes_alpha=True, factor_keys=_Extended(LYCORIS.factor_keys))
+LORALINE = KeyLayout("Loraline", writes_alpha=True, extends=LYCORIS)
 """LyCORIS' layout, plus Loraline's own keys for kinds that LyCORIS does not have."""
 DIFFUSERS = KeyLayout(
     "diffusers",
@@ -350,3 +323,36 @@ DIFFUSERS = KeyLayout(
     ),
 )
 PEFT = KeyLayout("PEFT", writes_alpha=False)
+LAYOUTS: Mapping[str, KeyLayout] = {layout.name: layout for layout in (LYCORIS, LORALINE, DIFFUSERS, PEFT)}
+"""The layouts that entries of `KINDS` name."""
+_lock, _loaded = RLock(), set[str]()
+
+
+def load_factor_keys() -> None:
+    """Adds the factor keys of all kinds to the layouts, once.
+
+    Raises:
+        SettingsError: A plug-in's kind names a layout or a module that does not exist.
+    """
+    with _lock:
+        for name in KINDS if len(_loaded) < len(KINDS) else ():
+            if name not in _loaded:
+                _loaded.add(name)  # first, because its module may look up the keys of another kind
+                try:
+                    _add_factor_keys(KINDS[name])
+                except BaseException:
+                    _loaded.remove(name)
+                    raise
+
+
+def _add_factor_keys(kind: Kind) -> None:
+    if isinstance(kind.keys, str):
+        try:
+            import_module(kind.keys)
+        except ImportError as error:
+            raise KINDS.misfit(kind.name, f"has no module of keys {kind.keys!r}: {error}", "a module") from error
+        return
+    for layout, names in kind.keys.items():
+        if layout not in LAYOUTS:
+            raise KINDS.misfit(kind.name, f"names the key layout {layout!r}", ", ".join(LAYOUTS))
+        LAYOUTS[layout].add(TableFactorKeys(kind.name, names))

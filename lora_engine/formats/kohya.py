@@ -12,10 +12,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from lora_engine.adapters import Adapter
+from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import TensorCodec, codecs
+from lora_engine.formats.codec import TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.modelspec import base_version
@@ -27,8 +28,8 @@ from lora_engine.formats.transformers.names import KOHYA_EXPORT_NAMING
 class KohyaCodec(TensorCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
-    name: ClassVar[str] = "kohya"
-    key_layout = KeyLayout("kohya", writes_alpha=True, factor_keys=LYCORIS.factor_keys, also=(DIFFUSERS,))
+    format = catalog.KOHYA
+    key_layout = KeyLayout("kohya", writes_alpha=True, extends=LYCORIS, also=(DIFFUSERS,))
     transformers = KOHYA_EXPORT_NAMING
     starts: ClassVar[tuple[str, ...]] = STARTS
     original: ClassVar[Collection[str]] = ("sdxl",)
@@ -89,6 +90,3 @@ def _header_entry(key: str, values: Collection[float | None]) -> dict[str, str]:
     if set(values) == {None}:
         return {}
     return {key: str(next(iter(values))) if len(values) == 1 else "Dynamic"}
-
-
-codecs.add(KohyaCodec.name, KohyaCodec())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import ClassVar
 
-from lora_engine.formats.codec import codecs
+from lora_engine.catalog import formats as catalog
 from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
@@ -24,7 +23,7 @@ class LycorisCodec(KohyaCodec):
     Also reads the files of its wrapper (`lycoris_down_blocks_...`), which SimpleTuner writes too.
     """
 
-    name: ClassVar[str] = "lycoris"
+    format = catalog.LYCORIS
     transformers = LYCORIS_EXPORT_NAMING
     starts = (*STARTS, "lycoris_")
     original = ()
@@ -37,8 +36,8 @@ class OnetrainerCodec(KohyaCodec):
     store the parts of fused layers separately.
     """
 
-    name: ClassVar[str] = "onetrainer"
-    key_layout = LYCORIS.limited("OneTrainer", ("lora", "loha", "lokr", "dora"), (DIFFUSERS,))
+    format = catalog.ONETRAINER
+    key_layout = LYCORIS.limited("OneTrainer", catalog.ONETRAINER.kinds, (DIFFUSERS,))
     transformers = ONETRAINER_EXPORT_NAMING
     original = ()
     starts = (*STARTS, "lora_transformer_")
@@ -52,15 +51,11 @@ class OnetrainerCodec(KohyaCodec):
 class AitoolkitCodec(KohyaCodec):
     """ai-toolkit: kohya's names; only LoRA and LoKr."""
 
-    name: ClassVar[str] = "aitoolkit"
-    key_layout = LYCORIS.limited("ai-toolkit", ("lora", "lokr"), (DIFFUSERS,))
+    format = catalog.AITOOLKIT
+    key_layout = LYCORIS.limited("ai-toolkit", catalog.AITOOLKIT.kinds, (DIFFUSERS,))
     transformers = AITOOLKIT_EXPORT_NAMING
     starts = ()
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True for ai-toolkit's names of transformer modules; its other files are kohya's."""
         return is_aitoolkit(keys)
-
-
-for _codec in (LycorisCodec(), OnetrainerCodec(), AitoolkitCodec()):
-    codecs.add(_codec.name, _codec)

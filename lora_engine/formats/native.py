@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
-from lora_engine.formats.codec import TensorCodec, codecs
+from lora_engine.catalog import formats as catalog
+from lora_engine.formats.codec import TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS, LORALINE
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
@@ -14,7 +15,7 @@ COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "t
 class NativeCodec(TensorCodec):
     """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight`."""
 
-    name: ClassVar[str] = "loraline"
+    format = catalog.LORALINE
     key_layout = LORALINE
     embeddings: ClassVar[str] = "bundle"
 
@@ -23,6 +24,3 @@ class NativeCodec(TensorCodec):
         if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE.matches(keys):
             return False
         return not DIFFUSERS.matches([key for key, _, suffix in LORALINE.split(keys) if suffix is None])
-
-
-codecs.add(NativeCodec.name, NativeCodec())

@@ -13,17 +13,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, canonical_name
+from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
-from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec, codecs
+from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import PEFT
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import settings_for, type_of, with_config
-from lora_engine.formats.raw_file import CONFIG_FILE, MODEL_FILE, PEFT_PREFIX
+from lora_engine.formats.raw_file import CONFIG_FILE, PEFT_PREFIX
 
 COMPONENT = "loraline.component"
 _COMPONENT_PATTERNS = {
@@ -38,9 +39,7 @@ _WITHOUT_LEVEL = ("text_encoder",)
 class PeftCodec(TensorCodec):
     """`base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight`."""
 
-    name: ClassVar[str] = "peft"
-    file_name: ClassVar[str] = MODEL_FILE
-    is_folder: ClassVar[bool] = True
+    format = catalog.PEFT
     embeddings: ClassVar[str] = "diffusers"
     key_layout = PEFT
 
@@ -145,6 +144,3 @@ def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[
         allowed="a folder named after the component, such as unet",
         remedy="put the two files into a folder with the component's name",
     )
-
-
-codecs.add(PeftCodec.name, PeftCodec())

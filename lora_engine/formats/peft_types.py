@@ -40,7 +40,13 @@ class PeftType:
     finish: Finish = _unchanged
 
 
-PEFT_TYPES: Registry[PeftType] = Registry("PEFT adapter type")
+def _add_types_of_kinds() -> None:
+    from lora_engine.formats.key_layout import load_factor_keys
+
+    load_factor_keys()
+
+
+PEFT_TYPES: Registry[PeftType] = Registry("PEFT adapter type", source=_add_types_of_kinds)
 
 
 def type_of(config: Mapping[str, Any], where: str) -> PeftType:

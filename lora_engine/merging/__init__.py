@@ -1,4 +1,4 @@
 """Merges adapters: pure functions over deltas, never over factors of different adapters.
 
-`spec` (the options), `weights` and `report` must not import torch. `merge`, `resize` and `files` do the work.
+`spec`, `methods`, `weights` and `report` must not import torch. `merge`, `resize` and `files` do the work.
 """

@@ -18,7 +18,7 @@ from lora_engine.adapters import Adapter, Delta, LoraDelta, same_delta
 from lora_engine.adapters.tree import Base
 from lora_engine.errors import AdapterError
 from lora_engine.formats.embeddings import Embedding
-from lora_engine.merging.compress import plain_factors, shape_of
+from lora_engine.merging.compress import plain_factors
 from lora_engine.merging.deltas import ModuleDeltas
 
 
@@ -157,7 +157,7 @@ def _norms(name: str, pair: tuple[Delta | None, Delta | None], base: Base | None
         second = first  # the difference is exactly 0, without rounding
     if isinstance(first, LoraDelta | None) and isinstance(second, LoraDelta | None):
         if first and second and not _same_matrix_shape(first, second):
-            return None, f"for weights {list(shape_of(first))} and {list(shape_of(second))}"
+            return None, f"for weights {list(first.weight_shape)} and {list(second.weight_shape)}"
         return _norms_of_factors(first, second), ""
     deltas = [delta for delta in pair if delta is not None]
     if base is None and any(delta.reads_base for delta in deltas):
@@ -180,7 +180,7 @@ def _rank(delta: Delta | None) -> int | None:
 
 
 def _same_matrix_shape(first: LoraDelta, second: LoraDelta) -> bool:
-    shapes = [(shape[0], math.prod(shape[1:])) for shape in (shape_of(first), shape_of(second))]
+    shapes = [(shape[0], math.prod(shape[1:])) for shape in (first.weight_shape, second.weight_shape)]
     return shapes[0] == shapes[1]
 
 

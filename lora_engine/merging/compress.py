@@ -68,13 +68,6 @@ def plain_factors(delta: LoraDelta) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def shape_of(delta: LoraDelta) -> tuple[int, ...]:
-    """Returns the weight shape that follows from the factors of a delta; a 1 x 1 kernel may be missing."""
-    if delta.mid is not None:
-        return (delta.up.shape[0], delta.down.shape[1], *delta.mid.shape[2:])
-    return (delta.up.shape[0], *delta.down.shape[1:])
-
-
 def _compress_factors(delta: LoraDelta, budget: Budget) -> Compressed:
     down, up = plain_factors(delta)
     # QR of both factors leaves a core of size rank x rank, which has the delta's singular values.
@@ -90,7 +83,7 @@ def _compress_factors(delta: LoraDelta, budget: Budget) -> Compressed:
     down = (roots[:, None] * second[:rank]).to(right.dtype) @ right.T
     total = float(values.square().sum())
     kept = float(values[:rank].square().sum())
-    return Compressed(_lora(down, up, shape_of(delta), delta.bias), _share(kept, total), total)
+    return Compressed(_lora(down, up, delta.weight_shape, delta.bias), _share(kept, total), total)
 
 
 def _compress_dense(delta: Tensor, budget: Budget, generator: torch.Generator | None) -> Compressed:

@@ -16,12 +16,10 @@ from torch import Tensor
 from lora_engine.adapters import Delta, LoraDelta, as_tree, innermost, kinds
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.layer import bias_of
-from lora_engine.adapters.loha import LohaDelta
-from lora_engine.adapters.lokr import LokrDelta
 from lora_engine.adapters.tree import Base
 from lora_engine.errors import AdapterError, EngineError
 from lora_engine.files import sha256_bytes
-from lora_engine.merging.compress import plain_factors, shape_of
+from lora_engine.merging.compress import plain_factors
 
 
 def content_digest(delta: Delta) -> str:
@@ -143,7 +141,7 @@ def common_shape(name: str, deltas: Sequence[Delta]) -> tuple[int, ...]:
     Raises:
         AdapterError: No factor determines the shape, or the deltas disagree.
     """
-    shapes = [shape for shape in map(_weight_shape, deltas) if shape is not None]
+    shapes = [shape for delta in deltas if (shape := delta.weight_shape) is not None]
     if not shapes:
         raise AdapterError(
             f"an adapter of kind {deltas[0].kind!r} does not determine the shape of the weight",
@@ -161,14 +159,3 @@ def common_shape(name: str, deltas: Sequence[Delta]) -> tuple[int, ...]:
             remedy="merge adapters that were trained for one base",
         )
     return kernels.pop() if kernels else max(shapes, key=len)
-
-
-def _weight_shape(delta: Delta) -> tuple[int, ...] | None:
-    if isinstance(delta, LoraDelta):
-        return shape_of(delta)
-    if isinstance(delta, LohaDelta | LokrDelta):
-        core = delta.core1 if isinstance(delta, LohaDelta) else delta.right_core
-        return delta.sides if core is None else (*delta.sides, *core.shape[2:])
-    if isinstance(delta, FullDelta) and delta.diff is not None:
-        return tuple(delta.diff.shape)
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Card, read_adapter, write_adapter
 from lora_engine.merging.concatenate import check_bases
-from lora_engine.merging.learned import denoising_losses, learn_weights
 from lora_engine.merging.merge import merge_adapters
-from lora_engine.merging.methods import METHODS, Elementwise
+from lora_engine.merging.methods import METHODS, Combination, Elementwise
 from lora_engine.merging.report import Report
-from lora_engine.merging.spec import Learned, MergeOptions, Weight, parse_options
+from lora_engine.merging.spec import MergeOptions, Weight, parse_options
 
 
 def merge_files(
@@ -40,11 +38,11 @@ def merge_files(
         weights: One weight per file: a number, or numbers by pattern over module names.
         output: The file to write, in the native format.
         method: Name of a merge method.
-        options: Options of the method; None means the defaults. See `merging.spec`.
+        options: Options of the method; None means the defaults. See `merging.methods`.
         seed: Random seed of the methods that draw.
         base: A name for `resolve_base`; loaded only if an adapter or the method needs it.
-        dataset: A captioned dataset, required by `learned`.
-        work: Cache folder of `learned`; None means a temporary one.
+        dataset: A captioned dataset, required by methods that learn the weights.
+        work: Cache folder of such a method; None means a temporary one.
 
     Returns:
         Kind, rank and retained energy of each module of the result.
@@ -58,9 +56,7 @@ def merge_files(
     adapters, cards = zip(*(read_adapter(file) for file in files), strict=True)
     check_bases(adapters, weights)
     model = load_base_if_read(adapters, parsed, base)
-    final_weights: Sequence[Weight] = weights
-    if isinstance(parsed, Learned):
-        final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed)
+    final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed) if learns(parsed) else weights
     merged, report = merge_adapters(adapters, final_weights, parsed, seed=seed, base=model)
     titles = [card.title or file.stem for card, file in zip(cards, files, strict=True)]
     parents = [f"{title} sha256:{sha256_file(file)}" for title, file in zip(titles, files, strict=True)]
@@ -119,7 +115,7 @@ def merge_recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], re
     method = METHODS[options.name]
     if isinstance(method, Elementwise) and method.draws:
         recipe["seed"] = seed
-    if isinstance(options, Learned):
+    if learns(options):
         recipe |= {"learned_weights": list(weights), "seed": seed}
     if report.retained < 1.0:
         recipe["retained_energy"] = round(report.retained, 6)
@@ -133,12 +129,13 @@ def load_base_if_read(adapters: Sequence[Adapter], options: MergeOptions, base: 
         AdapterError: The adapters are for another base.
         SettingsError: The method needs the base, and there is none.
     """
-    learns = isinstance(options, Learned)
-    if not learns and not any(delta.reads_base for adapter in adapters for delta in adapter.modules.values()):
+    learned = learns(options)
+    if not learned and not any(delta.reads_base for adapter in adapters for delta in adapter.modules.values()):
         return None
     if base is None:
-        if learns:
-            raise SettingsError("method 'learned' needs the base", remedy="pass the base that the adapters are for")
+        if learned:
+            remedy = "pass the base that the adapters are for"
+            raise SettingsError(f"method {options.name!r} needs the base", remedy=remedy)
         return None  # the merge raises an error that names the module
     source = resolve_base(base)
     for adapter in adapters:
@@ -152,26 +149,28 @@ def load_base_if_read(adapters: Sequence[Adapter], options: MergeOptions, base: 
                     allowed="the base that the adapters were trained for",
                     remedy="name that base",
                 )
-    # Without `learned`, only the weights are read, which needs no accelerator.
-    return load_base(source) if learns else load_base(source, device="cpu")
+    # To read the weights, no accelerator is needed.
+    return load_base(source) if learned else load_base(source, device="cpu")
+
+
+def learns(options: MergeOptions) -> bool:
+    """Returns True if the method learns the weights, from a base and captioned images."""
+    method = METHODS[options.name]
+    return isinstance(method, Combination) and method.learn is not None
 
 
 def _learn(
     adapters: Sequence[Adapter],
     weights: Sequence[Weight],
-    options: Learned,
+    options: MergeOptions,
     base: BaseModel | None,
     dataset: Path | None,
     work: Path | None,
     seed: int,
-) -> list[Weight]:
-    if base is None or dataset is None:
+) -> Sequence[Weight]:
+    method = METHODS[options.name]
+    if base is None or dataset is None or not isinstance(method, Combination) or method.learn is None:
         raise SettingsError(
-            "method 'learned' needs images with captions", remedy="pass the dataset to learn the weights on"
+            f"method {options.name!r} needs images with captions", remedy="pass the dataset to learn the weights on"
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        trains_text = any(name.startswith("text_encoder") for adapter in adapters for name in adapter.modules)
-        losses = denoising_losses(
-            base, dataset, work or Path(temporary), seed=seed, timesteps=options.timesteps, trains_text=trains_text
-        )
-        return list(learn_weights(adapters, weights, base, losses, options))
+    return method.learn(adapters, weights, base, dataset, work, options, seed)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,17 @@ from lora_engine.adapters.layer import bias_of
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError, NonFiniteError
-from lora_engine.merging.spec import Learned, Weight
+from lora_engine.merging.spec import Weight
 from lora_engine.merging.weights import weights_by_module
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
+from lora_engine.training.denoising import predict
 from lora_engine.training.determinism import deterministic, gradients_off
 from lora_engine.training.examples import Conditioner, Encoder, Example, read_examples
-from lora_engine.training.methods import predict
+
+if TYPE_CHECKING:
+    from lora_engine.merging.methods.learned import Learned
 
 Loss = Callable[[], Tensor]
 _BLOCK = re.compile(r"[^.]+\.\w*blocks\.\d+(?=\.|$)")

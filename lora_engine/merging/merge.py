@@ -22,9 +22,10 @@ from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import compress_to
 from lora_engine.merging.concatenate import check_bases, combine_exactly, require_lora
 from lora_engine.merging.deltas import ModuleDeltas, content_digest, full_delta, located
-from lora_engine.merging.methods import METHODS, Combination, Elementwise
+from lora_engine.merging.methods import METHODS, Combination, Elementwise, MergeMethod
+from lora_engine.merging.methods.sums import Concatenate
 from lora_engine.merging.report import ModuleReport, Report
-from lora_engine.merging.spec import Concatenate, MergeOptions, Weight
+from lora_engine.merging.spec import MergeOptions, Weight
 from lora_engine.merging.weights import weights_by_module
 from lora_engine.seeds import generator
 
@@ -46,7 +47,7 @@ def merge_adapters(
     Args:
         adapters: At least one, for one base.
         weights: One per adapter: a number, or numbers by pattern over module names (`merging.weights`).
-        options: The method and its options (`merging.spec`); None means `Concatenate()`.
+        options: The method and its options (`merging.methods`); None means `Concatenate()`.
         seed: Random seed of the methods that draw.
         base: The base of the adapters; needed by kinds whose delta depends on it (DoRA, OFT, (IA)3).
 
@@ -100,7 +101,7 @@ class _Plan:
     weighted_deltas: tuple[tuple[Delta | None, float], ...]
     coefficients: tuple[float, ...] | None
     module: ModuleDeltas | None
-    method: Combination | Elementwise
+    method: MergeMethod
     options: MergeOptions
     seed: int
 
@@ -109,7 +110,7 @@ class _Plan:
         cls,
         name: str,
         weighted_deltas: WeightedDeltas,
-        method: Combination | Elementwise,
+        method: MergeMethod,
         options: MergeOptions,
         base: Base | None,
         seed: int,
@@ -134,7 +135,7 @@ class _Plan:
     def run(self) -> Result | None:
         """Returns the merged delta and its report; None if the merged delta is zero."""
         with located(self.name):
-            return self._combine() if isinstance(self.method, Combination) else self._merge_elements(self.method)
+            return self._merge_elements(self.method) if isinstance(self.method, Elementwise) else self._combine()
 
     def _combine(self) -> Result | None:
         coefficients = self.coefficients if self.coefficients is not None else self._coefficients_from_deltas()

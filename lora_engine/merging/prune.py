@@ -1,4 +1,4 @@
-"""Drops elements of a dense delta: the smallest ones, or random ones."""
+"""Works on elements of dense deltas: drops the smallest or random ones, and averages those that agree in sign."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def keep_randomly(delta: Tensor, probabilities: Tensor | float, generator: torch
     return torch.where(drawn < probabilities, delta / probabilities, torch.zeros_like(delta))
 
 
-def magnitude_prune(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float) -> Tensor:
-    """Returns the weighted sum of the deltas, each reduced to its largest elements."""
-    pruned = [weight * keep_largest(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
-    return torch.stack(pruned).sum(0)
+def agreed_mean(deltas: Sequence[Tensor]) -> Tensor:
+    """Returns, per element, the mean of the nonzero values with the sign of the sum (TIES, section 4.2)."""
+    stacked = torch.stack(list(deltas))
+    agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import SettingsError
-from lora_engine.merging.ties import ties
+from lora_engine.merging.methods.ties import ties
 from lora_engine.registries import Registry
 
 
@@ -71,7 +71,7 @@ def add_difference(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tenso
 def ties_of_differences(
     tensors: Sequence[Tensor], weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0
 ) -> Tensor:
-    """Returns the first tensor plus the TIES merge of the others' differences from it (see `merging.ties`)."""
+    """Returns the first tensor plus the TIES merge of the others' differences from it (see `merging.methods.ties`)."""
     base, *tuned = tensors
     return base + ties([tensor - base for tensor in tuned], weights, density=density, scale=scale)
 

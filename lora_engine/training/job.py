@@ -19,7 +19,6 @@ from lora_engine.formats import Bundle
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
-from lora_engine.seeds import derive_seed
 from lora_engine.training.checkpoint import Checkpoints
 from lora_engine.training.device import compile_network, prepare_network
 from lora_engine.training.distributed import ProcessGroup, ReadOnlyCheckpoints
@@ -29,14 +28,12 @@ from lora_engine.training.images import TrainingImages, class_images, read_image
 from lora_engine.training.init import init_adapter, init_embeddings
 from lora_engine.training.loop import FitOptions, History, fit
 from lora_engine.training.losses import LossTerm
-from lora_engine.training.methods import BatchTransform, MethodContext, methods
-from lora_engine.training.methods.inpainting import inpainting_transform
+from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.record import card_of
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.methods import Inpainting
 from lora_engine.training.validation import image_losses
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,8 +127,9 @@ class TrainingJob:
                 extra_terms=self._extra_terms(base, images),
             )
             samples = self._samples(base, digest)
+            method = methods[settings.method.name]
             history = fit(
-                [group.phase(phase) for phase in methods[settings.method.name].phases(context)],
+                [group.phase(phase) for phase in method.phases(context)],
                 base.modules.values(),
                 _options(settings),
                 checkpoints=(Checkpoints if group.is_main_process else ReadOnlyCheckpoints)(
@@ -144,7 +142,7 @@ class TrainingJob:
                         conditioner,
                         images.heldout,
                         seed=settings.seed,
-                        transform=_validation_transform(base, settings),
+                        transform=method.validation(base, settings),
                     )
                 ),
                 progress=self.progress if group.is_main_process else no_progress,
@@ -170,15 +168,15 @@ class TrainingJob:
         for size in {example.size for example in examples}:
             base.latent_shape(size)
         name = self.settings.method.name
-        if base.inpaints and not isinstance(self.settings.method, Inpainting):
+        if base.inpaints and not self.settings.method.hides_parts:
             raise SettingsError(
                 f"the base {base.name!r} is an inpainting model, but method {name!r} has no masks",
-                allowed="method inpainting, or a base without a mask input",
+                allowed=f"method {_named('hides_parts')}, or a base without a mask input",
             )
         if self.class_dataset is not None and self.settings.class_images is None:
             raise SettingsError(
                 f"class_dataset is set, but method {name!r} uses no class images",
-                remedy="leave it out, set prior, or choose method dreambooth",
+                remedy=f"leave it out, set prior, or choose method {_named('uses_class_images')}",
             )
 
     def _report_drawn(self, number: int) -> None:
@@ -232,10 +230,9 @@ def _adapter_disabled(attachment: Attachment | None) -> Iterator[None]:
         attachment.multiplier = before
 
 
-def _validation_transform(base: BaseModel, settings: TrainSettings) -> BatchTransform | None:
-    if not (base.inpaints and isinstance(settings.method, Inpainting)):
-        return None
-    return inpainting_transform(base, settings.method, derive_seed(settings.seed, "validation"))
+def _named(declared: str) -> str:
+    """Returns the names of the methods that declare a property."""
+    return " or ".join(name for name, method in methods.items() if getattr(method.spec, declared))
 
 
 def _mean(values: Sequence[float]) -> float:

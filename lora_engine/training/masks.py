@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Example, Size
-from lora_engine.training.specs.methods import Inpainting, Mask
+from lora_engine.training.specs.methods import Mask
+
+if TYPE_CHECKING:
+    from lora_engine.training.methods.inpainting import Inpainting
 
 _CACHE_SIZE = 4096
 _STROKES = 4

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
+from lora_engine.registries import NameOrOptions, spec_union
+from lora_engine.training.methods import methods
+from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
-from lora_engine.training.specs.kinds import Kind, Lora
-from lora_engine.training.specs.methods import Dreambooth, Method, Prior, TokenSettings
+from lora_engine.training.specs.methods import MethodSpec, Prior, TokenSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
 from lora_engine.training.specs.running import Running
@@ -17,6 +20,14 @@ from lora_engine.training.specs.samples import Samples
 from lora_engine.training.specs.schedules import AnySchedule, Cosine
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+if TYPE_CHECKING:
+    Kind = KindSpec
+    Method = MethodSpec
+else:
+    Kind = Annotated[spec_union(KINDS, "name"), NameOrOptions()]
+    Method = Annotated[spec_union(methods, "name"), NameOrOptions()]
 
 
 class Override(BaseModel):
@@ -39,7 +50,7 @@ class TrainSettings(BaseModel):
     """Settings of a training run.
 
     Attributes:
-        method: Method by name, or by name and options (`{name: pivotal, inversion: 0.3}`); see `specs.methods`.
+        method: Method by name, or by name and options (`{name: pivotal, inversion: 0.3}`); see `training.methods`.
         kind: Adapter kind by name, or by name and options (`{name: lokr, factor: 8}`).
         rank: Rank of every adapted layer.
         alpha: The factors act with alpha / rank; None is the rank.
@@ -58,7 +69,8 @@ class TrainSettings(BaseModel):
         caption_dropout: Share of the captions that are emptied, which keeps guidance working.
         checkpoint_every: Steps between checkpoints.
         validate_every: Steps between validations on the held-out images; 0 disables validation.
-        prior: Class images; None takes the defaults of `Prior` in `dreambooth`, and disables them in other methods.
+        prior: Class images; None takes the defaults of `Prior` in methods that use class images by default
+            (`dreambooth`), and disables them in others.
         precision: Precision of the frozen base; the adapter is always trained in fp32.
         objective: Noise, timesteps and loss weighting.
         captions: Caption and image augmentation.
@@ -103,12 +115,12 @@ class TrainSettings(BaseModel):
     @property
     def class_images(self) -> Prior | None:
         """Prior preservation with class images; None if disabled."""
-        return self.prior or (Prior() if self.method.name == "dreambooth" else None)
+        return self.prior or (Prior() if self.method.uses_class_images else None)
 
     @model_validator(mode="after")
     def _prior_fits_the_method(self) -> TrainSettings:
         if self.prior is not None and not self.method.takes_prior:
-            raise ValueError(f"prior belongs to method 'dreambooth', not to {self.method.name!r}; leave it out")
+            raise ValueError(f"prior belongs to methods with class images, not to {self.method.name!r}; leave it out")
         if self.class_images is not None and self.method.preservation is not None:
             raise ValueError(
                 "preservation and class images both preserve the class; choose one "

@@ -11,8 +11,9 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
+from lora_engine.training.denoising import predict
 from lora_engine.training.examples import Conditioner, Example
-from lora_engine.training.methods import BatchTransform, predict
+from lora_engine.training.methods import BatchTransform
 from lora_engine.training.objective import timestep_grid
 
 TIMESTEPS = 8

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.files import atomic_write, canonical_json
+from lora_engine.registries import names_of
 from tasks.imports import base_module
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
 
-Format = Literal[
-    "loraline", "kohya", "comfyui", "diffusers", "peft", "lycoris", "onetrainer", "aitoolkit", "cloneofsimo"
-]
-_COUNTS = "cloneofsimo"
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = names_of(written_formats())
 
 
 class Convert(StepSpec):
@@ -28,7 +30,7 @@ class Convert(StepSpec):
     uses: Literal["convert"] = "convert"
     base: str | None = None
     adapter: Annotated[str, Input("adapter")]
-    to: Annotated[tuple[Format, ...], Field(min_length=1)]
+    to: Annotated[tuple[FormatName, ...], Field(min_length=1)]
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     approximate: bool = False
     rank: int | None = Field(default=None, ge=1)
@@ -37,7 +39,7 @@ class Convert(StepSpec):
 
 def needs_base(spec: Convert) -> bool:
     """Returns True if the conversion loads its base, for values or for module names."""
-    return spec.approximate or _COUNTS in spec.to
+    return spec.approximate or any(FORMATS[name].numbers_modules for name in spec.to)
 
 
 def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
@@ -47,7 +49,13 @@ def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
         yield base_module(spec.base, folder)
 
 
-@step(Convert, produces="export", revision=4, imports=find_imports)
+@step(
+    Convert,
+    produces="export",
+    revision=4,
+    imports=find_imports,
+    entries=lambda spec: [(FORMATS, name) for name in spec.to],
+)
 def convert(spec: Convert, context: Context) -> None:
     """Writes one folder per format, and `exports.json`, which lists the files of each.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.spec import EvaluateSettings
 from tasks.imports import base_module
 from tasks.spec import External, Input, StepSpec
@@ -29,7 +30,13 @@ def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
     yield base_module(spec.base, folder)
 
 
-@step(Evaluate, produces="report", revision=1, imports=find_imports)
+@step(
+    Evaluate,
+    produces="report",
+    revision=1,
+    imports=find_imports,
+    entries=lambda spec: [(METRICS, name) for name in METRICS],
+)
 def evaluate(spec: Evaluate, context: Context) -> None:
     """Writes the report: metrics with intervals, gates and images."""
     from lora_engine.evaluation.prompts import read_prompts

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from lora_engine.merging.spec import SPECS, AnyMergeOptions, Concatenate, Weight
+from lora_engine.merging.methods import METHODS, Combination, MergeMethod
+from lora_engine.merging.methods.sums import Concatenate
+from lora_engine.merging.spec import MergeOptions, Weight
+from lora_engine.registries import names_of, spec_union
 from tasks.imports import base_module
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
+
+if TYPE_CHECKING:
+    MethodName = str
+    AnyMergeOptions = MergeOptions
+else:
+    MethodName = names_of(METHODS)
+    AnyMergeOptions = spec_union(METHODS, "method")
+
+
+def add_inline_options(schema: dict[str, Any]) -> None:
+    """Adds the methods' options to the JSON Schema of a merge, because they may be set beside the method."""
+    for method in METHODS.values():
+        for name, option in method.spec.model_json_schema()["properties"].items():
+            if name not in schema["properties"]:
+                schema["properties"][name] = {key: value for key, value in option.items() if key != "default"}
 
 
 class Merge(StepSpec):
@@ -21,26 +39,14 @@ class Merge(StepSpec):
     a number, or numbers by pattern over module names. Options of the method are set beside it or under `options`.
     """
 
+    model_config = ConfigDict(json_schema_extra=add_inline_options)
+
     uses: Literal["merge"] = "merge"
     base: str | None = None
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     adapters: Annotated[tuple[str, ...], Input("adapter"), Field(min_length=1)]
     weights: tuple[Weight, ...] | None = None
-    method: Literal[
-        "concatenate",
-        "linear",
-        "interpolate",
-        "svd",
-        "ties",
-        "dare",
-        "dare-ties",
-        "della",
-        "magnitude-prune",
-        "slerp",
-        "model-stock",
-        "geometric-median",
-        "learned",
-    ] = "concatenate"
+    method: MethodName = "concatenate"
     options: AnyMergeOptions = Concatenate()
     dataset: Annotated[str | None, Input("manifest")] = None
 
@@ -53,9 +59,9 @@ class Merge(StepSpec):
         data = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         method = data.get("method", "concatenate")
         options = data.get("options", {})
-        if not isinstance(method, str) or method not in SPECS or not isinstance(options, dict):
+        if not isinstance(method, str) or method not in METHODS or not isinstance(options, dict):
             return data
-        own = SPECS[method].model_fields.keys() - {"method"}
+        own = METHODS[method].spec.model_fields.keys() - {"method"}
         inline = {name: value for name, value in data.items() if name in own}
         duplicates = sorted(inline.keys() & options.keys())
         if duplicates:
@@ -73,25 +79,36 @@ class Merge(StepSpec):
 
     @model_validator(mode="after")
     def _check_options(self) -> Merge:
-        if self.options.method != self.method:
-            raise ValueError(f"options are for method {self.options.method!r}, but method is {self.method!r}")
+        if self.options.name != self.method:
+            raise ValueError(f"options are for method {self.options.name!r}, but method is {self.method!r}")
         return self
 
     @model_validator(mode="after")
     def _check_dataset(self) -> Merge:
-        if (self.method == "learned") != (self.dataset is not None):
-            raise ValueError("method 'learned' needs a dataset, and only it takes one")
+        if self.learns != (self.dataset is not None):
+            learning = ", ".join(name for name, method in METHODS.items() if _learns(method))
+            needs = "needs a dataset" if self.learns else "takes no dataset"
+            raise ValueError(f"method {self.method!r} {needs}; only methods that learn the weights do ({learning})")
         return self
+
+    @property
+    def learns(self) -> bool:
+        """Returns True if the method learns the weights, from the base and captioned images."""
+        return _learns(METHODS[self.method])
+
+
+def _learns(method: MergeMethod) -> bool:
+    return isinstance(method, Combination) and method.learn is not None
 
 
 def find_imports(spec: Merge, folder: Path) -> Iterator[str]:
     """Yields the names of the modules that a merge imports, with that of the base if it is always loaded."""
     yield "lora_engine.merging.files"
-    if spec.method == "learned" and spec.base is not None:
+    if spec.learns and spec.base is not None:
         yield base_module(spec.base, folder)
 
 
-@step(Merge, produces="adapter", revision=3, imports=find_imports)
+@step(Merge, produces="adapter", revision=3, imports=find_imports, entries=lambda spec: [(METHODS, spec.method)])
 def merge(spec: Merge, context: Context) -> None:
     """Writes the merged adapter."""
     from lora_engine.merging.files import merge_files

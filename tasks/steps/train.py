@@ -6,10 +6,14 @@ go to the work folder.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from lora_engine.bases.source import resolve_base
+from lora_engine.catalog.kinds import KINDS
 from lora_engine.compute import count_cores, count_threads, fitting_trainings, measure_memory
+from lora_engine.registries import Registry
+from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
 from tasks.devices import device_slots
 from tasks.progress import stop_requested
@@ -34,8 +38,20 @@ class Train(StepSpec, TrainSettings):
     embedder: Annotated[str | None, External("folder")] = None
 
 
+def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
+    """Yields the method and the adapter kinds of a training."""
+    yield methods, spec.method.name
+    for kind in (spec.kind, *(override.kind for override in spec.overrides.values())):
+        if kind is not None:
+            yield KINDS, kind.name
+
+
 @step(
-    Train, produces="adapter", revision=2, imports=always("lora_engine.training.device", "lora_engine.training.spawn")
+    Train,
+    produces="adapter",
+    revision=2,
+    imports=always("lora_engine.training.device", "lora_engine.training.spawn"),
+    entries=find_entries,
 )
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and `training.json`."""

@@ -17,7 +17,7 @@ from lora_engine.adapters import Adapter, create_adapter
 from lora_engine.bases.base import load_base
 from lora_engine.errors import AdapterError, BaseModelError, EngineError, SettingsError
 from lora_engine.formats import read_adapter, write_adapter
-from lora_engine.merging.spec import SPECS
+from lora_engine.merging.methods import METHODS
 from lora_engine.streaming import CHECKPOINT_METHODS
 from tasks.errors import SpecError
 from tests.support.untrained import write_untrained_base
@@ -102,7 +102,7 @@ def test_convert_writes_another_format_and_reports_losses(files: Path, tmp_path:
         say("convert", files / "lora.safetensors", "--to", "kohia", "-o", tmp_path / "x")
 
 
-@pytest.mark.parametrize("method", [name for name in SPECS if name not in ("concatenate", "svd", "learned")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("concatenate", "svd", "learned")])
 def test_every_method_merges_adapters_of_different_kinds(files: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out.safetensors"
     report = say_json("merge", files / "lora.safetensors:0.5", files / "lokr.safetensors", "-m", method, "-o", out)
@@ -125,7 +125,7 @@ def test_merge_takes_settings_and_names_every_method(files: Path, tmp_path: Path
     with pytest.raises(SpecError, match="FILE:WEIGHT"):
         say("merge", "a:b", "-o", out)
     help_text = "".join(run("merge", "--help").stdout.split())  # line breaks split names at hyphens
-    assert all(name in help_text for name in (*SPECS, *CHECKPOINT_METHODS))
+    assert all(name in help_text for name in (*METHODS, *CHECKPOINT_METHODS))
 
 
 def test_kinds_that_need_the_base_are_refused_without_it(files: Path, tmp_path: Path) -> None:

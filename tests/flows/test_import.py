@@ -45,7 +45,7 @@ def say(*arguments: object, code: int = 0) -> str:
 
 @pytest.mark.parametrize("form", sorted(name for name in codecs if name not in ("bfl", "cloneofsimo", "xlabs")))
 def test_an_adapter_of_any_format_keeps_its_effect(opened: Home, tmp_path: Path, form: str) -> None:
-    path = tmp_path / ("file" if codecs[form].is_folder else "file.safetensors")
+    path = tmp_path / ("file" if codecs[form].format.is_folder else "file.safetensors")
     write_random(path, 0, form=form)
     result = bring_in(opened, path, "foreign")
     versions = Versions(opened)

@@ -62,7 +62,7 @@ def test_weights_may_be_by_pattern(load):
         (", method: ties, options: {method: dare}", "options are for method 'dare'"),
         (", weights: [1.0]", "1 weights for 2 adapters"),
         (", method: learned", "'learned' needs a dataset"),
-        (", dataset: captions", "only it takes one"),
+        (", dataset: captions", "takes no dataset"),
     ],
 )
 def test_invalid_merges_are_refused_before_anything_runs(load, line, problem):

@@ -29,7 +29,7 @@ OPTIONS = {("comfyui", "dora"): {"axis": "input"}}
 
 
 def suited(form, kind):
-    return {"families": codecs[form].families or ("sd", "sdxl"), "options": OPTIONS.get((form, kind))}
+    return {"families": codecs[form].format.families or ("sd", "sdxl"), "options": OPTIONS.get((form, kind))}
 
 
 def at_scale_1(adapter):

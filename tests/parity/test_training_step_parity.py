@@ -26,8 +26,8 @@ from lora_engine.bases.flux import TRAINING_GUIDANCE
 from lora_engine.bases.noise import flow_schedule_from
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
+from lora_engine.training.denoising import predict
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
-from lora_engine.training.methods import predict
 from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps, measure_for
 from lora_engine.training.specs.objective import Objective
 from tests.support.untrained import write_untrained_base

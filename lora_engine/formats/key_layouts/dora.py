@@ -113,6 +113,6 @@ def _entry(inner: str) -> str:
 _LYCORIS, _AITOOLKIT = "dora_scale", "magnitude"
 _PEFT_MARKS = tuple(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight"))
 for _inner in INNER:
-    LYCORIS.factor_keys.add(_entry(_inner), DoraKeys(LYCORIS, _inner, (_LYCORIS, _AITOOLKIT)))
-PEFT.factor_keys.add(_entry("lora"), PeftDoraKeys(PEFT, "lora", _PEFT_MARKS))
-DIFFUSERS.factor_keys.add(_entry("lora"), PeftDoraKeys(DIFFUSERS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))
+    LYCORIS.add(DoraKeys(LYCORIS, _inner, (_LYCORIS, _AITOOLKIT)), _entry(_inner))
+PEFT.add(PeftDoraKeys(PEFT, "lora", _PEFT_MARKS))
+DIFFUSERS.add(PeftDoraKeys(DIFFUSERS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))

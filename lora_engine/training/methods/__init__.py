@@ -1,14 +1,9 @@
-"""Training methods by name: each returns the phases of a run. None has a loop of its own.
+"""Training methods by name, one file each: options, phases and title. None has a loop of its own.
 
-Every module of this package is imported. To add a method, add a file that registers it.
+Importing them imports no torch. To add a method, add a file with an entry; the setting `method`, the JSON Schema and
+the tests over all methods follow from it.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
+from lora_engine.training.methods.context import BatchTransform, Method, MethodContext, methods
 
-from lora_engine.training.methods.context import BatchTransform, Method, MethodContext, methods, predict
-
-for _module in sorted(module.name for module in iter_modules(__path__)):
-    import_module(f"{__name__}.{_module}")
-
-__all__ = ["BatchTransform", "Method", "MethodContext", "methods", "predict"]
+__all__ = ["BatchTransform", "Method", "MethodContext", "methods"]

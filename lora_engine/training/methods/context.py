@@ -1,23 +1,26 @@
-"""Defines a method's registry entry, the context that its phases are made from, and `predict`."""
+"""Defines a method's registry entry, and the context that its phases are made from. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
-from lora_engine.bases.base import BaseModel
 from lora_engine.registries import Registry
-from lora_engine.training.batches import Batch
-from lora_engine.training.examples import Conditioner, Example
-from lora_engine.training.losses import LossTerm
-from lora_engine.training.objective import noisy_and_target
-from lora_engine.training.phases import Phase
-from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.methods import MethodSpec
 
-BatchTransform = Callable[[Batch, int], Batch]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lora_engine.bases.base import BaseModel
+    from lora_engine.training.batches import Batch
+    from lora_engine.training.examples import Conditioner, Example
+    from lora_engine.training.losses import LossTerm
+    from lora_engine.training.phases import Phase
+    from lora_engine.training.spec import TrainSettings
+
+BatchTransform = Callable[["Batch", int], "Batch"]
 """A transform of a batch: (batch, batch number) -> batch; a pure function."""
 
 
@@ -63,16 +66,23 @@ class Method:
     """A training method.
 
     Attributes:
+        spec: The class of its options; its field `name` is the name.
+        title: What it trains on and for, in a few words, for help texts and tables.
         phases: Returns the phases of a run.
+        validation: (base, settings) -> transform of the batches of a validation, or None.
     """
 
+    spec: type[MethodSpec]
+    title: str
     phases: Callable[[MethodContext], list[Phase]]
+    validation: Callable[[BaseModel, TrainSettings], BatchTransform | None] = lambda base, settings: None
+
+    @property
+    def name(self) -> str:
+        """Name in settings."""
+        return str(self.spec.model_fields["name"].default)
 
 
-methods: Registry[Method] = Registry("training method")
-
-
-def predict(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the network's prediction for a batch's noisy latents, and the target."""
-    noisy, target = noisy_and_target(base.noise, batch)
-    return base.predict(noisy, batch.timesteps, batch.conditioning), target
+methods: Registry[Method] = Registry(
+    "training method", entry=Method, source="lora_engine.training.methods", group="loraline.training_methods"
+)

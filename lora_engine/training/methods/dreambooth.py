@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from lora_engine.training.methods.context import Method, MethodContext, methods
-from lora_engine.training.methods.denoising import denoising_phase
-from lora_engine.training.phases import Phase
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lora_engine.training.methods.context import Method, MethodContext
+from lora_engine.training.specs.methods import MethodSpec
+
+if TYPE_CHECKING:
+    from lora_engine.training.phases import Phase
+
+
+class Dreambooth(MethodSpec):
+    """DreamBooth: a rare word for the subject, and class images that preserve the class (see `Prior`)."""
+
+    uses_class_images: ClassVar[bool] = True
+    name: Literal["dreambooth"] = "dreambooth"
 
 
 def _phases(context: MethodContext) -> list[Phase]:
+    from lora_engine.training.denoising import denoising_phase
+
     return [denoising_phase(context, "dreambooth")]
 
 
-methods.add("dreambooth", Method(_phases))
+DREAMBOOTH = Method(Dreambooth, "a rare word for a subject, with class images that preserve its class", _phases)

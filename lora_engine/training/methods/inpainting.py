@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from lora_engine.bases.base import BaseModel
-from lora_engine.seeds import generator
-from lora_engine.training.batches import Batch
-from lora_engine.training.examples import Example
-from lora_engine.training.masks import mask_weights, random_mask, with_weights
-from lora_engine.training.methods.context import BatchTransform, Method, MethodContext, methods
-from lora_engine.training.methods.denoising import denoising_phase
-from lora_engine.training.phases import Phase
-from lora_engine.training.specs.methods import Inpainting, Mask
+from lora_engine.training.methods.context import BatchTransform, Method, MethodContext
+from lora_engine.training.specs.methods import Finite, Mask, MethodSpec, Share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.bases.base import BaseModel
+    from lora_engine.training.batches import Batch
+    from lora_engine.training.examples import Example
+    from lora_engine.training.phases import Phase
+    from lora_engine.training.spec import TrainSettings
+
+
+class Inpainting(MethodSpec):
+    """Inpainting: hides a part of each image and weights the error there more than around it.
+
+    Bases with a mask in their input see the image without that part. Others learn from the weights alone.
+
+    Attributes:
+        masks: `random` draws boxes and strokes; `given` uses the images' own masks; `mixed` uses each half of the time,
+            and random masks for images without one.
+        strokes: Share of the random masks that are strokes; the others are boxes.
+        whole: Share of the random masks that hide everything, so that the base can still generate from nothing.
+        smallest: Smallest share of a side that a box covers.
+        largest: Largest share of a side that a box covers.
+        surroundings: Weight of the error outside the mask.
+    """
+
+    hides_parts: ClassVar[bool] = True
+    name: Literal["inpainting"] = "inpainting"
+    masks: Literal["random", "given", "mixed"] = "random"
+    strokes: Share = 0.5
+    whole: Share = 0.1
+    smallest: Finite = Field(default=0.25, gt=0.0, le=1.0)
+    largest: Finite = Field(default=0.9, gt=0.0, le=1.0)
+    surroundings: Share = 0.1
+    mask: None = None
 
 
 def add_mask_conditioning(base: BaseModel, batch: Batch, masks: Tensor) -> Batch:
@@ -26,6 +54,8 @@ def add_mask_conditioning(base: BaseModel, batch: Batch, masks: Tensor) -> Batch
         batch: Batch with an example for each row.
         masks: [n, 1, height, width] in pixels, 1 where the image is hidden.
     """
+    import torch
+
     if not base.inpaints:
         return batch
     pixels = torch.stack([example.pixels() for example in batch.examples])
@@ -36,6 +66,10 @@ def add_mask_conditioning(base: BaseModel, batch: Batch, masks: Tensor) -> Batch
 
 def inpainting_transform(base: BaseModel, settings: Inpainting, seed: int) -> BatchTransform:
     """Returns a transform that hides a part of each image and weights the errors, seeded per batch number."""
+    import torch
+
+    from lora_engine.seeds import generator
+    from lora_engine.training.masks import mask_weights, random_mask, with_weights
 
     def mask_of(example: Example, number: int, row: int) -> Tensor:
         draw = generator(seed, "mask", number, row)
@@ -54,15 +88,26 @@ def inpainting_transform(base: BaseModel, settings: Inpainting, seed: int) -> Ba
     return transform
 
 
-def _phases(context: MethodContext) -> list[Phase]:
-    method = context.settings.method
-    if not isinstance(method, Inpainting):
+def _options(settings: TrainSettings) -> Inpainting:
+    if not isinstance(settings.method, Inpainting):
         raise TypeError("the settings have another method than inpainting")
-    return [
-        denoising_phase(
-            context, "inpainting", transforms=[inpainting_transform(context.base, method, context.settings.seed)]
-        )
-    ]
+    return settings.method
 
 
-methods.add("inpainting", Method(_phases))
+def _phases(context: MethodContext) -> list[Phase]:
+    from lora_engine.training.denoising import denoising_phase
+
+    settings = context.settings
+    transform = inpainting_transform(context.base, _options(settings), settings.seed)
+    return [denoising_phase(context, "inpainting", transforms=[transform])]
+
+
+def _validation(base: BaseModel, settings: TrainSettings) -> BatchTransform | None:
+    if not base.inpaints:
+        return None
+    from lora_engine.seeds import derive_seed
+
+    return inpainting_transform(base, _options(settings), derive_seed(settings.seed, "validation"))
+
+
+INPAINTING = Method(Inpainting, "the part of each image under a mask", _phases, _validation)

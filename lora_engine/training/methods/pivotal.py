@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from lora_engine.errors import SettingsError
-from lora_engine.training.embeddings import norm_decay
-from lora_engine.training.methods.context import Method, MethodContext, methods
-from lora_engine.training.methods.denoising import denoising_phase
+from lora_engine.training.methods.context import Method, MethodContext
 from lora_engine.training.methods.inversion import inversion_phase
-from lora_engine.training.phases import ParameterGroup, Phase, no_hook
-from lora_engine.training.rates import groups_for
-from lora_engine.training.specs.methods import Pivotal
+from lora_engine.training.specs.methods import Finite, MethodSpec, TokenSettings
+
+if TYPE_CHECKING:
+    from lora_engine.training.phases import Phase
+
+
+class Pivotal(MethodSpec, TokenSettings):
+    """Pivotal tuning (Roich et al. 2021; lora_pti): learns a token first, then the adapter and the token together.
+
+    Attributes:
+        inversion: Share of the steps that train the token alone.
+        tuning_rate: Highest rate of the vectors while the adapter is trained; 0 freezes them.
+    """
+
+    name: Literal["pivotal"] = "pivotal"
+    inversion: Finite = Field(default=0.5, gt=0.0, lt=1.0)
+    tuning_rate: Finite = Field(default=5e-4, ge=0.0)
 
 
 def _phases(context: MethodContext) -> list[Phase]:
+    from lora_engine.training.denoising import denoising_phase
+    from lora_engine.training.embeddings import norm_decay
+    from lora_engine.training.phases import ParameterGroup, no_hook
+    from lora_engine.training.rates import groups_for
+
     method, steps = context.settings.method, context.settings.steps
     if not isinstance(method, Pivotal) or context.tokens is None:
         raise TypeError("the settings have another method than pivotal")
@@ -31,4 +51,4 @@ def _phases(context: MethodContext) -> list[Phase]:
     return [inversion_phase(context, first), tuning]
 
 
-methods.add("pivotal", Method(_phases))
+PIVOTAL = Method(Pivotal, "a learned token first, then the adapter and the token", _phases)

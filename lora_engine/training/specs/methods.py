@@ -1,18 +1,18 @@
-"""Settings of the training methods, each with its own options. Torch-free; `training.methods` implements them.
+"""Settings that training methods share. Torch-free; each method declares its own options in `training.methods`.
 
 In a pipeline file: `method: pivotal`, or with options `method: {name: pivotal, inversion: 0.3}`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Weight = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1000.0)]
-_Share = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1.0)]
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1.0)]
 
 
 class _Settings(BaseModel):
@@ -39,7 +39,7 @@ class Prior(_Settings):
     count: int = Field(default=32, ge=1, le=10_000)
     weight: _Weight = 1.0
     steps: int = Field(default=12, ge=1, le=1000)
-    guidance: _Finite = Field(default=3.0, ge=0.0, le=50.0)
+    guidance: Finite = Field(default=3.0, ge=0.0, le=50.0)
     batches: Literal["joint", "alternating"] = "joint"
 
 
@@ -66,8 +66,8 @@ class Mask(_Settings):
         normalise: Divides the weights by their mean, so that a small subject counts as much as a large one.
     """
 
-    temperature: _Finite = Field(default=1.0, gt=0.0, le=16.0)
-    floor: _Share = 0.0
+    temperature: Finite = Field(default=1.0, gt=0.0, le=16.0)
+    floor: Share = 0.0
     normalise: bool = False
 
 
@@ -85,8 +85,8 @@ class Identity(_Settings):
     """
 
     weight: _Weight = 0.1
-    until: _Share = 0.3
-    crop: _Finite = Field(default=1.0, gt=0.0, le=1.0)
+    until: Share = 0.3
+    crop: Finite = Field(default=1.0, gt=0.0, le=1.0)
 
 
 class MethodSpec(_Settings):
@@ -97,28 +97,23 @@ class MethodSpec(_Settings):
         mask: Weights the loss by the images' masks; an image without a mask counts fully. None ignores masks.
         preservation: Preserves the base's output on class captions; None does not.
         identity: Preserves the identity shown in the user's images; None does not.
+
+    Properties of the method:
+        takes_prior: True if it can train on class images (`prior`).
+        uses_class_images: True if it does so unless `prior` says otherwise.
+        has_adapter: True if it trains an adapter; False if it only learns a token.
+        hides_parts: True if it hides parts of the images; only such methods train an inpainting base.
     """
 
     takes_prior: ClassVar[bool] = True
+    uses_class_images: ClassVar[bool] = False
     has_adapter: ClassVar[bool] = True
+    hides_parts: ClassVar[bool] = False
 
     name: str
     mask: Mask | None = None
     preservation: Preservation | None = None
     identity: Identity | None = None
-
-
-class Finetune(MethodSpec):
-    """Captioned fine-tuning: images and captions only."""
-
-    takes_prior: ClassVar[bool] = False
-    name: Literal["finetune"] = "finetune"
-
-
-class Dreambooth(MethodSpec):
-    """DreamBooth: a rare word for the subject, and class images that preserve the class (see `Prior`)."""
-
-    name: Literal["dreambooth"] = "dreambooth"
 
 
 class TokenSettings(_Settings):
@@ -138,65 +133,6 @@ class TokenSettings(_Settings):
     token: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     vectors: int = Field(default=1, ge=1, le=64)
     initialiser: Prompt | None = None
-    word_rate: _Finite = Field(default=5e-3, gt=0.0)
-    norm_decay: _Finite = Field(default=100.0, ge=0.0)
-    norm: _Finite | None = Field(default=None, gt=0.0)
-
-
-class TextualInversion(MethodSpec, TokenSettings):
-    """Textual inversion: learns a token and no weight; rank, kind, targets and rates are ignored."""
-
-    takes_prior: ClassVar[bool] = False
-    has_adapter: ClassVar[bool] = False
-    name: Literal["textual-inversion"] = "textual-inversion"
-    preservation: None = None
-
-
-class Pivotal(MethodSpec, TokenSettings):
-    """Pivotal tuning (Roich et al. 2021; lora_pti): learns a token first, then the adapter and the token together.
-
-    Attributes:
-        inversion: Share of the steps that train the token alone.
-        tuning_rate: Highest rate of the vectors while the adapter is trained; 0 freezes them.
-    """
-
-    name: Literal["pivotal"] = "pivotal"
-    inversion: _Finite = Field(default=0.5, gt=0.0, lt=1.0)
-    tuning_rate: _Finite = Field(default=5e-4, ge=0.0)
-
-
-class Inpainting(MethodSpec):
-    """Inpainting: hides a part of each image and weights the error there more than around it.
-
-    Bases with a mask in their input see the image without that part. Others learn from the weights alone.
-
-    Attributes:
-        masks: `random` draws boxes and strokes; `given` uses the images' own masks; `mixed` uses each half of the time,
-            and random masks for images without one.
-        strokes: Share of the random masks that are strokes; the others are boxes.
-        whole: Share of the random masks that hide everything, so that the base can still generate from nothing.
-        smallest: Smallest share of a side that a box covers.
-        largest: Largest share of a side that a box covers.
-        surroundings: Weight of the error outside the mask.
-    """
-
-    name: Literal["inpainting"] = "inpainting"
-    masks: Literal["random", "given", "mixed"] = "random"
-    strokes: _Share = 0.5
-    whole: _Share = 0.1
-    smallest: _Finite = Field(default=0.25, gt=0.0, le=1.0)
-    largest: _Finite = Field(default=0.9, gt=0.0, le=1.0)
-    surroundings: _Share = 0.1
-    mask: None = None
-
-
-def _from_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Method = Annotated[
-    Finetune | Dreambooth | TextualInversion | Pivotal | Inpainting,
-    Field(discriminator="name"),
-    BeforeValidator(_from_name),
-]
-"""A method: its name, or its name and options."""
+    word_rate: Finite = Field(default=5e-3, gt=0.0)
+    norm_decay: Finite = Field(default=100.0, ge=0.0)
+    norm: Finite | None = Field(default=None, gt=0.0)

@@ -6,19 +6,17 @@ and options.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_engine.registries import NameOrOptions
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _from_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
 
 
 class Plain(_Part):
@@ -55,7 +53,7 @@ class Debiased(_Part):
     name: Literal["debiased"] = "debiased"
 
 
-Weighting = Annotated[Plain | MinSnr | SoftMinSnr | Debiased, Field(discriminator="name"), BeforeValidator(_from_name)]
+Weighting = Annotated[Plain | MinSnr | SoftMinSnr | Debiased, Field(discriminator="name"), NameOrOptions()]
 
 
 class L2(_Part):
@@ -92,7 +90,7 @@ class SmoothL1(_Part):
     delta: _Finite = Field(default=0.1, gt=0.0)
 
 
-Loss = Annotated[L2 | L1 | Huber | SmoothL1, Field(discriminator="name"), BeforeValidator(_from_name)]
+Loss = Annotated[L2 | L1 | Huber | SmoothL1, Field(discriminator="name"), NameOrOptions()]
 
 
 class Uniform(_Part):
@@ -125,7 +123,7 @@ class Mode(_Part):
     scale: _Finite = Field(default=1.29, ge=-1.0, le=1.75)
 
 
-Distribution = Annotated[Uniform | LogitNormal | Mode, Field(discriminator="name"), BeforeValidator(_from_name)]
+Distribution = Annotated[Uniform | LogitNormal | Mode, Field(discriminator="name"), NameOrOptions()]
 
 
 class Timesteps(_Part):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_engine.registries import NameOrOptions
 from lora_engine.training.specs.schedules import Constant, Schedule
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -20,10 +21,6 @@ _Small = Annotated[float, Field(allow_inf_nan=False, gt=0.0)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _from_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
 
 
 class Optimizer(_Part):
@@ -151,7 +148,7 @@ class ScheduleFree(Optimizer):
 AnyOptimizer = Annotated[
     AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree,
     Field(discriminator="name"),
-    BeforeValidator(_from_name),
+    NameOrOptions(),
 ]
 
 

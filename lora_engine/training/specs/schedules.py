@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-
-def _from_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+from lora_engine.registries import NameOrOptions
 
 
 class Schedule(BaseModel):
@@ -67,6 +65,6 @@ class Polynomial(Schedule):
 
 
 AnySchedule = Annotated[
-    Constant | Linear | Cosine | CosineRestarts | Polynomial, Field(discriminator="name"), BeforeValidator(_from_name)
+    Constant | Linear | Cosine | CosineRestarts | Polynomial, Field(discriminator="name"), NameOrOptions()
 ]
 """A schedule: its name, or its name and options."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.evaluation.catalogue import CATALOGUE
+from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.run import evaluate
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.formats import read_adapter, write_adapter
@@ -41,7 +41,7 @@ def run(
 
 def test_an_adapter_without_effect_changes_no_metric(run: Callable[..., dict[str, Any]]) -> None:
     metrics = run("zero")["metrics"]
-    assert set(metrics) == set(CATALOGUE)
+    assert set(metrics) == set(METRICS)
     for name, metric in metrics.items():
         assert metric["difference"] == 0.0, name
         assert metric["interval"] == [0.0, 0.0], name
@@ -49,7 +49,7 @@ def test_an_adapter_without_effect_changes_no_metric(run: Callable[..., dict[str
 
 def test_a_strong_adapter_changes_every_metric(run: Callable[..., dict[str, Any]]) -> None:
     report = run("strong")
-    assert set(report["metrics"]) == set(CATALOGUE)
+    assert set(report["metrics"]) == set(METRICS)
     for name, metric in report["metrics"].items():
         assert metric["difference"] == pytest.approx(metric["adapter"] - metric["base"], abs=2e-6), name
         assert metric["difference"] != 0.0, name

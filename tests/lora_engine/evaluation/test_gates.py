@@ -6,7 +6,6 @@ import pytest
 from pydantic import ValidationError
 
 from lora_engine.errors import SettingsError
-from lora_engine.evaluation.catalogue import CATALOGUE
 from lora_engine.evaluation.gates import check_gates
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.spec import EvaluateSettings, Gate
@@ -81,5 +80,5 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], problem: str) ->
 
 
 def test_every_metric_has_a_description() -> None:
-    assert set(METRICS) == set(CATALOGUE)
-    assert all(info.meaning.endswith(".") for info in CATALOGUE.values())
+    assert len(METRICS) >= 5
+    assert all(metric.title and metric.meaning.endswith(".") for metric in METRICS.values())

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from stored_models import cast_model, metadata_of, shard
 
 from lora_engine.errors import BaseModelError, SettingsError
-from lora_engine.merging.ties import ties
+from lora_engine.merging.methods.ties import ties
 from lora_engine.streaming import CHECKPOINT_METHODS, merge_checkpoints
 from lora_engine.streaming import rewrite as rewriting
 

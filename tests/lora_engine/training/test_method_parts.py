@@ -28,9 +28,9 @@ from lora_engine.training.identity import (
 )
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
 from lora_engine.training.masks import mask_transform, mask_weights, random_mask
-from lora_engine.training.methods.inpainting import inpainting_transform
+from lora_engine.training.methods.inpainting import Inpainting, inpainting_transform
 from lora_engine.training.preservation import OutputPreservation, class_captions
-from lora_engine.training.specs.methods import Identity, Inpainting, Mask
+from lora_engine.training.specs.methods import Identity, Mask
 
 HALF = torch.zeros(1, 1, 8, 8)
 HALF[..., :4] = 1.0

@@ -162,7 +162,7 @@ def test_missing_inputs_of_a_method_are_refused_before_training(
         ({"method": {"name": "textual-inversion", "preservation": {}}}, r"textual-inversion\.preservation"),
         ({"method": {"name": "inpainting", "mask": {}}}, r"inpainting\.mask"),
         ({"method": {"name": "finetune", "inversion": 0.5}}, r"finetune\.inversion"),
-        ({"method": "textual-inversion", "prior": {}}, "prior belongs to method 'dreambooth'"),
+        ({"method": "textual-inversion", "prior": {}}, "prior belongs to methods with class images"),
         ({"method": {"name": "pivotal", "inversion": 1.0}}, r"pivotal\.inversion"),
         ({"method": {"name": "finetune", "mask": {"temperature": 0}}}, r"finetune\.mask\.temperature"),
     ],

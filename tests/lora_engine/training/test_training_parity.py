@@ -14,8 +14,8 @@ from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
+from lora_engine.training.denoising import predict
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
-from lora_engine.training.methods import predict
 
 SHAPES = ["small-sd", "small-sd-v", "small-sdxl"]
 

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
-import torch
+from pydantic import Field
 
-from lora_engine.merging.combinations import Gram, interpolate, require_none_negative
+from lora_engine.merging.methods.method import Combination, Gram
+from lora_engine.merging.methods.sums import interpolate, require_none_negative
+from lora_engine.merging.spec import Finite, MergeOptions
+
+
+class GeometricMedian(MergeOptions):
+    """The point with the smallest sum of weighted distances to the adapters' deltas, module by module.
+
+    Attributes:
+        tolerance: Stop when the sum of distances falls by less than this share.
+        iterations: Maximum number of iterations.
+    """
+
+    method: Literal["geometric-median"] = "geometric-median"
+    tolerance: Finite = Field(default=1e-10, gt=0.0, lt=1.0)
+    iterations: int = Field(default=200, ge=1, le=100_000)
 
 
 def geometric_median(weights: Sequence[float], gram: Gram, *, tolerance: float, iterations: int) -> list[float]:
@@ -22,6 +38,8 @@ def geometric_median(weights: Sequence[float], gram: Gram, *, tolerance: float, 
     Raises:
         SettingsError: A weight is negative, or all are 0.
     """
+    import torch
+
     require_none_negative(weights)
     masses = torch.tensor(weights, dtype=torch.float64)
     shares = torch.tensor(interpolate(weights, gram), dtype=torch.float64)
@@ -39,3 +57,12 @@ def geometric_median(weights: Sequence[float], gram: Gram, *, tolerance: float, 
         pulls = masses / distances.clamp(min=nearest)
         shares = pulls / pulls.sum()
     return [float(share) for share in shares]
+
+
+GEOMETRIC_MEDIAN = Combination(
+    spec=GeometricMedian,
+    title="point with the smallest sum of distances, robust to outliers",
+    coefficients=geometric_median,
+    sees_deltas=True,
+    normalizes=True,
+)

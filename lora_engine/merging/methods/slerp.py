@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from lora_engine.errors import SettingsError
-from lora_engine.merging.combinations import Gram, interpolate, require_none_negative
+from lora_engine.merging.methods.method import Combination, Gram
+from lora_engine.merging.methods.sums import interpolate, require_none_negative
+from lora_engine.merging.spec import MergeOptions
+
+
+class Slerp(MergeOptions):
+    """Spherical interpolation of two adapters, module by module; the weights define the position on the arc."""
+
+    method: Literal["slerp"] = "slerp"
 
 
 def slerp(weights: Sequence[float], gram: Gram) -> list[float]:
@@ -33,3 +42,13 @@ def slerp(weights: Sequence[float], gram: Gram) -> list[float]:
         length * math.sin((1 - share) * angle) / (math.sin(angle) * first),
         length * math.sin(share * angle) / (math.sin(angle) * second),
     ]
+
+
+SLERP = Combination(
+    spec=Slerp,
+    title="spherical interpolation of two adapters",
+    coefficients=slerp,
+    adapters=2,
+    sees_deltas=True,
+    normalizes=True,
+)

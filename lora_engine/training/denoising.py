@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lora_engine.bases.base import BaseModel
 from lora_engine.seeds import derive_seed
 from lora_engine.training.batches import Batch, BatchBuilder
 from lora_engine.training.examples import Example
 from lora_engine.training.losses import DenoisingLoss, LossTerm, PriorLoss
 from lora_engine.training.masks import mask_transform
-from lora_engine.training.methods.context import BatchTransform, MethodContext, predict
-from lora_engine.training.objective import measure_for
+from lora_engine.training.objective import measure_for, noisy_and_target
 from lora_engine.training.phases import ParameterGroup, Phase, no_context, no_hook
 from lora_engine.training.preservation import OutputPreservation
 from lora_engine.training.rates import groups_for
+
+if TYPE_CHECKING:
+    from lora_engine.training.methods.context import BatchTransform, MethodContext
+
+
+def predict(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the network's prediction for a batch's noisy latents, and the target."""
+    noisy, target = noisy_and_target(base.noise, batch)
+    return base.predict(noisy, batch.timesteps, batch.conditioning), target
 
 
 def denoising_phase(

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-import torch
+from lora_engine.merging.methods.method import Combination, Gram
+from lora_engine.merging.methods.sums import interpolate
+from lora_engine.merging.spec import MergeOptions
 
-from lora_engine.merging.combinations import Gram, interpolate
+
+class ModelStock(MergeOptions):
+    """Model Stock (Jang et al. 2024): the mean, moved towards the base the more the adapters disagree."""
+
+    method: Literal["model-stock"] = "model-stock"
 
 
 def model_stock(weights: Sequence[float], gram: Gram) -> list[float]:
@@ -15,6 +22,8 @@ def model_stock(weights: Sequence[float], gram: Gram) -> list[float]:
     The cosine is the mean over all pairs; the paper assumes one angle for all. Orthogonal deltas have no common center,
     so t is 0. A negative t is clamped to 0. A delta of zero counts as orthogonal to all.
     """
+    import torch
+
     shares = interpolate(weights, gram)
     count = len(weights)
     if count == 1:
@@ -27,3 +36,12 @@ def model_stock(weights: Sequence[float], gram: Gram) -> list[float]:
     cosine = min(1.0, float(cosines[above].mean()))
     ratio = max(0.0, count * cosine / (1 + (count - 1) * cosine)) if cosine > 0 else 0.0
     return [ratio * share for share in shares]
+
+
+MODEL_STOCK = Combination(
+    spec=ModelStock,
+    title="mean, moved towards the base the more the adapters disagree",
+    coefficients=model_stock,
+    sees_deltas=True,
+    normalizes=True,
+)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from lora_engine.merging.methods.method import Elementwise
+from lora_engine.merging.spec import Density, Finite, MergeOptions
 
-from lora_engine.merging.prune import keep_largest
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Ties(MergeOptions):
+    """TIES (Yadav et al. 2023): trim, elect signs, mean of the elements that agree.
+
+    Attributes:
+        density: Share of the largest elements that the trim keeps, per adapter and module.
+        scale: Factor of the result (lambda in the paper).
+    """
+
+    method: Literal["ties"] = "ties"
+    density: Density = 0.2
+    scale: Finite = 1.0
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float, scale: float) -> Tensor:
@@ -21,12 +36,10 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float, 
         density: Share of the elements that the trim keeps.
         scale: Factor of the result; lambda in the paper.
     """
+    from lora_engine.merging.prune import agreed_mean, keep_largest
+
     trimmed = [weight * keep_largest(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
     return scale * agreed_mean(trimmed)
 
 
-def agreed_mean(deltas: Sequence[Tensor]) -> Tensor:
-    """Returns, per element, the mean of the nonzero values with the sign of the sum (section 4.2)."""
-    stacked = torch.stack(list(deltas))
-    agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
-    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+TIES = Elementwise(spec=Ties, title="trim, elect signs, mean of the elements that agree", merge=ties)

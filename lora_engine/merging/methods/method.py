@@ -1,0 +1,76 @@
+"""Defines the entry of a merge method: it returns coefficients, or merges dense deltas elementwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_engine.merging.spec import MergeOptions, Weight
+from lora_engine.registries import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Gram = Callable[[], "Tensor"]
+"""Computes the inner products of the deltas, `[n, n]` in float64; called only by methods that need them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod:
+    """A method of merging: the base of `Combination` and `Elementwise`.
+
+    Attributes:
+        spec: The class of its options; its field `method` is the name.
+        title: Its effect, in a few words, for help texts and tables.
+        adapters: Required number of adapters; None means any number.
+        normalizes: True if only the ratios of the weights count.
+    """
+
+    spec: type[MergeOptions]
+    title: str
+    adapters: int | None = None
+    normalizes: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name in specs and on the command line."""
+        return str(self.spec.model_fields["method"].default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination(MergeMethod):
+    """A method whose result is a linear combination of the deltas.
+
+    LoRA adapters are combined exactly by concatenated factors; other kinds as dense deltas.
+
+    Attributes:
+        coefficients: (weights, gram, options by name) -> one coefficient per delta.
+        lora_only: True if other kinds are an error.
+        sees_deltas: True if the coefficients depend on the deltas (the Gram matrix), not only on the weights.
+        learn: (adapters, weights, base, dataset, work folder, options, seed) -> the weights to merge with; such a
+            method needs the base and captioned images. None means that the weights are the user's.
+    """
+
+    coefficients: Callable[..., list[float]]
+    lora_only: bool = False
+    sees_deltas: bool = False
+    learn: Callable[..., Sequence[Weight]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(MergeMethod):
+    """A method that works on the elements of dense deltas, module by module.
+
+    Attributes:
+        merge: (deltas, weights, options by name[, generators]) -> the merged delta.
+        draws: True if it needs `generators`, one per delta.
+    """
+
+    merge: Callable[..., Tensor]
+    draws: bool = False
+
+
+METHODS: Registry[MergeMethod] = Registry(
+    "merge method", entry=MergeMethod, source="lora_engine.merging.methods", group="loraline.merge_methods"
+)

@@ -1,0 +1,1 @@
+"""A plug-in of Loraline with one entry of each kind."""
