@@ -93,8 +93,8 @@ def _inspect_folder(path: Path) -> dict[str, Any]:
     return {
         "layout": "diffusers",
         "file": path.name,
-        "architecture": folder_architecture(layout.family.adapters, components),
-        "variant": "inpainting" if layout.family.name.endswith("inpainting") else "",
+        "architecture": folder_architecture(layout.family.name, components),
+        "variant": layout.pipeline.variant,
         "prediction": components["scheduler"].config.get("prediction_type", "epsilon"),
         "prediction_decided_by": "the scheduler's settings",
         "components": {name: _summary(tensors.values()) for name, tensors in folder_tensors(path).items()},
