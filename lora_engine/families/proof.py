@@ -57,6 +57,9 @@ class _Entry:
     shape: str
 
 
+_EntryTable = Mapping[tuple[str, str], tuple[_Entry, ...]]
+
+
 def recognize(modules: Mapping[str, Shape | None], *, by_size: bool = True) -> Recognition:
     """Returns the families that have all known modules of a file.
 
@@ -141,7 +144,7 @@ def _contradiction(name: str, shape: Shape | None, entries: list[_Entry], size: 
     """Returns why a size cannot have a module; None if it can."""
     problem = allowed = ""
     for entry in entries:
-        count, number = {**size.blocks, **size.small}.get(entry.blocks, 0), _number(name)
+        count, number = size.blocks.get(entry.blocks) or size.small.get(entry.blocks, 0), _number(name)
         if entry.blocks not in ("", _MARK) and number >= count:
             problem, allowed = f"is in block {number}", f"{count or 'no'} such blocks"
         elif shape is not None and entry.shape and not _has_shape(shape, entry.shape, size):
@@ -184,12 +187,12 @@ def _value(term: str, size: Size) -> int:
 
 def _known(names: Iterable[str]) -> dict[str, tuple[_Entry, ...]]:
     """Returns the modules that any family has."""
-    table, marks = _index(tuple(families))
+    table, marks, any_mark = _index(tuple(families))
     known = {}
     for name in names:
         match = _IN_BLOCK.fullmatch(name)
         entries = table.get(("", name)) or (table.get((match[1], match[3])) if match else None)
-        if entries is None:
+        if entries is None and any_mark.match(name):
             entries = tuple(_Entry(family, _MARK, "") for family, mark in marks.items() if mark.match(name))
         if entries:
             known[name] = entries
@@ -197,13 +200,15 @@ def _known(names: Iterable[str]) -> dict[str, tuple[_Entry, ...]]:
 
 
 @functools.cache
-def _index(names: tuple[str, ...]) -> tuple[dict[tuple[str, str], tuple[_Entry, ...]], dict[str, re.Pattern[str]]]:
+def _index(names: tuple[str, ...]) -> tuple[_EntryTable, Mapping[str, re.Pattern[str]], re.Pattern[str]]:
+    """Returns the modules by list of blocks and name, the marks by family, and one pattern for all marks."""
     table: dict[tuple[str, str], dict[_Entry, None]] = {}
     for family in (families[name] for name in names):
         for key, entry in _rows(family):
             table.setdefault(key, {})[entry] = None
     marks = {name: re.compile(families[name].marks) for name in names if families[name].marks}
-    return {key: tuple(entries) for key, entries in table.items()}, marks
+    any_mark = re.compile("|".join(mark.pattern for mark in marks.values()))
+    return {key: tuple(entries) for key, entries in table.items()}, marks, any_mark
 
 
 def _rows(family: Family) -> Iterator[tuple[tuple[str, str], _Entry]]:
