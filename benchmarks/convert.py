@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.fuse import copy, make_adapter, timed
-from lora_engine.bases.published import published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.formats import read_adapter, read_safetensors, write_adapter
 
 FORMATS = ("loraline", "kohya", "diffusers")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.bases.published import published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.spectrum import leading_part
 

@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 
 from lora_engine.adapters import Adapter, LoraDelta
-from lora_engine.bases.published import published, published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.checkpoints.names import checkpoint_names, tensor_shapes
+from lora_engine.families import published
 from lora_engine.files import canonical_json
 from lora_engine.formats import write_adapter
 from lora_engine.streaming import fuse

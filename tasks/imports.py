@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_engine.bases.families import families
 from lora_engine.bases.source import resolve_base
 from tasks.job import Job
 from tasks.step import locate_base
@@ -31,4 +30,4 @@ def base_module(base: str, folder: Path) -> str:
         base: The base, as the pipeline file names it.
         folder: The folder of the pipeline file.
     """
-    return families[resolve_base(locate_base(base, folder)).family].module
+    return resolve_base(locate_base(base, folder)).loader.partition(":")[0]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.families import families
+from lora_engine.families import families
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.registries import Registry
 from registry.entities import ArtifactRef

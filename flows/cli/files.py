@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.late_help import LateHelp
-from flows.cli.output import Approximate, Dtype, Energy, Json, Rank
+from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Rank
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
@@ -19,9 +19,7 @@ Format = Annotated[
         help="Target format: {lora_engine.catalog.formats:written_formats}; for a whole model diffusers or ldm.",
     ),
 ]
-Base = Annotated[
-    str | None, typer.Option(metavar="BASE", help="Base model: sd15, sd2, sdxl, sd3, flux, tiny, a folder or a hub id.")
-]
+Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]
 
 
 def add_verbs(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, open_home
+from flows.cli.output import BASE_HELP, Json, open_home
 
 if TYPE_CHECKING:
     from tasks.operations.changes import Change
@@ -90,7 +90,7 @@ def import_file(
     name: Annotated[str, typer.Option(help="Name to register it under.")],
     base: Annotated[
         str,
-        typer.Option(metavar="BASE", help="Its base model: sd15, sd2, sdxl, sd3, flux, tiny, a folder or a hub id."),
+        typer.Option(metavar="BASE", help=BASE_HELP),
     ],
     license_id: Annotated[
         str | None,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from registry.home import Home
 
 _WIDE = 240
+BASE_HELP = "Base model: a published one such as sdxl (list: docs/families.md), tiny, a folder or a hub id."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")]
 Approximate = Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")]

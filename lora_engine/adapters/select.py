@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from lora_engine.adapters.tree import near_names
 from lora_engine.errors import SettingsError
+from lora_engine.families import families
 
-_ATTENTION = re.compile(r".*\.attn\d*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)")
-# FLUX's single blocks have one output layer for attention and feed-forward, `proj_out`.
-_FEED_FORWARD = re.compile(r".*\.(ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.proj_(mlp|out))")
-_CLIP = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
-_T5 = r"SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)"
-_TEXT = re.compile(rf".*\.({_CLIP}|{_T5})")
-_IN_BLOCK = re.compile(r"[^.]+\.(.*\.)?(\w*blocks|mid_block)\..*")
 _NO_DENOISER = ("text_encoder", "vae")
 
 Shape = Sequence[int]
 PRESETS: Mapping[str, Callable[[str, Shape], bool]] = {
-    "attention": lambda name, shape: _in_block(name) and bool(_ATTENTION.fullmatch(name)),
+    "attention": lambda name, shape: _in_block(name) and _matches("attention", name),
     "attention+ff": lambda name, shape: (
-        _in_block(name) and bool(_ATTENTION.fullmatch(name) or _FEED_FORWARD.fullmatch(name))
+        _in_block(name) and (_matches("attention", name) or _matches("feed_forward", name))
     ),
     "linear": lambda name, shape: _in_block(name) and len(shape) == 2,
     "all": lambda name, shape: _in_block(name) and len(shape) > 1,
     "norms": lambda name, shape: _in_block(name) and len(shape) == 1,
-    "text": lambda name, shape: name.startswith("text_encoder") and bool(_TEXT.fullmatch(name)),
+    "text": lambda name, shape: _matches("text", name),
 }
-"""Preset name to its test of (module name, weight shape). All but `text` select within the denoiser's blocks: the
-narrow first and last layers (`conv_in`, `conv_out`) allow hardly any rank, and need a pattern."""
+"""Preset name to its test of (module name, weight shape), from the patterns of all families.
+
+All but `text` select within the denoiser's blocks: the narrow first and last layers (`conv_in`, `conv_out`) allow
+hardly any rank, and need a pattern."""
 
 
 def select_modules(modules: Mapping[str, Shape], targets: str | Sequence[str]) -> list[str]:
@@ -81,4 +78,15 @@ def _test(target: str) -> Callable[[str, Shape], bool]:
 
 
 def _in_block(name: str) -> bool:
-    return not name.startswith(_NO_DENOISER) and bool(_IN_BLOCK.fullmatch(name))
+    return not name.startswith(_NO_DENOISER) and _matches("blocks", name)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return bool(_joint(pattern, tuple(families)).fullmatch(name))
+
+
+@functools.cache
+def _joint(pattern: str, names: tuple[str, ...]) -> re.Pattern[str]:
+    """Returns one of the patterns in `Targets`, joined over the families; their names do not clash."""
+    patterns = dict.fromkeys(getattr(families[name].targets, pattern) for name in names)
+    return re.compile("|".join(f"(?:{entry})" for entry in patterns))

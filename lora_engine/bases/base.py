@@ -1,4 +1,4 @@
-"""Defines the protocol of base models and loads them. Each family has its own module."""
+"""Defines the protocol of base models and loads them. Each family implements it in its folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.families import families
 from lora_engine.bases.noise import NoiseSchedule
-from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
+from lora_engine.building import BUILDING
 from lora_engine.files import FilePath
 
 
@@ -23,7 +22,7 @@ class BaseModel(Protocol):
     """A diffusion model for training, evaluation and generation; frozen, in evaluation mode.
 
     Attributes:
-        family: The family of its adapters: `sd`, `sdxl`, `sd3` or `flux`.
+        family: The family of its adapters; a name among `families`.
         name: Name for cards, without paths.
         fingerprint: SHA-256 over its files.
         device: The device of the weights.
@@ -143,8 +142,9 @@ def load_base(
     resolved = source if isinstance(source, BaseSource) else resolve_base(os.fspath(source))
     check_quantization(quantise)
     with BUILDING:
-        module = importlib.import_module(families[resolved.family].module)
-    base = cast(BaseModel, module.load(resolved, torch.device(device or default_device()), dtype))
+        module, _, loader = resolved.loader.partition(":")
+        load = getattr(importlib.import_module(module), loader)
+    base = cast(BaseModel, load(resolved, torch.device(device or default_device()), dtype))
     quantize_base(base, quantise)
     base.quantization = quantise
     return base

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.source import BaseSource
+from lora_engine.building import BUILDING
 from lora_engine.errors import BaseModelError
 
 _ALIGNMENT = 64

@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.noise import FlowSchedule, flow_schedule_from
-from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.source import BaseSource
+from lora_engine.building import BUILDING
 from lora_engine.errors import BaseModelError
 
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lora_engine.bases.layout import download_patterns, read_layout
 from lora_engine.errors import BaseModelError
+from lora_engine.families.layout import download_patterns, read_layout
 
 _log = logging.getLogger(__name__)
 

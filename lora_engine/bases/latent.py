@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lora_engine.adapters.tree import DictTree
 from lora_engine.bases.components import load_component
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.families import families
 from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.bases.quantized import Quantization
 from lora_engine.bases.source import BaseSource
@@ -41,7 +40,7 @@ class LatentModel(ABC):
     noise: NoiseSchedule
 
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype, denoiser: Any) -> None:
-        self.family, self.name = families[source.family].adapters, source.label
+        self.family, self.name = source.family, source.label
         self.fingerprint = source.fingerprint()
         self.device, self.dtype = device, dtype
         self.denoiser: Any = load_component(denoiser, source, self.denoiser_name, dtype).to(device)

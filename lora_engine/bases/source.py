@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_engine.bases.layout import Layout, read_layout
 from lora_engine.errors import BaseModelError, did_you_mean
+from lora_engine.families.layout import Layout, read_layout
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
 TINY = "tiny"
@@ -24,7 +24,8 @@ class BaseSource:
         name: The name that the user gave, without the revision.
         folder: The diffusers folder.
         revision: The commit of a base from the hub; None for others.
-        family: A name among `families`.
+        family: The family of its adapters; a name among `families`.
+        loader: Dotted name of its `BaseModel`; see `families.Pipeline`.
         file: Name of the single file that was converted to the folder; empty for others.
     """
 
@@ -32,6 +33,7 @@ class BaseSource:
     folder: Path
     revision: str | None
     family: str
+    loader: str
     file: str = ""
 
     @property
@@ -91,13 +93,13 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
     from lora_engine.bases.hub import fetch_from_hub
 
     folder, commit = fetch_from_hub(repository, revision or pinned or None)
-    return BaseSource(repository, folder, commit, read_layout(folder).family.name)
+    return _source(repository, folder, commit)
 
 
 def _from_folder(name: str, folder: Path, revision: str | None) -> BaseSource:
     if revision is not None:
         raise BaseModelError(f"{name!r} is a folder and has no revision {revision!r}", remedy="remove the revision")
-    return BaseSource(name, folder, None, read_layout(folder).family.name)
+    return _source(name, folder, None)
 
 
 def _from_file(file: Path, revision: str | None) -> BaseSource:
@@ -106,7 +108,12 @@ def _from_file(file: Path, revision: str | None) -> BaseSource:
     from lora_engine.bases.single_file import folder_of_file
 
     folder = folder_of_file(file, _digest(file))
-    return BaseSource(str(file), folder, None, read_layout(folder).family.name, file.name)
+    return _source(str(file), folder, None, file.name)
+
+
+def _source(name: str, folder: Path, revision: str | None, file: str = "") -> BaseSource:
+    layout = read_layout(folder)
+    return BaseSource(name, folder, revision, layout.family.name, layout.pipeline.loader, file)
 
 
 def _digest(path: Path) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_engine.bases.families import families
-from lora_engine.bases.published import ComponentConfig, empty_module, published, published_module_shapes
+from lora_engine.adapters.published import empty_module, published_module_shapes
+from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.bases.source import resolve_base
 from lora_engine.errors import BaseModelError
+from lora_engine.families import ComponentConfig, published
 
 _PREFIXES = ("unet", "transformer", "text_encoder")
 
@@ -24,8 +25,6 @@ def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
     """
     if base in published:
         return published_module_shapes(base)
-    from lora_engine.adapters.tree import DictTree, module_shapes
-
     try:
         source = resolve_base(base)
     except BaseModelError as error:
@@ -38,7 +37,7 @@ def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
         if name.startswith(_PREFIXES) and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
             config = _read_config(source.folder / name / "config.json")
             modules[name] = empty_module(ComponentConfig(entry[0], entry[1], config))
-    return module_shapes(DictTree(modules, families[source.family].adapters))
+    return module_shapes(DictTree(modules, source.family))
 
 
 def _read_config(path: Path) -> dict[str, object]:

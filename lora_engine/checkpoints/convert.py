@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_engine.bases.layout import read_layout
-from lora_engine.bases.published import published
 from lora_engine.checkpoints.folder import components_of, read_components, write_settings
 from lora_engine.checkpoints.names import checkpoint_names, component_locations
 from lora_engine.checkpoints.original import open_original
@@ -23,17 +21,12 @@ from lora_engine.checkpoints.recognize import Prediction, recognize
 from lora_engine.checkpoints.tensor_files import write_tensors
 from lora_engine.checkpoints.tokenizers import find_tokenizers, write_tokenizer
 from lora_engine.errors import BaseModelError, SettingsError
+from lora_engine.families import published
+from lora_engine.families.layout import read_layout
 from lora_engine.files import FilePath
 
 Target = Literal["diffusers", "ldm"]
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-# https://github.com/Stability-AI/ModelSpec, version 1.0.0.
-_SPEC = {
-    "sd15": ("stable-diffusion-v1", "512x512"),
-    "sd2": ("stable-diffusion-v2-768-v", "768x768"),
-    "sd2-base": ("stable-diffusion-v2-512", "512x512"),
-    "sdxl": ("stable-diffusion-xl-v1-base", "1024x1024"),
-}
 _log = logging.getLogger(__name__)
 
 
@@ -112,7 +105,7 @@ def _to_single_file(
 ) -> list[Path]:
     if out.suffix != ".safetensors":
         raise BaseModelError("an original file is only written as safetensors", where=str(out), allowed="*.safetensors")
-    family = read_layout(folder).family.adapters
+    family = read_layout(folder).family.name
     components = read_components(folder)
     architecture = requested or folder_architecture(family, components)
     names = checkpoint_names(architecture, components)
@@ -135,7 +128,8 @@ def _to_single_file(
 
 
 def _metadata(architecture: str, prediction: Any, title: str) -> dict[str, str]:
-    name, resolution = _SPEC[architecture]
+    name, resolution = published[architecture].modelspec
+    # https://github.com/Stability-AI/ModelSpec, version 1.0.0.
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.published import ComponentConfig, published
 from lora_engine.checkpoints.recognize import Recognized
 from lora_engine.errors import BaseModelError
+from lora_engine.families import ComponentConfig, families, published
 from lora_engine.files import atomic_write
 
 INDEX = "model_index.json"
-_INPAINTING = "StableDiffusionInpaintPipeline"
-_INPAINTING_XL = "StableDiffusionXLInpaintPipeline"
 
 
 def read_components(folder: Path) -> dict[str, ComponentConfig]:
@@ -111,9 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _pipeline(recognized: Recognized) -> str:
-    if recognized.variant == "inpainting":
-        return _INPAINTING_XL if recognized.architecture == "sdxl" else _INPAINTING
-    return published[recognized.architecture].pipeline
+    pipelines = families[published[recognized.architecture].family].pipelines
+    return next(pipeline.name for pipeline in pipelines if pipeline.variant == recognized.variant)
 
 
 def _described(component: ComponentConfig) -> dict[str, Any]:

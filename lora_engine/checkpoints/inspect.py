@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.layout import INDEX, read_layout
 from lora_engine.checkpoints.folder import read_components
 from lora_engine.checkpoints.leftovers import reason_unused
 from lora_engine.checkpoints.names import AVERAGES, checkpoint_names, stored_name
@@ -17,6 +16,7 @@ from lora_engine.checkpoints.plan import folder_architecture, folder_tensors
 from lora_engine.checkpoints.recognize import recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import BaseModelError
+from lora_engine.families.layout import INDEX, read_layout
 from lora_engine.files import FilePath
 from lora_engine.formats.pickles import is_pickled
 from lora_engine.formats.safetensors_io import read_header
@@ -95,8 +95,8 @@ def _inspect_folder(path: Path) -> dict[str, Any]:
     return {
         "layout": "diffusers",
         "file": path.name,
-        "architecture": folder_architecture(layout.family.adapters, components),
-        "variant": "inpainting" if layout.family.name.endswith("inpainting") else "",
+        "architecture": folder_architecture(layout.family.name, components),
+        "variant": layout.pipeline.variant,
         "prediction": components["scheduler"].config.get("prediction_type", "epsilon"),
         "prediction_decided_by": "the scheduler's settings",
         "components": {name: _summary(tensors.values()) for name, tensors in folder_tensors(path).items()},

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from lora_engine.bases.published import ComponentConfig, empty_module, published
+from lora_engine.adapters.published import empty_module
 from lora_engine.checkpoints.text_names import LEVEL, TRANSPOSED, canonical_text_name, open_clip_name
 from lora_engine.checkpoints.vae_names import CONVOLUTIONS, vae_blocks, vae_name
 from lora_engine.errors import BaseModelError, SettingsError
+from lora_engine.families import ComponentConfig, published
+from lora_engine.families.family import ComponentLocation, UnetLayout
 from lora_engine.files import canonical_json
-from lora_engine.formats.ldm_names import UnetLayout, original_path
+from lora_engine.formats.ldm_names import original_path
 
 Change = Literal["none", "convolution", "transposed"]
 AVERAGES = "model_ema."
-ModuleNaming = Literal["unet", "vae", "clip", "open_clip"]
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,10 @@ class TensorName:
         return (shape[0] * self.part[1], *shape[1:]) if self.part[1] > 1 else shape
 
 
-@dataclass(frozen=True)
-class ComponentLocation:
-    """The location of a component in an original file: the prefix of its names and the naming after it."""
-
-    prefix: str
-    naming: ModuleNaming
-
-
-_SHARED = {
-    "unet": ComponentLocation("model.diffusion_model.", "unet"),
-    "vae": ComponentLocation("first_stage_model.", "vae"),
+COMPONENT_LOCATIONS: dict[str, Mapping[str, ComponentLocation]] = {
+    name: architecture.file for name, architecture in published.items() if architecture.file
 }
-_SD2 = {**_SHARED, "text_encoder": ComponentLocation("cond_stage_model.model.", "open_clip")}
-# By architecture, then by component.
-COMPONENT_LOCATIONS: dict[str, dict[str, ComponentLocation]] = {
-    "sd15": {**_SHARED, "text_encoder": ComponentLocation("cond_stage_model.transformer.", "clip")},
-    "sd2": _SD2,
-    "sd2-base": _SD2,
-    "sdxl": {
-        **_SHARED,
-        "text_encoder": ComponentLocation("conditioner.embedders.0.transformer.", "clip"),
-        "text_encoder_2": ComponentLocation("conditioner.embedders.1.model.", "open_clip"),
-    },
-}
+"""By architecture, then by component."""
 
 
 def checkpoint_names(
@@ -143,7 +124,7 @@ def stored_name(entry: TensorName, names: Container[str], *, averaged: bool = Fa
     return next((candidate for candidate in candidates if candidate in names), None)
 
 
-def component_locations(architecture: str) -> dict[str, ComponentLocation]:
+def component_locations(architecture: str) -> Mapping[str, ComponentLocation]:
     """Returns the location of each component in an original file of the architecture.
 
     Raises:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_engine.bases.layout import read_layout
-from lora_engine.bases.published import ComponentConfig
 from lora_engine.checkpoints.leftovers import reason_unused
 from lora_engine.checkpoints.names import (
     AVERAGES,
@@ -23,6 +21,8 @@ from lora_engine.checkpoints.tensor_files import PlannedTensor, StoredTensor, me
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.checkpoints.vae_names import current_vae_name
 from lora_engine.errors import BaseModelError
+from lora_engine.families import ComponentConfig
+from lora_engine.families.layout import read_layout
 
 
 def plan_folder(

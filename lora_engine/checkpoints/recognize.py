@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from lora_engine.checkpoints.names import COMPONENT_LOCATIONS
 from lora_engine.errors import BaseModelError
+from lora_engine.families.proof import recognize as recognize_family
+from lora_engine.families.proof import titles
 
 Prediction = Literal["epsilon", "v_prediction"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,8 +27,6 @@ _CHANNELS = {
 }
 # Part of a tensor name to what the file is instead of a checkpoint.
 _OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "FLUX",
     "control_model.": "a ControlNet",
     "lora_": "an adapter, no checkpoint",
     ".lora_": "an adapter, no checkpoint",
@@ -114,7 +114,11 @@ def _architecture(shapes: Shapes, where: str) -> str:
     raise _unusable(f"the file is no original checkpoint; {_guess(shapes)}", where)
 
 
-def _guess(names: Collection[str]) -> str:
+def _guess(names: Shapes) -> str:
+    modules = {name.removeprefix(_UNET).rpartition(".")[0].replace(".", "_"): None for name in names}
+    possible = recognize_family(modules).families
+    if possible:
+        return f"it is {titles(possible)}"
     for part, description in _OTHERS.items():
         count = sum(part in name for name in names)
         if count:

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_engine.bases.published import Architecture, ComponentConfig
-from lora_engine.bases.published.sd15 import CLIP_L_REPOSITORY
 from lora_engine.checkpoints.folder import read_json
 from lora_engine.errors import BaseModelError
+from lora_engine.families import Architecture, ComponentConfig
+from lora_engine.families.sd.published import CLIP_L_REPOSITORY
 from lora_engine.files import atomic_write
 
 VOCABULARY = ("vocab.json", "merges.txt")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from lora_engine.bases.components import align_weights, without_bars
-from lora_engine.bases.one_at_a_time import BUILDING
+from lora_engine.building import BUILDING
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 

@@ -1,6 +1,6 @@
 """Read-only formats of FLUX.1 adapters that use the original code's names without a prefix.
 
-They are Black Forest Labs' control adapters (`FLUX.1-Depth-dev-lora`, `FLUX.1-Canny-dev-lora`) and XLabs' (`x-flux`).
+They are Black Forest Labs' control adapters (`FLUX.1-Depth-dev-lora`, `FLUX.1-Canny-dev-lora`) and XLabs'.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
+from lora_engine.families.names import TRANSFORMER
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Names, TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout, TableFactorKeys
-from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames
-from lora_engine.formats.transformers.flux import FLUX
+from lora_engine.formats.transformers.dit import transformers
 from lora_engine.formats.transformers.names import FoundModule
 
 _PREFIX = r"(?:(?:model\.)?diffusion_model\.|transformer\.)?"
@@ -67,31 +67,6 @@ class BflCodec(ReadOnlyCodec):
         return any(re.match(_BLOCKS, key) for key in keys) and not any(".processor." in key for key in keys)
 
 
-_XLABS = NameTable(
-    (
-        Blocks(
-            "double_blocks",
-            "transformer_blocks",
-            {
-                "processor.qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
-                "processor.proj_lora1": ("attn.to_out.0",),
-                "processor.qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                "processor.proj_lora2": ("attn.to_add_out",),
-            },
-        ),
-        Blocks(
-            "single_blocks",
-            "single_transformer_blocks",
-            {
-                "processor.qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
-                "processor.proj_lora": ("proj_out",),
-            },
-        ),
-    ),
-    {},
-)
-
-
 class XlabsCodec(ReadOnlyCodec):
     """`double_blocks.0.processor.qkv_lora1.down.weight`: 1 is the image stream, 2 the text stream; no alpha."""
 
@@ -116,21 +91,21 @@ class XlabsCodec(ReadOnlyCodec):
         self,
         deltas: Mapping[str, Delta],
         metadata: Mapping[str, str],
-        family: str,
+        families: Collection[str],
         known: Collection[str] | None,
         shapes: Mapping[str, Sequence[int]],
     ) -> Iterator[tuple[str, str, Delta]]:
-        names: TransformerNames = FLUX
+        family, table = next((f, f.other_names[self.name]) for f in transformers() if self.name in f.other_names)
         for raw, delta in deltas.items():
-            target = _XLABS.find(re.sub(rf"^{_PREFIX}", "", raw))
+            target = table.find(re.sub(rf"^{_PREFIX}", "", raw))
             if target is None:
                 raise AdapterError(
                     f"XLabs' adapters have no module {raw!r}",
                     where=f"module {raw!r}",
-                    allowed=", ".join(name for block in _XLABS.blocks for name in block.modules),
+                    allowed=", ".join(name for blocks in table.blocks for name in blocks.modules),
                     remedy="check where the file comes from",
                 )
-            for name, part in FoundModule(names, target, "transformer").deltas(delta, f"module {raw!r}", shapes):
+            for name, part in FoundModule(family, target, TRANSFORMER).deltas(delta, f"module {raw!r}", shapes):
                 yield raw, name, part
 
 

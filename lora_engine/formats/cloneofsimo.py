@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
@@ -150,9 +151,6 @@ def _published_shapes(modules: Mapping[str, Delta]) -> Mapping[str, Sequence[int
     architecture = next((name for width, name in _TEXT_WIDTHS.items() if width in widths), None)
     if architecture is None:
         return None
-    # Imports diffusers, which only files without a base and without our header need.
-    from lora_engine.bases.published import published_module_shapes
-
     return published_module_shapes(architecture)
 
 

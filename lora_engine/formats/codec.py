@@ -17,11 +17,9 @@ from lora_engine.adapters.tree import near_names
 from lora_engine.catalog.formats import FORMATS, Format
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
-from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
+from lora_engine.formats.family import FAMILY, FINGERPRINT, families_of_tensors, family_of, unsupported_reason
 from lora_engine.formats.key_layout import Group, KeyLayout, group_tensors
-from lora_engine.formats.transformers.names import ExportNaming, find_modules, refuse_unsupported
-from lora_engine.formats.transformers.unsupported import unsupported_family
-from lora_engine.formats.unsupported import unsupported_reason
+from lora_engine.formats.transformers.names import ExportNaming, find_modules
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Loaded, import_target
 
@@ -166,15 +164,15 @@ class TensorCodec:
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Names | None = None) -> Adapter:
         """Returns the adapter of a file's tensors and metadata."""
         if FAMILY not in metadata:
-            refuse_unsupported(unsupported_family(tensors) or "", f"tensor {min(tensors)!r}")
+            families_of_tensors(tensors).check(f"tensor {min(tensors)!r}")
         parts = self._parts(tensors, metadata)
         shapes = names if isinstance(names, Mapping) else {}
         known = None if names is None else dict.fromkeys(names)
         deltas = {raw: part.delta for raw, part in parts.items()}
         family = family_of(metadata, deltas, known or ())
-        refuse_unsupported(family, _source(next(iter(parts.values()))))
+        family.check(_source(next(iter(parts.values()))))
         modules: dict[str, Delta] = {}
-        for raw, name, delta in self._normalized(deltas, metadata, family, known, shapes):
+        for raw, name, delta in self._normalized(deltas, metadata, family.possible, known, shapes):
             part, shape = parts[raw], shapes.get(name)
             if known is not None and name not in known:
                 raise _unknown(_source(part), name, known, unsupported_reason(tensors))
@@ -184,7 +182,9 @@ class TensorCodec:
             if shape is not None:
                 check_delta(delta, partial(_sources, part), shape)
             modules[name] = delta if shape is None else delta.reshaped_for(shape)
-        return Adapter(modules, family or family_of(metadata, modules, known or ()), metadata.get(FINGERPRINT))
+        if not family.possible:
+            family = family_of(metadata, modules, known or ())
+        return Adapter(modules, family.name, metadata.get(FINGERPRINT))
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
@@ -208,12 +208,12 @@ class TensorCodec:
         self,
         deltas: Mapping[str, Delta],
         metadata: Mapping[str, str],
-        family: str,
+        families: Collection[str],
         known: Collection[str] | None,
         shapes: Mapping[str, Sequence[int]],
     ) -> Iterator[tuple[str, str, Delta]]:
         """Yields name in the file, canonical name and delta of each module; splits fused layers into their modules."""
-        matches = find_modules(deltas, family)
+        matches = find_modules(deltas, families)
         for raw, module in matches.items():
             for name, delta in module.deltas(deltas[raw], f"module {raw!r}", shapes):
                 yield raw, name, delta

@@ -20,11 +20,11 @@ from lora_engine.formats.codec import Names
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
-from lora_engine.formats.transformers.names import COMFYUI_EXPORT_NAMING, is_transformer
+from lora_engine.formats.transformers.names import BARE, BARE_ORIGINAL, COMFYUI_EXPORT_NAMING, is_transformer
 
 _BARE = tuple(f"{beginning}." for beginning in ORIGINAL_BEGINNINGS)
 _PREFIXES = (*(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes if prefix), *_BARE)
-_BARE_SD3 = re.compile(r"joint_blocks\.\d+\.")
+_BARE_TRANSFORMER = re.compile(rf"({'|'.join(map(re.escape, BARE_ORIGINAL))})\d+\.")
 _TEXT_LAYER = re.compile(r"\.(self_attn|mlp)\.|^text_encoder_2\.text_projection$")
 # Only these names identify the format; the others also occur in diffusers' format and our own.
 _DISTINCTIVE = re.compile(
@@ -45,7 +45,7 @@ class ComfyuiCodec(KohyaCodec):
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if the names are dotted, and some occur in no other format."""
         is_dotted = all(key.startswith(_PREFIXES) for key in keys)
-        if any(_BARE_SD3.match(key) for key in keys):
+        if any(_BARE_TRANSFORMER.match(key) and not key.startswith(BARE) for key in keys):
             return True
         if all(key.startswith(("diffusion_model.", "text_encoders.")) for key in keys) and is_transformer(keys):
             return True

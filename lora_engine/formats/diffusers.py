@@ -22,7 +22,7 @@ from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, check_one_kind, parse_config
 from lora_engine.formats.native import COMPONENTS
-from lora_engine.formats.transformers.names import BARE, folded, folded_lora
+from lora_engine.formats.transformers.names import BARE, folded, folded_lora, is_transformer
 
 CONFIG = "lora_adapter_metadata"
 # First levels of a U-Net, for files saved from the U-Net alone.
@@ -47,7 +47,7 @@ class DiffusersCodec(TensorCodec):
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if all names begin with a component or a transformer's blocks, and some have known suffixes."""
         if all(key.startswith(BARE) for key in keys):
-            return self.key_layout.matches(keys)
+            return is_transformer(keys) and self.key_layout.matches(keys)
         return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS.matches(keys)
 
     def resolve(

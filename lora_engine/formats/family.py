@@ -1,46 +1,183 @@
-"""Determines the base family of an adapter from its header and module names."""
+"""Determines the base family of an adapter from its header, its modules and its base."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from lora_engine.adapters import Delta, DoraDelta, FullDelta, LohaDelta, LokrDelta, LoraDelta
-from lora_engine.formats.transformers.names import family_from_header, transformer_family
+from lora_engine.errors import AdapterError
+from lora_engine.families import families
+from lora_engine.families.names import TRANSFORMER
+from lora_engine.families.proof import Recognition, recognize, titles
+from lora_engine.formats.transformers.fused import delta_shape
 
 FAMILY = "loraline.base"
 FINGERPRINT = "loraline.fingerprint"
+_STATED = ("ss_base_model_version", "modelspec.architecture")
+_NAME_BASE = "name the base that the adapter was made for (--base)"
+# Prefixes of programs, without dots. Only with dots is it certain that `transformer` is the component.
+_PREFIXES = (
+    "base_model_model_",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+    "model_diffusion_model_",
+    "diffusion_model_",
+    "transformer_",
+    "unet_",
+)
+_UNSUPPORTED_FILES = {
+    r"(unet|text_encoder):\d+:(up|down)": "an adapter in cloneofsimo's format",
+    r"lycoris_.*": "an adapter with the names of LyCORIS' wrapper",
+    r".*\.processor\..*_lora\..*": "an adapter in the attention processors of old diffusers",
+    r"(emb_params|string_to_param.*|clip_[lg])": "a textual-inversion embedding",
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a full checkpoint, not an adapter",
+}
+_FACTOR = re.compile(
+    r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|(alpha|diff|diff_b|scale|weight|bias|w_norm|b_norm|on_input)$).*"
+)
 
-# Width of the text embeddings that cross attention reads.
-_CONTEXT = {768: "sd", 1024: "sd", 2048: "sdxl"}
-_VERSIONS = {"sdxl": "sdxl", "sd_xl": "sdxl", "sd_v1": "sd", "sd_v2": "sd", "sd_1": "sd", "sd_2": "sd"}
-_ONLY_SDXL = ("text_encoder_2.", "unet.add_embedding.")
+
+@dataclass(frozen=True)
+class BaseFamily:
+    """The base family of an adapter.
+
+    Attributes:
+        possible: The possible families: one if it is proven or stated, several if the file is ambiguous, none if it is
+            unknown or contradictory.
+        problem: The contradiction; empty if there is none.
+        where: The place of the contradiction.
+        allowed: What the place would have to be.
+    """
+
+    possible: tuple[str, ...] = ()
+    problem: str = ""
+    where: str = ""
+    allowed: str = ""
+
+    @property
+    def name(self) -> str:
+        """The family; empty if it is unknown, ambiguous or contradictory."""
+        return self.possible[0] if len(self.possible) == 1 else ""
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        """The possible families whose adapters are read. A name that no family has is that of a base of the user."""
+        return tuple(name for name in self.possible if name not in families or families[name].is_supported)
+
+    @property
+    def note(self) -> str:
+        """What a user must know about it; empty for a supported family."""
+        if self.problem:
+            return f"{self.problem} ({self.where}); {self.allowed}"
+        if self.possible and not self.supported:
+            return _unsupported(self.possible)
+        return "" if len(self.possible) < 2 else f"the base is {titles(self.possible)}: they share these modules"
+
+    def check(self, source: str) -> None:
+        """Raises `AdapterError` for a contradiction, and if no possible family is supported.
+
+        Args:
+            source: Location in the file.
+        """
+        if self.problem:
+            raise AdapterError(self.problem, where=self.where, allowed=self.allowed, remedy=_NAME_BASE)
+        if self.possible and not self.supported:
+            readable = ", ".join(family.title for family in families.values() if family.is_supported)
+            raise AdapterError(
+                f"the adapter is {_unsupported(self.possible).removeprefix('an adapter ')}",
+                where=source,
+                allowed=f"adapters for {readable}",
+                remedy="use it with the program that it was made for; `loraline inspect` shows its contents",
+            )
 
 
-def family_of(header: Mapping[str, str], modules: Mapping[str, Delta], base_modules: Collection[str] = ()) -> str:
-    """Returns the family, or an empty string if it cannot be determined.
+def family_of(
+    header: Mapping[str, str], modules: Mapping[str, Delta], base_modules: Collection[str] = ()
+) -> BaseFamily:
+    """Returns the base family of an adapter.
+
+    Loraline's own header is decisive, then the base, then the proof by modules, which other headers may narrow down but
+    not contradict.
 
     Args:
         header: Metadata of the file.
-        modules: Canonical name to delta.
+        modules: Name of the module (canonical, or as in the file) to delta.
         base_modules: Canonical names of the base's modules, if known.
     """
     if FAMILY in header:
-        return header[FAMILY]
-    version = header.get("ss_base_model_version", "")
-    families = [family for prefix, family in _VERSIONS.items() if version.startswith(prefix)]
-    if families:
-        return families[0]
-    transformer = family_from_header(header) or transformer_family(base_modules) or transformer_family(modules)
-    if transformer:
-        return transformer
-    if has_sdxl_modules([*modules, *base_modules]):
-        return "sdxl"
-    return next(filter(None, (_CONTEXT.get(width) for width in context_widths(modules))), "")
+        return BaseFamily((header[FAMILY],) if header[FAMILY] else ())
+    stated, base = _stated(header), _family_of_base(base_modules)
+    if base:
+        return BaseFamily((stated[0],)) if stated and base not in stated else _with_base(base, modules)
+    recognition = possible_families(modules)
+    if recognition.problem:
+        where = next(name for name in modules if flattened(name) == recognition.where)
+        return BaseFamily((), recognition.problem, f"module {where!r}", recognition.allowed)
+    proven = recognition.families or _families_by_width(modules)
+    if not stated:
+        return BaseFamily(proven or _families_by_names((*modules, *base_modules)))
+    agreed = tuple(name for name in proven if name in stated)
+    if agreed or not proven:
+        return BaseFamily(agreed or stated)
+    key = next(key for key in _STATED if key in header)
+    return BaseFamily(
+        (),
+        f"the header says {header[key]!r}, which is {titles(stated)}",
+        f"metadata {key!r}",
+        f"by its modules the adapter is for {titles(proven)}",
+    )
 
 
-def has_sdxl_modules(names: Collection[str]) -> bool:
+def possible_families(modules: Mapping[str, Delta] | Iterable[str], *, by_size: bool = True) -> Recognition:
+    """Returns the families of transformers that the modules prove; see `families.proof`.
+
+    Args:
+        modules: Names of the modules, to deltas if known.
+        by_size: See `recognize`.
+    """
+    if isinstance(modules, Mapping):
+        return recognize({flattened(name): delta_shape(delta) for name, delta in modules.items()}, by_size=by_size)
+    return recognize(dict.fromkeys(map(flattened, modules)), by_size=by_size)
+
+
+def families_of_tensors(keys: Iterable[str]) -> BaseFamily:
+    """Returns the possible families by the names of tensors alone; contradictions are left to the shapes."""
+    return BaseFamily(possible_families(map(module_of, keys)).families)
+
+
+def unsupported_reason(keys: Collection[str]) -> str | None:
+    """Returns a description of a file with these tensor names if it is known but unsupported, else None."""
+    family = families_of_tensors(keys)
+    if family.possible and not family.supported:
+        return family.note
+    for key in sorted(keys):
+        for pattern, description in _UNSUPPORTED_FILES.items():
+            if re.fullmatch(pattern, key):
+                return description
+    return None
+
+
+def flattened(name: str) -> str:
+    """Returns a module name with underscores for dots and without the program's prefix."""
+    flat = name.rpartition("/")[2].removeprefix(f"{TRANSFORMER}.").replace(".", "_")
+    for prefix in _PREFIXES:
+        if flat.startswith(prefix) and not flat.startswith("transformer_blocks_"):
+            flat = flat.removeprefix(prefix)
+    return flat
+
+
+def module_of(key: str) -> str:
+    """Returns the module of a tensor, by the usual names of factors."""
+    return _FACTOR.sub("", key)
+
+
+def has_sdxl_modules(names: Iterable[str]) -> bool:
     """Returns True if any module exists only in SDXL."""
-    return any(name.startswith(_ONLY_SDXL) for name in names)
+    unet = families["sdxl"].unet
+    return unet is not None and any(name.startswith(unet.modules) for name in names)
 
 
 def context_widths(modules: Mapping[str, Delta]) -> list[int]:
@@ -48,6 +185,54 @@ def context_widths(modules: Mapping[str, Delta]) -> list[int]:
     suffixes = (".attn2.to_k", ".attn2.to_v")
     deltas = (delta for name, delta in modules.items() if name.startswith("unet.") and name.endswith(suffixes))
     return [width for delta in deltas if (width := _inputs(delta)) is not None]
+
+
+def _stated(header: Mapping[str, str]) -> tuple[str, ...]:
+    texts = [re.sub(r"[-. ]", "_", header[key].partition("/")[0].lower()) for key in _STATED if key in header]
+    return tuple(
+        name
+        for name, family in families.items()
+        if family.header and any(re.fullmatch(family.header, text) for text in texts)
+    )
+
+
+def _family_of_base(names: Collection[str]) -> str:
+    """Returns the supported family of a base with a transformer; empty if there is none or the names are of several."""
+    own = dict.fromkeys(name for name in names if name.startswith(f"{TRANSFORMER}."))
+    possible = [name for name in possible_families(own, by_size=False).families if families[name].is_supported]
+    return possible[0] if len(possible) == 1 else ""
+
+
+def _with_base(base: str, modules: Mapping[str, Delta]) -> BaseFamily:
+    # The shapes are compared with those of the base, which may have any size.
+    possible = possible_families(modules, by_size=False).families
+    return BaseFamily((base,) if not possible or base in possible else possible)
+
+
+def _families_by_width(modules: Mapping[str, Delta]) -> tuple[str, ...]:
+    """Returns the families whose U-Net reads text embeddings of a width in the file."""
+    widths = set(context_widths(modules))
+    return tuple(name for name, family in families.items() if family.unet and widths & set(family.unet.widths))
+
+
+def _families_by_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the family that canonical names show: by a text encoder that no other has in this place, or by SDXL's."""
+    listed = list(names)
+    for component, _, path in (name.partition(".") for name in listed if name.startswith("text_encoder")):
+        own = [
+            name
+            for name, family in families.items()
+            if component in family.text and family.text[component].names.find_canonical(path) is not None
+        ]
+        if len(own) == 1:
+            return tuple(own)
+    return ("sdxl",) if has_sdxl_modules(listed) else ()
+
+
+def _unsupported(possible: Collection[str]) -> str:
+    names = ", ".join(possible)
+    plural = "a base family that is" if len(possible) == 1 else "base families that are"
+    return f"an adapter for {titles(possible)} ({names}), {plural} not supported"
 
 
 def _inputs(delta: Delta) -> int | None:

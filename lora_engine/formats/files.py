@@ -20,13 +20,11 @@ from lora_engine.formats.card import GENERATED, Card, card_header, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
 from lora_engine.formats.embeddings import Embedding, check_widths, embed
-from lora_engine.formats.family import FAMILY, FINGERPRINT, family_of
+from lora_engine.formats.family import FAMILY, FINGERPRINT, families_of_tensors, family_of, unsupported_reason
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
-from lora_engine.formats.transformers.names import transformer_family
-from lora_engine.formats.unsupported import unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,9 @@ def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Li
             return Bundle(empty, read_card(raw.metadata), raw.embeddings)
         codec = _codec_of(raw)
         adapter = codec.decode(raw.tensors, raw.metadata, module_names)
-        return Bundle(adapter, read_card(raw.metadata), raw.embeddings, raw.assumptions)
+        ambiguous = "" if adapter.base else family_of(raw.metadata, adapter.modules).note
+        assumptions = "; ".join(filter(None, [raw.assumptions, ambiguous]))
+        return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
 
 
 def write_adapter(
@@ -155,14 +155,16 @@ def inspect(path: FilePath) -> dict[str, Any]:
         codec = detect_codec(raw.tensors, raw.metadata) if is_adapter else None
         note = unsupported_reason(raw.tensors)
         modules, problem = _modules_of(codec, raw, is_unsupported=note is not None)
+        family = family_of(raw.metadata, modules) if modules else families_of_tensors(raw.tensors)
         card = read_card(raw.metadata)
     deltas, metadata = list(modules.values()), raw.metadata
     factors = [factor for delta in deltas for factor in delta.factors().values()]
     return {
         "format": codec.name if codec else "embedding",
-        "family": family_of(metadata, modules) or transformer_family(raw.tensors),
+        "family": family.name,
+        "families": list(family.possible),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": f"{note}; {problem}" if problem else note,
+        "note": "; ".join(filter(None, [note or family.note, problem])) or None,
         "assumed": raw.assumptions or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_engine.adapters import Adapter
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
+from lora_engine.families import families
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import TensorCodec
@@ -32,7 +33,9 @@ class KohyaCodec(TensorCodec):
     key_layout = KeyLayout("kohya", writes_alpha=True, extends=LYCORIS, also=(DIFFUSERS,))
     transformers = KOHYA_EXPORT_NAMING
     starts: ClassVar[tuple[str, ...]] = STARTS
-    original: ClassVar[Collection[str]] = ("sdxl",)
+    original: ClassVar[Collection[str]] = [
+        name for name, family in families.items() if family.unet is not None and family.unet.original
+    ]
     """Families whose U-Net is written with the original names."""
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+
+from lora_engine.families import families
+from lora_engine.families.family import UnetLayout
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -31,31 +32,8 @@ _OUTSIDE = {
 ORIGINAL_BEGINNINGS = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
 
 
-@dataclass(frozen=True)
-class UnetLayout:
-    """The block numbering of a U-Net in the original names.
-
-    Attributes:
-        levels: Number of resolutions; the last has no downsampler.
-        plain_up: Indices of up blocks without attention, in diffusers' order.
-        layers: ResNets in each down block; an up block has one more.
-    """
-
-    levels: int
-    plain_up: frozenset[int]
-    layers: int = 2
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> UnetLayout:
-        """Returns the layout for the config of a `UNet2DConditionModel`."""
-        up = list(config["up_block_types"])
-        plain = frozenset(level for level, kind in enumerate(up) if "CrossAttn" not in kind)
-        return cls(len(up), plain, int(config.get("layers_per_block", 2)))
-
-
 LAYOUTS: Mapping[str, UnetLayout] = {
-    "sd": UnetLayout(4, frozenset({0})),
-    "sdxl": UnetLayout(3, frozenset({2})),
+    name: family.unet.layout for name, family in families.items() if family.unet is not None
 }
 """Family to the layout of its published U-Nets."""
 

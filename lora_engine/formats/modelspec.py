@@ -9,39 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_engine.adapters import Adapter
+from lora_engine.families import families
+from lora_engine.families.family import HeaderVersion
 from lora_engine.formats.card import Card
 from lora_engine.formats.family import context_widths
 from lora_engine.formats.safetensors_io import BODY_SHA256
-from lora_engine.formats.transformers.dit import transformer_names
 
 PREFIX = "modelspec."
 DIGEST = {f"{PREFIX}hash_sha256": f"0x{BODY_SHA256}"}
 """The standard's digest entry, with the placeholder that the writer replaces."""
 SPECIFICATION = "1.0.1"
 SGM = "https://github.com/Stability-AI/generative-models"
-_V = "v_prediction"
-# kohya's name of the base version to (architecture, resolution).
-_ARCHITECTURES = {
-    "sdxl_base_v1-0": ("stable-diffusion-xl-v1-base/lora", "1024x1024"),
-    "sd_v2_v": ("stable-diffusion-v2-768-v/lora", "768x768"),
-    "sd_v2": ("stable-diffusion-v2-512/lora", "512x512"),
-    "sd_v1": ("stable-diffusion-v1/lora", "512x512"),
-}
-_TRANSFORMER_RESOLUTION = "1024x1024"
-_PREDICTIONS = {_V: "v", "v": "v", "epsilon": "epsilon", "eps": "epsilon"}
+_PREDICTIONS = {"v_prediction": "v", "v": "v", "epsilon": "epsilon", "eps": "epsilon"}
 
 
 def base_version(adapter: Adapter, card: Card) -> str:
-    """Returns kohya's name of the base version; empty for a family that kohya does not support."""
-    if adapter.base == "sdxl":
-        return "sdxl_base_v1-0"
-    if adapter.base in transformer_names:
-        return transformer_names[adapter.base].version
-    if adapter.base != "sd":
-        return ""
-    if 1024 not in context_widths(adapter.modules):
-        return "sd_v1"
-    return "sd_v2_v" if _PREDICTIONS.get(card.prediction or "") == "v" else "sd_v2"
+    """Returns kohya's name of the base version; empty for an unknown family."""
+    return _version_of(adapter, card).version
 
 
 def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, str]:
@@ -52,15 +36,14 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
         card: Its card.
         kohya_names: True if the tensors have kohya's names, False for diffusers' names.
     """
-    version, parents = base_version(adapter, card), card.recipe.get("parents") or ()
-    architecture, resolution = _architecture(adapter, version)
+    version, parents = _version_of(adapter, card), card.recipe.get("parents") or ()
     kinds = sorted({delta.kind for delta in adapter.modules.values()})
     entries = {
         "sai_model_spec": SPECIFICATION,
-        "architecture": architecture,
+        "architecture": version.architecture,
         "implementation": SGM if kohya_names else "diffusers",
         "title": card.title or f"{' and '.join(kinds) or 'embedding'} for {card.base or adapter.base or 'any base'}",
-        "resolution": card.resolution or resolution,
+        "resolution": card.resolution or version.resolution,
         "prediction_type": _PREDICTIONS.get(card.prediction or ""),
         "license": card.license,
         "trigger_phrase": card.trigger,
@@ -71,10 +54,15 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
     return {f"{PREFIX}{name}": text for name, text in entries.items() if text}
 
 
-def _architecture(adapter: Adapter, version: str) -> tuple[str, str]:
-    if adapter.base in transformer_names:
-        return transformer_names[adapter.base].architecture, _TRANSFORMER_RESOLUTION
-    return _ARCHITECTURES.get(version, ("", ""))
+def _version_of(adapter: Adapter, card: Card) -> HeaderVersion:
+    versions = families[adapter.base].versions if adapter.base in families else ()
+    widths, prediction = context_widths(adapter.modules), _PREDICTIONS.get(card.prediction or "")
+    matching = (
+        version
+        for version in versions
+        if (not version.width or version.width in widths) and version.prediction in ("", prediction)
+    )
+    return next(matching, HeaderVersion("", "", ""))
 
 
 def _methods(card: Card) -> list[str]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.adapters.tree import near_names
 from lora_engine.errors import AdapterError
-from lora_engine.formats.family import FAMILY, has_sdxl_modules
+from lora_engine.families import families
+from lora_engine.formats.family import FAMILY, has_sdxl_modules, unsupported_reason
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
-from lora_engine.formats.unsupported import unsupported_reason
 
 MODULES = "loraline.modules"
 """Metadata key under which Loraline writes the canonical names of the file's modules."""
@@ -67,9 +69,6 @@ DOTTED = ModuleNaming(
     ".",
 )
 _LEVEL = "text_model."
-# SD 2 has all modules of SD 1 under the same names, and more text encoder layers.
-_PUBLISHED = {"sd": "sd2", "sdxl": "sdxl"}
-_VERSIONS = {"sd": "sd_", "sdxl": "sdxl_"}  # prefixes of `ss_base_model_version`
 
 
 def resolve_names(
@@ -156,9 +155,10 @@ def _single(written: str, names: set[str]) -> str:
 
 def _published(raw: Collection[str], version: str, naming: ModuleNaming) -> Mapping[str, str] | None:
     """Returns the canonical names if the published architectures give exactly one reading of all names, else None."""
-    families = [family for family in _PUBLISHED if version.startswith(_VERSIONS[family])] or list(_PUBLISHED)
+    names = {name: family.header for name, family in families.items() if family.unet is not None}
+    stated = [name for name, pattern in names.items() if re.fullmatch(pattern, version)]
     readings = []
-    for family in families:
+    for family in stated or names:
         table = _published_table(family, naming)
         if all(len(table.get(name, ())) == 1 for name in raw):
             readings.append({name: next(iter(table[name])) for name in raw})
@@ -167,7 +167,6 @@ def _published(raw: Collection[str], version: str, naming: ModuleNaming) -> Mapp
 
 @functools.cache
 def _published_table(family: str, naming: ModuleNaming) -> dict[str, set[str]]:
-    # Imports diffusers, which only files without a base and without our header need.
-    from lora_engine.bases.published import published_module_shapes
-
-    return name_table(published_module_shapes(_PUBLISHED[family]), is_sdxl=family == "sdxl", naming=naming)
+    unet = families[family].unet
+    shapes = published_module_shapes(unet.published) if unet else {}
+    return name_table(shapes, is_sdxl=family == "sdxl", naming=naming)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, Delta, canonical_name
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
+from lora_engine.families.names import TRANSFORMER
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec
@@ -25,11 +26,11 @@ from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import settings_for, type_of, with_config
 from lora_engine.formats.raw_file import CONFIG_FILE, PEFT_PREFIX
+from lora_engine.formats.transformers.names import is_transformer
 
 COMPONENT = "loraline.component"
 _COMPONENT_PATTERNS = {
     "unet": r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*",
-    "transformer": r"((single_)?transformer_blocks\..*|time_text_embed\..*|(x|context)_embedder|(norm|proj)_out\b.*)",
     "text_encoder": r"(text_model\.)?encoder\.layers\..*",
 }
 # transformers 5 has no level `text_model` in `CLIPTextModel`, but in `CLIPTextModelWithProjection`.
@@ -136,6 +137,8 @@ def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[
         for component in sorted({name.partition(".")[0] for name in known}):
             if all(canonical_name(component, path) in known for path in paths):
                 return component
+    if is_transformer(paths):
+        return TRANSFORMER
     for component, pattern in _COMPONENT_PATTERNS.items():
         if all(re.fullmatch(pattern, path) for path in paths):
             return component

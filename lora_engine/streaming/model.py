@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lora_engine.bases.layout import INDEX, read_layout
 from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints.names import checkpoint_names, stored_name
 from lora_engine.checkpoints.recognize import recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.errors import BaseModelError
+from lora_engine.families import published
+from lora_engine.families.layout import INDEX, read_layout
+from lora_engine.families.proof import has_known_modules
 
 _SUFFIX = ".safetensors"
 _COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -131,9 +133,9 @@ def _open_pipeline(path: Path) -> StoredModel:
     others = {path / name for name in layout.files} - set(weights)
     for name, entry in layout.index.items():
         # Components that the engine does not use (a safety checker) are copied if model_index.json names them.
-        if name not in layout.family.components and isinstance(entry, list) and (path / name).is_dir():
+        if name not in layout.pipeline.components and isinstance(entry, list) and (path / name).is_dir():
             others |= {file for file in (path / name).iterdir() if _is_kept(file)}
-    return StoredModel(path, layout.family.adapters, files, tuple(sorted(others)), locations)
+    return StoredModel(path, layout.family.name, files, tuple(sorted(others)), locations)
 
 
 def _open_component(path: Path, weights: list[Path], others: tuple[Path, ...], component: str | None) -> StoredModel:
@@ -163,7 +165,7 @@ def _open_original(
         shape = entry.folder_shape(stored.shape)
         canonical = f"{entry.component}.{entry.name}"
         locations[canonical] = TensorLocation(stored, key, shape, rows, entry.change == "transposed")
-    family = "sdxl" if recognized.architecture == "sdxl" else "sd"
+    family = published[recognized.architecture].family
     return StoredModel(path, family, {path: (tensors, metadata)}, (), locations, is_original=True)
 
 
@@ -211,7 +213,7 @@ def _component_of(path: Path, names: list[str]) -> str:
         return "unet"
     if any(name.startswith(("text_model.", "encoder.layers.")) for name in names):
         return "text_encoder"
-    if any("transformer_blocks." in name for name in names):
+    if has_known_modules(name.rpartition(".")[0].replace(".", "_") for name in names):
         return "transformer"
     raise BaseModelError(
         "the component of the model cannot be inferred",

@@ -50,7 +50,6 @@ def main(arguments: list[str]) -> int:
 def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
     from pydantic import ValidationError
 
-    from lora_engine.bases.families import families
     from lora_engine.bases.source import resolve_base
     from lora_engine.errors import EngineError, InterruptedRun, SettingsError, TrainingError
     from lora_engine.training.spec import TrainSettings
@@ -65,10 +64,10 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise SettingsError(f"invalid job ({error!r})", where=str(path)) from error
         # A missing base is reported before the imports, which take seconds.
-        family = resolve_base(base).family
+        loader = resolve_base(base).loader
         # Heavy imports come after the signal handlers, so that a signal during an import is handled.
         with optional_hidden():
-            importlib.import_module(families[family].module)
+            importlib.import_module(loader.partition(":")[0])
             from lora_engine.training.run import train
 
         train(settings, base, dataset, out, work, **folders, progress=_ProgressWriter(channel), stop=stopped.is_set)

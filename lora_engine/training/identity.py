@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.bases.noise import NoiseSchedule
-from lora_engine.bases.one_at_a_time import BUILDING
+from lora_engine.building import BUILDING
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import SettingsError
 from lora_engine.training.batches import Batch

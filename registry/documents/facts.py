@@ -128,7 +128,7 @@ class Facts:
 
     @property
     def family(self) -> str:
-        """The base's family (sd, sdxl, sd3, flux), or an empty string."""
+        """The base's family, or an empty string."""
         return str((self.report.get("base") or {}).get("family") or "")
 
     @property

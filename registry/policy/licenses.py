@@ -1,4 +1,7 @@
-"""Reads the license table: `licenses.yaml` beside this file, and the home's additions. Not legal advice."""
+"""Reads the license table: `licenses.yaml` beside this file, the families' bases, the home's additions.
+
+Not legal advice.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lora_engine.families import families
 from registry.errors import PolicyError
 from registry.policy.license_terms import TAINTS, LicenseTerms, unknown
 
@@ -152,6 +156,12 @@ def read_licenses(home: Path | None = None) -> Licenses:
 @lru_cache(maxsize=1)
 def _shipped() -> Licenses:
     table = _read(_SHIPPED)
+    published = tuple(
+        BaseLicense(license=license_id, hub=names)
+        for family in families.values()
+        for license_id, names in family.licenses.items()
+    )
+    table = table.model_copy(update={"bases": published + table.bases})
     _check(table, _SHIPPED)
     return table
 

@@ -69,7 +69,7 @@ def convert_adapter(
         `format`, `files` with their digests, `approximation` with the shares kept, and `assumed` assumptions.
     """
     from lora_engine.bases.base import load_base
-    from lora_engine.bases.published import published
+    from lora_engine.families import published
     from lora_engine.files import sha256_file
     from lora_engine.formats import write_adapter
     from lora_engine.formats.dtypes import dtype_of

@@ -185,14 +185,13 @@ def _read(path: Path, request: ImportRequest, original: Mapping[str, str], form:
 
 
 def _describe_base(base: str) -> tuple[str, str, str | None]:
-    from lora_engine.bases.families import families
-    from lora_engine.bases.published import published
     from lora_engine.bases.source import resolve_base
+    from lora_engine.families import published
 
     if base in published:
-        return base, families[published[base].family].adapters, None
+        return base, published[base].family, None
     source = resolve_base(base)
-    return source.label, families[source.family].adapters, source.fingerprint()
+    return source.label, source.family, source.fingerprint()
 
 
 def _card(card: Card, request: ImportRequest, label: str, fingerprint: str | None, imported: Mapping[str, Any]) -> Card:

@@ -22,7 +22,7 @@ class Watch:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name.partition(".")[0] in HEAVY and threading.current_thread() is not threading.main_thread():
-            lock = getattr(sys.modules.get("lora_engine.bases.one_at_a_time"), "BUILDING", None)
+            lock = getattr(sys.modules.get("lora_engine.building"), "BUILDING", None)
             if lock is None or not lock._is_owned():
                 self.seen.append(f"{name} in {threading.current_thread().name}")
         return None

@@ -126,7 +126,7 @@ def test_a_run_without_models_does_not_import_torch(prepared: Path, tmp_path: Pa
         "import_for(jobs[name] for name in ('photos', 'prepared', 'captions'))\n"
         "print('torch' in sys.modules)\n"
         "report = jobs['report0']\n"
-        "print('lora_engine.bases.sd' in report.kind.imports(report.spec, report.folder))\n"
+        "print('lora_engine.families.sd.model' in report.kind.imports(report.spec, report.folder))\n"
     )
     shutil.copytree(prepared / "images", tmp_path / "images")
     (tmp_path / "pipeline.yaml").write_text(line_of(steps_at_once(evaluations=1, captionings=0, trainings=0)))

@@ -31,7 +31,7 @@ ONE = PREPARE + f"  adapter: {TRAIN.format(1)}\n"
 
 
 def test_two_processes_of_one_home_never_train_at_the_same_time(pipeline, home):
-    import lora_engine.bases.sd
+    import lora_engine.families.sd.model
     import lora_engine.training.run  # noqa: F401 (once, for both processes)
 
     path = pipeline(BY_TURNS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, LoraDelta, attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.flux import pack
+from lora_engine.families.flux.model import pack
 from lora_engine.formats import write_adapter
 from lora_engine.inference.generate import draw_noise, generate
 from tests.support.untrained import write_untrained_base

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.flux import TRAINING_GUIDANCE
 from lora_engine.bases.noise import flow_schedule_from
+from lora_engine.families.flux.model import TRAINING_GUIDANCE
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.denoising import predict

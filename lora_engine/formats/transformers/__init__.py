@@ -1,11 +1,7 @@
-"""Module names of diffusion transformers (FLUX, Stable Diffusion 3), whose original layers fuse several modules.
+"""Module names of diffusion transformers in files, whose original layers fuse several modules.
 
-Each family is one file, discovered by import. `dit` looks names up, `fused` splits and fuses rows, `names` is the
-interface for codecs.
+The families hold the names. `fused` splits and fuses rows, `dit` does so for a family, `names` is the interface for
+codecs.
 """
 
-import importlib
-import pkgutil
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+from lora_engine.formats.transformers import fused_kinds as fused_kinds  # registers its rules

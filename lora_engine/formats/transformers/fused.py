@@ -1,8 +1,8 @@
 """Splits and fuses the deltas of fused layers: one linear layer of the original code is several in diffusers.
 
 For example q, k and v are parts of one layer. The parts are consecutive rows of the weight. `split` and `fuse` are
-exact and refuse what a kind cannot do exactly. Each kind has a `RowRule`; the families' tables (`flux`, `sd3`) list the
-fused layers.
+exact and refuse what a kind cannot do exactly. Each kind has a `RowRule`; the families' tables of names list the fused
+layers.
 """
 
 from __future__ import annotations

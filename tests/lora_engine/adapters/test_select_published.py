@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from lora_engine.adapters import select_modules
-from lora_engine.bases.published import published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.errors import SettingsError
 
 shapes_of = cache(published_module_shapes)

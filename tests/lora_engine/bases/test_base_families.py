@@ -13,11 +13,11 @@ from torch import nn
 from lora_engine.adapters import adaptable_layers, module_shapes
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.flux import pack, unpack
-from lora_engine.bases.layout import download_patterns, read_layout
 from lora_engine.bases.source import resolve_base
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import BaseModelError, EngineError, SettingsError
+from lora_engine.families.flux.model import pack, unpack
+from lora_engine.families.layout import download_patterns, read_layout
 
 SHAPES = ["small-sd", "small-sd-v", "small-sdxl", "small-sd-inpainting", "small-sdxl-inpainting"]
 SHAPES += ["small-sd3", "small-sd3-without-t5", "small-flux"]
@@ -59,7 +59,8 @@ def test_adapters_of_inpainting_bases_have_the_family_of_the_original_base(
     bases: dict[str, BaseModel], untrained: dict[str, Path]
 ) -> None:
     assert [bases[shape].family for shape in SHAPES[3:]] == ["sd", "sdxl", "sd3", "sd3", "flux"]
-    assert resolve_base(str(untrained["small-sd-inpainting"])).family == "sd-inpainting"
+    source = resolve_base(str(untrained["small-sd-inpainting"]))
+    assert (source.family, source.loader.rpartition(":")[2]) == ("sd", "Inpainting")
     assert bases["small-sd-inpainting"].module_names() == bases["small-sd"].module_names()
     assert [bases[shape].inpaints for shape in SHAPES[2:5]] == [False, True, True]
     assert [bases[shape].distilled for shape in SHAPES[4:]] == [False, False, False, True]

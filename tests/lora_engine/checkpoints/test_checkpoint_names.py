@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine.bases.published import published, published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.checkpoints import checkpoint_names, names_by_module, stored_name
 from lora_engine.checkpoints.folder import components_of
 from lora_engine.checkpoints.leftovers import UNUSED, reason_unused
@@ -17,6 +17,7 @@ from lora_engine.checkpoints.original import open_original
 from lora_engine.checkpoints.plan import plan_folder
 from lora_engine.checkpoints.recognize import recognize
 from lora_engine.errors import SettingsError
+from lora_engine.families import published
 from lora_engine.formats.ldm_names import LAYOUTS, UnetLayout
 
 # Written by hand, independent of the tables: what each architecture stores, and the number of tensors.
@@ -170,7 +171,7 @@ def test_an_architecture_without_a_table_is_refused() -> None:
 def test_published_shapes_need_no_weights_and_leave_the_generator_alone(name: str) -> None:
     import torch
 
-    from lora_engine.bases.published import empty_module
+    from lora_engine.adapters.published import empty_module
 
     before = torch.get_rng_state()
     architecture = published[name]

@@ -414,7 +414,9 @@ CORPUS: dict[str, Case] = {
         module({"lokr_w1": ones(1000, 1000), "lokr_w2": ones(1000, 1000)}), "base", named=True, dangerous=True
     ),
     "FLUX LoKr that would be huge in parts": Case(
-        saved({f"{QKV}.lokr_w1": ones(1000, 1000), f"{QKV}.lokr_w2": ones(60, 20)}), "too large", dangerous=True
+        saved({f"{QKV}.lokr_w1": ones(1000, 1000), f"{QKV}.lokr_w2": ones(60, 20)}, {"loraline.base": "flux"}),
+        "too large",
+        dangerous=True,
     ),
     "DoRA of outputs": Case(module(PARTS | {"dora_scale": ones(4, 1)}), READ, named=True),
     "DoRA of inputs": Case(module(PARTS | {"dora_scale": ones(1, 3)}), READ, named=True),

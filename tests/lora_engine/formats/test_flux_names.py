@@ -8,11 +8,10 @@ from law_adapters import random_delta
 from safetensors.torch import save_file
 
 from lora_engine.adapters import Adapter, DoraDelta, FullDelta, LoraDelta, same_delta
-from lora_engine.bases.published import published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.errors import AdapterError
+from lora_engine.families import families
 from lora_engine.formats import codecs, detect_codec, inspect, read_adapter, write_adapter
-from lora_engine.formats.transformers.dit import TEXT_NAMES, transformer_names
-from lora_engine.formats.transformers.names import transformer_family
 
 FORMATS = ("kohya", "comfyui", "onetrainer", "lycoris", "aitoolkit", "diffusers", "peft", "loraline")
 BASES = {"flux": "flux", "sd3": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
@@ -41,7 +40,7 @@ def adapter_of(shapes, family, chosen=lambda name: True, kind="lora"):
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_module_of_the_transformer_has_an_original_name_and_comes_back(base, shapes):
-    names = transformer_names[BASES[base]].names
+    names = families[BASES[base]].names
     paths = [name.removeprefix("transformer.") for name in shapes[base] if name.startswith("transformer.")]
     assert len(paths) > 300
     for path in paths:
@@ -55,13 +54,13 @@ def test_every_module_of_the_transformer_has_an_original_name_and_comes_back(bas
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_module_of_the_text_encoders_is_found_flattened(base, shapes):
-    family = transformer_names[BASES[base]]
+    family = families[BASES[base]]
     paths = [name.partition(".")[::2] for name in shapes[base]]
     assert family.text
     assert {component for component, _ in paths} >= set(family.text)
     for component, path in paths:
         if component in family.text:
-            assert TEXT_NAMES[family.text[component]].find_canonical(path.replace(".", "_"), "_") == path
+            assert family.text[component].names.find_canonical(path.replace(".", "_"), "_") == path
 
 
 def test_the_tables_of_names_are_those_of_diffusers_own_conversion():
@@ -195,46 +194,11 @@ def test_the_width_of_a_missing_mlp_is_taken_from_another_block():
     assert tensors["lora_unet_single_blocks_7_linear1.lora_up.weight"].shape[0] == 3 * WIDTH + 12
 
 
-@pytest.mark.parametrize(
-    ("names", "family"),
-    [
-        (["lora_unet_double_blocks_3_img_mlp_0"], "flux"),
-        (["diffusion_model.single_blocks.3.linear2"], "flux"),
-        (["transformer.single_transformer_blocks.1.proj_out"], "flux"),
-        (["single_transformer_blocks.1.proj_out", "transformer_blocks.1.attn.to_q"], "flux"),
-        (["lora_unet_joint_blocks_3_x_block_mlp_fc1"], "sd3"),
-        (["transformer.transformer_blocks.1.attn2.to_q"], "sd3"),
-        (["text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"], "sd3"),
-        (["lora_unet_blocks_0_self_attn_q_proj"], "anima"),
-        (["diffusion_model.blocks.0.attn.wq"], "krea2"),
-        (["lora_unet_transformer_blocks_0_img_mlp_net_0_proj"], "qwen_image"),
-        (["transformer.transformer_blocks.0.txt_mod.1"], "qwen_image"),
-        (["transformer_blocks.0.attn.to_k"], "qwen_image"),
-        (["diffusion_model.blocks.0.cross_attn.k"], "wan"),
-        (["lora_unet_single_stream_modulation_lin", "lora_unet_double_blocks_0_img_attn_qkv"], "flux2"),
-        (["lora_unet_double_blocks_0_img_mlp_fc1"], "hunyuan_video"),
-        (["diffusion_model.layers.0.attention.qkv"], "z_image"),
-        (["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"], ""),
-        (["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"], ""),
-        (["lora_te1_text_model_encoder_layers_0_mlp_fc1"], ""),
-    ],
-)
-def test_families_are_recognized_by_names(names, family):
-    assert transformer_family(names) == family
-
-
-@pytest.mark.parametrize(
-    ("width", "number", "family"),
-    [(3072, 3, "flux"), (3072, 19, "qwen_image"), (1536, 3, "sd3"), (2432, 37, "sd3"), (64, 0, "")],
-)
-def test_double_blocks_alone_are_recognized_by_their_width(width, number, family):
-    delta = LoraDelta(torch.ones(1, width), torch.ones(width, 1), 1.0)
-    assert transformer_family({f"transformer.transformer_blocks.{number}.attn.to_q": delta}) == family
-
-
 def test_unsupported_families_are_inspected_and_refused_by_name(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_file({f"lora_unet_blocks_0_mlp_layer1.lora_{n}.weight": torch.ones(2, 2) for n in ("down", "up")}, path)
+    down, up = torch.ones(1, 2048), torch.ones(8192, 1)
+    raw = "lora_unet_blocks_0_mlp_layer1"
+    save_file({f"{raw}.lora_down.weight": down, f"{raw}.lora_up.weight": up}, path)
     report = inspect(path)
     assert (report["format"], report["family"]) == ("kohya", "anima")
     with pytest.raises(AdapterError, match=r"Anima \(anima\), a base family that is not supported"):
@@ -250,11 +214,14 @@ def test_names_that_no_flux_has_are_refused(tmp_path):
 
 @pytest.mark.parametrize("rows", [9, 21, 48])
 def test_rows_that_are_not_three_times_the_columns_are_refused(rows, tmp_path):
-    path = tmp_path / "a.safetensors"
     raw = "lora_unet_double_blocks_0_img_attn_qkv"
-    save_file({f"{raw}.lora_down.weight": torch.ones(2, 8), f"{raw}.lora_up.weight": torch.ones(rows, 2)}, path)
+    tensors = {f"{raw}.lora_down.weight": torch.ones(2, 8), f"{raw}.lora_up.weight": torch.ones(rows, 2)}
+    save_file(tensors, tmp_path / "stated.safetensors", {"loraline.base": "flux"})
     with pytest.raises(AdapterError, match=rf"img_attn_qkv.*{rows} rows and 8 columns.*24 rows"):
-        read_adapter(path)
+        read_adapter(tmp_path / "stated.safetensors")
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    with pytest.raises(AdapterError, match=rf"img_attn_qkv.*{rows} rows and 8 columns.*9216 rows and 3072 columns"):
+        read_adapter(tmp_path / "foreign.safetensors")
 
 
 def test_an_input_magnitude_is_kept_in_diffusers_names_and_refused_in_fused_ones():
@@ -273,13 +240,12 @@ def test_an_input_magnitude_is_kept_in_diffusers_names_and_refused_in_fused_ones
 
 def test_original_names_need_a_known_family():
     name = "transformer.transformer_blocks.0.ff.net.2"
-    with pytest.raises(AdapterError, match=r"the family of the adapter is unknown.*flux, sd3"):
+    with pytest.raises(AdapterError, match=r"the family of the adapter is unknown.*sd3, flux"):
         codecs["kohya"].encode(Adapter({name: random_delta("lora", (4, 4))}))
-    single = {
-        name: random_delta("lora", (4, 4)),
-        "transformer.single_transformer_blocks.0.proj_out": random_delta("lora", (4, 4)),
-    }
-    assert "lora_unet_double_blocks_0_img_mlp_2.alpha" in codecs["kohya"].encode(Adapter(single))[0]
+    with pytest.raises(AdapterError, match=r"the family of the adapter is ambiguous.*flux, chroma, hunyuan_video"):
+        codecs["kohya"].encode(Adapter({name: random_delta("lora", (3072, 12288), 1)}))
+    proven = {"transformer.transformer_blocks.0.ff.net.2": random_delta("lora", (1536, 6144), 1)}
+    assert "lora_unet_joint_blocks_0_x_block_mlp_fc2.alpha" in codecs["kohya"].encode(Adapter(proven))[0]
 
 
 def test_one_part_under_two_names_is_refused():
@@ -299,6 +265,6 @@ def test_read_only_formats_refuse_to_write():
 def test_an_adapter_on_the_blocks_alone_is_read_without_a_prefix():
     """PEFT's own state dict has this form."""
     names = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q")
-    tensors = {f"{n}.lora_{f}.weight": torch.ones(2, 2) for n in names for f in ("A", "B")}
-    adapter = detect_codec(tensors, {}).decode(tensors, {})
+    tensors = {f"{n}.lora_{f}.weight": torch.ones((1, 3072) if f == "A" else (3072, 1)) for n in names for f in "AB"}
+    adapter = detect_codec(tensors, {}).decode(tensors, {"modelspec.architecture": "flux-1-dev/lora"})
     assert (adapter.base, sorted(adapter.modules)) == ("flux", [f"transformer.{name}" for name in names])

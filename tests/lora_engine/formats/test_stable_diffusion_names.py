@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_engine.adapters import Adapter, LoraDelta
-from lora_engine.bases.published import published_module_shapes
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.errors import AdapterError
 from lora_engine.formats import codecs, detect_codec, inspect, read_adapter
 from lora_engine.formats.ldm_names import LAYOUTS, original_path

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lora_engine.bases.base import load_base
-from lora_engine.bases.sd import StableDiffusion
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import SettingsError
+from lora_engine.families.sd.model import StableDiffusion
 from lora_engine.training.cache import TensorCache, prune
 from lora_engine.training.examples import Encoder, read_examples, text_encoder
 from lora_engine.training.run import train

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from lora_engine.bases.published.architecture import Architecture, ComponentConfig
-from lora_engine.bases.published.sd15 import AUTOENCODER, CLIP_L, CLIP_L_REPOSITORY, SCHEDULE, TOKENIZER
+from lora_engine.families.family import Architecture, ComponentConfig, ComponentLocation
+from lora_engine.families.sd.published import (
+    AUTOENCODER,
+    CLIP_L,
+    CLIP_L_REPOSITORY,
+    SCHEDULE,
+    TOKENIZER,
+    UNET_LOCATION,
+    VAE_LOCATION,
+)
 
 CLIP_G = {
     "vocab_size": 49408,
@@ -73,4 +81,11 @@ SDXL = Architecture(
     adaptable=("unet", "text_encoder", "text_encoder_2"),
     settings={"force_zeros_for_empty_prompt": True},
     tokenizers={"tokenizer": CLIP_L_REPOSITORY, "tokenizer_2": CLIP_G_REPOSITORY},
+    file={
+        "unet": UNET_LOCATION,
+        "vae": VAE_LOCATION,
+        "text_encoder": ComponentLocation("conditioner.embedders.0.transformer.", "clip"),
+        "text_encoder_2": ComponentLocation("conditioner.embedders.1.model.", "open_clip"),
+    },
+    modelspec=("stable-diffusion-xl-v1-base", "1024x1024"),
 )

@@ -15,13 +15,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import Change, no_change
-from lora_engine.bases.sd import StableDiffusion
 from lora_engine.bases.source import BaseSource
-
-
-def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> StableDiffusionXL:
-    """Loads a base of this family; see `load_base`."""
-    return StableDiffusionXL(source, device, dtype)
+from lora_engine.families.sd.inpainting import Inpainting
+from lora_engine.families.sd.model import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -72,3 +68,7 @@ class StableDiffusionXL(StableDiffusion):
         self.tokenizer_2 = load_tokenizer(CLIPTokenizer, source, "tokenizer_2")
         second = load_component(CLIPTextModelWithProjection, source, "text_encoder_2", self.dtype)
         self.modules["text_encoder_2"] = second.to(self.device)
+
+
+class InpaintingXL(Inpainting, StableDiffusionXL):
+    """A `StableDiffusionXL` with the mask of `Inpainting`."""

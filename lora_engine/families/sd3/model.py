@@ -22,11 +22,6 @@ from lora_engine.bases.source import BaseSource
 T5_TOKENS = 256
 
 
-def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> StableDiffusion3:
-    """Loads a base of this family; see `load_base`."""
-    return StableDiffusion3(source, device, dtype)
-
-
 class StableDiffusion3(FlowModel):
     """A transformer with joint attention, an autoencoder, two CLIPs and a T5; see `BaseModel`."""
 

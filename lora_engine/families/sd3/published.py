@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_engine.bases.published.architecture import Architecture, ComponentConfig
-from lora_engine.bases.published.sd15 import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
-from lora_engine.bases.published.sdxl import CLIP_G, CLIP_G_REPOSITORY
+from lora_engine.families.family import Architecture, ComponentConfig
+from lora_engine.families.sd.published import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
+from lora_engine.families.sdxl.published import CLIP_G, CLIP_G_REPOSITORY
 
 # The encoder of Google's T5 v1.1 XXL; only its encoder is used.
 T5_XXL = {

@@ -24,11 +24,6 @@ TRAINING_GUIDANCE = 1.0
 """The default guidance scale of a network with distilled guidance, as in training."""
 
 
-def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Flux:
-    """Loads a base of this family; see `load_base`."""
-    return Flux(source, device, dtype)
-
-
 class Flux(FlowModel):
     """A transformer of packed latents, an autoencoder, a CLIP and a T5; see `BaseModel`."""
 

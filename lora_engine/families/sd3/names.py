@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from lora_engine.formats.transformers.dit import Blocks, NameTable, TransformerNames, transformer_names
-from lora_engine.formats.transformers.fused import Rows
+from lora_engine.families.double_stream import DOUBLE_SHAPES
+from lora_engine.families.names import Blocks, NameTable
 
 _JOINT = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -37,36 +35,34 @@ _OUTSIDE = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-
-
+# A second attention adds three values to the modulation of the image. The context of the last block is only normalized.
+_SHAPES = {
+    **DOUBLE_SHAPES,
+    **dict.fromkeys(("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"), "w w"),
+    "norm1.linear": "6w|9w w",
+    "norm1_context.linear": "6w|2w w",
+}
+_OUTSIDE_SHAPES = {
+    "pos_embed.proj": "w 64",
+    "context_embedder": "w 4096",
+    "time_text_embed.timestep_embedder.linear_1": "w 256",
+    "time_text_embed.timestep_embedder.linear_2": "w w",
+    "time_text_embed.text_embedder.linear_1": "w 2048",
+    "time_text_embed.text_embedder.linear_2": "w w",
+    "norm_out.linear": "2w w",
+    "proj_out": "64 w",
+}
+NAMES = NameTable((Blocks("joint_blocks", "transformer_blocks", _JOINT, _SHAPES),), _OUTSIDE, _OUTSIDE_SHAPES)
 # Widths of the published models: 3 medium and 3.5 medium, and 3.5 large.
-_WIDTHS = (1536, 2432)
+WIDTHS = (1536, 2432)
 
 
-def _rows(parts: Sequence[str], columns: int) -> Rows:
-    return [columns] * len(parts)
-
-
-def _swapped(original: str, shape: tuple[int, int]) -> bool:
+def swaps_halves(original: str, shape: tuple[int, int]) -> bool:
+    """Returns True if diffusers swaps the halves of a layer's rows."""
     # The context of the last block is only normalized: its modulation has two values where other blocks have six.
     # diffusers uses its continuous norm for it, as at the end of the network, with scale before shift. A delta of the
     # bias or of whole rows does not show the width of the layer.
     rows, columns = shape
-    widths = (columns,) if columns else _WIDTHS
+    widths = (columns,) if columns else WIDTHS
     ends = original.endswith("context_block.adaLN_modulation.1") and rows in [2 * width for width in widths]
     return ends or original == "final_layer.adaLN_modulation.1"
-
-
-SD3 = TransformerNames(
-    name="sd3",
-    title="Stable Diffusion 3",
-    names=NameTable((Blocks("joint_blocks", "transformer_blocks", _JOINT),), _OUTSIDE),
-    mark=r"joint_blocks_\d+_.+|transformer_blocks_\d+_attn2_(to_|norm).+|pos_embed_proj",
-    widths=_WIDTHS,
-    rows=_rows,
-    swapped=_swapped,
-    text={"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
-    version="sd3",
-    architecture="stable-diffusion-3/lora",
-)
-transformer_names.add(SD3.name, SD3)

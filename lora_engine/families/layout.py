@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.families import Family, families, family_of_pipeline
 from lora_engine.errors import BaseModelError
+from lora_engine.families import Family, Pipeline, families, find_pipeline
 
 INDEX = "model_index.json"
 _STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
@@ -24,13 +24,15 @@ class Layout:
     """The files of one base.
 
     Attributes:
-        family: The family of its pipeline.
+        family: The family of its adapters.
+        pipeline: Its pipeline.
         index: The content of `model_index.json`.
         variants: Variant of the weight files (None or `fp16`) by component.
         files: All files of the base, relative to the folder, sorted.
     """
 
     family: Family
+    pipeline: Pipeline
     index: dict[str, Any]
     variants: dict[str, str | None]
     files: tuple[str, ...]
@@ -43,22 +45,22 @@ def read_layout(folder: Path) -> Layout:
         BaseModelError: Not a diffusers folder, an unknown family, a missing part, or weights only as pickles.
     """
     index = _read_json(folder / INDEX)
-    pipeline = str(index.get("_class_name"))
-    family = family_of_pipeline(pipeline)
-    if family is None:
-        known = ", ".join(name for entry in families.values() for name in entry.pipelines)
-        raise BaseModelError(f"unknown pipeline {pipeline!r}", where=str(folder / INDEX), allowed=known)
+    found = find_pipeline(str(index.get("_class_name")))
+    if found is None:
+        known = ", ".join(pipeline.name for family in families.values() for pipeline in family.pipelines)
+        raise BaseModelError(f"unknown pipeline {index.get('_class_name')!r}", where=str(folder / INDEX), allowed=known)
+    family, pipeline = found
     files: list[str] = [INDEX]
     variants: dict[str, str | None] = {}
-    for component in family.components:
+    for component in pipeline.components:
         path = folder / component
-        if component in family.optional and _is_null(index.get(component)):
+        if component in pipeline.optional and _is_null(index.get(component)):
             continue
         if not path.is_dir():
             raise BaseModelError(
                 f"the component {component!r} is missing",
                 where=str(folder),
-                allowed=f"a folder with {', '.join(family.components)}",
+                allowed=f"a folder with {', '.join(pipeline.components)}",
                 remedy="download or save the base again",
             )
         if component == "scheduler":
@@ -69,7 +71,7 @@ def read_layout(folder: Path) -> Layout:
             variants[component], weights = _find_weights(path, _STEMS.get(component, "model"))
             names = [_required(path, "config.json"), *weights]
         files += [f"{component}/{name}" for name in names]
-    return Layout(family, index, variants, tuple(sorted(files)))
+    return Layout(family, pipeline, index, variants, tuple(sorted(files)))
 
 
 def download_patterns(variant: str | None) -> list[str]:
@@ -89,9 +91,9 @@ def download_patterns(variant: str | None) -> list[str]:
             f".safetensors.index{middle}.json",
         )
     ]
-    parts = sorted({component for family in families.values() for component in family.components})
+    parts = sorted({part for family in families.values() for entry in family.pipelines for part in entry.components})
     settings = [f"{part}/{name}" for part in parts for name in ("*config.json", "vocab.json", "merges.txt")]
-    return [INDEX, *settings, "tokenizer*/*.json", "tokenizer*/*.model", *weights]
+    return [INDEX, *settings, "tokenizer*/*.json", "tokenizer*/*.model", "tokenizer*/*.jinja", *weights]
 
 
 def _is_null(entry: Any) -> bool:
@@ -137,7 +139,7 @@ def _shards(folder: Path, index: str) -> list[str]:
 
 
 def _tokenizer_files(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model", ".jinja"})
     if not {"tokenizer.json", "spiece.model"} & set(names):
         _required(folder, "vocab.json")
         _required(folder, "merges.txt")

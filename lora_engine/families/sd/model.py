@@ -19,14 +19,9 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.long_text import Change, no_change
 from lora_engine.bases.noise import schedule_from
-from lora_engine.bases.one_at_a_time import BUILDING
 from lora_engine.bases.source import BaseSource
+from lora_engine.building import BUILDING
 from lora_engine.errors import BaseModelError
-
-
-def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-    """Loads a base of this family; see `load_base`."""
-    return StableDiffusion(source, device, dtype)
 
 
 class StableDiffusion(LatentModel):

@@ -1,4 +1,4 @@
-"""Implements Stable Diffusion and XL for inpainting: the UNet also reads a mask and the masked image.
+"""Implements Stable Diffusion for inpainting: the UNet also reads a mask and the masked image.
 
 Follows the inpainting pipelines of diffusers; a parity test compares the two. Bases with four input channels are not
 inpainting bases.
@@ -13,16 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.sd import StableDiffusion
-from lora_engine.bases.sdxl import StableDiffusionXL
-from lora_engine.bases.source import BaseSource
 from lora_engine.errors import SettingsError
-
-
-def load(source: BaseSource, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-    """Loads a base of one of these families; see `load_base`."""
-    cls = InpaintingXL if source.family == "sdxl-inpainting" else Inpainting
-    return cls(source, device, dtype)
+from lora_engine.families.sd.model import StableDiffusion
 
 
 class Inpainting(StableDiffusion):
@@ -53,7 +45,3 @@ class Inpainting(StableDiffusion):
     def _input_channels(self) -> Mapping[str, int]:
         latents = int(self.vae.config.latent_channels)
         return {"latents": latents, "mask": 1, "masked latents": latents}
-
-
-class InpaintingXL(Inpainting, StableDiffusionXL):
-    """A `StableDiffusionXL` with the mask of `Inpainting`."""

@@ -1,6 +1,6 @@
-"""Describes the published architectures (`sd15`, `sd2`, `sdxl`, ...) for code that needs names but no weights.
+"""Returns the names and shapes of the layers of published bases, without their weights.
 
-One file per architecture with literal settings; networks are built on torch's meta device.
+Networks are built on torch's meta device from the settings in `families`.
 """
 
 from __future__ import annotations
@@ -8,30 +8,21 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_engine.bases.one_at_a_time import BUILDING
-from lora_engine.bases.published.architecture import Architecture, ComponentConfig
-from lora_engine.bases.published.flux import FLUX, FLUX_SCHNELL
-from lora_engine.bases.published.sd2 import SD2, SD2_BASE
-from lora_engine.bases.published.sd3 import SD3, SD35_LARGE, SD35_MEDIUM
-from lora_engine.bases.published.sd15 import SD15
-from lora_engine.bases.published.sdxl import SDXL
-from lora_engine.registries import Registry
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
-
-published: Registry[Architecture] = Registry("published architecture")
-for _entry in (SD15, SD2, SD2_BASE, SDXL, SD3, SD35_MEDIUM, SD35_LARGE, FLUX, FLUX_SCHNELL):
-    published.add(_entry.name, _entry)
+from lora_engine.adapters.tree import DictTree, module_shapes
+from lora_engine.building import BUILDING
+from lora_engine.families import ComponentConfig, published
 
 
 def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Returns the weight shape by canonical name for every adaptable layer of a published architecture.
 
     Args:
-        name: A name among `published`.
+        name: A name among `families.published`.
 
     Raises:
         SettingsError: The name is unknown; lists the known ones.
@@ -41,8 +32,6 @@ def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _module_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    from lora_engine.adapters.tree import DictTree, module_shapes
-
     architecture = published[name]
     modules = {part: empty_module(architecture.components[part]) for part in architecture.adaptable}
     return module_shapes(DictTree(modules, architecture.family))
@@ -54,8 +43,6 @@ def empty_module(component: ComponentConfig) -> nn.Module:
     Args:
         component: A component with weights (not a tokenizer, not a scheduler).
     """
-    import torch
-
     cls: Any = getattr(importlib.import_module(component.library), component.class_name)
     # Initialization draws random numbers even on the meta device; restore the global generator.
     with BUILDING, torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -72,6 +59,3 @@ def _build(cls: Any, component: ComponentConfig) -> Any:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     # Metadata keys (`_class_name`, ...) are not arguments of the class.
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-__all__ = ["Architecture", "ComponentConfig", "empty_module", "published", "published_module_shapes"]

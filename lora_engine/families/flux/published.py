@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_engine.bases.published.architecture import Architecture, ComponentConfig
-from lora_engine.bases.published.sd3 import AUTOENCODER, T5_REPOSITORY, T5_TOKENIZER, T5_XXL
-from lora_engine.bases.published.sd15 import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
+from lora_engine.families.family import Architecture, ComponentConfig
+from lora_engine.families.sd.published import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
+from lora_engine.families.sd3.published import AUTOENCODER, T5_REPOSITORY, T5_TOKENIZER, T5_XXL
 
 _TRANSFORMER = {
     "patch_size": 1,

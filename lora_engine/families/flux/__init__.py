@@ -1,0 +1,44 @@
+"""FLUX.1 (Black Forest Labs)."""
+
+from __future__ import annotations
+
+from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, families
+from lora_engine.families.flux.names import NAMES, XLABS, swaps_halves
+from lora_engine.families.flux.published import FLUX as FLUX_DEV
+from lora_engine.families.flux.published import FLUX_SCHNELL
+from lora_engine.families.text_encoders import CLIP_L, T5_TEXT, T5_XXL
+
+_COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    pipelines=(Pipeline("FluxPipeline", "lora_engine.families.flux.model:Flux", _COMPONENTS),),
+    published=(FLUX_DEV, FLUX_SCHNELL),
+    names=NAMES,
+    other_names={"xlabs": XLABS},
+    sizes=(Size("FLUX.1", {"transformer_blocks": 19, "single_transformer_blocks": 38}, {"w": 3072}),),
+    swapped=swaps_halves,
+    text={"text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
+    header=r"flux(_?(1|dev|schnell).*)?",
+    versions=(HeaderVersion("flux1", "flux-1-dev/lora"),),
+    targets=Targets(
+        # A single block has one output layer for attention and feed-forward, `proj_out`.
+        feed_forward=rf"{Targets.feed_forward}|.*\.single_transformer_blocks\.\d+\.proj_(mlp|out)",
+        text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})",
+    ),
+    # There is a free and a non-free release; if only the family is known, the stricter license applies.
+    licenses={
+        "LicenseRef-FLUX-1-dev-NC": (
+            "flux",
+            "black-forest-labs/FLUX.1-dev",
+            "black-forest-labs/FLUX.1-Fill-dev",
+            "black-forest-labs/FLUX.1-Depth-dev",
+            "black-forest-labs/FLUX.1-Canny-dev",
+            "black-forest-labs/FLUX.1-Redux-dev",
+            "black-forest-labs/FLUX.1-Kontext-dev",
+        ),
+        "Apache-2.0": ("black-forest-labs/FLUX.1-schnell",),
+    },
+)
+families.add(FLUX.name, FLUX)

@@ -1,0 +1,58 @@
+"""AuraFlow, PixArt, Sana, HiDream and Stable Cascade, which are only recognized."""
+
+from __future__ import annotations
+
+from lora_engine.families.double_stream import ADDED_PROJECTIONS, PROJECTIONS
+from lora_engine.families.family import Family, Size, families
+from lora_engine.families.names import Blocks, NameTable, same_names
+
+_FEED_FORWARD = {"linear_1": "f w", "linear_2": "f w", "out_projection": "w f"}
+_SINGLE = {**dict.fromkeys(PROJECTIONS, "w w"), **{f"ff.{name}": shape for name, shape in _FEED_FORWARD.items()}}
+_JOINT = {
+    **_SINGLE,
+    **dict.fromkeys(ADDED_PROJECTIONS, "w w"),
+    **{f"ff_context.{name}": shape for name, shape in _FEED_FORWARD.items()},
+    "norm1_context.linear": "6w w",
+}
+AURA_FLOW = Family(
+    name="aura_flow",
+    title="AuraFlow",
+    names=NameTable(
+        tuple(
+            Blocks(name, name, same_names(*shapes, "norm1.linear"), {**shapes, "norm1.linear": "6w w"})
+            for name, shapes in (("joint_transformer_blocks", _JOINT), ("single_transformer_blocks", _SINGLE))
+        )
+    ),
+    sizes=(Size("AuraFlow", {"joint_transformer_blocks": 4, "single_transformer_blocks": 32}, {"w": 3072, "f": 8192}),),
+    marks=r"(double|single)_layers_\d+_",
+    header=r"aura_?flow.*",
+)
+_TWO_ATTENTIONS = {
+    f"{name}.{part}": "w w" for name in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")
+}
+_PIXART = {**_TWO_ATTENTIONS, "ff.net.0.proj": "4w w", "ff.net.2": "w 4w"}
+PIXART = Family(
+    name="pixart",
+    title="PixArt",
+    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_PIXART), _PIXART),)),
+    sizes=(Size("PixArt", {"transformer_blocks": 28}, {"w": 1152}),),
+    marks=r"blocks_\d+_(attn_qkv|attn_proj|cross_attn_(q|kv)_linear|cross_attn_proj)(?=_|$)",
+    header=r"pixart.*",
+)
+_SANA = {**_TWO_ATTENTIONS, "ff.conv_inverted": "5w w", "ff.conv_depth": "5w 9", "ff.conv_point": "w p"}
+SANA = Family(
+    name="sana",
+    title="Sana",
+    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_SANA), _SANA),)),
+    sizes=(
+        Size("Sana 1.6B", {"transformer_blocks": 20}, {"w": 2240, "p": 5600}),
+        Size("Sana 0.6B", {"transformer_blocks": 28}, {"w": 1152, "p": 2880}),
+    ),
+    header=r"sana.*",
+)
+HIDREAM = Family(name="hidream", title="HiDream", marks=r"(double|single)_stream_blocks_\d+_", header=r"hidream.*")
+CASCADE = Family(
+    name="cascade", title="Stable Cascade", marks=r"(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise)_"
+)
+for _family in (AURA_FLOW, PIXART, SANA, HIDREAM, CASCADE):
+    families.add(_family.name, _family)

@@ -1,0 +1,45 @@
+"""Stable Diffusion 3 and 3.5 (Stability AI)."""
+
+from __future__ import annotations
+
+from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, families
+from lora_engine.families.sd3.names import NAMES, WIDTHS, swaps_halves
+from lora_engine.families.sd3.published import SD3 as MEDIUM
+from lora_engine.families.sd3.published import SD35_LARGE, SD35_MEDIUM
+from lora_engine.families.text_encoders import CLIP_G, CLIP_L, T5_TEXT, T5_XXL
+
+_OPTIONAL = ("text_encoder_3", "tokenizer_3")
+_COMPONENTS = (
+    *("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
+    *_OPTIONAL,
+)
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3",
+    pipelines=(
+        Pipeline("StableDiffusion3Pipeline", "lora_engine.families.sd3.model:StableDiffusion3", _COMPONENTS, _OPTIONAL),
+    ),
+    published=(MEDIUM, SD35_MEDIUM, SD35_LARGE),
+    names=NAMES,
+    sizes=(
+        Size("Stable Diffusion 3 medium", {"transformer_blocks": 24}, {"w": WIDTHS[0]}),
+        Size("Stable Diffusion 3.5 large", {"transformer_blocks": 38}, {"w": WIDTHS[1]}),
+    ),
+    swapped=swaps_halves,
+    text={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL},
+    header=r"(sd_?|stable_diffusion_v?)3.*",
+    versions=(HeaderVersion("sd3", "stable-diffusion-3/lora"),),
+    targets=Targets(text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})"),
+    licenses={
+        "LicenseRef-Stability-Community": (
+            "sd3",
+            "stabilityai/stable-diffusion-3-medium",
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            "stabilityai/stable-diffusion-3.5-medium",
+            "stabilityai/stable-diffusion-3.5-large",
+            "stabilityai/stable-diffusion-3.5-large-turbo",
+        )
+    },
+)
+families.add(SD3.name, SD3)

@@ -1,0 +1,44 @@
+"""Stable Diffusion XL (Stability AI)."""
+
+from __future__ import annotations
+
+from lora_engine.families.family import Family, HeaderVersion, Pipeline, Unet, UnetLayout, families
+from lora_engine.families.sdxl.published import SDXL as SDXL_BASE
+from lora_engine.families.text_encoders import CLIP_G, CLIP_L
+
+_COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipelines=(
+        Pipeline("StableDiffusionXLPipeline", "lora_engine.families.sdxl.model:StableDiffusionXL", _COMPONENTS),
+        Pipeline(
+            "StableDiffusionXLInpaintPipeline",
+            "lora_engine.families.sdxl.model:InpaintingXL",
+            _COMPONENTS,
+            variant="inpainting",
+        ),
+    ),
+    published=(SDXL_BASE,),
+    unet=Unet(
+        UnetLayout(3, frozenset({2})),
+        widths=(2048,),
+        modules=("text_encoder_2.", "unet.add_embedding."),
+        published="sdxl",
+        original=True,
+    ),
+    text={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+    header=r"sd_?xl.*",
+    versions=(HeaderVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),),
+    licenses={
+        "LicenseRef-CreativeML-OpenRAIL++-M-SDXL": (
+            "sdxl",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "stabilityai/stable-diffusion-xl-refiner-1.0",
+            "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        ),
+        "LicenseRef-Stability-NC-Research": ("stabilityai/sdxl-turbo",),
+    },
+)
+families.add(SDXL.name, SDXL)
