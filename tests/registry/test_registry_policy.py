@@ -33,33 +33,54 @@ VERSION = AdapterVersion(
 )
 CLEAN = PolicyFacts(terms=UNRESTRICTED, consent=ConsentFindings(), signature=(), actor="ada@lab")
 NC = read_licenses().find("cc-by-nc-4.0").terms
+NOTHING = dataclasses.replace(NC, licenses=frozenset())
 STRICT = AliasPolicy(needs_licence="commercial", needs_consent="complete", needs_signature=True, movers=("ada@*",))
 
 
 @pytest.mark.parametrize(
     ("policy", "facts", "reason", "is_final"),
     [
-        (AliasPolicy(), {"damage": ("gone",)}, "damaged: gone", True),
-        (AliasPolicy(), {"structure": ("NaN in x",)}, "not a valid adapter: NaN in x", True),
+        (AliasPolicy(), {"damage": ("gone",)}, "its bytes are damaged: gone", True),
+        (AliasPolicy(), {"structure": ("NaN in x",)}, "it is not a valid adapter: NaN in x", True),
         (AliasPolicy(), {"revoked": ("consent 'C-1'",)}, "consent 'C-1' was revoked", True),
         (AliasPolicy(movers=("eve@*", "bob")), {}, "ada@lab may not move this alias; eve@*, bob may", True),
         (AliasPolicy(needs_licence="known"), {"terms": unknown("base 'x'")}, "no license is known for base 'x'", False),
-        (AliasPolicy(needs_licence="known"), {"terms": None}, "was not checked", False),
+        (AliasPolicy(needs_licence="known"), {"terms": None}, "its license was not checked", False),
         (AliasPolicy(needs_licence="commercial"), {"terms": NC}, "commercial use is not allowed (CC-BY-NC-4.0)", False),
+        (
+            AliasPolicy(needs_licence="commercial"),
+            {"terms": NOTHING},
+            "commercial use is not allowed (no license)",
+            False,
+        ),
         (AliasPolicy(needs_consent="known"), {"consent": ConsentFindings(1, ("expired",))}, "expired", False),
-        (AliasPolicy(needs_consent="known"), {"consent": None}, "was not checked", False),
+        (AliasPolicy(needs_consent="known"), {"consent": None}, "the consent for its images was not checked", False),
         (AliasPolicy(needs_consent="complete"), {"consent": ConsentFindings(1, (), ("no basis",))}, "no basis", False),
         (AliasPolicy(needs_signature=True), {"signature": ("unsigned",)}, "unsigned", False),
-        (AliasPolicy(needs_signature=True), {"signature": None}, "was not checked", False),
+        (AliasPolicy(needs_signature=True), {"signature": None}, "its signature was not checked", False),
     ],
 )
 def test_every_unmet_requirement_is_a_reason(policy, facts, reason, is_final):
     decision = decide(VERSION, policy, dataclasses.replace(CLEAN, **facts))
-    assert not decision.allowed
-    assert len(decision.reasons) == 1
-    assert reason in decision.reasons[0]
+    assert (decision.allowed, decision.reasons) == (False, (reason,))
     assert bool(decision.final) is is_final
     assert decide(VERSION, policy.model_copy(update={"movers": ("*",)}), CLEAN).allowed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"state": "WITHDRAWN"}, "it was withdrawn"),
+        ({"passed": False}, "its evaluation did not pass"),
+        ({"gates": (GATE | {"value": -0.5},)}, "gate clip_t (difference) is -0.5, below its minimum 0"),
+        ({"gates": (GATE | {"value": 2.0, "of": ""},)}, "gate clip_t is 2, above its maximum 1"),
+        ({"gates": (GATE | {"passed": False},)}, "gate clip_t (difference) did not pass"),
+        ({"gates": (GATE | {"value": 1.0},)}, None),
+    ],
+)
+def test_a_state_an_evaluation_or_a_gate_is_a_reason(change, reason):
+    policy = AliasPolicy(needs_evaluation=True, needs_gate=True)
+    assert decide(dataclasses.replace(VERSION, **change), policy, CLEAN).reasons == ((reason,) if reason else ())
 
 
 def test_facts_without_a_requirement_are_no_reason():
