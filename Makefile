@@ -64,8 +64,11 @@ faults: setup ## Runs the full fault campaigns: kills, full disks, races, flippe
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks
 
-docs: setup ## Checks the commands and links in the documentation
+docs: setup ## Checks the documentation, executes the notebook and writes the API reference to build/api
 	$(BIN)/python -m pytest tests/docs
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/docs-tools pdoc==16.0.0 nbclient==0.11.0 ipykernel==7.4.0
+	PYTHONPATH=$(CURDIR)/build/docs-tools:$(CURDIR) $(BIN)/python -m tools.run_notebook examples/library.ipynb build/library.ipynb
+	PYTHONPATH=$(CURDIR)/build/docs-tools $(BIN)/python -m pdoc --docformat google --no-include-undocumented -o build/api lora_engine registry
 
 lock: ## Updates the lock of the packages from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --extra photographs --extra optimisers --universal --python-version 3.11 --upgrade \

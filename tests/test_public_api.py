@@ -34,6 +34,14 @@ def test_the_public_names_are_these_and_each_can_be_imported(package: str) -> No
 
 
 @pytest.mark.parametrize("package", NAMES)
+def test_the_reference_describes_every_public_class_and_function(package: str) -> None:
+    exported = {name: getattr(import_module(package), name) for name in import_module(package).__all__}
+    described = {name: thing for name, thing in exported.items() if callable(thing)}
+    assert len(described) > 15
+    assert [name for name, thing in described.items() if not (thing.__doc__ or "").strip()] == []
+
+
+@pytest.mark.parametrize("package", NAMES)
 def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         _ = import_module(package).nothing_of_that_name

@@ -16,7 +16,7 @@ from flows.spec import load_spec
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     page
-    for entry in ROOT.glob("[!.]*")
+    for entry in (path for path in ROOT.glob("[!.]*") if path.name != "build")
     for page in (entry.rglob("*.md") if entry.is_dir() else [entry])
     if page.suffix == ".md"
 )

@@ -59,7 +59,7 @@ def found_in(shapes: Mapping[str, tuple[int, int] | None]) -> tuple[str, ...]:
 
 
 FLUX2 = {"mlp": 6, "linear": 9, "inner": 4}
-TOLD = {
+PROVEN = {
     "FLUX.2 klein 4B, double blocks": (bfl(5, 0, 3072, **FLUX2), "flux2"),
     "FLUX.2 klein 4B": (bfl(5, 20, 3072, **FLUX2), "flux2"),
     "FLUX.2 klein 9B, double blocks": (bfl(8, 0, 4096, **FLUX2), "flux2"),
@@ -97,12 +97,12 @@ TOLD = {
     "Wan 1.3B": ({"blocks.0.self_attn.q": (1536, 1536), "blocks.0.ffn.0": (8960, 1536)}, "wan"),
     "Stable Diffusion 3 medium, attention": (attention(24, 1536), "sd3"),
 }
-UNSUPPORTED = {case: entry for case, entry in TOLD.items() if entry[1] not in ("z_image", "sd3")}
+UNSUPPORTED = {case: entry for case, entry in PROVEN.items() if entry[1] not in ("z_image", "sd3")}
 
 
-@pytest.mark.parametrize("case", TOLD)
+@pytest.mark.parametrize("case", PROVEN)
 def test_shapes_and_numbers_tell_families_with_the_same_names_apart(case: str) -> None:
-    shapes, family = TOLD[case]
+    shapes, family = PROVEN[case]
     assert found_in(shapes) == (family,)
 
 
