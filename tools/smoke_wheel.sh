@@ -3,7 +3,8 @@
 #   tools/smoke_wheel.sh UV WHEEL FOLDER
 # The packages are those that the wheel declares, in the versions of requirements.lock, and no others.
 set -euo pipefail
-uv=$1 wheel=$(realpath "$2") folder=$3 root=$(cd "$(dirname "$0")/.." && pwd)
+uv=$(realpath "$1") wheel=$(realpath "$2") folder=$3
+root=$(cd "$(dirname "$0")/.." && pwd)
 rm -rf "$folder" && mkdir -p "$folder" && folder=$(realpath "$folder")
 python=$folder/venv/bin/python
 "$uv" venv --quiet --python "$root/.venv/bin/python" "$folder/venv"
