@@ -11,7 +11,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test suite check quick nightly mutants durations lint faults bench docs lock clean
+.PHONY: help setup demo test suite check quick nightly mutants durations lint faults bench docs wheel lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -68,7 +68,12 @@ docs: setup ## Checks the documentation, executes the notebook and writes the AP
 	$(BIN)/python -m pytest tests/docs
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/docs-tools pdoc==16.0.0 nbclient==0.11.0 ipykernel==7.4.0
 	PYTHONPATH=$(CURDIR)/build/docs-tools:$(CURDIR) $(BIN)/python -m tools.run_notebook examples/library.ipynb build/library.ipynb
-	PYTHONPATH=$(CURDIR)/build/docs-tools $(BIN)/python -m pdoc --docformat google --no-include-undocumented -o build/api lora_engine registry
+	PYTHONPATH=$(CURDIR)/build/docs-tools:$(CURDIR) $(BIN)/python -m tools.api_reference build/api
+
+wheel: setup ## Builds the package, installs it in an empty environment, and runs a pipeline there; needs minutes
+	rm -rf build/lib build/dist
+	$(BIN)/uv build --quiet --out-dir build/dist
+	tools/smoke_wheel.sh $(BIN)/uv build/dist/*.whl build/smoke
 
 lock: ## Updates the lock of the packages from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --extra photographs --extra optimisers --universal --python-version 3.11 --upgrade \
