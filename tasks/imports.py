@@ -7,6 +7,7 @@ partially initialized module, and transformers fails with `cannot import name 'A
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,11 +17,23 @@ from tasks.step import locate_base
 
 
 def import_for(jobs: Iterable[Job]) -> None:
-    """Imports, in this thread, every module that these steps declare, and no other."""
+    """Imports, in this thread, every module that these steps declare, and the kinds and formats if they read adapters.
+
+    Raises:
+        SettingsError: A plug-in names an object that cannot be imported.
+    """
     for job in jobs:
         declared = job.kind.imports
         for module in declared(job.spec, job.folder) if declared else ():
             importlib.import_module(module)
+    if "lora_engine.formats" in sys.modules:
+        from lora_engine.adapters import kinds
+        from lora_engine.formats import codecs
+        from lora_engine.formats.key_layout import load_factor_keys
+
+        load_factor_keys()
+        for entries in (kinds, codecs):
+            tuple(entries.values())
 
 
 def base_module(base: str, folder: Path) -> str:

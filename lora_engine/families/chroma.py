@@ -1,6 +1,6 @@
 """Chroma1, which is only recognized: FLUX.1 without modulation, which an approximator replaces.
 
-Without the approximator, adapters have the names and shapes of FLUX.1's. Only a header tells them apart.
+Without the approximator, adapters have the names and shapes of FLUX.1's; a header or CLIP tells them apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lora_engine.families.double_stream import (
 )
 from lora_engine.families.family import Family, Size, families
 from lora_engine.families.names import Blocks, NameTable
+from lora_engine.families.text_encoders import T5_XXL
 
 _APPROXIMATOR = {"in_layer": ("linear_1",), "out_layer": ("linear_2",)}
 
@@ -48,6 +49,7 @@ CHROMA = Family(
             {"distilled_guidance_layer.layers": 5},
         ),
     ),
+    text={"text_encoder": T5_XXL},
     header=r"chroma.*",
 )
 families.add(CHROMA.name, CHROMA)

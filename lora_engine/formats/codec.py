@@ -163,9 +163,7 @@ class TensorCodec:
 
     def decode(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Names | None = None) -> Adapter:
         """Returns the adapter of a file's tensors and metadata."""
-        if FAMILY not in metadata:
-            families_of_tensors(tensors).check(f"tensor {min(tensors)!r}")
-        parts = self._parts(tensors, metadata)
+        parts = self._supported_parts(tensors, metadata)
         shapes = names if isinstance(names, Mapping) else {}
         known = None if names is None else dict.fromkeys(names)
         deltas = {raw: part.delta for raw, part in parts.items()}
@@ -232,6 +230,15 @@ class TensorCodec:
     def _key_layout_for(self, adapter: Adapter) -> KeyLayout:
         special = self.transformers
         return special.key_layout if special and special.key_layout and special.applies_to(adapter) else self.key_layout
+
+    def _supported_parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
+        """Returns the parts; if they cannot be read, the names may show that the base family is not supported."""
+        try:
+            return self._parts(tensors, metadata)
+        except AdapterError:
+            if FAMILY not in metadata:
+                families_of_tensors(tensors).check(f"tensor {min(tensors)!r}")
+            raise
 
     def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
         validate_tensors(tensors)

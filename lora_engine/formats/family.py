@@ -35,6 +35,7 @@ _UNSUPPORTED_FILES = {
     r"(emb_params|string_to_param.*|clip_[lg])": "a textual-inversion embedding",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a full checkpoint, not an adapter",
 }
+_IN_TEXT_ENCODER = re.compile(r"(?:lora_te\d?_|text_encoder(?:_\d)?\.)(.+)")
 _FACTOR = re.compile(
     r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|(alpha|diff|diff_b|scale|weight|bias|w_norm|b_norm|on_input)$).*"
 )
@@ -116,7 +117,7 @@ def family_of(
     if recognition.problem:
         where = next(name for name in modules if flattened(name) == recognition.where)
         return BaseFamily((), recognition.problem, f"module {where!r}", recognition.allowed)
-    proven = recognition.families or _families_by_width(modules)
+    proven = _with_text_encoders(recognition.families, modules) or _families_by_width(modules)
     if not stated:
         return BaseFamily(proven or _families_by_names((*modules, *base_modules)))
     agreed = tuple(name for name in proven if name in stated)
@@ -198,7 +199,7 @@ def _stated(header: Mapping[str, str]) -> tuple[str, ...]:
 
 def _family_of_base(names: Collection[str]) -> str:
     """Returns the supported family of a base with a transformer; empty if there is none or the names are of several."""
-    own = dict.fromkeys(name for name in names if name.startswith(f"{TRANSFORMER}."))
+    own = [name for name in names if name.startswith(f"{TRANSFORMER}.")]
     possible = [name for name in possible_families(own, by_size=False).families if families[name].is_supported]
     return possible[0] if len(possible) == 1 else ""
 
@@ -213,6 +214,17 @@ def _families_by_width(modules: Mapping[str, Delta]) -> tuple[str, ...]:
     """Returns the families whose U-Net reads text embeddings of a width in the file."""
     widths = set(context_widths(modules))
     return tuple(name for name, family in families.items() if family.unet and widths & set(family.unet.widths))
+
+
+def _with_text_encoders(possible: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the families that have the file's text encoders; all of them if none has, or the file changes none."""
+    paths = [match[1].replace(".", "_") for name in names if (match := _IN_TEXT_ENCODER.fullmatch(name))]
+    fitting = tuple(
+        name
+        for name in possible
+        if all(any(text.names.find(path, "_") for text in families[name].text.values()) for path in paths)
+    )
+    return fitting or possible
 
 
 def _families_by_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         address = (fill_once(tmp_path_factory, "prefect", start) / "address").read_text()
         with temporary_settings({PREFECT_API_URL: address}):
             yield address
-        user.unlink()
+        user.unlink(missing_ok=True)
         # The server ends with the process that started it.
         while any(is_running(int(other.name)) for other in users.iterdir()):
             time.sleep(0.1)

@@ -45,7 +45,14 @@ _ENCODERS = {
 }
 _NUMBERED = re.compile(r"lora_te([123]?)_(.+)")
 _NAMED = re.compile(rf"(?:text_encoders\.)?({'|'.join(_ENCODERS)})\.(?:transformer\.)?(.+)")
-_INITIATIVE = re.compile(rf"{TRANSFORMER}\.({'|'.join(re.escape(start) for start in BARE_ORIGINAL)})\d+\.")
+# Lists of blocks that diffusers names alike do not show whose names these are.
+_RENAMED = dict.fromkeys(
+    f"{blocks.original}."
+    for family in transformers()
+    for blocks in table_of(family).blocks
+    if blocks.original != blocks.canonical
+)
+_INITIATIVE = re.compile(rf"{TRANSFORMER}\.({'|'.join(map(re.escape, _RENAMED))})\d+\.")
 
 
 def is_aitoolkit(keys: Collection[str]) -> bool:

@@ -228,7 +228,7 @@ CORPUS: dict[str, Case] = {
     "diffusers' keys": Case(saved(lora(alpha=None, up="lora_B.weight", down="lora_A.weight")), READ),
     "diffusers' old keys": Case(saved(lora(alpha=None, up="lora.up.weight", down="lora.down.weight")), READ),
     "kohya for the base": Case(saved(lora(FLAT)), READ, named=True),
-    "FLUX in kohya's names": Case(saved(lora(QKV, out=9)), READ),
+    "FLUX in kohya's names": Case(saved(lora(QKV, out=9216, inner=3072)), READ),
     "PEFT folder": Case(peft(PEFT), READ, file="unet"),
     "padded header": Case(
         raw(
@@ -381,7 +381,7 @@ CORPUS: dict[str, Case] = {
     "the same module in two names": Case(
         saved(lora(FLAT) | lora(FLAT.replace("down_blocks_0_attentions_0", "input_blocks_1_1"))), "twice", named=True
     ),
-    "FLUX for Stable Diffusion": Case(saved(lora(QKV, out=9)), "base has no module", named=True),
+    "FLUX for Stable Diffusion": Case(saved(lora(QKV, out=9216, inner=3072)), "base has no module", named=True),
     # Other kinds.
     "LoHa": Case(module(LOHA), READ, named=True),
     "LoHa without a factor": Case(module({k: v for k, v in LOHA.items() if k != "hada_w2_b"}), "hada_w2_b"),
@@ -426,7 +426,7 @@ CORPUS: dict[str, Case] = {
     "DoRA with NaN": Case(module(PARTS | {"dora_scale": torch.full((4, 1), NAN)}), "NaN"),
     "DoRA alone": Case(module({"dora_scale": ones(4, 1)}), "dora_scale"),
     "FLUX DoRA of inputs in a fused layer": Case(
-        saved(lora(QKV, out=9) | {f"{QKV}.dora_scale": ones(1, 3)}), "magnitudes are per input"
+        saved(lora(QKV, out=9216, inner=3072) | {f"{QKV}.dora_scale": ones(1, 3072)}), "magnitudes are per input"
     ),
     "a whole difference": Case(module({"diff": ones(4, 3)}), READ, named=True),
     "a whole difference of another base": Case(module({"diff": ones(3, 4)}), "base", named=True),
