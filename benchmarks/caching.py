@@ -27,7 +27,7 @@ from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
-from lora_engine.training.examples import Encoder, Example, Size
+from lora_engine.training.examples import Encoder, Example, ImageSize
 from lora_engine.training.loop import FitOptions, fit
 from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.methods.finetune import Finetune
@@ -46,7 +46,7 @@ class Uncached:
         return self._base.encode_images(example.pixels()[None])[0].cpu()
 
     @torch.no_grad()
-    def conditioning(self, texts: Sequence[str], size: Size) -> Conditioning:
+    def conditioning(self, texts: Sequence[str], size: ImageSize) -> Conditioning:
         """Encodes texts; see `Encoder.conditioning`."""
         return Conditioning.cat([self._base.encode_text([text], size).to("cpu") for text in texts])
 

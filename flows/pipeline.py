@@ -20,7 +20,7 @@ from typing import Any
 
 from flows.plan import Plan, PlannedStep, plan_pipeline
 from flows.prefect import run_as_flow, submit_step
-from flows.registered import RegisteredVersion, read_registered
+from flows.registered import RegistrationState, read_registered
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
@@ -49,7 +49,7 @@ class PipelineResult:
 
     outcomes: Mapping[str, Outcome]
     changed: Mapping[str, str]
-    versions: Mapping[str, RegisteredVersion]
+    versions: Mapping[str, RegistrationState]
 
     @property
     def refusals(self) -> dict[str, tuple[str, ...]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prefect import Task
     from prefect.futures import PrefectFuture
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def configure_prefect(home: Home) -> None:
@@ -43,7 +43,7 @@ def configure_prefect(home: Home) -> None:
         os.environ.setdefault(name, value)
 
 
-def run_as_flow(name: str, function: Callable[..., Result]) -> Callable[..., Result]:
+def run_as_flow(name: str, function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Wraps a function as a Prefect flow whose runs have the pipeline's name."""
     from prefect import flow
 

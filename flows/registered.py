@@ -18,7 +18,7 @@ from tasks.steps.register import Register
 
 
 @dataclass(frozen=True)
-class RegisteredVersion:
+class RegistrationState:
     """Current state of the version of one `register` step.
 
     Attributes:
@@ -54,7 +54,7 @@ class RegisteredVersion:
         }
 
 
-def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> dict[str, RegisteredVersion]:
+def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> dict[str, RegistrationState]:
     """Reads the current state of the version of each `register` step, by the step's name."""
     specs = {step.name: step.job.spec for step in plan.steps if isinstance(step.job.spec, Register)}
     if not specs:
@@ -66,16 +66,16 @@ def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> 
         versions.close()
 
 
-def _read(versions: Versions, recorded: Mapping[str, Any], alias: str | None) -> RegisteredVersion:
+def _read(versions: Versions, recorded: Mapping[str, Any], alias: str | None) -> RegistrationState:
     version = versions.show(recorded["name"], recorded["version"])
     holder = _holder(versions, version.name, alias) if alias else None
     try:
         versions.require_active(version)
     except GoneVersion as error:
-        return RegisteredVersion(version, alias, holder, (), error.problem)
+        return RegistrationState(version, alias, holder, (), error.problem)
     if alias is None or holder == version.version:
-        return RegisteredVersion(version, alias, holder, (), "")
-    return RegisteredVersion(version, alias, holder, evaluate_policy(versions, version, alias).reasons, "")
+        return RegistrationState(version, alias, holder, (), "")
+    return RegistrationState(version, alias, holder, evaluate_policy(versions, version, alias).reasons, "")
 
 
 def _holder(versions: Versions, name: str, alias: str) -> int | None:

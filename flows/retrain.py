@@ -51,11 +51,11 @@ def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
     result = run_pipeline(load_spec(Path(spec)), state)
     new = {entry.version.ref: entry for name, entry in result.versions.items() if name in result.changed}
     staged = [ref for ref, entry in new.items() if entry.has_alias]
-    compared = {ref: compare(Versions(state), ref, "production") for ref in new}
+    compared = {ref: compare_metrics(Versions(state), ref, "production") for ref in new}
     return asdict(Retraining(dict(result.changed), list(new), staged, compared))
 
 
-def compare(versions: Versions, ref: str, alias: str) -> dict[str, tuple[float | None, float]]:
+def compare_metrics(versions: Versions, ref: str, alias: str) -> dict[str, tuple[float | None, float]]:
     """Returns, per metric, the value of the version that the alias points at and that of this version."""
     new = find_version(versions, ref)
     try:

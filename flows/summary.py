@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.pipeline import PipelineResult
-from flows.registered import RegisteredVersion
+from flows.registered import RegistrationState
 from flows.spec import PipelineSpec
 from lora_engine.data.manifest import Manifest
 from registry.home import Home
@@ -40,7 +40,7 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
             yield "next", f'loraline promote {ref} --to production --reason "..."'
 
 
-def _describe_version(home: Home, registered: RegisteredVersion) -> Iterator[tuple[str, object]]:
+def _describe_version(home: Home, registered: RegistrationState) -> Iterator[tuple[str, object]]:
     version, alias = registered.version, registered.alias
     yield "version", f"{version.ref}  sha256 {version.sha256[:16]}"
     if registered.gone:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["started", "waiting", "progress", "cached", "completed", "failed"]
+ProgressKind = Literal["started", "waiting", "progress", "cached", "completed", "failed"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepEvent:
     """
 
     step: str
-    kind: Kind
+    kind: ProgressKind
     done: int = 0
     total: int = 0
     values: Mapping[str, float] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-Settings = TypeVar("Settings", bound=BaseModel)
+_Settings = TypeVar("_Settings", bound=BaseModel)
 REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
 """Reference to a registered adapter: `name@version` or `name@alias`."""
 
@@ -66,7 +66,7 @@ class StepSpec(BaseModel):
         }
         return self.model_dump(mode="json", exclude=outside)
 
-    def narrow(self, settings: type[Settings]) -> Settings:
+    def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""
         return settings.model_validate(self.model_dump(include=set(settings.model_fields)))
 

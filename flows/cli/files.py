@@ -8,18 +8,17 @@ from typing import Annotated
 import typer
 
 from flows.cli.late_help import LateHelp
-from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Rank
+from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Output, Rank
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
-Format = Annotated[
+TargetFormat = Annotated[
     str,
     typer.Option(
         metavar="FORMAT",
         help="Target format: {lora_engine.catalog.formats:written_formats}; for a whole model diffusers or ldm.",
     ),
 ]
-Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]
+_Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -43,7 +42,7 @@ def inspect(file: File, as_json: Json = False) -> None:
     )
 
 
-def validate(file: File, base: Base = None, as_json: Json = False) -> None:
+def validate(file: File, base: _Base = None, as_json: Json = False) -> None:
     """Check a file's structure, with --base also names and shapes. Exit code 1 if it is invalid."""
     from flows.cli.output import print_json
     from tasks.operations.adapter_files import check_file
@@ -57,9 +56,9 @@ def validate(file: File, base: Base = None, as_json: Json = False) -> None:
 
 def convert(
     file: File,
-    to: Format,
+    to: TargetFormat,
     output: Output,
-    base: Base = None,
+    base: _Base = None,
     dtype: Dtype = None,
     approximate: Approximate = False,
     rank: Rank = None,

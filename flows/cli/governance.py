@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, open_home
+from flows.cli.output import Json, Reason, Ref, open_home
 
 if TYPE_CHECKING:
     from registry.entities import Event
     from registry.versions.impact import ImpactReport
     from registry.versions.versions import Versions
 
-Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
-Subject = Annotated[
+_Subject = Annotated[
     str, typer.Argument(metavar="IMAGE|DIGEST|CONSENT", help="Image file, its digest, or the id of a consent.")
 ]
-Reason = Annotated[str, typer.Option(help="Reason, stored in the log.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -27,7 +25,7 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def revoke(
-    subject: Subject,
+    subject: _Subject,
     reason: Reason,
     policy: Annotated[
         str | None,
@@ -58,7 +56,7 @@ def revoke(
         _print_impact(impact)
 
 
-def lift(subject: Subject, reason: Reason, as_json: Json = False) -> None:
+def lift(subject: _Subject, reason: Reason, as_json: Json = False) -> None:
     """Undo a revocation: allow training with it again, and restore the versions that it withdrew."""
     from registry.identity import current_user
     from registry.versions.revocation import lift as lift_revocation

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import BASE_HELP, Json, open_home
+from flows.cli.output import BASE_HELP, Json, Ref, open_home
 
 if TYPE_CHECKING:
     from tasks.operations.changes import Change
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _MOST_MODULES = 12
 _MOST_TEXT = 60
 _DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")
-Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 
 
 def add_verbs(app: typer.Typer) -> None:

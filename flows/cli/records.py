@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import Json, open_home
+from flows.cli.output import Json, Ref, open_home
 
 if TYPE_CHECKING:
     from registry.documents.keys import PublicKey
 
-Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 _VARIABLE = "LORALINE_KEY_PASSPHRASE"
 
 keys_app = typer.Typer(help="Create, trust and list keys for signing.", no_args_is_help=True)
@@ -37,10 +36,10 @@ def card(
     ] = None,
 ) -> None:
     """Print the model card of a version, or write it to a file."""
-    from tasks.operations.documents import read_card, write_card
+    from tasks.operations.documents import read_model_card, write_card
 
     if output is None:
-        print(read_card(open_home(), ref, html=False).decode(), end="")
+        print(read_model_card(open_home(), ref, html=False).decode(), end="")
         return
     write_card(open_home(), ref, output)
     print(output)

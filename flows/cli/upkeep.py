@@ -118,9 +118,9 @@ def restore_backup(
 ) -> None:
     """Restore LORALINE_HOME from a backup: verifies all of it, then moves it into place."""
     from flows.cli.output import print_json
-    from registry.maintenance.restore import restore
+    from registry.maintenance.restore import restore_backup
 
-    result = restore(source, home_path(), replace=replace)
+    result = restore_backup(source, home_path(), replace=replace)
     if as_json:
         print_json(result)
         return

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.late_help import LateHelp
-from flows.cli.output import Approximate, Dtype, Energy, Json, Rank, open_home
+from flows.cli.output import Approximate, Dtype, Energy, Json, Rank, Reason, Ref, open_home
 
 if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
-
-Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
-Reason = Annotated[str, typer.Option(help="Reason, stored in the log.")]
 
 
 def add_verbs(app: typer.Typer) -> None:

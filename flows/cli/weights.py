@@ -9,15 +9,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows.cli.late_help import LateHelp
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, Output, home_path
 
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
-Weighted = Annotated[
+_Weighted = Annotated[
     list[str],
     typer.Argument(metavar="A[:w] ...", help="Adapter files or NAME@REF, each with its weight. Default weight: 1."),
 ]
-Rank = Annotated[int | None, typer.Option(min=1, help="Rank; with --energy or --error the maximum rank.")]
-Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, up to 1.")]
+_Rank = Annotated[int | None, typer.Option(min=1, help="Rank; with --energy or --error the maximum rank.")]
+_Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, up to 1.")]
 Error = Annotated[float | None, typer.Option(help="Maximum relative error, below 1.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
@@ -84,8 +83,8 @@ def merge(
 def resize(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file.")],
     output: Output,
-    rank: Rank = None,
-    energy: Energy = None,
+    rank: _Rank = None,
+    energy: _Energy = None,
     error: Error = None,
     others: Annotated[
         Literal["refuse", "keep", "lora"], typer.Option(help="Handling of modules that are not LoRA.")
@@ -105,8 +104,8 @@ def extract(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model: a folder, a file or a hub id.")],
     output: Output,
     base: Annotated[str, typer.Option(help="Model that it was tuned from, in the same layout.")],
-    rank: Rank = None,
-    energy: Energy = None,
+    rank: _Rank = None,
+    energy: _Energy = None,
     error: Error = None,
     noise_aware: Annotated[bool, typer.Option(help="Drop differences that rounding explains; needs no rank.")] = False,
     targets: Annotated[list[str] | None, typer.Option(help="Target presets or patterns. Default: all layers.")] = None,
@@ -148,7 +147,7 @@ def extract(
 
 def fuse(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Base model: a folder, a single file or a hub id.")],
-    adapters: Weighted,
+    adapters: _Weighted,
     output: Output,
     take_out: Annotated[bool, typer.Option(help="Remove adapters that were fused before.")] = False,
     original: Annotated[str | None, typer.Option(help="Original model to compare with (with --take-out).")] = None,

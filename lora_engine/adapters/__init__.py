@@ -17,11 +17,11 @@ from lora_engine.adapters.peft_boft import PeftBoftDelta
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.pissa import PissaDelta
 from lora_engine.adapters.replacement import ReplacementDelta
-from lora_engine.adapters.select import PRESETS, select_modules
+from lora_engine.adapters.select import TARGET_PRESETS, select_modules
 from lora_engine.adapters.tree import DictTree, ModuleTree, adaptable_layers, as_tree, canonical_name, module_shapes
 
 __all__ = [
-    "PRESETS",
+    "TARGET_PRESETS",
     "AdaptedLayer",
     "Adapter",
     "Attachment",

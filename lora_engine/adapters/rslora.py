@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_engine.adapters.lora import LoraDelta
 
 
-class RsLora(LoraDelta):
+class RsLoraDelta(LoraDelta):
     """Creates LoRA deltas; has no instances."""
 
     @classmethod

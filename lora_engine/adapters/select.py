@@ -13,8 +13,8 @@ from lora_engine.families import families
 
 _NO_DENOISER = ("text_encoder", "vae")
 
-Shape = Sequence[int]
-PRESETS: Mapping[str, Callable[[str, Shape], bool]] = {
+_Shape = Sequence[int]
+TARGET_PRESETS: Mapping[str, Callable[[str, _Shape], bool]] = {
     "attention": lambda name, shape: _in_block(name) and _matches("attention", name),
     "attention+ff": lambda name, shape: (
         _in_block(name) and (_matches("attention", name) or _matches("feed_forward", name))
@@ -30,7 +30,7 @@ All but `text` select within the denoiser's blocks: the narrow first and last la
 hardly any rank, and need a pattern."""
 
 
-def select_modules(modules: Mapping[str, Shape], targets: str | Sequence[str]) -> list[str]:
+def select_modules(modules: Mapping[str, _Shape], targets: str | Sequence[str]) -> list[str]:
     """Returns the names of the modules that the targets match, in the order of `modules`.
 
     Args:
@@ -58,12 +58,12 @@ def select_modules(modules: Mapping[str, Shape], targets: str | Sequence[str]) -
     return [name for name in modules if name in chosen]
 
 
-_ALLOWED = f"the presets {', '.join(PRESETS)}, a glob such as 'unet.*.to_q', or 're:' and a regular expression"
+_ALLOWED = f"the presets {', '.join(TARGET_PRESETS)}, a glob such as 'unet.*.to_q', or 're:' and a regular expression"
 
 
-def _test(target: str) -> Callable[[str, Shape], bool]:
-    if target in PRESETS:
-        return PRESETS[target]
+def _test(target: str) -> Callable[[str, _Shape], bool]:
+    if target in TARGET_PRESETS:
+        return TARGET_PRESETS[target]
     if not target.startswith("re:"):
         return lambda name, _: fnmatchcase(name, target)
     try:

@@ -102,7 +102,7 @@ class DictTree:
         )
 
 
-class Pipeline(Protocol):
+class HasComponents(Protocol):
     """A diffusers pipeline: models, tokenizers and schedulers by component name."""
 
     @property
@@ -111,7 +111,7 @@ class Pipeline(Protocol):
         ...
 
 
-Base = ModuleTree | Pipeline | nn.Module | Mapping[str, nn.Module]
+Base = ModuleTree | HasComponents | nn.Module | Mapping[str, nn.Module]
 """A base model, a diffusers pipeline, one torch module, or torch modules by component name."""
 
 

@@ -20,7 +20,7 @@ from lora_engine.errors import SettingsError
 _log = logging.getLogger(__name__)
 
 Pieces = Sequence[tuple[str, float]]
-Change = Callable[[str, Tensor], Tensor]
+StateChange = Callable[[str, Tensor], Tensor]
 # Rounding error of a float32 mean, relative to the mean absolute value.
 _ROUNDING = 1e-6
 
@@ -46,7 +46,7 @@ class ReadsTokens(Protocol):
         self,
         tokens: Mapping[str, Mapping[str, Tensor]],
         size: tuple[int, int] | None = None,
-        change: Change = no_change,
+        change: StateChange = no_change,
     ) -> Conditioning:
         """Encodes token ids [n, length] by suffix; see `BaseModel.encode_text`.
 

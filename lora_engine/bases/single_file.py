@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_engine.errors import BaseModelError, EngineError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
-SUFFIXES = (".safetensors", ".ckpt")
+_SUFFIXES = (".safetensors", ".ckpt")
 # Increased whenever the conversion of the same file changes.
 _REVISION = 1
 
@@ -41,11 +41,11 @@ def folder_of_file(file: Path, digest: str, cache: Path | None = None) -> Path:
     Raises:
         BaseModelError: The file is not such a checkpoint or is incomplete, or there is no tokenizer.
     """
-    if file.suffix.lower() not in SUFFIXES:
+    if file.suffix.lower() not in _SUFFIXES:
         raise BaseModelError(
             f"{file.name!r} is not a checkpoint file name",
             where=str(file),
-            allowed=f"a file that ends in {' or '.join(SUFFIXES)}, or a diffusers folder",
+            allowed=f"a file that ends in {' or '.join(_SUFFIXES)}, or a diffusers folder",
         )
     from filelock import FileLock
 

@@ -67,7 +67,7 @@ class RsLora(KindSpec):
     tucker: bool = False
 
 
-RSLORA = Kind("rslora", "LoRA with scale alpha / sqrt(rank)", "lora_engine.adapters.rslora:RsLora", RsLora)
+RSLORA = Kind("rslora", "LoRA with scale alpha / sqrt(rank)", "lora_engine.adapters.rslora:RsLoraDelta", RsLora)
 
 
 class LoraFa(KindSpec):

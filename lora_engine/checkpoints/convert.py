@@ -25,7 +25,7 @@ from lora_engine.families import published
 from lora_engine.families.layout import read_layout
 from lora_engine.files import FilePath
 
-Target = Literal["diffusers", "ldm"]
+TargetLayout = Literal["diffusers", "ldm"]
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def convert_checkpoint(
     source: FilePath,
     out: FilePath,
     *,
-    to: Target,
+    to: TargetLayout,
     architecture: str | None = None,
     prediction: Prediction | None = None,
     config: FilePath | None = None,

@@ -13,7 +13,7 @@ from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, families, published
 from lora_engine.files import atomic_write
 
-INDEX = "model_index.json"
+_INDEX = "model_index.json"
 
 
 def read_components(folder: Path) -> dict[str, ComponentConfig]:
@@ -23,7 +23,7 @@ def read_components(folder: Path) -> dict[str, ComponentConfig]:
         BaseModelError: The folder is no diffusers folder, or a settings file is missing or broken.
     """
     components = {}
-    for name, entry in read_json(folder / INDEX).items():
+    for name, entry in read_json(folder / _INDEX).items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         library, class_name = map(str, entry)
@@ -85,8 +85,8 @@ def write_settings(
         written.append(file)
     for name in architecture.tokenizers:
         index[name] = ["transformers", "CLIPTokenizer"] if tokenizers else [None, None]
-    atomic_write(folder / INDEX, _readable(index))
-    return [*written, folder / INDEX]
+    atomic_write(folder / _INDEX, _readable(index))
+    return [*written, folder / _INDEX]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from lora_engine.adapters.published import empty_module
 from lora_engine.checkpoints.text_names import LEVEL, TRANSPOSED, canonical_text_name, open_clip_name
-from lora_engine.checkpoints.vae_names import CONVOLUTIONS, vae_blocks, vae_name
+from lora_engine.checkpoints.vae_names import VAE_CONVOLUTIONS, vae_blocks, vae_name
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.families import ComponentConfig, published
 from lora_engine.families.family import ComponentLocation, UnetLayout
 from lora_engine.files import canonical_json
 from lora_engine.formats.ldm_names import original_path
 
-Change = Literal["none", "convolution", "transposed"]
+ShapeChange = Literal["none", "convolution", "transposed"]
 AVERAGES = "model_ema."
 
 
@@ -42,7 +42,7 @@ class TensorName:
     name: str
     stored: str
     part: tuple[int, int] = (0, 1)
-    change: Change = "none"
+    change: ShapeChange = "none"
 
     @property
     def module(self) -> str:
@@ -204,14 +204,14 @@ def _entry(
         stored_part = open_clip_name(name)
         if stored_part is None:
             return None
-        change: Change = "transposed" if name == TRANSPOSED else "none"
+        change: ShapeChange = "transposed" if name == TRANSPOSED else "none"
         return TensorName(component, name, f"{location.prefix}{stored_part[0]}", stored_part[1], change)
     path, _, leaf = name.rpartition(".")
     stored = original(path)
     if stored is None:
         return None
     is_convolution = (
-        location.naming == "vae" and ".attentions." in name and path.endswith(CONVOLUTIONS) and leaf == "weight"
+        location.naming == "vae" and ".attentions." in name and path.endswith(VAE_CONVOLUTIONS) and leaf == "weight"
     )
     return TensorName(
         component, name, f"{location.prefix}{stored}.{leaf}", change="convolution" if is_convolution else "none"

@@ -8,11 +8,10 @@ from typing import Literal
 
 from lora_engine.checkpoints.names import COMPONENT_LOCATIONS
 from lora_engine.errors import BaseModelError
-from lora_engine.families.proof import recognize as recognize_family
-from lora_engine.families.proof import titles
+from lora_engine.families.proof import recognize_family, titles
 
 Prediction = Literal["epsilon", "v_prediction"]
-Shapes = Mapping[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 
 _UNET = "model.diffusion_model."
 _CONV_IN = f"{_UNET}input_blocks.0.0.weight"
@@ -62,7 +61,7 @@ class Recognized:
 
 
 def recognize(
-    shapes: Shapes,
+    shapes: _Shapes,
     metadata: Mapping[str, str],
     where: str,
     *,
@@ -91,7 +90,7 @@ def recognize(
     return Recognized(detected, predicted, reason, variant, "ztsnr" in shapes)
 
 
-def _architecture(shapes: Shapes, where: str) -> str:
+def _architecture(shapes: _Shapes, where: str) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in shapes)
 
@@ -114,7 +113,7 @@ def _architecture(shapes: Shapes, where: str) -> str:
     raise _unusable(f"the file is no original checkpoint; {_guess(shapes)}", where)
 
 
-def _guess(names: Shapes) -> str:
+def _guess(names: _Shapes) -> str:
     modules = {name.removeprefix(_UNET).rpartition(".")[0].replace(".", "_"): None for name in names}
     possible = recognize_family(modules).families
     if possible:
@@ -127,7 +126,7 @@ def _guess(names: Shapes) -> str:
     return f"its {len(names)} tensors begin with {first}" if names else "it holds no tensor"
 
 
-def _variant(shapes: Shapes, where: str) -> str:
+def _variant(shapes: _Shapes, where: str) -> str:
     channels = shapes.get(_CONV_IN, (0, 4))[1:2]
     known = _CHANNELS.get(channels[0] if channels else 0)
     if known in ("", "inpainting"):
@@ -139,7 +138,7 @@ def _variant(shapes: Shapes, where: str) -> str:
 def _prediction(
     architecture: str,
     requested_architecture: str | None,
-    shapes: Shapes,
+    shapes: _Shapes,
     metadata: Mapping[str, str],
     requested: Prediction | None,
     steps: int | None,
@@ -153,7 +152,7 @@ def _prediction(
 
 
 def _detected_prediction(
-    architecture: str, shapes: Shapes, metadata: Mapping[str, str], steps: int | None
+    architecture: str, shapes: _Shapes, metadata: Mapping[str, str], steps: int | None
 ) -> tuple[Prediction, str]:
     stated = _METADATA_PREDICTION.get(metadata.get("modelspec.prediction_type", ""))
     if stated:

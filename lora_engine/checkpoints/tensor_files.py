@@ -28,7 +28,7 @@ SIZES = {
 }  # fmt: skip
 _RANK = {dtype: index for index, dtype in enumerate(SIZES)}
 # Bytes per copy; small enough to stay in the CPU cache between reading and writing.
-BLOCK = 1 << 20
+_BLOCK = 1 << 20
 CHECKPOINT_LIMITS = Limits(file=128 << 30)
 
 
@@ -140,7 +140,7 @@ class _Sources:
 
     def __init__(self) -> None:
         self._open: dict[Path, FileIO] = {}
-        self._buffer = memoryview(bytearray(BLOCK))
+        self._buffer = memoryview(bytearray(_BLOCK))
 
     def __enter__(self) -> _Sources:
         return self
@@ -158,7 +158,7 @@ class _Sources:
         (piece,) = tensor.pieces
         whole = np.frombuffer(b"".join(map(bytes, self._blocks(piece))), dtype=np.dtype(f"V{SIZES[piece.dtype]}"))
         transposed = whole.reshape(piece.shape).T
-        step = max(1, BLOCK // max(1, piece.shape[0] * SIZES[piece.dtype]))
+        step = max(1, _BLOCK // max(1, piece.shape[0] * SIZES[piece.dtype]))
         for first in range(0, len(transposed), step):
             yield np.ascontiguousarray(transposed[first : first + step]).tobytes()
 
@@ -169,7 +169,7 @@ class _Sources:
         file.seek(piece.offset)
         left = piece.size
         while left:
-            count = file.readinto(self._buffer[: min(left, BLOCK)])
+            count = file.readinto(self._buffer[: min(left, _BLOCK)])
             if not count:
                 raise BaseModelError("the file was truncated while it was read", where=str(piece.path))
             yield self._buffer[:count]

@@ -21,9 +21,9 @@ MIDDLE = {
     "mid_block.resnets.1": "mid.block_2",
 }
 RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
-ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # 1x1 convolutions in the original, linear layers in diffusers.
-CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+VAE_CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 # Folders saved before diffusers 0.18 have these names, including the published Stable Diffusion 1.5.
 EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -61,7 +61,7 @@ def vae_name(path: str, blocks: Mapping[str, str]) -> str | None:
         return OUTSIDE[path]
     if path in blocks:
         return blocks[path]
-    for table in (RESNET, ATTENTION):
+    for table in (RESNET, VAE_ATTENTION):
         for name, original in table.items():
             block = blocks.get(path.removesuffix(f".{name}")) if path.endswith(f".{name}") else None
             if block is not None:

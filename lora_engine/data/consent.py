@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_engine.data.folder import clean_text
-from lora_engine.data.images import open_regular
+from lora_engine.data.images import open_inside
 from lora_engine.data.rights import OptOut, Rights
 from lora_engine.errors import DataError
 
@@ -86,7 +86,7 @@ def read_consent(path: Path) -> dict[str, Statement]:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     where = str(path)
-    with open_regular(path, path.parent) as file:
+    with open_inside(path, path.parent) as file:
         content = file.read(_MAX_TABLE + 1)
     if len(content) > _MAX_TABLE:
         raise DataError("is too large", where=where, allowed=f"{_MAX_TABLE:,} bytes")

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_engine.data.images import BROKEN, FORMATS, open_regular
-from lora_engine.data.rights import Evidence
+from lora_engine.data.images import BROKEN, IMAGE_FORMATS, open_inside
+from lora_engine.data.rights import GenerationSign
 
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
 # IPTC's vocabulary http://cv.iptc.org/newscodes/digitalsourcetype/, as an element or an attribute of XMP. Searched as
@@ -21,13 +21,13 @@ _EXIF, _USER_COMMENT = 0x8769, 0x9286
 _SOURCE_TYPE = re.compile(
     rb"[Dd]igital[Ss]ource[Tt]ype.{0,200}?(compositeWithTrained|trained)AlgorithmicMedia", re.DOTALL
 )
-_SOURCE_TYPES: Mapping[bytes, Evidence] = {
+_SOURCE_TYPES: Mapping[bytes, GenerationSign] = {
     b"trained": "digital-source-type-trained-algorithmic-media",
     b"compositeWithTrained": "digital-source-type-composite-with-trained-algorithmic-media",
 }
 
 
-def read_evidence(path: Path, root: Path) -> tuple[Evidence, ...]:
+def read_evidence(path: Path, root: Path) -> tuple[GenerationSign, ...]:
     """Returns the evidence in an image file, sorted; decodes no pixels.
 
     Recognizes the text of AUTOMATIC1111's web interface (`parameters`, or the EXIF comment of a JPEG), the two texts of
@@ -40,15 +40,15 @@ def read_evidence(path: Path, root: Path) -> tuple[Evidence, ...]:
     Raises:
         DataError: The file cannot be opened.
     """
-    with open_regular(path, root) as file:
+    with open_inside(path, root) as file:
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 return tuple(sorted(set(_find_evidence(image))))
         except BROKEN:
             return ()
 
 
-def _find_evidence(image: Image.Image) -> Iterator[Evidence]:
+def _find_evidence(image: Image.Image) -> Iterator[GenerationSign]:
     info: Mapping[Any, Any] = image.info
     if _text(info.get("parameters")):
         yield "a1111-parameters"

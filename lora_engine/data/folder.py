@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lora_engine.data.images import open_regular
+from lora_engine.data.images import open_inside
 from lora_engine.data.manifest import MAX_CAPTION, MAX_REPEATS
 from lora_engine.errors import DataError
 
@@ -105,7 +105,7 @@ def read_caption(image: Path, root: Path) -> str:
     path = image.with_suffix(".txt")
     if not os.path.lexists(path):
         return ""
-    with open_regular(path, root) as file:
+    with open_inside(path, root) as file:
         content = file.read(_MAX_TEXT + 1)
     try:
         text = clean_text(content[:_MAX_TEXT].decode("utf-8-sig"))

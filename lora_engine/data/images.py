@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 30
 
@@ -59,7 +59,7 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = Non
 
 def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> tuple[str, Image.Image]:
     """Returns the SHA-256 of the file's bytes and the image (see `open_image`), opening the file once."""
-    with open_regular(path, root or path.parent) as file:
+    with open_inside(path, root or path.parent) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise DataError(f"is larger than {MAX_BYTES:,} bytes", where=path.name)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -67,7 +67,7 @@ def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None
         return digest, _decode(file, path.name, max_pixels)
 
 
-def open_regular(path: Path, root: Path) -> BufferedReader:
+def open_inside(path: Path, root: Path) -> BufferedReader:
     """Opens a regular file inside the root for reading.
 
     Raises:
@@ -112,7 +112,7 @@ def _encode(image: Image.Image, mode: str) -> bytes:
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             _check(image, name, max_pixels)
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -120,7 +120,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
-        raise DataError("is not a readable image", where=name, allowed=", ".join(FORMATS)) from None
+        raise DataError("is not a readable image", where=name, allowed=", ".join(IMAGE_FORMATS)) from None
     except BROKEN as error:
         raise DataError(f"is broken ({str(error) or type(error).__name__})", where=name) from None
 

@@ -21,7 +21,7 @@ from lora_engine.data.folder import (
     repeats_of,
     require_folder,
 )
-from lora_engine.data.images import FORMATS, open_image, open_with_digest, write_image, write_mask
+from lora_engine.data.images import IMAGE_FORMATS, open_image, open_with_digest, write_image, write_mask
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.rights import Rights
 from lora_engine.data.spec import IngestSettings
@@ -201,7 +201,7 @@ def _no_images_error(images: Path, quarantined: list[Quarantined]) -> DataError:
         return DataError(
             "the folder has no images",
             where=str(images),
-            allowed=", ".join(FORMATS),
+            allowed=", ".join(IMAGE_FORMATS),
             remedy="add images, and captions in .txt files of the same names if there are any",
         )
     first = "; ".join(f"{item.source}: {item.reason}" for item in quarantined[:3])

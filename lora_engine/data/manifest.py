@@ -23,7 +23,7 @@ from lora_engine.data.rights import Rights
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write, canonical_json
 
-NAME = "manifest.json"
+_NAME = "manifest.json"
 MAX_CAPTION = 2_000
 MAX_REPEATS = 10_000
 
@@ -128,12 +128,12 @@ class Manifest(BaseModel):
         Raises:
             DataError: There is none, it is invalid, or images that it names are missing.
         """
-        path = folder / NAME
+        path = folder / _NAME
         try:
             manifest = cls.model_validate(json.loads(path.read_bytes()))
         except FileNotFoundError:
             raise DataError(
-                f"{str(folder)!r} is not a dataset: it has no {NAME}",
+                f"{str(folder)!r} is not a dataset: it has no {_NAME}",
                 remedy="run ingest on the folder of images first and use its output",
             ) from None
         except OSError as error:
@@ -154,7 +154,7 @@ class Manifest(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Writes the manifest into the folder: same manifest, same bytes."""
-        atomic_write(folder / NAME, canonical_json(self.model_dump(mode="json")))
+        atomic_write(folder / _NAME, canonical_json(self.model_dump(mode="json")))
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Basis = Literal["own", "licence", "consent", "tdm"]
 Scope = Literal["train", "commercial"]
-Evidence = Literal[
+GenerationSign = Literal[
     "a1111-parameters",
     "comfyui-prompt",
     "comfyui-workflow",
@@ -68,4 +68,4 @@ class Rights(BaseModel):
     source: Line | None = None
     opt_out: OptOut | None = None
     ai_generated: bool | None = None
-    evidence: tuple[Evidence, ...] = ()
+    evidence: tuple[GenerationSign, ...] = ()

@@ -16,7 +16,7 @@ from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.evaluation.embedder import Embedder
 from lora_engine.evaluation.metrics import Evidence, ImagePair
-from lora_engine.evaluation.plan import Plan, Request, derive_seed
+from lora_engine.evaluation.plan import EvaluationPlan, Request, derive_evaluation_seed
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import Values
 from lora_engine.inference.generate import generate
@@ -35,7 +35,7 @@ _Images = dict[tuple[str, int], Tensor]
 
 def gather_evidence(
     settings: EvaluateSettings,
-    plan: Plan,
+    plan: EvaluationPlan,
     *,
     model: BaseModel,
     bundle: Bundle,
@@ -97,7 +97,7 @@ class _Counter:
 
 
 def _generate(
-    settings: EvaluateSettings, plan: Plan, model: BaseModel, keys: Sequence[tuple[str, int]], count: _Counter
+    settings: EvaluateSettings, plan: EvaluationPlan, model: BaseModel, keys: Sequence[tuple[str, int]], count: _Counter
 ) -> _Images:
     height, width = plan.size
     images: _Images = {}
@@ -123,14 +123,14 @@ def _generate(
 
 
 @torch.inference_mode()
-def _losses(settings: EvaluateSettings, plan: Plan, model: BaseModel, count: _Counter) -> Values:
+def _losses(settings: EvaluateSettings, plan: EvaluationPlan, model: BaseModel, count: _Counter) -> Values:
     steps = torch.tensor([int((k + 0.5) / GRID * model.noise.timesteps) for k in range(GRID)], device=model.device)
     losses: list[float] = []
     for request in plan.reference:
         if request.image is None:
             continue
         latents = model.encode_images(read_pixels(plan.folder / request.image.file)[None]).float()
-        seed = derive_seed(settings.seed, "noise", request.image.sha256)
+        seed = derive_evaluation_seed(settings.seed, "noise", request.image.sha256)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(GRID, *latents.shape[1:], generator=generator).to(latents.device)
         clean = latents.expand(GRID, -1, -1, -1)

@@ -33,7 +33,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """The images that an evaluation generates and compares.
 
     Attributes:
@@ -68,7 +68,7 @@ def make_plan(
     heldout: Path | None,
     prompts: Sequence[str],
     trained_on: Sequence[str] = (),
-) -> Plan:
+) -> EvaluationPlan:
     """Plans the requests; the same settings and inputs give the same plan.
 
     Args:
@@ -87,13 +87,15 @@ def make_plan(
 
     def request(prompt: str, image: ImageEntry | None = None) -> Request:
         bare = remove_trigger(prompt, trigger, class_word)
-        seeds = tuple(derive_seed(settings.seed, "picture", k, prompt) for k in range(settings.seeds))
+        seeds = tuple(derive_evaluation_seed(settings.seed, "picture", k, prompt) for k in range(settings.seeds))
         return Request(prompt, bare, seeds, image)
 
     reference = tuple(request(image.caption, image) for image in images)
     with_trigger = tuple(request(text) for text in dict.fromkeys(prompts or [image.caption for image in images]))
     without_trigger = tuple(request(text) for text in dict.fromkeys(r.prompt_without_trigger for r in with_trigger))
-    return Plan(folder, measured_on, reference, with_trigger, without_trigger, _size(images), trigger, class_word)
+    return EvaluationPlan(
+        folder, measured_on, reference, with_trigger, without_trigger, _size(images), trigger, class_word
+    )
 
 
 def read_trained_on(adapter: Path) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ def read_trained_on(adapter: Path) -> tuple[str, ...]:
         raise DataError(f"cannot be read ({error})", where=str(path), remedy="train again") from None
 
 
-def derive_seed(*parts: object) -> int:
+def derive_evaluation_seed(*parts: object) -> int:
     """Returns a seed in [0, 2^31) that depends on all parts and on nothing else."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4]) & 0x7FFFFFFF
 

@@ -15,7 +15,7 @@ from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import gather_evidence
 from lora_engine.evaluation.gates import check_gates
 from lora_engine.evaluation.metrics import METRICS, Evidence, ImagePair, Metric
-from lora_engine.evaluation.plan import derive_seed, make_plan, read_trained_on
+from lora_engine.evaluation.plan import derive_evaluation_seed, make_plan, read_trained_on
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import compare
 from lora_engine.files import atomic_write, canonical_json, sha256_file
@@ -94,7 +94,7 @@ def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
     """Returns every metric of `METRICS` as stored in `report.json`."""
     metrics: dict[str, dict[str, Any]] = {}
     for name, metric in METRICS.items():
-        comparison = compare(*metric.measure(evidence), seed=derive_seed(seed, "bootstrap", name))
+        comparison = compare(*metric.measure(evidence), seed=derive_evaluation_seed(seed, "bootstrap", name))
         metrics[name] = {
             "base": comparison.base,
             "adapter": comparison.adapter,

@@ -60,7 +60,7 @@ class _Entry:
 _EntryTable = Mapping[tuple[str, str], tuple[_Entry, ...]]
 
 
-def recognize(modules: Mapping[str, Shape | None], *, by_size: bool = True) -> Recognition:
+def recognize_family(modules: Mapping[str, Shape | None], *, by_size: bool = True) -> Recognition:
     """Returns the families that have all known modules of a file.
 
     Args:

@@ -16,7 +16,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Names, TensorCodec
-from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout, TableFactorKeys
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, KeyLayout, TableFactorKeys
 from lora_engine.formats.transformers.dit import transformers
 from lora_engine.formats.transformers.names import FoundModule
 
@@ -60,7 +60,7 @@ class BflCodec(ReadOnlyCodec):
     """
 
     format = catalog.BFL
-    key_layout = KeyLayout("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS, LYCORIS))
+    key_layout = KeyLayout("Black Forest Labs", writes_alpha=False, also=(_BFL, DIFFUSERS_KEYS, LYCORIS_KEYS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if any name begins with the original blocks, and none is of a processor."""

@@ -28,7 +28,7 @@ from lora_engine.formats.transformers.names import folded
 
 _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd2"}
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 KEY_LAYOUT = KeyLayout("cloneofsimo", writes_alpha=False, rewrites=((_KEY.pattern, r"\1:\2.\3"),))
 KEY_LAYOUT.add(TableFactorKeys("lora", {"down": "down", "up": "up"}))
@@ -134,7 +134,7 @@ def _targets(component: str, metadata: Mapping[str, str]) -> list[str]:
     return targets
 
 
-def _with_base(names: T | None, component: str) -> T:
+def _with_base(names: _T | None, component: str) -> _T:
     if names is None:
         raise AdapterError(
             "a base is needed to map the numbers to modules",

@@ -18,7 +18,7 @@ from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, TensorCodec
-from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, KeyLayout
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, check_one_kind, parse_config
 from lora_engine.formats.native import COMPONENTS
@@ -42,13 +42,13 @@ class DiffusersCodec(TensorCodec):
     format = catalog.DIFFUSERS
     embeddings: ClassVar[str] = "diffusers"
     keeps_alpha: ClassVar[bool] = False
-    key_layout = KeyLayout("diffusers", writes_alpha=False, extends=DIFFUSERS, also=(DIFFUSERS, LYCORIS))
+    key_layout = KeyLayout("diffusers", writes_alpha=False, extends=DIFFUSERS_KEYS, also=(DIFFUSERS_KEYS, LYCORIS_KEYS))
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if all names begin with a component or a transformer's blocks, and some have known suffixes."""
         if all(key.startswith(BARE) for key in keys):
             return is_transformer(keys) and self.key_layout.matches(keys)
-        return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS.matches(keys)
+        return all(key.startswith((*COMPONENTS, *_UNET)) for key in keys) and DIFFUSERS_KEYS.matches(keys)
 
     def resolve(
         self, raw: Collection[str], metadata: Mapping[str, str], known: Collection[str] | None

@@ -17,13 +17,13 @@ from lora_engine.registries import Registry
 
 TOKEN, COMPONENT = "loraline.token", "loraline.component"
 """Metadata keys of the token and the text encoder, for files that cannot store them otherwise."""
-SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[<>:"|?*]')  # in file names on Windows
 _KOHYA = {FIRST: "clip_l", SECOND: "clip_g"}
 
-Layout = Callable[[Embedding], Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]]
+EmbeddingLayout = Callable[[Embedding], Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]]
 """From an embedding to file name (without suffix), tensors and metadata of each of its files."""
-embedding_forms: Registry[Layout] = Registry("embedding format")
+embedding_forms: Registry[EmbeddingLayout] = Registry("embedding format")
 
 
 def read_embeddings(path: FilePath) -> list[Embedding]:
@@ -49,7 +49,7 @@ def read_embeddings(path: FilePath) -> list[Embedding]:
                 remedy="give the path of the right file",
             )
         return embeddings
-    lists = (embeddings_of_file(file) for file in sorted(path.glob(f"*{SUFFIX}")))
+    lists = (embeddings_of_file(file) for file in sorted(path.glob(f"*{_SUFFIX}")))
     return join_embeddings(embedding for entries in lists if entries for embedding in entries)
 
 
@@ -92,8 +92,8 @@ def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: st
             files[stem] = content
     folder = Path(folder)
     for name, (tensors, metadata) in files.items():
-        write_safetensors(folder / f"{name}{SUFFIX}", tensors, metadata)
-    return [folder / f"{name}{SUFFIX}" for name in files]
+        write_safetensors(folder / f"{name}{_SUFFIX}", tensors, metadata)
+    return [folder / f"{name}{_SUFFIX}" for name in files]
 
 
 def join_embeddings(embeddings: Iterable[Embedding]) -> list[Embedding]:

@@ -17,7 +17,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats.validate import validate_tensors
 
 FIRST, SECOND, THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
-BUNDLE = "bundle_emb."
+_BUNDLE = "bundle_emb."
 EMBED_FLAG = "<embed>"
 """Value in cloneofsimo's metadata that marks a tensor as a learned token."""
 # Names of a text encoder's vectors in files.
@@ -27,7 +27,7 @@ _T5 = ("t5", "t5xxl")
 _NO_TOKENS = ("weight", "bias", "alpha")
 _PARTS = (*_COMPONENTS, _PLAIN, *_T5)
 _BUNDLED = re.compile(
-    rf"{re.escape(BUNDLE)}(?P<token>.+?)\."
+    rf"{re.escape(_BUNDLE)}(?P<token>.+?)\."
     rf"(?P<part>string_to_param\..+|{'|'.join(_PARTS)})"
 )
 _MAX_TOKEN, _MAX_VECTORS, _MAX_WIDTH = 128, 1024, 1 << 16
@@ -144,7 +144,7 @@ def take_embeddings(
         if metadata.get(key) == EMBED_FLAG:
             tokens.setdefault(key, {})[FIRST] = tensor
             continue
-        if not key.startswith(BUNDLE):
+        if not key.startswith(_BUNDLE):
             rest[key] = tensor
             continue
         bundled = _BUNDLED.fullmatch(key)
@@ -182,7 +182,7 @@ def embed(form: str, embeddings: Iterable[Embedding]) -> tuple[dict[str, Tensor]
         names = {FIRST: _PLAIN} if list(embedding.vectors) == [FIRST] else {FIRST: "clip_l", SECOND: "clip_g"}
         for component, tensor in embedding.vectors.items():
             part = names.get(component, component) if form == "clip" else component
-            tensors[f"{BUNDLE}{embedding.token}.{part}"] = tensor
+            tensors[f"{_BUNDLE}{embedding.token}.{part}"] = tensor
     return tensors, metadata
 
 

@@ -10,7 +10,7 @@ from lora_engine.adapters import Delta, DoraDelta, FullDelta, LohaDelta, LokrDel
 from lora_engine.errors import AdapterError
 from lora_engine.families import families
 from lora_engine.families.names import TRANSFORMER
-from lora_engine.families.proof import Recognition, recognize, titles
+from lora_engine.families.proof import Recognition, recognize_family, titles
 from lora_engine.formats.transformers.fused import delta_shape
 
 FAMILY = "loraline.base"
@@ -137,11 +137,13 @@ def possible_families(modules: Mapping[str, Delta] | Iterable[str], *, by_size: 
 
     Args:
         modules: Names of the modules, to deltas if known.
-        by_size: See `recognize`.
+        by_size: See `recognize_family`.
     """
     if isinstance(modules, Mapping):
-        return recognize({flattened(name): delta_shape(delta) for name, delta in modules.items()}, by_size=by_size)
-    return recognize(dict.fromkeys(map(flattened, modules)), by_size=by_size)
+        return recognize_family(
+            {flattened(name): delta_shape(delta) for name, delta in modules.items()}, by_size=by_size
+        )
+    return recognize_family(dict.fromkeys(map(flattened, modules)), by_size=by_size)
 
 
 def families_of_tensors(keys: Iterable[str]) -> BaseFamily:

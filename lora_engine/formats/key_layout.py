@@ -308,10 +308,10 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(alpha, dtype=torch.float64)
 
 
-LYCORIS = KeyLayout("LyCORIS", writes_alpha=True)
-LORALINE = KeyLayout("Loraline", writes_alpha=True, extends=LYCORIS)
+LYCORIS_KEYS = KeyLayout("LyCORIS", writes_alpha=True)
+LORALINE_KEYS = KeyLayout("Loraline", writes_alpha=True, extends=LYCORIS_KEYS)
 """LyCORIS' layout, plus Loraline's own keys for kinds that LyCORIS does not have."""
-DIFFUSERS = KeyLayout(
+DIFFUSERS_KEYS = KeyLayout(
     "diffusers",
     writes_alpha=False,
     rewrites=(
@@ -322,8 +322,10 @@ DIFFUSERS = KeyLayout(
         (r"\.lora_(A|B)\.(?!weight$|bias$)[^.]+\.(weight|bias)$", r".lora_\1.\2"),
     ),
 )
-PEFT = KeyLayout("PEFT", writes_alpha=False)
-LAYOUTS: Mapping[str, KeyLayout] = {layout.name: layout for layout in (LYCORIS, LORALINE, DIFFUSERS, PEFT)}
+PEFT_KEYS = KeyLayout("PEFT", writes_alpha=False)
+KEY_LAYOUTS: Mapping[str, KeyLayout] = {
+    layout.name: layout for layout in (LYCORIS_KEYS, LORALINE_KEYS, DIFFUSERS_KEYS, PEFT_KEYS)
+}
 """The layouts that entries of `KINDS` name."""
 _lock, _loaded = RLock(), set[str]()
 
@@ -353,6 +355,6 @@ def _add_factor_keys(kind: Kind) -> None:
             raise KINDS.misfit(kind.name, f"has no module of keys {kind.keys!r}: {error}", "a module") from error
         return
     for layout, names in kind.keys.items():
-        if layout not in LAYOUTS:
-            raise KINDS.misfit(kind.name, f"names the key layout {layout!r}", ", ".join(LAYOUTS))
-        LAYOUTS[layout].add(TableFactorKeys(kind.name, names))
+        if layout not in KEY_LAYOUTS:
+            raise KINDS.misfit(kind.name, f"names the key layout {layout!r}", ", ".join(KEY_LAYOUTS))
+        KEY_LAYOUTS[layout].add(TableFactorKeys(kind.name, names))

@@ -18,7 +18,7 @@ from lora_engine.families import families
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import TensorCodec
-from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, KeyLayout
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, KeyLayout
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.modelspec import base_version
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
@@ -30,7 +30,7 @@ class KohyaCodec(TensorCodec):
     """`lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`."""
 
     format = catalog.KOHYA
-    key_layout = KeyLayout("kohya", writes_alpha=True, extends=LYCORIS, also=(DIFFUSERS,))
+    key_layout = KeyLayout("kohya", writes_alpha=True, extends=LYCORIS_KEYS, also=(DIFFUSERS_KEYS,))
     transformers = KOHYA_EXPORT_NAMING
     starts: ClassVar[tuple[str, ...]] = STARTS
     original: ClassVar[Collection[str]] = [

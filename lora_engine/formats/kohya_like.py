@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from lora_engine.catalog import formats as catalog
-from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
 from lora_engine.formats.transformers.names import (
@@ -37,7 +37,7 @@ class OnetrainerCodec(KohyaCodec):
     """
 
     format = catalog.ONETRAINER
-    key_layout = LYCORIS.limited("OneTrainer", catalog.ONETRAINER.kinds, (DIFFUSERS,))
+    key_layout = LYCORIS_KEYS.limited("OneTrainer", catalog.ONETRAINER.kinds, (DIFFUSERS_KEYS,))
     transformers = ONETRAINER_EXPORT_NAMING
     original = ()
     starts = (*STARTS, "lora_transformer_")
@@ -52,7 +52,7 @@ class AitoolkitCodec(KohyaCodec):
     """ai-toolkit: kohya's names; only LoRA and LoKr."""
 
     format = catalog.AITOOLKIT
-    key_layout = LYCORIS.limited("ai-toolkit", catalog.AITOOLKIT.kinds, (DIFFUSERS,))
+    key_layout = LYCORIS_KEYS.limited("ai-toolkit", catalog.AITOOLKIT.kinds, (DIFFUSERS_KEYS,))
     transformers = AITOOLKIT_EXPORT_NAMING
     starts = ()
 

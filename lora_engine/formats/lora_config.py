@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.errors import AdapterError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _PLAIN = re.compile(r"\^?(\w|-|\\?\.)+\$?")
 
 
@@ -139,5 +139,5 @@ def _number(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _most_common(values: Sequence[T]) -> T:
+def _most_common(values: Sequence[_T]) -> _T:
     return Counter(values).most_common(1)[0][0]

@@ -15,8 +15,8 @@ from lora_engine.formats.card import Card
 from lora_engine.formats.family import context_widths
 from lora_engine.formats.safetensors_io import BODY_SHA256
 
-PREFIX = "modelspec."
-DIGEST = {f"{PREFIX}hash_sha256": f"0x{BODY_SHA256}"}
+_PREFIX = "modelspec."
+DIGEST = {f"{_PREFIX}hash_sha256": f"0x{BODY_SHA256}"}
 """The standard's digest entry, with the placeholder that the writer replaces."""
 SPECIFICATION = "1.0.1"
 SGM = "https://github.com/Stability-AI/generative-models"
@@ -51,7 +51,7 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
         "merged_from": ", ".join(str(parent).partition(" sha256:")[0] for parent in parents),
         "tags": ", ".join(dict.fromkeys([*kinds, *_methods(card), *filter(None, [card.class_word])])),
     }
-    return {f"{PREFIX}{name}": text for name, text in entries.items() if text}
+    return {f"{_PREFIX}{name}": text for name, text in entries.items() if text}
 
 
 def _version_of(adapter: Adapter, card: Card) -> HeaderVersion:

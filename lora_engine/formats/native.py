@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lora_engine.catalog import formats as catalog
 from lora_engine.formats.codec import TensorCodec
-from lora_engine.formats.key_layout import DIFFUSERS, LORALINE
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LORALINE_KEYS
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
 
@@ -16,11 +16,11 @@ class NativeCodec(TensorCodec):
     """`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight`."""
 
     format = catalog.LORALINE
-    key_layout = LORALINE
+    key_layout = LORALINE_KEYS
     embeddings: ClassVar[str] = "bundle"
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if all names begin with a component, some have LyCORIS' suffixes, and none only diffusers'."""
-        if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE.matches(keys):
+        if not all(key.startswith(COMPONENTS) for key in keys) or not LORALINE_KEYS.matches(keys):
             return False
-        return not DIFFUSERS.matches([key for key, _, suffix in LORALINE.split(keys) if suffix is None])
+        return not DIFFUSERS_KEYS.matches([key for key, _, suffix in LORALINE_KEYS.split(keys) if suffix is None])

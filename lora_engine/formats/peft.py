@@ -20,7 +20,7 @@ from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec
 from lora_engine.formats.diffusers import without_core
-from lora_engine.formats.key_layout import PEFT
+from lora_engine.formats.key_layout import PEFT_KEYS
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.peft_embeddings import with_embedding_names
@@ -42,7 +42,7 @@ class PeftCodec(TensorCodec):
 
     format = catalog.PEFT
     embeddings: ClassVar[str] = "diffusers"
-    key_layout = PEFT
+    key_layout = PEFT_KEYS
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if all names have PEFT's prefix."""

@@ -14,7 +14,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats.lora_config import check_one_kind, lora_config
 from lora_engine.registries import Registry
 
-Settings = Callable[[Mapping[str, Delta]], dict[str, Any]]
+PeftSettings = Callable[[Mapping[str, Delta]], dict[str, Any]]
 Finish = Callable[[Delta, Mapping[str, Any], str, str], Delta]
 
 
@@ -36,7 +36,7 @@ class PeftType:
 
     kinds: Sequence[str]
     alpha: str
-    settings: Settings
+    settings: PeftSettings
     finish: Finish = _unchanged
 
 

@@ -44,7 +44,7 @@ class Inert:
         pass
 
 
-class Walk:
+class _Walk:
     """Converts the loaded object into JSON nodes and a table of tensors.
 
     Args:
@@ -111,7 +111,7 @@ def main(path: Path, folder: Path, limits: dict[str, int]) -> None:
     """Reads the file and writes `answer.json`."""
     _limit(path.stat().st_size, limits)
     try:
-        walk = Walk(limits)
+        walk = _Walk(limits)
         content = walk.node(_load(path))
         write_safetensors(folder / "tensors.safetensors", walk.tensors, {})
         answer = {"content": content or {"value": None}, "dropped": walk.dropped}

@@ -225,7 +225,7 @@ def _parse(path: Path, text: bytes, limits: Limits) -> tuple[dict[str, dict[str,
         problem = f"the file holds {len(header)} tensors"
         raise AdapterError(problem, where=str(path), allowed=f"at most {limits.tensors}", remedy="check the file")
     for name in header:
-        check_name(path, name, limits)
+        check_tensor_name(path, name, limits)
     return header, metadata
 
 
@@ -238,7 +238,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def check_name(path: Path, name: str, limits: Limits = LIMITS) -> None:
+def check_tensor_name(path: Path, name: str, limits: Limits = LIMITS) -> None:
     """Raises an error for an invalid tensor name.
 
     Raises:

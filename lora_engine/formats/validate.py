@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 """Further dtypes of single numbers: LyCORIS stores `on_input`, and an `alpha` of 0, as integers."""
 
@@ -30,11 +30,11 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise AdapterError("the file holds no tensors", remedy="save or download the adapter again")
     for name, tensor in tensors.items():
         is_number = tensor.dim() == 0 and tensor.dtype in INTEGERS
-        if tensor.dtype not in FLOATS and not is_number:
+        if tensor.dtype not in _FLOATS and not is_number:
             raise AdapterError(
                 f"the dtype is {tensor.dtype}",
                 where=f"tensor {name!r}",
-                allowed=", ".join(str(dtype) for dtype in FLOATS),
+                allowed=", ".join(str(dtype) for dtype in _FLOATS),
                 remedy="save the adapter in one of these dtypes",
             )
         if not is_finite(tensor) and not _is_unused_alpha(name, tensors):

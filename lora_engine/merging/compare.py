@@ -45,7 +45,7 @@ class ModuleDifference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AdapterComparison:
     """The comparison of two adapters.
 
     Attributes:
@@ -113,7 +113,7 @@ def compare_adapters(
     *,
     base: Base | None = None,
     words: tuple[Sequence[Embedding], Sequence[Embedding]] = ((), ()),
-) -> Comparison:
+) -> AdapterComparison:
     """Compares what two adapters add to each weight and bias of their base.
 
     Args:
@@ -141,7 +141,7 @@ def compare_adapters(
     farthest = sorted(modules, key=lambda name: -_distance(modules[name]))
     any_known = unknown < len(modules)
     largest = [module.largest for module in modules.values() if module.largest is not None]
-    return Comparison(
+    return AdapterComparison(
         {name: modules[name] for name in farthest},
         total.relative if any_known else None,
         total.cosine if any_known else None,

@@ -34,7 +34,7 @@ from lora_engine.training.examples import Conditioner, Encoder, Example, read_ex
 if TYPE_CHECKING:
     from lora_engine.merging.methods.learned import Learned
 
-Loss = Callable[[], Tensor]
+LossFunction = Callable[[], Tensor]
 _BLOCK = re.compile(r"[^.]+\.\w*blocks\.\d+(?=\.|$)")
 
 
@@ -42,7 +42,7 @@ def learn_weights(
     adapters: Sequence[Adapter],
     start: Sequence[Weight],
     base: BaseModel | Mapping[str, nn.Module],
-    losses: Sequence[Loss],
+    losses: Sequence[LossFunction],
     options: Learned,
     *,
     progress: Progress = no_progress,
@@ -91,7 +91,7 @@ def learn_weights(
 
 def denoising_losses(
     base: BaseModel, dataset: Path, work: Path, *, seed: int, timesteps: int, trains_text: bool
-) -> list[Loss]:
+) -> list[LossFunction]:
     """Returns the denoising loss of each training image of a dataset, with fixed noise and timesteps.
 
     Args:
@@ -132,7 +132,7 @@ def _loss(
     return F.mse_loss(predicted, target)
 
 
-def _descend(offsets: Sequence[Tensor], losses: Sequence[Loss], options: Learned, progress: Progress) -> None:
+def _descend(offsets: Sequence[Tensor], losses: Sequence[LossFunction], options: Learned, progress: Progress) -> None:
     optimizer = torch.optim.Adam(list(offsets), lr=options.learning_rate)
     for step in range(options.steps):
         optimizer.zero_grad(set_to_none=True)

@@ -82,7 +82,7 @@ def merge_adapters(
 
 
 WeightedDeltas = Sequence[tuple[Delta | None, float]]
-Result = tuple[Delta, ModuleReport]
+MergeResult = tuple[Delta, ModuleReport]
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,12 @@ class _Plan:
         module = ModuleDeltas.of(name, [delta for delta, _ in ordered if delta is not None], base)
         return cls(name, ordered, coefficients, module, method, options, seed)
 
-    def run(self) -> Result | None:
+    def run(self) -> MergeResult | None:
         """Returns the merged delta and its report; None if the merged delta is zero."""
         with located(self.name):
             return self._merge_elements(self.method) if isinstance(self.method, Elementwise) else self._combine()
 
-    def _combine(self) -> Result | None:
+    def _combine(self) -> MergeResult | None:
         coefficients = self.coefficients if self.coefficients is not None else self._coefficients_from_deltas()
         active = _active(self.weighted_deltas, coefficients)
         if not active:
@@ -169,7 +169,7 @@ class _Plan:
         method = cast(Combination, self.method)
         return method.coefficients([weight for _, weight in self.weighted_deltas], gram, **self.options.parameters())
 
-    def _merge_elements(self, method: Elementwise) -> Result | None:
+    def _merge_elements(self, method: Elementwise) -> MergeResult | None:
         # A delta of zero changes no sum, no sign election and no mean of the agreeing elements.
         active = _active(self.weighted_deltas, [weight for _, weight in self.weighted_deltas])
         if not active:
@@ -195,7 +195,7 @@ class _Plan:
             seen[digest] += 1
         return method.merge(deltas, scales, generators=generators, **self.options.parameters())
 
-    def _store(self, weight: Tensor, bias: Tensor | None, *, exact: bool) -> Result | None:
+    def _store(self, weight: Tensor, bias: Tensor | None, *, exact: bool) -> MergeResult | None:
         """Returns the result as LoRA, or as the dense difference if requested or not larger."""
         if not bool(weight.any()):
             return None if bias is None or not bool(bias.any()) else _as_full(weight, bias)
@@ -240,6 +240,6 @@ def _is_passed_on(active: Sequence[tuple[Delta, float]], options: MergeOptions) 
     return len(active) == 1 and active[0][1] == 1.0 and not options.compresses and options.kind == "lora"
 
 
-def _as_full(weight: Tensor, bias: Tensor | None) -> Result:
+def _as_full(weight: Tensor, bias: Tensor | None) -> MergeResult:
     delta = full_delta(weight, bias)
     return delta, ModuleReport(delta.kind, None)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from lora_engine.errors import SettingsError
 
 Weight = float | dict[str, float]
 """A number for the whole adapter, or numbers by pattern over module names; see `lora_engine.merging.weights`."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -30,8 +29,8 @@ class MergeOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int | None = Field(default=None, ge=1, le=65536)
-    energy: Finite | None = Field(default=None, gt=0.0, le=1.0)
-    error: Finite | None = Field(default=None, ge=0.0, lt=1.0)
+    energy: FiniteFloat | None = Field(default=None, gt=0.0, le=1.0)
+    error: FiniteFloat | None = Field(default=None, ge=0.0, lt=1.0)
     kind: Literal["lora", "full"] = "lora"
 
     @property

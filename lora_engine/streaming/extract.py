@@ -22,7 +22,7 @@ from lora_engine.streaming.blocks import FLOATS
 from lora_engine.streaming.inputs import check_same_tensors, read_location
 from lora_engine.streaming.model import StoredModel, open_model
 
-KINDS = ("lora", "full")
+_KINDS = ("lora", "full")
 _EMBEDDINGS = (".token_embedding", ".position_embedding")
 
 
@@ -229,8 +229,10 @@ def _targets(model: StoredModel, targets: str | Sequence[str] | None) -> list[st
 def _budget(
     rank: int | None, energy: float | None, frobenius: float | None, kind: str, *, is_noise_enough: bool
 ) -> Budget | None:
-    if kind not in KINDS:
-        raise SettingsError(f"the kind {kind!r} cannot be extracted", allowed=", ".join(KINDS), remedy="choose another")
+    if kind not in _KINDS:
+        raise SettingsError(
+            f"the kind {kind!r} cannot be extracted", allowed=", ".join(_KINDS), remedy="choose another"
+        )
     if rank is None and energy is None and frobenius is None and (is_noise_enough or kind == "full"):
         return None
     return Budget(rank=rank, energy=energy, error=frobenius)

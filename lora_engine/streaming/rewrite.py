@@ -22,7 +22,7 @@ from lora_engine.streaming.blocks import BLOCK, FLOATS, as_bytes
 from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
 
 
-class Change(Protocol):
+class TensorChange(Protocol):
     """The change of one tensor.
 
     Attributes:
@@ -47,7 +47,7 @@ class Change(Protocol):
         ...
 
 
-Opener = Callable[[], Change]
+Opener = Callable[[], TensorChange]
 """Creates the change of a tensor just before it is written: only its factors are in memory in float32."""
 Watch = Callable[[str, int, Tensor], None]
 """Called with every written block: name of the tensor, first row, `[rows, inner]` in the tensor's dtype."""
@@ -119,7 +119,7 @@ def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]
 
 
 def _write_changed(
-    source: int, writer: DirectWriter, name: str, stored: StoredTensor, change: Change, watch: Watch | None
+    source: int, writer: DirectWriter, name: str, stored: StoredTensor, change: TensorChange, watch: Watch | None
 ) -> None:
     dtype = FLOATS[stored.dtype]
     rows = stored.shape[0] if stored.shape else 1

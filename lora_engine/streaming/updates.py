@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.merging.compress import plain_factors
 from lora_engine.streaming.model import TensorLocation
-from lora_engine.streaming.rewrite import Change
+from lora_engine.streaming.rewrite import TensorChange
 
 Reference = Callable[[], Tensor]
 """Reads the weight (or bias) of the same module from another model, in its stored dtype."""
@@ -36,14 +36,14 @@ class Update:
     is_bias: bool
     reference: Reference | None = None
 
-    def open(self) -> Change:
+    def open(self) -> TensorChange:
         """Returns the change, with its factors in memory."""
         if type(self.delta) is LoraDelta and not self.is_bias:
             return _LowRank(self.delta, self.weight, self.location)
         return _Dense(self)
 
 
-def open_updates(updates: Sequence[Update]) -> Change:
+def open_updates(updates: Sequence[Update]) -> TensorChange:
     """Returns the sum of several updates of one tensor; each refers to the stored values."""
     return _Sum([update.open() for update in updates])
 
@@ -101,7 +101,7 @@ class _Dense:
 class _Sum:
     """Applies several changes, one after the other."""
 
-    def __init__(self, parts: Sequence[Change]) -> None:
+    def __init__(self, parts: Sequence[TensorChange]) -> None:
         self._parts = parts
         self.is_whole = any(part.is_whole for part in parts)
         self.bound = sum(part.bound for part in parts)

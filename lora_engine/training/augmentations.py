@@ -36,7 +36,7 @@ class Augmentation:
 
     def key(self) -> dict[str, Any]:
         """Returns the augmentation's part of a cache key; empty for the identity."""
-        return {} if self == PLAIN else {"look": asdict(self)}
+        return {} if self == UNCHANGED else {"look": asdict(self)}
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Returns pixels [3, height, width] in [-1, 1], augmented and clipped; computes in float64."""
@@ -59,7 +59,7 @@ class Augmentation:
         return mask.flip(-1) if self.mirrored else mask
 
 
-PLAIN = Augmentation()
+UNCHANGED = Augmentation()
 
 
 def augmentations_of(settings: Captions, seed: int) -> tuple[Augmentation, ...]:
@@ -68,7 +68,7 @@ def augmentations_of(settings: Captions, seed: int) -> tuple[Augmentation, ...]:
     They are the same for every image. A run's cache is (1 + variants) times as large, and twice that with `flip`.
     """
     variants = [
-        PLAIN,
+        UNCHANGED,
         *(_color_variant(settings.colours, seed, number) for number in range(_variants(settings.colours))),
     ]
     mirrors = (False, True) if settings.flip else (False,)
@@ -87,7 +87,7 @@ def _variants(colours: ColorJitter | None) -> int:
 
 def _color_variant(colours: ColorJitter | None, seed: int, number: int) -> Augmentation:
     if colours is None:
-        return PLAIN
+        return UNCHANGED
     draws = (torch.rand(4, generator=generator(seed, "shade", number), dtype=torch.float64) * 2 - 1).tolist()
     return Augmentation(
         False,

@@ -15,8 +15,8 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
 from lora_engine.training.augmentations import augmentations_of
 from lora_engine.training.captions import Rewriter
-from lora_engine.training.examples import Conditioner, Example, Size
-from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps
+from lora_engine.training.examples import Conditioner, Example, ImageSize
+from lora_engine.training.objective import draw_perturbation, draw_timesteps, draw_training_noise
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.objective import Objective
 
@@ -63,7 +63,7 @@ class BucketSampler:
         seed: Seed of the run.
     """
 
-    def __init__(self, sizes: Sequence[Size], batch: int, seed: int) -> None:
+    def __init__(self, sizes: Sequence[ImageSize], batch: int, seed: int) -> None:
         self._groups = {
             size: [index for index, candidate in enumerate(sizes) if candidate == size] for size in sorted(set(sizes))
         }
@@ -75,7 +75,7 @@ class BucketSampler:
         # Bound to the instance, so that the cache does not outlive its run.
         self._epoch = lru_cache(maxsize=4)(self._spread)
 
-    def batch(self, number: int) -> tuple[Size, int, list[int]]:
+    def batch(self, number: int) -> tuple[ImageSize, int, list[int]]:
         """Returns a batch's size, its number among the batches of that size, and its examples' indices."""
         epoch, slot = divmod(number, self._length)
         size, within = self._epoch(epoch)[slot]
@@ -84,10 +84,10 @@ class BucketSampler:
         picks = shuffled_epochs(len(indices), position * self._batch, self._batch, self._seed, "instance", *size)
         return size, position, [indices[pick] for pick in picks]
 
-    def _spread(self, epoch: int) -> list[tuple[Size, int]]:
+    def _spread(self, epoch: int) -> list[tuple[ImageSize, int]]:
         # Batch j of k of a size falls into the j-th of k equal parts of the epoch.
         draw = generator(self._seed, "slots", epoch)
-        slots: list[tuple[float, Size, int]] = []
+        slots: list[tuple[float, ImageSize, int]] = []
         for size, count in self._counts.items():
             shifts = torch.rand(count, generator=draw, dtype=torch.float64).tolist()
             slots += [((within + shifts[within]) / count, size, within) for within in range(count)]
@@ -142,7 +142,7 @@ class BatchBuilder:
         self._augmentations = augmentations_of(captions or Captions(), seed)
         self._objective = objective or Objective()
         self._order = BucketSampler([example.size for example in self._examples], batch, seed)
-        self._classes: dict[Size, list[Example]] = {}
+        self._classes: dict[ImageSize, list[Example]] = {}
         for example in class_examples:
             self._classes.setdefault(example.size, []).append(example)
 
@@ -158,7 +158,7 @@ class BatchBuilder:
             chosen += [class_examples[pick] for pick in picks]
         draw = generator(self._seed, "noise", number)
         latents = torch.stack([self._latents(example) for example in chosen])
-        noise = draw_noise(self._objective, latents.shape, draw)
+        noise = draw_training_noise(self._objective, latents.shape, draw)
         timesteps = draw_timesteps(self._objective, self._base.noise, len(chosen), draw, _sides(latents))
         dropped = (torch.rand(len(chosen), generator=draw) < self._dropout).tolist()
         perturbation = draw_perturbation(self._objective, latents.shape, draw)

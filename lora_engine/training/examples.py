@@ -18,13 +18,13 @@ from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from lora_engine.inference.syntax import parse_weights
-from lora_engine.training.augmentations import PLAIN, Augmentation, augmentations_of
+from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
 from lora_engine.training.cache import TensorCache
 from lora_engine.training.captions import Rewriter
 from lora_engine.training.specs.captions import Captions
 
-Size = tuple[int, int]
-Conditioner = Callable[[Sequence[str], Size], Conditioning]
+ImageSize = tuple[int, int]
+Conditioner = Callable[[Sequence[str], ImageSize], Conditioning]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Example:
     file: Path
     digest: str
     caption: str
-    size: Size
+    size: ImageSize
     mask: Path | None = None
     repeats: int = 1
-    augmentation: Augmentation = PLAIN
+    augmentation: Augmentation = UNCHANGED
 
     def identity(self) -> list[str | int]:
         """Returns everything of the example that a run depends on, as JSON values."""
@@ -100,7 +100,7 @@ def text_encoder(base: BaseModel, settings: Captions) -> Conditioner:
     if settings.chunks == 1 and not settings.weights:
         return base.encode_text
 
-    def encode(texts: Sequence[str], size: Size) -> Conditioning:
+    def encode(texts: Sequence[str], size: ImageSize) -> Conditioning:
         pieces = [parse_weights(text) if settings.weights else [(text, 1.0)] for text in texts]
         return encode_long(base, pieces, size, chunks=settings.chunks)
 
@@ -145,7 +145,7 @@ class Encoder:
         return self._latents.get(key, make)["latents"]
 
     @torch.no_grad()
-    def conditioning(self, texts: Sequence[str], size: Size) -> Conditioning:
+    def conditioning(self, texts: Sequence[str], size: ImageSize) -> Conditioning:
         """Returns one row per text, on the CPU.
 
         Prepared texts are cached in the folder. Others, such as shuffled captions, are encoded on demand and cached in
@@ -169,7 +169,7 @@ class Encoder:
             unaugmented: Class images and held-out ones, which keep their pixels and captions.
         """
         extra_texts = sorted(set(texts))
-        pending: set[tuple[str, Size]] = set()
+        pending: set[tuple[str, ImageSize]] = set()
         for example in examples:
             for augmentation in self._augmentations:
                 check()
@@ -185,7 +185,7 @@ class Encoder:
             self._prepared.add(text)
             self.conditioning([text], size)
 
-    def _text(self, text: str, size: Size) -> dict[str, Tensor]:
+    def _text(self, text: str, size: ImageSize) -> dict[str, Tensor]:
         def make() -> dict[str, Tensor]:
             return dict(self._encode([text], size).tensors)
 

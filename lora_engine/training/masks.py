@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.training.batches import Batch
-from lora_engine.training.examples import Example, Size
+from lora_engine.training.examples import Example, ImageSize
 from lora_engine.training.specs.methods import Mask
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _CACHE_SIZE = 4096
 _STROKES = 4
 
 
-def mask_weights(mask: Tensor, size: Size, settings: Mask) -> Tensor:
+def mask_weights(mask: Tensor, size: ImageSize, settings: Mask) -> Tensor:
     """Returns the loss weight of each element of the latents: (m + floor)^temperature.
 
     Args:
@@ -45,7 +45,7 @@ def mask_transform(settings: Mask) -> Callable[[Batch, int], Batch]:
     """Returns a transform that weights the rows of images with masks; all other rows have weight 1."""
 
     @lru_cache(maxsize=_CACHE_SIZE)
-    def row(example: Example, size: Size) -> Tensor:
+    def row(example: Example, size: ImageSize) -> Tensor:
         mask = example.mask_pixels()
         return torch.ones(1, *size) if mask is None else mask_weights(mask[None], size, settings)[0]
 
@@ -67,7 +67,7 @@ def with_weights(batch: Batch, weights: Tensor) -> Batch:
     return replace(batch, weights=on_device if batch.weights is None else batch.weights * on_device)
 
 
-def random_mask(size: Size, settings: Inpainting, generator: torch.Generator) -> Tensor:
+def random_mask(size: ImageSize, settings: Inpainting, generator: torch.Generator) -> Tensor:
     """Returns a random mask of an image: everything, a box, or a few thick strokes.
 
     Args:
@@ -90,7 +90,7 @@ def random_mask(size: Size, settings: Inpainting, generator: torch.Generator) ->
     return _strokes(size, used, 0.05 + 0.1 * thickness)
 
 
-def _box(size: Size, draws: list[float], settings: Inpainting) -> Tensor:
+def _box(size: ImageSize, draws: list[float], settings: Inpainting) -> Tensor:
     mask = torch.zeros(1, *size)
     spans = []
     for side, share, position in zip(size, draws[:2], draws[2:], strict=True):
@@ -102,7 +102,7 @@ def _box(size: Size, draws: list[float], settings: Inpainting) -> Tensor:
     return mask
 
 
-def _strokes(size: Size, points: Tensor, thickness: float) -> Tensor:
+def _strokes(size: ImageSize, points: Tensor, thickness: float) -> Tensor:
     # A polyline; pixels closer to a segment than the brush thickness are hidden.
     height, width = size
     y = (torch.arange(height) + 0.5) / height

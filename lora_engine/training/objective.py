@@ -144,7 +144,7 @@ def _draw_shares(distribution: Distribution, count: int, generator: torch.Genera
     return even
 
 
-def draw_noise(objective: Objective, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def draw_training_noise(objective: Objective, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Returns the noise of a batch: float32 [n, channels, height, width], on the CPU.
 
     White noise is drawn first, so that pyramid and offset do not change it.

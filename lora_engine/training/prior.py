@@ -15,7 +15,7 @@ from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.generate import generate
 from lora_engine.seeds import derive_seed
-from lora_engine.training.examples import Example, Size
+from lora_engine.training.examples import Example, ImageSize
 from lora_engine.training.spec import Prior
 
 _BATCH = 8
@@ -39,7 +39,7 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
 
 
 def read_class_images(
-    folder: Path, prior: Prior, class_word: str | None, sizes: Collection[Size]
+    folder: Path, prior: Prior, class_word: str | None, sizes: Collection[ImageSize]
 ) -> tuple[Example, ...]:
     """Returns the training images of a dataset as class images; uncaptioned ones get the prompts in turn.
 
@@ -102,7 +102,7 @@ class ClassImages:
     seed: int
     check: Callable[[int], None]
 
-    def draw(self, sizes: Sequence[Size]) -> tuple[Example, ...]:
+    def draw(self, sizes: Sequence[ImageSize]) -> tuple[Example, ...]:
         """Draws class images in the sizes of the user's images: in proportion, at least one per size."""
         examples: list[Example] = []
         for size, occurrences in sorted(Counter(sizes).items()):
@@ -118,7 +118,7 @@ class ClassImages:
         self.check(len(examples))
         return tuple(examples)
 
-    def _draw_batch(self, size: Size, numbers: range, prompts: list[str]) -> list[Path]:
+    def _draw_batch(self, size: ImageSize, numbers: range, prompts: list[str]) -> list[Path]:
         # An incomplete batch is drawn again as a whole, so that an interrupted run gets the same bytes.
         key = {
             "base": self.base.fingerprint,

@@ -14,7 +14,7 @@ from lora_engine.files import atomic_write, canonical_json
 from lora_engine.inference.generate import generate
 from lora_engine.training.specs.samples import Samples
 
-FOLDER = "samples"
+_FOLDER = "samples"
 ABOUT = "samples.json"
 
 
@@ -56,5 +56,5 @@ class SampleWriter:
     def copy(self, out: Path) -> None:
         """Copies the samples and their settings into the folder `samples` of an artifact."""
         for file in sorted((self.folder / self.job[:16]).glob("step-*/*.png")):
-            atomic_write(out / FOLDER / file.parent.name / file.name, file.read_bytes())
-        atomic_write(out / FOLDER / ABOUT, canonical_json(self.samples.model_dump(mode="json")))
+            atomic_write(out / _FOLDER / file.parent.name / file.name, file.read_bytes())
+        atomic_write(out / _FOLDER / ABOUT, canonical_json(self.samples.model_dump(mode="json")))

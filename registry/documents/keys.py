@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 FOLDER = "keys"
-SUFFIX = ".pub"
-CURVES = ("secp256r1", "secp384r1", "secp521r1")
+KEY_SUFFIX = ".pub"
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _UNTIL = re.compile(rb"^Valid-Until: (\d{4}-\d{2}-\d{2})\s*$", re.MULTILINE)
 _MAX_BYTES = 64 << 10
 
@@ -66,7 +66,7 @@ def make_key(path: Path, passphrase: bytes | None, *, valid_until: date | None =
     from cryptography.hazmat.primitives import serialization as pem
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    public_path = path.with_name(path.name + SUFFIX)
+    public_path = path.with_name(path.name + KEY_SUFFIX)
     for file in (path, public_path):
         if file.exists():
             raise SignatureError("the file exists", where=str(file), remedy="name another file")
@@ -90,7 +90,7 @@ def trust_key(home: Home, path: Path) -> PublicKey:
         SignatureError: The file has no usable public key, or another key of that name is trusted.
     """
     key = read_public_key(path)
-    target = home.path / FOLDER / f"{key.name}{SUFFIX}"
+    target = home.path / FOLDER / f"{key.name}{KEY_SUFFIX}"
     if target.exists() and target.read_bytes() != path.read_bytes():
         raise SignatureError(f"another key {key.name!r} is trusted", where=str(target), remedy="rename one of them")
     with disk_errors(target):
@@ -105,7 +105,7 @@ def trusted_keys(home: Home) -> list[PublicKey]:
     Raises:
         SignatureError: A file has no usable public key.
     """
-    return [read_public_key(path) for path in sorted((home.path / FOLDER).glob(f"*{SUFFIX}"))]
+    return [read_public_key(path) for path in sorted((home.path / FOLDER).glob(f"*{KEY_SUFFIX}"))]
 
 
 def read_public_key(path: Path) -> PublicKey:
@@ -125,7 +125,7 @@ def read_public_key(path: Path) -> PublicKey:
         last = date.fromisoformat(until[1].decode()) if until else None
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise _no_key(f"this is not a public key ({error})", path) from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
         raise _no_key("this is a key of an unsupported type", path)
     return PublicKey(path, fingerprint(key), last)
 
@@ -147,7 +147,7 @@ def read_private_key(path: Path, passphrase: bytes | None) -> EllipticCurvePriva
         raise SignatureError(
             f"the private key cannot be read ({error})", where=str(path), remedy="check the file and the passphrase"
         ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         raise _no_key("this is a key of an unsupported type", path)
     return key
 
@@ -179,5 +179,8 @@ def _public_pem(key: EllipticCurvePublicKey) -> bytes:
 
 def _no_key(problem: str, path: Path) -> SignatureError:
     return SignatureError(
-        problem, where=str(path), allowed=f"PEM files of keys on {', '.join(CURVES)}", remedy="`loraline keys new FILE`"
+        problem,
+        where=str(path),
+        allowed=f"PEM files of keys on {', '.join(_CURVES)}",
+        remedy="`loraline keys new FILE`",
     )

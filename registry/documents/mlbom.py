@@ -17,7 +17,7 @@ from registry.entities import to_json
 from registry.policy.alias_policy import numbers
 from registry.policy.license_terms import LicenseTerms
 
-SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
+_SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 MODEL = "machine-learning-model"
 
 
@@ -43,7 +43,7 @@ def mlbom(facts: Facts) -> dict[str, Any]:
         component["pedigree"] = {"ancestors": ancestors}
     datasets = [_data_component(dataset) for dataset in facts.datasets]
     return {
-        "$schema": SCHEMA,
+        "$schema": _SCHEMA,
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "serialNumber": f"urn:uuid:{uuid5(NAMESPACE_URL, f'urn:loraline:version:{ref}')}",

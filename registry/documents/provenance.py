@@ -14,7 +14,7 @@ from registry.documents.facts import Facts, packages_digest, without_paths
 from registry.entities import Execution, to_json
 
 STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "https://slsa.dev/provenance/v1"
+_PREDICATE = "https://slsa.dev/provenance/v1"
 PIPELINE = "urn:loraline:pipeline:1"
 """Build type of a pipeline's output; its external parameters are the pipeline file."""
 IMPORT = "urn:loraline:import:1"
@@ -52,7 +52,7 @@ def provenance(facts: Facts) -> dict[str, Any]:
     }
     name = PurePosixPath(version.adapter_path).name
     subject = {"name": name, "digest": {"sha256": version.sha256}}
-    return {"_type": STATEMENT, "subject": [subject], "predicateType": PREDICATE, "predicate": predicate}
+    return {"_type": STATEMENT, "subject": [subject], "predicateType": _PREDICATE, "predicate": predicate}
 
 
 def _step(step: Execution) -> dict[str, Any]:

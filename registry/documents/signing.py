@@ -19,15 +19,23 @@ from lora_engine.files import sha256_file
 from registry import queries
 from registry.context import RegistryContext
 from registry.documents.keys import PublicKey, fingerprint, key_of, read_private_key, trusted_keys
-from registry.documents.storage import FILES, PROVENANCE, SIGNATURE, find_records, keep, read_document, write_missing
+from registry.documents.storage import (
+    DOCUMENT_FILES,
+    PROVENANCE,
+    SIGNATURE,
+    find_records,
+    keep,
+    read_version_document,
+    write_missing,
+)
 from registry.entities import AdapterVersion, is_digest
 from registry.errors import DamagedBlob, MissingBlob, SignatureError
 from registry.identity import current_user
 
-BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-PREDICATE = "https://model_signing/signature/v1.0"
-_FILE = FILES[SIGNATURE][0]
-_PROVENANCE = FILES[PROVENANCE][0]
+_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_PREDICATE = "https://model_signing/signature/v1.0"
+_FILE = DOCUMENT_FILES[SIGNATURE][0]
+_PROVENANCE = DOCUMENT_FILES[PROVENANCE][0]
 _MAX_BUNDLE = 1 << 20
 
 
@@ -204,7 +212,7 @@ def _key_problem(fingerprint: str, trusted: Sequence[PublicKey]) -> str:
 
 
 def _read_bundle(context: RegistryContext, version: AdapterVersion) -> bytes:
-    return read_document(context.store, find_records(context.lineage, version), version, _FILE)
+    return read_version_document(context.store, find_records(context.lineage, version), version, _FILE)
 
 
 def _parse(content: bytes) -> Signature:
@@ -214,7 +222,9 @@ def _parse(content: bytes) -> Signature:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SignatureError(f"the signature cannot be read ({error!r})", remedy="sign again") from None
     if signature is None:
-        raise SignatureError("the signature has an unknown form", allowed=f"{BUNDLE}, {PREDICATE}", remedy="sign again")
+        raise SignatureError(
+            "the signature has an unknown form", allowed=f"{_BUNDLE}, {_PREDICATE}", remedy="sign again"
+        )
     return signature
 
 
@@ -225,7 +235,7 @@ def _read_form(bundle: dict[str, Any]) -> Signature | None:
     statement = json.loads(base64.b64decode(envelope["payload"], validate=True))
     (subject,), resources = statement["subject"], statement["predicate"]["resources"]
     digests = {str(entry["name"]): str(entry["digest"]) for entry in resources if entry["algorithm"] == "sha256"}
-    is_known = bundle["mediaType"] == BUNDLE and statement["predicateType"] == PREDICATE and is_digest(key)
+    is_known = bundle["mediaType"] == _BUNDLE and statement["predicateType"] == _PREDICATE and is_digest(key)
     if not is_known or len(digests) != len(resources) or not all(map(is_digest, digests.values())):
         return None
     return Signature(key, str(subject["name"]), digests)

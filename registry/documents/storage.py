@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 CARD, PROVENANCE, BOM, SIGNATURE = "model-card", "provenance", "ml-bom", "signature"
-FILES: Mapping[str, tuple[str, ...]] = {
+DOCUMENT_FILES: Mapping[str, tuple[str, ...]] = {
     CARD: ("model-card.md", "model-card.html"),
     PROVENANCE: ("provenance.json",),
     BOM: ("ml-bom.json",),
@@ -127,14 +127,16 @@ def gather_shown(context: RegistryContext, version: AdapterVersion) -> Shown:
         return Shown(bare_facts(version), ())
 
 
-def read_document(store: Store, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str) -> bytes:
+def read_version_document(
+    store: Store, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str
+) -> bytes:
     """Returns the verified bytes of one document, by the name of its file.
 
     Raises:
         VersionError: The document was never written.
         StoreError: The document is missing or damaged.
     """
-    kind = next(kind for kind, files in FILES.items() if file in files)
+    kind = next(kind for kind, files in DOCUMENT_FILES.items() if file in files)
     if kind not in records:
         raise VersionError(f"it has no {kind}", where=version.ref, remedy=f"`loraline records {version.ref}` writes it")
     return store.read(records[kind], file)

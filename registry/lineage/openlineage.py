@@ -16,7 +16,7 @@ from registry.identity import program_version
 from registry.lineage.record import Lineage
 from registry.lineage.walk import Walk
 
-NAMESPACE = "loraline"
+_NAMESPACE = "loraline"
 _SPEC = "https://openlineage.io/spec"
 _SCHEMA = f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent"
 _FACETS = {
@@ -66,7 +66,7 @@ def _events(execution: Execution, run: Run, versions: Mapping[str, list[dict[str
         "producer": _producer(),
         "schemaURL": _SCHEMA,
         "job": {
-            "namespace": NAMESPACE,
+            "namespace": _NAMESPACE,
             "name": f"{run.name}.{execution.step}",
             "facets": {
                 "jobType": _facet("jobType", processingType="BATCH", integration="LORALINE", jobType=execution.uses)
@@ -82,7 +82,7 @@ def _events(execution: Execution, run: Run, versions: Mapping[str, list[dict[str
 
 
 def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
-    parent = {"run": {"runId": run_uuid(run.id)}, "job": {"namespace": NAMESPACE, "name": run.name}}
+    parent = {"run": {"runId": run_uuid(run.id)}, "job": {"namespace": _NAMESPACE, "name": run.name}}
     environment = {key: value for key, value in execution.environment.items() if key != "distributions"}
     facets = {
         "parent": _facet("parent", **parent),
@@ -112,7 +112,7 @@ def _dataset(ref: ArtifactRef, versions: Mapping[str, list[dict[str, Any]]], rol
         facets["loraline_versions"] = _facet("loraline_versions", versions=versions[ref.sha256])
     if role:
         facets["loraline_role"] = _facet("loraline_role", role=role)
-    return {"namespace": NAMESPACE, "name": f"{ref.kind}/{ref.sha256}", "facets": facets}
+    return {"namespace": _NAMESPACE, "name": f"{ref.kind}/{ref.sha256}", "facets": facets}
 
 
 def _output(ref: ArtifactRef, versions: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from lora_engine.files import atomic_write
 from registry.errors import StoreError, disk_errors
 from registry.store.artifacts import check_relative
 
-SUFFIX = ".tar"
+ARCHIVE_SUFFIX = ".tar"
 
 
-def pack(folder: Path, path: Path) -> None:
+def pack_archive(folder: Path, path: Path) -> None:
     """Writes all files of a folder into an archive, atomically.
 
     Raises:
@@ -23,7 +23,7 @@ def pack(folder: Path, path: Path) -> None:
         atomic_write(path, lambda file: _pack(folder, file))
 
 
-def unpack(path: Path, folder: Path) -> None:
+def unpack_archive(path: Path, folder: Path) -> None:
     """Writes the files of an archive into a folder.
 
     Args:

@@ -24,7 +24,7 @@ from registry.documents import keys
 from registry.entities import Problem, now
 from registry.errors import DamagedBlob, HomeError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
-from registry.maintenance.archive import SUFFIX, pack
+from registry.maintenance.archive import ARCHIVE_SUFFIX, pack_archive
 from registry.maintenance.gc_roots import known_artifacts, recorded_list, version_roots
 from registry.store.artifacts import Store, open_store
 from registry.store.copy_database import copy_tables
@@ -34,11 +34,11 @@ from registry.store.local import LocalBlobs
 FORMAT = 1
 BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
 DATABASES = ("lineage.db", "mlflow.db")
-KEPT = ("*.yaml", f"{keys.FOLDER}/*{keys.SUFFIX}")
+KEPT = ("*.yaml", f"{keys.FOLDER}/*{keys.KEY_SUFFIX}")
 """Patterns of other files in a backup: settings, policies and trusted keys."""
 
 
-class Manifest(BaseModel):
+class BackupManifest(BaseModel):
     """Contents of a backup.
 
     Attributes:
@@ -95,13 +95,13 @@ def backup(home: Home, target: Path) -> Backup:
     target = target.absolute()
     if home.path in (target, *target.parents):
         raise StoreError("a backup must not be inside its home", where=str(target), remedy="name another folder")
-    if target.suffix != SUFFIX:
+    if target.suffix != ARCHIVE_SUFFIX:
         return _backup(home, target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as name:
             done = _backup(home, Path(name))
-            pack(Path(name), target)
+            pack_archive(Path(name), target)
     return Backup(target, done.blobs, done.copied, done.size, done.left_out, done.problems)
 
 
@@ -129,7 +129,7 @@ def _backup(home: Home, target: Path) -> Backup:
     return Backup(path, done.blobs, done.copied, done.size, done.left_out, done.problems)
 
 
-def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, Manifest]:
+def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifest]:
     left_out = []
     Database(home.lineage_url).close()  # migrates to this release's schema, or raises
     own, mlflow = (folder / name for name in DATABASES)
@@ -161,7 +161,7 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, Manifest]:
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    manifest = Manifest(
+    manifest = BackupManifest(
         format=FORMAT,
         created_at=now().isoformat(),
         home=str(home.path),

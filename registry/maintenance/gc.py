@@ -27,7 +27,7 @@ from registry.store.artifacts import Store, open_store
 from registry.store.blobs import Blobs
 from registry.store.database import Database
 
-GRACE = 24 * 3600.0
+GRACE_PERIOD = 24 * 3600.0
 KEEP_RUNS = 30.0
 
 What = Literal["artifact", "blob", "bin", "leftover", "work"]
@@ -73,7 +73,9 @@ class Collection:
         return sum(item.size for item in self.items)
 
 
-def collect(home: Home, *, grace: float = GRACE, keep_runs: float = KEEP_RUNS, dry_run: bool = False) -> Collection:
+def collect(
+    home: Home, *, grace: float = GRACE_PERIOD, keep_runs: float = KEEP_RUNS, dry_run: bool = False
+) -> Collection:
     """Deletes blobs that no version and no recent run needs, and leftovers.
 
     Keeps everything that versions need (see `gc_roots.version_roots`), the inputs and outputs of recent runs, running

@@ -19,8 +19,8 @@ from lora_engine.files import atomic_write, sync_folder
 from registry.entities import now
 from registry.errors import HomeError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
-from registry.maintenance.archive import SUFFIX, unpack
-from registry.maintenance.backup import BLOBS, DATABASES, FORMAT, KEPT, MANIFEST, SNAPSHOTS, Manifest
+from registry.maintenance.archive import ARCHIVE_SUFFIX, unpack_archive
+from registry.maintenance.backup import BLOBS, DATABASES, FORMAT, KEPT, MANIFEST, SNAPSHOTS, BackupManifest
 from registry.maintenance.check_rows import check_sqlite
 from registry.settings import Settings, read_file, read_settings, write_file
 from registry.store.artifacts import check_relative, open_regular, open_store
@@ -51,7 +51,7 @@ class Restored:
     left_out: tuple[str, ...]
 
 
-def restore(source: Path, home: Path, *, replace: bool = False) -> Restored:
+def restore_backup(source: Path, home: Path, *, replace: bool = False) -> Restored:
     """Restores a home from a backup; the next command that registers or promotes rebuilds MLflow's copies.
 
     Args:
@@ -92,9 +92,9 @@ def holds_something(home: Path) -> bool:
 
 @contextmanager
 def _opened(source: Path, unpacked: Path) -> Iterator[tuple[Path, LocalBlobs]]:
-    if source.is_file() and source.suffix == SUFFIX:
+    if source.is_file() and source.suffix == ARCHIVE_SUFFIX:
         unpacked.mkdir()
-        unpack(source, unpacked)
+        unpack_archive(source, unpacked)
         source = unpacked
     snapshot = source
     if (source / SNAPSHOTS).is_dir():
@@ -111,12 +111,12 @@ def _opened(source: Path, unpacked: Path) -> Iterator[tuple[Path, LocalBlobs]]:
     yield snapshot, LocalBlobs(snapshot.absolute().parent.parent / BLOBS)
 
 
-def _read_manifest(snapshot: Path) -> Manifest:
+def _read_manifest(snapshot: Path) -> BackupManifest:
     path = snapshot / MANIFEST
     with open_regular(path) as file:
         content = file.read(_MANIFEST_SIZE)
     try:
-        manifest = Manifest.model_validate_json(content)
+        manifest = BackupManifest.model_validate_json(content)
     except ValidationError as error:
         raise StoreError(f"the manifest cannot be read ({error})", where=str(path)) from error
     if manifest.format != FORMAT:
@@ -137,7 +137,7 @@ def _read_manifest(snapshot: Path) -> Manifest:
     return manifest
 
 
-def _rebuild(snapshot: Path, source: LocalBlobs, manifest: Manifest, folder: Path) -> tuple[str, ...]:
+def _rebuild(snapshot: Path, source: LocalBlobs, manifest: BackupManifest, folder: Path) -> tuple[str, ...]:
     """Rebuilds the home in another folder from verified copies; returns descriptions of the servers it leaves."""
     folder.mkdir()
     for name, digest in manifest.files.items():

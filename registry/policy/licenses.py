@@ -18,8 +18,8 @@ from lora_engine.families import families
 from registry.errors import PolicyError
 from registry.policy.license_terms import TAINTS, LicenseTerms, unknown
 
-NAME = "licenses.yaml"
-_SHIPPED = Path(__file__).with_name(NAME)
+_NAME = "licenses.yaml"
+_SHIPPED = Path(__file__).with_name(_NAME)
 _NO_STATEMENT = frozenset({"", "noassertion", "none", "unknown", "other"})
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+:_/-]{0,99}$")]
 
@@ -145,7 +145,7 @@ def read_licenses(home: Path | None = None) -> Licenses:
         PolicyError: A table is not YAML, has the wrong form, or names a license that neither table has.
     """
     shipped = _shipped()
-    own = home / NAME if home is not None else None
+    own = home / _NAME if home is not None else None
     if own is None or not own.is_file():
         return shipped
     table = shipped.updated(_read(own))
@@ -167,16 +167,16 @@ def _shipped() -> Licenses:
 
 
 def _read(path: Path) -> Licenses:
-    remedy = f"use the form of the shipped {NAME} (see docs/rights.md)"
+    remedy = f"use the form of the shipped {_NAME} (see docs/rights.md)"
     try:
         return Licenses.model_validate(yaml.safe_load(path.read_bytes()) or {})
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise PolicyError(f"is not YAML ({error})", where=str(path), remedy=remedy) from error
     except ValidationError as error:
-        raise PolicyError(with_context(error), where=str(path), remedy=remedy) from error
+        raise PolicyError(describe_problems(error), where=str(path), remedy=remedy) from error
 
 
-def with_context(error: ValidationError) -> str:
+def describe_problems(error: ValidationError) -> str:
     """Returns the problems of a validation, each with its key."""
     errors = error.errors(include_url=False)
     listed = [f"{'.'.join(map(str, entry['loc'])) or 'the file'}: {entry['msg']}" for entry in errors[:4]]

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from registry.entities import check_alias
 from registry.errors import PolicyError, VersionError
 from registry.policy.alias_policy import PRESETS, AliasPolicy
-from registry.policy.licenses import with_context
+from registry.policy.licenses import describe_problems
 
-NAME = "policy.yaml"
+_NAME = "policy.yaml"
 
 
 class _PolicyFile(BaseModel):
@@ -53,7 +53,7 @@ def read_policies(home: Path) -> Policies:
     Raises:
         PolicyError: The file is not YAML or has unknown or invalid keys; lists all of them.
     """
-    path = home / NAME
+    path = home / _NAME
     remedy = "fix or remove the file (see docs/rights.md)"
     try:
         file = _PolicyFile.model_validate(yaml.safe_load(path.read_bytes()) or {})
@@ -63,7 +63,7 @@ def read_policies(home: Path) -> Policies:
         raise PolicyError(f"is not YAML ({error})", where=str(path), remedy=remedy) from error
     except ValidationError as error:
         raise PolicyError(
-            with_context(error), where=str(path), allowed="policy, aliases, recall", remedy=remedy
+            describe_problems(error), where=str(path), allowed="policy, aliases, recall", remedy=remedy
         ) from error
     aliases = dict(PRESETS[file.policy])
     problems = []
@@ -74,7 +74,7 @@ def read_policies(home: Path) -> Policies:
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
             aliases[alias] = AliasPolicy.model_validate(base | values, strict=True)
         except ValidationError as error:
-            problems.append(f"aliases.{alias}: {with_context(error)}")
+            problems.append(f"aliases.{alias}: {describe_problems(error)}")
         except VersionError as error:
             problems.append(str(error))
     if problems:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["added", "removed", "changed"]
+ChangeKind = Literal["added", "removed", "changed"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Change:
     """
 
     path: str
-    kind: Kind
+    kind: ChangeKind
     before: Any
     after: Any
 

@@ -17,8 +17,8 @@ from registry.store.artifacts import open_store
 from tasks.operations.changes import Change, compare_records
 from tasks.operations.report import read_manifest
 from tasks.operations.reproduction_report import environment_of
-from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, read_version
-from tasks.operations.weights import compare_weights, read_card
+from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, resolve_version
+from tasks.operations.weights import compare_weights, read_file_card
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ def diff(home: Home | None, first: str, second: str) -> Difference:
 def _side(home: Home | None, ref: str, folder: Path) -> Side:
     path = Path(ref)
     if home is None or path.exists():
-        card = read_card(path)
+        card = read_file_card(path)
         digests: dict[str, dict[str, Any]] = {digest: {} for digest in card["data"]}
         return Side(ref, "" if path.is_dir() else sha256_file(path), path, card, images=digests or None)
     store, lineage = open_store(home), Lineage(home.lineage_url)
     try:
-        version = read_version(lineage, ref)
+        version = resolve_version(lineage, ref)
         upstream = find_upstream_steps(lineage, version, through_versions=True)
     finally:
         lineage.close()

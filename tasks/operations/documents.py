@@ -12,7 +12,14 @@ from typing import Any
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, sha256_bytes
 from registry.documents.signing import Signature, is_signed, sign, signature_findings, verify
-from registry.documents.storage import CARD, FILES, SIGNATURE, find_records, read_document, write_missing
+from registry.documents.storage import (
+    CARD,
+    DOCUMENT_FILES,
+    SIGNATURE,
+    find_records,
+    read_version_document,
+    write_missing,
+)
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
 from registry.home import Home
@@ -52,7 +59,7 @@ class Verification:
         return not (self.bytes or self.structure or self.records or self.signature)
 
 
-def read_card(home: Home, ref: str, *, html: bool) -> bytes:
+def read_model_card(home: Home, ref: str, *, html: bool) -> bytes:
     """Returns the model card of a version, as Markdown or as one HTML page.
 
     Raises:
@@ -61,7 +68,7 @@ def read_card(home: Home, ref: str, *, html: bool) -> bytes:
     versions = Versions(home)
     version = find_version(versions, ref)
     records = write_missing(versions, version)
-    return read_document(versions.store, records, version, FILES[CARD][1 if html else 0])
+    return read_version_document(versions.store, records, version, DOCUMENT_FILES[CARD][1 if html else 0])
 
 
 def write_card(home: Home, ref: str, path: Path) -> None:
@@ -73,7 +80,7 @@ def write_card(home: Home, ref: str, path: Path) -> None:
     """
     if path.suffix not in {".md", ".html"}:
         raise SpecError(f"unknown kind of card {path.name!r}", where="-o", allowed="a file ending in .md or .html")
-    atomic_write(path, read_card(home, ref, html=path.suffix == ".html"))
+    atomic_write(path, read_model_card(home, ref, html=path.suffix == ".html"))
 
 
 def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = False) -> list[dict[str, str]]:
@@ -91,7 +98,11 @@ def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = 
     versions = Versions(home)
     version = find_version(versions, ref)
     records = write_missing(versions, version)
-    contents = {file: read_document(versions.store, records, version, file) for kind in records for file in FILES[kind]}
+    contents = {
+        file: read_version_document(versions.store, records, version, file)
+        for kind in records
+        for file in DOCUMENT_FILES[kind]
+    }
     if with_adapter:
         contents[PurePosixPath(version.adapter_path).name] = versions.read_adapter(version)
     for file, content in contents.items():
@@ -157,10 +168,10 @@ def _structure(versions: Versions, version: AdapterVersion) -> Iterator[str]:
 
 def _records(versions: Versions, version: AdapterVersion) -> Iterator[str]:
     records = find_records(versions.lineage, version)
-    for kind in FILES.keys() - records.keys() - {SIGNATURE}:
+    for kind in DOCUMENT_FILES.keys() - records.keys() - {SIGNATURE}:
         yield f"{kind}: it was never written"
     for kind, ref in records.items():
-        for file in FILES[kind]:
+        for file in DOCUMENT_FILES[kind]:
             yield from (f"{file}: {problem}" for problem in _document_problems(versions, records, version, file, ref))
 
 
@@ -169,7 +180,7 @@ def _document_problems(
 ) -> Iterator[str]:
     """Yields problems of a document: damaged, or for another adapter than the registered one."""
     try:
-        content = read_document(versions.store, records, version, file)
+        content = read_version_document(versions.store, records, version, file)
     except (StoreError, VersionError) as error:
         yield error.problem
         return

@@ -15,7 +15,7 @@ from tasks.errors import NotReproducible
 from tasks.exclusion import refuse_revoked
 from tasks.operations.rebuild import RebuildPlan, plan_rebuild, rebuild
 from tasks.operations.reproduction_report import ReproductionReport, report_reproduction
-from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, read_version
+from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, resolve_version
 from tasks.operations.workspace import workspace
 
 
@@ -61,7 +61,7 @@ def find_recipe(
     """
     lineage = Lineage(home.lineage_url)
     try:
-        version = read_version(lineage, ref)
+        version = resolve_version(lineage, ref)
         upstream = find_upstream_steps(lineage, version)
         spec = lineage.run(version.run_id).spec if version.run_id else {}
         outputs = {name: (step.output,) for name, step in upstream.steps.items() if step.output is not None}

@@ -16,7 +16,7 @@ from registry.store.artifacts import Store
 from tasks.operations.changes import Change, compare_records
 from tasks.operations.rebuild import RebuildPlan
 from tasks.operations.upstream import UpstreamSteps
-from tasks.operations.weights import compare_weights, read_card
+from tasks.operations.weights import compare_weights, read_file_card
 
 Verdict = Literal["identical", "within tolerance", "differs"]
 
@@ -165,7 +165,7 @@ def _with_weights(
         verdict="within tolerance" if is_close else "differs",
         weights=weights.as_json(),
         tolerance=tolerance,
-        card=compare_records(read_card(files[0]), read_card(files[1])),
+        card=compare_records(read_file_card(files[0]), read_file_card(files[1])),
     )
 
 

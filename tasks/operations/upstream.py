@@ -35,7 +35,7 @@ class UpstreamSteps:
         return next((step for step in self.steps.values() if step.output == ref), None)
 
 
-def read_version(lineage: Lineage, ref: str) -> AdapterVersion:
+def resolve_version(lineage: Lineage, ref: str) -> AdapterVersion:
     """Reads a version by `name@version`, `name@alias` or name (the latest), without MLflow.
 
     Raises:

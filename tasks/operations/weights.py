@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lora_engine.errors import BaseModelError
 
 if TYPE_CHECKING:
-    from lora_engine.merging.compare import Comparison
+    from lora_engine.merging.compare import AdapterComparison
 
 
-def compare_weights(first: Path, second: Path, bases: Iterable[str | None] = ()) -> Comparison:
+def compare_weights(first: Path, second: Path, bases: Iterable[str | None] = ()) -> AdapterComparison:
     """Compares the effect of two adapter files on each module of their base.
 
     Args:
@@ -50,7 +50,7 @@ def _find_base(bases: Iterable[str | None], fingerprint: str | None) -> str | No
     return None
 
 
-def read_card(file: Path) -> dict[str, Any]:
+def read_file_card(file: Path) -> dict[str, Any]:
     """Returns the card in an adapter file's header."""
     from lora_engine.formats import read_bundle
 

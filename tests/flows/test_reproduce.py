@@ -53,9 +53,9 @@ def merged(first: Path, tmp_path: Path) -> tuple[Home, AdapterVersion]:
     shutil.copytree(first / "home", tmp_path / "home")
     home = Home.open(tmp_path / "home")
     with closing(Lineage(home.lineage_url)) as lineage:
-        from tasks.operations.upstream import read_version
+        from tasks.operations.upstream import resolve_version
 
-        return home, read_version(lineage, "both@1")
+        return home, resolve_version(lineage, "both@1")
 
 
 @pytest.fixture

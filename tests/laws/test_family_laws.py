@@ -14,7 +14,7 @@ from lora_engine.adapters import Adapter, LoraDelta, select_modules
 from lora_engine.adapters.published import empty_module
 from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.families import families, published
-from lora_engine.families.proof import recognize
+from lora_engine.families.proof import recognize_family
 from lora_engine.formats import codecs, read_adapter, write_adapter
 from registry.policy.licenses import read_licenses
 
@@ -35,7 +35,7 @@ def flattened(modules):
 def test_a_whole_file_proves_its_family_or_the_equal_one_is_declared(name, size, original):
     modules = flattened(modules_of(families[name], size_of(name, size), original=original))
     assert len(modules) > 50
-    found = recognize(modules)
+    found = recognize_family(modules)
     assert set(found.families) <= EQUAL_SHAPES.get(name, {name})
     assert name in found.families, found
 
@@ -46,7 +46,7 @@ def test_a_part_of_a_file_is_never_taken_for_another_family(name, size):
     for module, shape in modules.items():
         if re.search(r"_[1-9]\d*_", module):
             continue  # one block of each list
-        assert name in recognize({module: shape}).families, module
+        assert name in recognize_family({module: shape}).families, module
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
@@ -58,7 +58,7 @@ def test_one_block_or_one_row_too_many_is_no_proof_of_the_size(name, size):
     wide = {**modules, beyond: (modules[beyond][0] + 1, modules[beyond][1])}
     deep = {**modules, beyond.replace("_0_", "_999_", 1): modules[beyond]}
     for changed in (wide, deep):
-        assert name not in recognize(changed).families
+        assert name not in recognize_family(changed).families
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -75,7 +75,7 @@ def test_the_tables_have_every_layer_of_the_published_transformer_both_ways(name
         assert family.names.find(target.original.replace(".", "_"), "_") == target
         assert family.names.find_canonical(path.replace(".", "_"), "_") == path
     flat_shapes = {path.replace(".", "_"): (shape[0], torch.Size(shape[1:]).numel()) for path, shape in linear.items()}
-    assert recognize(flat_shapes).families == (family.name,)
+    assert recognize_family(flat_shapes).families == (family.name,)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -28,7 +28,7 @@ from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.denoising import predict
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
-from lora_engine.training.objective import draw_noise, draw_perturbation, draw_timesteps, measure_for
+from lora_engine.training.objective import draw_perturbation, draw_timesteps, draw_training_noise, measure_for
 from lora_engine.training.specs.objective import Objective
 from tests.support.untrained import write_untrained_base
 
@@ -52,7 +52,7 @@ def batch_for(base: BaseModel, timesteps: Tensor, instances: int, objective: Obj
     draw = generator(0, "parity")
     shape = (ROWS, *base.latent_shape((16, 16)))
     latents = torch.randn(shape, generator=draw)
-    noise = draw_noise(objective or Objective(), shape, draw)
+    noise = draw_training_noise(objective or Objective(), shape, draw)
     perturbation = draw_perturbation(objective or Objective(), shape, draw)
     with torch.no_grad():
         conditioning = base.encode_text(["a", "b", "c", ""], (16, 16))

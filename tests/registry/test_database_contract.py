@@ -31,7 +31,7 @@ from registry.maintenance.doctor import doctor
 from registry.maintenance.fsck import fsck
 from registry.maintenance.gc import collect
 from registry.maintenance.repair import repair
-from registry.maintenance.restore import restore as restore_backup
+from registry.maintenance.restore import restore_backup
 from registry.policy.license_terms import allows_commercial
 from registry.policy.revocations import read_revoked
 from registry.policy.rights import resolve_rights

@@ -13,7 +13,7 @@ from registry.errors import HomeError, RegistryError, StoreError
 from registry.home import Home
 from registry.maintenance.backup import backup
 from registry.maintenance.fsck import fsck
-from registry.maintenance.restore import restore
+from registry.maintenance.restore import restore_backup
 from registry.versions.promotion import history
 from registry.versions.versions import Versions
 
@@ -38,7 +38,7 @@ def test_a_restored_home_equals_the_original(filled, tmp_path, name):
     assert done.problems == ()
     assert done.left_out == ()
     assert done.copied == done.blobs == len(list(filled.store.blobs.digests()))
-    result = restore(tmp_path / name, tmp_path / "new")
+    result = restore_backup(tmp_path / name, tmp_path / "new")
     assert result.blobs == done.blobs
     assert result.before is None
     home = Home(tmp_path / "new")
@@ -58,8 +58,8 @@ def test_next_backup_adds_only_new_blobs(filled, register, tmp_path):
     register(filled, b"third weights")
     third = backup(filled.home, tmp_path / "backups")
     assert 0 < third.copied < first.copied
-    restore(tmp_path / "backups", tmp_path / "latest")
-    restore(first.path, tmp_path / "first")
+    restore_backup(tmp_path / "backups", tmp_path / "latest")
+    restore_backup(first.path, tmp_path / "first")
     with closing(opened(tmp_path / "latest")) as latest, closing(opened(tmp_path / "first")) as oldest:
         assert [len(versions.list("zorb")) for versions in (latest, oldest)] == [3, 2]
 
@@ -97,7 +97,7 @@ def test_backup_beside_a_writer_is_consistent(filled, tmp_path, spawn):
             time.sleep(0.01)
         done = backup(filled.home, tmp_path / "backups")
         assert done.problems == ()
-        restore(done.path, tmp_path / f"new{number}")
+        restore_backup(done.path, tmp_path / f"new{number}")
         assert fsck(Home(tmp_path / f"new{number}"), mlflow=False) == []
         with closing(opened(tmp_path / f"new{number}")) as restored:
             counts.append(len(restored.list("busy")))
@@ -135,15 +135,15 @@ def test_restore_replaces_a_home_only_on_request(filled, tmp_path):
     backup(filled.home, tmp_path / "backups")
     before = everything(filled.home.path)
     with pytest.raises(HomeError, match="not empty"):
-        restore(tmp_path / "backups", filled.home.path)
+        restore_backup(tmp_path / "backups", filled.home.path)
     assert everything(filled.home.path) == before
     filled.close()
-    result = restore(tmp_path / "backups", filled.home.path, replace=True)
+    result = restore_backup(tmp_path / "backups", filled.home.path, replace=True)
     assert {path.name for path in result.before.iterdir()} >= {"lineage.db", "store"}
     assert fsck(filled.home, mlflow=False) == []
     home = Home.open(tmp_path / "only folders")
     (home.locks / "x.lock").touch()
-    assert restore(tmp_path / "backups", home.path).before is None
+    assert restore_backup(tmp_path / "backups", home.path).before is None
 
 
 def _manifest(folder, change):
@@ -220,7 +220,7 @@ def test_an_incomplete_backup_changes_nothing(filled, tmp_path, harm):
     before = everything(filled.home.path)
     for target, replace in ((tmp_path / "new", False), (filled.home.path, True)):
         with pytest.raises(RegistryError, match=message):
-            restore(folder, target, replace=replace)
+            restore_backup(folder, target, replace=replace)
     assert not (tmp_path / "new").exists()
     assert everything(filled.home.path) == before
     assert not list(tmp_path.glob(".*"))
@@ -254,7 +254,7 @@ def test_archive_never_leaves_its_folder(tmp_path, kind):
     _archive(tmp_path / "evil.tar", *EVIL[kind])
     before = set(tmp_path.rglob("*"))
     with pytest.raises(StoreError, match=r"not a regular file|invalid path|appears twice"):
-        restore(tmp_path / "evil.tar", tmp_path / "new")
+        restore_backup(tmp_path / "evil.tar", tmp_path / "new")
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -263,7 +263,7 @@ def test_archive_that_was_cut_off_is_refused(filled, tmp_path):
     content = (tmp_path / "one.tar").read_bytes()
     (tmp_path / "half.tar").write_bytes(content[: len(content) // 2])
     with pytest.raises(RegistryError, match=r"not a complete archive|no finished backup|no such file|digest"):
-        restore(tmp_path / "half.tar", tmp_path / "new")
+        restore_backup(tmp_path / "half.tar", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -284,8 +284,8 @@ def test_backup_that_is_killed_leaves_earlier_ones_and_the_next_works(filled, tm
         for snapshot in (tmp_path / "backups" / "snapshots").iterdir():
             assert snapshot.name.startswith(".") or (snapshot / "manifest.json").is_file()
     assert backup(filled.home, tmp_path / "backups").problems == ()
-    restore(first.path, tmp_path / "first")
-    restore(tmp_path / "backups", tmp_path / "last")
+    restore_backup(first.path, tmp_path / "first")
+    restore_backup(tmp_path / "backups", tmp_path / "last")
     assert fsck(Home(tmp_path / "last"), mlflow=False) == []
 
 
@@ -300,7 +300,7 @@ def test_blobs_of_a_remote_store_are_backed_up_and_restored(versions, register, 
     assert done.problems == ()
     for digest in list(versions.store.blobs.digests()):
         versions.store.blobs.quarantine(digest)
-    restore(tmp_path / "backups", tmp_path / "new")
+    restore_backup(tmp_path / "backups", tmp_path / "new")
     assert len(list(versions.store.blobs.digests())) == done.blobs
     assert fsck(Home(tmp_path / "new"), mlflow=False) == []
 
@@ -308,7 +308,7 @@ def test_blobs_of_a_remote_store_are_backed_up_and_restored(versions, register, 
 def test_mlflow_is_rebuilt_after_a_restore(filled_home, tmp_path, spawn):
     backup(filled_home, tmp_path / "backups")
     filled_home.path.rename(tmp_path / "lost")
-    restore(tmp_path / "backups", tmp_path / "elsewhere")
+    restore_backup(tmp_path / "backups", tmp_path / "elsewhere")
     # A separate process, like a command: MLflow caches the artifact URIs of runs.
     script = (
         "import sys; from pathlib import Path; from registry.home import Home\n"

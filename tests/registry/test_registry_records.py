@@ -15,7 +15,15 @@ from registry.documents.gather import gather_facts
 from registry.documents.mlbom import mlbom
 from registry.documents.provenance import provenance
 from registry.documents.spdx import HUB, hub_license
-from registry.documents.storage import BOM, CARD, FILES, PROVENANCE, find_records, read_document, write_missing
+from registry.documents.storage import (
+    BOM,
+    CARD,
+    DOCUMENT_FILES,
+    PROVENANCE,
+    find_records,
+    read_version_document,
+    write_missing,
+)
 from registry.entities import Execution, now
 
 EVIL = "<script>alert(1)</script> | `x` [a](javascript:b)\n# not a heading"
@@ -92,7 +100,11 @@ def documents(versions, make):
     def written(**changes):
         version = make(**changes)
         records = find_records(versions.lineage, version)
-        return {file: read_document(versions.store, records, version, file) for kind in records for file in FILES[kind]}
+        return {
+            file: read_version_document(versions.store, records, version, file)
+            for kind in records
+            for file in DOCUMENT_FILES[kind]
+        }
 
     return written
 
@@ -104,7 +116,7 @@ def test_registering_writes_the_documents_and_registering_again_keeps_them(versi
     assert make() == version
     assert find_records(versions.lineage, version) == records
     assert {path for ref in records.values() for path in versions.store.files(ref)} == {
-        file for kind in (CARD, PROVENANCE, BOM) for file in FILES[kind]
+        file for kind in (CARD, PROVENANCE, BOM) for file in DOCUMENT_FILES[kind]
     }
 
 
@@ -298,9 +310,9 @@ def test_an_imported_adapter_has_documents(versions):
     artifact = versions.store.put_files("adapter", {"adapter.safetensors": b"imported"})
     version = versions.register("imported", artifact)
     records = find_records(versions.lineage, version)
-    document = json.loads(read_document(versions.store, records, version, "provenance.json"))
+    document = json.loads(read_version_document(versions.store, records, version, "provenance.json"))
     assert document["predicate"]["buildDefinition"]["buildType"] == "urn:loraline:import:1"
-    assert schema_problem(read_document(versions.store, records, version, "ml-bom.json")) is None
+    assert schema_problem(read_version_document(versions.store, records, version, "ml-bom.json")) is None
 
 
 def test_an_invalid_report_does_not_block_registration(versions, make):
@@ -314,7 +326,7 @@ def test_mlflow_shows_documents_description_and_datasets(synced, register, home)
     version = register(synced, b"weights", alias_request="candidate")
     client = MlflowClient(tracking_uri=home.mlflow_url, registry_uri=home.mlflow_url)
     documents = {entry.path for entry in client.list_artifacts(version.mlflow_run_id, "documents")}
-    assert {f"documents/{file}" for kind in (CARD, PROVENANCE, BOM) for file in FILES[kind]} <= documents
+    assert {f"documents/{file}" for kind in (CARD, PROVENANCE, BOM) for file in DOCUMENT_FILES[kind]} <= documents
     assert "documents/report.html" in documents, "uploaded documents are shown beside generated ones"
     shown = client.get_model_version("zorb", "1")
     assert shown.description.startswith("**Zorb**")

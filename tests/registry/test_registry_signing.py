@@ -12,7 +12,7 @@ from sqlalchemy import update
 from registry import queries
 from registry.documents.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
 from registry.documents.signing import is_signed, sign, signature_findings, verify
-from registry.documents.storage import PROVENANCE, SIGNATURE, find_records, keep, read_document
+from registry.documents.storage import PROVENANCE, SIGNATURE, find_records, keep, read_version_document
 from registry.entities import now
 from registry.errors import SignatureError
 from registry.lineage.rows import record_artifacts, record_contents
@@ -45,7 +45,9 @@ def signed(versions, register, trusted):
 
 
 def bundle_of(versions, version):
-    return json.loads(read_document(versions.store, find_records(versions.lineage, version), version, "signature.json"))
+    return json.loads(
+        read_version_document(versions.store, find_records(versions.lineage, version), version, "signature.json")
+    )
 
 
 def put_bundle(versions, version, bundle):

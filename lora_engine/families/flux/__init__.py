@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, families
-from lora_engine.families.flux.names import NAMES, XLABS, swaps_halves
-from lora_engine.families.flux.published import FLUX as FLUX_DEV
-from lora_engine.families.flux.published import FLUX_SCHNELL
+from lora_engine.families.flux.names import FLUX_NAMES, XLABS_NAMES, swaps_halves
+from lora_engine.families.flux.published import FLUX_DEV, FLUX_SCHNELL
 from lora_engine.families.text_encoders import CLIP_L, T5_TEXT, T5_XXL
 
 _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -15,8 +14,8 @@ FLUX = Family(
     title="FLUX.1",
     pipelines=(Pipeline("FluxPipeline", "lora_engine.families.flux.model:Flux", _COMPONENTS),),
     published=(FLUX_DEV, FLUX_SCHNELL),
-    names=NAMES,
-    other_names={"xlabs": XLABS},
+    names=FLUX_NAMES,
+    other_names={"xlabs": XLABS_NAMES},
     sizes=(Size("FLUX.1", {"transformer_blocks": 19, "single_transformer_blocks": 38}, {"w": 3072}),),
     swapped=swaps_halves,
     text={"text_encoder": CLIP_L, "text_encoder_2": T5_XXL},

@@ -19,7 +19,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.flow import FlowModel
 from lora_engine.bases.source import BaseSource
 
-T5_TOKENS = 512
+_T5_TOKENS = 512
 TRAINING_GUIDANCE = 1.0
 """The default guidance scale of a network with distilled guidance, as in training."""
 
@@ -36,7 +36,7 @@ class Flux(FlowModel):
         """See `BaseModel`."""
         del size
         pooled: Tensor = self.modules["text_encoder"](**self._tokens(texts, "", self.tokenizer)).pooler_output
-        inputs = self._tokens(texts, "_2", self.tokenizer_2, T5_TOKENS)
+        inputs = self._tokens(texts, "_2", self.tokenizer_2, _T5_TOKENS)
         states: Tensor = self.modules["text_encoder_2"](**inputs)[0]
         return Conditioning({"states": states.float(), "pooled": pooled.float()})
 

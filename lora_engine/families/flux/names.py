@@ -38,7 +38,7 @@ _OUTSIDE_SHAPES = {
     "norm_out.linear": "2w w",
     "proj_out": "64 w",
 }
-NAMES = NameTable(
+FLUX_NAMES = NameTable(
     (
         Blocks("double_blocks", "transformer_blocks", {**ATTENTION, **FEED_FORWARD, **MODULATION}, DOUBLE_SHAPES),
         Blocks("single_blocks", "single_transformer_blocks", {**SINGLE, **SINGLE_MODULATION}, SINGLE_SHAPES),
@@ -46,7 +46,7 @@ NAMES = NameTable(
     _OUTSIDE,
     _OUTSIDE_SHAPES,
 )
-XLABS = NameTable(
+XLABS_NAMES = NameTable(
     (
         Blocks(
             "double_blocks",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lora_engine.families.family import Architecture, ComponentConfig
-from lora_engine.families.sd.published import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
-from lora_engine.families.sd3.published import AUTOENCODER, T5_REPOSITORY, T5_TOKENIZER, T5_XXL
+from lora_engine.families.sd.published import CLIP_L_CONFIG, CLIP_L_REPOSITORY, TOKENIZER
+from lora_engine.families.sd3.published import SD3_AUTOENCODER, T5_REPOSITORY, T5_TOKENIZER, T5_XXL_CONFIG
 
 _TRANSFORMER = {
     "patch_size": 1,
@@ -19,7 +19,7 @@ _TRANSFORMER = {
     "pooled_projection_dim": 768,
     "axes_dims_rope": [16, 56, 56],
 }
-_AUTOENCODER = {**AUTOENCODER, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+_AUTOENCODER = {**SD3_AUTOENCODER, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "base_image_seq_len": 256,
@@ -37,8 +37,8 @@ def _architecture(name: str, transformer: dict[str, Any], schedule: dict[str, An
         components={
             "transformer": ComponentConfig("diffusers", "FluxTransformer2DModel", {**_TRANSFORMER, **transformer}),
             "vae": ComponentConfig("diffusers", "AutoencoderKL", _AUTOENCODER),
-            "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L),
-            "text_encoder_2": ComponentConfig("transformers", "T5EncoderModel", T5_XXL),
+            "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L_CONFIG),
+            "text_encoder_2": ComponentConfig("transformers", "T5EncoderModel", T5_XXL_CONFIG),
             "tokenizer": ComponentConfig("transformers", "CLIPTokenizer", TOKENIZER),
             "tokenizer_2": ComponentConfig("transformers", "T5TokenizerFast", T5_TOKENIZER),
             "scheduler": ComponentConfig("diffusers", "FlowMatchEulerDiscreteScheduler", {**_SCHEDULE, **schedule}),
@@ -48,5 +48,5 @@ def _architecture(name: str, transformer: dict[str, Any], schedule: dict[str, An
     )
 
 
-FLUX = _architecture("flux", {"guidance_embeds": True}, {"shift": 3.0, "use_dynamic_shifting": True})
+FLUX_DEV = _architecture("flux", {"guidance_embeds": True}, {"shift": 3.0, "use_dynamic_shifting": True})
 FLUX_SCHNELL = _architecture("flux-schnell", {"guidance_embeds": False}, {"shift": 1.0, "use_dynamic_shifting": False})

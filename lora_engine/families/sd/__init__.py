@@ -15,7 +15,7 @@ SD = Family(
         Pipeline("StableDiffusionPipeline", "lora_engine.families.sd.model:StableDiffusion", _COMPONENTS),
         Pipeline(
             "StableDiffusionInpaintPipeline",
-            "lora_engine.families.sd.inpainting:Inpainting",
+            "lora_engine.families.sd.inpainting:InpaintingBase",
             _COMPONENTS,
             variant="inpainting",
         ),

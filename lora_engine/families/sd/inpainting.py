@@ -17,7 +17,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.families.sd.model import StableDiffusion
 
 
-class Inpainting(StableDiffusion):
+class InpaintingBase(StableDiffusion):
     """A `StableDiffusion` whose `predict` also needs the result of `encode_mask`."""
 
     inpaints = True

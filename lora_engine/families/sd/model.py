@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
-from lora_engine.bases.long_text import Change, no_change
+from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.noise import schedule_from
 from lora_engine.bases.source import BaseSource
 from lora_engine.building import BUILDING
@@ -43,7 +43,7 @@ class StableDiffusion(LatentModel):
         self,
         tokens: Mapping[str, Mapping[str, Tensor]],
         size: tuple[int, int] | None = None,
-        change: Change = no_change,
+        change: StateChange = no_change,
     ) -> Conditioning:
         """See `ReadsTokens`."""
         del size

@@ -10,7 +10,7 @@ from lora_engine.families.family import Architecture, ComponentConfig, Component
 
 # The text encoder of OpenAI's CLIP ViT-L/14. Tokens 0, 1 and 2 are those of the published files; for transformers, an
 # end token of 2 means "the highest token of the row", as in CLIP's own code.
-CLIP_L = {
+CLIP_L_CONFIG = {
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -83,7 +83,7 @@ SD15 = Architecture(
     components={
         "unet": ComponentConfig("diffusers", "UNet2DConditionModel", UNET),
         "vae": ComponentConfig("diffusers", "AutoencoderKL", AUTOENCODER),
-        "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L),
+        "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L_CONFIG),
         "tokenizer": ComponentConfig("transformers", "CLIPTokenizer", TOKENIZER),
         "scheduler": ComponentConfig("diffusers", "PNDMScheduler", {**SCHEDULE, "skip_prk_steps": True}),
     },

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, families
-from lora_engine.families.sd3.names import NAMES, WIDTHS, swaps_halves
-from lora_engine.families.sd3.published import SD3 as MEDIUM
-from lora_engine.families.sd3.published import SD35_LARGE, SD35_MEDIUM
+from lora_engine.families.sd3.names import SD3_NAMES, WIDTHS, swaps_halves
+from lora_engine.families.sd3.published import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from lora_engine.families.text_encoders import CLIP_G, CLIP_L, T5_TEXT, T5_XXL
 
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
@@ -20,8 +19,8 @@ SD3 = Family(
     pipelines=(
         Pipeline("StableDiffusion3Pipeline", "lora_engine.families.sd3.model:StableDiffusion3", _COMPONENTS, _OPTIONAL),
     ),
-    published=(MEDIUM, SD35_MEDIUM, SD35_LARGE),
-    names=NAMES,
+    published=(SD3_MEDIUM, SD35_MEDIUM, SD35_LARGE),
+    names=SD3_NAMES,
     sizes=(
         Size("Stable Diffusion 3 medium", {"transformer_blocks": 24}, {"w": WIDTHS[0]}),
         Size("Stable Diffusion 3.5 large", {"transformer_blocks": 38}, {"w": WIDTHS[1]}),

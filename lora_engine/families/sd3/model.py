@@ -19,7 +19,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.flow import FlowModel
 from lora_engine.bases.source import BaseSource
 
-T5_TOKENS = 256
+_T5_TOKENS = 256
 
 
 class StableDiffusion3(FlowModel):
@@ -56,8 +56,8 @@ class StableDiffusion3(FlowModel):
     def _t5_states(self, texts: Sequence[str]) -> Tensor:
         if "text_encoder_3" not in self.modules:
             width = int(self.denoiser.config.joint_attention_dim)
-            return torch.zeros(len(texts), T5_TOKENS, width, device=self.device)
-        inputs = self._tokens(texts, "_3", self.tokenizer_3, T5_TOKENS)
+            return torch.zeros(len(texts), _T5_TOKENS, width, device=self.device)
+        inputs = self._tokens(texts, "_3", self.tokenizer_3, _T5_TOKENS)
         states: Tensor = self.modules["text_encoder_3"](**inputs)[0]
         return states.float()
 

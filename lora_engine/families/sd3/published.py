@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lora_engine.families.family import Architecture, ComponentConfig
-from lora_engine.families.sd.published import CLIP_L, CLIP_L_REPOSITORY, TOKENIZER
-from lora_engine.families.sdxl.published import CLIP_G, CLIP_G_REPOSITORY
+from lora_engine.families.sd.published import CLIP_L_CONFIG, CLIP_L_REPOSITORY, TOKENIZER
+from lora_engine.families.sdxl.published import CLIP_G_CONFIG, CLIP_G_REPOSITORY
 
 # The encoder of Google's T5 v1.1 XXL; only its encoder is used.
-T5_XXL = {
+T5_XXL_CONFIG = {
     "vocab_size": 32128,
     "d_model": 4096,
     "d_kv": 64,
@@ -37,7 +37,7 @@ T5_TOKENIZER = {
 }
 T5_REPOSITORY = "google/t5-v1_1-xxl"
 # The autoencoder of SD 3 and FLUX.1; theirs differ only in scale and shift.
-AUTOENCODER = {
+SD3_AUTOENCODER = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -51,7 +51,7 @@ AUTOENCODER = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-_AUTOENCODER = {**AUTOENCODER, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+_AUTOENCODER = {**SD3_AUTOENCODER, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 _TRANSFORMER = {
     "sample_size": 128,
     "patch_size": 2,
@@ -87,9 +87,9 @@ def _architecture(name: str, transformer: dict[str, Any]) -> Architecture:
         components={
             "transformer": ComponentConfig("diffusers", "SD3Transformer2DModel", {**_TRANSFORMER, **transformer}),
             "vae": ComponentConfig("diffusers", "AutoencoderKL", _AUTOENCODER),
-            "text_encoder": ComponentConfig("transformers", "CLIPTextModelWithProjection", CLIP_L),
-            "text_encoder_2": ComponentConfig("transformers", "CLIPTextModelWithProjection", CLIP_G),
-            "text_encoder_3": ComponentConfig("transformers", "T5EncoderModel", T5_XXL),
+            "text_encoder": ComponentConfig("transformers", "CLIPTextModelWithProjection", CLIP_L_CONFIG),
+            "text_encoder_2": ComponentConfig("transformers", "CLIPTextModelWithProjection", CLIP_G_CONFIG),
+            "text_encoder_3": ComponentConfig("transformers", "T5EncoderModel", T5_XXL_CONFIG),
             "tokenizer": ComponentConfig("transformers", "CLIPTokenizer", TOKENIZER),
             "tokenizer_2": ComponentConfig("transformers", "CLIPTokenizer", {**TOKENIZER, "pad_token": "!"}),
             "tokenizer_3": ComponentConfig("transformers", "T5TokenizerFast", T5_TOKENIZER),
@@ -106,6 +106,6 @@ def _architecture(name: str, transformer: dict[str, Any]) -> Architecture:
     )
 
 
-SD3 = _architecture("sd3", _MEDIUM)
+SD3_MEDIUM = _architecture("sd3", _MEDIUM)
 SD35_MEDIUM = _architecture("sd35-medium", _MEDIUM_35)
 SD35_LARGE = _architecture("sd35-large", _LARGE_35)

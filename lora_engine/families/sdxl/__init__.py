@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Unet, UnetLayout, families
-from lora_engine.families.sdxl.published import SDXL as SDXL_BASE
+from lora_engine.families.sdxl.published import SDXL_BASE
 from lora_engine.families.text_encoders import CLIP_G, CLIP_L
 
 _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")

@@ -14,9 +14,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.long_text import Change, no_change
+from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.source import BaseSource
-from lora_engine.families.sd.inpainting import Inpainting
+from lora_engine.families.sd.inpainting import InpaintingBase
 from lora_engine.families.sd.model import StableDiffusion
 
 
@@ -31,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
         self,
         tokens: Mapping[str, Mapping[str, Tensor]],
         size: tuple[int, int] | None = None,
-        change: Change = no_change,
+        change: StateChange = no_change,
     ) -> Conditioning:
         """See `ReadsTokens`; original and target size are `size`, and the crop offset is 0."""
         states: list[Tensor] = []
@@ -70,5 +70,5 @@ class StableDiffusionXL(StableDiffusion):
         self.modules["text_encoder_2"] = second.to(self.device)
 
 
-class InpaintingXL(Inpainting, StableDiffusionXL):
-    """A `StableDiffusionXL` with the mask of `Inpainting`."""
+class InpaintingXL(InpaintingBase, StableDiffusionXL):
+    """A `StableDiffusionXL` with the mask of `InpaintingBase`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_engine.families.family import Architecture, ComponentConfig, ComponentLocation
 from lora_engine.families.sd.published import (
     AUTOENCODER,
-    CLIP_L,
+    CLIP_L_CONFIG,
     CLIP_L_REPOSITORY,
     SCHEDULE,
     TOKENIZER,
@@ -13,7 +13,7 @@ from lora_engine.families.sd.published import (
     VAE_LOCATION,
 )
 
-CLIP_G = {
+CLIP_G_CONFIG = {
     "vocab_size": 49408,
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -51,7 +51,7 @@ _UNET = {
     "norm_eps": 1e-05,
 }
 
-SDXL = Architecture(
+SDXL_BASE = Architecture(
     name="sdxl",
     family="sdxl",
     pipeline="StableDiffusionXLPipeline",
@@ -60,8 +60,8 @@ SDXL = Architecture(
         "vae": ComponentConfig(
             "diffusers", "AutoencoderKL", {**AUTOENCODER, "sample_size": 1024, "scaling_factor": 0.13025}
         ),
-        "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L),
-        "text_encoder_2": ComponentConfig("transformers", "CLIPTextModelWithProjection", CLIP_G),
+        "text_encoder": ComponentConfig("transformers", "CLIPTextModel", CLIP_L_CONFIG),
+        "text_encoder_2": ComponentConfig("transformers", "CLIPTextModelWithProjection", CLIP_G_CONFIG),
         "tokenizer": ComponentConfig("transformers", "CLIPTokenizer", TOKENIZER),
         "tokenizer_2": ComponentConfig("transformers", "CLIPTokenizer", {**TOKENIZER, "pad_token": "!"}),
         "scheduler": ComponentConfig(

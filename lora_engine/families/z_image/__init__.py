@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, Written, families
-from lora_engine.families.z_image.names import NAMES, QWEN3
-from lora_engine.families.z_image.published import Z_IMAGE as Z_IMAGE_BASE
+from lora_engine.families.z_image.names import QWEN3, Z_IMAGE_NAMES
+from lora_engine.families.z_image.published import Z_IMAGE_BASE
 
 Z_IMAGE = Family(
     name="z_image",
@@ -17,7 +17,7 @@ Z_IMAGE = Family(
         ),
     ),
     published=(Z_IMAGE_BASE,),
-    names=NAMES,
+    names=Z_IMAGE_NAMES,
     sizes=(Size("Z-Image", {"layers": 30}, {"w": 3840, "f": 10240}, {"noise_refiner": 2, "context_refiner": 2}),),
     header=r"z_?image.*",
     text={"text_encoder": QWEN3},

@@ -23,7 +23,7 @@ _SHAPES = {
     "feed_forward.w3": "f w",
     "adaLN_modulation.0": "4w 256",
 }
-NAMES = NameTable(
+Z_IMAGE_NAMES = NameTable(
     (
         Blocks("layers", "layers", _MODULATED, _SHAPES),
         Blocks("noise_refiner", "noise_refiner", _MODULATED, _SHAPES),

@@ -6,7 +6,7 @@ The two have the same networks; the schedule is Turbo's.
 from __future__ import annotations
 
 from lora_engine.families.family import Architecture, ComponentConfig
-from lora_engine.families.sd3.published import AUTOENCODER
+from lora_engine.families.sd3.published import SD3_AUTOENCODER
 
 _REPOSITORY = "Tongyi-MAI/Z-Image-Turbo"
 _TRANSFORMER = {
@@ -35,14 +35,14 @@ _TEXT_ENCODER = {
     "tie_word_embeddings": True,
 }
 
-Z_IMAGE = Architecture(
+Z_IMAGE_BASE = Architecture(
     name="z-image",
     family="z_image",
     pipeline="ZImagePipeline",
     components={
         "transformer": ComponentConfig("diffusers", "ZImageTransformer2DModel", _TRANSFORMER),
         "vae": ComponentConfig(
-            "diffusers", "AutoencoderKL", {**AUTOENCODER, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+            "diffusers", "AutoencoderKL", {**SD3_AUTOENCODER, "scaling_factor": 0.3611, "shift_factor": 0.1159}
         ),
         "text_encoder": ComponentConfig("transformers", "Qwen3Model", _TEXT_ENCODER),
         "tokenizer": ComponentConfig("transformers", "Qwen2Tokenizer", {}),

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_engine.adapters import Delta, DoraDelta
 from lora_engine.adapters.dora import INNER, MAGNITUDE
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, PEFT, FactorKeys, KeyLayout
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, PEFT_KEYS, FactorKeys, KeyLayout
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,6 @@ def _entry(inner: str) -> str:
 _LYCORIS, _AITOOLKIT = "dora_scale", "magnitude"
 _PEFT_MARKS = tuple(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight"))
 for _inner in INNER:
-    LYCORIS.add(DoraKeys(LYCORIS, _inner, (_LYCORIS, _AITOOLKIT)), _entry(_inner))
-PEFT.add(PeftDoraKeys(PEFT, "lora", _PEFT_MARKS))
-DIFFUSERS.add(PeftDoraKeys(DIFFUSERS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))
+    LYCORIS_KEYS.add(DoraKeys(LYCORIS_KEYS, _inner, (_LYCORIS, _AITOOLKIT)), _entry(_inner))
+PEFT_KEYS.add(PeftDoraKeys(PEFT_KEYS, "lora", _PEFT_MARKS))
+DIFFUSERS_KEYS.add(PeftDoraKeys(DIFFUSERS_KEYS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))

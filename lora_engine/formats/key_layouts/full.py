@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_engine.adapters import Delta, FullDelta
-from lora_engine.formats.key_layout import LYCORIS, TableFactorKeys
+from lora_engine.formats.key_layout import LYCORIS_KEYS, TableFactorKeys
 
 _NORM = {"diff": "w_norm", "bias": "b_norm"}
 
@@ -28,7 +28,7 @@ class FullKeys(TableFactorKeys):
         return {names[factor]: tensor for factor, tensor in delta.factors().items()}
 
 
-LYCORIS.add(
+LYCORIS_KEYS.add(
     FullKeys(
         "full",
         {"diff": "diff", "bias": "diff_b"},

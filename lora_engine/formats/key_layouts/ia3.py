@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Delta, Ia3Delta, PeftIa3Delta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import LORALINE, LYCORIS, PEFT, TableFactorKeys
+from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
 _FLAG = "on_input"
@@ -129,7 +129,7 @@ def check_layout(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-LYCORIS.add(FlaggedKeys("ia3", {"scale": "weight"}))
-LORALINE.add(FlaggedKeys("peft-ia3", {"scale": "ia3_l"}))
-PEFT.add(ShapedKeys("peft-ia3", {"scale": "ia3_l"}))
+LYCORIS_KEYS.add(FlaggedKeys("ia3", {"scale": "weight"}))
+LORALINE_KEYS.add(FlaggedKeys("peft-ia3", {"scale": "ia3_l"}))
+PEFT_KEYS.add(ShapedKeys("peft-ia3", {"scale": "ia3_l"}))
 PEFT_TYPES.add("IA3", PeftType(("peft-ia3",), "", ia3_settings, with_axis))

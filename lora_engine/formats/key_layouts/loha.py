@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_engine.adapters import Delta, LohaDelta
-from lora_engine.formats.key_layout import LYCORIS, PEFT, TableFactorKeys
+from lora_engine.formats.key_layout import LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.lora_config import ranks_and_alphas
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
@@ -36,6 +36,6 @@ def loha_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
     }
 
 
-LYCORIS.add(TableFactorKeys("loha", _NAMES, optional=_CORES))
-PEFT.add(TableFactorKeys("loha", _NAMES, aliases=_LIVE, optional=_CORES))
+LYCORIS_KEYS.add(TableFactorKeys("loha", _NAMES, optional=_CORES))
+PEFT_KEYS.add(TableFactorKeys("loha", _NAMES, aliases=_LIVE, optional=_CORES))
 PEFT_TYPES.add("LOHA", PeftType(("loha",), "alpha", loha_settings))

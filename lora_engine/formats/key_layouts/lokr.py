@@ -14,7 +14,7 @@ import torch
 from lora_engine.adapters import Delta, LokrDelta
 from lora_engine.adapters.lokr import factorize
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import LYCORIS, PEFT, TableFactorKeys
+from lora_engine.formats.key_layout import LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.lora_config import number_of, ranks_and_alphas
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
@@ -125,6 +125,6 @@ def _scaled(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> D
     return delta.with_factors({**delta.factors(), "left": left * (alpha / rank)})
 
 
-LYCORIS.add(LokrKeys("lokr", _NAMES))
-PEFT.add(LokrKeys("lokr", _NAMES, aliases=_LIVE))
+LYCORIS_KEYS.add(LokrKeys("lokr", _NAMES))
+PEFT_KEYS.add(LokrKeys("lokr", _NAMES, aliases=_LIVE))
 PEFT_TYPES.add("LOKR", PeftType(("lokr",), "alpha", lokr_settings, _scaled))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Delta, LoraDelta
-from lora_engine.formats.key_layout import DIFFUSERS, LYCORIS, PEFT, TableFactorKeys
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 
 _BIAS = "lora_B.bias"
 EMBEDDING = {"lora_embedding_B": "down", "lora_embedding_A": "up"}
@@ -44,7 +44,7 @@ def with_scaled_bias(delta: Delta) -> Delta:
     return replace(delta, bias=stored.to(torch.float64) * delta.scale)
 
 
-LYCORIS.add(
+LYCORIS_KEYS.add(
     TableFactorKeys(
         "lora",
         {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "bias": "diff_b"},
@@ -54,8 +54,8 @@ LYCORIS.add(
 # Files saved from the live model carry the name of PEFT's adapter.
 _LIVE = {"lora_A.default.weight": "down", "lora_B.default.weight": "up", "lora_B.default.bias": "bias"}
 _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": _BIAS}
-PEFT.add(ScaledBiasKeys("lora", _NAMES, aliases={**_LIVE, **EMBEDDING}, optional=("bias",)))
-DIFFUSERS.add(
+PEFT_KEYS.add(ScaledBiasKeys("lora", _NAMES, aliases={**_LIVE, **EMBEDDING}, optional=("bias",)))
+DIFFUSERS_KEYS.add(
     ScaledBiasKeys(
         "lora",
         _NAMES,

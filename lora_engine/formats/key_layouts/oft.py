@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lora_engine.adapters import BoftDelta, Delta, OftDelta, PeftBoftDelta, PeftOftDelta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import LORALINE, LYCORIS, PEFT, TableFactorKeys, alpha_tensor
+from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys, alpha_tensor
 from lora_engine.formats.key_layouts.ia3 import check_layout
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _TERMS, _EPS = "oft_R.terms", "oft_R.eps"
 ANGLES = "oft_R.weight"
 OF_EMBEDDING = "oft_embedding_R.weight"
@@ -168,7 +168,7 @@ def with_boft_settings(delta: Delta, config: Mapping[str, Any], path: str, where
     return delta
 
 
-def _single(values: Mapping[str, T], noun: str) -> T:
+def _single(values: Mapping[str, _T], noun: str) -> _T:
     first, *others = values
     for path in others:
         if values[path] != values[first]:
@@ -188,11 +188,11 @@ def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 _BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}
-LYCORIS.add(BlocksKeys("oft", _BLOCKS, optional=("rescale",)))
-LYCORIS.add(BlocksKeys("boft", _BLOCKS, optional=("rescale",)))
-LORALINE.add(AnglesKeys("peft-oft", {"angles": ANGLES}))
-LORALINE.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))
-PEFT.add(TransposedKeys("peft-oft", {"angles": ANGLES}, aliases={OF_EMBEDDING: "angles"}))
-PEFT.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))
+LYCORIS_KEYS.add(BlocksKeys("oft", _BLOCKS, optional=("rescale",)))
+LYCORIS_KEYS.add(BlocksKeys("boft", _BLOCKS, optional=("rescale",)))
+LORALINE_KEYS.add(AnglesKeys("peft-oft", {"angles": ANGLES}))
+LORALINE_KEYS.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))
+PEFT_KEYS.add(TransposedKeys("peft-oft", {"angles": ANGLES}, aliases={OF_EMBEDDING: "angles"}))
+PEFT_KEYS.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))
 PEFT_TYPES.add("OFT", PeftType(("peft-oft",), "", oft_settings, with_oft_settings))
 PEFT_TYPES.add("BOFT", PeftType(("peft-boft",), "", boft_settings, with_boft_settings))

@@ -12,7 +12,7 @@ from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
 from lora_engine.families import Family, families
 from lora_engine.families.names import TRANSFORMER, NameTable, Target
-from lora_engine.formats.transformers.fused import Rows, delta_shape, fuse, split, swap_halves
+from lora_engine.formats.transformers.fused import Rows, delta_shape, fuse_layers, split, swap_halves
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -92,7 +92,7 @@ def originals(family: Family, modules: Mapping[str, Delta]) -> dict[str, Delta]:
         where = f"{TRANSFORMER}.{path}"
         if len(target.parts) > 1:
             parts = [modules.get(part) for part in target.parts]
-            originals[target.original] = fuse(parts, _rows_of(family, target, parts, modules), where)
+            originals[target.original] = fuse_layers(parts, _rows_of(family, target, parts, modules), where)
         else:
             swaps = family.swapped(target.original, delta_shape(delta) or (0, 0))
             originals[target.original] = swap_halves(delta, where) if swaps else delta

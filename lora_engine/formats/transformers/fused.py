@@ -73,7 +73,7 @@ def split(delta: Delta, rows: Rows, where: str) -> list[Delta | None]:
         raise _refusal(delta, str(error), where) from error
 
 
-def fuse(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
+def fuse_layers(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
     """Returns the delta of a fused layer from those of its parts; `split` is the inverse.
 
     Raises:

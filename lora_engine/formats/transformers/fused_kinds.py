@@ -26,7 +26,7 @@ from lora_engine.formats.transformers.fused import (
     stack_rows,
 )
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _MAX_ELEMENTS = 1 << 27  # of a LoRA that replaces rows of a LoKr
 
 
@@ -259,7 +259,7 @@ def _fuse_replacement(parts: Sequence[ReplacementDelta | None], rows: Rows) -> R
     return ReplacementDelta(torch.cat([part.value for part in _all_present(parts, "value")]))
 
 
-def _all_present(parts: Sequence[T | None], noun: str) -> list[T]:
+def _all_present(parts: Sequence[_T | None], noun: str) -> list[_T]:
     present = [part for part in parts if part is not None]
     if len(present) < len(parts):
         raise UnsplittableError(f"a part without an adapter has no {noun}, which the fused layer needs")

@@ -16,7 +16,7 @@ from lora_engine.families.family import TextEncoder, Written
 from lora_engine.families.names import TRANSFORMER, Target
 from lora_engine.families.proof import has_known_modules
 from lora_engine.formats.family import flattened, module_of, possible_families
-from lora_engine.formats.key_layout import DIFFUSERS, KeyLayout
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, KeyLayout
 from lora_engine.formats.transformers.dit import Shapes, deltas_of, originals, table_of, transformers
 from lora_engine.formats.validate import is_finite
 
@@ -257,7 +257,7 @@ AITOOLKIT_EXPORT_NAMING = ExportNaming(
     "aitoolkit",
     Written("transformer.", original=False),
     "{component}.",
-    key_layout=DIFFUSERS.limited("ai-toolkit", ("lora",)),
+    key_layout=DIFFUSERS_KEYS.limited("ai-toolkit", ("lora",)),
     folded=True,
 )
 LYCORIS_EXPORT_NAMING = ExportNaming("lycoris", Written("lycoris_", original=False), _NUMBERED_TEXT)

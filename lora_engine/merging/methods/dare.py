@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import FiniteFloat
+
 from lora_engine.merging.methods.method import Elementwise
-from lora_engine.merging.spec import Density, Finite, MergeOptions
+from lora_engine.merging.spec import Density, MergeOptions
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,7 @@ class DareTies(MergeOptions):
 
     method: Literal["dare-ties"] = "dare-ties"
     density: Density = 0.5
-    scale: Finite = 1.0
+    scale: FiniteFloat = 1.0
 
 
 def dare(

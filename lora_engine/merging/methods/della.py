@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from lora_engine.merging.methods.method import Elementwise
-from lora_engine.merging.spec import Density, Finite, MergeOptions
+from lora_engine.merging.spec import Density, MergeOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,8 @@ class Della(MergeOptions):
 
     method: Literal["della"] = "della"
     density: Density = 0.5
-    window: Finite = Field(default=0.2, ge=0.0, lt=1.0)
-    scale: Finite = 1.0
+    window: FiniteFloat = Field(default=0.2, ge=0.0, lt=1.0)
+    scale: FiniteFloat = 1.0
 
     @model_validator(mode="after")
     def _probabilities_are_valid(self) -> Della:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from lora_engine.merging.methods.method import Combination, Gram
 from lora_engine.merging.methods.sums import interpolate, require_none_negative
-from lora_engine.merging.spec import Finite, MergeOptions
+from lora_engine.merging.spec import MergeOptions
 
 
 class GeometricMedian(MergeOptions):
@@ -22,7 +22,7 @@ class GeometricMedian(MergeOptions):
     """
 
     method: Literal["geometric-median"] = "geometric-median"
-    tolerance: Finite = Field(default=1e-10, gt=0.0, lt=1.0)
+    tolerance: FiniteFloat = Field(default=1e-10, gt=0.0, lt=1.0)
     iterations: int = Field(default=200, ge=1, le=100_000)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from lora_engine.merging.methods.method import Combination, Gram
 from lora_engine.merging.methods.sums import linear
-from lora_engine.merging.spec import Finite, MergeOptions, Weight
+from lora_engine.merging.spec import MergeOptions, Weight
 
 if TYPE_CHECKING:
     from lora_engine.adapters import Adapter
@@ -32,9 +32,9 @@ class Learned(MergeOptions):
     method: Literal["learned"] = "learned"
     per: Literal["adapter", "block"] = "adapter"
     steps: int = Field(default=30, ge=1, le=100_000)
-    learning_rate: Finite = Field(default=0.05, gt=0.0)
+    learning_rate: FiniteFloat = Field(default=0.05, gt=0.0)
     timesteps: int = Field(default=4, ge=1, le=1000)
-    pull: Finite = Field(default=0.0, ge=0.0)
+    pull: FiniteFloat = Field(default=0.0, ge=0.0)
 
 
 def keep_weights(weights: Sequence[float], gram: Gram, **options: Any) -> list[float]:

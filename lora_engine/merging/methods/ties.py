@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import FiniteFloat
+
 from lora_engine.merging.methods.method import Elementwise
-from lora_engine.merging.spec import Density, Finite, MergeOptions
+from lora_engine.merging.spec import Density, MergeOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,7 @@ class Ties(MergeOptions):
 
     method: Literal["ties"] = "ties"
     density: Density = 0.2
-    scale: Finite = 1.0
+    scale: FiniteFloat = 1.0
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float, scale: float) -> Tensor:

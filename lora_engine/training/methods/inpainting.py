@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from lora_engine.training.methods.context import BatchTransform, Method, MethodContext
-from lora_engine.training.specs.methods import Finite, Mask, MethodSpec, Share
+from lora_engine.training.specs.methods import Mask, MethodSpec, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,8 @@ class Inpainting(MethodSpec):
     masks: Literal["random", "given", "mixed"] = "random"
     strokes: Share = 0.5
     whole: Share = 0.1
-    smallest: Finite = Field(default=0.25, gt=0.0, le=1.0)
-    largest: Finite = Field(default=0.9, gt=0.0, le=1.0)
+    smallest: FiniteFloat = Field(default=0.25, gt=0.0, le=1.0)
+    largest: FiniteFloat = Field(default=0.9, gt=0.0, le=1.0)
     surroundings: Share = 0.1
     mask: None = None
 

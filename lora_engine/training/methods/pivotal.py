@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from lora_engine.errors import SettingsError
 from lora_engine.training.methods.context import Method, MethodContext
 from lora_engine.training.methods.inversion import inversion_phase
-from lora_engine.training.specs.methods import Finite, MethodSpec, TokenSettings
+from lora_engine.training.specs.methods import MethodSpec, TokenSettings
 
 if TYPE_CHECKING:
     from lora_engine.training.phases import Phase
@@ -25,8 +25,8 @@ class Pivotal(MethodSpec, TokenSettings):
     """
 
     name: Literal["pivotal"] = "pivotal"
-    inversion: Finite = Field(default=0.5, gt=0.0, lt=1.0)
-    tuning_rate: Finite = Field(default=5e-4, ge=0.0)
+    inversion: FiniteFloat = Field(default=0.5, gt=0.0, lt=1.0)
+    tuning_rate: FiniteFloat = Field(default=5e-4, ge=0.0)
 
 
 def _phases(context: MethodContext) -> list[Phase]:

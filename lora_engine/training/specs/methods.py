@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Weight = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1000.0)]
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1.0)]
 
@@ -39,7 +38,7 @@ class Prior(_Settings):
     count: int = Field(default=32, ge=1, le=10_000)
     weight: _Weight = 1.0
     steps: int = Field(default=12, ge=1, le=1000)
-    guidance: Finite = Field(default=3.0, ge=0.0, le=50.0)
+    guidance: FiniteFloat = Field(default=3.0, ge=0.0, le=50.0)
     batches: Literal["joint", "alternating"] = "joint"
 
 
@@ -66,7 +65,7 @@ class Mask(_Settings):
         normalise: Divides the weights by their mean, so that a small subject counts as much as a large one.
     """
 
-    temperature: Finite = Field(default=1.0, gt=0.0, le=16.0)
+    temperature: FiniteFloat = Field(default=1.0, gt=0.0, le=16.0)
     floor: Share = 0.0
     normalise: bool = False
 
@@ -86,7 +85,7 @@ class Identity(_Settings):
 
     weight: _Weight = 0.1
     until: Share = 0.3
-    crop: Finite = Field(default=1.0, gt=0.0, le=1.0)
+    crop: FiniteFloat = Field(default=1.0, gt=0.0, le=1.0)
 
 
 class MethodSpec(_Settings):
@@ -133,6 +132,6 @@ class TokenSettings(_Settings):
     token: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     vectors: int = Field(default=1, ge=1, le=64)
     initialiser: Prompt | None = None
-    word_rate: Finite = Field(default=5e-3, gt=0.0)
-    norm_decay: Finite = Field(default=100.0, ge=0.0)
-    norm: Finite | None = Field(default=None, gt=0.0)
+    word_rate: FiniteFloat = Field(default=5e-3, gt=0.0)
+    norm_decay: FiniteFloat = Field(default=100.0, ge=0.0)
+    norm: FiniteFloat | None = Field(default=None, gt=0.0)

@@ -60,7 +60,7 @@ def test_adapters_of_inpainting_bases_have_the_family_of_the_original_base(
 ) -> None:
     assert [bases[shape].family for shape in SHAPES[3:]] == ["sd", "sdxl", "sd3", "sd3", "flux"]
     source = resolve_base(str(untrained["small-sd-inpainting"]))
-    assert (source.family, source.loader.rpartition(":")[2]) == ("sd", "Inpainting")
+    assert (source.family, source.loader.rpartition(":")[2]) == ("sd", "InpaintingBase")
     assert bases["small-sd-inpainting"].module_names() == bases["small-sd"].module_names()
     assert [bases[shape].inpaints for shape in SHAPES[2:5]] == [False, True, True]
     assert [bases[shape].distilled for shape in SHAPES[4:]] == [False, False, False, True]

@@ -118,7 +118,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
 ) -> None:
     from lora_engine.checkpoints import tensor_files
 
-    monkeypatch.setattr(tensor_files, "BLOCK", 0)  # makes every read return no bytes
+    monkeypatch.setattr(tensor_files, "_BLOCK", 0)  # makes every read return no bytes
     refuse(singles["sd15"], tmp_path, "was truncated", config=folders["sd15"])
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import AdapterError
-from lora_engine.families.proof import recognize
+from lora_engine.families.proof import recognize_family
 from lora_engine.formats import inspect, read_adapter, read_bundle, write_adapter
 
 Shapes = dict[str, tuple[int, int]]
@@ -55,7 +55,7 @@ def file_of(shapes: Shapes, folder: Path, *, prefix: str = "diffusion_model.", *
 
 
 def found_in(shapes: Mapping[str, tuple[int, int] | None]) -> tuple[str, ...]:
-    return recognize({name.replace(".", "_"): shape for name, shape in shapes.items()}).families
+    return recognize_family({name.replace(".", "_"): shape for name, shape in shapes.items()}).families
 
 
 FLUX2 = {"mlp": 6, "linear": 9, "inner": 4}

@@ -6,7 +6,7 @@ from law_adapters import random_delta
 
 from lora_engine.adapters import DoraDelta, FullDelta, Ia3Delta, LokrDelta, LoraDelta, PeftIa3Delta, same_delta
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.formats.transformers.fused import fuse, row_rules, split, swap_halves
+from lora_engine.formats.transformers.fused import fuse_layers, row_rules, split, swap_halves
 
 ROWS, COLUMNS = [8, 8, 8, 32], 8
 
@@ -45,7 +45,7 @@ def lokr_parts():
 @pytest.mark.parametrize("kind", row_rules)
 def test_a_fused_delta_stacks_the_parts_by_rows(kind):
     parts = parts_of(kind)
-    fused = fuse(parts, ROWS, "layer")
+    fused = fuse_layers(parts, ROWS, "layer")
     weight = weight_of()
     assert fused.kind == kind
     torch.testing.assert_close(fused.delta_weight(weight), dense(parts, weight), rtol=1e-9, atol=1e-9)
@@ -54,7 +54,7 @@ def test_a_fused_delta_stacks_the_parts_by_rows(kind):
 @pytest.mark.parametrize("kind", row_rules)
 def test_splitting_a_fused_delta_gives_the_parts_back_bit_for_bit(kind):
     parts = parts_of(kind)
-    back = split(fuse(parts, ROWS, "layer"), ROWS, "layer")
+    back = split(fuse_layers(parts, ROWS, "layer"), ROWS, "layer")
     assert all(same_delta(one, other) for one, other in zip(back, parts, strict=True))
 
 
@@ -71,7 +71,7 @@ def test_parts_share_their_down_and_are_fused_without_more_rank():
     delta = random_delta("lora", (sum(ROWS), COLUMNS), 5, 2.0)
     parts = split(delta, ROWS, "layer")
     assert all(torch.equal(part.down, delta.down) for part in parts)
-    assert same_delta(fuse(parts, ROWS, "layer"), delta)
+    assert same_delta(fuse_layers(parts, ROWS, "layer"), delta)
 
 
 def test_other_factors_are_fused_as_blocks_and_several_scales_are_folded():
@@ -79,7 +79,7 @@ def test_other_factors_are_fused_as_blocks_and_several_scales_are_folded():
         random_delta("lora", (rows, COLUMNS), rank, alpha, rank)
         for rows, rank, alpha in zip(ROWS, (1, 2, 3, 4), (1.0, 4.0, 0.3, 4.0), strict=True)
     ]
-    fused = fuse(parts, ROWS, "layer")
+    fused = fuse_layers(parts, ROWS, "layer")
     assert (fused.rank, fused.scale) == (10, 1.0)
     assert int(fused.up.ne(0).sum()) == sum(part.up.numel() for part in parts)
     back = split(fused, ROWS, "layer")
@@ -91,7 +91,7 @@ def test_other_factors_are_fused_as_blocks_and_several_scales_are_folded():
 @pytest.mark.parametrize("missing", [(0,), (1, 2), (0, 1, 2)])
 def test_a_part_without_an_adapter_gets_zeros_and_stays_without(kind, missing):
     parts = [None if number in missing else part for number, part in enumerate(parts_of(kind))]
-    fused = fuse(parts, ROWS, "layer")
+    fused = fuse_layers(parts, ROWS, "layer")
     weight = weight_of()
     torch.testing.assert_close(fused.delta_weight(weight), dense(parts, weight), rtol=1e-9, atol=1e-9)
     back = split(fused, ROWS, "layer")
@@ -108,7 +108,7 @@ def test_a_fresh_adapter_keeps_all_parts():
 @pytest.mark.parametrize("kind", ["dora", "oft", "replacement", "peft-oft"])
 def test_a_part_without_an_adapter_is_refused_if_zeros_would_change_it(kind):
     with pytest.raises(AdapterError, match="a part without an adapter"):
-        fuse([None, *parts_of(kind)[1:]], ROWS, "layer")
+        fuse_layers([None, *parts_of(kind)[1:]], ROWS, "layer")
 
 
 def test_magnitudes_of_inputs_are_refused_both_ways_with_the_reason():
@@ -118,12 +118,12 @@ def test_magnitudes_of_inputs_are_refused_both_ways_with_the_reason():
         split(across, ROWS, "layer")
     parts = [DoraDelta(part_of("dora", rows, 1).inner, torch.ones(1, COLUMNS)) for rows in ROWS]
     with pytest.raises(AdapterError, match="magnitudes are per input"):
-        fuse(parts, ROWS, "layer")
+        fuse_layers(parts, ROWS, "layer")
 
 
 def test_parts_of_several_kinds_are_refused():
     with pytest.raises(AdapterError, match=r"several kinds \(full, lora\)"):
-        fuse([part_of("lora", 8, 1), part_of("full", 8, 1), None, None], ROWS, "layer")
+        fuse_layers([part_of("lora", 8, 1), part_of("full", 8, 1), None, None], ROWS, "layer")
 
 
 def test_a_kind_without_a_rule_is_refused():
@@ -159,7 +159,7 @@ def test_a_lokr_that_would_be_huge_when_written_out_is_refused():
 def test_lokr_parts_of_other_right_factors_are_refused():
     parts = lokr_parts()
     with pytest.raises(AdapterError, match="do not share their right factor"):
-        fuse([*parts[:3], LokrDelta(1.0, left=parts[3].left, right=parts[3].right + 1)], ROWS, "layer")
+        fuse_layers([*parts[:3], LokrDelta(1.0, left=parts[3].left, right=parts[3].right + 1)], ROWS, "layer")
 
 
 @pytest.mark.parametrize("kind", row_rules)
@@ -179,7 +179,7 @@ def test_a_bias_goes_with_its_rows():
     delta = LoraDelta(torch.ones(2, COLUMNS), torch.ones(sum(ROWS), 2), 2.0, None, torch.arange(float(sum(ROWS))))
     parts = split(delta, ROWS, "layer")
     assert torch.equal(torch.cat([part.bias for part in parts]), delta.bias)
-    assert same_delta(fuse(parts, ROWS, "layer"), delta)
+    assert same_delta(fuse_layers(parts, ROWS, "layer"), delta)
     whole = FullDelta(None, torch.arange(float(sum(ROWS))))
     assert [len(part.bias) for part in split(whole, ROWS, "layer")] == ROWS
 
@@ -189,6 +189,6 @@ def test_gains_of_inputs_belong_to_every_part():
         delta = kind(torch.rand(COLUMNS), "input")
         parts = split(delta, ROWS, "layer")
         assert all(same_delta(part, delta) for part in parts)
-        assert same_delta(fuse(parts, ROWS, "layer"), delta)
+        assert same_delta(fuse_layers(parts, ROWS, "layer"), delta)
         with pytest.raises(AdapterError, match="differently"):
-            fuse([*parts[:3], kind(torch.rand(COLUMNS), "input")], ROWS, "layer")
+            fuse_layers([*parts[:3], kind(torch.rand(COLUMNS), "input")], ROWS, "layer")

@@ -10,7 +10,7 @@ from lora_engine.bases.base import load_base
 from lora_engine.data.images import write_mask
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.pixels import read_pixels, to_image
-from lora_engine.training.augmentations import PLAIN, Augmentation, augmentations_of
+from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
 from lora_engine.training.batches import BatchBuilder
 from lora_engine.training.examples import Encoder, read_examples
 from lora_engine.training.specs.captions import Captions, ColorJitter
@@ -19,9 +19,9 @@ PIXELS = torch.rand(3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 
 
 
 def test_the_plain_augmentation_changes_no_bit_and_no_key() -> None:
-    assert torch.equal(PLAIN.apply(PIXELS), PIXELS)
-    assert PLAIN.key() == {}
-    assert augmentations_of(Captions(), 3) == (PLAIN,)
+    assert torch.equal(UNCHANGED.apply(PIXELS), PIXELS)
+    assert UNCHANGED.key() == {}
+    assert augmentations_of(Captions(), 3) == (UNCHANGED,)
 
 
 def test_mirroring_is_its_own_inverse_and_applies_to_the_mask() -> None:
@@ -63,7 +63,7 @@ def test_augmentations_are_few_and_depend_on_the_seed() -> None:
     settings = Captions(flip=True, colours=ColorJitter(variants=2))
     augmentations = augmentations_of(settings, 1)
     assert len(set(augmentations)) == len(augmentations) == 2 * 3
-    assert augmentations[0] == PLAIN
+    assert augmentations[0] == UNCHANGED
     assert augmentations_of(settings, 1) == augmentations
     assert augmentations_of(settings, 2) != augmentations
     assert all(abs(augmentation.brightness - 1) <= 0.1 and augmentation.hue == 0 for augmentation in augmentations)
@@ -89,7 +89,7 @@ def test_batches_have_all_augmentations_with_matching_latents_and_masks(
             seen.add(example.augmentation)
             with torch.no_grad():
                 assert torch.equal(batch.latents[row], base.encode_images(example.pixels()[None])[0])
-            plain = replace(example, augmentation=PLAIN).mask_pixels()
+            plain = replace(example, augmentation=UNCHANGED).mask_pixels()
             mask = example.mask_pixels()
             assert plain is not None
             assert mask is not None

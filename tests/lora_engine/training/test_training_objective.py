@@ -20,9 +20,9 @@ from lora_engine.training.losses import DenoisingLoss, PriorLoss
 from lora_engine.training.measure import PLAIN, Measure, snr_weights
 from lora_engine.training.objective import (
     check_objective,
-    draw_noise,
     draw_perturbation,
     draw_timesteps,
+    draw_training_noise,
     measure_for,
     noisy_and_target,
     timestep_grid,
@@ -70,7 +70,7 @@ def batch(instances: int = 4, timesteps: Tensor | None = None, **change: Any) ->
 
 def test_the_default_objective_draws_noise_then_uniform_timesteps() -> None:
     draw, reference = generator(3, "noise"), generator(3, "noise")
-    noise = draw_noise(Objective(), SHAPE, draw)
+    noise = draw_training_noise(Objective(), SHAPE, draw)
     timesteps = draw_timesteps(Objective(), eps_schedule(), 4, draw, (8, 8))
     assert draw_perturbation(Objective(), SHAPE, draw) is None
     assert torch.equal(noise, torch.randn(SHAPE, generator=reference))
@@ -308,7 +308,7 @@ def test_the_validation_grid_has_the_midpoints() -> None:
 
 
 def noise_with(shape: tuple[int, ...] = (64, 4, 16, 16), seed: int = 0, **settings: Any) -> Tensor:
-    return draw_noise(objective(**settings), shape, generator(seed, "noise"))
+    return draw_training_noise(objective(**settings), shape, generator(seed, "noise"))
 
 
 def test_a_noise_offset_moves_whole_channels_and_nothing_within() -> None:
@@ -324,7 +324,7 @@ def test_pyramid_noise_is_coarser_at_the_same_strength_for_each_image() -> None:
     likeness = [(noise[..., 1:] * noise[..., :-1]).mean().item() for noise in (plain, coarse)]
     assert abs(likeness[0]) < 0.05
     assert likeness[1] > 0.2
-    single = draw_noise(objective(pyramid={"levels": 1}), (1, 1, 1, 1), generator(0, "noise"))
+    single = draw_training_noise(objective(pyramid={"levels": 1}), (1, 1, 1, 1), generator(0, "noise"))
     assert single.abs().item() == pytest.approx(1.0)
 
 
@@ -348,7 +348,7 @@ def test_draws_are_a_pure_function_of_the_generator(settings: dict[str, Any]) ->
 
     def draw(seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
         source = generator(seed, "noise")
-        noise = draw_noise(chosen, SHAPE, source)
+        noise = draw_training_noise(chosen, SHAPE, source)
         steps = draw_timesteps(chosen, eps_schedule(), 4, source, (8, 8))
         return noise, steps, draw_perturbation(chosen, SHAPE, source)
 

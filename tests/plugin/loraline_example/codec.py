@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from lora_engine.adapters import Delta
 from lora_engine.formats.codec import TensorCodec
-from lora_engine.formats.key_layout import LYCORIS
+from lora_engine.formats.key_layout import LYCORIS_KEYS
 from loraline_example.format import FORMAT
 
 PREFIX = "example."
@@ -16,7 +16,7 @@ class ExampleCodec(TensorCodec):
     """`example.unet.mid_block.attentions.0.proj_in.lora_down.weight`."""
 
     format = FORMAT
-    key_layout = LYCORIS.limited("example", FORMAT.kinds)
+    key_layout = LYCORIS_KEYS.limited("example", FORMAT.kinds)
 
     def detect(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Returns True if all names have the prefix."""
