@@ -71,3 +71,11 @@ def test_the_pipeline_in_the_readme_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/pipeline.yaml")), ids=page_id)
 def test_every_example_loads_and_registers_what_it_trains(path: Path) -> None:
     assert {"train", "register"} <= {step.uses for step in load_spec(path).steps.values()}
+
+
+def test_the_code_about_plugins_is_that_of_the_example() -> None:
+    example = ROOT / "tests" / "plugin"
+    sources = [path.read_text() for path in example.rglob("*") if path.suffix in {".py", ".toml"}]
+    blocks = re.findall(r"```(?:python|toml)\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    assert [block for block in blocks if not any(block.strip() in source for source in sources)] == []
