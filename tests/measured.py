@@ -25,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--store-durations", action="store_true", help=f"Write {DURATIONS.name} from this run.")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns one more process than cores, because tests wait for disks, servers and child processes."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Measured(config), "loraline-durations")
 
@@ -56,11 +62,6 @@ class _Measured:
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
         """Schedules whole files, the longest first, so that workers share fixtures and end together."""
         return _LongestFirst(config, log, self.files) if config.option.dist == "loadfile" else None
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_auto_num_workers(self) -> int:
-        """Returns one more process than cores, because tests wait for disks, servers and child processes."""
-        return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
