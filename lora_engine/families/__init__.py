@@ -23,9 +23,13 @@ from lora_engine.families import wan as wan  # isort: skip
 from lora_engine.families import ltx as ltx  # isort: skip
 from lora_engine.families import other_transformers as other_transformers  # isort: skip
 
-published: Registry[Architecture] = Registry("published architecture")
-for _architecture in (entry for family in families.values() for entry in family.published):
-    published.add(_architecture.name, _architecture)
+
+def _add_published() -> None:
+    for architecture in (entry for family in families.values() for entry in family.published):
+        published.add(architecture.name, architecture)
+
+
+published: Registry[Architecture] = Registry("published architecture", source=_add_published)
 
 
 def find_pipeline(name: str) -> tuple[Family, Pipeline] | None:

@@ -20,6 +20,8 @@ from lora_engine.compute import threads
 from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.errors import InterruptedRun
 from lora_engine.evaluation.metrics import METRICS
+from lora_engine.families import families
+from lora_engine.families.proof import recognize_family
 from lora_engine.formats import codecs, read_adapter
 from lora_engine.merging.methods import METHODS
 from lora_engine.registries import Plugin
@@ -39,6 +41,7 @@ PLUGIN = Plugin("loraline-example", "1.0")
 ENTRIES = {
     "example-scale": KINDS,
     "example-file": FORMATS,
+    "example_net": families,
     "example-median": METHODS,
     "example-mirror": methods,
     "example_sharpness": METRICS,
@@ -59,6 +62,11 @@ def test_the_example_has_its_entry(name: str) -> None:
 def test_the_example_names_its_delta_and_its_codec() -> None:
     assert kinds["example-scale"].kind == "example-scale"
     assert codecs["example-file"].name == "example-file"
+
+
+def test_the_family_of_the_example_is_proven_by_its_table() -> None:
+    assert recognize_family({"stages_3_mix_qkv": (1920, 640)}).families == ("example_net",)
+    assert recognize_family({"stages_20_mix_qkv": (1920, 640)}).families == ()
 
 
 def test_a_pipeline_uses_every_entry_of_the_example(

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from lora_engine.adapters import Adapter, LoraDelta
-from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import AdapterError
 from lora_engine.families.proof import recognize_family
 from lora_engine.formats import inspect, read_adapter, read_bundle, write_adapter
@@ -146,7 +145,8 @@ def test_an_ambiguous_file_is_read_without_a_family_which_is_reported(tmp_path: 
         write_adapter(tmp_path / "out.safetensors", bundle.adapter, format="kohya")
     written = write_adapter(tmp_path / "named.safetensors", bundle.adapter)
     assert "ss_base_model_version" not in inspect(written[0])["metadata"]
-    adapter, _ = read_adapter(path, base_module_shapes("flux"))
+    base = {**attention(2, 3072), "single_transformer_blocks.0.norm.linear": (9216, 3072)}
+    adapter, _ = read_adapter(path, {f"transformer.{name}": shape for name, shape in base.items()})
     assert adapter.base == "flux"
 
 
