@@ -142,8 +142,14 @@ def slowly(*arguments):
 rewrite._write_changed = slowly
 adapter = [(Path(sys.argv[1]), 1.0)]
 pairs = zip(sys.argv[3::2], sys.argv[4::2])
-for number, (model, out) in enumerate(pairs):
-    threading.Thread(target=fuse, args=(Path(model), adapter, Path(out)), name=f"half{number}").start()
+threads = [
+    threading.Thread(target=fuse, args=(Path(model), adapter, Path(out)), name=f"half{number}")
+    for number, (model, out) in enumerate(pairs)
+]
+for thread in threads:
+    thread.start()
+for thread in threads:  # at the end of the main thread, executors take no more work
+    thread.join()
 """
 
 
