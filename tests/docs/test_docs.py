@@ -5,13 +5,27 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from flows.cli import app
 from flows.spec import load_spec
+from lora_engine.catalog.formats import FORMATS, written_formats
+from lora_engine.catalog.kinds import KINDS
+from lora_engine.data.captioners import CAPTIONERS
+from lora_engine.evaluation.metrics import METRICS
+from lora_engine.formats import codecs
+from lora_engine.merging.methods import METHODS
+from lora_engine.merging.spec import MergeOptions
+from lora_engine.registries import GROUPS
+from lora_engine.training.methods import methods
+from lora_engine.training.specs.methods import MethodSpec
+from tasks.step import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -79,3 +93,74 @@ def test_the_code_about_plugins_is_that_of_the_example() -> None:
     blocks = re.findall(r"```(?:python|toml)\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     assert [block for block in blocks if not any(block.strip() in source for source in sources)] == []
+
+
+def options_of(spec: type[BaseModel] | None, *shared: str) -> str:
+    """Returns the fields of a spec as a cell."""
+    return ", ".join(f"`{name}`" for name in (spec.model_fields if spec else ()) if name not in shared)
+
+
+def tables_of_entries() -> dict[str, list[tuple[str, ...]]]:
+    """Returns the rows of each table of the reference, the first one its head."""
+    shared = (*MergeOptions.model_fields, *MethodSpec.model_fields, "method")
+    return {
+        "Steps": [("step", "produces"), *((name, step.produces) for name, step in STEPS.items())],
+        "Adapter kinds": [
+            ("kind", "form", "options"),
+            *((name, kind.title, options_of(kind.spec, "name")) for name, kind in KINDS.items()),
+        ],
+        "Adapter formats": [
+            ("format", "program", "kinds"),
+            *(
+                (name, entry.title, ", ".join(codecs[name].key_layout.factor_keys) if entry.is_written else "only read")
+                for name, entry in FORMATS.items()
+            ),
+        ],
+        "Merge methods": [
+            ("method", "result", "options"),
+            *((name, method.title, options_of(method.spec, *shared)) for name, method in METHODS.items()),
+        ],
+        "Training methods": [
+            ("method", "trains", "options"),
+            *((name, method.title, options_of(method.spec, *shared)) for name, method in methods.items()),
+        ],
+        "Metrics": [
+            ("metric", "title", "meaning"),
+            *(
+                (name, metric.title, f"{metric.meaning} {metric.better.capitalize()} is better.")
+                for name, metric in METRICS.items()
+            ),
+        ],
+        "Captioners": [
+            ("captioner", "source of the captions"),
+            *((name, captioner.title) for name, captioner in CAPTIONERS.items()),
+        ],
+    }
+
+
+def page_of(tables: dict[str, list[tuple[str, ...]]]) -> str:
+    """Returns the sections of the reference."""
+    sections = []
+    for title, (head, *rows) in tables.items():
+        cells = [head, tuple("---" for _ in head), *((f"`{name}`", *rest) for name, *rest in rows)]
+        sections.append(f"## {title}\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n")
+    return "\n".join(sections)
+
+
+def test_the_reference_has_the_entries_of_the_registries() -> None:
+    assert (ROOT / "docs" / "reference.md").read_text().endswith("\n" + page_of(tables_of_entries()))
+
+
+@pytest.mark.parametrize(
+    ("page", "head", "names"),
+    [
+        ("merging.md", "| method | result |", METHODS),
+        ("training.md", "| method | trains |", methods),
+        ("formats.md", "| format | kinds |", written_formats()),
+        ("plugins.md", "| group | entry |", GROUPS),
+    ],
+)
+def test_a_table_of_names_has_every_entry(page: str, head: str, names: Iterable[str]) -> None:
+    lines = (ROOT / "docs" / page).read_text().partition(head)[2].splitlines()[2:]
+    rows = list(takewhile(lambda line: line.startswith("|"), lines))
+    assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])) == sorted(names)
