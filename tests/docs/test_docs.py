@@ -87,12 +87,35 @@ def test_every_example_loads_and_registers_what_it_trains(path: Path) -> None:
     assert {"train", "register"} <= {step.uses for step in load_spec(path).steps.values()}
 
 
-def test_the_code_about_plugins_is_that_of_the_example() -> None:
+@pytest.mark.parametrize(("page", "count"), [("plugins.md", 3), ("adding-a-kind.md", 3), ("adding-a-format.md", 2)])
+def test_the_code_about_entries_is_that_of_the_example(page: str, count: int) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    assert len(python_and_toml(text)) == count
+    assert blocks_not_in_the_example(text) == []
+
+
+def test_code_that_differs_from_the_example_in_one_character_is_found() -> None:
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    (block,) = blocks_not_in_the_example(text.replace("quantile(0.5", "quantile(0.4"))
+    assert block.startswith("class Median")
+
+
+def blocks_not_in_the_example(text: str) -> list[str]:
     example = ROOT / "tests" / "plugin"
     sources = [path.read_text() for path in example.rglob("*") if path.suffix in {".py", ".toml"}]
-    blocks = re.findall(r"```(?:python|toml)\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    assert [block for block in blocks if not any(block.strip() in source for source in sources)] == []
+    written = [without_indentation(source) for source in sources]
+    return [
+        block for block in python_and_toml(text) if not any(without_indentation(block) in source for source in written)
+    ]
+
+
+def without_indentation(text: str) -> str:
+    """Returns the lines that are not empty, without indentation: the formatter outdents methods on a page."""
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def python_and_toml(text: str) -> list[str]:
+    return re.findall(r"```(?:python|toml)\n(.*?)```", text, re.DOTALL)
 
 
 def options_of(spec: type[BaseModel] | None, *shared: str) -> str:
