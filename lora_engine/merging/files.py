@@ -10,11 +10,11 @@ from lora_engine.adapters import Adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.source import resolve_base
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.files import sha256_file
+from lora_engine.files import FilePath, sha256_file
 from lora_engine.formats import Card, read_adapter, write_adapter
 from lora_engine.merging.concatenate import check_bases
 from lora_engine.merging.merge import merge_adapters
-from lora_engine.merging.methods import METHODS, Combination, Elementwise
+from lora_engine.merging.methods import METHODS, Elementwise
 from lora_engine.merging.report import Report
 from lora_engine.merging.spec import MergeOptions, Weight, parse_options
 
@@ -122,7 +122,7 @@ def merge_recipe(options: MergeOptions, seed: int, weights: Sequence[Weight], re
     return recipe
 
 
-def load_base_if_read(adapters: Sequence[Adapter], options: MergeOptions, base: str | None) -> BaseModel | None:
+def load_base_if_read(adapters: Sequence[Adapter], options: MergeOptions, base: FilePath | None) -> BaseModel | None:
     """Loads the base if a delta or the method reads its weights, else returns None.
 
     Raises:
@@ -155,8 +155,7 @@ def load_base_if_read(adapters: Sequence[Adapter], options: MergeOptions, base: 
 
 def learns(options: MergeOptions) -> bool:
     """Returns True if the method learns the weights, from a base and captioned images."""
-    method = METHODS[options.name]
-    return isinstance(method, Combination) and method.learn is not None
+    return METHODS[options.name].learn is not None
 
 
 def _learn(
@@ -168,9 +167,9 @@ def _learn(
     work: Path | None,
     seed: int,
 ) -> Sequence[Weight]:
-    method = METHODS[options.name]
-    if base is None or dataset is None or not isinstance(method, Combination) or method.learn is None:
+    learn = METHODS[options.name].learn
+    if base is None or dataset is None or learn is None:
         raise SettingsError(
             f"method {options.name!r} needs images with captions", remedy="pass the dataset to learn the weights on"
         )
-    return method.learn(adapters, weights, base, dataset, work, options, seed)
+    return learn(adapters, weights, base, dataset, work, options, seed)

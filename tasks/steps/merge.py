@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lora_engine.merging.methods import METHODS, Combination, MergeMethod
+from lora_engine.merging.methods import METHODS
 from lora_engine.merging.methods.sums import Concatenate
 from lora_engine.merging.spec import MergeOptions, Weight
 from lora_engine.registries import names_of, spec_union
@@ -86,7 +86,7 @@ class Merge(StepSpec):
     @model_validator(mode="after")
     def _check_dataset(self) -> Merge:
         if self.learns != (self.dataset is not None):
-            learning = ", ".join(name for name, method in METHODS.items() if _learns(method))
+            learning = ", ".join(name for name, method in METHODS.items() if method.learn)
             needs = "needs a dataset" if self.learns else "takes no dataset"
             raise ValueError(f"method {self.method!r} {needs}; only methods that learn the weights do ({learning})")
         return self
@@ -94,11 +94,7 @@ class Merge(StepSpec):
     @property
     def learns(self) -> bool:
         """Returns True if the method learns the weights, from the base and captioned images."""
-        return _learns(METHODS[self.method])
-
-
-def _learns(method: MergeMethod) -> bool:
-    return isinstance(method, Combination) and method.learn is not None
+        return METHODS[self.method].learn is not None
 
 
 def find_imports(spec: Merge, folder: Path) -> Iterator[str]:

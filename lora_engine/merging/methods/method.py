@@ -25,12 +25,15 @@ class MergeMethod:
         title: Its effect, in a few words, for help texts and tables.
         adapters: Required number of adapters; None means any number.
         normalizes: True if only the ratios of the weights count.
+        learn: (adapters, weights, base, dataset, work folder, options, seed) -> the weights to merge with; such a
+            method needs the base and captioned images. None means that the weights are the user's.
     """
 
     spec: type[MergeOptions]
     title: str
     adapters: int | None = None
     normalizes: bool = False
+    learn: Callable[..., Sequence[Weight]] | None = None
 
     @property
     def name(self) -> str:
@@ -48,14 +51,11 @@ class Combination(MergeMethod):
         coefficients: (weights, gram, options by name) -> one coefficient per delta.
         lora_only: True if other kinds are an error.
         sees_deltas: True if the coefficients depend on the deltas (the Gram matrix), not only on the weights.
-        learn: (adapters, weights, base, dataset, work folder, options, seed) -> the weights to merge with; such a
-            method needs the base and captioned images. None means that the weights are the user's.
     """
 
     coefficients: Callable[..., list[float]]
     lora_only: bool = False
     sees_deltas: bool = False
-    learn: Callable[..., Sequence[Weight]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
