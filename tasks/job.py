@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lora_engine.bases.source import TINY, BaseSource, resolve_base
 from lora_engine.families import families
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.registries import Registry
@@ -35,6 +36,7 @@ class Job:
         base: Label, fingerprint and, if it is local, path of the base model; None means no base.
         concurrency: Maximum trainings per device at the same time; None means the default of the device. It
             changes no bytes, so it is not part of the cache key.
+        plugins: Name and version of each plug-in that the step, an entry in its settings or its base is from.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Job:
     excluded: tuple[str, ...] = ()
     base: Mapping[str, str] | None = None
     concurrency: int | None = None
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> StepKind:
@@ -56,22 +59,12 @@ class Job:
         return {name: digest.sha256 for name, digest in self.files.items()}
 
     @property
-    def plugins(self) -> dict[str, str]:
-        """Returns name and version of each plug-in that the step, its settings or its base are from."""
-        used: list[tuple[Registry[Any], str]] = [(STEPS, self.kind.name)]
-        used += self.kind.entries(self.spec) if self.kind.entries else ()
-        base = getattr(self.spec, "base", None)
-        used += [(families, _family(locate_base(base, self.folder)))] if base else []
-        found = [registry.plugin(name) for registry, name in used]
-        return {plugin.name: plugin.version for plugin in found if plugin is not None}
-
-    @property
     def recorded_settings(self) -> dict[str, Any]:
         """Returns what lineage records of this step beside its inputs."""
         recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
         recorded |= {"base": dict(self.base)} if self.base else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
-        recorded |= {"plugins": plugins} if (plugins := self.plugins) else {}
+        recorded |= {"plugins": dict(self.plugins)} if self.plugins else {}
         return recorded
 
     def key(self, inputs: Inputs) -> str:
@@ -91,7 +84,7 @@ class Job:
             "inputs": {name: [ref.sha256 for ref in refs] for name, refs in inputs.items() if refs},
             "files": self.file_digests | revoked,
             "base": self.base["fingerprint"] if self.base else None,
-        } | ({"plugins": plugins} if (plugins := self.plugins) else {})
+        } | ({"plugins": dict(self.plugins)} if self.plugins else {})
         return sha256_bytes(canonical_json(parts))
 
     def refreshed(self, lineage: Lineage) -> Job:
@@ -140,31 +133,31 @@ def prepare_job(
     find_excluded = STEPS[spec.uses].find_excluded
     excluded = sorted(find_excluded(spec, folder, files, revoked)) if find_excluded is not None and revoked else ()
     base = getattr(spec, "base", None)
-    description = _describe_base(base, folder) if base else None
-    return Job(name, spec, folder, files, tuple(excluded), description, concurrency)
+    located = locate_base(base, folder) if base else None
+    source = resolve_base(located) if located else None
+    description = _describe_base(source, located) if source and located else None
+    plugins = _plugins_of(spec, source)
+    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, plugins)
 
 
-def _describe_base(base: str, folder: Path) -> dict[str, str]:
+def _plugins_of(spec: StepSpec, base: BaseSource | None) -> dict[str, str]:
+    """Returns name and version of each plug-in that a step, an entry in its settings or its base is from."""
+    kind = STEPS[spec.uses]
+    used: list[tuple[Registry[Any], str]] = [(STEPS, kind.name)]
+    used += kind.entries(spec) if kind.entries else ()
+    used += [(families, base.family)] if base else []
+    found = [registry.plugin(name) for registry, name in used]
+    return {plugin.name: plugin.version for plugin in found if plugin is not None}
+
+
+def _describe_base(source: BaseSource, located: str) -> dict[str, str]:
     """Returns label, fingerprint and, for a local base, path."""
-    from lora_engine.bases.source import TINY, resolve_base
-
-    located = locate_base(base, folder)
-    source = resolve_base(located)
     is_path = source.revision is None and source.name != TINY
     path = {"path": str(Path(located).expanduser().resolve())} if is_path else {}
     return {"label": source.label, "fingerprint": _fingerprint(located)} | path
 
 
 @lru_cache(maxsize=8)
-def _family(located: str) -> str:
-    from lora_engine.bases.source import resolve_base
-
-    return resolve_base(located).family
-
-
-@lru_cache(maxsize=8)
 def _fingerprint(located: str) -> str:
     """Returns the digest of a base model's weights and configuration; read once per process."""
-    from lora_engine.bases.source import resolve_base
-
     return resolve_base(located).fingerprint()
