@@ -14,9 +14,9 @@ from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import Action, AdapterVersion, ArtifactRef, Event, EventType, VersionState, now
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
 from registry.lineage.graph import version_ids
-from registry.lineage.rows import artifact_ref
+from registry.lineage.rows import read_artifacts
 from registry.store.database import batched, insert_missing
-from registry.store.tables import AliasRow, ArtifactRow, EventRow, NameRow, ParentRow, VersionRow
+from registry.store.tables import AliasRow, EventRow, NameRow, ParentRow, VersionRow
 
 
 def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
@@ -279,10 +279,7 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
 
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:
     """Returns the versions of rows with their artifacts, aliases and parents; uses a few queries for all rows."""
-    digests = {row.artifact for row in rows} | {row.report for row in rows if row.report}
-    artifacts = {
-        row.sha256: artifact_ref(row) for (row,) in batched(session, select(ArtifactRow), ArtifactRow.sha256, digests)
-    }
+    artifacts = read_artifacts(session, {row.artifact for row in rows} | {row.report for row in rows if row.report})
     aliases: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     by_alias, names = select(AliasRow).order_by(AliasRow.alias), {row.name for row in rows}
     for (alias,) in batched(session, by_alias, AliasRow.name, names):

@@ -42,6 +42,12 @@ def artifact_ref(row: ArtifactRow) -> ArtifactRef:
     return ArtifactRef(row.kind, row.sha256, row.size)
 
 
+def read_artifacts(session: Session, digests: Iterable[str], *, kind: str | None = None) -> dict[str, ArtifactRef]:
+    """Returns digest -> reference of the artifacts that are recorded, or of those of one kind."""
+    query = select(ArtifactRow) if kind is None else select(ArtifactRow).where(ArtifactRow.kind == kind)
+    return {row.sha256: artifact_ref(row) for (row,) in batched(session, query, ArtifactRow.sha256, digests)}
+
+
 def read_run(row: RunRow) -> Run:
     """Returns the run of a row."""
     return Run(
@@ -65,10 +71,7 @@ def read_executions(session: Session, rows: Iterable[ExecutionRow]) -> list[Exec
     by_position = query.order_by(InputRow.execution, InputRow.position)
     for entry, artifact in batched(session, by_position, InputRow.execution, (row.id for row in ordered)):
         inputs[entry.execution][entry.role] = artifact_ref(artifact)
-    digests = {row.output for row in ordered if row.output}
-    outputs = {
-        row.sha256: artifact_ref(row) for (row,) in batched(session, select(ArtifactRow), ArtifactRow.sha256, digests)
-    }
+    outputs = read_artifacts(session, {row.output for row in ordered if row.output})
     listed = {digest for row in ordered if isinstance(digest := row.environment.get("distributions"), str)}
     installed = {
         row.sha256: row.listed for (row,) in batched(session, select(DistributionsRow), DistributionsRow.sha256, listed)

@@ -24,9 +24,9 @@ from registry.lineage.graph import (
     version_ids,
     version_ref,
 )
-from registry.lineage.rows import artifact_ref
+from registry.lineage.rows import read_artifacts
 from registry.store.database import batched
-from registry.store.tables import ArtifactRow, ContentRow, ExecutionRow, ParentRow, VersionRow
+from registry.store.tables import ContentRow, ExecutionRow, ParentRow, VersionRow
 
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
 
@@ -62,8 +62,7 @@ def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
     root = NodeId("artifact", artifact.sha256)
     graph = upstream(session, [root], "output", "input", extra=[Relation("artifact", _declared_parents)])
     digests, steps = graph.ids("artifact"), graph.ids("execution")
-    manifests = select(ArtifactRow).where(ArtifactRow.kind == "manifest")
-    datasets = {row.sha256: artifact_ref(row) for (row,) in batched(session, manifests, ArtifactRow.sha256, digests)}
+    datasets = read_artifacts(session, digests, kind="manifest")
     versions = [row for (row,) in batched(session, select(VersionRow), VersionRow.artifact, digests)]
     settings = batched(session, select(ExecutionRow.id, ExecutionRow.settings), ExecutionRow.id, steps)
     return Ancestry(

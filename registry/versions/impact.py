@@ -17,7 +17,7 @@ from registry.context import RegistryContext
 from registry.entities import AdapterVersion, is_digest
 from registry.errors import RightsError
 from registry.lineage.graph import NodeId, Subgraph, downstream
-from registry.lineage.rows import artifact_ref
+from registry.lineage.rows import artifact_ref, read_artifacts
 from registry.policy.ancestry import descendants
 from registry.policy.rights import revoked_upstream
 from registry.policy.terms import read_datasets
@@ -93,7 +93,7 @@ def find_affected(
         subject=subject,
         kind=kind,
         pictures=tuple(sorted(images)),
-        manifests=tuple(sorted({*starts, *_artifacts(session, descent, "manifest")})),
+        manifests=tuple(sorted({*starts, *read_artifacts(session, descent.ids("artifact"), kind="manifest")})),
         runs=_runs(session, descent, starts),
         versions=tuple(version.ref for version in affected),
         merges=_merges(session, descent, affected),
@@ -137,11 +137,6 @@ def _holders(session: Session, subjects: set[str]) -> list[str]:
     return sorted(downstream(session, (NodeId("subject", subject) for subject in subjects), "subject").ids("artifact"))
 
 
-def _artifacts(session: Session, descent: Subgraph, kind: str) -> list[str]:
-    query = select(ArtifactRow.sha256).where(ArtifactRow.kind == kind)
-    return [row[0] for row in batched(session, query, ArtifactRow.sha256, descent.ids("artifact"))]
-
-
 def _runs(session: Session, descent: Subgraph, starts: Sequence[str]) -> tuple[Mapping[str, str], ...]:
     steps = batched(session, select(ExecutionRow.run_id), ExecutionRow.id, descent.ids("execution"))
     makers = batched(session, select(ExecutionRow.run_id), ExecutionRow.output, starts)
@@ -162,7 +157,7 @@ def _merges(session: Session, descent: Subgraph, affected: Sequence[AdapterVersi
 
 def _exports(session: Session, descent: Subgraph, affected: Sequence[AdapterVersion]) -> tuple[Mapping[str, Any], ...]:
     exports: list[Mapping[str, Any]] = [
-        {"artifact": digest} for digest in sorted(_artifacts(session, descent, "export"))
+        {"artifact": digest} for digest in sorted(read_artifacts(session, descent.ids("artifact"), kind="export"))
     ]
     numbers: dict[str, set[int]] = {}
     for version in affected:
