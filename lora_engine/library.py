@@ -83,7 +83,7 @@ class LoadedAdapter(Bundle):
             AdapterError: The format or the dtype cannot hold the adapter.
             SettingsError: No such format.
         """
-        shapes = None if base is None else base_module_shapes(os.fspath(base))
+        shapes = None if base is None else base_module_shapes(base)
         return write_adapter(
             path,
             self.adapter,
@@ -119,7 +119,7 @@ def load(path: FilePath, base: FilePath | Base | None = None) -> LoadedAdapter:
         BaseModelError: No such base.
     """
     if isinstance(base, str | os.PathLike):
-        bundle = read_bundle(path, base_module_shapes(os.fspath(base)))
+        bundle = read_bundle(path, base_module_shapes(base))
     else:
         bundle = read_bundle(path, None if base is None else module_shapes(base))
     return LoadedAdapter(bundle.adapter, bundle.card, bundle.embeddings, bundle.assumptions)
@@ -175,7 +175,7 @@ def merge(
     scales: Sequence[Weight] = [1.0] * len(loaded) if weights is None else weights
     deltas, cards = [item.adapter for item in loaded], [item.card for item in loaded]
     if base is None or isinstance(base, str | os.PathLike):
-        base = load_base_if_read(deltas, chosen, None if base is None else os.fspath(base))
+        base = load_base_if_read(deltas, chosen, base)
     merged, report = merge_adapters(deltas, scales, chosen, seed=seed, base=base)
     titles = [card.title or "adapter" for card in cards]
     card = merged_card(cards, titles, scales, method, merge_recipe(chosen, seed, scales, report))

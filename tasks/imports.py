@@ -43,4 +43,4 @@ def base_module(base: str, folder: Path) -> str:
         base: The base, as the pipeline file names it.
         folder: The folder of the pipeline file.
     """
-    return resolve_base(locate_base(base, folder)).loader.partition(":")[0]
+    return resolve_base(locate_base(base, folder)).module

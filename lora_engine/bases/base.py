@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -139,11 +138,10 @@ def load_base(
         BaseModelError: The base is not found, or its parts do not match.
         SettingsError: A package that quantization needs is not installed.
     """
-    resolved = source if isinstance(source, BaseSource) else resolve_base(os.fspath(source))
+    resolved = source if isinstance(source, BaseSource) else resolve_base(source)
     check_quantization(quantise)
     with BUILDING:
-        module, _, loader = resolved.loader.partition(":")
-        load = getattr(importlib.import_module(module), loader)
+        load = getattr(importlib.import_module(resolved.module), resolved.loader.rpartition(":")[2])
     base = cast(BaseModel, load(resolved, torch.device(device or default_device()), dtype))
     quantize_base(base, quantise)
     base.quantization = quantise

@@ -114,7 +114,9 @@ class LatentModel(ABC):
         """Sets `noise` and returns the settings of the scheduler."""
 
     def _default_size(self) -> tuple[int, int]:
-        side = int(self.denoiser.config.sample_size) * self._factor
+        # In latents; a transformer of any size has none, and only the autoencoder has one, in pixels.
+        latents = self.denoiser.config.get("sample_size")
+        side = int(self.vae.config.sample_size) if latents is None else int(latents) * self._factor
         return side, side
 
     def _settings_of_scheduler(self, source: BaseSource) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_engine.errors import BaseModelError, did_you_mean
 from lora_engine.families.layout import Layout, read_layout
-from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+from lora_engine.files import FilePath, canonical_json, sha256_bytes, sha256_file
 
 TINY = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -37,6 +38,11 @@ class BaseSource:
     file: str = ""
 
     @property
+    def module(self) -> str:
+        """The module of `loader`; importing it imports all classes of the base."""
+        return self.loader.partition(":")[0]
+
+    @property
     def label(self) -> str:
         """The name for cards and reports: without paths, the same on every machine."""
         if self.name == TINY:
@@ -60,7 +66,7 @@ class BaseSource:
         return sha256_bytes(canonical_json({name: _digest(self.folder / name) for name in self.layout.files}))
 
 
-def resolve_base(name: str, revision: str | None = None) -> BaseSource:
+def resolve_base(name: FilePath, revision: str | None = None) -> BaseSource:
     """Finds a base model; downloads it if necessary.
 
     Args:
@@ -71,6 +77,7 @@ def resolve_base(name: str, revision: str | None = None) -> BaseSource:
     Raises:
         BaseModelError: No such base, an unknown family, or a part of the base is missing.
     """
+    name = os.fspath(name)
     if name == TINY:
         # Imported here: other bases do not need the package of the embedded base.
         from lora_engine.bases.tiny import folder as tiny_folder

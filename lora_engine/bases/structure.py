@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from lora_engine.adapters.published import empty_module, published_module_shapes
@@ -10,11 +11,12 @@ from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.bases.source import resolve_base
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, published
+from lora_engine.files import FilePath
 
 _PREFIXES = ("unet", "transformer", "text_encoder")
 
 
-def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
+def base_module_shapes(base: FilePath) -> dict[str, tuple[int, ...]]:
     """Returns the weight shape by canonical name for every adaptable layer of a base.
 
     Args:
@@ -23,6 +25,7 @@ def base_module_shapes(base: str) -> dict[str, tuple[int, ...]]:
     Raises:
         BaseModelError: No such base, or its configuration cannot be read.
     """
+    base = os.fspath(base)
     if base in published:
         return published_module_shapes(base)
     try:

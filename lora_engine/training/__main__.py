@@ -64,10 +64,10 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise SettingsError(f"invalid job ({error!r})", where=str(path)) from error
         # A missing base is reported before the imports, which take seconds.
-        loader = resolve_base(base).loader
+        source = resolve_base(base)
         # Heavy imports come after the signal handlers, so that a signal during an import is handled.
         with optional_hidden():
-            importlib.import_module(loader.partition(":")[0])
+            importlib.import_module(source.module)
             from lora_engine.training.run import train
 
         train(settings, base, dataset, out, work, **folders, progress=_ProgressWriter(channel), stop=stopped.is_set)

@@ -74,10 +74,6 @@ class Flux(FlowModel):
             return {"num_inference_steps": steps}
         return {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
 
-    def _default_size(self) -> tuple[int, int]:
-        # Only the autoencoder's configuration has a size, in pixels.
-        return int(self.vae.config.sample_size), int(self.vae.config.sample_size)
-
     def _network_channels(self) -> int:
         return int(self.denoiser.config.in_channels) // 4
 

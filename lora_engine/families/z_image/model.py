@@ -71,10 +71,6 @@ class ZImage(FlowModel):
         # As the pipeline: unshifted sigmas, evenly spaced from 1 to 1 / steps.
         return {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
 
-    def _default_size(self) -> tuple[int, int]:
-        # Only the autoencoder's configuration has a size, in pixels.
-        return int(self.vae.config.sample_size), int(self.vae.config.sample_size)
-
     def _load_text(self, source: BaseSource) -> None:
         self.tokenizer: Any = load_tokenizer(AutoTokenizer, source, "tokenizer")
         self.modules["text_encoder"] = load_component(Qwen3Model, source, "text_encoder", self.dtype).to(self.device)
