@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_engine.adapters import Delta, DoraDelta, FullDelta, LohaDelta, LokrDelta, LoraDelta
+from lora_engine.adapters import Delta, DoraDelta
 from lora_engine.errors import AdapterError
 from lora_engine.families import families
 from lora_engine.families.names import TRANSFORMER
@@ -187,7 +187,8 @@ def context_widths(modules: Mapping[str, Delta]) -> list[int]:
     """Returns the text embedding widths that the U-Net's cross attention reads, by the shapes of the factors."""
     suffixes = (".attn2.to_k", ".attn2.to_v")
     deltas = (delta for name, delta in modules.items() if name.startswith("unet.") and name.endswith(suffixes))
-    return [width for delta in deltas if (width := _inputs(delta)) is not None]
+    weights = ((delta.inner if isinstance(delta, DoraDelta) else delta).weight_shape for delta in deltas)
+    return [shape[1] for shape in weights if shape is not None]
 
 
 def _stated(header: Mapping[str, str]) -> tuple[str, ...]:
@@ -247,13 +248,3 @@ def _unsupported(possible: Collection[str]) -> str:
     names = ", ".join(possible)
     plural = "a base family that is" if len(possible) == 1 else "base families that are"
     return f"an adapter for {titles(possible)} ({names}), {plural} not supported"
-
-
-def _inputs(delta: Delta) -> int | None:
-    if isinstance(delta, DoraDelta):
-        return _inputs(delta.inner)
-    if isinstance(delta, LoraDelta):
-        return delta.down.shape[1]
-    if isinstance(delta, LohaDelta | LokrDelta):
-        return delta.sides[1]
-    return delta.diff.shape[1] if isinstance(delta, FullDelta) and delta.diff is not None else None

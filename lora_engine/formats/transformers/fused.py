@@ -8,6 +8,7 @@ layers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -271,9 +272,11 @@ def _fuse_full(parts: Sequence[FullDelta | None], rows: Rows) -> FullDelta:
     return FullDelta(diff, stack_rows([None if part is None else part.bias for part in parts], rows))
 
 
-def _lora_shape(delta: LoraDelta) -> tuple[int, int]:
-    return delta.up.shape[0], delta.down.flatten(1).shape[1]
+def matrix_shape(delta: Delta) -> tuple[int, int] | None:
+    """Returns rows and columns of the weight, for kinds whose factors determine its shape."""
+    shape = delta.weight_shape
+    return None if shape is None else (shape[0], math.prod(shape[1:]))
 
 
-row_rules.add("lora", RowRule(_lora_shape, _take_lora, _fuse_lora, _split_lora))
+row_rules.add("lora", RowRule(matrix_shape, _take_lora, _fuse_lora, _split_lora))
 row_rules.add("full", RowRule(_full_shape, _take_full, _fuse_full, _split_full))

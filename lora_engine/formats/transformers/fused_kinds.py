@@ -20,6 +20,7 @@ from lora_engine.formats.transformers.fused import (
     UnsplittableError,
     block_rows,
     indices,
+    matrix_shape,
     rank_blocks,
     row_rules,
     scaled_up,
@@ -28,10 +29,6 @@ from lora_engine.formats.transformers.fused import (
 
 _T = TypeVar("_T")
 _MAX_ELEMENTS = 1 << 27  # of a LoRA that replaces rows of a LoKr
-
-
-def _loha_shape(delta: LohaDelta) -> tuple[int, int]:
-    return delta.up1.shape[0], delta.down1.shape[1]
 
 
 def _take_loha(delta: LohaDelta, index: Tensor) -> LohaDelta:
@@ -79,22 +76,9 @@ def _fuse_loha(parts: Sequence[LohaDelta | None], rows: Rows) -> LohaDelta:
     )
 
 
-def _lokr_sides(delta: LokrDelta) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the tensors with the rows of the left factor, its columns, and the rows of the right factor."""
-    left_rows = delta.left if delta.left is not None else _required(delta.left_up)
-    left_columns = delta.left if delta.left is not None else _required(delta.left_down)
-    return left_rows, left_columns, delta.right if delta.right is not None else _required(delta.right_up)
-
-
-def _lokr_shape(delta: LokrDelta) -> tuple[int, int]:
-    left_rows, left_columns, right = _lokr_sides(delta)
-    columns = right.shape[1] if delta.right is not None else _required(delta.right_down).shape[1]
-    rows = right.shape[0] if delta.right_core is None else right.shape[1]
-    return left_rows.shape[0] * rows, left_columns.shape[1] * columns
-
-
 def _take_lokr(delta: LokrDelta, index: Tensor) -> Delta:
-    left_rows, _, right = _lokr_sides(delta)
+    left_rows = delta.left if delta.left is not None else _required(delta.left_up)
+    right = delta.right if delta.right is not None else _required(delta.right_up)
     if delta.right_core is not None or right.dim() != 2:
         raise UnsplittableError("it is of a convolution")
     size = right.shape[0]
@@ -138,7 +122,7 @@ def _fuse_lokr(parts: Sequence[LokrDelta | None], rows: Rows) -> LokrDelta:
     for part in present:
         if part.alpha != first.alpha or not all(_equal(getattr(part, name), getattr(first, name)) for name in shared):
             raise UnsplittableError("the parts do not share their right factor")
-    size = _lokr_shape(first)[0] // _lokr_sides(first)[0].shape[0]
+    size = first.right_sides[0]
     if any(count % size for count in rows):
         raise UnsplittableError(f"the rows of a part are no multiple of {size}, the rows of the right factor")
     name = "left" if first.left is not None else "left_up"
@@ -278,8 +262,8 @@ def _required(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-row_rules.add("loha", RowRule(_loha_shape, _take_loha, _fuse_loha, _split_loha))
-row_rules.add("lokr", RowRule(_lokr_shape, _take_lokr, _fuse_lokr))
+row_rules.add("loha", RowRule(matrix_shape, _take_loha, _fuse_loha, _split_loha))
+row_rules.add("lokr", RowRule(matrix_shape, _take_lokr, _fuse_lokr))
 row_rules.add("dora", RowRule(_dora_shape, _take_dora, _fuse_dora, _split_dora))
 row_rules.add("ia3", RowRule(_ia3_shape, _take_ia3, _fuse_ia3))
 row_rules.add("peft-ia3", RowRule(_ia3_shape, _take_ia3, _fuse_ia3))

@@ -31,11 +31,10 @@ _SEPARATORS = {
     "lycoris_": "_",
     "": ".",
 }
-BARE = tuple(dict.fromkeys(f"{blocks.canonical}." for family in transformers() for blocks in table_of(family).blocks))
+_BLOCKS = [blocks for family in transformers() for blocks in table_of(family).blocks]
+BARE = tuple(dict.fromkeys(f"{blocks.canonical}." for blocks in _BLOCKS))
 """Beginnings of diffusers' names without a component."""
-BARE_ORIGINAL = tuple(
-    dict.fromkeys(f"{blocks.original}." for family in transformers() for blocks in table_of(family).blocks)
-)
+BARE_ORIGINAL = tuple(dict.fromkeys(f"{blocks.original}." for blocks in _BLOCKS))
 """Beginnings of original names without a component."""
 _ENCODERS = {
     role: encoder
@@ -45,13 +44,8 @@ _ENCODERS = {
 }
 _NUMBERED = re.compile(r"lora_te([123]?)_(.+)")
 _NAMED = re.compile(rf"(?:text_encoders\.)?({'|'.join(_ENCODERS)})\.(?:transformer\.)?(.+)")
-# Lists of blocks that diffusers names alike do not show whose names these are.
-_RENAMED = dict.fromkeys(
-    f"{blocks.original}."
-    for family in transformers()
-    for blocks in table_of(family).blocks
-    if blocks.original != blocks.canonical
-)
+# A list of blocks that diffusers calls the same does not show which of the two names a file has.
+_RENAMED = dict.fromkeys(f"{blocks.original}." for blocks in _BLOCKS if blocks.original != blocks.canonical)
 _INITIATIVE = re.compile(rf"{TRANSFORMER}\.({'|'.join(map(re.escape, _RENAMED))})\d+\.")
 
 
