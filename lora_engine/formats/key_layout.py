@@ -128,10 +128,12 @@ class KeyLayout:
 
     @property
     def factor_keys(self) -> Mapping[str, FactorKeys]:
-        """The factor keys by kind."""
+        """The factor keys by kind, in the order of `KINDS` whichever module was imported first."""
         load_factor_keys()
-        inherited = {} if self.extends is None else self.extends.factor_keys
-        return {name: keys for name, keys in {**inherited, **self.own}.items() if not self.kinds or name in self.kinds}
+        keys = {**({} if self.extends is None else self.extends.factor_keys), **self.own}
+        order = {kind: position for position, kind in enumerate(KINDS)}
+        names = sorted(keys, key=lambda name: (order[name.partition(" ")[0]], name))
+        return {name: keys[name] for name in names if not self.kinds or name in self.kinds}
 
     @property
     def suffixes(self) -> set[str]:

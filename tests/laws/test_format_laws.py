@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from law_adapters import NAMES, SDXL_NAMES, adapters, random_delta, tucker_delta
 
 from lora_engine.adapters import Adapter, kinds
+from lora_engine.catalog.kinds import KINDS
 from lora_engine.errors import AdapterError
 from lora_engine.formats import Card, codecs, detect_codec, inspect, read_adapter, write_adapter
+from lora_engine.formats.key_layout import KeyLayout, TableFactorKeys
 from lora_engine.formats.kohya import KohyaCodec
 
 pairs = pytest.mark.parametrize(
@@ -145,3 +147,14 @@ def test_equal_adapters_give_equal_bytes_in_every_process(tmp_path):
     assert {name.split("/")[0].removesuffix(".safetensors") for name, _ in files_of["here"]} == set(forms)
     assert len(forms) > 5
     assert files_of["here"] == files_of["there"]
+
+
+def test_factor_keys_have_the_order_of_the_kinds_whichever_was_added_first():
+    layout = KeyLayout("test", writes_alpha=False)
+    for kind in reversed(list(KINDS)):
+        layout.add(TableFactorKeys(kind, {}))
+    layout.add(TableFactorKeys("dora", {}), "dora of loha")
+    names = list(layout.factor_keys)
+    assert names.index("dora of loha") == names.index("dora") + 1
+    assert [name for name in names if name != "dora of loha"] == list(KINDS)
+    assert [keys.kind for keys in layout.readable if keys.kind != "dora"] == [kind for kind in KINDS if kind != "dora"]
