@@ -148,6 +148,7 @@ class _Planner:
         upstream = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
         if upstream:
             return replace(step, reason=f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run")
+        step = replace(step, job=step.job.with_input_plugins(step.inputs, self.lineage))
         hit, reason = find_hit(step.job, step.job.key(step.inputs), self.home, self.store, self.lineage, self.verified)
         if reason == NO_RESULT:
             reason = _what_changed(step, self.lineage.last_execution(self.pipeline, step.name))

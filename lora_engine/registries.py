@@ -8,6 +8,7 @@ Unrelated to the package `registry`, which keeps versions of adapters.
 from __future__ import annotations
 
 import functools
+import logging
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from lora_engine.errors import SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 E = TypeVar("E")
@@ -181,12 +184,14 @@ class Loaded(Mapping[str, T], Generic[E, T]):
     def __init__(self, entries: Registry[E], load: Callable[[E], T]) -> None:
         self.entries, self._load = entries, load
         self._objects: dict[str, T] = {}
+        self._lock = RLock()
 
     def __getitem__(self, name: str) -> T:
         """Returns the object; raises `SettingsError` as the registry does, or if it is not what it should be."""
         entry = self.entries[name]
-        if name not in self._objects:
-            self._objects[name] = self._load(entry)
+        with self._lock:
+            if name not in self._objects:
+                self._objects[name] = self._load(entry)
         return self._objects[name]
 
     def __contains__(self, name: object) -> bool:
@@ -272,10 +277,10 @@ def _entry_points() -> Mapping[str, list[EntryPoint]]:
             continue
         seen.add(distribution.name)  # of several distributions with one name, Python imports the first
         for point in distribution.entry_points:
-            if point.group.startswith("loraline."):
-                if point.group not in GROUPS:
-                    raise _faulty(point, f"unknown group {point.group!r}", ", ".join(GROUPS))
+            if point.group in GROUPS:
                 points.setdefault(point.group, []).append(point)
+            elif point.group.startswith("loraline."):  # misspelled, or of another release
+                _log.warning("%s", _faulty(point, f"ignored: unknown group {point.group!r}", ", ".join(GROUPS)))
     return {group: sorted(found, key=lambda point: point.name) for group, found in points.items()}
 
 

@@ -73,7 +73,7 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
     """
     store, lineage = open_store(home), Lineage(home.lineage_url)
     try:
-        job = job.refreshed(lineage)
+        job = job.refreshed(lineage).with_input_plugins(inputs, lineage)
         execution = _describe(job, inputs, run_id)
         try:
             _refuse_if_stopped(job.name)

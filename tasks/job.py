@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.source import TINY, BaseSource, resolve_base
+from lora_engine.catalog.kinds import KINDS
 from lora_engine.families import families
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.registries import Registry
@@ -36,7 +37,8 @@ class Job:
         base: Label, fingerprint and, if it is local, path of the base model; None means no base.
         concurrency: Maximum trainings per device at the same time; None means the default of the device. It
             changes no bytes, so it is not part of the cache key.
-        plugins: Name and version of each plug-in that the step, an entry in its settings or its base is from.
+        plugins: Name and version of each plug-in that the step, an entry in its settings or its base is from, or that
+            reads its input adapters.
     """
 
     name: str
@@ -86,6 +88,17 @@ class Job:
             "base": self.base["fingerprint"] if self.base else None,
         } | ({"plugins": dict(self.plugins)} if self.plugins else {})
         return sha256_bytes(canonical_json(parts))
+
+    def with_input_plugins(self, inputs: Inputs, lineage: Lineage) -> Job:
+        """Returns this job with the plug-ins of adapter kinds that made its input adapters.
+
+        They compute what the adapters mean, so another version of them may give another result.
+        """
+        versions = kind_plugins(KINDS)
+        adapters = [ref for refs in inputs.values() for ref in refs if ref.kind == "adapter"] if versions else []
+        makers = [execution for ref in adapters for execution in lineage.executions(output=ref.sha256)]
+        used = {name for execution in makers for name in execution.settings.get("plugins", {})}
+        return replace(self, plugins={**self.plugins, **{name: versions[name] for name in used & versions.keys()}})
 
     def refreshed(self, lineage: Lineage) -> Job:
         """Returns this job, or the same step read again if the user's files changed since it was prepared."""
@@ -138,6 +151,12 @@ def prepare_job(
     description = _describe_base(source, located) if source and located else None
     plugins = _plugins_of(spec, source)
     return Job(name, spec, folder, files, tuple(excluded), description, concurrency, plugins)
+
+
+def kind_plugins(names: Iterable[str]) -> dict[str, str]:
+    """Returns name and version of each plug-in that one of these adapter kinds is from."""
+    plugins = [KINDS.plugin(name) for name in names]
+    return {plugin.name: plugin.version for plugin in plugins if plugin is not None}
 
 
 def _plugins_of(spec: StepSpec, base: BaseSource | None) -> dict[str, str]:

@@ -34,11 +34,13 @@ class Codec(Protocol):
 
     Attributes:
         format: Its entry in `FORMATS`: name, file names, what it holds.
+        key_layout: Layout of its tensor keys; its factor keys are the kinds that the format holds.
         embeddings: Where embeddings are written. A name in `embedding_forms`: in separate files of that form;
             `bundle`, `clip` or `tokens`: as tensors in the same file (see `embeddings.embed`).
     """
 
     format: ClassVar[Format]
+    key_layout: ClassVar[KeyLayout]
     embeddings: ClassVar[str]
 
     @property

@@ -24,6 +24,7 @@ from registry.policy.licenses import read_licenses
 from registry.versions.versions import Versions
 from tasks.environment import describe_environment
 from tasks.errors import SpecError
+from tasks.job import kind_plugins
 from tasks.steps.register import flatten
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ def _register(
     with versions.lineage.database.read() as session:
         row = queries.find_identical(session, request.name, artifact, None)
         is_new = row is None
-    run_id = _record(versions, request, card, (foreign, artifact), original) if is_new else None
+    plugins = kind_plugins(facts["kinds"])
+    run_id = _record(versions, request, card, (foreign, artifact), original, plugins) if is_new else None
     version = versions.register(
         request.name,
         artifact,
@@ -272,10 +274,12 @@ def _record(
     card: Card,
     artifacts: tuple[ArtifactRef, ArtifactRef],
     original: Mapping[str, str],
+    plugins: Mapping[str, str],
 ) -> str:
     """Records the import as a run with one step, whose input is the original file."""
     (foreign, artifact), lineage, statements = artifacts, versions.lineage, vars(request)
     fingerprint = {"fingerprint": card.base_fingerprint} if card.base_fingerprint else {}
+    settings = {"settings": statements, "files": dict(original), "base": {"label": card.base, **fingerprint}}
     run = lineage.start_run("import", {"name": request.name, "import": statements})
     status: RunStatus = "FAILED"
     try:
@@ -287,7 +291,7 @@ def _record(
                 uses="import",
                 revision=_REVISION,
                 key=sha256_bytes(canonical_json(["import", _REVISION, statements, foreign.sha256])),
-                settings={"settings": statements, "files": dict(original), "base": {"label": card.base, **fingerprint}},
+                settings=settings | ({"plugins": dict(plugins)} if plugins else {}),
                 inputs={"file": foreign},
                 output=artifact,
                 environment=describe_environment(),

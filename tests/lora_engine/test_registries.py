@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,10 +80,11 @@ def test_a_faulty_plugin_is_an_error_that_names_package_entry_rule_and_fix(
     assert "finetune" in methods, "other registries work"
 
 
-def test_an_unknown_group_is_refused_with_the_known_ones(install: Install) -> None:
+def test_an_unknown_group_is_ignored_with_a_warning(install: Install, caplog: pytest.LogCaptureFixture) -> None:
     registry = install("length = some_metrics:length", group="loraline.metric")
-    with pytest.raises(SettingsError, match=r"unknown group 'loraline.metric'.*loraline.metrics.*pip uninstall"):
-        registry["drift"]
+    assert "length" not in registry
+    (warning,) = caplog.messages
+    assert re.search(r"ignored: unknown group 'loraline.metric'.*loraline.metrics.*pip uninstall some-metrics", warning)
 
 
 def test_an_entry_whose_implementation_is_missing_names_its_plugin(install: Install) -> None:

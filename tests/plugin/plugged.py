@@ -48,8 +48,8 @@ ENTRIES = {
     "example-names": CAPTIONERS,
     "example-list": STEPS,
 }
-USERS = {"captions", "list", "adapter", "merged", "report", "exports"}
-"""The steps of the pipeline that use an entry of the plug-in."""
+USERS = {"captions", "list", "adapter", "merged", "report", "exports", "portable"}
+"""The steps of the pipeline that use an entry of the plug-in or an adapter of its kind."""
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -69,7 +69,7 @@ def test_the_family_of_the_example_is_proven_by_its_table() -> None:
     assert recognize_family({"stages_20_mix_qkv": (1920, 640)}).families == ()
 
 
-def test_a_pipeline_uses_every_entry_of_the_example(
+def test_a_pipeline_uses_every_entry_of_the_example_but_the_family(
     tmp_path: Path, trained_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, home = Path(shutil.copy(Path(__file__).with_name("pipeline.yaml"), tmp_path)), tmp_path / "home"
@@ -107,9 +107,19 @@ def test_a_pipeline_uses_every_entry_of_the_example(
     trained = (files["adapter"] / "adapter.safetensors").read_bytes()
     assert (opened.work / "out" / "adapter.safetensors").read_bytes() == trained
 
+    # An imported adapter of the plug-in's kind.
+    statements = ("--name", "scale", "--base", "tiny", "--license", "CC0-1.0")
+    say("import", files["exports"] / "example-file", *statements, home=home)
+    portable = tmp_path / "portable.yaml"
+    portable.write_text("name: portable\nsteps: {export: {uses: convert, adapter: scale@1, to: [loraline]}}\n")
+    say("run", portable, home=home)
+
     assert all(step["cached"] for step in json.loads(say("plan", spec, "--json", home=home)))
+    assert all(step["cached"] for step in json.loads(say("plan", portable, "--json", home=home)))
     for name, registry in ENTRIES.items():
         monkeypatch.setitem(registry._plugins, name, Plugin(PLUGIN.name, "1.1"))
     reasons = {step["name"]: step["reason"] for step in json.loads(say("plan", spec, "--json", home=home))}
     assert reasons["captions"] == "loraline-example: '1.0' -> '1.1'"
     assert reasons["prepared"] == "cached"
+    (step,) = json.loads(say("plan", portable, "--json", home=home))
+    assert step["reason"] == "loraline-example: '1.0' -> '1.1'"
