@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Processes of one thread each. The tests of a file stay together, since they share servers and models; tests/measured.py
 # sets the number of processes and the order. A crashed worker is not restarted: the same test would crash the next.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
+# Tests start a hundred processes; each would compile the packages again if this were set.
+export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 BIN := $(VENV)/bin
 # Dependencies of torch. They are not locked, so the lock works with CPU and GPU builds.

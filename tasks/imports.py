@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_engine.bases.source import resolve_base
+from lora_engine.lean import collection_paused
 from tasks.job import Job
 from tasks.step import locate_base
 
@@ -22,10 +23,11 @@ def import_for(jobs: Iterable[Job]) -> None:
     Raises:
         SettingsError: A plug-in names an object that cannot be imported.
     """
-    for job in jobs:
-        declared = job.kind.imports
-        for module in declared(job.spec, job.folder) if declared else ():
-            importlib.import_module(module)
+    with collection_paused():
+        for job in jobs:
+            declared = job.kind.imports
+            for module in declared(job.spec, job.folder) if declared else ():
+                importlib.import_module(module)
     if "lora_engine.formats" in sys.modules:
         from lora_engine.adapters import kinds
         from lora_engine.formats import codecs

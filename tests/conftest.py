@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 import lora_engine  # noqa: F401  (sets OpenMP variables, which must precede torch)
+from lora_engine.lean import collection_paused
 
 pytest_plugins = ["tests.measured"]
 
@@ -21,6 +23,13 @@ FOLDERS = ("/usr/lib/postgresql/*/bin",)
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exempts what the imports of all tests made from garbage collection during the tests."""
+    with collection_paused():
+        return (yield)
 
 
 def find_program(program: str) -> str | None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from lora_engine.lean import optional_hidden
+from lora_engine.lean import collection_paused, optional_hidden
 
 INTERRUPTED = 130
 _INTERVAL = 0.2
@@ -66,7 +66,7 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
         # A missing base is reported before the imports, which take seconds.
         source = resolve_base(base)
         # Heavy imports come after the signal handlers, so that a signal during an import is handled.
-        with optional_hidden():
+        with optional_hidden(), collection_paused():
             importlib.import_module(source.module)
             from lora_engine.training.run import train
 

@@ -1,3 +1,4 @@
+import gc
 import sys
 from importlib.util import find_spec
 
@@ -30,3 +31,17 @@ def test_a_package_that_is_imported_already_stays(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", lean.OPTIONAL)
 def test_the_optional_packages_are_installed_here(name: str) -> None:
     assert find_spec(name) is not None, "a name that is never there would hide nothing"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_in_the_block_and_its_objects_are_exempt_afterwards(enabled: bool) -> None:
+    was_enabled, before = gc.isenabled(), gc.get_freeze_count()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with lean.collection_paused():
+            assert not gc.isenabled()
+            kept = [[] for _ in range(1000)]
+        assert gc.isenabled() is enabled
+        assert gc.get_freeze_count() >= before + len(kept)
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
