@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
 from tasks.execution import execute
@@ -45,7 +46,8 @@ def configure_prefect(home: Home) -> None:
 
 def run_as_flow(name: str, function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Wraps a function as a Prefect flow whose runs have the pipeline's name."""
-    from prefect import flow
+    with collection_paused():
+        from prefect import flow
 
     wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(function)
     return wrapped  # type: ignore[no-any-return]

@@ -93,8 +93,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _serve(descriptor: int) -> None:
     """Serves on a listening socket until standard input ends."""
-    import uvicorn
-    from prefect.server.api.server import create_app
+    from lora_engine.lean import collection_paused
+
+    with collection_paused():
+        import uvicorn
+        from prefect.server.api.server import create_app
 
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
