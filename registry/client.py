@@ -140,7 +140,13 @@ class Registry:
         return RegisteredVersion(version, self.versions)
 
     def promote(
-        self, version: RegisteredVersion | str, to: str, *, reason: str, override: bool = False
+        self,
+        version: RegisteredVersion | str,
+        to: str,
+        *,
+        reason: str,
+        expect: int | str | None = None,
+        override: bool = False,
     ) -> RegisteredVersion:
         """Moves an alias to a version where its policy allows, and returns the version as it is now.
 
@@ -148,15 +154,18 @@ class Registry:
             version: The version, or `name@number`, `name@alias`.
             to: The alias, such as `production`.
             reason: Why; recorded in the log.
+            expect: Number of the version, or at least 8 digits of its sha256, that was reviewed; None accepts any.
             override: True sets the policy's reasons aside where the policy permits it; they are recorded.
 
         Raises:
             Refused: The policy does not allow it; lists every reason.
-            Conflict: Another process moved the alias meanwhile.
+            Conflict: Another process moved the alias meanwhile, or the version is not the expected one.
         """
-        chosen = self[version].version if isinstance(version, str) else version.version
-        promotion.promote(self.versions, chosen.name, chosen.version, to, reason=reason, override=override)
-        return self[chosen.ref]
+        name, _, ref = (version if isinstance(version, str) else version.ref).partition("@")
+        event = promotion.promote(
+            self.versions, name, ref or "latest", to, reason=reason, expected_source=expect, override=override
+        )
+        return self[f"{name}@{event.after}"]
 
     def rollback(self, name: str, alias: str = "production", *, reason: str = "rollback") -> RegisteredVersion | None:
         """Moves an alias back to the version before; returns that version, or None where nothing held it before."""

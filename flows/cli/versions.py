@@ -153,14 +153,24 @@ def promote(
     ref: Ref,
     to: Annotated[str, typer.Option(metavar="ALIAS", help="Alias, such as production.")],
     reason: Reason,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION|DIGEST", help="Number or sha256 of the reviewed version; refuse any other."),
+    ] = None,
     override: Annotated[
         bool, typer.Option("--override", help="Override refusals that the policy lets you override; logged.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Point an alias at a version if its policy allows it. Undo with rollback."""
+    from flows.cli.output import print_json
     from tasks.operations.promote import promote_version
 
-    event = promote_version(open_home(), ref, to, reason, override=override)
+    version, event = promote_version(open_home(), ref, to, reason, expect=expect, override=override)
+    if as_json:
+        print_json({"ref": ref, "resolved": version.ref, "sha256": version.sha256, "event": event})
+        return
+    print(f"{ref} is {version.ref}, sha256 {version.sha256[:16]}")
     _print_move(event)
 
 
@@ -170,12 +180,17 @@ def rollback(
     to: Annotated[int | None, typer.Option(help="Version to return to. Default: the previous one.")] = None,
     to_event: Annotated[int | None, typer.Option(help="Event of the log whose result to return to.")] = None,
     reason: Reason = "rollback",
+    as_json: Json = False,
 ) -> None:
     """Point an alias back at its previous version."""
+    from flows.cli.output import print_json
     from tasks.operations.promote import roll_back
 
     event = roll_back(open_home(), name, alias, to, reason, to_event=to_event)
-    _print_move(event)
+    if as_json:
+        print_json(event)
+    else:
+        _print_move(event)
 
 
 def describe(version: AdapterVersion, *, details: bool = False) -> dict[str, Any]:

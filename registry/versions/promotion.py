@@ -15,6 +15,7 @@ from registry.policy.alias_policy import AliasPolicy, PolicyFacts, decide
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
 from registry.policy.rights import revoked_upstream
+from registry.versions.expected_version import require_expected
 from registry.versions.versions import Versions
 
 __all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
@@ -29,10 +30,13 @@ def promote(
     reason: str,
     actor: str | None = None,
     expected: int | Literal["now"] | None = "now",
+    expected_source: int | str | None = None,
     structure: Sequence[str] = (),
     override: bool = False,
 ) -> Event:
     """Moves an alias to a version if the alias's policy allows it and no other process moved it meanwhile.
+
+    Nor may `ref` have moved: the version that the policy allowed is the one that gets the alias.
 
     Args:
         versions: The registry.
@@ -42,6 +46,7 @@ def promote(
         reason: The reason; stored in the log.
         actor: The user; None means this process's user.
         expected: The number that the caller expects the alias to point at (None: nothing); `now` reads it first.
+        expected_source: Number or digest of the version that `ref` must be; see `require_expected`. None: any.
         structure: Problems found in the adapter file's tensors, which the registry cannot read.
         override: True overrides the policy's reasons where the policy permits it; the event records them.
 
@@ -50,9 +55,9 @@ def promote(
 
     Raises:
         Refused: The policy does not allow it; carries all reasons, and the refusal is logged.
-        Conflict: Another process moved the alias.
+        Conflict: Another process moved the alias, or `ref` is not the expected version.
         GoneVersion: The version was withdrawn or deleted.
-        PromotionError: The reason is empty.
+        PromotionError: The reason is empty, or `expected_source` is neither a number nor a digest.
         UnknownName: No such adapter.
         UnknownVersion: No such version.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
@@ -61,6 +66,7 @@ def promote(
     reason, actor = require_reason(reason, f"{to!r} cannot move"), actor or current_user()
     with versions.lineage.database.read() as session:
         version = queries.read_version(session, name, ref)
+        require_expected(session, version, ref, expected_source)
         before = queries.alias_target(session, name, to) if expected == "now" else expected
         if before == version.version == queries.alias_target(session, name, to):
             return [event for event in queries.read_events(session, name, to) if event.action != "refuse"][-1]
@@ -74,6 +80,7 @@ def promote(
         action = "override"
     details = {"overridden": list(decision.reasons)} if action == "override" else None
     with versions.lineage.database.write() as session:
+        require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, versions, version, to, actor)
         event = queries.move_alias(
             session, version, to, expected=before, action=action, actor=actor, reason=reason, details=details

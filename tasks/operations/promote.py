@@ -10,11 +10,14 @@ from registry.entities import AdapterVersion, Event
 from registry.errors import StoreError
 from registry.home import Home
 from registry.identity import current_user
+from registry.versions.expected_version import require_expected
 from registry.versions.promotion import promote, rollback
 from registry.versions.versions import Versions
 
 
-def promote_version(home: Home, ref: str, alias: str, reason: str, *, override: bool = False) -> Event:
+def promote_version(
+    home: Home, ref: str, alias: str, reason: str, *, expect: str | None = None, override: bool = False
+) -> tuple[AdapterVersion, Event]:
     """Points an alias at a version if its bytes and structure are valid and the alias's policy allows it.
 
     Args:
@@ -22,25 +25,35 @@ def promote_version(home: Home, ref: str, alias: str, reason: str, *, override: 
         ref: `name@version` or `name@alias`.
         alias: The alias.
         reason: The reason, stored in the log.
+        expect: Number or digest of the version that `ref` must be; None accepts any.
         override: True overrides refusals that the policy lets the user override; logged.
+
+    Returns:
+        The version that `ref` is, and the event.
 
     Raises:
         Refused: The promotion is refused; has all reasons.
         GoneVersion: The version was withdrawn or deleted.
-        Conflict: Another process moved the alias meanwhile.
+        Conflict: Another process moved the alias meanwhile, or `ref` is not the expected version.
     """
     versions = Versions(home)
-    version = versions.require_active(find_version(versions, ref))
-    return promote(
+    name, _, source = ref.partition("@")
+    version = find_version(versions, ref)
+    with versions.lineage.database.read() as session:
+        require_expected(session, version, source or "latest", expect)
+    versions.require_active(version)
+    event = promote(
         versions,
-        version.name,
-        version.version,
+        name,
+        source or "latest",
         alias,
         reason=reason,
         actor=current_user(),
+        expected_source=version.version,
         structure=find_structure(versions, version),
         override=override,
     )
+    return version, event
 
 
 def roll_back(home: Home, name: str, alias: str, to: int | None, reason: str, *, to_event: int | None = None) -> Event:

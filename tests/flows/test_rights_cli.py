@@ -15,7 +15,7 @@ from flows.spec import load_spec
 from lora_engine.data.manifest import Manifest
 from lora_engine.files import sha256_file
 from registry.entities import AdapterVersion, Execution, Subject, now
-from registry.errors import GoneVersion, Refused
+from registry.errors import Conflict, GoneVersion, Refused
 from registry.home import Home
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
@@ -169,6 +169,24 @@ def test_an_invalid_adapter_is_refused_with_its_problem_despite_override(
         assert "not a valid adapter" in str(refused.exception)
     register(adapter_bytes(tmp_path, 1.0))
     loraline("promote", "stars@2", "--to", "canary", "--reason", "r")
+
+
+def test_promote_prints_what_it_resolved_and_refuses_another_version_than_the_reviewed_one(
+    loraline: Command, register: Callable[..., AdapterVersion], tmp_path: Path
+) -> None:
+    first = register(adapter_bytes(tmp_path, 1.0))
+    promote = ("promote", "stars@staging", "--to", "canary", "--reason", "reviewed", "--expect")
+    text = loraline(*promote, first.sha256[:12]).stdout
+    assert text.splitlines()[0] == f"stars@staging is stars@1, sha256 {first.sha256[:16]}"
+    second = register(adapter_bytes(tmp_path, 2.0))
+    for reviewed in (1, first.sha256):
+        refused = str(loraline(*promote, reviewed, fails=Conflict).exception)
+        assert f"stars@2 (sha256 {second.sha256[:16]}), not stars@1 (sha256 {first.sha256[:16]})" in refused
+    moved = json.loads(loraline(*promote, 2, "--json").stdout)
+    assert (moved["ref"], moved["resolved"], moved["sha256"]) == ("stars@staging", "stars@2", second.sha256)
+    assert (moved["event"]["alias"], moved["event"]["before"], moved["event"]["after"]) == ("canary", 1, 2)
+    back = json.loads(loraline("rollback", "stars", "--alias", "canary", "--json").stdout)
+    assert (back["action"], back["before"], back["after"]) == ("rollback", 2, 1)
 
 
 def test_show_prints_rights_and_their_sources(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from registry import Refused, Registry, RegistryError, UnknownName
+from registry import Conflict, Refused, Registry, RegistryError, UnknownName
 
 
 @pytest.fixture
@@ -46,6 +46,9 @@ def test_a_promotion_follows_the_policy_and_is_in_the_history(reg, file):
     second.write_bytes(b"others")
     reg.promote(reg.register("zorb", second, license="MIT"), "trial", reason="better")
     assert reg["zorb@trial"].ref == "zorb@2"
+    with pytest.raises(Conflict, match="zorb@2"):
+        reg.promote("zorb@trial", "canary", reason="reviewed", expect=version.version.sha256)
+    assert reg.promote("zorb@trial", "canary", reason="reviewed", expect=2).version.aliases == ("canary", "trial")
     back = reg.rollback("zorb", "trial", reason="worse")
     assert back is not None
     assert back.ref == "zorb@1"

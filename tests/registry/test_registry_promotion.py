@@ -13,6 +13,7 @@ from registry.policy.alias_policy import decide as decide_by
 from registry.policy.consent import ConsentFindings
 from registry.policy.license_terms import UNRESTRICTED
 from registry.queries import alias_table, read_events
+from registry.versions import promotion
 from registry.versions.promotion import history, promote, replay, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
@@ -100,6 +101,65 @@ def test_promotion_of_the_current_version_adds_no_event(versions, register):
     event = promote(versions, "zorb", 1, "production", reason="first")
     assert promote(versions, "zorb", 1, "production", reason="again") == event
     assert len(state(versions)[1]) == 1
+
+
+REVIEWED = [
+    lambda version: version.version,
+    lambda version: str(version.version),
+    lambda version: version.ref,
+    lambda version: version.sha256,
+    lambda version: version.sha256[:8].upper(),
+    lambda version: f"sha256:{version.sha256}",
+]
+
+
+@pytest.mark.parametrize("name_of", REVIEWED)
+def test_reviewed_version_is_promoted_while_its_alias_stays_and_refused_once_it_moved(versions, register, name_of):
+    first = register(versions, b"first", alias_request="staging")
+    promote(versions, "zorb", "staging", "canary", reason="r", expected_source=name_of(first))
+    second = register(versions, b"second", alias_request="staging")
+    promote(versions, "zorb", 2, "production", reason="r")
+    before = state(versions)
+    assert before[0] == {("zorb", "canary"): 1, ("zorb", "production"): 2, ("zorb", "staging"): 2}
+    # Also where nothing would move: production is the version that staging is now.
+    for alias in ("canary", "production"):
+        with pytest.raises(Conflict) as caught:
+            promote(versions, "zorb", "staging", alias, reason="r", expected_source=name_of(first))
+        for version in (first, second):
+            assert f"{version.ref} (sha256 {version.sha256[:16]})" in str(caught.value)
+        assert "zorb@staging: " in str(caught.value)
+        assert "since event 3: stage by" in str(caught.value)
+    assert state(versions) == before
+
+
+@pytest.mark.parametrize("ref", ["staging", "latest"])
+def test_reference_that_moves_while_the_policy_decides_is_a_conflict(versions, register, monkeypatch, ref):
+    register(versions, b"first", alias_request="staging")
+
+    def decide_late(*arguments, **facts):
+        register(versions, b"second", alias_request="staging")
+        return promotion_policy(*arguments, **facts)
+
+    promotion_policy = promotion.evaluate_policy
+    monkeypatch.setattr(promotion, "evaluate_policy", decide_late)
+    with pytest.raises(Conflict, match=r"zorb@2 \(sha256 [0-9a-f]{16}\), not zorb@1 \("):
+        promote(versions, "zorb", ref, "production", reason="r")
+    assert state(versions)[0] == {("zorb", "staging"): 2}
+
+
+@pytest.mark.parametrize("text", ["staging", "abc", "", "g" * 64, "other@1", "-1"])
+def test_expected_version_that_is_neither_number_nor_digest_is_refused(versions, register, text):
+    register(versions, b"first", alias_request="staging")
+    with pytest.raises(PromotionError, match="neither a number nor a digest"):
+        promote(versions, "zorb", "staging", "production", reason="r", expected_source=text)
+    assert list(state(versions)[0]) == [("zorb", "staging")]
+
+
+def test_expected_version_that_does_not_exist_is_named_in_the_conflict(versions, register):
+    register(versions, b"first", alias_request="staging")
+    for expected, name in ((7, "version 7"), ("0" * 10, "sha256 0000000000")):
+        with pytest.raises(Conflict, match=rf"this is zorb@1 \(.*\), not {name} as expected"):
+            promote(versions, "zorb", 1, "production", reason="r", expected_source=expected)
 
 
 def test_refused_promotion_moves_nothing_and_is_logged(versions, register):
