@@ -100,7 +100,9 @@ def _override(document: Document, override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise SpecError(f"{override!r}", where="--set", allowed="KEY.KEY=VALUE, such as adapter.rank=8")
+        # Without the rest, which may be a secret.
+        key = re.match(r"[\w.-]*", override)[0]  # type: ignore[index]  # it matches every text
+        raise SpecError(f"{key!r} has no key or no value", where="--set", allowed="KEY=VALUE, such as adapter.rank=8")
     if keys[0] not in Head.model_fields:
         keys.insert(0, "steps")
     target: Any = document.data
@@ -109,7 +111,7 @@ def _override(document: Document, override: str) -> None:
             known = target if isinstance(target, dict) else ()
             raise SpecError(f"{path!r}: unknown key {key!r}", where="--set", **_nearest(key, known))
         target = target[key]
-    target[keys[-1]] = parse_value(text)
+    target[keys[-1]] = parse_value(path, text)
 
 
 def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -> StepSpec:

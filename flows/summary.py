@@ -10,6 +10,7 @@ from flows.registered import RegistrationState
 from flows.spec import PipelineSpec
 from lora_engine.data.manifest import Manifest
 from registry.home import Home
+from registry.store.redaction import redact_url
 from tasks.operations.report import export_folder, write_report
 
 _SHOWN = 8
@@ -32,7 +33,7 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
         if step.uses == "convert":
             folder = export_folder(home, spec.name, name, result.outcomes[name].ref)
             yield "exports", f"{folder}{_formats(folder)}"
-    yield "registry", f"mlflow ui --backend-store-uri {home.mlflow_url}"
+    yield "registry", f"mlflow ui --backend-store-uri {redact_url(home.mlflow_url)}"
     for registered in result.versions.values():
         ref = registered.version.ref
         yield "next", f"loraline show {ref}"

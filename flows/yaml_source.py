@@ -82,12 +82,12 @@ def read_document(path: Path) -> Document:
     return Document(path, data, lines)
 
 
-def parse_value(text: str) -> Any:
-    """Parses one value as in a pipeline file: `--set adapter.rank=8` gives the integer 8."""
+def parse_value(key: str, text: str) -> Any:
+    """Parses the value of a key as in a pipeline file: `--set adapter.rank=8` gives the integer 8."""
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise SpecError(f"{text!r} is not a YAML value", where="--set", remedy="quote it") from error
+        raise SpecError(f"the value of {key!r} is not YAML", where="--set", remedy="quote it") from error
     return _build(node, (), Path("--set"), {}) if node is not None else None
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lora_engine.errors import did_you_mean
 from lora_engine.files import atomic_write
 from registry.errors import HomeError
+from registry.store.redaction import redact
 
 NAME = "loraline.yaml"
 VARIABLES = {"store": "LORALINE_STORE_URL", "database": "LORALINE_DATABASE_URL", "mlflow": "LORALINE_MLFLOW_URL"}
@@ -49,17 +51,29 @@ def read_file(home: Path) -> Settings:
         HomeError: As `read_settings`.
     """
     path = home / NAME
+    problem, remedy = "", "correct or remove the file"
     try:
         return Settings.model_validate(yaml.safe_load(path.read_bytes()) or {})
     except FileNotFoundError:
         return Settings()
-    except (yaml.YAMLError, ValidationError) as error:
-        raise HomeError(
-            f"the settings cannot be read ({error})",
-            where=str(path),
-            allowed=", ".join(Settings.model_fields),
-            remedy="correct or remove the file",
-        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = f"line {mark.line + 1} is not YAML" if mark else "the file is not YAML"
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown setting {redact(key)!r}"
+            remedy = did_you_mean(key, Settings.model_fields, remedy)
+        else:
+            problem = f"{key}: the value is not text" if key else "the file contains no settings"
+    # The message has no values, and no cause, which would quote them: a value may be a password.
+    raise HomeError(
+        f"the settings cannot be read: {problem}",
+        where=str(path),
+        allowed=", ".join(Settings.model_fields),
+        remedy=remedy,
+    )
 
 
 def write_file(home: Path, settings: Settings) -> None:

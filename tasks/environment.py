@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+from registry.store.redaction import redact_url
 
 PACKAGES = ("flows", "lora_engine", "registry", "tasks")
 """Loraline's packages, whose source can change a result."""
@@ -103,5 +104,7 @@ def _origin(distribution: Distribution) -> str:
     revision = origin.get("vcs_info", {}).get("commit_id") or origin.get("archive_info", {}).get("hash") or ""
     # The path of a local folder is useless on other machines, and may contain a user's name.
     return (
-        f" @ {origin['url']} {revision}".rstrip() if not str(origin.get("url", "")).startswith("file:") else " @ folder"
+        f" @ {redact_url(origin['url'])} {revision}".rstrip()
+        if not str(origin.get("url", "")).startswith("file:")
+        else " @ folder"
     )

@@ -23,6 +23,7 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
+from registry.store.redaction import redact
 from tasks.environment import describe_environment
 from tasks.exclusion import refuse_revoked
 from tasks.job import Job, Outcome
@@ -122,7 +123,7 @@ def _record_hit(job: Job, hit: Outcome, execution: Execution, lineage: Lineage) 
 def _record_failure(job: Job, error: BaseException, execution: Execution, lineage: Lineage) -> None:
     interrupted = isinstance(error, InterruptedRun | KeyboardInterrupt)
     status: ExecutionStatus = "INTERRUPTED" if interrupted else "FAILED"
-    publish(StepEvent(job.name, "failed", text=str(error)))
+    publish(StepEvent(job.name, "failed", text=redact(str(error))))
     try:
         lineage.record(replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}"))
     except RegistryError as second:

@@ -42,10 +42,11 @@ def open_home() -> Home:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document; registry entities become objects, paths become strings."""
+    """Prints one JSON document; registry entities become objects, paths become strings; secrets are hidden."""
     from registry.entities import to_json
+    from registry.store.redaction import redact_values
 
-    print(json.dumps(to_json(value), indent=2, ensure_ascii=False, default=os.fspath))
+    print(json.dumps(redact_values(to_json(value)), indent=2, ensure_ascii=False, default=os.fspath))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
@@ -66,8 +67,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 
 
 def clean(cell: object) -> str:
-    """Returns the text of a cell without control characters; an empty string for None."""
-    text = "" if cell is None else str(cell)
+    """Returns the text of a cell without control characters and secrets; an empty string for None."""
+    from registry.store.redaction import redact
+
+    text = "" if cell is None else redact(str(cell))
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
@@ -80,8 +83,10 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
 
 
 def explain(error: BaseException) -> None:
-    """Prints an error and its remedy on standard error, without a traceback."""
+    """Prints an error and its remedy on standard error, without a traceback and without secrets."""
     import errno
+
+    from registry.store.redaction import redact
 
     text = str(error) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
@@ -90,4 +95,4 @@ def explain(error: BaseException) -> None:
         text = f"{error.filename or 'the disk'}: the disk is full. Fix: free some space and run the command again."
     elif isinstance(error, OSError):
         text = f"{error.filename or 'the system'}: {error.strerror or error}."
-    typer.echo(f"loraline: {text}", err=True)
+    typer.echo(f"loraline: {redact(text)}", err=True)

@@ -28,6 +28,7 @@ from registry.lineage.rows import (
 )
 from registry.lineage.walk import Direction, Walk, walk
 from registry.store.database import Database, batched, require_json
+from registry.store.redaction import redact, redact_values
 from registry.store.tables import ArtifactRow, ExecutionRow, InputRow, RunRow
 
 
@@ -55,7 +56,7 @@ class Lineage:
             LineageError: The spec has a value that JSON cannot represent.
         """
         require_json(LineageError, spec, f"spec of run {name!r}")
-        run = Run(uuid4().hex, name, dict(spec), "RUNNING", os.getpid(), socket.gethostname(), now())
+        run = Run(uuid4().hex, name, redact_values(spec), "RUNNING", os.getpid(), socket.gethostname(), now())
         with self.database.write() as session:
             session.add(RunRow(**vars(run), process=_process_mark(run.pid)))
         return run
@@ -130,7 +131,8 @@ class Lineage:
             values = {**vars(execution), "output": execution.output.sha256 if execution.output else None}
             values["environment"] = store_environment(session, execution.environment)
             # An error may quote arbitrary text, and PostgreSQL text cannot contain NUL.
-            values["error"] = execution.error and execution.error.replace("\0", "\ufffd")
+            values["error"] = execution.error and redact(execution.error).replace("\0", "\ufffd")
+            values["settings"] = redact_values(execution.settings)
             inputs = values.pop("inputs")
             session.add(ExecutionRow(**values))
             session.flush()

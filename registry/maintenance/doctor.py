@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.parse import unquote
+from urllib.request import Request, urlopen
 
 from filelock import Timeout
 from packaging.requirements import Requirement
@@ -24,7 +27,8 @@ from registry.errors import HomeError, RegistryError, StoreError, disk_errors
 from registry.home import Home
 from registry.maintenance.probes import Finding, Level, file_system_of, probe_database
 from registry.settings import NAME
-from registry.store.database import Database, name_of, sqlite_file
+from registry.store.database import Database, sqlite_file
+from registry.store.redaction import redact, redact_url
 from registry.store.remote import FsspecBlobs, open_blobs
 from registry.store.schema import file_schema
 from registry.versions.mlflow_sync import is_synced
@@ -128,7 +132,7 @@ def _check_home(path: Path) -> Iterator[Finding]:
         yield Finding("settings", "broken", error.problem, error.remedy)
         return
     values = {key: value for key, value in settings.model_dump().items() if value}
-    shown = ", ".join(f"{key}: {name_of(value) if '@' in str(value) else value}" for key, value in values.items())
+    shown = ", ".join(f"{key}: {redact_url(value)}" for key, value in values.items())
     yield Finding("settings", "ok", shown or f"no {NAME}: everything is in the home")
 
 
@@ -167,9 +171,9 @@ def _check_store(home: Home) -> Iterator[Finding]:
         if isinstance(blobs, FsspecBlobs):
             blobs.check()
     except StoreError as error:
-        yield Finding("store", "broken", f"{url}: {error.problem}", error.remedy)
+        yield Finding("store", "broken", f"{redact_url(url)}: {error.problem}", error.remedy)
         return
-    yield Finding("store", "ok", url)
+    yield Finding("store", "ok", redact_url(url))
 
 
 def _check_mlflow(home: Home) -> Iterator[Finding]:
@@ -210,13 +214,24 @@ def _check_prefect(path: Path) -> Iterator[Finding]:
         return
     remedy = "start it (`prefect server start`), or unset PREFECT_API_URL"
     if not url.startswith(("http://", "https://")):
-        yield Finding("Prefect", "broken", f"PREFECT_API_URL is {url!r}, which is not a server URL", remedy)
+        yield Finding("Prefect", "broken", f"PREFECT_API_URL is {redact_url(url)!r}, which is not a server URL", remedy)
         return
     try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=3):  # noqa: S310
-            yield Finding("Prefect", "ok", f"server at {url}")
-    except (URLError, OSError, ValueError) as error:
-        yield Finding("Prefect", "broken", f"no server answers at {url} ({error})", remedy)
+        with urlopen(_health_request(url), timeout=3):  # noqa: S310
+            yield Finding("Prefect", "ok", f"server at {redact_url(url)}")
+    except (URLError, OSError, ValueError, HTTPException) as error:
+        problem = f"no server answers at {redact_url(url)} ({redact(str(error), url)})"
+        yield Finding("Prefect", "broken", problem, remedy)
+
+
+def _health_request(url: str) -> Request:
+    """Returns the request for a server's state, with the user and password of its URL as Prefect sends them."""
+    scheme, _, rest = url.rstrip("/").partition("://")
+    userinfo, at, address = rest.rpartition("@")
+    request = Request(f"{scheme}://{address}/health")  # noqa: S310 (`_check_prefect` allows http and https only)
+    if at:
+        request.add_header("Authorization", f"Basic {b64encode(unquote(userinfo).encode()).decode()}")
+    return request
 
 
 def _check_hugging_face() -> Iterator[Finding]:

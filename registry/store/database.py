@@ -14,11 +14,12 @@ from typing import Any
 from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from lora_engine.files import canonical_json
 from registry.errors import HomeError, RegistryError, database_error
+from registry.store.redaction import redact, redact_url
 from registry.store.schema import WRITER, open_file, open_server
 from registry.store.tables import NAMESPACE, Table
 
@@ -40,17 +41,22 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        parsed = _parse(url)
+        parsed = parse_url(url)
         self.url, self.where = url, name_of(url)
         self.engine = _make_engine(parsed)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
         try:
             with self._readable_errors():
                 self._open_schema(parsed)
-        except BaseException:
+        except BaseException as error:
             # An open connection would leave its log files beside a database that must not change.
             self.close()
-            raise
+            if self._is_sqlite or not isinstance(error, SQLAlchemyError):
+                raise
+            message = redact(str(getattr(error, "orig", None) or error).strip(), url)
+            raise HomeError(
+                f"the database cannot be opened ({message})", where=self.where, remedy="correct the URL or the server"
+            ) from None
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -85,14 +91,14 @@ class Database:
             finally:
                 without_keys.dispose()
         else:
-            raise HomeError("a database in memory does not outlive its process", where=self.url, allowed="a file")
+            raise HomeError("a database in memory does not outlive its process", where=self.where, allowed="a file")
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:
             yield
         except DatabaseError as error:
-            readable = database_error(str(error.orig), self.where)
+            readable = database_error(redact(str(error.orig), self.url), self.where)
             if readable is None:
                 raise
             raise readable from error
@@ -100,14 +106,16 @@ class Database:
 
 def sqlite_file(url: str) -> Path | None:
     """Returns the file of a SQLite URL; None for another database."""
-    parsed = _parse(url)
+    parsed = parse_url(url)
     return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
 
 
 def name_of(url: str) -> str:
-    """Returns the name of a database for messages: its file, or its URL without the password."""
-    parsed = _parse(url)
-    return parsed.database or "" if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
+    """Returns the name of a database for messages: its file, or its URL without secrets."""
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return parsed.database or ""
+    return redact_url(parsed.render_as_string(hide_password=False))
 
 
 def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -149,7 +157,12 @@ def require_json(error: type[RegistryError], value: Any, where: str) -> None:
         raise error(f"a value that JSON cannot hold: {cause}", where=where, allowed="finite JSON") from cause
 
 
-def _parse(url: str) -> URL:
+def parse_url(url: str) -> URL:
+    """Returns the parts of a SQLAlchemy URL; `postgresql://` names the driver psycopg.
+
+    Raises:
+        HomeError: Malformed, of another kind of database, or its driver is not installed; names no secret.
+    """
     try:
         parsed = make_url(url)
         if parsed.drivername in {"postgresql", "postgres"}:
@@ -158,17 +171,21 @@ def _parse(url: str) -> URL:
         backend = parsed.get_backend_name()
         if backend not in {"sqlite", "postgresql"}:
             raise HomeError(f"unsupported database {backend!r}", allowed="sqlite, postgresql+psycopg")
-        parsed.get_dialect().import_dbapi()
-    except (ArgumentError, NoSuchModuleError) as error:
+        dialect = parsed.get_dialect()
+        dialect.import_dbapi()
+        dialect().create_connect_args(parsed)
+    except (ArgumentError, NoSuchModuleError, ValueError, TypeError):
+        # The cause may quote a part of the password, also in a traceback.
         raise HomeError(
-            f"not a database URL ({error})",
-            where="LORALINE_DATABASE_URL or loraline.yaml",
+            f"not a database URL: {redact_url(url)!r}",
+            where="LORALINE_DATABASE_URL, LORALINE_MLFLOW_URL or loraline.yaml",
             allowed="sqlite:////PATH or postgresql+psycopg://USER@HOST/DATABASE",
-        ) from error
+            remedy="correct the URL; write `@`, `/` and `:` of a password as %40, %2F and %3A",
+        ) from None
     except ImportError as error:
         raise HomeError(
             f"the PostgreSQL driver is not installed ({error})",
-            where=parsed.render_as_string(),
+            where=redact_url(parsed.render_as_string(hide_password=False)),
             remedy="pip install 'loraline[postgres]'",
         ) from error
     return parsed

@@ -15,7 +15,8 @@ from uuid import uuid4
 from registry.entities import is_digest
 from registry.store.blobs import Blobs, Orphan, check_digest, copy_hashed, copy_verified, missing
 from registry.store.local import LocalBlobs
-from registry.store.remote_errors import unsupported_protocol, with_context
+from registry.store.redaction import redact_url
+from registry.store.remote_errors import malformed_url, unsupported_protocol, with_context
 
 _TRASH, _QUARANTINE, _UNFINISHED = "bin", "damaged", "unfinished"
 _SINCE = ".since"
@@ -27,9 +28,12 @@ def open_blobs(url: str) -> Blobs:
     """Returns the backend of a URL; a plain path and `file://` are a local folder.
 
     Raises:
-        StoreError: No file system of that protocol is known, or its package is not installed.
+        StoreError: The URL is malformed, no file system of its protocol is known, or its package is not installed.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise malformed_url(url) from None  # the cause may quote a password
     if parts.scheme in {"", "file", "local"}:
         return LocalBlobs(Path(url2pathname(parts.path)) if parts.scheme else Path(url).expanduser().absolute())
     return FsspecBlobs(url)
@@ -56,9 +60,12 @@ class FsspecBlobs:
         self.url = url.rstrip("/")
         self._protocol = urlsplit(url).scheme
         try:
-            self._fs, root = url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
+            with with_context(self.url):
+                self._fs, root = url_to_fs(self.url)
+        except ImportError as error:
             raise unsupported_protocol(error, self._protocol, self.url) from error
+        except (ValueError, TypeError):
+            raise malformed_url(self.url) from None
         self._root = root.rstrip("/")
 
     def write(self, digest: str, source: Callable[[], BinaryIO]) -> None:
@@ -162,7 +169,7 @@ class FsspecBlobs:
                 raise missing(digest, self._where(digest))
             target = f"{self._root}/{_QUARANTINE}/{digest}.{time.time_ns()}"
             self._move(key, target)
-        return f"{self._protocol}://{target.lstrip('/')}"
+        return redact_url(f"{self._protocol}://{target.lstrip('/')}")
 
     def trash(self) -> Iterator[Orphan]:
         """Yields the removed blobs, by digest, with the time of their removal."""
@@ -282,7 +289,7 @@ class FsspecBlobs:
         return f"{self._root}/{_TRASH}/{check_digest(digest)}"
 
     def _where(self, digest: str) -> str:
-        return f"{self.url}/{digest[:2]}/{digest}"
+        return f"{redact_url(self.url)}/{digest[:2]}/{digest}"
 
 
 class _ReadStream:

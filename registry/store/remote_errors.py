@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from registry.errors import StoreError
+from registry.store.redaction import redact, redact_url
 
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"})
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -26,25 +27,29 @@ def with_context(url: str) -> Iterator[None]:
         raise _store_error(error, url) from error
 
 
-def unsupported_protocol(error: ImportError | ValueError, protocol: str, url: str) -> StoreError:
-    """Returns the error for a protocol that cannot be opened: its package is missing, or fsspec does not know it."""
-    if isinstance(error, ImportError):
-        extra = _EXTRAS.get(protocol)
-        return StoreError(
-            f"the package that opens {protocol}:// is not installed ({error})",
-            where=url,
-            remedy=f'`pip install "loraline[{extra}]"`' if extra else "install the package that the message names",
-        )
+def unsupported_protocol(error: ImportError, protocol: str, url: str) -> StoreError:
+    """Returns the error for a protocol whose package is missing."""
+    extra = _EXTRAS.get(protocol)
     return StoreError(
-        f"the store cannot be opened ({error})",
-        where=url,
+        f"the package that opens {protocol}:// is not installed ({error})",
+        where=redact_url(url),
+        remedy=f'`pip install "loraline[{extra}]"`' if extra else "install the package that the message names",
+    )
+
+
+def malformed_url(url: str) -> StoreError:
+    """Returns the error for a URL that has no valid form, or a protocol that fsspec does not know."""
+    return StoreError(
+        f"the store cannot be opened: {redact_url(url)!r} is malformed, or of an unknown protocol",
+        where="LORALINE_STORE_URL or `store` in loraline.yaml",
         allowed="a folder, or a URL that fsspec knows, such as s3://bucket/folder",
-        remedy="correct `store` in loraline.yaml, or LORALINE_STORE_URL",
+        remedy="correct the URL; write `@`, `/` and `:` of a password as %40, %2F and %3A",
     )
 
 
 def _store_error(error: Exception, url: str) -> StoreError:
-    name, text = type(error).__name__, str(error) or type(error).__name__
+    name = type(error).__name__
+    text = redact(str(error), url) or name
     if name in _NO_CREDENTIALS:
         problem, remedy = "no credentials were found", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     elif isinstance(error, FileNotFoundError):
@@ -55,7 +60,7 @@ def _store_error(error: Exception, url: str) -> StoreError:
     else:
         problem = f"the store failed ({name}: {text})"
         remedy = "check address, network and service"
-    return StoreError(problem, where=url, remedy=remedy)
+    return StoreError(problem, where=redact_url(url), remedy=remedy)
 
 
 def _client_errors() -> tuple[type[Exception], ...]:

@@ -29,6 +29,7 @@ from registry.home import Home
 from registry.policy.alias_policy import numbers
 from registry.store.artifacts import Store
 from registry.store.database import name_of, sqlite_file
+from registry.store.redaction import redact
 from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class MlflowWriter:
                 yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise MlflowError(
-                f"MLflow could not be synced ({error})",
+                f"MLflow could not be synced ({redact(str(error), self.home.mlflow_url)})",
                 where=where,
                 remedy="fix the cause; nothing is lost, and the next command syncs MLflow",
             ) from error

@@ -36,7 +36,7 @@ def write(folder: Path, text: str) -> Path:
     ],
 )
 def test_scalars_mean_what_they_look_like(text: str, value: object) -> None:
-    parsed = parse_value(text)
+    parsed = parse_value("key", text)
     assert parsed == value
     assert type(parsed) is type(value)
 
