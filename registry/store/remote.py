@@ -55,10 +55,17 @@ class FsspecBlobs:
     """
 
     def __init__(self, url: str) -> None:
+        from fsspec import get_filesystem_class
         from fsspec.core import url_to_fs
 
         self.url = url.rstrip("/")
         self._protocol = urlsplit(url).scheme
+        try:
+            get_filesystem_class(self._protocol)
+        except ImportError as error:
+            raise unsupported_protocol(error, self._protocol, self.url) from error
+        except ValueError:
+            raise unsupported_protocol(None, self._protocol, self.url) from None
         try:
             with with_context(self.url):
                 self._fs, root = url_to_fs(self.url)

@@ -27,8 +27,15 @@ def with_context(url: str) -> Iterator[None]:
         raise _store_error(error, url) from error
 
 
-def unsupported_protocol(error: ImportError, protocol: str, url: str) -> StoreError:
-    """Returns the error for a protocol whose package is missing."""
+def unsupported_protocol(error: ImportError | None, protocol: str, url: str) -> StoreError:
+    """Returns the error for a protocol whose package is missing, or that fsspec does not know (None)."""
+    if error is None:
+        return StoreError(
+            f"the store cannot be opened (Protocol not known: {protocol})",
+            where=redact_url(url),
+            allowed="a folder, or a URL that fsspec knows, such as s3://bucket/folder",
+            remedy="correct `store` in loraline.yaml, or LORALINE_STORE_URL",
+        )
     extra = _EXTRAS.get(protocol)
     return StoreError(
         f"the package that opens {protocol}:// is not installed ({error})",
@@ -38,9 +45,9 @@ def unsupported_protocol(error: ImportError, protocol: str, url: str) -> StoreEr
 
 
 def malformed_url(url: str) -> StoreError:
-    """Returns the error for a URL that has no valid form, or a protocol that fsspec does not know."""
+    """Returns the error for a URL that has no valid form."""
     return StoreError(
-        f"the store cannot be opened: {redact_url(url)!r} is malformed, or of an unknown protocol",
+        f"the store cannot be opened: {redact_url(url)!r} is malformed",
         where="LORALINE_STORE_URL or `store` in loraline.yaml",
         allowed="a folder, or a URL that fsspec knows, such as s3://bucket/folder",
         remedy="correct the URL; write `@`, `/` and `:` of a password as %40, %2F and %3A",
