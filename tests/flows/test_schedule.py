@@ -207,6 +207,10 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         assert re.search(r"drift [\d.e-]+ \(production: none\)", release["metrics"])
         assert f"GatesFailed: {run.state[2]}" in run.logs
 
+        pipelines = post(server, "flow_runs/filter", {"flow_runs": {"name": {"any_": ["nightly"]}}})
+        assert sorted(run["state"]["name"] for run in pipelines) == ["Completed", "GatesFailed", "Staged"]
+        assert len(post(server, "artifacts/filter", {})) == 4, "one per run of the deployed flow"
+
 
 def test_the_documented_automation_is_valid_and_matches_states_that_runs_end_in() -> None:
     from prefect.events.schemas.automations import AutomationCore
