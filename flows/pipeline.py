@@ -13,14 +13,15 @@ From `loraline run` to an optimizer step:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import run_as_flow, submit_step
-from flows.registered import RegistrationState, read_registered
+from flows.prefect import in_flow_run, publish_table, run_as_flow, submit_step
+from flows.registered import read_registered
+from flows.result import PipelineResult, final_state, tabulate
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
@@ -36,25 +37,7 @@ from tasks.imports import import_for
 from tasks.job import Outcome
 from tasks.step import locate_base
 
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """The result of a run.
-
-    Attributes:
-        outcomes: Step name -> its artifact and whether it was cached.
-        changed: Name of each step that ran -> why; empty if every step was cached.
-        versions: Name of each `register` step -> current state of its version.
-    """
-
-    outcomes: Mapping[str, Outcome]
-    changed: Mapping[str, str]
-    versions: Mapping[str, RegistrationState]
-
-    @property
-    def refusals(self) -> dict[str, tuple[str, ...]]:
-        """Returns, by `register` step, all reasons why its version was refused the requested alias."""
-        return {name: registered.refused for name, registered in self.versions.items() if registered.refused}
+_log = logging.getLogger(__name__)
 
 
 def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> PipelineResult:
@@ -69,12 +52,25 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         EngineError, RegistryError, OSError: The first failure, once all steps that do not depend on it have finished.
     """
     plan = plan_pipeline(spec, home, force=force)
-    outcomes = plan.hits
-    if len(outcomes) < len(plan.steps):
-        with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
-            # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
-            import_for(step.job for step in plan.steps if not step.cached)
-            outcomes |= run_as_flow(plan.name, run_steps)(plan.steps, home, run_id)
+    for step in plan.steps:
+        _log.info("step %s: %s", step.name, step.reason)
+    if len(plan.hits) == len(plan.steps):
+        return _collect(plan, plan.hits, home)
+    nested = in_flow_run()
+
+    def run_and_publish(run_id: str) -> PipelineResult:
+        result = _collect(plan, plan.hits | run_steps(plan.steps, home, run_id), home)
+        if not nested:
+            publish_table(plan.name, tabulate(result, home))
+        return result
+
+    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
+        # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
+        import_for(step.job for step in plan.steps if not step.cached)
+        return run_as_flow(plan.name, run_and_publish, final_state)(run_id)
+
+
+def _collect(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> PipelineResult:
     changed = {step.name: step.reason for step in plan.steps if not outcomes[step.name].cached}
     ordered = {step.name: outcomes[step.name] for step in plan.steps}
     return PipelineResult(ordered, changed, read_registered(plan, outcomes, home))

@@ -6,8 +6,12 @@ module is cheap; importing Prefect itself takes seconds and happens inside the f
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +25,10 @@ if TYPE_CHECKING:
     from prefect import Task
     from prefect.futures import PrefectFuture
 
+    from flows.result import FinalState
+
 _Result = TypeVar("_Result")
+_PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
 def configure_prefect(home: Home) -> None:
@@ -44,13 +51,86 @@ def configure_prefect(home: Home) -> None:
         os.environ.setdefault(name, value)
 
 
-def run_as_flow(name: str, function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Wraps a function as a Prefect flow whose runs have the pipeline's name."""
+def run_as_flow(
+    name: str, function: Callable[..., _Result], describe: Callable[[_Result], FinalState] | None = None
+) -> Callable[..., _Result]:
+    """Wraps a function as a Prefect flow whose runs have the pipeline's name.
+
+    Args:
+        name: The pipeline's name.
+        function: The function. The wrapper returns its result, and raises its errors, whatever the run's state.
+        describe: Gives the final state of the flow run by the result; None lets Prefect choose it.
+    """
     with collection_paused():
         from prefect import flow
 
-    wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(function)
-    return wrapped  # type: ignore[no-any-return]
+    results: list[_Result] = []
+
+    def run(*args: Any) -> Any:
+        results.append(function(*args))
+        return None if describe is None else to_prefect(describe(results[0]))
+
+    wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(run)
+
+    def call(*args: Any) -> _Result:
+        results.clear()
+        state = wrapped(*args, return_state=True)
+        if not results:
+            state.result()  # raises the function's error
+        return results[0]
+
+    return call
+
+
+def to_prefect(state: FinalState, data: Any = None) -> Any:
+    """Returns Prefect's state of type FAILED or COMPLETED; FAILED states have no data."""
+    from prefect.states import Completed, Failed
+
+    if state.failed:
+        return Failed(name=state.name, message=state.message)
+    return Completed(name=state.name, message=state.message, data=data)
+
+
+def in_flow_run() -> bool:
+    """Returns True if the caller runs in a Prefect flow."""
+    module = sys.modules.get("prefect.context")
+    return module is not None and module.FlowRunContext.get() is not None
+
+
+def publish_table(name: str, rows: list[dict[str, str]]) -> None:
+    """Creates a table artifact of the current flow run; its key is the pipeline's name in lower case with dashes."""
+    from prefect.artifacts import create_table_artifact
+
+    key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "pipeline"
+    create_table_artifact(rows, key=key, description=f"Steps of the pipeline `{name}`, and metrics against production.")
+
+
+@contextmanager
+def logs_of_flow_run() -> Iterator[None]:
+    """Sends our log records of level INFO or higher, also those of steps, to the logs of the current flow run."""
+    from prefect.logging.handlers import APILogHandler
+    from prefect.runtime import flow_run
+
+    run_id = flow_run.get_id()
+
+    def assign(record: logging.LogRecord) -> bool:
+        # Steps run in threads and in a subflow, whose logs Prefect's UI shows on another page.
+        record.flow_run_id = run_id
+        return True
+
+    handler = APILogHandler()
+    handler.addFilter(assign)
+    loggers = [logging.getLogger(package) for package in _PACKAGES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def submit_step(

@@ -5,6 +5,7 @@ Deployed by `prefect.yaml`. Imported by workers and tests only, because it impor
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 from prefect import flow
 
 from flows.pipeline import run_pipeline
+from flows.prefect import logs_of_flow_run, publish_table, to_prefect
+from flows.result import PipelineResult, final_state, tabulate
 from flows.spec import load_spec
-from registry.errors import UnknownName, UnknownVersion
 from registry.home import Home
 from registry.versions.versions import Versions
-from tasks.operations.promote import find_version
+from tasks.operations.promote import compare_metrics
+
+_log = logging.getLogger("flows.retrain")  # a worker loads this file under another module name
 
 
 @dataclass(frozen=True)
@@ -33,33 +37,43 @@ class Retraining:
     changed: dict[str, str]
     versions: list[str]
     staged: list[str]
-    compared: dict[str, dict[str, tuple[float | None, float]]]
+    compared: dict[str, dict[str, tuple[float | None, float | None]]]
 
 
 @flow(name="retrain", validate_parameters=False)
-def retrain(spec: str, home: str = ".loraline") -> dict[str, Any]:
+def retrain(spec: str, home: str = ".loraline") -> Any:
     """Runs a pipeline if any of its inputs changed.
 
     Args:
         spec: Path of the pipeline file.
         home: Path of the home.
 
+    The flow run ends in the state of `flows.result.final_state`, with one table artifact and our log records.
+
     Returns:
         A `Retraining` as a dict.
+
+    Raises:
+        prefect.exceptions.FailedRun: A new version failed its gates or was refused its alias; has the state's message.
     """
-    state = Home.open(Path(home))
-    result = run_pipeline(load_spec(Path(spec)), state)
-    new = {entry.version.ref: entry for name, entry in result.versions.items() if name in result.changed}
-    staged = [ref for ref, entry in new.items() if entry.has_alias]
-    compared = {ref: compare_metrics(Versions(state), ref, "production") for ref in new}
-    return asdict(Retraining(dict(result.changed), list(new), staged, compared))
+    opened = Home.open(Path(home))
+    with logs_of_flow_run():
+        pipeline = load_spec(Path(spec))
+        result = run_pipeline(pipeline, opened)
+        publish_table(pipeline.name, tabulate(result, opened))
+        state = final_state(result)
+        _log.log(logging.ERROR if state.failed else logging.INFO, "%s: %s", state.name, state.message)
+        for name, reasons in result.refusals.items():
+            _log.warning("step %s: the alias was refused: %s", name, "; ".join(reasons))
+    return to_prefect(state, asdict(_summarize(result, opened)))
 
 
-def compare_metrics(versions: Versions, ref: str, alias: str) -> dict[str, tuple[float | None, float]]:
-    """Returns, per metric, the value of the version that the alias points at and that of this version."""
-    new = find_version(versions, ref)
+def _summarize(result: PipelineResult, home: Home) -> Retraining:
+    new = [registered.version for registered in result.new_versions]
+    staged = [registered.version.ref for registered in result.new_versions if registered.has_alias]
+    versions = Versions(home)
     try:
-        old: Any = versions.show(new.name, alias).metrics
-    except (UnknownName, UnknownVersion):
-        old = {}
-    return {name: (old.get(name, {}).get("adapter"), metric["adapter"]) for name, metric in new.metrics.items()}
+        compared = {version.ref: compare_metrics(versions, version, "production") for version in new}
+    finally:
+        versions.close()
+    return Retraining(dict(result.changed), [version.ref for version in new], staged, compared)

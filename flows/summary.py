@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.pipeline import PipelineResult
 from flows.registered import RegistrationState
+from flows.result import PipelineResult
 from flows.spec import PipelineSpec
 from lora_engine.data.manifest import Manifest
 from registry.home import Home

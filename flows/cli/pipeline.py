@@ -11,8 +11,8 @@ import typer
 from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
-    from flows.pipeline import PipelineResult
     from flows.plan import PlannedStep
+    from flows.result import PipelineResult
     from flows.spec import PipelineSpec
     from registry.home import Home
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_engine.errors import EngineError
 from registry.entities import AdapterVersion, Event
-from registry.errors import StoreError
+from registry.errors import StoreError, UnknownName, UnknownVersion
 from registry.home import Home
 from registry.identity import current_user
 from registry.versions.expected_version import require_expected
@@ -89,3 +91,19 @@ def find_version(versions: Versions, ref: str) -> AdapterVersion:
     """
     name, _, version = ref.partition("@")
     return versions.show(name, version or "latest")
+
+
+def compare_metrics(
+    versions: Versions, version: AdapterVersion, alias: str
+) -> dict[str, tuple[float | None, float | None]]:
+    """Returns, per metric, the value of the version that the alias points at (None without one) and of this version."""
+    try:
+        current: Mapping[str, Any] = versions.show(version.name, alias).metrics
+    except (UnknownName, UnknownVersion):
+        current = {}
+    old, new = _adapter_values(current), _adapter_values(version.metrics)
+    return {name: (old.get(name), value) for name, value in new.items()}
+
+
+def _adapter_values(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: metric["adapter"] for name, metric in metrics.items() if "adapter" in metric}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.pipeline import PipelineResult, run_pipeline
+from flows.pipeline import run_pipeline
 from flows.plan import plan_pipeline
+from flows.result import PipelineResult
 from flows.spec import load_spec
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import DataError, InterruptedRun

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,19 @@ LINE = (
     + """\
   adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2}
   release:  {uses: register, adapter: adapter, alias: trial}
+"""
+)
+GATED = (
+    LINE.replace("adapter: adapter, alias: trial", "adapter: adapter, report: report, alias: staging")
+    + """\
+  report:
+    uses: evaluate
+    adapter: adapter
+    dataset: captions
+    seeds: 1
+    steps: 1
+    max_pictures: 1
+    gates: {drift: {min: 9}}
 """
 )
 
@@ -130,16 +146,19 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
     config = tmp_path / "prefect.yaml"
     config.write_text(yaml.safe_dump(deployment))
 
-    def retrain(run: str) -> None:
+    def retrain(run: str) -> Run:
         # A training by the worker imports everything twice, so these runs call the flow in this process.
         if run not in by_worker:
+            from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+
             from flows.retrain import retrain as flow
 
-            flow(str(spec), str(home))
-            return
+            with temporary_settings({PREFECT_API_URL: server, PREFECT_LOGGING_TO_API_ENABLED: True}):
+                state = flow(str(spec), str(home), return_state=True)
+            return read_run(server, str(state.state_details.flow_run_id))
         flow_run = post(server, f"deployments/{nightly['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
-        ended = wait_for(lambda: ended_run(server, flow_run["id"]), 600, "the run has ended")
-        assert ended["state"]["type"] == "COMPLETED", ended["state"]
+        wait_for(lambda: has_ended(server, flow_run["id"]), 600, "the run has ended")
+        return read_run(server, flow_run["id"])
 
     def completed(step: str) -> int:
         with closing(Lineage(Home(home).lineage_url)) as lineage:
@@ -159,18 +178,78 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         scheduled = wait_for(lambda: post(server, "flow_runs/filter", query), 300, "runs are SCHEDULED")
         assert {run["deployment_id"] for run in scheduled} == {nightly["id"]}
 
-        retrain("prepared")
+        run = retrain("prepared")
         assert (completed("caption"), completed("train")) == (1, 0)
+        assert run.state == ("COMPLETED", "Completed", "ran photos, prepared, captions")
+        assert [(row["step"], row["action"]) for row in run.table] == [
+            (step, "ran") for step in ("photos", "prepared", "captions")
+        ]
         spec.write_text(LINE)
-        retrain("first")
+        run = retrain("first")
         assert (completed("caption"), completed("train")) == (1, 1)
-        retrain("cached")
+        assert run.state == ("COMPLETED", "Staged", "nightly@1 as trial")
+        actions = {row["step"]: row["action"] for row in run.table}
+        assert (actions["captions"], actions["adapter"]) == ("cached", "ran")
+        assert (run.table[-1]["version"], run.table[-1]["alias"]) == ("nightly@1", "trial")
+        run = retrain("cached")
         assert completed("train") == 1, "nothing had changed"
+        assert run.state == ("COMPLETED", "NothingChanged", "every step is cached")
+        assert {row["action"] for row in run.table} == {"cached"}
+        assert "NothingChanged: every step is cached" in run.logs
         draw_noise(images / "new.png", 99)
-        retrain("changed")
+        spec.write_text(GATED)
+        run = retrain("changed")
         assert (completed("caption"), completed("train")) == (2, 2)
+        assert run.state[:2] == ("FAILED", "GatesFailed")
+        assert re.fullmatch(r"nightly@2 not staged: drift -?[\d.e-]+ < 9", run.state[2])
+        (release,) = (row for row in run.table if row["step"] == "release")
+        assert (release["version"], release["gates"], release["alias"]) == ("nightly@2", "FAILED", "")
+        assert re.search(r"drift [\d.e-]+ \(production: none\)", release["metrics"])
+        assert f"GatesFailed: {run.state[2]}" in run.logs
+
+        pipelines = post(server, "flow_runs/filter", {"flow_runs": {"name": {"any_": ["nightly"]}}})
+        assert sorted(run["state"]["name"] for run in pipelines) == ["Completed", "GatesFailed", "Staged"]
+        assert len(post(server, "artifacts/filter", {})) == 4, "one per run of the deployed flow"
 
 
-def ended_run(api: str, run: str) -> Any:
-    flow_run = read(api, f"flow_runs/{run}")
-    return flow_run if flow_run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+def test_the_documented_automation_is_valid_and_matches_states_that_runs_end_in() -> None:
+    from prefect.events.schemas.automations import AutomationCore
+
+    page = (PROJECT / "docs" / "scheduling.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    automation = AutomationCore.model_validate(yaml.safe_load(block))
+    expected = {event.removeprefix("prefect.flow-run.") for event in automation.trigger.expect}
+    assert expected <= set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+    assert "GatesFailed" in expected
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished flow run: type, name and message of its state, the rows of its only artifact, and its logs."""
+
+    state: tuple[str, str, str]
+    table: list[dict[str, str]]
+    logs: set[str]
+
+
+def has_ended(api: str, run: str) -> bool:
+    return read(api, f"flow_runs/{run}")["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def read_run(api: str, run: str) -> Run:
+    """Reads a flow run, and waits for its logs, which are sent in batches."""
+    only = {"flow_run_id": {"any_": [run]}}
+    state = read(api, f"flow_runs/{run}")["state"]
+    (artifact,) = post(api, "artifacts/filter", {"artifacts": only})
+    assert (artifact["type"], artifact["key"]) == ("table", "nightly")
+    last = f"{state['name']}: {state['message']}"
+
+    def read_logs() -> set[str]:
+        logs = {line["message"] for line in post(api, "logs/filter", {"logs": only, "limit": 200})}
+        return logs if last in logs else set()
+
+    logs = wait_for(read_logs, 60, f"the log says {last!r}")
+    table = json.loads(artifact["data"])
+    lines = {f"step {row['step']}: {row['reason'] or 'cached'}" for row in table}
+    assert lines <= logs, lines - logs
+    return Run((state["type"], state["name"], state["message"]), table, logs)

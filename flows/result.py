@@ -1,0 +1,134 @@
+"""Defines the result of a run, and what a flow run shows of it: a state with a message, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flows.registered import RegistrationState
+from registry.entities import AdapterVersion
+from registry.home import Home
+from registry.versions.versions import Versions
+from tasks.job import Outcome
+from tasks.operations.promote import compare_metrics
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The result of a run.
+
+    Attributes:
+        outcomes: Step name -> its artifact and whether it was cached.
+        changed: Name of each step that ran -> why; empty if every step was cached.
+        versions: Name of each `register` step -> current state of its version.
+    """
+
+    outcomes: Mapping[str, Outcome]
+    changed: Mapping[str, str]
+    versions: Mapping[str, RegistrationState]
+
+    @property
+    def new_versions(self) -> list[RegistrationState]:
+        """Returns the versions of the `register` steps that ran."""
+        return [registered for name, registered in self.versions.items() if name in self.changed]
+
+    @property
+    def refusals(self) -> dict[str, tuple[str, ...]]:
+        """Returns, by `register` step, all reasons why its version was refused the requested alias."""
+        return {name: registered.refused for name, registered in self.versions.items() if registered.refused}
+
+
+@dataclass(frozen=True)
+class FinalState:
+    """The state in which a flow run ends.
+
+    Attributes:
+        name: The state's name, on which automations match; docs/scheduling.md lists all.
+        message: The versions and reasons.
+        failed: True if a new version failed its gates or was refused its alias.
+    """
+
+    name: str
+    message: str
+    failed: bool = False
+
+
+def final_state(result: PipelineResult) -> FinalState:
+    """Returns the state of a finished run."""
+    new = result.new_versions
+    missed = [registered for registered in new if not registered.has_alias]
+    message = "; ".join(map(_describe, new))
+    if not result.changed:
+        refused = [_describe(registered) for registered in result.versions.values() if registered.refused]
+        return FinalState("NothingChanged", "; ".join(["every step is cached", *refused]))
+    if any(registered.version.gate_status == "FAILED" for registered in missed):
+        return FinalState("GatesFailed", message, failed=True)
+    if any(registered.refused for registered in missed):
+        return FinalState("Refused", message, failed=True)
+    if len(missed) < len(new):
+        return FinalState("Staged", message)
+    if new:
+        return FinalState("Registered", message)
+    return FinalState("Completed", f"ran {', '.join(result.changed)}")
+
+
+def tabulate(result: PipelineResult, home: Home) -> list[dict[str, str]]:
+    """Returns a row per step: cached or why it ran, its version, gates, refusals, and metrics against production."""
+    versions = Versions(home)
+    try:
+        return [
+            {
+                "step": name,
+                "action": "cached" if outcome.cached else "ran",
+                "reason": result.changed.get(name, ""),
+                **_columns(versions, result.versions.get(name)),
+            }
+            for name, outcome in result.outcomes.items()
+        ]
+    finally:
+        versions.close()
+
+
+def _columns(versions: Versions, registered: RegistrationState | None) -> dict[str, str]:
+    if registered is None:
+        return dict.fromkeys(("version", "alias", "gates", "refused", "metrics"), "")
+    version = registered.version
+    compared = compare_metrics(versions, version, "production")
+    metrics = (f"{name} {_number(new)} (production: {_number(old)})" for name, (old, new) in sorted(compared.items()))
+    return {
+        "version": version.ref,
+        "alias": registered.alias if registered.alias and registered.has_alias else "",
+        "gates": version.gate_status,
+        "refused": "; ".join(registered.refused),
+        "metrics": "; ".join(metrics),
+    }
+
+
+def _describe(registered: RegistrationState) -> str:
+    """Returns the version with its alias, or with the reasons why it has none."""
+    ref, alias = registered.version.ref, registered.alias
+    if registered.has_alias:
+        return ref if alias == "staging" else f"{ref} as {alias}"
+    reasons = _failed_gates(registered.version) or list(registered.refused)
+    if not reasons:
+        return ref
+    refusal = " not staged" if alias == "staging" else f" not {alias}" if alias else ""
+    return f"{ref}{refusal}: {', '.join(reasons)}"
+
+
+def _failed_gates(version: AdapterVersion) -> list[str]:
+    return [_compare(gate) for gate in version.gates if not gate["passed"]]
+
+
+def _compare(gate: Mapping[str, Any]) -> str:
+    metric, value, least, most = gate["metric"], gate["value"], gate["min"], gate["max"]
+    if value is None:
+        return f"{metric} has no value"
+    if least is not None and value < least:
+        return f"{metric} {value:g} < {least:g}"
+    return f"{metric} {value:g} > {most:g}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
