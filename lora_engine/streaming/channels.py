@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Size, Tensor
+
 _Shapes = Mapping[str, tuple[int, ...]]
 # The weight that reads the latents, and the one whose rows are their channels: canonical names, and names of original
 # files, with those of their running averages.
@@ -34,3 +36,12 @@ def common_channels(models: Sequence[_Shapes]) -> dict[str, int]:
         if len(set(inputs)) > 1 and len(others) == 1 and all(len(shape) > 1 for shape in inputs):
             common[name] = min(*(shape[1] for shape in inputs), *(shapes[output][0] for shapes in models))
     return common
+
+
+def pad_channels(tensor: Tensor, shape: Size) -> Tensor:
+    """Returns a tensor in the shape of a weight, with zeros in the input channels that it lacks."""
+    if tensor.shape == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[:, : tensor.shape[1]] = tensor
+    return padded

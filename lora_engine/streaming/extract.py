@@ -19,7 +19,7 @@ from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
 from lora_engine.streaming.blocks import FLOATS
-from lora_engine.streaming.channels import common_channels
+from lora_engine.streaming.channels import common_channels, pad_channels
 from lora_engine.streaming.inputs import check_same_tensors, read_location
 from lora_engine.streaming.model import StoredModel, open_model
 
@@ -110,7 +110,7 @@ def extract(
     """
     budget = _budget(rank, energy, frobenius, kind, is_noise_enough=noise_aware)
     first, second = (open_model(path, component=component, architecture=architecture) for path in (tuned, base))
-    common = common_channels([_shapes(first), _shapes(second)])
+    common = common_channels([{name: part.shape for name, part in m.locations.items()} for m in (first, second)])
     check_same_tensors(first, second, except_for=common)
     chosen = _targets(second, targets)
     pairs = _Pairs(first, second, common, noise_aware=noise_aware)
@@ -154,7 +154,7 @@ class _Pairs:
         shape = base.shape
         if name in self._common:
             tuned, base = tuned[:, : self._common[name]], base[:, : self._common[name]]
-        difference = _padded(tuned.float().sub_(base.float()), shape)
+        difference = pad_channels(tuned.float() - base.float(), shape)
         if not all(math.isfinite(float(end)) for end in torch.aminmax(difference)):
             raise AdapterError(
                 "the difference is not finite",
@@ -164,7 +164,7 @@ class _Pairs:
             )
         if not self._noise_aware or difference.dim() < 2:
             return difference, None
-        variance = _padded(rounding_variance(tuned) + rounding_variance(base), shape)
+        variance = pad_channels(rounding_variance(tuned) + rounding_variance(base), shape)
         return difference, Noise.of(variance.flatten(1))
 
     def is_different(self, name: str) -> bool:
@@ -184,19 +184,6 @@ class _Pairs:
                 if any(bool(change.any()) for change in changes.values()):
                     deltas[name] = FullDelta(changes["weight"], changes.get("bias"))
         return deltas
-
-
-def _padded(difference: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the difference with channels of zeros up to the shape of a weight."""
-    if difference.shape == shape:
-        return difference
-    padded = difference.new_zeros(shape)
-    padded[:, : difference.shape[1]] = difference
-    return padded
-
-
-def _shapes(model: StoredModel) -> dict[str, tuple[int, ...]]:
-    return {name: location.shape for name, location in model.locations.items()}
 
 
 def rounding_variance(weight: Tensor) -> Tensor:
