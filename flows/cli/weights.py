@@ -23,7 +23,7 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 _METHODS = (
     "Method. Adapters: {lora_engine.merging.methods:METHODS}; default: concatenate, which is exact. Whole models: "
-    "weighted-sum (the default), add-difference, ties."
+    "weighted-sum (the default), add-difference (A B:w C gives A + w (B - C)), ties (BASE A[:w] B[:w] ...)."
 )
 
 
@@ -37,7 +37,8 @@ def merge(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="A[:w] B[:w] ...", help="Adapters or whole models, each with its weight. Default weight: 1."
+            metavar="A[:w] B[:w] ...",
+            help="Adapters or whole models, each with its weight. Default: 1 for adapters, equal shares for models.",
         ),
     ],
     output: Output,
@@ -51,23 +52,22 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one with their combined effect, or whole models of one architecture."""
-    from lora_engine.checkpoints import is_checkpoint
     from tasks.operations.adapter_files import checkout_adapters, parse_settings
+    from tasks.operations.model_files import are_models, merge_models
 
     options = parse_settings(settings or [])
+    if are_models(models):
+        report = merge_models(
+            models, output, method=method or "weighted-sum", options=options, base=base, dataset=dataset, seed=seed
+        )
+        line = f"{output}: {report['tensors']} tensors merged, {report['kept']} unchanged."
+        _print(report, line, as_json=as_json)
+        return
     with checkout_adapters(models, home_path()) as inputs:
         files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
-        if is_checkpoint(files[0]):
-            from lora_engine.streaming import merge_checkpoints
-
-            merged = merge_checkpoints(files, weights, output, method=method or "weighted-sum", options=options)
-            _print(
-                asdict(merged), f"{output}: {merged.tensors} tensors merged, {merged.kept} unchanged.", as_json=as_json
-            )
-            return
         from lora_engine.merging.files import merge_files
 
-        report = merge_files(
+        merged = merge_files(
             files,
             weights,
             output,
@@ -77,7 +77,7 @@ def merge(
             base=base,
             dataset=dataset,
         )
-    _print(report.as_json(), f"{output}: {_describe(report)}", as_json=as_json)
+    _print(merged.as_json(), f"{output}: {_describe(merged)}", as_json=as_json)
 
 
 def resize(
@@ -184,5 +184,9 @@ def _print(value: dict[str, Any], line: str, *, as_json: bool) -> None:
 
     if as_json:
         print_json(value)
-    else:
-        print(line)
+        return
+    print(line)
+    for name, channels in value.get("common_channels", {}).items():
+        print(f"{name}: the models have different input channels; used the {channels} that all have.")
+    for warning in value.get("warnings", []):
+        typer.echo(f"warning: {warning}", err=True)

@@ -53,6 +53,9 @@ def merge_files(
             missing.
     """
     parsed = options if isinstance(options, MergeOptions) else parse_options(method, options)
+    if dataset is not None and not learns(parsed):
+        learning = ", ".join(name for name, entry in METHODS.items() if entry.learn)
+        raise SettingsError(f"method {parsed.name!r} takes no dataset", allowed=learning, remedy="leave it out")
     adapters, cards = zip(*(read_adapter(file) for file in files), strict=True)
     check_bases(adapters, weights)
     model = load_base_if_read(adapters, parsed, base)

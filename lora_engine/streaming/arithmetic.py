@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,8 @@ class CheckpointMethod:
         merge: (tensors, weights, options by name) -> the merged tensor.
         usage: The required models, their order and their weights, for error messages.
         models: Minimum and maximum number of models; None means no maximum.
-        unweighted: Number of models without a weight.
+        weighted: Positions of the models that have a weight.
+        shares: True if the weights are shares of the result, which keeps its size only if they sum to 1.
         is_elementwise: True if each element depends only on the same elements of the other tensors; allows blocks.
         options: Options with their defaults, all above 0; shares are at most 1.
     """
@@ -29,29 +32,72 @@ class CheckpointMethod:
     merge: Callable[..., Tensor]
     usage: str
     models: tuple[int, int | None]
-    unweighted: int
+    weighted: slice
+    shares: bool
     is_elementwise: bool
     options: tuple[tuple[str, float], ...] = ()
 
-    def check(self, models: int, weights: int, options: Sequence[str]) -> None:
+    def weights_for(self, given: Sequence[float | None]) -> list[float]:
+        """Returns the weights of a merge from one entry per model; None means not given.
+
+        Shares that are not given are equal parts of what the others leave of 1. Other weights default to 1.
+
+        Raises:
+            SettingsError: The number of models is wrong, a model has a weight that the method does not use, or the
+                given shares leave nothing for the other models.
+        """
+        positions = range(len(given))[self.weighted]
+        self.check(len(given), len(positions), {})
+        for position, weight in enumerate(given):
+            if weight is not None and position not in positions:
+                raise SettingsError(
+                    f"model {position + 1} has the weight {weight:g}",
+                    allowed=self.usage,
+                    remedy="remove the weight, or give it to a model that has one",
+                )
+        weights = [given[position] for position in positions]
+        known = [weight for weight in weights if weight is not None]
+        if not self.shares or len(known) == len(weights):
+            return [1.0 if weight is None else weight for weight in weights]
+        rest = 1.0 - math.fsum(known)
+        if not rest > 0.0:
+            raise SettingsError(
+                f"the given weights sum to {1.0 - rest:g}, which leaves nothing for the other models",
+                allowed="a weight for every model, or weights with a sum below 1",
+                remedy="give every model a weight",
+            )
+        return [rest / (len(weights) - len(known)) if weight is None else weight for weight in weights]
+
+    def check(self, models: int, weights: int, options: Mapping[str, Any]) -> None:
         """Raises `SettingsError` if the method does not accept the numbers of models and weights, or an option.
 
         Raises:
-            SettingsError: A number is wrong, or an option is unknown.
+            SettingsError: A number is wrong, or an option is unknown or has an invalid value.
         """
         minimum, maximum = self.models
-        if models < minimum or (maximum is not None and models > maximum) or weights != models - self.unweighted:
+        if models < minimum or (maximum is not None and models > maximum):
+            raise SettingsError(f"{models} models", allowed=self.usage, remedy="pass the models that the method needs")
+        if weights != len(range(models)[self.weighted]):
             raise SettingsError(
                 f"{models} models with {weights} weights",
                 allowed=self.usage,
-                remedy="pass the models and the weights that the method needs",
+                remedy="pass the weights that the method needs",
             )
         defaults = dict(self.options)
-        unknown = [name for name in options if name not in defaults]
-        if unknown:
-            raise SettingsError(
-                f"the method has no option {unknown[0]!r}", allowed=", ".join(defaults) or "none", remedy="leave it out"
-            )
+        for name, value in options.items():
+            if name not in defaults:
+                raise SettingsError(
+                    f"the method has no option {name!r}", allowed=", ".join(defaults) or "none", remedy="leave it out"
+                )
+            _check_option(name, value)
+
+
+def _check_option(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    maximum = 1.0 if name == "density" else math.inf
+    if not is_number or not 0.0 < value <= maximum or not math.isfinite(value):
+        allowed = "above 0, up to 1" if name == "density" else "a finite number above 0"
+        raise SettingsError(f"{name} is {value!r}", allowed=allowed, remedy="choose another value")
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -78,11 +124,19 @@ def ties_of_differences(
 
 CHECKPOINT_METHODS: Registry[CheckpointMethod] = Registry("checkpoint merge method")
 CHECKPOINT_METHODS.add(
-    "weighted-sum", CheckpointMethod(weighted_sum, "any number of models, a weight for each", (1, None), 0, True)
+    "weighted-sum",
+    CheckpointMethod(weighted_sum, "any number of models, a weight for each", (1, None), slice(None), True, True),
 )
 CHECKPOINT_METHODS.add(
     "add-difference",
-    CheckpointMethod(add_difference, "three models A, B, C and one weight w, for A + w (B - C)", (3, 3), 2, True),
+    CheckpointMethod(
+        add_difference,
+        "three models A, B, C; B has the weight w, for A + w (B - C)",
+        (3, 3),
+        slice(1, 2),
+        False,
+        True,
+    ),
 )
 CHECKPOINT_METHODS.add(
     "ties",
@@ -90,7 +144,8 @@ CHECKPOINT_METHODS.add(
         ties_of_differences,
         "the base that all were tuned from, then the models, a weight for each but the base",
         (2, None),
-        1,
+        slice(1, None),
+        False,
         False,
         (("density", 0.5), ("scale", 1.0)),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
 from lora_engine.streaming.blocks import FLOATS
+from lora_engine.streaming.channels import common_channels, pad_channels
 from lora_engine.streaming.inputs import check_same_tensors, read_location
 from lora_engine.streaming.model import StoredModel, open_model
 
@@ -51,11 +52,14 @@ class ExtractReport:
         error: Relative Frobenius error over all of these modules.
         left_out: Names of tensors that differ, or may differ, and are not part of the adapter: other components, norms,
             biases, embeddings, modules that the targets do not match.
+        common_channels: Tensors that have more input channels in one model, such as an inpainting model, with the
+            number of channels that were compared; the adapter changes only these.
     """
 
     modules: dict[str, ExtractedModule]
     error: float
     left_out: list[str]
+    common_channels: dict[str, int]
 
 
 def extract(
@@ -77,7 +81,8 @@ def extract(
     """Returns the adapter that best approximates the difference of two models, within its rank.
 
     The difference is computed in float32, one module at a time. Factors are balanced (U sqrt(S), sqrt(S) V^T) and have
-    scale 1. Convolutions become LoCon.
+    scale 1. Convolutions become LoCon. If one model reads more input channels, the common ones are compared, and the
+    adapter has the base's shape.
 
     Args:
         tuned: The fine-tuned model; see `streaming.open_model`.
@@ -105,9 +110,10 @@ def extract(
     """
     budget = _budget(rank, energy, frobenius, kind, is_noise_enough=noise_aware)
     first, second = (open_model(path, component=component, architecture=architecture) for path in (tuned, base))
-    check_same_tensors(first, second)
+    common = common_channels([{name: part.shape for name, part in m.locations.items()} for m in (first, second)])
+    check_same_tensors(first, second, except_for=common)
     chosen = _targets(second, targets)
-    pairs = _Pairs(first, second, noise_aware=noise_aware)
+    pairs = _Pairs(first, second, common, noise_aware=noise_aware)
     modules: dict[str, Delta] = {}
     results: dict[str, ExtractedModule] = {}
     for done, name in enumerate(chosen):
@@ -132,19 +138,23 @@ def extract(
     extracted = {f"{name}.{part}" for name, delta in modules.items() for part in _parts(delta)}
     covered = extracted | {f"{name}.weight" for name in chosen}
     left_out = [name for name in first.locations if name not in covered and pairs.is_different(name)]
-    return Adapter(modules, second.family, second.fingerprint()), ExtractReport(results, _total(results), left_out)
+    report = ExtractReport(results, _total(results), left_out, common)
+    return Adapter(modules, second.family, second.fingerprint()), report
 
 
 class _Pairs:
     """Reads the same weights of two models."""
 
-    def __init__(self, tuned: StoredModel, base: StoredModel, *, noise_aware: bool) -> None:
-        self._tuned, self._base, self._noise_aware = tuned, base, noise_aware
+    def __init__(self, tuned: StoredModel, base: StoredModel, common: Mapping[str, int], *, noise_aware: bool) -> None:
+        self._tuned, self._base, self._common, self._noise_aware = tuned, base, common, noise_aware
 
     def difference(self, name: str) -> tuple[Tensor, Noise | None]:
-        """Returns the difference in float32, and the bound of its rounding noise."""
+        """Returns the difference in float32 and the base's shape, and the bound of its rounding noise."""
         tuned, base = read_location(self._tuned.locations[name]), read_location(self._base.locations[name])
-        difference = tuned.float().sub_(base.float())
+        shape = base.shape
+        if name in self._common:
+            tuned, base = tuned[:, : self._common[name]], base[:, : self._common[name]]
+        difference = pad_channels(tuned.float() - base.float(), shape)
         if not all(math.isfinite(float(end)) for end in torch.aminmax(difference)):
             raise AdapterError(
                 "the difference is not finite",
@@ -154,7 +164,8 @@ class _Pairs:
             )
         if not self._noise_aware or difference.dim() < 2:
             return difference, None
-        return difference, Noise.of((rounding_variance(tuned) + rounding_variance(base)).flatten(1))
+        variance = pad_channels(rounding_variance(tuned) + rounding_variance(base), shape)
+        return difference, Noise.of(variance.flatten(1))
 
     def is_different(self, name: str) -> bool:
         """Returns True if the values of a tensor differ."""

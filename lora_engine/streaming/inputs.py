@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,8 +142,8 @@ def check_removable(adapters: Sequence[WeightedAdapter]) -> None:
             )
 
 
-def check_same_tensors(model: StoredModel, other: StoredModel) -> None:
-    """Raises `BaseModelError` if the tensors of two models differ in name or shape.
+def check_same_tensors(model: StoredModel, other: StoredModel, except_for: Collection[str] = ()) -> None:
+    """Raises `BaseModelError` if the tensors of two models differ in name or shape, except for some names.
 
     Raises:
         BaseModelError: Names or shapes differ; the message has their number and the first name.
@@ -152,7 +152,9 @@ def check_same_tensors(model: StoredModel, other: StoredModel) -> None:
         {name: (location.name, location.shape) for name, location in item.locations.items()} for item in (model, other)
     )
     names = first_shapes.keys() | second_shapes.keys()
-    differing = sorted(name for name in names if first_shapes.get(name) != second_shapes.get(name))
+    differing = sorted(
+        name for name in names if first_shapes.get(name) != second_shapes.get(name) and name not in except_for
+    )
     if differing:
         first = differing[0]
         shown = [list(shapes[first][1]) if first in shapes else "missing" for shapes in (first_shapes, second_shapes)]

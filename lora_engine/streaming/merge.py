@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS, CheckpointMethod
 from lora_engine.streaming.blocks import FLOATS, as_bytes
+from lora_engine.streaming.channels import common_channels
 from lora_engine.streaming.direct_writer import read_bytes
 from lora_engine.streaming.model import StoredModel, open_model
 from lora_engine.streaming.output import check_apart, check_output, copy_whole, write_model
@@ -36,17 +38,24 @@ class CheckpointReport:
         tensors: Number of merged tensors.
         kept: Number of tensors that are not floats, copied from the first model.
         parents: Digest of each model's weights, in the order of the models.
+        weights: The weights that were used.
+        common_channels: Tensors that have more input channels in some models, such as inpainting models, with the
+            number of channels that were merged; the first model's other channels are unchanged.
+        warnings: Facts about the result that may be unintended.
     """
 
     files: list[Path]
     tensors: int
     kept: int
     parents: list[str]
+    weights: list[float] = field(default_factory=list)
+    common_channels: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def merge_checkpoints(
     models: Sequence[Path],
-    weights: Sequence[float],
+    weights: Sequence[float] | None,
     output: Path,
     *,
     method: str = "weighted-sum",
@@ -57,11 +66,12 @@ def merge_checkpoints(
     """Merges whole models of one architecture. The result has the first model's layout, dtypes and other files.
 
     The arithmetic is in float32 (float64 for float64 tensors of the first model), and casts last. Tensors that are not
-    floats come from the first model. After an error, there is no output.
+    floats come from the first model. If models read different numbers of input channels, the common ones are merged.
+    After an error, there is no output.
 
     Args:
         models: Paths for `open_model`, all of one layout.
-        weights: The weights that the method needs.
+        weights: The weights that the method needs; None means equal shares, or 1 if the weights are not shares.
         output: Path of the new model; a folder if the first model is one. Written atomically.
         method: `weighted-sum`, `add-difference` or `ties`; see `CHECKPOINT_METHODS`.
         options: Options of the method by name; None means the defaults.
@@ -73,22 +83,35 @@ def merge_checkpoints(
         SettingsError: The method is unknown, the number of models or weights is wrong, or the output is not valid.
     """
     chosen, settings = CHECKPOINT_METHODS[method], dict(options or {})
-    chosen.check(len(models), len(weights), list(settings))
-    _check_numbers(weights, settings)
+    weights = chosen.weights_for([None] * len(models)) if weights is None else list(weights)
+    chosen.check(len(models), len(weights), settings)
+    _check_finite(weights)
     opened = [open_model(path, component=component, architecture=architecture) for path in models]
     for model in opened[1:]:
         check_apart(model, output)
     check_output(opened[0], output)
-    _check_tensors(opened)
+    common = common_channels([_shapes(model) for model in opened])
+    _check_tensors(opened, common)
     parents = [_digest(model) for model in opened]
-    note = {"method": method, "weights": list(weights), "options": settings, "parents": parents}
-    merge = partial(chosen.merge, weights=list(weights), **settings)
+    note: dict[str, Any] = {"method": method, "weights": weights, "options": settings, "parents": parents}
+    if common:
+        note["common_channels"] = common
+    merge = partial(chosen.merge, weights=weights, **settings)
     with ExitStack() as stack:
         sources = _Sources(stack)
-        write = partial(_write, opened, chosen, merge, {MERGED: canonical_json(note).decode()}, sources)
+        header = {MERGED: canonical_json(note).decode()}
+        write = partial(_write, opened, chosen, merge, header, sources, common)
         files = write_model(opened[0], output, write)
     floats = sum(stored.dtype in FLOATS for stored in opened[0].tensors.values())
-    return CheckpointReport(files, floats, len(opened[0].tensors) - floats, parents)
+    kept, warnings = len(opened[0].tensors) - floats, _warnings(chosen, weights)
+    return CheckpointReport(files, floats, kept, parents, weights, common, warnings)
+
+
+def _warnings(method: CheckpointMethod, weights: Sequence[float]) -> list[str]:
+    total = math.fsum(weights)
+    if not method.shares or abs(total - 1.0) <= 1e-6:
+        return []
+    return [f"the weights sum to {total:g}, which scales the model by about that factor; they normally sum to 1"]
 
 
 class _Sources:
@@ -98,23 +121,28 @@ class _Sources:
         self._stack = stack
         self._open: dict[Path, int] = {}
 
-    def read(self, stored: StoredTensor, first: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def read(self, stored: StoredTensor, first: int, rows: int, dtype: torch.dtype) -> Tensor:
         """Reads rows of a tensor, starting at `first`, as `[rows, inner]` in a dtype."""
         if stored.path not in self._open:
             descriptor = os.open(stored.path, os.O_RDONLY)
             self._stack.callback(os.close, descriptor)
             self._open[stored.path] = descriptor
-        block = torch.empty(shape, dtype=FLOATS[stored.dtype])
-        offset = stored.offset + first * shape[1] * block.element_size()
+        block = torch.empty(rows, math.prod(stored.shape[1:]), dtype=FLOATS[stored.dtype])
+        offset = stored.offset + first * block.shape[1] * block.element_size()
         read_bytes(self._open[stored.path], as_bytes(block), offset)
         return block.to(dtype)
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """A `Change` that merges a block of the first model with the same block of the others."""
+    """A `Change` that merges a block of the first model with the same block of the others.
+
+    Attributes:
+        width: Number of elements per row that all models have; None means all.
+    """
 
     others: Sequence[StoredTensor]
+    width: int | None
     merge: Callable[[Sequence[Tensor]], Tensor]
     is_whole: bool
     sources: _Sources
@@ -122,8 +150,9 @@ class _Merge:
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
         """Changes a block in place."""
-        others = [self.sources.read(other, first, values.shape, values.dtype) for other in self.others]
-        values.copy_(self.merge([values, *others]))
+        others = [self.sources.read(other, first, len(values), values.dtype) for other in self.others]
+        common = [tensor[:, : self.width] for tensor in (values, *others)]
+        common[0].copy_(self.merge(common))
 
 
 def _write(
@@ -132,24 +161,31 @@ def _write(
     merge: Callable[..., Tensor],
     note: dict[str, str],
     sources: _Sources,
+    common: Mapping[str, int],
     source: Path,
     target: Path,
 ) -> None:
     tensors, metadata = models[0].files[source]
     others = [model.tensors for model in models[1:]]
     keys = {name: key for key, (file, name) in models[0].origins.items() if file == source}
-    changes = {
-        name: partial(_Merge, [other[keys[name]] for other in others], merge, not method.is_elementwise, sources)
-        for name, stored in tensors.items()
-        if stored.dtype in FLOATS
-    }
+    changes = {}
+    for name, stored in tensors.items():
+        if stored.dtype in FLOATS:
+            channels = common.get(keys[name])
+            width = None if channels is None else channels * math.prod(stored.shape[2:])
+            same = [other[keys[name]] for other in others]
+            changes[name] = partial(_Merge, same, width, merge, not method.is_elementwise, sources)
     if changes:
         rewrite(tensors, target, without_stale(metadata) | note, changes)
     else:
         copy_whole(source, target)
 
 
-def _check_tensors(models: Sequence[StoredModel]) -> None:
+def _shapes(model: StoredModel) -> dict[str, tuple[int, ...]]:
+    return {name: stored.shape for name, stored in model.tensors.items()}
+
+
+def _check_tensors(models: Sequence[StoredModel], common: Mapping[str, int]) -> None:
     first = models[0].tensors
     for model in models[1:]:
         other = model.tensors
@@ -164,7 +200,8 @@ def _check_tensors(models: Sequence[StoredModel]) -> None:
             )
         for name, stored in first.items():
             second = other[name]
-            if stored.shape != second.shape or (stored.dtype in FLOATS) != (second.dtype in FLOATS):
+            is_same_shape = stored.shape == second.shape or name in common
+            if not is_same_shape or (stored.dtype in FLOATS) != (second.dtype in FLOATS):
                 raise BaseModelError(
                     f"the tensor {name!r} is {second.dtype} {list(second.shape)}, and in the first model"
                     f" {stored.dtype} {list(stored.shape)}",
@@ -174,15 +211,10 @@ def _check_tensors(models: Sequence[StoredModel]) -> None:
                 )
 
 
-def _check_numbers(weights: Sequence[float], options: Mapping[str, float]) -> None:
+def _check_finite(weights: Sequence[float]) -> None:
     for weight in weights:
         if not math.isfinite(weight):
             raise SettingsError(f"the weight {weight!r}", allowed="a finite number", remedy="choose another weight")
-    for name, value in options.items():
-        maximum = 1.0 if name == "density" else math.inf
-        if not 0.0 < value <= maximum or not math.isfinite(value):
-            allowed = "above 0, up to 1" if name == "density" else "a finite number above 0"
-            raise SettingsError(f"{name} is {value!r}", allowed=allowed, remedy="choose another value")
 
 
 def _digest(model: StoredModel) -> str:

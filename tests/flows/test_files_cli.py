@@ -15,9 +15,13 @@ from typer.testing import CliRunner
 from flows.cli import app
 from lora_engine.adapters import Adapter, create_adapter
 from lora_engine.bases.base import load_base
+from lora_engine.data.manifest import ImageEntry, Manifest
+from lora_engine.data.pixels import write_png
 from lora_engine.errors import AdapterError, BaseModelError, EngineError, SettingsError
 from lora_engine.formats import read_adapter, write_adapter
 from lora_engine.merging.methods import METHODS
+from lora_engine.merging.methods.learned import Learned
+from lora_engine.merging.spec import MergeOptions
 from lora_engine.streaming import CHECKPOINT_METHODS
 from tasks.errors import SpecError
 from tests.support.untrained import write_untrained_base
@@ -108,6 +112,26 @@ def test_every_method_merges_adapters_of_different_kinds(files: Path, tmp_path: 
     report = say_json("merge", files / "lora.safetensors:0.5", files / "lokr.safetensors", "-m", method, "-o", out)
     assert set() < set(report["modules"]) <= set(read_adapter(files / "lora.safetensors")[0].modules)
     assert read_adapter(out)[1].recipe["method"] == method
+
+
+def test_every_option_of_learned_weights_changes_them(files: Path, tmp_path: Path) -> None:
+    name = f"pictures/{'0' * 16}.png"
+    write_png(tmp_path / name, torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    about = {"width": 16, "height": 16, "caption": "a star", "source": "one.png", "split": "train"}
+    Manifest(pictures=(ImageEntry(sha256="0" * 64, file=name, **about),)).save(tmp_path)
+    options = {"per": "block", "steps": 3, "learning_rate": 0.5, "timesteps": 2, "pull": 100.0}
+    assert options.keys() == Learned.model_fields.keys() - MergeOptions.model_fields.keys() - {"method"}
+
+    def learn(changed: dict[str, object], *more: object) -> str:
+        settings = {"steps": 2, "timesteps": 1, **changed}
+        pairs = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+        inputs = (files / "lora.safetensors", files / "lokr.safetensors", "--base", files / "base")
+        say("merge", *inputs, "-m", "learned", "--dataset", tmp_path, *pairs, *more, "-o", tmp_path / "o.safetensors")
+        return json.dumps(read_adapter(tmp_path / "o.safetensors")[1].recipe["learned_weights"])
+
+    results = [learn({}), learn({}, "--seed", 5), *(learn({key: value}) for key, value in options.items())]
+    assert len(set(results)) == len(results)
+    assert "text_encoder" in results[2]
 
 
 def test_merge_takes_settings_and_names_every_method(files: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_models_that_differ_are_refused_before_work_starts(three, untrained_base
     ("count", "weights", "method", "options", "problem"),
     [
         (3, [1.0, 1.0], "weighted-sum", {}, "3 models with 2 weights"),
-        (2, [1.0], "add-difference", {}, "2 models with 1 weights"),
+        (2, [1.0], "add-difference", {}, "2 models. Allowed: three models"),
         (2, [1.0, 1.0], "ties", {}, "2 models with 2 weights"),
         (2, [1.0], "ties", {"density": 0.0}, "density is 0.0"),
         (2, [1.0], "ties", {"lambda": 1.0}, "no option 'lambda'"),

@@ -1,0 +1,95 @@
+"""Merges whole models that are named on the command line. Functions import the engine themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_engine.errors import SettingsError
+from tasks.operations.adapter_files import model_path, parse_weighted
+
+# Weights that only whole components have under these names; adapters name them with a prefix or a suffix.
+_INPUTS = {
+    "conv_in.weight",
+    "encoder.conv_in.weight",
+    "text_model.embeddings.token_embedding.weight",
+    "shared.weight",
+    "x_embedder.weight",
+    "pos_embed.proj.weight",
+    "img_in.weight",
+    "patch_embedding.weight",
+}
+
+
+def are_models(texts: Sequence[str]) -> bool:
+    """Returns True if `name` or `name:weight` texts name whole models, and False if they name adapters.
+
+    Raises:
+        AdapterError: The header of a file cannot be read.
+        SettingsError: Some are models, and others adapters.
+        SpecError: A weight is not a number.
+    """
+    paths = [Path(parse_weighted(text)[0]) for text in texts]
+    models = {path: _is_model(path) for path in paths if path.exists()}
+    if len(set(models.values())) > 1:
+        adapter = next(path for path, is_whole in models.items() if not is_whole)
+        raise SettingsError(
+            f"{str(adapter)!r} is not a whole model, and others are",
+            allowed="adapters only, or whole models only",
+            remedy="add adapters to a model with `loraline fuse`",
+        )
+    return any(models.values())
+
+
+def _is_model(path: Path) -> bool:
+    """Returns True for a checkpoint, and for the folder or file of one of its components."""
+    from lora_engine.checkpoints import is_checkpoint
+    from lora_engine.formats.safetensors_io import read_header
+
+    if is_checkpoint(path):
+        return True
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    return path.suffix == ".safetensors" and not _INPUTS.isdisjoint(read_header(path)[0])
+
+
+def merge_models(
+    texts: Sequence[str],
+    output: Path,
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    base: str | None,
+    dataset: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Writes the merge of whole models.
+
+    Args:
+        texts: `name` or `name:weight`; a name is a folder, a file or a name of a base.
+        output: A file, or a folder if the first model is one.
+        method: Name of a checkpoint merge method.
+        options: Options of the method.
+        base: Must be None; only merges of adapters read a base.
+        dataset: Must be None; only merges of adapters learn weights.
+        seed: Must be 0; no method for models draws.
+
+    Returns:
+        The fields of `CheckpointReport`.
+
+    Raises:
+        BaseModelError: A model cannot be read, or does not match the others.
+        SettingsError: The method, an option or the weights are not valid.
+    """
+    from lora_engine.streaming import CHECKPOINT_METHODS, merge_checkpoints
+
+    for name, is_set in (("base", base is not None), ("dataset", dataset is not None), ("seed", seed != 0)):
+        if is_set:
+            raise SettingsError(f"a merge of whole models takes no {name}", remedy=f"leave out --{name}")
+    named = [parse_weighted(text) for text in texts]
+    given = [None if name == text else weight for text, (name, weight) in zip(texts, named, strict=True)]
+    weights = CHECKPOINT_METHODS[method].weights_for(given)
+    paths = [model_path(name) for name, _ in named]
+    return asdict(merge_checkpoints(paths, weights, output, method=method, options=options))
