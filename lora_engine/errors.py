@@ -3,6 +3,7 @@
 WordedError                 the root of the registry's tree, too
 └── EngineError
     ├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
+    │   └── UnknownBaseError    its base family is unknown or not supported, so its modules have no canonical names
     ├── BaseModelError      a base model: not found, unknown family, shapes that do not match
     ├── DataError           a folder of images, a manifest, a caption file
     ├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
@@ -48,6 +49,13 @@ class EngineError(WordedError):
 
 class AdapterError(EngineError):
     """An adapter, in a file or in memory, that is incomplete or does not match the base."""
+
+
+class UnknownBaseError(AdapterError):
+    """An adapter whose base family is unknown or not supported: its modules have no canonical names.
+
+    `formats.verbatim` reads such a file under its own names.
+    """
 
 
 class BaseModelError(EngineError):

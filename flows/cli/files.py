@@ -27,19 +27,27 @@ def add_verbs(app: typer.Typer) -> None:
         app.command(cls=LateHelp)(verb)
 
 
-def inspect(file: File, as_json: Json = False) -> None:
+def inspect(
+    file: File,
+    norms: Annotated[bool, typer.Option("--norms", help="Include the norms of the changes (adapters).")] = False,
+    as_json: Json = False,
+) -> None:
     """Show a file's format, kinds, modules, ranks, embeddings and card, or a model's architecture."""
-    from flows.cli.output import print_facts, print_json
+    from flows.cli.output import print_facts, print_json, print_table
     from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
-    from lora_engine.formats import inspect as inspect_adapter
+    from tasks.operations.adapter_files import inspect_adapter
 
-    facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file)
+    facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file, norms=norms)
     if as_json:
         print_json(facts)
         return
+    by_module = facts.pop("norms", {})
     print_facts(
         (name, value if not isinstance(value, dict) else ", ".join(map(str, value))) for name, value in facts.items()
     )
+    if by_module:
+        rows = ((name, "needs the base" if norm is None else f"{norm:.4g}") for name, norm in by_module.items())
+        print_table(("module", "norm of the change"), rows)
 
 
 def validate(file: File, base: _Base = None, as_json: Json = False) -> None:
@@ -50,8 +58,11 @@ def validate(file: File, base: _Base = None, as_json: Json = False) -> None:
     facts = check_file(file, base)
     if as_json:
         print_json(facts)
-    else:
-        print(f"{file}: valid. {', '.join(f'{count} {noun}' for noun, count in facts.items())}.")
+        return
+    assumed = facts.pop("assumed", None)
+    print(f"{file}: valid. {', '.join(f'{count} {noun}' for noun, count in facts.items())}.")
+    if assumed:
+        print(f"assumed: {assumed}")
 
 
 def convert(

@@ -78,6 +78,7 @@ def merge(
             dataset=dataset,
         )
     _print(merged.as_json(), f"{output}: {_describe(merged)}", as_json=as_json)
+    _print_assumed(merged.assumed, as_json=as_json)
 
 
 def resize(
@@ -98,6 +99,7 @@ def resize(
 
     report = resize_adapter(file, output, base=base, rank=rank, energy=energy, error=error, others=others, seed=seed)
     _print(report, f"{output}: keeps {report['retained']:.4%} of the squared norm.", as_json=as_json)
+    _print_assumed(report.get("assumed", ""), as_json=as_json)
 
 
 def extract(
@@ -177,6 +179,11 @@ def _describe(report: Any) -> str:
     kinds = {entry.kind for entry in report.modules.values()}
     modules = f"{len(report.modules)} modules ({', '.join(sorted(kinds))})"
     return modules if report.retained == 1.0 else f"{modules}, keeps {report.retained:.4%} of the squared norm."
+
+
+def _print_assumed(assumed: str, *, as_json: bool) -> None:
+    if assumed and not as_json:  # the JSON document has it
+        print(f"assumed: {assumed}")
 
 
 def _print(value: dict[str, Any], line: str, *, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from lora_engine.families import anima as anima  # isort: skip
 from lora_engine.families import lumina2 as lumina2  # isort: skip
 from lora_engine.families import wan as wan  # isort: skip
 from lora_engine.families import ltx as ltx  # isort: skip
+from lora_engine.families import flux_like as flux_like  # isort: skip
 from lora_engine.families import other_transformers as other_transformers  # isort: skip
 
 

@@ -22,12 +22,11 @@ _SHAPES = {
     **dict.fromkeys(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"), "w w"
     ),
-    # Early files, of Cosmos-Predict2, have the width of the network for the text and in the modulation too.
-    **dict.fromkeys(("attn2.to_k", "attn2.to_v"), "w 1024|2048"),
+    **dict.fromkeys(("attn2.to_k", "attn2.to_v"), "w 1024"),
     "ff.net.0.proj": "4w w",
     "ff.net.2": "w 4w",
-    **{f"norm{place}.linear_1": "256|2048 w" for place in (1, 2, 3)},
-    **{f"norm{place}.linear_2": "3w 256|2048" for place in (1, 2, 3)},
+    **{f"norm{place}.linear_1": "256 w" for place in (1, 2, 3)},
+    **{f"norm{place}.linear_2": "3w 256" for place in (1, 2, 3)},
 }
 ANIMA = Family(
     name="anima",

@@ -17,7 +17,14 @@ from lora_engine.adapters.tree import near_names
 from lora_engine.catalog.formats import FORMATS, Format
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
-from lora_engine.formats.family import FAMILY, FINGERPRINT, families_of_tensors, family_of, unsupported_reason
+from lora_engine.formats.family import (
+    FAMILY,
+    FINGERPRINT,
+    component_problem,
+    families_of_tensors,
+    family_of,
+    unsupported_reason,
+)
 from lora_engine.formats.key_layout import Group, KeyLayout, group_tensors
 from lora_engine.formats.transformers.names import ExportNaming, find_modules
 from lora_engine.formats.validate import check_delta, validate_tensors
@@ -171,6 +178,7 @@ class TensorCodec:
         deltas = {raw: part.delta for raw, part in parts.items()}
         family = family_of(metadata, deltas, known or ())
         family.check(_source(next(iter(parts.values()))))
+        _check_components(parts, deltas)
         modules: dict[str, Delta] = {}
         for raw, name, delta in self._normalized(deltas, metadata, family.possible, known, shapes):
             part, shape = parts[raw], shapes.get(name)
@@ -182,6 +190,7 @@ class TensorCodec:
             if shape is not None:
                 check_delta(delta, partial(_sources, part), shape)
             modules[name] = delta if shape is None else delta.reshaped_for(shape)
+        _check_components(parts, modules)
         if not family.possible:
             family = family_of(metadata, modules, known or ())
         return Adapter(modules, family.name, metadata.get(FINGERPRINT))
@@ -261,6 +270,11 @@ def _sources(part: Part) -> Mapping[str, str]:
 
 def _source(part: Part) -> str:
     return f"tensor {next(iter(part.group.keys.values()))!r}"
+
+
+def _check_components(parts: Mapping[str, Part], names: Iterable[str]) -> None:
+    if problem := component_problem(names):
+        raise AdapterError(problem, where=_source(next(iter(parts.values()))), remedy="use another file")
 
 
 def _unknown(source: str, name: str, known: Collection[str], reason: str | None) -> AdapterError:

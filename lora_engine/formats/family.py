@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_engine.adapters import Delta, DoraDelta
-from lora_engine.errors import AdapterError
+from lora_engine.errors import UnknownBaseError
 from lora_engine.families import families
 from lora_engine.families.names import TRANSFORMER
 from lora_engine.families.proof import Recognition, recognize_family, titles
@@ -35,6 +35,8 @@ _UNSUPPORTED_FILES = {
     r"(emb_params|string_to_param.*|clip_[lg])": "a textual-inversion embedding",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a full checkpoint, not an adapter",
 }
+_DENOISERS = ("unet", TRANSFORMER)
+_COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 _IN_TEXT_ENCODER = re.compile(r"(?:lora_te\d?_|text_encoder(?:_\d)?\.)(.+)")
 _FACTOR = re.compile(
     r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|(alpha|diff|diff_b|scale|weight|bias|w_norm|b_norm|on_input)$).*"
@@ -78,16 +80,16 @@ class BaseFamily:
         return "" if len(self.possible) < 2 else f"the base is {titles(self.possible)}: they share these modules"
 
     def check(self, source: str) -> None:
-        """Raises `AdapterError` for a contradiction, and if no possible family is supported.
+        """Raises `UnknownBaseError` for a contradiction, and if no possible family is supported.
 
         Args:
             source: Location in the file.
         """
         if self.problem:
-            raise AdapterError(self.problem, where=self.where, allowed=self.allowed, remedy=_NAME_BASE)
+            raise UnknownBaseError(self.problem, where=self.where, allowed=self.allowed, remedy=_NAME_BASE)
         if self.possible and not self.supported:
             readable = ", ".join(family.title for family in families.values() if family.is_supported)
-            raise AdapterError(
+            raise UnknownBaseError(
                 f"the adapter is {_unsupported(self.possible).removeprefix('an adapter ')}",
                 where=source,
                 allowed=f"adapters for {readable}",
@@ -161,6 +163,22 @@ def unsupported_reason(keys: Collection[str]) -> str | None:
             if re.fullmatch(pattern, key):
                 return description
     return None
+
+
+def component_problem(names: Iterable[str]) -> str:
+    """Returns why no base has modules with these names, given the component first; empty if one may.
+
+    A component has no weight of its own, and a base denoises with a U-Net or a transformer, not with both.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        component, _, path = name.partition(".")
+        if not path and component in _COMPONENTS:
+            return f"the module {name!r} is a whole component, not a layer"
+        first.setdefault(component, name)
+    if set(_DENOISERS) <= set(first):
+        return f"{' and '.join(repr(first[name]) for name in _DENOISERS)} are of two denoisers, and no base has both"
+    return ""
 
 
 def flattened(name: str) -> str:

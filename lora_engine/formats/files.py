@@ -15,16 +15,25 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
+from lora_engine.families.names import TRANSFORMER
 from lora_engine.files import FilePath, atomic_write, canonical_json, sha256_file
 from lora_engine.formats.card import GENERATED, Card, card_header, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
 from lora_engine.formats.embeddings import Embedding, check_widths, embed
-from lora_engine.formats.family import FAMILY, FINGERPRINT, families_of_tensors, family_of, unsupported_reason
+from lora_engine.formats.family import (
+    FAMILY,
+    FINGERPRINT,
+    component_problem,
+    families_of_tensors,
+    family_of,
+    unsupported_reason,
+)
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
+from lora_engine.formats.unknown_names import UnknownNamesCodec
 
 
 @dataclass(frozen=True)
@@ -71,17 +80,24 @@ def read_adapter(path: FilePath, module_names: Names | None = None, *, limits: L
 def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
     """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files."""
     path = Path(path)
-    with _in_file(path):
+    with in_file(path):
         raw = read_raw_file(path, limits)
         check_widths(raw.embeddings, module_names)
         if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
             empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
             return Bundle(empty, read_card(raw.metadata), raw.embeddings)
-        codec = _codec_of(raw)
-        adapter = codec.decode(raw.tensors, raw.metadata, module_names)
-        ambiguous = "" if adapter.base else family_of(raw.metadata, adapter.modules).note
-        assumptions = "; ".join(filter(None, [raw.assumptions, ambiguous]))
+        adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
+        assumptions = "; ".join(filter(None, [raw.assumptions, _unproven(adapter, raw.metadata)]))
         return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
+
+
+def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
+    """Returns what the file leaves open about the family; the modules of a U-Net name no family, and need none."""
+    if adapter.base:
+        return ""
+    family = family_of(metadata, adapter.modules)
+    is_unknown = not family.possible and TRANSFORMER in adapter.components
+    return "the base family is unknown: no family has these modules" if is_unknown else family.note
 
 
 def write_adapter(
@@ -149,7 +165,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         AdapterError: As `read_adapter`.
     """
     path = Path(path)
-    with _in_file(path):
+    with in_file(path):
         raw = read_raw_file(path, LIMITS)
         is_adapter = bool(raw.tensors) or not raw.embeddings
         codec = detect_codec(raw.tensors, raw.metadata) if is_adapter else None
@@ -164,7 +180,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         "family": family.name,
         "families": list(family.possible),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": "; ".join(filter(None, [note or family.note, problem])) or None,
+        "note": "; ".join(filter(None, [note or family.note, problem, component_problem(modules)])) or None,
         "assumed": raw.assumptions or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
@@ -203,6 +219,8 @@ def _modules_of(codec: Codec | None, raw: RawFile, *, is_unsupported: bool) -> t
 def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
     """Returns the codec that reads a file with these tensor names.
 
+    A file of known factors under unknown module names gets a codec that only reads the factors, named `unknown`.
+
     Raises:
         AdapterError: No codec does; gives the reason if the format is known but unsupported.
     """
@@ -212,6 +230,9 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
     for name in sorted(codecs, key=lambda name: FORMATS[name].precedence):
         if codecs[name].detect(keys, metadata):
             return codecs[name]
+    unknown = UnknownNamesCodec()
+    if unknown.detect(keys, metadata):
+        return unknown
     reason = unsupported_reason(keys)
     raise AdapterError(
         f"the file is {reason}, which is not supported"
@@ -227,7 +248,12 @@ def _holds_only_embeddings(codec: Codec, embeddings: Sequence[Embedding]) -> boo
     return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
 
 
-def _codec_of(raw: RawFile) -> Codec:
+def codec_of(raw: RawFile) -> Codec:
+    """Returns the codec that reads the adapter of a file.
+
+    Raises:
+        AdapterError: The file holds only an embedding, or no codec reads it.
+    """
     if not raw.tensors and raw.embeddings:
         raise AdapterError(
             f"the file is a textual-inversion embedding ({raw.embeddings[0].token!r}), not an adapter",
@@ -279,7 +305,7 @@ def _count(values: Iterable[object]) -> dict[str, int]:
 
 
 @contextmanager
-def _in_file(path: Path) -> Iterator[None]:
+def in_file(path: Path) -> Iterator[None]:
     """Prefixes the location in an error with the file's path."""
     try:
         yield

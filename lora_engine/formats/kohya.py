@@ -65,15 +65,12 @@ class KohyaCodec(TensorCodec):
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:
         """Returns the `ss_*` entries that readers use, and the canonical names for Loraline."""
-        ranks = {delta.rank for delta in adapter.modules.values()}
-        alphas = {delta.alpha for delta in adapter.modules.values()}
         kinds = {delta.kind for delta in adapter.modules.values()}
         version = base_version(adapter, card)
         header = {
             MODULES: canonical_json(list(adapter.modules)).decode(),
             "ss_network_module": "networks.lora" if kinds == {"lora"} else "lycoris.kohya",
-            **_header_entry("ss_network_dim", ranks),
-            **_header_entry("ss_network_alpha", alphas),
+            **rank_header(adapter),
             "ss_v2": str(version.startswith("sd_v2")),
         }
         if version:
@@ -86,6 +83,15 @@ class KohyaCodec(TensorCodec):
         """Returns kohya's two digests, over the tensors with only the `ss_*` metadata."""
         hashed = {key: text for key, text in metadata.items() if key.startswith("ss_")}
         return {"sshs_model_hash": BODY_SHA256, "sshs_legacy_hash": short_digest(tensors, hashed)}
+
+
+def rank_header(adapter: Adapter) -> dict[str, str]:
+    """Returns the entries of rank and alpha, `Dynamic` if modules differ; none for kinds without them."""
+    deltas = adapter.modules.values()
+    return {
+        **_header_entry("ss_network_dim", {delta.rank for delta in deltas}),
+        **_header_entry("ss_network_alpha", {delta.alpha for delta in deltas}),
+    }
 
 
 def _header_entry(key: str, values: Collection[float | None]) -> dict[str, str]:

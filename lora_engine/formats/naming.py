@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lora_engine.adapters.published import published_module_shapes
 from lora_engine.adapters.tree import near_names
-from lora_engine.errors import AdapterError
+from lora_engine.errors import AdapterError, UnknownBaseError
 from lora_engine.families import families
 from lora_engine.formats.family import FAMILY, has_sdxl_modules, unsupported_reason
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
@@ -84,7 +84,8 @@ def resolve_names(
         naming: Naming scheme of the file.
 
     Raises:
-        AdapterError: A name is not in the base or matches several modules, or no base is known.
+        AdapterError: A name is not in the base or matches several modules.
+        UnknownBaseError: No base is known.
     """
     names = listed_modules(metadata) if known is None else known
     if names is None:
@@ -92,7 +93,7 @@ def resolve_names(
         published = None if reason else _published(raw, metadata.get("ss_base_model_version", ""), naming)
         if published is not None:
             return dict(published)
-        raise AdapterError(
+        raise UnknownBaseError(
             f"the file is {reason}; that base is not supported" if reason else "a base is needed to read the names",
             where=f"module {min(raw)!r}",
             allowed="module names of a base",

@@ -109,6 +109,14 @@ def _gram_of_factors(deltas: Sequence[LoraDelta]) -> Tensor:
     return inner + _products([None if delta.bias is None else delta.bias.double() for delta in deltas])
 
 
+def norm_of(delta: Delta) -> float | None:
+    """Returns the Frobenius norm of a delta with its bias; None if it depends on the base's weight or its shape."""
+    if delta.reads_base or delta.weight_shape is None:
+        return None
+    module = ModuleDeltas.of("", [delta])
+    return math.sqrt(max(0.0, float(module.gram([delta]))))
+
+
 @contextmanager
 def located(name: str) -> Iterator[None]:
     """Adds the module's name to engine errors without a location."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_engine.adapters import Adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.source import resolve_base
-from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.errors import AdapterError, SettingsError, UnknownBaseError
 from lora_engine.files import FilePath, sha256_file
 from lora_engine.formats import Card, read_adapter, write_adapter
+from lora_engine.formats.verbatim import NAMES_KEPT, VerbatimAdapter, read_verbatim, write_verbatim
 from lora_engine.merging.concatenate import check_bases
 from lora_engine.merging.merge import merge_adapters
 from lora_engine.merging.methods import METHODS, Elementwise
@@ -32,6 +34,9 @@ def merge_files(
     work: Path | None = None,
 ) -> Report:
     """Merges adapter files into one.
+
+    If the family of a file is unknown or not supported, the result has the module names, the format and the header of
+    the files, which must agree on them.
 
     Args:
         files: At least one adapter file, each readable without its base.
@@ -56,17 +61,60 @@ def merge_files(
     if dataset is not None and not learns(parsed):
         learning = ", ".join(name for name, entry in METHODS.items() if entry.learn)
         raise SettingsError(f"method {parsed.name!r} takes no dataset", allowed=learning, remedy="leave it out")
-    adapters, cards = zip(*(read_adapter(file) for file in files), strict=True)
+    try:
+        adapters, cards = zip(*(read_adapter(file) for file in files), strict=True)
+    except UnknownBaseError:
+        if base is not None or learns(parsed):
+            raise
+        return _merge_verbatim(files, weights, output, parsed, seed)
     check_bases(adapters, weights)
     model = load_base_if_read(adapters, parsed, base)
     final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed) if learns(parsed) else weights
     merged, report = merge_adapters(adapters, final_weights, parsed, seed=seed, base=model)
+    recipe = merge_recipe(parsed, seed, final_weights, report)
+    write_adapter(output, merged, card=_card_of_files(files, cards, weights, method, recipe))
+    return report
+
+
+def _merge_verbatim(
+    files: Sequence[Path], weights: Sequence[Weight], output: Path, options: MergeOptions, seed: int
+) -> Report:
+    """Merges files whose family is unknown or not supported, module by module under their own names."""
+    originals = [read_verbatim(file) for file in files]
+    _check_same_names(files, originals)
+    merged, report = merge_adapters([original.adapter for original in originals], weights, options, seed=seed)
+    cards = [original.card for original in originals]
+    card = _card_of_files(files, cards, weights, options.name, merge_recipe(options, seed, weights, report))
+    headers = [original.metadata for original in originals]
+    shared = {key: text for key, text in headers[0].items() if all(header.get(key) == text for header in headers)}
+    write_verbatim(output, replace(originals[0], metadata=shared), merged, card)
+    return replace(report, assumed=f"the adapters are for one base; {NAMES_KEPT}, where they agree")
+
+
+def _check_same_names(files: Sequence[Path], originals: Sequence[VerbatimAdapter]) -> None:
+    """Raises if the files cannot be of one base, or name modules differently."""
+    first = originals[0]
+    for file, other in zip(files, originals, strict=True):
+        has_other_family = other.families and first.families and not set(other.families) & set(first.families)
+        has_other_names = (other.codec.name, other.key_layout) != (first.codec.name, first.key_layout)
+        if has_other_family or has_other_names:
+            raise AdapterError(
+                "the adapters are for different families of base models"
+                if has_other_family
+                else "the adapters name modules differently, and for their base family names cannot be converted",
+                where=f"{files[0]} and {file}",
+                allowed="adapters for one base, in one format",
+                remedy="choose adapters of one program, or name the base if it is supported (--base)",
+            )
+
+
+def _card_of_files(
+    files: Sequence[Path], cards: Sequence[Card], weights: Sequence[Weight], method: str, recipe: Mapping[str, Any]
+) -> Card:
+    """Returns the card of an adapter that was merged from files; its recipe names them with their digests."""
     titles = [card.title or file.stem for card, file in zip(cards, files, strict=True)]
     parents = [f"{title} sha256:{sha256_file(file)}" for title, file in zip(titles, files, strict=True)]
-    recipe = {"parents": parents, **merge_recipe(parsed, seed, final_weights, report)}
-    card = merged_card(cards, titles, weights, method, recipe)
-    write_adapter(output, merged, card=card)
-    return report
+    return merged_card(cards, titles, weights, method, {"parents": parents, **recipe})
 
 
 def merged_card(

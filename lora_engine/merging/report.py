@@ -31,9 +31,15 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of all modules by canonical name."""
+    """The results of all modules by canonical name.
+
+    Attributes:
+        modules: The results by module.
+        assumed: What was assumed because a file does not state it; empty if nothing.
+    """
 
     modules: Mapping[str, ModuleReport]
+    assumed: str = ""
 
     @property
     def retained(self) -> float:
@@ -53,4 +59,5 @@ class Report:
             name: {"kind": module.kind, "rank": module.rank, "retained": module.retained}
             for name, module in self.modules.items()
         }
-        return {"retained": self.retained, "modules": shown}
+        assumed = {"assumed": self.assumed} if self.assumed else {}
+        return {"retained": self.retained, "modules": shown} | assumed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_engine.errors import AdapterError, BaseModelError
+from lora_engine.errors import AdapterError, BaseModelError, UnknownBaseError
 from registry.home import Home
 from tasks.errors import SpecError
 from tasks.progress import StepEvent, publish
 
 if TYPE_CHECKING:
-    from lora_engine.formats import Bundle
+    from lora_engine.formats import Bundle, Card
 
 
 def open_bundle(file: Path, base: str | None) -> Bundle:
@@ -75,7 +76,12 @@ def convert_adapter(
     from lora_engine.formats.dtypes import dtype_of
     from lora_engine.merging.approximate import approximate
 
-    bundle, names = open_bundle(file, base), module_shapes_of(base)
+    try:
+        bundle, names = open_bundle(file, base), module_shapes_of(base)
+    except UnknownBaseError as error:
+        if base is not None or approximation is not None:
+            raise
+        return _cast_adapter(file, output, to, dtype, error)
     adapter, retained = bundle.adapter, None
     if approximation is not None:
         model = load_base(base, device="cpu") if base is not None and base not in published else None
@@ -95,6 +101,24 @@ def convert_adapter(
     return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}
 
 
+def _cast_adapter(file: Path, output: Path, to: str, dtype: str | None, unknown: UnknownBaseError) -> dict[str, Any]:
+    """Writes an adapter of an unknown base in another dtype; raises `unknown` for any other format than the file's."""
+    from lora_engine.files import sha256_file
+    from lora_engine.formats.dtypes import dtype_of
+    from lora_engine.formats.verbatim import NAMES_KEPT, read_verbatim, write_verbatim
+
+    original = read_verbatim(file)
+    if original.codec.name != to:
+        raise unknown
+    written = write_verbatim(output, original, original.adapter, original.card, dtype=dtype_of(dtype))
+    return {
+        "format": to,
+        "files": [{"file": str(written), "sha256": sha256_file(written)}],
+        "approximation": None,
+        "assumed": f"{unknown.problem}; {NAMES_KEPT}",
+    }
+
+
 def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[str, Any]:
     """Writes a whole model in another layout; `settings`: see `checkpoints.convert_checkpoint`."""
     from lora_engine.checkpoints import convert_checkpoint
@@ -104,8 +128,28 @@ def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[st
     return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
 
 
-def check_file(file: Path, base: str | None) -> dict[str, int]:
-    """Validates an adapter, an embedding or a whole model, and returns counts of its modules, embeddings or tensors.
+def inspect_adapter(file: Path, *, norms: bool) -> dict[str, Any]:
+    """Returns what `formats.inspect` does, with the Frobenius norms of the deltas by module if requested.
+
+    Norms need no base family. The norm is None for a kind whose delta depends on the base's weight or shape.
+    """
+    from lora_engine.formats import inspect
+
+    facts = inspect(file)
+    if not norms:
+        return facts
+    from lora_engine.formats.verbatim import read_deltas
+    from lora_engine.merging.deltas import norm_of
+
+    by_module = {name: norm_of(delta) for name, delta in read_deltas(file).items()}
+    return facts | {"norms": by_module, "norm": math.hypot(*(norm for norm in by_module.values() if norm is not None))}
+
+
+def check_file(file: Path, base: str | None) -> dict[str, Any]:
+    """Validates an adapter, an embedding or a whole model.
+
+    Returns:
+        Counts of its modules, embeddings or tensors, and `assumed` if the file leaves something open.
 
     Raises:
         EngineError: The file is invalid, or does not match the base.
@@ -122,23 +166,40 @@ def check_file(file: Path, base: str | None) -> dict[str, int]:
         return {"embeddings": len(read_embeddings(file))}
     bundle = open_bundle(file, base)
     embeddings = {"embeddings": len(bundle.embeddings)} if bundle.embeddings else {}
-    return {"modules": len(bundle.adapter.modules)} | embeddings
+    assumed = {"assumed": bundle.assumptions} if bundle.assumptions else {}
+    return {"modules": len(bundle.adapter.modules)} | embeddings | assumed
 
 
 def resize_adapter(file: Path, output: Path, *, base: str | None, **settings: Any) -> dict[str, Any]:
-    """Writes an adapter at another rank; returns what each module keeps. `settings`: see `merging.resize`."""
+    """Writes an adapter at another rank; returns what each module keeps. `settings`: see `merging.resize`.
+
+    If the base family is unknown or not supported, names and header stay, and `assumed` says why.
+    """
     from lora_engine.bases.base import load_base
     from lora_engine.formats import write_adapter
+    from lora_engine.formats.verbatim import NAMES_KEPT, read_verbatim, write_verbatim
     from lora_engine.merging.resize import resize
 
-    bundle = open_bundle(file, base)
+    try:
+        bundle = open_bundle(file, base)
+    except UnknownBaseError as error:
+        if base is not None:
+            raise
+        original = read_verbatim(file)
+        adapter, report = resize(original.adapter, **settings)
+        write_verbatim(output, original, adapter, _resized_card(original.card, settings, report.retained))
+        return report.as_json() | {"assumed": f"{error.problem}; {NAMES_KEPT}"}
     model = load_base(base, device="cpu") if base is not None and settings.get("others") == "lora" else None
     adapter, report = resize(bundle.adapter, base=model, **settings)
-    recorded = {name: value for name, value in settings.items() if value not in (None, "refuse")}
-    recipe = bundle.card.recipe | {"resized": recorded | {"retained_energy": round(report.retained, 6)}}
-    card = bundle.card.model_copy(update={"recipe": recipe})
+    card = _resized_card(bundle.card, settings, report.retained)
     write_adapter(output, adapter, card=card, embeddings=bundle.embeddings)
     return report.as_json()
+
+
+def _resized_card(card: Card, settings: Mapping[str, Any], retained: float) -> Card:
+    recorded = {name: value for name, value in settings.items() if value not in (None, "refuse")}
+    recipe = card.recipe | {"resized": recorded | {"retained_energy": round(retained, 6)}}
+    return card.model_copy(update={"recipe": recipe})
 
 
 def model_path(base: str) -> Path:

@@ -22,7 +22,7 @@ SUPPORTED = [name for name, family in families.items() if family.is_supported]
 TRANSFORMERS = [name for name in SUPPORTED if families[name].names is not None]
 PUBLISHED = [entry.name for entry in published.values() if "transformer" in entry.components]
 WRITTEN = [name for name, codec in codecs.items() if not codec.format.families and name not in ("bfl", "xlabs")]
-EQUAL_SHAPES = {"chroma": {"flux", "chroma"}, "ltx_video": {"ltx_video", "ltx2", "anima"}}
+EQUAL_SHAPES = {"chroma": {"flux", "chroma"}, "ltx_video": {"ltx_video", "ltx2"}, "sana": {"sana", "sana_video"}}
 """Families whose whole files do not prove them: another family has all their modules."""
 
 

@@ -16,13 +16,16 @@ from lora_engine.families.proof import recognize_family
 from lora_engine.formats import inspect, read_adapter, read_bundle, write_adapter
 
 Shapes = dict[str, tuple[int, int]]
-DOUBLE_STREAM = ("flux", "flux2", "chroma", "hunyuan_video", "qwen_image")
+FLUX_LIKE = ("bria", "longcat_image", "ovis_image")
+DOUBLE_STREAM = ("flux", "flux2", "chroma", "hunyuan_video", "qwen_image", *FLUX_LIKE)
 
 
-def attention(blocks: int, width: int, *, prefix: str = "transformer_blocks", first: int = 0) -> Shapes:
-    parts = ("to_q", "to_k", "to_v", "to_out.0")
+def attention(
+    blocks: int, width: int, *, prefix: str = "transformer_blocks", name: str = "attn", first: int = 0
+) -> Shapes:
+    parts = ("to_q", "to_k", "to_v", "to_out.0") if "single" not in prefix else ("to_q", "to_k", "to_v")
     return {
-        f"{prefix}.{number}.attn.{part}": (width, width) for number in range(first, first + blocks) for part in parts
+        f"{prefix}.{number}.{name}.{part}": (width, width) for number in range(first, first + blocks) for part in parts
     }
 
 
@@ -90,7 +93,11 @@ PROVEN = {
         {"transformer_blocks.0.attn1.to_q": (1152, 1152), "transformer_blocks.0.ff.net.2": (1152, 4608)},
         "pixart",
     ),
-    "Sana": ({"transformer_blocks.0.attn1.to_q": (2240, 2240)}, "sana"),
+    "Sana": ({"transformer_blocks.0.ff.conv_point": (1152, 2880)}, "sana"),
+    "SANA-Video": ({"transformer_blocks.0.ff.conv_temp": (2240, 6720)}, "sana_video"),
+    "Kandinsky 2's prior": (attention(20, 2048, name="attn1"), "kandinsky2_prior"),
+    "LTX-Video 2B": (attention(28, 2048, name="attn2"), "ltx_video"),
+    "FIBO": (attention(8, 3072) | attention(38, 3072, prefix="single_transformer_blocks"), "bria"),
     "Lumina 2": ({"layers.0.attention.qkv": (3840, 2304)}, "lumina2"),
     "Z-Image": ({"layers.0.attention.qkv": (11520, 3840)}, "z_image"),
     "Wan 1.3B": ({"blocks.0.self_attn.q": (1536, 1536), "blocks.0.ffn.0": (8960, 1536)}, "wan"),
@@ -137,7 +144,7 @@ def test_an_ambiguous_file_is_read_without_a_family_which_is_reported(tmp_path: 
     path = file_of(attention(2, 3072), tmp_path)
     report = inspect(path)
     assert (report["family"], report["families"]) == ("", list(DOUBLE_STREAM))
-    assert "FLUX.1, FLUX.2, Chroma, HunyuanVideo or Qwen-Image" in report["note"]
+    assert "FLUX.1, FLUX.2, Chroma, HunyuanVideo, Qwen-Image, Bria, LongCat-Image or Ovis-Image" in report["note"]
     bundle = read_bundle(path)
     assert bundle.adapter.base == ""
     assert "FLUX.1, FLUX.2" in bundle.assumptions
@@ -221,8 +228,11 @@ STATED = {
     "lumina2": "lumina2 lumina-2",
     "anima": "anima anima-preview Anima",
     "ltx2": "ltx2",
+    "bria": "bria-3.2 fibo",
+    "longcat_image": "longcat_image",
     "hidream": "hidream_i1 hidream-i1",
     "sana": "sana",
+    "sana_video": "sana_video",
     "pixart": "pixart-sigma",
     "sd3": "sd3 stable-diffusion-3",
     "sd": "sd_v1 sd_v2 sd_v2_v sd_1.5",

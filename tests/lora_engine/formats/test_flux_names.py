@@ -244,8 +244,8 @@ def test_original_names_need_a_known_family():
         codecs["kohya"].encode(Adapter({name: random_delta("lora", (4, 4))}))
     with pytest.raises(AdapterError, match=r"the family of the adapter is ambiguous.*flux, chroma, hunyuan_video"):
         codecs["kohya"].encode(Adapter({name: random_delta("lora", (3072, 12288), 1)}))
-    proven = {"transformer.transformer_blocks.0.ff.net.2": random_delta("lora", (1536, 6144), 1)}
-    assert "lora_unet_joint_blocks_0_x_block_mlp_fc2.alpha" in codecs["kohya"].encode(Adapter(proven))[0]
+    proven = {"transformer.transformer_blocks.12.ff.net.2": random_delta("lora", (1536, 6144), 1)}
+    assert "lora_unet_joint_blocks_12_x_block_mlp_fc2.alpha" in codecs["kohya"].encode(Adapter(proven))[0]
 
 
 def test_one_part_under_two_names_is_refused():
