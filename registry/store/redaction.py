@@ -28,7 +28,8 @@ _TOKENS = re.compile(
     r"sk-[A-Za-z0-9_-]{20,}|xox[a-z]-[\w-]{10,}|pn[ub]_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|"
     r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
 )
-_VARIABLES = re.compile(rf"(?:^|_){_NAMES}$", re.IGNORECASE)
+# The shell's PWD is the current folder.
+_VARIABLES = re.compile(rf"(?!PWD$)(?:^|.*_){_NAMES}$", re.IGNORECASE)
 _SHORTEST = 8
 """Characters from which the value of a variable is searched in texts; a shorter one may be a common word."""
 
@@ -134,5 +135,5 @@ def _replace_word(text: str, secret: str) -> str:
 
 def _environment_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _VARIABLES.search(name):
+        if len(value) >= _SHORTEST and _VARIABLES.match(name):
             yield value

@@ -63,3 +63,10 @@ def test_value_of_a_secret_variable_is_replaced_in_messages_but_not_in_values(mo
     monkeypatch.setenv("SHORT_TOKEN", "short")
     assert redact("watercolor short watercolors") == "*** short watercolors"
     assert redact_values(["a watercolor"]) == ["a watercolor"]
+
+
+def test_the_current_folder_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/ada/work")
+    monkeypatch.setenv("OLDPWD", "/home/ada/other")
+    monkeypatch.setenv("STORE_PWD", "watercolor")
+    assert redact("/home/ada/work/x /home/ada/other/y watercolor") == "/home/ada/work/x /home/ada/other/y ***"
