@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from lora_engine.families.double_stream import DOUBLE_SHAPES, SINGLE_SHAPES
 from lora_engine.families.family import Family, Size, families
-from lora_engine.families.names import Blocks, NameTable, same_names
+from lora_engine.families.names import NameTable, same_blocks
 
 _SINGLE_SHAPES = {name: shape for name, shape in SINGLE_SHAPES.items() if name != "attn.to_out.0"}
 _GATED = dict.fromkeys(("ff.net.0.proj", "ff_context.net.0.proj"), "8w w")
@@ -33,7 +33,7 @@ def _family(
     return Family(
         name=name,
         title=title,
-        names=NameTable(tuple(Blocks(path, path, same_names(*shapes), shapes) for path, shapes in blocks.items())),
+        names=NameTable(tuple(same_blocks(shapes, path) for path, shapes in blocks.items())),
         sizes=tuple(
             Size(size, dict(zip(blocks, counts, strict=True)), {"w": width}) for size, (*counts, width) in sizes.items()
         ),

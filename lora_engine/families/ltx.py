@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, Size, families
-from lora_engine.families.names import Blocks, NameTable, same_names
+from lora_engine.families.names import NameTable, same_blocks
 
 _PARTS = ("to_q", "to_k", "to_v", "to_out.0")
 _VIDEO = {
@@ -26,14 +26,10 @@ _AUDIO = {
 }
 
 
-def _blocks(shapes: dict[str, str]) -> Blocks:
-    return Blocks("transformer_blocks", "transformer_blocks", same_names(*shapes), shapes)
-
-
 LTX_VIDEO = Family(
     name="ltx_video",
     title="LTX-Video",
-    names=NameTable((_blocks(_VIDEO),), {"patchify_proj": "proj_in"}, {"proj_in": "w 128"}),
+    names=NameTable((same_blocks(_VIDEO),), {"patchify_proj": "proj_in"}, {"proj_in": "w 128"}),
     sizes=(
         Size("LTX-Video 2B", {"transformer_blocks": 28}, {"w": 2048}),
         Size("LTX-Video 13B", {"transformer_blocks": 48}, {"w": 4096}),
@@ -44,7 +40,7 @@ LTX2 = Family(
     name="ltx2",
     title="LTX-2",
     names=NameTable(
-        (_blocks({**_VIDEO, **_AUDIO}),),
+        (same_blocks({**_VIDEO, **_AUDIO}),),
         {"patchify_proj": "proj_in", "audio_patchify_proj": "audio_proj_in"},
         {"proj_in": "w 128", "audio_proj_in": "a 128"},
     ),

@@ -166,6 +166,11 @@ def same_names(*names: str) -> dict[str, tuple[str, ...]]:
     return {name: (name,) for name in names}
 
 
+def same_blocks(shapes: Mapping[str, str], path: str = "transformer_blocks") -> Blocks:
+    """Returns the blocks of a list that has diffusers' names in the original too; `shapes`: see `Blocks`."""
+    return Blocks(path, path, same_names(*shapes), shapes)
+
+
 def _target(block: Blocks, name: str, parts: Sequence[str], number: int) -> Target:
     paths = tuple(f"{block.canonical}.{number}.{part}" for part in parts)
     return Target(paths, f"{block.original}.{number}.{name}")

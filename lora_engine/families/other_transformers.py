@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_engine.families.double_stream import ADDED_PROJECTIONS, PROJECTIONS
 from lora_engine.families.family import Family, Size, families
-from lora_engine.families.names import Blocks, NameTable, same_names
+from lora_engine.families.names import NameTable, same_blocks
 
 _FEED_FORWARD = {"linear_1": "f w", "linear_2": "f w", "out_projection": "w f"}
 _SINGLE = {**dict.fromkeys(PROJECTIONS, "w w"), **{f"ff.{name}": shape for name, shape in _FEED_FORWARD.items()}}
@@ -19,7 +19,7 @@ AURA_FLOW = Family(
     title="AuraFlow",
     names=NameTable(
         tuple(
-            Blocks(name, name, same_names(*shapes, "norm1.linear"), {**shapes, "norm1.linear": "6w w"})
+            same_blocks({**shapes, "norm1.linear": "6w w"}, name)
             for name, shapes in (("joint_transformer_blocks", _JOINT), ("single_transformer_blocks", _SINGLE))
         )
     ),
@@ -35,7 +35,7 @@ _PRIOR = {name: shape for name, shape in _PIXART.items() if not name.startswith(
 PIXART = Family(
     name="pixart",
     title="PixArt",
-    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_PIXART), _PIXART),)),
+    names=NameTable((same_blocks(_PIXART),)),
     sizes=(Size("PixArt", {"transformer_blocks": 28}, {"w": 1152}),),
     marks=r"blocks_\d+_(attn_qkv|attn_proj|cross_attn_(q|kv)_linear|cross_attn_proj)(?=_|$)",
     header=r"pixart.*",
@@ -43,14 +43,14 @@ PIXART = Family(
 PRIOR = Family(
     name="kandinsky2_prior",
     title="Kandinsky 2's prior",
-    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_PRIOR), _PRIOR),)),
+    names=NameTable((same_blocks(_PRIOR),)),
     sizes=(Size("Kandinsky 2's prior", {"transformer_blocks": 20}, {"w": 2048}),),
 )
 _SANA = {**_TWO_ATTENTIONS, "ff.conv_inverted": "5w w", "ff.conv_depth": "5w 9", "ff.conv_point": "w p"}
 SANA = Family(
     name="sana",
     title="Sana",
-    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_SANA), _SANA),)),
+    names=NameTable((same_blocks(_SANA),)),
     sizes=(
         Size("Sana 1.6B", {"transformer_blocks": 20}, {"w": 2240, "p": 5600}),
         Size("Sana 0.6B", {"transformer_blocks": 28}, {"w": 1152, "p": 2880}),
@@ -68,7 +68,7 @@ _SANA_VIDEO = {
 SANA_VIDEO = Family(
     name="sana_video",
     title="SANA-Video",
-    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_SANA_VIDEO), _SANA_VIDEO),)),
+    names=NameTable((same_blocks(_SANA_VIDEO),)),
     sizes=(Size("SANA-Video 2B", {"transformer_blocks": 20}, {"w": 2240, "p": 5600}),),
     header=r"sana_?video.*",
 )

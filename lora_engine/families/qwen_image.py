@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_engine.families.double_stream import ADDED_PROJECTIONS, PROJECTIONS
 from lora_engine.families.family import Family, Size, families
-from lora_engine.families.names import Blocks, NameTable, same_names
+from lora_engine.families.names import NameTable, same_blocks
 
 _ATTENTION = (*PROJECTIONS, *ADDED_PROJECTIONS)
 _SHAPES = {
@@ -17,7 +17,7 @@ QWEN_IMAGE = Family(
     name="qwen_image",
     title="Qwen-Image",
     names=NameTable(
-        (Blocks("transformer_blocks", "transformer_blocks", same_names(*_SHAPES), _SHAPES),),
+        (same_blocks(_SHAPES),),
         {"txt_in": "txt_in", "img_in": "img_in", "proj_out": "proj_out", "norm_out.linear": "norm_out.linear"},
         {"txt_in": "w 3584", "img_in": "w 64", "proj_out": "64 w", "norm_out.linear": "2w w"},
     ),
@@ -32,7 +32,7 @@ _SECOND = {
 QWEN_IMAGE_21 = Family(
     name="qwen_image_21",
     title="Qwen-Image 2.1",
-    names=NameTable((Blocks("transformer_blocks", "transformer_blocks", same_names(*_SECOND), _SECOND),)),
+    names=NameTable((same_blocks(_SECOND),)),
     sizes=(Size("Qwen-Image 2.1", {"transformer_blocks": 32}, {"w": 4096}),),
     header=r"qwen_image_2_1.*",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -135,5 +136,11 @@ def _replace_word(text: str, secret: str) -> str:
 
 def _environment_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _VARIABLES.match(name):
+        if len(value) >= _SHORTEST and _is_secret(name):
             yield value
+
+
+@lru_cache(maxsize=1024)
+def _is_secret(variable: str) -> bool:
+    """Returns True if a variable of this name holds a secret; cached, because every cell of a table is redacted."""
+    return _VARIABLES.match(variable) is not None

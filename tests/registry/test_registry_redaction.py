@@ -18,9 +18,9 @@ URLS = {
 PLAIN = (
     "s3://bucket/folder",
     "postgresql://ada@host/db",
-    "sqlite:////home/ada@lab/x:y@z/lineage.db",
-    "/home/ada:x@lab/store",
-    "file:///home/ada@lab/store",
+    "sqlite:////srv/ada@lab/x:y@z/lineage.db",
+    "/srv/ada:x@lab/store",
+    "file:///srv/ada@lab/store",
     "http://127.0.0.1:4200/api",
     "https://host/models/zorb@3",
 )
@@ -66,7 +66,7 @@ def test_value_of_a_secret_variable_is_replaced_in_messages_but_not_in_values(mo
 
 
 def test_the_current_folder_is_no_secret(monkeypatch):
-    monkeypatch.setenv("PWD", "/home/ada/work")
-    monkeypatch.setenv("OLDPWD", "/home/ada/other")
+    monkeypatch.setenv("PWD", "/projects/work")
+    monkeypatch.setenv("OLDPWD", "/projects/other")
     monkeypatch.setenv("STORE_PWD", "watercolor")
-    assert redact("/home/ada/work/x /home/ada/other/y watercolor") == "/home/ada/work/x /home/ada/other/y ***"
+    assert redact("/projects/work/x /projects/other/y watercolor") == "/projects/work/x /projects/other/y ***"
