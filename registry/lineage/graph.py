@@ -104,9 +104,13 @@ def _search(
     new, waiting, depth = list(depths), list[NodeId](), 0
     while new or waiting:
         # Each search of a level costs a query: extra relations wait until the named ones find nothing more.
-        relations, nodes = (named, new) if new else (extra, waiting)
-        waiting = waiting + new if new else []
-        ids, new, depth = ids_by_kind(nodes), [], depth + 1
+        if new:
+            relations, ids = named, ids_by_kind(new)
+            waiting += new
+        else:
+            relations, ids = extra, ids_by_kind(waiting)
+            waiting = []
+        new, depth = [], depth + 1
         for relation in relations:
             for edge in relation.find(session, ids[relation.kind]):
                 edges[edge] = None

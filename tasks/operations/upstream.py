@@ -73,6 +73,7 @@ class _UpstreamSearch:
         self._names = {step.output.sha256: step.step for step in own if step.output is not None}
         self._lineage, self._specs = lineage, dict[str, Mapping[str, Any]]()
         self._registered: dict[str, dict[str, str]] = {}
+        self._same_name: defaultdict[str, int] = defaultdict(lambda: 1)
         self._makers: dict[ArtifactRef | None, list[Execution]] = defaultdict(list)
         for step in lineage.upstream_executions(self.starts, self._inputs_to_follow):
             self._makers[step.output].append(step)
@@ -134,10 +135,10 @@ class _UpstreamSearch:
         return registered
 
     def _unique_name(self, name: str) -> str:
-        unique, count = name, 1
+        unique = name
         while unique in self.result.steps:
-            count += 1
-            unique = f"{name}-{count}"
+            self._same_name[name] += 1
+            unique = f"{name}-{self._same_name[name]}"
         return unique
 
 
