@@ -159,9 +159,17 @@ def process_group(processes: int, device: str | None) -> Iterator[ProcessGroup]:
     _collective(lambda: PartialState(cpu=on_cpu, init_method=method, rank=rank, world_size=processes, timeout=_TIMEOUT))
     try:
         yield ProcessGroup(rank, processes, "cpu" if on_cpu else f"cuda:{rank}")
+        _wait_for_all(f"{rendezvous}.ends", rank, processes)
     finally:
         torch.distributed.destroy_process_group()
         PartialState._reset_state()
+
+
+def _wait_for_all(path: str, rank: int, processes: int) -> None:
+    # Gloo fails a process that has received its last message but not taken it yet when the sender disconnects.
+    store = torch.distributed.FileStore(path, processes)  # type: ignore[attr-defined]
+    store.set(str(rank), "")
+    store.wait([str(other) for other in range(processes)], _TIMEOUT)
 
 
 def _collective(call: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_engine.errors import BaseModelError, EngineError, InterruptedRun, Sett
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_bundle
 from lora_engine.training.batches import Batch
-from lora_engine.training.distributed import ProcessGroup
+from lora_engine.training.distributed import ProcessGroup, process_group
 from lora_engine.training.preservation import PreservationBatch
 from lora_engine.training.run import train
 from lora_engine.training.spawn import _environments, train_in_child
@@ -152,6 +153,25 @@ def test_two_processes_match_a_single_one(job: Callable[..., dict[str, Any]]) ->
     curves = [json.loads((Path(done["out"]) / "training.json").read_bytes())["loss"] for done in (one, two)]
     assert len(curves[0]) == 6
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_no_process_disconnects_before_all_have_ended(tmp_path: Path) -> None:
+    disconnected = tmp_path / "disconnected"
+
+    def run(say: Callable[[str], None]) -> None:
+        with process_group(2, "cpu") as group:
+            group.barrier()
+            if not group.is_main_process:
+                time.sleep(1)
+                say(str(disconnected.exists()))
+        disconnected.touch()
+
+    trials = [
+        forked(run, before=partial(os.environ.update, environment))
+        for environment in _environments(2, tmp_path / "rendezvous")
+    ]
+    assert [trial.finish() for trial in trials] == [(0, []), (0, ["False"])]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
