@@ -31,6 +31,7 @@ from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
+from tasks.adoption import record_adoption
 from tasks.errors import PipelineFailed
 from tasks.execution import record_hit
 from tasks.imports import import_for
@@ -70,6 +71,22 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         return run_as_flow(plan.name, run_and_publish, final_state)(run_id)
 
 
+def adopt_results(spec: PipelineSpec, home: Home) -> Plan:
+    """Adopts every result that a step with the same revision recorded under another cache key; executes nothing.
+
+    Returns:
+        The plan; its steps with both an adoption and an outcome were adopted.
+
+    Raises:
+        RegistryError: The home cannot be read or written.
+    """
+    plan = plan_pipeline(spec, home, adopt=True)
+    if any(step.adoption for step in plan.steps):
+        with _recorded_run(plan, home):
+            pass
+    return plan
+
+
 def _collect(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> PipelineResult:
     changed = {step.name: step.reason for step in plan.steps if not outcomes[step.name].cached}
     ordered = {step.name: outcomes[step.name] for step in plan.steps}
@@ -106,7 +123,7 @@ def _wait(future: Any) -> Any:
 
 @contextmanager
 def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
-    """Records a run with its cached steps and its status; first marks runs whose process is gone as CRASHED."""
+    """Records a run, its cached and adopted steps and its status; first marks runs without a process as CRASHED."""
     lineage = Lineage(home.lineage_url)
     status: RunStatus = "FAILED"
     try:
@@ -114,7 +131,9 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
         run = lineage.start_run(plan.name, plan.source)
         try:
             for step in plan.steps:
-                if step.outcome is not None:
+                if step.outcome is not None and step.adoption is not None:
+                    record_adoption(step.job, step.inputs, step.adoption, lineage, run.id)
+                elif step.outcome is not None:
                     record_hit(step.job, step.inputs, step.outcome, lineage, run.id)
             yield run.id
             status = "COMPLETED"

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flows.spec import PipelineSpec
-from registry.entities import ArtifactRef, Execution
+from registry.entities import ArtifactRef
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
 from registry.store.artifacts import Store, open_store
+from tasks.adoption import Adoption, find_adoption, find_changes
 from tasks.errors import SpecError
 from tasks.execution import NO_RESULT, find_hit
 from tasks.job import Job, Outcome, prepare_job
@@ -34,6 +35,7 @@ class PlannedStep:
         sources: Its inputs.
         reason: Why it would run; `cached` if it would not.
         outcome: The verified earlier result; None if the step would run.
+        adoption: The verified result with another key that can be adopted; None if there is none.
         force: True if it runs even if it is cached.
     """
 
@@ -41,6 +43,7 @@ class PlannedStep:
     sources: Sources
     reason: str
     outcome: Outcome | None = None
+    adoption: Adoption | None = None
     force: bool = False
 
     @property
@@ -82,8 +85,14 @@ class Plan:
         return {step.name: step.outcome for step in self.steps if step.outcome is not None}
 
 
-def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> Plan:
+def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = (), adopt: bool = False) -> Plan:
     """Plans a run; reads the user's files and every cached artifact once.
+
+    Args:
+        spec: The pipeline.
+        home: The home with all state.
+        force: Names of steps to run even if they are cached.
+        adopt: True plans as if every result that can be adopted were cached.
 
     Raises:
         RegistryError: A registered adapter in the spec does not exist, or the home cannot be read.
@@ -91,7 +100,7 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
     lineage = Lineage(home.lineage_url)
     try:
         revoked = read_revoked(lineage)
-        planner = _Planner(spec.name, home, open_store(home), lineage)
+        planner = _Planner(spec.name, home, open_store(home), lineage, adopt)
         planned: dict[str, PlannedStep] = {}
         for name, step in spec.steps.items():
             sources: dict[str, tuple[ArtifactRef | str, ...]] = {}
@@ -138,6 +147,7 @@ class _Planner:
     home: Home
     store: Store
     lineage: Lineage
+    adopt: bool
     verified: set[str] = field(default_factory=set)
     """Digests of blobs that were verified already: artifacts share files, and each is read once."""
 
@@ -148,40 +158,19 @@ class _Planner:
         upstream = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
         if upstream:
             return replace(step, reason=f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run")
-        step = replace(step, job=step.job.with_input_plugins(step.inputs, self.lineage))
-        hit, reason = find_hit(step.job, step.job.key(step.inputs), self.home, self.store, self.lineage, self.verified)
-        if reason == NO_RESULT:
-            reason = _what_changed(step, self.lineage.last_execution(self.pipeline, step.name))
-        return replace(step, reason=reason, outcome=hit)
+        job, inputs = step.job.with_input_kinds(step.inputs, self.lineage), step.inputs
+        hit, reason = find_hit(job, job.key(inputs), self.home, self.store, self.lineage, self.verified)
+        if reason != NO_RESULT:
+            return replace(step, job=job, reason=reason, outcome=hit)
+        adoption = find_adoption(job, inputs, self.home, self.store, self.lineage, self.verified)
+        if adoption is None:
+            return replace(step, job=job, reason=self._what_changed(job, inputs))
+        if self.adopt:
+            return replace(step, job=job, reason=adoption.reason, outcome=adoption.outcome, adoption=adoption)
+        return replace(step, job=job, reason=f"adoptable: {adoption.reason}", adoption=adoption)
 
-
-def _what_changed(step: PlannedStep, last: Execution | None) -> str:
-    if last is None:
-        return "never ran"
-    changes = _differences(last.settings.get("settings", {}), step.job.spec.own_settings())
-    for role, written, _ in step.job.spec.externals():
-        if last.settings.get("files", {}).get(role) != step.job.files[role].sha256:
-            changes.append(f"{role}: the content of {written} changed")
-    if tuple(last.settings.get("excluded", ())) != step.job.excluded:
-        changes.append("revocations changed")
-    changes += _differences(last.settings.get("plugins", {}), step.job.plugins)
-    before = _by_field(last.inputs)
-    for role, refs in step.inputs.items():
-        if before.get(role) != [ref.sha256 for ref in refs]:
-            changes.append(f"{role}: input changed")
-    return "; ".join(changes) or "its code or its base changed"
-
-
-def _by_field(inputs: Mapping[str, ArtifactRef]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for role, ref in inputs.items():
-        grouped.setdefault(role.partition(".")[0], []).append(ref.sha256)
-    return grouped
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
+    def _what_changed(self, job: Job, inputs: Inputs) -> str:
+        last = self.lineage.last_execution(self.pipeline, job.name)
+        if last is None:
+            return "never ran"
+        return "; ".join(find_changes(job, inputs, last)) or "no result has its cache key"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from registry.errors import LineageError, StoreError, VersionError
 
 RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
-ExecutionStatus = Literal["COMPLETED", "CACHED", "FAILED", "INTERRUPTED"]
+ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPTED"]
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
 EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
@@ -130,7 +130,8 @@ class Execution:
         settings: The step's own spec.
         inputs: Role -> artifact, in order; several artifacts in one role are `role.0`, `role.1`, ...
         output: The artifact that it wrote; None if it failed.
-        status: COMPLETED did the work, CACHED reused an earlier output.
+        status: COMPLETED did the work, CACHED reused an earlier output with the same key, ADOPTED one with another key;
+            `settings` then has its execution and key under `adopted`.
         environment: Packages, device, threads.
         seed: Random seed; None if the step uses none.
         started_at: Start time.
@@ -155,7 +156,7 @@ class Execution:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        if self.status in {"COMPLETED", "CACHED"} and self.output is None:
+        if self.status in {"COMPLETED", "CACHED", "ADOPTED"} and self.output is None:
             raise LineageError(f"step {self.step!r} is {self.status} without an output", where=f"execution {self.id}")
 
 

@@ -48,6 +48,13 @@ def find_hit(
     ref = lineage.find_cached(key)
     if ref is None:
         return None, NO_RESULT
+    return verify_result(job, ref, home, store, verified)
+
+
+def verify_result(
+    job: Job, ref: ArtifactRef, home: Home, store: Store, verified: set[str] | None = None
+) -> tuple[Outcome | None, str]:
+    """Returns an earlier result of a job if it is intact and valid, else None and the reason; see `find_hit`."""
     problems, summary = store.inspect(ref, job.kind.summary, touch=True, known=verified)
     if problems:
         return None, f"the cached result is damaged: {problems[0].what}"
@@ -74,8 +81,8 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
     """
     store, lineage = open_store(home), Lineage(home.lineage_url)
     try:
-        job = job.refreshed(lineage).with_input_plugins(inputs, lineage)
-        execution = _describe(job, inputs, run_id)
+        job = job.refreshed(lineage).with_input_kinds(inputs, lineage)
+        execution = describe_execution(job, inputs, run_id)
         try:
             _refuse_if_stopped(job.name)
             refuse_revoked(inputs, lineage, f"step {job.name!r}")
@@ -94,7 +101,7 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
 
 def record_hit(job: Job, inputs: Inputs, hit: Outcome, lineage: Lineage, run_id: str) -> None:
     """Records and publishes that a run takes a step's result from the cache."""
-    _record_hit(job, hit, _describe(job, inputs, run_id), lineage)
+    _record_hit(job, hit, describe_execution(job, inputs, run_id), lineage)
 
 
 def _run(job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, execution: Execution) -> Outcome:
@@ -186,7 +193,8 @@ def _refuse_if_stopped(name: str) -> None:
         raise InterruptedRun("stopped on request", where=f"step {name!r}", remedy="run the same command to continue")
 
 
-def _describe(job: Job, inputs: Inputs, run_id: str) -> Execution:
+def describe_execution(job: Job, inputs: Inputs, run_id: str) -> Execution:
+    """Returns the record of an execution that has not succeeded yet: a new id, the key, the settings, the inputs."""
     single = {field: refs[0] for field, refs in inputs.items() if len(refs) == 1}
     several = {f"{field}.{i}": ref for field, refs in inputs.items() if len(refs) > 1 for i, ref in enumerate(refs)}
     return Execution(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.source import TINY, BaseSource, resolve_base
-from lora_engine.catalog.kinds import KINDS
-from lora_engine.families import families
 from lora_engine.files import canonical_json, sha256_bytes
-from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
 from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
 from tasks.digests import PathDigest, digest_path
+from tasks.entries import UsedEntry, find_input_kinds, find_used, to_key, to_record
 from tasks.spec import StepSpec
 from tasks.step import STEPS, Inputs, StepKind, locate_base
 
@@ -37,8 +35,8 @@ class Job:
         base: Label, fingerprint and, if it is local, path of the base model; None means no base.
         concurrency: Maximum trainings per device at the same time; None means the default of the device. It
             changes no bytes, so it is not part of the cache key.
-        plugins: Name and version of each plug-in that the step, an entry in its settings or its base is from, or that
-            reads its input adapters.
+        entries: The registry entries that the step uses: its own, those in its settings, the family of its base, and
+            the kinds of its input adapters.
     """
 
     name: str
@@ -48,7 +46,7 @@ class Job:
     excluded: tuple[str, ...] = ()
     base: Mapping[str, str] | None = None
     concurrency: int | None = None
-    plugins: Mapping[str, str] = field(default_factory=dict)
+    entries: tuple[UsedEntry, ...] = ()
 
     @property
     def kind(self) -> StepKind:
@@ -66,39 +64,33 @@ class Job:
         recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
         recorded |= {"base": dict(self.base)} if self.base else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
-        recorded |= {"plugins": dict(self.plugins)} if self.plugins else {}
-        return recorded
+        return recorded | to_record(self.entries)
 
     def key(self, inputs: Inputs) -> str:
-        """Returns the cache key: equal keys mean equal results.
+        """Returns the cache key: equal keys mean equal results."""
+        return sha256_bytes(canonical_json(self.key_parts(inputs)))
 
-        The key is made of the step's name and revision, its own settings, the digests of its inputs, the content of
-        the user's files, the fingerprint of the base and the versions of the plug-ins that it uses; not of names,
-        paths or times.
+    def key_parts(self, inputs: Inputs) -> dict[str, Any]:
+        """Returns what the cache key is the digest of; JSON values.
+
+        The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
+        files, the fingerprint of the base, and the revisions of the entries that it uses; not names, paths or times,
+        and no version of a package, except of a plug-in with an entry without a revision.
         """
-        own = self.spec.own_settings()
-        own.pop("base", None)
         revoked = {_REVOKED: " ".join(self.excluded)} if self.excluded else {}
         parts = {
             "step": self.kind.name,
             "revision": self.kind.revision,
-            "settings": own,
+            "settings": self.spec.key_settings(),
             "inputs": {name: [ref.sha256 for ref in refs] for name, refs in inputs.items() if refs},
             "files": self.file_digests | revoked,
             "base": self.base["fingerprint"] if self.base else None,
-        } | ({"plugins": dict(self.plugins)} if self.plugins else {})
-        return sha256_bytes(canonical_json(parts))
+        }
+        return parts | to_key(self.entries)
 
-    def with_input_plugins(self, inputs: Inputs, lineage: Lineage) -> Job:
-        """Returns this job with the plug-ins of adapter kinds that made its input adapters.
-
-        They compute what the adapters mean, so another version of them may give another result.
-        """
-        versions = kind_plugins(KINDS)
-        adapters = [ref for refs in inputs.values() for ref in refs if ref.kind == "adapter"] if versions else []
-        makers = [execution for ref in adapters for execution in lineage.executions(output=ref.sha256)]
-        used = {name for execution in makers for name in execution.settings.get("plugins", {})}
-        return replace(self, plugins={**self.plugins, **{name: versions[name] for name in used & versions.keys()}})
+    def with_input_kinds(self, inputs: Inputs, lineage: Lineage) -> Job:
+        """Returns this job with the kinds of its input adapters among its entries."""
+        return replace(self, entries=tuple(dict.fromkeys((*self.entries, *find_input_kinds(inputs, lineage)))))
 
     def refreshed(self, lineage: Lineage) -> Job:
         """Returns this job, or the same step read again if the user's files changed since it was prepared."""
@@ -149,24 +141,7 @@ def prepare_job(
     located = locate_base(base, folder) if base else None
     source = resolve_base(located) if located else None
     description = _describe_base(source, located) if source and located else None
-    plugins = _plugins_of(spec, source)
-    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, plugins)
-
-
-def kind_plugins(names: Iterable[str]) -> dict[str, str]:
-    """Returns name and version of each plug-in that one of these adapter kinds is from."""
-    plugins = [KINDS.plugin(name) for name in names]
-    return {plugin.name: plugin.version for plugin in plugins if plugin is not None}
-
-
-def _plugins_of(spec: StepSpec, base: BaseSource | None) -> dict[str, str]:
-    """Returns name and version of each plug-in that a step, an entry in its settings or its base is from."""
-    kind = STEPS[spec.uses]
-    used: list[tuple[Registry[Any], str]] = [(STEPS, kind.name)]
-    used += kind.entries(spec) if kind.entries else ()
-    used += [(families, base.family)] if base else []
-    found = [registry.plugin(name) for registry, name in used]
-    return {plugin.name: plugin.version for plugin in found if plugin is not None}
+    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source))
 
 
 def _describe_base(source: BaseSource, located: str) -> dict[str, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lora_engine.settings import without_later
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
@@ -60,11 +62,28 @@ class StepSpec(BaseModel):
         return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
     def own_settings(self) -> dict[str, Any]:
-        """Returns the settings, which enter the cache key: all fields but references and paths."""
-        outside = {field for field, _ in _marked(type(self), Input)} | {
-            field for field, _ in _marked(type(self), External)
-        }
-        return self.model_dump(mode="json", exclude=outside)
+        """Returns the settings: all fields but references and paths."""
+        return self.model_dump(mode="json", exclude=self._outside())
+
+    def key_settings(self) -> dict[str, Any]:
+        """Returns the settings that enter the cache key: those `AddedLater` only if they differ from their defaults.
+
+        The base is left out too, because its fingerprint enters the key.
+        """
+        settings = without_later(self, self.own_settings())
+        settings.pop("base", None)
+        return settings
+
+    def with_settings(self, recorded: Mapping[str, Any]) -> Self | None:
+        """Returns this spec with recorded settings, completed with today's defaults; None if they are not valid now."""
+        try:
+            return type(self).model_validate(self.model_dump(include=self._outside()) | dict(recorded))
+        except ValidationError:
+            return None
+
+    @classmethod
+    def _outside(cls) -> set[str]:
+        return {field for field, _ in _marked(cls, Input)} | {field for field, _ in _marked(cls, External)}
 
     def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""

@@ -1,4 +1,4 @@
-"""Defines the verbs of pipelines: init, train, schema, plan, run."""
+"""Defines the verbs of pipelines: init, train, schema, plan, run, adopt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from flows.cli.output import Json, home_path
 
 if TYPE_CHECKING:
-    from flows.plan import PlannedStep
+    from flows.plan import Plan, PlannedStep
     from flows.result import PipelineResult
     from flows.spec import PipelineSpec
     from registry.home import Home
@@ -36,7 +36,7 @@ Concurrency = Annotated[
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (init, train, schema, plan, run):
+    for verb in (init, train, schema, plan, run, adopt):
         app.command()(verb)
 
 
@@ -84,7 +84,7 @@ def schema(
 
 def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:
     """Show what a run would do and why; run nothing."""
-    from flows.cli.output import print_json, print_table
+    from flows.cli.output import print_json
     from flows.plan import plan_pipeline
     from flows.spec import load_spec
     from registry.home import Home
@@ -94,11 +94,23 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
     if as_json:
         print_json([_planned(step) for step in planned.steps])
         return
-    rows = [
-        (step.name, step.job.kind.name, *(("cached", "") if step.cached else ("run", step.reason)))
-        for step in planned.steps
-    ]
-    print_table(("step", "uses", "action", "reason"), rows)
+    _print_plan(planned)
+    if any(step.adoption for step in planned.steps):
+        print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
+
+
+def adopt(spec: SpecPath, changes: Overrides = None, as_json: Json = False) -> None:
+    """Take over results of earlier releases whose steps have the same revision and inputs; run nothing."""
+    from flows.cli.output import print_json
+    from flows.pipeline import adopt_results
+    from flows.spec import load_spec
+    from registry.home import Home
+
+    adopted = adopt_results(load_spec(spec, changes or ()), Home.open(home_path()))
+    if as_json:
+        print_json([_planned(step) for step in adopted.steps])
+    else:
+        _print_plan(adopted)
 
 
 def run(
@@ -136,9 +148,25 @@ def run(
         raise typer.Exit(1)
 
 
+def _print_plan(plan: Plan) -> None:
+    from flows.cli.output import print_table
+
+    rows = []
+    for step in plan.steps:
+        action = ("adopted" if step.adoption else "cached") if step.cached else "run"
+        rows.append((step.name, step.job.kind.name, action, "" if action == "cached" else step.reason))
+    print_table(("step", "uses", "action", "reason"), rows)
+
+
 def _planned(step: PlannedStep) -> dict[str, Any]:
-    ref = step.outcome.ref if step.outcome else None
-    return {"name": step.name, "uses": step.job.kind.name, "cached": step.cached, "reason": step.reason, "ref": ref}
+    return {
+        "name": step.name,
+        "uses": step.job.kind.name,
+        "cached": step.cached,
+        "reason": step.reason,
+        "ref": step.outcome.ref if step.outcome else None,
+        "adoption": step.adoption.source.id if step.adoption else None,
+    }
 
 
 def _check_force(force: list[str] | None, spec: PipelineSpec) -> frozenset[str]:

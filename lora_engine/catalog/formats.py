@@ -25,6 +25,8 @@ class Format:
             holds the other files as `<folder>/<file name>`; the top folder has no slash.
         is_written: False if it is only read.
         numbers_modules: True if it numbers the modules of the base, and writing needs their order.
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Format:
     is_folder: bool = False
     is_written: bool = True
     numbers_modules: bool = False
+    revision: int = 0
 
 
 FORMATS: Registry[Format] = Registry(

@@ -37,6 +37,8 @@ class Kind:
         spec: Class of its options; None for a kind that exists only in files.
         keys: Its tensor names: key layout -> factor -> suffix; or the module that adds its factor keys to the layouts,
             for names that depend on more than the factor. Empty if its export form is another kind.
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Kind:
     delta: str
     spec: type[KindSpec] | None = None
     keys: Mapping[str, Mapping[str, str]] | str = field(default_factory=dict)
+    revision: int = 0
 
 
 KINDS: Registry[Kind] = Registry("adapter kind", entry=Kind, source="lora_engine.catalog.kinds", group="loraline.kinds")

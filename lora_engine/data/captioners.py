@@ -28,6 +28,8 @@ class Captioner:
         spec: Class of its own options, with a field `name`; None means that it has none.
         adds_trigger: True if the captions contain the trigger without the template.
         imports: Modules to import before any step starts (see `tasks.imports`).
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Captioner:
     spec: type[BaseModel] | None = None
     adds_trigger: bool = False
     imports: tuple[str, ...] = ()
+    revision: int = 0
 
 
 CAPTIONERS: Registry[Captioner] = Registry(

@@ -72,6 +72,8 @@ class Metric:
             "better".
         headline: Sentence at the top of a report, with `{verdict}`, `{adapter}` and `{base}`; empty for none.
         verdicts: `{verdict}` of the headline by better, worse and unclear.
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Metric:
     is_distance: bool = False
     headline: str = ""
     verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different")
+    revision: int = 0
 
 
 METRICS: Registry[Metric] = Registry(
@@ -97,11 +100,12 @@ def metric(
     is_distance: bool = False,
     headline: str = "",
     verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different"),
+    revision: int = 0,
 ) -> Callable[[Callable[[Evidence], Pair]], Metric]:
     """Returns a decorator that makes a function a `Metric` of the same name (arguments: see there)."""
 
     def declare(measure: Callable[[Evidence], Pair]) -> Metric:
-        return Metric(measure.__name__, measure, title, better, meaning, is_distance, headline, verdicts)
+        return Metric(measure.__name__, measure, title, better, meaning, is_distance, headline, verdicts, revision)
 
     return declare
 

@@ -238,6 +238,8 @@ class Family:
         targets: Patterns of the target presets.
         licenses: License id to the published names and hub ids of the weights that have it; if only the family is
             known, the strictest license counts.
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     name: str
@@ -256,6 +258,7 @@ class Family:
     versions: tuple[HeaderVersion, ...] = ()
     targets: Targets = Targets()
     licenses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    revision: int = 0
 
     @property
     def is_supported(self) -> bool:

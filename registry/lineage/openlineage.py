@@ -29,7 +29,7 @@ _FACETS = {
     "outputStatistics": "1-0-2/OutputStatisticsOutputDatasetFacet.json",
 }
 """Standard facet -> its schema version; custom facets have names that start with `loraline`."""
-_ENDS = {"COMPLETED": "COMPLETE", "CACHED": "COMPLETE", "FAILED": "FAIL", "INTERRUPTED": "ABORT"}
+_ENDS = {"COMPLETED": "COMPLETE", "CACHED": "COMPLETE", "ADOPTED": "COMPLETE", "FAILED": "FAIL", "INTERRUPTED": "ABORT"}
 _IDS = UUID("7c1f6a0e-5d0b-5b7e-9d0e-2f6f6c6f7261")
 _MODELS = {"adapter", "merged", "version"}
 
@@ -93,7 +93,7 @@ def _run(execution: Execution, run: Run, *, ended: bool) -> dict[str, Any]:
             key=execution.key,
             revision=execution.revision,
             seed=execution.seed,
-            cached=execution.status == "CACHED",
+            cached=execution.status in {"CACHED", "ADOPTED"},
             settings=dict(execution.settings),
             environment=environment,
         ),

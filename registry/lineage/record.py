@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,6 +30,8 @@ from registry.lineage.walk import Direction, Walk, walk
 from registry.store.database import Database, batched, require_json
 from registry.store.redaction import redact, redact_values
 from registry.store.tables import ArtifactRow, ExecutionRow, InputRow, RunRow
+
+_WITH_OUTPUT = ("COMPLETED", "CACHED", "ADOPTED")
 
 
 class Lineage:
@@ -142,28 +144,44 @@ class Lineage:
             )
 
     def find_cached(self, key: str) -> ArtifactRef | None:
-        """Returns the output of the latest completed execution with this cache key; does not verify its bytes."""
+        """Returns the latest output that was made, or adopted, under this cache key; does not verify its bytes."""
         with self.database.read() as session:
             row = session.scalars(
                 select(ArtifactRow)
                 .join(ExecutionRow, ExecutionRow.output == ArtifactRow.sha256)
-                .where(ExecutionRow.key == key, ExecutionRow.status == "COMPLETED")
+                .where(ExecutionRow.key == key, ExecutionRow.status.in_(("COMPLETED", "ADOPTED")))
                 .order_by(ExecutionRow.started_at.desc())
                 .limit(1)
             ).first()
             return None if row is None else artifact_ref(row)
 
     def last_execution(self, name: str, step: str) -> Execution | None:
-        """Returns the latest completed execution of a step in any run of the named spec; None if there is none."""
+        """Returns the latest execution with an output of a step in any run of the named spec; None if there is none."""
         with self.database.read() as session:
             row = session.scalars(
                 select(ExecutionRow)
                 .join(RunRow, RunRow.id == ExecutionRow.run_id)
-                .where(RunRow.name == name, ExecutionRow.step == step, ExecutionRow.status.in_(("COMPLETED", "CACHED")))
+                .where(RunRow.name == name, ExecutionRow.step == step, ExecutionRow.status.in_(_WITH_OUTPUT))
                 .order_by(ExecutionRow.started_at.desc())
                 .limit(1)
             ).first()
             return None if row is None else read_executions(session, [row])[0]
+
+    def completed_executions(self, uses: str, revision: str, inputs: Collection[str]) -> list[Execution]:
+        """Returns the completed executions of a kind and revision of step, latest first.
+
+        Args:
+            uses: The kind of step.
+            revision: Its revision.
+            inputs: Digests of artifacts; each is an input of the returned executions.
+        """
+        query = select(ExecutionRow).where(
+            ExecutionRow.uses == uses, ExecutionRow.revision == revision, ExecutionRow.status == "COMPLETED"
+        )
+        for digest in inputs:
+            query = query.where(ExecutionRow.id.in_(select(InputRow.execution).where(InputRow.artifact == digest)))
+        with self.database.read() as session:
+            return read_executions(session, session.scalars(query))[::-1]
 
     def executions(
         self, run_id: str | None = None, *, output: str | None = None, ids: Sequence[str] | None = None

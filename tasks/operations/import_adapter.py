@@ -22,9 +22,9 @@ from registry.identity import current_user
 from registry.lineage.rows import record_contents
 from registry.policy.licenses import read_licenses
 from registry.versions.versions import Versions
+from tasks.entries import to_record, use_kinds
 from tasks.environment import describe_environment
 from tasks.errors import SpecError
-from tasks.job import kind_plugins
 from tasks.steps.register import flatten
 
 if TYPE_CHECKING:
@@ -231,8 +231,8 @@ def _register(
     with versions.lineage.database.read() as session:
         row = queries.find_identical(session, request.name, artifact, None)
         is_new = row is None
-    plugins = kind_plugins(facts["kinds"])
-    run_id = _record(versions, request, card, (foreign, artifact), original, plugins) if is_new else None
+    entries = to_record(use_kinds(facts["kinds"]))
+    run_id = _record(versions, request, card, (foreign, artifact), original, entries) if is_new else None
     version = versions.register(
         request.name,
         artifact,
@@ -274,7 +274,7 @@ def _record(
     card: Card,
     artifacts: tuple[ArtifactRef, ArtifactRef],
     original: Mapping[str, str],
-    plugins: Mapping[str, str],
+    entries: Mapping[str, Any],
 ) -> str:
     """Records the import as a run with one step, whose input is the original file."""
     (foreign, artifact), lineage, statements = artifacts, versions.lineage, vars(request)
@@ -291,7 +291,7 @@ def _record(
                 uses="import",
                 revision=_REVISION,
                 key=sha256_bytes(canonical_json(["import", _REVISION, statements, foreign.sha256])),
-                settings=settings | ({"plugins": dict(plugins)} if plugins else {}),
+                settings={**settings, **entries},
                 inputs={"file": foreign},
                 output=artifact,
                 environment=describe_environment(),

@@ -27,6 +27,8 @@ class MergeMethod:
         normalizes: True if only the ratios of the weights count.
         learn: (adapters, weights, base, dataset, work folder, options, seed) -> the weights to merge with; such a
             method needs the base and captioned images. None means that the weights are the user's.
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     spec: type[MergeOptions]
@@ -34,6 +36,7 @@ class MergeMethod:
     adapters: int | None = None
     normalizes: bool = False
     learn: Callable[..., Sequence[Weight]] | None = None
+    revision: int = 0
 
     @property
     def name(self) -> str:

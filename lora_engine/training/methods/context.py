@@ -70,12 +70,15 @@ class Method:
         title: What it trains on and for, in a few words, for help texts and tables.
         phases: Returns the phases of a run.
         validation: (base, settings) -> transform of the batches of a validation, or None.
+        revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
+            0 declares none: the keys then hold the version of its plug-in.
     """
 
     spec: type[MethodSpec]
     title: str
     phases: Callable[[MethodContext], list[Phase]]
     validation: Callable[[BaseModel, TrainSettings], BatchTransform | None] = lambda base, settings: None
+    revision: int = 0
 
     @property
     def name(self) -> str:
