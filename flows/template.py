@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from string import Template
 
+from lora_engine.bases.defaults import training_defaults
+from lora_engine.bases.source import TINY, split_hub_id
+from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.files import atomic_write
 from tasks.errors import SpecError
 
@@ -24,7 +27,7 @@ steps:
   prepared:
     uses: preprocess
     dataset: photos
-    resolution: $resolution
+$resolution
     crop: salient
   captions:                   # images without a caption get "a $trigger $class_word"
     uses: caption
@@ -37,11 +40,10 @@ steps:
     dataset: captions
     method: dreambooth        # preserves the base's prior of the class; finetune does not
     kind: lora
-    rank: 8
-    targets: $targets
+$training
+    running:
+$checkpointing
     steps: $steps
-    batch: $batch
-    learning_rate: $rate
     schedule: cosine
   report:                     # compares the adapter with the base, at the same seeds
     uses: evaluate
@@ -60,17 +62,29 @@ steps:
     to: [kohya, diffusers, peft]
 """)
 
+_TRAINING = ("rank", "targets", "batch", "learning_rate", "precision")
+_REASONS = {
+    "precision": "bf16 on a GPU that computes in it, else fp32",
+    "batch": "images per forward pass; more need more memory",
+    "targets": "the layers that are adapted; a preset",
+}
 _WORD = re.compile(r"[^\s<>:,()\[\]{}#\"'&*!|%@`]{1,64}")
 
 
-def write_template(folder: Path) -> Path:
+def write_template(folder: Path, base: str = TINY) -> Path:
     """Creates a folder with a commented pipeline file and an empty folder for images.
 
+    Args:
+        folder: The folder.
+        base: The base model; see `write_pipeline`.
+
     Raises:
+        EngineError: There is no such base.
         SpecError: A different pipeline file exists.
     """
+    training_defaults(base)  # an unknown base leaves no folder behind
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    return write_pipeline(folder / "images", "sks", "thing", name=None, output=folder / "pipeline.yaml")
+    return write_pipeline(folder / "images", "sks", "thing", base=base, output=folder / "pipeline.yaml")
 
 
 def write_pipeline(
@@ -78,23 +92,24 @@ def write_pipeline(
     trigger: str,
     class_word: str,
     *,
-    base: str = "tiny",
+    base: str = TINY,
     name: str | None = None,
     steps: int | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Writes a pipeline file with sensible defaults for a folder of images.
+    """Writes a pipeline file for a folder of images, with the training defaults of the base.
 
     Args:
         images: The folder of images.
         trigger: The trigger word of the concept.
         class_word: The class of the concept.
-        base: The base model; the embedded base has other defaults than full-sized ones.
+        base: The base model; its family has the defaults.
         name: The adapter's name; None means the trigger.
         steps: Number of training steps; None means 300.
         output: The file to write; None means NAME.yaml beside the folder of images.
 
     Raises:
+        EngineError: There is no such base.
         SpecError: A word cannot be used, or the file exists with different content.
     """
     if not images.is_dir():
@@ -104,20 +119,19 @@ def write_pipeline(
             raise SpecError(f"invalid word {word!r}", where=option, allowed="one word without spaces and punctuation")
     name = name or re.sub(r"[^a-z0-9._-]+", "-", trigger.lower()).strip("-._") or "adapter"
     path = output or images.resolve().parent / f"{name}.yaml"
-    tiny = base == "tiny"
+    defaults = training_defaults(base)
     text = _PIPELINE.substitute(
         file=path.name,
         name=name,
-        base=base if tiny or not Path(base).is_dir() else Path(base).resolve(),
+        base=Path(base).expanduser().resolve() if split_hub_id(base) is None and base != TINY else base,
         images=_relative(images, path.parent),
         heldout=0.2,
-        resolution=32 if tiny else 512,
+        resolution=_explain(defaults, "resolution"),
         trigger=trigger,
         class_word=class_word,
-        targets="all" if tiny else "attention",
+        training="\n".join(_explain(defaults, name) for name in _TRAINING),
+        checkpointing=_explain(defaults, "gradient_checkpointing"),
         steps=steps or 300,
-        batch=8 if tiny else 1,
-        rate="1.5e-3" if tiny else "1e-4",
     )
     if path.exists() and path.read_text() != text:
         raise SpecError(
@@ -127,6 +141,15 @@ def write_pipeline(
         )
     atomic_write(path, text.encode())
     return path
+
+
+def _explain(defaults: TrainingDefaults, name: str) -> str:
+    """Returns the line of a default in the file, with its reason as a comment."""
+    value = getattr(defaults, name)
+    written = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+    indent = "      " if name == "gradient_checkpointing" else "    "  # within `running`
+    reason = defaults.reasons.get(name) or _REASONS.get(name, "default of Loraline")
+    return f"{indent}{name}: {written}".ljust(29) + f" # {reason}"
 
 
 def _relative(images: Path, folder: Path) -> str:

@@ -23,6 +23,8 @@ Overrides = Annotated[
 ]
 Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Step to run even if it is cached.")]
 
+_BASE = "Base model: tiny, a hub id, a diffusers folder or a checkpoint file. Its family has the training defaults."
+
 Concurrency = Annotated[
     int | None,
     typer.Option(
@@ -40,11 +42,14 @@ def add_verbs(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")]) -> None:
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")],
+    base: Annotated[str, typer.Option(help=_BASE)] = "tiny",
+) -> None:
     """Create a folder with a commented pipeline file and a folder for your images."""
     from flows.template import write_template
 
-    path = write_template(folder)
+    path = write_template(folder, base)
     print(f"Wrote {path}. Put images into {folder / 'images'}, then: loraline run {path}")
 
 
@@ -52,7 +57,7 @@ def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of images.")],
     trigger: Annotated[str, typer.Option(help="Trigger word of the concept, such as sks.")],
     class_word: Annotated[str, typer.Option("--class", help="Class of the concept, such as star.")],
-    base: Annotated[str, typer.Option(help="Base model: tiny, a hub id or a diffusers folder.")] = "tiny",
+    base: Annotated[str, typer.Option(help=_BASE)] = "tiny",
     name: Annotated[str | None, typer.Option(help="Adapter name. Default: the trigger.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of training steps. Default: 300.")] = None,
     output: Annotated[

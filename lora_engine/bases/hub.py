@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from lora_engine.errors import BaseModelError
-from lora_engine.families.layout import download_patterns, read_layout
+from lora_engine.families.layout import INDEX, download_patterns, read_layout
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +30,30 @@ def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
+def fetch_configuration(repository: str, revision: str | None) -> Path:
+    """Returns a snapshot folder of a hub repository with its index and the configurations of U-Net and VAE, if any.
+
+    Args:
+        repository: `owner/name`.
+        revision: Branch, tag or commit; None is the default branch.
+
+    Raises:
+        BaseModelError: It is neither cached nor downloadable.
+    """
+    try:
+        folder = _snapshot(repository, revision, local=True)
+        if (folder / INDEX).is_file():
+            return folder
+    except OSError:
+        pass  # not cached
+    return _snapshot_or_explain(repository, revision, patterns=[INDEX, "unet/config.json", "vae/config.json"])
+
+
 def _download(repository: str, revision: str | None) -> Path:
     _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
     problem: BaseModelError | None = None
     for variant in (None, "fp16"):
-        folder = _snapshot_or_explain(repository, revision, variant)
+        folder = _snapshot_or_explain(repository, revision, download_patterns(variant))
         try:
             read_layout(folder)
         except BaseModelError as error:
@@ -44,7 +63,7 @@ def _download(repository: str, revision: str | None) -> Path:
     raise problem or BaseModelError(f"{repository!r} cannot be used")
 
 
-def _snapshot_or_explain(repository: str, revision: str | None, variant: str | None) -> Path:
+def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -55,7 +74,7 @@ def _snapshot_or_explain(repository: str, revision: str | None, variant: str | N
 
     name = f"{repository!r} at revision {revision!r}" if revision else repr(repository)
     try:
-        return _snapshot(repository, revision, local=False, variant=variant)
+        return _snapshot(repository, revision, local=False, patterns=patterns)
     except GatedRepoError:
         raise BaseModelError(
             f"access to {name} requires the approval of its owner",
@@ -78,11 +97,10 @@ def _snapshot_or_explain(repository: str, revision: str | None, variant: str | N
         ) from None
 
 
-def _snapshot(repository: str, revision: str | None, *, local: bool, variant: str | None = None) -> Path:
+def _snapshot(repository: str, revision: str | None, *, local: bool, patterns: list[str] | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     # With patterns the library would need a file listing, which the local cache does not have.
-    patterns = None if local else download_patterns(variant)
     return Path(
         snapshot_download(repository, revision=revision, local_files_only=local, allow_patterns=patterns)
     ).resolve()

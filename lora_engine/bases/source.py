@@ -88,19 +88,28 @@ def resolve_base(name: FilePath, revision: str | None = None) -> BaseSource:
         return _from_folder(name, path.resolve(), revision)
     if path.is_file():
         return _from_file(path.resolve(), revision)
-    repository, _, pinned = name.partition("@")
-    if not _HUB_ID.fullmatch(repository):
+    hub_id = split_hub_id(name)
+    if hub_id is None:
         raise BaseModelError(
             f"unknown base {name!r}: neither a folder or file nor a hub id",
             allowed=_ALLOWED,
             remedy=did_you_mean(name, [TINY], "check the path"),
         )
+    repository, pinned = hub_id
     if pinned and revision and pinned != revision:
         raise BaseModelError(f"the base {name!r} and the revision {revision!r} differ", remedy="name one revision")
     from lora_engine.bases.hub import fetch_from_hub
 
-    folder, commit = fetch_from_hub(repository, revision or pinned or None)
+    folder, commit = fetch_from_hub(repository, revision or pinned)
     return _source(repository, folder, commit)
+
+
+def split_hub_id(name: FilePath) -> tuple[str, str | None] | None:
+    """Returns repository and revision of a hub id; None if the name is the embedded base, a path or neither."""
+    name = os.fspath(name)
+    repository, _, revision = name.partition("@")
+    is_path = name == TINY or Path(name).expanduser().exists()
+    return None if is_path or not _HUB_ID.fullmatch(repository) else (repository, revision or None)
 
 
 def _from_folder(name: str, folder: Path, revision: str | None) -> BaseSource:

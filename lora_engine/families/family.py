@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_engine.families.names import NameTable
+from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.registries import Registry
 
 
@@ -238,6 +239,7 @@ class Family:
         targets: Patterns of the target presets.
         licenses: License id to the published names and hub ids of the weights that have it; if only the family is
             known, the strictest license counts.
+        training: Settings in the pipeline files that `loraline init` and `loraline train` write.
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
             0 declares none: the keys then hold the version of its plug-in.
     """
@@ -258,6 +260,7 @@ class Family:
     versions: tuple[HeaderVersion, ...] = ()
     targets: Targets = Targets()
     licenses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    training: TrainingDefaults = field(default_factory=TrainingDefaults)
     revision: int = 0
 
     @property

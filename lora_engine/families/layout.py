@@ -44,12 +44,7 @@ def read_layout(folder: Path) -> Layout:
     Raises:
         BaseModelError: Not a diffusers folder, an unknown family, a missing part, or weights only as pickles.
     """
-    index = _read_json(folder / INDEX)
-    found = find_pipeline(str(index.get("_class_name")))
-    if found is None:
-        known = ", ".join(pipeline.name for family in families.values() for pipeline in family.pipelines)
-        raise BaseModelError(f"unknown pipeline {index.get('_class_name')!r}", where=str(folder / INDEX), allowed=known)
-    family, pipeline = found
+    family, pipeline, index = read_pipeline(folder)
     files: list[str] = [INDEX]
     variants: dict[str, str | None] = {}
     for component in pipeline.components:
@@ -72,6 +67,20 @@ def read_layout(folder: Path) -> Layout:
             names = [_required(path, "config.json"), *weights]
         files += [f"{component}/{name}" for name in names]
     return Layout(family, pipeline, index, variants, tuple(sorted(files)))
+
+
+def read_pipeline(folder: Path) -> tuple[Family, Pipeline, dict[str, Any]]:
+    """Returns family, pipeline and index of a diffusers folder; reads `model_index.json` only.
+
+    Raises:
+        BaseModelError: Not a diffusers folder, or an unknown family.
+    """
+    index = _read_json(folder / INDEX)
+    found = find_pipeline(str(index.get("_class_name")))
+    if found is None:
+        known = ", ".join(pipeline.name for family in families.values() for pipeline in family.pipelines)
+        raise BaseModelError(f"unknown pipeline {index.get('_class_name')!r}", where=str(folder / INDEX), allowed=known)
+    return *found, index
 
 
 def download_patterns(variant: str | None) -> list[str]:

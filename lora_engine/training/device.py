@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_engine.bases.base import BaseModel, default_device
 from lora_engine.errors import SettingsError
-from lora_engine.training.specs.running import Running
+from lora_engine.training.specs.running import Precision, Running
 
 
 def choose_device(running: Running) -> str | None:
@@ -35,6 +35,19 @@ def choose_device(running: Running) -> str | None:
             remedy="set running.device to auto, or install the torch build and the driver for this device",
         )
     return None if device == "auto" else device
+
+
+def choose_precision(precision: Precision, device: str | None) -> Precision:
+    """Returns the precision for a device: `auto` is bf16 on a GPU with bf16 arithmetic, else fp32.
+
+    Args:
+        precision: The setting; all but `auto` are returned unchanged.
+        device: The device of the training; None is the fastest.
+    """
+    if precision != "auto":
+        return precision
+    is_gpu = torch.device(device or default_device()).type == "cuda"
+    return "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def used_devices(running: Running) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from lora_engine.files import FilePath, atomic_write, canonical_json
 from lora_engine.formats import write_adapter
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.determinism import deterministic
-from lora_engine.training.device import choose_device
+from lora_engine.training.device import choose_device, choose_precision
 from lora_engine.training.distributed import process_group
 from lora_engine.training.job import TrainingJob
 from lora_engine.training.record import curves_of
@@ -67,6 +67,8 @@ def train(
             process_group(settings.running.processes, choose_device(settings.running)) as group,
             deterministic(enabled=settings.running.deterministic),
         ):
+            precision = choose_precision(settings.precision, group.device)
+            settings = settings.model_copy(update={"precision": precision})
             job = TrainingJob(settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out)
             bundle, history = job.run(os.fspath(base))
     except (MemoryError, RuntimeError) as error:

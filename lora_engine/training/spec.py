@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,7 +15,7 @@ from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.methods import MethodSpec, Prior, TokenSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
-from lora_engine.training.specs.running import Running
+from lora_engine.training.specs.running import Precision, Running
 from lora_engine.training.specs.samples import Samples
 from lora_engine.training.specs.schedules import AnySchedule, Cosine
 
@@ -71,7 +71,8 @@ class TrainSettings(BaseModel):
         validate_every: Steps between validations on the held-out images; 0 disables validation.
         prior: Class images; None takes the defaults of `Prior` in methods that use class images by default
             (`dreambooth`), and disables them in others.
-        precision: Precision of the frozen base; the adapter is always trained in fp32.
+        precision: Precision of the frozen base; the adapter is always trained in fp32. `auto` is bf16 on a GPU that
+            computes in it, else fp32; the adapter's card has the precision that was used.
         objective: Noise, timesteps and loss weighting.
         captions: Caption and image augmentation.
         rates: Optimizer, learning rates of parts, and EMA.
@@ -101,7 +102,7 @@ class TrainSettings(BaseModel):
     checkpoint_every: int = Field(default=100, ge=1)
     validate_every: int = Field(default=0, ge=0)
     prior: Prior | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     objective: Objective = Objective()
     captions: Captions = Captions()
     rates: Rates = Rates()

@@ -20,6 +20,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
 from tasks.digests import digest_path
+from tasks.entries import changed_revisions, find_used
 from tasks.execution import execute
 from tasks.job import Job, prepare_job
 from tasks.operations.upstream import FILE, UpstreamSteps, find_unkept_fields
@@ -122,6 +123,7 @@ def _add_step(
     except ValidationError as error:
         plan.reasons.append(f"the settings of step {name!r} are no longer valid ({error.errors()[0]['msg']})")
         return
+    plan.warnings += [f"step {name!r}: {change}" for change in changed_revisions(find_used(spec, None), step.settings)]
     plan.steps.append(RebuildStep(name, step, spec, files))
 
 

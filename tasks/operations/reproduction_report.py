@@ -146,15 +146,15 @@ def report_reproduction(
         except StoreError as error:
             return replace(report, note=f"the weights cannot be compared: {error.problem}")
         rebuilt.checkout_file(adapter, version.adapter_path, files[1])
-        return _with_weights(report, files, _settings(upstream.steps[maker]), plan)
+        return _with_weights(report, files, plan)
 
 
-def _with_weights(
-    report: ReproductionReport, files: Sequence[Path], settings: Mapping[str, Any], plan: RebuildPlan
-) -> ReproductionReport:
+def _with_weights(report: ReproductionReport, files: Sequence[Path], plan: RebuildPlan) -> ReproductionReport:
     bases = [getattr(step.spec, "base", None) for step in plan.steps]
     weights = compare_weights(files[0], files[1], bases)
-    tolerance = TOLERANCES[str(settings.get("precision", "fp32"))]
+    recorded, rebuilt = (read_file_card(file) for file in files)
+    # The card has the precision that was used; the settings may leave it to the device.
+    tolerance = TOLERANCES[str(recorded["recipe"].get("precision", "fp32"))]
     comparable = (
         weights.untold == 0 and not weights.added and not weights.removed and None not in weights.words.values()
     )
@@ -165,7 +165,7 @@ def _with_weights(
         verdict="within tolerance" if is_close else "differs",
         weights=weights.as_json(),
         tolerance=tolerance,
-        card=compare_records(read_file_card(files[0]), read_file_card(files[1])),
+        card=compare_records(recorded, rebuilt),
     )
 
 
@@ -225,10 +225,6 @@ def environment_of(step: Execution) -> dict[str, Any]:
         "revision": step.revision,
         "base": {key: base[key] for key in ("label", "fingerprint") if key in base},
     }
-
-
-def _settings(step: Execution) -> Mapping[str, Any]:
-    return dict(step.settings.get("settings", {}))
 
 
 def _output(step: Execution) -> ArtifactRef:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
 
@@ -113,6 +114,50 @@ def test_written_pipelines_are_valid_and_relative_to_their_file(tmp_path: Path) 
     assert data["steps"]["photos"]["images"] == "images/"
     assert data["steps"]["adapter"]["steps"] == 50
     assert set(load_spec(path).steps) >= {"photos", "adapter", "report", "release", "exports"}
+
+
+@pytest.mark.parametrize(
+    ("base", "resolution", "checkpointing"),
+    [
+        ("tiny", 32, False),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, False),
+        ("Tongyi-MAI/Z-Image", 1024, True),
+    ],
+)
+def test_init_writes_the_defaults_of_the_base_even_without_a_network(
+    base: str, resolution: int, checkpointing: bool, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert loraline("init", tmp_path / "mine", "--base", base, home=home).returncode == 0
+    data = yaml.safe_load((tmp_path / "mine" / "pipeline.yaml").read_text())
+    assert (data["base"], data["steps"]["prepared"]["resolution"]) == (base, resolution)
+    assert data["steps"]["adapter"]["running"] == {"gradient_checkpointing": checkpointing}
+
+
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [("nobody/unknown", "'nobody/unknown' is not in the local"), ("./absent", "unknown base './absent'")],
+)
+def test_init_with_an_unknown_base_names_it_and_writes_nothing(
+    base: str, problem: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    done = loraline("init", tmp_path / "mine", "--base", base, home=home)
+    assert done.returncode != 0
+    assert problem in done.stderr
+    assert not (tmp_path / "mine").exists()
+
+
+def test_train_writes_the_defaults_of_the_base(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "images").mkdir()
+    draw_noise(tmp_path / "images" / "0.png", 0)
+    base = "black-forest-labs/FLUX.1-dev"
+    done = loraline("train", tmp_path / "images", "--trigger", "sks", "--class", "star", "--base", base, home=home)
+    assert "is not in the local Hugging Face cache" in done.stderr  # the run needs the weights
+    adapter = yaml.safe_load((tmp_path / "sks.yaml").read_text())["steps"]["adapter"]
+    assert (adapter["rank"], adapter["learning_rate"], adapter["precision"]) == (16, 1e-4, "auto")
 
 
 @pytest.mark.parametrize(("trigger", "word"), [("two words", "star"), ("sks", "a:b"), ("<x>", "star")])

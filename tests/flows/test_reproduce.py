@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from lora_engine.errors import InterruptedRun
+from lora_engine.merging.methods import METHODS
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -147,6 +149,15 @@ def test_another_version_of_a_package_is_reported(
     (torch_row,) = [diff for diff in report.environment_diffs if diff.what == "packages.torch"]
     assert torch_row.before == "1.0"
     assert torch_row.now.startswith("2.")
+
+
+def test_a_raised_revision_of_a_merge_method_is_a_reason_against_the_rebuild(
+    merged: tuple[Home, AdapterVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_recipe(merged[0], "both@1").plan.warnings == []
+    monkeypatch.setitem(METHODS._entries, "svd", replace(METHODS["svd"], revision=1))
+    with pytest.raises(NotReproducible, match="step 'mix': revision of merge method svd changed 0 -> 1"):
+        find_recipe(merged[0], "both@1")
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import json
 import re
 
+import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from law_families import SIZES, TABLES, modules_of, narrow, size_of
 
+from flows.template import write_template
 from lora_engine.adapters import Adapter, LoraDelta, select_modules
 from lora_engine.adapters.published import empty_module
 from lora_engine.adapters.tree import DictTree, module_shapes
+from lora_engine.bases.defaults import training_defaults
 from lora_engine.families import families, published
 from lora_engine.families.proof import recognize_family
+from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.formats import codecs, read_adapter, write_adapter
 from registry.policy.licenses import read_licenses
+from tasks.steps.train import Train
 
 SUPPORTED = [name for name, family in families.items() if family.is_supported]
 TRANSFORMERS = [name for name in SUPPORTED if families[name].names is not None]
@@ -132,6 +140,60 @@ def test_pipelines_exist_in_diffusers_and_have_a_loader(name):
         accepted = inspect.signature(getattr(diffusers, pipeline.name).__init__).parameters
         assert set(pipeline.components) <= set(accepted)
         assert set(pipeline.optional) <= set(pipeline.components)
+
+
+@pytest.fixture
+def hub_id(tmp_path, monkeypatch):
+    """Returns a function that caches the configuration of a base, without weights, and returns its hub id."""
+
+    def cache(index, configs):
+        snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40)
+        for path, content in {"model_index.json": index, **configs}.items():
+            (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / path).write_text(json.dumps(content))
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        return "org/name"
+
+    return cache
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_written_pipeline_has_the_training_defaults_of_the_family_and_explains_each(name, hub_id, tmp_path):
+    defaults = families[name].training
+    path = write_template(tmp_path / "new", hub_id({"_class_name": families[name].pipelines[0].name}, {}))
+    steps, lines = yaml.safe_load(path.read_text())["steps"], path.read_text().splitlines()
+    train, resolution = Train.model_validate(steps["adapter"] | {"base": name}), steps["prepared"]["resolution"]
+    assert (resolution, resolution % 64) == (defaults.resolution, 0)
+    for field in dataclasses.fields(TrainingDefaults):
+        if field.name in ("resolution", "reasons"):
+            continue
+        place = train.running if field.name == "gradient_checkpointing" else train
+        assert getattr(place, field.name) == getattr(defaults, field.name)
+    for setting in (field.name for field in dataclasses.fields(TrainingDefaults) if field.name != "reasons"):
+        (line,) = [line for line in lines if line.strip().startswith(f"{setting}:")]
+        assert len(line.partition(" # ")[2]) > 5, line
+        assert len(line) <= 120
+    assert set(defaults.reasons) <= {field.name for field in dataclasses.fields(TrainingDefaults)}
+    if families.plugin(name) is None:
+        assert set(defaults.reasons) >= {"resolution", "learning_rate", "rank", "gradient_checkpointing"}
+
+
+@pytest.mark.parametrize("name", list(published))
+def test_training_defaults_fit_the_published_bases(name, hub_id):
+    architecture = published[name]
+    parts = {part: dict(entry.config) for part, entry in architecture.components.items() if part in ("unet", "vae")}
+    configs = {f"{part}/config.json": config for part, config in parts.items()}
+    defaults = training_defaults(hub_id({"_class_name": architecture.pipeline}, configs))
+    if "unet" in parts:
+        assert defaults.resolution == parts["unet"]["sample_size"] * 8
+    if defaults.gradient_checkpointing:
+        network = architecture.components["unet" if "unet" in architecture.components else "transformer"]
+        import diffusers
+
+        assert getattr(diffusers, network.class_name)._supports_gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", list(families))

@@ -8,9 +8,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_engine.errors import BaseModelError
+from lora_engine.families.training_defaults import TrainingDefaults
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 """The folder, whether or not it is complete."""
+
+DEFAULTS = TrainingDefaults(
+    resolution=32,
+    learning_rate=1.5e-3,
+    rank=8,
+    batch=8,
+    targets="all",
+    precision="fp32",
+    reasons={
+        "resolution": "the size that the base generates",
+        "learning_rate": "as in examples/merge; larger bases need a smaller one",
+        "precision": "exact; the base is small",
+        "gradient_checkpointing": "the base is small",
+    },
+)
 
 
 def folder() -> Path:

@@ -6,6 +6,7 @@ from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, T
 from lora_engine.families.flux.names import FLUX_NAMES, XLABS_NAMES, swaps_halves
 from lora_engine.families.flux.published import FLUX_DEV, FLUX_SCHNELL
 from lora_engine.families.text_encoders import CLIP_L, T5_TEXT, T5_XXL
+from lora_engine.families.training_defaults import TrainingDefaults
 
 _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
@@ -27,6 +28,18 @@ FLUX = Family(
         text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})",
     ),
     # There is a free and a non-free release; if only the family is known, the stricter license applies.
+    training=TrainingDefaults(
+        resolution=1024,
+        learning_rate=1e-4,
+        rank=16,
+        gradient_checkpointing=True,
+        reasons={
+            "resolution": "largest of ai-toolkit's example train_lora_flux_24gb; 512 needs less memory",
+            "learning_rate": "ai-toolkit's example",
+            "rank": "ai-toolkit's example",
+            "gradient_checkpointing": "ai-toolkit's example for 24 GB; kohya's guide",
+        },
+    ),
     licenses={
         "LicenseRef-FLUX-1-dev-NC": (
             "flux",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Unet, UnetLayout, families
 from lora_engine.families.sd.published import SD2, SD2_BASE, SD15
 from lora_engine.families.text_encoders import CLIP_L
+from lora_engine.families.training_defaults import TrainingDefaults
 
 _COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
@@ -29,6 +30,17 @@ SD = Family(
         HeaderVersion("sd_v2_v", "stable-diffusion-v2-768-v/lora", "768x768", width=1024, prediction="v"),
         HeaderVersion("sd_v2", "stable-diffusion-v2-512/lora", "512x512", width=1024),
         HeaderVersion("sd_v1", "stable-diffusion-v1/lora", "512x512"),
+    ),
+    training=TrainingDefaults(
+        resolution=512,
+        learning_rate=1e-4,
+        rank=4,
+        reasons={
+            "resolution": "the size that the base generates",
+            "learning_rate": "diffusers' example train_text_to_image_lora",
+            "rank": "default of diffusers' LoRA scripts",
+            "gradient_checkpointing": "off in diffusers' example train_text_to_image_lora",
+        },
     ),
     licenses={
         "LicenseRef-CreativeML-OpenRAIL-M": (

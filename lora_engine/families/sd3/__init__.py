@@ -6,6 +6,7 @@ from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, T
 from lora_engine.families.sd3.names import SD3_NAMES, WIDTHS, swaps_halves
 from lora_engine.families.sd3.published import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from lora_engine.families.text_encoders import CLIP_G, CLIP_L, T5_TEXT, T5_XXL
+from lora_engine.families.training_defaults import TrainingDefaults
 
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
 _COMPONENTS = (
@@ -30,6 +31,18 @@ SD3 = Family(
     header=r"(sd_?|stable_diffusion_v?)3.*",
     versions=(HeaderVersion("sd3", "stable-diffusion-3/lora"),),
     targets=Targets(text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})"),
+    training=TrainingDefaults(
+        resolution=1024,
+        learning_rate=1e-4,
+        rank=16,
+        gradient_checkpointing=True,
+        reasons={
+            "resolution": "ai-toolkit's example train_lora_sd35_large_24gb",
+            "learning_rate": "ai-toolkit's example",
+            "rank": "ai-toolkit's example",
+            "gradient_checkpointing": "ai-toolkit's example for 24 GB; kohya's guide",
+        },
+    ),
     licenses={
         "LicenseRef-Stability-Community": (
             "sd3",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Unet, UnetLayout, families
 from lora_engine.families.sdxl.published import SDXL_BASE
 from lora_engine.families.text_encoders import CLIP_G, CLIP_L
+from lora_engine.families.training_defaults import TrainingDefaults
 
 _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 
@@ -31,6 +32,18 @@ SDXL = Family(
     text={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     header=r"sd_?xl.*",
     versions=(HeaderVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),),
+    training=TrainingDefaults(
+        resolution=1024,
+        learning_rate=1e-4,
+        rank=4,
+        gradient_checkpointing=True,
+        reasons={
+            "resolution": "the size that the base generates",
+            "learning_rate": "diffusers' example train_dreambooth_lora_sdxl",
+            "rank": "default of diffusers' LoRA scripts",
+            "gradient_checkpointing": "kohya's guide sdxl_train_network recommends it: less memory, slower",
+        },
+    ),
     licenses={
         "LicenseRef-CreativeML-OpenRAIL++-M-SDXL": (
             "sdxl",

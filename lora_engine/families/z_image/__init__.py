@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, Written, families
+from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.families.z_image.names import QWEN3, Z_IMAGE_NAMES
 from lora_engine.families.z_image.published import Z_IMAGE_BASE
 
@@ -34,6 +35,18 @@ Z_IMAGE = Family(
         attention=r"transformer\.layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
         feed_forward=r"transformer\.layers\.\d+\.feed_forward\.w[123]",
         text=r"text_encoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    ),
+    training=TrainingDefaults(
+        resolution=1024,
+        learning_rate=1e-4,
+        rank=4,
+        gradient_checkpointing=True,
+        reasons={
+            "resolution": "diffusers' example train_dreambooth_lora_z_image",
+            "learning_rate": "diffusers' example train_dreambooth_lora_z_image",
+            "rank": "default of diffusers' LoRA scripts",
+            "gradient_checkpointing": "diffusers' example train_dreambooth_lora_z_image",
+        },
     ),
     licenses={"Apache-2.0": ("z-image", "Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo")},
 )

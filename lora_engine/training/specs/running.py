@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
 
 class Running(BaseModel):
     """Devices, memory and speed; the defaults work on any machine.

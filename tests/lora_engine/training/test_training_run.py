@@ -15,6 +15,7 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.errors import BaseModelError, DataError, NonFiniteError, SettingsError, TrainingError
 from lora_engine.formats import read_adapter
 from lora_engine.training import job as module
+from lora_engine.training.device import choose_precision
 from lora_engine.training.record import downsample
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
@@ -77,6 +78,20 @@ def test_bfloat16_bases_carry_float32_adapters(bases: dict[str, Path], runs: Run
     with attach(base, adapter), torch.no_grad():
         prediction = base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), base.encode_text(["a"]))
     assert torch.isfinite(prediction).all()
+
+
+def test_precision_auto_trains_on_a_cpu_as_fp32_and_the_card_has_what_was_used(runs: Runs) -> None:
+    assert digests(runs("auto", precision="auto")) == digests(runs("exact", precision="fp32"))
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_bf16_on_a_gpu_that_computes_in_it(
+    has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    assert choose_precision("auto", "cuda") == expected
+    assert choose_precision("auto", "cpu") == choose_precision("auto", "mps") == "fp32"
+    assert choose_precision("fp16", "cuda") == "fp16"
 
 
 @pytest.mark.parametrize(

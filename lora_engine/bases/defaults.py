@@ -1,0 +1,60 @@
+"""Finds the training defaults of a base by its small configuration files. Torch-free; needs no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from lora_engine.bases.source import TINY, resolve_base, split_hub_id
+from lora_engine.bases.tiny import DEFAULTS
+from lora_engine.errors import BaseModelError
+from lora_engine.families import families
+from lora_engine.families.layout import read_pipeline
+from lora_engine.families.training_defaults import TrainingDefaults
+from lora_engine.files import FilePath
+
+
+def training_defaults(name: FilePath) -> TrainingDefaults:
+    """Returns the defaults of the base's family, with the resolution that the base's configuration states.
+
+    Of a hub id, reads or downloads the configuration only. If the hub cannot be reached, a repository that a family
+    names is known by its name.
+
+    Args:
+        name: A name for `resolve_base`.
+
+    Raises:
+        BaseModelError: No such base, or an unknown family.
+    """
+    if name == TINY:
+        return DEFAULTS
+    hub_id = split_hub_id(name)
+    if hub_id is None:
+        return _read_defaults(resolve_base(name).folder)
+    from lora_engine.bases.hub import fetch_configuration
+
+    repository, revision = hub_id
+    try:
+        return _read_defaults(fetch_configuration(repository, revision))
+    except BaseModelError:
+        for family in families.values():
+            if any(repository in names for names in family.licenses.values()) and family.is_supported:
+                return family.training
+        raise
+
+
+def _read_defaults(folder: Path) -> TrainingDefaults:
+    defaults = read_pipeline(folder)[0].training
+    resolution = _native_resolution(folder)
+    return defaults if resolution is None else replace(defaults, resolution=resolution)
+
+
+def _native_resolution(folder: Path) -> int | None:
+    """Returns the image size in pixels of a U-Net's latents; None if the files do not state it."""
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_bytes()) for part in ("unet", "vae"))
+        factor = 1 << (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * factor
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
