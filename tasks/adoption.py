@@ -45,7 +45,7 @@ def find_adoption(
     """
     digests = {ref.sha256 for refs in inputs.values() for ref in refs}
     for source in lineage.completed_executions(job.kind.name, str(job.kind.revision), digests):
-        if source.output is not None and not list(find_changes(job, inputs, source)):
+        if source.output is not None and next(find_changes(job, inputs, source), None) is None:
             outcome, _ = verify_result(job, source.output, home, store, verified)
             if outcome is not None:
                 return Adoption(outcome, source, _describe(job, source))
