@@ -27,7 +27,6 @@ FLUX = Family(
         feed_forward=rf"{Targets.feed_forward}|.*\.single_transformer_blocks\.\d+\.proj_(mlp|out)",
         text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})",
     ),
-    # There is a free and a non-free release; if only the family is known, the stricter license applies.
     training=TrainingDefaults(
         resolution=1024,
         learning_rate=1e-4,
@@ -40,6 +39,7 @@ FLUX = Family(
             "gradient_checkpointing": "ai-toolkit's example for 24 GB; kohya's guide",
         },
     ),
+    # There is a free and a non-free release; if only the family is known, the stricter license applies.
     licenses={
         "LicenseRef-FLUX-1-dev-NC": (
             "flux",
