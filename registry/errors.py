@@ -2,6 +2,7 @@
 
 RegistryError
 ├── HomeError           LORALINE_HOME is read-only, full, damaged, or written by a newer release
+│   └── DiskFull            its disk has no room
 ├── StoreError          an artifact cannot be stored or read
 │   ├── MissingBlob         its bytes are gone
 │   └── DamagedBlob         its bytes differ from those that were stored
@@ -28,6 +29,8 @@ from pathlib import Path
 
 from lora_engine.errors import WordedError
 
+_FREE_SPACE = "`loraline gc`, or free some space; then run the same command again"
+
 
 class RegistryError(WordedError):
     """Base of all errors that the registry raises."""
@@ -35,6 +38,10 @@ class RegistryError(WordedError):
 
 class HomeError(RegistryError):
     """The folder or the database that holds all state cannot be used."""
+
+
+class DiskFull(HomeError):
+    """The disk has no room for what must be written."""
 
 
 class StoreError(RegistryError):
@@ -125,8 +132,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 def database_error(message: str, where: str) -> HomeError | None:
     """Returns a `HomeError` with cause and fix for a database driver's message; None if it is not a known one."""
     causes = {
-        "disk is full": ("the disk is full", "free some space and run the same command again"),
-        "No space left": ("the disk is full", "free some space and run the same command again"),
+        "disk is full": ("the disk is full", _FREE_SPACE),
+        "No space left": ("the disk is full", _FREE_SPACE),
         "readonly": ("the database cannot be written", "make the file and its folder writable"),
         "read-only": ("the database cannot be written", "make the file and its folder writable"),
         "unable to open": ("the database cannot be opened", "make the folder exist and writable"),
@@ -152,13 +159,14 @@ def database_error(message: str, where: str) -> HomeError | None:
     }
     for fragment, (problem, remedy) in causes.items():
         if fragment in message:
-            return HomeError(f"{problem} ({message.strip()})", where=where, remedy=remedy)
+            kind = DiskFull if remedy == _FREE_SPACE else HomeError
+            return kind(f"{problem} ({message.strip()})", where=where, remedy=remedy)
     return None
 
 
 def _disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return HomeError("the disk is full", where=str(path), remedy="free some space and run the same command again")
+        return DiskFull("the disk is full", where=str(path), remedy=_FREE_SPACE)
     if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
         return HomeError(
             f"cannot write here ({error.strerror})",

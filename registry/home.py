@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from lora_engine.files import FilePath, atomic_write
-from registry.errors import HomeError, disk_errors
+from registry.errors import DiskFull, HomeError, disk_errors
 from registry.settings import Settings, read_settings
+from registry.store.snapshot import find_scratch
 
 _FOLDERS = ("store", "prefect", "work", "cache", "reports", "locks", "mlflow")
+_ROOM = 64 << 10
+"""Bytes that a usable disk has room for; SQLite needs 32 KiB for the index of its log before it can read."""
+_RESERVE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -21,35 +29,100 @@ class Home:
 
     Args:
         path: Absolute path of the folder.
+        read_only: True if nothing in it may be created, changed or deleted; it may also be missing.
+        is_full: True if files in it can be deleted, but not written.
     """
 
     path: Path
+    read_only: bool = False
+    is_full: bool = False
 
     @classmethod
     def open(cls, path: FilePath, *, create: bool = True) -> Home:
-        """Returns the home at a path; creates its folders and checks that they are writable.
+        """Returns the home at a path.
 
         Args:
-            path: The folder; created if it is missing.
-            create: False refuses a folder that is not a home yet.
+            path: The folder.
+            create: True creates missing folders and requires that the home is writable. False creates nothing,
+                refuses a folder that is no home yet, and opens a home read-only that it cannot write.
 
         Raises:
             HomeError: Not a home, not writable, or full.
         """
-        home = cls(Path(path).expanduser().absolute())
-        if not create and not home.store.is_dir():
+        home = cls._at(path)
+        if create:
+            with disk_errors(home.path):
+                for folder in _FOLDERS:
+                    (home.path / folder).mkdir(parents=True, exist_ok=True)
+                home._probe(_ROOM)
+                home._fill_reserve()
+            return home
+        if not home.exists:
             raise HomeError(
                 "not a Loraline home",
                 where=str(home.path),
-                remedy="run `loraline init`, or set LORALINE_HOME",
+                remedy="`loraline run` or `loraline import` creates it; or correct LORALINE_HOME",
             )
-        with disk_errors(home.path):
-            for folder in _FOLDERS:
-                (home.path / folder).mkdir(parents=True, exist_ok=True)
-            probe = home.locks / f"probe-{os.getpid()}"
-            atomic_write(probe, b"can this be written?")
-            probe.unlink(missing_ok=True)
-        return home
+        return home if home._is_writable() else replace(home, read_only=True)
+
+    @classmethod
+    def open_to_read(cls, path: FilePath) -> Home:
+        """Returns the home at a path for reading; a missing one is empty and is not created."""
+        home = cls._at(path)
+        return cls.open(path, create=False) if home.exists else replace(home, read_only=True)
+
+    @classmethod
+    def open_to_delete(cls, path: FilePath) -> Home:
+        """Returns the home for work that frees space. On a full disk, it first gives up the reserve.
+
+        Raises:
+            HomeError: Not writable for another reason than a full disk.
+        """
+        home = cls._at(path)
+        try:
+            with disk_errors(home.path):
+                (home.path / "locks").mkdir(parents=True, exist_ok=True)
+                home._probe(_RESERVE)
+        except DiskFull:
+            home.reserve.unlink(missing_ok=True)
+        try:
+            return cls.open(path)
+        except DiskFull:
+            return replace(home, is_full=True)
+
+    @classmethod
+    def _at(cls, path: FilePath) -> Home:
+        return cls(Path(path).expanduser().absolute())
+
+    @property
+    def exists(self) -> bool:
+        """Returns True if the folder is a home, or if the settings name a database elsewhere."""
+        return self.store.is_dir() or self.settings.database is not None
+
+    def _probe(self, size: int) -> None:
+        probe = self.locks / f"probe-{os.getpid()}"
+        atomic_write(probe, bytes(size))
+        probe.unlink(missing_ok=True)
+
+    def _is_writable(self) -> bool:
+        if not self.locks.is_dir():
+            return False
+        try:
+            with disk_errors(self.path):
+                self._probe(_ROOM)
+        except HomeError:
+            return False
+        paths = (self.path, self.store, self.lineage_db)
+        return all(os.access(path, os.W_OK) for path in paths if path.exists())
+
+    def _fill_reserve(self) -> None:
+        if not self.reserve.exists() and shutil.disk_usage(self.path).free > 4 * _RESERVE:
+            self.reserve.write_bytes(bytes(_RESERVE))
+
+    @property
+    def reserve(self) -> Path:
+        """File without content that `open_to_delete` deletes on a full disk, because deletions are recorded."""
+        return self.path / "reserve"
 
     @property
     def store(self) -> Path:
@@ -109,18 +182,32 @@ class Home:
     @property
     def lineage_url(self) -> str:
         """SQLAlchemy URL of the registry's own database."""
-        return self.settings.database or f"sqlite:///{self.lineage_db}"
+        url = self.settings.database or f"sqlite:///{self.lineage_db}"
+        if not (self.read_only or self.is_full) or not url.startswith("sqlite"):
+            return url
+        return f"{url}{'&' if '?' in url else '?'}mode=ro"
 
     @property
     def mlflow_url(self) -> str:
         """Tracking and registry URI for MLflow's clients and user interface."""
         return self.settings.mlflow or f"sqlite:///{self.mlflow_db}"
 
-    def lock(self, name: str, timeout: float = -1) -> FileLock:
+    @contextmanager
+    def temporary_folder(self, size: int = 0) -> Iterator[Path]:
+        """Yields a folder for copies of files: in `work`, or elsewhere if the home cannot be written.
+
+        Args:
+            size: Total size of the copies in bytes.
+        """
+        parent = find_scratch(size) if self.read_only else self.work
+        with tempfile.TemporaryDirectory(dir=parent) as name:
+            yield Path(name)
+
+    def lock(self, name: str, timeout: float = -1) -> AbstractContextManager[object]:
         """Returns a lock between processes; the system releases it when the process that holds it exits.
 
         Args:
-            name: Name of the locked resource.
+            name: Name of the locked resource; nothing is locked in a home that is only read.
             timeout: Seconds to wait; -1 waits forever.
         """
-        return FileLock(self.locks / f"{name}.lock", timeout=timeout)
+        return nullcontext() if self.read_only else FileLock(self.locks / f"{name}.lock", timeout=timeout)

@@ -42,8 +42,8 @@ def find_hit(
 ) -> tuple[Outcome | None, str]:
     """Returns the verified cached result for a key, or None and the reason.
 
-    Reads every byte of the artifact, and restarts its grace period for garbage collection. Skips blobs whose digests
-    are in `verified`, and adds to it those that are intact.
+    Reads every byte of the artifact, and restarts its grace period for garbage collection if the home is writable.
+    Skips blobs whose digests are in `verified`, and adds to it those that are intact.
     """
     ref = lineage.find_cached(key)
     if ref is None:
@@ -55,7 +55,7 @@ def verify_result(
     job: Job, ref: ArtifactRef, home: Home, store: Store, verified: set[str] | None = None
 ) -> tuple[Outcome | None, str]:
     """Returns an earlier result of a job if it is intact and valid, else None and the reason; see `find_hit`."""
-    problems, summary = store.inspect(ref, job.kind.summary, touch=True, known=verified)
+    problems, summary = store.inspect(ref, job.kind.summary, touch=not home.read_only, known=verified)
     if problems:
         return None, f"the cached result is damaged: {problems[0].what}"
     hit = Outcome(ref, cached=True, summary=summary or b"")

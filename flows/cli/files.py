@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.late_help import LateHelp
 from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Output, Rank
+from flows.cli.verbs import Access, add_verb
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
 TargetFormat = Annotated[
@@ -23,8 +23,8 @@ _Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (inspect, validate, convert, generate):
-        app.command(cls=LateHelp)(verb)
+    add_verb(app, Access.NONE, inspect, validate, convert)
+    add_verb(app, Access.READ, generate)
 
 
 def inspect(

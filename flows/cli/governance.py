@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.output import Json, Reason, Ref, open_home
+from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from registry.entities import Event
@@ -20,8 +21,9 @@ _Subject = Annotated[
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (revoke, lift, withdraw, delete, restore, unalias, log):
-        app.command()(verb)
+    add_verb(app, Access.WRITE, revoke, lift, withdraw, restore, unalias)
+    add_verb(app, Access.DELETE, delete)
+    add_verb(app, Access.READ, log)
 
 
 def revoke(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.output import BASE_HELP, Json, Ref, open_home
+from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from tasks.operations.changes import Change
@@ -24,9 +25,8 @@ _DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (reproduce, diff):
-        app.command()(verb)
-    app.command("import")(import_file)
+    add_verb(app, Access.READ, reproduce, diff)
+    add_verb(app, Access.WRITE, import_file, name="import")
 
 
 def reproduce(

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.output import Json, open_home
+from flows.cli.verbs import Access, add_verb
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verb to the command."""
-    app.command()(lineage)
+    add_verb(app, Access.READ, lineage)
 
 
 def lineage(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.verbs import Access, access_of_running
+
 if TYPE_CHECKING:
     from registry.home import Home
 
@@ -30,15 +32,32 @@ def home_path() -> Path:
     return Path(os.environ.get("LORALINE_HOME") or ".loraline")
 
 
-def open_home() -> Home:
-    """Opens the home, which must exist.
+def open_home(access: Access | None = None) -> Home:
+    """Opens the home as the running verb declares.
+
+    A verb that writes creates a missing home. One that reads takes it as empty, says so on standard error, and works
+    where the home cannot be written. One that deletes works on a full disk.
+
+    Args:
+        access: Access that an option of the verb needs; None means the verb's declaration.
 
     Raises:
-        HomeError: The home does not exist.
+        HomeError: The home cannot be used.
     """
     from registry.home import Home
 
-    return Home.open(home_path(), create=False)
+    access = access or access_of_running()
+    if access is Access.WRITE:
+        return Home.open(home_path())
+    if access is Access.DELETE:
+        return Home.open_to_delete(home_path())
+    home = Home.open_to_read(home_path())
+    if not home.exists:
+        note = (
+            f"{home.path} does not exist yet: `loraline run` or `loraline import` creates it. See also LORALINE_HOME."
+        )
+        typer.echo(note, err=True)
+    return home
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, home_path
+from flows.cli.output import Json, open_home
+from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from flows.plan import Plan, PlannedStep
@@ -38,8 +39,9 @@ Concurrency = Annotated[
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (init, train, schema, plan, run, adopt):
-        app.command()(verb)
+    add_verb(app, Access.NONE, init, schema)
+    add_verb(app, Access.READ, plan)
+    add_verb(app, Access.WRITE, train, run, adopt)
 
 
 def init(
@@ -92,10 +94,9 @@ def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_jso
     from flows.cli.output import print_json
     from flows.plan import plan_pipeline
     from flows.spec import load_spec
-    from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
-    planned = plan_pipeline(loaded, Home.open(home_path()), force=_check_force(force, loaded))
+    planned = plan_pipeline(loaded, open_home(), force=_check_force(force, loaded))
     if as_json:
         print_json([_planned(step) for step in planned.steps])
         return
@@ -109,9 +110,8 @@ def adopt(spec: SpecPath, changes: Overrides = None, as_json: Json = False) -> N
     from flows.cli.output import print_json
     from flows.pipeline import adopt_results
     from flows.spec import load_spec
-    from registry.home import Home
 
-    adopted = adopt_results(load_spec(spec, changes or ()), Home.open(home_path()))
+    adopted = adopt_results(load_spec(spec, changes or ()), open_home())
     if as_json:
         print_json([_planned(step) for step in adopted.steps])
     else:
@@ -134,12 +134,11 @@ def run(
     from flows.pipeline import run_pipeline
     from flows.prefect import configure_prefect
     from flows.spec import load_spec
-    from registry.home import Home
 
     loaded = load_spec(spec, changes or ())
     if concurrency is not None:
         loaded = replace(loaded, concurrency=concurrency)
-    home = Home.open(home_path())
+    home = open_home()
     configure_prefect(home)
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
         result = run_pipeline(loaded, home, force=_check_force(force, loaded))

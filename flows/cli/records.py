@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.output import Json, Ref, open_home
+from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from registry.documents.keys import PublicKey
@@ -20,11 +21,11 @@ keys_app = typer.Typer(help="Create, trust and list keys for signing.", no_args_
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (card, records, sign, verify):
-        app.command()(verb)
-    keys_app.command("new")(new_key)
-    keys_app.command("trust")(trust)
-    keys_app.command("list")(list_keys)
+    add_verb(app, Access.READ, card, records, verify)
+    add_verb(app, Access.WRITE, sign)
+    add_verb(keys_app, Access.WRITE, new_key, name="new")
+    add_verb(keys_app, Access.WRITE, trust)
+    add_verb(keys_app, Access.READ, list_keys, name="list")
     app.add_typer(keys_app, name="keys")
 
 

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from flows.cli.output import Json, home_path, open_home
+from flows.cli.verbs import Access, add_verb
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (gc, fsck, doctor, backup, restore_backup, copy_database):
-        app.command()(verb)
+    add_verb(app, Access.DELETE, gc)
+    add_verb(app, Access.READ, fsck, doctor, backup, copy_database)
+    add_verb(app, Access.WRITE, restore_backup)
 
 
 def gc(
@@ -59,7 +61,7 @@ def fsck(
     from registry.maintenance.fsck import fsck as find_problems
     from registry.maintenance.repair import repair as repair_home
 
-    home = open_home()
+    home = open_home(Access.WRITE if repair else None)
     repairs = repair_home(home) if repair else []
     problems = find_problems(home)
     if as_json:

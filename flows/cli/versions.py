@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.late_help import LateHelp
 from flows.cli.output import Approximate, Dtype, Energy, Json, Rank, Reason, Ref, open_home
+from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    app.command("list")(list_versions)
-    for verb in (show, report, export, promote, rollback):
-        app.command(cls=LateHelp)(verb)
+    add_verb(app, Access.READ, list_versions, name="list")
+    add_verb(app, Access.READ, show, report, export)
+    add_verb(app, Access.WRITE, promote, rollback)
 
 
 def list_versions(
@@ -136,10 +136,9 @@ def export(
     from tasks.operations.export_adapter import export_version
 
     approximation = {"rank": rank, "energy": energy} if approximate else None
-    result = export_version(open_home(), ref, to, output, base=base, dtype=dtype, approximation=approximation)
-    documents = (
-        write_documents(open_home(), result.version, records_beside(output), with_adapter=True) if with_records else []
-    )
+    home = open_home()
+    result = export_version(home, ref, to, output, base=base, dtype=dtype, approximation=approximation)
+    documents = write_documents(home, result.version, records_beside(output), with_adapter=True) if with_records else []
     if as_json:
         print_json({**vars(result), "records": documents})
         return

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.cli.late_help import LateHelp
 from flows.cli.output import Json, Output, home_path
+from flows.cli.verbs import Access, add_verb
 
 _Weighted = Annotated[
     list[str],
@@ -29,8 +29,8 @@ _METHODS = (
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    for verb in (merge, resize, extract, fuse):
-        app.command(cls=LateHelp)(verb)
+    add_verb(app, Access.READ, merge, fuse)
+    add_verb(app, Access.NONE, resize, extract)
 
 
 def merge(

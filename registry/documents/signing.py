@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,8 +246,8 @@ def _folder(context: RegistryContext, version: AdapterVersion) -> Iterator[Path]
     store, records = context.store, find_records(context.lineage, version)
     if PROVENANCE not in records:
         raise SignatureError("it has no provenance", where=version.ref, remedy=f"`loraline records {version.ref}`")
-    with tempfile.TemporaryDirectory(dir=context.home.work, prefix="signing-") as temporary:
-        folder = Path(temporary) / version.ref
+    with context.home.temporary_folder(version.size) as temporary:
+        folder = temporary / version.ref
         adapter = PurePosixPath(version.adapter_path).name
         store.checkout_file(version.artifact, version.adapter_path, folder / adapter)
         store.checkout_file(records[PROVENANCE], _PROVENANCE, folder / _PROVENANCE)

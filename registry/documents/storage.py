@@ -91,6 +91,24 @@ def write_missing(context: RegistryContext, version: AdapterVersion) -> dict[str
     return find_records(lineage, version)
 
 
+def read_documents(context: RegistryContext, version: AdapterVersion) -> dict[str, bytes]:
+    """Returns the documents of a version, verified, by file name; writes missing ones if the home is writable.
+
+    Raises:
+        StoreError: A document, the report or a manifest is missing or damaged.
+    """
+    store, home = context.store, context.home
+    is_writable = not (home.read_only or home.is_full)
+    stored = write_missing(context, version) if is_writable else find_records(context.lineage, version)
+    missing = [kind for kind in _WRITERS if kind not in stored]
+    rendered: dict[str, Content] = {}
+    if missing:
+        facts = gather_facts(context, version)
+        rendered = {file: content for kind in missing for file, content in _WRITERS[kind](facts).items()}
+    files = {file: store.read(ref, file) for kind, ref in stored.items() for file in DOCUMENT_FILES[kind]}
+    return files | {file: bytes(content) for file, content in rendered.items() if isinstance(content, bytes)}
+
+
 def keep(session: Session, store: Store, version: AdapterVersion, kind: str, ref: ArtifactRef) -> None:
     """Records an artifact as the document of that kind, within a writing transaction; replaces an earlier one.
 

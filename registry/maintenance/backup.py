@@ -30,6 +30,7 @@ from registry.store.artifacts import Store, open_store
 from registry.store.copy_database import copy_tables
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.local import LocalBlobs
+from registry.store.snapshot import copy_to_scratch
 
 FORMAT = 1
 BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
@@ -93,6 +94,10 @@ def backup(home: Home, target: Path) -> Backup:
         StoreError: The target has other content, or is inside the home.
     """
     target = target.absolute()
+    if not home.exists:
+        raise HomeError(
+            "there is nothing to back up", where=str(home.path), remedy="correct LORALINE_HOME, which names no home"
+        )
     if home.path in (target, *target.parents):
         raise StoreError("a backup must not be inside its home", where=str(target), remedy="name another folder")
     if target.suffix != ARCHIVE_SUFFIX:
@@ -205,8 +210,10 @@ def copy_database(source: Path, target: Path) -> None:
     Raises:
         HomeError: The database is damaged, or the disk is full.
     """
+    is_writable = os.access(source, os.W_OK) and os.access(source.parent, os.W_OK)
+    readable = source if is_writable else copy_to_scratch(source)
     try:
-        with closing(sqlite3.connect(source, timeout=20)) as reader, closing(sqlite3.connect(target)) as writer:
+        with closing(sqlite3.connect(readable, timeout=20)) as reader, closing(sqlite3.connect(target)) as writer:
             reader.backup(writer)
             # Keeps the copy one file, without a write-ahead log.
             writer.execute("PRAGMA journal_mode=DELETE")
@@ -215,6 +222,9 @@ def copy_database(source: Path, target: Path) -> None:
         raise HomeError(
             f"the database cannot be copied ({error})", where=str(source), remedy="`loraline fsck`"
         ) from error
+    finally:
+        if not is_writable:
+            shutil.rmtree(readable.parent, ignore_errors=True)
     if findings != ["ok"]:
         raise HomeError(f"the database is damaged: {findings[0]}", where=str(source), remedy="`loraline fsck`")
     with target.open("rb") as file:

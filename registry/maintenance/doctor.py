@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lora_engine.files import atomic_write
-from registry.errors import HomeError, RegistryError, StoreError, disk_errors
+from registry.errors import DiskFull, HomeError, RegistryError, StoreError, disk_errors
 from registry.home import Home
 from registry.maintenance.probes import Finding, Level, file_system_of, probe_database
 from registry.settings import NAME
@@ -63,9 +63,9 @@ def doctor(
         installed: Returns the version of a package or None; None checks this environment.
     """
     findings = [*check_packages(installed or _installed), *_check_home(path)]
-    is_usable = all(finding.level != "broken" for finding in findings if finding.about in {"home", "settings"})
+    is_usable = all(finding.level != "broken" for finding in findings if finding.about == "settings")
     if is_usable and path.is_dir():
-        home = Home(path.absolute())
+        home = Home.open_to_read(path)
         findings += [*_check_databases(home), *_check_store(home), *_check_mlflow(home), *_check_locks(home)]
     return [*findings, *_check_prefect(path), *_check_hugging_face(), *probe()]
 
@@ -112,16 +112,21 @@ def _check_package(requirement: Requirement, version: str | None) -> Finding | N
 
 def _check_home(path: Path) -> Iterator[Finding]:
     if not path.exists():
-        yield Finding("home", "warning", f"{path} does not exist", "`loraline init`, or set LORALINE_HOME")
+        remedy = "`loraline run` or `loraline import` creates it; or correct LORALINE_HOME"
+        yield Finding("home", "warning", f"{path} does not exist", remedy)
         return
     probe = path / f".doctor-{os.getpid()}"
     try:
         with disk_errors(path):
             atomic_write(probe, b"can this be written?")
             probe.unlink()
+    except DiskFull:
+        pass  # the free space below
     except HomeError as error:
-        yield Finding("home", "broken", f"{path}: {error.problem}", error.remedy)
-        return
+        if not path.is_dir():
+            yield Finding("home", "broken", f"{path}: {error.problem}", error.remedy)
+            return
+        yield Finding("home", "warning", f"{path}: {error.problem}; verbs that only read work", error.remedy)
     free = shutil.disk_usage(path).free
     level: Level = "broken" if free < _NO_SPACE else "warning" if free < _LOW_SPACE else "ok"
     remedy = "" if level == "ok" else "`loraline gc`, or free some space"
@@ -196,7 +201,7 @@ def _check_mlflow(home: Home) -> Iterator[Finding]:
 def _check_locks(home: Home) -> Iterator[Finding]:
     files = sorted(home.locks.glob("*.lock"))
     held = []
-    for path in files:
+    for path in files if not home.read_only else []:
         try:
             with home.lock(path.stem, timeout=0):
                 pass

@@ -31,10 +31,12 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
     """
     # A database server checks its own files.
     own, mlflow_file = sqlite_file(home.lineage_url), sqlite_file(home.mlflow_url)
+    store = open_store(home)
+    if own and not own.exists() and not any(store.blobs.digests()) and not (mlflow_file and mlflow_file.exists()):
+        return []  # nothing was ever registered
     problems = check_sqlite(own, _DATABASE) if own else []
     if problems:
         return problems
-    store = open_store(home)
     try:
         lineage = Lineage(home.lineage_url)
     except HomeError as error:

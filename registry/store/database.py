@@ -6,6 +6,8 @@ one; on PostgreSQL an advisory lock of the transaction has the same effect. `reg
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from lora_engine.files import canonical_json
 from registry.errors import HomeError, RegistryError, database_error
 from registry.store.redaction import redact, redact_url
 from registry.store.schema import WRITER, open_file, open_server
+from registry.store.snapshot import copy_to_scratch
 from registry.store.tables import NAMESPACE, Table
 
 _PATIENCE = 20
@@ -33,7 +36,8 @@ class Database:
     """The registry's database at the schema of this release; created on first use, migrated from an older schema.
 
     Args:
-        url: SQLAlchemy URL, of SQLite or PostgreSQL.
+        url: SQLAlchemy URL, of SQLite or PostgreSQL. `?mode=ro` reads a SQLite file without changing it or its folder:
+            from a copy, which is migrated or created instead.
 
     Raises:
         HomeError: Not reachable, damaged, read-only, full, or written by a newer release or another program (then it
@@ -43,6 +47,12 @@ class Database:
     def __init__(self, url: str) -> None:
         parsed = parse_url(url)
         self.url, self.where = url, name_of(url)
+        self.read_only = parsed.get_backend_name() == "sqlite" and parsed.query.get("mode") == "ro"
+        self._remove_copy: Callable[[], object] = lambda: None
+        if self.read_only and parsed.database:
+            copy = copy_to_scratch(Path(parsed.database))
+            self._remove_copy = weakref.finalize(self, shutil.rmtree, copy.parent, ignore_errors=True)
+            parsed = parsed.set(database=str(copy), query={})
         self.engine = _make_engine(parsed)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
         try:
@@ -51,6 +61,8 @@ class Database:
         except BaseException as error:
             # An open connection would leave its log files beside a database that must not change.
             self.close()
+            if self.read_only and isinstance(error, HomeError):
+                raise error.at(self.where) from None
             if self._is_sqlite or not isinstance(error, SQLAlchemyError):
                 raise
             message = redact(str(getattr(error, "orig", None) or error).strip(), url)
@@ -69,7 +81,15 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """Opens a session in one transaction: commits durably at the end, rolls back after an exception."""
+        """Opens a session in one transaction: commits durably at the end, rolls back after an exception.
+
+        Raises:
+            HomeError: The database is read-only.
+        """
+        if self.read_only:
+            raise HomeError(
+                "the registry cannot be written", where=self.where, remedy="make the home writable, or free some space"
+            )
         # SQLite: take the write lock at once; a read transaction cannot wait for it.
         engine = self.engine.execution_options(loraline_write=True)
         with self._readable_errors(), Session(engine, expire_on_commit=False) as session, session.begin():
@@ -80,6 +100,7 @@ class Database:
     def close(self) -> None:
         """Closes all connections."""
         self.engine.dispose()
+        self._remove_copy()
 
     def _open_schema(self, url: URL) -> None:
         if not self._is_sqlite:

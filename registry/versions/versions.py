@@ -40,7 +40,8 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 class Versions(RegistryContext):
     """The named, numbered adapters of a home.
 
-    Opening it syncs MLflow if an earlier process was killed before its sync; costs one query if MLflow is in sync.
+    Opening it syncs MLflow if an earlier process was killed before its sync; costs one query if MLflow is in sync. A
+    home that cannot be written is only read.
 
     Args:
         home: The home.
@@ -53,7 +54,7 @@ class Versions(RegistryContext):
 
     def __init__(self, home: Home, *, store: Store | None = None, lineage: Lineage | None = None) -> None:
         super().__init__(home, store=store, lineage=lineage)
-        if self.is_synced():
+        if home.read_only or home.is_full or self.is_synced():
             return
         try:
             self.sync(timeout=0)

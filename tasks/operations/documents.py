@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,8 +16,8 @@ from registry.documents.storage import (
     DOCUMENT_FILES,
     SIGNATURE,
     find_records,
+    read_documents,
     read_version_document,
-    write_missing,
 )
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
@@ -66,9 +65,7 @@ def read_model_card(home: Home, ref: str, *, html: bool) -> bytes:
         RegistryError: The version does not exist, or its card is gone.
     """
     versions = Versions(home)
-    version = find_version(versions, ref)
-    records = write_missing(versions, version)
-    return read_version_document(versions.store, records, version, DOCUMENT_FILES[CARD][1 if html else 0])
+    return read_documents(versions, find_version(versions, ref))[DOCUMENT_FILES[CARD][1 if html else 0]]
 
 
 def write_card(home: Home, ref: str, path: Path) -> None:
@@ -97,12 +94,7 @@ def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = 
     """
     versions = Versions(home)
     version = find_version(versions, ref)
-    records = write_missing(versions, version)
-    contents = {
-        file: read_version_document(versions.store, records, version, file)
-        for kind in records
-        for file in DOCUMENT_FILES[kind]
-    }
+    contents = read_documents(versions, version)
     if with_adapter:
         contents[PurePosixPath(version.adapter_path).name] = versions.read_adapter(version)
     for file, content in contents.items():
@@ -157,8 +149,8 @@ def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Ver
 def _structure(versions: Versions, version: AdapterVersion) -> Iterator[str]:
     from lora_engine.formats import read_bundle
 
-    with tempfile.TemporaryDirectory(dir=versions.home.work) as name:
-        path = Path(name) / PurePosixPath(version.adapter_path).name
+    with versions.home.temporary_folder(version.size) as folder:
+        path = folder / PurePosixPath(version.adapter_path).name
         versions.store.checkout_file(version.artifact, version.adapter_path, path)
         try:
             read_bundle(path)

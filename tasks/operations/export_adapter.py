@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.operations.adapter_files import convert_adapter
 from tasks.operations.promote import find_version
+
+_logger = logging.getLogger(__name__)
 
 _FILE = ".safetensors"
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -48,7 +51,7 @@ def export_version(
     dtype: str | None = None,
     approximation: Mapping[str, Any] | None = None,
 ) -> Export:
-    """Verifies a version and writes it in a format.
+    """Verifies a version and writes it in a format; logs the export if the home is writable.
 
     Args:
         home: The home with all state.
@@ -72,8 +75,11 @@ def export_version(
             source = Path(folder) / "adapter.safetensors"
             versions.checkout_adapter(version, source)
             result = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
-        # A revocation lists the exported files.
-        versions.log_export(version, {"format": to, "files": result["files"]}, actor=current_user())
+        if home.read_only:
+            _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
+        else:
+            # A revocation lists the exported files.
+            versions.log_export(version, {"format": to, "files": result["files"]}, actor=current_user())
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, result["files"], result["approximation"])

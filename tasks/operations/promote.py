@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_engine.errors import EngineError
@@ -70,8 +68,8 @@ def find_structure(versions: Versions, version: AdapterVersion) -> tuple[str, ..
     """
     from lora_engine.formats import read_bundle
 
-    with tempfile.TemporaryDirectory(dir=versions.home.work) as name:
-        path = Path(name) / "adapter.safetensors"
+    with versions.home.temporary_folder(version.size) as folder:
+        path = folder / "adapter.safetensors"
         try:
             versions.store.checkout_file(version.artifact, version.adapter_path, path)
             read_bundle(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
     store = open_store(home)
     lineage = Lineage(home.lineage_url)
     steps = describe_steps(lineage, version)
-    with tempfile.TemporaryDirectory(dir=home.work) as name:
-        folders = {role: Path(name) / role for role in ("report", "adapter", "dataset")}
+    with home.temporary_folder() as folder:
+        folders = {role: folder / role for role in ("report", "adapter", "dataset")}
         store.checkout(version.report, folders["report"])
         store.checkout(version.artifact, folders["adapter"])
         dataset = _dataset(lineage, version)

@@ -169,8 +169,14 @@ def test_damaged_database_is_found(plain):
     assert all("lineage.db" in problem.where for problem in problems)
 
 
-def test_absent_database_is_found(empty_home):
-    assert [problem.what for problem in fsck(empty_home)] == ["the database is missing"]
+def test_home_in_which_nothing_was_registered_has_no_problem(empty_home):
+    assert fsck(empty_home) == []
+
+
+def test_absent_database_is_found(plain):
+    plain.close()
+    plain.home.lineage_db.unlink()
+    assert [problem.what for problem in fsck(plain.home)] == ["the database is missing"]
 
 
 def test_home_without_versions_needs_no_mlflow(empty_home):

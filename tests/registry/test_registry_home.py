@@ -20,7 +20,7 @@ def test_home_has_its_folders(tmp_path):
 
 
 def test_absent_home_is_not_created_with_create_false(tmp_path):
-    with pytest.raises(HomeError, match="loraline init"):
+    with pytest.raises(HomeError, match="loraline run"):
         Home.open(tmp_path / "absent", create=False)
     assert not (tmp_path / "absent").exists()
 

@@ -1,0 +1,72 @@
+"""Adds verbs to the command, each with its access to the home; names entries of registries in their help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from enum import Enum
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+_PLACEHOLDER = re.compile(r"\{([\w.]+):(\w+)\}")
+
+
+class Access(Enum):
+    """Access of a verb to the home: none, read, write, or delete, which must work on a full disk."""
+
+    NONE = "none"
+    READ = "read"
+    WRITE = "write"
+    DELETE = "delete"
+
+
+_running: ContextVar[Access] = ContextVar("running", default=Access.NONE)
+
+
+def add_verb(app: typer.Typer, access: Access, *verbs: Callable[..., None], name: str | None = None) -> None:
+    """Adds verbs to the command.
+
+    Args:
+        app: The command.
+        access: Access to the home; `flows.cli.output.open_home` opens it so.
+        verbs: Functions that define the verbs.
+        name: Name of the verb; None means that of the function.
+    """
+    for verb in verbs:
+        app.command(name, cls=Verb, context_settings={"obj": access})(verb)
+
+
+def access_of_running() -> Access:
+    """Returns the access of the verb that runs."""
+    return _running.get()
+
+
+class Verb(TyperCommand):
+    """A verb in whose help `{module:registry}`, or a function that returns one, becomes the names of the entries.
+
+    Plug-ins add entries, so the names are looked up when the help is shown.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb."""
+        token = _running.set(ctx.obj)
+        try:
+            return super().invoke(ctx)
+        finally:
+            _running.reset(token)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help."""
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption) and parameter.help:
+                parameter.help = _PLACEHOLDER.sub(_names, parameter.help)
+        super().format_help(ctx, formatter)
+
+
+def _names(match: re.Match[str]) -> str:
+    entries = getattr(import_module(match[1]), match[2])
+    return ", ".join(entries() if callable(entries) else entries)
