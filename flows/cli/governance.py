@@ -21,8 +21,8 @@ _Subject = Annotated[
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.WRITE, revoke, lift, withdraw, restore, unalias)
-    add_verb(app, Access.DELETE, delete)
+    add_verb(app, Access.WRITE, revoke, lift, restore)
+    add_verb(app, Access.DELETE, withdraw, delete, unalias)
     add_verb(app, Access.READ, log)
 
 

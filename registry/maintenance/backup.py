@@ -30,7 +30,7 @@ from registry.store.artifacts import Store, open_store
 from registry.store.copy_database import copy_tables
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.local import LocalBlobs
-from registry.store.snapshot import copy_to_scratch
+from registry.store.snapshot import readable
 
 FORMAT = 1
 BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
@@ -139,13 +139,13 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
     Database(home.lineage_url).close()  # migrates to this release's schema, or raises
     own, mlflow = (folder / name for name in DATABASES)
     if (file := sqlite_file(home.lineage_url)) is not None:
-        copy_database(file, own)
+        copy_database(file, own, read_only=home.read_only)
     else:
         _copy_server(home.lineage_url, own)
     if (file := sqlite_file(home.mlflow_url)) is None:
         left_out.append(f"{name_of(home.mlflow_url)}: MLflow's tables, which the registry can rebuild")
     elif file.exists():
-        copy_database(file, mlflow)
+        copy_database(file, mlflow, read_only=home.read_only)
     for pattern in KEPT:
         for path in sorted(home.path.glob(pattern)):
             if path.is_file() and not path.is_symlink():
@@ -204,16 +204,23 @@ def _copy_server(url: str, target: Path) -> None:
         copy_database(copy, target)
 
 
-def copy_database(source: Path, target: Path) -> None:
+def copy_database(source: Path, target: Path, *, read_only: bool = False) -> None:
     """Copies a consistent snapshot of a SQLite database to one checked file. Safe while others write.
+
+    Args:
+        source: The database.
+        target: The new file.
+        read_only: True if the source's folder cannot be written.
 
     Raises:
         HomeError: The database is damaged, or the disk is full.
     """
-    is_writable = os.access(source, os.W_OK) and os.access(source.parent, os.W_OK)
-    readable = source if is_writable else copy_to_scratch(source)
     try:
-        with closing(sqlite3.connect(readable, timeout=20)) as reader, closing(sqlite3.connect(target)) as writer:
+        with (
+            readable(source, copy=read_only) as file,
+            closing(sqlite3.connect(file, timeout=20)) as reader,
+            closing(sqlite3.connect(target)) as writer,
+        ):
             reader.backup(writer)
             # Keeps the copy one file, without a write-ahead log.
             writer.execute("PRAGMA journal_mode=DELETE")
@@ -222,9 +229,6 @@ def copy_database(source: Path, target: Path) -> None:
         raise HomeError(
             f"the database cannot be copied ({error})", where=str(source), remedy="`loraline fsck`"
         ) from error
-    finally:
-        if not is_writable:
-            shutil.rmtree(readable.parent, ignore_errors=True)
     if findings != ["ok"]:
         raise HomeError(f"the database is damaged: {findings[0]}", where=str(source), remedy="`loraline fsck`")
     with target.open("rb") as file:

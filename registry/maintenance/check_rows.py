@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +13,7 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.entities import Problem
 from registry.lineage.record import is_alive
-from registry.store.snapshot import copy_to_scratch
+from registry.store.snapshot import readable
 from registry.store.tables import EventRow, ExecutionRow, InputRow, RevocationRow, RunRow, VersionRow
 from registry.versions.projections import project_revocations, project_states
 from registry.versions.promotion import replay
@@ -24,39 +23,30 @@ _DATABASE = "restore the database from a backup"
 _RUN = "the next run marks it as CRASHED; `loraline fsck --repair` does so now"
 
 
-def check_sqlite(path: Path, remedy: str) -> list[Problem]:
+def check_sqlite(path: Path, remedy: str, *, copy: bool = False) -> list[Problem]:
     """Checks the integrity and the foreign keys of a SQLite file.
 
     Args:
         path: The file.
         remedy: Remedy for the reported problems.
+        copy: True checks a copy, for a file on a read-only or full disk.
     """
     where = str(path)
     if not path.is_file():
         return [Problem("the database is missing", where, remedy)]
     try:
-        findings = _check_file(path)
-    except sqlite3.OperationalError:
-        # SQLite cannot read a file in WAL mode on a read-only or full disk.
-        copy = copy_to_scratch(path)
-        try:
-            findings = _check_file(copy)
-        except sqlite3.DatabaseError as error:
-            findings = [str(error)]
-        finally:
-            shutil.rmtree(copy.parent, ignore_errors=True)
+        with (
+            readable(path, copy=copy) as file,
+            closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection,
+        ):
+            findings = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            findings += [
+                f"row {row[1]} of {row[0]} refers to a missing row"
+                for row in connection.execute("PRAGMA foreign_key_check")
+            ]
     except sqlite3.DatabaseError as error:
         findings = [str(error)]
     return [Problem(f"the database is damaged: {finding}", where, remedy) for finding in findings]
-
-
-def _check_file(path: Path) -> list[str]:
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        findings = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
-        return findings + [
-            f"row {row[1]} of {row[0]} refers to a missing row"
-            for row in connection.execute("PRAGMA foreign_key_check")
-        ]
 
 
 def check_log(session: Session) -> Iterator[Problem]:

@@ -27,10 +27,11 @@ from registry.errors import DiskFull, HomeError, RegistryError, StoreError, disk
 from registry.home import Home
 from registry.maintenance.probes import Finding, Level, file_system_of, probe_database
 from registry.settings import NAME
-from registry.store.database import Database, sqlite_file
+from registry.store.database import Database, name_of, sqlite_file
 from registry.store.redaction import redact, redact_url
 from registry.store.remote import FsspecBlobs, open_blobs
 from registry.store.schema import file_schema
+from registry.store.snapshot import readable
 from registry.versions.mlflow_sync import is_synced
 
 __all__ = ["Finding", "doctor"]
@@ -115,22 +116,9 @@ def _check_home(path: Path) -> Iterator[Finding]:
         remedy = "`loraline run` or `loraline import` creates it; or correct LORALINE_HOME"
         yield Finding("home", "warning", f"{path} does not exist", remedy)
         return
-    probe = path / f".doctor-{os.getpid()}"
-    try:
-        with disk_errors(path):
-            atomic_write(probe, b"can this be written?")
-            probe.unlink()
-    except DiskFull:
-        pass  # the free space below
-    except HomeError as error:
-        if not path.is_dir():
-            yield Finding("home", "broken", f"{path}: {error.problem}", error.remedy)
-            return
-        yield Finding("home", "warning", f"{path}: {error.problem}; verbs that only read work", error.remedy)
-    free = shutil.disk_usage(path).free
-    level: Level = "broken" if free < _NO_SPACE else "warning" if free < _LOW_SPACE else "ok"
-    remedy = "" if level == "ok" else "`loraline gc`, or free some space"
-    yield Finding("home", level, f"{path.absolute()}, {free / (1 << 30):.1f} GiB free", remedy)
+    yield _check_folder(path)
+    if not path.is_dir():
+        return
     try:
         settings = Home(path).settings
     except HomeError as error:
@@ -141,6 +129,25 @@ def _check_home(path: Path) -> Iterator[Finding]:
     yield Finding("settings", "ok", shown or f"no {NAME}: everything is in the home")
 
 
+def _check_folder(path: Path) -> Finding:
+    """Returns if the folder is writable, and its free space."""
+    probe = path / f".doctor-{os.getpid()}"
+    try:
+        with disk_errors(path):
+            atomic_write(probe, b"can this be written?")
+            probe.unlink()
+    except DiskFull:
+        pass  # the free space says it
+    except HomeError as error:
+        if path.is_dir():
+            return Finding("home", "warning", f"{path}: {error.problem}; verbs that only read work", error.remedy)
+        return Finding("home", "broken", f"{path}: {error.problem}", error.remedy)
+    free = shutil.disk_usage(path).free
+    level: Level = "broken" if free < _NO_SPACE else "warning" if free < _LOW_SPACE else "ok"
+    remedy = "" if level == "ok" else "`loraline gc`, or free some space"
+    return Finding("home", level, f"{path.absolute()}, {free / (1 << 30):.1f} GiB free", remedy)
+
+
 def _check_databases(home: Home) -> Iterator[Finding]:
     for about, url in (("database", home.lineage_url), ("MLflow's database", home.mlflow_url)):
         try:
@@ -148,9 +155,10 @@ def _check_databases(home: Home) -> Iterator[Finding]:
             if file is None:
                 yield probe_database(about, url)
                 continue
-            schema = file_schema(file) if about == "database" else None
+            with readable(file, copy=home.read_only) as copy:
+                schema = file_schema(copy) if about == "database" else None
         except RegistryError as error:
-            yield Finding(about, "broken", f"{error.where}: {error.problem}", error.remedy)
+            yield Finding(about, "broken", f"{name_of(url)}: {error.problem}", error.remedy)
             continue
         system = file_system_of(file)
         if system in _NETWORK:
@@ -244,7 +252,13 @@ def _check_hugging_face() -> Iterator[Finding]:
     cache = Path(os.environ.get("HF_HUB_CACHE") or root / "hub")
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     offline = [name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}]
-    models = sum(1 for _ in cache.glob("models--*")) if cache.is_dir() else 0
+    try:
+        models = sum(1 for _ in cache.glob("models--*")) if cache.is_dir() else 0
+    except OSError as error:
+        yield Finding(
+            "Hugging Face", "warning", f"{cache}: {error.strerror}", "set HF_HOME to a folder that you can read"
+        )
+        return
     state = f"{models} models in {cache}" + (f"; offline ({', '.join(offline)})" if offline else "")
     if offline and not models:
         yield Finding("Hugging Face", "warning", state, f"only the base 'tiny' can be used: unset {', '.join(offline)}")

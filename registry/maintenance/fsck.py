@@ -34,7 +34,7 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
     store = open_store(home)
     if own and not own.exists() and not any(store.blobs.digests()) and not (mlflow_file and mlflow_file.exists()):
         return []  # nothing was ever registered
-    problems = check_sqlite(own, _DATABASE) if own else []
+    problems = check_sqlite(own, _DATABASE, copy=home.read_only) if own else []
     if problems:
         return problems
     try:
@@ -51,7 +51,7 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
         aliases = queries.alias_table(session)
     problems += _check_leftovers(home, store, grace)
     if mlflow and (versions or (mlflow_file and mlflow_file.exists())):
-        broken = check_sqlite(mlflow_file, SYNC) if mlflow_file else []
+        broken = check_sqlite(mlflow_file, SYNC, copy=home.read_only) if mlflow_file else []
         problems += broken or check_mlflow(home, store, versions, aliases)
     return problems
 

@@ -84,10 +84,12 @@ def restore_backup(source: Path, home: Path, *, replace: bool = False) -> Restor
 
 
 def holds_something(home: Path) -> bool:
-    """Returns True if a folder has more than empty folders and lock files."""
+    """Returns True if a folder has more than empty folders, lock files and the reserve."""
     if home.is_symlink() or (home.exists() and not home.is_dir()):
         return True
-    return any(path.is_symlink() or not (path.is_dir() or path.suffix == ".lock") for path in home.rglob("*"))
+    reserve = Home(home).reserve
+    others = (path for path in home.rglob("*") if path != reserve)
+    return any(path.is_symlink() or not (path.is_dir() or path.suffix == ".lock") for path in others)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from registry.errors import HomeError, disk_errors
@@ -42,6 +43,24 @@ def find_scratch(size: int = 0) -> str:
         where=", ".join(folders),
         remedy="set TMPDIR to a folder on a disk with free space",
     )
+
+
+@contextmanager
+def readable(path: Path, *, copy: bool) -> Iterator[Path]:
+    """Yields a SQLite database that can be opened: the file itself, or a temporary copy.
+
+    Args:
+        path: The database.
+        copy: True yields a copy; see `copy_to_scratch`.
+    """
+    if not copy:
+        yield path
+        return
+    scratch = copy_to_scratch(path)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch.parent, ignore_errors=True)
 
 
 def copy_to_scratch(path: Path) -> Path:

@@ -7,20 +7,30 @@ a value in `_values`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from sqlalchemy import delete, select
 
 from flows.cli import app
 from flows.cli.verbs import Access
+from registry.errors import HomeError
 from registry.home import Home
 from registry.maintenance.backup import backup
 from registry.store.copy_database import copy_tables
+from registry.store.database import Database
+from registry.store.tables import MetaRow
+from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here as loraline
-from tests.flows.shared import Trained, draw_noise
+from tests.flows.shared import Trained, copy_trained, draw_noise
 
 SPEC = """\
 name: joined
@@ -78,8 +88,9 @@ def _values(folder: Path) -> Mapping[str, str]:
     }
 
 
-MORE = {"keys new": ("--trust", "--without-passphrase")}
-"""Verb -> options with which it opens the home."""
+MORE = {"keys new": ("--trust", "--without-passphrase"), "generate": ("-n", "1", "--steps", "1")}
+"""Verb -> options with which it opens the home, or is quicker."""
+SLOW = {"generate", "reproduce"}
 
 
 def arguments(verb: str, values: Mapping[str, str]) -> list[str]:
@@ -144,3 +155,149 @@ def test_a_database_elsewhere_is_read_without_a_home(trained: Trained, home: Pat
     assert [version["name"] for version in json.loads(done.stdout)] == ["small"], done.stderr
     assert done.stderr == ""
     assert not home.exists()
+
+
+@contextmanager
+def _read_only(folder: Path) -> Iterator[None]:
+    """Mounts a folder over itself, read-only."""
+    _mount("--bind", folder, folder)
+    try:
+        _mount("-o", "remount,bind,ro", folder)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def _fill(folder: Path) -> None:
+    with (folder / "filler").open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@contextmanager
+def _full(folder: Path) -> Iterator[None]:
+    _fill(folder)
+    try:
+        yield
+    finally:
+        (folder / "filler").unlink()
+
+
+@contextmanager
+def _forbidden(folder: Path) -> Iterator[None]:
+    """Takes the permission to write from the user; root becomes another user."""
+    paths = [folder, *folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path in reversed(paths):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+STATES: Mapping[str, Callable[[Path], AbstractContextManager[None]]] = {
+    "read-only": _read_only,
+    "full": _full,
+    "forbidden": _forbidden,
+}
+
+
+def _mount(*arguments: object) -> None:
+    if subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk: not root")
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Path]:
+    """Yields a small disk of its own, which each user may read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    _mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", folder)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+        folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def small(trained_home: Path, disk: Path) -> Trained:
+    """Returns a trained home on the small disk."""
+    return copy_trained(trained_home, disk / "trained")
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """Yields a folder in which each user may write; the folders of pytest are private."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@pytest.mark.usefixtures("trained_here")
+@pytest.mark.parametrize(
+    ("verb", "state"),
+    [(verb, state) for verb in verbs(Access.READ) for state in STATES if state == "read-only" or verb not in SLOW],
+)
+def test_a_verb_that_reads_answers_where_the_home_cannot_be_written(
+    verb: str, state: str, small: Trained, disk: Path, public_folder: Path
+) -> None:
+    values = _values(public_folder) | {"SPEC": str(small.spec)}
+    known = {key: value.replace("none@1", "small@1") for key, value in values.items()}
+    before = {path.name for path in small.home.path.iterdir()}
+    with STATES[state](disk):
+        done = loraline(*arguments(verb, known), home=small.home.path)
+    warns = (verb, state) == ("doctor", "full")
+    assert done.returncode == warns, done.stdout + done.stderr
+    assert {path.name for path in small.home.path.iterdir()} == before
+
+
+def test_the_state_of_a_read_only_home_is_that_of_its_log(small: Trained, disk: Path, tmp_path: Path) -> None:
+    """A killed process leaves rows in the write-ahead log alone."""
+    database = small.home.lineage_db
+    with closing(sqlite3.connect(database)) as writer:
+        writer.execute("INSERT INTO meta (key, value) VALUES ('mark', 'in the log')")
+        writer.commit()
+        log = database.with_name("lineage.db-wal")
+        content = log.read_bytes()
+    log.write_bytes(content)
+    with _read_only(disk), closing(Database(f"sqlite:///{database}?mode=ro")) as copy, copy.read() as session:
+        assert session.scalar(select(MetaRow.value).where(MetaRow.key == "mark")) == "in the log"
+    with closing(Database(f"sqlite:///{database}")) as opened, opened.write() as session:
+        session.execute(delete(MetaRow).where(MetaRow.key == "mark"))
+
+
+def test_a_read_only_database_refuses_to_write(tmp_path: Path) -> None:
+    with (
+        closing(Database(f"sqlite:///{tmp_path / 'absent.db'}?mode=ro")) as database,
+        pytest.raises(HomeError, match="cannot be written"),
+        database.write(),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_does_not_stop_what_frees_space(trained_home: Path, disk: Path) -> None:
+    trained = copy_trained(trained_home, disk / "other")
+    home = trained.home.path
+    with _full(disk):
+        refused = loraline("run", trained.spec, "--force", "photos", home=home)
+        assert "the disk is full" in refused.stderr
+        assert "`loraline gc`" in refused.stderr
+        for verb, ref in (("unalias", "small@staging"), ("delete", "small@1")):
+            done = loraline(verb, ref, "--reason", "space", home=home)
+            assert done.returncode == 0, done.stderr
+        _fill(disk)
+        before = sum(path.stat().st_size for path in (home / "store").rglob("*") if path.is_file())
+        done = loraline("gc", "--grace", "0", "--keep-runs", "0", "--json", home=home)
+        assert done.returncode == 0, done.stderr
+        freed = json.loads(done.stdout)["size"]
+        assert freed > 0
+        assert before - freed == sum(path.stat().st_size for path in (home / "store").rglob("*") if path.is_file())
+    assert Versions(Home.open(home)).show("small", 1).state == "DELETED"
+    assert loraline("fsck", home=home).returncode == 0
