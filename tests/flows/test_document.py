@@ -58,7 +58,8 @@ def test_every_value_knows_its_line(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: 1\na: 2\n", "duplicate key 'a'"),
-        ("a: &x [1]\nb: *x\n", "aliases are not allowed"),
+        ("a: &x [*x, *x]\n", "nested more than 50 levels"),
+        ("a: &x [1]\nb: {<<: *x}\n", "'<<' merges a value that is no mapping"),
         ("a: !!python/object:os.system x\n", "tag"),
         ("a: [1\n", "expected"),
         ("- 1\n", "list"),
@@ -85,3 +86,26 @@ def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"name: \xff\xfe")
     with pytest.raises(SpecError, match="UTF-8"):
         read_document(path)
+
+
+def test_aliases_and_merge_keys_repeat_values(tmp_path: Path) -> None:
+    text = """\
+steps:
+  a: &first {uses: train, rank: 8, targets: &which [q, k]}
+  b: {<<: *first, rank: 4}
+  c: {rank: 2, <<: [{uses: merge}, *first]}
+  d: {targets: *which}
+"""
+    steps = read_document(write(tmp_path, text)).data["steps"]
+    assert steps["b"] == {"uses": "train", "rank": 4, "targets": ["q", "k"]}
+    assert steps["c"] == {"uses": "merge", "rank": 2, "targets": ["q", "k"]}
+    assert steps["d"] == {"targets": ["q", "k"]}
+    assert read_document(write(tmp_path, '{"<<": {"a": 1}}')).data == {"<<": {"a": 1}}
+
+
+def test_aliases_that_expand_to_gigabytes_are_refused_with_the_line(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with pytest.raises(SpecError, match="aliases repeat more than 10000 values") as caught:
+        read_document(write(tmp_path, "\n".join(levels)))
+    assert "file.yaml:" in caught.value.where
