@@ -16,6 +16,7 @@ from flows.pipeline import run_pipeline
 from flows.prefect import logs_of_flow_run, publish_table, to_prefect
 from flows.result import PipelineResult, final_state, tabulate
 from flows.spec import load_spec
+from lora_engine.lean import optional_hidden
 from registry.home import Home
 from registry.versions.versions import Versions
 from tasks.operations.promote import compare_metrics
@@ -57,7 +58,7 @@ def retrain(spec: str, home: str = ".loraline") -> Any:
         prefect.exceptions.FailedRun: A new version failed its gates or was refused its alias; has the state's message.
     """
     opened = Home.open(Path(home))
-    with logs_of_flow_run():
+    with optional_hidden(), logs_of_flow_run():
         pipeline = load_spec(Path(spec))
         result = run_pipeline(pipeline, opened)
         publish_table(pipeline.name, tabulate(result, opened))

@@ -50,8 +50,8 @@ def read_document(path: Path) -> Document:
     """Reads a YAML or JSON file.
 
     Raises:
-        SpecError: The file is missing, not text, not YAML, too large or too deep, or has a duplicate key, or aliases that
-            expand to too many values.
+        SpecError: The file is missing, not text, not YAML, too large or too deep, or has a duplicate key, or its
+            aliases expand to too many values.
     """
     try:
         content = path.read_bytes()

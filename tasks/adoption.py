@@ -17,6 +17,7 @@ from registry.store.artifacts import Store
 from tasks.entries import changed_revisions, to_record, undeclared_plugins
 from tasks.execution import describe_execution, verify_result
 from tasks.job import Job, Outcome
+from tasks.operations.changes import show_value
 from tasks.step import Inputs
 
 
@@ -117,7 +118,7 @@ def _by_field(inputs: Mapping[str, ArtifactRef], kept: Collection[str]) -> dict[
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        f"{key}: {show_value(before.get(key))} -> {show_value(after.get(key))}"
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
     ]

@@ -187,7 +187,9 @@ def _print_difference(difference: Difference) -> None:
 
 
 def _short(value: object) -> str:
-    text = "" if value is None else str(value)
+    from tasks.operations.changes import show_value
+
+    text = "" if value is None else show_value(value)
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 

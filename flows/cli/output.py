@@ -86,10 +86,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 
 
 def clean(cell: object) -> str:
-    """Returns the text of a cell without control characters and secrets; an empty string for None."""
+    """Returns the text of a cell without control characters and secrets; an empty string for None, JSON for lists."""
     from registry.store.redaction import redact
+    from tasks.operations.changes import show_value
 
-    text = "" if cell is None else redact(str(cell))
+    is_json = isinstance(cell, (bool, list, tuple, dict))
+    text = "" if cell is None else redact(show_value(cell) if is_json else str(cell))
     return "".join(character if character.isprintable() else "�" for character in text)
 
 

@@ -225,5 +225,5 @@ def _list_terms(source: dict[str, Any]) -> list[str]:
 
 
 def _print_move(event: Event) -> None:
-    before, after = event.before or "none", event.after or "none"
-    print(f"{event.alias}: {event.name}@{before} -> {event.name}@{after}  (event {event.seq})")
+    before, after = (f"{event.name}@{number}" if number else "none" for number in (event.before, event.after))
+    print(f"{event.alias}: {before} -> {after}  (event {event.seq})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,13 @@ class Change:
 def compare_records(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Change]:
     """Returns all differences, sorted by path; compares mappings key by key and lists as a whole."""
     return sorted(_changes(before, after, prefix), key=lambda change: change.path)
+
+
+def show_value(value: Any) -> str:
+    """Returns a value as a pipeline file has it: text as it is, everything else as JSON; `unset` for None."""
+    if value is None:
+        return "unset"
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[Change]:

@@ -200,7 +200,7 @@ def _metrics(side: Side) -> dict[str, Any]:
     """Returns, by metric, the adapter's value, its difference to the base, and the interval of the difference."""
     metrics = side.version.metrics if side.version else {}
     keys = ("adapter", "difference", "interval")
-    return {name: [metric.get(key) for key in keys] for name, metric in metrics.items()}
+    return {name: {key: metric[key] for key in keys if key in metric} for name, metric in metrics.items()}
 
 
 def _gates(side: Side) -> dict[str, Any]:

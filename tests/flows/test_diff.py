@@ -206,8 +206,8 @@ def test_versions_differ_in_images_captions_metrics_settings_and_environment(tmp
         ("6" * 64 + ".caption", "changed"),
         ("7" * 64, "added"),
     }
-    assert [change.path for change in difference.metrics] == ["clip_t"]
-    assert difference.metrics[0].after == [0.75, -0.25, [-1.25, 0.75]]
+    after = {change.path: change.after for change in difference.metrics}
+    assert after == {"clip_t.adapter": 0.75, "clip_t.difference": -0.25, "clip_t.interval": [-1.25, 0.75]}
     assert [(change.path, change.before, change.after) for change in difference.recipe] == [("step photos.seed", 0, 1)]
     assert [(change.path, change.before, change.after) for change in difference.environment] == [
         ("packages.torch", "2.0", "2.1")

@@ -47,7 +47,7 @@ def test_a_second_run_does_nothing_and_a_changed_value_runs_only_what_depends_on
 
     third = run(path, home, "captions.trigger=zorb")
     assert ran(third) == ["captions"]
-    assert third.changed == {"captions": "trigger: 'sks' -> 'zorb'"}
+    assert third.changed == {"captions": "trigger: sks -> zorb"}
 
     forced = run(path, home, force=("prepared",))
     assert ran(forced) == ["prepared"]

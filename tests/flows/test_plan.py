@@ -18,10 +18,12 @@ from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.store.artifacts import open_store
 from registry.store.local import LocalBlobs
 from tasks.digests import digest_path
 from tasks.execution import execute
 from tasks.job import prepare_job
+from tasks.operations.changes import show_value
 from tasks.progress import StepEvent, listening
 from tests.flows.commands import say
 from tests.flows.made import run_line
@@ -96,6 +98,37 @@ def run_line_without_versions(path: Path, home: Home) -> None:
             inputs = {field: (outputs[target],) for field, target, _ in step.references()}
             outputs[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
         lineage.finish_run(run.id, "COMPLETED")
+
+
+def test_reasons_are_in_the_words_of_the_pipeline_file(pipeline: Write, home: Path) -> None:
+    path, opened = pipeline(), Home.open(home)
+    run_line_without_versions(path, opened)
+    planned = say("plan", path, "--set", "captions.trigger=other", home=home)
+    assert "trigger: sks -> other" in planned
+    with closing(Lineage(opened.lineage_url)) as lineage:
+        (photos,) = (execution.output for execution in lineage.executions() if execution.step == "photos")
+    assert photos is not None
+    blob = next(iter(open_store(opened).files(photos).values()))
+    (opened.store / "blobs" / blob.sha256[:2] / blob.sha256).unlink()
+    planned = say("plan", path, home=home)
+    assert f"the cached result is damaged: the bytes with digest {blob.sha256} are gone" in planned
+    assert "Problem(" not in planned
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "unset"),
+        ("crop: x", "crop: x"),
+        ("", '""'),
+        (True, "true"),
+        (0.5, "0.5"),
+        (["a", None], '["a", null]'),
+        ({"name": "lokr"}, '{"name": "lokr"}'),
+    ],
+)
+def test_a_changed_value_is_shown_as_a_pipeline_file_has_it(value: object, text: str) -> None:
+    assert show_value(value) == text
 
 
 def test_a_cached_run_shows_where_the_alias_is_now(trained: Trained) -> None:
