@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from sqlalchemy import delete, select
 
 from flows.cli import app
 from flows.cli.verbs import Access
-from registry.errors import HomeError
 from registry.home import Home
 from registry.maintenance.backup import backup
 from registry.store.copy_database import copy_tables
-from registry.store.database import Database
-from registry.store.tables import MetaRow
 from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here as loraline
 from tests.flows.shared import Trained, copy_trained, draw_noise
@@ -255,31 +250,6 @@ def test_a_verb_that_reads_answers_where_the_home_cannot_be_written(
     warns = (verb, state) == ("doctor", "full")
     assert done.returncode == warns, done.stdout + done.stderr
     assert {path.name for path in small.home.path.iterdir()} == before
-
-
-def test_the_state_of_a_read_only_home_is_that_of_its_log(small: Trained, disk: Path, tmp_path: Path) -> None:
-    """A killed process leaves rows in the write-ahead log alone."""
-    database = small.home.lineage_db
-    with closing(sqlite3.connect(database)) as writer:
-        writer.execute("INSERT INTO meta (key, value) VALUES ('mark', 'in the log')")
-        writer.commit()
-        log = database.with_name("lineage.db-wal")
-        content = log.read_bytes()
-    log.write_bytes(content)
-    with _read_only(disk), closing(Database(f"sqlite:///{database}?mode=ro")) as copy, copy.read() as session:
-        assert session.scalar(select(MetaRow.value).where(MetaRow.key == "mark")) == "in the log"
-    with closing(Database(f"sqlite:///{database}")) as opened, opened.write() as session:
-        session.execute(delete(MetaRow).where(MetaRow.key == "mark"))
-
-
-def test_a_read_only_database_refuses_to_write(tmp_path: Path) -> None:
-    with (
-        closing(Database(f"sqlite:///{tmp_path / 'absent.db'}?mode=ro")) as database,
-        pytest.raises(HomeError, match="cannot be written"),
-        database.write(),
-    ):
-        pass
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_does_not_stop_what_frees_space(trained_home: Path, disk: Path) -> None:

@@ -163,6 +163,7 @@ def test_two_runs_at_once_train_once_and_agree(spec: Path, home: Path, environme
     assert json.loads(document)["outcomes"]["adapter"]["ref"]["sha256"] == version.artifact.sha256
     assert "adapter: " in progress
     assert "Traceback" not in warnings + progress
+    assert "kernels" not in warnings + progress  # of bitsandbytes, which no step uses
 
     with closing(Lineage(Home(home.absolute()).lineage_url)) as lineage:
         trained = [e for run in lineage.runs() for e in lineage.executions(run.id) if e.uses == "train"]
