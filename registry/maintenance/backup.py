@@ -217,8 +217,8 @@ def copy_database(source: Path, target: Path, *, read_only: bool = False) -> Non
     """
     try:
         with (
-            readable(source, copy=read_only) as file,
-            closing(sqlite3.connect(file, timeout=20)) as reader,
+            readable(source, copy=read_only) as database,
+            closing(sqlite3.connect(database, timeout=20)) as reader,
             closing(sqlite3.connect(target)) as writer,
         ):
             reader.backup(writer)

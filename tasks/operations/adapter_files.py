@@ -13,6 +13,7 @@ import yaml
 
 from lora_engine.errors import AdapterError, BaseModelError, UnknownBaseError
 from registry.home import Home
+from registry.store.snapshot import find_scratch
 from tasks.errors import SpecError
 from tasks.progress import StepEvent, publish
 
@@ -249,7 +250,7 @@ def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[P
         RegistryError: A version does not exist.
     """
     named = [parse_weighted(text) for text in texts]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
         yield [(_fetch(ref, home, Path(folder) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
 
 
@@ -284,7 +285,7 @@ def draw(
     from lora_engine.inference.syntax import parse_prompt
 
     text, named = parse_prompt(prompt)
-    with tempfile.TemporaryDirectory() as name, threads(fitting_threads([resolve_base(base)])):
+    with tempfile.TemporaryDirectory(dir=find_scratch()) as name, threads(fitting_threads([resolve_base(base)])):
         adapters = [(_fetch(ref, home, Path(name) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
         return draw_images(
             text,

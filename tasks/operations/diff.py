@@ -14,6 +14,7 @@ from registry.errors import StoreError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
+from registry.store.snapshot import find_scratch
 from tasks.operations.changes import Change, compare_records
 from tasks.operations.report import read_manifest
 from tasks.operations.reproduction_report import environment_of
@@ -96,7 +97,7 @@ def diff(home: Home | None, first: str, second: str) -> Difference:
         AdapterError: A file is no valid adapter.
         RegistryError: A version does not exist, or its bytes are gone.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
         a, b = _side(home, first, Path(folder) / "first"), _side(home, second, Path(folder) / "second")
         weights = compare_weights(a.file, b.file, (_base_of(a), _base_of(b)))
     return Difference(

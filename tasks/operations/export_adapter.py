@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +70,8 @@ def export_version(
     versions = Versions(home)
     try:
         version = find_version(versions, ref)
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "adapter.safetensors"
+        with home.temporary_folder(version.size) as folder:
+            source = folder / "adapter.safetensors"
             versions.checkout_adapter(version, source)
             result = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
         if home.read_only:

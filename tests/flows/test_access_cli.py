@@ -240,11 +240,13 @@ def public_folder() -> Iterator[Path]:
     [(verb, state) for verb in verbs(Access.READ) for state in STATES if state == "read-only" or verb not in SLOW],
 )
 def test_a_verb_that_reads_answers_where_the_home_cannot_be_written(
-    verb: str, state: str, small: Trained, disk: Path, public_folder: Path
+    verb: str, state: str, small: Trained, disk: Path, public_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = _values(public_folder) | {"SPEC": str(small.spec)}
     known = {key: value.replace("none@1", "small@1") for key, value in values.items()}
     before = {path.name for path in small.home.path.iterdir()}
+    if state == "full":
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))  # as with one disk for everything
     with STATES[state](disk):
         done = loraline(*arguments(verb, known), home=small.home.path)
     warns = (verb, state) == ("doctor", "full")
