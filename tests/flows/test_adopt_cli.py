@@ -155,8 +155,8 @@ RECORDS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         "base: tiny (000000000000) -> tiny (",
     ),
     "revocation": ("photos", lambda settings: settings.update(excluded=["0" * 64]), "revocations changed"),
-    "plug-in": ("report", lambda settings: settings.update(plugins={"other": "1.0"}), "other: '1.0' -> None"),
-    "option that is gone": ("adapter", lambda settings: settings["settings"].update(gone=1), "gone: 1 -> None"),
+    "plug-in": ("report", lambda settings: settings.update(plugins={"other": "1.0"}), "other: 1.0 -> unset"),
+    "option that is gone": ("adapter", lambda settings: settings["settings"].update(gone=1), "gone: 1 -> unset"),
 }
 
 
