@@ -157,17 +157,34 @@ def rollback(
     return event
 
 
-def remove(versions: Versions, name: str, alias: str, *, reason: str, actor: str | None = None) -> Event:
+def remove(
+    versions: Versions,
+    name: str,
+    alias: str,
+    *,
+    reason: str,
+    actor: str | None = None,
+    expect: int | str | None = None,
+) -> Event:
     """Removes an alias; `rollback` restores it.
+
+    Args:
+        versions: The registry.
+        name: The adapter.
+        alias: The alias.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
+        expect: Number or digest of the version that the alias must point at; see `require_expected`. None: any.
 
     Raises:
         Refused: The actor may not move the alias.
-        Conflict: Another process moved it meanwhile.
+        Conflict: Another process moved it meanwhile, or it does not point at the expected version.
         UnknownVersion: It points at nothing.
     """
     reason, actor = require_reason(reason, f"{alias!r} cannot be removed"), actor or current_user()
     with versions.lineage.database.read() as session:
         version = queries.read_version(session, name, check_alias(alias))
+        require_expected(session, version, alias, expect)
     policy = read_policies(versions.home.path).of(alias)
     if not policy.may_move(actor):
         refusal = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
