@@ -55,12 +55,16 @@ class RegistrationState:
 
 
 def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> dict[str, RegistrationState]:
-    """Reads the current state of the version of each `register` step, by the step's name."""
+    """Reads the current state of the version of each `register` step, by the step's name.
+
+    Restores what others changed in MLflow, also if every step was cached.
+    """
     specs = {step.name: step.job.spec for step in plan.steps if isinstance(step.job.spec, Register)}
     if not specs:
         return {}
     versions = Versions(home)
     try:
+        versions.try_sync()
         return {name: _read(versions, json.loads(outcomes[name].summary), spec.alias) for name, spec in specs.items()}
     finally:
         versions.close()

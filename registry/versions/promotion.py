@@ -68,9 +68,13 @@ def promote(
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expected_source)
         before = queries.alias_target(session, name, to) if expected == "now" else expected
-        if before == version.version == queries.alias_target(session, name, to):
-            return [event for event in queries.read_events(session, name, to) if event.action != "refuse"][-1]
-        queries.require_active(session, name, version.version)
+        events = [event for event in queries.read_events(session, name, to) if event.action != "refuse"]
+        is_current = before == version.version == queries.alias_target(session, name, to)
+        if not is_current:
+            queries.require_active(session, name, version.version)
+    if is_current:
+        versions.sync()
+        return events[-1]
     decision = evaluate_policy(versions, version, to, actor=actor, damage=versions.damage(version), structure=structure)
     policy = read_policies(versions.home.path).of(to)
     action: Action = "promote"
@@ -202,6 +206,7 @@ def history(versions: Versions, name: str, alias: str | None = None) -> list[Eve
     Raises:
         UnknownName: No such adapter.
     """
+    versions.report_drift(name)
     with versions.lineage.database.read() as session:
         queries.find_row(session, name, "latest")
         return queries.read_events(session, name, alias)

@@ -30,6 +30,7 @@ from registry.policy.evaluate import evaluate_policy
 from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 from registry.store.database import require_json
+from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
 
 _logger = logging.getLogger(__name__)
@@ -53,8 +54,12 @@ class Versions(RegistryContext):
 
     def __init__(self, home: Home, *, store: Store | None = None, lineage: Lineage | None = None) -> None:
         super().__init__(home, store=store, lineage=lineage)
-        if self.is_synced():
-            return
+        self._compared: set[str | None] = set()
+        if not self.is_synced():
+            self.try_sync()
+
+    def try_sync(self) -> None:
+        """Syncs MLflow unless another process does; logs an error of MLflow instead of raising it."""
         try:
             self.sync(timeout=0)
         except Timeout:
@@ -163,6 +168,7 @@ class Versions(RegistryContext):
 
     def list(self, name: str | None = None, *, deleted: bool = False) -> tuple[AdapterVersion, ...]:
         """Returns the versions by name and number, deleted ones only with `deleted`; does not read their bytes."""
+        self.report_drift(name)
         with self.lineage.database.read() as session:
             versions = queries.read_versions(session, name)
         return tuple(version for version in versions if deleted or version.state != "DELETED")
@@ -174,6 +180,7 @@ class Versions(RegistryContext):
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
         """
+        self.report_drift(name)
         with self.lineage.database.read() as session:
             return queries.read_version(session, name, ref)
 
@@ -235,7 +242,7 @@ class Versions(RegistryContext):
         return is_synced(self.home, self.lineage.database)
 
     def sync(self, timeout: float = -1, *, full: bool = False) -> None:
-        """Syncs MLflow with the registry's database; does nothing if it is in sync.
+        """Syncs MLflow with the registry's database, and restores what others changed; does nothing if it is in sync.
 
         Args:
             timeout: Seconds to wait while another process syncs; -1 waits forever.
@@ -246,6 +253,24 @@ class Versions(RegistryContext):
             filelock.Timeout: Another process is syncing.
         """
         sync_mlflow(self, timeout, full=full)
+
+    def report_drift(self, name: str | None = None) -> None:
+        """Logs, once per adapter, how others changed it in MLflow; writes nothing.
+
+        Args:
+            name: The adapter; None compares all.
+        """
+        if self._compared & {name, None}:
+            return
+        self._compared.add(name)
+        try:
+            differences = find_drift(self.home, self.lineage.database, name)
+        except MlflowError as error:
+            self._compared.add(None)  # an unreachable server is asked once
+            _logger.warning("%s", error)
+            return
+        for difference in differences:
+            _logger.warning("%s: %s; %s", difference.problem.where, difference.what, RESTORE)
 
     def _check_adapter(self, version: AdapterVersion) -> None:
         self.require_active(version)

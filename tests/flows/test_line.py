@@ -96,6 +96,26 @@ def test_mlflow_alone_downloads_the_production_version(
     assert hashlib.sha256(file.read_bytes()).hexdigest() == trained.version().sha256
 
 
+def test_an_ungated_alias_in_mlflow_is_reported_by_reading_verbs_and_removed_by_a_run_without_changes(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(trained.home.mlflow_url, trained.home.mlflow_url)
+    client.set_registered_model_alias("small", "production", "1")
+    changed = trained.home.mlflow_db.read_bytes()
+    problem = "small@production: points at version 1 instead of no version"
+    for verb in (("list",), ("show", "small@1"), ("log", "small"), ("plan", trained.spec)):
+        caplog.clear()
+        say(*verb, home=trained.home.path)
+        assert problem in caplog.text
+    assert problem in loraline_here("doctor", home=trained.home.path).stdout
+    assert problem.partition(": ")[2] in say("fsck", "--json", home=trained.home.path, code=1)
+    assert trained.home.mlflow_db.read_bytes() == changed
+    assert "0 ran, 7 cached" in say("run", trained.spec, home=trained.home.path)
+    assert dict(client.get_registered_model("small").aliases) == {"staging": 1}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Returns the digest of the short pipeline's adapter without interruptions."""
