@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
+from tasks.errors import StepTimeout
 from tasks.execution import execute
 from tasks.job import Job, Outcome
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect import Task
     from prefect.futures import PrefectFuture
 
@@ -91,18 +94,26 @@ def to_prefect(state: FinalState, data: Any = None) -> Any:
     return Completed(name=state.name, message=state.message, data=data)
 
 
-def in_flow_run() -> bool:
-    """Returns True if the caller runs in a Prefect flow."""
+def current_flow_run() -> UUID | None:
+    """Returns the id of the Prefect flow run that the caller runs in; None outside a flow."""
     module = sys.modules.get("prefect.context")
-    return module is not None and module.FlowRunContext.get() is not None
+    context = module.FlowRunContext.get() if module is not None else None
+    return context.flow_run.id if context is not None and context.flow_run is not None else None
 
 
-def publish_table(name: str, rows: list[dict[str, str]]) -> None:
-    """Creates a table artifact of the current flow run; its key is the pipeline's name in lower case with dashes."""
-    from prefect.artifacts import create_table_artifact
+def publish_table(name: str, rows: list[dict[str, str]], flow_run: UUID | None = None) -> None:
+    """Creates a table artifact of a flow run; its key is the pipeline's name in lower case with dashes.
+
+    Args:
+        name: The pipeline's name.
+        rows: The rows.
+        flow_run: The flow run; None means the current one.
+    """
+    from prefect.artifacts import TableArtifact
 
     key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "pipeline"
-    create_table_artifact(rows, key=key, description=f"Steps of the pipeline `{name}`, and metrics against production.")
+    description = f"Steps of the pipeline `{name}`, and metrics against production."
+    TableArtifact(key=key, description=description, table=rows, flow_run_id=flow_run).create()
 
 
 @contextmanager
@@ -175,6 +186,6 @@ def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: 
 
 
 async def _is_transient(task: Task[..., Any], task_run: Any, state: Any) -> bool:
-    """Returns True for errors of a connection or a lock, which a retry may solve."""
+    """Returns True for a timeout, and for errors of a connection or a lock, which a retry may solve."""
     error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, ConnectionError | TimeoutError | StepTimeout)

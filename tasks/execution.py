@@ -29,6 +29,7 @@ from tasks.exclusion import refuse_revoked
 from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.step import Context, Inputs
+from tasks.timeout import work_within
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +166,10 @@ def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Executi
         excluded=job.excluded,
         concurrency=job.concurrency,
     )
-    job.kind.work(job.spec, context)
+    if job.spec.timeout is None:
+        job.kind.work(job.spec, context)
+    else:
+        work_within(job, context, job.spec.timeout)
     summary = (out / job.kind.summary).read_bytes() if job.kind.summary else b""
     return Outcome(
         store.put(job.kind.produces, out), cached=False, summary=summary
