@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NoReturn
 
+from flows.crashed import mark_crashed, tag_of
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import current_flow_run, publish_table, run_as_flow, submit_step
+from flows.prefect import FLOW, current_flow_run, publish_table, run_as_flow, submit_step
 from flows.registered import read_registered
 from flows.result import PipelineResult, final_state, tabulate, tabulate_failure
 from flows.server import prefect_server
@@ -63,6 +64,8 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         return result
 
     def run_and_publish(run_id: str) -> PipelineResult:
+        with closing(Lineage(home.lineage_url)) as lineage:
+            mark_crashed({run.id: run.status for run in lineage.runs()}, FLOW)
         outcomes, errors = run_steps(plan.steps, home, run_id)
         if errors:
             reasons = {step.name: step.reason for step in plan.steps}
@@ -77,7 +80,7 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
         # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
         import_for(step.job for step in plan.steps if not step.cached)
-        return run_as_flow(plan.name, run_and_publish, final_state)(run_id)
+        return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id))(run_id)
 
 
 def adopt_results(spec: PipelineSpec, home: Home) -> Plan:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from flows.result import FinalState
 
 _Result = TypeVar("_Result")
+FLOW = "loraline"
+"""Name of the flow of every pipeline."""
 _PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
@@ -55,7 +57,11 @@ def configure_prefect(home: Home) -> None:
 
 
 def run_as_flow(
-    name: str, function: Callable[..., _Result], describe: Callable[[_Result], FinalState] | None = None
+    name: str,
+    function: Callable[..., _Result],
+    describe: Callable[[_Result], FinalState] | None = None,
+    *,
+    tag: str = "",
 ) -> Callable[..., _Result]:
     """Wraps a function as a Prefect flow whose runs have the pipeline's name.
 
@@ -63,9 +69,10 @@ def run_as_flow(
         name: The pipeline's name.
         function: The function. The wrapper returns its result, and raises its errors, whatever the run's state.
         describe: Gives the final state of the flow run by the result; None lets Prefect choose it.
+        tag: A tag of the flow run and its task runs; empty for none.
     """
     with collection_paused():
-        from prefect import flow
+        from prefect import flow, tags
 
     results: list[_Result] = []
 
@@ -73,11 +80,12 @@ def run_as_flow(
         results.append(function(*args))
         return None if describe is None else to_prefect(describe(results[0]))
 
-    wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(run)
+    wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False)(run)
 
     def call(*args: Any) -> _Result:
         results.clear()
-        state = wrapped(*args, return_state=True)
+        with tags(*filter(None, [tag])):
+            state = wrapped(*args, return_state=True)
         if not results:
             state.result()  # raises the function's error
         return results[0]

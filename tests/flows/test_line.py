@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
+from flows.crashed import tag_of
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -142,8 +144,18 @@ def test_a_run_that_is_killed_and_then_interrupted_registers_nothing_and_the_thi
     (resumed,) = versions(home)
     assert resumed.sha256 == uninterrupted
     with closing(Lineage(Home(home.absolute()).lineage_url)) as lineage:
-        states = [run.status for run in lineage.runs()]
-    assert states == ["COMPLETED", "INTERRUPTED", "CRASHED"]
+        runs = lineage.runs()
+    assert [run.status for run in runs] == ["COMPLETED", "INTERRUPTED", "CRASHED"]
+    assert "RUNNING" not in prefect_states(environment["PREFECT_API_URL"], runs[1].id)
+    assert prefect_states(environment["PREFECT_API_URL"], runs[2].id) == {"CRASHED"}
+
+
+def prefect_states(server: str, run_id: str) -> set[str]:
+    """Returns the types of the states of a run's flow run and task runs."""
+    tagged = {"tags": {"all_": [tag_of(run_id)]}}
+    bodies = {"flow_runs": {"flow_runs": tagged}, "task_runs": {"flow_runs": tagged}}
+    answers = [httpx.post(f"{server}/{kind}/filter", json=body, timeout=60) for kind, body in bodies.items()]
+    return {entry["state"]["type"] for answer in answers for entry in answer.raise_for_status().json()} - {"COMPLETED"}
 
 
 def checkpoints(home: Path) -> set[str]:
