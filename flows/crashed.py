@@ -62,6 +62,7 @@ def _mark_with_parents(client: SyncPrefectClient, flow_run: Any) -> list[UUID]:
     client.set_flow_run_state(flow_run.id, Crashed(message=_MESSAGE), force=True)
     if flow_run.parent_task_run_id is None:
         return [flow_run.id]
-    outer = client.read_flow_run(client.read_task_run(flow_run.parent_task_run_id).flow_run_id)
-    is_unfinished = outer.state is not None and not outer.state.is_final()
+    parent = client.read_task_run(flow_run.parent_task_run_id).flow_run_id
+    outer = client.read_flow_run(parent) if parent is not None else None
+    is_unfinished = outer is not None and outer.state is not None and not outer.state.is_final()
     return [flow_run.id, *(_mark_with_parents(client, outer) if is_unfinished else [])]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
+from registry.store.redaction import SecretFreeErrors, redact, redact_values
 from tasks.errors import StepTimeout
 from tasks.execution import execute
 from tasks.job import Job, Outcome
@@ -77,7 +78,8 @@ def run_as_flow(
     results: list[_Result] = []
 
     def run(*args: Any) -> Any:
-        results.append(function(*args))
+        with SecretFreeErrors():
+            results.append(function(*args))
         return None if describe is None else to_prefect(describe(results[0]))
 
     wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False)(run)
@@ -97,9 +99,10 @@ def to_prefect(state: FinalState, data: Any = None) -> Any:
     """Returns Prefect's state of type FAILED or COMPLETED; FAILED states have no data."""
     from prefect.states import Completed, Failed
 
+    message = redact(state.message)
     if state.failed:
-        return Failed(name=state.name, message=state.message)
-    return Completed(name=state.name, message=state.message, data=data)
+        return Failed(name=state.name, message=message)
+    return Completed(name=state.name, message=message, data=data)
 
 
 def current_flow_run() -> UUID | None:
@@ -121,7 +124,7 @@ def publish_table(name: str, rows: list[dict[str, str]], flow_run: UUID | None =
 
     key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "pipeline"
     description = f"Steps of the pipeline `{name}`, and metrics against production."
-    TableArtifact(key=key, description=description, table=rows, flow_run_id=flow_run).create()
+    TableArtifact(key=key, description=description, table=redact_values(rows), flow_run_id=flow_run).create()
 
 
 @contextmanager
@@ -135,6 +138,7 @@ def logs_of_flow_run() -> Iterator[None]:
     def assign(record: logging.LogRecord) -> bool:
         # Steps run in threads and in a subflow, whose logs Prefect's UI shows on another page.
         record.flow_run_id = run_id
+        record.msg, record.args = redact(record.getMessage()), ()
         return True
 
     handler = APILogHandler()

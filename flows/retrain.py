@@ -17,6 +17,7 @@ from flows.prefect import logs_of_flow_run, to_prefect
 from flows.result import PipelineResult, final_state
 from flows.spec import load_spec
 from registry.home import Home
+from registry.store.redaction import SecretFreeErrors
 
 _log = logging.getLogger("flows.retrain")  # a worker loads this file under another module name
 
@@ -55,7 +56,7 @@ def retrain(spec: str, home: str = ".loraline") -> Any:
         prefect.exceptions.FailedRun: A new version failed its gates or was refused its alias; has the state's message.
     """
     opened = Home.open(Path(home))
-    with logs_of_flow_run():
+    with SecretFreeErrors(), logs_of_flow_run():
         result = run_pipeline(load_spec(Path(spec)), opened)
         state = final_state(result)
         _log.log(logging.ERROR if state.failed else logging.INFO, "%s: %s", state.name, state.message)

@@ -23,7 +23,7 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
-from registry.store.redaction import redact
+from registry.store.redaction import redact, redact_error
 from tasks.environment import describe_environment
 from tasks.exclusion import refuse_revoked
 from tasks.job import Job, Outcome
@@ -93,6 +93,7 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
                     return _run(job, inputs, home, store, lineage, execution)
             _record_hit(job, hit, execution, lineage)
         except BaseException as error:
+            redact_error(error)  # Prefect stores its text
             _record_failure(job, error, execution, lineage)
             raise
         return hit

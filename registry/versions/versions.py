@@ -30,6 +30,7 @@ from registry.policy.evaluate import evaluate_policy
 from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 from registry.store.database import require_json
+from registry.store.redaction import redact_values
 from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
 
@@ -118,10 +119,11 @@ class Versions(RegistryContext):
             MlflowError: Registered, but MLflow is not in sync; the next command syncs it.
         """
         check_name(name)
+        card, params = redact_values(card or {}), redact_values(params or {})
         if alias_request is not None:
             check_alias(alias_request)
         if declared is not None:
-            card = {**(card or {}), "license": declared}
+            card = {**card, "license": declared}
         _require_finite(metrics or {}, "metrics")
         _require_finite(curves or {}, "curves")
         require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
@@ -132,7 +134,7 @@ class Versions(RegistryContext):
                 where=f"artifact {artifact.sha256[:12]}",
                 allowed=repr([*files[artifact]]),
             )
-        record = self._put_record(params or {}, curves or {}, pictures or {}, documents or {})
+        record = self._put_record(params, curves or {}, pictures or {}, documents or {})
         values = {
             "identity": queries.identity_of(artifact, report),
             **vars(files[artifact][adapter_file]),
@@ -141,11 +143,11 @@ class Versions(RegistryContext):
             "report": report.sha256 if report else None,
             "record": record.sha256,
             "run_id": run_id,
-            "card": dict(card or {}),
+            "card": card,
             "metrics": dict(metrics or {}),
             "gates": [dict(gate) for gate in gates],
             "passed": passed,
-            "params": dict(params or {}),
+            "params": params,
         }
         files[record] = self.store.files(record)
         with self.lineage.database.write() as session:

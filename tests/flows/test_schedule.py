@@ -74,6 +74,7 @@ def environment(tmp_path: Path, prefect_database: Path) -> dict[str, str]:
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "LORALINE_PROJECT": str(PROJECT),
+        "PATH": f"{Path(PREFECT).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
 
