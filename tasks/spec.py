@@ -88,8 +88,8 @@ class StepSpec(BaseModel):
 
     @classmethod
     def _outside(cls) -> set[str]:
-        fields = [field for marker in (Input, External) for field, _ in _marked(cls, marker)]
-        return {"timeout", *fields}
+        references, paths = _marked(cls, Input), _marked(cls, External)
+        return {"timeout", *(field for field, _ in references), *(field for field, _ in paths)}
 
     def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""
