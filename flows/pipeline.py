@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, NoReturn
 
+from flows.crashed import mark_crashed, tag_of
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import in_flow_run, publish_table, run_as_flow, submit_step
+from flows.prefect import FLOW, current_flow_run, publish_table, run_as_flow, submit_step
 from flows.registered import read_registered
-from flows.result import PipelineResult, final_state, tabulate
+from flows.result import PipelineResult, final_state, tabulate, tabulate_failure
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
@@ -32,7 +33,7 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tasks.adoption import record_adoption
-from tasks.errors import PipelineFailed
+from tasks.errors import NotStarted, PipelineFailed
 from tasks.execution import record_hit
 from tasks.imports import import_for
 from tasks.job import Outcome
@@ -55,20 +56,31 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
     plan = plan_pipeline(spec, home, force=force)
     for step in plan.steps:
         _log.info("step %s: %s", step.name, step.reason)
+    outer = current_flow_run()  # of `retrain`, whose run shows the table
     if len(plan.hits) == len(plan.steps):
-        return _collect(plan, plan.hits, home)
-    nested = in_flow_run()
+        result = _collect(plan, plan.hits, home)
+        if outer is not None:
+            publish_table(plan.name, tabulate(result, home))
+        return result
 
     def run_and_publish(run_id: str) -> PipelineResult:
-        result = _collect(plan, plan.hits | run_steps(plan.steps, home, run_id), home)
-        if not nested:
-            publish_table(plan.name, tabulate(result, home))
+        with closing(Lineage(home.lineage_url)) as lineage:
+            mark_crashed({run.id: run.status for run in lineage.runs()}, FLOW)
+        outcomes, errors = run_steps(plan.steps, home, run_id)
+        if errors:
+            reasons = {step.name: step.reason for step in plan.steps}
+            try:
+                publish_table(plan.name, tabulate_failure(reasons, plan.hits | outcomes, errors), outer)
+            finally:  # also if the server is gone
+                raise_first(errors)
+        result = _collect(plan, plan.hits | outcomes, home)
+        publish_table(plan.name, tabulate(result, home), outer)
         return result
 
     with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
         # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
         import_for(step.job for step in plan.steps if not step.cached)
-        return run_as_flow(plan.name, run_and_publish, final_state)(run_id)
+        return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id))(run_id)
 
 
 def adopt_results(spec: PipelineSpec, home: Home) -> Plan:
@@ -93,8 +105,14 @@ def _collect(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> Pipelin
     return PipelineResult(ordered, changed, read_registered(plan, outcomes, home))
 
 
-def run_steps(steps: Sequence[PlannedStep], home: Home, run_id: str) -> dict[str, Outcome]:
-    """Submits each step that is not cached, with the futures of its upstream steps, and waits for all."""
+def run_steps(
+    steps: Sequence[PlannedStep], home: Home, run_id: str
+) -> tuple[dict[str, Outcome], dict[str, BaseException]]:
+    """Submits each step that is not cached, with the futures of its upstream steps, and waits for all.
+
+    Returns:
+        The results by step, and by the other steps why they failed or did not start.
+    """
     futures: dict[str, Any] = {}
     for step in steps:
         if not step.cached:
@@ -104,20 +122,27 @@ def run_steps(steps: Sequence[PlannedStep], home: Home, run_id: str) -> dict[str
             }
             futures[step.name] = submit_step(step.job, inputs, home, run_id, force=step.force)
     results = {name: _wait(future) for name, future in futures.items()}
-    failures = {name: result for name, result in results.items() if isinstance(result, BaseException)}
-    # Raise the original failure, not that of a step which it kept from starting.
-    for name, error in sorted(failures.items(), key=lambda item: isinstance(item[1], PipelineFailed)):
-        if isinstance(error, EngineError | RegistryError | OSError):
-            raise error
-        raise PipelineFailed(f"{type(error).__name__}: {error}", where=f"step {name!r}") from error
-    return results
+    errors = {name: result for name, result in results.items() if isinstance(result, BaseException)}
+    return {name: result for name, result in results.items() if name not in errors}, errors
+
+
+def raise_first(errors: Mapping[str, BaseException]) -> NoReturn:
+    """Raises the first error of a step, not that of a step which another kept from starting.
+
+    Raises:
+        EngineError, RegistryError, OSError: The error; another error is the cause of a `PipelineFailed`.
+    """
+    name, error = min(errors.items(), key=lambda item: isinstance(item[1], NotStarted))
+    if isinstance(error, EngineError | RegistryError | OSError):
+        raise error
+    raise PipelineFailed(f"{type(error).__name__}: {error}", where=f"step {name!r}") from error
 
 
 def _wait(future: Any) -> Any:
     """Waits for a step and returns its outcome or its error."""
     future.wait()
     if future.state.is_pending():
-        return PipelineFailed("not started, because an upstream step failed")
+        return NotStarted("not started, because an upstream step failed")
     return future.result(raise_on_failure=False)
 
 

@@ -18,16 +18,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
+from registry.store.redaction import SecretFreeErrors, redact, redact_values
+from tasks.errors import StepTimeout
 from tasks.execution import execute
 from tasks.job import Job, Outcome
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect import Task
     from prefect.futures import PrefectFuture
 
     from flows.result import FinalState
 
 _Result = TypeVar("_Result")
+FLOW = "loraline"
+"""Name of the flow of every pipeline."""
 _PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
@@ -52,7 +58,11 @@ def configure_prefect(home: Home) -> None:
 
 
 def run_as_flow(
-    name: str, function: Callable[..., _Result], describe: Callable[[_Result], FinalState] | None = None
+    name: str,
+    function: Callable[..., _Result],
+    describe: Callable[[_Result], FinalState] | None = None,
+    *,
+    tag: str = "",
 ) -> Callable[..., _Result]:
     """Wraps a function as a Prefect flow whose runs have the pipeline's name.
 
@@ -60,21 +70,24 @@ def run_as_flow(
         name: The pipeline's name.
         function: The function. The wrapper returns its result, and raises its errors, whatever the run's state.
         describe: Gives the final state of the flow run by the result; None lets Prefect choose it.
+        tag: A tag of the flow run and its task runs; empty for none.
     """
     with collection_paused():
-        from prefect import flow
+        from prefect import flow, tags
 
     results: list[_Result] = []
 
     def run(*args: Any) -> Any:
-        results.append(function(*args))
+        with SecretFreeErrors():
+            results.append(function(*args))
         return None if describe is None else to_prefect(describe(results[0]))
 
-    wrapped: Any = flow(name="loraline", flow_run_name=name, validate_parameters=False, persist_result=False)(run)
+    wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False)(run)
 
     def call(*args: Any) -> _Result:
         results.clear()
-        state = wrapped(*args, return_state=True)
+        with tags(*filter(None, [tag])):
+            state = wrapped(*args, return_state=True)
         if not results:
             state.result()  # raises the function's error
         return results[0]
@@ -86,23 +99,32 @@ def to_prefect(state: FinalState, data: Any = None) -> Any:
     """Returns Prefect's state of type FAILED or COMPLETED; FAILED states have no data."""
     from prefect.states import Completed, Failed
 
+    message = redact(state.message)
     if state.failed:
-        return Failed(name=state.name, message=state.message)
-    return Completed(name=state.name, message=state.message, data=data)
+        return Failed(name=state.name, message=message)
+    return Completed(name=state.name, message=message, data=data)
 
 
-def in_flow_run() -> bool:
-    """Returns True if the caller runs in a Prefect flow."""
+def current_flow_run() -> UUID | None:
+    """Returns the id of the Prefect flow run that the caller runs in; None outside a flow."""
     module = sys.modules.get("prefect.context")
-    return module is not None and module.FlowRunContext.get() is not None
+    context = module.FlowRunContext.get() if module is not None else None
+    return context.flow_run.id if context is not None and context.flow_run is not None else None
 
 
-def publish_table(name: str, rows: list[dict[str, str]]) -> None:
-    """Creates a table artifact of the current flow run; its key is the pipeline's name in lower case with dashes."""
-    from prefect.artifacts import create_table_artifact
+def publish_table(name: str, rows: list[dict[str, str]], flow_run: UUID | None = None) -> None:
+    """Creates a table artifact of a flow run; its key is the pipeline's name in lower case with dashes.
+
+    Args:
+        name: The pipeline's name.
+        rows: The rows.
+        flow_run: The flow run; None means the current one.
+    """
+    from prefect.artifacts import TableArtifact
 
     key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "pipeline"
-    create_table_artifact(rows, key=key, description=f"Steps of the pipeline `{name}`, and metrics against production.")
+    description = f"Steps of the pipeline `{name}`, and metrics against production."
+    TableArtifact(key=key, description=description, table=redact_values(rows), flow_run_id=flow_run).create()
 
 
 @contextmanager
@@ -116,6 +138,7 @@ def logs_of_flow_run() -> Iterator[None]:
     def assign(record: logging.LogRecord) -> bool:
         # Steps run in threads and in a subflow, whose logs Prefect's UI shows on another page.
         record.flow_run_id = run_id
+        record.msg, record.args = redact(record.getMessage()), ()
         return True
 
     handler = APILogHandler()
@@ -175,6 +198,6 @@ def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: 
 
 
 async def _is_transient(task: Task[..., Any], task_run: Any, state: Any) -> bool:
-    """Returns True for errors of a connection or a lock, which a retry may solve."""
+    """Returns True for a timeout, and for errors of a connection or a lock, which a retry may solve."""
     error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, ConnectionError | TimeoutError | StepTimeout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flows.plan import Plan
@@ -14,6 +14,7 @@ from registry.home import Home
 from registry.policy.evaluate import evaluate_policy
 from registry.versions.versions import Versions
 from tasks.job import Outcome
+from tasks.operations.promote import compare_metrics
 from tasks.steps.register import Register
 
 
@@ -27,6 +28,7 @@ class RegistrationState:
         holder: Number of the version that the alias points at; None if it points at none.
         refused: All reasons why the version may not have the alias; empty if it has it or may have it.
         gone: Who withdrew or deleted the version, when and why; empty for an active version.
+        compared: Metric -> its value in production (None without one) and in this version.
     """
 
     version: AdapterVersion
@@ -34,6 +36,7 @@ class RegistrationState:
     holder: int | None
     refused: tuple[str, ...]
     gone: str
+    compared: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     @property
     def has_alias(self) -> bool:
@@ -55,12 +58,16 @@ class RegistrationState:
 
 
 def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> dict[str, RegistrationState]:
-    """Reads the current state of the version of each `register` step, by the step's name."""
+    """Reads the current state of the version of each `register` step, by the step's name.
+
+    Restores what others changed in MLflow, also if every step was cached.
+    """
     specs = {step.name: step.job.spec for step in plan.steps if isinstance(step.job.spec, Register)}
     if not specs:
         return {}
     versions = Versions(home)
     try:
+        versions.try_sync()
         return {name: _read(versions, json.loads(outcomes[name].summary), spec.alias) for name, spec in specs.items()}
     finally:
         versions.close()
@@ -69,13 +76,14 @@ def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> 
 def _read(versions: Versions, recorded: Mapping[str, Any], alias: str | None) -> RegistrationState:
     version = versions.show(recorded["name"], recorded["version"])
     holder = _holder(versions, version.name, alias) if alias else None
+    compared = compare_metrics(versions, version, "production")
     try:
         versions.require_active(version)
     except GoneVersion as error:
-        return RegistrationState(version, alias, holder, (), error.problem)
-    if alias is None or holder == version.version:
-        return RegistrationState(version, alias, holder, (), "")
-    return RegistrationState(version, alias, holder, evaluate_policy(versions, version, alias).reasons, "")
+        return RegistrationState(version, alias, holder, (), error.problem, compared)
+    has_alias = alias is None or holder == version.version
+    refused = () if has_alias else evaluate_policy(versions, version, str(alias)).reasons
+    return RegistrationState(version, alias, holder, refused, "", compared)
 
 
 def _holder(versions: Versions, name: str, alias: str) -> int | None:

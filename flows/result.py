@@ -9,9 +9,14 @@ from typing import Any
 from flows.registered import RegistrationState
 from registry.entities import AdapterVersion
 from registry.home import Home
-from registry.versions.versions import Versions
+from registry.store.redaction import redact
+from tasks.errors import NotStarted
 from tasks.job import Outcome
-from tasks.operations.promote import compare_metrics
+from tasks.operations.report import write_report
+
+_IMAGES = 4
+"""Sample images of a version that its row links to."""
+_VERSION_COLUMNS = ("version", "alias", "gates", "refused", "metrics", "report", "images")
 
 
 @dataclass(frozen=True)
@@ -74,34 +79,59 @@ def final_state(result: PipelineResult) -> FinalState:
 
 
 def tabulate(result: PipelineResult, home: Home) -> list[dict[str, str]]:
-    """Returns a row per step: cached or why it ran, its version, gates, refusals, and metrics against production."""
-    versions = Versions(home)
-    try:
-        return [
-            {
-                "step": name,
-                "action": "cached" if outcome.cached else "ran",
-                "reason": result.changed.get(name, ""),
-                **_columns(versions, result.versions.get(name)),
-            }
-            for name, outcome in result.outcomes.items()
-        ]
-    finally:
-        versions.close()
+    """Returns a row per step: cached or why it ran, its version, gates, refusals, metrics, report and images."""
+    return [
+        _row(name, "cached" if outcome.cached else "ran", result.changed.get(name, ""))
+        | _describe_version(home, result.versions.get(name), is_new=name in result.changed)
+        for name, outcome in result.outcomes.items()
+    ]
 
 
-def _columns(versions: Versions, registered: RegistrationState | None) -> dict[str, str]:
+def tabulate_failure(
+    reasons: Mapping[str, str], outcomes: Mapping[str, Outcome], errors: Mapping[str, BaseException]
+) -> list[dict[str, str]]:
+    """Returns a row per step of a run in which a step failed: what it did, and why.
+
+    Args:
+        reasons: Step name -> why it is to run, in the order of the plan.
+        outcomes: Results of the steps that are cached or ran.
+        errors: Step name -> why it failed or did not start; without secrets in the rows.
+    """
+    rows = []
+    for name, reason in reasons.items():
+        error, outcome = errors.get(name), outcomes.get(name)
+        if error is not None:
+            action = "not started" if isinstance(error, NotStarted) else "failed"
+            rows.append(_row(name, action, redact(str(error))))
+        else:
+            is_cached = outcome is None or outcome.cached
+            rows.append(_row(name, "cached" if is_cached else "ran", "" if is_cached else reason))
+    return rows
+
+
+def _row(step: str, action: str, reason: str) -> dict[str, str]:
+    return {"step": step, "action": action, "reason": reason, **dict.fromkeys(_VERSION_COLUMNS, "")}
+
+
+def _describe_version(home: Home, registered: RegistrationState | None, *, is_new: bool) -> dict[str, str]:
     if registered is None:
-        return dict.fromkeys(("version", "alias", "gates", "refused", "metrics"), "")
+        return {}
     version = registered.version
-    compared = compare_metrics(versions, version, "production")
-    metrics = (f"{name} {_number(new)} (production: {_number(old)})" for name, (old, new) in sorted(compared.items()))
+    metrics = (
+        f"{name} {_number(new)} (production: {_number(old)})"
+        for name, (old, new) in sorted(registered.compared.items())
+    )
+    # Writing the report of an unchanged version again would only repeat work.
+    report = write_report(home, version.ref) if is_new and version.state == "ACTIVE" else None
+    images = sorted(report.with_suffix("").glob("*.png"))[:_IMAGES] if report else []
     return {
         "version": version.ref,
         "alias": registered.alias if registered.alias and registered.has_alias else "",
         "gates": version.gate_status,
         "refused": "; ".join(registered.refused),
         "metrics": "; ".join(metrics),
+        "report": report.as_uri() if report else "",
+        "images": " ".join(image.as_uri() for image in images),
     }
 
 

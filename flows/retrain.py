@@ -13,13 +13,12 @@ from typing import Any
 from prefect import flow
 
 from flows.pipeline import run_pipeline
-from flows.prefect import logs_of_flow_run, publish_table, to_prefect
-from flows.result import PipelineResult, final_state, tabulate
+from flows.prefect import logs_of_flow_run, to_prefect
+from flows.result import PipelineResult, final_state
 from flows.spec import load_spec
 from lora_engine.lean import optional_hidden
 from registry.home import Home
-from registry.versions.versions import Versions
-from tasks.operations.promote import compare_metrics
+from registry.store.redaction import SecretFreeErrors
 
 _log = logging.getLogger("flows.retrain")  # a worker loads this file under another module name
 
@@ -58,23 +57,17 @@ def retrain(spec: str, home: str = ".loraline") -> Any:
         prefect.exceptions.FailedRun: A new version failed its gates or was refused its alias; has the state's message.
     """
     opened = Home.open(Path(home))
-    with optional_hidden(), logs_of_flow_run():
-        pipeline = load_spec(Path(spec))
-        result = run_pipeline(pipeline, opened)
-        publish_table(pipeline.name, tabulate(result, opened))
+    with optional_hidden(), SecretFreeErrors(), logs_of_flow_run():
+        result = run_pipeline(load_spec(Path(spec)), opened)
         state = final_state(result)
         _log.log(logging.ERROR if state.failed else logging.INFO, "%s: %s", state.name, state.message)
         for name, reasons in result.refusals.items():
             _log.warning("step %s: the alias was refused: %s", name, "; ".join(reasons))
-    return to_prefect(state, asdict(_summarize(result, opened)))
+    return to_prefect(state, asdict(_summarize(result)))
 
 
-def _summarize(result: PipelineResult, home: Home) -> Retraining:
-    new = [registered.version for registered in result.new_versions]
-    staged = [registered.version.ref for registered in result.new_versions if registered.has_alias]
-    versions = Versions(home)
-    try:
-        compared = {version.ref: compare_metrics(versions, version, "production") for version in new}
-    finally:
-        versions.close()
-    return Retraining(dict(result.changed), [version.ref for version in new], staged, compared)
+def _summarize(result: PipelineResult) -> Retraining:
+    new = {registered.version.ref: registered for registered in result.new_versions}
+    staged = [ref for ref, registered in new.items() if registered.has_alias]
+    compared = {ref: dict(registered.compared) for ref, registered in new.items()}
+    return Retraining(dict(result.changed), list(new), staged, compared)

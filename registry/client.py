@@ -172,10 +172,20 @@ class Registry:
         event = promotion.rollback(self.versions, name, alias, reason=reason)
         return None if event.after is None else self[f"{name}@{event.after}"]
 
-    def withdraw(self, version: RegisteredVersion | str, *, reason: str) -> Event:
-        """Withdraws a version: it can no longer be read, and its aliases are removed."""
-        chosen = self[version] if isinstance(version, str) else version
-        return deletion.withdraw(self.versions, chosen.version.name, chosen.version.version, reason=reason)
+    def withdraw(self, version: RegisteredVersion | str, *, reason: str, expect: int | str | None = None) -> Event:
+        """Withdraws a version: it can no longer be read, and its aliases are removed.
+
+        Args:
+            version: The version, or `name@number`, `name@alias`.
+            reason: Why; recorded in the log.
+            expect: Number of the version, or at least 8 digits of its sha256, that was reviewed; None accepts any.
+
+        Raises:
+            Refused: A protected alias points at it.
+            Conflict: The version is not the expected one.
+        """
+        name, _, ref = (version if isinstance(version, str) else version.ref).partition("@")
+        return deletion.withdraw(self.versions, name, ref or "latest", reason=reason, expect=expect)
 
     def history(self, name: str, alias: str | None = None) -> Sequence[Event]:
         """Returns the events of a name, oldest first."""

@@ -28,3 +28,11 @@ class NotReproducible(EngineError):
 
 class PipelineFailed(EngineError):
     """A failed step; the results of steps that do not depend on it are kept."""
+
+
+class NotStarted(PipelineFailed):
+    """A step that another failed step kept from starting."""
+
+
+class StepTimeout(PipelineFailed):
+    """A step that took longer than its `timeout`; it is tried again, as after a lost connection."""

@@ -23,12 +23,13 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
-from registry.store.redaction import redact
+from registry.store.redaction import redact, redact_error
 from tasks.environment import describe_environment
 from tasks.exclusion import refuse_revoked
 from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.step import Context, Inputs
+from tasks.timeout import work_within
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
                     return _run(job, inputs, home, store, lineage, execution)
             _record_hit(job, hit, execution, lineage)
         except BaseException as error:
+            redact_error(error)  # Prefect stores its text
             _record_failure(job, error, execution, lineage)
             raise
         return hit
@@ -165,7 +167,10 @@ def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Executi
         excluded=job.excluded,
         concurrency=job.concurrency,
     )
-    job.kind.work(job.spec, context)
+    if job.spec.timeout is None:
+        job.kind.work(job.spec, context)
+    else:
+        work_within(job, context, job.spec.timeout)
     summary = (out / job.kind.summary).read_bytes() if job.kind.summary else b""
     return Outcome(
         store.put(job.kind.produces, out), cached=False, summary=summary

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_engine.settings import without_later
 
@@ -35,11 +35,16 @@ class External:
 
 
 class StepSpec(BaseModel):
-    """Base class of step specs; frozen, forbids unknown keys."""
+    """Base class of step specs; frozen, forbids unknown keys.
+
+    Attributes:
+        timeout: Limit of each attempt in seconds; the step is stopped then. None means no limit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uses: str
+    timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
 
     def references(self) -> Iterator[tuple[str, str, str]]:
         """Yields (field, name of the step or `name@version`, kind of artifact) for each reference."""
@@ -62,7 +67,7 @@ class StepSpec(BaseModel):
         return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
     def own_settings(self) -> dict[str, Any]:
-        """Returns the settings: all fields but references and paths."""
+        """Returns the settings: all fields but references, paths and `timeout`."""
         return self.model_dump(mode="json", exclude=self._outside())
 
     def key_settings(self) -> dict[str, Any]:
@@ -83,7 +88,8 @@ class StepSpec(BaseModel):
 
     @classmethod
     def _outside(cls) -> set[str]:
-        return {field for field, _ in _marked(cls, Input)} | {field for field, _ in _marked(cls, External)}
+        references, paths = _marked(cls, Input), _marked(cls, External)
+        return {"timeout", *(field for field, _ in references), *(field for field, _ in paths)}
 
     def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""

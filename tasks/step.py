@@ -15,6 +15,7 @@ from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
 from registry.home import Home
 from tasks.digests import PathDigest
+from tasks.progress import stop_requested
 from tasks.spec import StepSpec
 
 
@@ -36,6 +37,7 @@ class Context:
         excluded: Digests of revoked images and ids of revoked consents in the user's files, to exclude.
         compute: Filled by a step that computes in another process, with that process's device; for lineage.
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
+        stop: Returns True once the step must stop; polled by steps that stop themselves.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Context:
     excluded: tuple[str, ...] = ()
     compute: dict[str, Any] = field(default_factory=dict)
     concurrency: int | None = None
+    stop: Callable[[], bool] = stop_requested
 
     def folder(self, field: str) -> Path:
         """Returns the folder of a required reference."""
@@ -98,6 +101,8 @@ class StepKind:
             see `tasks.imports`. None means none.
         entries: Takes the spec; returns the registry entries that the step uses, as (registry, name). Those of plug-ins
             enter the cache key and lineage. None means none.
+        stops: True if the work polls `Context.stop` and then saves its progress; other steps with a `timeout` run in a
+            child process.
     """
 
     name: str
@@ -110,6 +115,7 @@ class StepKind:
     find_excluded: FindExcluded | None = None
     imports: Imports | None = None
     entries: Entries | None = None
+    stops: bool = False
 
 
 STEPS: Registry[StepKind] = Registry("step", entry=StepKind, source="tasks.steps", group="loraline.steps")
@@ -125,12 +131,15 @@ def step(
     find_excluded: FindExcluded | None = None,
     imports: Imports | None = None,
     entries: Entries | None = None,
+    stops: bool = False,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
     def declare(work: Work) -> StepKind:
         name = spec.model_fields["uses"].default
-        return StepKind(name, spec, produces, revision, work, summary, is_still_valid, find_excluded, imports, entries)
+        return StepKind(
+            name, spec, produces, revision, work, summary, is_still_valid, find_excluded, imports, entries, stops
+        )
 
     return declare
 

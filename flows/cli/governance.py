@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Json, Reason, Ref, open_home
+from flows.cli.output import Expect, Json, Reason, Ref, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
@@ -68,18 +68,18 @@ def lift(subject: _Subject, reason: Reason, as_json: Json = False) -> None:
     _print_event(event, as_json, f"{event.details['kind']} {event.subject} may be used again; restored: {restored}")
 
 
-def withdraw(ref: Ref, reason: Reason, as_json: Json = False) -> None:
+def withdraw(ref: Ref, reason: Reason, expect: Expect = None, as_json: Json = False) -> None:
     """Withdraw a version: it is neither promoted nor exported until `restore`."""
     from registry.versions.deletion import withdraw as act
 
-    _change(act, ref, reason, as_json, "withdrawn")
+    _change(act, ref, reason, as_json, "withdrawn", expect=expect)
 
 
-def delete(ref: Ref, reason: Reason, as_json: Json = False) -> None:
+def delete(ref: Ref, reason: Reason, expect: Expect = None, as_json: Json = False) -> None:
     """Delete a version. Refused for versions in production and for those that they were made from."""
     from registry.versions.deletion import delete as act
 
-    _change(act, ref, reason, as_json, "deleted; its number is not reused")
+    _change(act, ref, reason, as_json, "deleted; its number is not reused", expect=expect)
 
 
 def restore(ref: Ref, reason: Reason, as_json: Json = False) -> None:
@@ -92,6 +92,7 @@ def restore(ref: Ref, reason: Reason, as_json: Json = False) -> None:
 def unalias(
     ref: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Alias to remove.")],
     reason: Reason,
+    expect: Expect = None,
     as_json: Json = False,
 ) -> None:
     """Remove an alias; `rollback` restores it."""
@@ -99,7 +100,7 @@ def unalias(
     from registry.versions.promotion import remove
 
     name, _, alias = ref.partition("@")
-    event = remove(_versions(), name, alias, reason=reason, actor=current_user())
+    event = remove(_versions(), name, alias, reason=reason, actor=current_user(), expect=expect)
     _print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
@@ -168,14 +169,12 @@ def _export_row(entry: Any) -> tuple[str, str]:
     return str(entry["version"]), ", ".join(str(file.get("file", file)) for file in entry["files"])
 
 
-def _change(act: Any, ref: str, reason: str, as_json: bool, outcome: str) -> None:
+def _change(act: Any, ref: str, reason: str, as_json: bool, outcome: str, **options: str | None) -> None:
     from registry.identity import current_user
-    from tasks.operations.promote import find_version
 
-    versions = _versions()
-    version = find_version(versions, ref)
-    event = act(versions, version.name, version.version, reason=reason, actor=current_user())
-    _print_event(event, as_json, f"{version.ref}: {outcome}")
+    name, _, version = ref.partition("@")
+    event = act(_versions(), name, version or "latest", reason=reason, actor=current_user(), **options)
+    _print_event(event, as_json, f"{event.name}@{event.after}: {outcome}")
 
 
 def _print_event(event: Event, as_json: bool, text: str) -> None:

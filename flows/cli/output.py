@@ -22,6 +22,10 @@ Dtype = Annotated[str | None, typer.Option(help="Output dtype: float32, float16 
 Approximate = Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")]
 Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
 Reason = Annotated[str, typer.Option(help="Reason, stored in the log.")]
+Expect = Annotated[
+    str | None,
+    typer.Option(metavar="VERSION|DIGEST", help="Number or sha256 of the reviewed version; refuse any other."),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
 Rank = Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")]
 Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Approximate, Dtype, Energy, Json, Rank, Reason, Ref, open_home
+from flows.cli.output import Approximate, Dtype, Energy, Expect, Json, Rank, Reason, Ref, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
@@ -152,10 +152,7 @@ def promote(
     ref: Ref,
     to: Annotated[str, typer.Option(metavar="ALIAS", help="Alias, such as production.")],
     reason: Reason,
-    expect: Annotated[
-        str | None,
-        typer.Option(metavar="VERSION|DIGEST", help="Number or sha256 of the reviewed version; refuse any other."),
-    ] = None,
+    expect: Expect = None,
     override: Annotated[
         bool, typer.Option("--override", help="Override refusals that the policy lets you override; logged.")
     ] = False,

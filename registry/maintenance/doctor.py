@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lora_engine.files import atomic_write
-from registry.errors import DiskFull, HomeError, RegistryError, StoreError, disk_errors
+from registry.errors import DiskFull, HomeError, MlflowError, RegistryError, StoreError, disk_errors
 from registry.home import Home
 from registry.maintenance.probes import Finding, Level, file_system_of, probe_database
 from registry.settings import NAME
@@ -32,6 +32,7 @@ from registry.store.redaction import redact, redact_url
 from registry.store.remote import FsspecBlobs, open_blobs
 from registry.store.schema import file_schema
 from registry.store.snapshot import readable
+from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced
 
 __all__ = ["Finding", "doctor"]
@@ -45,6 +46,7 @@ KNOWN_BREAKS: Mapping[str, tuple[str, str, str]] = {
 """Package -> versions with a known fault, versions to install instead, and the fault."""
 
 _LOW_SPACE, _NO_SPACE = 5 << 30, 200 << 20
+_SHOWN = 12
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afpfs", "ceph", "glusterfs", "lustre"}
 )
@@ -196,14 +198,19 @@ def _check_mlflow(home: Home) -> Iterator[Finding]:
     try:
         with closing(Database(home.lineage_url)) as database:
             synced = is_synced(home, database)
-    except HomeError:
+            drift = find_drift(home, database)
+    except (HomeError, MlflowError):
         return  # `_check_databases` reports it
-    if synced:
-        yield Finding("MLflow", "ok", "is in sync")
-    else:
+    if not synced:
         yield Finding(
             "MLflow", "warning", "is behind", "the next command syncs it; `loraline fsck --repair` syncs it now"
         )
+    for difference in drift[:_SHOWN]:
+        yield Finding("MLflow", "warning", f"{difference.problem.where}: {difference.what}", RESTORE)
+    if len(drift) > _SHOWN:
+        yield Finding("MLflow", "warning", f"{len(drift) - _SHOWN} more differences", RESTORE)
+    if synced and not drift:
+        yield Finding("MLflow", "ok", "is in sync")
 
 
 def _check_locks(home: Home) -> Iterator[Finding]:

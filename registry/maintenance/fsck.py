@@ -41,18 +41,18 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
         lineage = Lineage(home.lineage_url)
     except HomeError as error:
         return [Problem(error.problem, error.where, error.remedy)]
-    with closing(lineage), lineage.database.read() as session:
-        versions = queries.read_versions(session)
-        # The bytes come after the rows: a row is written after its blobs, and this session sees no later rows.
-        problems += check_bytes(session, store, read_digests(store), grace)
-        problems += check_versions(store, versions)
-        problems += check_log(session)
-        problems += check_runs(session)
-        aliases = queries.alias_table(session)
-    problems += _check_leftovers(home, store, grace)
-    if mlflow and (versions or (mlflow_file and mlflow_file.exists())):
-        broken = check_sqlite(mlflow_file, SYNC, copy=home.read_only) if mlflow_file else []
-        problems += broken or check_mlflow(home, store, versions, aliases)
+    with closing(lineage):
+        with lineage.database.read() as session:
+            versions = queries.read_versions(session)
+            # The bytes come after the rows: a row is written after its blobs, and this session sees no later rows.
+            problems += check_bytes(session, store, read_digests(store), grace)
+            problems += check_versions(store, versions)
+            problems += check_log(session)
+            problems += check_runs(session)
+        problems += _check_leftovers(home, store, grace)
+        if mlflow and (versions or (mlflow_file and mlflow_file.exists())):
+            broken = check_sqlite(mlflow_file, SYNC, copy=home.read_only) if mlflow_file else []
+            problems += broken or check_mlflow(home, lineage.database, versions)
     return problems
 
 

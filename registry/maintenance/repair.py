@@ -140,12 +140,16 @@ def _repair_mlflow(home: Home) -> Iterator[Repair]:
             yield Repair("the database was missing", str(file), "rebuilt")
         if not problems:
             return
-        try:
-            versions.sync(full=True)
-        except MlflowError as error:
-            remaining = [Problem(error.problem, error.where, error.remedy)]
-        else:
-            remaining = _compare(versions)
+        remaining = problems
+        for full in (False, True):
+            try:
+                versions.sync(full=full)
+            except MlflowError as error:
+                remaining = [Problem(error.problem, error.where, error.remedy)]
+            else:
+                remaining = _compare(versions)
+            if not remaining:
+                break
         repaired = (problem for problem in problems if problem not in remaining)
         yield from (Repair(problem.what, problem.where, "rewritten") for problem in repaired)
     if remaining and file is not None:
@@ -157,11 +161,11 @@ def _repair_mlflow(home: Home) -> Iterator[Repair]:
 
 def _compare(versions: Versions) -> list[Problem]:
     with versions.lineage.database.read() as session:
-        registered, aliases = queries.read_versions(session), queries.alias_table(session)
+        registered = queries.read_versions(session)
     file = sqlite_file(versions.home.mlflow_url)
     if not registered and file is not None and not file.exists():
         return []
-    return list(check_mlflow(versions.home, versions.store, registered, aliases))
+    return list(check_mlflow(versions.home, versions.lineage.database, registered))
 
 
 def _rebuild(home: Home, quarantine: _Quarantine, file: Path, problem: str) -> Iterator[Repair]:

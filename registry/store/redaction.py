@@ -24,6 +24,11 @@ _ASSIGNMENT = re.compile(
     r"hf[_-]?token)['\"]?\s*[=:]\s*['\"]?)(?P<value>[^\s'\",;&]+)",
     re.IGNORECASE,
 )
+_SECRET_KEY = re.compile(
+    r"(?:.*[_-])?(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|auth[_-]?token|hf[_-]?token)",
+    re.IGNORECASE,
+)
+"""Names of settings whose value is a secret, whatever its form."""
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|"
     r"sk-[A-Za-z0-9_-]{20,}|xox[a-z]-[\w-]{10,}|pn[ub]_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|"
@@ -66,15 +71,45 @@ def redact_url(url: str) -> str:
 def redact_values(value: Any) -> Any:
     """Returns a JSON value without the secrets in its texts; mappings become dicts, tuples lists.
 
-    Unlike `redact`, finds them by their form alone: the value of a variable may also be a word of a pipeline file.
+    Unlike `redact`, finds them by their form and by names such as `hf_token`: the value of a variable may also be a
+    word of a pipeline file.
     """
     if isinstance(value, str):
         return _redact_forms(value)
     if isinstance(value, Mapping):
-        return {str(key): redact_values(entry) for key, entry in value.items()}
+        return {
+            str(key): HIDDEN if entry and _SECRET_KEY.fullmatch(str(key)) else redact_values(entry)
+            for key, entry in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [redact_values(entry) for entry in value]
     return value
+
+
+def redact_error(error: BaseException) -> None:
+    """Replaces the secrets in the texts of an error and of its causes, in place, before others store or print them."""
+    errors = [error]
+    while errors:
+        current = errors.pop()
+        own = dict(vars(current))
+        if isinstance(current, OSError):
+            own |= {"strerror": current.strerror, "filename": current.filename}
+        current.args = tuple(map(_redact_part, current.args))
+        for name, value in own.items():
+            setattr(current, name, _redact_part(value))
+        errors += [*filter(None, {current.__cause__, current.__context__})]
+
+
+class SecretFreeErrors:
+    """A `with` block whose errors leave it without secrets."""
+
+    def __enter__(self) -> None:
+        """Does nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Replaces the secrets in the error."""
+        if error is not None:
+            redact_error(error)
 
 
 def secrets_of(url: str) -> set[str]:
@@ -84,6 +119,13 @@ def secrets_of(url: str) -> set[str]:
     if not _is_public(prefix.removesuffix("://")):
         secrets.add(user)
     return {form for secret in secrets for form in (secret, unquote(secret)) if form}
+
+
+def _redact_part(value: Any) -> Any:
+    """Returns a text, or a tuple with texts, without secrets; other values as they are."""
+    if isinstance(value, tuple):
+        return tuple(map(_redact_part, value))
+    return redact(value) if isinstance(value, str) else value
 
 
 def _split(url: str) -> tuple[str, str, str, str, str]:

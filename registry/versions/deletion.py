@@ -11,16 +11,34 @@ from registry.identity import current_user
 from registry.lineage.graph import NodeId
 from registry.policy.ancestry import descendants
 from registry.policy.policy_file import Policies, read_policies
+from registry.versions.expected_version import require_expected
 from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
 
 _RESOLVE = "resolve every reason above"
 
 
-def withdraw(versions: Versions, name: str, ref: str | int, *, reason: str, actor: str | None = None) -> Event:
+def withdraw(
+    versions: Versions,
+    name: str,
+    ref: str | int,
+    *,
+    reason: str,
+    actor: str | None = None,
+    expect: int | str | None = None,
+) -> Event:
     """Withdraws a version: it can no longer be promoted or read; removes its aliases, which must not be protected.
 
+    Args:
+        versions: The registry.
+        name: The adapter.
+        ref: Number, alias or `latest` of the version.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
+        expect: Number or digest of the version that `ref` must be; see `require_expected`. None: any.
+
     Raises:
+        Conflict: `ref` is not the expected version.
         Refused: A protected alias points at it, or an alias that the actor may not move.
         GoneVersion: It was withdrawn or deleted already.
         UnknownVersion: No such version.
@@ -30,6 +48,7 @@ def withdraw(versions: Versions, name: str, ref: str | int, *, reason: str, acto
     policies = read_policies(versions.home.path)
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, ref)
+        require_expected(session, version, ref, expect)
         queries.require_active(session, name, version.version)
         reasons = [_alias_reason(alias) for alias in version.aliases if policies.of(alias).protected]
         reasons += [
@@ -49,12 +68,22 @@ def withdraw(versions: Versions, name: str, ref: str | int, *, reason: str, acto
     return event
 
 
-def delete(versions: Versions, name: str, ref: str | int, *, reason: str, actor: str | None = None) -> Event:
+def delete(
+    versions: Versions,
+    name: str,
+    ref: str | int,
+    *,
+    reason: str,
+    actor: str | None = None,
+    expect: int | str | None = None,
+) -> Event:
     """Deletes a version unless it, or a version made from it, is in use.
 
-    Its row stays, and its number is not reused. Its bytes stay until the next garbage collection.
+    Its row stays, and its number is not reused. Its bytes stay until the next garbage collection. For the arguments
+    see `withdraw`.
 
     Raises:
+        Conflict: `ref` is not the expected version.
         Refused: An alias points at it or a protected alias at a version made from it; if an unprotected alias does,
             the version must be withdrawn first.
         GoneVersion: It was deleted already.
@@ -65,6 +94,7 @@ def delete(versions: Versions, name: str, ref: str | int, *, reason: str, actor:
     policies = read_policies(versions.home.path)
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, ref)
+        require_expected(session, version, ref, expect)
         if version.state == "DELETED":
             queries.require_active(session, name, version.version)
         reasons = _reasons_to_keep(session, version, policies)

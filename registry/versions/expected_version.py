@@ -49,7 +49,7 @@ def require_expected(session: Session, version: AdapterVersion, ref: str | int, 
     raise Conflict(
         f"this is {_identify(version)}, not {wanted} as expected{since}",
         where=f"{version.name}@{ref}",
-        remedy=f"review {version.ref}, or promote the expected version by its number",
+        remedy=f"review {version.ref}, or name the expected version by its number",
     )
 
 

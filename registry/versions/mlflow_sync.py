@@ -1,11 +1,12 @@
-"""Syncs registry rows to MLflow: finds the rows that MLflow does not have yet, and a database that was replaced.
+"""Syncs registry rows to MLflow: rows that it does not have yet, a database that was replaced, what others changed.
 
-`registry.versions.mlflow_writer` writes to MLflow.
+`registry.versions.mlflow_drift` finds changes by others, `registry.versions.mlflow_writer` writes to MLflow.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 
 from sqlalchemy import delete, exists, select, update
 from sqlalchemy.orm import Session
@@ -18,7 +19,11 @@ from registry.home import Home
 from registry.lineage.rows import artifact_ref
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow
+from registry.versions.mlflow_drift import find_drift
+from registry.versions.mlflow_tables import read_tables
 from registry.versions.mlflow_writer import MlflowWriter
+
+_logger = logging.getLogger(__name__)
 
 _TARGET = "mlflow"
 """The row of `meta` that holds the target of the last sync: MLflow's database and artifact folder."""
@@ -26,18 +31,26 @@ _TARGET = "mlflow"
 
 def is_synced(home: Home, database: Database) -> bool:
     """Returns True if MLflow has every row, by the registry's database alone; does not query MLflow."""
+    return not find_unsynced(home, database)
+
+
+def find_unsynced(home: Home, database: Database) -> list[str]:
+    """Returns the versions and aliases, as `name@ref`, that MLflow does not have as they are; does not query MLflow.
+
+    A database that was replaced is one entry, its name.
+    """
     with database.read() as session:
-        new_version = exists().where(VersionRow.mirrored.is_(False))
-        moved_alias = exists().where(AliasRow.mirrored_seq < AliasRow.seq)
-        if session.scalar(select(new_version | moved_alias)):
-            return False
-        if not session.scalar(select(exists().where(VersionRow.id > 0))):
-            return True
-        return _database_exists(home) and _synced_target(session) == _target(home)
+        versions = select(VersionRow.name, VersionRow.version).where(VersionRow.mirrored.is_(False))
+        aliases = select(AliasRow.name, AliasRow.alias).where(AliasRow.mirrored_seq < AliasRow.seq)
+        refs = [f"{name}@{ref}" for query in (versions, aliases) for name, ref in session.execute(query)]
+        if refs or not session.scalar(select(exists().where(VersionRow.id > 0))):
+            return refs
+        is_same = _database_exists(home) and _synced_target(session) == _target(home)
+        return [] if is_same else [name_of(home.mlflow_url)]
 
 
 def sync_mlflow(context: RegistryContext, timeout: float = -1, *, full: bool = False) -> None:
-    """Syncs MLflow under the lock; an interrupted sync can be repeated.
+    """Syncs MLflow under the lock, and restores what others changed there; an interrupted sync can be repeated.
 
     Args:
         context: The opened home.
@@ -49,7 +62,7 @@ def sync_mlflow(context: RegistryContext, timeout: float = -1, *, full: bool = F
         filelock.Timeout: Another process is syncing.
     """
     home, database = context.home, context.lineage.database
-    if not full and is_synced(home, database):
+    if not full and is_synced(home, database) and not find_drift(home, database):
         return
     with home.lock("mlflow", timeout):
         synced, target = _read_synced_target(database), _target(home)
@@ -60,6 +73,8 @@ def sync_mlflow(context: RegistryContext, timeout: float = -1, *, full: bool = F
             with database.read() as session:
                 names = session.scalars(select(NameRow.name)).all()
             writer.move_artifacts(names)
+        _restore(context, writer)
+        _set_aliases(database, writer)  # first: a changed alias serves another version meanwhile
         _add_versions(context, writer)
         _set_aliases(database, writer)
         if synced != target:
@@ -94,6 +109,52 @@ def _mark_unsynced(database: Database) -> None:
     with database.write() as session:
         session.execute(update(VersionRow).values(mirrored=False))
         session.execute(update(AliasRow).values(mirrored_seq=0))
+
+
+def _restore(context: RegistryContext, writer: MlflowWriter) -> None:
+    """Restores what others changed in MLflow, except lost versions and the targets of aliases: marks them unsynced."""
+    database = context.lineage.database
+    _rename_models(context, writer)
+    differences = find_drift(context.home, database)
+    if not differences:
+        return
+    for difference in differences:
+        _logger.warning("%s: %s; restoring it", difference.problem.where, difference.what)
+    lost = {(entry.name, entry.version) for entry in differences if entry.is_lost}
+    changed = {(entry.name, entry.version) for entry in differences if entry.version is not None} - lost
+    aliases = read_tables(context.home.mlflow_url).aliases
+    different = {(entry.name, entry.alias) for entry in differences if entry.alias is not None}
+    # MLflow may have another program's version under the number of a lost one.
+    different |= {(name, alias) for (name, alias), number in aliases.items() if (name, number) in lost}
+    with database.write() as session:
+        for name, number in lost:
+            row = update(VersionRow).where(VersionRow.name == name, VersionRow.version == number)
+            session.execute(row.values(mirrored=False))
+        for name, alias in different:
+            row = update(AliasRow).where(AliasRow.name == name, AliasRow.alias == alias)
+            session.execute(row.values(mirrored_seq=0))
+        versions = [version for version in queries.read_versions(session) if (version.name, version.version) in changed]
+        targets = queries.alias_table(session)
+    for name, alias in sorted(different & aliases.keys()):
+        if (name, targets.get((name, alias))) in {*lost, (name, None)}:
+            writer.set_alias(name, alias, None)
+    for version in versions:
+        writer.restore_version(version)
+
+
+def _rename_models(context: RegistryContext, writer: MlflowWriter) -> None:
+    """Renames registered models back that someone renamed in MLflow."""
+    with context.lineage.database.read() as session:
+        names = set(session.scalars(select(VersionRow.name).where(VersionRow.mirrored).distinct()))
+    tables = read_tables(context.home.mlflow_url)
+    renamed = {}
+    for (model, _), entry in tables.versions.items():
+        name = entry.tags.get("loraline.version", "").rpartition("@")[0]
+        if name in names - tables.models and model != name:
+            renamed[name] = model
+    for name, model in sorted(renamed.items()):
+        _logger.warning("MLflow's %s: has the name %r; restoring it", name, model)
+        writer.rename_model(model, name)
 
 
 def _add_versions(context: RegistryContext, writer: MlflowWriter) -> None:

@@ -12,11 +12,8 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -30,6 +27,8 @@ from registry.policy.alias_policy import numbers
 from registry.store.artifacts import Store
 from registry.store.database import name_of, server_version, sqlite_file
 from registry.store.redaction import redact
+from registry.versions.mlflow_drift import expected_tags, own_tags, with_state
+from registry.versions.mlflow_tables import local_path, require_reachable, reset_version
 from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)
@@ -47,25 +46,6 @@ _RECORD = "record.json"
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
-@dataclass(frozen=True)
-class MlflowVersion:
-    """A version as MLflow has it, in plain values.
-
-    Args:
-        name: Registered model.
-        version: Number.
-        sha256: The digest in its tag; empty if it has no such tag.
-        aliases: Its aliases, sorted.
-        source: Folder of its files; None if it is not local.
-    """
-
-    name: str
-    version: int
-    sha256: str
-    aliases: tuple[str, ...]
-    source: Path | None
-
-
 class MlflowWriter:
     """Writes to MLflow's database and artifacts of one home.
 
@@ -80,6 +60,8 @@ class MlflowWriter:
     def __init__(self, home: Home, store: Store) -> None:
         self.home, self.store = home, store
         with self.with_context("its database"):
+            if sqlite_file(home.mlflow_url) is None:
+                require_reachable(home.mlflow_url)
             self._client = _open_client(home)
 
     def add_version(self, version: AdapterVersion, record: ArtifactRef, shown: Shown) -> str:
@@ -105,7 +87,7 @@ class MlflowWriter:
             self._ensure_model(version.name)
             self._ensure_version(version, run_id, source)
             self._describe(version, run_id, shown)
-            self._write_state_tag(version)
+            self._write_tags(version, run_id)
         return run_id
 
     def delete_version(self, version: AdapterVersion) -> str:
@@ -129,7 +111,7 @@ class MlflowWriter:
             self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
             self._ensure_model(version.name)
             self._ensure_version(version, run_id, f"{uri}/adapter")
-            self._write_state_tag(version)
+            self._write_tags(version, run_id)
         return run_id
 
     def set_alias(self, name: str, alias: str, version: int | None) -> None:
@@ -147,26 +129,18 @@ class MlflowWriter:
         if counts:
             _logger.info("the home was moved: rewrote %d artifact URIs in MLflow", sum(counts.values()))
 
-    def versions(self) -> list[MlflowVersion]:
-        """Returns all versions that are registered in MLflow."""
-        with self.with_context("its registered models"):
-            entries, token = [], None
-            while True:
-                page = self._client.search_model_versions("", max_results=10_000, page_token=token)
-                entries += [self._client.get_model_version(entry.name, str(entry.version)) for entry in page]
-                token = page.token
-                if not token:
-                    break
-        return [
-            MlflowVersion(
-                entry.name,
-                int(entry.version),
-                entry.tags.get("loraline.sha256", ""),
-                tuple(sorted(entry.aliases)),
-                _local_path(entry.source),
-            )
-            for entry in entries
-        ]
+    def restore_version(self, version: AdapterVersion) -> None:
+        """Restores the run, the stage and the tags of a model version that MLflow still has."""
+        with self.with_context(version.ref):
+            run_id, number = self._ensure_run(version), str(version.version)
+            entry = self._client.get_model_version(version.name, number)
+            reset_version(self.home.mlflow_url, version.name, version.version, run_id, entry.source)
+            self._write_tags(version, run_id)
+
+    def rename_model(self, name: str, new_name: str) -> None:
+        """Renames a registered model with its versions, tags and aliases."""
+        with self.with_context(name):
+            self._client.rename_registered_model(name, new_name)
 
     @contextmanager
     def with_context(self, where: str) -> Iterator[None]:
@@ -190,16 +164,36 @@ class MlflowWriter:
             experiment_id = self._client.create_experiment(version.name, artifact_location=folder.as_uri())
         else:
             experiment_id = experiment.experiment_id
+            if experiment.lifecycle_stage == "deleted":
+                self._client.restore_experiment(experiment_id)
+        if self._restore_run(version.mlflow_run_id):
+            return str(version.mlflow_run_id)
         same_tags = f"tags.`loraline.version` = '{version.ref}' and tags.`loraline.sha256` = '{version.sha256}'"
         for run in self._client.search_runs([experiment_id], filter_string=same_tags, max_results=1):
             return str(run.info.run_id)
         run = self._client.create_run(
             experiment_id,
             start_time=_millis(version),
-            tags=_tags(version),
+            tags=expected_tags(version),
             run_name=f"{version.name} {version.version}",
         )
         return str(run.info.run_id)
+
+    def _restore_run(self, run_id: str | None) -> bool:
+        """Restores a run if it was deleted; returns False if MLflow does not have it."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is None:
+            return False
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != _MISSING:
+                raise
+            return False
+        if run.info.lifecycle_stage == "deleted":
+            self._client.restore_run(run_id)
+        return True
 
     def _log_values(self, run_id: str, version: AdapterVersion, record: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -277,13 +271,24 @@ class MlflowWriter:
             self.store.checkout_file(version.artifact, version.adapter_path, adapter)
             self._client.log_artifacts(run_id, str(folder))
         source = f"{self._client.get_run(run_id).info.artifact_uri}/adapter"
-        copied = _local_path(source)
+        copied = local_path(source)
         if copied is not None and sha256_file(copied / adapter.name) != version.sha256:
             raise OSError(f"the copy in {copied} differs from the adapter file")
         return source
 
-    def _write_state_tag(self, version: AdapterVersion) -> None:
-        self._client.set_model_version_tag(version.name, str(version.version), "loraline.state", version.state)
+    def _write_tags(self, version: AdapterVersion, run_id: str) -> None:
+        """Sets our tags of a model version and of its run, and deletes others of our prefix."""
+        name, number = version.name, str(version.version)
+        actual, wanted = own_tags(self._client.get_model_version(name, number).tags), with_state(version)
+        for key in actual.keys() - wanted.keys():
+            self._client.delete_model_version_tag(name, number, key)
+        for key in wanted.keys() - {key for key in wanted if actual.get(key) == wanted[key]}:
+            self._client.set_model_version_tag(name, number, key, wanted[key])
+        actual, wanted = own_tags(self._client.get_run(run_id).data.tags), expected_tags(version)
+        for key in actual.keys() - wanted.keys():
+            self._client.delete_tag(run_id, key)
+        for key in wanted.keys() - {key for key in wanted if actual.get(key) == wanted[key]}:
+            self._client.set_tag(run_id, key, wanted[key])
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -296,21 +301,35 @@ class MlflowWriter:
             self._client.create_registered_model(name, tags={"loraline": "adapter"})
 
     def _ensure_version(self, version: AdapterVersion, run_id: str, source: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            entry = self._client.get_model_version(version.name, str(version.version))
-        except MlflowException as error:
-            if error.error_code != _MISSING:
-                raise
-            entry = self._client.create_model_version(version.name, source=source, run_id=run_id, tags=_tags(version))
-        if int(entry.version) != version.version or entry.tags.get("loraline.sha256") != version.sha256:
+        entry = self._find_version(version)
+        if entry is None:
+            # MLflow keeps the row of a deleted version, and never assigns its number again.
+            reset_version(self.home.mlflow_url, version.name, version.version, run_id, source)
+            entry = self._find_version(version) or self._client.create_model_version(
+                version.name, source=source, run_id=run_id, tags=with_state(version)
+            )
+        digest = entry.tags.get("loraline.sha256")
+        if int(entry.version) == version.version and entry.run_id == run_id and entry.source == source:
+            return
+        if int(entry.version) != version.version or digest != version.sha256:
             raise MlflowError(
-                f"MLflow has version {entry.version} with digest {entry.tags.get('loraline.sha256')!r} instead",
+                f"MLflow has version {entry.version} with digest {digest!r} instead",
                 where=version.ref,
                 allowed=f"digest {version.sha256}",
                 remedy=f"move {name_of(self.home.mlflow_url)} away, which another program changed; it is rebuilt",
             )
+        reset_version(self.home.mlflow_url, version.name, version.version, run_id, source)
+
+    def _find_version(self, version: AdapterVersion) -> Any:
+        """Returns MLflow's model version of the same number; None if there is none or it is deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_model_version(version.name, str(version.version))
+        except MlflowException as error:
+            if error.error_code != _MISSING:
+                raise
+            return None
 
 
 def _open_client(home: Home) -> Any:
@@ -353,23 +372,6 @@ def _make_database(home: Home, file: Path) -> None:
     ModelStore(home.mlflow_url).engine.dispose()
 
 
-def _tags(version: AdapterVersion) -> dict[str, str]:
-    tags = {
-        "loraline.version": version.ref,
-        "loraline.sha256": version.sha256,
-        "loraline.artifact": version.artifact.sha256,
-        "loraline.report": version.report.sha256 if version.report else "",
-        "loraline.run": version.run_id or "",
-        "loraline.passed": {True: "yes", False: "no", None: "not evaluated"}[version.passed],
-        "loraline.parents": ", ".join(version.parents),
-        "loraline.title": str(version.card.get("title") or ""),
-        "loraline.base": str(version.card.get("base") or "").rpartition("/")[2],
-        "loraline.trigger": str(version.card.get("trigger") or ""),
-        "loraline.license": str(version.card.get("license") or ""),
-    }
-    return {key: value[:_TAG_LENGTH] for key, value in tags.items() if value}
-
-
 def _param_name(key: str) -> str:
     # A recipe may have layer patterns as keys (`unet.*.to_q`), which MLflow does not accept as names.
     plain = _NOT_IN_NAMES.sub("_", key)
@@ -387,8 +389,3 @@ def _millis(version: AdapterVersion) -> int:
 
 def _batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (values[begin : begin + size] for begin in range(0, len(values), size))
-
-
-def _local_path(uri: str | None) -> Path | None:
-    parts = urlsplit(uri or "")
-    return Path(url2pathname(parts.path)) if parts.scheme in {"", "file"} and parts.path else None

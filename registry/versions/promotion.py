@@ -68,9 +68,13 @@ def promote(
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expected_source)
         before = queries.alias_target(session, name, to) if expected == "now" else expected
-        if before == version.version == queries.alias_target(session, name, to):
-            return [event for event in queries.read_events(session, name, to) if event.action != "refuse"][-1]
-        queries.require_active(session, name, version.version)
+        events = [event for event in queries.read_events(session, name, to) if event.action != "refuse"]
+        is_current = before == version.version == queries.alias_target(session, name, to)
+        if not is_current:
+            queries.require_active(session, name, version.version)
+    if is_current:
+        versions.sync()
+        return events[-1]
     decision = evaluate_policy(versions, version, to, actor=actor, damage=versions.damage(version), structure=structure)
     policy = read_policies(versions.home.path).of(to)
     action: Action = "promote"
@@ -157,17 +161,34 @@ def rollback(
     return event
 
 
-def remove(versions: Versions, name: str, alias: str, *, reason: str, actor: str | None = None) -> Event:
+def remove(
+    versions: Versions,
+    name: str,
+    alias: str,
+    *,
+    reason: str,
+    actor: str | None = None,
+    expect: int | str | None = None,
+) -> Event:
     """Removes an alias; `rollback` restores it.
+
+    Args:
+        versions: The registry.
+        name: The adapter.
+        alias: The alias.
+        reason: The reason; stored in the log.
+        actor: The user; None means this process's user.
+        expect: Number or digest of the version that the alias must point at; see `require_expected`. None: any.
 
     Raises:
         Refused: The actor may not move the alias.
-        Conflict: Another process moved it meanwhile.
+        Conflict: Another process moved it meanwhile, or it does not point at the expected version.
         UnknownVersion: It points at nothing.
     """
     reason, actor = require_reason(reason, f"{alias!r} cannot be removed"), actor or current_user()
     with versions.lineage.database.read() as session:
         version = queries.read_version(session, name, check_alias(alias))
+        require_expected(session, version, alias, expect)
     policy = read_policies(versions.home.path).of(alias)
     if not policy.may_move(actor):
         refusal = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
@@ -185,6 +206,7 @@ def history(versions: Versions, name: str, alias: str | None = None) -> list[Eve
     Raises:
         UnknownName: No such adapter.
     """
+    versions.report_drift(name)
     with versions.lineage.database.read() as session:
         queries.find_row(session, name, "latest")
         return queries.read_events(session, name, alias)

@@ -30,6 +30,8 @@ from registry.policy.evaluate import evaluate_policy
 from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 from registry.store.database import require_json
+from registry.store.redaction import redact_values
+from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +56,13 @@ class Versions(RegistryContext):
 
     def __init__(self, home: Home, *, store: Store | None = None, lineage: Lineage | None = None) -> None:
         super().__init__(home, store=store, lineage=lineage)
-        if home.read_only or home.is_full or self.is_synced():
+        self._compared: set[str | None] = set()
+        if not self.is_synced():
+            self.try_sync()
+
+    def try_sync(self) -> None:
+        """Syncs MLflow unless another process does or the home cannot be written; logs MLflow's errors."""
+        if self.home.read_only or self.home.is_full:
             return
         try:
             self.sync(timeout=0)
@@ -114,10 +122,11 @@ class Versions(RegistryContext):
             MlflowError: Registered, but MLflow is not in sync; the next command syncs it.
         """
         check_name(name)
+        card, params = redact_values(card or {}), redact_values(params or {})
         if alias_request is not None:
             check_alias(alias_request)
         if declared is not None:
-            card = {**(card or {}), "license": declared}
+            card = {**card, "license": declared}
         _require_finite(metrics or {}, "metrics")
         _require_finite(curves or {}, "curves")
         require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
@@ -128,7 +137,7 @@ class Versions(RegistryContext):
                 where=f"artifact {artifact.sha256[:12]}",
                 allowed=repr([*files[artifact]]),
             )
-        record = self._put_record(params or {}, curves or {}, pictures or {}, documents or {})
+        record = self._put_record(params, curves or {}, pictures or {}, documents or {})
         values = {
             "identity": queries.identity_of(artifact, report),
             **vars(files[artifact][adapter_file]),
@@ -137,11 +146,11 @@ class Versions(RegistryContext):
             "report": report.sha256 if report else None,
             "record": record.sha256,
             "run_id": run_id,
-            "card": dict(card or {}),
+            "card": card,
             "metrics": dict(metrics or {}),
             "gates": [dict(gate) for gate in gates],
             "passed": passed,
-            "params": dict(params or {}),
+            "params": params,
         }
         files[record] = self.store.files(record)
         with self.lineage.database.write() as session:
@@ -164,6 +173,7 @@ class Versions(RegistryContext):
 
     def list(self, name: str | None = None, *, deleted: bool = False) -> tuple[AdapterVersion, ...]:
         """Returns the versions by name and number, deleted ones only with `deleted`; does not read their bytes."""
+        self.report_drift(name)
         with self.lineage.database.read() as session:
             versions = queries.read_versions(session, name)
         return tuple(version for version in versions if deleted or version.state != "DELETED")
@@ -175,6 +185,7 @@ class Versions(RegistryContext):
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
         """
+        self.report_drift(name)
         with self.lineage.database.read() as session:
             return queries.read_version(session, name, ref)
 
@@ -236,7 +247,7 @@ class Versions(RegistryContext):
         return is_synced(self.home, self.lineage.database)
 
     def sync(self, timeout: float = -1, *, full: bool = False) -> None:
-        """Syncs MLflow with the registry's database; does nothing if it is in sync.
+        """Syncs MLflow with the registry's database, and restores what others changed; does nothing if it is in sync.
 
         Args:
             timeout: Seconds to wait while another process syncs; -1 waits forever.
@@ -247,6 +258,24 @@ class Versions(RegistryContext):
             filelock.Timeout: Another process is syncing.
         """
         sync_mlflow(self, timeout, full=full)
+
+    def report_drift(self, name: str | None = None) -> None:
+        """Logs, once per adapter, how others changed it in MLflow; writes nothing.
+
+        Args:
+            name: The adapter; None compares all.
+        """
+        if self._compared & {name, None}:
+            return
+        self._compared.add(name)
+        try:
+            differences = find_drift(self.home, self.lineage.database, name)
+        except MlflowError as error:
+            self._compared.add(None)  # an unreachable server is asked once
+            _logger.warning("%s", error)
+            return
+        for difference in differences:
+            _logger.warning("%s: %s; %s", difference.problem.where, difference.what, RESTORE)
 
     def _check_adapter(self, version: AdapterVersion) -> None:
         self.require_active(version)

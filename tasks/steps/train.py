@@ -16,7 +16,6 @@ from lora_engine.registries import Registry
 from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
 from tasks.devices import device_slots
-from tasks.progress import stop_requested
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, always, step
 
@@ -52,6 +51,7 @@ def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
     revision=2,
     imports=always("lora_engine.training.device", "lora_engine.training.spawn"),
     entries=find_entries,
+    stops=True,
 )
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and `training.json`."""
@@ -69,7 +69,7 @@ def train(spec: Train, context: Context) -> None:
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
     }
     with device_slots(context.home, device_limits(spec, context), context.name) as slots:
-        context.compute.update(train_in_child(job, context.progress, stop=stop_requested, inherit=slots))
+        context.compute.update(train_in_child(job, context.progress, stop=context.stop, inherit=slots))
 
 
 def device_limits(spec: Train, context: Context) -> dict[str, int]:

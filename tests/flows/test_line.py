@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
+from flows.crashed import tag_of
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -96,6 +98,26 @@ def test_mlflow_alone_downloads_the_production_version(
     assert hashlib.sha256(file.read_bytes()).hexdigest() == trained.version().sha256
 
 
+def test_an_ungated_alias_in_mlflow_is_reported_by_reading_verbs_and_removed_by_a_run_without_changes(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(trained.home.mlflow_url, trained.home.mlflow_url)
+    client.set_registered_model_alias("small", "production", "1")
+    changed = trained.home.mlflow_db.read_bytes()
+    problem = "small@production: points at version 1 instead of no version"
+    for verb in (("list",), ("show", "small@1"), ("log", "small"), ("plan", trained.spec)):
+        caplog.clear()
+        say(*verb, home=trained.home.path)
+        assert problem in caplog.text
+    assert problem in loraline_here("doctor", home=trained.home.path).stdout
+    assert problem.partition(": ")[2] in say("fsck", "--json", home=trained.home.path, code=1)
+    assert trained.home.mlflow_db.read_bytes() == changed
+    assert "0 ran, 7 cached" in say("run", trained.spec, home=trained.home.path)
+    assert dict(client.get_registered_model("small").aliases) == {"staging": 1}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Returns the digest of the short pipeline's adapter without interruptions."""
@@ -122,8 +144,18 @@ def test_a_run_that_is_killed_and_then_interrupted_registers_nothing_and_the_thi
     (resumed,) = versions(home)
     assert resumed.sha256 == uninterrupted
     with closing(Lineage(Home(home.absolute()).lineage_url)) as lineage:
-        states = [run.status for run in lineage.runs()]
-    assert states == ["COMPLETED", "INTERRUPTED", "CRASHED"]
+        runs = lineage.runs()
+    assert [run.status for run in runs] == ["COMPLETED", "INTERRUPTED", "CRASHED"]
+    assert "RUNNING" not in prefect_states(environment["PREFECT_API_URL"], runs[1].id)
+    assert prefect_states(environment["PREFECT_API_URL"], runs[2].id) == {"CRASHED"}
+
+
+def prefect_states(server: str, run_id: str) -> set[str]:
+    """Returns the types of the states of a run's flow run and task runs."""
+    tagged = {"tags": {"all_": [tag_of(run_id)]}}
+    bodies = {"flow_runs": {"flow_runs": tagged}, "task_runs": {"flow_runs": tagged}}
+    answers = [httpx.post(f"{server}/{kind}/filter", json=body, timeout=60) for kind, body in bodies.items()]
+    return {entry["state"]["type"] for answer in answers for entry in answer.raise_for_status().json()} - {"COMPLETED"}
 
 
 def checkpoints(home: Path) -> set[str]:

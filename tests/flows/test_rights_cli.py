@@ -189,6 +189,24 @@ def test_promote_prints_what_it_resolved_and_refuses_another_version_than_the_re
     assert (back["action"], back["before"], back["after"]) == ("rollback", 2, 1)
 
 
+@pytest.mark.parametrize("reference", ["withdraw stars@staging", "unalias stars@staging", "delete stars"])
+def test_verbs_that_take_out_of_use_refuse_another_version_than_the_reviewed_one(
+    loraline: Command, register: Callable[..., AdapterVersion], tmp_path: Path, reference: str
+) -> None:
+    first, second = (register(adapter_bytes(tmp_path, value)) for value in (1.0, 2.0))
+    if reference == "delete stars":
+        loraline("unalias", "stars@staging", "--reason", "off")
+    before = loraline("log", "stars", "--json").stdout
+    verb = (*reference.split(), "--reason", "reviewed", "--expect")
+    for reviewed in (1, first.sha256):
+        refused = str(loraline(*verb, reviewed, fails=Conflict).exception)
+        assert f"stars@2 (sha256 {second.sha256[:16]}), not stars@1 (sha256 {first.sha256[:16]})" in refused
+    assert loraline("log", "stars", "--json").stdout == before
+    event = json.loads(loraline(*verb, second.sha256[:12], "--json").stdout)
+    assert event["name"] == "stars"
+    assert (event["before"] if event["action"] == "remove" else event["after"]) == 2
+
+
 def test_show_prints_rights_and_their_sources(
     loraline: Command, register: Callable[..., AdapterVersion], tmp_path: Path
 ) -> None:

@@ -10,12 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import httpx
 import pytest
@@ -71,6 +74,7 @@ def environment(tmp_path: Path, prefect_database: Path) -> dict[str, str]:
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "LORALINE_PROJECT": str(PROJECT),
+        "PATH": f"{Path(PREFECT).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
 
@@ -127,12 +131,54 @@ def read(api: str, path: str) -> Any:
     return None if answer.status_code == 404 else answer.raise_for_status().json()
 
 
+@pytest.fixture
+def receiver() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Yields the URL of a webhook and the list of the notifications that it received."""
+    received: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Logs nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/hook", received
+        http.shutdown()
+
+
+def notify(api: str, url: str) -> None:
+    """Creates the documented automation, with a webhook block as its notification block."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    text = {"subject": "{{subject}}", "body": "{{body}}"}
+    with temporary_settings({PREFECT_API_URL: api}):
+        block = CustomWebhookNotificationBlock(name="notify", url=url, json_data=text).save("notify", _sync=True)
+    automation = documented_automation()
+    automation["actions"][0]["block_document_id"] = str(block)
+    post(api, "automations/", automation)
+
+
+def documented_automation() -> dict[str, Any]:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "docs" / "scheduling.md").read_text(), flags=re.DOTALL)
+    return dict(yaml.safe_load(block))
+
+
 @pytest.mark.usefixtures("trained_here")
 @pytest.mark.parametrize(
     "by_worker", [{"prepared"}, pytest.param({"prepared", "first", "cached", "changed"}, marks=pytest.mark.nightly)]
 )
 def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
-    server: str, environment: dict[str, str], tmp_path: Path, by_worker: set[str]
+    server: str,
+    environment: dict[str, str],
+    tmp_path: Path,
+    by_worker: set[str],
+    receiver: tuple[str, list[dict[str, str]]],
 ) -> None:
     images = tmp_path / "work" / "images"
     images.mkdir(parents=True)
@@ -178,6 +224,8 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         scheduled = wait_for(lambda: post(server, "flow_runs/filter", query), 300, "runs are SCHEDULED")
         assert {run["deployment_id"] for run in scheduled} == {nightly["id"]}
 
+        hook, notifications = receiver
+        notify(server, hook)
         run = retrain("prepared")
         assert (completed("caption"), completed("train")) == (1, 0)
         assert run.state == ("COMPLETED", "Completed", "ran photos, prepared, captions")
@@ -206,6 +254,13 @@ def test_a_deployment_is_scheduled_and_retrains_only_what_changed(
         assert (release["version"], release["gates"], release["alias"]) == ("nightly@2", "FAILED", "")
         assert re.search(r"drift [\d.e-]+ \(production: none\)", release["metrics"])
         assert f"GatesFailed: {run.state[2]}" in run.logs
+        assert Path(unquote(urlsplit(release["report"]).path)).is_file()
+        samples = [Path(unquote(urlsplit(image).path)) for image in release["images"].split()]
+        assert samples
+        assert all(image.read_bytes().startswith(b"\x89PNG") for image in samples)
+        wait_for(lambda: len(notifications) > 1, 120, "two notifications")
+        by_state = {entry["subject"].partition(":")[0]: entry["body"] for entry in notifications}
+        assert by_state == {"Staged": "nightly@1 as trial", "GatesFailed": run.state[2]}
 
         pipelines = post(server, "flow_runs/filter", {"flow_runs": {"name": {"any_": ["nightly"]}}})
         assert sorted(run["state"]["name"] for run in pipelines) == ["Completed", "GatesFailed", "Staged"]
@@ -216,8 +271,7 @@ def test_the_documented_automation_is_valid_and_matches_states_that_runs_end_in(
     from prefect.events.schemas.automations import AutomationCore
 
     page = (PROJECT / "docs" / "scheduling.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    automation = AutomationCore.model_validate(yaml.safe_load(block))
+    automation = AutomationCore.model_validate(documented_automation())
     expected = {event.removeprefix("prefect.flow-run.") for event in automation.trigger.expect}
     assert expected <= set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
     assert "GatesFailed" in expected

@@ -158,6 +158,25 @@ def test_a_run_records_no_secret_of_its_file_or_its_environment(
         assert MARK not in recorded
 
 
+def test_prefect_stores_no_secret_of_a_failed_step(pipeline: Write, opened: Home, prefect_server: str) -> None:
+    """The error quotes the name of a file, and the value of a variable, in the states of task, flow and table."""
+    path = pipeline(PREPARE.replace("name: try", "name: leaking"))
+    for image in (path.parent / "images").iterdir():
+        image.unlink()
+    (path.parent / "images" / f"{TOKEN}.png").write_bytes(b"no image")
+    code, output = call(opened, "run", str(path), HF_TOKEN=f"{MARK} plain")
+    assert code == 1
+    assert "***" in output
+    only = json.dumps({"flow_runs": {"name": {"any_": ["leaking"]}}}).encode()
+    for kind in ("flow_runs", "task_runs", "artifacts"):
+        request = Request(f"{prefect_server}/{kind}/filter", only, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            recorded = answer.read().decode()
+        assert "***" in recorded, kind
+        assert MARK not in recorded
+    assert leaks(opened.path, output) == []
+
+
 def test_origin_of_a_package_is_recorded_without_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "fromgit-1.0.dist-info"
     folder.mkdir()

@@ -104,12 +104,12 @@ DAMAGE_IN_MLFLOW = {
     "version missing in MLflow": (lambda v: client(v).delete_model_version("zorb", "1"), "does not have", "zorb@1"),
     "alias moved in MLflow": (
         lambda v: client(v).set_registered_model_alias("zorb", "production", "2"),
-        "has the aliases",
-        "zorb@2",
+        "points at version 2 instead of version 1",
+        "zorb@production",
     ),
     "digest tag changed in MLflow": (
         lambda v: client(v).set_model_version_tag("zorb", "1", "loraline.sha256", "0"),
-        "tagged with digest",
+        "the tag 'loraline.sha256' is '0'",
         "zorb@1",
     ),
     "foreign version in MLflow": (

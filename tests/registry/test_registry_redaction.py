@@ -2,7 +2,9 @@
 
 import pytest
 
-from registry.store.redaction import redact, redact_url, redact_values, secrets_of
+from lora_engine.errors import DataError
+from registry.errors import Refused
+from registry.store.redaction import redact, redact_error, redact_url, redact_values, secrets_of
 
 URLS = {
     "postgresql://ada:pw@host:5432/db": "postgresql://ada:***@host:5432/db",
@@ -70,3 +72,43 @@ def test_the_current_folder_is_no_secret(monkeypatch):
     monkeypatch.setenv("OLDPWD", "/projects/other")
     monkeypatch.setenv("STORE_PWD", "watercolor")
     assert redact("/projects/work/x /projects/other/y watercolor") == "/projects/work/x /projects/other/y ***"
+
+
+def test_value_under_the_name_of_a_secret_is_replaced_whatever_its_form():
+    values = {"hf_token": "plain", "WANDB_API_KEY": 7, "db": [{"password": "x", "user": "ada"}], "secret": None}
+    hidden = {"hf_token": "***", "WANDB_API_KEY": "***", "db": [{"password": "***", "user": "ada"}], "secret": None}
+    assert redact_values(values) == hidden
+    kept = {"token": "sks", "key": "a0", "tokens": ["sks"], "keys": "unet", "token_length": 77}
+    assert redact_values(kept) == kept
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("cannot open https://ada:pw@host/x", 7),
+        OSError(2, "no route to https://ada:pw@host/x", "https://ada:pw@host/x"),
+        DataError("no image", where="https://ada:pw@host/x", remedy="see https://ada:pw@host/x"),
+        Refused("it cannot move", reasons=("https://ada:pw@host/x is gone",)),
+    ],
+)
+def test_errors_and_their_causes_are_raised_without_secrets_and_in_their_class(error):
+    kind, cause = type(error), KeyError("password=pw")
+    error.__cause__ = cause
+    redact_error(error)
+    assert type(error) is kind
+    assert "pw" not in f"{error} {error!r} {vars(error)} {getattr(error, 'filename', '')} {cause}"
+    assert "***" in str(error)
+    assert "***" in str(cause)
+
+
+def test_a_registered_version_has_no_secret_in_mlflow_or_the_database(synced, register):
+    """Every file of the home is searched: MLflow's tags, parameters, descriptions and documents, and all rows."""
+    url = "https://ada:hunter2@host/x?token=hunter2q"
+    card = {"title": f"from {url}", "trigger": "hf_hunter2abcdefghijkl", "base": f"{url}/hf_hunter2abcdefghijkl"}
+    params = {"base": url, "hub": {"hf_token": "hunter2x"}, "long": f"{url} " * 900}
+    version = register(synced, b"weights", card=card | {"license": "MIT"}, params=params)
+    files = [path for path in synced.home.path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+    assert version.params["hub"] == {"hf_token": "***"}
+    assert version.card["title"] == "from https://***@host/x?token=***"

@@ -1,0 +1,173 @@
+"""Reads and corrects MLflow's tables of models, versions, aliases and runs by SQL.
+
+A read takes milliseconds; importing MLflow takes seconds. MLflow's client cannot restore a deleted version.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from sqlalchemy import Connection, TableClause, column, create_engine, inspect, null, select, table, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from registry.errors import MlflowError
+from registry.store.database import batches, name_of, parse_url
+from registry.store.redaction import redact
+
+PREFIX = "loraline."
+"""Start of the names of all tags that the registry writes."""
+NO_STAGE, DELETED = "None", "Deleted_Internal"
+"""Stages of a model version: none, and that of a version which MLflow deleted; its row remains."""
+_CONNECT_TIMEOUT = 5
+"""Seconds to wait for each address of a server, unless the URL sets `connect_timeout`."""
+
+_MODELS = table("registered_models", column("name"))
+_VERSIONS = table(
+    "model_versions",
+    *map(column, ("name", "version", "current_stage", "run_id", "source", "run_link", "status", "status_message")),
+)
+_VERSION_TAGS = table("model_version_tags", *map(column, ("name", "version", "key", "value")))
+_ALIASES = table("registered_model_aliases", *map(column, ("name", "alias", "version")))
+_RUNS = table("runs", *map(column, ("run_uuid", "lifecycle_stage")))
+_RUN_TAGS = table("tags", *map(column, ("run_uuid", "key", "value")))
+
+
+@dataclass(frozen=True)
+class MlflowVersion:
+    """A model version as MLflow has it.
+
+    Attributes:
+        stage: Its stage; `None` for a version without one.
+        run_id: Its run.
+        source: URI of the folder with its files.
+        tags: Its tags whose names start with `PREFIX`.
+        run_stage: `active` or `deleted`; None if its run does not exist.
+        run_tags: The tags of its run whose names start with `PREFIX`.
+    """
+
+    stage: str
+    run_id: str
+    source: str
+    tags: Mapping[str, str]
+    run_stage: str | None
+    run_tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class MlflowTables:
+    """What MLflow has of one registered model or of all.
+
+    Attributes:
+        models: Names of the registered models.
+        versions: (name, number) -> version; without deleted versions.
+        aliases: (name, alias) -> number.
+    """
+
+    models: frozenset[str] = frozenset()
+    versions: Mapping[tuple[str, int], MlflowVersion] = field(default_factory=dict)
+    aliases: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+
+def read_tables(url: str, name: str | None = None) -> MlflowTables:
+    """Reads one registered model, or all; empty if MLflow has not created its tables yet.
+
+    Args:
+        url: SQLAlchemy URL of MLflow's database.
+        name: The registered model; None reads all.
+
+    Raises:
+        MlflowError: The database cannot be read; a server must answer within seconds.
+    """
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_MODELS.name):
+            return MlflowTables()
+
+        def rows(source: TableClause, *names: str) -> Iterator[tuple[Any, ...]]:
+            query = select(*(source.c[key] for key in names))
+            query = query.where(source.c.name == name) if name is not None else query
+            yield from (tuple(row) for row in connection.execute(query))
+
+        entries = list(rows(_VERSIONS, "name", "version", "current_stage", "run_id", "source"))
+        tags: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+        for model, version, key, value in rows(_VERSION_TAGS, "name", "version", "key", "value"):
+            if key.startswith(PREFIX):
+                tags[model, int(version)][key] = value or ""
+        run_stages, run_tags = _read_runs(connection, {row[3] for row in entries})
+        versions = {
+            (model, int(version)): MlflowVersion(
+                stage, run, source, tags[model, int(version)], run_stages.get(run), run_tags[run]
+            )
+            for model, version, stage, run, source in entries
+            if stage != DELETED
+        }
+        aliases = {(model, alias): int(version) for model, alias, version in rows(_ALIASES, "name", "alias", "version")}
+        return MlflowTables(frozenset(model for (model,) in rows(_MODELS, "name")), versions, aliases)
+
+
+def _read_runs(connection: Connection, ids: set[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    stages: dict[str, str] = {}
+    tags: dict[str, dict[str, str]] = defaultdict(dict)
+    for batch in batches(ids):
+        query = select(_RUNS.c.run_uuid, _RUNS.c.lifecycle_stage).where(_RUNS.c.run_uuid.in_(batch))
+        stages.update((run, stage) for run, stage in connection.execute(query))
+        query = select(_RUN_TAGS.c.run_uuid, _RUN_TAGS.c.key, _RUN_TAGS.c.value)
+        for run, key, value in connection.execute(query.where(_RUN_TAGS.c.run_uuid.in_(batch))):
+            if key.startswith(PREFIX):
+                tags[run][key] = value or ""
+    return stages, tags
+
+
+def reset_version(url: str, name: str, version: int, run_id: str, source: str) -> None:
+    """Gives a model version its run and source, and no stage; also one that was deleted. Does nothing without a row.
+
+    Raises:
+        MlflowError: The database cannot be written.
+    """
+    values = {"current_stage": NO_STAGE, "run_id": run_id, "source": source, "run_link": null(), "status": "READY"}
+    statement = update(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version)
+    with _connected(url) as connection:
+        connection.execute(statement.values(**values, status_message=null()))
+
+
+def require_reachable(url: str) -> None:
+    """Raises an error if MLflow's database does not answer; its client would try for minutes.
+
+    Raises:
+        MlflowError: No answer within seconds.
+    """
+    with _connected(url):
+        pass
+
+
+def local_path(uri: str | None) -> Path | None:
+    """Returns the path of a `file:` URI or a path; None for another location."""
+    parts = urlsplit(uri or "")
+    return Path(url2pathname(parts.path)) if parts.scheme in {"", "file"} and parts.path else None
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[Connection]:
+    """Opens one connection in a transaction."""
+    parsed = parse_url(url)
+    is_file = parsed.get_backend_name() == "sqlite"
+    timeout = {"timeout": 20} if is_file else {"connect_timeout": _CONNECT_TIMEOUT}
+    engine = create_engine(parsed, connect_args={} if "connect_timeout" in parsed.query else timeout)
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except SQLAlchemyError as error:
+        message = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise MlflowError(
+            f"MLflow cannot be compared with the registry ({redact(message, url)})",
+            where=name_of(url),
+            remedy="start the server, or correct the URL; nothing is lost, and the next command syncs MLflow",
+        ) from None
+    finally:
+        engine.dispose()
