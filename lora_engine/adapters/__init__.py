@@ -7,6 +7,7 @@ from lora_engine.adapters.boft import BoftDelta
 from lora_engine.adapters.delta import Delta, Issue, dense_forward, kinds, same_delta
 from lora_engine.adapters.dora import DoraDelta
 from lora_engine.adapters.full import FullDelta
+from lora_engine.adapters.glora import GloraDelta
 from lora_engine.adapters.ia3 import Ia3Delta, PeftIa3Delta
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
@@ -30,6 +31,7 @@ __all__ = [
     "DictTree",
     "DoraDelta",
     "FullDelta",
+    "GloraDelta",
     "Ia3Delta",
     "Issue",
     "LayerOp",

@@ -59,7 +59,7 @@ COMFYUI = Format(
     "ComfyUI",
     "lora_engine.formats.comfyui:ComfyuiCodec",
     precedence=40,
-    kinds=("lora", "loha", "lokr", "dora", "dora of loha", "dora of lokr", "full", "replacement"),
+    kinds=("lora", "loha", "lokr", "dora", "dora of loha", "dora of lokr", "glora", "full", "replacement"),
 )
 DIFFUSERS = Format(
     "diffusers",

@@ -143,6 +143,21 @@ DORA = Kind(
 )
 
 
+class Glora(KindSpec):
+    """GLoRA: LoRA, and a low-rank change of the weight's inputs."""
+
+    name: Literal["glora"] = "glora"
+
+
+GLORA = Kind(
+    "glora",
+    "LoRA, and a low-rank change of the weight's inputs",
+    "lora_engine.adapters.glora:GloraDelta",
+    Glora,
+    f"{_KEYS}.glora",
+)
+
+
 class Ia3(KindSpec):
     """(IA)3 as in LyCORIS: a gain per output (or input) channel; the bias is unchanged."""
 

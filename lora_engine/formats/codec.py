@@ -26,6 +26,7 @@ from lora_engine.formats.family import (
     unsupported_reason,
 )
 from lora_engine.formats.key_layout import Group, KeyLayout, group_tensors
+from lora_engine.formats.lora_config import header_alpha
 from lora_engine.formats.transformers.names import ExportNaming, find_modules
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Loaded, import_target
@@ -144,7 +145,8 @@ class TensorCodec:
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
         """Returns the rule for modules without an alpha tensor; a result of None means the kind's default."""
-        return lambda raw, rank: None
+        alpha = header_alpha(metadata)
+        return lambda raw, rank: None if rank is None else alpha
 
     def to_supported(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same delta weights that the format can hold."""

@@ -39,7 +39,8 @@ _DENOISERS = ("unet", TRANSFORMER)
 _COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 _IN_TEXT_ENCODER = re.compile(r"(?:lora_te\d?_|text_encoder(?:_\d)?\.)(.+)")
 _FACTOR = re.compile(
-    r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|(alpha|diff|diff_b|scale|weight|bias|w_norm|b_norm|on_input)$).*"
+    r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|((set|reshape)_)?weight$|[ab][12m]\.weight$"
+    r"|(alpha|diff|diff_b|scale|bias|w_norm|b_norm|on_input|rescale|magnitude)$).*"
 )
 
 

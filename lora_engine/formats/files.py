@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter, Delta
+from lora_engine.adapters import Adapter, Delta, DoraDelta
 from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
@@ -87,8 +87,15 @@ def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Li
             empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
             return Bundle(empty, read_card(raw.metadata), raw.embeddings)
         adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
-        assumptions = "; ".join(filter(None, [raw.assumptions, _unproven(adapter, raw.metadata)]))
+        notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]
+        assumptions = "; ".join(filter(None, notes))
         return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
+
+
+def _switched_off(modules: Mapping[str, Delta]) -> str:
+    """Returns how many modules have alpha 0, by which a difference of a rank has no effect; empty for none."""
+    off = [name for name, delta in modules.items() if delta.alpha == 0 and delta.rank and delta.kind != DoraDelta.kind]
+    return f"alpha is 0 in {len(off)} of {len(modules)} modules, which have no effect: {off[0]!r}" if off else ""
 
 
 def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
@@ -181,7 +188,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         "families": list(family.possible),
         "fingerprint": metadata.get(FINGERPRINT),
         "note": "; ".join(filter(None, [note or family.note, problem, component_problem(modules)])) or None,
-        "assumed": raw.assumptions or None,
+        "assumed": "; ".join(filter(None, [raw.assumptions, _switched_off(modules)])) or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),

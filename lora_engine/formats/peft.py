@@ -57,7 +57,9 @@ class PeftCodec(TensorCodec):
         return {name: canonical_name(folder or component, path) for name, (folder, path) in split.items()}
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
-        """Returns the rule that reads alpha from the configuration in the same folder; without one, the scale is 1."""
+        """Returns the rule that reads alpha from the configuration in the same folder, or else from the header."""
+        if not any(key.endswith(CONFIG_FILE) for key in metadata):
+            return super().alpha_rule(metadata)
 
         def alpha(raw: str, rank: int | None) -> float | None:
             folder, path = _split(raw)

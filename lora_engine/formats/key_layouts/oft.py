@@ -18,6 +18,7 @@ from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
 _T = TypeVar("_T")
 _TERMS, _EPS = "oft_R.terms", "oft_R.eps"
+_DIAG, _TOLERANCE = "oft_diag", 2e-2  # float16 has three digits
 ANGLES = "oft_R.weight"
 OF_EMBEDDING = "oft_embedding_R.weight"
 """PEFT's suffix for embeddings, whose rows are rotated instead of the columns, with the opposite sign."""
@@ -27,12 +28,39 @@ _SINCE = "0.18.0"
 
 @dataclass(frozen=True)
 class BlocksKeys(TableFactorKeys):
-    """`oft_blocks` and perhaps `rescale`: `[n, b, b]` is OFT, `[stages, n, b, b]` BOFT; alpha is the constraint."""
+    """`oft_blocks` and perhaps `rescale`: `[n, b, b]` is OFT, `[stages, n, b, b]` BOFT; alpha is the constraint.
+
+    Instead of `oft_blocks`, the first OFT of LyCORIS has the rotations as `oft_diag`, and an alpha without meaning.
+    """
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """Returns the delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix.
+
+        Raises:
+            AdapterError: The tensors of `oft_diag` are no rotations.
+        """
+        if _DIAG in tensors:
+            tensors = {**tensors, self.names["blocks"]: _blocks_of(tensors[_DIAG])}
+            return OftDelta.from_factors({"blocks": tensors[self.names["blocks"]]}, None)
         delta_type = BoftDelta if tensors[self.names["blocks"]].dim() == 4 else OftDelta
         return delta_type.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+
+def _blocks_of(rotations: Tensor) -> Tensor:
+    """Returns the blocks whose Cayley transforms are the rotations: `Q = (R - I)(R + I)^-1`, and half of it."""
+    wide = rotations.to(torch.float64)
+    is_square = wide.dim() == 3 and wide.shape[-1] == wide.shape[-2] and wide.numel() > 0
+    if is_square:
+        identity = torch.eye(wide.shape[-1], dtype=wide.dtype)
+        change, info = torch.linalg.solve_ex(wide + identity, wide - identity)
+        if not bool(info.any()) and bool(((wide @ wide.mT - identity).abs() < _TOLERANCE).all()):
+            blocks: Tensor = (0.5 * change).to(torch.promote_types(rotations.dtype, torch.float32))
+            return blocks
+    raise AdapterError(
+        f"the tensor {_DIAG!r} of shape {list(rotations.shape)} holds no rotations",
+        allowed="orthogonal matrices [n, b, b] without a half turn",
+        remedy="merge the adapter with the program that made it, and extract the difference",
+    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +216,7 @@ def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 _BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}
-LYCORIS_KEYS.add(BlocksKeys("oft", _BLOCKS, optional=("rescale",)))
+LYCORIS_KEYS.add(BlocksKeys("oft", _BLOCKS, aliases={_DIAG: "blocks"}, optional=("rescale",)))
 LYCORIS_KEYS.add(BlocksKeys("boft", _BLOCKS, optional=("rescale",)))
 LORALINE_KEYS.add(AnglesKeys("peft-oft", {"angles": ANGLES}))
 LORALINE_KEYS.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Delta, DoraDelta, FullDelta, Ia3Delta, LohaDelta, LokrDelta, LoraDelta
+from lora_engine.adapters import Delta, DoraDelta, FullDelta, GloraDelta, Ia3Delta, LohaDelta, LokrDelta, LoraDelta
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.replacement import ReplacementDelta
@@ -192,6 +192,20 @@ def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
     return replace(first, scale=torch.cat(gains)).reshaped_for((sum(rows), 1))
 
 
+def _take_glora(delta: GloraDelta, index: Tensor) -> GloraDelta:
+    return replace(delta, up=delta.up[index].clone())  # all rows share the inputs
+
+
+def _fuse_glora(parts: Sequence[GloraDelta | None], rows: Rows) -> GloraDelta:
+    present = _all_present(parts, "change of the inputs")
+    first = present[0]
+    shared = ("input_up", "input_down", "down")
+    for part in present:
+        if part.alpha != first.alpha or not all(_equal(getattr(part, name), getattr(first, name)) for name in shared):
+            raise UnsplittableError("its parts change the inputs differently")
+    return replace(first, up=torch.cat([part.up for part in present]))
+
+
 def _oft_shape(delta: OftDelta) -> tuple[int, int]:
     return delta.outputs, 0
 
@@ -265,6 +279,7 @@ def _required(tensor: Tensor | None) -> Tensor:
 row_rules.add("loha", RowRule(matrix_shape, _take_loha, _fuse_loha, _split_loha))
 row_rules.add("lokr", RowRule(matrix_shape, _take_lokr, _fuse_lokr))
 row_rules.add("dora", RowRule(_dora_shape, _take_dora, _fuse_dora, _split_dora))
+row_rules.add("glora", RowRule(matrix_shape, _take_glora, _fuse_glora))
 row_rules.add("ia3", RowRule(_ia3_shape, _take_ia3, _fuse_ia3))
 row_rules.add("peft-ia3", RowRule(_ia3_shape, _take_ia3, _fuse_ia3))
 row_rules.add("oft", RowRule(_oft_shape, _take_oft, _fuse_oft))

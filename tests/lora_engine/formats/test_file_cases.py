@@ -38,7 +38,7 @@ READ = {
     "c23": ("", {"lora"}, AMBIGUOUS),
     "c24": ("", {"lora"}, AMBIGUOUS),
     "c27": ("", {"lora"}, ""),
-    "c29": ("", {"lora"}, ""),
+    "c29": ("", {"lora"}, "alpha is 0 in 1 of 2 modules"),
     "c30": ("", {"lora"}, ""),
     "c31": ("", {"lora"}, AMBIGUOUS),
     "c32": ("", {"lora"}, "lora_alpha"),
@@ -66,11 +66,7 @@ REFUSED = {
     "c50": "flux2",
 }
 NOT_YET = {
-    "c13": "`.reshape_weight` is not read",
     "c21": "a fused Kronecker product is read as LoRA of a high rank",
-    "c29": "alpha 0 is refused",
-    "c30": "a negative alpha is refused",
-    "c32": "an alpha in plain header entries is ignored without a warning",
     "c33": "kohya's OFT of numbered blocks is not read",
 }
 UNBUILT = {"c51"}  # it builds on a case that is not in the folder

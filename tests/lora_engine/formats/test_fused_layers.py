@@ -1,5 +1,7 @@
 """Tests fused layers: split inverts fuse for every kind with an exact rule; inexact cases are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from law_adapters import random_delta
@@ -33,6 +35,8 @@ def parts_of(kind):
         return [parts[0]] * len(ROWS)
     if kind == "lokr":
         return lokr_parts()
+    if kind == "glora":  # as do those of GLoRA
+        return [replace(parts[0], up=part.up) for part in parts]
     return parts
 
 
