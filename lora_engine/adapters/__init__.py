@@ -12,8 +12,10 @@ from lora_engine.adapters.ia3 import Ia3Delta, PeftIa3Delta
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
+from lora_engine.adapters.lokr_rows import LokrRowsDelta
 from lora_engine.adapters.lora import LoraDelta
 from lora_engine.adapters.oft import OftDelta
+from lora_engine.adapters.oft_parts import OftPartsDelta
 from lora_engine.adapters.peft_boft import PeftBoftDelta
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.pissa import PissaDelta
@@ -38,9 +40,11 @@ __all__ = [
     "LayerSettings",
     "LohaDelta",
     "LokrDelta",
+    "LokrRowsDelta",
     "LoraDelta",
     "ModuleTree",
     "OftDelta",
+    "OftPartsDelta",
     "PeftBoftDelta",
     "PeftIa3Delta",
     "PeftOftDelta",

@@ -21,6 +21,7 @@ _NAME_BASE = "name the base that the adapter was made for (--base)"
 _PREFIXES = (
     "base_model_model_",
     "lora_unet_",
+    "oft_unet_",
     "lora_transformer_",
     "lycoris_",
     "model_diffusion_model_",

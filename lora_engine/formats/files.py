@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter, Delta, DoraDelta
+from lora_engine.adapters import Adapter, Delta, DoraDelta, LokrDelta, LokrRowsDelta
 from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
@@ -33,7 +34,11 @@ from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
+from lora_engine.formats.transformers.fused_lokr import with_exact_rows
 from lora_engine.formats.unknown_names import UnknownNamesCodec
+
+_log = logging.getLogger(__name__)
+_GROWTH = 2.0  # above it, a conversion warns
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def write_adapter(
     has_own_files = codec.embeddings in embedding_forms
     if has_own_files and not adapter.modules:
         return write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
-    tensors, metadata = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
+    tensors, metadata = _encode(codec, adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)
         tensors, metadata = {**tensors, **token_tensors}, {**metadata, **flags}
@@ -160,6 +165,40 @@ def write_adapter(
     if tokens and has_own_files:
         files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
     return files
+
+
+def _encode(
+    codec: Codec, adapter: Adapter, card: Card, names: Names | None
+) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    """Returns tensors and metadata; rows of Kronecker products that the format cannot hold get other exact forms."""
+    try:
+        return codec.encode(adapter, card, names)
+    except AdapterError as error:
+        if not any(isinstance(delta, LokrRowsDelta) for delta in adapter.modules.values()):
+            raise
+        problem = error
+    for kinds in ([LokrDelta.kind], []):
+        try:
+            tensors, metadata = codec.encode(with_exact_rows(adapter, kinds), card, names)
+        except AdapterError as error:
+            problem = error
+            continue
+        _warn_of_growth(codec, adapter, tensors)
+        return tensors, metadata
+    raise problem
+
+
+def _warn_of_growth(codec: Codec, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    shared = {id(factor): factor for delta in adapter.modules.values() for factor in delta.factors().values()}
+    before, after = (sum(tensor.nbytes for tensor in group.values()) for group in (shared, tensors))
+    if after > _GROWTH * before:
+        _log.warning(
+            "the format %r has no fused layers for Kronecker products: %.1f MB become %.1f MB."
+            " Fix: approximate them (--approximate), or choose a format with the original names, such as comfyui.",
+            codec.name,
+            before / 1e6,
+            after / 1e6,
+        )
 
 
 def inspect(path: FilePath) -> dict[str, Any]:
@@ -181,7 +220,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         family = family_of(raw.metadata, modules) if modules else families_of_tensors(raw.tensors)
         card = read_card(raw.metadata)
     deltas, metadata = list(modules.values()), raw.metadata
-    factors = [factor for delta in deltas for factor in delta.factors().values()]
+    factors = {id(factor): factor for delta in deltas for factor in delta.factors().values()}.values()
     return {
         "format": codec.name if codec else "embedding",
         "family": family.name,

@@ -324,9 +324,11 @@ DIFFUSERS_KEYS = KeyLayout(
         (r"\.lora_(A|B)\.(?!weight$|bias$)[^.]+\.(weight|bias)$", r".lora_\1.\2"),
     ),
 )
+KOHYA_KEYS = KeyLayout("kohya", writes_alpha=True, extends=LYCORIS_KEYS, also=(DIFFUSERS_KEYS,))
+"""LyCORIS' layout, plus the keys of kohya's own kinds; files with PEFT's factors are read, too."""
 PEFT_KEYS = KeyLayout("PEFT", writes_alpha=False)
 KEY_LAYOUTS: Mapping[str, KeyLayout] = {
-    layout.name: layout for layout in (LYCORIS_KEYS, LORALINE_KEYS, DIFFUSERS_KEYS, PEFT_KEYS)
+    layout.name: layout for layout in (LYCORIS_KEYS, LORALINE_KEYS, KOHYA_KEYS, DIFFUSERS_KEYS, PEFT_KEYS)
 }
 """The layouts that entries of `KINDS` name."""
 _lock, _loaded = RLock(), set[str]()

@@ -191,6 +191,8 @@ UNCOMPARED = {
         **dict.fromkeys(("peft-ia3", "peft-oft", "peft-boft"), "is what PEFT means by the name"),
         **dict.fromkeys(("lora-fa", "pissa"), _TRAINING_ALONE),
         "replacement": "is of control adapters; LyCORIS has differences alone",
+        "lokr-rows": "is a part of a fused layer; LyCORIS has whole layers",
+        "oft-parts": "is of kohya's sd-scripts",
     },
     "peft": {
         **dict.fromkeys(("ia3", "oft", "boft"), "is what LyCORIS means by the name"),
@@ -199,6 +201,8 @@ UNCOMPARED = {
         "pissa": f"{_TRAINING_ALONE}: see test_pissa_trains_as_pefts_does_after_its_own_conversion_to_lora",
         "full": "PEFT's files hold whole modules (modules_to_save), no differences",
         "replacement": "is of control adapters; PEFT has none",
+        "lokr-rows": "is a part of a fused layer; PEFT has whole layers",
+        "oft-parts": "is of kohya's sd-scripts",
     },
 }
 """Kinds that a peer does not have, with the reason."""

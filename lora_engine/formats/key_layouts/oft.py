@@ -10,9 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import BoftDelta, Delta, OftDelta, PeftBoftDelta, PeftOftDelta
+from lora_engine.adapters import BoftDelta, Delta, OftDelta, OftPartsDelta, PeftBoftDelta, PeftOftDelta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys, alpha_tensor
+from lora_engine.formats.key_layout import (
+    KOHYA_KEYS,
+    LORALINE_KEYS,
+    LYCORIS_KEYS,
+    PEFT_KEYS,
+    TableFactorKeys,
+    alpha_tensor,
+)
 from lora_engine.formats.key_layouts.ia3 import check_layout
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
@@ -22,6 +29,7 @@ _DIAG, _TOLERANCE = "oft_diag", 2e-2  # float16 has three digits
 ANGLES = "oft_R.weight"
 OF_EMBEDDING = "oft_embedding_R.weight"
 """PEFT's suffix for embeddings, whose rows are rotated instead of the columns, with the opposite sign."""
+_PARTS = tuple(f"oft_blocks.{number}" for number in range(8))
 _SINCE = "0.18.0"
 """First PEFT version whose rotation series is supported."""
 
@@ -44,6 +52,42 @@ class BlocksKeys(TableFactorKeys):
             return OftDelta.from_factors({"blocks": tensors[self.names["blocks"]]}, None)
         delta_type = BoftDelta if tensors[self.names["blocks"]].dim() == 4 else OftDelta
         return delta_type.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+
+@dataclass(frozen=True)
+class PartsKeys:
+    """kohya's blocks of each part of a fused layer: `oft_blocks.0`, `oft_blocks.1`, ...
+
+    Attributes:
+        kind: Name of the kind. A layer of one part is read as plain OFT.
+    """
+
+    kind: str = OftPartsDelta.kind
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Every suffix that is read."""
+        return _PARTS
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """Returns the first suffix that is missing, or None."""
+        return next((name for name in _PARTS[: len(suffixes) or 1] if name not in suffixes), None)
+
+    def factor(self, suffix: str) -> str:
+        """Returns the name of the factor with this suffix."""
+        return f"blocks_{_PARTS.index(suffix)}"
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """Returns the delta of tensors by suffix; in kohya's form, a constraint of 0 allows no rotation."""
+        if alpha == 0:
+            tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        if len(tensors) == 1:
+            return OftDelta.from_factors({"blocks": tensors[_PARTS[0]]}, alpha)
+        return OftPartsDelta.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Returns tensors by suffix, without alpha."""
+        return dict(zip(_PARTS, delta.factors().values(), strict=False))
 
 
 def _blocks_of(rotations: Tensor) -> Tensor:
@@ -215,6 +259,8 @@ def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
+LORALINE_KEYS.add(PartsKeys())
+KOHYA_KEYS.add(PartsKeys())
 _BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}
 LYCORIS_KEYS.add(BlocksKeys("oft", _BLOCKS, aliases={_DIAG: "blocks"}, optional=("rescale",)))
 LYCORIS_KEYS.add(BlocksKeys("boft", _BLOCKS, optional=("rescale",)))
