@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from law_adapters import random_delta
+from safetensors.torch import load_file, save_file
 
 from lora_engine.adapters import (
     Adapter,
@@ -17,9 +18,10 @@ from lora_engine.adapters import (
     same_delta,
 )
 from lora_engine.errors import AdapterError, SettingsError
-from lora_engine.formats import codecs
+from lora_engine.formats import codecs, read_bundle, write_adapter
 from lora_engine.formats.transformers.fused import fuse_layers, row_rules, split, swap_halves
 from lora_engine.formats.transformers.fused_lokr import with_exact_rows
+from lora_engine.merging.approximate import approximate
 
 PARTS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
 ROWS, COLUMNS = [8, 8, 8, 32], 8
@@ -279,3 +281,65 @@ def test_gains_of_inputs_belong_to_every_part():
         assert same_delta(fuse_layers(parts, ROWS, "layer"), delta)
         with pytest.raises(AdapterError, match="differently"):
             fuse_layers([*parts[:3], kind(torch.rand(COLUMNS), "input")], ROWS, "layer")
+
+
+def fused_lokr_file(path, width=64):
+    """Writes ComfyUI's file of a LoKr of FLUX.1's fused layers, whose blocks cross the borders of the parts."""
+    tensors = {}
+    for name, rows in (("double_blocks.0.img_attn.qkv", 3 * width), ("single_blocks.0.linear1", 7 * width)):
+        left, right = (
+            torch.randn(4, 4, generator=torch.Generator().manual_seed(rows)),
+            torch.randn(rows // 4, width // 4),
+        )
+        module = f"diffusion_model.{name}"
+        tensors |= {f"{module}.lokr_w1": left, f"{module}.lokr_w2": right, f"{module}.alpha": torch.tensor(1.0)}
+    save_file(tensors, path, {"loraline.base": "flux"})
+    return tensors
+
+
+def size_of(path):
+    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("form", ["comfyui", "kohya", "loraline"])
+def test_a_fused_lokr_stays_fused_where_the_format_has_the_layer_or_shares_its_factors(form, tmp_path, caplog):
+    tensors = fused_lokr_file(tmp_path / "a.safetensors")
+    adapter = read_bundle(tmp_path / "a.safetensors").adapter
+    write_adapter(tmp_path / form, adapter, format=form)
+    written = load_file(tmp_path / form / "adapter.safetensors")
+    factors = {name: tensor for name, tensor in written.items() if not name.endswith("lokr_rows")}
+    assert (
+        sum(factor.numel() for factor in factors.values() if factor.dim())
+        == sum(t.numel() for t in tensors.values()) - 2
+    )
+    assert read_bundle(tmp_path / form).adapter == adapter
+    if form == "comfyui":
+        assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lycoris", "aitoolkit", "onetrainer", "peft"])
+def test_elsewhere_its_parts_are_written_exactly_with_a_warning_of_their_sizes_or_approximated(form, tmp_path, caplog):
+    fused_lokr_file(tmp_path / "a.safetensors")
+    adapter = read_bundle(tmp_path / "a.safetensors").adapter
+    write_adapter(tmp_path / "exact", adapter, format=form)
+    assert "become" in caplog.text
+    assert "--approximate" in caplog.text
+    back = read_bundle(tmp_path / "exact").adapter
+    for name, delta in adapter.modules.items():
+        weight = torch.zeros(delta.weight_shape)
+        torch.testing.assert_close(
+            back.modules[name].delta_weight(weight), delta.delta_weight(weight), rtol=1e-4, atol=1e-5
+        )
+    near = approximate(adapter, form, rank=2)
+    write_adapter(tmp_path / "near", near.adapter, format=form)
+    assert near.retained.keys() == adapter.modules.keys()
+    assert size_of(tmp_path / "near") < size_of(tmp_path / "exact") / 2
+
+
+def test_shared_factors_that_the_header_does_not_name_are_missing(tmp_path):
+    fused_lokr_file(tmp_path / "a.safetensors")
+    tensors, metadata = codecs["loraline"].encode(read_bundle(tmp_path / "a.safetensors").adapter)
+    for entry, problem in (("[]", "no mapping"), ("{", "no mapping"), ('{"transformer.x": "y"}', "lokr_w1")):
+        with pytest.raises(AdapterError, match=problem):
+            codecs["loraline"].decode(tensors, {**metadata, "loraline.shared": entry})
