@@ -30,6 +30,10 @@ _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "t
 _OLD = (
     (r"^(\w+)\.base_model\.model\.", r"\1."),
     (r"\.processor\.to_", ".to_"),
+    # AnimateDiff's own names of its motion modules.
+    (r"(\.motion_modules\.\d+)\.temporal_transformer\.", r"\1."),
+    (r"(\.motion_modules\..+)\.attention_blocks\.0\.", r"\1.attn1."),
+    (r"(\.motion_modules\..+)\.attention_blocks\.1\.", r"\1.attn2."),
     (r"(\.attn\d?)\.to_out$", r"\1.to_out.0"),
     (r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj"),
 )

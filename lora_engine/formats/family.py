@@ -33,6 +33,9 @@ _UNSUPPORTED_FILES = {
     r"(unet|text_encoder):\d+:(up|down)": "an adapter in cloneofsimo's format",
     r"lycoris_.*": "an adapter with the names of LyCORIS' wrapper",
     r".*\.processor\..*_lora\..*": "an adapter in the attention processors of old diffusers",
+    r"lllite_.*": "a ControlNet-LLLite, not an adapter of weights",
+    r"(control_model|controlnet_\w+|input_hint_block)\..*": "a ControlNet, not an adapter of weights",
+    r"(ip_adapter|image_proj)\..*": "an IP-Adapter, not an adapter of weights",
     r"(emb_params|string_to_param.*|clip_[lg])": "a textual-inversion embedding",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a full checkpoint, not an adapter",
 }
@@ -181,6 +184,11 @@ def component_problem(names: Iterable[str]) -> str:
     if set(_DENOISERS) <= set(first):
         return f"{' and '.join(repr(first[name]) for name in _DENOISERS)} are of two denoisers, and no base has both"
     return ""
+
+
+def is_motion(name: str) -> bool:
+    """Returns True for a module of AnimateDiff, dotted or flattened."""
+    return "motion_modules" in name
 
 
 def flattened(name: str) -> str:

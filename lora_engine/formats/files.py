@@ -28,6 +28,7 @@ from lora_engine.formats.family import (
     component_problem,
     families_of_tensors,
     family_of,
+    is_motion,
     unsupported_reason,
 )
 from lora_engine.formats.kohya import KohyaCodec
@@ -105,6 +106,8 @@ def _switched_off(modules: Mapping[str, Delta]) -> str:
 
 def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
     """Returns what the file leaves open about the family; the modules of a U-Net name no family, and need none."""
+    if any(map(is_motion, adapter.modules)):
+        return "the modules are AnimateDiff's motion modules; bases without them do not have these"
     if adapter.base:
         return ""
     family = family_of(metadata, adapter.modules)
@@ -219,6 +222,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         modules, problem = _modules_of(codec, raw, is_unsupported=note is not None)
         family = family_of(raw.metadata, modules) if modules else families_of_tensors(raw.tensors)
         card = read_card(raw.metadata)
+        motion = "an adapter for AnimateDiff's motion modules" if any(map(is_motion, modules)) else ""
     deltas, metadata = list(modules.values()), raw.metadata
     factors = {id(factor): factor for delta in deltas for factor in delta.factors().values()}.values()
     return {
@@ -226,7 +230,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         "family": family.name,
         "families": list(family.possible),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": "; ".join(filter(None, [note or family.note, problem, component_problem(modules)])) or None,
+        "note": "; ".join(filter(None, [note or family.note, motion, problem, component_problem(modules)])) or None,
         "assumed": "; ".join(filter(None, [raw.assumptions, _switched_off(modules)])) or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),

@@ -19,6 +19,7 @@ from lora_engine.families import families
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import TensorCodec
+from lora_engine.formats.family import is_motion
 from lora_engine.formats.key_layout import KOHYA_KEYS
 from lora_engine.formats.ldm_names import LAYOUTS, original_path
 from lora_engine.formats.modelspec import base_version
@@ -46,6 +47,13 @@ class KohyaCodec(TensorCodec):
     def raw_name(self, name: str, family: str) -> str:
         """Returns the flattened name; for SDXL's U-Net, of the original path."""
         component, _, path = name.partition(".")
+        if is_motion(path):
+            raise AdapterError(
+                f"the programs of the format {self.name!r} do not load AnimateDiff's motion modules",
+                where=name,
+                allowed="diffusers, peft, loraline",
+                remedy="choose diffusers, whose AnimateDiff pipeline loads the file",
+            )
         prefixes = PREFIXES_SDXL if family == "sdxl" else PREFIXES
         if component not in prefixes:
             raise AdapterError(

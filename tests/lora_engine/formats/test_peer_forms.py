@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_a_bias_survives_a_scale_of_0_in_pefts_folders(tmp_path: Path) -> None:
 def test_an_alpha_in_the_header_scales_the_modules_and_is_said(key: str, prefix: str, tmp_path: Path) -> None:
     tensors = {f"{prefix}.lora_A.weight": torch.ones(2, 8), f"{prefix}.lora_B.weight": torch.ones(6, 2)}
     save_file(tensors, tmp_path / "a.safetensors", {key: "8", "rank": "2"})
-    bundle = read_bundle(tmp_path / "a.safetensors")
+    bundle = read_bundle(tmp_path / "a.safetensors", [Q])
     assert [delta.scale for delta in bundle.adapter.modules.values()] == [4.0]
     assert f"alpha 8, from the header ({key!r})" in bundle.assumptions
     assert bundle.assumptions == inspect(tmp_path / "a.safetensors")["assumed"]
@@ -144,6 +145,101 @@ def test_rotations_of_the_first_oft_of_lycoris_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(_read(rotations, tmp_path).delta_weight(weight), delta.delta_weight(weight))
     with pytest.raises(AdapterError, match=r"'oft_diag' of shape \[3, 2, 2\] holds no rotations"):
         _read({f"{Q}.oft_diag": torch.ones(3, 2, 2)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        (Q, Q),
+        ("text_encoder.encoder.layers.0.mlp.fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1"),
+        ("transformer.single_transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [False, True])
+def test_a_peft_file_may_have_the_component_in_its_names(
+    name: str, canonical: str, has_config: bool, tmp_path: Path
+) -> None:
+    module = f"base_model.model.{name}"
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(6, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors" if has_config else tmp_path / "a.safetensors")
+    if has_config:
+        config = {"peft_type": "LORA", "lora_alpha": 1, "r": 2, "alpha_pattern": {name.rpartition(".")[2]: 4}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    bundle = read_bundle(tmp_path, [canonical])
+    (delta,) = bundle.adapter.modules.values()
+    assert list(bundle.adapter.modules) == [canonical]
+    assert delta.scale == (2.0 if has_config else 1.0)
+
+
+MOTION = "unet.down_blocks.0.motion_modules.0.transformer_blocks.0"
+
+
+@pytest.mark.parametrize(
+    ("raw", "canonical"),
+    [
+        (f"{MOTION}.attn1.to_q.lora_A.weight", f"{MOTION}.attn1.to_q"),
+        (f"{MOTION}.attn2.processor.to_v_lora.down.weight", f"{MOTION}.attn2.to_v"),
+        (
+            "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.1.processor"
+            ".to_out_lora.down.weight",
+            f"{MOTION}.attn2.to_out.0",
+        ),
+    ],
+)
+def test_motion_modules_of_animatediff_are_named_and_written_only_for_programs_that_load_them(
+    raw: str, canonical: str, tmp_path: Path
+) -> None:
+    up = raw.replace("lora_A", "lora_B").replace("down.weight", "up.weight")
+    save_file({raw: torch.ones(2, 8), up: torch.ones(8, 2)}, tmp_path / "a.safetensors")
+    bundle = read_bundle(tmp_path / "a.safetensors")
+    assert list(bundle.adapter.modules) == [canonical]
+    assert "AnimateDiff" in bundle.assumptions
+    assert "AnimateDiff" in inspect(tmp_path / "a.safetensors")["note"]
+    for form in ("diffusers", "peft", "loraline"):
+        write_adapter(tmp_path / form, bundle.adapter, format=form)
+        assert read_bundle(tmp_path / form).adapter.modules.keys() == {canonical}
+    for form in ("kohya", "comfyui", "lycoris", "onetrainer", "aitoolkit"):
+        with pytest.raises(AdapterError, match=rf"programs of the format '{form}' do not load AnimateDiff"):
+            write_adapter(tmp_path / form, bundle.adapter, format=form)
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "kind"),
+    [
+        (("q_layer.weight", "p_layer.weight", "lambda_layer"), "of LyCORIS' T-LoRA"),
+        (("lora_down.weight", "lora_up.weight", "bias_indices", "bias_size", "bias_values"), "the sparse remainder"),
+        (("lora_A", "lora_B", "lora_E"), "of PEFT's AdaLoRA"),
+        (("vera_lambda_b", "vera_lambda_d"), "of PEFT's VeRA"),
+        (("lora_down.weight", "lora_up.weight", "weight_scale"), "of a quantized model"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["lora_unet_down_blocks_0_attentions_0_proj_in", "base_model.model.mid_block.x"])
+def test_a_tensor_of_an_unsupported_kind_is_refused_by_the_name_of_the_kind_first(
+    suffixes: tuple[str, ...], kind: str, prefix: str, tmp_path: Path
+) -> None:
+    save_file({f"{prefix}.{suffix}": torch.ones(2, 2) for suffix in suffixes}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match=kind) as caught:
+        read_bundle(tmp_path / "a.safetensors")
+    assert len(str(caught.value)) < 500
+
+
+def test_a_misspelled_factor_is_refused_with_the_nearest_ones(tmp_path: Path) -> None:
+    tensors = {f"lora_unet_x.{suffix}": torch.ones(2, 2) for suffix in ("lora_down.weight", "lora_upp.weight")}
+    with pytest.raises(AdapterError, match=r"no factor of a kind .* end in lora_up\.weight or"):
+        _read(tensors, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("lllite_unet_input_blocks_1_1.down.0.weight", "a ControlNet-LLLite"),
+        ("control_model.input_blocks.0.0.weight", "a ControlNet,"),
+        ("image_proj.norm.weight", "an IP-Adapter"),
+    ],
+)
+def test_files_of_other_networks_are_refused_by_what_they_are(key: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"the file is {reason}"):
+        _read({key: torch.ones(2, 2)}, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "glora", "full", "replacement"])
