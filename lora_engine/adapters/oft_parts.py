@@ -77,7 +77,7 @@ class OftPartsDelta(Delta):
 
     def delta_weight(self, base: Tensor) -> Tensor:
         """Returns `W' - W` in float32 (float64 for a float64 base)."""
-        weights = base.split(self.rows)
+        weights = torch.split(base, self.rows)
         return torch.cat([part.delta_weight(rows) for part, rows in zip(self.parts, weights, strict=True)])
 
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:

@@ -124,6 +124,7 @@ def write_adapter(
     dtype: torch.dtype | None = None,
     embeddings: Sequence[Embedding] = (),
     module_names: Names | None = None,
+    output_name: str | None = None,
 ) -> list[Path]:
     """Writes an adapter; the same adapter and card give the same bytes.
 
@@ -136,6 +137,8 @@ def write_adapter(
         embeddings: Tokens that were learned with it. The format decides whether they go into the same file or into
             separate files. Embeddings without modules need a format with embedding files, or `loraline`.
         module_names: The base's modules with their shapes, for formats that number modules (`numbers_modules`).
+        output_name: Name by which programs show the file: its title without one in the card, `ss_output_name` in
+            kohya's formats, and in a folder the name of the file if the format allows any (`is_renamable`).
 
     Returns:
         The written files, those of the embeddings last.
@@ -150,7 +153,9 @@ def write_adapter(
     if codec.format.is_folder and path.suffix == SUFFIX:
         remedy = "give a path without .safetensors"
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
-    card, tokens = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
+    card = card or Card()
+    card = card if card.title else card.model_copy(update={"title": output_name or ""})
+    tokens = [_cast(embedding, dtype) for embedding in embeddings]
     has_own_files = codec.embeddings in embedding_forms
     if has_own_files and not adapter.modules:
         return write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
@@ -158,12 +163,16 @@ def write_adapter(
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)
         tensors, metadata = {**tensors, **token_tensors}, {**metadata, **flags}
+    if output_name and isinstance(codec, KohyaCodec):
+        metadata = {**metadata, "ss_output_name": output_name}
     ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
     header = _header(codec, tensors, card, ours)
     if codec.format.is_folder:
         files = list(_write_folder(path, codec.format.file_name, tensors, header))
     else:
-        files = [path if path.suffix == SUFFIX else path / codec.format.file_name]
+        is_named = output_name and codec.format.is_renamable
+        file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
+        files = [path if path.suffix == SUFFIX else path / file_name]
         write_safetensors(files[0], tensors, header)
     if tokens and has_own_files:
         files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)

@@ -96,7 +96,7 @@ class KohyaCodec(TensorCodec):
             header["ss_base_model_version"] = version
         if card.base:
             header["ss_sd_model_name"] = card.base
-        return header | ({"ss_output_name": card.title} if card.title else {})
+        return header | _training_header(card)
 
     def finalize_metadata(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Returns kohya's two digests, over the tensors with only the `ss_*` metadata."""
@@ -115,6 +115,19 @@ def rank_header(adapter: Adapter) -> dict[str, str]:
         **_header_entry("ss_network_dim", {delta.rank for delta in deltas}),
         **_header_entry("ss_network_alpha", {delta.alpha for delta in deltas}),
     }
+
+
+def _training_header(card: Card) -> dict[str, str]:
+    """Returns the entries about the training that A1111 and Civitai show: name, images, resolution, trigger word."""
+    images, size = len(card.data), (card.resolution or "").partition("x")
+    tags = {card.class_word or "images": {card.trigger: images}}
+    entries = {
+        "ss_output_name": card.title,
+        "ss_num_train_images": str(images) if images else "",
+        "ss_resolution": f"({size[0]}, {size[2]})" if size[2] else "",
+        "ss_tag_frequency": canonical_json(tags).decode() if card.trigger and images else "",
+    }
+    return {key: text for key, text in entries.items() if text}
 
 
 def _header_entry(key: str, values: Collection[float | None]) -> dict[str, str]:

@@ -55,6 +55,8 @@ def convert_adapter(
     base: str | None,
     dtype: str | None,
     approximation: Mapping[str, Any] | None,
+    output_name: str | None = None,
+    license_expression: str | None = None,
 ) -> dict[str, Any]:
     """Writes an adapter in another format.
 
@@ -65,6 +67,8 @@ def convert_adapter(
         base: The base, for formats that need its module names; approximating DoRA, OFT or (IA)3 reads its weights.
         dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
         approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
+        output_name: See `write_adapter`.
+        license_expression: License in the header; None keeps that of the file.
 
     Returns:
         `format`, `files` with their digests, `approximation` with the shares kept, and `assumed` assumptions.
@@ -92,10 +96,11 @@ def convert_adapter(
         output,
         adapter,
         format=to,
-        card=bundle.card,
+        card=bundle.card.model_copy(update={"license": license_expression} if license_expression else {}),
         dtype=dtype_of(dtype),
         embeddings=bundle.embeddings,
         module_names=names,
+        output_name=output_name,
     )
     files = [{"file": str(path), "sha256": sha256_file(path)} for path in written]
     return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}

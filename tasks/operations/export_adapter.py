@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registry.entities import AdapterVersion
+from registry.errors import PolicyError
 from registry.home import Home
 from registry.identity import current_user
+from registry.policy.license_terms import unknown
+from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.operations.adapter_files import convert_adapter
@@ -54,7 +58,8 @@ def export_version(
         home: The home with all state.
         ref: `name@version` or `name@alias`.
         to: Name of a format.
-        output: A file that ends in `.safetensors`, or a folder for the format's usual file names.
+        output: A file that ends in `.safetensors`, or a folder. In a folder the file is `NAME-vN.safetensors`, so
+            exports do not overwrite each other, unless the programs of the format expect another name.
         base: The base, for formats that need its module names.
         dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
         approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
@@ -71,12 +76,30 @@ def export_version(
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "adapter.safetensors"
             versions.checkout_adapter(version, source)
-            result = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
+            result = convert_adapter(
+                source,
+                output,
+                to,
+                base=base,
+                dtype=dtype,
+                approximation=approximation,
+                output_name=f"{version.name}-v{version.version}",
+                license_expression=_license_of(versions, version),
+            )
         # A revocation lists the exported files.
         versions.log_export(version, {"format": to, "files": result["files"]}, actor=current_user())
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, result["files"], result["approximation"])
+
+
+def _license_of(versions: Versions, version: AdapterVersion) -> str | None:
+    """Returns the licenses of everything upstream, as one SPDX expression; None if nothing upstream has one."""
+    try:
+        with versions.lineage.database.read() as session:
+            return resolve_rights(session, versions, version).terms.expression or None
+    except PolicyError:  # the license table of the home is invalid; `loraline rights` says why
+        return unknown("it").expression
 
 
 def _check_output(output: Path) -> None:
