@@ -33,9 +33,13 @@ def open_bundle(file: Path, base: str | None) -> Bundle:
     """
     from lora_engine.formats import read_bundle
 
+    return read_bundle(_existing(file), module_shapes_of(base))
+
+
+def _existing(file: Path) -> Path:
     if not file.exists():
         raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
-    return read_bundle(file, module_shapes_of(base))
+    return file
 
 
 def module_shapes_of(base: str | None) -> dict[str, tuple[int, ...]] | None:
@@ -250,6 +254,7 @@ def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[P
     """Yields files and weights of adapters that are named by file or `name@ref`; deletes copies at the end.
 
     Raises:
+        AdapterError: A file does not exist.
         SpecError: A weight is not a number.
         RegistryError: A version does not exist.
     """
@@ -306,7 +311,7 @@ def draw(
 
 def _fetch(ref: str, home: Path, folder: Path) -> Path:
     if "@" not in ref or Path(ref).exists():
-        return Path(ref)
+        return _existing(Path(ref))
     from registry.versions.versions import Versions
     from tasks.operations.promote import find_version
 
