@@ -69,6 +69,11 @@ class LokrRowsDelta(Delta):
         return replace(self, whole=self.whole.with_factors(factors))
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the delta as a matrix, as `LokrDelta.sides`."""
+        return self.stop - self.start, self.whole.sides[1]
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the weight, as `LokrDelta.weight_shape`."""
         return (self.stop - self.start, *self.whole.weight_shape[1:])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter, Delta, DoraDelta, LokrDelta, LokrRowsDelta
+from lora_engine.adapters import Adapter, Delta, DoraDelta, LokrDelta
 from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
@@ -35,7 +35,7 @@ from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
-from lora_engine.formats.transformers.fused_lokr import with_exact_rows
+from lora_engine.formats.transformers.fused_lokr import rows_of, with_exact_rows
 from lora_engine.formats.unknown_names import UnknownNamesCodec
 
 _log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _encode(
     try:
         return codec.encode(adapter, card, names)
     except AdapterError as error:
-        if not any(isinstance(delta, LokrRowsDelta) for delta in adapter.modules.values()):
+        if all(rows_of(delta) is None for delta in adapter.modules.values()):
             raise
         problem = error
     for kinds in ([LokrDelta.kind], []):

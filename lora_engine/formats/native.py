@@ -12,13 +12,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora_engine.adapters import Adapter, LokrDelta, LokrRowsDelta, same_delta
+from lora_engine.adapters import Adapter, LokrDelta, same_delta
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import Names, Part, TensorCodec
 from lora_engine.formats.key_layout import ALPHA, DIFFUSERS_KEYS, LORALINE_KEYS
+from lora_engine.formats.transformers.fused_lokr import rows_of
 from lora_engine.formats.validate import ROWS
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
@@ -46,7 +47,7 @@ class NativeCodec(TensorCodec):
         sources = _shared_products(adapter)
         if not sources:
             return tensors, metadata
-        own = {f"{name}.{suffix}" for name in sources for suffix in (ROWS, ALPHA)}
+        own = {f"{name}.{suffix}" for name in sources for suffix in (ROWS, ALPHA, "dora_scale")}
         written = {
             key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in sources or key in own
         }
@@ -61,15 +62,16 @@ def _shared_products(adapter: Adapter) -> dict[str, str]:
     sources: dict[str, str] = {}
     first: dict[object, list[tuple[str, LokrDelta]]] = {}
     for name, delta in adapter.modules.items():
-        if isinstance(delta, LokrRowsDelta):
+        rows = rows_of(delta)
+        if rows is not None:
             # Files have hundreds of products; those that differ in a few values are not compared in full.
             sample = tuple(
-                (key, factor.shape, *factor.flatten()[:8].tolist()) for key, factor in delta.factors().items()
+                (key, factor.shape, *factor.flatten()[:8].tolist()) for key, factor in rows.factors().items()
             )
             alike = first.setdefault(sample, [])
-            source = next((other for other, whole in alike if same_delta(whole, delta.whole)), None)
+            source = next((other for other, whole in alike if same_delta(whole, rows.whole)), None)
             if source is None:
-                alike.append((name, delta.whole))
+                alike.append((name, rows.whole))
             else:
                 sources[name] = source
     return sources

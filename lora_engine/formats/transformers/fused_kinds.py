@@ -16,12 +16,10 @@ from lora_engine.adapters import (
     GloraDelta,
     Ia3Delta,
     LohaDelta,
-    LokrDelta,
-    LokrRowsDelta,
-    LoraDelta,
     OftDelta,
     OftPartsDelta,
 )
+from lora_engine.adapters.dora import Inner
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.replacement import ReplacementDelta
 from lora_engine.formats.transformers.fused import (
@@ -38,7 +36,6 @@ from lora_engine.formats.transformers.fused import (
     scaled_up,
     stack_rows,
 )
-from lora_engine.formats.transformers.fused_lokr import rows_as_lora
 
 _T = TypeVar("_T")
 
@@ -96,8 +93,7 @@ def _take_dora(delta: DoraDelta, index: Tensor) -> DoraDelta:
     if delta.axis == 1:
         raise UnsplittableError("its magnitudes are per input, each over the rows of all parts")
     inner = row_rules[delta.inner.kind].take(delta.inner, index)
-    inner = rows_as_lora(inner) if isinstance(inner, LokrRowsDelta) else inner
-    if not isinstance(inner, LoraDelta | LohaDelta | LokrDelta):
+    if not isinstance(inner, Inner):
         raise UnsplittableError("its direction cannot be split within its kind")
     return replace(delta.with_inner(inner), magnitude=delta.magnitude[index].clone())
 
@@ -108,7 +104,7 @@ def _split_dora(delta: DoraDelta, rows: Rows) -> list[Delta | None]:
     narrow = [None] * len(rows) if split is None else split(delta.inner, rows)
     # A part with an unchanged direction still has magnitudes.
     return [
-        part.with_inner(inner) if isinstance(part, DoraDelta) and isinstance(inner, LoraDelta | LohaDelta) else part
+        part.with_inner(inner) if isinstance(part, DoraDelta) and isinstance(inner, Inner) else part
         for part, inner in zip(parts, narrow, strict=True)
     ]
 
@@ -122,7 +118,7 @@ def _fuse_dora(parts: Sequence[DoraDelta | None], rows: Rows) -> DoraDelta:
     if len({part.inner.kind for part in present}) > 1:
         raise UnsplittableError("the directions of its parts are of several kinds")
     inner = row_rules[present[0].inner.kind].fuse([part.inner for part in present], rows)
-    if not isinstance(inner, LoraDelta | LohaDelta | LokrDelta):
+    if not isinstance(inner, Inner):
         raise UnsplittableError("its direction cannot be fused within its kind")
     return replace(present[0].with_inner(inner), magnitude=torch.cat([part.magnitude for part in present]))
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter, Delta, FullDelta, LokrDelta, LokrRowsDelta, LoraDelta, same_delta
+from lora_engine.adapters import Adapter, Delta, DoraDelta, FullDelta, LokrDelta, LokrRowsDelta, LoraDelta, same_delta
+from lora_engine.adapters.dora import Inner
 from lora_engine.formats.transformers.fused import (
     RowRule,
     Rows,
@@ -45,7 +47,7 @@ def with_exact_rows(adapter: Adapter, kinds: Collection[str]) -> Adapter:
     """
     modules = dict(adapter.modules)
     for name, delta in modules.items():
-        if isinstance(delta, LokrRowsDelta):
+        if rows_of(delta) is not None:
             try:
                 modules[name] = _exact(delta, kinds)
             except UnsplittableError as error:
@@ -53,15 +55,23 @@ def with_exact_rows(adapter: Adapter, kinds: Collection[str]) -> Adapter:
     return replace(adapter, modules=modules)
 
 
-def rows_as_lora(delta: LokrRowsDelta) -> LoraDelta | FullDelta:
-    """Returns the rows as a LoRA, or as a full difference; raises as `with_exact_rows`."""
-    return _as_lora(delta.whole, torch.arange(delta.start, delta.stop))
+def rows_of(delta: Delta) -> LokrRowsDelta | None:
+    """Returns the rows of a LoKr that a delta is, or that are the direction of a DoRA; else None."""
+    inner = delta.inner if isinstance(delta, DoraDelta) else delta
+    return inner if isinstance(inner, LokrRowsDelta) else None
 
 
-def _exact(delta: LokrRowsDelta, kinds: Collection[str]) -> Delta:
+def _exact(delta: Delta, kinds: Collection[str]) -> Delta:
+    if isinstance(delta, DoraDelta):
+        inner = _exact(delta.inner, kinds)
+        if isinstance(inner, FullDelta):
+            raise UnsplittableError("the direction of a DoRA would have full rank")
+        return delta.with_inner(cast(Inner, inner))
+    if not isinstance(delta, LokrRowsDelta):
+        return delta
     blocks, offset = delta.blocks()
     if "lokr" not in kinds or blocks.left_sides[0] > 1 or blocks.right_core is not None:
-        return rows_as_lora(delta)
+        return _as_lora(delta.whole, torch.arange(delta.start, delta.stop))
     name = "right" if blocks.right is not None else "right_up"
     rows = blocks.factors()[name][offset : offset + delta.stop - delta.start]
     return blocks.with_factors({**blocks.factors(), name: rows.clone()})

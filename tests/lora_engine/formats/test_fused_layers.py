@@ -343,3 +343,31 @@ def test_shared_factors_that_the_header_does_not_name_are_missing(tmp_path):
     for entry, problem in (("[]", "no mapping"), ("{", "no mapping"), ('{"transformer.x": "y"}', "lokr_w1")):
         with pytest.raises(AdapterError, match=problem):
             codecs["loraline"].decode(tensors, {**metadata, "loraline.shared": entry})
+
+
+def test_a_dora_of_a_fused_lokr_stays_fused_too(tmp_path, caplog):
+    """Its parts have magnitudes of their own, and rows of one product as their directions."""
+    tensors = fused_lokr_file(tmp_path / "a.safetensors")
+    for module in {name.rpartition(".")[0] for name in tensors}:
+        rows = 4 * tensors[f"{module}.lokr_w2"].shape[0]
+        tensors[f"{module}.dora_scale"] = 1 + torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows))
+    save_file(tensors, tmp_path / "a.safetensors", {"loraline.base": "flux"})
+    adapter = read_bundle(tmp_path / "a.safetensors").adapter
+    assert {(delta.kind, delta.inner.kind) for delta in adapter.modules.values()} == {("dora", "lokr-rows")}
+    written = codecs["kohya"].encode(adapter)[0]
+    flat = {name.removeprefix("lora_unet_").replace("_", ""): tensor for name, tensor in written.items()}
+    for name, tensor in tensors.items():
+        module, _, suffix = name.removeprefix("diffusion_model.").rpartition(".")
+        assert torch.equal(flat[f"{module.replace('.', '').replace('_', '')}.{suffix.replace('_', '')}"], tensor)
+    write_adapter(tmp_path / "stored", adapter)
+    assert read_bundle(tmp_path / "stored").adapter == adapter
+    stored = load_file(tmp_path / "stored" / "adapter.safetensors")
+    assert sum(name.endswith("lokr_w2") for name in stored) == 2
+    assert not caplog.records
+    # A part within one block keeps a Kronecker product as its direction in formats with a layer for each part.
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    part = Adapter({name: adapter.modules[name]}, "flux")
+    write_adapter(tmp_path / "part", part, format="lycoris")
+    back, weight = read_bundle(tmp_path / "part").adapter.modules[name], torch.randn(64, 64)
+    assert back.inner.kind == "lokr"
+    torch.testing.assert_close(back.delta_weight(weight), part.modules[name].delta_weight(weight), rtol=1e-4, atol=1e-5)
