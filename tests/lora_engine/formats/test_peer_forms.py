@@ -84,6 +84,14 @@ def test_an_alpha_in_the_header_that_is_no_single_number_is_refused(header: dict
 def test_tensors_of_alpha_win_over_the_header(tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_A.weight": torch.ones(2, 8), f"{Q}.lora_B.weight": torch.ones(6, 2)}
     assert _read({**tensors, f"{Q}.alpha": torch.tensor(1.0)}, tmp_path, {"alpha": "8"}).alpha == 1.0
+    other = Q.replace("to_q", "to_k")
+    mixed = {key.replace(Q, other): tensor.clone() for key, tensor in tensors.items()} | {
+        f"{other}.alpha": torch.tensor(1.0)
+    }
+    save_file(tensors | mixed, tmp_path / "mixed.safetensors", {"alpha": "8"})
+    bundle = read_bundle(tmp_path / "mixed.safetensors")
+    assert {name: delta.alpha for name, delta in bundle.adapter.modules.items()} == {Q: 2.0, other: 1.0}
+    assert not bundle.assumptions
 
 
 def _widened(columns: int, stated: list[int]) -> dict[str, Tensor]:
