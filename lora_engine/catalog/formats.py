@@ -64,6 +64,7 @@ KOHYA = Format(
     "lora_engine.formats.kohya:KohyaCodec",
     precedence=10,
     is_renamable=True,
+    revision=1,
 )
 COMFYUI = Format(
     "comfyui",
@@ -72,6 +73,7 @@ COMFYUI = Format(
     precedence=40,
     kinds=("lora", "loha", "lokr", "dora", "dora of loha", "dora of lokr", "glora", "full", "replacement"),
     is_renamable=True,
+    revision=1,
 )
 DIFFUSERS = Format(
     "diffusers",
@@ -94,6 +96,7 @@ LYCORIS = Format(
     "lora_engine.formats.kohya_like:LycorisCodec",
     precedence=30,
     is_renamable=True,
+    revision=1,
 )
 ONETRAINER = Format(
     "onetrainer",
@@ -102,6 +105,7 @@ ONETRAINER = Format(
     precedence=30,
     kinds=("lora", "loha", "lokr", "dora"),
     is_renamable=True,
+    revision=1,
 )
 AITOOLKIT = Format(
     "aitoolkit",
@@ -110,6 +114,7 @@ AITOOLKIT = Format(
     precedence=30,
     kinds=("lora", "lokr"),
     is_renamable=True,
+    revision=1,
 )
 CLONEOFSIMO = Format(
     "cloneofsimo",

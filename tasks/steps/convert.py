@@ -52,7 +52,7 @@ def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
 @step(
     Convert,
     produces="export",
-    revision=5,
+    revision=4,
     imports=find_imports,
     entries=lambda spec: [(FORMATS, name) for name in spec.to],
 )
