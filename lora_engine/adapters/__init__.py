@@ -7,12 +7,15 @@ from lora_engine.adapters.boft import BoftDelta
 from lora_engine.adapters.delta import Delta, Issue, dense_forward, kinds, same_delta
 from lora_engine.adapters.dora import DoraDelta
 from lora_engine.adapters.full import FullDelta
+from lora_engine.adapters.glora import GloraDelta
 from lora_engine.adapters.ia3 import Ia3Delta, PeftIa3Delta
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
+from lora_engine.adapters.lokr_rows import LokrRowsDelta
 from lora_engine.adapters.lora import LoraDelta
 from lora_engine.adapters.oft import OftDelta
+from lora_engine.adapters.oft_parts import OftPartsDelta
 from lora_engine.adapters.peft_boft import PeftBoftDelta
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.pissa import PissaDelta
@@ -30,15 +33,18 @@ __all__ = [
     "DictTree",
     "DoraDelta",
     "FullDelta",
+    "GloraDelta",
     "Ia3Delta",
     "Issue",
     "LayerOp",
     "LayerSettings",
     "LohaDelta",
     "LokrDelta",
+    "LokrRowsDelta",
     "LoraDelta",
     "ModuleTree",
     "OftDelta",
+    "OftPartsDelta",
     "PeftBoftDelta",
     "PeftIa3Delta",
     "PeftOftDelta",

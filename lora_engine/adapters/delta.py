@@ -206,6 +206,8 @@ def same_delta(first: Delta, second: Delta) -> bool:
 def _same(first: Any, second: Any) -> bool:
     if dataclasses.is_dataclass(first) and dataclasses.is_dataclass(second):  # a delta within a delta
         return same_delta(first, second)  # type: ignore[arg-type]
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
     return type(first) is type(second) and bool(first == second)

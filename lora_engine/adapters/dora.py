@@ -17,12 +17,13 @@ from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_
 from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
+from lora_engine.adapters.lokr_rows import LokrRowsDelta
 from lora_engine.adapters.lora import LoraDelta
 from lora_engine.errors import SettingsError
 
-Inner = LoraDelta | LohaDelta | LokrDelta
+Inner = LoraDelta | LohaDelta | LokrDelta | LokrRowsDelta
 INNER: Mapping[str, type[Inner]] = {"lora": LoraDelta, "loha": LohaDelta, "lokr": LokrDelta}
-"""The kinds that can change the direction."""
+"""The kinds that can change the direction; beside them, rows of a LoKr in files of fused layers."""
 MAGNITUDE = "magnitude"
 _KIND_OF_FACTOR: Mapping[str, type[Inner]] = {"down": LoraDelta, "down1": LohaDelta}
 """Factor names that identify the inner kind; without one of them it is LoKr."""
@@ -33,7 +34,7 @@ class DoraDelta(Delta):
     """The difference between `magnitude * (W + D) / ||W + D||` and `W`.
 
     Attributes:
-        inner: D, a LoRA, LoHa or LoKr delta, which changes the direction.
+        inner: D, a LoRA, LoHa or LoKr delta (or rows of a LoKr), which changes the direction.
         magnitude: `[out, 1]` with the norms of the rows (outputs), or `[1, in]` with those of the columns (inputs).
             Further dimensions of 1 match those of the weight.
     """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
-from lora_engine.adapters.lora import LoraDelta, check_rank
+from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
 
 _MATRICES = ("up1", "down1", "up2", "down2")
 
@@ -138,8 +138,7 @@ class LohaDelta(Delta):
 
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Yields ranks or sizes that disagree, a missing core, an invalid alpha, and shapes that do not fit."""
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Issue("alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "get a file with a valid alpha")
+        yield from alpha_issues(self.alpha)
         for name, factor in self.factors().items():
             dims = (4,) if name.startswith("core") else (2, 4)
             if factor.dim() not in dims or 0 in factor.shape:

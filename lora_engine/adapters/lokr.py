@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.layer import LayerOp
-from lora_engine.adapters.lora import LoraDelta, check_rank
+from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
 from lora_engine.errors import SettingsError
 
 
@@ -210,8 +210,7 @@ class LokrDelta(Delta):
 
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Yields missing or duplicate factors, ranks that disagree, an invalid alpha, and shapes that do not fit."""
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Issue("alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "get a file with a valid alpha")
+        yield from alpha_issues(self.alpha)
         missing = list(self._missing())
         yield from missing
         if missing:

@@ -172,8 +172,7 @@ class LoraDelta(Delta):
 
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Yields ranks that disagree, invalid dimensions, an invalid alpha, and shapes that do not fit the weight."""
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Issue("alpha", f"alpha is {self.alpha!r}", "a finite number above 0", "get a file with a valid alpha")
+        yield from alpha_issues(self.alpha)
         for name, factor in self.factors().items():
             if factor.dim() not in ((1,) if name == "bias" else (2, 4)) or 0 in factor.shape:
                 yield Issue(name, f"the shape is {list(factor.shape)}", "2 or 4 dimensions, none empty", DAMAGED)
@@ -202,6 +201,12 @@ class LoraDelta(Delta):
         if tuple(self.down.shape) not in fits:
             allowed = f"{min(map(list, fits), key=len)} for the base's weight {list(shape)}"
             yield Issue("down", f"the shape is {list(self.down.shape)}", allowed, OTHER_BASE)
+
+
+def alpha_issues(alpha: float) -> Iterator[Issue]:
+    """Yields an alpha that is NaN or infinite. Zero switches the module off, a negative alpha inverts its change."""
+    if not math.isfinite(alpha):
+        yield Issue("alpha", f"alpha is {alpha!r}", "a finite number", "get a file with a valid alpha")
 
 
 def check_rank(rank: int, weight: Tensor) -> None:

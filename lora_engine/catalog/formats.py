@@ -21,6 +21,8 @@ class Format:
             them. `dora of loha` is a LoHa within DoRA.
         families: Base families that it supports; empty means any.
         file_name: File name if the output path is a folder.
+        is_renamable: True if programs load the file under any name. Exports of a registered version then have its name,
+            because users keep many such files in one folder.
         is_folder: True if an adapter is a folder of files. Tensor names are then `<folder>/<name>`, and the metadata
             holds the other files as `<folder>/<file name>`; the top folder has no slash.
         is_written: False if it is only read.
@@ -36,6 +38,7 @@ class Format:
     kinds: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     file_name: str = "adapter.safetensors"
+    is_renamable: bool = False
     is_folder: bool = False
     is_written: bool = True
     numbers_modules: bool = False
@@ -52,14 +55,25 @@ def written_formats() -> dict[str, Format]:
     return {name: entry for name, entry in FORMATS.items() if entry.is_written}
 
 
-LORALINE = Format("loraline", "the format of the store", "lora_engine.formats.native:NativeCodec", precedence=50)
-KOHYA = Format("kohya", "kohya's sd-scripts, A1111, ComfyUI", "lora_engine.formats.kohya:KohyaCodec", precedence=10)
+LORALINE = Format(
+    "loraline", "the format of the store", "lora_engine.formats.native:NativeCodec", precedence=50, is_renamable=True
+)
+KOHYA = Format(
+    "kohya",
+    "kohya's sd-scripts, A1111, ComfyUI",
+    "lora_engine.formats.kohya:KohyaCodec",
+    precedence=10,
+    is_renamable=True,
+    revision=1,
+)
 COMFYUI = Format(
     "comfyui",
     "ComfyUI",
     "lora_engine.formats.comfyui:ComfyuiCodec",
     precedence=40,
-    kinds=("lora", "loha", "lokr", "dora", "dora of loha", "dora of lokr", "full", "replacement"),
+    kinds=("lora", "loha", "lokr", "dora", "dora of loha", "dora of lokr", "glora", "full", "replacement"),
+    is_renamable=True,
+    revision=1,
 )
 DIFFUSERS = Format(
     "diffusers",
@@ -76,13 +90,22 @@ PEFT = Format(
     file_name="adapter_model.safetensors",
     is_folder=True,
 )
-LYCORIS = Format("lycoris", "LyCORIS' own loaders", "lora_engine.formats.kohya_like:LycorisCodec", precedence=30)
+LYCORIS = Format(
+    "lycoris",
+    "LyCORIS' own loaders",
+    "lora_engine.formats.kohya_like:LycorisCodec",
+    precedence=30,
+    is_renamable=True,
+    revision=1,
+)
 ONETRAINER = Format(
     "onetrainer",
     "OneTrainer",
     "lora_engine.formats.kohya_like:OnetrainerCodec",
     precedence=30,
     kinds=("lora", "loha", "lokr", "dora"),
+    is_renamable=True,
+    revision=1,
 )
 AITOOLKIT = Format(
     "aitoolkit",
@@ -90,6 +113,8 @@ AITOOLKIT = Format(
     "lora_engine.formats.kohya_like:AitoolkitCodec",
     precedence=30,
     kinds=("lora", "lokr"),
+    is_renamable=True,
+    revision=1,
 )
 CLONEOFSIMO = Format(
     "cloneofsimo",
@@ -98,6 +123,7 @@ CLONEOFSIMO = Format(
     precedence=60,
     families=("sd",),
     file_name="lora.safetensors",
+    is_renamable=True,
     numbers_modules=True,
 )
 BFL = Format(

@@ -120,6 +120,14 @@ class Lokr(KindSpec):
 LOKR = Kind("lokr", "Kronecker product", "lora_engine.adapters.lokr:LokrDelta", Lokr, f"{_KEYS}.lokr")
 
 
+LOKR_ROWS = Kind(
+    "lokr-rows",
+    "rows of a Kronecker product, for a part of a fused layer",
+    "lora_engine.adapters.lokr_rows:LokrRowsDelta",
+    keys=f"{_KEYS}.lokr",
+)
+
+
 if TYPE_CHECKING:
     Direction = str
 else:
@@ -140,6 +148,21 @@ DORA = Kind(
     "lora_engine.adapters.dora:DoraDelta",
     Dora,
     f"{_KEYS}.dora",
+)
+
+
+class Glora(KindSpec):
+    """GLoRA: LoRA, and a low-rank change of the weight's inputs."""
+
+    name: Literal["glora"] = "glora"
+
+
+GLORA = Kind(
+    "glora",
+    "LoRA, and a low-rank change of the weight's inputs",
+    "lora_engine.adapters.glora:GloraDelta",
+    Glora,
+    f"{_KEYS}.glora",
 )
 
 
@@ -173,6 +196,14 @@ class Oft(KindSpec):
 
 
 OFT = Kind("oft", "rotation of output blocks, as in LyCORIS", "lora_engine.adapters.oft:OftDelta", Oft, f"{_KEYS}.oft")
+
+
+OFT_PARTS = Kind(
+    "oft-parts",
+    "rotations of the parts of a fused layer, as in kohya's sd-scripts",
+    "lora_engine.adapters.oft_parts:OftPartsDelta",
+    keys=f"{_KEYS}.oft",
+)
 
 
 class Boft(KindSpec):

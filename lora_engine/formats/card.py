@@ -20,7 +20,10 @@ GENERATED = "loraline.generated"
 # Every writer recomputes these, so they are never carried over.
 _OF_THE_FILE = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
 _NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
-_OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+_OF_THE_NETWORK = (
+    *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
+    *("lora_alpha", "network_alpha", "alpha", "lora_rank", "network_dim", "rank"),
+)
 
 
 class Card(BaseModel):

@@ -25,7 +25,8 @@ from lora_engine.formats.family import (
     family_of,
     unsupported_reason,
 )
-from lora_engine.formats.key_layout import Group, KeyLayout, group_tensors
+from lora_engine.formats.key_layout import ALPHA, Group, KeyLayout, group_tensors
+from lora_engine.formats.lora_config import HEADER_ALPHAS, header_alpha
 from lora_engine.formats.transformers.names import ExportNaming, find_modules
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Loaded, import_target
@@ -144,7 +145,8 @@ class TensorCodec:
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
         """Returns the rule for modules without an alpha tensor; a result of None means the kind's default."""
-        return lambda raw, rank: None
+        alpha = header_alpha(metadata)
+        return lambda raw, rank: None if rank is None else alpha
 
     def to_supported(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same delta weights that the format can hold."""
@@ -253,11 +255,13 @@ class TensorCodec:
 
     def _parts(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Part]:
         validate_tensors(tensors)
+        if any(name.endswith(f".{ALPHA}") for name in tensors):  # the header's alpha is for files without
+            metadata = {key: text for key, text in metadata.items() if key not in HEADER_ALPHAS}
         rule = self.alpha_rule(metadata)
         parts: dict[str, Part] = {}
         for group in group_tensors(tensors, self.key_layout):
             delta = group.read(tensors)
-            if "alpha" not in group.keys:
+            if ALPHA not in group.keys:
                 alpha = rule(group.module, delta.rank)
                 delta = delta if alpha is None else group.read(tensors, alpha)
             parts[group.module] = Part(group, delta)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, DoraDelta
@@ -21,10 +22,13 @@ from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
 from lora_engine.formats.transformers.names import BARE, BARE_ORIGINAL, COMFYUI_EXPORT_NAMING, is_transformer
+from lora_engine.formats.validate import RESHAPE
 
 _BARE = tuple(f"{beginning}." for beginning in ORIGINAL_BEGINNINGS)
 _PREFIXES = (*(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes if prefix), *_BARE)
 _BARE_TRANSFORMER = re.compile(rf"({'|'.join(map(re.escape, BARE_ORIGINAL))})\d+\.")
+# The layer that reads FLUX.1's packed latents, and how many channels they have.
+_WIDENED, _LATENTS = "diffusion_model.img_in", 64
 _TEXT_LAYER = re.compile(r"\.(self_attn|mlp)\.|^text_encoder_2\.text_projection$")
 # Only these names identify the format; the others also occur in diffusers' format and our own.
 _DISTINCTIVE = re.compile(
@@ -85,4 +89,16 @@ class ComfyuiCodec(KohyaCodec):
                     allowed=f"a magnitude per input, [1, in]; this one has {list(delta.magnitude.shape)}",
                     remedy="train with axis: input, or approximate it by a LoRA (--approximate)",
                 )
-        return super().encode(adapter, card, names)
+        tensors, metadata = super().encode(adapter, card, names)
+        return {**tensors, **_paddings(tensors)}, metadata
+
+
+def _paddings(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the shapes to which ComfyUI pads weights: control adapters widen the input of the plain FLUX.1.
+
+    Without them, ComfyUI cannot apply such an adapter to the model that it was made for.
+    """
+    up, down = (tensors.get(f"{_WIDENED}.lora_{side}.weight") for side in ("up", "down"))
+    if up is None or down is None or down[0].numel() <= _LATENTS:
+        return {}
+    return {f"{_WIDENED}.{RESHAPE}": torch.tensor([up.shape[0], down[0].numel()])}

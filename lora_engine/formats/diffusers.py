@@ -20,17 +20,20 @@ from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, KeyLayout
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
-from lora_engine.formats.lora_config import alpha_of, check_one_kind, parse_config
+from lora_engine.formats.lora_config import CONFIG, alpha_of, check_one_kind, parse_config
 from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.transformers.names import BARE, folded, folded_lora, is_transformer
 
-CONFIG = "lora_adapter_metadata"
 # First levels of a U-Net, for files saved from the U-Net alone.
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 # Old names in a module's path to the current ones; applied in order.
 _OLD = (
     (r"^(\w+)\.base_model\.model\.", r"\1."),
     (r"\.processor\.to_", ".to_"),
+    # AnimateDiff's own names of its motion modules.
+    (r"(\.motion_modules\.\d+)\.temporal_transformer\.", r"\1."),
+    (r"(\.motion_modules\..+)\.attention_blocks\.0\.", r"\1.attn1."),
+    (r"(\.motion_modules\..+)\.attention_blocks\.1\.", r"\1.attn2."),
     (r"(\.attn\d?)\.to_out$", r"\1.to_out.0"),
     (r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj"),
 )
@@ -59,8 +62,10 @@ class DiffusersCodec(TensorCodec):
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
         """Returns the rule that reads alpha from the header's `LoraConfig`, whose keys begin with the component."""
+        if CONFIG not in metadata:
+            return super().alpha_rule(metadata)
         where = f"metadata {CONFIG!r}"
-        whole = parse_config(metadata.get(CONFIG, "{}"), where)
+        whole = parse_config(metadata[CONFIG], where)
 
         def alpha(raw: str, rank: int | None) -> float | None:
             component, _, path = raw.partition(".")

@@ -21,6 +21,7 @@ _NAME_BASE = "name the base that the adapter was made for (--base)"
 _PREFIXES = (
     "base_model_model_",
     "lora_unet_",
+    "oft_unet_",
     "lora_transformer_",
     "lycoris_",
     "model_diffusion_model_",
@@ -32,6 +33,9 @@ _UNSUPPORTED_FILES = {
     r"(unet|text_encoder):\d+:(up|down)": "an adapter in cloneofsimo's format",
     r"lycoris_.*": "an adapter with the names of LyCORIS' wrapper",
     r".*\.processor\..*_lora\..*": "an adapter in the attention processors of old diffusers",
+    r"lllite_.*": "a ControlNet-LLLite, not an adapter of weights",
+    r"(control_model|controlnet_\w+|input_hint_block)\..*": "a ControlNet, not an adapter of weights",
+    r"(ip_adapter|image_proj)\..*": "an IP-Adapter, not an adapter of weights",
     r"(emb_params|string_to_param.*|clip_[lg])": "a textual-inversion embedding",
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": "a full checkpoint, not an adapter",
 }
@@ -39,7 +43,8 @@ _DENOISERS = ("unet", TRANSFORMER)
 _COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 _IN_TEXT_ENCODER = re.compile(r"(?:lora_te\d?_|text_encoder(?:_\d)?\.)(.+)")
 _FACTOR = re.compile(
-    r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|(alpha|diff|diff_b|scale|weight|bias|w_norm|b_norm|on_input)$).*"
+    r"\.((lora|lokr|hada|oft|boft|ia3|dora|glora)_\w+|((set|reshape)_)?weight$|[ab][12m]\.weight$"
+    r"|(alpha|diff|diff_b|scale|bias|w_norm|b_norm|on_input|rescale|magnitude)$).*"
 )
 
 
@@ -179,6 +184,11 @@ def component_problem(names: Iterable[str]) -> str:
     if set(_DENOISERS) <= set(first):
         return f"{' and '.join(repr(first[name]) for name in _DENOISERS)} are of two denoisers, and no base has both"
     return ""
+
+
+def is_motion(name: str) -> bool:
+    """Returns True for a module of AnimateDiff, dotted or flattened."""
+    return "motion_modules" in name
 
 
 def flattened(name: str) -> str:

@@ -1,38 +1,33 @@
-"""Reads, writes and inspects adapter files in any registered format."""
+"""Reads and inspects adapter files of any registered format. `writing` writes them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lora_engine.adapters import Adapter, Delta
+from lora_engine.adapters import Adapter, Delta, DoraDelta
 from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
-from lora_engine.files import FilePath, atomic_write, canonical_json, sha256_file
-from lora_engine.formats.card import GENERATED, Card, card_header, read_card
+from lora_engine.files import FilePath, sha256_file
+from lora_engine.formats.card import Card, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
-from lora_engine.formats.embeddings import Embedding, check_widths, embed
+from lora_engine.formats.embeddings import Embedding, check_widths
 from lora_engine.formats.family import (
     FAMILY,
     FINGERPRINT,
     component_problem,
     families_of_tensors,
     family_of,
+    is_motion,
     unsupported_reason,
 )
-from lora_engine.formats.kohya import KohyaCodec
-from lora_engine.formats.modelspec import DIGEST, model_spec
-from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX, RawFile, read_raw_file
-from lora_engine.formats.safetensors_io import LIMITS, Limits, write_safetensors
+from lora_engine.formats.raw_file import RawFile, read_raw_file
+from lora_engine.formats.safetensors_io import LIMITS, Limits
 from lora_engine.formats.unknown_names import UnknownNamesCodec
 
 
@@ -87,72 +82,26 @@ def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Li
             empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
             return Bundle(empty, read_card(raw.metadata), raw.embeddings)
         adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
-        assumptions = "; ".join(filter(None, [raw.assumptions, _unproven(adapter, raw.metadata)]))
+        notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]
+        assumptions = "; ".join(filter(None, notes))
         return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
+
+
+def _switched_off(modules: Mapping[str, Delta]) -> str:
+    """Returns how many modules have alpha 0, by which a difference of a rank has no effect; empty for none."""
+    off = [name for name, delta in modules.items() if delta.alpha == 0 and delta.rank and delta.kind != DoraDelta.kind]
+    return f"alpha is 0 in {len(off)} of {len(modules)} modules, which have no effect: {off[0]!r}" if off else ""
 
 
 def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
     """Returns what the file leaves open about the family; the modules of a U-Net name no family, and need none."""
+    if any(map(is_motion, adapter.modules)):
+        return "the modules are AnimateDiff's motion modules; bases without them do not have these"
     if adapter.base:
         return ""
     family = family_of(metadata, adapter.modules)
     is_unknown = not family.possible and TRANSFORMER in adapter.components
     return "the base family is unknown: no family has these modules" if is_unknown else family.note
-
-
-def write_adapter(
-    path: FilePath,
-    adapter: Adapter,
-    *,
-    format: str = "loraline",  # noqa: A002 (the name in every spec and on the command line)
-    card: Card | None = None,
-    dtype: torch.dtype | None = None,
-    embeddings: Sequence[Embedding] = (),
-    module_names: Names | None = None,
-) -> list[Path]:
-    """Writes an adapter; the same adapter and card give the same bytes.
-
-    Args:
-        path: A file that ends in `.safetensors`, or a folder, which gets the format's default file names.
-        adapter: The adapter.
-        format: Name of a codec.
-        card: Its card, for the header.
-        dtype: Dtype of the factors and embeddings; None keeps theirs.
-        embeddings: Tokens that were learned with it. The format decides whether they go into the same file or into
-            separate files. Embeddings without modules need a format with embedding files, or `loraline`.
-        module_names: The base's modules with their shapes, for formats that number modules (`numbers_modules`).
-
-    Returns:
-        The written files, those of the embeddings last.
-
-    Raises:
-        AdapterError: The format or the dtype cannot hold the adapter, or it has no modules.
-        SettingsError: No such format.
-    """
-    path, codec = Path(path), codecs[format]
-    if not adapter.modules and not _holds_only_embeddings(codec, embeddings):
-        raise AdapterError("the adapter has no modules", where=str(path), remedy="train or import it again")
-    if codec.format.is_folder and path.suffix == SUFFIX:
-        remedy = "give a path without .safetensors"
-        raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
-    card, tokens = card or Card(), [_cast(embedding, dtype) for embedding in embeddings]
-    has_own_files = codec.embeddings in embedding_forms
-    if has_own_files and not adapter.modules:
-        return write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
-    tensors, metadata = codec.encode(adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
-    if tokens and not has_own_files:
-        token_tensors, flags = embed(codec.embeddings, tokens)
-        tensors, metadata = {**tensors, **token_tensors}, {**metadata, **flags}
-    ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
-    header = _header(codec, tensors, card, ours)
-    if codec.format.is_folder:
-        files = list(_write_folder(path, codec.format.file_name, tensors, header))
-    else:
-        files = [path if path.suffix == SUFFIX else path / codec.format.file_name]
-        write_safetensors(files[0], tensors, header)
-    if tokens and has_own_files:
-        files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
-    return files
 
 
 def inspect(path: FilePath) -> dict[str, Any]:
@@ -173,15 +122,16 @@ def inspect(path: FilePath) -> dict[str, Any]:
         modules, problem = _modules_of(codec, raw, is_unsupported=note is not None)
         family = family_of(raw.metadata, modules) if modules else families_of_tensors(raw.tensors)
         card = read_card(raw.metadata)
+        motion = "an adapter for AnimateDiff's motion modules" if any(map(is_motion, modules)) else ""
     deltas, metadata = list(modules.values()), raw.metadata
-    factors = [factor for delta in deltas for factor in delta.factors().values()]
+    factors = {id(factor): factor for delta in deltas for factor in delta.factors().values()}.values()
     return {
         "format": codec.name if codec else "embedding",
         "family": family.name,
         "families": list(family.possible),
         "fingerprint": metadata.get(FINGERPRINT),
-        "note": "; ".join(filter(None, [note or family.note, problem, component_problem(modules)])) or None,
-        "assumed": raw.assumptions or None,
+        "note": "; ".join(filter(None, [note or family.note, motion, problem, component_problem(modules)])) or None,
+        "assumed": "; ".join(filter(None, [raw.assumptions, _switched_off(modules)])) or None,
         "modules": list(modules),
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
@@ -244,10 +194,6 @@ def detect_codec(tensors: Iterable[str], metadata: Mapping[str, str]) -> Codec:
     )
 
 
-def _holds_only_embeddings(codec: Codec, embeddings: Sequence[Embedding]) -> bool:
-    return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
-
-
 def codec_of(raw: RawFile) -> Codec:
     """Returns the codec that reads the adapter of a file.
 
@@ -263,41 +209,12 @@ def codec_of(raw: RawFile) -> Codec:
     return detect_codec(raw.tensors, raw.metadata)
 
 
-def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
-    return Embedding(embedding.token, {name: tensor.to(dtype=dtype) for name, tensor in embedding.vectors.items()})
-
-
 def _dtypes(embedding: Embedding) -> list[str]:
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in embedding.vectors.values()})
 
 
 def _folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
-
-
-def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mapping[str, str]) -> dict[str, str]:
-    # Another program's entries about base and architecture still hold for these weights; its entries on ranks may not.
-    carried = {key: text for key, text in card.extra.items() if key not in ours or key.startswith("modelspec.")}
-    versions = {key: text for key, text in card.extra.items() if key in ("ss_base_model_version", "ss_v2")}
-    carried |= versions
-    generated = sorted(key for key in ours if key not in carried and not key.startswith("loraline."))
-    header = {**ours, **carried, GENERATED: canonical_json(generated).decode()}
-    header |= codec.finalize_metadata(tensors, header)
-    return header if codec.format.is_folder else header | DIGEST
-
-
-def _write_folder(
-    folder: Path, file_name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]
-) -> Iterator[Path]:
-    configs = {key: text for key, text in header.items() if key.endswith(CONFIG_FILE)}
-    shared = {key: text for key, text in header.items() if key not in configs}
-    for key, text in sorted(configs.items()):
-        part = key.removesuffix(CONFIG_FILE)
-        part_tensors = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        write_safetensors(folder / part / file_name, part_tensors, {**shared, **DIGEST})
-        atomic_write(folder / key, text.encode())
-        yield folder / part / file_name
-        yield folder / key
 
 
 def _count(values: Iterable[object]) -> dict[str, int]:

@@ -5,6 +5,7 @@ The entry of a kind in `KINDS` has its tensor names by layout, or names the modu
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,18 @@ from lora_engine.formats.validate import check_delta
 ALPHA = "alpha"
 _REQUIRES = {"weight": "on_input"}
 """Suffixes that are too common to identify a layout, to the suffix that the same module must also have."""
+
+
+_UNSUPPORTED = {
+    r"[qp]_layer\.weight|lambda_layer": "LyCORIS' T-LoRA",
+    r"bias_(indices|values|size)": "the sparse remainder of LyCORIS' extraction",
+    r"vera_(lambda_[bd]|[AB].*)": "PEFT's VeRA",
+    r"lora_E(\..+)?": "PEFT's AdaLoRA",
+    r"hra_u": "PEFT's HRA",
+    r"vblora_.+": "PEFT's VB-LoRA",
+    r"(scale_weight|weight_scale|scaled_fp8|comfy_quant)": "a quantized model",
+}
+"""Suffixes of kinds that are known and not supported, to the name of the kind."""
 
 
 class FactorKeys(Protocol):
@@ -232,9 +245,12 @@ def group_tensors(keys: Collection[str], layout: KeyLayout) -> Iterator[Group]:
         AdapterError: A tensor is no factor of a known kind, or a module lacks a factor; names the tensor.
     """
     modules: dict[str, dict[str, str]] = {}
-    for key, module, suffix in layout.split(sorted(keys)):
+    split = list(layout.split(sorted(keys)))
+    unknown = [key for key, _, suffix in split if suffix is None]
+    for key, module, suffix in split:
         if suffix is None:
-            raise _unknown_key(key, layout)
+            # A tensor of a known kind says more than the first one.
+            raise _unknown_key(next(filter(_unsupported_kind, unknown), key), layout)
         by_suffix = modules.setdefault(module, {})
         if suffix in by_suffix:
             raise _duplicate(key)
@@ -287,18 +303,25 @@ def _duplicate(key: str) -> AdapterError:
     )
 
 
+def _unsupported_kind(key: str) -> str:
+    return next((title for pattern, title in _UNSUPPORTED.items() if re.search(rf"\.({pattern})$", key)), "")
+
+
 def _unknown_key(key: str, layout: KeyLayout, beside: str = "") -> AdapterError:
-    suffixes = sorted(layout.suffixes - {ALPHA})
+    kind = _unsupported_kind(key)
+    kinds = ", ".join(dict.fromkeys(keys.kind for keys in layout.readable))
+    ending = ".".join(key.split(".")[-2 if key.endswith((".weight", ".bias")) else -1 :])
+    near = [] if kind else difflib.get_close_matches(ending, sorted(layout.suffixes), n=3)
     return AdapterError(
-        f"this is no factor of a kind that the {layout.name} layout has keys for ({', '.join(_kinds(layout))}){beside}",
+        f"the tensor is of {kind}, which is not supported"
+        if kind
+        else f"this is no factor of a kind that the {layout.name} layout has keys for{beside}",
         where=f"tensor {key!r}",
-        allowed=f"names that end in {', '.join(suffixes)} or {ALPHA}",
-        remedy="convert the adapter with the program that made it",
+        allowed=f"names that end in {' or '.join(near)}; the kinds {kinds}" if near else f"the kinds {kinds}",
+        remedy="merge it into its base with the program that made it, and extract the difference (loraline extract)"
+        if kind
+        else "convert the adapter with the program that made it",
     )
-
-
-def _kinds(layout: KeyLayout) -> list[str]:
-    return list(dict.fromkeys(keys.kind for keys in layout.readable))
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
@@ -324,9 +347,11 @@ DIFFUSERS_KEYS = KeyLayout(
         (r"\.lora_(A|B)\.(?!weight$|bias$)[^.]+\.(weight|bias)$", r".lora_\1.\2"),
     ),
 )
+KOHYA_KEYS = KeyLayout("kohya", writes_alpha=True, extends=LYCORIS_KEYS, also=(DIFFUSERS_KEYS,))
+"""LyCORIS' layout, plus the keys of kohya's own kinds; files with PEFT's factors are read, too."""
 PEFT_KEYS = KeyLayout("PEFT", writes_alpha=False)
 KEY_LAYOUTS: Mapping[str, KeyLayout] = {
-    layout.name: layout for layout in (LYCORIS_KEYS, LORALINE_KEYS, DIFFUSERS_KEYS, PEFT_KEYS)
+    layout.name: layout for layout in (LYCORIS_KEYS, LORALINE_KEYS, KOHYA_KEYS, DIFFUSERS_KEYS, PEFT_KEYS)
 }
 """The layouts that entries of `KINDS` name."""
 _lock, _loaded = RLock(), set[str]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from lora_engine.catalog import formats as catalog
-from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, KeyLayout
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.naming import STARTS
 from lora_engine.formats.transformers.names import (
@@ -24,6 +24,7 @@ class LycorisCodec(KohyaCodec):
     """
 
     format = catalog.LYCORIS
+    key_layout = KeyLayout("LyCORIS", writes_alpha=True, extends=LYCORIS_KEYS, also=(DIFFUSERS_KEYS,))
     transformers = LYCORIS_EXPORT_NAMING
     starts = (*STARTS, "lycoris_")
     original = ()

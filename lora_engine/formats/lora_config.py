@@ -13,6 +13,10 @@ from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.errors import AdapterError
 
 _T = TypeVar("_T")
+CONFIG = "lora_adapter_metadata"
+"""Header entry in which diffusers stores the `LoraConfig` of each component."""
+HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
+"""Header entries with the alpha of all modules, in files without alpha tensors."""
 _PLAIN = re.compile(r"\^?(\w|-|\\?\.)+\$?")
 
 
@@ -29,6 +33,28 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError("not a JSON object", where=where, remedy="save or download the adapter again")
     return config
+
+
+def header_alpha(metadata: Mapping[str, str]) -> float | None:
+    """Returns the alpha in plain entries of a file's header, None if there is none.
+
+    Raises:
+        AdapterError: An entry is no finite number, or two entries disagree.
+    """
+    alphas: dict[str, float] = {}
+    for key in HEADER_ALPHAS:
+        try:
+            alphas |= {key: float(metadata[key])} if key in metadata else {}
+        except ValueError:
+            alphas[key] = math.nan
+    if len(set(alphas.values())) > 1 or not all(map(math.isfinite, alphas.values())):
+        raise AdapterError(
+            "the header's alpha is " + " and ".join(f"{metadata[key]!r} ({key!r})" for key in alphas),
+            where=f"metadata {next(iter(alphas))!r}",
+            allowed="one finite number",
+            remedy="fix the header, or store alpha as a tensor for each module",
+        )
+    return next(iter(alphas.values()), None)
 
 
 def alpha_of(

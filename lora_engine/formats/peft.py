@@ -23,6 +23,7 @@ from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import PEFT_KEYS
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
+from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import settings_for, type_of, with_config
 from lora_engine.formats.raw_file import CONFIG_FILE, PEFT_PREFIX
@@ -53,11 +54,19 @@ class PeftCodec(TensorCodec):
     ) -> dict[str, str]:
         """Returns canonical names; the component is the folder's name, or inferred from the modules."""
         split = {name: _split(name) for name in raw}
-        component = _component([path for folder, path in split.values() if not folder], metadata, known)
-        return {name: canonical_name(folder or component, path) for name, (folder, path) in split.items()}
+        # A model of several components, such as a wrapper around U-Net and text encoder, has them in its names.
+        named = {name: path for name, (folder, path) in split.items() if not folder and path.startswith(COMPONENTS)}
+        alone = [path for name, (folder, path) in split.items() if not folder and name not in named]
+        component = _component(alone, metadata, known)
+        return {
+            name: canonical_name(*path.split(".", 1)) if name in named else canonical_name(folder or component, path)
+            for name, (folder, path) in split.items()
+        }
 
     def alpha_rule(self, metadata: Mapping[str, str]) -> AlphaRule:
-        """Returns the rule that reads alpha from the configuration in the same folder; without one, the scale is 1."""
+        """Returns the rule that reads alpha from the configuration in the same folder, or else from the header."""
+        if not any(key.endswith(CONFIG_FILE) for key in metadata):
+            return super().alpha_rule(metadata)
 
         def alpha(raw: str, rank: int | None) -> float | None:
             folder, path = _split(raw)

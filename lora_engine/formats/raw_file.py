@@ -13,6 +13,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats.cloneofsimo import numbered
 from lora_engine.formats.embedding_files import COMPONENT, TOKEN, embeddings_of_file, join_embeddings
 from lora_engine.formats.embeddings import Embedding, embeddings_in, take_embeddings
+from lora_engine.formats.lora_config import CONFIG, HEADER_ALPHAS, header_alpha
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import Limits, read_safetensors
 
@@ -79,17 +80,23 @@ def _separate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
         return RawFile({}, metadata, tuple(alone), (path,))
     rest, embeddings = take_embeddings(tensors, metadata)
     plain = {name: _plain(tensor) for name, tensor in rest.items()}
-    return RawFile(plain, metadata, tuple(embeddings), (path,), _assumed_scale(plain, path))
+    return RawFile(plain, metadata, tuple(embeddings), (path,), _assumed_scale(plain, metadata, path))
 
 
-def _assumed_scale(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Returns the assumption for a PEFT-style file without alpha: scale 1, as other programs read such files.
+def _assumed_scale(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> str:
+    """Returns the assumption for a file without alpha tensors: the header's alpha, or scale 1 for PEFT's names.
 
     Raises:
         AdapterError: It has PEFT's own file name, so its configuration is missing.
     """
     is_peft = bool(tensors) and all(name.startswith(PEFT_PREFIX) for name in tensors)
-    if not is_peft or any(name.endswith(".alpha") for name in tensors):
+    if any(name.endswith(".alpha") for name in tensors):
+        return ""
+    alpha = None if CONFIG in metadata else header_alpha(metadata)
+    if alpha is not None:
+        names = " and ".join(repr(key) for key in HEADER_ALPHAS if key in metadata)
+        return f"alpha {alpha:g}, from the header ({names}); ComfyUI and diffusers ignore it and use scale 1"
+    if not is_peft:
         return ""
     if path.name in (MODEL_FILE, OLD_MODEL_FILE):
         raise AdapterError(

@@ -17,6 +17,11 @@ from lora_engine.errors import AdapterError
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 """Further dtypes of single numbers: LyCORIS stores `on_input`, and an `alpha` of 0, as integers."""
+RESHAPE = "reshape_weight"
+"""Suffix of ComfyUI's tensor with the sizes of a weight, as integers."""
+ROWS = "lokr_rows"
+"""Suffix of our tensor with the first row of a product and the row after the last, as integers."""
+_MAX_DIMENSIONS = 5
 
 
 def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -30,7 +35,10 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise AdapterError("the file holds no tensors", remedy="save or download the adapter again")
     for name, tensor in tensors.items():
         is_number = tensor.dim() == 0 and tensor.dtype in INTEGERS
-        if tensor.dtype not in _FLOATS and not is_number:
+        is_shape = (
+            name.endswith((f".{RESHAPE}", f".{ROWS}")) and tensor.dim() == 1 and 2 <= tensor.numel() <= _MAX_DIMENSIONS
+        )
+        if tensor.dtype not in _FLOATS and not is_number and not (is_shape and tensor.dtype in INTEGERS):
             raise AdapterError(
                 f"the dtype is {tensor.dtype}",
                 where=f"tensor {name!r}",

@@ -17,11 +17,11 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath
 from lora_engine.formats.card import CARD, Card, card_header, read_card
 from lora_engine.formats.codec import Codec
-from lora_engine.formats.diffusers import CONFIG
 from lora_engine.formats.family import family_of
 from lora_engine.formats.files import codec_of, in_file
 from lora_engine.formats.key_layout import ALPHA, DIFFUSERS_KEYS, LORALINE_KEYS, LYCORIS_KEYS, KeyLayout
 from lora_engine.formats.kohya import rank_header
+from lora_engine.formats.lora_config import CONFIG, HEADER_ALPHAS
 from lora_engine.formats.modelspec import DIGEST
 from lora_engine.formats.raw_file import SUFFIX, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, write_safetensors
@@ -142,8 +142,8 @@ def _with_scale_1(name: str, delta: Delta) -> Delta:
 def _header(
     original: VerbatimAdapter, tensors: Mapping[str, torch.Tensor], adapter: Adapter, card: Card
 ) -> dict[str, str]:
-    # diffusers' entry states the alpha of the original factors.
-    header = {key: text for key, text in original.metadata.items() if key not in (CONFIG, CARD)}
+    # These entries state the alpha of the original factors.
+    header = {key: text for key, text in original.metadata.items() if key not in (CONFIG, CARD, *HEADER_ALPHAS)}
     ranks = {key: text for key, text in rank_header(adapter).items() if key in header}
     digest = {key: text for key, text in DIGEST.items() if key in header}
     header |= ranks | digest | card_header(card)

@@ -114,7 +114,7 @@ class Facts:
     @property
     def license(self) -> str | None:
         """The licenses that apply together, as one SPDX expression; None means that some are unknown."""
-        return None if self.terms.unknown else " AND ".join(sorted(self.terms.licenses)) or None
+        return None if self.terms.unknown else self.terms.expression or None
 
     @property
     def base(self) -> str:

@@ -24,6 +24,10 @@ _NOTHING: frozenset[str] = frozenset()
 Key = TypeVar("Key", bound=Hashable)
 
 
+NO_ASSERTION = "NOASSERTION"
+"""SPDX's identifier of a license that nobody states."""
+
+
 @dataclass(frozen=True)
 class LicenseTerms:
     """License terms: one point of the lattice.
@@ -43,6 +47,11 @@ class LicenseTerms:
     licenses: frozenset[str] = _NOTHING
     share_alike: frozenset[str] = _NOTHING
     unknown: frozenset[str] = _NOTHING
+
+    @property
+    def expression(self) -> str:
+        """The licenses that apply together, as one SPDX expression; `NO_ASSERTION` marks unknown ones."""
+        return " AND ".join([*sorted(self.licenses - {NO_ASSERTION}), *([NO_ASSERTION] if self.unknown else [])])
 
     def __post_init__(self) -> None:
         # Applied here, because no caller may build terms that ignore a taint.

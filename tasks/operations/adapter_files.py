@@ -34,9 +34,13 @@ def open_bundle(file: Path, base: str | None) -> Bundle:
     """
     from lora_engine.formats import read_bundle
 
+    return read_bundle(_existing(file), module_shapes_of(base))
+
+
+def _existing(file: Path) -> Path:
     if not file.exists():
         raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
-    return read_bundle(file, module_shapes_of(base))
+    return file
 
 
 def module_shapes_of(base: str | None) -> dict[str, tuple[int, ...]] | None:
@@ -56,6 +60,8 @@ def convert_adapter(
     base: str | None,
     dtype: str | None,
     approximation: Mapping[str, Any] | None,
+    output_name: str | None = None,
+    license_expression: str | None = None,
 ) -> dict[str, Any]:
     """Writes an adapter in another format.
 
@@ -66,6 +72,8 @@ def convert_adapter(
         base: The base, for formats that need its module names; approximating DoRA, OFT or (IA)3 reads its weights.
         dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
         approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
+        output_name: See `write_adapter`.
+        license_expression: License in the header; None keeps that of the file.
 
     Returns:
         `format`, `files` with their digests, `approximation` with the shares kept, and `assumed` assumptions.
@@ -93,10 +101,11 @@ def convert_adapter(
         output,
         adapter,
         format=to,
-        card=bundle.card,
+        card=bundle.card.model_copy(update={"license": license_expression} if license_expression else {}),
         dtype=dtype_of(dtype),
         embeddings=bundle.embeddings,
         module_names=names,
+        output_name=output_name,
     )
     files = [{"file": str(path), "sha256": sha256_file(path)} for path in written]
     return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}
@@ -246,6 +255,7 @@ def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[P
     """Yields files and weights of adapters that are named by file or `name@ref`; deletes copies at the end.
 
     Raises:
+        AdapterError: A file does not exist.
         SpecError: A weight is not a number.
         RegistryError: A version does not exist.
     """
@@ -302,7 +312,7 @@ def draw(
 
 def _fetch(ref: str, home: Path, folder: Path) -> Path:
     if "@" not in ref or Path(ref).exists():
-        return Path(ref)
+        return _existing(Path(ref))
     from registry.versions.versions import Versions
     from tasks.operations.promote import find_version
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registry.entities import AdapterVersion
+from registry.errors import PolicyError
 from registry.home import Home
 from registry.identity import current_user
+from registry.policy.license_terms import unknown
+from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.operations.adapter_files import convert_adapter
@@ -56,7 +60,8 @@ def export_version(
         home: The home with all state.
         ref: `name@version` or `name@alias`.
         to: Name of a format.
-        output: A file that ends in `.safetensors`, or a folder for the format's usual file names.
+        output: A file that ends in `.safetensors`, or a folder. In a folder the file is `NAME-vN.safetensors`, so
+            exports do not overwrite each other, unless the programs of the format expect another name.
         base: The base, for formats that need its module names.
         dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
         approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
@@ -73,7 +78,16 @@ def export_version(
         with home.temporary_folder(version.size) as folder:
             source = folder / "adapter.safetensors"
             versions.checkout_adapter(version, source)
-            result = convert_adapter(source, output, to, base=base, dtype=dtype, approximation=approximation)
+            result = convert_adapter(
+                source,
+                output,
+                to,
+                base=base,
+                dtype=dtype,
+                approximation=approximation,
+                output_name=f"{version.name}-v{version.version}",
+                license_expression=_license_of(versions, version),
+            )
         if home.read_only:
             _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
         else:
@@ -82,6 +96,15 @@ def export_version(
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, result["files"], result["approximation"])
+
+
+def _license_of(versions: Versions, version: AdapterVersion) -> str | None:
+    """Returns the licenses of everything upstream, as one SPDX expression; None if nothing upstream has one."""
+    try:
+        with versions.lineage.database.read() as session:
+            return resolve_rights(session, versions, version).terms.expression or None
+    except PolicyError:  # the license table of the home is invalid; `loraline rights` says why
+        return unknown("it").expression
 
 
 def _check_output(output: Path) -> None:

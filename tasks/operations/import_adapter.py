@@ -20,6 +20,7 @@ from registry.entities import AdapterVersion, ArtifactRef, Execution, RunStatus,
 from registry.home import Home
 from registry.identity import current_user
 from registry.lineage.rows import record_contents
+from registry.policy.license_terms import NO_ASSERTION
 from registry.policy.licenses import read_licenses
 from registry.versions.versions import Versions
 from tasks.entries import to_record, use_kinds
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 FOREIGN = "foreign"
 """Kind of the artifact with the original bytes of an imported file."""
-NO_ASSERTION = "NOASSERTION"
 _REVISION = "1"
 
 

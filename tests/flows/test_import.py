@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.spec import load_spec
 from lora_engine.adapters import Adapter
+from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Card, codecs, read_bundle, write_adapter
 from lora_engine.formats.embeddings import Embedding
+from lora_engine.formats.safetensors_io import read_header
 from registry import queries
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -228,6 +231,8 @@ def test_a_version_is_exported_in_every_format_as_a_file_or_a_folder(opened: Hom
             != []
         )
         assert out.is_dir()
+        (expected,) = [Path(entry["file"]) for entry in exported["files"] if entry["file"].endswith(".safetensors")]
+        assert expected.name == ("foreign-v1.safetensors" if FORMATS[form].is_renamable else FORMATS[form].file_name)
     file = tmp_path / "half.safetensors"
     output = say("export", "foreign@1", "--to", "kohya", "-o", file, "--dtype", "float16")
     assert output.split() == [str(file), "sha256", sha256_file(file)]
@@ -235,6 +240,27 @@ def test_a_version_is_exported_in_every_format_as_a_file_or_a_folder(opened: Hom
         name: tensor for name, tensor in load_file(file).items() if name.endswith(("_down.weight", "_up.weight"))
     }
     assert {tensor.dtype for tensor in factors.values()} == {torch.float16}
+
+
+def test_exports_into_one_folder_keep_each_other_and_say_what_browsers_of_models_show(
+    opened: Home, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        file = write_random(tmp_path / f"{seed}.safetensors", seed)
+        import_adapter(opened, file, ImportRequest("foreign", "tiny", "MIT", trigger="sks"))
+        say("export", f"foreign@{seed + 1}", "--to", "kohya", "-o", tmp_path / "Lora")
+    written = sorted((tmp_path / "Lora").iterdir())
+    assert [path.name for path in written] == ["foreign-v1.safetensors", "foreign-v2.safetensors"]
+    for path in written:
+        header = read_header(path)[1]
+        assert (header["ss_output_name"], header["modelspec.title"]) == (path.stem, "foreign")
+        assert header["modelspec.trigger_phrase"] == "sks"
+        assert header["modelspec.license"] == "Apache-2.0 AND MIT"  # that of the base, too
+        assert header["ss_sd_model_name"] == "tiny"
+        body = path.read_bytes()
+        body = body[8 + int.from_bytes(body[:8], "little") :]
+        digest = hashlib.sha256(body).hexdigest()
+        assert (header["sshs_model_hash"], header["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
 
 
 @pytest.mark.parametrize("name", ["out.pt", "taken", "folder.safetensors"])

@@ -21,6 +21,7 @@ from law_adapters import LAYERS, MATRICES, layer_of
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -95,6 +96,7 @@ LYCORIS = {
     "lokr both": Form("lokr", LokrModule, {"decompose_both": True}, **SOME),
     "lokr full": Form("lokr", LokrModule, {"full_matrix": True}, alters_alpha=True, **SOME),
     "lokr tucker factor": Form("lokr", LokrModule, {"use_tucker": True, "factor": 4}, **SOME),
+    "glora": Form("glora", GLoRAModule),
     "ia3": Form("ia3", IA3Module),
     "ia3 on input": Form("ia3", IA3Module, {"train_on_input": True}, **SOME),
     "oft": Form("oft", DiagOFTModule, {"lora_dim": 2}),
@@ -189,13 +191,18 @@ UNCOMPARED = {
         **dict.fromkeys(("peft-ia3", "peft-oft", "peft-boft"), "is what PEFT means by the name"),
         **dict.fromkeys(("lora-fa", "pissa"), _TRAINING_ALONE),
         "replacement": "is of control adapters; LyCORIS has differences alone",
+        "lokr-rows": "is a part of a fused layer; LyCORIS has whole layers",
+        "oft-parts": "is of kohya's sd-scripts",
     },
     "peft": {
         **dict.fromkeys(("ia3", "oft", "boft"), "is what LyCORIS means by the name"),
+        "glora": "is of LyCORIS; PEFT has none",
         "lora-fa": _TRAINING_ALONE,
         "pissa": f"{_TRAINING_ALONE}: see test_pissa_trains_as_pefts_does_after_its_own_conversion_to_lora",
         "full": "PEFT's files hold whole modules (modules_to_save), no differences",
         "replacement": "is of control adapters; PEFT has none",
+        "lokr-rows": "is a part of a fused layer; PEFT has whole layers",
+        "oft-parts": "is of kohya's sd-scripts",
     },
 }
 """Kinds that a peer does not have, with the reason."""
@@ -205,6 +212,7 @@ EXCEPTIONS = [
     Exception_("lycoris", "[!f]*", (*NORMS, "embedding"), "refused", "not supported in"),
     Exception_("lycoris", "full", ("embedding",), "refused", "not supported in"),
     Exception_("lycoris", "ia3 on input", ("conv grouped",), "refused", "must match the size"),
+    Exception_("lycoris", "glora", ("conv grouped",), "refused", "is invalid for input"),
     # LyCORIS always pads with zeros.
     Exception_("lycoris", "*", ("conv circular",), "weight"),
     Exception_("peft", "*", NORMS, "refused", "not supported"),
@@ -313,7 +321,7 @@ def lycoris_pair(form: str, layer_name: str) -> Pair:
     def parameters() -> dict[str, Tensor]:
         inner = re.findall(r"\w+", form)[2] if entry.kind == "dora" else entry.read_as
         names: Mapping[str, str] = _NORM_NAMES if entry.make is NormModule else _LYCORIS_NAMES
-        if inner in ("lora", "loha", "lokr"):
+        if inner in ("lora", "loha", "lokr", "glora"):
             names = {**codecs["loraline"].key_layout.factor_keys[inner].names, "magnitude": "dora_scale"}
         live = dict(peer_module.named_parameters())
         return {factor: live[names[factor]] for factor in delta.factors()}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lora_engine.adapters import Delta, DoraDelta
+from lora_engine.adapters import Delta, DoraDelta, LokrRowsDelta
 from lora_engine.adapters.dora import INNER, MAGNITUDE
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, PEFT_KEYS, FactorKeys, KeyLayout
+from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, FactorKeys, KeyLayout
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,18 @@ class DoraKeys:
 
 
 @dataclass(frozen=True)
+class RowsDoraKeys(DoraKeys):
+    """The rows of a LoKr as the direction."""
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """Returns the delta; the shape of the magnitude determines its axis."""
+        inner = self._inner_keys.read({key: tensor for key, tensor in tensors.items() if key not in self.marks}, alpha)
+        if not isinstance(inner, LokrRowsDelta):
+            raise TypeError(f"the keys of {self.inner!r} gave a delta of kind {inner.kind!r}")
+        return DoraDelta(inner, next(tensors[mark] for mark in self.marks if mark in tensors))
+
+
+@dataclass(frozen=True)
 class PeftDoraKeys(DoraKeys):
     """PEFT's form: `[out]` for linear layers, `[1, out, 1, 1]` for convolutions, always per output.
 
@@ -114,5 +126,7 @@ _LYCORIS, _AITOOLKIT = "dora_scale", "magnitude"
 _PEFT_MARKS = tuple(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight"))
 for _inner in INNER:
     LYCORIS_KEYS.add(DoraKeys(LYCORIS_KEYS, _inner, (_LYCORIS, _AITOOLKIT)), _entry(_inner))
+LORALINE_KEYS.add(DoraKeys(LORALINE_KEYS, "lora", (_LYCORIS, _AITOOLKIT)))
+LORALINE_KEYS.add(RowsDoraKeys(LORALINE_KEYS, "lokr-rows", (_LYCORIS,)), _entry("lokr-rows"))
 PEFT_KEYS.add(PeftDoraKeys(PEFT_KEYS, "lora", _PEFT_MARKS))
 DIFFUSERS_KEYS.add(PeftDoraKeys(DIFFUSERS_KEYS, "lora", (*_PEFT_MARKS, _AITOOLKIT, _LYCORIS)))

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lora_engine.adapters import Delta, LokrDelta
+from lora_engine.adapters import Delta, LokrDelta, LokrRowsDelta
 from lora_engine.adapters.lokr import factorize
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
+from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.lora_config import number_of, ranks_and_alphas
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
+from lora_engine.formats.validate import ROWS
 
 _NAMES = {
     "left": "lokr_w1",
@@ -45,6 +47,44 @@ class LokrKeys(TableFactorKeys):
                 missing = [factor for factor in pair if factor not in present]
                 return self.names[missing[0] if len(missing) == 1 else side]
         return None
+
+
+@dataclass(frozen=True)
+class RowsKeys(LokrKeys):
+    """The factors of a Kronecker product, and the first and the last row (exclusive) as integers."""
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Every suffix that is read."""
+        return (*super().suffixes, ROWS)
+
+    def factor(self, suffix: str) -> str:
+        """Returns the name of the factor or setting with this suffix."""
+        return ROWS if suffix == ROWS else super().factor(suffix)
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """Returns the first suffix that is missing, or None."""
+        return super().missing(suffixes) if ROWS in suffixes else ROWS
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """Returns the delta of tensors by suffix.
+
+        Raises:
+            AdapterError: The rows are not two numbers.
+        """
+        rows = [int(row) for row in tensors[ROWS].flatten().tolist()]
+        if len(rows) != 2:
+            problem = f"{ROWS!r} has the shape {list(tensors[ROWS].shape)}"
+            raise AdapterError(problem, allowed="the first row and the row after the last", remedy="check the file")
+        factors = {self.factor(name): tensor for name, tensor in tensors.items() if name != ROWS}
+        return LokrRowsDelta(LokrDelta.from_factors(factors, alpha), *rows)
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Returns tensors by suffix, without alpha."""
+        tensors = super().write(delta)
+        return (
+            {**tensors, ROWS: torch.tensor([delta.start, delta.stop])} if isinstance(delta, LokrRowsDelta) else tensors
+        )
 
 
 def lokr_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
@@ -126,5 +166,6 @@ def _scaled(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> D
 
 
 LYCORIS_KEYS.add(LokrKeys("lokr", _NAMES))
+LORALINE_KEYS.add(RowsKeys("lokr-rows", _NAMES))
 PEFT_KEYS.add(LokrKeys("lokr", _NAMES, aliases=_LIVE))
 PEFT_TYPES.add("LOKR", PeftType(("lokr",), "alpha", lokr_settings, _scaled))

@@ -10,29 +10,101 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import BoftDelta, Delta, OftDelta, PeftBoftDelta, PeftOftDelta
+from lora_engine.adapters import BoftDelta, Delta, OftDelta, OftPartsDelta, PeftBoftDelta, PeftOftDelta
 from lora_engine.errors import AdapterError
-from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys, alpha_tensor
+from lora_engine.formats.key_layout import (
+    KOHYA_KEYS,
+    LORALINE_KEYS,
+    LYCORIS_KEYS,
+    PEFT_KEYS,
+    TableFactorKeys,
+    alpha_tensor,
+)
 from lora_engine.formats.key_layouts.ia3 import check_layout
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 
 _T = TypeVar("_T")
 _TERMS, _EPS = "oft_R.terms", "oft_R.eps"
+_DIAG, _TOLERANCE = "oft_diag", 2e-2  # float16 has three digits
 ANGLES = "oft_R.weight"
 OF_EMBEDDING = "oft_embedding_R.weight"
 """PEFT's suffix for embeddings, whose rows are rotated instead of the columns, with the opposite sign."""
+_PARTS = tuple(f"oft_blocks.{number}" for number in range(8))
 _SINCE = "0.18.0"
 """First PEFT version whose rotation series is supported."""
 
 
 @dataclass(frozen=True)
 class BlocksKeys(TableFactorKeys):
-    """`oft_blocks` and perhaps `rescale`: `[n, b, b]` is OFT, `[stages, n, b, b]` BOFT; alpha is the constraint."""
+    """`oft_blocks` and perhaps `rescale`: `[n, b, b]` is OFT, `[stages, n, b, b]` BOFT; alpha is the constraint.
+
+    Instead of `oft_blocks`, the first OFT of LyCORIS has the rotations as `oft_diag`, and an alpha without meaning.
+    """
 
     def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """Returns the delta of tensors by suffix."""
+        """Returns the delta of tensors by suffix.
+
+        Raises:
+            AdapterError: The tensors of `oft_diag` are no rotations.
+        """
+        if _DIAG in tensors:
+            tensors = {**tensors, self.names["blocks"]: _blocks_of(tensors[_DIAG])}
+            return OftDelta.from_factors({"blocks": tensors[self.names["blocks"]]}, None)
         delta_type = BoftDelta if tensors[self.names["blocks"]].dim() == 4 else OftDelta
         return delta_type.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+
+@dataclass(frozen=True)
+class PartsKeys:
+    """kohya's blocks of each part of a fused layer: `oft_blocks.0`, `oft_blocks.1`, ...
+
+    Attributes:
+        kind: Name of the kind. A layer of one part is read as plain OFT.
+    """
+
+    kind: str = OftPartsDelta.kind
+
+    @property
+    def suffixes(self) -> Collection[str]:
+        """Every suffix that is read."""
+        return _PARTS
+
+    def missing(self, suffixes: Collection[str]) -> str | None:
+        """Returns the first suffix that is missing, or None."""
+        return next((name for name in _PARTS[: len(suffixes) or 1] if name not in suffixes), None)
+
+    def factor(self, suffix: str) -> str:
+        """Returns the name of the factor with this suffix."""
+        return f"blocks_{_PARTS.index(suffix)}"
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """Returns the delta of tensors by suffix; in kohya's form, a constraint of 0 allows no rotation."""
+        if alpha == 0:
+            tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        if len(tensors) == 1:
+            return OftDelta.from_factors({"blocks": tensors[_PARTS[0]]}, alpha)
+        return OftPartsDelta.from_factors({self.factor(name): tensor for name, tensor in tensors.items()}, alpha)
+
+    def write(self, delta: Delta) -> dict[str, Tensor]:
+        """Returns tensors by suffix, without alpha."""
+        return dict(zip(_PARTS, delta.factors().values(), strict=False))
+
+
+def _blocks_of(rotations: Tensor) -> Tensor:
+    """Returns the blocks whose Cayley transforms are the rotations: `Q = (R - I)(R + I)^-1`, and half of it."""
+    wide = rotations.to(torch.float64)
+    is_square = wide.dim() == 3 and wide.shape[-1] == wide.shape[-2] and wide.numel() > 0
+    if is_square:
+        identity = torch.eye(wide.shape[-1], dtype=wide.dtype)
+        change, info = torch.linalg.solve_ex(wide + identity, wide - identity)
+        if not bool(info.any()) and bool(((wide @ wide.mT - identity).abs() < _TOLERANCE).all()):
+            blocks: Tensor = (0.5 * change).to(torch.promote_types(rotations.dtype, torch.float32))
+            return blocks
+    raise AdapterError(
+        f"the tensor {_DIAG!r} of shape {list(rotations.shape)} holds no rotations",
+        allowed="orthogonal matrices [n, b, b] without a half turn",
+        remedy="merge the adapter with the program that made it, and extract the difference",
+    )
 
 
 @dataclass(frozen=True)
@@ -187,8 +259,10 @@ def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
+LORALINE_KEYS.add(PartsKeys())
+KOHYA_KEYS.add(PartsKeys())
 _BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}
-LYCORIS_KEYS.add(BlocksKeys("oft", _BLOCKS, optional=("rescale",)))
+LYCORIS_KEYS.add(BlocksKeys("oft", _BLOCKS, aliases={_DIAG: "blocks"}, optional=("rescale",)))
 LYCORIS_KEYS.add(BlocksKeys("boft", _BLOCKS, optional=("rescale",)))
 LORALINE_KEYS.add(AnglesKeys("peft-oft", {"angles": ANGLES}))
 LORALINE_KEYS.add(TableFactorKeys("peft-boft", {"blocks": "boft_R", "scale": "boft_s"}))

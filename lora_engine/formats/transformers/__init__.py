@@ -5,3 +5,4 @@ codecs.
 """
 
 from lora_engine.formats.transformers import fused_kinds as fused_kinds  # registers its rules
+from lora_engine.formats.transformers import fused_lokr as fused_lokr

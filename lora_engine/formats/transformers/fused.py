@@ -71,7 +71,7 @@ def split(delta: Delta, rows: Rows, where: str) -> list[Delta | None]:
             return rule.split(delta, rows)
         return [rule.take(delta, index) for index in indices(rows)]
     except UnsplittableError as error:
-        raise _refusal(delta, str(error), where) from error
+        raise refusal(delta, str(error), where) from error
 
 
 def fuse_layers(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
@@ -92,7 +92,7 @@ def fuse_layers(parts: Sequence[Delta | None], rows: Rows, where: str) -> Delta:
     try:
         return _rule(present[0], where).fuse(parts, rows)
     except UnsplittableError as error:
-        raise _refusal(present[0], str(error), where) from error
+        raise refusal(present[0], str(error), where) from error
 
 
 def swap_halves(delta: Delta, where: str) -> Delta:
@@ -106,7 +106,7 @@ def swap_halves(delta: Delta, where: str) -> Delta:
     try:
         return rule.take(delta, torch.arange(rows).roll(rows // 2))
     except UnsplittableError as error:
-        raise _refusal(delta, str(error), where) from error
+        raise refusal(delta, str(error), where) from error
 
 
 def indices(rows: Rows) -> list[Tensor]:
@@ -117,10 +117,11 @@ def indices(rows: Rows) -> list[Tensor]:
 def _rule(delta: Delta, where: str) -> RowRule:
     if delta.kind in row_rules:
         return row_rules[delta.kind]
-    raise _refusal(delta, f"the rows of kind {delta.kind!r} have no exact rule", where)
+    raise refusal(delta, f"the rows of kind {delta.kind!r} have no exact rule", where)
 
 
-def _refusal(delta: Delta, problem: str, where: str) -> AdapterError:
+def refusal(delta: Delta, problem: str, where: str) -> AdapterError:
+    """Returns the error for a delta that cannot be converted exactly between a fused layer and its parts."""
     return AdapterError(
         f"the adapter of kind {delta.kind!r} cannot be converted exactly between the fused layer of the original"
         f" names and its parts in diffusers: {problem}",
@@ -240,6 +241,20 @@ def block_rows(tensors: Sequence[Tensor | None], rows: Rows) -> Tensor:
             column += tensor.shape[1]
         row += size
     return whole
+
+
+def same_tensor(first: Tensor | None, second: Tensor | None) -> bool:
+    """Returns True if dtype and values of two factors are equal, or both are missing."""
+    if first is None or second is None:
+        return first is second
+    return first is second or (first.dtype == second.dtype and torch.equal(first, second))
+
+
+def required(tensor: Tensor | None) -> Tensor:
+    """Returns a factor that a valid delta has; raises `UnsplittableError` if it is None."""
+    if tensor is None:
+        raise UnsplittableError("a factor is missing")
+    return tensor
 
 
 def joint_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -10,8 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Delta, DoraDelta, FullDelta, Ia3Delta, LohaDelta, LokrDelta, LoraDelta
-from lora_engine.adapters.oft import OftDelta
+from lora_engine.adapters import (
+    Delta,
+    DoraDelta,
+    GloraDelta,
+    Ia3Delta,
+    LohaDelta,
+    OftDelta,
+    OftPartsDelta,
+)
+from lora_engine.adapters.dora import Inner
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.replacement import ReplacementDelta
 from lora_engine.formats.transformers.fused import (
@@ -22,13 +30,14 @@ from lora_engine.formats.transformers.fused import (
     indices,
     matrix_shape,
     rank_blocks,
+    required,
     row_rules,
+    same_tensor,
     scaled_up,
     stack_rows,
 )
 
 _T = TypeVar("_T")
-_MAX_ELEMENTS = 1 << 27  # of a LoRA that replaces rows of a LoKr
 
 
 def _take_loha(delta: LohaDelta, index: Tensor) -> LohaDelta:
@@ -59,10 +68,10 @@ def _fuse_loha(parts: Sequence[LohaDelta | None], rows: Rows) -> LohaDelta:
     first = present[0]
     if any(part.core1 is not None for part in present):
         raise UnsplittableError("it has Tucker cores")
-    same = all(_equal(part.down1, first.down1) and _equal(part.down2, first.down2) for part in present)
+    same = all(same_tensor(part.down1, first.down1) and same_tensor(part.down2, first.down2) for part in present)
     if same and len({part.alpha for part in present}) == 1:
         ups = [stack_rows([None if part is None else getattr(part, n) for part in parts], rows) for n in ("up1", "up2")]
-        return replace(first, up1=_required(ups[0]), up2=_required(ups[1]))
+        return replace(first, up1=required(ups[0]), up2=required(ups[1]))
     # The entrywise product of block-diagonal matrices is block-diagonal, so both products can be.
     is_same_scale = len({part.scale for part in present}) == 1
     rank = sum(part.rank for part in present)
@@ -76,61 +85,6 @@ def _fuse_loha(parts: Sequence[LohaDelta | None], rows: Rows) -> LohaDelta:
     )
 
 
-def _take_lokr(delta: LokrDelta, index: Tensor) -> Delta:
-    left_rows = delta.left if delta.left is not None else _required(delta.left_up)
-    right = delta.right if delta.right is not None else _required(delta.right_up)
-    if delta.right_core is not None or right.dim() != 2:
-        raise UnsplittableError("it is of a convolution")
-    size = right.shape[0]
-    if index.numel() % size == 0:
-        blocks = index.reshape(-1, size)
-        starts = blocks[:, 0]
-        if bool((starts % size == 0).all()) and torch.equal(blocks, starts[:, None] + torch.arange(size)):
-            name = "left" if delta.left is not None else "left_up"
-            return delta.with_factors(delta.factors() | {name: left_rows[starts // size].clone()})
-    return _lokr_rows_as_lora(delta, index, size)
-
-
-def _lokr_rows_as_lora(delta: LokrDelta, index: Tensor, size: int) -> Delta:
-    """Returns rows that begin or end inside a block as a LoRA: `kron(L, u d) = kron(I, u) kron(L, d)`.
-
-    Each entry is one product. Rows whose LoRA would have full rank are returned as a full difference.
-    """
-    touched = torch.unique(index // size)
-    left = delta.dense_left(torch.float32 if delta.left is None else delta.left.dtype)[touched]
-    if delta.right is not None:
-        up, down = delta.right, torch.eye(delta.right.shape[1], dtype=delta.right.dtype)
-    else:
-        up, down = _required(delta.right_up), _required(delta.right_down)
-    rank, columns = len(touched) * down.shape[0], left.shape[1] * down.shape[1]
-    if min(rank, index.numel(), columns) * (index.numel() + columns) > _MAX_ELEMENTS:
-        raise UnsplittableError(
-            "the borders of the parts are inside its blocks, and the expanded rows would be too large"
-        )
-    positions = torch.searchsorted(touched, index // size) * size + index % size
-    if rank >= min(index.numel(), columns):
-        dense = torch.kron(left, up @ down)[positions]
-        return FullDelta(scaled_up(dense, delta.scale))
-    ups = torch.kron(torch.eye(len(touched), dtype=up.dtype), up)[positions]
-    return LoraDelta(torch.kron(left, down), ups, delta.scale * rank)
-
-
-def _fuse_lokr(parts: Sequence[LokrDelta | None], rows: Rows) -> LokrDelta:
-    present = [part for part in parts if part is not None]
-    first = present[0]
-    shared = ("left_down", "right", "right_up", "right_down", "right_core")
-    for part in present:
-        if part.alpha != first.alpha or not all(_equal(getattr(part, name), getattr(first, name)) for name in shared):
-            raise UnsplittableError("the parts do not share their right factor")
-    size = first.right_sides[0]
-    if any(count % size for count in rows):
-        raise UnsplittableError(f"the rows of a part are no multiple of {size}, the rows of the right factor")
-    name = "left" if first.left is not None else "left_up"
-    lefts = [None if part is None else getattr(part, name) for part in parts]
-    whole = _required(stack_rows(lefts, [count // size for count in rows]))
-    return first.with_factors(first.factors() | {name: whole})
-
-
 def _dora_shape(delta: DoraDelta) -> tuple[int, int] | None:
     return row_rules[delta.inner.kind].shape(delta.inner)
 
@@ -139,7 +93,7 @@ def _take_dora(delta: DoraDelta, index: Tensor) -> DoraDelta:
     if delta.axis == 1:
         raise UnsplittableError("its magnitudes are per input, each over the rows of all parts")
     inner = row_rules[delta.inner.kind].take(delta.inner, index)
-    if not isinstance(inner, LoraDelta | LohaDelta | LokrDelta):
+    if not isinstance(inner, Inner):
         raise UnsplittableError("its direction cannot be split within its kind")
     return replace(delta.with_inner(inner), magnitude=delta.magnitude[index].clone())
 
@@ -150,7 +104,7 @@ def _split_dora(delta: DoraDelta, rows: Rows) -> list[Delta | None]:
     narrow = [None] * len(rows) if split is None else split(delta.inner, rows)
     # A part with an unchanged direction still has magnitudes.
     return [
-        part.with_inner(inner) if isinstance(part, DoraDelta) and isinstance(inner, LoraDelta | LohaDelta) else part
+        part.with_inner(inner) if isinstance(part, DoraDelta) and isinstance(inner, Inner) else part
         for part, inner in zip(parts, narrow, strict=True)
     ]
 
@@ -164,7 +118,7 @@ def _fuse_dora(parts: Sequence[DoraDelta | None], rows: Rows) -> DoraDelta:
     if len({part.inner.kind for part in present}) > 1:
         raise UnsplittableError("the directions of its parts are of several kinds")
     inner = row_rules[present[0].inner.kind].fuse([part.inner for part in present], rows)
-    if not isinstance(inner, LoraDelta | LohaDelta | LokrDelta):
+    if not isinstance(inner, Inner):
         raise UnsplittableError("its direction cannot be fused within its kind")
     return replace(present[0].with_inner(inner), magnitude=torch.cat([part.magnitude for part in present]))
 
@@ -182,7 +136,7 @@ def _take_ia3(delta: Ia3Delta, index: Tensor) -> Ia3Delta:
 def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
     first = next(part for part in parts if part is not None)
     if any(part is not None and part.axis == "input" for part in parts):
-        if not all(_equal(part.scale, first.scale) for part in _all_present(parts, "gains")):
+        if not all(same_tensor(part.scale, first.scale) for part in _all_present(parts, "gains")):
             raise UnsplittableError("its parts scale the inputs differently")
         return first
     identity = torch.full((1,), first.identity, dtype=first.scale.dtype)
@@ -190,6 +144,22 @@ def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
         identity.expand(size) if part is None else part.scale.flatten() for part, size in zip(parts, rows, strict=True)
     ]
     return replace(first, scale=torch.cat(gains)).reshaped_for((sum(rows), 1))
+
+
+def _take_glora(delta: GloraDelta, index: Tensor) -> GloraDelta:
+    return replace(delta, up=delta.up[index].clone())  # all rows share the inputs
+
+
+def _fuse_glora(parts: Sequence[GloraDelta | None], rows: Rows) -> GloraDelta:
+    present = _all_present(parts, "change of the inputs")
+    first = present[0]
+    shared = ("input_up", "input_down", "down")
+    for part in present:
+        if part.alpha != first.alpha or not all(
+            same_tensor(getattr(part, name), getattr(first, name)) for name in shared
+        ):
+            raise UnsplittableError("its parts change the inputs differently")
+    return replace(first, up=torch.cat([part.up for part in present]))
 
 
 def _oft_shape(delta: OftDelta) -> tuple[int, int]:
@@ -207,13 +177,34 @@ def _take_oft(delta: OftDelta, index: Tensor) -> OftDelta:
     return replace(delta, blocks=delta.blocks[starts.flatten() // size].clone(), rescale=gains)
 
 
-def _fuse_oft(parts: Sequence[OftDelta | None], rows: Rows) -> OftDelta:
+def _fuse_oft(parts: Sequence[OftDelta | None], rows: Rows) -> OftDelta | OftPartsDelta:
     present = _all_present(parts, "blocks")
-    sizes = {(part.blocks.shape[-1], part.alpha, part.rescale is None) for part in present}
-    if len(sizes) > 1 or present[0].alpha:
-        raise UnsplittableError("its parts have blocks of several sizes, or constraints of their own")
-    gains = None if present[0].rescale is None else torch.cat([_required(part.rescale) for part in present])
+    if len({(part.blocks.shape[-1], part.alpha, part.rescale is None) for part in present}) > 1 or present[0].alpha:
+        return _as_parts(present)
+    gains = None if present[0].rescale is None else torch.cat([required(part.rescale) for part in present])
     return replace(present[0], blocks=torch.cat([part.blocks for part in present]), rescale=gains)
+
+
+def _as_parts(parts: Sequence[OftDelta]) -> OftPartsDelta:
+    # kohya has one number of blocks and one constraint, which is not 0, for all parts.
+    numbers = {(part.blocks.shape[0], part.alpha) for part in parts}
+    if len(numbers) > 1 or not parts[0].alpha or any(part.rescale is not None for part in parts):
+        raise UnsplittableError("its parts have blocks of several sizes, or constraints of their own")
+    return OftPartsDelta(tuple(part.blocks for part in parts), parts[0].alpha)
+
+
+def _split_parts(delta: OftPartsDelta, rows: Rows) -> list[Delta | None]:
+    if delta.rows != list(rows):
+        raise UnsplittableError(f"its blocks are for parts of {delta.rows} rows, those of the layer have {list(rows)}")
+    return [*delta.parts]
+
+
+def _take_parts(delta: OftPartsDelta, index: Tensor) -> OftPartsDelta:
+    raise UnsplittableError("it is of several parts")
+
+
+def _fuse_parts(parts: Sequence[OftPartsDelta | None], rows: Rows) -> OftPartsDelta:
+    raise UnsplittableError("its parts have parts")
 
 
 def _take_peft_oft(delta: PeftOftDelta, index: Tensor) -> PeftOftDelta:
@@ -226,7 +217,7 @@ def _peft_oft_shape(delta: PeftOftDelta) -> tuple[int, int] | None:
 
 def _fuse_peft_oft(parts: Sequence[PeftOftDelta | None], rows: Rows) -> PeftOftDelta:
     present = _all_present(parts, "rotation")
-    if not all(_equal(part.angles, present[0].angles) for part in present):
+    if not all(same_tensor(part.angles, present[0].angles) for part in present):
         raise UnsplittableError("its parts rotate the inputs differently")
     return present[0]
 
@@ -250,23 +241,12 @@ def _all_present(parts: Sequence[_T | None], noun: str) -> list[_T]:
     return present
 
 
-def _equal(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return first.dtype == second.dtype and torch.equal(first, second)
-
-
-def _required(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise UnsplittableError("a factor is missing")
-    return tensor
-
-
 row_rules.add("loha", RowRule(matrix_shape, _take_loha, _fuse_loha, _split_loha))
-row_rules.add("lokr", RowRule(matrix_shape, _take_lokr, _fuse_lokr))
 row_rules.add("dora", RowRule(_dora_shape, _take_dora, _fuse_dora, _split_dora))
+row_rules.add("glora", RowRule(matrix_shape, _take_glora, _fuse_glora))
 row_rules.add("ia3", RowRule(_ia3_shape, _take_ia3, _fuse_ia3))
 row_rules.add("peft-ia3", RowRule(_ia3_shape, _take_ia3, _fuse_ia3))
 row_rules.add("oft", RowRule(_oft_shape, _take_oft, _fuse_oft))
+row_rules.add("oft-parts", RowRule(lambda delta: (sum(delta.rows), 0), _take_parts, _fuse_parts, _split_parts))
 row_rules.add("peft-oft", RowRule(_peft_oft_shape, _take_peft_oft, _fuse_peft_oft))
 row_rules.add("replacement", RowRule(_replacement_shape, _take_replacement, _fuse_replacement))

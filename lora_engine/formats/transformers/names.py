@@ -28,6 +28,7 @@ _SEPARATORS = {
     "transformer.": ".",
     "lora_unet_": "_",
     "lora_transformer_": "_",
+    "oft_unet_": "_",
     "lycoris_": "_",
     "": ".",
 }

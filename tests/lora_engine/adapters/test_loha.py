@@ -91,7 +91,7 @@ def test_a_shape_that_does_not_fit_is_found(shape, expected_factor):
     ]
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("alpha", [float("nan")])
 def test_an_invalid_alpha_is_found(alpha):
     good = random_delta("loha", (5, 6))
     assert [issue.factor for issue in LohaDelta.from_factors(good.factors(), alpha).issues()] == ["alpha"]

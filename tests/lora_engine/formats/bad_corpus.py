@@ -23,6 +23,8 @@ QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 BASE = {Q: (4, 3), CONV: (5, 4, 3, 3), "unet.conv_norm_out": (4,)}
 """The base of cases with `named`."""
 READ = ""
+ROWS = {"lokr_w1": torch.ones(2, 3), "lokr_w2": torch.ones(4, 1)}
+GLORA = {"b1.weight": torch.ones(4, 2), "b2.weight": torch.ones(2, 3)}
 
 
 @dataclass(frozen=True)
@@ -362,8 +364,8 @@ CORPUS: dict[str, Case] = {
     # Alpha.
     "alpha NaN": Case(changed(alpha=torch.tensor(NAN)), "NaN"),
     "alpha infinite": Case(changed(alpha=torch.tensor(INF)), "infinite"),
-    "alpha negative": Case(changed(alpha=torch.tensor(-1.0)), "alpha is -1"),
-    "alpha zero": Case(changed(alpha=torch.tensor(0.0)), "alpha is 0"),
+    "alpha negative": Case(changed(alpha=torch.tensor(-1.0)), READ),
+    "alpha zero": Case(changed(alpha=torch.tensor(0.0)), READ),
     "alpha a vector": Case(changed(alpha=ones(2)), "one number"),
     "alpha empty": Case(changed(alpha=ones(0)), "one number"),
     "alpha a matrix": Case(changed(alpha=ones(4, 2)), "one number"),
@@ -413,10 +415,29 @@ CORPUS: dict[str, Case] = {
     "LoKr that would be huge": Case(
         module({"lokr_w1": ones(1000, 1000), "lokr_w2": ones(1000, 1000)}), "base", named=True, dangerous=True
     ),
-    "FLUX LoKr that would be huge in parts": Case(
+    "rows of a LoKr": Case(module(ROWS | {"lokr_rows": torch.tensor([2, 6])}), READ, named=True),
+    "rows that a LoKr does not have": Case(module(ROWS | {"lokr_rows": torch.tensor([4, 12])}), "4 to 12 of 8"),
+    "rows of a LoKr in reverse": Case(module(ROWS | {"lokr_rows": torch.tensor([6, 2])}), "6 to 2 of 8"),
+    "three rows of a LoKr": Case(module(ROWS | {"lokr_rows": torch.tensor([2, 4, 6])}), "has the shape"),
+    "too few rows of a LoKr": Case(module(ROWS | {"lokr_rows": torch.tensor([2, 5])}), "3 rows", named=True),
+    "rows without a LoKr": Case(plus(f"{CONV}.lokr_rows", torch.tensor([2, 6])), "lokr_w1"),
+    "GLoRA": Case(module({"a1.weight": ones(3, 2), "a2.weight": ones(2, 3), **GLORA}), READ, named=True),
+    "GLoRA of two ranks": Case(module({"a1.weight": ones(3, 1), "a2.weight": ones(1, 3), **GLORA}), "match the others"),
+    "GLoRA of another base": Case(
+        module({"a1.weight": ones(9, 2), "a2.weight": ones(2, 9), **GLORA, "b2.weight": ones(2, 9)}), "base", named=True
+    ),
+    "GLoRA without a factor": Case(module(GLORA), "a1.weight"),
+    "OFT of parts without the first": Case(saved({f"{QKV}.oft_blocks.1": ones(2, 2, 2)}), "oft_blocks.0"),
+    "OFT of parts of other sizes": Case(
+        saved(
+            {f"{QKV}.oft_blocks.{n}": ones(2, 2, 2) for n in range(2)} | {f"{QKV}.alpha": torch.tensor(1.0)},
+            {"loraline.base": "flux"},
+        ),
+        "rows",
+    ),
+    "FLUX LoKr whose parts share its factors": Case(
         saved({f"{QKV}.lokr_w1": ones(1000, 1000), f"{QKV}.lokr_w2": ones(60, 20)}, {"loraline.base": "flux"}),
-        "too large",
-        dangerous=True,
+        READ,
     ),
     "DoRA of outputs": Case(module(PARTS | {"dora_scale": ones(4, 1)}), READ, named=True),
     "DoRA of inputs": Case(module(PARTS | {"dora_scale": ones(1, 3)}), READ, named=True),
@@ -454,7 +475,7 @@ CORPUS: dict[str, Case] = {
     "diffusers' alpha that is a string": Case(diffusers_file('{"unet.lora_alpha": "8"}'), "alpha is '8'"),
     "diffusers' alpha that is NaN": Case(diffusers_file('{"unet.lora_alpha": NaN}'), "alpha is nan"),
     "diffusers' alpha that is true": Case(diffusers_file('{"unet.lora_alpha": true}'), "alpha is True"),
-    "diffusers' alpha that is negative": Case(diffusers_file('{"unet.lora_alpha": -3}'), "alpha is -3"),
+    "diffusers' alpha that is negative": Case(diffusers_file('{"unet.lora_alpha": -3}'), READ),
     "diffusers' pattern that never ends": Case(
         diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}'), "no plain module name"
     ),
@@ -468,7 +489,7 @@ CORPUS: dict[str, Case] = {
     "PEFT settings that are binary": Case(peft(b"\xff\x00\xfe"), "not JSON", file="unet"),
     "PEFT type that is unknown": Case(peft(PEFT | {"peft_type": "EVIL"}), "EVIL", file="unet"),
     "PEFT alpha that is NaN": Case(peft(b'{"peft_type": "LORA", "lora_alpha": NaN}'), "alpha is nan", file="unet"),
-    "PEFT alpha that is 0": Case(peft(PEFT | {"lora_alpha": 0}), "alpha is 0", file="unet"),
+    "PEFT alpha that is 0": Case(peft(PEFT | {"lora_alpha": 0}), READ, file="unet"),
     "PEFT without settings": Case(peft(PEFT, name="other.json"), "adapter_config.json", file="unet"),
     "PEFT pattern that never ends": Case(
         peft(PEFT | {"alpha_pattern": {"(a+)+$": 2}}), "no plain module name", file="unet"

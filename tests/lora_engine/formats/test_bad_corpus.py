@@ -44,6 +44,7 @@ def cases(test):
 
 
 INSPECTABLE = {
+    "OFT of parts of other sizes",
     "FLUX DoRA of inputs in a fused layer",
     "FLUX rows that are not three times the columns",
     "FLUX in no known module",

@@ -37,8 +37,6 @@ BAD_TENSORS = {
     "one Inf": (good() | {DOWN: torch.tensor([[1, 1, INF], [1, 1, 1]])}, DOWN, "1 of 6 values"),
     "NaN in half": (good() | {UP: torch.full((4, 2), NAN, dtype=torch.float16)}, UP, "NaN"),
     "alpha NaN": (good() | {ALPHA: torch.tensor(NAN)}, ALPHA, "NaN"),
-    "alpha negative": (good() | {ALPHA: torch.tensor(-1.0)}, ALPHA, "alpha is -1.0"),
-    "alpha zero": (good() | {ALPHA: torch.tensor(0.0)}, ALPHA, "alpha is 0.0"),
     "alpha a vector": (good() | {ALPHA: torch.ones(2)}, ALPHA, "one number"),
     "int factors": (good() | {UP: torch.ones(4, 2, dtype=torch.int64)}, UP, "torch.int64"),
     "bool factors": (good() | {UP: torch.ones(4, 2, dtype=torch.bool)}, UP, "torch.bool"),

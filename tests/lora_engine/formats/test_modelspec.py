@@ -111,3 +111,27 @@ def test_another_programs_date_and_author_are_carried_over_but_not_its_digest(tm
 def test_old_cards_are_still_read():
     old = json.dumps({"title": "Zorb", "base": "tiny"})
     assert Card.model_validate_json(old).resolution is None
+
+
+def test_the_training_is_stated_as_kohya_does_where_the_card_knows_it(tmp_path):
+    card = CARD.model_copy(update={"data": ["a", "b", "c"]})
+    header = read_header(write_adapter(tmp_path / "known", adapter_of("sd", 768), format="kohya", card=card)[0])[1]
+    assert header["ss_num_train_images"] == "3"
+    assert header["ss_resolution"] == "(32, 32)"
+    assert json.loads(header["ss_tag_frequency"]) == {"ring": {"zorb": 3}}
+    bare = read_header(write_adapter(tmp_path / "bare", adapter_of("sd", 768), format="kohya")[0])[1]
+    assert not {"ss_num_train_images", "ss_resolution", "ss_tag_frequency", "ss_output_name"} & bare.keys()
+
+
+@pytest.mark.parametrize("form", sorted(set(codecs) - {"bfl", "xlabs", "cloneofsimo"}))
+def test_an_output_name_is_the_file_name_where_programs_take_any(form, tmp_path):
+    files = write_adapter(tmp_path, adapter_of("sd", 768), format=form, card=CARD, output_name="zorb-v3")
+    (path,) = (file for file in files if file.suffix == ".safetensors")
+    own = codecs[form].format
+    assert path.relative_to(tmp_path).name == ("zorb-v3.safetensors" if own.is_renamable else own.file_name)
+    header = read_header(path)[1]
+    assert header["modelspec.title"] == "Zorb"
+    assert header.get("ss_output_name", "zorb-v3") == "zorb-v3"
+    named = write_adapter(tmp_path / "x", adapter_of("sd", 768), format=form, output_name="zorb-v3")
+    assert read_header(next(file for file in named if file.suffix == ".safetensors"))[1]["modelspec.title"] == "zorb-v3"
+    assert read_adapter(tmp_path / "x")[0] == read_adapter(path)[0]
