@@ -30,6 +30,8 @@ _RANK = {dtype: index for index, dtype in enumerate(SIZES)}
 # Bytes per copy; small enough to stay in the CPU cache between reading and writing.
 _BLOCK = 1 << 20
 CHECKPOINT_LIMITS = Limits(file=128 << 30)
+PLAIN = "BF16"
+"""The dtype in which dequantized weights are written."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,32 @@ class StoredTensor:
         offset: First byte in it.
         dtype: safetensors' dtype name, such as `F16`.
         shape: Shape of the tensor, stored by rows.
+        scale: The factor of its values: one number, or one per row or per equal part of a row; None means 1.
     """
 
     path: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    scale: StoredTensor | None = None
 
     @property
     def size(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * SIZES[self.dtype]
 
+    @property
+    def value_dtype(self) -> str:
+        """The dtype of the values when they are written without a scale."""
+        return self.dtype if self.scale is None else PLAIN
+
     def rows(self, first: int, last: int) -> StoredTensor:
         """Returns the rows from `first` to `last` (exclusive) as a tensor of the same file."""
-        stride = self.size // self.shape[0]
-        return StoredTensor(self.path, self.offset + first * stride, self.dtype, (last - first, *self.shape[1:]))
+        stride, shape = self.size // self.shape[0], (last - first, *self.shape[1:])
+        scale = self.scale
+        if scale is not None and math.prod(scale.shape) > 1:
+            scale = scale.rows(first, last)
+        return StoredTensor(self.path, self.offset + first * stride, self.dtype, shape, scale)
 
 
 @dataclass(frozen=True)
@@ -67,16 +79,18 @@ class PlannedTensor:
         shape: Shape of the tensor.
         pieces: Stored tensors to concatenate by rows; all of one dtype.
         transposed: True if it is the transpose of its only piece.
+        cast: The dtype to write, `PLAIN` or that of the pieces; empty means the pieces' dtype without a scale.
     """
 
     shape: tuple[int, ...]
     pieces: tuple[StoredTensor, ...]
     transposed: bool = False
+    cast: str = ""
 
     @property
     def dtype(self) -> str:
         """The dtype name of safetensors."""
-        return self.pieces[0].dtype
+        return self.cast or self.pieces[0].value_dtype
 
 
 def stored_tensors(path: Path, limits: Limits = CHECKPOINT_LIMITS) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -153,14 +167,26 @@ class _Sources:
         """Yields the bytes of a tensor in blocks; a block is valid only until the next one."""
         if not tensor.transposed:
             for piece in tensor.pieces:
-                yield from self._blocks(piece)
+                yield from self._values(piece, tensor.dtype)
             return
         (piece,) = tensor.pieces
-        whole = np.frombuffer(b"".join(map(bytes, self._blocks(piece))), dtype=np.dtype(f"V{SIZES[piece.dtype]}"))
+        size = SIZES[tensor.dtype]
+        whole = np.frombuffer(b"".join(map(bytes, self._values(piece, tensor.dtype))), dtype=np.dtype(f"V{size}"))
         transposed = whole.reshape(piece.shape).T
-        step = max(1, _BLOCK // max(1, piece.shape[0] * SIZES[piece.dtype]))
+        step = max(1, _BLOCK // max(1, piece.shape[0] * size))
         for first in range(0, len(transposed), step):
             yield np.ascontiguousarray(transposed[first : first + step]).tobytes()
+
+    def _values(self, piece: StoredTensor, dtype: str) -> Iterator[bytes | memoryview]:
+        if piece.dtype == dtype and piece.scale is None:
+            yield from self._blocks(piece)
+            return
+        from lora_engine.checkpoints.scales import Decoder  # needs torch, which copying bytes does not
+
+        decoder = Decoder(piece, dtype)
+        for first, end in decoder.row_blocks(_BLOCK):
+            part = piece.rows(first, end) if piece.shape else piece
+            yield decoder.decode(b"".join(map(bytes, self._blocks(part))), first)
 
     def _blocks(self, piece: StoredTensor) -> Iterator[memoryview]:
         file = self._open.get(piece.path)

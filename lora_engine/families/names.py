@@ -51,11 +51,13 @@ class NameTable:
         blocks: Names of its repeated blocks.
         outside: Original name to diffusers' name, for modules outside blocks.
         shapes: Shapes of the modules outside blocks, as in `Blocks`.
+        tensors: Original name to diffusers' name, for tensors of the network itself, which belong to no layer.
     """
 
     blocks: tuple[Blocks, ...]
     outside: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, path: str, separator: str = ".") -> Target | None:
         """Returns the target of a module by its original path, written with the separator; None if unknown."""

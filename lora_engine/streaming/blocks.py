@@ -5,21 +5,15 @@ Reads with `pread` into buffers instead of mapping files, because mapped pages c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.streaming.direct_writer import read_bytes
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Safetensors dtype name to torch dtype, for the dtypes that arithmetic supports."""
 BLOCK = 1 << 20
 
 
@@ -29,7 +23,19 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_tensor(source: int, stored: StoredTensor) -> Tensor:
-    """Reads a tensor from an open file, in its stored dtype, which must be in `FLOATS`."""
-    tensor = torch.empty(stored.shape, dtype=FLOATS[stored.dtype])
-    read_bytes(source, as_bytes(tensor), stored.offset)
-    return tensor
+    """Reads a tensor from an open file: in its stored dtype, which must be in `FLOATS`, or in float32 if it is scaled.
+
+    Args:
+        source: File descriptor.
+        stored: The tensor.
+    """
+    rows = stored.shape[0] if stored.shape else 1
+    return read_rows(source, stored, 0, rows).view(stored.shape)
+
+
+def read_rows(source: int, stored: StoredTensor, first: int, rows: int) -> Tensor:
+    """Reads rows of a tensor, starting at `first`, as `[rows, inner]`; dtype as in `read_tensor`."""
+    block = torch.empty(rows, math.prod(stored.shape[1:]), dtype=FLOATS[stored.dtype])
+    read_bytes(source, as_bytes(block), stored.offset + first * block.shape[1] * block.element_size())
+    scale = read_scale(stored)
+    return block if scale is None else multiply(block.float(), scale, first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,15 +13,15 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.select import select_modules
+from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
-from lora_engine.streaming.blocks import FLOATS
 from lora_engine.streaming.channels import common_channels, pad_channels
 from lora_engine.streaming.inputs import check_same_tensors, read_location
-from lora_engine.streaming.model import StoredModel, open_model
+from lora_engine.streaming.model import StoredModel, TensorLocation, open_model
 
 _KINDS = ("lora", "full")
 _EMBEDDINGS = (".token_embedding", ".position_embedding")
@@ -150,10 +150,11 @@ class _Pairs:
 
     def difference(self, name: str) -> tuple[Tensor, Noise | None]:
         """Returns the difference in float32 and the base's shape, and the bound of its rounding noise."""
-        tuned, base = read_location(self._tuned.locations[name]), read_location(self._base.locations[name])
-        shape = base.shape
-        if name in self._common:
-            tuned, base = tuned[:, : self._common[name]], base[:, : self._common[name]]
+        places = self._tuned.locations[name], self._base.locations[name]
+        tuned, base = map(read_location, places)
+        shape, channels = base.shape, self._common.get(name)
+        if channels is not None:
+            tuned, base = tuned[:, :channels], base[:, :channels]
         difference = pad_channels(tuned.float() - base.float(), shape)
         if not all(math.isfinite(float(end)) for end in torch.aminmax(difference)):
             raise AdapterError(
@@ -164,8 +165,10 @@ class _Pairs:
             )
         if not self._noise_aware or difference.dim() < 2:
             return difference, None
-        variance = pad_channels(rounding_variance(tuned) + rounding_variance(base), shape)
-        return difference, Noise.of(variance.flatten(1))
+        first, second = map(location_variance, places)
+        if channels is not None:
+            first, second = first[:, :channels], second[:, :channels]
+        return difference, Noise.of(pad_channels(first + second, shape).flatten(1))
 
     def is_different(self, name: str) -> bool:
         """Returns True if the values of a tensor differ."""
@@ -194,6 +197,16 @@ def rounding_variance(weight: Tensor) -> Tensor:
     limits = torch.finfo(weight.dtype)
     spacing = torch.exp2(torch.frexp(weight.float()).exponent.double()).mul_(limits.eps / 2)
     return spacing.clamp_(min=limits.smallest_normal * limits.eps).square_().div_(12)
+
+
+def location_variance(location: TensorLocation) -> Tensor:
+    """Returns `rounding_variance` of a stored weight in its module's shape; that of a scaled one is of its values."""
+    stored, scale = location.stored, read_scale(location.stored)
+    variance = rounding_variance(read_location(replace(location, stored=replace(stored, scale=None))))
+    if scale is None:
+        return variance
+    factors = torch.ones(stored.shape[0], math.prod(stored.shape[1:]))
+    return variance.mul_(location.view(multiply(factors, scale, 0)).double().square_())
 
 
 def _module(

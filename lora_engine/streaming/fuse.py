@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
-from lora_engine.streaming.blocks import FLOATS, as_bytes
-from lora_engine.streaming.direct_writer import read_bytes
+from lora_engine.streaming.blocks import read_rows
 from lora_engine.streaming.inputs import (
     Sameness,
     Updates,
@@ -30,6 +28,7 @@ from lora_engine.streaming.model import StoredModel, open_model
 from lora_engine.streaming.output import check_output, copy_whole, write_model
 from lora_engine.streaming.provenance import FusedAdapter, fused_adapters, with_adapters
 from lora_engine.streaming.rewrite import Watch, rewrite
+from lora_engine.streaming.rounding import Rounding, RoundingMode
 from lora_engine.streaming.updates import open_updates
 
 
@@ -47,6 +46,9 @@ class FuseReport:
         recorded: After `unfuse`, True if the model's header named these adapters.
         difference: After `unfuse` with a base, the largest absolute difference of a changed element from the base; None
             without a base.
+        survived: Share of the change that rounding to the weights' dtypes keeps, near 1; see `Rounding.survived`. None
+            if all changed weights are float32 or float64.
+        raised_scales: Number of scales of quantized weights that were raised because changed values would not fit.
     """
 
     files: list[Path]
@@ -56,6 +58,8 @@ class FuseReport:
     fingerprint: Sameness = "unknown"
     recorded: bool = False
     difference: float | None = None
+    survived: float | None = None
+    raised_scales: int = 0
 
 
 def fuse(
@@ -66,12 +70,14 @@ def fuse(
     component: str | None = None,
     architecture: str | None = None,
     allow_other_base: bool = False,
+    rounding: RoundingMode = "nearest",
+    seed: int = 0,
 ) -> FuseReport:
     """Adds adapters to the weights of a model, and writes a new model of the same layout.
 
-    The sum is computed in float32 (float64 for float64 weights) and cast once to the weight's dtype. Every adapter
-    refers to the weights of the base, without the other adapters. All other tensors keep their bytes. After an error,
-    there is no output.
+    The sum is computed in float32 (float64 for float64 weights) and cast once to the weight's dtype. Scaled float8
+    weights are computed with their scale, and keep it if the result fits. Every adapter refers to the weights of the
+    base, without the other adapters. All other tensors keep their bytes. After an error, there is no output.
 
     Args:
         base: A diffusers folder, a component's folder or file, or an original single file; see `open_model`.
@@ -80,6 +86,8 @@ def fuse(
         component: Component of a single file; None means inferred.
         architecture: Architecture of an original single file; None means inferred.
         allow_other_base: True if adapters may name another base by fingerprint.
+        rounding: `nearest`, or `stochastic`, which keeps small changes on average, also in float8.
+        seed: Seed of stochastic rounding.
 
     Raises:
         AdapterError: An adapter does not fit: a module is missing, or a shape differs.
@@ -96,8 +104,9 @@ def fuse(
         file: with_adapters(model.files[file][1], [*fused_adapters(model.files[file][1], file), *entries])
         for file in {file for file, _ in updates}
     }
-    files = write_model(model, output, partial(_write, model, updates, headers, None))
-    return _report(files, updates, weighted, same)
+    cast = Rounding(rounding, seed)
+    files = write_model(model, output, partial(_write, model, updates, headers, None, cast))
+    return _report(files, updates, weighted, same, cast)
 
 
 def unfuse(
@@ -109,6 +118,8 @@ def unfuse(
     component: str | None = None,
     architecture: str | None = None,
     allow_other_base: bool = False,
+    rounding: RoundingMode = "nearest",
+    seed: int = 0,
 ) -> FuseReport:
     """Subtracts adapters from a model that they were fused into.
 
@@ -123,6 +134,8 @@ def unfuse(
         component: See `fuse`.
         architecture: See `fuse`.
         allow_other_base: True if the header may name other adapters, and an adapter another base.
+        rounding: See `fuse`.
+        seed: See `fuse`.
 
     Raises:
         AdapterError: An adapter does not fit, its kind needs the base, or the header does not name it.
@@ -143,9 +156,10 @@ def unfuse(
     remaining = {file: _without(model, file, weighted, is_other_allowed=allow_other_base) for file in changed}
     headers = {file: with_adapters(model.files[file][1], entries) for file, (entries, _) in remaining.items()}
     measure = None if original is None else _DistanceMeasure(original)
-    files = write_model(model, output, partial(_write, model, updates, headers, measure))
+    cast = Rounding(rounding, seed)
+    files = write_model(model, output, partial(_write, model, updates, headers, measure, cast))
     return replace(
-        _report(files, updates, weighted, same),
+        _report(files, updates, weighted, same, cast),
         recorded=all(was_named for _, was_named in remaining.values()),
         difference=None if measure is None else measure.largest,
     )
@@ -162,10 +176,9 @@ class _DistanceMeasure:
 
     def __call__(self, name: str, first: int, block: Tensor) -> None:
         stored = self._stored[name]
-        other = torch.empty(block.shape, dtype=FLOATS[stored.dtype])
         source = os.open(stored.path, os.O_RDONLY)
         try:
-            read_bytes(source, as_bytes(other), stored.offset + first * block.shape[1] * other.element_size())
+            other = read_rows(source, stored, first, len(block))
         finally:
             os.close(source)
         self.largest = max(self.largest, float((block.double() - other.double()).abs().max()))
@@ -176,12 +189,13 @@ def _write(
     updates: Updates,
     headers: Mapping[Path, Mapping[str, str]],
     watch: Watch | None,
+    rounding: Rounding,
     source: Path,
     target: Path,
 ) -> None:
     changes = {name: partial(open_updates, parts) for (file, name), parts in updates.items() if file == source}
     if changes:
-        rewrite(model.files[source][0], target, headers[source], changes, watch)
+        rewrite(model.files[source][0], target, headers[source], changes, watch, rounding)
     else:
         copy_whole(source, target)
 
@@ -210,6 +224,15 @@ def _without(
     return remaining, was_named
 
 
-def _report(files: list[Path], updates: Updates, weighted: list[WeightedAdapter], same: Sameness) -> FuseReport:
-    modules = {name for item in weighted if item.weight for name in item.adapter.modules}
-    return FuseReport(files, len(modules), len(updates), [item.entry for item in weighted], same)
+def _report(
+    files: list[Path], updates: Updates, weighted: list[WeightedAdapter], same: Sameness, rounding: Rounding
+) -> FuseReport:
+    return FuseReport(
+        files,
+        len({name for item in weighted if item.weight for name in item.adapter.modules}),
+        len(updates),
+        [item.entry for item in weighted],
+        same,
+        survived=rounding.survived,
+        raised_scales=rounding.raised,
+    )

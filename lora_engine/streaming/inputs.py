@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.adapters.tree import near_names
+from lora_engine.checkpoints.scales import FLOATS
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import read_adapter
-from lora_engine.streaming.blocks import FLOATS, read_tensor
+from lora_engine.streaming.blocks import read_tensor
 from lora_engine.streaming.model import StoredModel, TensorLocation
 from lora_engine.streaming.provenance import FusedAdapter, adapter_digest
 from lora_engine.streaming.updates import Update
@@ -168,14 +169,13 @@ def check_same_tensors(model: StoredModel, other: StoredModel, except_for: Colle
 
 
 def read_location(location: TensorLocation) -> Tensor:
-    """Reads the weight or the bias of a module, in its stored dtype and the module's shape."""
+    """Reads the weight or the bias of a module, in the module's shape; in its stored dtype, or float32 if scaled."""
     source = os.open(location.stored.path, os.O_RDONLY)
     try:
         tensor = read_tensor(source, location.stored)
     finally:
         os.close(source)
-    part = tensor[slice(*location.rows)] if tensor.dim() else tensor
-    return (part.T if location.transposed else part).reshape(location.shape)
+    return location.view(tensor)
 
 
 def _parts(model: StoredModel, module: str, delta: Delta) -> Iterable[str]:

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_engine.checkpoints.scales import FLOATS
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS, CheckpointMethod
-from lora_engine.streaming.blocks import FLOATS, as_bytes
+from lora_engine.streaming.blocks import read_rows
 from lora_engine.streaming.channels import common_channels
-from lora_engine.streaming.direct_writer import read_bytes
 from lora_engine.streaming.model import StoredModel, open_model
 from lora_engine.streaming.output import check_apart, check_output, copy_whole, write_model
 from lora_engine.streaming.provenance import without_stale
 from lora_engine.streaming.rewrite import rewrite
+from lora_engine.streaming.rounding import Rounding, RoundingMode
 
 MERGED = "loraline.merged"
 
@@ -42,6 +43,8 @@ class CheckpointReport:
         common_channels: Tensors that have more input channels in some models, such as inpainting models, with the
             number of channels that were merged; the first model's other channels are unchanged.
         warnings: Facts about the result that may be unintended.
+        survived: Share of the first model's change that rounding to its dtypes keeps; see `Rounding.survived`.
+        raised_scales: Number of scales of quantized weights that were raised because merged values would not fit.
     """
 
     files: list[Path]
@@ -51,6 +54,8 @@ class CheckpointReport:
     weights: list[float] = field(default_factory=list)
     common_channels: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    survived: float | None = None
+    raised_scales: int = 0
 
 
 def merge_checkpoints(
@@ -62,6 +67,8 @@ def merge_checkpoints(
     options: Mapping[str, float] | None = None,
     component: str | None = None,
     architecture: str | None = None,
+    rounding: RoundingMode = "nearest",
+    seed: int = 0,
 ) -> CheckpointReport:
     """Merges whole models of one architecture. The result has the first model's layout, dtypes and other files.
 
@@ -77,6 +84,8 @@ def merge_checkpoints(
         options: Options of the method by name; None means the defaults.
         component: Component of a single file; None means inferred.
         architecture: Architecture of original single files; None means inferred.
+        rounding: `nearest` or `stochastic`; see `fuse`.
+        seed: Seed of stochastic rounding.
 
     Raises:
         BaseModelError: A model cannot be read, or tensors are missing or differ in shape.
@@ -96,15 +105,17 @@ def merge_checkpoints(
     note: dict[str, Any] = {"method": method, "weights": weights, "options": settings, "parents": parents}
     if common:
         note["common_channels"] = common
-    merge = partial(chosen.merge, weights=weights, **settings)
+    merge, cast = partial(chosen.merge, weights=weights, **settings), Rounding(rounding, seed)
     with ExitStack() as stack:
         sources = _Sources(stack)
         header = {MERGED: canonical_json(note).decode()}
-        write = partial(_write, opened, chosen, merge, header, sources, common)
+        write = partial(_write, opened, chosen, merge, header, sources, common, cast)
         files = write_model(opened[0], output, write)
     floats = sum(stored.dtype in FLOATS for stored in opened[0].tensors.values())
     kept, warnings = len(opened[0].tensors) - floats, _warnings(chosen, weights)
-    return CheckpointReport(files, floats, kept, parents, weights, common, warnings)
+    return CheckpointReport(
+        files, floats, kept, parents, weights, common, warnings, survived=cast.survived, raised_scales=cast.raised
+    )
 
 
 def _warnings(method: CheckpointMethod, weights: Sequence[float]) -> list[str]:
@@ -127,10 +138,7 @@ class _Sources:
             descriptor = os.open(stored.path, os.O_RDONLY)
             self._stack.callback(os.close, descriptor)
             self._open[stored.path] = descriptor
-        block = torch.empty(rows, math.prod(stored.shape[1:]), dtype=FLOATS[stored.dtype])
-        offset = stored.offset + first * block.shape[1] * block.element_size()
-        read_bytes(self._open[stored.path], as_bytes(block), offset)
-        return block.to(dtype)
+        return read_rows(self._open[stored.path], stored, first, rows).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,7 @@ def _write(
     note: dict[str, str],
     sources: _Sources,
     common: Mapping[str, int],
+    rounding: Rounding,
     source: Path,
     target: Path,
 ) -> None:
@@ -170,13 +179,13 @@ def _write(
     keys = {name: key for key, (file, name) in models[0].origins.items() if file == source}
     changes = {}
     for name, stored in tensors.items():
-        if stored.dtype in FLOATS:
+        if name in keys and stored.dtype in FLOATS:
             channels = common.get(keys[name])
             width = None if channels is None else channels * math.prod(stored.shape[2:])
             same = [other[keys[name]] for other in others]
             changes[name] = partial(_Merge, same, width, merge, not method.is_elementwise, sources)
     if changes:
-        rewrite(tensors, target, without_stale(metadata) | note, changes)
+        rewrite(tensors, target, without_stale(metadata) | note, changes, rounding=rounding)
     else:
         copy_whole(source, target)
 

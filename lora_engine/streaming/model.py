@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints.names import checkpoint_names, stored_name
+from lora_engine.checkpoints.quantization import attach_scales, is_description
 from lora_engine.checkpoints.recognize import recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
 from lora_engine.checkpoints.text_names import canonical_text_name
+from lora_engine.checkpoints.transformer_names import OriginalTransformer, find_transformer
 from lora_engine.errors import BaseModelError
 from lora_engine.families import published
 from lora_engine.families.layout import INDEX, read_layout
+from lora_engine.families.names import TRANSFORMER
 from lora_engine.families.proof import has_known_modules
 
 _SUFFIX = ".safetensors"
@@ -34,6 +39,7 @@ class TensorLocation:
         shape: Shape of the weight in its module.
         rows: First row and last row + 1 of this weight in the stored tensor.
         transposed: True if the file has the transpose.
+        swapped: True if the halves of the rows are swapped in the file.
     """
 
     stored: StoredTensor
@@ -41,6 +47,14 @@ class TensorLocation:
     shape: tuple[int, ...]
     rows: tuple[int, int]
     transposed: bool = False
+    swapped: bool = False
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Returns this weight in its module's shape; `tensor` is the stored tensor, of any shape with its rows."""
+        part = tensor[slice(*self.rows)] if tensor.dim() else tensor
+        if self.swapped:
+            part = part.roll(len(part) // 2, 0)
+        return (part.T if self.transposed else part).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class StoredModel:
     Attributes:
         path: The folder or the file that was opened.
         family: `sd`, `sdxl`, ...; empty means unknown.
-        files: Each weights file, with its tensors and its metadata.
+        files: Each weights file, with its tensors and its metadata; scaled weights have their scale.
         others: All other files of the folder that belong to the model.
         locations: Canonical name of a tensor (`unet.conv_in.weight`) to its location.
         is_original: True for an original single file, with its own tensor names and shapes.
@@ -67,7 +81,12 @@ class StoredModel:
     def origins(self) -> dict[str, tuple[Path, str]]:
         """Canonical name (in an original file, stored name) of every tensor to its file and its name in the file."""
         if self.is_original:
-            return {name: (file, name) for file, (tensors, _) in self.files.items() for name in tensors}
+            return {
+                name: (file, name)
+                for file, (tensors, _) in self.files.items()
+                for name in tensors
+                if not is_description(name)
+            }
         return {key: (location.stored.path, location.name) for key, location in self.locations.items()}
 
     @cached_property
@@ -115,20 +134,30 @@ def open_model(path: Path, *, component: str | None = None, architecture: str | 
         weights = _component_files(path)
         others = tuple(sorted(file for file in path.iterdir() if _is_kept(file) and file not in weights))
         return _open_component(path, weights, others, component)
-    tensors, metadata = stored_tensors(path)
+    tensors, metadata = _read_file(path)
+    named = {name: stored for name, stored in tensors.items() if not is_description(name)}
+    transformer = None if component or architecture else find_transformer(named, str(path))
+    if transformer is not None:
+        return _open_transformer(path, tensors, metadata, transformer)
     if any(name.startswith(_ORIGINAL) for name in tensors):
         return _open_original(path, tensors, metadata, architecture)
     return _open_component(path, [path], (), component)
 
 
+def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    tensors, metadata = stored_tensors(path)
+    return attach_scales(tensors), metadata
+
+
 def _open_pipeline(path: Path) -> StoredModel:
     layout = read_layout(path)
     weights = [path / name for name in layout.files if name.endswith(_SUFFIX)]
-    files = {file: stored_tensors(file) for file in weights}
+    files = {file: _read_file(file) for file in weights}
     locations = _locate_all(
         (_canonical(file.parent.name, name), TensorLocation(stored, name, stored.shape, _all_rows(stored)))
         for file, (tensors, _) in files.items()
         for name, stored in tensors.items()
+        if not is_description(name)
     )
     others = {path / name for name in layout.files} - set(weights)
     for name, entry in layout.index.items():
@@ -139,15 +168,29 @@ def _open_pipeline(path: Path) -> StoredModel:
 
 
 def _open_component(path: Path, weights: list[Path], others: tuple[Path, ...], component: str | None) -> StoredModel:
-    files = {file: stored_tensors(file) for file in weights}
+    files = {file: _read_file(file) for file in weights}
     names = [name for tensors, _ in files.values() for name in tensors]
     part = component or _component_of(path, names)
     locations = _locate_all(
         (_canonical(part, name), TensorLocation(stored, name, stored.shape, _all_rows(stored)))
         for tensors, _ in files.values()
         for name, stored in tensors.items()
+        if not is_description(name)
     )
     return StoredModel(path, "", files, others, locations)
+
+
+def _open_transformer(
+    path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], transformer: OriginalTransformer
+) -> StoredModel:
+    locations = {
+        f"{TRANSFORMER}.{entry.name}": TensorLocation(
+            tensors[entry.key], entry.key, entry.shape, entry.rows, swapped=entry.swapped
+        )
+        for entry in transformer.tensors
+    }
+    files = {path: (tensors, metadata)}
+    return StoredModel(path, transformer.family.name, files, (), locations, is_original=True)
 
 
 def _open_original(

@@ -10,47 +10,23 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json
-from lora_engine.streaming.blocks import BLOCK, FLOATS, as_bytes
+from lora_engine.streaming.blocks import BLOCK, as_bytes
 from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
+from lora_engine.streaming.rounding import Rounding, cast_into
+from lora_engine.streaming.tensor_change import Opener, TensorChange, fitting_scale
 
-
-class TensorChange(Protocol):
-    """The change of one tensor.
-
-    Attributes:
-        is_whole: True if it needs the whole tensor at once instead of blocks of rows.
-        bound: Upper bound of the change of an element; infinity if unknown.
-    """
-
-    @property
-    def is_whole(self) -> bool: ...  # noqa: D102
-
-    @property
-    def bound(self) -> float: ...  # noqa: D102
-
-    def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
-        """Changes a block in place.
-
-        Args:
-            values: `[rows, inner]`, float32 (float64 for a float64 tensor).
-            stored: The same values in the stored dtype; for float32 and float64 the same memory as `values`.
-            first: First row of the block in the tensor.
-        """
-        ...
-
-
-Opener = Callable[[], TensorChange]
-"""Creates the change of a tensor just before it is written: only its factors are in memory in float32."""
 Watch = Callable[[str, int, Tensor], None]
-"""Called with every written block: name of the tensor, first row, `[rows, inner]` in the tensor's dtype."""
+"""Called with every written block: name of the tensor, first row, `[rows, inner]` in the tensor's dtype or, if it is
+scaled, as float32 values."""
 
 
 def rewrite(
@@ -59,6 +35,7 @@ def rewrite(
     metadata: Mapping[str, str],
     changes: Mapping[str, Opener],
     watch: Watch | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Rewrites a file atomically. Equal inputs give equal bytes.
 
@@ -68,12 +45,14 @@ def rewrite(
         metadata: Metadata of the new file.
         changes: Tensor name to its change; the dtypes of these tensors must be in `FLOATS`.
         watch: See `Watch`; None means no calls.
+        rounding: Casts the changed values and measures what is kept; None rounds to nearest.
 
     Raises:
         AdapterError: A changed value does not fit the tensor's dtype; partial files are removed.
         OSError: The disk is full; partial files are removed.
     """
-    atomic_write(output, lambda file: _write(file, tensors, metadata, changes, watch))
+    rounding = Rounding() if rounding is None else rounding
+    atomic_write(output, lambda file: _write(file, tensors, metadata, changes, watch, rounding))
 
 
 def _write(
@@ -82,6 +61,7 @@ def _write(
     metadata: Mapping[str, str],
     changes: Mapping[str, Opener],
     watch: Watch | None,
+    rounding: Rounding,
 ) -> None:
     ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
     with DirectWriter(file.fileno()) as writer:
@@ -91,11 +71,18 @@ def _write(
         with ordered[0][1].path.open("rb", buffering=0) as opened:
             source = opened.fileno()
             copied = ordered[0][1].offset
+            scales = _raised_scales(source, tensors, changes, rounding)
             for name, stored in ordered:
-                if name not in changes:
+                scale = scales.get(stored.offset) if stored.size else None
+                if name not in changes and scale is None:
                     continue
                 writer.copy(source, copied, stored.offset)
-                _write_changed(source, writer, name, stored, changes[name](), watch)
+                if scale is not None:
+                    writer.write(as_bytes(scale.to(FLOATS[stored.dtype])))
+                else:
+                    raised = None if stored.scale is None else scales.get(stored.scale.offset)
+                    block = _ChangedTensor(name, stored, changes[name](), raised, rounding)
+                    block.write(source, writer, watch)
                 copied = stored.offset + stored.size
             last = ordered[-1][1]
             writer.copy(source, copied, last.offset + last.size)
@@ -118,29 +105,76 @@ def _header(ordered: list[tuple[str, StoredTensor]], metadata: Mapping[str, str]
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_changed(
-    source: int, writer: DirectWriter, name: str, stored: StoredTensor, change: TensorChange, watch: Watch | None
-) -> None:
-    dtype = FLOATS[stored.dtype]
-    rows = stored.shape[0] if stored.shape else 1
-    inner = math.prod(stored.shape[1:])
-    stride = inner * dtype.itemsize
-    step = rows if change.is_whole else max(1, min(rows, BLOCK // max(stride, 1)))
-    work = torch.empty(step, inner) if dtype.itemsize < 4 else None
-    may_overflow = change.bound >= _safe_change(dtype)
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        with _next_block(writer, count * stride, dtype) as flat:
-            read_bytes(source, as_bytes(flat), stored.offset + first * stride)
-            block = flat.view(count, inner)
-            values = block if work is None else work[:count].copy_(block)
-            change.apply(values, block, first)
-            if work is not None:
-                block.copy_(values)
-            if may_overflow:
-                _check_finite(block, f"{stored.path}: tensor {name!r}")
-            if watch is not None:
-                watch(name, first, block)
+def _raised_scales(
+    source: int, tensors: Mapping[str, StoredTensor], changes: Mapping[str, Opener], rounding: Rounding
+) -> dict[int, Tensor]:
+    """Returns the scales that have to be raised, by their offset in the file."""
+    scales = {}
+    for name, open_change in changes.items():
+        stored = tensors[name]
+        scale = None if stored.scale is None else fitting_scale(source, stored, open_change())
+        if scale is not None and stored.scale is not None:
+            scales[stored.scale.offset] = scale
+    rounding.raised += len(scales)
+    return scales
+
+
+class _ChangedTensor:
+    """Writes one changed tensor."""
+
+    def __init__(
+        self, name: str, stored: StoredTensor, change: TensorChange, raised: Tensor | None, rounding: Rounding
+    ) -> None:
+        self._name, self._stored, self._change, self._rounding = name, stored, change, rounding
+        self._dtype = FLOATS[stored.dtype]
+        self._old = read_scale(stored)
+        self._new = self._old if raised is None else raised
+        self._draws = rounding.source_for(name)
+        self._may_overflow = self._old is not None or change.bound >= _safe_change(self._dtype)
+
+    def write(self, source: int, writer: DirectWriter, watch: Watch | None) -> None:
+        """Reads, changes and writes the tensor in blocks of rows."""
+        rows = self._stored.shape[0] if self._stored.shape else 1
+        inner = math.prod(self._stored.shape[1:])
+        stride = inner * self._dtype.itemsize
+        step = rows if self._change.is_whole else max(1, min(rows, BLOCK // max(stride, 1)))
+        is_cast = self._dtype.itemsize < 4 or self._old is not None
+        work = torch.empty(step, inner) if is_cast else None
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            with _next_block(writer, count * stride, self._dtype) as flat:
+                read_bytes(source, as_bytes(flat), self._stored.offset + first * stride)
+                block = flat.view(count, inner)
+                if work is None:
+                    self._change.apply(block, block, first)
+                else:
+                    self._apply(block, work[:count], first)
+                if self._may_overflow:
+                    _check_finite(block, f"{self._stored.path}: tensor {self._name!r}")
+                if watch is not None:
+                    watch(self._name, first, self._decoded(block, self._new, first))
+
+    def _apply(self, block: Tensor, values: Tensor, first: int) -> None:
+        """Changes a block in place by way of its values in float32."""
+        values.copy_(block)
+        is_measured = self._rounding.measures(self._dtype)
+        before = block.clone() if is_measured else block
+        if self._old is None:
+            self._change.apply(values, block, first)
+        else:
+            multiply(values, self._old, first)
+            self._change.apply(values, values, first)
+        wanted = values.clone() if is_measured and (self._draws is not None or self._new is not None) else values
+        if self._new is not None:
+            multiply(values, self._new.reciprocal(), first)
+        cast_into(block, values, self._draws)
+        if is_measured:
+            self._rounding.measure(
+                self._decoded(before, self._old, first), wanted, self._decoded(block, self._new, first)
+            )
+
+    def _decoded(self, block: Tensor, scale: Tensor | None, first: int) -> Tensor:
+        return block if scale is None else multiply(block.float(), scale, first)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.merging.compress import plain_factors
 from lora_engine.streaming.model import TensorLocation
-from lora_engine.streaming.rewrite import TensorChange
+from lora_engine.streaming.tensor_change import TensorChange
 
 Reference = Callable[[], Tensor]
 """Reads the weight (or bias) of the same module from another model, in its stored dtype."""
@@ -57,6 +57,8 @@ class _LowRank:
         down, up = plain_factors(delta)
         if location.transposed:
             down, up = up.T.contiguous(), down.T.contiguous()
+        if location.swapped:
+            up = up.roll(len(up) // 2, 0)
         self._down, self._up = down, up
         self._scale = weight * delta.scale
         self._first, self._last = location.rows
@@ -81,7 +83,7 @@ class _Dense:
 
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
         update, location = self._update, self._update.location
-        base = self._base(stored) if update.reference is None else update.reference()
+        base = location.view(stored) if update.reference is None else update.reference()
         if update.is_bias:
             change = update.delta.delta_bias(base)
             if change is None:
@@ -90,12 +92,9 @@ class _Dense:
             change = update.delta.delta_weight(base)
         part = values[slice(*location.rows)]
         flat = change.reshape(len(change), -1).T if location.transposed else change
+        if location.swapped:
+            flat = flat.roll(len(flat) // 2, 0)
         part.add_(flat.reshape(part.shape), alpha=update.weight)
-
-    def _base(self, stored: Tensor) -> Tensor:
-        location = self._update.location
-        part = stored[slice(*location.rows)]
-        return (part.T if location.transposed else part).reshape(location.shape)
 
 
 class _Sum:

@@ -52,7 +52,12 @@ _OUTSIDE_SHAPES = {
     "norm_out.linear": "2w w",
     "proj_out": "64 w",
 }
-SD3_NAMES = NameTable((Blocks("joint_blocks", "transformer_blocks", _JOINT, _SHAPES),), _OUTSIDE, _OUTSIDE_SHAPES)
+SD3_NAMES = NameTable(
+    (Blocks("joint_blocks", "transformer_blocks", _JOINT, _SHAPES),),
+    _OUTSIDE,
+    _OUTSIDE_SHAPES,
+    {"pos_embed": "pos_embed.pos_embed"},
+)
 # Widths of the published models: 3 medium and 3.5 medium, and 3.5 large.
 WIDTHS = (1536, 2432)
 

@@ -46,6 +46,7 @@ Z_IMAGE_NAMES = NameTable(
         "t_embedder.mlp.2": "256 1024",
         "cap_embedder.1": "w 2560",
     },
+    {name: name for name in ("x_pad_token", "cap_pad_token")},
 )
 QWEN3 = TextEncoder(
     role="qwen3_4b",

@@ -126,7 +126,7 @@ def test_a_weight_of_integers_is_refused(bases, tmp_path):
     tensors = load_file(base / UNET)
     name = f"{TARGETS[0].removeprefix('unet.')}.weight"
     save_file(tensors | {name: tensors[name].to(torch.int8)}, base / UNET)
-    with pytest.raises(BaseModelError, match="the dtype of the weight is I8"):
+    with pytest.raises(BaseModelError, match="the weights are quantized as I8 integers"):
         fuse(base, [(saved(adapter_for(base), tmp_path / "a.safetensors"), 1.0)], tmp_path / "out")
 
 
@@ -134,12 +134,12 @@ CHILD = """
 import sys, threading, time
 from pathlib import Path
 from lora_engine.streaming import fuse, rewrite
-written = rewrite._write_changed
+written = rewrite._ChangedTensor.write
 def slowly(*arguments):
     written(*arguments)
     Path(sys.argv[2], threading.current_thread().name).touch()
     time.sleep(60)
-rewrite._write_changed = slowly
+rewrite._ChangedTensor.write = slowly
 adapter = [(Path(sys.argv[1]), 1.0)]
 pairs = zip(sys.argv[3::2], sys.argv[4::2])
 threads = [
