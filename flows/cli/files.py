@@ -15,7 +15,8 @@ TargetFormat = Annotated[
     str,
     typer.Option(
         metavar="FORMAT",
-        help="Target format: {lora_engine.catalog.formats:written_formats}; for a whole model diffusers or ldm.",
+        help="Target format: {lora_engine.catalog.formats:written_formats}; for a whole model diffusers, "
+        "original (or ldm) or plain, which removes quantization.",
     ),
 ]
 _Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]

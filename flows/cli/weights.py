@@ -19,6 +19,10 @@ _Rank = Annotated[int | None, typer.Option(min=1, help="Rank; with --energy or -
 _Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, up to 1.")]
 Error = Annotated[float | None, typer.Option(help="Maximum relative error, below 1.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+_Rounding = Annotated[
+    Literal["nearest", "stochastic"],
+    typer.Option(help="Rounding of whole models to narrow dtypes; stochastic keeps small changes on average."),
+]
 
 
 _METHODS = (
@@ -48,21 +52,32 @@ def merge(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, for kinds and methods that read its weights.")] = None,
     dataset: Annotated[Path | None, typer.Option(help="Captioned dataset, for methods that learn the weights.")] = None,
+    rounding: _Rounding = "nearest",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one with their combined effect, or whole models of one architecture."""
+    from lora_engine.errors import SettingsError
     from tasks.operations.adapter_files import checkout_adapters, parse_settings
     from tasks.operations.model_files import are_models, merge_models
 
     options = parse_settings(settings or [])
     if are_models(models):
         report = merge_models(
-            models, output, method=method or "weighted-sum", options=options, base=base, dataset=dataset, seed=seed
+            models,
+            output,
+            method=method or "weighted-sum",
+            options=options,
+            base=base,
+            dataset=dataset,
+            seed=seed,
+            rounding=rounding,
         )
         line = f"{output}: {report['tensors']} tensors merged, {report['kept']} unchanged."
         _print(report, line, as_json=as_json)
         return
+    if rounding != "nearest":
+        raise SettingsError("a merge of adapters takes no rounding", remedy="leave out --rounding")
     with checkout_adapters(models, home_path()) as inputs:
         files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
         from lora_engine.merging.files import merge_files
@@ -105,7 +120,7 @@ def resize(
 def extract(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model: a folder, a file or a hub id.")],
     output: Output,
-    base: Annotated[str, typer.Option(help="Model that it was tuned from, in the same layout.")],
+    base: Annotated[str, typer.Option(help="Model that it was tuned from.")],
     rank: _Rank = None,
     energy: _Energy = None,
     error: Error = None,
@@ -154,6 +169,8 @@ def fuse(
     take_out: Annotated[bool, typer.Option(help="Remove adapters that were fused before.")] = False,
     original: Annotated[str | None, typer.Option(help="Original model to compare with (with --take-out).")] = None,
     other_base: Annotated[bool, typer.Option(help="Allow adapters of another base.")] = False,
+    rounding: _Rounding = "nearest",
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fuse adapters into a model's weights; all other tensors keep their bytes."""
@@ -164,9 +181,19 @@ def fuse(
     with checkout_adapters(adapters, home_path()) as inputs:
         if take_out:
             before = None if original is None else model_path(original)
-            report = unfuse(model_path(base), inputs, output, base=before, allow_other_base=other_base)
+            report = unfuse(
+                model_path(base),
+                inputs,
+                output,
+                base=before,
+                allow_other_base=other_base,
+                rounding=rounding,
+                seed=seed,
+            )
         else:
-            report = fuse_adapters(model_path(base), inputs, output, allow_other_base=other_base)
+            report = fuse_adapters(
+                model_path(base), inputs, output, allow_other_base=other_base, rounding=rounding, seed=seed
+            )
     line = (
         f"{output}: {report.modules} modules changed, {report.tensors} tensors; base fingerprint {report.fingerprint}."
     )
@@ -193,6 +220,10 @@ def _print(value: dict[str, Any], line: str, *, as_json: bool) -> None:
         print_json(value)
         return
     print(line)
+    if value.get("survived") is not None:
+        print(f"{value['survived']:.2%} of the change survives the rounding to the weights' dtypes.")
+    if value.get("raised_scales"):
+        print(f"{value['raised_scales']} scales of quantized weights were raised, because values would not fit.")
     for name, channels in value.get("common_channels", {}).items():
         print(f"{name}: the models have different input channels; used the {channels} that all have.")
     for warning in value.get("warnings", []):

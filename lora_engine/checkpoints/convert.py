@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_engine.checkpoints.convert_transformer import transformer_to_diffusers, transformer_to_original
 from lora_engine.checkpoints.folder import components_of, read_components, write_settings
 from lora_engine.checkpoints.names import checkpoint_names, component_locations
 from lora_engine.checkpoints.original import open_original
@@ -20,12 +21,13 @@ from lora_engine.checkpoints.plan import folder_architecture, folder_tensors, pl
 from lora_engine.checkpoints.recognize import Prediction, recognize
 from lora_engine.checkpoints.tensor_files import write_tensors
 from lora_engine.checkpoints.tokenizers import find_tokenizers, write_tokenizer
+from lora_engine.checkpoints.transformer_names import find_transformer
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.families import published
-from lora_engine.families.layout import read_layout
+from lora_engine.families.layout import INDEX, read_layout
 from lora_engine.files import FilePath
 
-TargetLayout = Literal["diffusers", "ldm"]
+TargetLayout = Literal["diffusers", "original", "ldm"]
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 _log = logging.getLogger(__name__)
 
@@ -45,10 +47,13 @@ def convert_checkpoint(
 ) -> list[Path]:
     """Converts a checkpoint tensor by tensor, keeping dtypes, and returns the written files.
 
+    Scaled float8 weights are written in bfloat16, times their scale.
+
     Args:
-        source: A single file (`.safetensors`, `.ckpt`) for `to="diffusers"`, a diffusers folder for `to="ldm"`.
+        source: A single file (`.safetensors`, `.ckpt`) for `to="diffusers"`; a diffusers folder, or the folder or file
+            of a transformer, for `to="original"`.
         out: The folder to create (must be empty or new), or the `.safetensors` file to write.
-        to: `diffusers` or `ldm`.
+        to: `diffusers`, or `original` (for Stable Diffusion also `ldm`) for the names of the original code.
         architecture: `sd15`, `sd2`, `sd2-base`, `sdxl`; None detects it from the source.
         prediction: Prediction type of the U-Net; None detects it. Most SD 2 files do not state it.
         config: A diffusers folder with the settings, for an unpublished structure; None uses the published settings.
@@ -66,11 +71,14 @@ def convert_checkpoint(
     config, tokenizer = Path(config) if config else None, Path(tokenizer) if tokenizer else None
     if architecture is not None:
         component_locations(architecture)
-    if to == "ldm":
+    if to in ("original", "ldm"):
         return _to_single_file(source, out, architecture, prediction, drop_unknown)
     if to != "diffusers":
-        raise SettingsError(f"a checkpoint cannot be converted to {to!r}", allowed="diffusers, ldm")
+        raise SettingsError(f"a checkpoint cannot be converted to {to!r}", allowed="diffusers, original, ldm")
     with open_original(source) as original:
+        transformer = None if architecture else find_transformer(original.tensors, str(source))
+        if transformer is not None:
+            return transformer_to_diffusers(original, transformer, out, config)
         recognized = recognize(
             original.shapes,
             original.metadata,
@@ -105,6 +113,8 @@ def _to_single_file(
 ) -> list[Path]:
     if out.suffix != ".safetensors":
         raise BaseModelError("an original file is only written as safetensors", where=str(out), allowed="*.safetensors")
+    if not (folder / INDEX).is_file() and folder.exists():
+        return transformer_to_original(folder, out)
     family = read_layout(folder).family.name
     components = read_components(folder)
     architecture = requested or folder_architecture(family, components)

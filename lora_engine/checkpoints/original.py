@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.checkpoints.quantization import weights_of
 from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
 from lora_engine.errors import BaseModelError
 from lora_engine.formats.pickles import is_pickled, unpickled
@@ -19,7 +20,7 @@ class OriginalFile:
 
     Attributes:
         path: Path of the file.
-        tensors: Tensors by name, without the level `state_dict` of a `.ckpt`.
+        tensors: Tensors by name, scaled weights with their scale; without the level `state_dict` of a `.ckpt`.
         metadata: Metadata of a safetensors file.
         steps: `global_step` of a `.ckpt`; None if absent.
         dropped: Objects in a `.ckpt` that were neither tensors nor plain values.
@@ -43,7 +44,7 @@ def open_original(path: Path) -> Iterator[OriginalFile]:
 
     Raises:
         AdapterError: The file cannot be read, or is refused.
-        BaseModelError: The file does not exist, or is a pickle without a state dict.
+        BaseModelError: The file does not exist, is a pickle without a state dict, or has packed weights.
     """
     if not path.is_file():
         raise BaseModelError(
@@ -51,7 +52,7 @@ def open_original(path: Path) -> Iterator[OriginalFile]:
         )
     if not is_pickled(path):
         tensors, metadata = stored_tensors(path)
-        yield OriginalFile(path, tensors, metadata)
+        yield OriginalFile(path, weights_of(tensors), metadata)
         return
     with unpickled(path) as pickled:
         stored = stored_tensors(pickled.tensors)[0]

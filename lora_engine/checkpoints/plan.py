@@ -16,6 +16,7 @@ from lora_engine.checkpoints.names import (
     tensor_shapes,
 )
 from lora_engine.checkpoints.original import OriginalFile
+from lora_engine.checkpoints.quantization import weights_of
 from lora_engine.checkpoints.recognize import Recognized
 from lora_engine.checkpoints.tensor_files import PlannedTensor, StoredTensor, merge_stored
 from lora_engine.checkpoints.text_names import canonical_text_name
@@ -104,7 +105,7 @@ def plan_single_file(
     where = "the diffusers folder"
     refuse(missing, "tensors are missing", where, "a complete folder", "save or download it again")
     refuse(misshaped, "tensors do not fit the settings", where, "the shapes of its config.json", "download it again")
-    mixed = [name for name, ranges in pieces.items() if len({piece.dtype for piece in ranges.values()}) > 1]
+    mixed = [name for name, ranges in pieces.items() if len({piece.value_dtype for piece in ranges.values()}) > 1]
     refuse(mixed, "tensors have parts of several dtypes", where, "one dtype for q, k and v of a layer", "cast them")
     plans = {}
     for name, ranges in pieces.items():
@@ -116,7 +117,19 @@ def plan_single_file(
 
 
 def folder_tensors(folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Returns, for each component with weights, canonical name to tensor; merges shards.
+    """Returns, for each component with weights, canonical name to tensor; scaled weights have their scale.
+
+    Raises:
+        BaseModelError: The folder is no complete diffusers folder of a known family, or weights are packed.
+    """
+    return {
+        component: {_canonical(component, name): tensor for name, tensor in weights_of(tensors).items()}
+        for component, tensors in stored_components(folder).items()
+    }
+
+
+def stored_components(folder: Path) -> dict[str, dict[str, StoredTensor]]:
+    """Returns, for each component with weights, the tensors of its files by their names; merges shards.
 
     Raises:
         BaseModelError: The folder is no complete diffusers folder of a known family.
@@ -126,9 +139,7 @@ def folder_tensors(folder: Path) -> dict[str, dict[str, StoredTensor]]:
         if name.endswith(".safetensors"):
             component_files.setdefault(name.split("/")[0], []).append(folder / name)
     return {
-        component: {
-            _canonical(component, name): tensor for name, tensor in merge_stored(files).items() if not is_buffer(name)
-        }
+        component: {name: tensor for name, tensor in merge_stored(files).items() if not is_buffer(name)}
         for component, files in component_files.items()
     }
 
@@ -146,8 +157,8 @@ def folder_architecture(family: str, components: Mapping[str, ComponentConfig]) 
     if family not in ("sd", "sdxl"):
         raise BaseModelError(
             f"bases of the family {family!r} cannot be converted",
-            allowed="sd, sdxl",
-            remedy="use the diffusers folder, which all commands accept",
+            allowed="sd, sdxl; of other families the folder of the transformer alone",
+            remedy="pass the transformer's folder, or use the diffusers folder, which all commands accept",
         )
     if family == "sdxl":
         return "sdxl"

@@ -10,8 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
 from lora_engine.errors import BaseModelError
 
 _WEIGHT = "weight"
@@ -34,8 +35,34 @@ _PACKED = {
 _ADVICE = "use the bf16, fp16 or fp8 file of the same model"
 
 
+StoredFile = tuple[dict[str, StoredTensor], dict[str, str]]
+"""Tensors by name, and the metadata."""
+
+
+def read_stored(files: Iterable[Path]) -> dict[Path, StoredFile]:
+    """Returns tensors and metadata of each file; scaled weights have their scale, which may be in another shard.
+
+    Raises:
+        BaseModelError: As `attach_scales`, or a file is damaged.
+        AdapterError: A file is not a safetensors file.
+    """
+    stored = {file: stored_tensors(file) for file in files}
+    shards: dict[Path, dict[str, StoredTensor]] = {}
+    for file, (tensors, _) in stored.items():
+        shards.setdefault(file.parent, {}).update(tensors)
+    scaled = {folder: attach_scales(tensors) for folder, tensors in shards.items()}
+    return {
+        file: ({name: _with_scale(own, scaled[file.parent][name]) for name, own in tensors.items()}, metadata)
+        for file, (tensors, metadata) in stored.items()
+    }
+
+
+def _with_scale(own: StoredTensor, attached: StoredTensor) -> StoredTensor:
+    return attached if attached.path == own.path else own  # the name is in two files, which the caller refuses
+
+
 def attach_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Returns the tensors of one file; scaled weights have their `scale`.
+    """Returns the tensors of one component; scaled weights have their `scale`.
 
     Raises:
         BaseModelError: Weights are packed, or a scale does not fit its weight; names the form.
@@ -52,7 +79,7 @@ def attach_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
 
 
 def weights_of(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Returns the tensors of one file as `attach_scales` does, without those that only describe quantization.
+    """Returns the tensors of one component as `attach_scales` does, without those that only describe quantization.
 
     Raises:
         BaseModelError: As `attach_scales`.
@@ -82,6 +109,11 @@ def refuse_packed(tensors: Mapping[str, StoredTensor]) -> None:
         )
 
 
+def is_packed(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Returns True if weights are packed, so no command can compute with them."""
+    return _packed_form(tensors) is not None
+
+
 def describe_quantization(tensors: Mapping[str, StoredTensor]) -> str:
     """Returns the quantization of a model's weights in words; empty if there is none."""
     packed = _packed_form(tensors)
@@ -105,7 +137,7 @@ def _packed_form(tensors: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
 
 def _check_scale(name: str, scale: StoredTensor, weight: StoredTensor | None) -> None:
     if weight is None:
-        problem = "is not in the file of its weight"
+        problem = "has no weight"
     elif scale.dtype not in _FLOATS[:4]:
         problem = f"has the dtype {scale.dtype}"
     elif not _fits(scale, weight):
@@ -115,7 +147,7 @@ def _check_scale(name: str, scale: StoredTensor, weight: StoredTensor | None) ->
     raise BaseModelError(
         f"a scale of the quantized weights {problem}",
         where=f"{scale.path}: tensor {name!r}",
-        allowed="one number for the weight, for a row or for equal parts of a row, in the weight's file",
+        allowed="one number for the weight, for a row or for equal parts of a row",
         remedy=_ADVICE,
     )
 

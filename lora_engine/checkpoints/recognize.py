@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lora_engine.checkpoints.names import COMPONENT_LOCATIONS
 from lora_engine.errors import BaseModelError
-from lora_engine.families.proof import recognize_family, titles
+from lora_engine.families.proof import has_known_modules, recognize_family, titles
 
 Prediction = Literal["epsilon", "v_prediction"]
 _Shapes = Mapping[str, tuple[int, ...]]
 
+_COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _UNET = "model.diffusion_model."
 _CONV_IN = f"{_UNET}input_blocks.0.0.weight"
 _CONTEXT = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
@@ -88,6 +90,29 @@ def recognize(
     if detected in ("sd2", "sd2-base"):
         detected = "sd2" if predicted == "v_prediction" else "sd2-base"
     return Recognized(detected, predicted, reason, variant, "ztsnr" in shapes)
+
+
+def component_of(path: Path, names: Collection[str]) -> str:
+    """Returns the component that a file or folder of a diffusers folder is, by its folder's name or its tensors.
+
+    Raises:
+        BaseModelError: Neither shows it.
+    """
+    for candidate in (path, path.parent):
+        if candidate.name in _COMPONENTS:
+            return candidate.name
+    if any(name.startswith(("down_blocks.", "mid_block.")) for name in names):
+        return "unet"
+    if any(name.startswith(("text_model.", "encoder.layers.", "encoder.block.")) for name in names):
+        return "text_encoder"
+    if has_known_modules(name.rpartition(".")[0].replace(".", "_") for name in names):
+        return "transformer"
+    raise BaseModelError(
+        "the component of the model cannot be inferred",
+        where=str(path),
+        allowed=", ".join(_COMPONENTS),
+        remedy="name its folder after the component, or pass a diffusers folder",
+    )
 
 
 def _architecture(shapes: _Shapes, where: str) -> str:

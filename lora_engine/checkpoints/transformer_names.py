@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lora_engine.checkpoints.tensor_files import PlannedTensor, StoredTensor
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, families
-from lora_engine.families.names import NameTable
+from lora_engine.families.names import TRANSFORMER, NameTable
 from lora_engine.families.proof import recognize_family, titles
 
 _PREFIX = "model.diffusion_model."
@@ -133,36 +133,50 @@ def plan_original(
     return planned
 
 
-def family_by_names(names: Iterable[str]) -> Family | None:
-    """Returns the supported family that alone has the modules of a transformer; None if there is none."""
-    modules = {_flat(_split(name)[0]): None for name in names}
-    proven = recognize_family(modules, by_size=False).proven
-    family = families[proven] if proven else None
+def family_of(tensors: Mapping[str, StoredTensor], class_name: str = "") -> Family | None:
+    """Returns the supported family that alone has a transformer with diffusers' names; None if there is none.
+
+    Args:
+        tensors: The tensors by diffusers' names.
+        class_name: Class in the transformer's `config.json`; empty means unknown.
+    """
+    modules = {_flat(_split(name)[0]): _rows_and_columns(stored) for name, stored in tensors.items()}
+    possible = recognize_family(modules, by_size=False).families
+    if class_name:
+        possible = tuple(name for name in possible if class_name in _classes(families[name]))
+    elif len(possible) > 1:
+        possible = recognize_family(modules).families
+    family = families[possible[0]] if len(possible) == 1 else None
     return family if family is not None and family.is_supported and family.names is not None else None
+
+
+def _classes(family: Family) -> set[str]:
+    return {entry.components[TRANSFORMER].class_name for entry in family.published if TRANSFORMER in entry.components}
 
 
 def _family_of(inner: Mapping[str, str], tensors: Mapping[str, StoredTensor], where: str) -> Family | None:
     modules = {_flat(_split(name)[0]): _rows_and_columns(tensors[key]) for name, key in inner.items()}
-    possible = [
-        name
-        for name in recognize_family(modules, by_size=False).families
-        if families[name].is_supported and any(_is_original(families[name], path) for path in inner)
-    ]
+    # The tables of families that are only recognized lack modules outside blocks, so the most complete table counts.
+    by_names = {name: _count(families[name], inner) for name in recognize_family(modules, by_size=False).families}
+    possible = [name for name, count in by_names.items() if count and count == max(by_names.values())]
     if len(possible) > 1:
         possible = [name for name in recognize_family(modules).families if name in possible] or possible
-    if len(possible) > 1:
+    supported = [name for name in possible if families[name].is_supported]
+    if supported and len(possible) > 1:
         raise BaseModelError(
             f"the model may be {titles(possible)}",
             where=where,
             allowed="a model with the modules of one family",
             remedy="use the diffusers folder",
         )
-    return families[possible[0]] if possible else None
+    return families[supported[0]] if supported else None
 
 
-def _is_original(family: Family, name: str) -> bool:
-    target = _table(family).find(_split(name)[0])
-    return target is not None and target.parts != (target.original,)
+def _count(family: Family, names: Iterable[str]) -> int:
+    """Returns the number of tensors whose modules a family's table has; 0 if all have diffusers' names."""
+    targets = [family.names.find(_split(name)[0]) for name in names] if family.names is not None else []
+    found = [target for target in targets if target is not None]
+    return len(found) if any(target.parts != (target.original,) for target in found) else 0
 
 
 def _locate(family: Family, name: str, key: str, stored: StoredTensor, weight: StoredTensor) -> list[TransformerTensor]:
@@ -181,7 +195,7 @@ def _locate(family: Family, name: str, key: str, stored: StoredTensor, weight: S
     shares, (_, count) = table.rows_of(target.parts, 1), _all_rows(stored)
     if count % sum(shares):
         raise BaseModelError(
-            f"the fused layer has {count} rows",
+            f"the fused layer of {family.title} has {count} rows",
             where=f"{stored.path}: tensor {key!r}",
             allowed=f"a multiple of {sum(shares)}, for {', '.join(target.parts)}",
             remedy="check the file",

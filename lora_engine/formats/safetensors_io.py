@@ -187,6 +187,7 @@ def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str
     with path.open("rb") as file:
         start = file.read(9)
         _refuse_pickle(path, start)
+        _refuse_gguf(path, start)
         file.seek(8)
         length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else size
         if length > min(limits.header, size - 8):
@@ -208,6 +209,16 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
             where=str(path),
             allowed="a .safetensors file",
             remedy="ask its author for a .safetensors file",
+        )
+
+
+def _refuse_gguf(path: Path, start: bytes) -> None:
+    if start.startswith(b"GGUF"):
+        raise AdapterError(
+            "the file is GGUF, whose blocks of quantized weights are not read",
+            where=str(path),
+            allowed="a .safetensors file",
+            remedy="use the bf16, fp16 or fp8 safetensors file of the same model",
         )
 
 

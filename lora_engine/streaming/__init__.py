@@ -8,6 +8,7 @@ from lora_engine.streaming.extract import ExtractReport, extract
 from lora_engine.streaming.fuse import FuseReport, fuse, unfuse
 from lora_engine.streaming.merge import CheckpointReport, merge_checkpoints
 from lora_engine.streaming.model import StoredModel, open_model
+from lora_engine.streaming.plain import write_plain
 
 __all__ = [
     "CHECKPOINT_METHODS",
@@ -20,4 +21,5 @@ __all__ = [
     "merge_checkpoints",
     "open_model",
     "unfuse",
+    "write_plain",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.adapters.full import FullDelta
 from lora_engine.adapters.select import select_modules
-from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
+from lora_engine.checkpoints.scales import FLOATS
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.spectrum import Noise, leading_part
@@ -21,7 +21,8 @@ from lora_engine.progress import Progress, no_progress
 from lora_engine.seeds import generator
 from lora_engine.streaming.channels import common_channels, pad_channels
 from lora_engine.streaming.inputs import check_same_tensors, read_location
-from lora_engine.streaming.model import StoredModel, TensorLocation, open_model
+from lora_engine.streaming.model import StoredModel, open_model
+from lora_engine.streaming.noise import location_variance
 
 _KINDS = ("lora", "full")
 _EMBEDDINGS = (".token_embedding", ".position_embedding")
@@ -86,7 +87,7 @@ def extract(
 
     Args:
         tuned: The fine-tuned model; see `streaming.open_model`.
-        base: The base model, in the same layout.
+        base: The base model, with the same tensors, in any layout.
         rank: The rank; with one of the next two, the maximum rank.
         energy: Minimum share of the squared norm that every module keeps, above 0, up to 1.
         frobenius: Maximum relative error of every module, from 0, below 1.
@@ -111,7 +112,7 @@ def extract(
     budget = _budget(rank, energy, frobenius, kind, is_noise_enough=noise_aware)
     first, second = (open_model(path, component=component, architecture=architecture) for path in (tuned, base))
     common = common_channels([{name: part.shape for name, part in m.locations.items()} for m in (first, second)])
-    check_same_tensors(first, second, except_for=common)
+    check_same_tensors(first, second, except_for=common, in_any_layout=True)
     chosen = _targets(second, targets)
     pairs = _Pairs(first, second, common, noise_aware=noise_aware)
     modules: dict[str, Delta] = {}
@@ -187,26 +188,6 @@ class _Pairs:
                 if any(bool(change.any()) for change in changes.values()):
                     deltas[name] = FullDelta(changes["weight"], changes.get("bias"))
         return deltas
-
-
-def rounding_variance(weight: Tensor) -> Tensor:
-    """Returns the variance of the rounding error of each element of a weight, in float64 and its shape.
-
-    The error is uniform within half of the spacing between neighboring numbers: spacing^2 / 12.
-    """
-    limits = torch.finfo(weight.dtype)
-    spacing = torch.exp2(torch.frexp(weight.float()).exponent.double()).mul_(limits.eps / 2)
-    return spacing.clamp_(min=limits.smallest_normal * limits.eps).square_().div_(12)
-
-
-def location_variance(location: TensorLocation) -> Tensor:
-    """Returns `rounding_variance` of a stored weight in its module's shape; that of a scaled one is of its values."""
-    stored, scale = location.stored, read_scale(location.stored)
-    variance = rounding_variance(read_location(replace(location, stored=replace(stored, scale=None))))
-    if scale is None:
-        return variance
-    factors = torch.ones(stored.shape[0], math.prod(stored.shape[1:]))
-    return variance.mul_(location.view(multiply(factors, scale, 0)).double().square_())
 
 
 def _module(

@@ -143,14 +143,23 @@ def check_removable(adapters: Sequence[WeightedAdapter]) -> None:
             )
 
 
-def check_same_tensors(model: StoredModel, other: StoredModel, except_for: Collection[str] = ()) -> None:
+def check_same_tensors(
+    model: StoredModel, other: StoredModel, except_for: Collection[str] = (), *, in_any_layout: bool = False
+) -> None:
     """Raises `BaseModelError` if the tensors of two models differ in name or shape, except for some names.
+
+    Args:
+        model: A model.
+        other: Another one.
+        except_for: Canonical names that are not compared.
+        in_any_layout: True compares canonical names and shapes; False also the names in the files.
 
     Raises:
         BaseModelError: Names or shapes differ; the message has their number and the first name.
     """
     first_shapes, second_shapes = (
-        {name: (location.name, location.shape) for name, location in item.locations.items()} for item in (model, other)
+        {name: ("" if in_any_layout else location.name, location.shape) for name, location in item.locations.items()}
+        for item in (model, other)
     )
     names = first_shapes.keys() | second_shapes.keys()
     differing = sorted(

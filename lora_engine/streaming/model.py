@@ -11,19 +11,17 @@ from torch import Tensor
 
 from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints.names import checkpoint_names, stored_name
-from lora_engine.checkpoints.quantization import attach_scales, is_description
-from lora_engine.checkpoints.recognize import recognize
-from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
+from lora_engine.checkpoints.quantization import is_description, read_stored
+from lora_engine.checkpoints.recognize import component_of, recognize
+from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.checkpoints.transformer_names import OriginalTransformer, find_transformer
 from lora_engine.errors import BaseModelError
 from lora_engine.families import published
 from lora_engine.families.layout import INDEX, read_layout
 from lora_engine.families.names import TRANSFORMER
-from lora_engine.families.proof import has_known_modules
 
 _SUFFIX = ".safetensors"
-_COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _ORIGINAL = "model.diffusion_model."
 # Files of a diffusers folder that are not part of the written model.
 _PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
@@ -134,7 +132,7 @@ def open_model(path: Path, *, component: str | None = None, architecture: str | 
         weights = _component_files(path)
         others = tuple(sorted(file for file in path.iterdir() if _is_kept(file) and file not in weights))
         return _open_component(path, weights, others, component)
-    tensors, metadata = _read_file(path)
+    tensors, metadata = read_stored([path])[path]
     named = {name: stored for name, stored in tensors.items() if not is_description(name)}
     transformer = None if component or architecture else find_transformer(named, str(path))
     if transformer is not None:
@@ -144,15 +142,10 @@ def open_model(path: Path, *, component: str | None = None, architecture: str | 
     return _open_component(path, [path], (), component)
 
 
-def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    tensors, metadata = stored_tensors(path)
-    return attach_scales(tensors), metadata
-
-
 def _open_pipeline(path: Path) -> StoredModel:
     layout = read_layout(path)
     weights = [path / name for name in layout.files if name.endswith(_SUFFIX)]
-    files = {file: _read_file(file) for file in weights}
+    files = read_stored(weights)
     locations = _locate_all(
         (_canonical(file.parent.name, name), TensorLocation(stored, name, stored.shape, _all_rows(stored)))
         for file, (tensors, _) in files.items()
@@ -168,9 +161,9 @@ def _open_pipeline(path: Path) -> StoredModel:
 
 
 def _open_component(path: Path, weights: list[Path], others: tuple[Path, ...], component: str | None) -> StoredModel:
-    files = {file: _read_file(file) for file in weights}
+    files = read_stored(weights)
     names = [name for tensors, _ in files.values() for name in tensors]
-    part = component or _component_of(path, names)
+    part = component or component_of(path, names)
     locations = _locate_all(
         (_canonical(part, name), TensorLocation(stored, name, stored.shape, _all_rows(stored)))
         for tensors, _ in files.values()
@@ -246,21 +239,3 @@ def _component_files(folder: Path) -> list[Path]:
             remedy="name the file itself",
         )
     return default
-
-
-def _component_of(path: Path, names: list[str]) -> str:
-    for candidate in (path, path.parent):
-        if candidate.name in _COMPONENTS:
-            return candidate.name
-    if any(name.startswith(("down_blocks.", "mid_block.")) for name in names):
-        return "unet"
-    if any(name.startswith(("text_model.", "encoder.layers.")) for name in names):
-        return "text_encoder"
-    if has_known_modules(name.rpartition(".")[0].replace(".", "_") for name in names):
-        return "transformer"
-    raise BaseModelError(
-        "the component of the model cannot be inferred",
-        where=str(path),
-        allowed=", ".join(_COMPONENTS),
-        remedy="set the component, or pass a diffusers folder",
-    )

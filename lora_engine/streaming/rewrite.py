@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
-from lora_engine.errors import AdapterError
+from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.streaming.blocks import BLOCK, as_bytes
 from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
@@ -49,6 +49,7 @@ def rewrite(
 
     Raises:
         AdapterError: A changed value does not fit the tensor's dtype; partial files are removed.
+        BaseModelError: A scale has to be raised and is in another file.
         OSError: The disk is full; partial files are removed.
     """
     rounding = Rounding() if rounding is None else rounding
@@ -80,7 +81,7 @@ def _write(
                 if scale is not None:
                     writer.write(as_bytes(scale.to(FLOATS[stored.dtype])))
                 else:
-                    raised = None if stored.scale is None else scales.get(stored.scale.offset)
+                    raised = scales.get(stored.scale.offset) if stored.scale else None
                     block = _ChangedTensor(name, stored, changes[name](), raised, rounding)
                     block.write(source, writer, watch)
                 copied = stored.offset + stored.size
@@ -113,8 +114,16 @@ def _raised_scales(
     for name, open_change in changes.items():
         stored = tensors[name]
         scale = None if stored.scale is None else fitting_scale(source, stored, open_change())
-        if scale is not None and stored.scale is not None:
-            scales[stored.scale.offset] = scale
+        if scale is None or stored.scale is None:
+            continue
+        if stored.scale.path != stored.path:
+            raise BaseModelError(
+                "the scale has to be raised, and is in another shard than its weight",
+                where=f"{stored.path}: tensor {name!r}",
+                allowed="changed values that fit with the scale, or a scale in the weight's file",
+                remedy="remove the quantization first: loraline convert MODEL --to plain",
+            )
+        scales[stored.scale.offset] = scale
     rounding.raised += len(scales)
     return scales
 
@@ -156,22 +165,21 @@ class _ChangedTensor:
 
     def _apply(self, block: Tensor, values: Tensor, first: int) -> None:
         """Changes a block in place by way of its values in float32."""
+        rows = self._rounding.measured_rows(block)
         values.copy_(block)
-        is_measured = self._rounding.measures(self._dtype)
-        before = block.clone() if is_measured else block
         if self._old is None:
+            before = block[rows].clone()
             self._change.apply(values, block, first)
         else:
-            multiply(values, self._old, first)
+            before = multiply(values, self._old, first)[rows].clone()
             self._change.apply(values, values, first)
-        wanted = values.clone() if is_measured and (self._draws is not None or self._new is not None) else values
+        is_scratch = self._draws is not None or self._new is not None
+        wanted = values[rows].clone() if is_scratch else values[rows]
         if self._new is not None:
             multiply(values, self._new.reciprocal(), first)
         cast_into(block, values, self._draws)
-        if is_measured:
-            self._rounding.measure(
-                self._decoded(before, self._old, first), wanted, self._decoded(block, self._new, first)
-            )
+        if len(wanted):
+            self._rounding.measure(before, wanted, self._decoded(block, self._new, first)[rows])
 
     def _decoded(self, block: Tensor, scale: Tensor | None, first: int) -> Tensor:
         return block if scale is None else multiply(block.float(), scale, first)

@@ -17,8 +17,9 @@ from lora_engine.seeds import generator
 RoundingMode = Literal["nearest", "stochastic"]
 # Elements per step of a measurement, which bounds its memory.
 _STEP = 1 << 18
-# 16-bit tensors: every block up to this number is measured, then one of so many.
-_FIRST, _EVERY = 64, 8
+# Of 16-bit tensors a sample is measured, because measuring costs as much as the change: of the first blocks and of one
+# in eight after them about so many elements, in evenly spaced rows.
+_SAMPLE, _FIRST, _EVERY = 1 << 14, 64, 8
 
 
 class Rounding:
@@ -48,8 +49,8 @@ class Rounding:
     def survived(self) -> float | None:
         """Share of the changes that is in the stored values; None if no changed tensor is narrower than float32.
 
-        It is `sum(stored * wanted) / sum(wanted^2)` over the changes of the measured elements: all of float8, and of
-        16-bit dtypes those of the first 64 blocks and of one block in eight after them.
+        It is `sum(stored * wanted) / sum(wanted^2)` over the changes of all float8 elements, and of a sample of the
+        elements of 16-bit tensors.
         """
         return self._dot / self._square if self._square else None
 
@@ -57,12 +58,13 @@ class Rounding:
         """Returns the generator for the blocks of a tensor, in their order; None to round to nearest."""
         return None if self._mode == "nearest" else generator(self._seed, "rounding", tensor)
 
-    def measures(self, dtype: torch.dtype) -> bool:
-        """Returns True if the next block, of this dtype, is to be measured."""
-        if dtype.itemsize == 1:
-            return True
+    def measured_rows(self, block: Tensor) -> slice:
+        """Returns the rows of the next block, `[rows, inner]` in its stored dtype, that are to be measured."""
+        if block.element_size() == 1:
+            return slice(None)
         self._blocks += 1
-        return self._blocks <= _FIRST or self._blocks % _EVERY == 0
+        is_measured = self._blocks <= _FIRST or self._blocks % _EVERY == 0
+        return slice(0, None if is_measured else 0, max(1, block.numel() // _SAMPLE))
 
     def measure(self, before: Tensor, wanted: Tensor, stored: Tensor) -> None:
         """Adds a block to `survived`; all of one shape, of any float dtypes."""

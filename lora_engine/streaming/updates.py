@@ -84,6 +84,7 @@ class _Dense:
     def apply(self, values: Tensor, stored: Tensor, first: int) -> None:
         update, location = self._update, self._update.location
         base = location.view(stored) if update.reference is None else update.reference()
+        base = base.float() if base.element_size() == 1 else base  # torch computes nothing in float8
         if update.is_bias:
             change = update.delta.delta_bias(base)
             if change is None:

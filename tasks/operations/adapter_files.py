@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_engine.errors import AdapterError, BaseModelError, UnknownBaseError
+from lora_engine.errors import AdapterError, BaseModelError, SettingsError, UnknownBaseError
 from registry.home import Home
 from registry.store.snapshot import find_scratch
 from tasks.errors import SpecError
@@ -130,10 +130,25 @@ def _cast_adapter(file: Path, output: Path, to: str, dtype: str | None, unknown:
 
 
 def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[str, Any]:
-    """Writes a whole model in another layout; `settings`: see `checkpoints.convert_checkpoint`."""
+    """Writes a whole model in another layout, or, for `to="plain"`, without quantization.
+
+    Args:
+        file: The model.
+        output: A file or a folder.
+        to: `plain`, or see `checkpoints.convert_checkpoint`.
+        settings: See `checkpoints.convert_checkpoint`; `plain` has none.
+    """
     from lora_engine.checkpoints import convert_checkpoint
     from lora_engine.files import sha256_file
 
+    if to == "plain":
+        from lora_engine.streaming import write_plain
+
+        for name, value in settings.items():
+            if value:
+                raise SettingsError(f"a conversion to 'plain' takes no {name}", remedy="leave the option out")
+        written = write_plain(file, output)
+        return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
     written = convert_checkpoint(file, output, to=to, **settings)  # type: ignore[arg-type]  # the callee checks `to`
     return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
 

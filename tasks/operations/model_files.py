@@ -10,18 +10,6 @@ from typing import Any
 from lora_engine.errors import SettingsError
 from tasks.operations.adapter_files import model_path, parse_weighted
 
-# Weights that only whole components have under these names; adapters name them with a prefix or a suffix.
-_INPUTS = {
-    "conv_in.weight",
-    "encoder.conv_in.weight",
-    "text_model.embeddings.token_embedding.weight",
-    "shared.weight",
-    "x_embedder.weight",
-    "pos_embed.proj.weight",
-    "img_in.weight",
-    "patch_embedding.weight",
-}
-
 
 def are_models(texts: Sequence[str]) -> bool:
     """Returns True if `name` or `name:weight` texts name whole models, and False if they name adapters.
@@ -31,8 +19,10 @@ def are_models(texts: Sequence[str]) -> bool:
         SettingsError: Some are models, and others adapters.
         SpecError: A weight is not a number.
     """
+    from lora_engine.checkpoints import is_checkpoint
+
     paths = [Path(parse_weighted(text)[0]) for text in texts]
-    models = {path: _is_model(path) for path in paths if path.exists()}
+    models = {path: is_checkpoint(path) for path in paths if path.exists()}
     if len(set(models.values())) > 1:
         adapter = next(path for path, is_whole in models.items() if not is_whole)
         raise SettingsError(
@@ -41,18 +31,6 @@ def are_models(texts: Sequence[str]) -> bool:
             remedy="add adapters to a model with `loraline fuse`",
         )
     return any(models.values())
-
-
-def _is_model(path: Path) -> bool:
-    """Returns True for a checkpoint, and for the folder or file of one of its components."""
-    from lora_engine.checkpoints import is_checkpoint
-    from lora_engine.formats.safetensors_io import read_header
-
-    if is_checkpoint(path):
-        return True
-    if path.is_dir():
-        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
-    return path.suffix == ".safetensors" and not _INPUTS.isdisjoint(read_header(path)[0])
 
 
 def merge_models(
@@ -64,6 +42,7 @@ def merge_models(
     base: str | None,
     dataset: Path | None,
     seed: int,
+    rounding: str = "nearest",
 ) -> dict[str, Any]:
     """Writes the merge of whole models.
 
@@ -74,7 +53,8 @@ def merge_models(
         options: Options of the method.
         base: Must be None; only merges of adapters read a base.
         dataset: Must be None; only merges of adapters learn weights.
-        seed: Must be 0; no method for models draws.
+        seed: Seed of stochastic rounding; else it must be 0, because no method for models draws.
+        rounding: `nearest` or `stochastic`.
 
     Returns:
         The fields of `CheckpointReport`.
@@ -85,11 +65,21 @@ def merge_models(
     """
     from lora_engine.streaming import CHECKPOINT_METHODS, merge_checkpoints
 
-    for name, is_set in (("base", base is not None), ("dataset", dataset is not None), ("seed", seed != 0)):
+    has_seed = seed != 0 and rounding == "nearest"
+    for name, is_set in (("base", base is not None), ("dataset", dataset is not None), ("seed", has_seed)):
         if is_set:
             raise SettingsError(f"a merge of whole models takes no {name}", remedy=f"leave out --{name}")
     named = [parse_weighted(text) for text in texts]
     given = [None if name == text else weight for text, (name, weight) in zip(texts, named, strict=True)]
     weights = CHECKPOINT_METHODS[method].weights_for(given)
     paths = [model_path(name) for name, _ in named]
-    return asdict(merge_checkpoints(paths, weights, output, method=method, options=options))
+    report = merge_checkpoints(
+        paths,
+        weights,
+        output,
+        method=method,
+        options=options,
+        rounding=rounding,  # type: ignore[arg-type]  # the callee checks it
+        seed=seed,
+    )
+    return asdict(report)

@@ -97,7 +97,7 @@ def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_or_target_is_refused(singles: dict[str, Path], tmp_path: Path) -> None:
     refuse(singles["sd15"], tmp_path, "'sd17'.*sd15, sd2", SettingsError, architecture="sd17")
-    with pytest.raises(SettingsError, match="diffusers, ldm"):
+    with pytest.raises(SettingsError, match="diffusers, original, ldm"):
         convert_checkpoint(singles["sd15"], tmp_path / "out", to="gguf")  # type: ignore[arg-type]
 
 

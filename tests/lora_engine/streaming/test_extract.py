@@ -11,7 +11,8 @@ from lora_engine.formats import write_adapter
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.spectrum import Noise, leading_part
 from lora_engine.streaming import fuse
-from lora_engine.streaming.extract import extract, rounding_variance
+from lora_engine.streaming.extract import extract
+from lora_engine.streaming.noise import rounding_variance
 
 SHAPES = {
     "down_blocks.0.attn.to_q": (96, 160),
