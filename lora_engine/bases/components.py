@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from torch import nn
 
 from lora_engine.bases.source import BaseSource
 from lora_engine.building import BUILDING
+from lora_engine.checkpoints.quantization import read_stored
+from lora_engine.checkpoints.scales import multiply, read_scale
+from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.errors import BaseModelError
 
 _ALIGNMENT = 64
 
 
 def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dtype) -> nn.Module:
-    """Loads one component with weights on the CPU, frozen and in evaluation mode.
+    """Loads one component with weights on the CPU, frozen and in evaluation mode; scaled weights times their scales.
 
     Args:
         cls: Its class in diffusers or transformers.
@@ -27,8 +31,9 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
         dtype: Dtype of the weights in memory.
 
     Raises:
-        BaseModelError: The files are damaged or do not match the configuration.
+        BaseModelError: The files are damaged, do not match the configuration, or have packed weights.
     """
+    scaled = _scaled_weights(source, component)
     extra: dict[str, Any] = {"dtype": dtype}
     if cls.__module__.startswith("diffusers"):
         # Without accelerate, the default of diffusers falls back with a warning.
@@ -49,7 +54,35 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
     if not isinstance(module, nn.Module):
         raise BaseModelError(f"{cls.__name__} returned no module", where=str(source.folder / component))
     align_weights(module)
-    return module.requires_grad_(False).eval()
+    module.requires_grad_(False)
+    _apply_scales(module, scaled, source.folder / component)
+    return module.eval()
+
+
+def _scaled_weights(source: BaseSource, component: str) -> dict[str, StoredTensor]:
+    """Returns the scaled weights of a component by their names in the files; the libraries ignore their scales."""
+    names = [name for name in source.layout.files if name.startswith(f"{component}/") and name.endswith(".safetensors")]
+    stored = read_stored(source.folder / name for name in names)
+    return {
+        name: tensor for tensors, _ in stored.values() for name, tensor in tensors.items() if tensor.scale is not None
+    }
+
+
+def _apply_scales(module: nn.Module, scaled: Mapping[str, StoredTensor], folder: Path) -> None:
+    if not scaled:
+        return
+    parameters = {canonical_text_name(name): value for name, value in module.named_parameters()}
+    for name, stored in scaled.items():
+        scale, value = read_scale(stored), parameters.get(canonical_text_name(name))
+        if value is None or scale is None or value.shape != stored.shape:
+            raise BaseModelError(
+                "the scaled weight is not a weight of the component",
+                where=f"{folder}: tensor {name!r}",
+                allowed="scaled weights with the names and shapes of the component",
+                remedy="remove the quantization first: loraline convert MODEL --to plain",
+            )
+        values = multiply(value.detach().float().reshape(len(value), -1).contiguous(), scale, 0)
+        value.copy_(values.view(value.shape))
 
 
 def load_tokenizer(cls: Any, source: BaseSource, component: str) -> Any:

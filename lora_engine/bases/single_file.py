@@ -76,6 +76,7 @@ def _convert(file: Path, folder: Path, config: Path | None, tokenizer: Path | No
     from lora_engine.checkpoints import convert_checkpoint
 
     try:
+        _refuse_transformer(file)
         convert_checkpoint(file, folder, to="diffusers", config=config, tokenizer=tokenizer)
     except BaseModelError:
         raise
@@ -84,3 +85,15 @@ def _convert(file: Path, folder: Path, config: Path | None, tokenizer: Path | No
         raise BaseModelError(
             error.problem, where=error.where or str(file), allowed=error.allowed, remedy=error.remedy
         ) from error
+
+
+def _refuse_transformer(file: Path) -> None:
+    from lora_engine.checkpoints import is_original_transformer
+
+    if is_original_transformer(file):
+        raise BaseModelError(
+            "the file holds a transformer in its original names, without text encoders and autoencoder",
+            where=str(file),
+            allowed="a complete base",
+            remedy="convert it into a diffusers folder: loraline convert FILE --to diffusers -o BASE/transformer",
+        )

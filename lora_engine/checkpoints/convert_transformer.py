@@ -11,13 +11,14 @@ from lora_engine.checkpoints.names import tensor_shapes
 from lora_engine.checkpoints.original import OriginalFile
 from lora_engine.checkpoints.plan import refuse
 from lora_engine.checkpoints.quantization import weights_of
-from lora_engine.checkpoints.tensor_files import PlannedTensor, merge_stored, write_tensors
-from lora_engine.checkpoints.transformer_names import OriginalTransformer, family_of, plan_original
+from lora_engine.checkpoints.tensor_files import PlannedTensor, merge_stored, stored_tensors, write_tensors
+from lora_engine.checkpoints.transformer_names import OriginalTransformer, family_of, find_transformer, plan_original
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, Family
 from lora_engine.families.layout import INDEX
 from lora_engine.families.names import TRANSFORMER
 from lora_engine.files import atomic_write
+from lora_engine.formats.pickles import is_pickled
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _METADATA = {"format": "pt"}
@@ -78,6 +79,16 @@ def transformer_to_original(source: Path, out: Path) -> list[Path]:
         )
     write_tensors(out, plan_original(family, tensors, str(source)), _METADATA)
     return [out]
+
+
+def is_original_transformer(path: Path) -> bool:
+    """Returns True for a `.safetensors` file with a transformer in its original names.
+
+    Raises:
+        BaseModelError: The file is damaged, or has packed weights.
+        AdapterError: The file is not a safetensors file.
+    """
+    return not is_pickled(path) and find_transformer(weights_of(stored_tensors(path)[0]), str(path)) is not None
 
 
 def class_of(component: Path) -> str:

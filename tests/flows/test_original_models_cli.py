@@ -158,6 +158,34 @@ def test_fusing_commutes_with_converting(name: str, prefix: str, folders: dict[s
     assert_equal(load_file(back), load_file(source), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_scaled_weights_in_original_names_are_fused_by_their_values(
+    scale: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    original = load_file(folders["flux"].parent / "original.safetensors")
+    stored, plain = {}, {}
+    for name, weight in original.items():
+        factor = weight.abs().max() / 448.0
+        is_linear = weight.dim() == 2 and "blocks" in name
+        stored[PREFIX + name] = (weight / factor).to(torch.float8_e4m3fn) if is_linear else weight
+        plain[PREFIX + name] = stored[PREFIX + name].float() * factor if is_linear else weight
+        if is_linear:
+            stored[PREFIX + name.removesuffix("weight") + scale] = factor
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    adapter = write_change(folders["flux"], tmp_path / "adapter.safetensors")
+    for name in ("scaled", "plain"):
+        say(
+            "fuse", tmp_path / f"{name}.safetensors", adapter, "-o", tmp_path / f"{name}-out.safetensors", home=tmp_path
+        )
+        source, out = tmp_path / f"{name}-out.safetensors", tmp_path / f"{name}-diffusers.safetensors"
+        say("convert", source, "--to", "diffusers", "-o", out, home=tmp_path)
+    fused, expected = (load_file(tmp_path / f"{name}-diffusers.safetensors") for name in ("scaled", "plain"))
+    assert fused.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(fused[name].float(), value, rtol=2**-3, atol=2e-3 * float(value.abs().max()))
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_adapter_is_extracted_from_original_names(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder, original = folders[name], folders[name].parent / "original.safetensors"
@@ -185,6 +213,13 @@ def test_inspect_names_the_family_of_original_names(name: str, folders: dict[str
         say("validate", source, home=tmp_path)
     facts = json.loads(say("inspect", folders[name], "--json", home=tmp_path))
     assert (facts["layout"], facts["architecture"]) == ("diffusers", name)
+
+
+def test_a_transformer_alone_is_no_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    original = folders["flux"].parent / "original.safetensors"
+    completed = loraline_here("generate", "a ring", "-o", tmp_path / "out", "--base", original, home=tmp_path)
+    assert completed.returncode == 1
+    assert "without text encoders and autoencoder" in completed.stderr + completed.stdout
 
 
 def test_models_with_original_names_are_merged(folders: dict[str, Path], tmp_path: Path) -> None:
