@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,20 +33,28 @@ _PACKED = {
     "weight._data": "quanto",
 }
 _ADVICE = "use the bf16, fp16 or fp8 file of the same model"
+# Forms that `convert --to plain` reads.
+_CONVERTIBLE = "bitsandbytes"
 
 
 StoredFile = tuple[dict[str, StoredTensor], dict[str, str]]
 """Tensors by name, and the metadata."""
 
 
-def read_stored(files: Iterable[Path]) -> dict[Path, StoredFile]:
+def read_stored(files: Iterable[Path], omit: Mapping[Path, Collection[str]] | None = None) -> dict[Path, StoredFile]:
     """Returns tensors and metadata of each file; scaled weights have their scale, which may be in another shard.
+
+    Args:
+        files: The files.
+        omit: Names of tensors to leave out, by file; None means none.
 
     Raises:
         BaseModelError: As `attach_scales`, or a file is damaged.
         AdapterError: A file is not a safetensors file.
     """
     stored = {file: stored_tensors(file) for file in files}
+    for file, names in (omit or {}).items():
+        stored[file] = ({name: own for name, own in stored[file][0].items() if name not in names}, stored[file][1])
     shards: dict[Path, dict[str, StoredTensor]] = {}
     for file, (tensors, _) in stored.items():
         shards.setdefault(file.parent, {}).update(tensors)
@@ -105,7 +113,9 @@ def refuse_packed(tensors: Mapping[str, StoredTensor]) -> None:
             f"the weights are quantized as {form}",
             where=f"{tensors[name].path}: tensor {name!r}",
             allowed=f"weights in {', '.join(_FLOATS)}, the last two also with scales",
-            remedy=_ADVICE,
+            remedy="write it without quantization first: loraline convert MODEL --to plain -o PLAIN"
+            if form.startswith(_CONVERTIBLE)
+            else _ADVICE,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -80,12 +80,14 @@ class PlannedTensor:
         pieces: Stored tensors to concatenate by rows; all of one dtype.
         transposed: True if it is the transpose of its only piece.
         cast: The dtype to write, `PLAIN` or that of the pieces; empty means the pieces' dtype without a scale.
+        source: Yields the bytes of a tensor that has no pieces; `cast` is its dtype. None means the pieces.
     """
 
     shape: tuple[int, ...]
     pieces: tuple[StoredTensor, ...]
     transposed: bool = False
     cast: str = ""
+    source: Callable[[], Iterator[memoryview]] | None = None
 
     @property
     def dtype(self) -> str:
@@ -165,6 +167,9 @@ class _Sources:
 
     def read(self, tensor: PlannedTensor) -> Iterator[bytes | memoryview]:
         """Yields the bytes of a tensor in blocks; a block is valid only until the next one."""
+        if tensor.source is not None:
+            yield from tensor.source()
+            return
         if not tensor.transposed:
             for piece in tensor.pieces:
                 yield from self._values(piece, tensor.dtype)
