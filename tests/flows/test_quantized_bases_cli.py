@@ -48,9 +48,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scaled_base_is_loaded_with_the_values_of_its_weights(dtype: torch.dtype, bases: dict[str, Path]) -> None:
-    scaled, plain = (load_base(bases[name], device="cpu", dtype=dtype) for name in ("scaled", "plain"))
+def test_a_scaled_base_is_loaded_with_the_values_of_its_weights(bases: dict[str, Path]) -> None:
+    scaled, plain = (load_base(bases[name], device="cpu", dtype=torch.float32) for name in ("scaled", "plain"))
     for component, module in plain.modules.items():
         other = dict(scaled.modules[component].named_parameters())
         for name, value in module.named_parameters():
@@ -78,7 +77,7 @@ def test_a_scaled_base_is_converted_to_an_original_file_of_the_same_values(
 def test_images_of_a_scaled_base_are_those_of_its_values(bases: dict[str, Path], tmp_path: Path) -> None:
     images = {}
     for name in ("scaled", "plain"):
-        shown = ("generate", "a red ring", "-o", tmp_path / name, "--base", bases[name], "-n", 1, "--steps", 3)
+        shown = ("generate", "a red ring", "-o", tmp_path / name, "--base", bases[name], "-n", 1, "--steps", 1)
         say(*shown, home=tmp_path)
         (file,) = (tmp_path / name).glob("*.png")
         images[name] = np.asarray(Image.open(file), dtype=np.float32)
