@@ -17,6 +17,7 @@ from lora_engine.checkpoints.plan import folder_architecture, stored_components
 from lora_engine.checkpoints.quantization import describe_quantization, is_description, is_packed
 from lora_engine.checkpoints.recognize import component_of, recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor, merge_stored, stored_tensors
+from lora_engine.checkpoints.text_names import text_tensor_name
 from lora_engine.checkpoints.transformer_names import family_of, find_transformer
 from lora_engine.errors import BaseModelError
 from lora_engine.families.layout import INDEX, read_layout
@@ -105,12 +106,16 @@ def inspect_checkpoint(path: FilePath) -> dict[str, Any]:
 def _inspect_single_file(original: OriginalFile, quantization: str) -> dict[str, Any]:
     transformer = find_transformer(original.tensors, str(original.path))
     if transformer is not None:
-        parts = {name: original.tensors[name] for name in {entry.key for entry in transformer.tensors}}
+        keys = {TRANSFORMER: {entry.key for entry in transformer.tensors}}
+        for key in transformer.others:
+            name = text_tensor_name(transformer.family, key) or ("vae" if key.startswith("vae.") else "")
+            keys.setdefault(name.partition(".")[0], set()).add(key)
+        unknown = keys.pop("", set())
         return {
             "layout": "original",
             "architecture": transformer.family.name,
-            "components": {TRANSFORMER: _summary(parts.values())},
-            "unknown": sorted(transformer.others),
+            "components": {name: _summary(original.tensors[key] for key in own) for name, own in keys.items()},
+            "unknown": sorted(unknown),
         }
     if any(name.startswith(_COMPONENTS) for name in original.tensors) or not _is_component(original.tensors):
         return _inspect_original(original)

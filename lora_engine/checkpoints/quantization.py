@@ -141,7 +141,7 @@ def _packed_form(tensors: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
                 return form, name
     for name, stored in tensors.items():
         if name.endswith(f".{_WEIGHT}") and stored.dtype not in _FLOATS:
-            return f"{stored.dtype} integers", name
+            return f"{stored.dtype}{' integers' if stored.dtype[0] in 'IU' else ''}", name
     return None
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 
+from lora_engine.families import Family
+
 LEVEL = "text_model."
-_BELOW_LEVEL = ("embeddings.", "encoder.", "final_layer_norm.")
+_BELOW_LEVEL = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 OPEN_CLIP = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -29,11 +31,22 @@ OPEN_CLIP_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # A linear layer computes x W^T, OpenCLIP x P.
 TRANSPOSED = "text_projection.weight"
 _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+# ComfyUI's names of the text encoders in a file with all components; the names inside are those of transformers.
+_TEXT = re.compile(r"text_encoders\.([^.]+)\.transformer\.(.+)")
 
 
 def canonical_text_name(name: str) -> str:
     """Returns a tensor name with the level `text_model`, which `CLIPTextModel` of transformers 5 lacks."""
     return f"{LEVEL}{name}" if name.startswith(_BELOW_LEVEL) else name
+
+
+def text_tensor_name(family: Family, key: str) -> str | None:
+    """Returns the canonical name of a text encoder's tensor in a file with all components; None for other tensors."""
+    match = _TEXT.fullmatch(key)
+    for component, encoder in family.text.items():
+        if match and match[1] in (encoder.role, *encoder.aliases):
+            return f"{component}.{canonical_text_name(match[2].removeprefix(encoder.level))}"
+    return None
 
 
 def open_clip_name(name: str) -> tuple[str, tuple[int, int]] | None:

@@ -14,7 +14,7 @@ from lora_engine.checkpoints.names import checkpoint_names, stored_name
 from lora_engine.checkpoints.quantization import is_description, read_stored
 from lora_engine.checkpoints.recognize import component_of, recognize
 from lora_engine.checkpoints.tensor_files import StoredTensor
-from lora_engine.checkpoints.text_names import canonical_text_name
+from lora_engine.checkpoints.text_names import canonical_text_name, text_tensor_name
 from lora_engine.checkpoints.transformer_names import OriginalTransformer, find_transformer
 from lora_engine.errors import BaseModelError
 from lora_engine.families import published
@@ -182,6 +182,10 @@ def _open_transformer(
         )
         for entry in transformer.tensors
     }
+    for key in transformer.others:
+        name, stored = text_tensor_name(transformer.family, key), tensors[key]
+        if name is not None:
+            locations[name] = TensorLocation(stored, key, stored.shape, _all_rows(stored))
     files = {path: (tensors, metadata)}
     return StoredModel(path, transformer.family.name, files, (), locations, is_original=True)
 

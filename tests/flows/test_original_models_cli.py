@@ -214,6 +214,30 @@ def test_inspect_names_the_family_of_original_names(name: str, folders: dict[str
     assert (facts["layout"], facts["architecture"]) == ("diffusers", name)
 
 
+def test_the_text_encoders_of_a_file_with_all_components_are_fused(folders: dict[str, Path], tmp_path: Path) -> None:
+    layers = {
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj": (
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+        ),
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": (
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+        ),
+    }
+    model = prefixed(folders["flux"].parent / "original.safetensors", tmp_path / "model.safetensors")
+    others = {f"{name}.weight": torch.zeros(8, 8) for name in layers} | {"vae.decoder.conv_in.weight": torch.ones(4, 4)}
+    save_file(load_file(model) | others, model)
+    deltas = {name: LoraDelta(torch.ones(1, 8), torch.ones(8, 1), 1.0) for name in layers.values()}
+    write_adapter(tmp_path / "adapter.safetensors", Adapter(deltas, "flux"))
+    out = tmp_path / "out.safetensors"
+    say("fuse", model, tmp_path / "adapter.safetensors", "-o", out, home=tmp_path)
+    fused = load_file(out)
+    assert all(torch.equal(fused[f"{name}.weight"], torch.ones(8, 8)) for name in layers)
+    facts = json.loads(say("inspect", model, "--json", home=tmp_path))
+    assert facts["components"].keys() == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    refused = loraline_here("convert", model, "--to", "diffusers", "-o", tmp_path / "no", home=tmp_path)
+    assert "3 tensors do not belong to the transformer of FLUX.1" in refused.stderr
+
+
 def test_a_transformer_alone_is_no_base(folders: dict[str, Path], tmp_path: Path) -> None:
     original = folders["flux"].parent / "original.safetensors"
     completed = loraline_here("generate", "a ring", "-o", tmp_path / "out", "--base", original, home=tmp_path)
