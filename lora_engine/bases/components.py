@@ -16,7 +16,7 @@ from lora_engine.checkpoints.quantization import read_stored
 from lora_engine.checkpoints.scales import multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import AdapterError, BaseModelError
 
 _ALIGNMENT = 64
 
@@ -62,7 +62,10 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
 def _scaled_weights(source: BaseSource, component: str) -> dict[str, StoredTensor]:
     """Returns the scaled weights of a component by their names in the files; the libraries ignore their scales."""
     names = [name for name in source.layout.files if name.startswith(f"{component}/") and name.endswith(".safetensors")]
-    stored = read_stored(source.folder / name for name in names)
+    try:
+        stored = read_stored(source.folder / name for name in names)
+    except AdapterError as error:
+        raise _unreadable(source.folder / component, error) from error
     return {
         name: tensor for tensors, _ in stored.values() for name, tensor in tensors.items() if tensor.scale is not None
     }
