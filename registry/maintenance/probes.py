@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from registry.store.database import name_of, server_version
+from registry.store.database import name_of, parse_url
 from registry.store.redaction import redact
 
 Level = Literal["ok", "warning", "broken"]
@@ -39,13 +40,17 @@ def probe_database(about: str, url: str, *, timeout: int = 3) -> Finding:
         url: SQLAlchemy URL.
         timeout: Timeout in seconds.
     """
+    engine = create_engine(parse_url(url), connect_args={"connect_timeout": timeout})
     try:
-        version = server_version(url, timeout)
+        with engine.connect() as connection:
+            version = connection.execute(text("SHOW server_version")).scalar()
     except SQLAlchemyError as error:
         message = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         message = redact(message, url)
         remedy = "start the server, or correct the URL in loraline.yaml or the environment"
         return Finding(about, "broken", f"{name_of(url)}: {message}", remedy)
+    finally:
+        engine.dispose()
     return Finding(about, "ok", f"{name_of(url)}, PostgreSQL {version}")
 
 

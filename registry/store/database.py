@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, create_engine, event, text
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError
@@ -137,24 +137,6 @@ def name_of(url: str) -> str:
     if parsed.get_backend_name() == "sqlite":
         return parsed.database or ""
     return redact_url(parsed.render_as_string(hide_password=False))
-
-
-def server_version(url: str, timeout: int) -> str:
-    """Connects to a PostgreSQL server and returns its version.
-
-    Args:
-        url: SQLAlchemy URL.
-        timeout: Seconds to wait for a connection, at least 2.
-
-    Raises:
-        SQLAlchemyError: The server refuses, or does not answer in time.
-    """
-    engine = create_engine(parse_url(url), connect_args={"connect_timeout": timeout})
-    try:
-        with engine.connect() as connection:
-            return str(connection.execute(text("SHOW server_version")).scalar())
-    finally:
-        engine.dispose()
 
 
 def insert_missing(session: Session, table: type[Table], rows: Iterable[Mapping[str, Any]]) -> None:

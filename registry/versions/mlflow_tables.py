@@ -5,6 +5,7 @@ A read takes milliseconds; importing MLflow takes seconds. MLflow's client canno
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ PREFIX = "loraline."
 """Start of the names of all tags that the registry writes."""
 NO_STAGE, DELETED = "None", "Deleted_Internal"
 """Stages of a model version: none, and that of a version which MLflow deleted; its row remains."""
-_CONNECT_TIMEOUT = 5
-"""Seconds to wait for each address of a server, unless the URL sets `connect_timeout`."""
+_TIMEOUT_VARIABLE = "LORALINE_MLFLOW_TIMEOUT"
+_TIMEOUT = 20
+"""Seconds to wait for a connection to MLflow's database server."""
 
 _MODELS = table("registered_models", column("name"))
 _VERSIONS = table(
@@ -137,7 +139,7 @@ def reset_version(url: str, name: str, version: int, run_id: str, source: str) -
 
 
 def require_reachable(url: str) -> None:
-    """Raises an error if MLflow's database does not answer; its client would try for minutes.
+    """Raises an error if MLflow's database does not answer; its client would try for an hour.
 
     Raises:
         MlflowError: No answer within seconds.
@@ -152,20 +154,26 @@ def local_path(uri: str | None) -> Path | None:
     return Path(url2pathname(parts.path)) if parts.scheme in {"", "file"} and parts.path else None
 
 
+def _timeout() -> int:
+    value = os.environ.get(_TIMEOUT_VARIABLE) or str(_TIMEOUT)
+    if not value.isdecimal() or not int(value):
+        raise MlflowError(f"{value!r} is no timeout", where=_TIMEOUT_VARIABLE, allowed="whole seconds, at least 1")
+    return int(value)
+
+
 @contextmanager
 def _connected(url: str) -> Iterator[Connection]:
     """Opens one connection in a transaction."""
     parsed = parse_url(url)
-    is_file = parsed.get_backend_name() == "sqlite"
-    timeout = {"timeout": 20} if is_file else {"connect_timeout": _CONNECT_TIMEOUT}
-    engine = create_engine(parsed, connect_args={} if "connect_timeout" in parsed.query else timeout)
+    option = "timeout" if parsed.get_backend_name() == "sqlite" else "connect_timeout"
+    engine = create_engine(parsed, connect_args={} if option in parsed.query else {option: _timeout()})
     try:
         with engine.begin() as connection:
             yield connection
     except SQLAlchemyError as error:
         message = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise MlflowError(
-            f"MLflow cannot be compared with the registry ({redact(message, url)})",
+            f"MLflow's database cannot be used ({redact(message, url)})",
             where=name_of(url),
             remedy="start the server, or correct the URL; nothing is lost, and the next command syncs MLflow",
         ) from None

@@ -25,7 +25,7 @@ from registry.errors import MlflowError, disk_errors
 from registry.home import Home
 from registry.policy.alias_policy import numbers
 from registry.store.artifacts import Store
-from registry.store.database import name_of, server_version, sqlite_file
+from registry.store.database import name_of, sqlite_file
 from registry.store.redaction import redact
 from registry.versions.mlflow_drift import expected_tags, own_tags, with_state
 from registry.versions.mlflow_tables import local_path, require_reachable, reset_version
@@ -33,9 +33,6 @@ from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)
 
-TIMEOUT_VARIABLE = "LORALINE_MLFLOW_TIMEOUT"
-_TIMEOUT = 20
-"""Seconds to wait for MLflow's database server."""
 _PARAMS_AT_ONCE = 100
 _METRICS_AT_ONCE = 1000
 _PARAM_LENGTH = 6000
@@ -341,19 +338,9 @@ def _open_client(home: Home) -> Any:
     from mlflow import MlflowClient
 
     file = sqlite_file(home.mlflow_url)
-    if file is None:
-        # MLflow itself tries 15 times, longer each time, which takes an hour if nothing answers.
-        server_version(home.mlflow_url, _timeout())
-    elif not file.exists():
+    if file is not None and not file.exists():
         _make_database(home, file)
     return MlflowClient(tracking_uri=home.mlflow_url, registry_uri=home.mlflow_url)
-
-
-def _timeout() -> int:
-    value = os.environ.get(TIMEOUT_VARIABLE) or str(_TIMEOUT)
-    if not value.isdecimal() or not int(value):
-        raise MlflowError(f"{value!r} is no timeout", where=TIMEOUT_VARIABLE, allowed="whole seconds, at least 1")
-    return int(value)
 
 
 def _make_database(home: Home, file: Path) -> None:

@@ -190,12 +190,13 @@ def test_a_server_that_never_answers_is_waited_for_for_seconds_and_asked_once(go
     pytest.importorskip("psycopg")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setenv("LORALINE_MLFLOW_URL", f"postgresql+psycopg://ada:hunter2@{address}/x?connect_timeout=2")
+        monkeypatch.setenv("LORALINE_MLFLOW_URL", f"postgresql+psycopg://ada:hunter2@{address}/x")
+        monkeypatch.setenv("LORALINE_MLFLOW_TIMEOUT", "2")
         for _ in range(3):
             good.show("zorb")
             good.list()
-        assert caplog.text.count("MLflow cannot be compared with the registry (connection timeout") == 1
+        assert caplog.text.count("MLflow's database cannot be used (connection timeout") == 1
         # Another database is a new target, which a command fills.
         Versions(good.home).close()
-        assert caplog.text.count("MLflow cannot be compared with the registry (connection timeout") == 2
+        assert caplog.text.count("MLflow's database cannot be used (connection timeout") == 2
     assert "hunter2" not in caplog.text
