@@ -225,10 +225,11 @@ class Faulty:
         def call(*arguments, **settings):
             self.calls.append(name)
             is_fault = len(self.calls) == self.fault
-            result = method(*arguments, **settings) if self.after or not is_fault else None
-            if is_fault:
-                raise OSError(f"interrupted in {name}")
-            return result
+            try:
+                return method(*arguments, **settings) if self.after or not is_fault else None
+            finally:
+                if is_fault:  # also if the call itself fails: MLflow has no such model yet
+                    raise OSError(f"interrupted in {name}")
 
         return call
 
