@@ -58,7 +58,9 @@ def record_adoption(job: Job, inputs: Inputs, adoption: Adoption, lineage: Linea
     source, execution = adoption.source, describe_execution(job, inputs, run_id)
     origin = {"execution": source.id, "run": source.run_id, "key": source.key, "reason": adoption.reason}
     settings = {**execution.settings, "adopted": origin}
-    lineage.record(replace(execution, status="ADOPTED", output=adoption.outcome.ref, settings=settings, ended_at=now()))
+    lineage.log_execution(
+        replace(execution, status="ADOPTED", output=adoption.outcome.ref, settings=settings, ended_at=now())
+    )
 
 
 def find_changes(job: Job, inputs: Inputs, source: Execution) -> Iterator[str]:

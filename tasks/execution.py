@@ -125,7 +125,7 @@ def _run(job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, e
 
 
 def _record_hit(job: Job, hit: Outcome, execution: Execution, lineage: Lineage) -> None:
-    lineage.record(replace(execution, status="CACHED", output=hit.ref, ended_at=now()))
+    lineage.log_execution(replace(execution, status="CACHED", output=hit.ref, ended_at=now()))
     publish(StepEvent(job.name, "cached"))
 
 
@@ -134,7 +134,9 @@ def _record_failure(job: Job, error: BaseException, execution: Execution, lineag
     status: ExecutionStatus = "INTERRUPTED" if interrupted else "FAILED"
     publish(StepEvent(job.name, "failed", text=redact(str(error))))
     try:
-        lineage.record(replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}"))
+        lineage.log_execution(
+            replace(execution, status=status, ended_at=now(), error=f"{type(error).__name__}: {error}")
+        )
     except RegistryError as second:
         # Expected on a full disk; the first error is the one to report.
         _log.warning("cannot record the failure of step %r: %s", job.name, second)
@@ -222,7 +224,7 @@ def _record(lineage: Lineage, execution: Execution, ref: ArtifactRef, store: Sto
     if ref.kind == "manifest":
         subjects = list(_subjects(Manifest.model_validate_json(store.read(ref, "manifest.json"))))
     execution = replace(execution, status="COMPLETED", output=ref, ended_at=now())
-    lineage.record(execution, contents=store.files(ref), subjects=subjects)
+    lineage.log_execution(execution, contents=store.files(ref), subjects=subjects)
 
 
 def _subjects(manifest: Manifest) -> Iterator[Subject]:

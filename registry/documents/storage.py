@@ -21,7 +21,7 @@ from registry.errors import StoreError, VersionError
 from registry.lineage.record import Lineage
 from registry.lineage.rows import artifact_ref, record_artifacts, record_contents
 from registry.store.artifacts import Store
-from registry.store.tables import ArtifactRow, RecordRow, VersionRow
+from registry.store.tables import ArtifactRow, DocumentRow, VersionRow
 
 if TYPE_CHECKING:
     from registry.store.artifacts import Content
@@ -60,11 +60,11 @@ def find_records(lineage: Lineage, version: AdapterVersion) -> dict[str, Artifac
 def read_records(session: Session, version: AdapterVersion) -> dict[str, ArtifactRef]:
     """Returns the stored documents of a version, by kind, within a session."""
     query = (
-        select(RecordRow.kind, ArtifactRow)
-        .join(ArtifactRow, ArtifactRow.sha256 == RecordRow.artifact)
-        .join(VersionRow, VersionRow.id == RecordRow.version)
+        select(DocumentRow.kind, ArtifactRow)
+        .join(ArtifactRow, ArtifactRow.sha256 == DocumentRow.artifact)
+        .join(VersionRow, VersionRow.id == DocumentRow.version)
         .where(VersionRow.name == version.name, VersionRow.version == version.version)
-        .order_by(RecordRow.kind)
+        .order_by(DocumentRow.kind)
     )
     return {kind: artifact_ref(row) for kind, row in session.execute(query)}
 
@@ -119,7 +119,7 @@ def keep(session: Session, store: Store, version: AdapterVersion, kind: str, ref
     row.mirrored = False
     record_artifacts(session, [ref])
     record_contents(session, ref, store.files(ref))
-    session.merge(RecordRow(version=row.id, kind=kind, artifact=ref.sha256, created_at=now()))
+    session.merge(DocumentRow(version=row.id, kind=kind, artifact=ref.sha256, created_at=now()))
     session.flush()
 
 

@@ -103,7 +103,7 @@ class Lineage:
             rows = session.scalars(select(RunRow).order_by(RunRow.started_at.desc(), RunRow.id).limit(limit))
             return [read_run(row) for row in rows]
 
-    def record(
+    def log_execution(
         self,
         execution: Execution,
         *,

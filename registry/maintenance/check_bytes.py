@@ -13,7 +13,7 @@ from registry.entities import AdapterVersion, Problem
 from registry.errors import DamagedBlob, MissingBlob
 from registry.maintenance.gc_roots import known_artifacts, recorded_files, version_roots
 from registry.store.artifacts import Store
-from registry.store.tables import RecordRow, VersionRow
+from registry.store.tables import DocumentRow, VersionRow
 
 _RESTORE = "`loraline fsck --repair`; if that fails, run the pipeline again, or restore it from a backup"
 _REDO = "`loraline fsck --repair` removes it from the cache; its step runs again when its output is needed"
@@ -87,13 +87,13 @@ def check_versions(store: Store, versions: Iterable[AdapterVersion]) -> Iterator
 def _users(session: Session) -> dict[str, list[str]]:
     users: dict[str, list[str]] = defaultdict(list)
     columns = (VersionRow.id, VersionRow.name, VersionRow.version)
-    artifacts = (VersionRow.artifact, VersionRow.report, VersionRow.record)
+    artifacts = (VersionRow.artifact, VersionRow.report, VersionRow.metadata_artifact)
     names = {}
     for row_id, name, number, *digests in session.execute(select(*columns, *artifacts).order_by(VersionRow.id)):
         names[row_id] = f"{name}@{number}"
         for digest in filter(None, digests):
             users[digest].append(names[row_id])
-    for version, artifact in session.execute(select(RecordRow.version, RecordRow.artifact)):
+    for version, artifact in session.execute(select(DocumentRow.version, DocumentRow.artifact)):
         users[artifact].append(names.get(version, f"version {version}"))
     return users
 

@@ -22,9 +22,9 @@ from registry.store.tables import (
     AliasRow,
     ArtifactRow,
     ContentRow,
+    DocumentRow,
     ExecutionRow,
     InputRow,
-    RecordRow,
     RunRow,
     VersionRow,
 )
@@ -82,8 +82,8 @@ def known_artifacts(session: Session) -> list[ArtifactRef]:
 
 def _documents(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
     """Yields the metadata artifacts and documents of versions."""
-    metadata = select(VersionRow.record, version_ref())
-    documents = select(RecordRow.artifact, version_ref()).join(VersionRow, VersionRow.id == RecordRow.version)
+    metadata = select(VersionRow.metadata_artifact, version_ref())
+    documents = select(DocumentRow.artifact, version_ref()).join(VersionRow, VersionRow.id == DocumentRow.version)
     ids = version_ids(session, refs)
     for query in (metadata, documents):
         for artifact, ref in batched(session, query, VersionRow.id, ids):

@@ -182,7 +182,7 @@ class VersionRow(Table):
     artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), index=True)
     adapter_path: Mapped[str]
     report: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"), index=True)
-    record: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"))
+    metadata_artifact: Mapped[str] = mapped_column("record", ForeignKey("artifacts.sha256"))
     created_at: Mapped[datetime]
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id"))
     mlflow_run_id: Mapped[str | None]
@@ -195,7 +195,7 @@ class VersionRow(Table):
     state: Mapped[str] = mapped_column(server_default="ACTIVE")
 
 
-class RecordRow(Table):
+class DocumentRow(Table):
     """A document of a version: model card, provenance, bill of materials or signature."""
 
     __tablename__ = "version_records"

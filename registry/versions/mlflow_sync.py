@@ -164,7 +164,7 @@ def _add_versions(context: RegistryContext, writer: MlflowWriter) -> None:
         query = select(VersionRow).where(VersionRow.mirrored.is_(False))
         rows = session.scalars(query.order_by(VersionRow.name, VersionRow.version)).all()
         versions = queries.entities(session, rows)
-        records = [artifact_ref(session.get_one(ArtifactRow, row.record)) for row in rows]
+        records = [artifact_ref(session.get_one(ArtifactRow, row.metadata_artifact)) for row in rows]
         ids = [row.id for row in rows]
     for row_id, version, record in zip(ids, versions, records, strict=True):
         if version.state == "DELETED":

@@ -137,14 +137,14 @@ class Versions(RegistryContext):
                 where=f"artifact {artifact.sha256[:12]}",
                 allowed=repr([*files[artifact]]),
             )
-        record = self._put_record(params, curves or {}, pictures or {}, documents or {})
+        metadata = self._put_metadata(params, curves or {}, pictures or {}, documents or {})
         values = {
             "identity": queries.identity_of(artifact, report),
             **vars(files[artifact][adapter_file]),
             "artifact": artifact.sha256,
             "adapter_path": adapter_file,
             "report": report.sha256 if report else None,
-            "record": record.sha256,
+            "metadata_artifact": metadata.sha256,
             "run_id": run_id,
             "card": card,
             "metrics": dict(metrics or {}),
@@ -152,20 +152,8 @@ class Versions(RegistryContext):
             "passed": passed,
             "params": params,
         }
-        files[record] = self.store.files(record)
-        with self.lineage.database.write() as session:
-            row = queries.find_identical(session, name, artifact, report)
-            if row is None:
-                record_artifacts(session, files)
-                for ref, contents in files.items():
-                    record_contents(session, ref, contents)
-                row = queries.insert_version(session, name, parents, values)
-            elif row.state == "DELETED":
-                # Building it again, for example on a schedule, must not restore a deleted version.
-                queries.require_active(session, name, row.version)
-            if alias_request is not None:
-                self._stage(session, queries.entities(session, [row])[0], alias_request, actor or current_user())
-            number = row.version
+        files[metadata] = self.store.files(metadata)
+        number = self._write_row(name, artifact, report, parents, values, files, alias_request, actor or current_user())
         # If the process is killed before this line, the next sync writes the documents.
         write_missing(self, self.show(name, number))
         self.sync()
@@ -292,7 +280,7 @@ class Versions(RegistryContext):
                 raise DamagedBlob(problem.what, where=problem.where, remedy=problem.remedy)
         return {ref: self.store.files(ref) for ref in refs}
 
-    def _put_record(
+    def _put_metadata(
         self,
         params: Mapping[str, Any],
         curves: Curves,
@@ -304,6 +292,36 @@ class Versions(RegistryContext):
         for folder, entries in (("pictures", images), ("documents", documents)):
             files |= {f"{folder}/{check_relative(relative)}": content for relative, content in entries.items()}
         return self.store.put_files("record", files)
+
+    def _write_row(
+        self,
+        name: str,
+        artifact: ArtifactRef,
+        report: ArtifactRef | None,
+        parents: Sequence[str],
+        values: Mapping[str, Any],
+        files: Mapping[ArtifactRef, Mapping[str, FileEntry]],
+        alias_request: str | None,
+        actor: str,
+    ) -> int:
+        """Inserts a version unless the same is registered, and gives it its alias, in one transaction.
+
+        Returns:
+            The number of the version.
+        """
+        with self.lineage.database.write() as session:
+            row = queries.find_identical(session, name, artifact, report)
+            if row is None:
+                record_artifacts(session, files)
+                for ref, contents in files.items():
+                    record_contents(session, ref, contents)
+                row = queries.insert_version(session, name, parents, values)
+            elif row.state == "DELETED":
+                # Building it again, for example on a schedule, must not restore a deleted version.
+                queries.require_active(session, name, row.version)
+            if alias_request is not None:
+                self._stage(session, queries.entities(session, [row])[0], alias_request, actor)
+            return row.version
 
     def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: str) -> None:
         """Gives a version its alias once: a repeated registration does not take the alias from a later version."""

@@ -283,7 +283,7 @@ def _record(
     run = lineage.start_run("import", {"name": request.name, "import": statements})
     status: RunStatus = "FAILED"
     try:
-        lineage.record(
+        lineage.log_execution(
             Execution(
                 id=uuid4().hex,
                 run_id=run.id,

@@ -184,7 +184,7 @@ def register(home: Home, images: dict[str, str], seed: int, value: float) -> Art
     for step, (inputs, output) in steps.items():
         settings = {"settings": {"seed": seed}}
         environment = {"packages": {"torch": f"2.{seed}"}}
-        versions.lineage.record(
+        versions.lineage.log_execution(
             Execution(
                 f"{run.id}{step}", run.id, step, step, "1", step, settings, inputs, output, environment=environment
             )

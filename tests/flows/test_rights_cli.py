@@ -57,10 +57,10 @@ def register(home: Path, loraline: Command) -> Callable[..., AdapterVersion]:
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
         ingest = Execution(f"{run.id}-i", run.id, "i", "ingest", "1", f"{run.id}-i", output=dataset, started_at=now())
         subjects = [Subject(image, "picture", "p"), Subject(consent, "consent", "c")]
-        lineage.record(ingest, contents=store.files(dataset), subjects=subjects)
+        lineage.log_execution(ingest, contents=store.files(dataset), subjects=subjects)
         settings = {"settings": {"base": base}}
         train = Execution(run.id, run.id, "t", "train", "1", run.id, settings, {"dataset": dataset}, adapter)
-        lineage.record(train, contents=store.files(adapter))
+        lineage.log_execution(train, contents=store.files(adapter))
         lineage.finish_run(run.id, "COMPLETED")
         version = versions.register(
             "stars", adapter, run_id=run.id, gates=[GATE], passed=True, alias_request="staging", actor="bot"

@@ -26,7 +26,7 @@ def filled(home: Path) -> Home:
     store.put_files("manifest", {"a": b"unreferenced"})
     kept = store.put_files("manifest", {"a": b"made by a run"})
     run = lineage.start_run("stripes", {})
-    lineage.record(Execution("e", run.id, "s", "s", "1", "k", output=kept), contents=store.files(kept))
+    lineage.log_execution(Execution("e", run.id, "s", "s", "1", "k", output=kept), contents=store.files(kept))
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
     for path in (opened.store / "blobs").glob("??/*"):

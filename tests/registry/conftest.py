@@ -150,7 +150,7 @@ def register_adapter(versions: Versions, content: bytes, name: str = "zorb", **c
     for step, values in {"photos": {"output": dataset}, "adapter": train}.items():
         execution = Execution(f"{run.id}-{step}", run.id, step, step, "1", f"key of {step}", started_at=now(), **values)
         subjects = [Subject("5" * 64, "picture", "one.jpg")] if step == "photos" else []
-        lineage.record(execution, contents=store.files(execution.output), subjects=subjects)
+        lineage.log_execution(execution, contents=store.files(execution.output), subjects=subjects)
     lineage.finish_run(run.id, "COMPLETED")
     values = {
         "report": report,
@@ -199,16 +199,16 @@ def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
             subjects += [Subject(consent, "consent", "c") for consent in images.values() if consent]
             key = f"{run.id}-i"
             ingest = Execution(key, run.id, "i", "ingest", "1", key, output=dataset, started_at=now())
-            lineage.record(ingest, contents=store.files(dataset), subjects=subjects)
+            lineage.log_execution(ingest, contents=store.files(dataset), subjects=subjects)
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
         uses = "merge" if adapters else "train"
         settings = {"settings": {"base": "tiny"}}
         training = Execution(run.id, run.id, uses, uses, "1", run.id, settings, inputs, adapter, started_at=now())
-        lineage.record(training, contents=store.files(adapter))
+        lineage.log_execution(training, contents=store.files(adapter))
         export = store.put_files("export", {"kohya/a.safetensors": b"as kohya " + content})
         key = f"{run.id}-c"
         convert = Execution(key, run.id, "c", "convert", "1", key, {}, {"adapter": adapter}, export)
-        lineage.record(convert, contents=store.files(export))
+        lineage.log_execution(convert, contents=store.files(export))
         lineage.finish_run(run.id, "COMPLETED")
         version = versions.register(name, adapter, run_id=run.id, gates=[GATE], passed=True, **values)
         if promoted:

@@ -256,7 +256,7 @@ def test_consents_that_differ_in_case_or_accent_are_different_subjects(lineage, 
     refs = [versions.store.put_files("manifest", {"a": name.encode()}) for name in names]
     for number, (name, ref) in enumerate(zip(names, refs, strict=True)):
         execution = Execution(f"{number}", run.id, "s", "ingest", "1", "k", output=ref)
-        lineage.record(execution, contents={}, subjects=[Subject(name, "consent", f"consent {name}")])
+        lineage.log_execution(execution, contents={}, subjects=[Subject(name, "consent", f"consent {name}")])
     for number, name in enumerate(names):
         assert ids(lineage.walk(name, "down"), "artifact") == {refs[number].sha256}
         revoke(versions, name, actor="ada", reason=f"as {name} asked")
@@ -279,7 +279,7 @@ def test_json_columns_return_what_was_written(lineage, versions):
     execution = Execution(
         "e", run.id, "s", "train", "1", "k", settings=JSON_VALUES, output=ref, environment={"a": JSON_VALUES}
     )
-    lineage.record(execution, contents=versions.store.files(ref))
+    lineage.log_execution(execution, contents=versions.store.files(ref))
     gates = [{"metric": "m", "value": 0.1, "min": None, "passed": True}]
     version = versions.register(
         "zorb", ref, card=JSON_VALUES, metrics={"m": {"d": 1e-7}}, gates=gates, params=JSON_VALUES
@@ -312,7 +312,7 @@ def test_execution_is_read_as_it_was_recorded(lineage, store):
         started_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
         ended_at=datetime(2026, 1, 2, 3, 4, 5, 678902, tzinfo=UTC),
     )
-    lineage.record(execution, contents=store.files(output))
+    lineage.log_execution(execution, contents=store.files(output))
     (recorded,) = lineage.executions(run.id)
     assert recorded == execution
     assert list(recorded.inputs) == ["dataset", "base"]
@@ -336,7 +336,9 @@ def test_error_texts_may_contain_nul_and_markup(lineage):
     run = lineage.start_run("p", {})
     for status in ("FAILED", "INTERRUPTED"):
         error = f"EngineError: {status} \x00 <b> 'quoted' %s \U0001f600"
-        lineage.record(Execution(status, run.id, "s", "train", "1", "k", status=status, error=error, ended_at=now()))
+        lineage.log_execution(
+            Execution(status, run.id, "s", "train", "1", "k", status=status, error=error, ended_at=now())
+        )
     for execution in lineage.executions(run.id):
         assert execution.error == f"EngineError: {execution.status} \ufffd <b> 'quoted' %s \U0001f600"
     events = to_openlineage(lineage, lineage.walk(run.id, "down"))
@@ -382,7 +384,9 @@ def test_step_is_recorded_completely_or_not_at_all(lineage, store):
 
         event.listen(engine, "after_cursor_execute", fail)
         try:
-            lineage.record(execution, contents=store.files(output), subjects=[Subject(ONE, "picture", "cat.jpg")])
+            lineage.log_execution(
+                execution, contents=store.files(output), subjects=[Subject(ONE, "picture", "cat.jpg")]
+            )
             break
         except Interrupted:
             event.remove(engine, "after_cursor_execute", fail)
@@ -453,7 +457,7 @@ def test_events_cannot_be_changed_by_another_program_of_the_server(create, made,
 def test_row_with_a_missing_reference_is_refused(lineage, store):
     ref = store.put_files("manifest", {"a": b"1"})
     with pytest.raises(LineageError, match="no run 'nobody'"):
-        lineage.record(Execution("1", "nobody", "s", "ingest", "1", "k", output=ref), contents=store.files(ref))
+        lineage.log_execution(Execution("1", "nobody", "s", "ingest", "1", "k", output=ref), contents=store.files(ref))
     for row in (
         AliasRow(name="nobody", alias="a", version=1, seq=1, mirrored_seq=0),
         SubjectRow(artifact=ONE, subject="s", label="l", kind="picture"),
@@ -750,7 +754,7 @@ for turn in range(15):
     assert store.verify(ref) == [], store.verify(ref)
     if turn % 5 == 4:
         execution = Execution(f"{sys.argv[2]}-{turn}", run.id, "s", "s", "1", "k", output=ref)
-        lineage.record(execution, contents=store.files(ref))
+        lineage.log_execution(execution, contents=store.files(ref))
         print(ref.sha256, flush=True)
 lineage.finish_run(run.id, "COMPLETED")
 """
@@ -894,7 +898,7 @@ def test_ambiguous_prefix_is_refused(lineage, store):
     run = lineage.start_run("p", {})
     ref = store.put_files("manifest", {"a": b"1"})
     contents = {path: FileEntry("abcdef" + path * 58, 1) for path in ("0", "1")}
-    lineage.record(Execution("1", run.id, "s", "ingest", "1", "k", output=ref), contents=contents)
+    lineage.log_execution(Execution("1", run.id, "s", "ingest", "1", "k", output=ref), contents=contents)
     with pytest.raises(LineageError, match="ambiguous"):
         lineage.walk("abcdef")
     assert lineage.walk("abcdef0").start.kind == "file"
@@ -905,8 +909,10 @@ def test_runs_and_executions_are_found_by_key_output_and_status(lineage, store):
     refs = [store.put_files("adapter", {"a": content}) for content in (b"old", b"new")]
     environment = {"python": "3.11", "distributions": ["a==1", "b==2"]}
     for number, ref in enumerate(refs):
-        lineage.record(Execution(f"{number}", run.id, "s", "train", "1", "k", output=ref, environment=environment))
-    lineage.record(Execution("failed", run.id, "s", "train", "1", "k", status="FAILED", error="NaN"))
+        lineage.log_execution(
+            Execution(f"{number}", run.id, "s", "train", "1", "k", output=ref, environment=environment)
+        )
+    lineage.log_execution(Execution("failed", run.id, "s", "train", "1", "k", status="FAILED", error="NaN"))
     assert lineage.find_cached("k") == refs[1]
     assert lineage.find_cached("another") is None
     assert lineage.last_execution("p", "s").id == "1"
@@ -914,7 +920,7 @@ def test_runs_and_executions_are_found_by_key_output_and_status(lineage, store):
     assert [entry.id for entry in lineage.executions(ids=["failed", "0", "absent"])] == ["0", "failed"]
     assert [entry.environment for entry in lineage.executions(run.id)][:2] == [environment] * 2
     with pytest.raises(LineageError, match="recorded already"):
-        lineage.record(Execution("0", run.id, "s", "train", "1", "k", output=refs[0]))
+        lineage.log_execution(Execution("0", run.id, "s", "train", "1", "k", output=refs[0]))
     with lineage.database.write() as session:
         session.get_one(RunRow, dead.id).process = "another boot/1"
     assert [entry.id for entry in lineage.find_dead_runs()] == [dead.id]

@@ -16,11 +16,11 @@ from registry.policy.ancestry import descendants, trace
 from registry.store.tables import (
     ArtifactRow,
     ContentRow,
+    DocumentRow,
     ExecutionRow,
     InputRow,
     NameRow,
     ParentRow,
-    RecordRow,
     RunRow,
     VersionRow,
 )
@@ -65,7 +65,12 @@ def add_rows(lineage, steps, versions=(), parents=(), documents=()):
         for number, (adapter, report, state) in enumerate(versions, 1):
             file, tree = digest("file", adapter), artifact(adapter).id
             own = {"name": "a", "version": number, "identity": str(number), "sha256": file, "artifact": tree, "size": 1}
-            own |= {"adapter_path": "a", "report": artifact(report).id, "record": artifact(report).id, "state": state}
+            own |= {
+                "adapter_path": "a",
+                "report": artifact(report).id,
+                "metadata_artifact": artifact(report).id,
+                "state": state,
+            }
             session.add(VersionRow(id=number, created_at=AT, mirrored=True, **own, **EMPTY))
             if session.get(ContentRow, (tree, "a")) is None:
                 session.add(ContentRow(artifact=tree, path="a", sha256=file, size=1))
@@ -75,7 +80,7 @@ def add_rows(lineage, steps, versions=(), parents=(), documents=()):
             text = f"a@{parent}" if known else parent
             session.add(ParentRow(child=child, position=position, parent=known, text=text))
         session.add_all(
-            RecordRow(version=version, kind="card", artifact=artifact(number).id, created_at=AT)
+            DocumentRow(version=version, kind="card", artifact=artifact(number).id, created_at=AT)
             for version, number in documents
         )
 

@@ -90,7 +90,7 @@ def merge_of(versions, register, *parents, content=b"merged", named=True):
     adapter = versions.store.put_files("adapter", {"adapter.safetensors": content})
     inputs = {f"adapters.{index}": parent.artifact for index, parent in enumerate(parents)}
     merge = Execution(run.id, run.id, "m", "merge", "1", run.id, {}, inputs, adapter, started_at=now())
-    versions.lineage.record(merge, contents=versions.store.files(adapter))
+    versions.lineage.log_execution(merge, contents=versions.store.files(adapter))
     origins = [parent.ref for parent in parents] if named else []
     return versions.register("merged", adapter, parents=[*origins, "base:tiny"], gates=[GATE], passed=True)
 

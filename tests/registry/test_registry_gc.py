@@ -14,7 +14,7 @@ from registry.maintenance.fsck import fsck
 from registry.maintenance.gc import collect
 from registry.store.artifacts import Store
 from registry.store.remote import open_blobs
-from registry.store.tables import ArtifactRow, RecordRow, RunRow, VersionRow
+from registry.store.tables import ArtifactRow, DocumentRow, RunRow, VersionRow
 
 OLD = 10 * 24 * 3600
 
@@ -38,7 +38,7 @@ def record(versions, name, inputs, output, status="COMPLETED"):
     """Records a separate run with one step."""
     run = versions.lineage.start_run(name, {})
     execution = Execution(run.id, run.id, "step", "step", "1", run.id, inputs=inputs, output=output)
-    versions.lineage.record(execution, contents=versions.store.files(output))
+    versions.lineage.log_execution(execution, contents=versions.store.files(output))
     versions.lineage.finish_run(run.id, status)
     return run
 
@@ -156,7 +156,7 @@ def test_documents_of_versions_stay(registered):
         session.add(ArtifactRow(**card.to_json()))
         session.flush()
         row = queries.find_row(session, "zorb", 1)
-        session.add(RecordRow(version=row.id, kind="card", artifact=card.sha256, created_at=now()))
+        session.add(DocumentRow(version=row.id, kind="card", artifact=card.sha256, created_at=now()))
     age(registered.store)
     collect(registered.home, keep_runs=0)
     assert whole(registered, card)
@@ -262,7 +262,7 @@ def test_blobs_of_a_remote_store_are_deleted_in_two_collections(versions, monkey
     assert store.verify(first) == store.verify(second) == []
     run = versions.lineage.start_run("late", {})
     execution = Execution(run.id, run.id, "step", "step", "1", "key", output=second)
-    versions.lineage.record(execution, contents=store.files(second))
+    versions.lineage.log_execution(execution, contents=store.files(second))
     second_collection = collect(versions.home, grace=-1)
     assert {item.what for item in second_collection.items} == {"bin"}
     assert second_collection.binned == 0

@@ -243,7 +243,7 @@ def line(versions):
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
         values_of_step = {"settings": {"base": base}} if base else {}
         done = Execution(run.id, run.id, name, uses, "1", run.id, values_of_step, inputs, adapter, started_at=now())
-        lineage.record(done, contents=store.files(adapter))
+        lineage.log_execution(done, contents=store.files(adapter))
         lineage.finish_run(run.id, "COMPLETED")
         return versions.register(name, adapter, run_id=run.id, **values)
 

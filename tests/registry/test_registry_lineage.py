@@ -34,7 +34,7 @@ def line(lineage, store):
         )
         images = {IMAGE: "cat.jpg", "6" * 64: "dog.jpg"} if name == "photos" else {}
         subjects = [Subject(digest, "picture", label) for digest, label in images.items()]
-        lineage.record(execution, contents=store.files(outputs[name]), subjects=subjects)
+        lineage.log_execution(execution, contents=store.files(outputs[name]), subjects=subjects)
 
     step("photos", {"manifest.json": b"1", "pictures/cat.png": b"cat"})
     step("prepared", {"manifest.json": b"2", "pictures/cat.png": b"small cat"}, dataset=outputs["photos"])
@@ -57,10 +57,12 @@ def test_latest_completed_execution_is_the_cached_one(lineage, store):
     run = lineage.start_run("p", {})
     old, new = (store.put_files("adapter", {"a": content}) for content in (b"old", b"new"))
     base = Execution("1", run.id, "s", "train", "1", "k", output=old, started_at=now())
-    lineage.record(base)
+    lineage.log_execution(base)
     assert lineage.find_cached("k") == old
-    lineage.record(dataclasses.replace(base, id="2", output=new, started_at=now()))
-    lineage.record(dataclasses.replace(base, id="3", output=None, status="FAILED", error="NaN", started_at=now()))
+    lineage.log_execution(dataclasses.replace(base, id="2", output=new, started_at=now()))
+    lineage.log_execution(
+        dataclasses.replace(base, id="3", output=None, status="FAILED", error="NaN", started_at=now())
+    )
     assert lineage.find_cached("k") == new
     assert lineage.find_cached("another") is None
 
@@ -73,7 +75,7 @@ def test_completed_execution_without_output_is_refused():
 def test_execution_is_recorded_once(lineage, line):
     execution = lineage.executions(line[0].id)[0]
     with pytest.raises(LineageError, match="recorded already"):
-        lineage.record(execution)
+        lineage.log_execution(execution)
 
 
 def test_walk_up_finds_everything_upstream_and_nothing_else(lineage, line):
@@ -117,7 +119,9 @@ def test_walk_of_a_wide_graph_is_complete(lineage, store, monkeypatch):
     for number in range(40):
         output = dataclasses.replace(source, sha256=f"{number:064x}")
         inputs = {"dataset": source}
-        lineage.record(Execution(str(number), run.id, "s", "train", "1", str(number), inputs=inputs, output=output))
+        lineage.log_execution(
+            Execution(str(number), run.id, "s", "train", "1", str(number), inputs=inputs, output=output)
+        )
     assert len(lineage.walk(source.sha256, "down").nodes) == 81
 
 
@@ -197,9 +201,11 @@ def test_list_of_installed_packages_is_stored_once(lineage):
     run = lineage.start_run("p", {})
     environment = {"python": "3.11", "distributions": ["a==1", "b==2"]}
     for number in range(3):
-        lineage.record(Execution(f"{number}", run.id, "s", "train", "1", "k", status="FAILED", environment=environment))
+        lineage.log_execution(
+            Execution(f"{number}", run.id, "s", "train", "1", "k", status="FAILED", environment=environment)
+        )
     other = {**environment, "distributions": ["a==1", "b==3"]}
-    lineage.record(Execution("other", run.id, "s", "train", "1", "k", status="FAILED", environment=other))
+    lineage.log_execution(Execution("other", run.id, "s", "train", "1", "k", status="FAILED", environment=other))
     assert [execution.environment for execution in lineage.executions(run.id)] == [environment] * 3 + [other]
     with lineage.database.read() as session:
         assert session.scalar(select(func.count()).select_from(DistributionsRow)) == 2
@@ -215,7 +221,7 @@ def test_walk_starts_at_a_caption_and_at_a_consent(lineage, store):
         Subject("anna@example.org", "consent", "consent anna@example.org"),
         Subject("C-17/2", "consent", "consent C-17/2"),
     ]
-    lineage.record(Execution("1", run.id, "s", "ingest", "1", "k", output=ref), contents={}, subjects=subjects)
+    lineage.log_execution(Execution("1", run.id, "s", "ingest", "1", "k", output=ref), contents={}, subjects=subjects)
     for subject in subjects:
         walk = lineage.walk(subject.id, "down")
         assert ids(walk, "artifact") == {ref.sha256}
@@ -229,7 +235,7 @@ def test_a_subject_in_every_artifact_does_not_slow_a_walk(lineage, store):
     refs = [store.put_files("manifest", {"a": f"{number}".encode()}) for number in range(30)]
     for number, ref in enumerate(refs):
         execution = Execution(f"{number}", run.id, "s", "ingest", "1", "k", output=ref)
-        lineage.record(execution, contents={}, subjects=[Subject(IMAGE, "picture", "picture cat.jpg")])
+        lineage.log_execution(execution, contents={}, subjects=[Subject(IMAGE, "picture", "picture cat.jpg")])
     rows = []
     event.listen(lineage.database.engine, "after_cursor_execute", lambda *a: rows.append(a[1].rowcount))
     walk = lineage.walk(refs[0].sha256, "up", subjects=True)

@@ -109,7 +109,9 @@ def test_failure_and_interruption_are_reported(versions):
     run = lineage.start_run("p", {})
     for status in ("FAILED", "INTERRUPTED"):
         error = f"EngineError: {status} \x00 <b>"
-        lineage.record(Execution(status, run.id, "s", "train", "1", "k", status=status, error=error, ended_at=now()))
+        lineage.log_execution(
+            Execution(status, run.id, "s", "train", "1", "k", status=status, error=error, ended_at=now())
+        )
     events = to_openlineage(lineage, lineage.walk(run.id, "down"))
     for event in events:
         check(event)

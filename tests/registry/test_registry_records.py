@@ -68,7 +68,7 @@ def make(versions):
         }
         for step, values in steps.items():
             uses = {"photos": "ingest", "adapter": "train"}[step]
-            lineage.record(
+            lineage.log_execution(
                 Execution(f"{run.id}-{step}", run.id, step, uses, "1", f"key of {step}", ended_at=now(), **values)
             )
         card = {

@@ -123,7 +123,7 @@ def test_broken_cached_result_is_quarantined(plain, register):
     result = plain.store.put_files("manifest", {"a": b"could be made again", "shared": b"one"})
     run = plain.lineage.start_run("other", {})
     execution = Execution("e", run.id, "step", "step", "1", "key", output=result)
-    plain.lineage.record(execution, contents=plain.store.files(result))
+    plain.lineage.log_execution(execution, contents=plain.store.files(result))
     plain.lineage.finish_run(run.id, "COMPLETED")
     flip(plain.store.blobs.path(plain.store.files(result)["a"].sha256))
     assert fsck(plain.home, mlflow=False) != []

@@ -185,7 +185,7 @@ def test_expired_consent_blocks_production_only(versions, from_images):
     training = Execution(
         run.id, run.id, "t", "train", "1", "k", settings, {"dataset": dataset}, adapter, started_at=now()
     )
-    lineage.record(training, contents=store.files(adapter))
+    lineage.log_execution(training, contents=store.files(adapter))
     versions.register("zorb", adapter, gates=[GATE], passed=True, alias_request="staging")
     assert versions.show("zorb", "staging").version == 1
     with pytest.raises(Refused, match=r"expired on 2020-01-01: a\.png"):

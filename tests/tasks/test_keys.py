@@ -189,7 +189,7 @@ def test_the_revision_of_a_kind_is_in_the_keys_of_steps_that_read_adapters_of_it
     with closing(Lineage(f"sqlite:///{tmp_path / 'lineage.db'}")) as lineage:
         run = lineage.start_run("line", {})
         (adapter,) = inputs["adapter"]
-        lineage.record(Execution("1", run.id, "adapter", "train", "2", "0" * 64, settings, output=adapter))
+        lineage.log_execution(Execution("1", run.id, "adapter", "train", "2", "0" * 64, settings, output=adapter))
         assert job.with_input_kinds(inputs, lineage).key(inputs) == job.key(inputs)
         monkeypatch.setitem(KINDS._entries, "lokr", replace(KINDS["lokr"], revision=1))
         revisions = job.with_input_kinds(inputs, lineage).key_parts(inputs).get("revisions", {})
