@@ -208,6 +208,11 @@ def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> N
     again = say_json(*arguments, "--tokenizer", tmp_path / "a", "-o", tmp_path / "again")
     assert any(entry["file"].endswith(COMPONENT) for entry in again["files"])
     assert load_file(tmp_path / "again" / COMPONENT).keys() == load_file(tmp_path / "a" / COMPONENT).keys()
+    assert (tmp_path / "again" / "tokenizer").is_dir()
+    say(*arguments, "--without-tokenizer", "-o", tmp_path / "bare")
+    assert {path.name for path in (tmp_path / "again").iterdir()} - {
+        path.name for path in (tmp_path / "bare").iterdir()
+    } == {"tokenizer"}
 
 
 def test_an_embedding_is_inspected_and_validated(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ Write = Callable[..., Path]
 TRAINED = (
     PREPARE
     + """\
-  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 90000, batch: 1, timeout: 1.5,
+  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 90000, batch: 1, timeout: 3,
              checkpoint_every: 1}
   exports:  {uses: convert, adapter: adapter, to: [kohya]}
 """
@@ -93,7 +93,7 @@ def test_a_training_that_takes_longer_writes_a_checkpoint_and_is_tried_again(
     spec = pipeline(TRAINED.replace("name: try", "name: slow-training"))
     failed = loraline_here("run", spec, home=home)
     assert failed.returncode == 1
-    assert "step 'adapter': took longer than its timeout of 1.5 s." in failed.stderr
+    assert "step 'adapter': took longer than its timeout of 3 s." in failed.stderr
     assert [entry.status for entry in attempts(home, "adapter")] == ["FAILED"] * 3
     (key,) = {entry.key for entry in attempts(home, "adapter")}
     assert list((home / "work" / key / "kept").rglob("*.safetensors"))

@@ -102,7 +102,8 @@ RUNS: dict[tuple[str, str], Run] = {
     ),
 }
 OF_MODELS = {("convert", name) for name in ("tokenizer", "config", "without_tokenizer")}
-"""Options of whole models, which `test_files_cli.py` converts."""
+OF_MODELS |= {("fuse", name) for name in ("rounding", "seed")}
+"""Options of whole models, which `test_files_cli.py` converts, and `test_quantized_models_cli.py` rounds."""
 
 
 def options_of(verb: str) -> dict[str, str]:
