@@ -20,15 +20,15 @@ _NAMESPACE = "loraline"
 _SPEC = "https://openlineage.io/spec"
 _SCHEMA = f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent"
 _FACETS = {
-    "parent": "1-0-1/ParentRunFacet.json",
-    "processing_engine": "1-1-1/ProcessingEngineRunFacet.json",
-    "errorMessage": "1-0-1/ErrorMessageRunFacet.json",
-    "jobType": "2-0-3/JobTypeJobFacet.json",
-    "version": "1-0-1/DatasetVersionDatasetFacet.json",
-    "datasetType": "1-0-0/DatasetTypeDatasetFacet.json",
-    "outputStatistics": "1-0-2/OutputStatisticsOutputDatasetFacet.json",
+    "parent": ("1-0-1", "ParentRunFacet"),
+    "processing_engine": ("1-1-1", "ProcessingEngineRunFacet"),
+    "errorMessage": ("1-0-1", "ErrorMessageRunFacet"),
+    "jobType": ("2-0-3", "JobTypeJobFacet"),
+    "version": ("1-0-1", "DatasetVersionDatasetFacet"),
+    "datasetType": ("1-0-0", "DatasetTypeDatasetFacet"),
+    "outputStatistics": ("1-0-2", "OutputStatisticsOutputDatasetFacet"),
 }
-"""Standard facet -> its schema version; custom facets have names that start with `loraline`."""
+"""Standard facet -> version and name of its schema; custom facets have names that start with `loraline`."""
 _ENDS = {"COMPLETED": "COMPLETE", "CACHED": "COMPLETE", "ADOPTED": "COMPLETE", "FAILED": "FAIL", "INTERRUPTED": "ABORT"}
 _IDS = UUID("7c1f6a0e-5d0b-5b7e-9d0e-2f6f6c6f7261")
 _MODELS = {"adapter", "merged", "version"}
@@ -132,8 +132,13 @@ def _registered(walk: Walk) -> dict[str, list[dict[str, Any]]]:
 
 
 def _facet(name: str, /, **values: Any) -> dict[str, Any]:
-    schema = f"{_SPEC}/facets/{_FACETS[name]}" if name in _FACETS else f"urn:loraline:facet:{name}:1"
-    return {"_producer": _producer(), "_schemaURL": schema, **values}
+    if name in _FACETS:
+        version, definition = _FACETS[name]
+        schema = f"{_SPEC}/facets/{version}/{definition}.json"
+    else:
+        schema, definition = f"urn:loraline:facet:{name}:1", name
+    # The specification requires a JSON pointer to the definition within the schema.
+    return {"_producer": _producer(), "_schemaURL": f"{schema}#/$defs/{definition}", **values}
 
 
 def _time(instant: datetime) -> str:

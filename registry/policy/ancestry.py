@@ -28,6 +28,8 @@ from registry.lineage.rows import read_artifacts
 from registry.store.database import batched
 from registry.store.tables import ContentRow, ExecutionRow, ParentRow, VersionRow
 
+_REWRITES = {"merge", "convert"}
+"""Steps that use no base, except a merge that learns its weights from a dataset."""
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -39,7 +41,8 @@ class Ancestry:
         root: The artifact of the version.
         graph: The upstream artifacts, steps and origins.
         versions: The versions that upstream artifacts were registered as, by their time of registration.
-        settings: Id of an upstream execution -> its settings.
+        settings: Id of an upstream execution -> its settings; without steps that only rewrite adapters, which carry the
+            terms of their own bases.
         datasets: The datasets that steps other than dataset steps consumed.
         manifests: Digests of all upstream datasets.
     """
@@ -64,12 +67,18 @@ def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
     digests, steps = graph.ids("artifact"), graph.ids("execution")
     datasets = read_artifacts(session, digests, kind="manifest")
     versions = [row for (row,) in batched(session, select(VersionRow), VersionRow.artifact, digests)]
-    settings = batched(session, select(ExecutionRow.id, ExecutionRow.settings), ExecutionRow.id, steps)
+    columns = select(ExecutionRow.id, ExecutionRow.uses, ExecutionRow.settings)
+    trained = {edge.target.id for edge in graph.edges if edge.source.kind == "artifact" and edge.source.id in datasets}
+    made = [
+        row
+        for row in batched(session, columns, ExecutionRow.id, steps)
+        if row.uses not in _REWRITES or row.id in trained
+    ]
     return Ancestry(
         root,
         graph,
         tuple(queries.entities(session, sorted(versions, key=lambda row: row.id))),
-        {row.id: row.settings for row in settings},
+        {row.id: row.settings for row in made},
         _used_datasets(graph, datasets),
         frozenset(datasets),
     )

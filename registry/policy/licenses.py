@@ -16,8 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lora_engine.families import families
 from registry.errors import PolicyError
+from registry.policy.expressions import evaluate_expression, normalize_expression
 from registry.policy.license_terms import TAINTS, LicenseTerms, unknown
 
+CONSENT_TO_TRAIN = "LicenseRef-Consent-Train-Only"
+"""Id of the terms of images whose owners consent to training only, in expressions and documents."""
 _NAME = "licenses.yaml"
 _SHIPPED = Path(__file__).with_name(_NAME)
 _NO_STATEMENT = frozenset({"", "noassertion", "none", "unknown", "other"})
@@ -71,7 +74,7 @@ class License(BaseModel):
 
 
 class BaseLicense(BaseModel):
-    """The bases that carry a license, by hub id of any revision, family (`sd15`, ...) or fingerprint."""
+    """The bases that carry a license, by hub id of any revision, published name (`sd15`, ...) or fingerprint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -101,35 +104,59 @@ class Licenses(BaseModel):
     bases: tuple[BaseLicense, ...] = ()
 
     def find(self, text: str | None) -> License | None:
-        """Returns the license with that id or alias, case-insensitively; None if the table has none."""
-        name = (text or "").strip().lower()
-        for entry in reversed(self.licenses):
-            if name in {entry.id.lower(), *(alias.lower() for alias in entry.aliases)}:
-                return entry
+        """Returns the license with that id or alias, case-insensitively; None if the table has none.
+
+        Of SPDX's `ID+`, "or any later version", it returns the license `ID`.
+        """
+        stated = (text or "").strip().lower()
+        for name in dict.fromkeys((stated, stated.removesuffix("+"))):
+            for entry in reversed(self.licenses):
+                if name in {entry.id.lower(), *(alias.lower() for alias in entry.aliases)}:
+                    return entry
         return None
 
+    def normalize(self, text: str) -> str | None:
+        """Returns the id of a license, or an SPDX expression of ids; None if its terms are unknown."""
+        entry = self.find(text)
+        if entry is not None:
+            return entry.id
+        if self.terms_of_license(text, "it").unknown:
+            return None
+        return normalize_expression(text, lambda name: known.id if (known := self.find(name)) else name)
+
     def terms_of_license(self, text: str | None, owner: str) -> LicenseTerms:
-        """Returns the terms of a license by its identifier or alias.
+        """Returns the terms of a license by its identifier or alias, or of an SPDX expression of several.
 
         Args:
-            text: Identifier or alias.
+            text: Identifier, alias or expression.
             owner: Name of what carries the license, for the reason of a refusal.
         """
         entry = self.find(text)
         if entry is not None:
             return entry.terms
         stated = (text or "").strip()
+        terms = evaluate_expression(stated, lambda name: self.terms_of_license(name, owner))
+        if terms is not None:
+            return terms
         return unknown(owner if stated.lower() in _NO_STATEMENT else f"{owner} ({stated[:80]!r} is not in the table)")
 
     def terms_of_base(self, name: str, fingerprint: str | None = None) -> LicenseTerms:
-        """Returns the terms of a base by its fingerprint, else by its hub id or family, else unknown terms."""
-        hub = name.partition("@")[0].lower()
-        for by in ("fingerprint", "name"):
-            for entry in reversed(self.bases):
-                has_name = hub in {*(name.lower() for name in entry.hub), *entry.families}
-                if fingerprint in entry.fingerprints if by == "fingerprint" else has_name:
-                    return self.terms_of_license(entry.license, f"base {name!r}")
-        return unknown(f"base {name!r}" + (f" with fingerprint {fingerprint}" if fingerprint else ""))
+        """Returns the terms of a base by its fingerprint, else by its hub id or published name, else unknown terms.
+
+        A published name counts only without a fingerprint: with one, it is the name of a local folder, which anyone
+        chooses.
+        """
+        base = f"base {name!r}" + (f" with fingerprint {fingerprint}" if fingerprint else "")
+        for entry in reversed(self.bases):
+            if fingerprint in entry.fingerprints:
+                return self.terms_of_license(entry.license, base)
+        published = name.partition("@")[0].lower()
+        if fingerprint and "/" not in published:
+            return unknown(base)
+        for entry in reversed(self.bases):
+            if published in {*(hub.lower() for hub in entry.hub), *entry.families}:
+                return self.terms_of_license(entry.license, base)
+        return unknown(base)
 
     def updated(self, changes: Licenses) -> Licenses:
         """Returns this table with the entries of another one, which replace licenses of the same id."""

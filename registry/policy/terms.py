@@ -12,8 +12,8 @@ from registry.errors import StoreError
 from registry.lineage.graph import NodeId
 from registry.policy.ancestry import Ancestry
 from registry.policy.consent import Entry, rights_of
-from registry.policy.license_terms import NON_COMMERCIAL, UNRESTRICTED, LicenseTerms, combine, inherit, unknown
-from registry.policy.licenses import Licenses
+from registry.policy.license_terms import UNRESTRICTED, LicenseTerms, combine, inherit, unknown
+from registry.policy.licenses import CONSENT_TO_TRAIN, Licenses
 from registry.store.artifacts import Store
 
 _BASE = "base:"
@@ -52,8 +52,7 @@ def resolve_terms(
         stated[NodeId("execution", step)] += _step_sources(settings, licenses)
     for origin in ancestry.graph.ids("origin"):
         if origin.startswith(_BASE):
-            name = origin.removeprefix(_BASE).strip()
-            stated[NodeId("origin", origin)].append(Source("parents", f"base {name}", licenses.terms_of_base(name)))
+            stated[NodeId("origin", origin)] += _origin_sources(ancestry, origin, licenses)
     for dataset, entries in datasets.items():
         stated[NodeId("artifact", dataset.sha256)] += _image_sources(dataset, entries, licenses)
     sources = _distinct(source for node in sorted(stated) for source in stated[node])
@@ -89,6 +88,16 @@ def _card_sources(version: AdapterVersion, licenses: Licenses) -> Iterator[Sourc
         )
 
 
+def _origin_sources(ancestry: Ancestry, origin: str, licenses: Licenses) -> Iterator[Source]:
+    """Yields the terms of a base that versions declare as a parent, by the fingerprints in their cards."""
+    name = origin.removeprefix(_BASE).strip()
+    children = {edge.target.id for edge in ancestry.graph.edges if edge.source == NodeId("origin", origin)}
+    cards = [version.card for version in ancestry.versions if version.artifact.sha256 in children]
+    fingerprints = {card.get("base_fingerprint") for card in cards if card.get("base") == name} or {None}
+    for fingerprint in sorted(fingerprints, key=str):
+        yield Source("parents", f"base {name}", licenses.terms_of_base(name, fingerprint))
+
+
 def _step_sources(settings: Entry, licenses: Licenses) -> Iterator[Source]:
     described = settings.get("base") or {}
     name = described.get("label") or (settings.get("settings") or {}).get("base")
@@ -113,15 +122,15 @@ def _image_sources(dataset: ArtifactRef, entries: tuple[Entry, ...] | None, lice
     train_only = sum(rights_of(entry).get("scope") == "train" for entry in entries)
     if train_only:
         images = f"{train_only} image{'s' if train_only > 1 else ''}"
-        tainted = LicenseTerms(restrictions=frozenset({NON_COMMERCIAL}))
+        tainted = licenses.terms_of_license(CONSENT_TO_TRAIN, images)
         yield Source(where, f"{images} for training only, not for commercial use", tainted)
 
 
 def _distinct(sources: Iterable[Source]) -> tuple[Source, ...]:
-    """Returns each statement once, since every step of a pipeline names the same base."""
-    seen: dict[tuple[str, LicenseTerms], Source] = {}
+    """Returns each statement once per dataset, and once for all steps, which name the same base."""
+    seen: dict[tuple[str, str, LicenseTerms], Source] = {}
     for source in sources:
-        key = (source.what, source.terms)
+        key = (source.where if source.where.startswith(_DATASET) else "", source.what, source.terms)
         if key not in seen or seen[key].where == "step":
             seen[key] = source
     return tuple(seen.values())

@@ -90,23 +90,23 @@ def inspect_file(file: Path) -> dict[str, Any]:
 
 
 def check_license(home: Home, license: str) -> str:  # noqa: A002 (the name of the field)
-    """Returns the identifier of a license in the table, or `NOASSERTION`.
+    """Returns the identifier of a license in the table, an SPDX expression of such identifiers, or `NOASSERTION`.
 
     Raises:
-        SpecError: The license is neither in the table nor `NOASSERTION`.
+        SpecError: A license is neither in the table nor `NOASSERTION`.
     """
     if license == NO_ASSERTION:
         return license
     table = read_licenses(home.path)
-    entry = table.find(license)
-    if entry is None:
+    known = table.normalize(license)
+    if known is None:
         raise SpecError(
             f"the license {license[:80]!r} is not in the table",
             where="--license",
-            allowed=", ".join(known.id for known in table.licenses),
+            allowed=f"{', '.join(entry.id for entry in table.licenses)}; several with AND, OR, WITH and parentheses",
             remedy=f"add it to {home.path / 'licenses.yaml'}, or use {NO_ASSERTION}, which keeps it from production",
         )
-    return entry.id
+    return known
 
 
 def import_adapter(home: Home, file: Path, request: ImportRequest) -> ImportResult:

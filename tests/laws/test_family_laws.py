@@ -205,3 +205,15 @@ def test_licenses_and_formats_that_a_family_names_exist(name):
     assert bool(family.licenses) == family.is_supported
     assert family.names is None or family.sizes
     assert family.is_supported or not family.published
+
+
+@pytest.mark.parametrize("name", list(published))
+def test_every_published_base_has_a_license(name):
+    terms = read_licenses().terms_of_base(name)
+    assert not terms.unknown
+    assert terms.licenses <= set(families[published[name].family].licenses)
+
+
+def test_every_hub_id_has_one_license():
+    names = [name.lower() for family in families.values() for listed in family.licenses.values() for name in listed]
+    assert sorted(names) == sorted(set(names))

@@ -21,7 +21,7 @@ from registry.policy.license_terms import (
     is_at_least_as_strict,
     unknown,
 )
-from registry.policy.licenses import read_licenses
+from registry.policy.licenses import CONSENT_TO_TRAIN, read_licenses
 from registry.policy.rights import resolve_rights
 
 TABLE = read_licenses()
@@ -142,7 +142,7 @@ def test_the_shipped_table_has_a_date_a_disclaimer_and_the_names_of_hugging_face
         assert TABLE.find(name) is not None, name
     assert TABLE.find("openrail++").id == "LicenseRef-CreativeML-OpenRAIL++-M"
     for entry in TABLE.licenses:
-        assert entry.url.startswith("https://")
+        assert entry.url.startswith("https://") or entry.id == CONSENT_TO_TRAIN
         # A digest requires an immutable URL.
         assert entry.sha256 is None or re.search("/[0-9a-f]{40}/", entry.url)
     assert any(entry.sha256 for entry in TABLE.licenses)
@@ -173,6 +173,61 @@ def test_every_published_base_has_its_license(base, license_id, commercial):
     assert conflicts(terms) == ()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cc-by-2.0", "CC-BY-SA-2.0", "cc-by-sa-3.0", "Cc-By-Nc-2.0", "CC-BY-NC-SA-3.0", "CC-BY-NC-ND-2.5"),
+        *("CC-BY-ND-3.0", "GPL-3.0-only", "gpl-3.0", "GPL-2.0+", "lgpl-2.1", "AGPL-3.0-or-later"),
+        *("isc", "0bsd", "BSD-2-Clause", "mpl-2.0"),
+    ],
+)
+def test_the_table_has_common_licenses_in_any_case(name):
+    terms = TABLE.terms_of_license(name, "it")
+    assert not terms.unknown
+    assert allows_commercial(terms) is ("nc" not in name.lower())
+    assert ("no-derivatives" in terms.restrictions) is ("-nd" in name.lower())
+    assert bool(terms.share_alike) is ("-sa" in name.lower() or "gpl" in name.lower())
+
+
+@pytest.mark.parametrize(
+    ("text", "expression", "normal"),
+    [
+        ("mit AND cc-by-nc-4.0", "CC-BY-NC-4.0 AND MIT", "MIT AND CC-BY-NC-4.0"),
+        ("CC-BY-NC-4.0 or mit", "MIT", "CC-BY-NC-4.0 OR MIT"),
+        ("cc-by-4.0 or isc and cc-by-nc-4.0", "CC-BY-4.0", "CC-BY-4.0 OR ISC AND CC-BY-NC-4.0"),
+        ("(cc-by-4.0 OR isc) AND cc-by-nc-4.0", "CC-BY-NC-4.0 AND ISC", "(CC-BY-4.0 OR ISC) AND CC-BY-NC-4.0"),
+        ("((MIT))", "MIT", "MIT"),
+        ("apache-2.0+", "Apache-2.0", "Apache-2.0"),
+        ("GPL-2.0-only with Classpath-exception-2.0", *["GPL-2.0-only WITH Classpath-exception-2.0"] * 2),
+        ("isc OR my-own", "ISC", "ISC OR my-own"),
+        ("GPL-2.0-only WITH commons-clause", "GPL-2.0-only AND NOASSERTION", None),
+        ("Apache-2.0 AND NOASSERTION", "Apache-2.0 AND NOASSERTION", None),
+        *((text, "NOASSERTION", None) for text in ("MIT AND", "OR MIT", "(MIT", "MIT)", "()", "MIT ISC", "MIT WITH")),
+        ("(" * 5000 + "MIT" + ")" * 5000, "NOASSERTION", None),
+        ("MIT WITH (ISC OR MIT)", "NOASSERTION", None),
+    ],
+)
+def test_spdx_expressions_have_the_terms_of_their_licenses(text, expression, normal):
+    assert TABLE.terms_of_license(text, "it").expression == expression
+    assert TABLE.normalize(text) == normal
+
+
+@given(
+    st.recursive(
+        st.sampled_from(["mit", "cc-by-nc-4.0", "GPL-3.0-only", "unheard-of"]),
+        lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from(["AND", "or"]), inner),
+        max_leaves=6,
+    )
+)
+def test_and_combines_its_sides_and_or_is_the_one_that_allows_the_most(text):
+    terms, other = TABLE.terms_of_license(text, "it"), TABLE.find("cc-by-4.0").terms
+    assert TABLE.terms_of_license(f"{text} AND CC-BY-4.0", "it") == combine(terms, other)
+    assert TABLE.terms_of_license(f"{text} OR CC-BY-4.0", "it") in (terms, other)
+    assert allows_commercial(TABLE.terms_of_license(f"{text} OR CC-BY-4.0", "it"))
+    if (normal := TABLE.normalize(text)) is not None:
+        assert TABLE.terms_of_license(normal, "it") == terms
+
+
 def test_an_unknown_base_and_an_unstated_license_allow_nothing():
     for terms in (TABLE.terms_of_base("/models/mine", "a" * 64), TABLE.terms_of_license("NOASSERTION", "it")):
         assert not terms.permissions
@@ -184,6 +239,14 @@ def test_the_embedded_base_is_known_by_its_fingerprint_too():
     from lora_engine.bases.source import resolve_base
 
     assert TABLE.terms_of_base("/anywhere", resolve_base("tiny").fingerprint()).licenses == {"Apache-2.0"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "sdxl", "flux-schnell"])
+def test_the_name_of_a_local_folder_gives_no_license(name):
+    terms = TABLE.terms_of_base(name, "a" * 64)
+    assert terms.unknown == {f"base {name!r} with fingerprint {'a' * 64}"}
+    assert TABLE.terms_of_base(name).licenses
+    assert TABLE.terms_of_base("stable-diffusion-v1-5/stable-diffusion-v1-5@abc", "a" * 64).licenses
 
 
 def test_a_home_adds_licenses_and_assigns_them_to_its_bases(tmp_path):
@@ -241,7 +304,7 @@ def line(versions):
                 "manifest", {"manifest.json": json.dumps({"pictures": entries}).encode()}
             )
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
-        values_of_step = {"settings": {"base": base}} if base else {}
+        values_of_step = base if isinstance(base, dict) else {"settings": {"base": base}} if base else {}
         done = Execution(run.id, run.id, name, uses, "1", run.id, values_of_step, inputs, adapter, started_at=now())
         lineage.log_execution(done, contents=store.files(adapter))
         lineage.finish_run(run.id, "COMPLETED")
@@ -283,6 +346,27 @@ def test_terms_are_inherited_from_parents_by_name_and_by_file_digest(versions, l
     assert allows_commercial(rights_of(versions, neither).terms)
 
 
+def test_a_local_base_has_the_license_of_its_fingerprint_wherever_it_is_named(versions, line):
+    own = {"date": "2026-11-01", "bases": [{"license": "cc-by-nc-4.0", "fingerprints": ["a" * 64]}]}
+    card = {"base": "mine", "base_fingerprint": "a" * 64}
+    described = {"settings": {"base": "models/mine"}, "base": {"label": "mine", "fingerprint": "a" * 64}}
+    version = line("mine", b"1", base=described, card=card, parents=["base:mine"])
+    assert "base 'mine' with fingerprint" in conflicts(rights_of(versions, version).terms)[0]
+    (versions.home.path / "licenses.yaml").write_text(yaml.safe_dump(own))
+    rights = rights_of(versions, version)
+    assert (rights.terms.licenses, rights.terms.unknown) == ({"CC-BY-NC-4.0"}, frozenset())
+    assert [source.what for source in rights.sources] == ["base mine"]
+
+
+@pytest.mark.parametrize("uses", ["merge", "convert"])
+def test_a_step_that_only_rewrites_adapters_adds_no_base(versions, line, uses):
+    parent = line("parent", b"1", base="sdxl")
+    child = line("child", b"2", base="tiny", adapters=[parent], uses=uses)
+    learned = line("learned", b"3", base="tiny", adapters=[parent], uses=uses, images=[{}])
+    assert rights_of(versions, child).terms.licenses == {"LicenseRef-CreativeML-OpenRAIL++-M-SDXL"}
+    assert "Apache-2.0" in rights_of(versions, learned).terms.licenses
+
+
 def test_the_same_bytes_under_another_name_keep_their_declared_license(versions, line):
     first = line("first", b"same", declared="cc-by-nc-4.0")
     second = versions.register("second", first.artifact)
@@ -306,7 +390,9 @@ def test_anything_unknown_upstream_is_a_conflict(versions, line, values, message
 
 def test_a_consent_for_training_only_taints(versions, line):
     scoped = [{"rights": {"rights": "consent", "scope": scope}} for scope in ("train", "commercial")]
-    assert not allows_commercial(rights_of(versions, line("a", b"a", images=scoped)).terms)
+    trained = rights_of(versions, line("a", b"a", images=scoped)).terms
+    assert not allows_commercial(trained)
+    assert trained.expression == f"Apache-2.0 AND {CONSENT_TO_TRAIN}"
     assert allows_commercial(rights_of(versions, line("b", b"b", images=scoped[1:])).terms)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -64,6 +65,9 @@ def check(event):
     jsonschema.Draft202012Validator(EVENT, format_checker=FORMATS).validate(event)
     for facets in facets_of(event):
         for name, facet in facets.items():
+            schema, pointer = facet["_schemaURL"].split("#")
+            definition = name if name.startswith("loraline_") else PurePosixPath(urlsplit(schema).path).stem
+            assert pointer == f"/$defs/{definition}"
             if name not in REQUIRED:
                 assert name.startswith("loraline_")
                 assert facet["_schemaURL"].startswith("urn:loraline:facet:")

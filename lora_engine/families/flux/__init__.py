@@ -50,7 +50,7 @@ FLUX = Family(
             "black-forest-labs/FLUX.1-Redux-dev",
             "black-forest-labs/FLUX.1-Kontext-dev",
         ),
-        "Apache-2.0": ("black-forest-labs/FLUX.1-schnell",),
+        "Apache-2.0": ("flux-schnell", "black-forest-labs/FLUX.1-schnell"),
     },
 )
 families.add(FLUX.name, FLUX)

@@ -56,6 +56,7 @@ SD = Family(
         ),
         "LicenseRef-CreativeML-OpenRAIL++-M": (
             "sd2",
+            "sd2-base",
             "stabilityai/stable-diffusion-2",
             "stabilityai/stable-diffusion-2-base",
             "stabilityai/stable-diffusion-2-1",

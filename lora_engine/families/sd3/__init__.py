@@ -46,6 +46,8 @@ SD3 = Family(
     licenses={
         "LicenseRef-Stability-Community": (
             "sd3",
+            "sd35-medium",
+            "sd35-large",
             "stabilityai/stable-diffusion-3-medium",
             "stabilityai/stable-diffusion-3-medium-diffusers",
             "stabilityai/stable-diffusion-3.5-medium",
