@@ -66,13 +66,16 @@ def embeddings_of_file(path: Path) -> list[Embedding] | None:
     return _parse(path, tensors, metadata.get(TOKEN, stem), metadata.get(COMPONENT, ""))
 
 
-def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: str = "kohya") -> list[Path]:
+def write_embeddings(
+    folder: FilePath, embeddings: Sequence[Embedding], form: str = "kohya", *, license_expression: str | None = None
+) -> list[Path]:
     """Writes embeddings as separate files; the same embeddings give the same bytes.
 
     Args:
         folder: Output folder. In kohya's form the file name is the token, which A1111 uses as the trigger.
         embeddings: The embeddings.
         form: Name in `embedding_forms`. A1111 reads kohya's; its own `.pt` is a pickle and is not written.
+        license_expression: License for the headers; None states none.
 
     Returns:
         The written files.
@@ -91,8 +94,9 @@ def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: st
                 raise AdapterError(problem, where=stem, remedy="rename one of the tokens")
             files[stem] = content
     folder = Path(folder)
+    stated = {"modelspec.license": license_expression} if license_expression else {}
     for name, (tensors, metadata) in files.items():
-        write_safetensors(folder / f"{name}{_SUFFIX}", tensors, metadata)
+        write_safetensors(folder / f"{name}{_SUFFIX}", tensors, {**metadata, **stated})
     return [folder / f"{name}{_SUFFIX}" for name in files]
 
 

@@ -66,10 +66,11 @@ def write_adapter(
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
     card = card or Card()
     card = card if card.title else card.model_copy(update={"title": output_name or ""})
+    token_folder = path.parent if path.suffix == SUFFIX else path
     tokens = [_cast(embedding, dtype) for embedding in embeddings]
     has_own_files = codec.embeddings in embedding_forms
     if has_own_files and not adapter.modules:
-        return write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
+        return write_embeddings(token_folder, tokens, codec.embeddings, license_expression=card.license)
     tensors, metadata = _encode(codec, adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)
@@ -86,7 +87,7 @@ def write_adapter(
         files = [path if path.suffix == SUFFIX else path / file_name]
         write_safetensors(files[0], tensors, header)
     if tokens and has_own_files:
-        files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
+        files += write_embeddings(token_folder, tokens, codec.embeddings, license_expression=card.license)
     return files
 
 

@@ -21,6 +21,7 @@ import yaml
 from registry.documents.facts import Facts, Sample, packages_digest
 from registry.documents.limits import limits
 from registry.documents.spdx import hub_license
+from registry.policy.license_terms import forbidden_uses
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 _FOLDERS = {"sd": "models/Lora", "sdxl": "models/Lora"}
@@ -136,8 +137,9 @@ def _values(facts: Facts, text: Any) -> dict[str, Any]:
             "sources": [(text(where), text(what)) for where, what in facts.terms_sources],
             **{
                 part: [text(word) for word in sorted(getattr(facts.terms, part))]
-                for part in ("permissions", "obligations", "restrictions")
+                for part in ("permissions", "obligations")
             },
+            "forbidden": [text(use) for use in forbidden_uses(facts.terms)],
         },
         "steps": [(text(step.step), step.uses, step.output.sha256 if step.output else "") for step in facts.steps],
         "parents": [(text(parent.name), parent.sha256 or "") for parent in facts.parents],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from registry.documents.facts import Facts
+from registry.policy.license_terms import forbidden_uses
 
 
 def limits(facts: Facts) -> Iterator[str]:
@@ -29,6 +30,8 @@ def limits(facts: Facts) -> Iterator[str]:
         yield f"No consent is recorded for {uncovered} of its images."
     if facts.base:
         yield f"It was made for the base {facts.base}; on other bases of its family its effect was not measured."
+    if uses := forbidden_uses(facts.terms):
+        yield f"Not allowed: {'; '.join(uses)}."
     if facts.license is None:
         yield "Its license is unknown: do not publish or sell what it makes before that is settled."
 

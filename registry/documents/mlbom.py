@@ -12,10 +12,10 @@ from uuid import NAMESPACE_URL, uuid5
 
 from registry.documents.facts import Dataset, Facts
 from registry.documents.limits import limits
-from registry.documents.spdx import SPDX
+from registry.documents.spdx import is_spdx
 from registry.entities import to_json
 from registry.policy.alias_policy import numbers
-from registry.policy.license_terms import LicenseTerms
+from registry.policy.license_terms import LicenseTerms, forbidden_uses
 
 _SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 MODEL = "machine-learning-model"
@@ -143,11 +143,15 @@ def _properties(facts: Facts) -> Iterator[dict[str, str]]:
         yield _property(f"loraline:gate:{gate.get('metric', '?')}", dict(gate))
     for word in facts.triggers:
         yield _property("loraline:trigger", word)
+    for use in forbidden_uses(facts.terms):
+        yield _property("loraline:license:not-allowed", use)
+    for obligation in sorted(facts.terms.obligations):
+        yield _property("loraline:license:required", obligation)
 
 
 def _licenses(terms: LicenseTerms) -> Iterator[dict[str, Any]]:
     for name in sorted(terms.licenses):
-        yield {"license": {"id": name} if name in SPDX else {"name": name}}
+        yield {"license": {"id": name} if is_spdx(name) else {"name": name}}
     for source in sorted(terms.unknown):
         yield {"license": {"name": f"unknown: {source}"}}
 

@@ -20,6 +20,8 @@ PERMISSIONS = frozenset({COMMERCIAL, "redistribute", DERIVATIVES, "train-from-ou
 TAINTS = {NON_COMMERCIAL: COMMERCIAL, NO_DERIVATIVES: DERIVATIVES}
 """Restriction -> the permission that it removes, from any source."""
 
+_USES = {COMMERCIAL: "commercial use", "redistribute": "redistribution", DERIVATIVES: "derivatives"}
+"""Permission -> its use in a phrase."""
 _NOTHING: frozenset[str] = frozenset()
 Key = TypeVar("Key", bound=Hashable)
 
@@ -119,6 +121,25 @@ def conflicts(terms: LicenseTerms) -> tuple[str, ...]:
 def allows_commercial(terms: LicenseTerms) -> bool:
     """Returns True if commercial use is allowed; other restrictions, such as a revenue limit, may still apply."""
     return COMMERCIAL in terms.permissions
+
+
+def forbidden_uses(terms: LicenseTerms) -> tuple[str, ...]:
+    """Returns the forbidden uses as phrases for readers, sorted; a restriction without a phrase as it is."""
+    removed = () if terms.unknown else _USES.keys() - terms.permissions
+    return tuple(sorted({*(_USES[use] for use in removed), *map(_forbidden_use, terms.restrictions)}))
+
+
+def _forbidden_use(restriction: str) -> str:
+    if restriction in TAINTS:
+        return _USES[TAINTS[restriction]]
+    kind, _, what = restriction.partition(":")
+    phrases = {
+        "uses": f"uses that {what} forbids",
+        "revenue-limit": f"use by organizations with a yearly revenue of {what.replace('-', ' ')} or more",
+        "no-foundation-models-from-outputs": "training of foundation models on its outputs",
+        "no-competing-models-from-outputs": "training of competing models on its outputs",
+    }
+    return phrases.get(kind, restriction)
 
 
 def _combine(left: LicenseTerms, right: LicenseTerms) -> LicenseTerms:

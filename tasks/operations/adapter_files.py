@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def convert_adapter(
     except UnknownBaseError as error:
         if base is not None or approximation is not None:
             raise
-        return _cast_adapter(file, output, to, dtype, error)
+        return _cast_adapter(file, output, to, dtype, license_expression, error)
     adapter, retained = bundle.adapter, None
     if approximation is not None:
         model = load_base(base, device="cpu") if base is not None and base not in published else None
@@ -101,7 +102,7 @@ def convert_adapter(
         output,
         adapter,
         format=to,
-        card=bundle.card.model_copy(update={"license": license_expression} if license_expression else {}),
+        card=_licensed(bundle.card, license_expression),
         dtype=dtype_of(dtype),
         embeddings=bundle.embeddings,
         module_names=names,
@@ -111,7 +112,17 @@ def convert_adapter(
     return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}
 
 
-def _cast_adapter(file: Path, output: Path, to: str, dtype: str | None, unknown: UnknownBaseError) -> dict[str, Any]:
+def _licensed(card: Card, license_expression: str | None) -> Card:
+    """Returns the card with the license; another program's header entry would replace it."""
+    if license_expression is None:
+        return card
+    extra = {key: text for key, text in card.extra.items() if key != "modelspec.license"}
+    return card.model_copy(update={"license": license_expression, "extra": extra})
+
+
+def _cast_adapter(
+    file: Path, output: Path, to: str, dtype: str | None, license_expression: str | None, unknown: UnknownBaseError
+) -> dict[str, Any]:
     """Writes an adapter of an unknown base in another dtype; raises `unknown` for any other format than the file's."""
     from lora_engine.files import sha256_file
     from lora_engine.formats.dtypes import dtype_of
@@ -120,7 +131,10 @@ def _cast_adapter(file: Path, output: Path, to: str, dtype: str | None, unknown:
     original = read_verbatim(file)
     if original.codec.name != to:
         raise unknown
-    written = write_verbatim(output, original, original.adapter, original.card, dtype=dtype_of(dtype))
+    card = _licensed(original.card, license_expression)
+    stated = {"modelspec.license": license_expression} if license_expression else {}
+    original = replace(original, metadata={**original.metadata, **stated})
+    written = write_verbatim(output, original, original.adapter, card, dtype=dtype_of(dtype))
     return {
         "format": to,
         "files": [{"file": str(written), "sha256": sha256_file(written)}],

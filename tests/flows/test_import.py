@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.spec import load_spec
 from lora_engine.adapters import Adapter
-from lora_engine.catalog.formats import FORMATS
+from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.errors import AdapterError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Card, codecs, read_bundle, write_adapter
@@ -261,6 +261,18 @@ def test_exports_into_one_folder_keep_each_other_and_say_what_browsers_of_models
         body = body[8 + int.from_bytes(body[:8], "little") :]
         digest = hashlib.sha256(body).hexdigest()
         assert (header["sshs_model_hash"], header["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
+
+
+@pytest.mark.parametrize("form", written_formats())
+def test_every_exported_file_states_the_inherited_license(opened: Home, tmp_path: Path, form: str) -> None:
+    token = Embedding("sks", {"text_encoder": torch.ones(1, base_width())})
+    write_adapter(tmp_path / "a.safetensors", random_adapter(0), embeddings=[token], card=Card(license="MIT"))
+    say("import", tmp_path / "a.safetensors", "--name", "a", "--base", "tiny", "--license", "cc-by-2.0 AND isc")
+    say("export", "a@1", "--to", form, "--base", "tiny", "-o", tmp_path / "out")
+    written = list((tmp_path / "out").rglob("*.safetensors"))
+    assert written
+    for path in written:
+        assert read_header(path)[1]["modelspec.license"] == "Apache-2.0 AND CC-BY-2.0 AND ISC", path.name
 
 
 @pytest.mark.parametrize("name", ["out.pt", "taken", "folder.safetensors"])

@@ -14,7 +14,7 @@ from PIL import Image
 from registry.documents.gather import gather_facts
 from registry.documents.mlbom import mlbom
 from registry.documents.provenance import provenance
-from registry.documents.spdx import HUB, hub_license
+from registry.documents.spdx import HUB, hub_license, is_spdx
 from registry.documents.storage import (
     BOM,
     CARD,
@@ -25,8 +25,11 @@ from registry.documents.storage import (
     write_missing,
 )
 from registry.entities import Execution, now
+from registry.policy.license_terms import LicenseTerms, forbidden_uses
+from registry.policy.licenses import CONSENT_TO_TRAIN, read_licenses
 
 EVIL = "<script>alert(1)</script> | `x` [a](javascript:b)\n# not a heading"
+TINY_FINGERPRINT = read_licenses().bases[-1].fingerprints[0]
 METRICS = {
     "clip_t": {"base": 0.2, "adapter": 0.25, "difference": 0.05, "interval": [0.01, 0.09], "n": 6, "verdict": "better"}
 }
@@ -42,7 +45,7 @@ def png(color: str) -> bytes:
 def make(versions):
     """Registers an adapter like a pipeline: a manifest with consents, a training, a report with images."""
 
-    def registered(name="zorb", content=b"weights", **changes):
+    def registered(name="zorb", content=b"weights", scope=None, **changes):
         store, lineage = versions.store, versions.lineage
         spec = {"name": "try", "steps": {"photos": {"uses": "ingest", "images": "/home/anna/secret/pictures"}}}
         run = lineage.start_run("try", spec)
@@ -50,6 +53,7 @@ def make(versions):
             {"sha256": digit * 64, "width": 32, "height": 32, "caption": "a zorb", "split": split, "consent": consent}
             for digit, split, consent in (("1", "train", "C1"), ("2", "train", "C1"), ("3", "heldout", None))
         ]
+        images[0]["rights"] = {"scope": scope}
         manifest = {"pictures": images, "quarantined": [{"source": "anna.jpg", "reason": "broken"}]}
         dataset = store.put_files("manifest", {"manifest.json": json.dumps(manifest).encode()})
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
@@ -74,7 +78,7 @@ def make(versions):
         card = {
             "title": "Zorb ring",
             "base": "tiny",
-            "base_fingerprint": "b" * 64,
+            "base_fingerprint": TINY_FINGERPRINT,
             "trigger": "zorb",
             "class_word": "ring",
             "seed": 7,
@@ -152,7 +156,7 @@ def test_provenance_names_inputs_and_output(versions, make):
     assert definition["internalParameters"]["packages"] == ["numpy==2.4.6", "torch==2.13.0"]
     dependencies = {entry["name"]: entry["digest"]["sha256"] for entry in definition["resolvedDependencies"]}
     (dataset,) = gather_facts(versions, version).datasets
-    assert dependencies["base"] == "b" * 64
+    assert dependencies["base"] == TINY_FINGERPRINT
     assert dependencies["dataset"] == dataset.artifact.sha256
     assert len(dependencies["packages"]) == 64
     assert details["metadata"]["invocationId"] == version.run_id
@@ -189,7 +193,7 @@ def test_bill_of_materials_names_ancestors_and_metrics(versions, make):
     version = make(parents=[f"Red sha256:{red.sha256}", "base:tiny"])
     component = mlbom(gather_facts(versions, version))["metadata"]["component"]
     ancestors = {entry["name"]: entry["hashes"][0]["content"] for entry in component["pedigree"]["ancestors"]}
-    assert ancestors == {"tiny": "b" * 64, "red": red.sha256}
+    assert ancestors == {"tiny": TINY_FINGERPRINT, "red": red.sha256}
     (metric,) = [
         entry
         for entry in component["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
@@ -242,6 +246,41 @@ def test_every_license_of_the_table_has_an_spdx_id():
     from cyclonedx.spdx import is_supported_id
 
     assert [name for name in HUB if not is_supported_id(name)] == []
+
+
+def test_card_and_bill_state_what_the_scope_of_a_consent_forbids(documents):
+    files = documents()
+    assert "Not allowed" not in files["model-card.md"].decode()
+    scoped = documents(name="scoped", content=b"scoped", scope="train")
+    text, page = (scoped[name].decode() for name in ("model-card.md", "model-card.html"))
+    assert "\n- Not allowed: commercial use\n" in text
+    assert "<li>Not allowed: commercial use</li>" in page
+    assert split_card(text.encode())[0]["license"] == "other"
+    assert schema_problem(scoped["ml-bom.json"]) is None
+    component = json.loads(scoped["ml-bom.json"])["metadata"]["component"]
+    assert {"name": "loraline:license:not-allowed", "value": "commercial use"} in component["properties"]
+    assert {"license": {"name": CONSENT_TO_TRAIN}} in component["licenses"]
+    assert "Not allowed: commercial use." in component["modelCard"]["considerations"]["technicalLimitations"]
+
+
+def test_every_restriction_of_the_table_has_a_phrase():
+    table = read_licenses()
+    stated = {restriction for entry in table.licenses for restriction in entry.restrictions}
+    for restriction in stated:
+        (phrase,) = forbidden_uses(LicenseTerms(restrictions=frozenset({restriction})))
+        assert phrase != restriction
+    assert "commercial use" in forbidden_uses(table.find("FLUX-dev").terms)
+    assert forbidden_uses(table.find("mit").terms) == ()
+    assert forbidden_uses(LicenseTerms(frozenset({"derivatives"}))) == ("commercial use", "redistribution")
+
+
+def test_licenses_are_stated_as_spdx_ids_only_if_the_list_has_them():
+    from cyclonedx.spdx import is_supported_id
+
+    for entry in read_licenses().licenses:
+        assert is_spdx(entry.id) is not entry.id.startswith("LicenseRef-")
+        assert is_supported_id(entry.id) is is_spdx(entry.id)
+    assert not any(map(is_spdx, ("MIT AND ISC", "mit", "my own")))
 
 
 def test_documents_contain_no_path_of_the_machine(documents):
