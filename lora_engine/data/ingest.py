@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lora_engine.data.folder import (
 )
 from lora_engine.data.images import IMAGE_FORMATS, open_image, open_with_digest, write_image, write_mask
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
-from lora_engine.data.rights import Rights
+from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 
@@ -41,7 +41,8 @@ def ingest(
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
 
     Quarantines every file that cannot be used, with its reason; an image with an unusable mask is one of them. Uses
-    files with the same bytes once. The result depends only on the bytes and names of the files.
+    files with the same bytes once, and not at all if the consent file states different rights for them. The result
+    depends only on the bytes and names of the files.
 
     Args:
         images: The folder, including its subfolders.
@@ -72,6 +73,8 @@ def ingest(
         except DataError as error:
             quarantined.append(Quarantined(source=printable(name), reason=printable(_reason(error))))
             _log.warning("%s is quarantined: %s", printable(name), quarantined[-1].reason)
+    entries, refused = ingestion.settle(entries)
+    quarantined += refused
     quarantined += _unmatched_masks(images, masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
@@ -108,12 +111,14 @@ class _Ingestion:
         self._images, self._out, self._settings, self._masks = images, out, settings, masks
         self._revoked = revoked
         self._sources: dict[str, ImageEntry] = {}
+        self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.used_masks: set[Path] = set()
 
     def add(self, path: Path, name: str, statement: Statement) -> ImageEntry:
-        if statement.consent in self._revoked:
-            raise DataError(f"its consent {statement.consent!r} was revoked")
         sha256, pixels = open_with_digest(path, self._settings.max_pixels, self._images)
+        if statement != Statement():
+            self._statements[sha256].setdefault(statement, printable(name))
+        self._refuse_revoked(statement)
         if sha256 in self._revoked:
             raise DataError("the image was revoked")
         file = f"pictures/{sha256[:16]}.png"
@@ -136,14 +141,38 @@ class _Ingestion:
             consent=statement.consent,
             repeats=repeats,
             mask=f"masks/{Path(file).name}" if mask is not None else None,
-            rights=self._rights(path, statement),
+            rights=_with_evidence(statement.rights, read_evidence(path, self._images)),
         )
         self._sources[file] = entry
         return entry
 
-    def _rights(self, path: Path, statement: Statement) -> Rights | None:
-        rights, evidence = statement.rights, read_evidence(path, self._images)
-        return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
+    def settle(self, entries: Sequence[ImageEntry]) -> tuple[list[ImageEntry], list[Quarantined]]:
+        """Judges the statements about all copies of each image: removes those that differ, uses the only one."""
+        settled, refused = [], []
+        for entry in entries:
+            try:
+                settled.append(self._settled(entry))
+            except DataError as error:
+                refused.append(Quarantined(source=entry.source, reason=printable(_reason(error))))
+                _log.warning("%s is quarantined: %s", entry.source, refused[-1].reason)
+                for file in entry.files:
+                    (self._out / file).unlink()
+        return settled, refused
+
+    def _settled(self, entry: ImageEntry) -> ImageEntry:
+        statements = self._statements[entry.sha256]
+        if len(statements) > 1:
+            names = " and ".join(statements.values())
+            raise DataError(f"the consent file states different rights for the same image: {names}")
+        for statement in statements:
+            self._refuse_revoked(statement)
+            rights = _with_evidence(statement.rights, entry.rights.evidence if entry.rights else ())
+            entry = entry.model_copy(update={"consent": statement.consent, "rights": rights})
+        return entry
+
+    def _refuse_revoked(self, statement: Statement) -> None:
+        if statement.consent in self._revoked:
+            raise DataError(f"its consent {statement.consent!r} was revoked")
 
     def _open_mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
         files = self._masks.get((path.parent, path.stem), ())
@@ -163,6 +192,10 @@ class _Ingestion:
             )
         self.used_masks.add(files[0])
         return mask
+
+
+def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) -> Rights | None:
+    return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
 
 
 def _unmatched_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]) -> list[Quarantined]:

@@ -77,8 +77,9 @@ def _read_object(store: Store, ref: ArtifactRef, file: str) -> dict[str, Any]:
 
 def _steps(lineage: Lineage, version: AdapterVersion) -> Iterator[Execution]:
     steps = lineage.executions(ids=[node.id for node in lineage.walk(version.ref).nodes if node.kind == "execution"])
-    # A step that returns its input unchanged has the same output as the step before it.
-    latest = {(step.step, step.uses, step.output): step for step in steps}
+    # A step that returns its input unchanged has the same output as the step before it. Other inputs may have given the
+    # same bytes, such as the same images with other statements about their rights: then all of them count.
+    latest = {(step.step, step.uses, step.output, *sorted(step.inputs.items())): step for step in steps}
     yield from sorted(latest.values(), key=lambda step: (step.started_at, step.id))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Ancestry:
             terms of their own bases.
         datasets: The datasets that steps other than dataset steps consumed.
         manifests: Digests of all upstream datasets.
+        undocumented: The adapters for which no dataset and no parent is recorded: `name@version`, or a short digest.
     """
 
     root: NodeId
@@ -53,6 +54,7 @@ class Ancestry:
     settings: Mapping[str, Mapping[str, Any]]
     datasets: tuple[ArtifactRef, ...]
     manifests: frozenset[str]
+    undocumented: tuple[str, ...] = ()
 
 
 def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
@@ -66,6 +68,7 @@ def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
     graph = upstream(session, [root], "output", "input", extra=[Relation("artifact", _declared_parents)])
     digests, steps = graph.ids("artifact"), graph.ids("execution")
     datasets = read_artifacts(session, digests, kind="manifest")
+    adapters = read_artifacts(session, digests, kind="adapter")
     versions = [row for (row,) in batched(session, select(VersionRow), VersionRow.artifact, digests)]
     columns = select(ExecutionRow.id, ExecutionRow.uses, ExecutionRow.settings)
     trained = {edge.target.id for edge in graph.edges if edge.source.kind == "artifact" and edge.source.id in datasets}
@@ -81,7 +84,29 @@ def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
         {row.id: row.settings for row in made},
         _used_datasets(graph, datasets),
         frozenset(datasets),
+        tuple(_undocumented(graph, {*datasets, *adapters}, adapters, {row.artifact: row for row in versions})),
     )
+
+
+def _undocumented(
+    graph: Subgraph, documents: Set[str], adapters: Iterable[str], versions: Mapping[str, VersionRow]
+) -> Iterator[str]:
+    """Yields the adapters that a step made from neither a dataset nor an adapter, or that have no origin at all."""
+    sources = graph.sources()
+    for digest in sorted(adapters):
+        origins = sources.get(NodeId("artifact", digest), set())
+        paths = [sources.get(node, set()) if node.kind == "execution" else {node} for node in origins]
+        is_documented = [any(node.kind == "artifact" and node.id in documents for node in path) for path in paths]
+        is_made = any(node.kind == "execution" for node in origins)
+        checked = [
+            known
+            for node, known in zip(origins, is_documented, strict=True)
+            # Other origins are parents by title: those of an artifact with steps are among the inputs of the steps.
+            if node.kind != "origin" or not (is_made or node.id.startswith("base:"))
+        ]
+        if not checked or not all(checked):
+            row = versions.get(digest)
+            yield f"{row.name}@{row.version}" if row else digest[:12]
 
 
 def descendants(session: Session, starts: Iterable[NodeId]) -> Subgraph:

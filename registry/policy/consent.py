@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -30,15 +30,20 @@ class ConsentFindings:
     generated: int = 0
 
 
-def find_consent(datasets: Mapping[ArtifactRef, tuple[Entry, ...] | None], today: date) -> ConsentFindings:
+def find_consent(
+    datasets: Mapping[ArtifactRef, tuple[Entry, ...] | None], today: date, undocumented: Sequence[str] = ()
+) -> ConsentFindings:
     """Returns the broken and missing consent statements for the images of some datasets.
+
+    Judges every statement: an image that several datasets contain has as many, and one of them is enough.
 
     Args:
         datasets: Images of each dataset, from `registry.policy.terms.read_datasets`.
         today: Date to compare `expires` with; an image may still be used on that date.
+        undocumented: The upstream adapters without a dataset.
     """
-    entries = {entry["sha256"]: entry for images in datasets.values() for entry in images or ()}
-    images = [entries[digest] for digest in sorted(entries)]
+    images = [entry for ref in sorted(datasets, key=lambda ref: ref.sha256) for entry in datasets[ref] or ()]
+    digests = {entry["sha256"] for entry in images}
     unreadable = tuple(
         f"dataset {ref.sha256[:12]} cannot be read, so consent is unknown"
         for ref, listed in datasets.items()
@@ -48,13 +53,19 @@ def find_consent(datasets: Mapping[ArtifactRef, tuple[Entry, ...] | None], today
     missing = tuple(_counted(images, _missing))
     if not datasets:
         missing = ("no dataset is recorded, so consent is unknown",)
-    generated = sum(bool(rights_of(entry).get("evidence") or rights_of(entry).get("ai_generated")) for entry in images)
-    return ConsentFindings(len(images), broken, missing, generated)
+    elif undocumented:
+        missing += (f"no dataset is recorded for {', '.join(undocumented)}, so consent is unknown",)
+    generated = {entry["sha256"] for entry in images if _is_generated(entry)}
+    return ConsentFindings(len(digests), broken, missing, len(generated))
 
 
 def rights_of(image: Entry) -> Entry:
     """Returns the rights that a manifest states for an image; empty for datasets older than that field."""
     return image.get("rights") or {}
+
+
+def _is_generated(entry: Entry) -> bool:
+    return bool(rights_of(entry).get("evidence") or rights_of(entry).get("ai_generated"))
 
 
 def _broken(entry: Entry, today: date) -> Iterator[str]:
@@ -82,10 +93,11 @@ def _missing(entry: Entry) -> Iterator[str]:
 
 
 def _counted(images: Iterable[Entry], find: Any) -> Iterator[str]:
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, dict[str, str]] = {}
     for entry in images:
         for reason in find(entry):
-            by_reason.setdefault(reason, []).append(entry.get("source") or entry["sha256"][:12])
-    for reason, names in by_reason.items():
+            by_reason.setdefault(reason, {}).setdefault(entry["sha256"], entry.get("source") or entry["sha256"][:12])
+    for reason, by_digest in by_reason.items():
+        names = by_digest.values()
         listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         yield f"{len(names)} image{'s' if len(names) > 1 else ''} {reason}: {listed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,15 +40,15 @@ def active_revocations(session: Session) -> tuple[Revocation, ...]:
 
 
 def revoked_subjects(session: Session) -> dict[str, str]:
-    """Returns digest of a revoked image or id of a revoked consent -> description of the revocation."""
-    descriptions: dict[str, str] = {}
+    """Returns digest of a revoked image or id of a revoked consent -> description of all its revocations."""
+    descriptions: dict[str, list[str]] = defaultdict(list)
     for revocation in active_revocations(session):
         subject = revocation.subject
         name = f"image {subject[:12]}" if revocation.kind == "picture" else f"consent {subject!r}"
-        descriptions[subject] = name
-        for image in revocation.pictures:
-            descriptions.setdefault(image, f"{name} (image {image[:12]})" if revocation.kind == "consent" else name)
-    return descriptions
+        descriptions[subject].append(name)
+        for image in {*revocation.pictures} - {subject}:
+            descriptions[image].append(f"{name} (image {image[:12]})" if revocation.kind == "consent" else name)
+    return {subject: " and ".join(names) for subject, names in descriptions.items()}
 
 
 def read_revoked(lineage: Lineage) -> dict[str, str]:

@@ -54,7 +54,7 @@ def resolve_rights(
     datasets = read_datasets(context.store, ancestry.datasets)
     return VersionRights(
         *resolve_terms(ancestry, datasets, licenses),
-        consent=find_consent(datasets, today or now().date()),
+        consent=find_consent(datasets, today or now().date(), ancestry.undocumented),
         revoked=revoked_in(session, ancestry.manifests),
         licenses=licenses,
     )

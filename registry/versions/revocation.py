@@ -120,10 +120,12 @@ def _require_movers(affected: Sequence[AdapterVersion], policies: Policies, acto
 
 def _log_revocation(session: Session, report: ImpactReport, actor: str, reason: str) -> Event:
     row = session.get(RevocationRow, report.subject)
+    # Revoking again must not release images of datasets that cannot be read any more.
+    earlier = session.get_one(EventRow, row.seq).details.get("pictures", ()) if row is not None else ()
     details = {
         "kind": report.kind,
         "policy": report.policy,
-        "pictures": list(report.pictures),
+        "pictures": sorted({*report.pictures, *earlier}),
         "manifests": list(report.manifests),
         "versions": list(report.versions),
         "aliases": dict(report.aliases),

@@ -43,7 +43,7 @@ def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], re
 @step(
     Ingest,
     produces="manifest",
-    revision=3,
+    revision=4,
     summary="manifest.json",
     find_excluded=find_revoked,
     imports=always("lora_engine.data.ingest"),

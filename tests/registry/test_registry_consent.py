@@ -1,6 +1,7 @@
 """Ingest copies statements about images from table and files to the manifest, and leaves revoked images out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,32 @@ def test_revoked_images_and_consents_are_quarantined_with_the_reason(images, tmp
         "2.png": "the image was revoked",
     }
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "revoked", "used"),
+    [
+        ("0.png,C-1,own,\n", (), "C-1"),
+        ("copy.png,C-1,own,\n", (), "C-1"),
+        ("0.png,C-1,own,\ncopy.png,C-1,own,\n", (), "C-1"),
+        ("0.png,C-1,own,\ncopy.png,C-2,own,\n", (), "different rights for the same image: 0.png and copy.png"),
+        ("0.png,C-1,own,\ncopy.png,C-1,own,2020-01-01\n", (), "different rights"),
+        ("0.png,C-1,own,\ncopy.png,C-2,own,\n", ("C-2",), "different rights"),
+        ("copy.png,C-2,own,\n", ("C-2",), "its consent 'C-2' was revoked"),
+    ],
+)
+def test_statements_about_every_copy_of_an_image_count(images, tmp_path, rows, revoked, used):
+    shutil.copyfile(images / "0.png", images / "copy.png")
+    stated = table(tmp_path, f"file,consent,rights,expires\n{rows}")
+    manifest = ingest(images, tmp_path / "out", IngestSettings(), consent=stated, revoked=revoked)
+    entries = {image.source: image for image in manifest.pictures}
+    reasons = {file.source: file.reason for file in manifest.quarantined}
+    assert len(entries) + len(reasons) == 4
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == len(entries)
+    if "0.png" in entries:
+        assert (entries["0.png"].consent, entries["0.png"].rights.rights) == (used, "own")
+    else:
+        assert used in reasons["0.png"]
 
 
 @pytest.fixture

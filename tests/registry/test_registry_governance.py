@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from registry.documents.gather import gather_facts
 from registry.entities import Execution, now
 from registry.errors import PolicyError
 from registry.policy.license_terms import (
@@ -394,6 +395,31 @@ def test_a_consent_for_training_only_taints(versions, line):
     assert not allows_commercial(trained)
     assert trained.expression == f"Apache-2.0 AND {CONSENT_TO_TRAIN}"
     assert allows_commercial(rights_of(versions, line("b", b"b", images=scoped[1:])).terms)
+
+
+STATED = {"rights": "own", "person": False}
+
+
+def test_statements_of_every_dataset_that_gave_the_same_adapter_count(versions, line):
+    expired = [{"rights": STATED | {"expires": "2020-01-01", "license": "cc-by-nc-4.0"}}]
+    for images in (expired, [{"rights": STATED}]):
+        version = line("a", b"the same bytes", images=images)
+        child = line("child", b"merged", adapters=[version], uses="merge")
+    for made in (version, child):
+        rights = rights_of(versions, made)
+        assert "expired on 2020-01-01" in rights.consent.broken[0]
+        assert not allows_commercial(rights.terms)
+        assert len(gather_facts(versions, made).datasets) == 2
+
+
+def test_an_upstream_adapter_without_a_dataset_is_missing_its_consent(versions, line):
+    stated, bare = line("stated", b"1", images=[{"rights": STATED}]), line("bare", b"2", uses="import")
+    complete = line("complete", b"3", adapters=[stated], uses="merge", parents=["1 stated sha256:" + "0" * 64])
+    mixed = line("mixed", b"4", adapters=[complete, bare], uses="merge")
+    for version in (stated, complete):
+        assert rights_of(versions, version).consent.missing == ()
+    assert rights_of(versions, mixed).consent.missing == ("no dataset is recorded for bare@1, so consent is unknown",)
+    assert rights_of(versions, bare).consent.missing == ("no dataset is recorded, so consent is unknown",)
 
 
 def test_a_dataset_that_cannot_be_read_is_unknown(versions, line):

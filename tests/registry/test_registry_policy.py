@@ -149,6 +149,29 @@ def test_a_complete_record_states_basis_people_consent_license_and_opt_out(entry
     assert find(complete).missing == ()
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("bad", "field", "message"),
+    [
+        ({"expires": "2020-01-01"}, "broken", "expired"),
+        ({"opt_out": {"result": "opted-out"}}, "broken", "opted out"),
+        ({"rights": None}, "missing", "without a legal basis"),
+        ({"person": True}, "missing", "without a consent id"),
+    ],
+)
+def test_one_bad_statement_of_any_dataset_is_enough(position, bad, field, message):
+    good = {"rights": "own", "person": False}
+    images = [{"sha256": "1" * 64, "source": f"{index}.png", "rights": good} for index in range(3)]
+    images[position] = images[position] | {"rights": good | bad}
+    datasets = {ArtifactRef("manifest", f"{index}" * 64, 1): (image,) for index, image in enumerate(images)}
+    findings = find_consent(datasets, date(2026, 1, 1))
+    assert findings.pictures == 1
+    (reason,) = findings.broken + findings.missing
+    assert getattr(findings, field) == (reason,)
+    assert reason.startswith("1 image ")
+    assert message in reason
+
+
 def test_an_opt_out_breaks_the_consent_of_mined_images():
     rights = {"rights": "tdm", "opt_out": {"tool": "ai.txt", "checked": "2026-01-01", "result": "opted-out"}}
     findings = find_consent({ArtifactRef("manifest", "c" * 64, 1): ({"sha256": "1" * 64, "rights": rights},)}, date.max)
