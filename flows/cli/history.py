@@ -94,7 +94,9 @@ def import_file(
     license_id: Annotated[
         str | None,
         typer.Option(
-            "--license", metavar="L", help="License: SPDX id or NOASSERTION. Default: a prompt on a terminal."
+            "--license",
+            metavar="L",
+            help="License: SPDX id or expression, or NOASSERTION. Default: a prompt on a terminal.",
         ),
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Trigger word. Default: from the file.")] = None,

@@ -48,11 +48,13 @@ def loraline(home: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 @pytest.fixture
 def register(home: Path, loraline: Command) -> Callable[..., AdapterVersion]:
-    def make(content: bytes, image: str = ONE, consent: str = "C-1", base: str = "tiny") -> AdapterVersion:
+    def make(
+        content: bytes, image: str = ONE, consent: str = "C-1", base: str = "tiny", **rights: str
+    ) -> AdapterVersion:
         versions = Versions(Home.open(home))
         store, lineage = versions.store, versions.lineage
         run = lineage.start_run("stars", {})
-        entry = IMAGE | {"sha256": image, "consent": consent, "rights": {"license": "cc-by-4.0"}}
+        entry = IMAGE | {"sha256": image, "consent": consent, "rights": {"license": "cc-by-4.0", **rights}}
         dataset = store.put_files("manifest", {"manifest.json": json.dumps({"pictures": [entry]}).encode()})
         adapter = store.put_files("adapter", {"adapter.safetensors": content})
         ingest = Execution(f"{run.id}-i", run.id, "i", "ingest", "1", f"{run.id}-i", output=dataset, started_at=now())
@@ -219,6 +221,23 @@ def test_show_prints_rights_and_their_sources(
     text = loraline("show", "stars@1").stdout
     assert "attribution" in text
     assert "1 image under cc-by-4.0" in text
+
+
+def test_the_same_image_with_an_expired_consent_in_another_dataset_is_refused(
+    loraline: Command, register: Callable[..., AdapterVersion], tmp_path: Path
+) -> None:
+    content = adapter_bytes(tmp_path, 1.0)
+    promote = ("promote", "stars@1", "--to", "production", "--reason", "good")
+    register(content)
+    loraline(*promote)
+    loraline("unalias", "stars@production", "--reason", "again")
+    # The same images and captions give the same bytes, so this is the same version.
+    assert register(content, consent="C-2", expires="2020-01-01").version == 1
+    refused = str(loraline(*promote, fails=Refused).exception)
+    assert "1 image with consent that expired on 2020-01-01: face.png" in refused
+    assert "Not allowed: commercial use" not in loraline("card", "stars@1").stdout
+    register(adapter_bytes(tmp_path, 2.0), scope="train")
+    assert "- Not allowed: commercial use\n" in loraline("card", "stars@2").stdout
 
 
 def test_an_export_is_logged_and_listed_by_a_revocation(

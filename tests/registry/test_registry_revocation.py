@@ -56,6 +56,27 @@ def test_a_revocation_reaches_what_was_made_from_the_bytes_of_a_version_that_nam
             promote(versions, version.name, 1, "canary", reason="r")
 
 
+def test_revoking_a_consent_again_keeps_the_images_of_datasets_that_cannot_be_read_now(versions, from_images):
+    version = from_images(b"1", {ONE: "C-1"})
+    from_images(b"2", {ONE: None}, name="other")
+    assert revoke(versions, "C-1", reason="r").pictures == (ONE,)
+    (dataset,) = [ref for step in versions.lineage.executions(version.run_id) for ref in step.inputs.values()][:1]
+    versions.store.blobs.path(versions.store.files(dataset)["manifest.json"].sha256).unlink()
+    revoke(versions, "C-1", reason="again")
+    assert ONE in read_revoked(versions.lineage)
+    with pytest.raises(Refused, match=r"consent 'C-1' \(image 1{12}\) was revoked"):
+        promote(versions, "other", 1, "canary", reason="r")
+
+
+def test_an_image_that_two_revocations_cover_names_both(versions, from_images):
+    from_images(b"1", {ONE: "C-1"})
+    for subject in ("C-1", ONE):
+        revoke(versions, subject, reason="r")
+    assert read_revoked(versions.lineage)[ONE] == f"consent 'C-1' (image {ONE[:12]}) and image {ONE[:12]}"
+    lift(versions, ONE, reason="r")
+    assert read_revoked(versions.lineage)[ONE] == f"consent 'C-1' (image {ONE[:12]})"
+
+
 def test_an_image_is_revoked_by_its_file_its_digest_and_its_first_digits(versions, from_images, tmp_path):
     path = tmp_path / "face.png"
     path.write_bytes(b"a face")
