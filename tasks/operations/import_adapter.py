@@ -179,7 +179,8 @@ def _read(path: Path, request: ImportRequest, original: Mapping[str, str], form:
             )
     imported = {"format": form, "files": sorted(original.values())}
     imported |= {"assumed": bundle.assumptions} if bundle.assumptions else {}
-    card = _card(bundle.card, request, label, fingerprint or adapter.fingerprint, imported)
+    # A published name has no fingerprint; that of the header is only a claim, so the card and the rights leave it out.
+    card = _card(bundle.card, request, label, fingerprint, imported)
     return Bundle(
         replace(adapter, base=family, fingerprint=fingerprint or adapter.fingerprint), card, bundle.embeddings
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.spec import load_spec
-from lora_engine.adapters import Adapter
+from lora_engine.adapters import Adapter, LoraDelta
+from lora_engine.bases.structure import base_module_shapes
 from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.errors import AdapterError
 from lora_engine.files import sha256_file
@@ -24,6 +26,7 @@ from lora_engine.formats.safetensors_io import read_header
 from registry import queries
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.policy.licenses import read_licenses
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.operations.import_adapter import ImportRequest, import_adapter
@@ -120,8 +123,6 @@ def test_learned_tokens_in_or_beside_the_file_are_imported(opened: Home, tmp_pat
 
 
 def base_width() -> int:
-    from lora_engine.bases.structure import base_module_shapes
-
     return base_module_shapes("tiny")["text_encoder.text_model.embeddings.token_embedding"][1]
 
 
@@ -261,6 +262,37 @@ def test_exports_into_one_folder_keep_each_other_and_say_what_browsers_of_models
         body = body[8 + int.from_bytes(body[:8], "little") :]
         digest = hashlib.sha256(body).hexdigest()
         assert (header["sshs_model_hash"], header["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
+
+
+def test_a_base_in_a_folder_is_known_by_its_fingerprint_and_not_by_its_name(opened: Home, tmp_path: Path) -> None:
+    from lora_engine.bases.tiny import folder
+
+    base = shutil.copytree(folder(), tmp_path / "sdxl")
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    write_random(tmp_path / "a.safetensors", 0)
+    say("import", tmp_path / "a.safetensors", "--name", "a", "--base", base, "--license", "MIT")
+    shown = json.loads(say("show", "a@1", "--json"))
+    fingerprint = shown["card"]["base_fingerprint"]
+    assert shown["rights"]["terms"]["unknown"] == [f"base 'sdxl' with fingerprint {fingerprint}"]
+    table = f"date: 2026-11-01\nbases: [{{license: cc-by-nc-4.0, fingerprints: [{fingerprint}]}}]\n"
+    (opened.path / "licenses.yaml").write_text(table)
+    terms = json.loads(say("show", "a@1", "--json"))["rights"]["terms"]
+    assert (terms["licenses"], terms["unknown"]) == (["CC-BY-NC-4.0", "MIT"], [])
+
+
+@pytest.mark.parametrize("claimed", ["a" * 64, read_licenses().bases[-1].fingerprints[0]])
+def test_the_fingerprint_that_a_header_claims_gives_a_published_base_no_other_license(
+    opened: Home, tmp_path: Path, claimed: str
+) -> None:
+    shapes = base_module_shapes("sd15")
+    name = next(name for name in shapes if ".attn1.to_q" in name)
+    delta = LoraDelta(torch.ones(1, shapes[name][1]), torch.ones(shapes[name][0], 1), 1.0)
+    write_adapter(tmp_path / "a.safetensors", Adapter({name: delta}, "sd", claimed))
+    result = import_adapter(opened, tmp_path / "a.safetensors", ImportRequest("a", "sd15", "MIT"))
+    assert result.version.card["base_fingerprint"] is None
+    terms = json.loads(say("show", "a@1", "--json"))["rights"]["terms"]
+    assert terms["licenses"] == ["LicenseRef-CreativeML-OpenRAIL-M", "MIT"]
 
 
 @pytest.mark.parametrize("form", written_formats())
