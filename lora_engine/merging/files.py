@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,6 @@ def merged_card(
         recipe: Further entries of the recipe.
     """
     triggers = dict.fromkeys(card.trigger for card in cards if card.trigger)
-    licenses = {card.license for card in cards}
     return Card(
         title=" + ".join(_shown(weight, title) for weight, title in zip(weights, titles, strict=True)),
         base=cards[0].base,
@@ -142,10 +141,20 @@ def merged_card(
         trigger=", ".join(triggers) or None,
         recipe={"method": method, "weights": list(weights), **recipe},
         data=sorted({digest for card in cards for digest in card.data}),
-        license=licenses.pop() if len(licenses) == 1 else None,
+        license=_all_licenses({card.license for card in cards}),
         resolution=_shared(card.resolution for card in cards),
         prediction=_shared(card.prediction for card in cards),
     )
+
+
+def _all_licenses(licenses: Set[str | None]) -> str | None:
+    """Returns the licenses as one SPDX expression; None if a parent states none."""
+    stated = sorted(license_id for license_id in licenses if license_id)
+    if len(stated) < max(len(licenses), 1):
+        return None
+    # OR binds less than AND.
+    parts = [f"({text})" if len(stated) > 1 and " OR " in text.upper() else text for text in stated]
+    return " AND ".join(parts)
 
 
 def _shared(values: Iterable[str | None]) -> str | None:

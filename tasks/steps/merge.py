@@ -104,7 +104,7 @@ def find_imports(spec: Merge, folder: Path) -> Iterator[str]:
         yield base_module(spec.base, folder)
 
 
-@step(Merge, produces="adapter", revision=3, imports=find_imports, entries=lambda spec: [(METHODS, spec.method)])
+@step(Merge, produces="adapter", revision=4, imports=find_imports, entries=lambda spec: [(METHODS, spec.method)])
 def merge(spec: Merge, context: Context) -> None:
     """Writes the merged adapter."""
     from lora_engine.merging.files import merge_files

@@ -281,6 +281,27 @@ def test_a_base_in_a_folder_is_known_by_its_fingerprint_and_not_by_its_name(open
     assert (terms["licenses"], terms["unknown"]) == (["CC-BY-NC-4.0", "MIT"], [])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "stated"),
+    [
+        ("mit", "MIT", "MIT"),
+        ("mit", "cc-by-nc-4.0", "CC-BY-NC-4.0 AND MIT"),
+        ("mit or isc", "cc-by-nc-4.0", "CC-BY-NC-4.0 AND (MIT OR ISC)"),
+        ("mit", "NOASSERTION", "MIT AND NOASSERTION"),
+    ],
+)
+def test_a_merged_file_states_the_licenses_of_all_adapters(
+    opened: Home, tmp_path: Path, first: str, second: str, stated: str
+) -> None:
+    for seed, license_id in enumerate((first, second)):
+        file = write_random(tmp_path / f"{seed}.safetensors", seed)
+        import_adapter(opened, file, ImportRequest(f"a{seed}", "tiny", license_id))
+    say("merge", "a0@1", "a1@1", "-o", tmp_path / "out.safetensors")
+    assert read_header(tmp_path / "out.safetensors")[1]["modelspec.license"] == stated
+    say("merge", "a0@1", write_random(tmp_path / "bare.safetensors", 2), "-o", tmp_path / "out.safetensors")
+    assert "modelspec.license" not in read_header(tmp_path / "out.safetensors")[1]
+
+
 @pytest.mark.parametrize("claimed", ["a" * 64, read_licenses().bases[-1].fingerprints[0]])
 def test_the_fingerprint_that_a_header_claims_gives_a_published_base_no_other_license(
     opened: Home, tmp_path: Path, claimed: str
