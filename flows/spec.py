@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flows.yaml_source import Document, Where, parse_value, read_document
+from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError, did_you_mean
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, StepSpec
@@ -82,7 +82,7 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
     Raises:
         SpecError: The file is not a valid pipeline.
     """
-    document = read_document(path)
+    document = read_document(path, SpecError, allowed="a mapping with name, base, seed and steps")
     for override in overrides:
         _override(document, override)
     head = _validate(Head, document.data, (), document)
@@ -111,7 +111,7 @@ def _override(document: Document, override: str) -> None:
             known = target if isinstance(target, dict) else ()
             raise SpecError(f"{path!r}: unknown key {key!r}", where="--set", **_nearest(key, known))
         target = target[key]
-    target[keys[-1]] = parse_value(path, text)
+    target[keys[-1]] = parse_value(text, f"--set {path}", SpecError)
 
 
 def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -> StepSpec:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lora_engine.documents import read_document
 from lora_engine.errors import did_you_mean
 from lora_engine.files import atomic_write
 from registry.errors import HomeError
@@ -50,30 +51,23 @@ def read_file(home: Path) -> Settings:
     Raises:
         HomeError: As `read_settings`.
     """
-    path = home / NAME
-    problem, remedy = "", "correct or remove the file"
+    path, names, remedy = home / NAME, ", ".join(Settings.model_fields), "correct or remove the file"
+    where = str(path)
     try:
-        return Settings.model_validate(yaml.safe_load(path.read_bytes()) or {})
-    except FileNotFoundError:
-        return Settings()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = f"line {mark.line + 1} is not YAML" if mark else "the file is not YAML"
+        document = read_document(path, HomeError, allowed=names, optional=True)
+        return Settings.model_validate(document.data)
+    except HomeError as error:
+        # Without what the problem quotes.
+        where, problem = error.where, error.problem.partition("'")[0].strip()
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        key = ".".join(map(str, first["loc"]))
+        key, where = ".".join(map(str, first["loc"])), document.where(first["loc"])
+        problem = f"{key}: the value is not text"
         if first["type"] == "extra_forbidden":
             problem = f"unknown setting {redact(key)!r}"
             remedy = did_you_mean(key, Settings.model_fields, remedy)
-        else:
-            problem = f"{key}: the value is not text" if key else "the file contains no settings"
     # The message has no values, and no cause, which would quote them: a value may be a password.
-    raise HomeError(
-        f"the settings cannot be read: {problem}",
-        where=str(path),
-        allowed=", ".join(Settings.model_fields),
-        remedy=remedy,
-    )
+    raise HomeError(f"the settings cannot be read: {problem}", where=where, allowed=names, remedy=remedy)
 
 
 def write_file(home: Path, settings: Settings) -> None:

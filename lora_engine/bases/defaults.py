@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from lora_engine.bases.source import TINY, resolve_base, split_hub_id
 from lora_engine.bases.tiny import DEFAULTS
+from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families import families
 from lora_engine.families.layout import read_pipeline
@@ -53,8 +53,8 @@ def _read_defaults(folder: Path) -> TrainingDefaults:
 def _native_resolution(folder: Path) -> int | None:
     """Returns the image size in pixels of a U-Net's latents; None if the files do not state it."""
     try:
-        unet, vae = (json.loads((folder / part / "config.json").read_bytes()) for part in ("unet", "vae"))
+        unet, vae = (read_json_object(folder / part / "config.json", BaseModelError) for part in ("unet", "vae"))
         factor = 1 << (len(vae["block_out_channels"]) - 1)
         return int(unet["sample_size"]) * factor
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, KeyError, TypeError):
         return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 from lora_engine.adapters.published import empty_module, published_module_shapes
 from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.bases.source import resolve_base
+from lora_engine.checkpoints.folder import read_json
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, published
 from lora_engine.files import FilePath
@@ -38,16 +37,6 @@ def base_module_shapes(base: FilePath) -> dict[str, tuple[int, ...]]:
     modules = {}
     for name, entry in sorted(source.layout.index.items()):
         if name.startswith(_PREFIXES) and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
-            config = _read_config(source.folder / name / "config.json")
+            config = read_json(source.folder / name / "config.json")
             modules[name] = empty_module(ComponentConfig(entry[0], entry[1], config))
     return module_shapes(DictTree(modules, source.family))
-
-
-def _read_config(path: Path) -> dict[str, object]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"the configuration cannot be read ({error})", where=str(path)) from error
-    if not isinstance(config, dict):
-        raise BaseModelError("the configuration is not a JSON object", where=str(path))
-    return config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.checkpoints.recognize import Recognized
+from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, families, published
 from lora_engine.files import atomic_write
@@ -96,15 +97,11 @@ def read_json(path: Path) -> dict[str, Any]:
         BaseModelError: The file is missing or no JSON object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content: dict[str, Any] = read_json_object(path, BaseModelError)
     except FileNotFoundError:
         raise BaseModelError(
             f"the file {path.name!r} is missing", where=str(path.parent), allowed="a complete diffusers folder"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"cannot be read ({error})", where=str(path), allowed="a JSON object") from error
-    if not isinstance(content, dict):
-        raise BaseModelError("does not hold a JSON object", where=str(path), allowed="a JSON object")
     return content
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -16,6 +13,7 @@ from pydantic import ValidationError
 from lora_engine.data.folder import clean_text
 from lora_engine.data.images import open_inside
 from lora_engine.data.rights import OptOut, Rights
+from lora_engine.documents import TableRow, read_table
 from lora_engine.errors import DataError
 
 COLUMNS = (
@@ -54,87 +52,58 @@ class Statement:
 def read_consent(path: Path) -> dict[str, Statement]:
     """Returns the statement per file, from the column `file` and any others of `COLUMNS`.
 
-    Other columns are ignored, unless they look like a misspelled one.
+    Other columns are ignored, unless they look like a misspelled one. A row may end early; the rest of it is empty.
 
     Args:
         path: The table, in UTF-8. `person`, `revocable` and `ai_generated` are `yes` or `no`; `expires` is a day such
             as 2027-12-31; `opt_out` is `tool/day/result` with the result `clear` or `opted-out`.
 
     Raises:
-        DataError: The table is missing or invalid; names the row and the problem.
+        DataError: The table is missing or invalid; names file, line and column.
     """
     where = str(path)
     if not path.is_file():
         raise DataError("there is no such consent file", where=where, remedy="write a CSV with columns file,consent")
-    statements: dict[str, Statement] = {}
-    for number, row in enumerate(_rows(path), start=2):
-        name = row.pop("file", "")
-        if not name or not any(row.values()):
-            raise DataError(
-                f"row {number} needs a file and a consent id, or a value in another column",
-                where=where,
-                allowed=f"the columns {','.join(COLUMNS)}",
-            )
-        if name in statements:
-            raise DataError(f"row {number} repeats the file {name!r}", where=where)
-        try:
-            statements[name] = _statement(row)
-        except DataError as error:
-            raise DataError(f"row {number}: {error.problem}", where=where, allowed=error.allowed) from None
-    return statements
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    where = str(path)
     with open_inside(path, path.parent) as file:
         content = file.read(_MAX_TABLE + 1)
     if len(content) > _MAX_TABLE:
         raise DataError("is too large", where=where, allowed=f"{_MAX_TABLE:,} bytes")
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), strict=True)
-        names = {field: _column(field, where) for field in reader.fieldnames or ()}
-        rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"is not a UTF-8 CSV file ({error})", where=where) from None
-    # File names are only stripped; other values are shown to users and become one clean line.
-    return [
-        {
-            column: (row.get(field) or "").strip() if column == "file" else clean_text(row.get(field) or "")
-            for field, column in names.items()
-            if column in COLUMNS
-        }
-        for row in rows
-    ]
+    statements: dict[str, Statement] = {}
+    for row in read_table(content, where, COLUMNS, DataError, spellings=_SPELLINGS):
+        # File names are only stripped; other values are shown to users and become one clean line.
+        name = row.cells.get("file", "").strip()
+        cells = {column: clean_text(text) for column, text in row.cells.items() if column != "file"}
+        if not name or not any(cells.values()):
+            raise DataError(
+                "the row needs a file and a consent id, or a value in another column",
+                where=row.where,
+                allowed=f"the columns {','.join(COLUMNS)}",
+            )
+        if name in statements:
+            raise DataError(f"the row repeats the file {name!r}", where=row.place("file"))
+        statements[name] = _statement(row, {column: text for column, text in cells.items() if text})
+    return statements
 
 
-def _column(field: str, where: str) -> str:
-    column = field.strip().lower()
-    column = _SPELLINGS.get(column, column)
-    near = difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.8)
-    if column not in COLUMNS and near:
-        # Ignoring a misspelled column would ignore the rights in it.
-        raise DataError(
-            f"unknown column {field!r}",
-            where=where,
-            allowed=", ".join(COLUMNS),
-            remedy=f"did you mean {near[0]!r}?",
-        )
-    return column
-
-
-def _statement(row: Mapping[str, str]) -> Statement:
-    cells = {column: text for column, text in row.items() if text}
+def _statement(row: TableRow, cells: dict[str, str]) -> Statement:
+    consent = cells.get("consent")
+    values = {}
     for column, text in cells.items():
         if len(text) > _MAX_CELL:
-            raise DataError(f"{column} has {len(text)} characters", allowed=f"at most {_MAX_CELL}")
-    consent = cells.pop("consent", None)
-    values = {column: _READ.get(column, str)(text) for column, text in cells.items()}
+            problem = f"{column} has {len(text)} characters"
+            raise DataError(problem, where=row.place(column), allowed=f"at most {_MAX_CELL}")
+        try:
+            values[column] = _READ.get(column, str)(text)
+        except DataError as error:
+            raise error.at(row.place(column)) from None
+    values.pop("consent", None)
     try:
         return Statement(consent, Rights.model_validate(values) if values else None)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         column = ".".join(map(str, first["loc"]))
-        raise DataError(f"{column} {cells.get(column, '')!r} cannot be used ({first['msg']})") from None
+        problem = f"{column} {cells.get(column, '')!r} cannot be used ({first['msg']})"
+        raise DataError(problem, where=row.place(column)) from None
 
 
 def _yes_or_no(text: str) -> bool:

@@ -5,7 +5,6 @@ Imports neither torch nor image code: specs, flows and tasks import it. `images`
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from lora_engine.data.rights import Rights
+from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write, canonical_json
 
@@ -130,18 +130,16 @@ class Manifest(BaseModel):
         """
         path = folder / _NAME
         try:
-            manifest = cls.model_validate(json.loads(path.read_bytes()))
+            manifest = cls.model_validate(
+                read_json_object(path, DataError, remedy="run ingest again", max_bytes=256 << 20)
+            )
         except FileNotFoundError:
             raise DataError(
                 f"{str(folder)!r} is not a dataset: it has no {_NAME}",
                 remedy="run ingest on the folder of images first and use its output",
             ) from None
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from None
         except ValidationError as error:
             raise DataError(_first_problem(error), where=str(path), remedy="run ingest again") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"is not JSON ({error})", where=str(path), remedy="run ingest again") from None
         files = [file for image in manifest.pictures for file in image.files]
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:

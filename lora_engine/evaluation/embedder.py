@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.building import BUILDING
+from lora_engine.documents import read_json_object
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
@@ -135,11 +135,12 @@ def _load(path: Path, name: str) -> Embedder:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file; None if it is missing."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content: dict[str, Any] = read_json_object(path, SettingsError)
+    except FileNotFoundError:
         return None
-    return value if isinstance(value, dict) else None
+    return content
 
 
 def _fingerprint(path: Path) -> str:

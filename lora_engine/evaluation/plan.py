@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lora_engine.data.manifest import ImageEntry, Manifest
+from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
 from lora_engine.evaluation.prompts import remove_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
@@ -107,11 +107,10 @@ def read_trained_on(adapter: Path) -> tuple[str, ...]:
     path = (adapter if adapter.is_dir() else adapter.parent) / "training.json"
     if not path.exists():
         return ()
-    try:
-        digests = json.loads(path.read_bytes()).get("trained_on", [])
-        return tuple(str(digest) for digest in digests)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"cannot be read ({error})", where=str(path), remedy="train again") from None
+    digests = read_json_object(path, DataError, remedy="train again").get("trained_on", [])
+    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+        raise DataError("'trained_on' is not a list of digests", where=str(path), remedy="train again")
+    return tuple(digests)
 
 
 def derive_evaluation_seed(*parts: object) -> int:

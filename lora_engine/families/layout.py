@@ -6,11 +6,11 @@ weights (`.bin`, `.ckpt`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, Pipeline, families, find_pipeline
 
@@ -165,15 +165,11 @@ def _required(folder: Path, name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content: dict[str, Any] = read_json_object(path, BaseModelError)
     except FileNotFoundError:
         raise BaseModelError(
             f"there is no {path.name}",
             where=str(path.parent),
             allowed="a diffusers folder: model_index.json and a subfolder per component",
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"cannot be read ({error})", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise BaseModelError("is not a JSON object", where=str(path))
     return content

@@ -5,13 +5,13 @@ Must not import torch. Codecs write what their format needs (ranks, hashes).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lora_engine.documents import parse_json
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 
@@ -72,14 +72,23 @@ def read_card(header: Mapping[str, str]) -> Card:
         AdapterError: The card in the header is broken.
     """
     try:
-        generated = {str(name) for name in json.loads(header.get(GENERATED, "[]"))}
-        fields = json.loads(header[CARD]) if CARD in header else _external(header)
+        generated = {str(name) for name in _parse(header.get(GENERATED, "[]"), GENERATED)}
+        fields = _parse(header[CARD], CARD) if CARD in header else _external(header)
         skipped = generated.union(_OF_THE_FILE, _OF_THE_NETWORK)
         extra = {key: text for key, text in header.items() if key not in skipped and not _is_of_the_file(key, text)}
         return Card.model_validate({**fields, "extra": extra})
-    except (ValueError, TypeError, RecursionError, ValidationError) as error:
+    except (TypeError, ValidationError) as error:
         problem = f"the header's card is broken: {error}"
         raise AdapterError(problem, where=f"metadata {CARD!r}", remedy="save or download the file again") from error
+
+
+def _parse(text: str, key: str) -> Any:
+    try:
+        return parse_json(text, f"metadata {key!r}", AdapterError, remedy="save or download the file again")
+    except AdapterError as error:
+        raise AdapterError(
+            f"the header's card is broken: {error.problem}", where=error.where, remedy=error.remedy
+        ) from error
 
 
 def _is_of_the_file(key: str, text: str) -> bool:

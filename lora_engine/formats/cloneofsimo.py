@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
@@ -16,6 +15,7 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.adapters.published import published_module_shapes
 from lora_engine.catalog import formats as catalog
+from lora_engine.documents import parse_json
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
@@ -117,14 +117,12 @@ def numbered(weights: Sequence[Tensor], component: str) -> dict[str, Tensor]:
 
 
 def _targets(component: str, metadata: Mapping[str, str]) -> list[str]:
-    try:
-        targets = json.loads(metadata[component]) if component in metadata else None
-    except (ValueError, RecursionError):
-        targets = [""]
+    where = f"metadata {component!r}"
+    targets = parse_json(metadata.get(component, "null"), where, AdapterError)
     if targets is None:
         # The defaults of the program. It stores no layers of ResNets without their convolutions.
         return ["CrossAttention", "Attention", "GEGLU"] if component == "unet" else ["CLIPAttention"]
-    if not isinstance(targets, list) or not all(target in CLASSES for target in targets):
+    if not isinstance(targets, list) or not all(isinstance(target, str) and target in CLASSES for target in targets):
         raise AdapterError(
             f"unknown classes {metadata[component]}",
             where=f"metadata {component!r}",

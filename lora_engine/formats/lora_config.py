@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lora_engine.adapters import Delta, LoraDelta
+from lora_engine.documents import parse_json, place_of_key
 from lora_engine.errors import AdapterError
 
 _T = TypeVar("_T")
@@ -17,21 +17,34 @@ CONFIG = "lora_adapter_metadata"
 """Header entry in which diffusers stores the `LoraConfig` of each component."""
 HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
 """Header entries with the alpha of all modules, in files without alpha tensors."""
+_TRUTH = ("true or false", lambda value: isinstance(value, bool))
+_TEXT = ("text", lambda value: isinstance(value, str))
+_MAPPING = ("an object of module names to numbers", lambda value: isinstance(value, dict))
+_SETTINGS: Mapping[str, tuple[str, Callable[[Any], bool] | None]] = {
+    **dict.fromkeys(("peft_type", "peft_version"), _TEXT),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "coft", "use_cayley_neumann"), _TRUTH),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _MAPPING),
+    "feedforward_modules": ("a list of module names", lambda value: isinstance(value, str) or _is_list_of_text(value)),
+}
 _PLAIN = re.compile(r"\^?(\w|-|\\?\.)+\$?")
 
 
 def parse_config(text: str, where: str) -> dict[str, Any]:
-    """Returns the parsed JSON object.
+    """Returns the parsed JSON object. Settings that Loraline reads have the right type or are null.
 
     Raises:
-        AdapterError: The text is no JSON object.
+        AdapterError: The text is no JSON object, or a setting has a wrong type; names line and column.
     """
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"not JSON: {error}", where=where, remedy="save or download the adapter again") from error
+    remedy = "save or download the adapter again"
+    config = parse_json(text, where, AdapterError, remedy=remedy)
     if not isinstance(config, dict):
-        raise AdapterError("not a JSON object", where=where, remedy="save or download the adapter again")
+        raise AdapterError("not a JSON object", where=where, remedy=remedy)
+    for key, value in config.items():
+        # In diffusers' header, the name of the component precedes the key.
+        noun, is_valid = _SETTINGS.get(key.rpartition(".")[2], ("", None))
+        if is_valid is not None and value is not None and not is_valid(value):
+            place = place_of_key(text, where, key)
+            raise AdapterError(f"{key} is {str(value)[:80]!r}", where=place, allowed=noun, remedy="fix the file")
     return config
 
 
@@ -55,6 +68,10 @@ def header_alpha(metadata: Mapping[str, str]) -> float | None:
             remedy="fix the header, or store alpha as a tensor for each module",
         )
     return next(iter(alphas.values()), None)
+
+
+def _is_list_of_text(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def alpha_of(

@@ -7,13 +7,13 @@ Names are therefore looked up in a table built from the modules of a base. They 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_engine.adapters.published import published_module_shapes
 from lora_engine.adapters.tree import near_names
+from lora_engine.documents import parse_json
 from lora_engine.errors import AdapterError, UnknownBaseError
 from lora_engine.families import families
 from lora_engine.formats.family import FAMILY, has_sdxl_modules, unsupported_reason
@@ -124,12 +124,11 @@ def name_table(names: Collection[str], *, is_sdxl: bool, naming: ModuleNaming = 
 
 def listed_modules(metadata: Mapping[str, str]) -> list[str] | None:
     """Returns the canonical names listed in Loraline's own header, or None without such a list."""
-    try:
-        names = json.loads(metadata.get(MODULES, "null"))
-    except (ValueError, RecursionError):
-        return None
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_list and names else None
+    where = f"metadata {MODULES!r}"
+    names = parse_json(metadata.get(MODULES, "null"), where, AdapterError, remedy="save or download the adapter again")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise AdapterError("not a list of module names", where=where, remedy="save or download the adapter again")
+    return names or None
 
 
 def _written_names(name: str, *, is_sdxl: bool, naming: ModuleNaming) -> Iterator[str]:

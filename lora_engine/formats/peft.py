@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -67,11 +68,12 @@ class PeftCodec(TensorCodec):
         """Returns the rule that reads alpha from the configuration in the same folder, or else from the header."""
         if not any(key.endswith(CONFIG_FILE) for key in metadata):
             return super().alpha_rule(metadata)
+        read_config = cache(lambda where: parse_config(metadata.get(where, "{}"), where))
 
         def alpha(raw: str, rank: int | None) -> float | None:
             folder, path = _split(raw)
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
-            config = parse_config(metadata.get(where, "{}"), where)
+            config = read_config(where)
             peft_type = type_of(config, where)
             return alpha_of(config, path, rank, where, peft_type.alpha) if peft_type.alpha else None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_engine.documents import decode
 from lora_engine.errors import AdapterError
 from lora_engine.formats.cloneofsimo import numbered
 from lora_engine.formats.embedding_files import COMPONENT, TOKEN, embeddings_of_file, join_embeddings
@@ -167,7 +168,7 @@ def _read_peft(folder: Path, limits: Limits) -> RawFile:
         weights, part_tensors, header = _read_weights(part, limits)
         tensors |= {f"{prefix}{key}": _plain(tensor) for key, tensor in part_tensors.items()}
         metadata = {**header, **metadata}
-        metadata[f"{prefix}{CONFIG_FILE}"] = config.read_text(encoding="utf-8", errors="replace")
+        metadata[f"{prefix}{CONFIG_FILE}"] = decode(config.read_bytes(), str(config), AdapterError)
         files += [config, weights]
     return RawFile(tensors, metadata, (), tuple(files))
 

@@ -6,7 +6,6 @@ It handles tensors and strings, not adapters. It never runs code from a file and
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_engine.documents import parse_json, place_of_key
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, append_chunks, atomic_write, canonical_json, sha256_chunks
 
@@ -224,9 +224,9 @@ def _refuse_gguf(path: Path, start: bytes) -> None:
 
 def _parse(path: Path, text: bytes, limits: Limits) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"the header is broken: {error}", where=str(path), remedy=_AGAIN) from error
+        header = parse_json(text, f"{path}: header", AdapterError, depth=None)
+    except AdapterError as error:
+        raise AdapterError(f"the header is broken: {error.problem}", where=error.where, remedy=_AGAIN) from error
     if not isinstance(header, dict):
         raise AdapterError("the header is not a JSON object", where=str(path), remedy=_AGAIN)
     metadata = header.pop("__metadata__", None) or {}
@@ -235,18 +235,25 @@ def _parse(path: Path, text: bytes, limits: Limits) -> tuple[dict[str, dict[str,
     if len(header) > limits.tensors:
         problem = f"the file holds {len(header)} tensors"
         raise AdapterError(problem, where=str(path), allowed=f"at most {limits.tensors}", remedy="check the file")
-    for name in header:
+    for name, entry in header.items():
         check_tensor_name(path, name, limits)
+        if not _is_valid(entry):
+            raise AdapterError(
+                f"the file cannot be read: the header has a broken entry for the tensor {name!r}",
+                where=place_of_key(text.decode("utf-8-sig"), f"{path}: header", name),
+                allowed="dtype, shape and two offsets of non-negative integers",
+                remedy=_AGAIN,
+            )
     return header, metadata
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{duplicate!r} occurs twice")
-    return entries
+def _is_valid(entry: object) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
 
 
 def check_tensor_name(path: Path, name: str, limits: Limits = LIMITS) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.documents import parse_json
 from lora_engine.errors import BaseModelError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
@@ -45,14 +45,13 @@ def fused_adapters(metadata: Mapping[str, str], where: Path) -> list[FusedAdapte
     Raises:
         BaseModelError: The header's list is malformed.
     """
+    place, remedy = f"{where}: metadata {FUSED!r}", "remove the entry from the header, or save the model again"
+    entries = parse_json(metadata.get(FUSED, "[]"), place, BaseModelError, remedy=remedy)
     try:
-        return [_entry(entry) for entry in json.loads(metadata.get(FUSED, "[]"))]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BaseModelError(
-            f"the list of fused adapters is malformed: {error}",
-            where=f"{where}: metadata {FUSED!r}",
-            remedy="remove the entry from the header, or save the model again",
-        ) from error
+        return [_entry(entry) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"the list of fused adapters is malformed: {error}"
+        raise BaseModelError(problem, where=place, remedy=remedy) from error
 
 
 def with_adapters(metadata: Mapping[str, str], adapters: Sequence[FusedAdapter]) -> dict[str, str]:

@@ -5,7 +5,6 @@ The embedder is any image model that transformers can load from a local folder: 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.building import BUILDING
 from lora_engine.data.pixels import read_pixels
+from lora_engine.documents import read_json_object
 from lora_engine.errors import SettingsError
 from lora_engine.training.batches import Batch
 from lora_engine.training.examples import Example
@@ -188,7 +188,7 @@ def _pooled(output: Any) -> Tensor:
 
 def _preprocessor_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "preprocessor_config.json").read_bytes())
-    except (OSError, ValueError):
+        config: dict[str, Any] = read_json_object(folder / "preprocessor_config.json", SettingsError)
+    except FileNotFoundError:
         return {}
-    return config if isinstance(config, dict) else {}
+    return config

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lora_engine.documents import Document, read_document
 from lora_engine.families import families
 from registry.errors import PolicyError
 from registry.policy.expressions import evaluate_expression, normalize_expression
@@ -194,19 +194,24 @@ def _shipped() -> Licenses:
 
 
 def _read(path: Path) -> Licenses:
-    remedy = f"use the form of the shipped {_NAME} (see docs/rights.md)"
+    document = read_document(path, PolicyError, allowed="date, licenses, bases", optional=True)
     try:
-        return Licenses.model_validate(yaml.safe_load(path.read_bytes()) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PolicyError(f"is not YAML ({error})", where=str(path), remedy=remedy) from error
+        return Licenses.model_validate(document.data)
     except ValidationError as error:
-        raise PolicyError(describe_problems(error), where=str(path), remedy=remedy) from error
+        raise PolicyError(
+            describe_problems(error, document),
+            where=document.where(error.errors()[0]["loc"]),
+            remedy=f"use the form of the shipped {_NAME} (see docs/rights.md)",
+        ) from error
 
 
-def describe_problems(error: ValidationError) -> str:
-    """Returns the problems of a validation, each with its key."""
+def describe_problems(error: ValidationError, document: Document, parent: tuple[str, ...] = ()) -> str:
+    """Returns the problems of a validation, each with its key; those after the first with line and column."""
     errors = error.errors(include_url=False)
-    listed = [f"{'.'.join(map(str, entry['loc'])) or 'the file'}: {entry['msg']}" for entry in errors[:4]]
+    listed = [f"{'.'.join(map(str, (*parent, *entry['loc']))) or 'the file'}: {entry['msg']}" for entry in errors[:4]]
+    for index, entry in enumerate(errors[1:4], start=1):
+        place = document.where((*parent, *entry["loc"])).removeprefix(f"{document.path}:")
+        listed[index] += f" (line {place})"
     rest = [f"and {len(errors) - 4} more"] if len(errors) > 4 else []
     return "; ".join(listed + rest)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lora_engine.documents import read_document
 from registry.entities import check_alias
 from registry.errors import PolicyError, VersionError
 from registry.policy.alias_policy import PRESETS, AliasPolicy
@@ -55,18 +55,18 @@ def read_policies(home: Path) -> Policies:
     """
     path = home / _NAME
     remedy = "fix or remove the file (see docs/rights.md)"
+    document = read_document(path, PolicyError, allowed="policy, aliases, recall", optional=True)
     try:
-        file = _PolicyFile.model_validate(yaml.safe_load(path.read_bytes()) or {})
-    except FileNotFoundError:
-        return Policies()
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PolicyError(f"is not YAML ({error})", where=str(path), remedy=remedy) from error
+        file = _PolicyFile.model_validate(document.data)
     except ValidationError as error:
         raise PolicyError(
-            describe_problems(error), where=str(path), allowed="policy, aliases, recall", remedy=remedy
+            describe_problems(error, document),
+            where=document.where(error.errors()[0]["loc"]),
+            allowed="policy, aliases, recall",
+            remedy=remedy,
         ) from error
     aliases = dict(PRESETS[file.policy])
-    problems = []
+    problems, places = [], []
     for alias, changes in file.aliases.items():
         try:
             base = aliases.get(check_alias(alias), _PLAIN).model_dump()
@@ -74,10 +74,12 @@ def read_policies(home: Path) -> Policies:
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
             aliases[alias] = AliasPolicy.model_validate(base | values, strict=True)
         except ValidationError as error:
-            problems.append(f"aliases.{alias}: {describe_problems(error)}")
+            problems.append(describe_problems(error, document, ("aliases", alias)))
+            places.append(document.where(("aliases", alias, *error.errors()[0]["loc"])))
         except VersionError as error:
             problems.append(str(error))
+            places.append(document.where(("aliases", alias)))
     if problems:
         allowed = ", ".join(AliasPolicy.model_fields)
-        raise PolicyError("; ".join(problems), where=str(path), allowed=allowed, remedy=remedy)
+        raise PolicyError("; ".join(problems), where=places[0], allowed=allowed, remedy=remedy)
     return Policies(aliases=aliases, recall=file.recall)

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from lora_engine.documents import parse_value
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError, UnknownBaseError
 from registry.home import Home
 from registry.store.snapshot import find_scratch
@@ -272,10 +271,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not name or not equals:
             raise SpecError(f"invalid setting {pair!r}", allowed="NAME=VALUE, such as density=0.3")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise SpecError(f"invalid setting {pair!r}", allowed="a number or a word after the =") from None
+        settings[name] = parse_value(value, f"--set {name}", SpecError)
     return settings
 
 

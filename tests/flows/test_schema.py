@@ -11,11 +11,12 @@ import pytest
 
 from flows.schema import pipeline_schema
 from flows.template import write_template
-from flows.yaml_source import read_document
 from lora_engine.catalog.formats import written_formats
 from lora_engine.catalog.kinds import KINDS
+from lora_engine.documents import read_document
 from lora_engine.merging.methods import METHODS
 from lora_engine.training.methods import methods
+from tasks.errors import SpecError
 from tasks.step import STEPS
 from tests.flows.commands import say
 from tests.flows.shared import LINE, write_line
@@ -31,7 +32,10 @@ def validator() -> Any:
 
 
 def problems(validator: Any, path: Path) -> list[str]:
-    return [f"{list(error.path)}: {error.message}" for error in validator.iter_errors(read_document(path).data)]
+    return [
+        f"{list(error.path)}: {error.message}"
+        for error in validator.iter_errors(read_document(path, SpecError, allowed="a mapping").data)
+    ]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -87,5 +87,5 @@ def test_overrides_of_unknown_keys_are_refused(pipeline: Write, override: str) -
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="cannot read the pipeline file"):
+    with pytest.raises(SpecError, match="cannot read the file"):
         load_spec(tmp_path / "nothing.yaml")

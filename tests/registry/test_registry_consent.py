@@ -90,15 +90,15 @@ def test_an_old_manifest_is_still_readable(images, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,consent,expires\n0.png,C-1,31.12.2030\n", "row 2: '31.12.2030' is not a day"),
-        ("file,person\n0.png,maybe\n", "row 2: 'maybe' is neither yes nor no"),
-        ("file,rights\n0.png,stolen\n", "row 2: rights 'stolen' cannot be used"),
-        ("file,scope\n0.png,all\n", "row 2: scope 'all'"),
-        ("file,opt_out\n0.png,ai.txt\n", "row 2: opt_out 'ai.txt'"),
-        ("file,opt_out\n0.png,ai.txt/2026-01-01/perhaps\n", "row 2: opt_out"),
+        ("file,consent,expires\n0.png,C-1,31.12.2030\n", "csv:2, column 3 .expires.: '31.12.2030' is not a day"),
+        ("file,person\n0.png,maybe\n", "csv:2, column 2 .person.: 'maybe' is neither yes nor no"),
+        ("file,rights\n0.png,stolen\n", "csv:2, column 2 .rights.: rights 'stolen' cannot be used"),
+        ("file,scope\n0.png,all\n", "scope 'all'"),
+        ("file,opt_out\n0.png,ai.txt\n", "opt_out 'ai.txt'"),
+        ("file,opt_out\n0.png,ai.txt/2026-01-01/perhaps\n", "opt_out"),
         ("file,consent,expirs\n0.png,C-1,2030-01-01\n", "unknown column 'expirs'"),
         ("file,owner\n0.png," + "x" * 201 + "\n", "owner has 201 characters"),
-        ("file,owner\n0.png,\n", "row 2 needs a file and a consent id, or a value in another column"),
+        ("file,owner\n0.png,\n", "csv:2: the row needs a file and a consent id, or a value in another column"),
     ],
 )
 def test_an_invalid_statement_stops_the_run(tmp_path, text, message):

@@ -266,7 +266,7 @@ def test_a_home_adds_licenses_and_assigns_them_to_its_bases(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("licenses: [", "is not YAML"),
+        ("licenses: [", "yaml:1:12: expected"),
         ("date: 2026-01-01\nlicences: []", "licences"),
         ("date: 2026-01-01\nbases: [{license: gone}]", "no license has that id"),
         (

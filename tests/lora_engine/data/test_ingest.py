@@ -163,10 +163,10 @@ def test_consent_is_recorded_with_its_image(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"name,id\na.png,1\n", "row 2 needs a file and a consent id"),
-        (b"file,consent\na.png,1\na.png,2\n", "row 3 repeats the file 'a.png'"),
-        (b"file,consent\na.png,\n", "row 2"),
-        (b"\xff\xff", "not a UTF-8 CSV"),
+        (b"name,id\na.png,1\n", "csv:2: the row needs a file and a consent id"),
+        (b"file,consent\na.png,1\na.png,2\n", "csv:3, column 1 .file.: the row repeats the file 'a.png'"),
+        (b"file,consent\na.png,\n", "csv:2"),
+        (b"\xff\xff", "not UTF-8"),
     ],
 )
 def test_an_invalid_consent_file_is_refused(

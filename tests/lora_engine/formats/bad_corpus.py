@@ -280,8 +280,8 @@ CORPUS: dict[str, Case] = {
     "an entry without a shape": Case(
         header({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, b"\0" * 4), "cannot be read"
     ),
-    "a name twice": Case(header(b'{"x":1,"x":2}'), "occurs twice"),
-    "a million names twice": Case(twin_names(1_000_000), "occurs twice", dangerous=True),
+    "a name twice": Case(header(b'{"x":1,"x":2}'), "duplicate key"),
+    "a million names twice": Case(twin_names(1_000_000), "duplicate key", dangerous=True),
     "a number of a million digits": Case(
         header(b'{"x":{"shape":[' + b"9" * 1_000_000 + b"]}}"), "broken|cannot be read", dangerous=True
     ),
@@ -480,13 +480,13 @@ CORPUS: dict[str, Case] = {
         diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}'), "no plain module name"
     ),
     "diffusers' patterns that are a list": Case(
-        diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}'), "alpha_pattern is not a JSON object"
+        diffusers_file('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}'), "object of module names"
     ),
     # PEFT.
     "PEFT settings that are no JSON": Case(peft(b"{"), "not JSON", file="unet"),
     "PEFT settings that are a list": Case(peft([]), "not a JSON object", file="unet"),
-    "PEFT settings that are deep": Case(peft(b"[" * 100_000), "not JSON", file="unet"),
-    "PEFT settings that are binary": Case(peft(b"\xff\x00\xfe"), "not JSON", file="unet"),
+    "PEFT settings that are deep": Case(peft(b"[" * 100_000), "levels deep", file="unet"),
+    "PEFT settings that are binary": Case(peft(b"\xff\x00\xfe"), "not UTF-8", file="unet"),
     "PEFT type that is unknown": Case(peft(PEFT | {"peft_type": "EVIL"}), "EVIL", file="unet"),
     "PEFT alpha that is NaN": Case(peft(b'{"peft_type": "LORA", "lora_alpha": NaN}'), "alpha is nan", file="unet"),
     "PEFT alpha that is 0": Case(peft(PEFT | {"lora_alpha": 0}), READ, file="unet"),

@@ -1,0 +1,21 @@
+"""Reads YAML, JSON and CSV that users and other programs wrote; every refusal names file, line and column.
+
+The only readers of such text: depth, size and numbers are bounded, a duplicate key is an error, text is valid Unicode.
+"""
+
+from lora_engine.documents.csv_source import TableRow, read_table
+from lora_engine.documents.json_source import decode, parse_json, place_of_key, read_json_object
+from lora_engine.documents.yaml_source import Document, Where, parse_value, read_document
+
+__all__ = [
+    "Document",
+    "TableRow",
+    "Where",
+    "decode",
+    "parse_json",
+    "parse_value",
+    "place_of_key",
+    "read_document",
+    "read_json_object",
+    "read_table",
+]
