@@ -52,6 +52,14 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     sync_folder(path.parent)
 
 
+def is_present(path: FilePath) -> bool:
+    """Returns True if a file or folder exists; False also for text that is no path, such as one that is too long."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def append_chunks(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:
     """Appends chunks to an open file and starts their writeback early, which shortens the `fsync` that follows."""
     file.flush()

@@ -13,6 +13,7 @@ from registry.entities import AdapterVersion, Event
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.lineage.walk import Direction, Walk
+from registry.refs import split_ref
 from registry.versions import deletion, promotion
 from registry.versions.versions import Versions
 
@@ -161,9 +162,9 @@ class Registry:
             Refused: The policy does not allow it; lists every reason.
             Conflict: Another process moved the alias meanwhile, or the version is not the expected one.
         """
-        name, _, ref = (version if isinstance(version, str) else version.ref).partition("@")
+        name, ref = split_ref(version if isinstance(version, str) else version.ref)
         event = promotion.promote(
-            self.versions, name, ref or "latest", to, reason=reason, expected_source=expect, override=override
+            self.versions, name, ref, to, reason=reason, expected_source=expect, override=override
         )
         return self[f"{name}@{event.after}"]
 
@@ -184,8 +185,8 @@ class Registry:
             Refused: A protected alias points at it.
             Conflict: The version is not the expected one.
         """
-        name, _, ref = (version if isinstance(version, str) else version.ref).partition("@")
-        return deletion.withdraw(self.versions, name, ref or "latest", reason=reason, expect=expect)
+        name, ref = split_ref(version if isinstance(version, str) else version.ref)
+        return deletion.withdraw(self.versions, name, ref, reason=reason, expect=expect)
 
     def history(self, name: str, alias: str | None = None) -> Sequence[Event]:
         """Returns the events of a name, oldest first."""
@@ -206,8 +207,7 @@ class Registry:
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
         """
-        name, _, version = ref.partition("@")
-        return RegisteredVersion(self.versions.show(name, version or "latest"), self.versions)
+        return RegisteredVersion(self.versions.show(*split_ref(ref)), self.versions)
 
     def __iter__(self) -> Iterator[RegisteredVersion]:
         return iter(self.list())

@@ -43,7 +43,7 @@ def check_name(name: str) -> str:
         VersionError: It does not match `NAME_RULE`.
     """
     if not _NAME.fullmatch(name):
-        raise VersionError(f"invalid adapter name {name!r}", allowed=f"names that match {NAME_RULE}")
+        raise VersionError(f"invalid adapter name {name[:64]!r}", allowed=f"names that match {NAME_RULE}")
     return name
 
 
@@ -55,7 +55,7 @@ def check_alias(alias: str) -> str:
     """
     if not _ALIAS.fullmatch(alias):
         raise VersionError(
-            f"invalid alias {alias!r}",
+            f"invalid alias {alias[:64]!r}",
             allowed="1 to 63 characters of a-z, 0-9, _ and -, but no version number and not 'latest'",
         )
     return alias

@@ -15,8 +15,12 @@ from registry.entities import Action, AdapterVersion, ArtifactRef, Event, EventT
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
 from registry.lineage.graph import version_ids
 from registry.lineage.rows import read_artifacts
+from registry.refs import LATEST, can_exist, split_ref, version_number
 from registry.store.database import batched, insert_missing
 from registry.store.tables import AliasRow, EventRow, NameRow, ParentRow, VersionRow
+
+_SHOWN = 64
+"""Characters of an unknown name that a message shows."""
 
 
 def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
@@ -26,14 +30,17 @@ def find_row(session: Session, name: str, ref: str | int) -> VersionRow:
         UnknownName: No adapter of that name; the message names the nearest matches.
         UnknownVersion: No such number or alias; the message lists the existing ones.
     """
+    number = version_number(ref)
+    if not can_exist(name, ref):
+        raise _unknown(session, name, str(ref) if isinstance(ref, str) else "a number of over 18 digits")
     versions = select(VersionRow).where(VersionRow.name == name)
     text = str(ref)
-    if text == "latest":
+    if text == LATEST:
         # A withdrawn or deleted version is not the latest unless no other version is left.
         active_first = (case((VersionRow.state == "ACTIVE", 0), else_=1), VersionRow.version.desc())
         row = session.scalars(versions.order_by(*active_first).limit(1)).first()
-    elif text.isdecimal():
-        row = session.scalars(versions.where(VersionRow.version == int(text))).first()
+    elif number is not None:
+        row = session.scalars(versions.where(VersionRow.version == number)).first()
     else:
         alias = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == text).scalar_subquery()
         row = session.scalars(versions.where(VersionRow.version == alias)).first()
@@ -50,6 +57,8 @@ def read_version(session: Session, name: str, ref: str | int) -> AdapterVersion:
 def read_versions(session: Session, name: str | None = None) -> list[AdapterVersion]:
     """Returns all versions of one name or of all names, ordered by name and number."""
     query = select(VersionRow).order_by(VersionRow.name, VersionRow.version)
+    if name is not None and not can_exist(name):
+        return []
     if name is not None:
         query = query.where(VersionRow.name == name)
     return entities(session, session.scalars(query).all())
@@ -272,6 +281,8 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
     query = select(EventRow).order_by(EventRow.seq)
     if name is not None:
         query = query.where(EventRow.name == name)
+    if not can_exist(name or LATEST, alias or LATEST):
+        return []
     if alias is not None:
         query = query.where(EventRow.alias == alias)
     return [_event(row) for row in session.scalars(query)]
@@ -314,10 +325,11 @@ def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersio
 
 
 def _version_id(session: Session, text: str) -> int | None:
-    name, _, number = text.partition("@")
-    if not number.isdecimal():
+    name, ref = split_ref(text)
+    number = version_number(ref)
+    if number is None:
         return None
-    return session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == int(number)))
+    return session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
 
 
 def _event(row: EventRow) -> Event:
@@ -351,14 +363,18 @@ def _conflict(session: Session, name: str, alias: str, row: AliasRow | None, exp
     )
 
 
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
 def _unknown(session: Session, name: str, ref: str) -> UnknownName | UnknownVersion:
     names = list(session.scalars(select(NameRow.name).order_by(NameRow.name)))
     if name not in names:
-        remedy = did_you_mean(name, names, "see `loraline list`", most=3)
-        return UnknownName(f"no adapter {name!r} among {len(names)}", remedy=remedy)
+        remedy = did_you_mean(name[:_SHOWN], names, "see `loraline list`", most=3)
+        return UnknownName(f"no adapter {_short(name)} among {len(names)}", remedy=remedy)
     count = session.scalar(select(func.count()).where(VersionRow.name == name)) or 0
     table = alias_table(session)
     aliases = ", ".join(alias for owner, alias in table if owner == name) or "none"
     return UnknownVersion(
-        f"no version {ref!r}", where=name, allowed=f"1 to {count}, 'latest', or one of the aliases: {aliases}"
+        f"no version {_short(ref)}", where=name, allowed=f"1 to {count}, 'latest', or one of the aliases: {aliases}"
     )

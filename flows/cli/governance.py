@@ -97,9 +97,10 @@ def unalias(
 ) -> None:
     """Remove an alias; `rollback` restores it."""
     from registry.identity import current_user
+    from registry.refs import split_ref
     from registry.versions.promotion import remove
 
-    name, _, alias = ref.partition("@")
+    name, alias = split_ref(ref)
     event = remove(_versions(), name, alias, reason=reason, actor=current_user(), expect=expect)
     _print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
@@ -171,9 +172,10 @@ def _export_row(entry: Any) -> tuple[str, str]:
 
 def _change(act: Any, ref: str, reason: str, as_json: bool, outcome: str, **options: str | None) -> None:
     from registry.identity import current_user
+    from registry.refs import split_ref
 
-    name, _, version = ref.partition("@")
-    event = act(_versions(), name, version or "latest", reason=reason, actor=current_user(), **options)
+    name, version = split_ref(ref)
+    event = act(_versions(), name, version, reason=reason, actor=current_user(), **options)
     _print_event(event, as_json, f"{event.name}@{event.after}: {outcome}")
 
 

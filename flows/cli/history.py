@@ -74,9 +74,10 @@ def diff(
 ) -> None:
     """Show the differences of two versions or files: recipe, data, base, metrics, rights, weights."""
     from flows.cli.output import print_json
+    from lora_engine.files import is_present
     from tasks.operations.diff import diff as compare
 
-    only_files = Path(first).exists() and Path(second).exists()
+    only_files = is_present(first) and is_present(second)
     difference = compare(None if only_files else open_home(), first, second)
     if as_json:
         print_json(difference.as_json())

@@ -17,6 +17,7 @@ from registry.identity import program_version
 from registry.lineage.record import Lineage
 from registry.policy.license_terms import LicenseTerms, unknown
 from registry.policy.rights import resolve_rights
+from registry.refs import split_ref, version_number
 from registry.store.artifacts import Store
 from registry.store.tables import VersionRow
 
@@ -89,11 +90,12 @@ def _parents(lineage: Lineage, version: AdapterVersion) -> Iterator[Parent]:
             # A merge names its parents by title and digest; a version with that digest has a better name.
             title, _, digest = text.partition(" sha256:")
             query = select(VersionRow).order_by(VersionRow.id).limit(1)
-            name, _, number = text.partition("@")
+            name, ref = split_ref(text)
+            number = version_number(ref)
             if digest:
                 row = session.scalars(query.where(VersionRow.sha256 == digest)).first()
-            elif number.isdecimal():
-                row = session.scalars(query.where(VersionRow.name == name, VersionRow.version == int(number))).first()
+            elif number is not None:
+                row = session.scalars(query.where(VersionRow.name == name, VersionRow.version == number)).first()
             elif text.startswith("base:"):
                 continue
             else:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import ColumnElement, Select, String, cast, literal_column, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
+from registry.refs import can_exist, split_ref, version_number
 from registry.store.database import batched
 from registry.store.tables import ContentRow, ExecutionRow, InputRow, ParentRow, SubjectRow, VersionRow
 
@@ -91,7 +92,8 @@ def version_ref(table: type[VersionRow] = VersionRow) -> ColumnElement[str]:
 
 def version_ids(session: Session, refs: Iterable[str]) -> list[int]:
     """Returns the row ids of versions by `name@version`."""
-    pairs = [(name, int(number)) for name, _, number in (ref.rpartition("@") for ref in refs)]
+    numbered = ((name, version_number(ref)) for name, ref in map(split_ref, refs) if can_exist(name, ref))
+    pairs = [(name, number) for name, number in numbered if number is not None]
     rows = batched(session, select(VersionRow.id), tuple_(VersionRow.name, VersionRow.version), pairs)
     return [row[0] for row in rows]
 

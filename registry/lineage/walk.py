@@ -22,6 +22,7 @@ from registry.lineage.graph import (
     upstream,
     version_ids,
 )
+from registry.refs import LATEST, can_exist, is_unicode, version_number
 from registry.store.database import batched
 from registry.store.tables import AliasRow, ArtifactRow, ContentRow, ExecutionRow, RunRow, SubjectRow, VersionRow
 
@@ -94,6 +95,8 @@ def resolve(session: Session, start: str) -> NodeId:
     Raises:
         LineageError: No node, or more than one, has that name.
     """
+    if not is_unicode(start):
+        raise LineageError(f"nothing has the name {start[:64]!r}", remedy="`loraline list` shows what is registered")
     name, at, ref = start.rpartition("@")
     # The id of a consent may be an e-mail address, which looks like a version.
     if at and (_is_name(session, name) or not _is_subject(session, start)):
@@ -145,10 +148,12 @@ def _is_subject(session: Session, subject: str) -> bool:
 def _version_number(session: Session, name: str, ref: str) -> int:
     aliases = select(AliasRow.version).where(AliasRow.name == name, AliasRow.alias == ref)
     latest = select(func.max(VersionRow.version)).where(VersionRow.name == name)
-    number = int(ref) if ref.isdecimal() else session.scalar(latest if ref == "latest" else aliases)
+    number = version_number(ref)
+    if number is None and can_exist(name, ref):
+        number = session.scalar(latest if ref == LATEST else aliases)
     row_id = session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
     if number is None or row_id is None:
-        raise LineageError(f"no version {name}@{ref}", remedy="`loraline list` shows what is registered")
+        raise LineageError(f"no version {f'{name}@{ref}'[:128]!r}", remedy="`loraline list` shows what is registered")
     return number
 
 

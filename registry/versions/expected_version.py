@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.entities import AdapterVersion
 from registry.errors import Conflict, PromotionError
+from registry.refs import version_number
 
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
 
@@ -29,21 +30,21 @@ def require_expected(session: Session, version: AdapterVersion, ref: str | int, 
     if expect is None:
         return
     text = str(expect).removeprefix(f"{version.name}@").removeprefix("sha256:").lower()
-    is_number = text.isdecimal() and len(text) < 8
-    if not is_number and not _DIGEST.fullmatch(text):
+    number = version_number(text) if len(text) < 8 else None
+    if number is None and not _DIGEST.fullmatch(text):
         raise PromotionError(
-            f"the expected version {expect!r} is neither a number nor a digest",
+            f"the expected version {str(expect)[:80]!r} is neither a number nor a digest",
             where=f"{version.name}@{ref}",
             allowed="a version number such as 3, or 8 to 64 digits of its sha256",
         )
 
     def is_expected(candidate: AdapterVersion) -> bool:
-        return candidate.version == int(text) if is_number else candidate.sha256.startswith(text)
+        return candidate.version == number if number is not None else candidate.sha256.startswith(text)
 
     if is_expected(version):
         return
     candidates = [other for other in queries.read_versions(session, version.name) if is_expected(other)]
-    wanted = " or ".join(map(_identify, candidates)) or (f"version {text}" if is_number else f"sha256 {text}")
+    wanted = " or ".join(map(_identify, candidates)) or (f"version {text}" if number is not None else f"sha256 {text}")
     moves = [event for event in queries.read_events(session, version.name, str(ref)) if event.action != "refuse"]
     since = f", since event {moves[-1].seq}: {moves[-1].action} by {moves[-1].actor}" if moves else ""
     raise Conflict(

@@ -21,6 +21,7 @@ from registry.lineage.rows import artifact_ref, read_artifacts
 from registry.policy.ancestry import descendants
 from registry.policy.rights import revoked_upstream
 from registry.policy.terms import read_datasets
+from registry.refs import is_unicode
 from registry.store.database import batched
 from registry.store.tables import ArtifactRow, EventRow, ExecutionRow, RunRow, SubjectRow
 from registry.versions.promotion import stack
@@ -109,6 +110,8 @@ def _resolve(session: Session, text: str) -> tuple[str, Literal["picture", "cons
     path = Path(text)
     if "\0" not in text and len(text) < 4096 and path.is_file():
         return sha256_file(path), "picture"
+    if not is_unicode(text):
+        raise RightsError(f"no image and no consent matches {text!r}", remedy="check the name")
     kinds = ("picture", "consent")
     rows = session.execute(select(SubjectRow.kind).where(SubjectRow.subject == text, SubjectRow.kind.in_(kinds)))
     matching_kinds = sorted(set(rows.scalars()))

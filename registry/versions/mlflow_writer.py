@@ -24,6 +24,7 @@ from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import MlflowError, disk_errors
 from registry.home import Home
 from registry.policy.alias_policy import numbers
+from registry.refs import split_ref, version_number
 from registry.store.artifacts import Store
 from registry.store.database import name_of, sqlite_file
 from registry.store.redaction import redact
@@ -244,8 +245,8 @@ class MlflowWriter:
         links = {"Curves and figures": f"{run}/model-metrics", "Before and after": f"{run}/artifacts/pictures"}
         links |= {text: f"{run}/artifacts/documents/{file}" for text, file in pages.items()}
         for parent in shown.facts.parents:
-            name, _, number = parent.name.partition("@")
-            if number.isdecimal():
+            name, ref = split_ref(parent.name)
+            if (number := version_number(ref)) is not None:
                 links[f"Parent {parent.name}"] = f"#/models/{name}/versions/{number}"
         text = render_short(shown.facts, links)
         self._client.update_model_version(version.name, str(version.version), description=text)

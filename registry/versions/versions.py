@@ -27,6 +27,7 @@ from registry.lineage.record import Lineage
 from registry.lineage.rows import record_artifacts, record_contents
 from registry.policy.alias_policy import numbers
 from registry.policy.evaluate import evaluate_policy
+from registry.refs import can_exist
 from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 from registry.store.database import require_json
@@ -253,7 +254,7 @@ class Versions(RegistryContext):
         Args:
             name: The adapter; None compares all.
         """
-        if self._compared & {name, None}:
+        if self._compared & {name, None} or (name is not None and not can_exist(name)):
             return
         self._compared.add(name)
         try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_engine.documents import parse_value
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError, UnknownBaseError
+from lora_engine.files import is_present
 from registry.home import Home
 from registry.store.snapshot import find_scratch
 from tasks.errors import SpecError
@@ -38,7 +39,7 @@ def open_bundle(file: Path, base: str | None) -> Bundle:
 
 
 def _existing(file: Path) -> Path:
-    if not file.exists():
+    if not is_present(file):
         raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
     return file
 
@@ -256,7 +257,7 @@ def model_path(base: str) -> Path:
 def parse_weighted(text: str) -> tuple[str, float]:
     """Parses `name` or `name:weight`; an existing file whose name has a colon is a name."""
     name, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or is_present(text):
         return text, 1.0
     try:
         return name, float(weight)
@@ -336,7 +337,7 @@ def draw(
 
 
 def _fetch(ref: str, home: Path, folder: Path) -> Path:
-    if "@" not in ref or Path(ref).exists():
+    if "@" not in ref or is_present(ref):
         return _existing(Path(ref))
     from registry.versions.versions import Versions
     from tasks.operations.promote import find_version

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_engine.files import sha256_file
+from lora_engine.files import is_present, sha256_file
 from registry.entities import AdapterVersion
 from registry.errors import StoreError
 from registry.home import Home
@@ -118,7 +118,7 @@ def diff(home: Home | None, first: str, second: str) -> Difference:
 
 def _side(home: Home | None, ref: str, folder: Path) -> Side:
     path = Path(ref)
-    if home is None or path.exists():
+    if home is None or is_present(path):
         card = read_file_card(path)
         digests: dict[str, dict[str, Any]] = {digest: {} for digest in card["data"]}
         return Side(ref, "" if path.is_dir() else sha256_file(path), path, card, images=digests or None)

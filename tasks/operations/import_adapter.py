@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.files import canonical_json, is_present, sha256_bytes
 from registry import queries
 from registry.entities import AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
 from registry.home import Home
@@ -84,7 +84,7 @@ def inspect_file(file: Path) -> dict[str, Any]:
     """
     from lora_engine.formats import inspect
 
-    if not file.exists():
+    if not is_present(file):
         raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
     return inspect(file)
 

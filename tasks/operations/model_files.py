@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.errors import SettingsError
+from lora_engine.files import is_present
 from tasks.operations.adapter_files import model_path, parse_weighted
 
 
@@ -22,7 +23,7 @@ def are_models(texts: Sequence[str]) -> bool:
     from lora_engine.checkpoints import is_checkpoint
 
     paths = [Path(parse_weighted(text)[0]) for text in texts]
-    models = {path: is_checkpoint(path) for path in paths if path.exists()}
+    models = {path: is_checkpoint(path) for path in paths if is_present(path)}
     if len(set(models.values())) > 1:
         adapter = next(path for path, is_whole in models.items() if not is_whole)
         raise SettingsError(

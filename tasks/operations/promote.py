@@ -10,6 +10,7 @@ from registry.entities import AdapterVersion, Event
 from registry.errors import StoreError, UnknownName, UnknownVersion
 from registry.home import Home
 from registry.identity import current_user
+from registry.refs import split_ref
 from registry.versions.expected_version import require_expected
 from registry.versions.promotion import promote, rollback
 from registry.versions.versions import Versions
@@ -37,15 +38,15 @@ def promote_version(
         Conflict: Another process moved the alias meanwhile, or `ref` is not the expected version.
     """
     versions = Versions(home)
-    name, _, source = ref.partition("@")
+    name, source = split_ref(ref)
     version = find_version(versions, ref)
     with versions.lineage.database.read() as session:
-        require_expected(session, version, source or "latest", expect)
+        require_expected(session, version, source, expect)
     versions.require_active(version)
     event = promote(
         versions,
         name,
-        source or "latest",
+        source,
         alias,
         reason=reason,
         actor=current_user(),
@@ -87,8 +88,7 @@ def find_version(versions: Versions, ref: str) -> AdapterVersion:
         UnknownName: The adapter does not exist.
         UnknownVersion: The version or alias does not exist.
     """
-    name, _, version = ref.partition("@")
-    return versions.show(name, version or "latest")
+    return versions.show(*split_ref(ref))
 
 
 def compare_metrics(

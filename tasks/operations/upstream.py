@@ -10,6 +10,7 @@ from typing import Any
 from registry import queries
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.lineage.record import Lineage
+from registry.refs import split_ref
 from tasks.spec import REGISTERED
 
 FILE = "file"
@@ -42,9 +43,8 @@ def resolve_version(lineage: Lineage, ref: str) -> AdapterVersion:
         UnknownName: The adapter does not exist.
         UnknownVersion: The version or alias does not exist.
     """
-    name, _, version = ref.partition("@")
     with lineage.database.read() as session:
-        return queries.read_version(session, name, version or "latest")
+        return queries.read_version(session, *split_ref(ref))
 
 
 def find_upstream_steps(lineage: Lineage, version: AdapterVersion, *, through_versions: bool = False) -> UpstreamSteps:
