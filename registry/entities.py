@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from registry.errors import LineageError, StoreError, VersionError
+from registry.store.damaged import DamagedCell
 
 RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPTED"]
@@ -306,12 +307,14 @@ class Problem:
 
 def to_json(value: Any) -> Any:
     """Converts entities, and tuples and mappings of them, to JSON values; times become ISO 8601 in UTC."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, DamagedCell) and not isinstance(value, type):
         return {entry.name: to_json(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(entry) for entry in value]
+    if isinstance(value, DamagedCell):
+        return str(value)
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
     return value

@@ -3,6 +3,7 @@
 RegistryError
 ├── HomeError           LORALINE_HOME is read-only, full, damaged, or written by a newer release
 │   └── DiskFull            its disk has no room
+├── DamagedRow          a cell of the registry's database has a value that no release writes
 ├── StoreError          an artifact cannot be stored or read
 │   ├── MissingBlob         its bytes are gone
 │   └── DamagedBlob         its bytes differ from those that were stored
@@ -42,6 +43,10 @@ class HomeError(RegistryError):
 
 class DiskFull(HomeError):
     """The disk has no room for what must be written."""
+
+
+class DamagedRow(RegistryError):
+    """A cell of the registry's database has a value that no release writes; names table, row and column."""
 
 
 class StoreError(RegistryError):

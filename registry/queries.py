@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -14,11 +15,13 @@ from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import Action, AdapterVersion, ArtifactRef, Event, EventType, VersionState, now
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
 from registry.lineage.graph import version_ids
-from registry.lineage.rows import read_artifacts
+from registry.lineage.rows import artifact_of, read_artifacts
 from registry.refs import LATEST, can_exist, split_ref, version_number
+from registry.store.damaged import DamagedCell
 from registry.store.database import batched, insert_missing
 from registry.store.tables import AliasRow, EventRow, NameRow, ParentRow, VersionRow
 
+_logger = logging.getLogger(__name__)
 _SHOWN = 64
 """Characters of an unknown name that a message shows."""
 
@@ -61,7 +64,7 @@ def read_versions(session: Session, name: str | None = None) -> list[AdapterVers
         return []
     if name is not None:
         query = query.where(VersionRow.name == name)
-    return entities(session, session.scalars(query).all())
+    return entities(session, [row for row in session.scalars(query) if _has_ref(row)])
 
 
 def find_versions(session: Session, refs: Iterable[str]) -> list[AdapterVersion]:
@@ -196,7 +199,7 @@ def require_active(session: Session, name: str, number: int) -> None:
     row = session.scalars(select(VersionRow).where(VersionRow.name == name, VersionRow.version == number)).one()
     if row.state == "ACTIVE":
         return
-    action = {"WITHDRAWN": "withdraw", "DELETED": "delete"}[row.state]
+    action = {"WITHDRAWN": "withdraw", "DELETED": "delete"}.get(row.state, "")
     events = select(EventRow).where(EventRow.name == name, EventRow.after == number, EventRow.action == action)
     event = session.scalars(events.order_by(EventRow.seq.desc()).limit(1)).first()
     origin = f" by {event.actor} on {event.at:%Y-%m-%d}, event {event.seq} ({event.reason})" if event else ""
@@ -273,7 +276,7 @@ def alias_target(session: Session, name: str, alias: str) -> int | None:
 def alias_table(session: Session) -> dict[tuple[str, str], int]:
     """Returns all aliases that point at a version: (name, alias) -> number."""
     rows = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias))
-    return {(row.name, row.alias): row.version for row in rows if row.version is not None}
+    return {(row.name, row.alias): row.version for row in rows if isinstance(row.version, int)}
 
 
 def read_events(session: Session, name: str | None = None, alias: str | None = None) -> list[Event]:
@@ -290,11 +293,13 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
 
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:
     """Returns the versions of rows with their artifacts, aliases and parents; uses a few queries for all rows."""
-    artifacts = read_artifacts(session, {row.artifact for row in rows} | {row.report for row in rows if row.report})
+    digests = {digest for row in rows for digest in (row.artifact, row.report) if isinstance(digest, str)}
+    artifacts = read_artifacts(session, digests)
     aliases: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     by_alias, names = select(AliasRow).order_by(AliasRow.alias), {row.name for row in rows}
     for (alias,) in batched(session, by_alias, AliasRow.name, names):
-        aliases[alias.name, alias.version].append(alias.alias)
+        if not isinstance(alias.version, DamagedCell):
+            aliases[alias.name, alias.version].append(alias.alias)
     parents: dict[int, list[str]] = defaultdict(list)
     by_position = select(ParentRow).order_by(ParentRow.child, ParentRow.position)
     for (parent,) in batched(session, by_position, ParentRow.child, (row.id for row in rows)):
@@ -305,16 +310,16 @@ def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersio
             version=row.version,
             sha256=row.sha256,
             size=row.size,
-            artifact=artifacts[row.artifact],
+            artifact=artifact_of(artifacts, row.artifact, "versions", row.id, "artifact"),
             adapter_path=row.adapter_path,
-            report=artifacts[row.report] if row.report else None,
+            report=artifact_of(artifacts, row.report, "versions", row.id, "report") if row.report is not None else None,
             aliases=tuple(aliases[row.name, row.version]),
             created_at=row.created_at,
             run_id=row.run_id,
             mlflow_run_id=row.mlflow_run_id,
             card=row.card,
             metrics=row.metrics,
-            gates=tuple(row.gates),
+            gates=_tuple(row.gates),
             passed=row.passed,
             parents=tuple(parents[row.id]),
             params=row.params,
@@ -332,19 +337,35 @@ def _version_id(session: Session, text: str) -> int | None:
     return session.scalar(select(VersionRow.id).where(VersionRow.name == name, VersionRow.version == number))
 
 
+def _has_ref(row: VersionRow) -> bool:
+    """Returns False, and logs it, if the number of a version is damaged: only `fsck` can name such a version."""
+    damaged = [value for value in (row.name, row.version) if isinstance(value, DamagedCell)]
+    for cell in damaged:
+        _logger.warning("left out row %s of the table %s: its column %r is damaged", cell.row, cell.table, cell.column)
+    return not damaged
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    return cast("tuple[Any, ...]", values) if isinstance(values, DamagedCell) else tuple(values)
+
+
+def _or_empty(value: str | None) -> str:
+    return "" if value is None else value
+
+
 def _event(row: EventRow) -> Event:
     return Event(
         row.seq,
-        row.name or "",
-        row.alias or "",
+        _or_empty(row.name),
+        _or_empty(row.alias),
         cast("Action | EventType", row.action),
         row.before,
         row.after,
         row.actor,
         row.reason,
-        tuple(row.gates),
+        _tuple(row.gates),
         row.at,
-        row.subject or "",
+        _or_empty(row.subject),
         row.details,
     )
 

@@ -34,19 +34,25 @@ def list_versions(
     if as_json:
         print_json([describe(version) for version in versions])
         return
-    rows = [
-        (
-            v.name,
-            v.version,
-            ", ".join(v.aliases) if v.state == "ACTIVE" else v.state,
-            v.gate_status,
-            v.sha256[:16],
-            f"{v.size / 1024:.0f} KiB",
-            f"{v.created_at:%Y-%m-%d %H:%M}",
-        )
-        for v in versions
-    ]
+    rows = map(_list_row, versions)
     print_table(("name", "version", "aliases", "gates", "sha256", "size", "created (UTC)"), rows)
+
+
+def _list_row(version: AdapterVersion) -> tuple[object, ...]:
+    from registry.errors import DamagedRow
+
+    try:
+        return (
+            version.name,
+            version.version,
+            ", ".join(version.aliases) if version.state == "ACTIVE" else version.state,
+            version.gate_status,
+            version.sha256[:16],
+            f"{version.size / 1024:.0f} KiB",
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+        )
+    except DamagedRow as error:
+        return (version.name, version.version, error.problem, "", "", "", "")
 
 
 def show(ref: Ref, as_json: Json = False) -> None:

@@ -92,7 +92,8 @@ def version_ref(table: type[VersionRow] = VersionRow) -> ColumnElement[str]:
 
 def version_ids(session: Session, refs: Iterable[str]) -> list[int]:
     """Returns the row ids of versions by `name@version`."""
-    numbered = ((name, version_number(ref)) for name, ref in map(split_ref, refs) if can_exist(name, ref))
+    parts = (split_ref(ref) for ref in refs if isinstance(ref, str))
+    numbered = ((name, version_number(ref)) for name, ref in parts if can_exist(name, ref))
     pairs = [(name, number) for name, number in numbered if number is not None]
     rows = batched(session, select(VersionRow.id), tuple_(VersionRow.name, VersionRow.version), pairs)
     return [row[0] for row in rows]

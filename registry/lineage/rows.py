@@ -11,6 +11,8 @@ from sqlalchemy.orm import Session
 
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import ArtifactRef, Execution, ExecutionStatus, FileEntry, Run, RunStatus, Subject
+from registry.errors import StoreError
+from registry.store.damaged import DamagedCell, show_cell
 from registry.store.database import batched, insert_missing
 from registry.store.tables import ArtifactRow, ContentRow, DistributionsRow, ExecutionRow, InputRow, RunRow, SubjectRow
 
@@ -38,8 +40,22 @@ def record_contents(
 
 
 def artifact_ref(row: ArtifactRow) -> ArtifactRef:
-    """Returns the reference of a row."""
-    return ArtifactRef(row.kind, row.sha256, row.size)
+    """Returns the reference of a row; of a damaged row its damaged cell, which raises `DamagedRow` when it is used."""
+    for value in (row.kind, row.sha256, row.size):
+        if isinstance(value, DamagedCell):
+            return cast("ArtifactRef", value)
+    try:
+        return ArtifactRef(row.kind, row.sha256, row.size)
+    except StoreError as error:
+        return cast("ArtifactRef", DamagedCell("artifacts", str(row.sha256), "", error.problem, None))
+
+
+def artifact_of(artifacts: Mapping[str, ArtifactRef], digest: str, table: str, row: object, column: str) -> ArtifactRef:
+    """Returns the artifact that a row refers to; a damaged cell if there is none."""
+    if not isinstance(digest, DamagedCell) and digest in artifacts:
+        return artifacts[digest]
+    problem = f"{show_cell(digest)} is no recorded artifact"
+    return cast("ArtifactRef", DamagedCell(table, str(row), column, problem, digest))
 
 
 def read_artifacts(session: Session, digests: Iterable[str], *, kind: str | None = None) -> dict[str, ArtifactRef]:
@@ -71,8 +87,12 @@ def read_executions(session: Session, rows: Iterable[ExecutionRow]) -> list[Exec
     by_position = query.order_by(InputRow.execution, InputRow.position)
     for entry, artifact in batched(session, by_position, InputRow.execution, (row.id for row in ordered)):
         inputs[entry.execution][entry.role] = artifact_ref(artifact)
-    outputs = read_artifacts(session, {row.output for row in ordered if row.output})
-    listed = {digest for row in ordered if isinstance(digest := row.environment.get("distributions"), str)}
+    outputs = read_artifacts(session, {row.output for row in ordered if isinstance(row.output, str)})
+    listed = {
+        digest
+        for row in ordered
+        if isinstance(row.environment, dict) and isinstance(digest := row.environment.get("distributions"), str)
+    }
     installed = {
         row.sha256: row.listed for (row,) in batched(session, select(DistributionsRow), DistributionsRow.sha256, listed)
     }
@@ -86,7 +106,7 @@ def read_executions(session: Session, rows: Iterable[ExecutionRow]) -> list[Exec
             key=row.key,
             settings=row.settings,
             inputs=inputs[row.id],
-            output=outputs[row.output] if row.output else None,
+            output=artifact_of(outputs, row.output, "executions", row.id, "output") if row.output is not None else None,
             status=cast("ExecutionStatus", row.status),
             environment=_read_environment(row.environment, installed),
             seed=row.seed,
@@ -109,6 +129,8 @@ def store_environment(session: Session, environment: Mapping[str, Any]) -> dict[
 
 
 def _read_environment(environment: Mapping[str, Any], installed: Mapping[str, list[Any]]) -> dict[str, Any]:
+    if isinstance(environment, DamagedCell):
+        return cast("dict[str, Any]", environment)
     digest = environment.get("distributions")
     if isinstance(digest, str) and digest in installed:
         return {**environment, "distributions": installed[digest]}

@@ -81,6 +81,7 @@ def check_versions(store: Store, versions: Iterable[AdapterVersion]) -> Iterator
         if entry is None or (entry.sha256, entry.size) != (version.sha256, version.size):
             actual = entry.sha256 if entry else "nothing"
             problem = f"registered with digest {version.sha256}, but its artifact contains {actual}"
+            problem += " (columns 'sha256', 'size' and 'adapter_path' of the table versions)"
             yield Problem(problem, version.ref, _DATABASE)
 
 

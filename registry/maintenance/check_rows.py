@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import select
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.entities import Problem
 from registry.lineage.record import is_alive
+from registry.store.cells import find_damaged_cells
 from registry.store.snapshot import readable
 from registry.store.tables import EventRow, ExecutionRow, InputRow, RevocationRow, RunRow, VersionRow
 from registry.versions.projections import project_revocations, project_states
@@ -20,6 +22,7 @@ from registry.versions.promotion import replay
 
 _REPLAY = "`loraline fsck --repair` restores the state of the log; then find out what changed the database"
 _DATABASE = "restore the database from a backup"
+_CELL = "`loraline fsck --repair` restores what can be rebuilt; else restore the database from a backup"
 _RUN = "the next run marks it as CRASHED; `loraline fsck --repair` does so now"
 
 
@@ -39,14 +42,31 @@ def check_sqlite(path: Path, remedy: str, *, copy: bool = False) -> list[Problem
             readable(path, copy=copy) as file,
             closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection,
         ):
+            connection.text_factory = partial(str, encoding="utf-8", errors="replace")
             findings = [row[0] for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
-            findings += [
-                f"row {row[1]} of {row[0]} refers to a missing row"
-                for row in connection.execute("PRAGMA foreign_key_check")
-            ]
+            findings += _find_orphans(connection)
     except sqlite3.DatabaseError as error:
         findings = [str(error)]
     return [Problem(f"the database is damaged: {finding}", where, remedy) for finding in findings]
+
+
+def is_fatal(problem: Problem) -> bool:
+    """Returns True if a problem of `check_sqlite` prevents reading the database."""
+    return "refers to a missing row" not in problem.what and "NULL value in" not in problem.what
+
+
+def _find_orphans(connection: sqlite3.Connection) -> Iterator[str]:
+    for table, row, other, key in connection.execute("PRAGMA foreign_key_check").fetchall():
+        keys = connection.execute('SELECT "from" FROM pragma_foreign_key_list(?) WHERE id = ?', (table, key))
+        columns = ", ".join(repr(column) for (column,) in keys)
+        yield f"row {row} of {table} refers to a missing row of {other} (column {columns})"
+
+
+def check_cells(session: Session) -> Iterator[Problem]:
+    """Checks that each cell has a value that a release could have written there."""
+    for cell in find_damaged_cells(session):
+        where = f"row {cell.row} of the table {cell.table}"
+        yield Problem(f"the column {cell.column!r} is damaged: {cell.problem}", where, _CELL)
 
 
 def check_log(session: Session) -> Iterator[Problem]:

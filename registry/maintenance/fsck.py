@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+
+from sqlalchemy.exc import StatementError
 
 from registry import queries
 from registry.entities import Problem
-from registry.errors import HomeError
+from registry.errors import DamagedRow, HomeError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.maintenance.check_bytes import check_bytes, check_versions, read_digests
 from registry.maintenance.check_mlflow import SYNC, check_mlflow
-from registry.maintenance.check_rows import check_log, check_runs, check_sqlite
+from registry.maintenance.check_rows import check_cells, check_log, check_runs, check_sqlite, is_fatal
 from registry.maintenance.gc import find_partials
 from registry.store.artifacts import Store, open_store
 from registry.store.database import sqlite_file
@@ -35,7 +37,7 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
     if own and not own.exists() and not any(store.blobs.digests()) and not (mlflow_file and mlflow_file.exists()):
         return []  # nothing was ever registered
     problems = check_sqlite(own, _DATABASE, copy=home.read_only) if own else []
-    if problems:
+    if any(is_fatal(problem) for problem in problems):
         return problems
     try:
         lineage = Lineage(home.lineage_url)
@@ -43,17 +45,31 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
         return [Problem(error.problem, error.where, error.remedy)]
     with closing(lineage):
         with lineage.database.read() as session:
+            problems += check_cells(session)
+            is_damaged = bool(problems)
             versions = queries.read_versions(session)
             # The bytes come after the rows: a row is written after its blobs, and this session sees no later rows.
-            problems += check_bytes(session, store, read_digests(store), grace)
-            problems += check_versions(store, versions)
-            problems += check_log(session)
-            problems += check_runs(session)
+            for check in (
+                lambda: check_bytes(session, store, read_digests(store), grace),
+                lambda: check_versions(store, versions),
+                lambda: check_log(session),
+                lambda: check_runs(session),
+            ):
+                problems += _readable(check, is_damaged)
         problems += _check_leftovers(home, store, grace)
         if mlflow and (versions or (mlflow_file and mlflow_file.exists())):
             broken = check_sqlite(mlflow_file, SYNC, copy=home.read_only) if mlflow_file else []
-            problems += broken or check_mlflow(home, lineage.database, versions)
+            problems += broken or _readable(lambda: check_mlflow(home, lineage.database, versions), is_damaged)
     return problems
+
+
+def _readable(check: Callable[[], Iterable[Problem]], is_damaged: bool) -> Iterator[Problem]:
+    """Yields the problems of a check, up to a damaged cell, which `check_cells` has named."""
+    try:
+        yield from check()
+    except (DamagedRow, StatementError):
+        if not is_damaged:
+            raise
 
 
 def _check_leftovers(home: Home, store: Store, grace: float) -> Iterator[Problem]:

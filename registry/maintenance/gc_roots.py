@@ -77,7 +77,8 @@ def recorded_files(session: Session, ref: ArtifactRef) -> dict[str, FileEntry]:
 
 def known_artifacts(session: Session) -> list[ArtifactRef]:
     """Returns every recorded artifact, sorted by digest."""
-    return [artifact_ref(row) for row in session.scalars(select(ArtifactRow).order_by(ArtifactRow.sha256))]
+    refs = map(artifact_ref, session.scalars(select(ArtifactRow).order_by(ArtifactRow.sha256)))
+    return [ref for ref in refs if isinstance(ref, ArtifactRef)]
 
 
 def _documents(session: Session, refs: Sequence[str]) -> Iterator[Edge]:

@@ -22,9 +22,10 @@ from registry.errors import HomeError, MlflowError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.maintenance.check_mlflow import check_mlflow
-from registry.maintenance.check_rows import check_sqlite
+from registry.maintenance.check_rows import check_sqlite, is_fatal
 from registry.maintenance.gc import sweep_leftovers
 from registry.maintenance.repair_bytes import Repair, repair_bytes
+from registry.maintenance.repair_cells import repair_cells
 from registry.store.artifacts import open_store
 from registry.store.database import Database, sqlite_file
 from registry.store.tables import AliasRow, RevocationRow, VersionRow
@@ -65,12 +66,12 @@ def repair(home: Home, *, mlflow: bool = True, grace: float = 3600.0) -> list[Re
     """
     own = sqlite_file(home.lineage_url)
     broken = check_sqlite(own, "") if own else []
-    if broken:
+    if any(is_fatal(problem) for problem in broken):
         return [Repair(problem.what, problem.where, "restore it from a backup", done=False) for problem in broken]
     try:
         with home.lock("gc", timeout=0), closing(Lineage(home.lineage_url)) as lineage:
             store = open_store(home)
-            done = list(_repair_rows(lineage.database))
+            done = [*repair_cells(lineage.database, store), *_repair_rows(lineage.database)]
             done += [
                 Repair("its process does not exist", f"run {run.id} ({run.name})", "marked as CRASHED")
                 for run in lineage.find_dead_runs()

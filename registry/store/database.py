@@ -6,21 +6,24 @@ one; on PostgreSQL an advisory lock of the transaction has the same effect. `reg
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError, StatementError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from lora_engine.files import canonical_json
-from registry.errors import HomeError, RegistryError, database_error
+from registry.errors import DamagedRow, HomeError, RegistryError, database_error
+from registry.store.damaged import broken
 from registry.store.redaction import redact, redact_url
 from registry.store.schema import WRITER, open_file, open_server
 from registry.store.snapshot import copy_to_scratch
@@ -123,6 +126,13 @@ class Database:
             if readable is None:
                 raise
             raise readable from error
+        except StatementError as error:
+            # A value of one row, of a type that no release writes, was to be searched for in another table.
+            raise DamagedRow(
+                f"a cell of the database is damaged: {redact(str(error.orig), self.url)}",
+                where=self.where,
+                remedy="`loraline fsck` names it, and `--repair` restores what can be rebuilt; else restore a backup",
+            ) from error
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -212,8 +222,19 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
+def _write_json(value: Any) -> str:
+    return canonical_json(value).decode()
+
+
+def _read_json(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return broken(text, "is no JSON")
+
+
 def _make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
-    engine = create_engine(url, json_serializer=lambda value: canonical_json(value).decode())
+    engine = create_engine(url, json_serializer=_write_json, json_deserializer=_read_json)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite(foreign_keys))
         event.listen(engine, "begin", _begin_sqlite)
@@ -227,6 +248,8 @@ def _configure_sqlite(foreign_keys: bool) -> Callable[[Any, Any], None]:
     def configure(connection: Any, _record: Any) -> None:
         # `_begin_sqlite` begins transactions; the driver would begin them too late, and commit them before DDL.
         connection.isolation_level = None
+        # Undecodable text would stop every query of its table.
+        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         cursor = connection.cursor()
         keys = "ON" if foreign_keys else "OFF"
         for pragma in (f"busy_timeout={_PATIENCE * 1000}", f"foreign_keys={keys}", "synchronous=FULL"):

@@ -202,10 +202,10 @@ def _server_schema(connection: Connection, where: str) -> int | None:
 
 
 def _known_schema(values: list[str], where: str) -> int:
-    if len(values) != 1 or not str(values[0]).isdecimal():
+    if len(values) != 1 or not str(values[0]).isdecimal() or len(str(values[0])) > 9:
         raise HomeError(
-            "this database belongs to another program",
-            where=where,
+            "this database belongs to another program, or its schema number is damaged",
+            where=f"{where}: column 'value' of the row schema of the table meta",
             remedy="name another one in loraline.yaml or LORALINE_DATABASE_URL; nothing was changed",
         )
     number = int(values[0])

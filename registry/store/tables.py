@@ -6,7 +6,7 @@ Portable SQL: where SQLite and PostgreSQL differ, the type or the statement has 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     DDL,
@@ -23,6 +23,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
+
+from registry.store.damaged import broken
 
 SCHEMA = 2
 """The version of the schema that this release reads and writes."""
@@ -49,8 +51,14 @@ class Instant(TypeDecorator[datetime]):
         return None if value is None else value.astimezone(UTC).isoformat(timespec="microseconds")
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
-        """Returns the time of a text."""
-        return None if value is None else datetime.fromisoformat(value)
+        """Returns the time of a text, or a placeholder of a damaged one."""
+        if value is None:
+            return None
+        try:
+            time = datetime.fromisoformat(value)
+        except (ValueError, TypeError):
+            return cast("datetime", broken(value, "is no time"))
+        return time if time.tzinfo is not None else cast("datetime", broken(value, "is no time"))
 
 
 class Table(DeclarativeBase):

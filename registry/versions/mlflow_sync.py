@@ -97,7 +97,11 @@ def _target(home: Home) -> dict[str, str]:
 
 def _synced_target(session: Session) -> dict[str, str] | None:
     text = session.scalar(select(MetaRow.value).where(MetaRow.key == _TARGET))
-    return None if text is None else dict(json.loads(text))
+    try:
+        target = None if text is None else json.loads(text)
+    except ValueError:
+        target = None  # damaged: the next sync writes all rows again
+    return target if isinstance(target, dict) else None
 
 
 def _read_synced_target(database: Database) -> dict[str, str] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from sqlalchemy import Connection, TableClause, column, create_engine, inspect, null, select, table, update
+from sqlalchemy import Connection, Row, TableClause, column, create_engine, inspect, null, select, table, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from registry.errors import MlflowError
+from registry.refs import version_number
+from registry.store.damaged import show_cell
 from registry.store.database import batches, name_of, parse_url
 from registry.store.redaction import redact
 
@@ -38,6 +40,7 @@ _VERSIONS = table(
 _VERSION_TAGS = table("model_version_tags", *map(column, ("name", "version", "key", "value")))
 _ALIASES = table("registered_model_aliases", *map(column, ("name", "alias", "version")))
 _RUNS = table("runs", *map(column, ("run_uuid", "lifecycle_stage")))
+_OPTIONAL = {"value", "source", "run_id", "lifecycle_stage", "current_stage"}
 _RUN_TAGS = table("tags", *map(column, ("run_uuid", "key", "value")))
 
 
@@ -94,7 +97,7 @@ def read_tables(url: str, name: str | None = None) -> MlflowTables:
         def rows(source: TableClause, *names: str) -> Iterator[tuple[Any, ...]]:
             query = select(*(source.c[key] for key in names))
             query = query.where(source.c.name == name) if name is not None else query
-            yield from (tuple(row) for row in connection.execute(query))
+            yield from (_checked(source, names, row) for row in connection.execute(query))
 
         entries = list(rows(_VERSIONS, "name", "version", "current_stage", "run_id", "source"))
         tags: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
@@ -113,14 +116,28 @@ def read_tables(url: str, name: str | None = None) -> MlflowTables:
         return MlflowTables(frozenset(model for (model,) in rows(_MODELS, "name")), versions, aliases)
 
 
+def _checked(source: TableClause, names: Sequence[str], row: Row[Any]) -> tuple[Any, ...]:
+    """Returns a row whose key, names and numbers have the right type."""
+    for name, value in zip(names, row, strict=True):
+        is_number = version_number(value if isinstance(value, int) else str(value)) is not None
+        if not (is_number if name == "version" else isinstance(value, str) or (value is None and name in _OPTIONAL)):
+            raise MlflowError(
+                f"the column {name!r} is damaged: it is {show_cell(value)}",
+                where=f"row {', '.join(show_cell(key) for key in row[:2])} of MLflow's table {source.name}",
+                remedy="`loraline fsck --repair` rebuilds MLflow's database",
+            )
+    return tuple(row)
+
+
 def _read_runs(connection: Connection, ids: set[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     stages: dict[str, str] = {}
     tags: dict[str, dict[str, str]] = defaultdict(dict)
     for batch in batches(ids):
         query = select(_RUNS.c.run_uuid, _RUNS.c.lifecycle_stage).where(_RUNS.c.run_uuid.in_(batch))
-        stages.update((run, stage) for run, stage in connection.execute(query))
+        stages.update(_checked(_RUNS, ("run_uuid", "lifecycle_stage"), row) for row in connection.execute(query))
         query = select(_RUN_TAGS.c.run_uuid, _RUN_TAGS.c.key, _RUN_TAGS.c.value)
-        for run, key, value in connection.execute(query.where(_RUN_TAGS.c.run_uuid.in_(batch))):
+        for row in connection.execute(query.where(_RUN_TAGS.c.run_uuid.in_(batch))):
+            run, key, value = _checked(_RUN_TAGS, ("run_uuid", "key", "value"), row)
             if key.startswith(PREFIX):
                 tags[run][key] = value or ""
     return stages, tags
