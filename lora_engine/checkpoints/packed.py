@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS
 from lora_engine.checkpoints.tensor_files import PLAIN, PlannedTensor, StoredTensor
+from lora_engine.documents import parse_json
 from lora_engine.errors import BaseModelError, SettingsError
 
 _STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
@@ -90,7 +90,9 @@ def _read(stored: StoredTensor) -> Tensor:
 
 def _shape_of(state: StoredTensor, name: str) -> tuple[int, ...]:
     try:
-        entries = json.loads(bytes(_read(state).view(torch.uint8).numpy()))
+        entries = parse_json(
+            bytes(_read(state).view(torch.uint8).numpy()), f"{state.path}: tensor {name!r}", BaseModelError
+        )
         return tuple(int(size) for size in entries["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise _malformed(state.path, name) from error

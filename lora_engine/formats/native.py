@@ -6,7 +6,6 @@ header names it for the others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, LokrDelta, same_delta
 from lora_engine.catalog import formats as catalog
+from lora_engine.documents import parse_json
 from lora_engine.errors import AdapterError
 from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
@@ -85,15 +85,13 @@ def _with_shared(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     """
     if _SHARED not in metadata:
         return tensors
-    try:
-        sources = json.loads(metadata[_SHARED])
-    except (ValueError, RecursionError):
-        sources = None
+    remedy = "save or download the adapter again"
+    sources = parse_json(metadata[_SHARED], f"metadata {_SHARED!r}", AdapterError, remedy=remedy)
     if not isinstance(sources, dict) or not all(isinstance(source, str) for source in sources.values()):
         raise AdapterError(
             "the entry is no mapping of module names",
             where=f"metadata {_SHARED!r}",
-            remedy="save or download the adapter again",
+            remedy=remedy,
         )
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from lora_engine.checkpoints.packed import plan_packed
 from lora_engine.checkpoints.quantization import StoredFile, is_description, read_stored
 from lora_engine.checkpoints.tensor_files import PLAIN, PlannedTensor, StoredTensor, stored_tensors, write_tensors
+from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.streaming.model import StoredModel
@@ -73,7 +73,7 @@ def _plan(files: Sequence[Path]) -> dict[Path, _Planned]:
 
 def _write(plans: Mapping[Path, _Planned], source: Path, target: Path) -> None:
     if source not in plans:
-        index = json.loads(source.read_bytes())
+        index = read_json_object(source, BaseModelError)
         written = {name for planned, _ in plans.values() for name in planned}
         names = {name: file for name, file in index.get("weight_map", {}).items() if name in written}
         atomic_write(target, canonical_json(index | {"weight_map": names}))

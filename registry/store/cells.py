@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, get_args
 
 from sqlalchemy import Boolean, Column, Integer, event, inspect, select, type_coerce
@@ -105,10 +106,14 @@ def _name_row(key: Sequence[Any]) -> str:
 def _mark(instance: Table, *_arguments: object) -> None:
     """Replaces the damaged values of a row, except in its primary key."""
     values = instance.__dict__
-    for column in instance.__table__.columns:
-        if column.name not in values or column.primary_key:
-            continue
-        value = values[column.name]
-        if problem := _find_problem(column, value):
+    for name, column in _loaded_columns(type(instance)):
+        if name in values and (problem := _find_problem(column, values[name])):
             key = _name_row(inspect(instance).identity or ())
-            values[column.name] = DamagedCell(instance.__tablename__, key, column.name, problem, value)
+            values[name] = DamagedCell(instance.__tablename__, key, column.name, problem, values[name])
+
+
+@cache
+def _loaded_columns(table: type[Table]) -> tuple[tuple[str, Any], ...]:
+    """Returns the columns that are not part of the primary key, by attribute."""
+    attributes = ((attribute.key, attribute.columns[0]) for attribute in inspect(table).column_attrs)
+    return tuple((name, column) for name, column in attributes if not column.primary_key)

@@ -221,6 +221,8 @@ OWN = {
     "registry/versions/mlflow_sync.py": "a cell of the database that the registry wrote",
     "registry/versions/mlflow_writer.py": "files of an artifact, after their digests were verified",
     "registry/documents/signing.py": "a signature, whose form is checked field by field",
+    "registry/store/cells.py": "a cell of the database that the registry wrote",
+    "registry/store/database.py": "a cell of the database that the registry wrote",
     "registry/documents/gather.py": "files of an artifact, after their digests were verified",
     "flows/registered.py": "summaries of steps of this run",
 }
