@@ -99,7 +99,12 @@ def parse_value(text: str, where: str, error: type[WordedError]) -> Any:
     """
     if len(text) > _MAX_BYTES:
         raise error("the value is too long", where=where, allowed=f"at most {_MAX_BYTES} characters")
-    return _Builder(where, error).parse(text)
+    try:
+        return _Builder(where, error).parse(text)
+    except error as problem:
+        # Without what the problem quotes, and without a cause, which would quote it, too.
+        quoted = problem.problem.partition("'")[0].strip()
+        raise error(quoted, where=problem.where, allowed=problem.allowed, remedy=problem.remedy) from None
 
 
 _NOUNS = {

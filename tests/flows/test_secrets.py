@@ -63,13 +63,13 @@ SETTINGS = {
     f"password: {MARK}\n": "unknown setting 'password'",
     f"{TOKEN}: x\n": "unknown setting '***'",
     f"database: [{MARK}]\n": "database: the value is not text",
-    f"database: *{MARK}\n": "line 1 is not YAML",
-    f"store: x\ndatabase: '{MARK}\n": "is not YAML",
-    f"{MARK}\n": "the file contains no settings",
+    f"database: *{MARK}\n": "the settings cannot be read: found undefined alias",
+    f"store: x\ndatabase: '{MARK}\n": "found unexpected end of stream",
+    f"{MARK}\n": "the file contains text",
 }
 OVERRIDES = {
     f"captions.hf_token:{MARK}": "'captions.hf_token' has no key or no value",
-    f"captions.hf_tokn='{MARK}": "the value of 'captions.hf_tokn' is not YAML",
+    f"captions.hf_tokn='{MARK}": "--set captions.hf_tokn:1:9: found unexpected end of stream",
     f"captions.hf_tokn={MARK}": "unknown key 'captions.hf_tokn'",
     f"seed={TOKEN}": "seed is '***'",
     f"prepared.resolution=https://ada:{MARK}@hub/model": "prepared.resolution is 'https://***@hub/model'",

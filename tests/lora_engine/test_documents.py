@@ -130,6 +130,14 @@ def test_a_text_of_more_values_than_a_settings_file_has_is_refused_early(tmp_pat
         read(write(tmp_path, "a: [" + "1," * 20_001 + "]"))
 
 
+@pytest.mark.parametrize("text", ["*hunter2", "!hunter2 x", "{hunter2: 1, hunter2: 2}", "'hunter2", "[hunter2"])
+def test_an_error_of_a_single_value_does_not_quote_it(text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_value(text, "--set key", SettingsError)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.where.startswith("--set key:1:")
+
+
 def test_json_files_may_have_tabs_and_escaped_pairs_of_surrogates(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text('{\n\t"a": "\\ud83d\\ude00",\n\t"b": 1}')

@@ -340,7 +340,7 @@ def test_elsewhere_its_parts_are_written_exactly_with_a_warning_of_their_sizes_o
 def test_shared_factors_that_the_header_does_not_name_are_missing(tmp_path):
     fused_lokr_file(tmp_path / "a.safetensors")
     tensors, metadata = codecs["loraline"].encode(read_bundle(tmp_path / "a.safetensors").adapter)
-    for entry, problem in (("[]", "no mapping"), ("{", "no mapping"), ('{"transformer.x": "y"}', "lokr_w1")):
+    for entry, problem in (("[]", "no mapping"), ("{", "not JSON"), ('{"transformer.x": "y"}', "lokr_w1")):
         with pytest.raises(AdapterError, match=problem):
             codecs["loraline"].decode(tensors, {**metadata, "loraline.shared": entry})
 
