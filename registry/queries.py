@@ -276,7 +276,9 @@ def alias_target(session: Session, name: str, alias: str) -> int | None:
 def alias_table(session: Session) -> dict[tuple[str, str], int]:
     """Returns all aliases that point at a version: (name, alias) -> number."""
     rows = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias))
-    return {(row.name, row.alias): row.version for row in rows if isinstance(row.version, int)}
+    # A damaged row is left out; the log has its target.
+    intact = (row for row in rows if isinstance(row.name, str) and isinstance(row.alias, str))
+    return {(row.name, row.alias): row.version for row in intact if isinstance(row.version, int)}
 
 
 def read_events(session: Session, name: str | None = None, alias: str | None = None) -> list[Event]:
@@ -298,7 +300,7 @@ def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersio
     aliases: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     by_alias, names = select(AliasRow).order_by(AliasRow.alias), {row.name for row in rows}
     for (alias,) in batched(session, by_alias, AliasRow.name, names):
-        if not isinstance(alias.version, DamagedCell):
+        if not isinstance(alias.version, DamagedCell) and isinstance(alias.alias, str):
             aliases[alias.name, alias.version].append(alias.alias)
     parents: dict[int, list[str]] = defaultdict(list)
     by_position = select(ParentRow).order_by(ParentRow.child, ParentRow.position)

@@ -112,4 +112,4 @@ def _check_sequence(session: Session) -> Iterator[Problem]:
 
 
 def _revocations(session: Session) -> dict[str, int]:
-    return {row.subject: row.seq for row in session.scalars(select(RevocationRow))}
+    return {row.subject: row.seq for row in session.scalars(select(RevocationRow)) if isinstance(row.subject, str)}

@@ -77,7 +77,9 @@ def recorded_files(session: Session, ref: ArtifactRef) -> dict[str, FileEntry]:
 
 def known_artifacts(session: Session) -> list[ArtifactRef]:
     """Returns every recorded artifact, sorted by digest."""
-    refs = map(artifact_ref, session.scalars(select(ArtifactRow).order_by(ArtifactRow.sha256)))
+    rows = session.scalars(select(ArtifactRow).order_by(ArtifactRow.sha256))
+    # A row without a digest, which is damage, is no object of its table.
+    refs = map(artifact_ref, filter(None, rows))
     return [ref for ref in refs if isinstance(ref, ArtifactRef)]
 
 

@@ -6,6 +6,7 @@ A damaged cell is loaded as a `DamagedCell`, so a verb that does not use it work
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import JSON, NullType
 
 from registry.entities import (
+    NAME_RULE,
     Action,
     EventType,
     ExecutionStatus,
@@ -26,7 +28,7 @@ from registry.entities import (
 )
 from registry.refs import is_unicode
 from registry.store.damaged import DamagedCell, show_cell
-from registry.store.tables import Instant, Table
+from registry.store.tables import ArtifactRow, Instant, Table
 
 _DIGESTS = {"sha256", "artifact", "report", "record", "output", "identity"}
 _LISTS = {"gates", "listed"}
@@ -83,6 +85,8 @@ def _find_meaningless(column: Column[Any], value: Any) -> str:
     choices = _CHOICES.get((column.table.name, column.name))
     if choices and value not in choices:
         return f"{show_cell(value)} is not one of {', '.join(choices)}"
+    if column is ArtifactRow.__table__.columns["kind"] and not re.fullmatch(NAME_RULE, value):
+        return f"{show_cell(value)} is no kind of artifact"
     if column.name in _DIGESTS and value is not None and not is_digest(value):
         return f"{show_cell(value)} is no digest"
     if isinstance(column.type, Integer) and value is not None and value < 0:

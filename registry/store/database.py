@@ -23,6 +23,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from lora_engine.files import canonical_json
 from registry.errors import DamagedRow, HomeError, RegistryError, database_error
+from registry.refs import is_unicode
 from registry.store.damaged import broken
 from registry.store.redaction import redact, redact_url
 from registry.store.schema import WRITER, open_file, open_server
@@ -172,7 +173,8 @@ def batched(
     values: Iterable[Any],
 ) -> Iterator[Row[Any]]:
     """Yields the rows of a query for any number of values of an indexed column, or of a tuple of columns."""
-    for batch in batches(values):
+    # A damaged cell may hold text that cannot be searched for.
+    for batch in batches(value for value in values if not isinstance(value, str) or is_unicode(value)):
         yield from session.execute(query.where(column.in_(batch)))
 
 

@@ -117,7 +117,8 @@ def _read_expected(database: Database, name: str | None) -> _Expected:
         aliases = select(AliasRow)
         if name is not None:
             versions, aliases = versions.where(VersionRow.name == name), aliases.where(AliasRow.name == name)
-        rows = session.scalars(aliases).all()
+        # A damaged key has no counterpart in MLflow; `fsck` names it.
+        rows = [row for row in session.scalars(aliases) if isinstance(row.name, str) and isinstance(row.alias, str)]
         synced = {(row.name, row.alias): row.version for row in rows if row.mirrored_seq >= row.seq}
         pending = frozenset((row.name, row.alias) for row in rows) - synced.keys()
         return _Expected(queries.entities(session, session.scalars(versions).all()), synced, pending)

@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
 FREE = {
     ("meta", "value"): "state of the sync, in its own form",
     ("meta", "key"): "an unknown key has no meaning",
+    ("artifacts", "kind"): "`fsck` compares it with the list of files, and reports the artifact",
     ("contents", "path"): "any path",
     ("subjects", "subject"): "an id of a consent is any text",
     ("subjects", "label"): "any text",
