@@ -181,7 +181,8 @@ def _aliases(session: Session, refs: list[str]) -> Mapping[str, list[str]]:
     aliases: dict[str, list[str]] = defaultdict(list)
     query = select(AliasRow.name, AliasRow.alias, AliasRow.version).order_by(AliasRow.name, AliasRow.alias)
     for name, alias, number in batched(session, query, AliasRow.name, sorted({ref.rpartition("@")[0] for ref in refs})):
-        aliases[f"{name}@{number}"].append(alias)
+        if isinstance(alias, str):  # a damaged one is named by `fsck`
+            aliases[f"{name}@{number}"].append(alias)
     return aliases
 
 
