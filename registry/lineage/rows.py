@@ -44,7 +44,7 @@ def artifact_ref(row: ArtifactRow) -> ArtifactRef:
     for value in (row.kind, row.sha256, row.size):
         if isinstance(value, DamagedCell):
             return cast("ArtifactRef", value)
-    if not isinstance(row.sha256, str):
+    if not isinstance(cast("object", row.sha256), str):
         problem = f"{show_cell(row.sha256)} is no text"
         return cast("ArtifactRef", DamagedCell("artifacts", show_cell(row.sha256), "sha256", problem, row.sha256))
     try:
