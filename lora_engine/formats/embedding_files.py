@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import FilePath
+from lora_engine.files import FilePath, is_file_name, write_within
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
@@ -78,7 +78,7 @@ def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: st
         The written files.
 
     Raises:
-        AdapterError: Two tokens have the same file name.
+        AdapterError: Two tokens have the same file name, or one is too long for a file name.
         SettingsError: No such form.
     """
     layout = embedding_forms[form]
@@ -86,13 +86,17 @@ def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: st
     for embedding in embeddings:
         for name, content in layout(embedding).items():
             stem = name if form != "diffusers" or len(embeddings) == 1 else f"{name}.{_file_name(embedding.token)}"
+            if not is_file_name(f"{stem}{_SUFFIX}"):
+                problem = "the token is too long for the name of a file"
+                raise AdapterError(problem, where=f"embedding {embedding.token!r}", remedy="rename the token")
             if stem.lower() in {existing.lower() for existing in files}:
                 problem = f"the embedding {embedding.token!r} has the same file name as another one"
                 raise AdapterError(problem, where=stem, remedy="rename one of the tokens")
             files[stem] = content
     folder = Path(folder)
-    for name, (tensors, metadata) in files.items():
-        write_safetensors(folder / f"{name}{_SUFFIX}", tensors, metadata)
+    with write_within(folder):
+        for name, (tensors, metadata) in files.items():
+            write_safetensors(folder / f"{name}{_SUFFIX}", tensors, metadata)
     return [folder / f"{name}{_SUFFIX}" for name in files]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, LokrDelta
 from lora_engine.errors import AdapterError
-from lora_engine.files import FilePath, atomic_write, canonical_json
+from lora_engine.files import FilePath, atomic_write, canonical_json, write_within
 from lora_engine.formats.card import GENERATED, Card, card_header
 from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
@@ -68,8 +68,9 @@ def write_adapter(
     card = card if card.title else card.model_copy(update={"title": output_name or ""})
     tokens = [_cast(embedding, dtype) for embedding in embeddings]
     has_own_files = codec.embeddings in embedding_forms
+    folder = path.parent if path.suffix == SUFFIX else path
     if has_own_files and not adapter.modules:
-        return write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
+        return write_embeddings(folder, tokens, codec.embeddings)
     tensors, metadata = _encode(codec, adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)
@@ -78,15 +79,16 @@ def write_adapter(
         metadata = {**metadata, "ss_output_name": output_name}
     ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
     header = _header(codec, tensors, card, ours)
-    if codec.format.is_folder:
-        files = list(_write_folder(path, codec.format.file_name, tensors, header))
-    else:
-        is_named = output_name and codec.format.is_renamable
-        file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
-        files = [path if path.suffix == SUFFIX else path / file_name]
-        write_safetensors(files[0], tensors, header)
+    is_named = output_name and codec.format.is_renamable
+    file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
+    with write_within(folder):
+        if codec.format.is_folder:
+            files = list(_write_folder(path, codec.format.file_name, tensors, header))
+        else:
+            files = [path if path.suffix == SUFFIX else path / file_name]
+            write_safetensors(files[0], tensors, header)
     if tokens and has_own_files:
-        files += write_embeddings(path.parent if path.suffix == SUFFIX else path, tokens, codec.embeddings)
+        files += write_embeddings(folder, tokens, codec.embeddings)
     return files
 
 
