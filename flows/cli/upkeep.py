@@ -132,6 +132,8 @@ def restore_backup(
     print(f"{result.home}: as of {clean(result.created_at)}, {result.blobs} blobs")
     if result.before is not None:
         print(f"The previous home is in {result.before}")
+    if result.files:
+        print(f"Applies from now on: {clean(', '.join(result.files))}")
     for item in result.left_out:
         print(f"Not restored: {clean(item)}")
     for name, value in result.settings.items():

@@ -46,6 +46,7 @@ class Restored:
         before: New path of the replaced home; None if there was none.
         left_out: Descriptions of what is not restored.
         settings: Settings in the backup that name places elsewhere and were not taken over.
+        files: Policies, license tables and trusted keys of the backup, which apply in the new home.
     """
 
     home: Path
@@ -54,6 +55,7 @@ class Restored:
     before: Path | None
     left_out: tuple[str, ...]
     settings: Mapping[str, str]
+    files: tuple[str, ...]
 
 
 def restore_backup(source: Path, home: Path, *, replace: bool = False, with_settings: bool = False) -> Restored:
@@ -90,7 +92,8 @@ def restore_backup(source: Path, home: Path, *, replace: bool = False, with_sett
         finally:
             shutil.rmtree(work, ignore_errors=True)
     left_out = (*manifest.left_out, *notes)
-    return Restored(home, manifest.created_at, len(manifest.blobs), before, left_out, settings)
+    files = tuple(sorted(manifest.files.keys() - {*DATABASES, NAME}))
+    return Restored(home, manifest.created_at, len(manifest.blobs), before, left_out, settings, files)
 
 
 def holds_something(home: Path) -> bool:

@@ -368,6 +368,37 @@ def test_blobs_of_a_remote_store_are_backed_up_and_restored(versions, register, 
     assert fsck(Home(tmp_path / "new"), mlflow=False) == []
 
 
+OUTSIDE = (
+    "UPDATE runs SET artifact_uri = 'file:///victim'",
+    "UPDATE runs SET artifact_uri = artifact_uri || '/%2e%2e/%2e%2e/%2e%2e/%2e%2e/victim'",
+    "UPDATE experiments SET artifact_location = 's3://bucket/victim'",
+    "UPDATE model_versions SET source = '/victim'",
+    "ALTER TABLE logged_models RENAME TO victim",
+)
+
+
+def test_artifacts_of_mlflow_stay_in_the_restored_home(filled_home, tmp_path):
+    folder, new = tmp_path / "backups", tmp_path / "new"
+    backup(filled_home, folder)
+    manifest, database = (_snapshot(folder) / name for name in ("manifest.json", "mlflow.db"))
+    intact = manifest.read_bytes(), database.read_bytes()
+    assert restore_backup(folder, new).left_out == ()
+    with closing(sqlite3.connect(new / "mlflow.db")) as connection:
+        uris = connection.execute("SELECT artifact_uri FROM runs UNION SELECT source FROM model_versions").fetchall()
+    assert len(uris) > 1
+    assert all(uri.startswith(f"{(new / 'mlflow').as_uri()}/zorb/") for (uri,) in uris)
+    for number, harm in enumerate(OUTSIDE):
+        _sql(harm, name="mlflow.db")(folder)
+        (note,) = restore_backup(folder, tmp_path / str(number)).left_out
+        assert "victim" in note or "logged_models" in note
+        assert not (tmp_path / str(number) / "mlflow.db").exists()
+        manifest.write_bytes(intact[0])
+        database.write_bytes(intact[1])
+    _sql("CREATE TRIGGER evil AFTER INSERT ON runs BEGIN DELETE FROM experiments; END", name="mlflow.db")(folder)
+    with pytest.raises(StoreError, match="not in MLflow's schema: 'trigger evil'"):
+        restore_backup(folder, tmp_path / "last")
+
+
 def test_mlflow_is_rebuilt_after_a_restore(filled_home, tmp_path, spawn):
     backup(filled_home, tmp_path / "backups")
     filled_home.path.rename(tmp_path / "lost")
