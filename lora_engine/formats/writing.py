@@ -14,7 +14,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, atomic_write, canonical_json, write_within
 from lora_engine.formats.card import GENERATED, Card, card_header
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
+from lora_engine.formats.embedding_files import embedding_contents, embedding_forms, write_embeddings
 from lora_engine.formats.embeddings import Embedding, embed
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
@@ -71,6 +71,8 @@ def write_adapter(
     folder = path.parent if path.suffix == SUFFIX else path
     if has_own_files and not adapter.modules:
         return write_embeddings(folder, tokens, codec.embeddings)
+    if has_own_files:
+        embedding_contents(tokens, codec.embeddings)  # refuses before the first file is written
     tensors, metadata = _encode(codec, adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)

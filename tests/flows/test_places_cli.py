@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,14 @@ import torch
 
 from lora_engine.bases.tiny import WEIGHTS
 from lora_engine.files import sha256_bytes, sha256_file
+from lora_engine.formats.family import FAMILY
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
+from registry.entities import Execution
 from registry.home import Home
+from registry.lineage.record import Lineage
 from registry.maintenance.archive import pack_archive
 from registry.maintenance.backup import backup
+from registry.store.artifacts import open_store
 from tests.flows.commands import loraline_here as loraline
 from tests.flows.made import write_random
 from tests.flows.shared import copy_trained
@@ -128,8 +132,8 @@ def _write_adapters(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     weights, config = read_safetensors(write_random(folder / "peft", 0, form="peft") / "adapter_model.safetensors")
     for number, name in enumerate(names):
         component, token, headed = (folder / f"{kind}{number}.safetensors" for kind in ("component", "token", "header"))
-        write_safetensors(component, {"zorb": torch.ones(8)}, {"loraline.component": name})
-        write_safetensors(token, {"emb_params": torch.ones(1, 8)}, {"loraline.token": name})
+        write_safetensors(component, {"zorb": torch.ones(8)}, {FAMILY: "sd", "loraline.component": name})
+        write_safetensors(token, {"emb_params": torch.ones(1, 8)}, {FAMILY: "sd", "loraline.token": name})
         claims = dict.fromkeys((f"{name}/adapter_config.json", "modelspec.title", "ss_output_name", name), name)
         write_safetensors(headed, tensors, header | claims)
         both = folder / f"both{number}"
@@ -163,7 +167,11 @@ def _write_pipelines(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 def _write_backups(folder: Path, victim: Path, names: Sequence[str]) -> Iterator[Path]:
     """Writes backups with settings, rows, files and members that name other places."""
-    backup(Home.open(folder / "backed up"), folder / "backup")
+    home = Home.open(folder / "backed up")
+    with closing(Lineage(home.lineage_url)) as lineage:
+        artifact = open_store(home).put_files("manifest", {"a": b"a"})
+        lineage.record(Execution("e", lineage.start_run("x", {}).id, "s", "s", "1", "k", output=artifact))
+    backup(home, folder / "backup")
 
     def changed(label: str, change: Callable[[Path, dict[str, Any]], None]) -> Path:
         target = folder / f"backup {label}"
@@ -231,6 +239,8 @@ def hostile(place: Place) -> Mapping[str, Sequence[str]]:
 OUTPUTS = {"OUT", "FOLDER", "DIR", "FILE.html", "URL"}
 NO_INPUT = {"keys new": "FILE", "backup": "FOLDER|FILE.tar", "sign": "FILE"}
 """Verb -> an argument that for other verbs is an adapter or a backup to read."""
+OPTIONS = {"train": {"--name": "name"}, "import": {"--alias": "name", "--trigger": "name"}}
+"""Verb -> options that take hostile values too, each with their kind."""
 THOROUGH = {"convert", "import", "restore-backup"}
 """Verbs that run with every hostile value; the others run with the first ones, which are of every kind."""
 EXPENSIVE = {"train", "generate", "reproduce"}
@@ -239,17 +249,27 @@ EXPENSIVE = {"train", "generate", "reproduce"}
 
 def _lines(verb: str, place: Place, hostile: Mapping[str, Sequence[str]]) -> Iterator[tuple[list[str], Path]]:
     """Yields commands of a verb, one for each hostile value of each required argument, with their output."""
-    inputs = {"SPEC": place.folder / "trained" / "line.yaml", "FILE": place.folder / "inputs" / "deep" / "peft"}
-    known = {metavar: str(path) for metavar, path in inputs.items() if metavar != NO_INPUT.get(verb)}
-    required = [parameter.metavar or str(parameter.name) for parameter in VERBS[verb].params if parameter.required]
+    no_input = NO_INPUT.get(verb)
+    inputs = place.folder / "inputs" / "deep"
+    good = {"SPEC": place.folder / "trained" / "line.yaml", "FILE": inputs / "peft"}
+    good["A[:w] ..."] = inputs / "good.safetensors"
+
+    def values(output: Path) -> dict[str, str]:
+        defaults = {key: value.replace("none@1", "small@1") for key, value in _values(output).items()}
+        return defaults | {metavar: str(path) for metavar, path in good.items() if metavar != no_input}
+
     if verb not in EXPENSIVE | {"run"}:
         output = place.new_output()
-        good = {key: value.replace("none@1", "small@1") for key, value in (_values(output) | known).items()}
-        yield arguments(verb, good | dict.fromkeys(("OUT", "FOLDER", "DIR"), str(output / "links"))), output
-    for metavar in set(required) - OUTPUTS - {NO_INPUT.get(verb)}:
+        yield arguments(verb, values(output) | dict.fromkeys(("OUT", "FOLDER", "DIR"), str(output / "links"))), output
+    for option, metavar in OPTIONS.get(verb, {}).items():
+        for value in hostile[metavar]:
+            output = place.new_output()
+            yield [*arguments(verb, values(output) | {"IMAGES": str(output)}), option, value], output
+    required = {parameter.metavar or str(parameter.name) for parameter in VERBS[verb].params if parameter.required}
+    for metavar in sorted(required - OUTPUTS - {no_input}):
         for value in hostile.get(metavar, ())[: None if verb in THOROUGH else 5]:
             output = place.new_output()
-            yield arguments(verb, _values(output) | known | {metavar: value}), output
+            yield arguments(verb, values(output) | {metavar: value}), output
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -263,6 +283,7 @@ def test_a_verb_writes_only_to_its_output_and_its_home(
     monkeypatch.setattr(tempfile, "tempdir", str(place.folder / "temporary"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.chdir(place.folder / "outputs" if (place.folder / "outputs").is_dir() else place.folder)
+    before = {path: path.read_bytes() for path in place.victim.iterdir()}
     ran = 0
     for line, output in _lines(verb, place, hostile):
         home = output / "home" if verb == "restore-backup" else place.home
@@ -272,5 +293,4 @@ def test_a_verb_writes_only_to_its_output_and_its_home(
         assert place.outside(paths, output) == set(), line
         ran += 1
     assert ran
-    assert {path.read_bytes() for path in place.victim.iterdir()} == {b"precious"}
-    assert len(list(place.victim.iterdir())) == 4
+    assert {path: path.read_bytes() for path in place.victim.iterdir()} == before

@@ -102,8 +102,12 @@ def test_two_tokens_of_one_file_name_are_refused(tmp_path):
 
 def test_a_token_that_is_too_long_for_a_file_name_is_refused(tmp_path):
     long = Embedding("\U0001f300" * 70, {ONE: VECTORS})
-    with pytest.raises(AdapterError, match="too long for the name of a file"):
+    with pytest.raises(AdapterError, match="cannot be the name of a file"):
         write_embeddings(tmp_path, [WORD, long])
+    with pytest.raises(AdapterError, match="cannot be the name of a file"):
+        write_adapter(
+            tmp_path / "out", Adapter({"unet.a": random_delta("lora", (4, 4))}, "sd"), format="kohya", embeddings=[long]
+        )
     assert not list(tmp_path.iterdir())
 
 
