@@ -10,6 +10,7 @@ from lora_engine.bases.defaults import training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.files import atomic_write
+from registry.entities import check_name
 from tasks.errors import SpecError
 
 _PIPELINE = Template("""\
@@ -111,13 +112,14 @@ def write_pipeline(
     Raises:
         EngineError: There is no such base.
         SpecError: A word cannot be used, or the file exists with different content.
+        VersionError: The name cannot be used.
     """
     if not images.is_dir():
         raise SpecError(f"{str(images)!r} is not a folder", remedy="give the folder with the images")
     for option, word in (("--trigger", trigger), ("--class", class_word)):
         if not _WORD.fullmatch(word):
             raise SpecError(f"invalid word {word!r}", where=option, allowed="one word without spaces and punctuation")
-    name = name or re.sub(r"[^a-z0-9._-]+", "-", trigger.lower()).strip("-._") or "adapter"
+    name = check_name(name or re.sub(r"[^a-z0-9._-]+", "-", trigger.lower()).strip("-._") or "adapter")
     path = output or images.resolve().parent / f"{name}.yaml"
     defaults = training_defaults(base)
     text = _PIPELINE.substitute(

@@ -1,17 +1,23 @@
-"""Writes files atomically, hashes bytes and encodes canonical JSON.
+"""Writes files atomically and inside their folder, hashes bytes and encodes canonical JSON.
 
-Standard library only: this is the one module of the engine that the registry may import.
+No third-party packages: the registry imports this module of the engine.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lora_engine.errors import EngineError
 
 FilePath = str | os.PathLike[str]
 """A path as public functions take it."""
@@ -20,6 +26,47 @@ _CHUNK = 1 << 20
 _WRITE_SIZE = 512 << 10
 # Bytes after which the kernel is asked to start writeback.
 _WRITEBACK_SIZE = 4 << 20
+# Longest name of a file on common file systems.
+_NAME_BYTES = 255
+# AT_FDCWD and RENAME_EXCHANGE of Linux, and the errors where it cannot exchange.
+_CURRENT, _EXCHANGE = -100, 2
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+_roots: ContextVar[tuple[Path, ...]] = ContextVar("roots", default=())
+
+
+@contextmanager
+def write_within(folder: FilePath) -> Iterator[None]:
+    """Makes `atomic_write` and `check_within` refuse all paths outside a folder, in this thread.
+
+    Writers whose file names depend on the content of other files use it, so a name that no one checked does no harm.
+    """
+    token = _roots.set((*_roots.get(), Path(folder).resolve()))
+    try:
+        yield
+    finally:
+        _roots.reset(token)
+
+
+def check_within(path: Path) -> None:
+    """Raises an error for a path that leaves a folder of `write_within`, by its name or through a link in the folder.
+
+    Raises:
+        EngineError: The path is outside.
+    """
+    for root in _roots.get():
+        if not (path.parent.resolve() / path.name).is_relative_to(root) or path.name == "..":
+            raise EngineError(
+                f"the path {os.fspath(path)!r} is outside of the output",
+                where=str(root),
+                allowed="paths inside the folder, without links out of it",
+                remedy="name another output folder; do not use a file whose names are paths",
+            )
+
+
+def is_file_name(name: str) -> bool:
+    """Returns True if a name can be that of a file or folder on every system: printable, and one part of a path."""
+    is_part = name not in {"", ".", ".."} and not {"/", "\\"} & set(name)
+    return is_part and name.isprintable() and len(name.encode(errors="replace")) <= _NAME_BYTES
 
 
 def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
@@ -30,10 +77,13 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
         content: The bytes, or a function that writes them to the open binary file.
 
     Raises:
+        EngineError: The path is outside of a folder of `write_within`; nothing is written.
         OSError: The disk is full, read-only or gone; the old file is untouched and the partial file is deleted.
     """
+    check_within(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
+    # A character has up to 4 bytes, a name up to 255.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".partial")
     partial = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -58,6 +108,27 @@ def is_present(path: FilePath) -> bool:
         return Path(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Exchanges two files or folders of one file system, atomically where the system can.
+
+    Elsewhere three renames do it; a process that is killed between them leaves `second` missing.
+
+    Raises:
+        OSError: A path is missing, or cannot be renamed.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        if rename(_CURRENT, os.fsencode(first), _CURRENT, os.fsencode(second), _EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _UNSUPPORTED:
+            raise OSError(code, os.strerror(code), str(second))
+    middle = first.with_name(f".{first.name}.exchange")
+    second.rename(middle)
+    first.rename(second)
+    middle.rename(first)
 
 
 def append_chunks(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:

@@ -116,21 +116,28 @@ def backup(
 def restore_backup(
     source: Annotated[Path, typer.Argument(metavar="FOLDER|FILE.tar", help="Folder of backups, one backup, or a tar.")],
     replace: Annotated[bool, typer.Option("--replace", help="Move an existing home aside.")] = False,
+    with_settings: Annotated[
+        bool, typer.Option("--with-settings", help="Also take over the locations of store and MLflow.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Restore LORALINE_HOME from a backup: verifies all of it, then moves it into place."""
-    from flows.cli.output import print_json
+    from flows.cli.output import clean, print_json
     from registry.maintenance.restore import restore_backup
 
-    result = restore_backup(source, home_path(), replace=replace)
+    result = restore_backup(source, home_path(), replace=replace, with_settings=with_settings)
     if as_json:
         print_json(result)
         return
-    print(f"{result.home}: as of {result.created_at}, {result.blobs} blobs")
+    print(f"{result.home}: as of {clean(result.created_at)}, {result.blobs} blobs")
     if result.before is not None:
         print(f"The previous home is in {result.before}")
+    if result.files:
+        print(f"Applies from now on: {clean(', '.join(result.files))}")
     for item in result.left_out:
-        print(f"Not restored: {item}")
+        print(f"Not restored: {clean(item)}")
+    for name, value in result.settings.items():
+        print(f"Not taken over: {name}: {clean(value)} (--with-settings takes it over)")
 
 
 def copy_database(

@@ -25,7 +25,7 @@ from lora_engine.checkpoints.transformer_names import find_transformer
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.families import published
 from lora_engine.families.layout import INDEX, read_layout
-from lora_engine.files import FilePath
+from lora_engine.files import FilePath, write_within
 
 TargetLayout = Literal["diffusers", "original", "ldm"]
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
@@ -159,7 +159,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with write_within(partial):
+            yield partial
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

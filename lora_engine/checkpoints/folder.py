@@ -12,6 +12,7 @@ from lora_engine.checkpoints.recognize import Recognized
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, families, published
+from lora_engine.families.layout import check_components
 from lora_engine.files import atomic_write
 
 _INDEX = "model_index.json"
@@ -23,8 +24,9 @@ def read_components(folder: Path) -> dict[str, ComponentConfig]:
     Raises:
         BaseModelError: The folder is no diffusers folder, or a settings file is missing or broken.
     """
-    components = {}
-    for name, entry in read_json(folder / _INDEX).items():
+    components, index = {}, read_json(folder / _INDEX)
+    check_components(index, folder / _INDEX)
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         library, class_name = map(str, entry)

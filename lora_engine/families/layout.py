@@ -6,6 +6,7 @@ weights (`.bin`, `.ckpt`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, Pipeline, families, find_pipeline
+from lora_engine.files import is_file_name
 
 INDEX = "model_index.json"
 _STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
@@ -76,11 +78,32 @@ def read_pipeline(folder: Path) -> tuple[Family, Pipeline, dict[str, Any]]:
         BaseModelError: Not a diffusers folder, or an unknown family.
     """
     index = _read_json(folder / INDEX)
+    check_components(index, folder / INDEX)
     found = find_pipeline(str(index.get("_class_name")))
     if found is None:
         known = ", ".join(pipeline.name for family in families.values() for pipeline in family.pipelines)
         raise BaseModelError(f"unknown pipeline {index.get('_class_name')!r}", where=str(folder / INDEX), allowed=known)
     return *found, index
+
+
+def check_components(index: Iterable[str], path: Path) -> None:
+    """Raises an error if the name of a component, which is that of its subfolder, is a path.
+
+    Args:
+        index: The names in `model_index.json`.
+        path: The file.
+
+    Raises:
+        BaseModelError: A name is not that of a folder.
+    """
+    invalid = [name for name in index if not is_file_name(name)]
+    if invalid:
+        raise BaseModelError(
+            f"invalid component {invalid[0][:80]!r}",
+            where=str(path),
+            allowed="names of subfolders",
+            remedy="do not use this model unless you know where it comes from",
+        )
 
 
 def download_patterns(variant: str | None) -> list[str]:

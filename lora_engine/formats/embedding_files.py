@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import FilePath
+from lora_engine.files import FilePath, is_file_name, write_within
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
@@ -21,7 +21,9 @@ _SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[<>:"|?*]')  # in file names on Windows
 _KOHYA = {FIRST: "clip_l", SECOND: "clip_g"}
 
-EmbeddingLayout = Callable[[Embedding], Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]]
+EmbeddingContent = tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""Tensors and metadata of a file."""
+EmbeddingLayout = Callable[[Embedding], Mapping[str, EmbeddingContent]]
 """From an embedding to file name (without suffix), tensors and metadata of each of its files."""
 embedding_forms: Registry[EmbeddingLayout] = Registry("embedding format")
 
@@ -81,23 +83,38 @@ def write_embeddings(
         The written files.
 
     Raises:
-        AdapterError: Two tokens have the same file name.
+        AdapterError: As `embedding_contents`; nothing is written.
+        SettingsError: No such form.
+    """
+    files, folder = embedding_contents(embeddings, form), Path(folder)
+    stated = {"modelspec.license": license_expression} if license_expression else {}
+    with write_within(folder):
+        for name, (tensors, metadata) in files.items():
+            write_safetensors(folder / f"{name}{_SUFFIX}", tensors, {**metadata, **stated})
+    return [folder / f"{name}{_SUFFIX}" for name in files]
+
+
+def embedding_contents(embeddings: Sequence[Embedding], form: str) -> dict[str, EmbeddingContent]:
+    """Returns the name (without suffix) of each file that `write_embeddings` writes, with its content.
+
+    Raises:
+        AdapterError: Two tokens have the same file name, one cannot be that of a file, or the form cannot hold one.
         SettingsError: No such form.
     """
     layout = embedding_forms[form]
-    files: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]] = {}
+    files: dict[str, EmbeddingContent] = {}
     for embedding in embeddings:
         for name, content in layout(embedding).items():
             stem = name if form != "diffusers" or len(embeddings) == 1 else f"{name}.{_file_name(embedding.token)}"
+            if not is_file_name(f"{stem}{_SUFFIX}"):
+                problem, allowed = f"{stem[:80]!r} cannot be the name of a file", "a shorter token, without slashes"
+                where = f"embedding {embedding.token!r}"
+                raise AdapterError(problem, where=where, allowed=allowed, remedy="rename the token")
             if stem.lower() in {existing.lower() for existing in files}:
                 problem = f"the embedding {embedding.token!r} has the same file name as another one"
                 raise AdapterError(problem, where=stem, remedy="rename one of the tokens")
             files[stem] = content
-    folder = Path(folder)
-    stated = {"modelspec.license": license_expression} if license_expression else {}
-    for name, (tensors, metadata) in files.items():
-        write_safetensors(folder / f"{name}{_SUFFIX}", tensors, {**metadata, **stated})
-    return [folder / f"{name}{_SUFFIX}" for name in files]
+    return files
 
 
 def join_embeddings(embeddings: Iterable[Embedding]) -> list[Embedding]:

@@ -17,6 +17,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.formats.validate import validate_tensors
 
 FIRST, SECOND, THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
+_ENCODERS = (FIRST, SECOND, THIRD)
 _BUNDLE = "bundle_emb."
 EMBED_FLAG = "<embed>"
 """Value in cloneofsimo's metadata that marks a tensor as a learned token."""
@@ -91,6 +92,9 @@ class Embedding:
             problem, allowed = "the token looks like a path", "a token without slash, backslash or double dot"
             raise AdapterError(problem, where=where, allowed=allowed, remedy="rename the token")
         for name, tensor in self.vectors.items():
+            if name not in _ENCODERS:
+                problem, allowed = f"there is no text encoder {name[:80]!r}", ", ".join(_ENCODERS)
+                raise AdapterError(problem, where=where, allowed=allowed, remedy=_AGAIN)
             if tensor.dim() != 2 or not 0 < tensor.shape[0] <= _MAX_VECTORS or not 0 < tensor.shape[1] <= _MAX_WIDTH:
                 allowed = f"[width] or [n, width], with at most {_MAX_VECTORS} vectors"
                 problem = f"the vectors of {name} have the shape {list(tensor.shape)}"

@@ -17,7 +17,7 @@ from lora_engine.adapters import Adapter, Delta, canonical_name
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
-from lora_engine.files import canonical_json
+from lora_engine.files import canonical_json, is_file_name
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec
 from lora_engine.formats.diffusers import without_core
@@ -142,8 +142,16 @@ def _split(raw: str) -> tuple[str, str]:
 
 def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[str] | None) -> str:
     """Returns the component of a folder that is not named after one."""
-    if not paths or metadata.get(COMPONENT):
-        return metadata.get(COMPONENT, "")
+    stated = metadata.get(COMPONENT, "")
+    if stated and not is_file_name(stated):
+        raise AdapterError(
+            f"the component is {stated[:80]!r}",
+            where=f"metadata {COMPONENT!r}",
+            allowed="the name of a part of the base, such as unet",
+            remedy="save or download the adapter again",
+        )
+    if not paths or stated:
+        return stated
     if known is not None:
         for component in sorted({name.partition(".")[0] for name in known}):
             if all(canonical_name(component, path) in known for path in paths):

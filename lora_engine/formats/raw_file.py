@@ -16,7 +16,7 @@ from lora_engine.formats.embedding_files import COMPONENT, TOKEN, embeddings_of_
 from lora_engine.formats.embeddings import Embedding, embeddings_in, take_embeddings
 from lora_engine.formats.lora_config import CONFIG, HEADER_ALPHAS, header_alpha
 from lora_engine.formats.pickles import is_pickled, read_pickle
-from lora_engine.formats.safetensors_io import Limits, read_safetensors
+from lora_engine.formats.safetensors_io import Limits, check_tensor_name, read_safetensors
 
 SUFFIX = ".safetensors"
 CONFIG_FILE, MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -134,6 +134,8 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
             allowed="an adapter of kohya's, LyCORIS' or PEFT's, cloneofsimo's list, or a textual-inversion embedding",
             remedy="give the path of the right file",
         )
+    for name in content:
+        check_tensor_name(path, str(name))
     return {str(name): tensor for name, tensor in content.items()}
 
 

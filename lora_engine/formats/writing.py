@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, LokrDelta
 from lora_engine.errors import AdapterError
-from lora_engine.files import FilePath, atomic_write, canonical_json
+from lora_engine.files import FilePath, atomic_write, canonical_json, write_within
 from lora_engine.formats.card import GENERATED, Card, card_header
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.embedding_files import embedding_forms, write_embeddings
+from lora_engine.formats.embedding_files import embedding_contents, embedding_forms, write_embeddings
 from lora_engine.formats.embeddings import Embedding, embed
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
@@ -66,11 +66,13 @@ def write_adapter(
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
     card = card or Card()
     card = card if card.title else card.model_copy(update={"title": output_name or ""})
-    token_folder = path.parent if path.suffix == SUFFIX else path
     tokens = [_cast(embedding, dtype) for embedding in embeddings]
     has_own_files = codec.embeddings in embedding_forms
+    folder = path.parent if path.suffix == SUFFIX else path
     if has_own_files and not adapter.modules:
-        return write_embeddings(token_folder, tokens, codec.embeddings, license_expression=card.license)
+        return write_embeddings(folder, tokens, codec.embeddings, license_expression=card.license)
+    if has_own_files:
+        embedding_contents(tokens, codec.embeddings)  # refuses before the first file is written
     tensors, metadata = _encode(codec, adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)
@@ -79,15 +81,16 @@ def write_adapter(
         metadata = {**metadata, "ss_output_name": output_name}
     ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
     header = _header(codec, tensors, card, ours)
-    if codec.format.is_folder:
-        files = list(_write_folder(path, codec.format.file_name, tensors, header))
-    else:
-        is_named = output_name and codec.format.is_renamable
-        file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
-        files = [path if path.suffix == SUFFIX else path / file_name]
-        write_safetensors(files[0], tensors, header)
+    is_named = output_name and codec.format.is_renamable
+    file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
+    with write_within(folder):
+        if codec.format.is_folder:
+            files = list(_write_folder(path, codec.format.file_name, tensors, header))
+        else:
+            files = [path if path.suffix == SUFFIX else path / file_name]
+            write_safetensors(files[0], tensors, header)
     if tokens and has_own_files:
-        files += write_embeddings(token_folder, tokens, codec.embeddings, license_expression=card.license)
+        files += write_embeddings(folder, tokens, codec.embeddings, license_expression=card.license)
     return files
 
 

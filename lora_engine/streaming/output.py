@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_engine.errors import SettingsError
-from lora_engine.files import atomic_write, sync_folder
+from lora_engine.files import atomic_write, sync_folder, write_within
 from lora_engine.streaming.direct_writer import DirectWriter
 from lora_engine.streaming.model import StoredModel
 
@@ -66,16 +66,17 @@ def write_model(model: StoredModel, output: Path, write_file: WriteFile) -> list
         write_file(model.path, output)
         return [output]
     output.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name[:100]}.", suffix=".partial"))
+    staged = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name[:50]}.", suffix=".partial"))
     try:
         names = []
-        for source in sorted([*model.files, *model.others]):
-            name = source.relative_to(model.path)
-            names.append(name)
-            if source in model.files:
-                write_file(source, staged / name)
-            else:
-                copy_whole(source, staged / name)
+        with write_within(staged):
+            for source in sorted([*model.files, *model.others]):
+                name = source.relative_to(model.path)
+                names.append(name)
+                if source in model.files:
+                    write_file(source, staged / name)
+                else:
+                    copy_whole(source, staged / name)
         for folder in {staged, *((staged / name).parent for name in names)}:
             sync_folder(folder)
         staged.chmod(model.path.stat().st_mode & 0o777)

@@ -1,4 +1,8 @@
-"""Restores a home from a backup: verifies everything in a temporary folder, then renames that folder."""
+"""Restores a home from a backup: verifies everything in a temporary folder, then renames that folder.
+
+A backup is data: its tables and bytes go into the new home. Its settings, which name places elsewhere, are taken over
+only on request.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,19 +19,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lora_engine.files import atomic_write, sync_folder
+from lora_engine.files import atomic_write, exchange, sync_folder, write_within
 from registry.entities import now
-from registry.errors import HomeError, MissingBlob, StoreError, disk_errors
+from registry.errors import HomeError, MissingBlob, StoreError, database_error, disk_errors
 from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, unpack_archive
 from registry.maintenance.backup import BLOBS, DATABASES, FORMAT, KEPT, MANIFEST, SNAPSHOTS, BackupManifest
-from registry.maintenance.check_rows import check_sqlite
-from registry.settings import Settings, read_file, read_settings, write_file
+from registry.maintenance.restored_tables import prepare_mlflow, prepare_tables
+from registry.settings import NAME, VARIABLES, Settings, read_file, write_file
 from registry.store.artifacts import check_relative, open_regular, open_store
 from registry.store.blobs import Blobs, check_digest, copy_verified
-from registry.store.database import name_of, sqlite_file
 from registry.store.local import LocalBlobs
-from registry.store.schema import file_schema
+from registry.store.redaction import redact_url
 
 _MANIFEST_SIZE = 1 << 30
 
@@ -41,7 +44,9 @@ class Restored:
         created_at: Time of the backup.
         blobs: Number of blobs.
         before: New path of the replaced home; None if there was none.
-        left_out: Descriptions of what the backup did not contain, and of the database servers of the home.
+        left_out: Descriptions of what is not restored.
+        settings: Settings in the backup that name places elsewhere and were not taken over.
+        files: Policies, license tables and trusted keys of the backup, which apply in the new home.
     """
 
     home: Path
@@ -49,15 +54,19 @@ class Restored:
     blobs: int
     before: Path | None
     left_out: tuple[str, ...]
+    settings: Mapping[str, str]
+    files: tuple[str, ...]
 
 
-def restore_backup(source: Path, home: Path, *, replace: bool = False) -> Restored:
+def restore_backup(source: Path, home: Path, *, replace: bool = False, with_settings: bool = False) -> Restored:
     """Restores a home from a backup; the next command that registers or promotes rebuilds MLflow's copies.
 
     Args:
         source: A folder of backups (uses the latest), one of its snapshots, or a `.tar`; not trusted.
         home: Path of the restored home.
-        replace: True replaces an existing home, which is renamed first.
+        replace: True replaces an existing home, which is renamed.
+        with_settings: True takes over the locations of store and MLflow in the backup's `loraline.yaml`; the store
+            receives the missing blobs. False ignores them.
 
     Raises:
         HomeError: The home exists, or the disk is full.
@@ -76,11 +85,15 @@ def restore_backup(source: Path, home: Path, *, replace: bool = False) -> Restor
         try:
             with _opened(source, work / "unpacked") as (snapshot, blobs):
                 manifest = _read_manifest(snapshot)
-                servers = _rebuild(snapshot, blobs, manifest, work / "home")
+                new = work / "home"
+                notes, settings = _rebuild(snapshot, manifest, new, home, with_settings=with_settings)
+                _copy_blobs(blobs, manifest, new)
             before = _switch(work / "home", home)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return Restored(home, manifest.created_at, len(manifest.blobs), before, (*manifest.left_out, *servers))
+    left_out = (*manifest.left_out, *notes)
+    files = tuple(sorted(manifest.files.keys() - {*DATABASES, NAME}))
+    return Restored(home, manifest.created_at, len(manifest.blobs), before, left_out, settings, files)
 
 
 def holds_something(home: Path) -> bool:
@@ -136,23 +149,43 @@ def _read_manifest(snapshot: Path) -> BackupManifest:
             )
     for digest in manifest.blobs:
         check_digest(digest)
+    if DATABASES[0] not in manifest.files:
+        raise StoreError(f"the backup has no {DATABASES[0]}", where=str(path), remedy="take another backup")
     return manifest
 
 
-def _rebuild(snapshot: Path, source: LocalBlobs, manifest: BackupManifest, folder: Path) -> tuple[str, ...]:
-    """Rebuilds the home in another folder from verified copies; returns descriptions of the servers it leaves."""
+def _rebuild(
+    snapshot: Path, manifest: BackupManifest, folder: Path, home: Path, *, with_settings: bool
+) -> tuple[list[str], dict[str, str]]:
+    """Rebuilds all but the blobs in another folder; returns descriptions of what it leaves, and the settings left."""
     folder.mkdir()
-    for name, digest in manifest.files.items():
-        _copy(snapshot / name, folder / name, digest)
-    for name in filter(manifest.files.__contains__, DATABASES):
-        path = folder / name
-        for problem in check_sqlite(path, ""):
-            raise StoreError(problem.what, where=str(snapshot / name), remedy="take another backup")
-    if DATABASES[0] in manifest.files:
-        file_schema(folder / DATABASES[0])
-        _prepare(folder / DATABASES[0])
-    servers = _leave_servers(folder) if DATABASES[0] in manifest.files else ()
-    # The settings may name a remote store, which keeps its blobs and receives the missing ones.
+    with write_within(folder):
+        for name, digest in manifest.files.items():
+            _copy(snapshot / name, folder / name, digest)
+        settings = read_file(folder)
+        (folder / NAME).unlink(missing_ok=True)
+        taken = Settings(store=settings.store, mlflow=settings.mlflow) if with_settings else Settings()
+        if taken != Settings():
+            write_file(folder, taken)
+    notes = []
+    if settings.database is not None:
+        tables = f"the tables are in {DATABASES[0]}; `loraline copy-database` copies them"
+        notes.append(f"{redact_url(settings.database)}: {tables}")
+    if os.environ.get(VARIABLES["database"]):
+        notes.append(f"{VARIABLES['database']}: it hides the tables in {DATABASES[0]}; unset it")
+    try:
+        prepare_tables(folder / DATABASES[0], str(snapshot / DATABASES[0]))
+        if DATABASES[1] in manifest.files:
+            notes += prepare_mlflow(folder / DATABASES[1], str(snapshot / DATABASES[1]), manifest.home, home)
+    except sqlite3.Error as error:
+        where = str(folder)
+        raise database_error(str(error), where) or HomeError(str(error), where=where) from error
+    left = settings.model_dump(include={"store", "mlflow"}, exclude_none=True) if not with_settings else {}
+    return notes, left
+
+
+def _copy_blobs(source: LocalBlobs, manifest: BackupManifest, folder: Path) -> None:
+    """Copies the blobs into the store of the new home, which is elsewhere only if the user names it."""
     blobs: Blobs = open_store(Home(folder)).blobs
     for digest in manifest.blobs:
         try:
@@ -160,21 +193,6 @@ def _rebuild(snapshot: Path, source: LocalBlobs, manifest: BackupManifest, folde
         except (StoreError, MissingBlob) as error:
             where = f"blob {digest} in {source.folder}"
             raise StoreError(error.problem, where=where, remedy="take another backup") from error
-    return servers
-
-
-def _leave_servers(folder: Path) -> tuple[str, ...]:
-    """Points the home to the backup's tables instead of a server's, which may have changed or be lost."""
-    settings = read_file(folder)
-    if settings.database is None or sqlite_file(settings.database):
-        return ()
-    servers = [f"{name_of(settings.database)}: the tables are in {DATABASES[0]}; `loraline copy-database` copies them"]
-    mlflow = settings.mlflow
-    if mlflow is not None and not sqlite_file(mlflow):
-        servers.append(f"{name_of(mlflow)}: MLflow's tables are written to {DATABASES[1]}")
-        mlflow = None
-    write_file(folder, Settings(store=settings.store, mlflow=mlflow))
-    return tuple(servers)
 
 
 def _copy(source: Path, target: Path, digest: str) -> None:
@@ -182,26 +200,18 @@ def _copy(source: Path, target: Path, digest: str) -> None:
         atomic_write(target, lambda file: copy_verified(stream, file, digest, str(source)))
 
 
-def _prepare(database: Path) -> None:
-    """Marks everything as not synced, because a backup has no MLflow copies, and sets the registry's journal mode."""
-    with closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("UPDATE versions SET mirrored = 0")
-        connection.execute("UPDATE aliases SET mirrored_seq = 0")
-        connection.commit()
-        connection.execute("PRAGMA journal_mode=WAL")
-
-
 def _switch(new: Path, home: Path) -> Path | None:
-    read_settings(new)
-    before = None
-    if home.exists() or home.is_symlink():
-        before = home.with_name(f"{home.name}.before-{now():%Y%m%dT%H%M%S.%fZ}")
-        is_empty = not holds_something(home)
-        home.rename(before)
-    os.replace(new, home)  # noqa: PTH105
-    sync_folder(home.parent)
-    if before is not None and is_empty:
-        shutil.rmtree(before)
+    """Puts a home in its place, in one step; returns the new path of the old one, None if there was none."""
+    if not (home.exists() or home.is_symlink()):
+        os.replace(new, home)  # noqa: PTH105
         before = None
+    else:
+        before = home.with_name(f"{home.name}.before-{now():%Y%m%dT%H%M%S.%fZ}")
+        new.rename(before)
+        exchange(before, home)
+        if not holds_something(before):
+            shutil.rmtree(before)
+            before = None
+    sync_folder(home.parent)
     Home.open(home)
     return before

@@ -14,10 +14,10 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lora_engine.files import FilePath, atomic_write, canonical_json, sha256_bytes
+from lora_engine.files import FilePath, atomic_write, canonical_json, is_file_name, sha256_bytes
 from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
 from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
 from registry.home import Home
@@ -116,7 +116,7 @@ class Store:
             if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
                 raise StoreError("not an empty folder", where=str(folder), remedy="name an empty or new folder")
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:100]}.", suffix=".partial"))
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:50]}.", suffix=".partial"))
             try:
                 for relative, entry in files.items():
                     target = temporary / relative
@@ -254,9 +254,7 @@ def check_relative(relative: str) -> str:
     Raises:
         StoreError: It is absolute, leaves the tree, or has a character that some file systems cannot write.
     """
-    parts = relative.split("/")
-    bad_part = any(part in {"", ".", ".."} or len(part.encode(errors="replace")) > 255 for part in parts)
-    if bad_part or not relative.isprintable() or "\\" in relative or PurePosixPath(relative).is_absolute():
+    if not all(map(is_file_name, relative.split("/"))):
         raise StoreError(
             f"invalid path {relative!r} of a file in an artifact",
             allowed="relative paths of printable names with '/', without '.', '..' and backslashes",

@@ -56,7 +56,7 @@ def open_file(path: Path, engine: Engine) -> None:
                     migrate(connection, schema)
                     _check_keys(connection, str(path))
                 else:
-                    _create(connection)
+                    create_tables(connection)
 
 
 def open_server(engine: Engine, where: str) -> None:
@@ -76,7 +76,7 @@ def open_server(engine: Engine, where: str) -> None:
         if schema is None:
             if NAMESPACE not in inspect(connection).get_schema_names():
                 connection.execute(text(f"CREATE SCHEMA {NAMESPACE}"))
-            _create(connection)
+            create_tables(connection)
         elif schema != SCHEMA:
             _copy_tables(connection, schema)
             migrate(connection, schema)
@@ -172,7 +172,11 @@ def migrate(connection: Connection, schema: int, target: int = SCHEMA) -> None:
     connection.execute(update(MetaRow).where(MetaRow.key == "schema").values(value=str(target)))
 
 
-def _create(connection: Connection) -> None:
+def create_tables(connection: Connection, schema: int = SCHEMA) -> None:
+    """Creates the tables of a schema in an empty database, within the connection's transaction."""
+    if schema != SCHEMA:
+        migrate(connection, 0, schema)
+        return
     Table.metadata.create_all(connection, checkfirst=False)
     connection.execute(insert(MetaRow).values(key="schema", value=str(SCHEMA)))
 
@@ -181,7 +185,7 @@ def _new_file() -> bytes:
     """Returns the bytes of a database file without rows; the caller writes them atomically."""
     engine = create_engine("sqlite://", poolclass=StaticPool)
     with engine.begin() as connection:
-        _create(connection)
+        create_tables(connection)
     raw = engine.raw_connection()
     content = bytearray(raw.driver_connection.serialize())  # type: ignore[union-attr]
     raw.close()

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from lora_engine.files import sha256_bytes, sha256_file
 from registry.documents.facts import Dataset
 from registry.documents.storage import Shown
-from registry.entities import AdapterVersion, ArtifactRef
+from registry.entities import AdapterVersion, ArtifactRef, check_name
 from registry.errors import MlflowError, disk_errors
 from registry.home import Home
 from registry.policy.alias_policy import numbers
@@ -158,7 +158,7 @@ class MlflowWriter:
     def _ensure_run(self, version: AdapterVersion) -> str:
         experiment = self._client.get_experiment_by_name(version.name)
         if experiment is None:
-            folder = self.home.mlflow_artifacts / version.name
+            folder = self.home.mlflow_artifacts / check_name(version.name)
             experiment_id = self._client.create_experiment(version.name, artifact_location=folder.as_uri())
         else:
             experiment_id = experiment.experiment_id

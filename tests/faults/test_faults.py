@@ -1,6 +1,7 @@
 """Tests one fault point of each kind, a few random trials, and the checks; `make faults` runs the campaigns."""
 
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 import lora_engine.files
 import registry.store.local
 from registry.entities import is_digest
+from registry.home import Home
+from registry.maintenance.backup import backup
+from registry.maintenance.restore import restore_backup
 from tests.faults.campaigns import change_bytes, kill_at_random, race, sweep
 from tests.faults.invariants import violations
 from tests.faults.points import Points, forked
-from tests.faults.work import WORKS, copy_home, prepare, put
+from tests.faults.work import WORKS, copy_home, prepare, promised_by, put
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -53,6 +57,50 @@ def test_a_full_disk_at_any_kind_of_point_leaves_all_or_nothing(tmp_path, work, 
     # Cleanup, and operations that work on a full disk, may succeed.
     assert set(result.kinds) >= KINDS[work] - {"os.mkdir", "open lock", "fsync after os.rename"}
     assert "none" not in result.kinds
+
+
+RESTORE = {"os.mkdir", "open partial", "fsync after open partial", "os.rename", "fsync after os.rename", "os.remove"}
+
+
+@pytest.mark.parametrize("mode", ["kill", "full"])
+def test_a_restore_that_fails_at_any_kind_of_point_leaves_the_old_home_or_the_new_one(whole, tmp_path, mode):
+    assert forked(lambda tell: tell(str(backup(Home(whole), tmp_path / "backups")))).finish()[0] == 0
+    promised = promised_by(whole)
+
+    def restore(name, at=0, kind=None):
+        home = tmp_path / name / "home"
+        (home / "work").mkdir(parents=True)
+        (home / "work" / "mine").write_bytes(b"old")
+        points = Points(str(tmp_path / name), at, mode, kind)
+
+        def work(tell):
+            restore_backup(tmp_path / "backups", home, replace=True)
+            for kind in points.kinds:
+                tell(kind)
+
+        return home, *forked(work, before=points.install).finish()
+
+    _, status, kinds = restore("counted")
+    assert status == 0
+    assert set(kinds) >= RESTORE
+    counts = Counter(kinds)
+    # The last renames put the home in its place.
+    places = [("os.rename", counts["os.rename"] - last) for last in range(4)]
+    places += [(kind, (count + 1) // 2) for kind, count in counts.items()]
+    old = 0
+    for number, (kind, at) in enumerate(places):
+        home, status, _ = restore(str(number), at, kind)
+        assert status != 0 or kind in {"os.remove", "os.rmdir"}
+        assert len([*home.parent.rglob("mine")]) == 1, kind
+        if (home / "work" / "mine").is_file():
+            old += 1
+            assert [path.name for path in home.rglob("*")] == ["work", "mine"]
+            continue
+        checked = tmp_path / "checked" / str(number)
+        checked.mkdir(parents=True)
+        (checked / "canary").write_bytes(b"alive")
+        assert violations(home.rename(checked / "home"), promised) == []
+    assert old >= 3
 
 
 @pytest.mark.parametrize("work", WORKS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from lora_engine.files import sha256_bytes
 from registry.entities import Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -96,6 +98,61 @@ def test_backup_and_restore(filled: Home, home: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     restored = loraline("restore-backup", str(tmp_path / "backups"), "--json", home=new)
     assert json.loads(restored.stdout)["blobs"] == 2
+    assert loraline("fsck", home=new).returncode == 0
+
+
+def _add_settings(backups: Path, text: str) -> None:
+    """Adds settings to a backup, as a stranger can."""
+    (snapshot,) = (backups / "snapshots").iterdir()
+    (snapshot / "loraline.yaml").write_text(text)
+    manifest = json.loads((snapshot / "manifest.json").read_bytes())
+    manifest["files"]["loraline.yaml"] = sha256_bytes(text.encode())
+    (snapshot / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "database: sqlite:///{0}/lineage.db",
+        "database: sqlite:///{0}/missing/x.db",
+        "store: file://{0}/elsewhere",
+        "store: simplecache::file://{0}/elsewhere",
+        "mlflow: sqlite:///{0}/elsewhere.db",
+    ],
+)
+def test_settings_in_a_backup_do_not_choose_where_the_restore_writes(
+    setting: str, filled: Home, home: Path, tmp_path: Path
+) -> None:
+    backups, new = tmp_path / "backups", tmp_path / "new"
+    (home / "policy.yaml").write_text("{}")
+    assert loraline("backup", backups, home=home).returncode == 0
+    _add_settings(backups, setting.format(home))
+    before = _contents(home)
+    done = loraline("restore-backup", backups, home=new)
+    assert done.returncode == 0, done.stderr
+    assert setting.partition(": ")[2].format(home) in done.stdout
+    assert loraline("fsck", home=new).returncode == 0
+    assert "Applies from now on: policy.yaml\n" in done.stdout
+    assert not (new / "loraline.yaml").exists()
+    with closing(Lineage(Home(new).lineage_url)) as lineage:
+        assert len(lineage.runs()) == 1
+    assert _contents(home) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"backups", "new", home.name})
+
+
+def test_settings_in_a_backup_are_taken_over_on_request(filled: Home, home: Path, tmp_path: Path) -> None:
+    backups, new, store = tmp_path / "backups", tmp_path / "new", tmp_path / "elsewhere"
+    assert loraline("backup", backups, home=home).returncode == 0
+    _add_settings(backups, f"store: file://{store}\ndatabase: sqlite:///{home}/lineage.db")
+    done = loraline("restore-backup", backups, "--with-settings", "--json", home=new)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["settings"] == {}
+    assert (new / "loraline.yaml").read_text() == f"store: file://{store}\n"
+    assert len([*store.glob("??/*")]) == 2
     assert loraline("fsck", home=new).returncode == 0
 
 

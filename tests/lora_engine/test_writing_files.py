@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine.files import append_chunks, atomic_write
+from lora_engine.errors import EngineError
+from lora_engine.files import append_chunks, atomic_write, is_file_name, write_within
 
 
 def test_chunks_of_every_size_are_appended_in_order(tmp_path: Path) -> None:
@@ -50,3 +51,36 @@ def test_without_posix_fadvise_the_file_is_the_same(tmp_path: Path, monkeypatch:
 def test_a_full_disk_raises_an_error() -> None:
     with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as file:
         append_chunks(file, [bytes(10)])
+
+
+def test_a_write_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    out.mkdir()
+    victim.mkdir()
+    (out / "link").symlink_to(victim)
+    (victim / "mine").write_bytes(b"mine")
+    (out / "file").symlink_to(victim / "mine")
+    with write_within(out):
+        for path in (victim / "x", out / ".." / "victim" / "x", out / "link" / "x", out / "new" / ".." / ".." / "x"):
+            with pytest.raises(EngineError, match="outside of the output"):
+                atomic_write(path, b"x")
+        with write_within(out / "new"), pytest.raises(EngineError, match="outside of the output"):
+            atomic_write(out / "x", b"x")
+        atomic_write(out / "new" / "x", b"x")
+        atomic_write(out / "file", b"a link to a file is replaced")
+    assert (victim / "mine").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "mine", "new", "out", "victim", "x"]
+    atomic_write(victim / "x", b"x")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\0b", "\u202ea", "é" * 128])
+def test_paths_and_unprintable_names_are_no_names_of_files(name: str) -> None:
+    assert not is_file_name(name)
+    assert is_file_name("..a b-é.safetensors")
+
+
+def test_the_longest_name_is_written(tmp_path: Path) -> None:
+    name = "\U0001f300" * 63
+    assert is_file_name(name)
+    atomic_write(tmp_path / name, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

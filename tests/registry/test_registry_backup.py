@@ -8,19 +8,22 @@ import time
 from contextlib import closing
 
 import pytest
+from sqlalchemy import create_engine
 
+from lora_engine.files import sha256_bytes, sha256_file
 from registry.errors import HomeError, RegistryError, StoreError
 from registry.home import Home
 from registry.maintenance.backup import backup
 from registry.maintenance.fsck import fsck
 from registry.maintenance.restore import restore_backup
+from registry.store.schema import migrate
 from registry.versions.promotion import history
 from registry.versions.versions import Versions
 
 
 @pytest.fixture
 def filled(plain):
-    (plain.home.path / "loraline.yaml").write_text("{}")
+    (plain.home.path / "policy.yaml").write_text("{}")
     return plain
 
 
@@ -48,7 +51,7 @@ def test_a_restored_home_equals_the_original(filled, tmp_path, name):
             assert restored.show("zorb", number).sha256 == filled.show("zorb", number).sha256
         assert restored.get("zorb", "staging").version == 2
         assert history(restored, "zorb") == history(filled, "zorb")
-    assert (home.path / "loraline.yaml").read_text() == "{}"
+    assert (home.path / "policy.yaml").read_text() == "{}"
     assert not list(tmp_path.glob(".*"))
 
 
@@ -166,22 +169,27 @@ def _link(path, to):
     path.symlink_to(to)
 
 
-def _newer(folder):
-    path = _snapshot(folder) / "lineage.db"
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
-    from lora_engine.files import sha256_file
+def _sql(*statements, name="lineage.db"):
+    def change(folder):
+        path = _snapshot(folder) / name
+        with closing(sqlite3.connect(path)) as connection, connection:
+            for statement in statements:
+                connection.execute(statement)
+        _manifest(folder, lambda it: it["files"].update({name: sha256_file(path)}))
 
-    _manifest(folder, lambda it: it["files"].update({"lineage.db": sha256_file(path)}))
+    return change
 
 
+REFUSE = "BEGIN SELECT RAISE(ABORT, 'the log of events is append-only'); END"
+DROP_LOG = ("DROP TRIGGER events_no_update", "DROP TRIGGER events_no_delete")
 HARM = {
     "blob changed": (lambda folder: _blob(folder).write_bytes(b"x"), "digest"),
     "blob missing": (lambda folder: _blob(folder).unlink(), "no such file"),
     "blob is a link": (lambda folder: _link(_blob(folder), "/etc/hostname"), "regular"),
     "database changed": (lambda folder: (_snapshot(folder) / "lineage.db").write_bytes(b"x"), "digest"),
     "database missing": (lambda folder: (_snapshot(folder) / "lineage.db").unlink(), "no such file"),
-    "database of a newer release": (_newer, "schema 99"),
+    "database of a newer release": (_sql("UPDATE meta SET value = '99' WHERE key = 'schema'"), "schema 99"),
+    "no database": (lambda folder: _manifest(folder, lambda it: it["files"].pop("lineage.db")), "no lineage.db"),
     "manifest missing": (lambda folder: (_snapshot(folder) / "manifest.json").unlink(), "not a backup"),
     "manifest is not JSON": (lambda folder: (_snapshot(folder) / "manifest.json").write_text("{"), "cannot be read"),
     "another format": (lambda folder: _manifest(folder, lambda it: it.update(format=9)), "format 9"),
@@ -198,17 +206,38 @@ HARM = {
     "invalid settings": (
         lambda folder: (
             (_snapshot(folder) / "loraline.yaml").write_text("what: ever"),
-            _manifest(folder, lambda it: it["files"].update({"loraline.yaml": _digest(b"what: ever")})),
+            _manifest(folder, lambda it: it["files"].update({"loraline.yaml": sha256_bytes(b"what: ever")})),
         ),
         "settings cannot be read",
     ),
 }
 
 
-def _digest(content):
-    from lora_engine.files import sha256_bytes
-
-    return sha256_bytes(content)
+FOREIGN_TABLES = {
+    "a trigger": (
+        _sql("CREATE TRIGGER evil AFTER INSERT ON versions BEGIN DELETE FROM aliases; END"),
+        "not in schema 2: 'trigger evil'",
+    ),
+    "another trigger of a known name": (
+        _sql(DROP_LOG[0], "CREATE TRIGGER events_no_update BEFORE UPDATE ON runs " + REFUSE),
+        "not in schema 2: 'trigger events_no_update'",
+    ),
+    "a missing trigger": (_sql(*DROP_LOG), "missing in schema 2: 'trigger events_no_delete'"),
+    "a view": (_sql("CREATE VIEW evil AS SELECT * FROM versions"), "'view evil'"),
+    "a view for a table": (
+        _sql("ALTER TABLE revocations RENAME TO r", "CREATE VIEW revocations AS SELECT * FROM r"),
+        "'view revocations'",
+    ),
+    "a table": (_sql("CREATE TABLE evil (a)"), "'table evil'"),
+    "a column": (_sql("ALTER TABLE versions ADD COLUMN evil TEXT"), r"'column versions\.evil'"),
+    "a computed column": (_sql("ALTER TABLE runs ADD COLUMN evil AS (1)"), r"'column runs\.evil'"),
+    "a missing column": (
+        _sql("ALTER TABLE runs DROP COLUMN ended_at"),
+        r"missing in schema 2: 'column runs\.ended_at'",
+    ),
+    "a name that is a path": (_sql("UPDATE names SET name = '../../evil'"), "invalid adapter name '../../evil'"),
+    "an adapter outside its artifact": (_sql("UPDATE versions SET adapter_path = '/evil'"), "invalid path '/evil'"),
+}
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -224,6 +253,40 @@ def test_an_incomplete_backup_changes_nothing(filled, tmp_path, harm):
     assert not (tmp_path / "new").exists()
     assert everything(filled.home.path) == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_tables_that_are_not_the_registrys_are_refused(filled, tmp_path):
+    folder = tmp_path / "backups"
+    backup(filled.home, folder)
+    manifest, database = (_snapshot(folder) / name for name in ("manifest.json", "lineage.db"))
+    intact = manifest.read_bytes(), database.read_bytes()
+    for harm, (damage, message) in FOREIGN_TABLES.items():
+        damage(folder)
+        with pytest.raises(StoreError, match=message):
+            restore_backup(folder, tmp_path / "new")
+        assert not (tmp_path / "new").exists(), harm
+        manifest.write_bytes(intact[0])
+        database.write_bytes(intact[1])
+    restore_backup(folder, tmp_path / "new")
+
+
+def test_tables_of_an_earlier_schema_are_restored(filled, tmp_path):
+    folder = tmp_path / "backups"
+    backup(filled.home, folder)
+    path = _snapshot(folder) / "lineage.db"
+    path.unlink()
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        migrate(connection, 0, 1)
+        connection.exec_driver_sql("INSERT INTO meta VALUES ('schema', '1')")
+    engine.dispose()
+    _manifest(folder, lambda it: it["files"].update({"lineage.db": sha256_file(path)}))
+    restore_backup(folder, tmp_path / "new")
+    with closing(opened(tmp_path / "new")) as restored:
+        assert restored.list() == ()
+    _sql("CREATE VIEW revocations AS SELECT 1", name="lineage.db")(folder)
+    with pytest.raises(StoreError, match="not in schema 1: 'view revocations'"):
+        restore_backup(folder, tmp_path / "other")
 
 
 def _archive(path, *members):
@@ -300,9 +363,40 @@ def test_blobs_of_a_remote_store_are_backed_up_and_restored(versions, register, 
     assert done.problems == ()
     for digest in list(versions.store.blobs.digests()):
         versions.store.blobs.quarantine(digest)
-    restore_backup(tmp_path / "backups", tmp_path / "new")
+    restore_backup(tmp_path / "backups", tmp_path / "new", with_settings=True)
     assert len(list(versions.store.blobs.digests())) == done.blobs
     assert fsck(Home(tmp_path / "new"), mlflow=False) == []
+
+
+OUTSIDE = (
+    "UPDATE runs SET artifact_uri = 'file:///victim'",
+    "UPDATE runs SET artifact_uri = artifact_uri || '/%2e%2e/%2e%2e/%2e%2e/%2e%2e/victim'",
+    "UPDATE experiments SET artifact_location = 's3://bucket/victim'",
+    "UPDATE model_versions SET source = '/victim'",
+    "ALTER TABLE logged_models RENAME TO victim",
+)
+
+
+def test_artifacts_of_mlflow_stay_in_the_restored_home(filled_home, tmp_path):
+    folder, new = tmp_path / "backups", tmp_path / "new"
+    backup(filled_home, folder)
+    manifest, database = (_snapshot(folder) / name for name in ("manifest.json", "mlflow.db"))
+    intact = manifest.read_bytes(), database.read_bytes()
+    assert restore_backup(folder, new).left_out == ()
+    with closing(sqlite3.connect(new / "mlflow.db")) as connection:
+        uris = connection.execute("SELECT artifact_uri FROM runs UNION SELECT source FROM model_versions").fetchall()
+    assert len(uris) > 1
+    assert all(uri.startswith(f"{(new / 'mlflow').as_uri()}/zorb/") for (uri,) in uris)
+    for number, harm in enumerate(OUTSIDE):
+        _sql(harm, name="mlflow.db")(folder)
+        (note,) = restore_backup(folder, tmp_path / str(number)).left_out
+        assert "victim" in note or "logged_models" in note
+        assert not (tmp_path / str(number) / "mlflow.db").exists()
+        manifest.write_bytes(intact[0])
+        database.write_bytes(intact[1])
+    _sql("CREATE TRIGGER evil AFTER INSERT ON runs BEGIN DELETE FROM experiments; END", name="mlflow.db")(folder)
+    with pytest.raises(StoreError, match="not in MLflow's schema: 'trigger evil'"):
+        restore_backup(folder, tmp_path / "last")
 
 
 def test_mlflow_is_rebuilt_after_a_restore(filled_home, tmp_path, spawn):

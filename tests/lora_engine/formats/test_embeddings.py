@@ -100,6 +100,17 @@ def test_two_tokens_of_one_file_name_are_refused(tmp_path):
         write_embeddings(tmp_path, tokens)
 
 
+def test_a_token_that_is_too_long_for_a_file_name_is_refused(tmp_path):
+    long = Embedding("\U0001f300" * 70, {ONE: VECTORS})
+    with pytest.raises(AdapterError, match="cannot be the name of a file"):
+        write_embeddings(tmp_path, [WORD, long])
+    with pytest.raises(AdapterError, match="cannot be the name of a file"):
+        write_adapter(
+            tmp_path / "out", Adapter({"unet.a": random_delta("lora", (4, 4))}, "sd"), format="kohya", embeddings=[long]
+        )
+    assert not list(tmp_path.iterdir())
+
+
 BAD = {
     "no token": ("", {ONE: VECTORS}, "invalid token"),
     "path": ("a/b", {ONE: VECTORS}, "path"),
@@ -111,6 +122,7 @@ BAD = {
     "number": ("a", {ONE: torch.tensor(1.0)}, r"shape \[\]"),
     "empty": ("a", {ONE: torch.ones(0, 4)}, r"\[0, 4\]"),
     "counts": ("a", {ONE: VECTORS, TWO: torch.ones(1, 4)}, "different numbers"),
+    "another encoder": ("a", {"/../../victim/mine": VECTORS}, "no text encoder '/../../victim/mine'"),
 }
 
 

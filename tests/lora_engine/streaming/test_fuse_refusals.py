@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,19 @@ def test_an_adapter_that_does_not_fit_is_refused_before_a_byte_is_written(case, 
     with pytest.raises(AdapterError, match=problem):
         fuse(bases["float32"], [(path, 1.0)], tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_component_that_is_a_path_is_refused(bases, tmp_path):
+    base = bases["float32"]
+    model = cast_model(base, tmp_path / "models" / "model", "float32")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"../../victim": ["diffusers", "Harmless"]}))
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine").write_bytes(b"mine")
+    path = saved(adapter_for(base), tmp_path / "a.safetensors")
+    with pytest.raises(BaseModelError, match=r"invalid component '../../victim'"):
+        fuse(model, [(path, 1.0)], tmp_path / "deep" / "er" / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "models", "victim"]
 
 
 def test_an_adapter_for_another_family_is_refused(bases, tmp_path):
