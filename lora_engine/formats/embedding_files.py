@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath
+from lora_engine.finite import check_finite
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
@@ -91,6 +92,8 @@ def write_embeddings(folder: FilePath, embeddings: Sequence[Embedding], form: st
                 raise AdapterError(problem, where=stem, remedy="rename one of the tokens")
             files[stem] = content
     folder = Path(folder)
+    for name, (tensors, _) in files.items():
+        check_finite(tensors, str(folder / f"{name}{_SUFFIX}"))
     for name, (tensors, metadata) in files.items():
         write_safetensors(folder / f"{name}{_SUFFIX}", tensors, metadata)
     return [folder / f"{name}{_SUFFIX}" for name in files]
