@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from lora_engine.adapters.delta import Delta, same_delta
-from lora_engine.errors import AdapterError
+from lora_engine.finite import is_finite, not_finite
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,13 +70,9 @@ class Adapter:
 
 
 def _cast(name: str, delta: Delta, dtype: torch.dtype | None, device: torch.device | str | None) -> Delta:
-    factors = {key: factor.to(device=device, dtype=dtype) for key, factor in delta.factors().items()}
+    originals = delta.factors()
+    factors = {key: factor.to(device=device, dtype=dtype) for key, factor in originals.items()}
     for key, factor in factors.items():
-        if dtype is not None and not bool(torch.isfinite(factor).all()):
-            raise AdapterError(
-                f"factor {key!r} is not finite in {dtype}",
-                where=name,
-                allowed="values that the dtype can hold",
-                remedy="keep the adapter in float32 or bfloat16",
-            )
+        if dtype is not None and not is_finite(factor):
+            raise not_finite(f"module {name!r}, factor {key!r}", factor, originals[key])
     return delta.with_factors(factors)

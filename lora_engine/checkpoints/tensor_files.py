@@ -17,8 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_engine.checkpoints.leftovers import reason_unused
 from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write, canonical_json
+from lora_engine.finite import are_finite
 from lora_engine.formats.safetensors_io import Limits, read_header
 
 # Bytes per element, in the dtype order of the safetensors library.
@@ -129,6 +131,9 @@ def write_tensors(path: Path, planned: Mapping[str, PlannedTensor], metadata: Ma
         path: Output file.
         planned: Tensors by name. Equal plans over equal files give equal bytes.
         metadata: Strings for the header.
+
+    Raises:
+        BaseModelError: A value is NaN or infinite, except in tensors that no component needs; nothing is written.
     """
     names = sorted(planned, key=lambda name: (_RANK[planned[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -145,7 +150,10 @@ def write_tensors(path: Path, planned: Mapping[str, PlannedTensor], metadata: Ma
         file.write(struct.pack("<Q", len(text)) + text)
         with _Sources() as sources:
             for name in names:
-                for chunk in sources.read(planned[name]):
+                tensor = planned[name]
+                for chunk in sources.read(tensor):
+                    if not are_finite(chunk, tensor.dtype) and reason_unused(name) is None:
+                        raise _not_finite(name, tensor)
                     file.write(chunk)
 
     atomic_write(path, write)
@@ -200,11 +208,24 @@ class _Sources:
         file.seek(piece.offset)
         left = piece.size
         while left:
-            count = file.readinto(self._buffer[: min(left, _BLOCK)])
-            if not count:
-                raise BaseModelError("the file was truncated while it was read", where=str(piece.path))
-            yield self._buffer[:count]
-            left -= count
+            block = self._buffer[: min(left, _BLOCK)]
+            done = 0
+            while done < len(block):
+                count = file.readinto(block[done:])
+                if not count:
+                    raise BaseModelError("the file was truncated while it was read", where=str(piece.path))
+                done += count
+            yield block
+            left -= done
+
+
+def _not_finite(name: str, tensor: PlannedTensor) -> BaseModelError:
+    return BaseModelError(
+        f"values are NaN or infinite in {tensor.dtype}",
+        where=", ".join([*sorted({str(piece.path) for piece in tensor.pieces}), f"tensor {name!r}"]),
+        allowed="finite values",
+        remedy="download or save the model again",
+    )
 
 
 def merge_stored(files: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, is_file_name, write_within
+from lora_engine.finite import check_finite
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
@@ -98,7 +99,8 @@ def embedding_contents(embeddings: Sequence[Embedding], form: str) -> dict[str, 
     """Returns the name (without suffix) of each file that `write_embeddings` writes, with its content.
 
     Raises:
-        AdapterError: Two tokens have the same file name, one cannot be that of a file, or the form cannot hold one.
+        AdapterError: Two tokens have the same file name, one cannot be that of a file, or the form cannot hold one;
+            or a value is NaN, infinite or beyond its dtype.
         SettingsError: No such form.
     """
     layout = embedding_forms[form]
@@ -113,6 +115,7 @@ def embedding_contents(embeddings: Sequence[Embedding], form: str) -> dict[str, 
             if stem.lower() in {existing.lower() for existing in files}:
                 problem = f"the embedding {embedding.token!r} has the same file name as another one"
                 raise AdapterError(problem, where=stem, remedy="rename one of the tokens")
+            check_finite(content[0], f"{stem}{_SUFFIX}")
             files[stem] = content
     return files
 

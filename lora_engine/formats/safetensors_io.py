@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_engine.documents import parse_json, place_of_key
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, append_chunks, atomic_write, canonical_json, sha256_chunks
+from lora_engine.finite import check_finite
 
 # The safetensors library orders tensors by dtype in this order, then by name. The same order here gives the same body,
 # so hashes over bodies (`sshs_model_hash`) agree.
@@ -72,22 +73,27 @@ class Limits:
 LIMITS = Limits()
 
 
-def write_safetensors(path: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, finite: bool = True
+) -> None:
     """Writes a file atomically; equal tensors and metadata give equal bytes, in every process.
 
     Args:
         path: Output file.
         tensors: Tensors by name, on any device, of torch's plain dtypes (no complex numbers, no float8).
         metadata: Strings for the header; `BODY_SHA256` in them becomes the digest of the tensors' bytes.
+        finite: False writes NaN and infinite values, too.
 
     Raises:
-        AdapterError: A tensor has another dtype; nothing is written.
+        AdapterError: A tensor has another dtype, or a value is NaN or infinite; nothing is written.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _ORDER:
             allowed = ", ".join(str(dtype) for dtype in _ORDER)
             problem, where = f"the dtype is {tensor.dtype}", f"{path}: tensor {name!r}"
             raise AdapterError(problem, where=where, allowed=allowed, remedy="cast the tensor to one of these")
+    if finite:
+        check_finite(tensors, str(path))
     atomic_write(Path(path), lambda file: _write(file, tensors, metadata))
 
 

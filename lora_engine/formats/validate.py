@@ -5,7 +5,6 @@ Each kind checks its own factors (`Delta.issues`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
+from lora_engine.finite import is_finite
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -62,15 +62,6 @@ def _is_unused_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
     """
     module, dot, suffix = name.rpartition(".")
     return dot + suffix == ".alpha" and f"{module}.lokr_w1" in tensors and f"{module}.lokr_w2" in tensors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Returns True if no value is NaN or infinite."""
-    if tensor.numel() < 2:
-        return all(math.isfinite(value) for value in tensor.flatten().tolist())
-    # `aminmax` propagates NaN and needs one pass; `isfinite` takes twenty times as long.
-    minimum, maximum = torch.aminmax(tensor)
-    return math.isfinite(minimum.item()) and math.isfinite(maximum.item())
 
 
 def check_delta(delta: Delta, sources: Callable[[], Mapping[str, str]], shape: Sequence[int] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from lora_engine.adapters import Adapter, LokrDelta
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, atomic_write, canonical_json, write_within
+from lora_engine.finite import is_finite, not_finite
 from lora_engine.formats.card import GENERATED, Card, card_header
 from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.embedding_files import embedding_contents, embedding_forms, write_embeddings
@@ -55,7 +57,8 @@ def write_adapter(
         The written files, those of the embeddings last.
 
     Raises:
-        AdapterError: The format or the dtype cannot hold the adapter, or it has no modules.
+        AdapterError: The format or the dtype cannot hold the adapter, a value is NaN or infinite, or it has no modules;
+            nothing is written.
         SettingsError: No such format.
     """
     path, codec = Path(path), codecs[format]
@@ -66,14 +69,16 @@ def write_adapter(
         raise AdapterError(f"the format {format!r} is a folder", where=str(path), allowed="a folder", remedy=remedy)
     card = card or Card()
     card = card if card.title else card.model_copy(update={"title": output_name or ""})
-    tokens = [_cast(embedding, dtype) for embedding in embeddings]
+    tokens = [_cast_embedding(embedding, dtype) for embedding in embeddings]
     has_own_files = codec.embeddings in embedding_forms
     folder = path.parent if path.suffix == SUFFIX else path
     if has_own_files and not adapter.modules:
         return write_embeddings(folder, tokens, codec.embeddings, license_expression=card.license)
     if has_own_files:
         embedding_contents(tokens, codec.embeddings)  # refuses before the first file is written
-    tensors, metadata = _encode(codec, adapter if dtype is None else adapter.to(dtype=dtype), card, module_names)
+    cast = _cast(adapter, dtype, path)
+    tensors, metadata = _encode(codec, cast, card, module_names)
+    _check_encoded(path, codec, cast, tensors, card, module_names)
     if tokens and not has_own_files:
         token_tensors, flags = embed(codec.embeddings, tokens)
         tensors, metadata = {**tensors, **token_tensors}, {**metadata, **flags}
@@ -88,7 +93,8 @@ def write_adapter(
             files = list(_write_folder(path, codec.format.file_name, tensors, header))
         else:
             files = [path if path.suffix == SUFFIX else path / file_name]
-            write_safetensors(files[0], tensors, header)
+            # checked above, before the first of several files
+            write_safetensors(files[0], tensors, header, finite=False)
     if tokens and has_own_files:
         files += write_embeddings(folder, tokens, codec.embeddings, license_expression=card.license)
     return files
@@ -132,8 +138,42 @@ def _holds_only_embeddings(codec: Codec, embeddings: Sequence[Embedding]) -> boo
     return bool(embeddings) and (codec.embeddings in embedding_forms or codec.name == "loraline")
 
 
-def _cast(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
-    return Embedding(embedding.token, {name: tensor.to(dtype=dtype) for name, tensor in embedding.vectors.items()})
+def _cast(adapter: Adapter, dtype: torch.dtype | None, path: Path) -> Adapter:
+    """Returns the adapter in a dtype, after checking alphas and factors; the error names file, module and factor."""
+    for name, delta in adapter.modules.items():
+        if delta.alpha is not None and not math.isfinite(delta.alpha):
+            problem, where = f"alpha is {delta.alpha!r}", f"{path}: module {name!r}"
+            raise AdapterError(problem, where=where, allowed="a finite number", remedy="set a finite alpha")
+    if dtype is not None:
+        try:
+            return adapter.to(dtype=dtype)
+        except AdapterError as error:
+            raise error.at(f"{path}: {error.where}") from error
+    for name, delta in adapter.modules.items():
+        for key, factor in delta.factors().items():
+            if not is_finite(factor):
+                raise not_finite(f"{path}: module {name!r}, factor {key!r}", factor)
+    return adapter
+
+
+def _check_encoded(
+    path: Path, codec: Codec, adapter: Adapter, tensors: Mapping[str, Tensor], card: Card, names: Names | None
+) -> None:
+    """Raises an error for a tensor that the format computed from finite factors, and that is not finite."""
+    checked = {f.data_ptr(): f.numel() for delta in adapter.modules.values() for f in delta.factors().values()}
+    for name, tensor in tensors.items():
+        is_factor = tensor.numel() > 0 and checked.get(tensor.data_ptr()) == tensor.numel()
+        if not is_factor and tensor.is_floating_point() and not is_finite(tensor):
+            wide = _encode(codec, adapter.to(dtype=torch.float64), card, names)[0]
+            raise not_finite(f"{path}: tensor {name!r}", tensor, wide.get(name))
+
+
+def _cast_embedding(embedding: Embedding, dtype: torch.dtype | None) -> Embedding:
+    vectors = {name: tensor.to(dtype=dtype) for name, tensor in embedding.vectors.items()}
+    for name, tensor in vectors.items():
+        if not is_finite(tensor):
+            raise not_finite(f"embedding {embedding.token!r}, vectors of {name}", tensor, embedding.vectors[name])
+    return Embedding(embedding.token, vectors)
 
 
 def _header(codec: Codec, tensors: Mapping[str, Tensor], card: Card, ours: Mapping[str, str]) -> dict[str, str]:
@@ -155,7 +195,7 @@ def _write_folder(
     for key, text in sorted(configs.items()):
         part = key.removesuffix(CONFIG_FILE)
         part_tensors = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        write_safetensors(folder / part / file_name, part_tensors, {**shared, **DIGEST})
+        write_safetensors(folder / part / file_name, part_tensors, {**shared, **DIGEST}, finite=False)
         atomic_write(folder / key, text.encode())
         yield folder / part / file_name
         yield folder / key

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
-from lora_engine.errors import AdapterError, BaseModelError
+from lora_engine.errors import BaseModelError, EngineError
 from lora_engine.files import atomic_write, canonical_json
-from lora_engine.streaming.blocks import BLOCK, as_bytes
+from lora_engine.finite import are_finite, is_finite, not_finite
+from lora_engine.streaming.blocks import BLOCK, as_bytes, read_rows
 from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
 from lora_engine.streaming.rounding import Rounding, cast_into
 from lora_engine.streaming.tensor_change import Opener, TensorChange, fitting_scale
@@ -48,8 +49,8 @@ def rewrite(
         rounding: Casts the changed values and measures what is kept; None rounds to nearest.
 
     Raises:
-        AdapterError: A changed value does not fit the tensor's dtype; partial files are removed.
-        BaseModelError: A scale has to be raised and is in another file.
+        AdapterError: A changed value is NaN or does not fit the tensor's dtype; partial files are removed.
+        BaseModelError: A changed tensor holds NaN or infinity, or a scale has to be raised and is in another file.
         OSError: The disk is full; partial files are removed.
     """
     rounding = Rounding() if rounding is None else rounding
@@ -139,7 +140,6 @@ class _ChangedTensor:
         self._old = read_scale(stored)
         self._new = self._old if raised is None else raised
         self._draws = rounding.source_for(name)
-        self._may_overflow = self._old is not None or change.bound >= _safe_change(self._dtype)
 
     def write(self, source: int, writer: DirectWriter, watch: Watch | None) -> None:
         """Reads, changes and writes the tensor in blocks of rows."""
@@ -158,8 +158,8 @@ class _ChangedTensor:
                     self._change.apply(block, block, first)
                 else:
                     self._apply(block, work[:count], first)
-                if self._may_overflow:
-                    _check_finite(block, f"{self._stored.path}: tensor {self._name!r}")
+                if not are_finite(as_bytes(flat), self._stored.dtype):
+                    raise self._not_finite(source, block, first)
                 if watch is not None:
                     watch(self._name, first, self._decoded(block, self._new, first))
 
@@ -177,9 +177,31 @@ class _ChangedTensor:
         wanted = values[rows].clone() if is_scratch else values[rows]
         if self._new is not None:
             multiply(values, self._new.reciprocal(), first)
+        elif block.element_size() == 1:
+            self._check_range(values)
         cast_into(block, values, self._draws)
         if len(wanted):
             self._rounding.measure(before, wanted, self._decoded(block, self._new, first)[rows])
+
+    def _check_range(self, values: Tensor) -> None:
+        # torch casts larger values to the maximum of float8_e4m3fn, so they would not be found afterwards.
+        limits = torch.finfo(self._dtype)
+        if not float(values.abs().max()) <= limits.max * (1 + limits.eps / 4):
+            values.masked_fill_(values.abs() > limits.max, math.nan)
+
+    def _not_finite(self, source: int, block: Tensor, first: int) -> EngineError:
+        where = f"{self._stored.path}: tensor {self._name!r}"
+        before = read_rows(source, self._stored, first, len(block))
+        if not is_finite(before):
+            return BaseModelError(
+                "the model has values that are NaN or infinite",
+                where=where,
+                allowed="finite values",
+                remedy="download or save the model again",
+            )
+        values = before.to(torch.float64)
+        self._change.apply(values, before, first)
+        return not_finite(where, block, values)
 
     def _decoded(self, block: Tensor, scale: Tensor | None, first: int) -> Tensor:
         return block if scale is None else multiply(block.float(), scale, first)
@@ -195,20 +217,3 @@ def _next_block(writer: DirectWriter, size: int, dtype: torch.dtype) -> Iterator
         block = torch.empty(size // dtype.itemsize, dtype=dtype)
         yield block
         writer.write(as_bytes(block))
-
-
-def _check_finite(block: Tensor, where: str) -> None:
-    values = block.float() if block.element_size() == 1 else block
-    if not all(math.isfinite(float(end)) for end in torch.aminmax(values)):
-        raise AdapterError(
-            f"a changed value is not finite in {block.dtype}",
-            where=where,
-            allowed="a smaller weight of the adapters, or a model in float32 or bfloat16",
-            remedy="lower the weights",
-        )
-
-
-def _safe_change(dtype: torch.dtype) -> float:
-    """Returns half of the spacing of the largest numbers of a dtype; smaller changes cannot overflow."""
-    limits = torch.finfo(dtype)
-    return limits.max / (2 - limits.eps) * limits.eps / 2

@@ -17,7 +17,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from lora_engine.errors import AdapterError, NonFiniteError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
+from lora_engine.finite import check_finite
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.safetensors")
@@ -53,8 +55,13 @@ class Checkpoints:
         """Writes a checkpoint, then deletes all but the newest two.
 
         Raises:
+            NonFiniteError: A value is NaN or infinite; older checkpoints are untouched.
             OSError: The file cannot be written; older checkpoints are untouched.
         """
+        try:
+            check_finite(checkpoint.tensors, f"{self._folder}: step {step}")
+        except AdapterError as error:
+            raise NonFiniteError(error.problem, where=error.where, remedy="lower the learning rate") from error
         facts = canonical_json({"job": self._job, **checkpoint.facts}).decode()
         plain = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
         content = safetensors.torch.save(plain, metadata={_KEY: facts})

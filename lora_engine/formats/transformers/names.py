@@ -15,10 +15,10 @@ from lora_engine.families import Family
 from lora_engine.families.family import TextEncoder, Written
 from lora_engine.families.names import TRANSFORMER, Target
 from lora_engine.families.proof import has_known_modules
+from lora_engine.finite import is_finite
 from lora_engine.formats.family import flattened, module_of, possible_families
 from lora_engine.formats.key_layout import DIFFUSERS_KEYS, KeyLayout
 from lora_engine.formats.transformers.dit import Shapes, deltas_of, originals, table_of, transformers
-from lora_engine.formats.validate import is_finite
 
 # Prefix of a transformer's module names to the separator after it; the first match counts.
 _SEPARATORS = {
