@@ -170,7 +170,7 @@ def _write_backups(folder: Path, victim: Path, names: Sequence[str]) -> Iterator
     home = Home.open(folder / "backed up")
     with closing(Lineage(home.lineage_url)) as lineage:
         artifact = open_store(home).put_files("manifest", {"a": b"a"})
-        lineage.record(Execution("e", lineage.start_run("x", {}).id, "s", "s", "1", "k", output=artifact))
+        lineage.log_execution(Execution("e", lineage.start_run("x", {}).id, "s", "s", "1", "k", output=artifact))
     backup(home, folder / "backup")
 
     def changed(label: str, change: Callable[[Path, dict[str, Any]], None]) -> Path:
