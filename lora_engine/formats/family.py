@@ -180,6 +180,8 @@ def component_problem(names: Iterable[str]) -> str:
         component, _, path = name.partition(".")
         if not path and component in _COMPONENTS:
             return f"the module {name!r} is a whole component, not a layer"
+        if component in _COMPONENTS and path.startswith((f"{component}.", "base_model.model.")):
+            return f"the module {name!r} has a prefix twice, which other formats would read as another module"
         first.setdefault(component, name)
     if set(_DENOISERS) <= set(first):
         return f"{' and '.join(repr(first[name]) for name in _DENOISERS)} are of two denoisers, and no base has both"

@@ -14,6 +14,8 @@ _TAG = re.compile(r"<lora:([^<>]*)>")
 _PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?[0-9]*\.?[0-9]+)\s*\)|[^\\()\[\]:]+|[\\:]")
 # Factor of a bracket without a number; A1111's convention.
 _EMPHASIS = 1.1
+# Each level multiplies the weights of all pieces in it, so the depth bounds the work per piece.
+_MAX_DEPTH = 100
 
 
 def parse_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -51,7 +53,7 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
         piece.
 
     Raises:
-        SettingsError: A weight is not a finite number.
+        SettingsError: A weight is not a finite number, or more than 100 brackets of one form are open at once.
     """
     pieces: list[tuple[str, float]] = []
     open_at: dict[str, list[int]] = {"(": [], "[": []}
@@ -64,6 +66,13 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
         piece = match[0]
         if piece in open_at:
             open_at[piece].append(len(pieces))
+            if len(open_at[piece]) > _MAX_DEPTH:
+                raise SettingsError(
+                    f"{text[:200]!r} has more than {_MAX_DEPTH} open brackets {piece!r}",
+                    where=f"character {match.start() + 1}",
+                    allowed=f"at most {_MAX_DEPTH} nested brackets",
+                    remedy="close them, or write a backslash before brackets that are text",
+                )
         elif match[1] is not None and open_at["("]:
             close("(", float(match[1]))
         elif piece == ")" and open_at["("]:

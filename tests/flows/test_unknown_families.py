@@ -125,6 +125,8 @@ def test_a_named_base_is_compared_with_the_names(tmp_path: Path, layout: str) ->
     [
         (("unet.mid_block.attentions.0.proj_in", "transformer.transformer_blocks.0.attn.to_q"), "of two denoisers"),
         (("unet", "unet.mid_block.attentions.0.proj_in"), "is a whole component"),
+        (("unet.unet.mid_block.attentions.0.proj_in",), "a prefix twice"),
+        (("unet.base_model.model.base_model.model.mid_block.attentions.0.proj_in",), "a prefix twice"),
     ],
 )
 def test_modules_that_no_base_has_together_are_refused(tmp_path: Path, names: tuple[str, ...], problem: str) -> None:

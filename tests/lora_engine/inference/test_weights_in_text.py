@@ -50,3 +50,13 @@ def test_a_text_without_brackets_is_one_unchanged_piece(text: str) -> None:
 def test_a_weight_that_is_not_finite_is_refused() -> None:
     with pytest.raises(SettingsError, match="a weight that is not finite"):
         parse_weights(f"(a:{'9' * 400})")
+
+
+def test_the_depth_of_brackets_is_bounded():
+    """Each level multiplies all pieces in it, so without a bound n open brackets cost n * n multiplications."""
+    deepest = parse_weights("(a" * 100)
+    assert deepest[-1][1] == pytest.approx(1.1**100)
+    for bracket in "([":
+        with pytest.raises(SettingsError, match=r"more than 100 open brackets .*character 201: |character 201: .*100"):
+            parse_weights(f"{bracket}a" * 60_000)
+    assert len(parse_weights("(a) b " * 1000)) == 2000, "the depth counts, not the number"
