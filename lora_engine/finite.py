@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from lora_engine.errors import AdapterError
 
 # Safetensors dtype to the unsigned integer of its size, and the bits without the sign of its smallest value that is not
 # finite. Compared as integers, 16-bit numbers need no cast, and float8, for which torch computes nothing, works too.
-_NOT_FINITE = {
+_NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
     "BF16": (np.uint16, 0x7F80),
@@ -57,7 +58,7 @@ def are_finite(content: bytes | memoryview, dtype: str) -> bool:
     view = memoryview(content)
     if dtype in _SUMMED and view and not view.readonly:
         return is_finite(torch.frombuffer(view, dtype=_SUMMED[dtype]))
-    mask = kind((1 << (8 * np.dtype(kind).itemsize - 1)) - 1)
+    mask = kind(np.iinfo(kind).max >> 1)
     return all(
         int((np.frombuffer(view[first : first + _STEP], dtype=kind) & mask).max()) < limit
         for first in range(0, len(view), _STEP)

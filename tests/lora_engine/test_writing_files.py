@@ -13,7 +13,6 @@ from lora_engine.errors import EngineError
 from lora_engine.files import append_chunks, atomic_write, is_file_name, write_within
 =======
 from lora_engine.files import append_chunks, atomic_write
-from lora_engine.formats.safetensors_io import _unique
 >>>>>>> 550abe8 (Readers: bounded depth of brackets, linear search for duplicate names, doubly prefixed modules are refused)
 
 
@@ -91,21 +90,3 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
     atomic_write(tmp_path / name, b"x")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 =======
-class CountedName(str):
-    """A name that counts comparisons."""
-
-    __slots__ = ()
-    comparisons = 0
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        CountedName.comparisons += 1
-        return str.__eq__(self, other)
-
-
-def test_finding_a_duplicate_name_compares_each_name_a_few_times():
-    names = [CountedName(str(number)) for number in range(3000)]
-    with pytest.raises(ValueError, match="'2999' occurs twice"):
-        _unique([(name, 0) for name in [*names, CountedName("2999")]])
-    assert CountedName.comparisons < 4 * len(names)
->>>>>>> 550abe8 (Readers: bounded depth of brackets, linear search for duplicate names, doubly prefixed modules are refused)
