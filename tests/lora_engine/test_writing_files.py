@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
 from lora_engine.errors import EngineError
 from lora_engine.files import append_chunks, atomic_write, is_file_name, write_within
-=======
-from lora_engine.files import append_chunks, atomic_write
->>>>>>> 550abe8 (Readers: bounded depth of brackets, linear search for duplicate names, doubly prefixed modules are refused)
 
 
 def test_chunks_of_every_size_are_appended_in_order(tmp_path: Path) -> None:
@@ -57,7 +53,6 @@ def test_a_full_disk_raises_an_error() -> None:
         append_chunks(file, [bytes(10)])
 
 
-<<<<<<< HEAD
 def test_a_write_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
     out, victim = tmp_path / "out", tmp_path / "victim"
     out.mkdir()
@@ -89,4 +84,3 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
     assert is_file_name(name)
     atomic_write(tmp_path / name, b"x")
     assert [path.name for path in tmp_path.iterdir()] == [name]
-=======
