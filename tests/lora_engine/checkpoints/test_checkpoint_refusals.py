@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import FileIO
 from pathlib import Path
 
 import huggingface_hub
@@ -118,7 +119,13 @@ def test_a_failure_in_the_middle_leaves_nothing(
 ) -> None:
     from lora_engine.checkpoints import tensor_files
 
-    monkeypatch.setattr(tensor_files, "_BLOCK", 0)  # makes every read return no bytes
+    class Truncated(FileIO):
+        """A file without bytes."""
+
+        def readinto(self, buffer: object, /) -> int:
+            return 0
+
+    monkeypatch.setattr(tensor_files, "FileIO", Truncated)
     refuse(singles["sd15"], tmp_path, "was truncated", config=folders["sd15"])
 
 
