@@ -45,7 +45,7 @@ def find_adoption(
     defaults. The result is verified as `tasks.execution.find_hit` does.
     """
     digests = {ref.sha256 for refs in inputs.values() for ref in refs}
-    for source in lineage.completed_executions(job.kind.name, str(job.kind.revision), digests):
+    for source in lineage.completed_executions(job.kind.name, str(job.revision), digests):
         if source.output is not None and next(find_changes(job, inputs, source), None) is None:
             outcome, _ = verify_result(job, source.output, home, store, verified)
             if outcome is not None:
@@ -66,8 +66,8 @@ def record_adoption(job: Job, inputs: Inputs, adoption: Adoption, lineage: Linea
 def find_changes(job: Job, inputs: Inputs, source: Execution) -> Iterator[str]:
     """Yields what changed from an execution to a job, in words; nothing if the job would give the same result."""
     recorded = source.settings
-    if source.revision != str(job.kind.revision):
-        yield f"revision of {job.kind.name} changed {source.revision} -> {job.kind.revision}"
+    if source.revision != str(job.revision):
+        yield f"revision of {job.kind.name} changed {source.revision} -> {job.revision}"
     yield from changed_revisions(job.entries, recorded)
     yield from _find_settings_changes(job, recorded.get("settings", {}))
     paths = {role: written for role, written, _ in job.spec.externals()}

@@ -209,7 +209,7 @@ def describe_execution(job: Job, inputs: Inputs, run_id: str) -> Execution:
         run_id=run_id,
         step=job.name,
         uses=job.kind.name,
-        revision=str(job.kind.revision),
+        revision=str(job.revision),
         key=job.key(inputs),
         settings=job.recorded_settings,
         inputs=single | several,

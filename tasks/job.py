@@ -49,6 +49,11 @@ class Job:
     entries: tuple[UsedEntry, ...] = ()
 
     @property
+    def revision(self) -> int:
+        """Returns the revision of the step for this spec."""
+        return self.kind.revision_of(self.spec)
+
+    @property
     def kind(self) -> StepKind:
         """Returns the step's entry in `STEPS`."""
         return STEPS[self.spec.uses]
@@ -80,7 +85,7 @@ class Job:
         revoked = {_REVOKED: " ".join(self.excluded)} if self.excluded else {}
         parts = {
             "step": self.kind.name,
-            "revision": self.kind.revision,
+            "revision": self.revision,
             "settings": self.spec.key_settings(),
             "inputs": {name: [ref.sha256 for ref in refs] for name, refs in inputs.items() if refs},
             "files": self.file_digests | revoked,

@@ -91,6 +91,8 @@ class StepKind:
         produces: The kind of its output artifact.
         revision: Part of the cache key; raise it whenever the same inputs give another result.
         work: The function.
+        revisions: Takes the spec; returns its revision, after a change that gives some specs alone another result. None
+            means `revision` for all.
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
             no summary.
         is_still_valid: Takes (home, content of the summary file); returns False if a side effect of the step was
@@ -116,6 +118,11 @@ class StepKind:
     imports: Imports | None = None
     entries: Entries | None = None
     stops: bool = False
+    revisions: Callable[[Any], int] | None = None
+
+    def revision_of(self, spec: StepSpec) -> int:
+        """Returns the revision for a spec."""
+        return self.revision if self.revisions is None else self.revisions(spec)
 
 
 STEPS: Registry[StepKind] = Registry("step", entry=StepKind, source="tasks.steps", group="loraline.steps")
@@ -132,13 +139,25 @@ def step(
     imports: Imports | None = None,
     entries: Entries | None = None,
     stops: bool = False,
+    revisions: Callable[[Any], int] | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
     def declare(work: Work) -> StepKind:
         name = spec.model_fields["uses"].default
         return StepKind(
-            name, spec, produces, revision, work, summary, is_still_valid, find_excluded, imports, entries, stops
+            name,
+            spec,
+            produces,
+            revision,
+            work,
+            summary,
+            is_still_valid,
+            find_excluded,
+            imports,
+            entries,
+            stops,
+            revisions,
         )
 
     return declare

@@ -94,7 +94,7 @@ def _shape_of(state: StoredTensor, name: str) -> tuple[int, ...]:
             bytes(_read(state).view(torch.uint8).numpy()), f"{state.path}: tensor {name!r}", BaseModelError
         )
         return tuple(int(size) for size in entries["shape"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (BaseModelError, ValueError, KeyError, TypeError) as error:
         raise _malformed(state.path, name) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,9 @@ def killed(prefect_server: str) -> Callable[..., tuple[str, str, str]]:
 
     def post(path: str, body: dict[str, Any]) -> str:
         answer = httpx.post(f"{prefect_server}/{path}", json=body, timeout=60)
+        while answer.status_code == 503:  # another test's run has the server's database locked
+            time.sleep(0.5)
+            answer = httpx.post(f"{prefect_server}/{path}", json=body, timeout=60)
         return str(answer.raise_for_status().json()["id"])
 
     def make(run_id: str) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ import pytest
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
 from flows.summary import summarize
+from lora_engine.bases.source import resolve_base
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions.versions import Versions
@@ -106,7 +107,15 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("base", ["tiny", "sd15", "sdxl"])
 def test_a_pipeline_of_photographs_runs_on_every_base(photographs: Path, home: Path, base: str) -> None:
     # Random weights with the blocks and module names of the published bases.
-    untrained = (f"base=bases/{base}", "prepared.resolution=64", "report.steps=2") if base != "tiny" else ()
+    untrained: tuple[str, ...] = ()
+    if base != "tiny":
+        untrained = (f"base=bases/{base}", "prepared.resolution=64", "report.steps=2")
+        # A base in a local folder is known by its fingerprint alone.
+        fingerprint = resolve_base(str(photographs / "bases" / base)).fingerprint()
+        home.mkdir(exist_ok=True)
+        (home / "licenses.yaml").write_text(
+            f"date: 2026-11-01\nbases: [{{license: creativeml-openrail-m, fingerprints: [{fingerprint}]}}]\n"
+        )
     (version,) = run(photographs / f"{base}.yaml", home, "adapter.steps=2", *untrained)
     assert version.aliases == ("staging",)
     assert len(version.card["data"]) == 9

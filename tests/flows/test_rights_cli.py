@@ -75,13 +75,18 @@ def register(home: Path, loraline: Command) -> Callable[..., AdapterVersion]:
 
 def adapter_bytes(tmp_path: Path, scale: float) -> bytes:
     import torch
+    from safetensors.torch import load_file, save_file
 
     from lora_engine.adapters import Adapter, LoraDelta
     from lora_engine.formats import write_adapter
 
-    delta = LoraDelta(down=torch.ones(1, 4), up=torch.full((4, 1), scale), alpha=1.0)
+    delta = LoraDelta(down=torch.ones(1, 4), up=torch.full((4, 1), 3.0), alpha=1.0)
     path = tmp_path / f"{scale}.safetensors"
     write_adapter(path, Adapter(modules={"unet.layer": delta}))
+    # Our own writer refuses NaN.
+    save_file(
+        {name: tensor * scale if (tensor == 3).all() else tensor for name, tensor in load_file(path).items()}, path
+    )
     return path.read_bytes()
 
 

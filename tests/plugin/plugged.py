@@ -119,7 +119,7 @@ def test_a_pipeline_uses_every_entry_of_the_example_but_the_family(
     for name, registry in ENTRIES.items():
         monkeypatch.setitem(registry._plugins, name, Plugin(PLUGIN.name, "1.1"))
     reasons = {step["name"]: step["reason"] for step in json.loads(say("plan", spec, "--json", home=home))}
-    assert reasons["captions"] == "loraline-example: '1.0' -> '1.1'"
+    assert reasons["captions"] == "loraline-example: 1.0 -> 1.1"
     assert reasons["prepared"] == "cached"
     (step,) = json.loads(say("plan", portable, "--json", home=home))
-    assert step["reason"] == "loraline-example: '1.0' -> '1.1'"
+    assert step["reason"] == "loraline-example: 1.0 -> 1.1"
