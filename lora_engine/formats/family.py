@@ -180,7 +180,7 @@ def component_problem(names: Iterable[str]) -> str:
         component, _, path = name.partition(".")
         if not path and component in _COMPONENTS:
             return f"the module {name!r} is a whole component, not a layer"
-        if component in _COMPONENTS and path.startswith((f"{component}.", "base_model.model.")):
+        if component in _COMPONENTS and path.startswith((f"{component}.", "base_model.model.base_model.")):
             return f"the module {name!r} has a prefix twice, which other formats would read as another module"
         first.setdefault(component, name)
     if set(_DENOISERS) <= set(first):
