@@ -107,8 +107,6 @@ def _add_step(
     fingerprint: str | None,
 ) -> None:
     kind = STEPS[step.uses]
-    if step.revision != str(kind.revision):
-        plan.warnings.append(f"step {name!r} ran as revision {step.revision} of {step.uses}; it is {kind.revision} now")
     files: dict[str, Path | ArtifactRef] = {role: ref for role, ref in step.inputs.items() if ref.kind == FILE}
     for role in find_unkept_fields(step):
         path = given[f"{name}.{role}"]
@@ -121,10 +119,17 @@ def _add_step(
     try:
         spec = kind.spec.model_validate(values | _placeholders(kind.spec, step) | dict.fromkeys(files, "."))
     except ValidationError as error:
+        _warn_of_revision(plan, name, step, kind.revision)
         plan.reasons.append(f"the settings of step {name!r} are no longer valid ({error.errors()[0]['msg']})")
         return
+    _warn_of_revision(plan, name, step, kind.revision_of(spec))
     plan.warnings += [f"step {name!r}: {change}" for change in changed_revisions(find_used(spec, None), step.settings)]
     plan.steps.append(RebuildStep(name, step, spec, files))
+
+
+def _warn_of_revision(plan: RebuildPlan, name: str, step: Execution, revision: int) -> None:
+    if step.revision != str(revision):
+        plan.warnings.append(f"step {name!r} ran as revision {step.revision} of {step.uses}; it is {revision} now")
 
 
 def _placeholders(spec: type[StepSpec], step: Execution) -> dict[str, Any]:

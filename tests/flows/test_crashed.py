@@ -25,10 +25,8 @@ def killed(prefect_server: str) -> Callable[..., tuple[str, str, str]]:
     """Returns a function that makes what `retrain` leaves on the server: an outer, an inner and a task run."""
 
     def post(path: str, body: dict[str, Any]) -> str:
-        answer = httpx.post(f"{prefect_server}/{path}", json=body, timeout=60)
-        while answer.status_code == 503:  # another test's run has the server's database locked
-            time.sleep(0.5)
-            answer = httpx.post(f"{prefect_server}/{path}", json=body, timeout=60)
+        while (answer := httpx.post(f"{prefect_server}/{path}", json=body, timeout=60)).status_code == 503:
+            time.sleep(0.5)  # another test's run has the server's database locked
         return str(answer.raise_for_status().json()["id"])
 
     def make(run_id: str) -> tuple[str, str, str]:

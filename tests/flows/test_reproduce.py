@@ -28,7 +28,7 @@ from tasks.operations.reproduce import find_recipe, reproduce
 from tasks.operations.reproduction_report import TOLERANCES, ReproductionReport
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
 from tests.flows.conftest import draw_noise
-from tests.flows.made import make_merge
+from tests.flows.made import make_merge, run_line
 from tests.flows.shared import Trained
 
 Rewrite = Callable[[Callable[[dict[str, Any]], None]], None]
@@ -289,3 +289,15 @@ def test_a_training_is_rebuilt_to_the_byte_without_images_prompts_and_pipeline(
     draw_noise(moved / "more.png", 9)
     with pytest.raises(NotReproducible, match="differs from the files that step 'photos' read as images"):
         find_recipe(home, "small@1", given={"photos.images": moved})
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_an_ingest_with_a_consent_file_is_rebuilt_at_the_revision_of_its_settings(trained: Trained) -> None:
+    images, consent = trained.spec.parent / "images", trained.spec.parent / "consent.csv"
+    consent.write_text("file,consent\n" + "".join(f"{path.name},c-1\n" for path in images.iterdir()))
+    text = trained.spec.read_text().replace("images: images/,", "images: images/, consent: consent.csv,")
+    trained.spec.write_text(text.replace("steps: 12,", "steps: 1,"))
+    version = run_line(trained.spec, trained.home)
+    recipe = find_recipe(trained.home, version.ref, given={"photos.images": images, "photos.consent": consent})
+    assert recipe.plan.steps[0].recorded.revision == "4"
+    assert recipe.plan.warnings == []
