@@ -87,12 +87,19 @@ def write_embeddings(
         AdapterError: As `embedding_contents`; nothing is written.
         SettingsError: No such form.
     """
-    files, folder = embedding_contents(embeddings, form), Path(folder)
+    return write_contents(folder, embedding_contents(embeddings, form), license_expression)
+
+
+def write_contents(
+    folder: FilePath, contents: Mapping[str, EmbeddingContent], license_expression: str | None = None
+) -> list[Path]:
+    """Writes what `embedding_contents` returned, and returns the files."""
+    folder = Path(folder)
     stated = {"modelspec.license": license_expression} if license_expression else {}
     with write_within(folder):
-        for name, (tensors, metadata) in files.items():
+        for name, (tensors, metadata) in contents.items():
             write_safetensors(folder / f"{name}{_SUFFIX}", tensors, {**metadata, **stated})
-    return [folder / f"{name}{_SUFFIX}" for name in files]
+    return [folder / f"{name}{_SUFFIX}" for name in contents]
 
 
 def embedding_contents(embeddings: Sequence[Embedding], form: str) -> dict[str, EmbeddingContent]:

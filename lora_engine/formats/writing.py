@@ -16,7 +16,7 @@ from lora_engine.files import FilePath, atomic_write, canonical_json, write_with
 from lora_engine.finite import is_finite, not_finite
 from lora_engine.formats.card import GENERATED, Card, card_header
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.embedding_files import embedding_contents, embedding_forms, write_embeddings
+from lora_engine.formats.embedding_files import embedding_contents, embedding_forms, write_contents
 from lora_engine.formats.embeddings import Embedding, embed
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
@@ -72,10 +72,10 @@ def write_adapter(
     tokens = [_cast_embedding(embedding, dtype) for embedding in embeddings]
     has_own_files = codec.embeddings in embedding_forms
     folder = path.parent if path.suffix == SUFFIX else path
+    # Made first, because it refuses: nothing is written then.
+    token_files = embedding_contents(tokens, codec.embeddings) if has_own_files else {}
     if has_own_files and not adapter.modules:
-        return write_embeddings(folder, tokens, codec.embeddings, license_expression=card.license)
-    if has_own_files:
-        embedding_contents(tokens, codec.embeddings)  # refuses before the first file is written
+        return write_contents(folder, token_files, card.license)
     cast = _cast(adapter, dtype, path)
     tensors, metadata = _encode(codec, cast, card, module_names)
     _check_encoded(path, codec, cast, tensors, card, module_names)
@@ -95,8 +95,8 @@ def write_adapter(
             files = [path if path.suffix == SUFFIX else path / file_name]
             # checked above, before the first of several files
             write_safetensors(files[0], tensors, header, finite=False)
-    if tokens and has_own_files:
-        files += write_embeddings(folder, tokens, codec.embeddings, license_expression=card.license)
+    if token_files:
+        files += write_contents(folder, token_files, card.license)
     return files
 
 
