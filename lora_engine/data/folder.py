@@ -78,7 +78,7 @@ def _owner_of_mask(path: Path, root: Path, stems: Collection[Owner]) -> Owner | 
     for ending in MASK_ENDINGS:
         if path.stem.lower().endswith(ending):
             owner = folder, path.stem[: -len(ending)]
-            # A picture of a mask may be called `red_mask.png`.
+            # An image of a mask may be called `red_mask.png`.
             if ending != "_mask" or owner in stems:
                 return owner
     return (folder, path.stem) if below else None
