@@ -1,4 +1,4 @@
-"""The verb `dataset`, and a training on kohya's folders."""
+"""The verb `dataset`, and a run on kohya's folders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from PIL import Image, ImageFilter
 
 from lora_engine.data.images import encode_png
 from lora_engine.data.manifest import Manifest
+from registry.entities import ArtifactRef
 from registry.home import Home
-from registry.versions.versions import Versions
+from registry.store.artifacts import open_store
 from tests.flows.commands import loraline_here, say
 from tests.flows.shared import draw_noise
 
@@ -25,8 +26,6 @@ steps:
   photos:   {uses: ingest, images: images/}
   prepared: {uses: preprocess, dataset: photos, resolution: 32}
   captions: {uses: caption, dataset: prepared, trigger: sks, class_word: dog}
-  adapter:  {uses: train, dataset: captions, method: METHOD, rank: 1, steps: 2, batch: 2}
-  release:  {uses: register, adapter: adapter}
 """
 
 
@@ -112,21 +111,20 @@ def test_a_wrong_setting_is_refused(odd: Path, tmp_path: Path, arguments: list[s
     assert not page.exists()
 
 
-@pytest.mark.parametrize("method", ["dreambooth", "finetune"])
-def test_class_images_of_kohyas_folders_are_used_as_such(kohya: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_keeps_trigger_and_template_from_class_images(kohya: Path, tmp_path: Path) -> None:
     spec = kohya.parent / "dog.yaml"
-    spec.write_text(KOHYA.replace("METHOD", method))
-    run = loraline_here("run", spec, home=tmp_path / "home")
-    assert run.returncode == 0, run.stderr
-    assert "photos: 2 images, captions: 1 .caption, 1 folder name; 2 class images" in run.stdout
-    home = Home.open(tmp_path / "home")
-    card = Versions(home).get("dog").card
-    assert len(card["data"]) == 2
-    manifests = [Manifest.load(path.parent) for path in (tmp_path / "home").rglob("manifest.json")]
-    final = next(manifest for manifest in manifests if manifest.trigger)
-    assert {image.source: image.caption for image in final.pictures} == {
+    spec.write_text(KOHYA)
+    outcomes = json.loads(say("run", spec, "--json", home=tmp_path / "home"))["outcomes"]
+    store = open_store(Home.open(tmp_path / "home"))
+    captions = ArtifactRef(**outcomes["captions"]["ref"])
+    manifest = Manifest.model_validate_json(store.read(captions, "manifest.json"))
+    assert {image.source: image.caption for image in manifest.pictures} == {
         "10_sks dog/a.png": "sks dog on grass",
         "10_sks dog/b.png": "sks dog",
         "1_dog/c.png": "dog",
         "1_dog/d.png": "dog",
     }
+    assert "photos: 2 images, captions: 1 .caption, 1 folder name; 2 class images" in say(
+        "run", spec, home=tmp_path / "home"
+    )
