@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.building import BUILDING
 from lora_engine.families import ComponentConfig, published
+from lora_engine.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -32,6 +32,8 @@ def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _module_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    from lora_engine.adapters.tree import DictTree, module_shapes  # imports torch
+
     architecture = published[name]
     modules = {part: empty_module(architecture.components[part]) for part in architecture.adaptable}
     return module_shapes(DictTree(modules, architecture.family))

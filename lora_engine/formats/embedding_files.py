@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, is_file_name, write_within
 from lora_engine.finite import check_finite
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
-from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
+from lora_engine.formats.safetensors_io import LIMITS, Reader, read_safetensors, write_safetensors
 from lora_engine.registries import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKEN, COMPONENT = "loraline.token", "loraline.component"
 """Metadata keys of the token and the text encoder, for files that cannot store them otherwise."""
@@ -22,14 +24,14 @@ _SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[<>:"|?*]')  # in file names on Windows
 _KOHYA = {FIRST: "clip_l", SECOND: "clip_g"}
 
-EmbeddingContent = tuple[Mapping[str, Tensor], Mapping[str, str]]
+EmbeddingContent: TypeAlias = "tuple[Mapping[str, Tensor], Mapping[str, str]]"
 """Tensors and metadata of a file."""
-EmbeddingLayout = Callable[[Embedding], Mapping[str, EmbeddingContent]]
+EmbeddingLayout: TypeAlias = "Callable[[Embedding], Mapping[str, EmbeddingContent]]"
 """From an embedding to file name (without suffix), tensors and metadata of each of its files."""
 embedding_forms: Registry[EmbeddingLayout] = Registry("embedding format")
 
 
-def read_embeddings(path: FilePath) -> list[Embedding]:
+def read_embeddings(path: FilePath, read: Reader = read_safetensors) -> list[Embedding]:
     """Returns the embeddings of a file, or of all embedding files in a folder, sorted by token.
 
     Supports A1111's `.pt`, kohya's `.safetensors` and `.pt` (`emb_params`; `clip_l` and `clip_g` of SDXL), diffusers'
@@ -37,13 +39,14 @@ def read_embeddings(path: FilePath) -> list[Embedding]:
 
     Args:
         path: A `.safetensors`, `.pt` or `.bin` file, or a folder. A sandboxed process reads `.pt` and `.bin`.
+        read: Reads a `.safetensors` file.
 
     Raises:
         AdapterError: There are no embeddings, broken ones, or two of one token for the same text encoder.
     """
     path = Path(path)
     if not path.is_dir():
-        embeddings = embeddings_of_file(path)
+        embeddings = embeddings_of_file(path, read)
         if embeddings is None:
             raise AdapterError(
                 "unknown format of a textual-inversion embedding",
@@ -52,12 +55,16 @@ def read_embeddings(path: FilePath) -> list[Embedding]:
                 remedy="give the path of the right file",
             )
         return embeddings
-    lists = (embeddings_of_file(file) for file in sorted(path.glob(f"*{_SUFFIX}")))
+    lists = (embeddings_of_file(file, read) for file in sorted(path.glob(f"*{_SUFFIX}")))
     return join_embeddings(embedding for entries in lists if entries for embedding in entries)
 
 
-def embeddings_of_file(path: Path) -> list[Embedding] | None:
+def embeddings_of_file(path: Path, read: Reader = read_safetensors) -> list[Embedding] | None:
     """Returns the embeddings of a file that holds only embeddings, or None for any other file.
+
+    Args:
+        path: The file.
+        read: Reads a `.safetensors` file.
 
     Raises:
         AdapterError: The file cannot be read, or an embedding is broken; names the file.
@@ -65,7 +72,7 @@ def embeddings_of_file(path: Path) -> list[Embedding] | None:
     stem = path.name.removesuffix(path.suffix).removesuffix(".ti") or path.name
     if path.is_file() and is_pickled(path):
         return _parse(path, read_pickle(path), stem, "")
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read(path, LIMITS)
     return _parse(path, tensors, metadata.get(TOKEN, stem), metadata.get(COMPONENT, ""))
 
 

@@ -16,6 +16,7 @@ from lora_engine.families.names import TRANSFORMER
 from lora_engine.files import FilePath, sha256_file
 from lora_engine.formats.card import Card, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
+from lora_engine.formats.dtypes import name_of_dtype
 from lora_engine.formats.embeddings import Embedding, check_widths
 from lora_engine.formats.family import (
     FAMILY,
@@ -27,7 +28,7 @@ from lora_engine.formats.family import (
     unsupported_reason,
 )
 from lora_engine.formats.raw_file import RawFile, read_raw_file
-from lora_engine.formats.safetensors_io import LIMITS, Limits
+from lora_engine.formats.safetensors_io import LIMITS, Limits, Reader, map_safetensors, read_safetensors
 from lora_engine.formats.unknown_names import UnknownNamesCodec
 
 
@@ -72,11 +73,16 @@ def read_adapter(path: FilePath, module_names: Names | None = None, *, limits: L
     return bundle.adapter, bundle.card
 
 
-def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
-    """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files."""
+def read_bundle(
+    path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS, read: Reader = read_safetensors
+) -> Bundle:
+    """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files.
+
+    With `map_safetensors` as `read`, the result is for looking at names, shapes and dtypes, and imports no torch.
+    """
     path = Path(path)
     with in_file(path):
-        raw = read_raw_file(path, limits)
+        raw = read_raw_file(path, limits, read)
         check_widths(raw.embeddings, module_names)
         if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
             empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
@@ -115,7 +121,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
     """
     path = Path(path)
     with in_file(path):
-        raw = read_raw_file(path, LIMITS)
+        raw = read_raw_file(path, LIMITS, map_safetensors)
         is_adapter = bool(raw.tensors) or not raw.embeddings
         codec = detect_codec(raw.tensors, raw.metadata) if is_adapter else None
         note = unsupported_reason(raw.tensors)
@@ -136,7 +142,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
         "alphas": _count(delta.alpha for delta in deltas),
-        "dtypes": _count(str(factor.dtype).removeprefix("torch.") for factor in factors),
+        "dtypes": _count(map(name_of_dtype, factors)),
         "parameters": sum(factor.numel() for factor in factors),
         "embeddings": [
             {
@@ -210,7 +216,7 @@ def codec_of(raw: RawFile) -> Codec:
 
 
 def _dtypes(embedding: Embedding) -> list[str]:
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in embedding.vectors.values()})
+    return sorted({name_of_dtype(tensor) for tensor in embedding.vectors.values()})
 
 
 def _folder_of(path: Path) -> Path:
