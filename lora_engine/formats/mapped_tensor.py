@@ -7,7 +7,6 @@ tensors (`safetensors_io.read_safetensors`).
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -114,11 +113,6 @@ class MappedTensor:
     def clone(self) -> MappedTensor:
         """Returns the tensor itself, which nothing writes to."""
         return self
-
-    def split(self, sizes: Sequence[int]) -> tuple[MappedTensor, ...]:
-        """Returns consecutive rows of these numbers."""
-        ends = list(itertools.accumulate(sizes))
-        return tuple(self[end - size : end] for end, size in zip(ends, sizes, strict=True))
 
     def ne(self, number: int) -> MappedTensor:
         """Returns True for each value that is not 0."""

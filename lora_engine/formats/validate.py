@@ -60,7 +60,7 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _count_not_finite(tensor: Tensor) -> int:
+def _count_not_finite(tensor: Tensor | MappedTensor) -> int:
     if isinstance(tensor, MappedTensor):
         return tensor.count_not_finite()
     return 0 if is_finite(tensor) else int((~torch.isfinite(tensor)).sum())

@@ -143,8 +143,8 @@ def _take_lora(delta: LoraDelta, index: Index) -> LoraDelta:
 
 
 def _split_lora(delta: LoraDelta, rows: Rows) -> list[Delta | None]:
-    ups = delta.up.split(list(rows))
-    biases = [None] * len(rows) if delta.bias is None else delta.bias.split(list(rows))
+    ups = split_rows(delta.up, rows)
+    biases = [None] * len(rows) if delta.bias is None else split_rows(delta.bias, rows)
     used = np.stack([used_columns(up) for up in ups])
     blocks = rank_blocks(used) if delta.mid is None else None
     parts: list[Delta | None] = []
@@ -158,6 +158,12 @@ def _split_lora(delta: LoraDelta, rows: Rows) -> list[Delta | None]:
         alpha = delta.alpha * down.shape[0] / delta.rank
         parts.append(LoraDelta(down, up[:, block].clone(), alpha, delta.mid, None if bias is None else bias.clone()))
     return parts
+
+
+def split_rows(tensor: Tensor, rows: Rows) -> Sequence[Tensor]:
+    """Returns views of consecutive rows of these numbers."""
+    ends = itertools.accumulate(rows)
+    return [tensor[end - size : end] for end, size in zip(ends, rows, strict=True)]
 
 
 def used_columns(matrix: Tensor) -> NDArray[np.bool_]:
