@@ -110,18 +110,22 @@ def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
     return "the base family is unknown: no family has these modules" if is_unknown else family.note
 
 
-def inspect(path: FilePath) -> dict[str, Any]:
+def inspect(path: FilePath, *, read: Reader = map_safetensors) -> dict[str, Any]:
     """Describes a file as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
     Needs no base. Module names are those in the file. A file of embeddings alone has the format `embedding` and no
     modules.
+
+    Args:
+        path: The file or folder.
+        read: Reads a `.safetensors` file; the default imports no torch.
 
     Raises:
         AdapterError: As `read_adapter`.
     """
     path = Path(path)
     with in_file(path):
-        raw = read_raw_file(path, LIMITS, map_safetensors)
+        raw = read_raw_file(path, LIMITS, read)
         is_adapter = bool(raw.tensors) or not raw.embeddings
         codec = detect_codec(raw.tensors, raw.metadata) if is_adapter else None
         note = unsupported_reason(raw.tensors)
