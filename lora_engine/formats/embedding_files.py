@@ -31,7 +31,7 @@ EmbeddingLayout: TypeAlias = "Callable[[Embedding], Mapping[str, EmbeddingConten
 embedding_forms: Registry[EmbeddingLayout] = Registry("embedding format")
 
 
-def read_embeddings(path: FilePath, read: Reader = read_safetensors) -> list[Embedding]:
+def read_embeddings(path: FilePath) -> list[Embedding]:
     """Returns the embeddings of a file, or of all embedding files in a folder, sorted by token.
 
     Supports A1111's `.pt`, kohya's `.safetensors` and `.pt` (`emb_params`; `clip_l` and `clip_g` of SDXL), diffusers'
@@ -39,14 +39,13 @@ def read_embeddings(path: FilePath, read: Reader = read_safetensors) -> list[Emb
 
     Args:
         path: A `.safetensors`, `.pt` or `.bin` file, or a folder. A sandboxed process reads `.pt` and `.bin`.
-        read: Reads a `.safetensors` file.
 
     Raises:
         AdapterError: There are no embeddings, broken ones, or two of one token for the same text encoder.
     """
     path = Path(path)
     if not path.is_dir():
-        embeddings = embeddings_of_file(path, read)
+        embeddings = embeddings_of_file(path)
         if embeddings is None:
             raise AdapterError(
                 "unknown format of a textual-inversion embedding",
@@ -55,7 +54,7 @@ def read_embeddings(path: FilePath, read: Reader = read_safetensors) -> list[Emb
                 remedy="give the path of the right file",
             )
         return embeddings
-    lists = (embeddings_of_file(file, read) for file in sorted(path.glob(f"*{_SUFFIX}")))
+    lists = (embeddings_of_file(file) for file in sorted(path.glob(f"*{_SUFFIX}")))
     return join_embeddings(embedding for entries in lists if entries for embedding in entries)
 
 

@@ -82,15 +82,32 @@ def read_bundle(
     """
     path = Path(path)
     with in_file(path):
-        raw = read_raw_file(path, limits, read)
-        check_widths(raw.embeddings, module_names)
-        if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
-            empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
-            return Bundle(empty, read_card(raw.metadata), raw.embeddings)
-        adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
-        notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]
-        assumptions = "; ".join(filter(None, notes))
-        return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
+        return _bundle_of(read_raw_file(path, limits, read), module_names)
+
+
+def check(path: FilePath, module_names: Names | None = None) -> Bundle:
+    """Reads an adapter or embeddings alone for their structure, as `read_bundle` does, and imports no torch.
+
+    Raises:
+        AdapterError: As `read_bundle`, but not for a file of embeddings alone, whose bundle has no modules.
+    """
+    path = Path(path)
+    with in_file(path):
+        raw = read_raw_file(path, LIMITS, map_safetensors)
+        if not raw.tensors and raw.embeddings:
+            return Bundle(Adapter(), read_card(raw.metadata), raw.embeddings)
+        return _bundle_of(raw, module_names)
+
+
+def _bundle_of(raw: RawFile, module_names: Names | None) -> Bundle:
+    check_widths(raw.embeddings, module_names)
+    if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
+        empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
+        return Bundle(empty, read_card(raw.metadata), raw.embeddings)
+    adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
+    notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]
+    assumptions = "; ".join(filter(None, notes))
+    return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
 
 
 def _switched_off(modules: Mapping[str, Delta]) -> str:

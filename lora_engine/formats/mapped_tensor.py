@@ -147,6 +147,8 @@ class MappedTensor:
 
     def count_not_finite(self) -> int:
         """Returns how many values are NaN or infinite."""
+        if self.numel() == 1:
+            return int(not math.isfinite(self.item()))
         content = np.ascontiguousarray(self._bits).reshape(-1).view(np.uint8).data.toreadonly()
         stored = _STORED[self.dtype_name]
         return 0 if are_finite(content, stored) else count_not_finite(content, stored)

@@ -43,17 +43,16 @@ def check_file(file: Path, base: str | None) -> dict[str, Any]:
         EngineError: The file is invalid, or does not match the base.
     """
     from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
-    from lora_engine.formats import inspect, read_bundle, read_embeddings
-    from lora_engine.formats.safetensors_io import map_safetensors
+    from lora_engine.formats.files import check
 
     if is_checkpoint(file):
         facts = inspect_checkpoint(file)
         if facts.get("problem"):
             raise BaseModelError(facts["problem"], where=str(file), remedy="download or save the model again")
         return {"tensors": sum(part["tensors"] for part in facts["components"].values())}
-    if inspect(file)["format"] == "embedding":
-        return {"embeddings": len(read_embeddings(file, map_safetensors))}
-    bundle = read_bundle(existing_file(file), module_shapes_of(base), read=map_safetensors)
+    bundle = check(file, module_shapes_of(base))
+    if not bundle.adapter.modules:
+        return {"embeddings": len(bundle.embeddings)}
     embeddings = {"embeddings": len(bundle.embeddings)} if bundle.embeddings else {}
     assumed = {"assumed": bundle.assumptions} if bundle.assumptions else {}
     return {"modules": len(bundle.adapter.modules)} | embeddings | assumed

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from flows.cli.output import print_json
 from lora_engine.adapters import Adapter, DoraDelta, LokrDelta, LoraDelta
+from lora_engine.adapters.published import published_module_shapes
 from lora_engine.formats import Card, Embedding, inspect, write_adapter, write_embeddings
 from lora_engine.formats.safetensors_io import read_safetensors
 from tests.flows.commands import PLAIN, loraline_process
@@ -54,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for form in ("loraline", "kohya", "lycoris"):
         write_adapter(folder / f"{form}.safetensors", adapter, format=form, card=card)
     for form in ("diffusers", "peft", "cloneofsimo"):
-        write_adapter(folder / form, plain, format=form, card=card)
+        write_adapter(folder / form, plain, format=form, card=card, module_names=published_module_shapes("sd15"))
     write_adapter(folder / "bfloat16.safetensors", unet_adapter(torch.bfloat16))
     write_embeddings(folder / "token", [Embedding("sks", {"text_encoder": of(2, 768)})])
     flux, qkv = "lora_unet_double_blocks_0_img_attn_qkv", torch.zeros(9216, 3)
