@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from lora_engine.lazy import exports
+from lora_engine.exports import exports
 
 # Must precede the first import of torch. By default, waiting OpenMP threads keep their core busy: with one other
 # program on two cores, a forward pass took 28 s instead of 1.1 s. On an idle machine the difference is noise.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_engine.errors import AdapterError
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

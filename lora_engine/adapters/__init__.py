@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_engine.lazy import exports
+from lora_engine.exports import exports
 
 if TYPE_CHECKING:
     from lora_engine.adapters.adapted import AdaptedLayer, innermost

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from lora_engine.catalog.kinds import KINDS, Kind
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 from lora_engine.registries import Loaded, import_target
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lora_engine.adapters.lokr import LokrDelta
 from lora_engine.adapters.lokr_rows import LokrRowsDelta
 from lora_engine.adapters.lora import LoraDelta
 from lora_engine.errors import SettingsError
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

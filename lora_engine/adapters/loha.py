@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
-from lora_engine.lazy import nn, torch
+from lora_engine.lazy_torch import nn, torch
 
 if TYPE_CHECKING:
     from torch import Tensor

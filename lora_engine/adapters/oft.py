@@ -20,7 +20,7 @@ from lora_engine.adapters.rotation import (
     nearest_block,
     rotate_blocks,
 )
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

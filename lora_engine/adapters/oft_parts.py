@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from lora_engine.adapters.delta import OTHER_BASE, Delta, Issue
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.rotation import check_has_rows, nearest_block
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue
 from lora_engine.adapters.rotation import cayley, check_has_rows, compute_dtype, nearest_block, rotate_blocks
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_engine.building import BUILDING
 from lora_engine.families import ComponentConfig, published
 from lora_engine.families.sd.layers import layers_of
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import nn

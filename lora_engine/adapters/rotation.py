@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import KeyLayout, TableFactorKeys
 from lora_engine.formats.naming import MODULES, listed_modules
 from lora_engine.formats.transformers.names import folded
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
 from lora_engine.formats.transformers.names import BARE, BARE_ORIGINAL, COMFYUI_EXPORT_NAMING, is_transformer
 from lora_engine.formats.validate import RESHAPE
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

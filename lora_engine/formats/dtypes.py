@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from lora_engine.errors import SettingsError
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-STORED_DTYPES = {
+WRITTEN_DTYPES = {
     "I64": "int64",
     "F64": "float64",
     "F32": "float32",
@@ -21,6 +18,9 @@ STORED_DTYPES = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+}
+"""Safetensors' name of a dtype that files are written in to torch's, in the order of the safetensors library."""
+STORED_DTYPES = WRITTEN_DTYPES | {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
     "U16": "uint16",
@@ -28,15 +28,9 @@ STORED_DTYPES = {
     "U64": "uint64",
     "C64": "complex64",
 }
-"""Safetensors' name of a dtype to torch's."""
+"""The same for every dtype that is read."""
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 DtypeName = Literal["float32", "float16", "bfloat16"]
-
-
-def name_of_dtype(tensor: Tensor) -> str:
-    """Returns torch's name of a tensor's dtype, such as `float16`; of a mapped tensor without importing torch."""
-    name: str = getattr(tensor, "dtype_name", "")
-    return name or str(tensor.dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lora_engine.errors import AdapterError
 from lora_engine.formats.mapped_tensor import is_tensor
 from lora_engine.formats.validate import validate_tensors
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

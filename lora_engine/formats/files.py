@@ -16,7 +16,6 @@ from lora_engine.families.names import TRANSFORMER
 from lora_engine.files import FilePath, sha256_file
 from lora_engine.formats.card import Card, read_card
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.dtypes import name_of_dtype
 from lora_engine.formats.embeddings import Embedding, check_widths
 from lora_engine.formats.family import (
     FAMILY,
@@ -27,6 +26,7 @@ from lora_engine.formats.family import (
     is_motion,
     unsupported_reason,
 )
+from lora_engine.formats.mapped_tensor import name_of_dtype
 from lora_engine.formats.raw_file import RawFile, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, Limits, Reader, map_safetensors, read_safetensors
 from lora_engine.formats.unknown_names import UnknownNamesCodec

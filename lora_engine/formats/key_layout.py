@@ -18,7 +18,7 @@ from lora_engine.adapters import Delta, kinds
 from lora_engine.catalog.kinds import KINDS, Kind
 from lora_engine.errors import AdapterError
 from lora_engine.formats.validate import check_delta
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

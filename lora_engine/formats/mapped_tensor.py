@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_engine.finite import are_finite, count_not_finite
 from lora_engine.formats.dtypes import STORED_DTYPES
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,6 +188,16 @@ def _e4m3_values() -> Bits:
     values = np.where(exponent > 0, (8 + fraction) * 2.0 ** (exponent - 10), fraction * 2.0**-9)
     values[(bits & 127) == 127] = np.nan
     return np.where(bits < 128, values, -values).astype(np.float16)
+
+
+def name_of_dtype(tensor: Tensor | MappedTensor) -> str:
+    """Returns torch's name of a tensor's dtype, such as `float16`; that of a mapped tensor without importing torch."""
+    return tensor.dtype_name if isinstance(tensor, MappedTensor) else _name(tensor.dtype)
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def is_tensor(value: object) -> bool:

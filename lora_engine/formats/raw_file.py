@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from lora_engine.documents import decode
 from lora_engine.errors import AdapterError
 from lora_engine.formats.cloneofsimo import numbered
-from lora_engine.formats.dtypes import FLOAT8, name_of_dtype
+from lora_engine.formats.dtypes import FLOAT8
 from lora_engine.formats.embedding_files import COMPONENT, TOKEN, embeddings_of_file, join_embeddings
 from lora_engine.formats.embeddings import Embedding, embeddings_in, take_embeddings
 from lora_engine.formats.lora_config import CONFIG, HEADER_ALPHAS, header_alpha
+from lora_engine.formats.mapped_tensor import name_of_dtype
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import Limits, Reader, check_tensor_name, read_safetensors
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,9 +21,9 @@ from lora_engine.documents import parse_json, place_of_key
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, append_chunks, atomic_write, canonical_json, sha256_chunks
 from lora_engine.finite import check_finite
-from lora_engine.formats.dtypes import STORED_DTYPES, name_of_dtype
-from lora_engine.formats.mapped_tensor import MappedTensor
-from lora_engine.lazy import torch
+from lora_engine.formats.dtypes import STORED_DTYPES, WRITTEN_DTYPES
+from lora_engine.formats.mapped_tensor import MappedTensor, name_of_dtype
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 # so hashes over bodies (`sshs_model_hash`) agree.
 _ORDER = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _RANK = {dtype: index for index, dtype in enumerate(_ORDER)}
-# The written dtypes, which are the first ones of the order.
-_WRITTEN = tuple(_ORDER)[:10]
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BODY_SHA256 = "[the SHA-256 of the body]".center(64, "-")
@@ -78,8 +76,8 @@ def write_safetensors(
         AdapterError: A tensor has another dtype, or a value is NaN or infinite; nothing is written.
     """
     for name, tensor in tensors.items():
-        if name_of_dtype(tensor) not in _WRITTEN:
-            allowed = ", ".join(f"torch.{dtype}" for dtype in _WRITTEN)
+        if name_of_dtype(tensor) not in WRITTEN_DTYPES.values():
+            allowed = ", ".join(f"torch.{dtype}" for dtype in WRITTEN_DTYPES.values())
             problem, where = f"the dtype is {tensor.dtype}", f"{path}: tensor {name!r}"
             raise AdapterError(problem, where=where, allowed=allowed, remedy="cast the tensor to one of these")
     if finite:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
 from lora_engine.finite import is_finite
-from lora_engine.formats.dtypes import name_of_dtype
-from lora_engine.formats.mapped_tensor import MappedTensor
-from lora_engine.lazy import torch
+from lora_engine.formats.mapped_tensor import MappedTensor, name_of_dtype
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX
 from lora_engine.formats.safetensors_io import write_safetensors
 from lora_engine.formats.transformers.fused_lokr import rows_of, with_exact_rows
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

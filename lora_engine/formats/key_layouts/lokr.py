@@ -16,7 +16,7 @@ from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEY
 from lora_engine.formats.lora_config import number_of, ranks_and_alphas
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 from lora_engine.formats.validate import ROWS
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

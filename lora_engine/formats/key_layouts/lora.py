@@ -11,7 +11,7 @@ from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.errors import AdapterError
 from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.validate import RESHAPE
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from lora_engine.formats.key_layout import (
 )
 from lora_engine.formats.key_layouts.ia3 import check_layout
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

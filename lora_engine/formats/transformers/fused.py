@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lora_engine.adapters import Delta, FullDelta, LoraDelta
 from lora_engine.errors import AdapterError
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 from lora_engine.registries import Registry
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from lora_engine.formats.transformers.fused import (
     stack_rows,
     used_columns,
 )
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     pass

@@ -28,7 +28,7 @@ from lora_engine.formats.transformers.fused import (
     scaled_up,
     stack_rows,
 )
-from lora_engine.lazy import torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from lora_engine.errors import AdapterError
-from lora_engine.formats.dtypes import STORED_DTYPES, name_of_dtype
-from lora_engine.formats.mapped_tensor import is_tensor
+from lora_engine.formats.dtypes import STORED_DTYPES
+from lora_engine.formats.mapped_tensor import is_tensor, name_of_dtype
 from lora_engine.formats.safetensors_io import map_safetensors, read_safetensors
 
 FLOATS = [name for name in STORED_DTYPES.values() if "float" in name]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lora_engine.adapters import Adapter, kinds
 from lora_engine.errors import EngineError
 from lora_engine.formats import codecs, inspect, read_bundle, write_adapter
-from lora_engine.formats.dtypes import name_of_dtype
+from lora_engine.formats.mapped_tensor import name_of_dtype
 from lora_engine.formats.safetensors_io import map_safetensors, read_safetensors
 
 CASES = Path(__file__).resolve().parents[3] / "../shared/cases/formats"

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from lora_engine import lazy
+from lora_engine import lazy_torch
 
 PACKAGES = ("lora_engine.formats", "lora_engine.checkpoints", "lora_engine.adapters", "tasks.operations.inspect_files")
 HEAVY = ("torch", "diffusers", "transformers")
@@ -21,11 +21,11 @@ def test_importing_a_package_that_recognizes_files_imports_no_torch(package):
 
 
 def test_the_lazy_modules_have_the_attributes_of_torch():
-    assert lazy.torch.Tensor is torch.Tensor
-    assert lazy.nn.Linear is torch.nn.Linear
-    assert lazy.F.linear is torch.nn.functional.linear
+    assert lazy_torch.torch.Tensor is torch.Tensor
+    assert lazy_torch.nn.Linear is torch.nn.Linear
+    assert lazy_torch.F.linear is torch.nn.functional.linear
     with pytest.raises(AttributeError, match="no_such_function"):
-        _ = lazy.torch.no_such_function
+        _ = lazy_torch.torch.no_such_function
 
 
 def test_every_exported_name_of_the_adapters_is_the_one_of_its_module():
