@@ -21,10 +21,10 @@ from lora_engine.formats.safetensors_io import map_safetensors, read_safetensors
 CASES = Path(__file__).resolve().parents[3] / "../shared/cases/formats"
 DTYPES = {"loraline": torch.bfloat16, "kohya": torch.float16}
 WRITTEN = [(form, kind) for form, codec in codecs.items() for kind in kinds if kind in codec.key_layout.factor_keys]
-# The safetensors library names one of the two tensors by chance.
-BY_CHANCE = ("one body for two tensors",)
+# The safetensors library names either of the two tensors, at random.
+AT_RANDOM = ("one body for two tensors",)
 READ_HERE = {name: case for name, case in CORPUS.items() if not (case.dangerous or case.nightly)}
-SAFE = [name for name, case in READ_HERE.items() if ".safe" in case.file and name not in BY_CHANCE]
+SAFE = [name for name, case in READ_HERE.items() if ".safe" in case.file and name not in AT_RANDOM]
 
 
 def facts_of(path, read):
