@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.coming_from.options import find_option
 from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError, did_you_mean
 from tasks.errors import SpecError
@@ -85,13 +86,27 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
     document = read_document(path, SpecError, allowed="a mapping with name, base, seed and steps")
     for override in overrides:
         _override(document, override)
+    return check_document(document)
+
+
+def check_document(document: Document, *, check_bases: bool = True) -> PipelineSpec:
+    """Validates the data of a pipeline file.
+
+    Args:
+        document: The file. It need not exist; its folder is that of relative paths.
+        check_bases: False does not look for the base models.
+
+    Raises:
+        SpecError: It is not a valid pipeline.
+    """
     head = _validate(Head, document.data, (), document)
     steps = {name: _load_step(name, raw, head, document) for name, raw in head.steps.items()}
     order = _order(steps, document)
-    folder = path.resolve().parent
+    folder = document.path.resolve().parent
     for name in order:
         _check_files(name, steps[name], folder, document)
-        _check_base(name, steps[name], folder, document)
+        if check_bases:
+            _check_base(name, steps[name], folder, document)
     ordered = {name: steps[name] for name in order}
     return PipelineSpec(head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency)
 
@@ -146,7 +161,12 @@ def _explain(error: ValidationError, model: type[BaseModel], parent: Where, docu
     more = f" (and {len(problems) - 1} more below)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, first["loc"][:-1])
-        return SpecError(f"unknown key {label!r}{more}", where=document.where(location), **_nearest(key, fields))
+        nearest = _nearest(key, fields)
+        if (option := find_option(key)) is not None:
+            nearest["remedy"] = option.hint(
+                model.model_fields["uses"].default if "uses" in model.model_fields else "file"
+            )
+        return SpecError(f"unknown key {label!r}{more}", where=document.where(location), **nearest)
     if first["type"] == "union_tag_invalid":
         known = re.findall(r"'([^']*)'", first["ctx"]["expected_tags"])
         tag = first["ctx"]["tag"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lora_engine.registries import NameOrOptions
 from lora_engine.training.specs.schedules import Constant, Schedule
@@ -17,6 +17,14 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Share = Annotated[float, Field(allow_inf_nan=False, ge=0.0, lt=1.0)]
 _Rate = Annotated[float, Field(allow_inf_nan=False, ge=0.0)]
 _Small = Annotated[float, Field(allow_inf_nan=False, gt=0.0)]
+
+
+def _to_tuple(value: Any) -> Any:
+    # A union by name validates the lists of a file as Python values, where a strict tuple refuses them.
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Betas = Annotated[tuple[_Share, _Share], BeforeValidator(_to_tuple)]
 
 
 class _Part(BaseModel):
@@ -50,7 +58,7 @@ class AdamW(Optimizer):
     """
 
     name: Literal["adamw"] = "adamw"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     eps: _Small = 1e-8
 
 
@@ -63,7 +71,7 @@ class AdamW8bit(Optimizer):
     """
 
     name: Literal["adamw-8bit"] = "adamw-8bit"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     eps: _Small = 1e-8
 
 
@@ -75,7 +83,7 @@ class Lion(Optimizer):
     """
 
     name: Literal["lion"] = "lion"
-    betas: tuple[_Share, _Share] = (0.9, 0.99)
+    betas: _Betas = (0.9, 0.99)
 
 
 class Adafactor(Optimizer):
@@ -104,7 +112,7 @@ class Prodigy(Optimizer):
 
     finds_rate: ClassVar[bool] = True
     name: Literal["prodigy"] = "prodigy"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     d_coef: _Small = 1.0
     d0: _Small = 1e-6
     bias_correction: bool = False
@@ -123,7 +131,7 @@ class DAdaptation(Optimizer):
 
     finds_rate: ClassVar[bool] = True
     name: Literal["d-adaptation"] = "d-adaptation"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     d0: _Small = 1e-6
     growth: Annotated[float, Field(allow_inf_nan=False, gt=1.0)] | None = None
     bias_correction: bool = False
@@ -141,7 +149,9 @@ class ScheduleFree(Optimizer):
 
     averages: ClassVar[bool] = True
     name: Literal["schedule-free"] = "schedule-free"
-    betas: tuple[Annotated[float, Field(allow_inf_nan=False, gt=0.0, lt=1.0)], _Share] = (0.9, 0.999)
+    betas: Annotated[
+        tuple[Annotated[float, Field(allow_inf_nan=False, gt=0.0, lt=1.0)], _Share], BeforeValidator(_to_tuple)
+    ] = (0.9, 0.999)
     eps: _Small = 1e-8
 
 
