@@ -125,6 +125,7 @@ def _builder(
         # Class images are not augmented.
         captions=context.settings.captions if examples is context.examples else None,
         objective=context.settings.objective,
+        accumulate=context.settings.accumulate,
     )
 
 

@@ -25,6 +25,7 @@ def _to_tuple(value: Any) -> Any:
 
 
 _Betas = Annotated[tuple[_Share, _Share], BeforeValidator(_to_tuple)]
+_ThreeBetas = Annotated[tuple[_Share, _Share, _Share], BeforeValidator(_to_tuple)]
 
 
 class _Part(BaseModel):
@@ -155,8 +156,57 @@ class ScheduleFree(Optimizer):
     eps: _Small = 1e-8
 
 
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum: the least memory, and rates of 10 to 1000 times AdamW's.
+
+    Attributes:
+        momentum: Decay of the mean of the gradients; 0 to below 1, 0 needs no state.
+        nesterov: Nesterov's form; needs a momentum.
+    """
+
+    name: Literal["sgd"] = "sgd"
+    momentum: _Share = 0.9
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_has_a_momentum(self) -> Sgd:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; set momentum: 0.9")
+        return self
+
+
+class Came(Optimizer):
+    """CAME (Luo et al. 2023): Adafactor's memory, with steps that are scaled by how steady they are.
+
+    Attributes:
+        betas: Decay of the means of the gradient, of its square, and of the instability; 0 to below 1.
+        clip_threshold: Largest root mean square of an update before the rate.
+    """
+
+    name: Literal["came"] = "came"
+    betas: _ThreeBetas = (0.9, 0.999, 0.9999)
+    clip_threshold: _Small = 1.0
+
+
+class AdEMAMix(Optimizer):
+    """AdEMAMix (Pagliardini et al. 2024): AdamW with a second, slower mean of the gradient.
+
+    Attributes:
+        betas: Decay of the mean of the gradient, of its square, and of the slow mean; 0 to below 1.
+        alpha: Weight of the slow mean.
+        grow: Steps in which the weight and the decay of the slow mean rise to their values; None begins with them.
+        eps: See `AdamW`.
+    """
+
+    name: Literal["ademamix"] = "ademamix"
+    betas: _ThreeBetas = (0.9, 0.999, 0.9999)
+    alpha: Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=100.0)] = 5.0
+    grow: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    eps: _Small = 1e-8
+
+
 AnyOptimizer = Annotated[
-    AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree,
+    AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree | Sgd | Came | AdEMAMix,
     Field(discriminator="name"),
     NameOrOptions(),
 ]
