@@ -261,7 +261,7 @@ def test_a_configuration_of_sd_scripts_becomes_a_pipeline(settings: Write) -> No
     assert (spec.name, spec.seed, spec.base) == ("my-lora", 42, "tiny")
     assert (train.rank, train.alpha, train.batch, train.learning_rate) == (16, 1.0, 2, 1e-4)
     assert (train.steps, train.warmup) == (30, 3)  # 2 epochs of 3 images, 10 times each, in batches of 2
-    assert train.schedule.model_dump() == {"name": "cosine-restarts", "cycles": 3}
+    assert train.schedule.model_dump() == {"name": "cosine-restarts", "cycles": 3, "floor": 0.0}
     assert (train.rates.text, train.rates.optimiser.options()["betas"], train.weight_decay) == (5e-5, (0.9, 0.99), 0.1)
     assert train.targets == ["attention+ff", "text"]
     assert (train.objective.weighting.name, train.objective.noise_offset) == ("min_snr", 0.05)

@@ -233,6 +233,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "samples": {"every": 2, "prompts": ["a ring"], "seeds": [1], "steps": 2},
         "shape": "small-sdxl",
     },
+    "dropout of ranks and modules, and a norm limit": {
+        "rank_dropout": 0.5,
+        "module_dropout": 0.5,
+        "norm_limit": 0.01,
+    },
     "objective and rates": {
         "method": "dreambooth",
         "targets": TEXT,
