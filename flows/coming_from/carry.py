@@ -262,12 +262,24 @@ def _samples_every(translation: Translation, setting: Setting) -> None:
 
 def _prompts(translation: Translation, setting: Setting) -> None:
     value = setting.value
+    if setting.name in ("sample.width", "sample.height", "sample.neg"):
+        _sample_size(translation, setting)
+        return
     prompts = [value] if setting.name.startswith("validation_prompt") and isinstance(value, str) else value
     if isinstance(prompts, list):
         written = [entry.get("prompt", "") if isinstance(entry, dict) else str(entry) for entry in prompts]
         translation.set("train.samples.prompts", [text for text in written if text], setting.name)
     elif not is_off(value):
         raise NoCounterpart("copy the prompts of the file into samples.prompts")
+
+
+def _sample_size(translation: Translation, setting: Setting) -> None:
+    """Notes the size and the negative prompt of all samples, which become options of each prompt."""
+    key = setting.name.rpartition(".")[2]
+    if key in ("width", "height"):
+        translation.counts[f"sample {key}"] = integer(setting)
+    elif key == "neg" and setting.value:
+        translation.origins["sample negative"] = str(setting.value)
 
 
 def _seeds(translation: Translation, setting: Setting) -> None:

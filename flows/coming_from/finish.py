@@ -55,6 +55,15 @@ def finish(translation: Translation, trainer: str, images: int | None) -> None:
         train.pop("samples", None)
     else:
         samples.setdefault("every", 250)
+        samples["prompts"] = [prompt + _prompt_options(translation) for prompt in samples["prompts"]]
+
+
+def _prompt_options(translation: Translation) -> str:
+    """Returns the options of every sample prompt, in the syntax of sd-scripts."""
+    counts, negative = translation.counts, translation.origins.get("sample negative", "")
+    sides = [(option, counts.get(f"sample {name}")) for option, name in (("w", "width"), ("h", "height"))]
+    text = "".join(f" --{option} {side:g}" for option, side in sides if side)
+    return f"{text} --n {negative}" if negative else text
 
 
 def _set_targets(translation: Translation, trainer: str) -> None:

@@ -266,14 +266,14 @@ OPTIONS: tuple[Option, ...] = (
            "continue_last_backup", "automatic: run the same command again"),
     Option("train.samples.every", "sample_every_n_steps sample_every_n_epochs", "validation_steps",
            "sample.sample_every", "sample_after", "in steps"),
-    Option("train.samples.prompts", "sample_prompts", "validation_prompt validation_prompts", "sample.prompts",
-           "sample_definition_file_name", "options such as --w 512 --n blurry can follow a prompt"),
+    Option("train.samples.prompts", "sample_prompts", "validation_prompt validation_prompts",
+           "sample.prompts sample.width sample.height sample.neg", "sample_definition_file_name",
+           "options such as --w 512 --n blurry can follow a prompt"),
     Option("train.samples.seeds", "", "", "sample.seed sample.walk_seed", ""),
     Option("train.samples.steps", "", "", "sample.sample_steps", ""),
     Option("train.samples.guidance", "", "guidance_scale", "sample.guidance_scale", ""),
-    Option("", "sample_sampler sample_at_first", "num_validation_images", "sample.sampler sample.width sample.height "
-           "sample.neg sample.sample_start_step", "sample_skip_first", "not available: samples have the base's "
-           "sampler"),
+    Option("", "sample_sampler sample_at_first", "num_validation_images", "sample.sampler "
+           "sample.sample_start_step", "sample_skip_first", "not available: samples have the base's sampler"),
     Option("", "logging_dir log_with log_prefix wandb_run_name log_config", "logging_dir report_to",
            "logging.log_every", "tensorboard", "automatic: MLflow has the curves"),
     Option("", "save_model_as no_metadata", "", "", "output_model_format", "files are safetensors, with metadata; "

@@ -62,7 +62,7 @@ def read_source(path: Path, dataset: Path | None = None) -> Source:
     """Reads a file of another trainer.
 
     Args:
-        path: See `_KNOWN`; told apart by suffix and content.
+        path: See `_KNOWN`; recognized by suffix and content.
         dataset: The dataset file of sd-scripts, if it is another file; None takes the one that `dataset_config` names
             and that exists beside `path`.
 

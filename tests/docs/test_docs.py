@@ -14,6 +14,8 @@ import typer
 from pydantic import BaseModel
 
 from flows.cli import app
+from flows.coming_from.options import OPTIONS, TRAINERS
+from flows.coming_from.write import convert_settings
 from flows.spec import load_spec
 from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.catalog.kinds import KINDS
@@ -187,3 +189,29 @@ def test_a_table_of_names_has_every_entry(page: str, head: str, names: Iterable[
     lines = (ROOT / "docs" / page).read_text().partition(head)[2].splitlines()[2:]
     rows = list(takewhile(lambda line: line.startswith("|"), lines))
     assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])) == sorted(names)
+
+
+def table_of_other_trainers() -> str:
+    """Returns the table of the page for users of other trainers."""
+    names = {trainer: [f"`{name}`" for option in OPTIONS for name in option.names(trainer)] for trainer in TRAINERS}
+    assert sum(map(len, names.values())) > 300
+    rows = [("Loraline", *TRAINERS.values(), "difference"), ("---",) * 6]
+    for option in OPTIONS:
+        cells = [", ".join(f"`{name}`" for name in option.names(trainer)) for trainer in TRAINERS]
+        rows.append((f"`{option.ours}`" if option.ours else "-", *cells, option.note.replace("|", "\\|")))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def test_the_page_for_users_of_other_trainers_has_the_table_that_errors_use() -> None:
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    assert page.endswith("\n\n" + table_of_other_trainers())
+
+
+def test_the_example_of_the_page_for_users_of_other_trainers_is_converted(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    (source,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0]
+    shutil.copytree(ROOT / "examples" / "zorb" / "images", tmp_path / "images" / "10_zorb ring")
+    (tmp_path / "config.toml").write_text(source)
+    written = convert_settings(tmp_path / "zorb", tmp_path / "config.toml").path.read_text()
+    assert shown in written

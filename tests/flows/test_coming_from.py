@@ -180,7 +180,8 @@ config:
       train: {batch_size: 1, steps: 20, optimizer: adamw8bit, lr: 1e-4, dtype: bf16, train_text_encoder: false,
               gradient_checkpointing: true, ema_config: {use_ema: true, ema_decay: 0.99}}
       model: {name_or_path: tiny, quantize: true}
-      sample: {sample_every: 10, prompts: ["a man, 'x': y"], seed: 42, guidance_scale: 4, sample_steps: 20}
+      sample: {sample_every: 10, width: 64, height: 128, neg: "dull, grey",
+               prompts: ["a man, 'x': y"], seed: 42, guidance_scale: 4, sample_steps: 20}
 """
 ONE_TRAINER = {
     "training_method": "LORA",
@@ -303,7 +304,11 @@ def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:
     assert train.running.gradient_checkpointing
     assert train.running.quantise == "8bit"
     assert train.samples is not None
-    assert (train.samples.prompts, train.samples.seeds, train.samples.every) == (("a man, 'x': y",), (42,), 10)
+    assert (train.samples.prompts, train.samples.seeds, train.samples.every) == (
+        ("a man, 'x': y --w 64 --h 128 --n dull, grey",),
+        (42,),
+        10,
+    )
     assert spec.steps["captions"].model_dump()["trigger"] == "p3r5on"
     assert spec.steps["prepared"].model_dump()["crop"] == "bucket"
     assert "report" not in spec.steps, "an evaluation needs images of one size"

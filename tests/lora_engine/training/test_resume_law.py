@@ -112,7 +112,7 @@ def covering() -> Iterator[Case]:
         # A second phase begins with a new optimizer, so a method with two meets every point.
         count = len(POINTS) if method in PHASED else max(len(pairs), MEETS)
         for number in range(count):
-            yield Case(method, *pairs[number % len(pairs)], points[(3 * start + number) % len(POINTS)])
+            yield Case(method, *pairs[number % len(pairs)], points[(4 * start + number) % len(POINTS)])
 
 
 COVERING = tuple(covering())
@@ -230,7 +230,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two text encoders and samples": {
         "targets": TEXT,
         "rates": {"ema": {"decay": 0.8, "written": "last"}},
-        "samples": {"every": 2, "prompts": ["a ring"], "seeds": [1], "steps": 2},
+        "samples": {"every": 2, "prompts": ["a ring", "a star --n red --d 3"], "seeds": [1], "steps": 2},
         "shape": "small-sdxl",
     },
     "dropout of ranks and modules, and a norm limit": {
