@@ -142,8 +142,10 @@ def _dropout(context: MethodContext, phase: str) -> Callable[[int], AbstractCont
 
 def _with_norm_limit(context: MethodContext, after_step: Callable[[float], None]) -> Callable[[float], None]:
     limit, limit_norms = context.settings.norm_limit, context.limit_norms
-    if limit is None or limit_norms is None:
+    if limit is None or not context.parameters:
         return after_step
+    if limit_norms is None:
+        raise RuntimeError("norm_limit is set, but the context has no limit_norms")
 
     def hook(factor: float) -> None:
         after_step(factor)

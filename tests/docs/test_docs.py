@@ -26,6 +26,7 @@ from lora_engine.merging.methods import METHODS
 from lora_engine.merging.spec import MergeOptions
 from lora_engine.registries import GROUPS
 from lora_engine.training.methods import methods
+from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.methods import MethodSpec
 from tasks.step import STEPS
 
@@ -215,3 +216,24 @@ def test_the_example_of_the_page_for_users_of_other_trainers_is_converted(tmp_pa
     (tmp_path / "config.toml").write_text(source)
     written = convert_settings(tmp_path / "zorb", tmp_path / "config.toml").path.read_text()
     assert shown in written
+
+
+def train_blocks() -> dict[str, str]:
+    """Returns the blocks about training that are settings of a train step, by their first line."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    keys = {block: set(re.findall(r"^([a-z_]+):", block, re.MULTILINE)) for block in blocks}
+    return {block.partition("\n")[0]: block for block in blocks if keys[block] <= set(TrainSettings.model_fields)}
+
+
+@pytest.mark.parametrize("first", train_blocks())
+def test_the_settings_of_a_train_step_on_the_page_about_training_load(first: str, tmp_path: Path) -> None:
+    assert len(train_blocks()) >= 5
+    (tmp_path / "images").mkdir()
+    settings = "\n".join(f"    {line}" for line in train_blocks()[first].splitlines())
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        "name: shown\nbase: tiny\nsteps:\n"
+        "  photos: {uses: ingest, images: images/}\n"
+        f"  adapter:\n    uses: train\n    dataset: photos\n    steps: 100\n{settings}\n"
+    )
+    assert "adapter" in load_spec(path).steps
