@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -21,17 +22,19 @@ _LOWEST, _HIGHEST = 0.01, 100.0
 """Factors on an estimated rate that `Rates.check` allows."""
 
 
-def finish(translation: Translation, trainer: str, images: int | None) -> None:
+def finish(translation: Translation, trainer: str, count: Callable[[], int | None]) -> None:
     """Completes a translation in place.
 
     Args:
         translation: The settings.
         trainer: A key of `TRAINERS`.
-        images: Images of an epoch, each counted by its repeats; None if they are not known.
+        count: Returns the images of an epoch, each counted by its repeats, or None; called if epochs are set.
     """
     _set_targets(translation, trainer)
     _set_kind(translation)
-    _set_steps(translation, images)
+    if trainer == "diffusers" and translation.origins.get("train.steps") == "max_train_steps":
+        translation.counts.pop("epochs", None)  # the steps win there, and the epochs in sd-scripts
+    _set_steps(translation, count() if "epochs" in translation.counts else None)
     _set_decay(translation)
     train = translation.steps["train"]
     for switch, group, key in (("ema", "rates", "ema"), ("mask", "method", "mask")):
@@ -73,6 +76,7 @@ def _set_targets(translation: Translation, trainer: str) -> None:
         targets.append("text")
     if "text" not in targets and translation.get("train.rates.text") is not None:
         translation.steps["train"]["rates"].pop("text")
+    targets = targets or [_TARGETS[trainer]]
     translation.set("train.targets", targets[0] if len(targets) == 1 else targets, "the layers that are adapted")
     if trainer == "sd" and "no_network" not in flags:
         setting = Setting("network_module", "proj_in, proj_out", "")
@@ -97,7 +101,7 @@ def _set_steps(translation: Translation, images: int | None) -> None:
                 Setting(origin, epochs, ""), "images unknown; steps: epochs x images x repeats / (batch x accumulate)"
             )
         else:
-            size = train.get("batch", 4) * train.get("accumulate", 1)
+            size = max(1, train.get("batch", 4) * train.get("accumulate", 1))
             steps = max(1, round(epochs) * -(-images // size))
             translation.set("train.steps", steps, f"{origin} {epochs:g} of {images} images")
     steps = train["steps"]
@@ -106,7 +110,7 @@ def _set_steps(translation: Translation, images: int | None) -> None:
     if train.get("warmup", 0) >= steps:
         translation.drop(Setting("warmup", train.pop("warmup"), ""), f"the run has {steps} steps only")
     if "decay" in counts:
-        share = counts["decay"] / (steps - train.get("warmup", 0)) if counts["decay"] >= 1 else counts["decay"]
+        share = counts["decay"] / max(1, steps - train.get("warmup", 0)) if counts["decay"] >= 1 else counts["decay"]
         translation.set("train.schedule.decay", min(1.0, round(share, 6)), "lr_decay_steps")
 
 
@@ -150,7 +154,9 @@ def _keep_options(translation: Translation, path: str, model: type[BaseModel], f
         (member.model_fields for member in _members(model, field) if member.model_fields["name"].default == name), {}
     )
     for key in [key for key in value if key not in known]:
-        translation.drop(Setting(f"{path.partition('.')[2]}.{key}", value.pop(key), ""), f"{name!r} has no such option")
+        unused = value.pop(key)
+        if path in ("train.rates.optimiser", "train.kind"):  # the other trainers ignore those of schedules and losses
+            translation.drop(Setting(f"{path.partition('.')[2]}.{key}", unused, ""), f"{name!r} has no such option")
     value.setdefault("name", name)
     if set(value) == {"name"}:
         _replace(translation, path, name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flows.coming_from.options import options_of
 from flows.coming_from.read import Setting, Source
@@ -25,13 +26,21 @@ class Folders:
         images: The folder of the user's images; None if none exists on this machine.
         classes: The folder of class images; None without one.
         class_words: The words of the class images' folder, such as `1_star`; empty for other names.
-        count: Images of an epoch, each counted by its repeats; None without a folder.
+        repeats: `repeats` of the step `ingest`.
     """
 
     images: Path | None
     classes: Path | None
     class_words: str
-    count: int | None
+    repeats: Literal["folders"] | dict[str, int]
+
+    def count(self) -> int | None:
+        """Returns the images of an epoch, each counted by its repeats; None without a folder."""
+        folder = self.images
+        if folder is None:
+            return None
+        files = [path for path in candidates(folder) if path.is_file() and owner_of_mask(path, folder) is None]
+        return sum(repeats_of(str(path.relative_to(folder)), self.repeats) for path in files)
 
 
 def find_images(source: Source, translation: Translation, images: Path | None) -> Folders:
@@ -66,8 +75,7 @@ def find_images(source: Source, translation: Translation, images: Path | None) -
     repeats = translation.get("ingest.repeats") or {}
     class_folder = _existing(classes, source, translation)
     words = _words(class_folder) if class_folder is not None else []
-    count = None if folder is None else _count(folder, repeats)
-    return Folders(folder, class_folder, words[0] if len(words) == 1 else "", count)
+    return Folders(folder, class_folder, words[0] if len(words) == 1 else "", repeats)
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,13 @@ def _compare(subsets: Sequence[_Subset], translation: Translation) -> None:
 def _existing(setting: Setting | None, source: Source, translation: Translation) -> Path | None:
     if setting is None or is_off(setting.value):
         return None
-    path = Path(str(setting.value)).expanduser()
-    for candidate in (path, source.path.parent / path):
-        if candidate.is_dir():
-            return candidate.resolve()
+    path = Path(str(setting.value))
+    # A name of the file can be too long, or of an unknown user.
+    with suppress(OSError, RuntimeError):
+        path = path.expanduser()
+        for candidate in (path, source.path.parent / path):
+            if candidate.is_dir():
+                return candidate.resolve()
     translation.drop(setting, "no such folder on this machine; give one with --images")
     return None
 
@@ -156,9 +167,3 @@ def _caption(by_name: dict[str, Setting], subset: _Subset | None, translation: T
     if template is not None and trigger is not None:
         text = template.replace("[trigger]", "{trigger}")
         translation.set("caption.template", text if "{trigger}" in text else f"{{trigger}} {text}", "default_caption")
-
-
-def _count(folder: Path, repeats: Any) -> int:
-    files = [path for path in candidates(folder) if path.is_file() and owner_of_mask(path, folder) is None]
-    rule: Literal["folders"] | dict[str, int] = "folders" if isinstance(repeats, str) else repeats
-    return sum(repeats_of(str(path.relative_to(folder)), rule) for path in files)

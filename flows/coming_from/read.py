@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,7 @@ def read_source(path: Path, dataset: Path | None = None) -> Source:
         source = _from_script(path)
     named = next((setting for setting in source.settings if setting.name == "dataset_config"), None)
     if dataset is None and named is not None and isinstance(named.value, str):
-        dataset = path.parent / Path(named.value).name
-        if (path.parent / named.value).is_file():
-            dataset = path.parent / named.value
-        elif not dataset.is_file():
-            raise SpecError(
-                f"dataset_config is {named.value!r}, which does not exist",
-                where=named.where,
-                remedy="give the file with --dataset",
-            )
+        dataset = _find_beside(path, named)
     if dataset is None:
         return source
     if source.trainer != "sd":
@@ -97,6 +90,19 @@ def read_source(path: Path, dataset: Path | None = None) -> Source:
             remedy="leave --dataset out",
         )
     return Source(path, "sd", source.script, source.settings, _subsets(_read_dataset(dataset)))
+
+
+def _find_beside(path: Path, named: Setting) -> Path:
+    """Returns the dataset file that a setting names: its path, or its name beside the file."""
+    with suppress(OSError):  # a name that is too long
+        for candidate in (path.parent / named.value, path.parent / Path(named.value).name):
+            if candidate.is_file():
+                return candidate
+    raise SpecError(
+        f"{named.name} is {named.value[:200]!r}, which does not exist",
+        where=named.where,
+        remedy="give the file with --dataset",
+    )
 
 
 def _read_dataset(path: Path) -> Document:

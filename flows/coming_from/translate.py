@@ -71,6 +71,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "train_dtype": "FLOAT_16",
         "resolution": "512",
         "aspect_ratio_bucketing": True,
+        "epochs": 100,
         "optimizer.optimizer": "ADAMW",
     },
 }
@@ -116,11 +117,20 @@ def translate(source: Source) -> Translation:
     """
     translation = Translation()
     trainer = source.trainer
-    defaults = [Setting(name, value, "") for name, value in DEFAULTS[trainer].items()]
+    defaults = [Setting(name, value, "") for name, value in {**DEFAULTS[trainer], **_of_script(source)}.items()]
     apply(translation, trainer, defaults)
-    translation.origins = dict.fromkeys(translation.origins, f"default of {TRAINERS[trainer]}")
+    origin = f"default of {TRAINERS[trainer]}"
+    translation.origins = dict.fromkeys(translation.origins, origin)
     apply(translation, trainer, source.settings)
     return translation
+
+
+def _of_script(source: Source) -> dict[str, Any]:
+    """Returns the defaults in which the scripts of diffusers differ."""
+    if source.trainer != "diffusers":
+        return {}
+    is_text_to_image = "text_to_image" in source.script
+    return {"num_train_epochs": 100, "train_batch_size": 16} if is_text_to_image else {"num_train_epochs": 1}
 
 
 def apply(translation: Translation, trainer: str, settings: Iterable[Setting]) -> None:

@@ -93,10 +93,12 @@ def _set_base(translation: Translation, source: Source, base: str | None) -> Non
     base = base or translation.get("file.base")
     if not base:
         raise SpecError("the file names no base model", where=str(source.path), remedy="give it with --base")
-    if base != TINY and split_hub_id(base) is None:
-        base = str((source.path.parent / Path(base).expanduser()).resolve())
     try:
+        if base != TINY and split_hub_id(base) is None:
+            base = str((source.path.parent / Path(base).expanduser()).resolve())
         defaults = training_defaults(base)
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of an unknown user
+        raise SpecError(f"the base is {base[:100]!r}", where=named.where, remedy="give it with --base") from error
     except BaseModelError as error:
         raise SpecError(
             error.problem, where=named.where, allowed=error.allowed, remedy="give it with --base"
@@ -113,15 +115,11 @@ def _check(text: str, path: Path, source: Source, needs_images: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "pipeline.yaml"
         file.write_text(text)
-        document = read_document(file, SpecError, allowed="a mapping")
-        if needs_images:
-            # The real folder is created afterwards.
-            (Path(name) / "images").mkdir()
-            document = replace(document, path=file)
-        else:
-            document = replace(document, path=path)
         try:
-            check_document(document, check_bases=False)
+            document = read_document(file, SpecError, allowed="a mapping")
+            if needs_images:
+                (Path(name) / "images").mkdir()  # the real folder is created afterwards
+            check_document(replace(document, path=file if needs_images else path), check_bases=False)
         except SpecError as error:
             raise SpecError(
                 f"{error.problem} in the pipeline that it gives",

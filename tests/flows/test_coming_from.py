@@ -360,6 +360,18 @@ def test_the_folder_of_images_can_be_given(settings: Write, tmp_path: Path) -> N
     assert spec.steps["photos"].model_dump()["images"] == str(tmp_path / "img")
 
 
+def test_defaults_of_length_are_those_of_the_trainer(settings: Write) -> None:
+    script = SCRIPT.replace("--max_train_steps=50", "")
+    assert train_of(converted(settings("run.sh", script))[0]).steps == 3  # one epoch of train_dreambooth_lora.py
+
+
+def test_a_folder_whose_name_is_too_long_is_one_that_is_not_here(settings: Write) -> None:
+    path = settings("run.sh", SCRIPT.replace("INSTANCE_DIR=img", f"INSTANCE_DIR={'i' * 5000}"))
+    spec, output = converted(path)
+    assert spec.steps["photos"].model_dump()["images"] == "images/"
+    assert "no such folder on this machine" in output
+
+
 def test_the_same_file_gives_the_same_pipeline_and_another_one_is_not_overwritten(
     settings: Write, tmp_path: Path
 ) -> None:
@@ -392,6 +404,16 @@ BAD: dict[str, tuple[str, str, str]] = {
     "another JSON": ("trainer.json", '{"a": 1}', "of no known trainer"),
     "processes": ("toolkit.yaml", "config: {process: [{a: 1}, {b: 2}]}", "has 2 processes"),
     "a dataset file": ("config.toml", KOHYA + 'dataset_config = "no.toml"\n', "does not exist"),
+    "a batch of 0": (
+        "config.toml",
+        KOHYA.replace("train_batch_size = 2", "train_batch_size = 0"),
+        "adapter.batch is 0",
+    ),
+    "a long base": ("config.toml", KOHYA.replace('"tiny"', '"' + "a/" * 5000 + '"'), "--base"),
+    "an unknown user": ("config.toml", KOHYA.replace('"tiny"', '"~nobody-here/x"'), "--base"),
+    "a long dataset file": ("config.toml", KOHYA + f'dataset_config = "{"a" * 5000}.toml"\n', "does not exist"),
+    "a control character": ("config.toml", KOHYA.replace('"My Lora"', '"My"\ncaption_prefix = "\\u0007x"'), "prefix"),
+    "a huge number": ("config.toml", KOHYA.replace("= 16", "= 1e300"), "digits"),
     "a switch": ("config.toml", KOHYA.replace("shuffle_caption = true", "shuffle_caption = 7"), "shuffle_caption is 7"),
 }
 
