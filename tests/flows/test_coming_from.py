@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 
 from flows.coming_from.options import OPTIONS, TRAINERS, find_option
 from flows.coming_from.read import read_source
+from flows.coming_from.write import convert_settings
 from flows.spec import Head, PipelineSpec, load_spec
 from lora_engine.data.spec import CaptionSettings
 from tasks.errors import SpecError
@@ -358,6 +360,46 @@ def test_the_folder_of_images_can_be_given(settings: Write, tmp_path: Path) -> N
     spec, output = converted(path, "--images", tmp_path / "img")
     assert "/nowhere/img" not in output
     assert spec.steps["photos"].model_dump()["images"] == str(tmp_path / "img")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ('["algo=lokr", "factor=8", "decompose_both=True", "use_cp=1"]', {"factor": 8, "both": True, "tucker": True}),
+        ('["algo=lokr", "factor=-1"]', {"name": "lokr"}),
+        ('["algo=loha", "use_tucker=True", "factor=4"]', {"name": "loha", "tucker": True}),
+        ('["dora_wd=True"]', {"name": "dora", "inner": "lora"}),
+    ],
+)
+def test_arguments_of_the_network_are_options_of_the_kind(
+    arguments: str, kind: dict[str, Any], settings: Write
+) -> None:
+    text = KOHYA.replace('["conv_dim=4"]', arguments).replace('"networks.lora"', '"lycoris.kohya"')
+    written = train_of(converted(settings("config.toml", text))[0]).kind.model_dump()
+    assert {key: written[key] for key in kind} == kind
+
+
+VALUES: list[Any] = [
+    0, 1, -1, 2.5, 1e300, True, False, "", "x", "1e-4", "none", "\x07", "~x/y", "a/" * 3000, [1, "a"], ["a=b", "c"],
+    [[1]], {"name": "x"}, 10**50, "64,64", "{}", "{trigger}", "| # : \n x", None, "Prodigy", "huber", "cosine", "loha",
+]  # fmt: skip
+
+
+def test_any_value_of_any_option_gives_a_pipeline_or_a_refusal(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    names = [name for option in OPTIONS for name in option.names("sd")]
+    accepted, refusals = 0, list[str]()
+    for number in range(150):
+        data = {name: draw.choice(VALUES) for name in draw.sample(names, draw.choice([1, 2, 5]))}
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps(data | {"pretrained_model_name_or_path": "tiny", "resolution": 64}))
+        try:
+            convert_settings(tmp_path / str(number), path)
+            accepted += 1
+        except SpecError as error:
+            refusals.append(str(error))
+    assert 20 < accepted < 130
+    assert all(str(tmp_path / "settings.json") in refusal for refusal in refusals)
 
 
 def test_defaults_of_length_are_those_of_the_trainer(settings: Write) -> None:
