@@ -120,6 +120,7 @@ class TrainingJob:
                 latents=encoder.latents,
                 conditioner=conditioner,
                 adapter_dropout=attachment.adapter_dropout if attachment else lambda share, seed: nullcontext(),
+                limit_norms=attachment.limit_norms if attachment else None,
                 tokens=dict(attached_tokens.named_parameters()),
                 adapter_disabled=lambda: _adapter_disabled(attachment),
                 teacher=encoder.conditioning,

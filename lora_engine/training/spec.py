@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
 from lora_engine.registries import NameOrOptions, spec_union
+from lora_engine.settings import AddedLater
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
@@ -57,6 +58,11 @@ class TrainSettings(BaseModel):
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
         overrides: Preset or pattern to settings of the targets that it matches; the last match wins.
         dropout: Share of each layer's input that is hidden from the adapter during training.
+        rank_dropout: Share of the ranks of each layer that a batch drops; for kinds lora, rslora and lora-fa.
+        module_dropout: Share of the layers that a batch computes without the adapter; at least one has it.
+        norm_limit: Largest Frobenius norm of the change of a layer's weight: after each step, `up` and `down` of a
+            larger one are scaled down (sd-scripts' `scale_weight_norms`). For the kinds of `rank_dropout`. None
+            disables it.
         steps: Optimizer steps.
         batch: Images per forward pass; joint prior preservation adds as many class images.
         learning_rate: Highest learning rate of the schedule.
@@ -108,6 +114,9 @@ class TrainSettings(BaseModel):
     rates: Rates = Rates()
     running: Running = Running()
     samples: Samples | None = None
+    rank_dropout: Annotated[_Finite, AddedLater()] = Field(default=0.0, ge=0.0, lt=1.0)
+    module_dropout: Annotated[_Finite, AddedLater()] = Field(default=0.0, ge=0.0, lt=1.0)
+    norm_limit: Annotated[_Finite | None, AddedLater()] = Field(default=None, gt=0.0, le=1e6)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yields the settings that were set; the others have their defaults."""
