@@ -13,7 +13,9 @@ from flows.coming_from.read import Setting, Source
 from flows.coming_from.translate import apply
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import is_off, number, truth
-from lora_engine.data.folder import candidates, owner_of_mask, repeats_of
+from lora_engine.data.folder import list_folder
+from lora_engine.data.layout import Layout
+from lora_engine.data.spec import IngestSettings
 
 _REPEATS = ("concepts.balancing", "num_repeats", "dataset_repeats", "datasets.num_repeats", "repeats")
 
@@ -39,8 +41,8 @@ class Folders:
         folder = self.images
         if folder is None:
             return None
-        files = [path for path in candidates(folder) if path.is_file() and owner_of_mask(path, folder) is None]
-        return sum(repeats_of(str(path.relative_to(folder)), self.repeats) for path in files)
+        layout = Layout(folder, list_folder(folder), IngestSettings(repeats=self.repeats))
+        return sum(layout.repeats(name) for name, path in layout.names.items() if path.is_file())
 
 
 def find_images(source: Source, translation: Translation, images: Path | None) -> Folders:

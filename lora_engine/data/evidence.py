@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_engine.data.images import BROKEN, IMAGE_FORMATS, open_inside
+from lora_engine.data.folder import open_inside
+from lora_engine.data.images import BROKEN, IMAGE_FORMATS
 from lora_engine.data.rights import GenerationSign
 
 _EXIF, _USER_COMMENT = 0x8769, 0x9286

@@ -1,10 +1,12 @@
-"""Lists the files of the user's folder by what they are: images, masks, text. Opens none of them."""
+"""Lists the files of the user's folder by what they are (images, masks, text), and opens them safely."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 from lora_engine.errors import DataError
@@ -62,6 +64,26 @@ def list_folder(root: Path) -> Listing:
         else:
             images.append(path)
     return Listing(tuple(images), masks, tuple(companions))
+
+
+def open_inside(path: Path, root: Path) -> BufferedReader:
+    """Opens a regular file inside the root for reading.
+
+    Raises:
+        DataError: It is a link out of the root, a pipe, a device or a folder, or it cannot be read.
+    """
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_relative_to(root.resolve()):
+            raise DataError("is a link that leads out of the folder", where=path.name, remedy="copy the file instead")
+        # Do not block on a pipe, and do not follow a link that replaced the file since `resolve`.
+        descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"cannot be read ({getattr(error, 'strerror', None) or error})", where=path.name) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError("is not a regular file", where=path.name, allowed="files, not pipes, devices or folders")
+    return os.fdopen(descriptor, "rb")
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 import struct
 import zlib
-from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_engine.data.color import to_srgb
+from lora_engine.data.folder import open_inside
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 
@@ -68,26 +67,6 @@ def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
         return digest, _decode(file, path.name, max_pixels)
-
-
-def open_inside(path: Path, root: Path) -> BufferedReader:
-    """Opens a regular file inside the root for reading.
-
-    Raises:
-        DataError: It is a link out of the root, a pipe, a device or a folder, or it cannot be read.
-    """
-    try:
-        real = path.resolve(strict=True)
-        if not real.is_relative_to(root.resolve()):
-            raise DataError("is a link that leads out of the folder", where=path.name, remedy="copy the file instead")
-        # Do not block on a pipe, and do not follow a link that replaced the file since `resolve`.
-        descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"cannot be read ({getattr(error, 'strerror', None) or error})", where=path.name) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataError("is not a regular file", where=path.name, allowed="files, not pipes, devices or folders")
-    return os.fdopen(descriptor, "rb")
 
 
 def write_image(path: Path, image: Image.Image) -> None:

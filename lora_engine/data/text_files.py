@@ -6,7 +6,7 @@ import codecs
 import unicodedata
 from pathlib import Path
 
-from lora_engine.data.images import open_inside
+from lora_engine.data.folder import open_inside
 from lora_engine.errors import DataError
 
 # They change the reading direction, so a caption could display other text than it contains.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_engine.adapters import Adapter, attach, create_adapter
-from lora_engine.adapters.attach import Attachment
+from lora_engine.adapters.attachment import Attachment
 from lora_engine.adapters.regularization import check_low_rank, draw_skipped, limit_norms
 from lora_engine.errors import SettingsError
 from lora_engine.seeds import generator
