@@ -14,7 +14,7 @@ from flows.coming_from.translate import apply
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import is_off, number, truth
 from lora_engine.data.folder import list_folder
-from lora_engine.data.layout import Layout
+from lora_engine.data.layout import FolderLayout
 from lora_engine.data.spec import IngestSettings
 
 _REPEATS = ("concepts.balancing", "num_repeats", "dataset_repeats", "datasets.num_repeats", "repeats")
@@ -29,19 +29,21 @@ class Folders:
         classes: The folder of class images; None without one.
         class_words: The words of the class images' folder, such as `1_star`; empty for other names.
         repeats: `repeats` of the step `ingest`.
+        layout: `layout` of the step `ingest`.
     """
 
     images: Path | None
     classes: Path | None
     class_words: str
     repeats: Literal["folders"] | dict[str, int]
+    layout: Literal["auto", "plain"]
 
     def count(self) -> int | None:
         """Returns the images of an epoch, each counted by its repeats; None without a folder."""
         folder = self.images
         if folder is None:
             return None
-        layout = Layout(folder, list_folder(folder), IngestSettings(repeats=self.repeats))
+        layout = FolderLayout(folder, list_folder(folder), IngestSettings(repeats=self.repeats, layout=self.layout))
         return sum(layout.repeats(name) for name, path in layout.names.items() if path.is_file())
 
 
@@ -73,11 +75,15 @@ def find_images(source: Source, translation: Translation, images: Path | None) -
     folder = images or _existing(named, source, translation)
     if not own and folder is not None and source.trainer == "sd":
         _kohya_folders(folder, translation)
+    elif folder is not None and any(_is_counted(path) for path in folder.iterdir()):
+        translation.set("ingest.layout", "plain", "names of folders have no meaning there")
     _caption(by_name, own[0] if own else None, translation)
     repeats = translation.get("ingest.repeats") or {}
     class_folder = _existing(classes, source, translation)
     words = _words(class_folder) if class_folder is not None else []
-    return Folders(folder, class_folder, words[0] if len(words) == 1 else "", repeats)
+    return Folders(
+        folder, class_folder, words[0] if len(words) == 1 else "", repeats, translation.get("ingest.layout") or "auto"
+    )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _OTHER_PARTS = (
 _DONE = ("automatic", "not needed")
 """First words of notes on options that need no setting."""
 EPOCHS = ("max_train_epochs", "epoch", "num_train_epochs", "epochs")
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "sd": {
         "network_dim": 4,
         "network_alpha": 1,
@@ -117,7 +117,7 @@ def translate(source: Source) -> Translation:
     """
     translation = Translation()
     trainer = source.trainer
-    defaults = [Setting(name, value, "") for name, value in {**DEFAULTS[trainer], **_of_script(source)}.items()]
+    defaults = [Setting(name, value, "") for name, value in {**_DEFAULTS[trainer], **_of_script(source)}.items()]
     apply(translation, trainer, defaults)
     origin = f"default of {TRAINERS[trainer]}"
     translation.origins = dict.fromkeys(translation.origins, origin)

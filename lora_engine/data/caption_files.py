@@ -20,7 +20,7 @@ _ENDINGS = (TEXT, ".caption", ".json")
 
 
 @dataclass(frozen=True)
-class Caption:
+class FoundCaption:
     """The caption of an image.
 
     Attributes:
@@ -33,7 +33,7 @@ class Caption:
     origin: str
 
 
-def stated_origin(caption: Caption) -> str | None:
+def stated_origin(caption: FoundCaption) -> str | None:
     """Returns the origin as manifests state it: None for a `.txt` file."""
     return caption.origin if caption.origin != TEXT else None
 
@@ -70,7 +70,7 @@ class CaptionFiles:
         self._sidecars = _index({*companions} - {*metadata})
         self._owned = {name for image in names for name in self._sidecars_of(image)}
         self._unowned = sorted({name for names in self._sidecars.values() for name in names} - self._owned)
-        self._stated: dict[str, list[Caption]] = defaultdict(list)
+        self._stated: dict[str, list[FoundCaption]] = defaultdict(list)
         finder = ImageNames(names)
         for name in sorted(metadata, key=lambda name: (-name.count("/"), name)):
             self._read_metadata(name, finder)
@@ -80,7 +80,7 @@ class CaptionFiles:
         """The files named like captions that belong to no image."""
         return [name for name in self._unowned if not name.lower().endswith(".json")]
 
-    def find(self, name: str) -> Caption | None:
+    def find(self, name: str) -> FoundCaption | None:
         """Returns the caption of an image; None if there is none. Adds unusable files to `faults`."""
         found = [caption for caption in self._sources(name) if caption.text]
         for other in found[1:]:
@@ -89,15 +89,15 @@ class CaptionFiles:
                 self.differing.setdefault(name, (found[0].origin, other.origin))
         return found[0] if found else None
 
-    def _sources(self, name: str) -> Iterator[Caption]:
+    def _sources(self, name: str) -> Iterator[FoundCaption]:
         for sidecar in self._sidecars_of(name):
             try:
-                yield Caption(self._read_sidecar(sidecar), PurePosixPath(sidecar).suffix.lower())
+                yield FoundCaption(self._read_sidecar(sidecar), PurePosixPath(sidecar).suffix.lower())
             except DataError as error:
                 self.faults[sidecar] = _reason(error)
         yield from self._stated.get(name, ())
         if (subset := self._subsets.get(PurePosixPath(name).parent.as_posix())) is not None and subset.words:
-            yield Caption(subset.words, FOLDER)
+            yield FoundCaption(subset.words, FOLDER)
 
     def _sidecars_of(self, name: str) -> list[str]:
         path = PurePosixPath(name)
@@ -125,7 +125,7 @@ class CaptionFiles:
                 self.unknown.append(f"{printable(stated)} in {printable(file)}")
                 continue
             try:
-                self._stated[name].append(Caption(_bounded(text), path.name))
+                self._stated[name].append(FoundCaption(_bounded(text), path.name))
             except DataError as error:
                 self.faults[f"{file}, entry {stated}"] = _reason(error)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-CROPS = (1.0, 0.95, 0.9, 0.8)
+VIEWS = (1.0, 0.95, 0.9, 0.8)
 """Central parts that are compared with other whole images, each also mirrored."""
 SAME_BITS, KIN_BITS = 24, 8
 """Largest number of different bits of the fine hash (256 bits) of equal images, of the coarse one (64 bits) of kin."""
@@ -47,7 +47,7 @@ def take_print(image: Image.Image) -> Print:
     reduced = image.reduce(max(1, max(image.size) // _WORK))
     color = np.asarray(reduced, dtype=np.float64).mean(axis=(0, 1))
     gray = reduced.convert("L")
-    views = [view for share in CROPS for view in _with_mirror(_center(gray, share))]
+    views = [view for share in VIEWS for view in _with_mirror(_center(gray, share))]
     fine = np.stack([_hash(view, 16) for view in views[:2]])
     return Print(fine, np.stack([_hash(view, 8) for view in views]), color, min(image.size) < SMALL)
 

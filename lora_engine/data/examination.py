@@ -53,7 +53,7 @@ class Examination:
     advice: tuple[str, ...]
 
 
-def examine(
+def examine_images(
     folder: Path,
     settings: IngestSettings,
     *,

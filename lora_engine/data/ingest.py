@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_engine.data.caption_files import Caption, stated_origin
+from lora_engine.data.caption_files import FoundCaption, stated_origin
 from lora_engine.data.consent import Statement, read_consent
 from lora_engine.data.duplicates import Print, find_groups, find_same, take_print
 from lora_engine.data.evidence import read_evidence
 from lora_engine.data.folder import Listing, Owner, list_folder, require_folder
 from lora_engine.data.images import IMAGE_FORMATS, open_image, open_with_digest, write_image, write_mask
-from lora_engine.data.layout import Layout
+from lora_engine.data.layout import FolderLayout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
@@ -58,7 +58,7 @@ def ingest(
     entries: list[ImageEntry] = []
     quarantined: list[Quarantined] = []
     listing = list_folder(images)
-    layout = Layout(images, listing, settings)
+    layout = FolderLayout(images, listing, settings)
     ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked))
     for name, path in layout.names.items():
         try:
@@ -92,7 +92,7 @@ class _Ingestion:
         out: Path,
         settings: IngestSettings,
         listing: Listing,
-        layout: Layout,
+        layout: FolderLayout,
         revoked: frozenset[str],
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
@@ -101,7 +101,7 @@ class _Ingestion:
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
         self.prints: dict[str, Print] = {}
-        self._captions: dict[str, Caption] = {}
+        self._captions: dict[str, FoundCaption] = {}
         self.used_masks: set[Path] = set()
 
     def add(self, path: Path, name: str, statement: Statement) -> ImageEntry:
@@ -140,7 +140,7 @@ class _Ingestion:
         self._sources[file], self.names[file] = entry, name
         return entry
 
-    def _offer_caption(self, earlier: ImageEntry, caption: Caption, name: str) -> None:
+    def _offer_caption(self, earlier: ImageEntry, caption: FoundCaption, name: str) -> None:
         used = earlier.caption or self._captions.setdefault(earlier.file, caption).text
         if used != caption.text:
             source, other = earlier.source, printable(name)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from lora_engine.data.caption_files import Caption, CaptionFiles
+from lora_engine.data.caption_files import CaptionFiles, FoundCaption
 from lora_engine.data.folder import Listing
 from lora_engine.data.manifest import Quarantined, Split
 from lora_engine.data.spec import IngestSettings
@@ -19,7 +19,7 @@ from lora_engine.errors import DataError
 _log = logging.getLogger(__name__)
 
 
-class Layout:
+class FolderLayout:
     """What a folder says about its images.
 
     Args:
@@ -48,7 +48,7 @@ class Layout:
         _refuse_unmatched_patterns(root, settings, self.names)
         self._captions = CaptionFiles(root, self.names, listing.companions, self._subsets)
 
-    def caption(self, name: str) -> Caption | None:
+    def caption(self, name: str) -> FoundCaption | None:
         """Returns the caption of an image; None if there is none."""
         return self._captions.find(name)
 

@@ -12,7 +12,7 @@ from lora_engine.documents.csv_source import read_table
 from lora_engine.documents.json_source import parse_json
 from lora_engine.errors import DataError
 
-MAX_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
 FILE_COLUMNS = ("file_name", "image_path", "image_file", "file_path", "filename", "image", "file", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 _SPELLINGS = {
@@ -39,7 +39,7 @@ def read_metadata(path: Path, root: Path) -> list[Row]:
     reader = _reader(path.name)
     if reader is None:
         raise DataError("is no file of captions", where=printable(path.name), allowed=", ".join(_READERS))
-    return [(name, caption) for name, caption in reader(read_text(path, root, MAX_BYTES), path.name) if caption]
+    return [(name, caption) for name, caption in reader(read_text(path, root, _MAX_BYTES), path.name) if caption]
 
 
 class ImageNames:

@@ -39,14 +39,14 @@ def examine_folder(
         SettingsError: A setting is out of its range.
     """
     from lora_engine.data.contact_sheet import render_contact_sheet
-    from lora_engine.data.examination import examine
+    from lora_engine.data.examination import examine_images
 
     try:
         settings = IngestSettings.model_validate({"layout": layout, "heldout": heldout})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None
-    examination = examine(images, settings, consent=consent, resolution=resolution)
+    examination = examine_images(images, settings, consent=consent, resolution=resolution)
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
     manifest = examination.manifest
