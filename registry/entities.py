@@ -17,7 +17,7 @@ ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPT
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
 EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "link"]
-"""Events that move no alias: of a version, of a subject (revoke, lift), or of the log (link: older events got links)."""
+"""Events that move no alias: of a version, of a subject (revoke, lift), or of the log (link: older rows got links)."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 
@@ -300,13 +300,13 @@ class Problem:
         what: The fault.
         where: The file, artifact, version or alias.
         remedy: The fix, as an imperative.
-        severity: `damage` violates an invariant; `leftover` only uses disk space.
+        severity: `damage` violates an invariant; `warning` needs a decision; `leftover` only uses disk space.
     """
 
     what: str
     where: str
     remedy: str
-    severity: Literal["damage", "leftover"] = "damage"
+    severity: Literal["damage", "warning", "leftover"] = "damage"
 
 
 def to_json(value: Any) -> Any:

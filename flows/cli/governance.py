@@ -108,11 +108,16 @@ def unalias(
 def log(
     name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to show. Default: all.")] = None,
+    head: Annotated[bool, typer.Option("--head", help="Print number and digest of the newest event only.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the log of events: action, time, user and reason."""
     from flows.cli.output import print_json, print_table
     from registry.versions.promotion import history, read_log
+
+    if head:
+        _print_head(as_json)
+        return
 
     events = read_log(_versions()) if name is None else history(_versions(), name, alias)
     if as_json:
@@ -132,6 +137,19 @@ def log(
         for event in events
     ]
     print_table(("event", "time (UTC)", "action", "target", "before", "after", "user", "reason"), rows)
+
+
+def _print_head(as_json: bool) -> None:
+    from flows.cli.output import print_json
+    from registry.maintenance.check_chain import EVENTS
+    from registry.store.chain import read_head
+
+    with _versions().lineage.database.read() as session:
+        newest = read_head(session, EVENTS)
+    if as_json:
+        print_json(newest)
+    elif newest:
+        print(newest)
 
 
 def _reason(event: Event) -> str:

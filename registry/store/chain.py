@@ -20,6 +20,7 @@ from sqlalchemy.types import NullType
 
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import is_digest
+from registry.errors import LineageError
 
 if TYPE_CHECKING:
     from registry.store.tables import EventRow
@@ -61,6 +62,18 @@ class Head:
 
     def __str__(self) -> str:
         return f"{self.seq}:{self.digest}"
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        """Returns the head that `str` wrote.
+
+        Raises:
+            LineageError: The text is none.
+        """
+        seq, _, digest = text.partition(":")
+        if not (seq.isascii() and seq.isdecimal() and len(seq) < 19 and is_digest(digest)):
+            raise LineageError(f"{text[:90]!r} is no head of a log", allowed="NUMBER:SHA256, as `log --head` prints it")
+        return cls(int(seq), digest)
 
 
 @dataclass(frozen=True)
