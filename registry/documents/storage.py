@@ -35,7 +35,7 @@ DOCUMENT_FILES: Mapping[str, tuple[str, ...]] = {
     BOM: ("ml-bom.json",),
     SIGNATURE: ("signature.json",),
 }
-"""Kind of document -> names of its files."""
+"""Kind of document -> names of its files; a signature of a further key has a file of its own."""
 
 
 def _card_files(facts: Facts) -> dict[str, Content]:
@@ -105,7 +105,8 @@ def read_documents(context: RegistryContext, version: AdapterVersion) -> dict[st
     if missing:
         facts = gather_facts(context, version)
         rendered = {file: content for kind in missing for file, content in _WRITERS[kind](facts).items()}
-    files = {file: store.read(ref, file) for kind, ref in stored.items() for file in DOCUMENT_FILES[kind]}
+    # The files of signatures have the keys in their names.
+    files = {file: store.read(ref, file) for ref in stored.values() for file in sorted(store.files(ref))}
     return files | {file: bytes(content) for file, content in rendered.items() if isinstance(content, bytes)}
 
 

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Column, String, cast, select, type_coerce
-from sqlalchemy import Table as Rows
+from sqlalchemy import JSON, FromClause, String, cast, select, type_coerce
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
 
@@ -118,14 +117,14 @@ def append_event(session: Session, row: EventRow) -> EventRow:
     return row
 
 
-def read_links(session: Session, events: Rows) -> list[Link]:
+def read_links(session: Session, events: FromClause) -> list[Link]:
     """Returns all links of the log, by number, with the digests of their content."""
     columns = [stored(events.c[name]) for name in ("seq", "previous", "digest", *FIELDS)]
     rows = session.execute(select(*columns).order_by(events.c.seq))
     return [Link(seq, previous, digest, digest_of(previous, values)) for seq, previous, digest, *values in rows]
 
 
-def read_head(session: Session, events: Rows) -> Head | None:
+def read_head(session: Session, events: FromClause) -> Head | None:
     """Returns the newest event; None if the log is empty."""
     row = session.execute(select(events.c.seq, events.c.digest).order_by(events.c.seq.desc()).limit(1)).first()
     return Head(row.seq, str(row.digest)) if row else None
@@ -151,7 +150,7 @@ def holds(links: Sequence[Link], head: Head) -> bool:
     return any(link.seq == head.seq and link.digest == head.digest for link in links)
 
 
-def stored(column: Column[Any]) -> Any:
+def stored(column: Any) -> Any:
     """Returns an expression for the value of a column as it is stored."""
     return cast(column, String) if isinstance(column.type, JSON) else type_coerce(column, NullType())
 
@@ -167,7 +166,7 @@ def _describe(link: Link, places: dict[str, int]) -> str:
     return f"the event before it, {link.seq - 1}, was replaced with its digest, or events between them were removed"
 
 
-def _to_stored(session: Session, row: EventRow, column: Column[Any]) -> Any:
+def _to_stored(session: Session, row: EventRow, column: Any) -> Any:
     value = getattr(row, column.name)
     if isinstance(column.type, JSON):
         return canonical_json(value).decode()
