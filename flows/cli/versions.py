@@ -174,12 +174,15 @@ def promote(
     from flows.cli.output import print_json
     from tasks.operations.promote import promote_version
 
-    version, event = promote_version(open_home(), ref, to, reason, expect=expect, override=override)
+    version, event, moved = promote_version(open_home(), ref, to, reason, expect=expect, override=override)
     if as_json:
-        print_json({"ref": ref, "resolved": version.ref, "sha256": version.sha256, "event": event})
+        print_json({"ref": ref, "resolved": version.ref, "sha256": version.sha256, "moved": moved, "event": event})
         return
     print(f"{ref} is {version.ref}, sha256 {version.sha256[:16]}")
-    _print_move(event)
+    if moved:
+        _print_move(event)
+    else:
+        print(f"{to}: already there, since event {event.seq}; its policy is met")
 
 
 def rollback(

@@ -88,6 +88,6 @@ def _check_times(session: Session) -> Iterator[Problem]:
             continue  # `check_cells` names it
         if last and at < last[1] - _CLOCK:
             problem = f"the clock went back: event {seq} is of {at:{_MINUTE}}, event {last[0]} of {last[1]:{_MINUTE}}"
-            remedy = "set the clock; the log is ordered by number, and expiries are judged by the later time"
+            remedy = "set the clock; the log is ordered by number, and consents are judged by the later time"
             yield Problem(problem, f"event {seq}", remedy, "warning")
         last = (seq, at)

@@ -23,9 +23,11 @@ from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
 from registry.home import Home
 from registry.identity import current_user
+from registry.policy.conditions import judge_alias
+from registry.refs import split_ref
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
-from tasks.operations.promote import find_version
+from tasks.operations.promote import find_usable, find_version
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = 
         `file` and `sha256` of each written file.
     """
     versions = Versions(home)
-    version = find_version(versions, ref)
+    version = find_usable(versions, ref) if with_adapter else find_version(versions, ref)
     contents = read_documents(versions, version)
     if with_adapter:
         contents[PurePosixPath(version.adapter_path).name] = versions.read_adapter(version)
@@ -152,7 +154,14 @@ def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Ver
         is_signed=signed,
         signers=names,
         unsigned=uncovered(versions, version) if names else (),
+        policy={alias: judge_alias(versions, version, alias).reasons for alias in _judged(version, ref)},
     )
+
+
+def _judged(version: AdapterVersion, ref: str) -> tuple[str, ...]:
+    """Returns the alias that a reference names, or all aliases of the version."""
+    alias = split_ref(ref)[1]
+    return (alias,) if alias in version.aliases else version.aliases
 
 
 def _structure(versions: Versions, version: AdapterVersion) -> Iterator[str]:
