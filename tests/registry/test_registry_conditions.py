@@ -12,6 +12,7 @@ from registry.errors import Refused
 from registry.maintenance.fsck import fsck
 from registry.policy.conditions import find_lockouts, judge_alias, read_alias_states
 from registry.versions.promotion import history, promote, rollback
+from registry.versions.revocation import revoke
 from tests.registry.conftest import GATE
 
 
@@ -63,8 +64,8 @@ def test_a_promotion_that_changes_nothing_is_judged(versions, released):
     assert versions.get("zorb", "production") == released, "what was overridden does not count again"
     assert promote(versions, "zorb", 1, "production", reason="again") == event
     assert problems(versions) == []
-    write_policy(versions, "aliases: {production: {needs_signature: true, needs_consent: complete}}")
-    assert judge_alias(versions, released, "production").reasons == ("no dataset is recorded, so consent is unknown",)
+    revoke(versions, "5" * 64, reason="r")
+    assert judge_alias(versions, released, "production").reasons == ("image 555555555555 was revoked",)
 
 
 def test_a_rollback_to_a_version_that_does_not_meet_the_policy_is_refused_unless_it_was_overridden(versions, register):
@@ -120,7 +121,7 @@ def test_a_user_of_the_log_may_move_an_alias(versions, register):
 def test_a_clock_that_goes_back_revives_no_expired_consent(versions, from_images, monkeypatch):
     """The consent expires between the clock and the newest event."""
     expires = (datetime.now(UTC) + timedelta(days=30)).date().isoformat()
-    from_images("weights", [{"rights": {"expires": expires, "license": "cc0-1.0"}}])
+    from_images(b"weights", {"6" * 64: None}, rights={"expires": expires})
     promote(versions, "zorb", 1, "production", reason="r")
     assert versions.get("zorb", "production").version == 1
     monkeypatch.setattr(queries, "now", lambda: datetime.now(UTC) + timedelta(days=60))
