@@ -1,6 +1,6 @@
 """Checks that the log of events is as it was written, by its hash chain. Part of `registry.maintenance.fsck`.
 
-A chain shows any change by whoever does not compute it anew. Events that were removed from the end of the log, and a
+A chain shows any change that does not compute it anew. Events that were removed from the end of the log, and a
 chain that was computed anew, are found by a head that is known outside of the database: from a backup, a signature, or
 the user.
 """

@@ -21,7 +21,7 @@ _SIGNATURE = "find out who removed it; sign again, or restore the database from 
 
 
 def check_policies(context: RegistryContext, session: Session) -> Iterator[Problem]:
-    """Checks that the version of each alias meets the alias's policy now, and that somebody can meet each policy."""
+    """Checks that the version of each alias meets the alias's policy now, and that each policy can be met."""
     try:
         for state in read_alias_states(context, session):
             for reason in state.reasons:

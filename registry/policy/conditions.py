@@ -46,7 +46,7 @@ class AliasState:
 def judge_alias(
     context: RegistryContext, version: AdapterVersion, alias: str, *, session: Session | None = None
 ) -> Decision:
-    """Decides whether a version that has an alias meets its policy now, whoever uses it.
+    """Decides whether a version that has an alias meets its policy now, for any user.
 
     Does not read the adapter's bytes, which each use verifies.
 

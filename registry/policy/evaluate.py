@@ -41,7 +41,7 @@ def evaluate_policy(
         version: The version.
         alias: The alias.
         actor: User who requests the alias; None means the current user.
-        moves: False asks whether the version meets the policy, whoever uses it; `actor` is ignored.
+        moves: False asks whether the version meets the policy, for any user; `actor` is ignored.
         damage: Findings of the byte verification.
         structure: Findings of the adapter validation.
         today: Date to compare consents with; None means the current UTC date, and that of the newest event if the
@@ -71,11 +71,10 @@ def _by_the_log(
 ) -> ConsentFindings:
     """Adds the consents that expired by the newest time in the log: a clock that went back revives none."""
     newest = session.execute(select(EventRow.seq, EventRow.at).order_by(EventRow.at.desc()).limit(1)).first()
-    today = now().date()
-    if newest is None or not isinstance(newest.at, datetime) or newest.at.date() <= today:
+    if newest is None or not isinstance(newest.at, datetime) or newest.at.date() <= now().date():
         return consent
     late = resolve_rights(session, context, version, today=newest.at.date()).consent.broken
-    clock = f"the clock says {today}, but event {newest.seq} is of {newest.at.date()}"
+    clock = f"by event {newest.seq} of {newest.at.date()}; the clock went back"
     return replace(
         consent, broken=(*consent.broken, *(f"{reason} ({clock})" for reason in late if reason not in consent.broken))
     )

@@ -49,7 +49,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Head:
-    """The newest event of a log at some time; whoever knows it later finds that the log before it was changed.
+    """The newest event of a log at some time; it shows later that the log up to it was changed.
 
     Args:
         seq: Number of the event.

@@ -76,6 +76,7 @@ def promote(
         if not is_current:
             queries.require_active(session, name, version.version)
     decision = evaluate_policy(versions, version, to, actor=actor, damage=versions.damage(version), structure=structure)
+    overridden = decision.reasons  # an override of new reasons keeps the earlier ones
     if is_current:
         decision = without_overridden(decision, find_overridden(events, version.version))
         if decision.allowed:
@@ -87,7 +88,7 @@ def promote(
         if not override or decision.final or not policy.overridable:
             raise _refuse(versions, version, to, decision, actor, _remedy(override, decision, policy))
         action = "override"
-    details = {"overridden": list(decision.reasons)} if action == "override" else None
+    details = {"overridden": list(overridden)} if action == "override" else None
     with versions.lineage.database.write() as session:
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, versions, version, to, actor)
