@@ -104,11 +104,11 @@ def verify_files(path: Path, keys: Sequence[Path]) -> FileVerification:
     findings += [f"no valid signature of the key {key.name!r}" for key in trusted if key.fingerprint not in signers]
     signed = {name: digest for _, signature in valid for name, digest in signature.digests.items()}
     findings += _check_contents(folder, files, valid, signed)
-    exported = _read_statement(folder, findings)
+    version = valid[0][1].subject if valid else ""
+    exported = _read_statement(folder, version, signed, findings)
     findings += _check_exported(path, folder, signed, exported)
     if exported:
-        notes.append("the exported files have the digests that the export recorded; no signature covers these")
-    version = valid[0][1].subject if valid else ""
+        notes.append(f"{EXPORTED} has the digests of the exported files; no signature covers these")
     names = tuple(key.name for key in trusted if key.fingerprint in signers)
     return FileVerification(folder, version, signed, names, exported, tuple(findings), tuple(notes))
 
@@ -185,7 +185,8 @@ def _check_structure(path: Path) -> Iterator[str]:
         yield error.problem
 
 
-def _read_statement(folder: Path, findings: list[str]) -> dict[str, str]:
+def _read_statement(folder: Path, version: str, signed: dict[str, str], findings: list[str]) -> dict[str, str]:
+    """Returns the exported files with their digests; adds a finding if the statement is not of the signed version."""
     path = folder / EXPORTED
     if not path.is_file():
         return {}
@@ -194,11 +195,16 @@ def _read_statement(folder: Path, findings: list[str]) -> dict[str, str]:
         statement = json.loads(content)
         subjects = {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in statement["subject"]}
         is_known = (statement["_type"], statement["predicateType"]) == (_STATEMENT, _PREDICATE)
+        sha256 = statement["predicate"]["adapter"]["sha256"]
+        is_of_version = statement["predicate"] == {"version": version, "adapter": {"sha256": sha256}}
     except (ValueError, KeyError, TypeError, RecursionError):
-        is_known, subjects, content, statement = False, {}, b"", {}
+        findings.append(f"{EXPORTED}: it cannot be read")
+        return {}
     if not is_known or canonical_json(statement) != content or any(".." in Path(name).parts for name in subjects):
         findings.append(f"{EXPORTED}: it has an unknown form")
         return {}
+    if signed and not (is_of_version and sha256 in signed.values()):
+        findings.append(f"{EXPORTED}: it is not of {version} as it was signed")
     return subjects
 
 
@@ -207,9 +213,9 @@ def _check_exported(path: Path, folder: Path, signed: dict[str, str], exported: 
     for name, digest in exported.items():
         file = folder.parent / name
         if file.is_file() and (actual := sha256_file(file)) != digest:
-            yield f"{name}: exported with digest {digest}, but now has {actual}"
+            yield f"{name}: {EXPORTED} has digest {digest}, but the file has {actual}"
         elif not file.is_file() and path == folder.parent:
-            yield f"{name}: exported with digest {digest}, but now is missing"
+            yield f"{name}: {EXPORTED} has digest {digest}, but the file is missing"
     if path.is_file():
         known = path.parent == folder and (path.name in signed or is_signature(path.name) or path.name == EXPORTED)
         if not known and Path(os.path.relpath(path, folder.parent)).as_posix() not in exported:

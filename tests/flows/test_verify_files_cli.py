@@ -94,9 +94,9 @@ def test_added_replaced_and_missing_files_are_named(folder: Path) -> None:
     exported = folder / "out" / "zorb-v1.safetensors"
     exported.write_bytes(exported.read_bytes()[:-1] + b"x")
     (finding,) = verify(exported, key, code=1)["findings"]  # type: ignore[misc]
-    assert finding.startswith("zorb-v1.safetensors: exported with digest")
+    assert finding.startswith("zorb-v1.safetensors: exported.json has digest")
     exported.unlink()
-    assert "now is missing" in str(verify(folder / "out", key, code=1)["findings"])
+    assert "the file is missing" in str(verify(folder / "out", key, code=1)["findings"])
     assert verify(records, key)["holds"], "the signed files do not need the exported ones"
     shutil.copy(records / "adapter.safetensors", folder / "out" / "other.safetensors")
     result = verify(folder / "out" / "other.safetensors", key, code=1)
