@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ MAX_BUNDLE = 1 << 20
 FIRST_FILE = "signature.json"
 """The file of the first signature; those of other keys have the key in their names."""
 _HEAD_FILE = "log-head.json"
+_OTHER_FILE = re.compile(r"signature-[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ def head_file(file: str) -> str:
 
 def is_signature(file: str) -> bool:
     """Returns True if a file of this name has a signature."""
-    return file == FIRST_FILE or (file.startswith("signature-") and file.endswith(".json"))
+    return file == FIRST_FILE or _OTHER_FILE.fullmatch(file) is not None
+
+
+def is_head(file: str) -> bool:
+    """Returns True if a file of this name has the head of the log that a signature covers."""
+    return file.startswith("log-head") and is_signature(file.replace("log-head", "signature", 1))
 
 
 def parse_bundle(content: bytes) -> Signature:

@@ -20,6 +20,7 @@ from registry.documents.bundle import (
     check_files,
     file_of,
     head_file,
+    is_head,
     is_signature,
     key_problem,
     parse_bundle,
@@ -94,24 +95,6 @@ def sign(
     return signature
 
 
-def verify(context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None) -> PublicKey:
-    """Verifies the signatures of a version, and returns the key of the first valid one.
-
-    Args:
-        context: The registry.
-        version: The version.
-        keys: Trusted keys; None means those of the home.
-
-    Raises:
-        SignatureError: The version is not signed, or a signature is invalid.
-    """
-    trusted = trusted_keys(context.home) if keys is None else keys
-    findings = signature_findings(context, version, trusted)
-    if findings:
-        raise SignatureError("; ".join(findings), where=version.ref, remedy="see `loraline verify`")
-    return signers(context, version, trusted)[0]
-
-
 def signers(
     context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None
 ) -> tuple[PublicKey, ...]:
@@ -157,7 +140,7 @@ def uncovered(context: RegistryContext, version: AdapterVersion) -> tuple[str, .
 
 def signed_heads(context: RegistryContext, version: AdapterVersion) -> list[Head]:
     """Returns the heads of the event log that the signatures of a version cover; verifies no signature."""
-    heads = [json.loads(content) for file, content in _read_signatures(context, version).items() if "head" in file]
+    heads = [json.loads(content) for file, content in _read_signatures(context, version).items() if is_head(file)]
     return [Head(int(head["seq"]), str(head["digest"])) for head in heads]
 
 
@@ -234,8 +217,8 @@ def _readable_signatures(context: RegistryContext, version: AdapterVersion) -> d
 
 
 def _read_all(context: RegistryContext, ref: ArtifactRef) -> dict[str, bytes]:
-    files = sorted(context.store.files(ref), key=lambda file: (file != FIRST_FILE, file))
-    return {file: context.store.read(ref, file) for file in files}
+    files = [file for file in context.store.files(ref) if is_signature(file) or is_head(file)]
+    return {file: context.store.read(ref, file) for file in sorted(files, key=lambda file: (file != FIRST_FILE, file))}
 
 
 def _parsed(files: Mapping[str, bytes]) -> dict[str, Signature]:

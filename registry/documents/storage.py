@@ -107,7 +107,9 @@ def read_documents(context: RegistryContext, version: AdapterVersion) -> dict[st
         facts = gather_facts(context, version)
         rendered = {file: content for kind in missing for file, content in _WRITERS[kind](facts).items()}
     # The files of signatures have the keys in their names.
-    files = {file: store.read(ref, file) for ref in stored.values() for file in sorted(store.files(ref))}
+    files = {
+        file: store.read(ref, file) for ref in stored.values() for file in sorted(store.files(ref)) if "/" not in file
+    }
     return files | {file: bytes(content) for file, content in rendered.items() if isinstance(content, bytes)}
 
 
