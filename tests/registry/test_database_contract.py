@@ -217,6 +217,11 @@ def state(versions):
         return alias_table(session), read_events(session)
 
 
+def damage(home):
+    """Returns the problems of a home; the revoked image under `production` is a warning."""
+    return [problem for problem in fsck(home, mlflow=False) if problem.severity != "warning"]
+
+
 def rows_of(url):
     with closing(Database(url)) as database, database.read() as session:
         return {
@@ -951,7 +956,7 @@ def bypass_guards(lineage, *statements):
 
 def test_changed_projections_are_found_and_rebuilt_from_the_log(filled):
     withdraw(filled, "zorb", 1, reason="r")
-    assert fsck(filled.home, mlflow=False) == []
+    assert damage(filled.home) == []
     expected = rows_of(filled.home.lineage_url)
     changes = {
         "event log": "UPDATE aliases SET version = 1 WHERE alias = 'production'",
@@ -964,12 +969,12 @@ def test_changed_projections_are_found_and_rebuilt_from_the_log(filled):
     }
     for finding, statement in changes.items():
         bypass_guards(filled.lineage, statement)
-        problems = fsck(filled.home, mlflow=False)
+        problems = damage(filled.home)
         assert any(finding in problem.what for problem in problems), (finding, problems)
         repairs = repair(filled.home, mlflow=False)
         assert repairs
         assert all(entry.done for entry in repairs)
-        assert fsck(filled.home, mlflow=False) == []
+        assert damage(filled.home) == []
         assert repair(filled.home, mlflow=False) == []
     rebuilt = rows_of(filled.home.lineage_url)
     changed = {name for name in expected if rebuilt[name] != expected[name]}
@@ -995,13 +1000,15 @@ def test_every_row_is_copied_and_the_registry_continues_there(filled, other_url,
 
     write_file(filled.home.path, Settings(database=other_url))
     with closing(Versions(filled.home)) as moved:
-        assert moved.get("zorb", "production").version == 2
+        assert moved.show("zorb", "production") == moved.get("zorb", 2)
+        with pytest.raises(Refused, match="was revoked"):
+            moved.get("zorb", "production")
         assert history(moved, "zorb") == history(filled, "zorb")
         assert register(moved, b"third weights").version == 3
         with pytest.raises(Refused, match="was revoked"):
             promote(moved, "zorb", 1, "trial", actor="ada", reason="to compare")
         assert history(moved, "zorb")[-1].seq == len(before["events"]) + 1
-    assert fsck(filled.home, mlflow=False) == []
+    assert damage(filled.home) == []
 
 
 @needs_postgres
