@@ -1062,7 +1062,7 @@ def test_backup_of_a_home_is_restored_without_its_server(filled, backend, tmp_pa
     assert read_file(new.path) == Settings()
     assert read_file(home.path) == settings
     assert rows_of(new.lineage_url) == rows_of(home.lineage_url)
-    assert fsck(new, mlflow=False) == []
+    assert damage(new) == []
     with closing(Versions(new)) as versions:
         assert versions.get("zorb", "production").version == 2
         assert versions.damage(versions.show("zorb", 2)) == ()
