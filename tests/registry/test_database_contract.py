@@ -1064,7 +1064,7 @@ def test_backup_of_a_home_is_restored_without_its_server(filled, backend, tmp_pa
     assert rows_of(new.lineage_url) == rows_of(home.lineage_url)
     assert damage(new) == []
     with closing(Versions(new)) as versions:
-        assert versions.get("zorb", "production").version == 2
+        assert versions.get("zorb", 2).aliases == ("production",)
         assert versions.damage(versions.show("zorb", 2)) == ()
 
 
