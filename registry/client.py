@@ -13,6 +13,7 @@ from registry.entities import AdapterVersion, Event
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.lineage.walk import Direction, Walk
+from registry.policy.conditions import require_policy
 from registry.refs import split_ref
 from registry.versions import deletion, promotion
 from registry.versions.versions import Versions
@@ -25,10 +26,12 @@ class RegisteredVersion:
     Attributes:
         version: The metadata as they were when it was looked up.
         versions: The open registry.
+        alias: The alias that it was looked up by, whose policy each use asks; empty for none.
     """
 
     version: AdapterVersion
     versions: Versions = field(compare=False)
+    alias: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         return repr(self.version).replace("Adapter", "Registered", 1)
@@ -49,18 +52,25 @@ class RegisteredVersion:
         Raises:
             DamagedBlob: The bytes differ.
             GoneVersion: The version was withdrawn or deleted.
+            Refused: The version does not meet the policy of the alias that it was looked up by.
         """
+        self._require_policy()
         return self.versions.read_adapter(self.version)
 
     def checkout(self, path: FilePath) -> Path:
         """Copies the adapter file to a path, verified and in one atomic step, and returns the path."""
         target = Path(path)
+        self._require_policy()
         self.versions.checkout_adapter(self.version, target)
         return target
 
     def lineage(self, direction: Direction = "up") -> Walk:
         """Returns the graph of what the version was made from (`up`) or what was made from it (`down`)."""
         return self.versions.lineage.walk(self.ref, direction)
+
+    def _require_policy(self) -> None:
+        if self.alias:
+            require_policy(self.versions, self.version, self.alias)
 
 
 class Registry:
@@ -207,7 +217,9 @@ class Registry:
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
         """
-        return RegisteredVersion(self.versions.show(*split_ref(ref)), self.versions)
+        name, of = split_ref(ref)
+        version = self.versions.show(name, of)
+        return RegisteredVersion(version, self.versions, of if of in version.aliases else "")
 
     def __iter__(self) -> Iterator[RegisteredVersion]:
         return iter(self.list())

@@ -16,8 +16,8 @@ RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPTED"]
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
-EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
-"""Events that move no alias: of a version, or (revoke, lift) of a subject."""
+EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "link"]
+"""Events that move no alias: of a version, of a subject (revoke, lift), or of the log (link: older rows got links)."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 
@@ -257,6 +257,8 @@ class Event:
         at: Time by the machine's clock.
         subject: The image or consent that the event is about; empty for none.
         details: Further data: overridden reasons, exported files.
+        previous: Digest of the event before it.
+        digest: Its digest; see `registry.store.chain`.
     """
 
     seq: int
@@ -271,6 +273,8 @@ class Event:
     at: datetime
     subject: str = ""
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    previous: str = field(default="", repr=False)
+    digest: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -296,13 +300,13 @@ class Problem:
         what: The fault.
         where: The file, artifact, version or alias.
         remedy: The fix, as an imperative.
-        severity: `damage` violates an invariant; `leftover` only uses disk space.
+        severity: `damage` violates an invariant; `warning` needs a decision; `leftover` only uses disk space.
     """
 
     what: str
     where: str
     remedy: str
-    severity: Literal["damage", "leftover"] = "damage"
+    severity: Literal["damage", "warning", "leftover"] = "damage"
 
 
 def to_json(value: Any) -> Any:

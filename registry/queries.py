@@ -17,6 +17,7 @@ from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
 from registry.lineage.graph import version_ids
 from registry.lineage.rows import artifact_of, read_artifacts
 from registry.refs import LATEST, can_exist, split_ref, version_number
+from registry.store.chain import append_event
 from registry.store.damaged import DamagedCell
 from registry.store.database import batched, insert_missing
 from registry.store.tables import AliasRow, EventRow, NameRow, ParentRow, VersionRow
@@ -234,9 +235,7 @@ def log_alias_event(
         at=now(),
         details=dict(details or {}),
     )
-    session.add(row)
-    session.flush()
-    return _event(row)
+    return _event(append_event(session, row))
 
 
 def log_event(
@@ -263,9 +262,7 @@ def log_event(
         subject=subject or None,
         details=dict(details or {}),
     )
-    session.add(row)
-    session.flush()
-    return _event(row)
+    return _event(append_event(session, row))
 
 
 def alias_target(session: Session, name: str, alias: str) -> int | None:
@@ -369,6 +366,8 @@ def _event(row: EventRow) -> Event:
         row.at,
         _or_empty(row.subject),
         row.details,
+        row.previous,
+        row.digest,
     )
 
 

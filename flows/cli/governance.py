@@ -1,4 +1,4 @@
-"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, log."""
+"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, status, log."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from flows.cli.output import Expect, Json, Reason, Ref, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from registry.entities import Event
     from registry.versions.impact import ImpactReport
     from registry.versions.versions import Versions
@@ -23,7 +25,7 @@ def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     add_verb(app, Access.WRITE, revoke, lift, restore)
     add_verb(app, Access.DELETE, withdraw, delete, unalias)
-    add_verb(app, Access.READ, log)
+    add_verb(app, Access.READ, status, log)
 
 
 def revoke(
@@ -105,14 +107,46 @@ def unalias(
     _print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
+def status(
+    name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show all aliases, and whether their versions meet their policies now. Exit code 1 if one does not."""
+    from flows.cli.output import print_json, print_table
+    from registry.policy.conditions import find_lockouts, read_alias_states
+
+    versions = _versions()
+    with versions.lineage.database.read() as session:
+        states = read_alias_states(versions, session, name)
+        lockouts = dict(find_lockouts(versions, session))
+    if as_json:
+        print_json({"aliases": states, "lockouts": lockouts})
+    else:
+        rows = [
+            (f"{state.name}@{state.alias}", state.version, "NOT MET" if state.reasons else "met", reason)
+            for state in states
+            for reason in state.reasons or (_overridden(state.overridden),)
+        ]
+        print_table(("alias", "version", "policy", "reason"), rows)
+        for problem in lockouts.values():
+            print(f"Nobody can use a policy: {problem}")
+    if any(state.reasons for state in states):
+        raise typer.Exit(1)
+
+
 def log(
     name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to show. Default: all.")] = None,
+    head: Annotated[bool, typer.Option("--head", help="Print number and digest of the newest event only.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the log of events: action, time, user and reason."""
     from flows.cli.output import print_json, print_table
     from registry.versions.promotion import history, read_log
+
+    if head:
+        _print_head(as_json)
+        return
 
     events = read_log(_versions()) if name is None else history(_versions(), name, alias)
     if as_json:
@@ -132,6 +166,23 @@ def log(
         for event in events
     ]
     print_table(("event", "time (UTC)", "action", "target", "before", "after", "user", "reason"), rows)
+
+
+def _overridden(reasons: Sequence[str]) -> str:
+    return f"against: {'; '.join(reasons)}" if reasons else ""
+
+
+def _print_head(as_json: bool) -> None:
+    from flows.cli.output import print_json
+    from registry.maintenance.check_chain import EVENTS
+    from registry.store.chain import read_head
+
+    with _versions().lineage.database.read() as session:
+        newest = read_head(session, EVENTS)
+    if as_json:
+        print_json(newest)
+    elif newest:
+        print(newest)
 
 
 def _reason(event: Event) -> str:

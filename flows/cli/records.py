@@ -69,7 +69,7 @@ def sign(
     key: Annotated[Path, typer.Option(metavar="FILE", help="Private key from `loraline keys new`.")],
     as_json: Json = False,
 ) -> None:
-    """Sign a version's adapter file and provenance. Reads LORALINE_KEY_PASSPHRASE or prompts for the passphrase."""
+    """Sign a version: its adapter file and all documents. Reads LORALINE_KEY_PASSPHRASE or prompts for it."""
     from flows.cli.output import print_json
     from tasks.operations.documents import sign_version
 
@@ -83,31 +83,75 @@ def sign(
 
 
 def verify(
-    ref: Ref,
+    ref: Annotated[
+        str, typer.Argument(metavar="NAME@REF|PATH", help="name@version, name@alias; with --key a folder or file.")
+    ],
     signed: Annotated[bool, typer.Option("--signed", help="Require a signature.")] = False,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.pub", help="Verify an exported folder or file with this key, without a home."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Verify a version: bytes, structure, documents, signature. Exit code 1 if anything is wrong."""
+    """Verify a version: bytes, structure, documents, signature, policy. Exit code 1 if anything is wrong."""
     from dataclasses import asdict
 
     from flows.cli.output import print_json, print_table
     from tasks.operations.documents import verify_version
 
+    if key:
+        _verify_path(Path(ref), key, as_json)
+        return
+    _refuse_path(ref)
     result = verify_version(open_home(), ref, must_be_signed=signed)
     if as_json:
         print_json(asdict(result) | {"holds": result.holds})
     else:
+        by = f"signed with the key {', '.join(result.signers)}"
+        uncovered = f"; not covered: {', '.join(result.unsigned)}; sign again" if result.unsigned else ""
         valid = {
             "bytes": f"sha256 {result.sha256}",
             "structure": "valid adapter",
             "records": "complete, for this file",
-            "signature": f"signed with the key {result.signed_by}" if result.signed_by else "not signed",
+            "signature": f"{by}{uncovered}" if result.signed_by else "not signed",
         }
         rows = []
         for check, summary in valid.items():
             findings = getattr(result, check)
             rows += [(check, "WRONG", finding) for finding in findings] or [(check, "ok", summary)]
+        for alias, reasons in result.policy.items():
+            rows += [(f"policy of {alias}", "WRONG", reason) for reason in reasons] or [
+                (f"policy of {alias}", "ok", "met")
+            ]
         print_table(("check", "", result.version), rows)
+    if not result.holds:
+        raise typer.Exit(1)
+
+
+def _refuse_path(ref: str) -> None:
+    from tasks.errors import SpecError
+
+    if "@" not in ref and os.sep in ref:
+        raise SpecError(
+            f"{ref!r} is a path", where="verify", allowed="NAME@REF, or a path with --key FILE.pub for each signer"
+        )
+
+
+def _verify_path(path: Path, keys: list[Path], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from flows.cli.output import print_json, print_table
+    from tasks.operations.verify_files import verify_files
+
+    result = verify_files(path, keys)
+    if as_json:
+        print_json(asdict(result) | {"holds": result.holds})
+    else:
+        rows = [("WRONG", finding) for finding in result.findings]
+        rows += [("ok", f"signed with the key {name}") for name in result.signed_by]
+        rows += [("ok", f"{file}  sha256 {digest}") for file, digest in sorted(result.signed.items())]
+        rows += [("note", note) for note in result.notes]
+        print_table(("", f"{result.folder}: {result.version or 'no valid signature'}"), rows)
     if not result.holds:
         raise typer.Exit(1)
 

@@ -54,16 +54,28 @@ def gc(
 
 def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Repair what intact data can restore.")] = False,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NUMBER:DIGEST", help="An earlier output of `log --head`, which the log must have."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Backups whose newest events the log must have.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check that bytes, digests, events, aliases and MLflow agree. Exit code 1 on damage."""
     from flows.cli.output import print_json, print_table
+    from registry.maintenance.backup import read_backup_heads
+    from registry.maintenance.check_chain import KnownHead
     from registry.maintenance.fsck import fsck as find_problems
     from registry.maintenance.repair import repair as repair_home
+    from registry.store.chain import Head
 
+    heads = [KnownHead(Head.parse(text), "--head") for text in head or ()]
+    heads += read_backup_heads(against) if against else []
     home = open_home(Access.WRITE if repair else None)
     repairs = repair_home(home) if repair else []
-    problems = find_problems(home)
+    problems = find_problems(home, heads=heads)
     if as_json:
         print_json({"repaired": repairs, "problems": problems} if repair else problems)
     else:
@@ -108,7 +120,7 @@ def backup(
         for item in result.left_out:
             print(f"Not included: {item}")
         if result.problems:
-            print_table(("not copied", "where", "fix"), [(p.what, p.where, p.remedy) for p in result.problems])
+            print_table(("problem", "where", "fix"), [(p.what, p.where, p.remedy) for p in result.problems])
     if result.problems:
         raise typer.Exit(1)
 

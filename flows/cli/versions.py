@@ -140,11 +140,17 @@ def export(
     from flows.cli.output import print_json
     from tasks.operations.documents import records_beside, write_documents
     from tasks.operations.export_adapter import export_version
+    from tasks.operations.verify_files import write_export_statement
 
     approximation = {"rank": rank, "energy": energy} if approximate else None
     home = open_home()
     result = export_version(home, ref, to, output, base=base, dtype=dtype, approximation=approximation)
-    documents = write_documents(home, result.version, records_beside(output), with_adapter=True) if with_records else []
+    documents = []
+    if with_records:
+        folder = records_beside(output)
+        documents = write_documents(home, result.version, folder, with_adapter=True)
+        files = [entry["file"] for entry in result.files]
+        documents.append(write_export_statement(folder, result.version, result.sha256, files))
     if as_json:
         print_json({**vars(result), "records": documents})
         return
@@ -168,12 +174,15 @@ def promote(
     from flows.cli.output import print_json
     from tasks.operations.promote import promote_version
 
-    version, event = promote_version(open_home(), ref, to, reason, expect=expect, override=override)
+    version, event, moved = promote_version(open_home(), ref, to, reason, expect=expect, override=override)
     if as_json:
-        print_json({"ref": ref, "resolved": version.ref, "sha256": version.sha256, "event": event})
+        print_json({"ref": ref, "resolved": version.ref, "sha256": version.sha256, "moved": moved, "event": event})
         return
     print(f"{ref} is {version.ref}, sha256 {version.sha256[:16]}")
-    _print_move(event)
+    if moved:
+        _print_move(event)
+    else:
+        print(f"{to}: already there, since event {event.seq}; its policy is met")
 
 
 def rollback(

@@ -5,6 +5,7 @@ A public key may have an expiry date, in the text that PEM allows before the key
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ KEY_SUFFIX = ".pub"
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _UNTIL = re.compile(rb"^Valid-Until: (\d{4}-\d{2}-\d{2})\s*$", re.MULTILINE)
 _MAX_BYTES = 64 << 10
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ def trust_key(home: Home, path: Path) -> PublicKey:
 
 
 def trusted_keys(home: Home) -> list[PublicKey]:
-    """Returns the trusted public keys of a home, sorted by name.
-
-    Raises:
-        SignatureError: A file has no usable public key.
-    """
-    return [read_public_key(path) for path in sorted((home.path / FOLDER).glob(f"*{KEY_SUFFIX}"))]
+    """Returns the trusted public keys of a home, sorted by name; logs a warning about a file without one."""
+    keys = []
+    for path in sorted((home.path / FOLDER).glob(f"*{KEY_SUFFIX}")):
+        try:
+            keys.append(read_public_key(path))
+        except SignatureError as error:
+            _logger.warning("%s: %s; its signatures are not trusted", path, error.problem)
+    return keys
 
 
 def read_public_key(path: Path) -> PublicKey:

@@ -1,22 +1,31 @@
-"""Signs a version's adapter file and provenance with the user's own key, and verifies signatures offline.
+"""Signs a version whole with the user's own key, and verifies its signatures offline.
 
-The OpenSSF package model-signing signs a folder `name@version` with these two files. The signature is a manifest of
-digests as an in-toto statement, in a DSSE envelope, in a Sigstore bundle. Other programs can verify the bundle.
+Each signature covers a folder `name@version` with the adapter file, the model card, the provenance, the bill of
+materials and the head of the event log. Each key has one signature, in a file of its own; all are one artifact.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from lora_engine.files import sha256_file
+from lora_engine.files import canonical_json
 from registry import queries
 from registry.context import RegistryContext
+from registry.documents.bundle import (
+    FIRST_FILE,
+    Signature,
+    check_files,
+    file_of,
+    head_file,
+    is_head,
+    is_signature,
+    key_problem,
+    parse_bundle,
+    signing_library,
+)
 from registry.documents.keys import PublicKey, fingerprint, key_of, read_private_key, trusted_keys
 from registry.documents.storage import (
     DOCUMENT_FILES,
@@ -24,33 +33,16 @@ from registry.documents.storage import (
     SIGNATURE,
     find_records,
     keep,
-    read_version_document,
     write_missing,
 )
-from registry.entities import AdapterVersion, is_digest
-from registry.errors import DamagedBlob, MissingBlob, SignatureError
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.errors import DamagedBlob, MissingBlob, RegistryError, SignatureError
 from registry.identity import current_user
+from registry.store.chain import Head, read_head
+from registry.store.tables import EventRow
 
-_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-_PREDICATE = "https://model_signing/signature/v1.0"
-_FILE = DOCUMENT_FILES[SIGNATURE][0]
 _PROVENANCE = DOCUMENT_FILES[PROVENANCE][0]
-_MAX_BUNDLE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The claims of a bundle, not verified.
-
-    Args:
-        key: Fingerprint of the signing key.
-        subject: Name of the signed folder.
-        digests: File of the folder -> SHA-256.
-    """
-
-    key: str
-    subject: str
-    digests: Mapping[str, str]
+_DOCUMENTS = tuple(file for kind, files in DOCUMENT_FILES.items() if kind != SIGNATURE for file in files)
 
 
 def sign(
@@ -61,7 +53,7 @@ def sign(
     *,
     actor: str | None = None,
 ) -> Signature:
-    """Signs a version, verifies the signature and stores the bundle; replaces an earlier signature.
+    """Signs a version, verifies the signature and stores it; replaces an earlier signature of the same key.
 
     Args:
         context: The registry.
@@ -76,18 +68,26 @@ def sign(
     """
     own = fingerprint(read_private_key(key, passphrase).public_key())
     keys = trusted_keys(context.home)
-    trusted, problem = key_of(keys, own), _key_problem(own, keys)
+    trusted, problem = key_of(keys, own), key_problem(own, keys)
     if trusted is None or problem:
         raise SignatureError(problem, where=str(key), remedy="`loraline keys trust FILE.pub`, then sign again")
     write_missing(context, version)
-    with _folder(context, version) as folder:
-        content = _sign_folder(folder, key, passphrase)
-        signature = _parse(content)
-        findings = list(_check(content, signature, version, folder, trusted.path))
+    files = _readable_signatures(context, version)
+    file = next((name for name, signature in _parsed(files).items() if signature.key == own), None)
+    file = file or (FIRST_FILE if FIRST_FILE not in files else file_of(own))
+    with context.lineage.database.read() as session:
+        head = read_head(session, EventRow.__table__)
+    if head:
+        files[head_file(file)] = canonical_json({"seq": head.seq, "digest": head.digest})
+    with _folder(context, version, {name: files[name] for name in [head_file(file)] if name in files}) as folder:
+        files[file] = _sign_folder(folder, key, passphrase)
+        signature = parse_bundle(files[file])
+        (folder.parent / file).write_bytes(files[file])
+        findings = [*_check(folder.parent / file, version, folder, trusted.path)]
     if findings:
         raise SignatureError("; ".join(findings), where=version.ref, remedy="run `loraline fsck`, then sign again")
-    ref = context.store.put_files(SIGNATURE, {_FILE: content})
-    details = {"key": own, "bundle": ref.sha256, "digests": dict(signature.digests)}
+    ref = context.store.put_files(SIGNATURE, dict(files))
+    details = {"key": own, "bundle": ref.sha256, "file": file, "digests": dict(signature.digests)}
     with context.lineage.database.write() as session:
         keep(session, context.store, version, SIGNATURE, ref)
         actor = actor or current_user()
@@ -95,25 +95,13 @@ def sign(
     return signature
 
 
-def verify(context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None) -> PublicKey:
-    """Verifies the signature of a version, and returns its key.
-
-    Args:
-        context: The registry.
-        version: The version.
-        keys: Trusted keys; None means those of the home.
-
-    Raises:
-        SignatureError: The version is not signed, or the signature is invalid.
-    """
+def signers(
+    context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None
+) -> tuple[PublicKey, ...]:
+    """Returns the trusted keys that the signatures of a version name, the first signature's first; verifies nothing."""
     trusted = trusted_keys(context.home) if keys is None else keys
-    findings = signature_findings(context, version, trusted)
-    if findings:
-        raise SignatureError("; ".join(findings), where=version.ref, remedy="see `loraline verify`")
-    key = key_of(trusted, _parse(_read_bundle(context, version)).key)
-    if key is None:  # unreachable: the findings would report it
-        raise SignatureError("the key is missing", where=version.ref)
-    return key
+    named = _parsed(_read_signatures(context, version)).values()
+    return tuple(key for signature in named if (key := key_of(trusted, signature.key)) and not key.has_expired())
 
 
 def is_signed(context: RegistryContext, version: AdapterVersion) -> bool:
@@ -124,7 +112,9 @@ def is_signed(context: RegistryContext, version: AdapterVersion) -> bool:
 def signature_findings(
     context: RegistryContext, version: AdapterVersion, keys: Sequence[PublicKey] | None = None
 ) -> tuple[str, ...]:
-    """Returns the problems of a version's signature; empty if it is valid.
+    """Returns the problems of a version's signatures; empty if all are valid and one is of a trusted key.
+
+    A signature of a key that is not trusted, or has expired, is no problem beside a valid one.
 
     Args:
         context: The registry.
@@ -135,23 +125,30 @@ def signature_findings(
         return ("it is not signed",)
     try:
         trusted = trusted_keys(context.home) if keys is None else keys
-        bundle = _read_bundle(context, version)
-        signature = _parse(bundle)
-        problem = _key_problem(signature.key, trusted)
-        if problem:
-            return (problem,)
-        key = key_of(trusted, signature.key)
-        with _folder(context, version) as folder:
-            return tuple(_check(bundle, signature, version, folder, key.path if key else Path()))
+        files = _read_signatures(context, version)
+        with _folder(context, version, files) as folder:
+            return tuple(_find_problems(version, folder, files, trusted))
     except (SignatureError, MissingBlob, DamagedBlob) as error:
         return (f"{error.where}: {error.problem}" if error.where else error.problem,)
+
+
+def uncovered(context: RegistryContext, version: AdapterVersion) -> tuple[str, ...]:
+    """Returns the documents that no signature of a version covers; releases before 0.4 signed the provenance only."""
+    covered = {name for signature in _parsed(_read_signatures(context, version)).values() for name in signature.digests}
+    return tuple(sorted(set(_DOCUMENTS) - covered))
+
+
+def signed_heads(context: RegistryContext, version: AdapterVersion) -> list[Head]:
+    """Returns the heads of the event log that the signatures of a version cover; verifies no signature."""
+    heads = [json.loads(content) for file, content in _read_signatures(context, version).items() if is_head(file)]
+    return [Head(int(head["seq"]), str(head["digest"])) for head in heads]
 
 
 def require_valid_signature(context: RegistryContext, version: AdapterVersion) -> None:
     """Raises SignatureError if a version has an invalid signature; policies decide about unsigned versions.
 
     Raises:
-        SignatureError: The signature is invalid.
+        SignatureError: A signature is invalid.
     """
     findings = signature_findings(context, version) if is_signed(context, version) else ()
     if findings:
@@ -160,89 +157,84 @@ def require_valid_signature(context: RegistryContext, version: AdapterVersion) -
         )
 
 
+def _find_problems(
+    version: AdapterVersion, folder: Path, files: Mapping[str, bytes], trusted: Sequence[PublicKey]
+) -> Iterator[str]:
+    untrusted, is_valid, is_alone = [], False, sum(map(is_signature, files)) == 1
+    for file in filter(is_signature, files):
+        prefix = "" if is_alone else f"{file}: "
+        try:
+            signature = parse_bundle(files[file])
+        except SignatureError as error:
+            yield f"{prefix}{error.problem}"
+            continue
+        problem, key = key_problem(signature.key, trusted), key_of(trusted, signature.key)
+        if problem or key is None:
+            untrusted.append(f"{prefix}{problem}")
+            continue
+        findings = list(_check(folder / file, version, folder, key.path))
+        yield from (f"{prefix}{finding}" for finding in findings)
+        is_valid = is_valid or not findings
+    if not is_valid:
+        yield from untrusted
+
+
 def _sign_folder(folder: Path, key: Path, passphrase: bytes | None) -> bytes:
-    config = _library(folder.name).signing.Config()
-    path = folder.parent / _FILE
+    config = signing_library(folder.name).signing.Config()
+    path = folder.parent / FIRST_FILE
     # The package declares a string here, but passes it to an API that accepts only bytes.
     config.use_elliptic_key_signer(private_key=key, password=passphrase or None).sign(folder, path)
     return path.read_bytes()
 
 
-def _check(bundle: bytes, signature: Signature, version: AdapterVersion, folder: Path, key: Path) -> Iterator[str]:
-    from cryptography.exceptions import InvalidSignature
-
-    library = _library(version.ref)
-    path = folder.parent / _FILE
-    path.write_bytes(bundle)
-    try:
-        library.verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, path)
-    except InvalidSignature:
-        yield "the signature does not match the signed content: it was changed, or another key made it"
+def _check(bundle: Path, version: AdapterVersion, folder: Path, key: Path) -> Iterator[str]:
+    # Signatures of earlier releases cover these two files only; see `uncovered`.
+    names = (PurePosixPath(version.adapter_path).name, _PROVENANCE)
+    findings = list(check_files(bundle, folder, key, names))
+    yield from findings
+    if any("was changed" in finding for finding in findings):
         return
-    except ValueError as error:
-        # The signature is valid, but the files differ from the signed ones.
-        yield from _differences(signature, folder) or [f"the files differ from the signed ones ({error})"]
-    else:
-        # The package does not check the folder's name and the set of files.
-        yield from _differences(signature, folder)
     subject = json.loads((folder / _PROVENANCE).read_bytes())["subject"][0]["digest"]["sha256"]
     if subject != version.sha256:
         yield f"{_PROVENANCE}: describes an adapter with digest {subject}"
+    signature = parse_bundle(bundle.read_bytes())
     if signature.subject != version.ref:
         yield f"the signature is of {signature.subject}"
 
 
-def _differences(signature: Signature, folder: Path) -> list[str]:
-    actual = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-    return [
-        f"{name}: signed with digest {signature.digests.get(name, 'none')}, but now has {actual.get(name, 'none')}"
-        for name in sorted(actual.keys() | signature.digests.keys())
-        if signature.digests.get(name) != actual.get(name)
-    ]
+def _read_signatures(context: RegistryContext, version: AdapterVersion) -> dict[str, bytes]:
+    """Returns the files of all signatures of a version, verified, the first signature's first."""
+    ref = find_records(context.lineage, version).get(SIGNATURE)
+    return _read_all(context, ref) if ref else {}
 
 
-def _key_problem(fingerprint: str, trusted: Sequence[PublicKey]) -> str:
-    key = key_of(trusted, fingerprint)
-    if key is None:
-        return f"the signing key {fingerprint[:16]} is not among the {len(trusted)} trusted public keys of this home"
-    if key.has_expired():
-        return f"the signing key {key.name!r} ({fingerprint[:16]}) expired on {key.valid_until}"
-    return ""
-
-
-def _read_bundle(context: RegistryContext, version: AdapterVersion) -> bytes:
-    return read_version_document(context.store, find_records(context.lineage, version), version, _FILE)
-
-
-def _parse(content: bytes) -> Signature:
-    """Returns the claims of a bundle; checks only its form."""
+def _readable_signatures(context: RegistryContext, version: AdapterVersion) -> dict[str, bytes]:
+    """Returns the files of the signatures that can be read: signing again replaces damaged ones."""
     try:
-        signature = _read_form(json.loads(content[:_MAX_BUNDLE]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SignatureError(f"the signature cannot be read ({error!r})", remedy="sign again") from None
-    if signature is None:
-        raise SignatureError(
-            "the signature has an unknown form", allowed=f"{_BUNDLE}, {_PREDICATE}", remedy="sign again"
-        )
-    return signature
+        return _read_signatures(context, version)
+    except RegistryError:
+        return {}
 
 
-def _read_form(bundle: dict[str, Any]) -> Signature | None:
-    key, envelope = str(bundle["verificationMaterial"]["publicKey"]["hint"]), bundle["dsseEnvelope"]
-    (signed,) = envelope["signatures"]
-    base64.b64decode(signed["sig"], validate=True)
-    statement = json.loads(base64.b64decode(envelope["payload"], validate=True))
-    (subject,), resources = statement["subject"], statement["predicate"]["resources"]
-    digests = {str(entry["name"]): str(entry["digest"]) for entry in resources if entry["algorithm"] == "sha256"}
-    is_known = bundle["mediaType"] == _BUNDLE and statement["predicateType"] == _PREDICATE and is_digest(key)
-    if not is_known or len(digests) != len(resources) or not all(map(is_digest, digests.values())):
-        return None
-    return Signature(key, str(subject["name"]), digests)
+def _read_all(context: RegistryContext, ref: ArtifactRef) -> dict[str, bytes]:
+    files = [file for file in context.store.files(ref) if is_signature(file) or is_head(file)]
+    return {file: context.store.read(ref, file) for file in sorted(files, key=lambda file: (file != FIRST_FILE, file))}
+
+
+def _parsed(files: Mapping[str, bytes]) -> dict[str, Signature]:
+    """Returns the claims of the signatures that can be read, by file."""
+    signatures = {}
+    for file in filter(is_signature, files):
+        try:
+            signatures[file] = parse_bundle(files[file])
+        except SignatureError:
+            continue
+    return signatures
 
 
 @contextmanager
-def _folder(context: RegistryContext, version: AdapterVersion) -> Iterator[Path]:
-    """Yields a temporary folder to sign, with verified copies of the adapter file and the provenance."""
+def _folder(context: RegistryContext, version: AdapterVersion, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Yields a temporary folder to sign, with verified copies of the adapter file and the documents, and with files."""
     store, records = context.store, find_records(context.lineage, version)
     if PROVENANCE not in records:
         raise SignatureError("it has no provenance", where=version.ref, remedy=f"`loraline records {version.ref}`")
@@ -250,15 +242,9 @@ def _folder(context: RegistryContext, version: AdapterVersion) -> Iterator[Path]
         folder = temporary / version.ref
         adapter = PurePosixPath(version.adapter_path).name
         store.checkout_file(version.artifact, version.adapter_path, folder / adapter)
-        store.checkout_file(records[PROVENANCE], _PROVENANCE, folder / _PROVENANCE)
+        for kind in records.keys() - {SIGNATURE}:
+            for file in DOCUMENT_FILES.get(kind, ()):
+                store.checkout_file(records[kind], file, folder / file)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
         yield folder
-
-
-def _library(where: str) -> Any:
-    try:
-        import model_signing
-    except ImportError as error:
-        raise SignatureError(
-            f"signatures need the package model-signing ({error})", where=where, remedy="pip install 'loraline[sign]'"
-        ) from None
-    return model_signing

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -35,7 +36,7 @@ DOCUMENT_FILES: Mapping[str, tuple[str, ...]] = {
     BOM: ("ml-bom.json",),
     SIGNATURE: ("signature.json",),
 }
-"""Kind of document -> names of its files."""
+"""Kind of document -> names of its files; a signature of a further key has a file of its own."""
 
 
 def _card_files(facts: Facts) -> dict[str, Content]:
@@ -105,7 +106,10 @@ def read_documents(context: RegistryContext, version: AdapterVersion) -> dict[st
     if missing:
         facts = gather_facts(context, version)
         rendered = {file: content for kind in missing for file, content in _WRITERS[kind](facts).items()}
-    files = {file: store.read(ref, file) for kind, ref in stored.items() for file in DOCUMENT_FILES[kind]}
+    # The files of signatures have the keys in their names.
+    files = {
+        file: store.read(ref, file) for ref in stored.values() for file in sorted(store.files(ref)) if "/" not in file
+    }
     return files | {file: bytes(content) for file, content in rendered.items() if isinstance(content, bytes)}
 
 
@@ -158,3 +162,32 @@ def read_version_document(
     if kind not in records:
         raise VersionError(f"it has no {kind}", where=version.ref, remedy=f"`loraline records {version.ref}` writes it")
     return store.read(records[kind], file)
+
+
+def document_problems(file: str, content: bytes, sha256: str) -> Iterator[str]:
+    """Yields why a document is not about the adapter file with a digest.
+
+    Args:
+        file: Name of the document's file; other files have no problem.
+        content: Its bytes.
+        sha256: Digest of the adapter file.
+    """
+    try:
+        digest = _subject(file, content)
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        yield f"it cannot be read ({error!r})"
+        return
+    if digest is not None and digest != sha256:
+        yield f"it is for an adapter with digest {digest}"
+    if file in DOCUMENT_FILES[CARD] and sha256.encode() not in content:
+        yield "it does not name the adapter's digest"
+
+
+def _subject(file: str, content: bytes) -> str | None:
+    """Returns the adapter's digest in a JSON document; None for other documents."""
+    if file not in {*DOCUMENT_FILES[PROVENANCE], *DOCUMENT_FILES[BOM]}:
+        return None
+    document: Any = json.loads(content)
+    if file in DOCUMENT_FILES[PROVENANCE]:
+        return str(document["subject"][0]["digest"]["sha256"])
+    return str(document["metadata"]["component"]["hashes"][0]["content"])

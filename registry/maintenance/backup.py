@@ -17,16 +17,18 @@ from functools import partial
 from pathlib import Path
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_engine.files import atomic_write, canonical_json, sha256_file, sync_folder
 from registry.documents import keys
 from registry.entities import Problem, now
-from registry.errors import DamagedBlob, HomeError, MissingBlob, StoreError, disk_errors
+from registry.errors import DamagedBlob, HomeError, LineageError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, pack_archive
+from registry.maintenance.check_chain import EVENTS, KnownHead, check_heads
 from registry.maintenance.gc_roots import known_artifacts, recorded_list, version_roots
 from registry.store.artifacts import Store, open_store
+from registry.store.chain import Head, read_head, read_links
 from registry.store.copy_database import copy_tables
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.local import LocalBlobs
@@ -49,6 +51,7 @@ class BackupManifest(BaseModel):
         files: Databases and settings beside the manifest: name -> digest.
         blobs: Digest -> size in bytes.
         left_out: Descriptions of parts of the home that the backup does not contain.
+        head: The newest event of the log, `NUMBER:DIGEST`; empty without events, and in backups of earlier releases.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +62,7 @@ class BackupManifest(BaseModel):
     files: dict[str, str]
     blobs: dict[str, int]
     left_out: tuple[str, ...] = ()
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Backup:
         copied: Number of blobs that the folder did not have before.
         size: Total bytes of the copied blobs.
         left_out: Descriptions of parts of the home that need another backup.
-        problems: Missing or damaged blobs that were not copied; a backup with problems is incomplete.
+        problems: Missing or damaged blobs that were not copied, which make the backup incomplete; and a latest backup
+            in the same folder whose newest event the log no longer has.
     """
 
     path: Path
@@ -153,6 +158,10 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
     store, blobs = open_store(home), LocalBlobs(target / BLOBS)
     with closing(Database(f"sqlite:///{own}")) as database:
         referenced, problems = _referenced_blobs(database, store)
+        with database.read() as session:
+            head = read_head(session, EVENTS)
+            # Only the latest one: a home that was restored from an older backup is reported once.
+            problems += check_heads(read_links(session, EVENTS), read_backup_heads(target)[-1:])
     sizes, size, copied = {}, 0, 0
     for digest, where in sorted(referenced.items()):
         is_new = not blobs.exists(digest)
@@ -173,8 +182,31 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
         files=files,
         blobs=sizes,
         left_out=tuple(left_out),
+        head=str(head or ""),
     )
     return Backup(folder, len(sizes), copied, size, tuple(left_out), tuple(problems)), manifest
+
+
+def read_backup_heads(folder: Path) -> list[KnownHead]:
+    """Returns the heads of the log in the manifests of a folder of backups, oldest first, or of one snapshot in it.
+
+    Raises:
+        StoreError: It is no folder of backups and no snapshot, or a manifest is damaged.
+    """
+    snapshots = folder / SNAPSHOTS
+    paths = sorted(snapshots.glob(f"[!.]*/{MANIFEST}")) if snapshots.is_dir() else [folder / MANIFEST]
+    heads = []
+    for path in paths:
+        try:
+            manifest = BackupManifest.model_validate_json(path.read_bytes())
+            head = Head.parse(manifest.head) if manifest.head else None
+        except (OSError, ValidationError, LineageError) as error:
+            raise StoreError(
+                f"the manifest of a backup cannot be read ({error})", where=str(path), remedy="name another folder"
+            ) from None
+        if head:
+            heads.append(KnownHead(head, f"backup of {manifest.created_at} in {path.parent}"))
+    return heads
 
 
 def _referenced_blobs(database: Database, store: Store) -> tuple[dict[str, str], list[Problem]]:

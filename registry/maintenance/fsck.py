@@ -1,20 +1,23 @@
-"""Checks the consistency of a home: bytes, digests, rows, events, aliases, MLflow. Reads only; `repair` writes."""
+"""Checks the consistency of a home: bytes, digests, rows, events, policies, MLflow. Reads only; `repair` writes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 from sqlalchemy.exc import StatementError
 
 from registry import queries
+from registry.context import RegistryContext
 from registry.entities import Problem
 from registry.errors import DamagedRow, HomeError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.maintenance.check_bytes import check_bytes, check_versions, read_digests
+from registry.maintenance.check_chain import KnownHead, check_chain
 from registry.maintenance.check_mlflow import SYNC, check_mlflow
+from registry.maintenance.check_policies import check_policies, check_signatures, signature_heads
 from registry.maintenance.check_rows import check_cells, check_log, check_runs, check_sqlite, is_fatal
 from registry.maintenance.gc import find_partials
 from registry.store.artifacts import Store, open_store
@@ -23,13 +26,14 @@ from registry.store.database import sqlite_file
 _DATABASE = "restore it from a backup"
 
 
-def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Problem]:
+def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True, heads: Sequence[KnownHead] = ()) -> list[Problem]:
     """Checks a home and returns all problems; an empty list means that it is consistent.
 
     Args:
         home: The home.
         grace: Seconds for which an unreferenced file counts as work in progress.
         mlflow: True checks MLflow too, which takes a few seconds.
+        heads: Heads of the log that the user knows; those of signatures are known anyway.
     """
     # A database server checks its own files.
     own, mlflow_file = sqlite_file(home.lineage_url), sqlite_file(home.mlflow_url)
@@ -43,6 +47,7 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
         lineage = Lineage(home.lineage_url)
     except HomeError as error:
         return [Problem(error.problem, error.where, error.remedy)]
+    context = RegistryContext(home, store=store, lineage=lineage)
     with closing(lineage):
         with lineage.database.read() as session:
             problems += check_cells(session)
@@ -52,7 +57,10 @@ def fsck(home: Home, *, grace: float = 3600.0, mlflow: bool = True) -> list[Prob
             for check in (
                 lambda: check_bytes(session, store, read_digests(store), grace),
                 lambda: check_versions(store, versions),
+                lambda: check_chain(session, [*heads, *signature_heads(context, versions)]),
                 lambda: check_log(session),
+                lambda: check_signatures(session, versions),
+                lambda: check_policies(context, session),
                 lambda: check_runs(session),
             ):
                 problems += _readable(check, is_damaged)

@@ -21,6 +21,7 @@ from registry.entities import Problem
 from registry.errors import HomeError, MlflowError
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.maintenance.check_chain import is_intact
 from registry.maintenance.check_mlflow import check_mlflow
 from registry.maintenance.check_rows import check_sqlite, is_fatal
 from registry.maintenance.gc import sweep_leftovers
@@ -34,6 +35,8 @@ from registry.versions.promotion import replay
 from registry.versions.versions import Versions
 
 __all__ = ["Repair", "repair"]
+
+_LOG = "find out who changed the log, and restore the database from a backup"
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,11 @@ def repair(home: Home, *, mlflow: bool = True, grace: float = 3600.0) -> list[Re
 
 
 def _repair_rows(database: Database) -> Iterator[Repair]:
-    """Restores aliases, states and revocations from the event log."""
+    """Restores aliases, states and revocations from the event log, unless the log itself was changed."""
     with database.write() as session:
+        if not is_intact(session):
+            yield Repair("the log was changed, so nothing is restored from it", "events", _LOG, done=False)
+            return
         events = queries.read_events(session)
         done = [*_repair_aliases(session), *_repair_revocations(session, project_revocations(events))]
         states = project_states(events)

@@ -13,6 +13,7 @@ from registry import queries
 from registry.entities import ArtifactRef
 from registry.errors import RegistryError
 from registry.lineage.rows import read_artifacts
+from registry.maintenance.check_chain import is_intact
 from registry.maintenance.repair_bytes import Repair
 from registry.store.artifacts import Store
 from registry.store.cells import find_damaged_cells
@@ -67,7 +68,7 @@ def _is_row(table: Table, cell: DamagedCell) -> ColumnElement[bool]:
 def _rebuild(session: Session, store: Store, table: Table, cell: DamagedCell) -> Any:
     """Returns the value of a cell that follows from others; None if nothing determines it."""
     row = session.execute(select(table).where(_is_row(table, cell))).mappings().one()
-    if (cell.table, cell.column) == ("versions", "state"):
+    if (cell.table, cell.column) == ("versions", "state") and is_intact(session):
         states = project_states(queries.read_events(session))
         return states.get((row["name"], row["version"]), "ACTIVE")
     if (cell.table, cell.column) == ("artifacts", "size"):

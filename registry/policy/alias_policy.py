@@ -81,7 +81,7 @@ class PolicyFacts:
         consent: Statements about the images; None means unchecked.
         revoked: Revoked upstream subjects.
         signature: Findings of the signature check; None means unchecked.
-        actor: User who requests the alias.
+        actor: User who requests the alias; None if nobody moves it.
     """
 
     damage: Sequence[str] = ()
@@ -90,7 +90,7 @@ class PolicyFacts:
     consent: ConsentFindings | None = None
     revoked: Sequence[str] = ()
     signature: Sequence[str] | None = None
-    actor: str = ""
+    actor: str | None = ""
 
 
 def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> Decision:
@@ -106,7 +106,7 @@ def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> 
     final += [f"it is not a valid adapter: {finding}" for finding in facts.structure]
     final += [f"metric {name} is {value!r}" for name, value in numbers(version.metrics) if not math.isfinite(value)]
     final += [f"{subject} was revoked" for subject in facts.revoked]
-    if not policy.may_move(facts.actor):
+    if facts.actor is not None and not policy.may_move(facts.actor):
         final.append(f"{facts.actor or 'an unknown user'} may not move this alias; {', '.join(policy.movers)} may")
     reasons = [
         *_evaluation_reasons(version, policy),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from datetime import date
+from dataclasses import replace
+from datetime import date, datetime
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.context import RegistryContext
 from registry.documents.signing import signature_findings
-from registry.entities import AdapterVersion, Decision
+from registry.entities import AdapterVersion, Decision, now
 from registry.identity import current_user
 from registry.policy.alias_policy import PolicyFacts, decide
+from registry.policy.consent import ConsentFindings
 from registry.policy.policy_file import read_policies
 from registry.policy.rights import resolve_rights, revoked_upstream
+from registry.store.tables import EventRow
 
 
 def evaluate_policy(
@@ -24,6 +28,7 @@ def evaluate_policy(
     alias: str,
     *,
     actor: str | None = None,
+    moves: bool = True,
     damage: Sequence[str] = (),
     structure: Sequence[str] = (),
     today: date | None = None,
@@ -36,15 +41,17 @@ def evaluate_policy(
         version: The version.
         alias: The alias.
         actor: User who requests the alias; None means the current user.
+        moves: False asks whether the version meets the policy, for any user; `actor` is ignored.
         damage: Findings of the byte verification.
         structure: Findings of the adapter validation.
-        today: Date to compare consents with; None means the current UTC date.
+        today: Date to compare consents with; None means the current UTC date, and that of the newest event if the
+            clock went back.
         session: Session of an open transaction to read in; None opens a new one.
 
     Raises:
         PolicyError: The home's policy or table of licenses cannot be used.
     """
-    policy, actor = read_policies(context.home.path).of(alias), actor or current_user()
+    policy, actor = read_policies(context.home.path).of(alias), (actor or current_user()) if moves else None
     with nullcontext(session) if session is not None else context.lineage.database.read() as current:
         facts: dict[str, Any] = {"actor": actor, "damage": damage, "structure": structure}
         if policy.needs_licence == "none" and policy.needs_consent == "none":
@@ -52,6 +59,22 @@ def evaluate_policy(
         else:
             rights = resolve_rights(current, context, version, today=today)
             facts |= {"revoked": rights.revoked, "terms": rights.terms, "consent": rights.consent}
+            if today is None and policy.needs_consent != "none":
+                facts["consent"] = _by_the_log(current, context, version, rights.consent)
     if policy.needs_signature:
         facts["signature"] = tuple(signature_findings(context, version))
     return decide(version, policy, PolicyFacts(**facts))
+
+
+def _by_the_log(
+    session: Session, context: RegistryContext, version: AdapterVersion, consent: ConsentFindings
+) -> ConsentFindings:
+    """Adds the consents that expired by the newest time in the log: a clock that went back revives none."""
+    newest = session.execute(select(EventRow.seq, EventRow.at).order_by(EventRow.at.desc()).limit(1)).first()
+    if newest is None or not isinstance(newest.at, datetime) or newest.at.date() <= now().date():
+        return consent
+    late = resolve_rights(session, context, version, today=newest.at.date()).consent.broken
+    clock = f"by event {newest.seq} of {newest.at.date()}; the clock went back"
+    return replace(
+        consent, broken=(*consent.broken, *(f"{reason} ({clock})" for reason in late if reason not in consent.broken))
+    )

@@ -30,7 +30,7 @@ from registry.refs import is_unicode
 from registry.store.damaged import DamagedCell, show_cell
 from registry.store.tables import ArtifactRow, Instant, Table
 
-_DIGESTS = {"sha256", "artifact", "report", "record", "output", "identity"}
+_DIGESTS = {"sha256", "artifact", "report", "record", "output", "identity", "previous", "digest"}
 _LISTS = {"gates", "listed"}
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("versions", "state"): get_args(VersionState),

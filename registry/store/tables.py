@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeDecorator
 
 from registry.store.damaged import broken
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of the schema that this release reads and writes."""
 
 NAMESPACE = "loraline_registry"
@@ -227,11 +227,11 @@ _NEXT_EVENT = literal_column("(SELECT coalesce(max(seq), 0) + 1 FROM events)", C
 
 
 class EventRow(Table):
-    """An entry of the append-only log: an event of an alias, a version or a subject."""
+    """An entry of the append-only log: an event of an alias, a version or a subject. `registry.store.chain` adds it."""
 
     __tablename__ = "events"
     __table_args__ = (Index("events_by_alias", "name", "alias"), {"sqlite_autoincrement": True})
-    # Computed in the transaction, which is the only writer: a PostgreSQL sequence would leave gaps.
+    # Without a default, PostgreSQL would have a sequence for it, which leaves gaps.
     seq: Mapped[int] = mapped_column(primary_key=True, default=_NEXT_EVENT)
     name: Mapped[str | None] = mapped_column(ForeignKey("names.name"))
     alias: Mapped[str | None]
@@ -244,6 +244,8 @@ class EventRow(Table):
     at: Mapped[datetime]
     subject: Mapped[str | None] = mapped_column(index=True)
     details: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    previous: Mapped[str] = mapped_column(server_default="")
+    digest: Mapped[str] = mapped_column(server_default="")
 
 
 class RevocationRow(Table):

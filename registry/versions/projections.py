@@ -30,3 +30,17 @@ def project_revocations(events: Iterable[Event]) -> dict[str, int]:
         elif event.action == "lift":
             revoked.pop(event.subject, None)
     return revoked
+
+
+def find_overridden(events: Iterable[Event], number: int) -> frozenset[str]:
+    """Returns the reasons that were overridden when a version last got an alias by a decision.
+
+    Args:
+        events: The events of the alias.
+        number: Number of the version.
+    """
+    overridden: frozenset[str] = frozenset()
+    for event in sorted(events, key=lambda entry: entry.seq):
+        if event.after == number and event.action in {"stage", "promote", "override"}:
+            overridden = frozenset(map(str, event.details.get("overridden", ())))
+    return overridden

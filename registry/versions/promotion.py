@@ -11,11 +11,13 @@ from registry import queries
 from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
 from registry.identity import current_user
-from registry.policy.alias_policy import AliasPolicy, PolicyFacts, decide
+from registry.policy.alias_policy import AliasPolicy
+from registry.policy.conditions import without_overridden
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
 from registry.policy.rights import revoked_upstream
 from registry.versions.expected_version import require_expected
+from registry.versions.projections import find_overridden
 from registry.versions.versions import Versions
 
 __all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
@@ -51,7 +53,8 @@ def promote(
         override: True overrides the policy's reasons where the policy permits it; the event records them.
 
     Returns:
-        The event; if the alias already points at the version, the event that moved it there.
+        The event; if the alias already points at the version, and its policy allows that now, the event that moved it
+        there.
 
     Raises:
         Refused: The policy does not allow it; carries all reasons, and the refusal is logged.
@@ -72,17 +75,20 @@ def promote(
         is_current = before == version.version == queries.alias_target(session, name, to)
         if not is_current:
             queries.require_active(session, name, version.version)
-    if is_current:
-        versions.sync()
-        return events[-1]
     decision = evaluate_policy(versions, version, to, actor=actor, damage=versions.damage(version), structure=structure)
+    overridden = decision.reasons  # an override of new reasons keeps the earlier ones
+    if is_current:
+        decision = without_overridden(decision, find_overridden(events, version.version))
+        if decision.allowed:
+            versions.sync()
+            return events[-1]
     policy = read_policies(versions.home.path).of(to)
     action: Action = "promote"
     if not decision.allowed:
         if not override or decision.final or not policy.overridable:
             raise _refuse(versions, version, to, decision, actor, _remedy(override, decision, policy))
         action = "override"
-    details = {"overridden": list(decision.reasons)} if action == "override" else None
+    details = {"overridden": list(overridden)} if action == "override" else None
     with versions.lineage.database.write() as session:
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, versions, version, to, actor)
@@ -116,8 +122,7 @@ def rollback(
 
     Raises:
         PromotionError: No earlier version had the alias, or `to` never had it.
-        Refused: The earlier version is damaged, withdrawn or made from a revoked subject, or the actor may not move
-            the alias.
+        Refused: The earlier version does not meet the alias's policy any more, or the actor may not move the alias.
         Conflict: Another process moved the alias meanwhile.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
@@ -140,17 +145,15 @@ def rollback(
                 allowed=allowed,
             )
         target = queries.read_version(session, name, requested or earlier[-1])
-    # The policy allowed this version before; check only what can have changed since and cannot be overridden.
-    policy = AliasPolicy(movers=read_policies(versions.home.path).of(alias).movers)
-    with versions.lineage.database.read() as session:
-        revoked = revoked_upstream(session, target)
-    decision = decide(target, policy, PolicyFacts(damage=versions.damage(target), revoked=revoked, actor=actor))
-    if decision.final:
+    # What was overridden when the version had the alias does not count again.
+    decision = evaluate_policy(versions, target, alias, actor=actor, damage=versions.damage(target))
+    decision = without_overridden(decision, find_overridden(events, target.version))
+    if not decision.allowed:
         raise Refused(
             f"{alias!r} cannot be rolled back",
-            reasons=decision.final,
+            reasons=decision.reasons,
             where=target.ref,
-            remedy="roll back further with `--to`",
+            remedy="roll back further with `--to`, or override the reasons with `loraline promote --override`",
         )
     with versions.lineage.database.write() as session:
         _refuse_revoked(session, versions, target, alias, actor)

@@ -26,6 +26,7 @@ from registry.identity import current_user
 from registry.lineage.record import Lineage
 from registry.lineage.rows import record_artifacts, record_contents
 from registry.policy.alias_policy import numbers
+from registry.policy.conditions import require_policy
 from registry.policy.evaluate import evaluate_policy
 from registry.refs import can_exist
 from registry.store.artifacts import Content, Store, check_relative
@@ -190,11 +191,25 @@ class Versions(RegistryContext):
             MissingBlob: The bytes are gone.
             SignatureError: It is signed, and the signature is not valid.
             GoneVersion: It was withdrawn or deleted.
+            Refused: It does not meet the policy of the alias.
+            UnknownName: No such adapter.
+            UnknownVersion: No such number or alias.
+        """
+        version = self.use(name, ref)
+        self.read_adapter(version)
+        return version
+
+    def use(self, name: str, ref: str | int = "latest") -> AdapterVersion:
+        """Returns the metadata of a version that is to be used; an alias names it only while its policy is met.
+
+        Raises:
+            Refused: The version of the alias does not meet the alias's policy now; has all reasons.
             UnknownName: No such adapter.
             UnknownVersion: No such number or alias.
         """
         version = self.show(name, ref)
-        self.read_adapter(version)
+        if ref in version.aliases:
+            require_policy(self, version, str(ref))
         return version
 
     def require_active(self, version: AdapterVersion) -> AdapterVersion:

@@ -267,8 +267,8 @@ def _fetch(ref: str, home: Path, folder: Path) -> Path:
     if "@" not in ref or is_present(ref):
         return existing_file(Path(ref))
     from registry.versions.versions import Versions
-    from tasks.operations.promote import find_version
+    from tasks.operations.promote import find_usable
 
     versions, path = Versions(Home.open(home, create=False)), folder / "adapter.safetensors"
-    versions.checkout_adapter(find_version(versions, ref), path)
+    versions.checkout_adapter(find_usable(versions, ref), path)
     return path

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, sha256_bytes
-from registry.documents.signing import Signature, is_signed, sign, signature_findings, verify
+from registry.documents.bundle import Signature
+from registry.documents.signing import is_signed, sign, signature_findings, signers, uncovered
 from registry.documents.storage import (
     CARD,
     DOCUMENT_FILES,
     SIGNATURE,
+    document_problems,
     find_records,
     read_documents,
     read_version_document,
@@ -23,9 +23,11 @@ from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
 from registry.home import Home
 from registry.identity import current_user
+from registry.policy.conditions import judge_alias
+from registry.refs import split_ref
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
-from tasks.operations.promote import find_version
+from tasks.operations.promote import find_usable, find_version
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class Verification:
         structure: Findings on the structure of the adapter file.
         records: Findings on its documents: missing, damaged, or for another adapter.
         signature: Findings on its signature; empty if it is unsigned and need not be signed.
-        signed_by: Name of the trusted key of its valid signature; None means no valid signature.
+        signed_by: Name of the trusted key of its first valid signature; None means no valid signature.
         is_signed: True if it has a signature.
+        signers: Names of the trusted keys of all its signatures, if they are valid.
+        unsigned: Documents that no signature covers, if it is signed.
+        policy: Alias -> reasons for which the version does not meet its policy now.
     """
 
     version: str
@@ -51,11 +56,14 @@ class Verification:
     signature: tuple[str, ...]
     signed_by: str | None
     is_signed: bool
+    signers: tuple[str, ...] = ()
+    unsigned: tuple[str, ...] = ()
+    policy: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
         """Returns True if there are no findings."""
-        return not (self.bytes or self.structure or self.records or self.signature)
+        return not (self.bytes or self.structure or self.records or self.signature or any(self.policy.values()))
 
 
 def read_model_card(home: Home, ref: str, *, html: bool) -> bytes:
@@ -93,7 +101,7 @@ def write_documents(home: Home, ref: str, folder: Path, *, with_adapter: bool = 
         `file` and `sha256` of each written file.
     """
     versions = Versions(home)
-    version = find_version(versions, ref)
+    version = find_usable(versions, ref) if with_adapter else find_version(versions, ref)
     contents = read_documents(versions, version)
     if with_adapter:
         contents[PurePosixPath(version.adapter_path).name] = versions.read_adapter(version)
@@ -134,6 +142,7 @@ def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Ver
     damage = versions.damage(version)
     signed = is_signed(versions, version)
     findings = signature_findings(versions, version) if signed or must_be_signed else ()
+    names = tuple(key.name for key in signers(versions, version)) if signed and not findings else ()
     return Verification(
         version=version.ref,
         sha256=version.sha256,
@@ -141,9 +150,18 @@ def verify_version(home: Home, ref: str, *, must_be_signed: bool = False) -> Ver
         structure=() if damage else tuple(_structure(versions, version)),
         records=tuple(_records(versions, version)),
         signature=findings,
-        signed_by=verify(versions, version).name if signed and not findings else None,
+        signed_by=names[0] if names else None,
         is_signed=signed,
+        signers=names,
+        unsigned=uncovered(versions, version) if names else (),
+        policy={alias: judge_alias(versions, version, alias).reasons for alias in _judged(version, ref)},
     )
+
+
+def _judged(version: AdapterVersion, ref: str) -> tuple[str, ...]:
+    """Returns the alias that a reference names, or all aliases of the version."""
+    alias = split_ref(ref)[1]
+    return (alias,) if alias in version.aliases else version.aliases
 
 
 def _structure(versions: Versions, version: AdapterVersion) -> Iterator[str]:
@@ -162,13 +180,13 @@ def _records(versions: Versions, version: AdapterVersion) -> Iterator[str]:
     records = find_records(versions.lineage, version)
     for kind in DOCUMENT_FILES.keys() - records.keys() - {SIGNATURE}:
         yield f"{kind}: it was never written"
-    for kind, ref in records.items():
-        for file in DOCUMENT_FILES[kind]:
-            yield from (f"{file}: {problem}" for problem in _document_problems(versions, records, version, file, ref))
+    for kind in records:
+        for file in DOCUMENT_FILES.get(kind, ()):
+            yield from (f"{file}: {problem}" for problem in _document_problems(versions, records, version, file))
 
 
 def _document_problems(
-    versions: Versions, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str, ref: ArtifactRef
+    versions: Versions, records: Mapping[str, ArtifactRef], version: AdapterVersion, file: str
 ) -> Iterator[str]:
     """Yields problems of a document: damaged, or for another adapter than the registered one."""
     try:
@@ -176,18 +194,4 @@ def _document_problems(
     except (StoreError, VersionError) as error:
         yield error.problem
         return
-    digest = _subject(file, content)
-    if digest is not None and digest != version.sha256:
-        yield f"it is for an adapter with digest {digest}"
-    if ref.kind == CARD and version.sha256.encode() not in content:
-        yield "it does not name the adapter's digest"
-
-
-def _subject(file: str, content: bytes) -> str | None:
-    """Returns the adapter's digest in a JSON document; None for other documents."""
-    if file not in {"provenance.json", "ml-bom.json"}:
-        return None
-    document: Any = json.loads(content)
-    if file == "provenance.json":
-        return str(document["subject"][0]["digest"]["sha256"])
-    return str(document["metadata"]["component"]["hashes"][0]["content"])
+    yield from document_problems(file, content, version.sha256)

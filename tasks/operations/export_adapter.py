@@ -17,7 +17,7 @@ from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.operations.adapter_files import convert_adapter
-from tasks.operations.promote import find_version
+from tasks.operations.promote import find_usable
 
 _logger = logging.getLogger(__name__)
 
@@ -69,12 +69,13 @@ def export_version(
     Raises:
         SpecError: The output has the suffix of another kind of file.
         AdapterError: The format cannot hold the adapter.
+        Refused: `ref` is an alias whose policy the version does not meet now.
         RegistryError: The version does not exist, or its bytes are damaged.
     """
     _check_output(output)
     versions = Versions(home)
     try:
-        version = find_version(versions, ref)
+        version = find_usable(versions, ref)
         with home.temporary_folder(version.size) as folder:
             source = folder / "adapter.safetensors"
             versions.checkout_adapter(version, source)

@@ -11,6 +11,8 @@ from registry.errors import StoreError, UnknownName, UnknownVersion
 from registry.home import Home
 from registry.identity import current_user
 from registry.refs import split_ref
+from registry.store.chain import read_head
+from registry.store.tables import EventRow
 from registry.versions.expected_version import require_expected
 from registry.versions.promotion import promote, rollback
 from registry.versions.versions import Versions
@@ -18,7 +20,7 @@ from registry.versions.versions import Versions
 
 def promote_version(
     home: Home, ref: str, alias: str, reason: str, *, expect: str | None = None, override: bool = False
-) -> tuple[AdapterVersion, Event]:
+) -> tuple[AdapterVersion, Event, bool]:
     """Points an alias at a version if its bytes and structure are valid and the alias's policy allows it.
 
     Args:
@@ -30,7 +32,7 @@ def promote_version(
         override: True overrides refusals that the policy lets the user override; logged.
 
     Returns:
-        The version that `ref` is, and the event.
+        The version that `ref` is, the event, and False if the alias pointed at the version before.
 
     Raises:
         Refused: The promotion is refused; has all reasons.
@@ -42,6 +44,7 @@ def promote_version(
     version = find_version(versions, ref)
     with versions.lineage.database.read() as session:
         require_expected(session, version, source, expect)
+        newest = read_head(session, EventRow.__table__)
     versions.require_active(version)
     event = promote(
         versions,
@@ -54,7 +57,7 @@ def promote_version(
         structure=find_structure(versions, version),
         override=override,
     )
-    return version, event
+    return version, event, newest is None or event.seq > newest.seq
 
 
 def roll_back(home: Home, name: str, alias: str, to: int | None, reason: str, *, to_event: int | None = None) -> Event:
@@ -89,6 +92,17 @@ def find_version(versions: Versions, ref: str) -> AdapterVersion:
         UnknownVersion: The version or alias does not exist.
     """
     return versions.show(*split_ref(ref))
+
+
+def find_usable(versions: Versions, ref: str) -> AdapterVersion:
+    """Returns the version of `name@version` or `name@alias` for a use; an alias's policy must be met now.
+
+    Raises:
+        Refused: The version does not meet the policy of the alias; has all reasons.
+        UnknownName: The adapter does not exist.
+        UnknownVersion: The version or alias does not exist.
+    """
+    return versions.use(*split_ref(ref))
 
 
 def compare_metrics(

@@ -83,3 +83,17 @@ def make_merge(folder: Path) -> tuple[Home, AdapterVersion]:
     version = run_line(path, home)
     path.unlink()
     return home, version
+
+
+def register_zorb(folder: Path, name: str = "zorb") -> Path:
+    """Registers an adapter of one module with a card in the home of a folder, and returns the home's path."""
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    delta = LoraDelta(down=torch.ones(2, 768), up=torch.ones(8, 2), alpha=2.0)
+    card = Card(title="Zorb", base="tiny", trigger="zorb", license="CC-BY-4.0")
+    write_adapter(folder / "adapter", Adapter({module: delta}, "sd"), card=card)
+    home = Home.open(folder / "home")
+    versions = Versions(home)
+    ref = versions.store.put("adapter", folder / "adapter")
+    versions.register(name, ref, card=card.model_dump(mode="json"))
+    versions.close()
+    return home.path

@@ -58,6 +58,7 @@ def _values(folder: Path) -> Mapping[str, str]:
         "REF|FILE": "none@1",
         "REF|DIGEST|FILE": "none@1",
         "IMAGE|DIGEST|CONSENT": "consent-1",
+        "NAME@REF|PATH": "none@1",
         "A[:w] B[:w] ...": "none@1",
         "A[:w] ...": "none@1",
         "PROMPT": "a ring <lora:none@1:1>",

@@ -40,7 +40,9 @@ def test_versions_aliases_and_the_log_are_read_and_every_byte_agrees(home: Path)
             "promote",
             "remove",
             "withdraw",
+            "link",
         ]
+        assert read_log(versions)[-1].details == {"linked": 5}, "its events got a hash chain"
         assert versions.read_adapter(first)
     assert "agrees" in say("fsck", home=home)
     shown = json.loads(say("show", "old@trial", "--json", home=home))

@@ -9,33 +9,21 @@ from pathlib import Path
 
 import model_signing
 import pytest
-import torch
 
-from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.files import sha256_file
-from lora_engine.formats import Card, write_adapter
 from registry.home import Home
 from registry.store.artifacts import open_store
 from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here
+from tests.flows.made import register_zorb
 
-MODULE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 DOCUMENTS = {"model-card.md", "model-card.html", "provenance.json", "ml-bom.json"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a home with `zorb@1`, created once."""
-    folder = tmp_path_factory.mktemp("records")
-    delta = LoraDelta(down=torch.ones(2, 768), up=torch.ones(8, 2), alpha=2.0)
-    card = Card(title="Zorb", base="tiny", trigger="zorb", license="CC-BY-4.0")
-    write_adapter(folder / "adapter", Adapter({MODULE: delta}, "sd"), card=card)
-    home = Home.open(folder / "home")
-    versions = Versions(home)
-    ref = versions.store.put("adapter", folder / "adapter")
-    versions.register("zorb", ref, card=card.model_dump(mode="json"))
-    versions.close()
-    return home.path
+    return register_zorb(tmp_path_factory.mktemp("records"))
 
 
 @pytest.fixture
@@ -100,7 +88,11 @@ def test_another_program_verifies_an_export_with_records(home: Path, tmp_path: P
     done("sign", "zorb@1", "--key", key, home=home)
     done("export", "zorb@1", "--to", "kohya", "-o", tmp_path / "out", "--with-records", home=home)
     records = tmp_path / "out" / "records"
-    assert {path.name for path in records.iterdir()} == DOCUMENTS | {"signature.json", "adapter.safetensors"}
+    assert {path.name for path in records.iterdir()} == DOCUMENTS | {
+        "signature.json",
+        "adapter.safetensors",
+        "exported.json",
+    }
     signature = records / "signature.json"
     hashed = model_signing.hashing.Config().set_ignored_paths(paths=[signature])
     verifier = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key.with_suffix(".pub"))

@@ -186,6 +186,7 @@ def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
         name: str = "zorb",
         adapters: Sequence[AdapterVersion] = (),
         promoted: str | None = None,
+        rights: Mapping[str, object] | None = None,
         **values: object,
     ) -> AdapterVersion:
         store, lineage = versions.store, versions.lineage
@@ -193,7 +194,7 @@ def from_images(versions: Versions) -> Callable[..., AdapterVersion]:
         inputs = {f"adapters.{index}": version.artifact for index, version in enumerate(adapters)}
         if images is not None:
             entries = [IMAGE | {"sha256": i, "source": f"{i[:1]}.png", "consent": c} for i, c in images.items()]
-            manifest = json.dumps({"pictures": entries}).encode()
+            manifest = json.dumps({"pictures": [entry | {"rights": dict(rights or {})} for entry in entries]}).encode()
             dataset = inputs["dataset"] = store.put_files("manifest", {"manifest.json": manifest})
             subjects = [Subject(digest, "picture", "p") for digest in images]
             subjects += [Subject(consent, "consent", "c") for consent in images.values() if consent]

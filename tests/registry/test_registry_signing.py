@@ -10,12 +10,30 @@ import pytest
 from sqlalchemy import update
 
 from registry import queries
+from registry.documents import signing
 from registry.documents.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
-from registry.documents.signing import is_signed, sign, signature_findings, verify
-from registry.documents.storage import PROVENANCE, SIGNATURE, find_records, keep, read_version_document
+from registry.documents.signing import (
+    is_signed,
+    sign,
+    signature_findings,
+    signed_heads,
+    signers,
+    uncovered,
+)
+from registry.documents.storage import (
+    BOM,
+    CARD,
+    DOCUMENT_FILES,
+    PROVENANCE,
+    SIGNATURE,
+    find_records,
+    keep,
+    read_version_document,
+)
 from registry.entities import now
 from registry.errors import SignatureError
 from registry.lineage.rows import record_artifacts, record_contents
+from registry.store.chain import Head
 from registry.store.tables import VersionRow
 
 SECRET = b"a passphrase"
@@ -59,7 +77,7 @@ def put_bundle(versions, version, bundle):
 
 def test_a_signature_is_valid_and_is_in_the_log(versions, signed, trusted):
     assert signature_findings(versions, signed) == ()
-    assert verify(versions, signed).name == "release"
+    assert [key.name for key in signers(versions, signed)] == ["release"]
     with versions.lineage.database.read() as session:
         (event,) = [event for event in queries.read_events(session) if event.action == "sign"]
     assert (event.name, event.after, event.actor) == ("zorb", 1, "anna")
@@ -69,7 +87,9 @@ def test_a_signature_is_valid_and_is_in_the_log(versions, signed, trusted):
 
 def test_another_program_verifies_a_signature(versions, signed, trusted, tmp_path):
     records = find_records(versions.lineage, signed)
-    versions.store.checkout(records[PROVENANCE], tmp_path / "model")
+    for kind in (CARD, BOM, PROVENANCE):
+        for file in DOCUMENT_FILES[kind]:
+            versions.store.checkout_file(records[kind], file, tmp_path / "model" / file)
     versions.store.checkout_file(signed.artifact, signed.adapter_path, tmp_path / "model" / "adapter.safetensors")
     versions.store.checkout_file(records[SIGNATURE], "signature.json", tmp_path / "signature.json")
     arguments = ["verify", "key", tmp_path / "model", "--signature", tmp_path / "signature.json"]
@@ -83,8 +103,7 @@ def test_an_unsigned_version_is_reported(versions, register, trusted):
     version = register(versions, b"weights")
     assert not is_signed(versions, version)
     assert signature_findings(versions, version) == ("it is not signed",)
-    with pytest.raises(SignatureError, match="not signed"):
-        verify(versions, version)
+    assert signers(versions, version) == ()
     assert versions.read_adapter(version) == b"weights", "a policy decides if a signature is required"
 
 
@@ -145,8 +164,8 @@ def test_signature_of_the_same_files_under_another_name_is_invalid(versions, reg
     twin = register(versions, b"weights", name="twin")
     with versions.lineage.database.write() as session:
         records = find_records(versions.lineage, signed)
-        keep(session, versions.store, twin, PROVENANCE, records[PROVENANCE])
-        keep(session, versions.store, twin, SIGNATURE, records[SIGNATURE])
+        for kind, ref in records.items():
+            keep(session, versions.store, twin, kind, ref)
     assert signature_findings(versions, twin) == ("the signature is of zorb@1",)
 
 
@@ -262,13 +281,79 @@ def test_damaged_bundle_is_damage(versions, signed):
     assert digest in finding
 
 
-def test_a_second_signature_replaces_the_first_and_the_log_has_both(versions, signed, trusted, empty_home, tmp_path):
+@pytest.mark.parametrize(("kind", "file"), [(CARD, "model-card.md"), (CARD, "model-card.html"), (BOM, "ml-bom.json")])
+def test_another_card_or_bill_is_found(versions, signed, kind, file):
+    """An attacker with write access but without a key cannot replace a document."""
+    ref = find_records(versions.lineage, signed)[kind]
+    files = {name: versions.store.read(ref, name) for name in versions.store.files(ref)}
+    other = versions.store.put_files(kind, files | {file: files[file] + b" "})
+    with versions.lineage.database.write() as session:
+        keep(session, versions.store, signed, kind, other)
+    (finding,) = signature_findings(versions, signed)
+    assert finding.startswith(f"{file}: signed with digest")
+
+
+def test_each_key_has_one_signature_and_all_must_be_valid(versions, signed, trusted, empty_home, tmp_path):
     make_key(tmp_path / "second", None)
-    trust_key(empty_home, tmp_path / "second.pub")
-    sign(versions, signed, tmp_path / "second")
-    assert verify(versions, signed).name == "second"
+    second = trust_key(empty_home, tmp_path / "second.pub")
+    file = f"signature-{second.fingerprint[:16]}.json"
+    for _ in range(2):
+        sign(versions, signed, tmp_path / "second")
+    ref = find_records(versions.lineage, signed)[SIGNATURE]
+    assert set(versions.store.files(ref)) == {"signature.json", file, file.replace("signature", "log-head")}
+    assert [key.name for key in signers(versions, signed)] == ["release", "second"]
     with versions.lineage.database.read() as session:
-        assert [event.action for event in queries.read_events(session)].count("sign") == 2
+        events = [event for event in queries.read_events(session) if event.action == "sign"]
+    assert [event.details["file"] for event in events] == ["signature.json", file, file]
+    (head,) = signed_heads(versions, signed)
+    assert head == Head(events[1].seq, events[1].digest), "the newest event when the second key signed last"
+
+    (empty_home.path / "keys" / "second.pub").unlink()
+    assert signature_findings(versions, signed) == (), "one trusted key is enough"
+    (empty_home.path / "keys" / "release.pub").unlink()
+    assert len(signature_findings(versions, signed)) == 2
+    trust_key(empty_home, tmp_path / "second.pub")
+    trust_key(empty_home, trusted.with_name("release.pub"))
+    files = {name: versions.store.read(ref, name) for name in versions.store.files(ref)}
+    files["signature.json"] = files["signature.json"].replace(b'"keyid":""', b'"keyid":"x"')
+    other = versions.store.put_files(SIGNATURE, files)
+    with versions.lineage.database.write() as session:
+        keep(session, versions.store, signed, SIGNATURE, other)
+    (finding,) = signature_findings(versions, signed)
+    assert finding == "signature.json: the signature has an unknown form"
+
+
+def test_a_head_that_was_changed_is_found(versions, signed, trusted):
+    sign(versions, signed, trusted, SECRET)
+    ref = find_records(versions.lineage, signed)[SIGNATURE]
+    files = {name: versions.store.read(ref, name) for name in versions.store.files(ref)}
+    files["log-head.json"] = files["log-head.json"].replace(b'"seq":1', b'"seq":3')
+    other = versions.store.put_files(SIGNATURE, files)
+    with versions.lineage.database.write() as session:
+        keep(session, versions.store, signed, SIGNATURE, other)
+    (finding,) = signature_findings(versions, signed)
+    assert finding.startswith("log-head.json: signed with digest")
+
+
+def test_a_signature_of_an_earlier_release_is_valid_for_what_it_covers(versions, register, trusted, monkeypatch):
+    """Releases before 0.4 signed the adapter file and the provenance only."""
+    version = register(versions, b"weights")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(signing, "_DOCUMENTS", ())
+        earlier.setattr(signing, "DOCUMENT_FILES", {PROVENANCE: DOCUMENT_FILES[PROVENANCE]})
+        signature = sign(versions, version, trusted, SECRET)
+    assert set(signature.digests) == {"adapter.safetensors", "provenance.json"}
+    assert signature_findings(versions, version) == ()
+    assert uncovered(versions, version) == ("ml-bom.json", "model-card.html", "model-card.md")
+    sign(versions, version, trusted, SECRET)
+    assert uncovered(versions, version) == ()
+
+
+def test_a_stray_file_among_the_keys_is_a_warning(versions, signed, empty_home, caplog):
+    (empty_home.path / "keys" / "notes.pub").write_text("not a key")
+    assert signature_findings(versions, signed) == ()
+    assert versions.read_adapter(signed) == b"weights"
+    assert any("notes.pub: this is not a public key" in record.getMessage() for record in caplog.records)
 
 
 def test_only_the_owner_can_read_a_key_and_its_passphrase_opens_it(tmp_path):
