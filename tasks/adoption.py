@@ -88,7 +88,19 @@ def _find_settings_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[st
     completed = job.spec.with_settings(recorded)
     before = dict(recorded) if completed is None else completed.own_settings()
     # The fingerprint decides about the base, not its name.
-    yield from _differences(before | {"base": None}, job.spec.own_settings() | {"base": None})
+    ignored = dict.fromkeys(("base", *job.spec.without_effect()))
+    yield from _differences(before | ignored, job.spec.own_settings() | ignored)
+
+
+def find_unmet(job: Job, source: Execution) -> list[str]:
+    """Returns the settings without effect on the result that were others when it was made, in words."""
+    names = job.spec.without_effect()
+    recorded, current = source.settings.get("settings", {}), job.spec.own_settings()
+    return _differences(
+        {name: value for name, value in recorded.items() if name in names},
+        # Options that the record lacks had their defaults.
+        {name: value for name, value in current.items() if name in names and (name in recorded or value)},
+    )
 
 
 def _find_base_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[str]:

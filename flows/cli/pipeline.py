@@ -158,7 +158,8 @@ def _print_plan(plan: Plan) -> None:
     rows = []
     for step in plan.steps:
         action = ("adopted" if step.adoption else "cached") if step.cached else "run"
-        rows.append((step.name, step.job.kind.name, action, "" if action == "cached" else step.reason))
+        reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
+        rows.append((step.name, step.job.kind.name, action, reason))
     print_table(("step", "uses", "action", "reason"), rows)
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_engine.training.specs.lengths import Steps
+
 _Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 _Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -14,7 +16,7 @@ class Samples(BaseModel):
     """Sample images at intervals: each prompt with each seed, so that one image can be followed through the run.
 
     Attributes:
-        every: Training steps between samples.
+        every: Training steps between samples, or epochs.
         prompts: Prompts of the samples.
         seeds: Noise seeds; the same at every interval.
         steps: Sampler steps.
@@ -23,7 +25,7 @@ class Samples(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every: int = Field(ge=1)
+    every: Steps
     prompts: Annotated[tuple[_Prompt, ...], Field(min_length=1, max_length=64)]
     seeds: Annotated[tuple[_Seed, ...], Field(min_length=1, max_length=64)] = (0,)
     steps: int = Field(default=12, ge=1, le=1000)
