@@ -37,7 +37,9 @@ def test_training_writes_an_adapter_with_its_card_and_curves(
     assert len(adapter.modules) > 0
     assert all(delta.factors()["up"].abs().max() > 0 for delta in adapter.modules.values())
     assert (card.title, card.trigger, card.class_word, card.base, card.seed) == ("sks star", "sks", "star", shape, 7)
-    assert TrainSettings.model_validate(card.recipe) == settings(method=method, validate_every=2)
+    recipe = {name: value for name, value in card.recipe.items() if name != "done"}
+    # Validations change no byte of the adapter.
+    assert TrainSettings.model_validate(recipe) == settings(method=method)
     trained_on = sorted(image.sha256 for image in Manifest.load(dataset).of_split("train"))
     assert card.data == trained_on
     curves = curves_of(out)
