@@ -266,7 +266,8 @@ def test_an_optimizer_state_is_continued_where_it_is_at_hand(
             train(name, optimizer_state=True, **change, **init)
     with monkeypatch.context() as patch:
         patch.setattr(states, "import_state", lambda *_: None)
-        cold_again = train("ignored", optimizer_state=True, **init)
+        # Otherwise it would continue the run `warm`.
+        cold_again = train("ignored", optimizer_state=True, arguments={"init": file, "fresh": True})
     assert all(value.equal(factors_of(cold)[name]) for name, value in factors_of(cold_again).items())
 
 
