@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 from lora_engine.settings import without_later
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
-from lora_engine.training.continuing import EPOCH, ORIGIN, later_stages
+from lora_engine.training.continuing import EPOCH, ORIGIN
 from lora_engine.training.device import compile_network, prepare_network
 from lora_engine.training.distributed import ProcessGroup, ReadOnlyCheckpoints
 from lora_engine.training.examples import Encoder, Example, text_encoder
@@ -31,12 +30,13 @@ from lora_engine.training.identity import identity_loss
 from lora_engine.training.images import TrainingImages, class_images, read_images
 from lora_engine.training.init import init_adapter, init_embeddings
 from lora_engine.training.initial import InitialAdapter, read_initial
-from lora_engine.training.loop import FitOptions, History, fit, rates_of
+from lora_engine.training.loop import History, fit, rates_of
 from lora_engine.training.losses import LossTerm
 from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.record import card_of
+from lora_engine.training.resolve import count_epoch, fit_options, in_steps
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.saved import SavedAdapters
 from lora_engine.training.spec import TrainSettings
@@ -45,8 +45,6 @@ from lora_engine.training.states import StateFolder, WarmStart, find_optimizer_s
 from lora_engine.training.validation import image_losses
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A mean over pixels makes gradients underflow float16. A power of two is exact.
-_FP16_LOSS_SCALE = 4096.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class TrainingJob:
 
     def _fit(self, prepared: _Prepared) -> TrainingResult:
         settings, base, encoder, images = self.settings, prepared.base, prepared.encoder, prepared.images
-        group, method, options = self.group, methods[settings.method.name], _options(settings, images)
+        group, method, options = self.group, methods[settings.method.name], fit_options(settings, images)
         with ExitStack() as stack:
             adapter = prepared.adapter
             attachment = stack.enter_context(attach(base, adapter, trainable=True)) if adapter.modules else None
@@ -279,48 +277,6 @@ class _Prepared:
     card: Card
     initial: InitialAdapter | None
     warm: WarmStart | None
-
-
-def count_epoch(settings: TrainSettings, examples: Sequence[Example]) -> int:
-    """Returns the steps of an epoch, in which every example is seen at least as often as it repeats."""
-    prior = settings.class_images
-    batches = 2 if prior is not None and prior.batches == "alternating" else 1
-    count = sum(example.repeats for example in examples) * batches
-    return math.ceil(count / (settings.batch * settings.accumulate))
-
-
-def in_steps(settings: TrainSettings, epoch: int) -> TrainSettings:
-    """Returns the settings with all lengths in steps.
-
-    Raises:
-        SettingsError: A warmup does not fit the steps.
-    """
-    try:
-        return settings.in_steps(epoch)
-    except ValueError as error:
-        raise SettingsError(str(error), where="warmup") from error
-
-
-def _options(settings: TrainSettings, images: TrainingImages) -> FitOptions:
-    heldout = [example.identity() for example in images.heldout]
-    return FitOptions(
-        schedule=settings.schedule.name,
-        schedule_options=settings.schedule.options(),
-        warmup=settings.warmup,
-        then=later_stages(settings),
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        accumulate=settings.accumulate,
-        checkpoint_every=settings.checkpoint_every,
-        validate_every=settings.validate_every,
-        save_every=settings.save_every,
-        observe_every=settings.samples.every if settings.samples else 0,
-        optimizer=settings.rates.optimiser.name,
-        optimizer_options=settings.rates.optimiser.options(),
-        ema=settings.rates.ema,
-        loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
-        validated_on=sha256_bytes(canonical_json(heldout)) if heldout else "",
-    )
 
 
 def _digests_of(manifest: Manifest) -> list[str]:
