@@ -27,7 +27,12 @@ class NoEffect:
     """Marks a setting that changes no byte of the adapter, such as `validate_every`.
 
     Cache keys hold its default whatever its value, so a change of it neither repeats nor restarts a step.
+
+    Attributes:
+        is_visible: True if the result has something that the setting asks for, such as a curve.
     """
+
+    is_visible: bool = True
 
 
 def key_form(model: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,14 +68,17 @@ def without_later(model: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]
     return stable
 
 
-def names_without_effect(model: type[BaseModel]) -> set[str]:
-    """Returns the names of the settings marked `NoEffect`."""
-    return {name for name in model.model_fields if _is_marked(model, name, NoEffect)}
+def names_without_effect(model: type[BaseModel], *, visible: bool = False) -> set[str]:
+    """Returns the names of the settings marked `NoEffect`; with `visible`, of those that ask for something."""
+    marks = {
+        name: [item for item in field.metadata if isinstance(item, NoEffect)]
+        for name, field in model.model_fields.items()
+    }
+    return {name for name, found in marks.items() if found and (found[0].is_visible or not visible)}
 
 
-def _is_marked(model: BaseModel | type[BaseModel], name: str, mark: type) -> bool:
-    fields = model.model_fields if isinstance(model, type) else type(model).model_fields
-    return any(isinstance(item, mark) for item in fields[name].metadata)
+def _is_marked(model: BaseModel, name: str, mark: type) -> bool:
+    return any(isinstance(item, mark) for item in type(model).model_fields[name].metadata)
 
 
 def _without_later(setting: Any, dumped: Any) -> Any:

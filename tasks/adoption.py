@@ -93,14 +93,11 @@ def _find_settings_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[st
 
 
 def find_unmet(job: Job, source: Execution) -> list[str]:
-    """Returns the settings without effect on the result that were others when it was made, in words."""
-    names = job.spec.without_effect()
-    recorded, current = source.settings.get("settings", {}), job.spec.own_settings()
-    return _differences(
-        {name: value for name, value in recorded.items() if name in names},
-        # Options that the record lacks had their defaults.
-        {name: value for name, value in current.items() if name in names and (name in recorded or value)},
-    )
+    """Returns what the settings ask for and an earlier result lacks, such as saved adapters, in words."""
+    recorded = source.settings.get("settings", {})
+    current = job.spec.own_settings()
+    wanted = {name: current[name] for name in job.spec.without_effect(visible=True) if current[name]}
+    return _differences({name: recorded.get(name) for name in wanted}, wanted)
 
 
 def _find_base_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[str]:

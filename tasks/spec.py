@@ -105,9 +105,12 @@ class StepSpec(BaseModel):
         return settings
 
     @classmethod
-    def without_effect(cls) -> set[str]:
-        """Returns the names of the settings that change no byte of the result's main file."""
-        return names_without_effect(cls)
+    def without_effect(cls, *, visible: bool = False) -> set[str]:
+        """Returns the names of the settings that change no byte of the result's main file.
+
+        With `visible`, only of those that ask for something beside it.
+        """
+        return names_without_effect(cls, visible=visible)
 
     def with_settings(self, recorded: Mapping[str, Any]) -> Self | None:
         """Returns this spec with recorded settings, completed with today's defaults; None if they are not valid now."""

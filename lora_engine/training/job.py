@@ -260,6 +260,7 @@ class TrainingJob:
             "device": base.device.type,
             "pictures": [[example.identity() for example in group] for group in (images.examples, images.classes)],
             "init": initial and initial.sha256,
+            "origin": self.state.origin,
         }
         return sha256_bytes(canonical_json(job))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.errors import InterruptedRun, NonFiniteError
+from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
 from lora_engine.training.checkpoint_files import CheckpointFile
@@ -280,6 +280,7 @@ class _Run:
     def restore(self, continue_from: Callable[[Checkpoint, int], None]) -> None:
         """Restores the newest usable checkpoint, if there is one."""
         checkpoint = self._checkpoints.load(self._is_usable) if self._checkpoints is not None else None
+        self._require_agreement(-1 if checkpoint is None else int(checkpoint.tensors["history/loss"].numel()))
         if checkpoint is None:
             return
         with torch.no_grad():
@@ -296,6 +297,15 @@ class _Run:
         )
         self._restored = checkpoint
         continue_from(checkpoint, self.done)
+
+    def _require_agreement(self, done: int) -> None:
+        # Another run may write checkpoints while the processes of this one choose theirs.
+        agreed = torch.tensor([float(done)], device=next(iter(self._values.values())).device)
+        self._average([agreed])
+        if agreed.item() != done:
+            raise TrainingError(
+                f"a process resumes after {done} steps, others after another number", remedy="run it again"
+            )
 
     def _is_usable(self, file: CheckpointFile) -> bool:
         before = [PhaseRates.from_json(values) for values in file.facts["rates"]]

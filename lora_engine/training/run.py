@@ -80,8 +80,9 @@ def train(
             precision = choose_precision(settings.precision, group.device)
             settings = settings.model_copy(update={"precision": precision})
             states = StateFolder(Path(state) if state else work, shared=state is not None, origin=origin, fresh=fresh)
-            if group.is_main_process:
-                states.prepare()
+            with group.main_process_first():
+                if group.is_main_process:
+                    states.prepare()
             initial = Path(init) if init else None
             job = TrainingJob(
                 settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out, initial, states

@@ -106,7 +106,7 @@ class TrainSettings(BaseModel):
     accumulate: int = Field(default=1, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     caption_dropout: _Finite = Field(default=0.0, ge=0.0, le=1.0)
-    checkpoint_every: Annotated[Steps, NoEffect()] = 100
+    checkpoint_every: Annotated[Steps, NoEffect(is_visible=False)] = 100
     validate_every: Annotated[Interval, NoEffect()] = 0
     prior: Prior | None = None
     precision: Precision = "fp32"
@@ -142,6 +142,8 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainSettings:
         self.rates.check(self.schedule, self.learning_rate)
+        for stage in self.then:
+            self.rates.check(stage.schedule, stage.learning_rate or self.learning_rate)
         optimizer = self.rates.optimiser
         if optimizer.finds_rate and isinstance(self.method, TokenSettings):
             raise ValueError(

@@ -61,6 +61,7 @@ def test_settings_without_effect_leave_everything_cached_and_plans_say_what_is_m
     assert all(step["cached"] for step in steps.values())
     reason = str(steps["adapter"]["reason"])
     assert "validate_every: 0 -> 2" in reason
+    assert "checkpoint_every" not in reason  # nothing in the result shows it
     assert "save_every: 0 -> 3" in reason
     assert "--force adapter" in reason
     shown = say("plan", trained.spec, "--set", "adapter.save_every=3", home=trained.home.path)

@@ -268,6 +268,14 @@ def test_epochs_are_steps_of_all_images(trained: Trained) -> None:
         ({"warmup": "-1%"}, "a share such as '10%'"),
         ({"save_every": "50%"}, "epochs such as"),
         ({"then": [{"steps": 2, "learning_rate": float("nan")}]}, "finite"),
+        (
+            {
+                "schedule": "constant",
+                "rates": {"optimiser": "schedule-free"},
+                "then": [{"steps": 2, "schedule": "cosine"}],
+            },
+            "replaces schedule 'cosine'",
+        ),
     ],
     ids=str,
 )
