@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,46 +144,44 @@ class TrainingJob:
                 exported = attachment.adapter().to(device="cpu").to_export() if attachment else adapter
                 return exported, attached_tokens.embeddings()
 
-            samples = self._samples(base, run)
-            saved = self._saved(current, prepared.card, run)
-
-            def continue_from(checkpoint: Checkpoint, done: int) -> None:
-                for writer, name in ((samples, "samples"), (saved, "saved")):
-                    if writer and checkpoint.folder:
-                        writer.take_over(checkpoint.folder.parent / name, checkpoint.facts["run"], done)
-
+            samples, saved = self._samples(base, run), self._saved(current, prepared.card, run)
             history = fit(
                 phases,
                 base.modules.values(),
                 options,
-                checkpoints=(Checkpoints if group.is_main_process else ReadOnlyCheckpoints)(
-                    self.state.checkpoints, job, self.state.others, {"run": run, **self._about(images)}
-                ),
-                validate=lambda: _mean(
-                    image_losses(
-                        base,
-                        encoder.latents,
-                        context.conditioner,
-                        images.heldout,
-                        seed=settings.seed,
-                        transform=method.validation(base, settings),
-                    )
-                ),
+                checkpoints=self._checkpoints(job, {"run": run, **self._about(images)}),
+                validate=lambda: self._validate(prepared, context),
                 progress=self.progress if group.is_main_process else no_progress,
                 stop=lambda: group.any(self.stop()),
                 average=group.average,
                 observe=samples.draw if samples else lambda done: None,
                 save_weights=saved.save if saved else lambda done, loss: None,
-                continue_from=continue_from,
+                continue_from=lambda checkpoint, done: _take_over(checkpoint, done, samples, saved),
                 begin=prepared.warm.restore if prepared.warm else lambda optimizer: None,
             )
             if samples:
                 samples.copy(self.out)
             files = saved.copy(self.out, settings.total_steps) if saved else ()
             result, embeddings = current()
-            return TrainingResult(
-                Bundle(result, prepared.card, embeddings), history, _digests_of(prepared.manifest), files
-            )
+        trained_on = sorted({image.sha256 for image in prepared.manifest.of_split("train")})
+        return TrainingResult(Bundle(result, prepared.card, embeddings), history, trained_on, files)
+
+    def _checkpoints(self, job: str, about: Mapping[str, Any]) -> Checkpoints:
+        kind = Checkpoints if self.group.is_main_process else ReadOnlyCheckpoints
+        return kind(self.state.checkpoints, job, self.state.others, about)
+
+    def _validate(self, prepared: _Prepared, context: MethodContext) -> float:
+        """Returns the mean validation loss of the held-out images."""
+        settings, base = self.settings, prepared.base
+        losses = image_losses(
+            base,
+            prepared.encoder.latents,
+            context.conditioner,
+            prepared.images.heldout,
+            seed=settings.seed,
+            transform=methods[settings.method.name].validation(base, settings),
+        )
+        return sum(losses) / len(losses)
 
     def _context(
         self, prepared: _Prepared, attachment: Attachment | None, tokens: dict[str, torch.nn.Parameter]
@@ -280,8 +278,11 @@ class _Prepared:
     warm: WarmStart | None
 
 
-def _digests_of(manifest: Manifest) -> list[str]:
-    return sorted({image.sha256 for image in manifest.of_split("train")})
+def _take_over(checkpoint: Checkpoint, done: int, samples: SampleWriter | None, saved: SavedAdapters | None) -> None:
+    """Copies the samples and saved adapters of the run that the checkpoint is of, up to its step."""
+    for writer, name in ((samples, "samples"), (saved, "saved")):
+        if writer and checkpoint.folder:
+            writer.take_over(checkpoint.folder.parent / name, checkpoint.facts["run"], done)
 
 
 @contextmanager
@@ -301,7 +302,3 @@ def _adapter_disabled(attachment: Attachment | None) -> Iterator[None]:
 def _named(declared: str) -> str:
     """Returns the names of the methods that declare a property."""
     return " or ".join(name for name, method in methods.items() if getattr(method.spec, declared))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -64,6 +64,23 @@ def test_images_of_several_sizes_are_trained_with_class_images_of_their_sizes(
     assert len(list((tmp_path / "work" / "class").glob("*/*.png"))) == 2 + 1
 
 
+def test_recipes_have_the_class_images_that_were_used(runs: Runs, dataset: Path) -> None:
+    def done(out: Path) -> dict[str, Any]:
+        _, card = read_adapter(out / "adapter.safetensors")
+        used: dict[str, Any] = card.recipe["done"]["class_images"]
+        return used
+
+    prior = {"count": 3, "steps": 2, "guidance": 2.0, "prompt": "a star"}
+    drawn = done(runs("drawn", method="dreambooth", prior=prior, steps=1))
+    expected = {"count": 3, "source": "drawn by the base", "prompts": ["a star"], "steps": 2, "guidance": 2.0}
+    assert expected.items() <= drawn.items()
+    assert (drawn["weight"], drawn["batches"], len(drawn["sha256"])) == (1.0, "joint", 64)
+    given = done(runs("given", method="dreambooth", steps=1, arguments={"class_dataset": dataset}))
+    assert (given["source"], given["count"]) == ("class_dataset", 5)
+    assert "steps" not in given
+    assert given["sha256"] != drawn["sha256"]
+
+
 def test_class_images_and_caches_are_made_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs("first", method="dreambooth", work="work")
     monkeypatch.setattr("lora_engine.training.prior.generate", None)
