@@ -128,7 +128,7 @@ class TrainingJob:
         return self._fit(prepared)
 
     def _fit(self, prepared: _Prepared) -> TrainingResult:
-        settings, base, encoder, images = self.settings, prepared.base, prepared.encoder, prepared.images
+        settings, base, images = self.settings, prepared.base, prepared.images
         group, method, options = self.group, methods[settings.method.name], fit_options(settings, images)
         with ExitStack() as stack:
             adapter = prepared.adapter
