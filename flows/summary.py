@@ -23,6 +23,7 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
     for name, step in spec.steps.items():
         if step.uses == "ingest":
             manifest = Manifest.model_validate_json(result.outcomes[name].summary)
+            yield "dataset", f"{name}: {manifest.describe()}"
             for item in manifest.quarantined[:_SHOWN]:
                 yield "skipped", f"{item.source}: {item.reason}"
             if len(manifest.quarantined) > _SHOWN:

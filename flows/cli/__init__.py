@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+import flows.cli.data as data_verbs
 import flows.cli.files as files_verbs
 import flows.cli.governance as governance_verbs
 import flows.cli.history as history_verbs
@@ -32,6 +33,7 @@ _MODULES = (
     pipeline_verbs,
     version_verbs,
     lineage_verbs,
+    data_verbs,
     files_verbs,
     weight_verbs,
     history_verbs,

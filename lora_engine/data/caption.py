@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from lora_engine.data.captioners import CAPTIONERS
-from lora_engine.data.folder import clean_text
 from lora_engine.data.manifest import MAX_CAPTION, Manifest
 from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
+from lora_engine.data.text_files import clean_text
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import atomic_write
 from lora_engine.progress import Progress
@@ -22,9 +22,13 @@ def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progr
         SettingsError: An image has no caption, and there is neither trigger nor class word for the template.
     """
     manifest = Manifest.load(dataset)
-    captions = CAPTIONERS[settings.captioner_name].captions(dataset, manifest, settings, progress)
+    # Class images keep their own captions: trigger and template are about the concept.
+    concept = manifest.model_copy(update={"pictures": tuple(i for i in manifest.pictures if i.split != "class")})
+    captions = CAPTIONERS[settings.captioner_name].captions(dataset, concept, settings, progress)
+    texts = dict(zip((image.file for image in concept.pictures), captions, strict=True))
     images = []
-    for image, text in zip(manifest.pictures, captions, strict=True):
+    for image in manifest.pictures:
+        text = texts.get(image.file, image.caption)
         if len(text) > MAX_CAPTION:
             raise DataError(
                 f"the caption has {len(text)} characters with the trigger",

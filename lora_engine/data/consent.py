@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_engine.data.folder import clean_text
 from lora_engine.data.images import open_inside
 from lora_engine.data.rights import OptOut, Rights
+from lora_engine.data.text_files import clean_text
 from lora_engine.documents import TableRow, read_table
 from lora_engine.errors import DataError
 

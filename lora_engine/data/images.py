@@ -19,10 +19,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_engine.data.color import to_srgb
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 30
 
@@ -35,6 +36,7 @@ BROKEN = (
     IndexError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
@@ -44,7 +46,8 @@ BROKEN = (
 def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> Image.Image:
     """Opens an image as upright RGB with 8 bits per channel and without metadata.
 
-    Scales 16-bit grays, composites transparency over white, applies the EXIF orientation.
+    Scales 16-bit grays, composites transparency over white, converts the color profile to sRGB, applies the EXIF
+    orientation.
 
     Args:
         path: The file; only regular files, because a pipe could block the reader.
@@ -116,7 +119,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
             _check(image, name, max_pixels)
             image.load()
             upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            return _to_rgb(upright, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
@@ -135,11 +138,14 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
             remedy="make it smaller",
         )
     # A JPEG from a phone may contain a second frame (MPO), which is no animation.
-    if image.format in {"PNG", "WEBP"} and getattr(image, "n_frames", 1) > 1:
-        raise DataError("is animated", where=name, allowed="still images", remedy="save one frame as a still image")
+    if image.format not in {"JPEG", "MPO"} and (frames := getattr(image, "n_frames", 1)) > 1:
+        problem = f"has {frames} pages" if image.format == "TIFF" else "is animated"
+        raise DataError(problem, where=name, allowed="still images", remedy="save one of them as a still image")
+    if image.mode == "F":
+        raise DataError("has floating-point values", where=name, allowed="8 or 16 bits", remedy="save it with 16 bits")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         gray = Image.fromarray(np.clip(np.rint(values * (255.0 / 65535.0)), 0, 255).astype(np.uint8))
@@ -150,5 +156,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        opaque = Image.alpha_composite(white, rgba).convert("RGB")
+        opaque.info["icc_profile"] = image.info.get("icc_profile")
+        return to_srgb(opaque, name)
+    return to_srgb(image if image.mode in {"RGB", "CMYK"} else image.convert("RGB"), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -10,21 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
+from lora_engine.data.caption_files import Caption, stated_origin
 from lora_engine.data.consent import Statement, read_consent
+from lora_engine.data.duplicates import Print, find_groups, find_same, take_print
 from lora_engine.data.evidence import read_evidence
-from lora_engine.data.folder import (
-    Owner,
-    candidates,
-    owner_of_mask,
-    printable,
-    read_caption,
-    repeats_of,
-    require_folder,
-)
+from lora_engine.data.folder import Listing, Owner, list_folder, require_folder
 from lora_engine.data.images import IMAGE_FORMATS, open_image, open_with_digest, write_image, write_mask
+from lora_engine.data.layout import Layout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
+from lora_engine.data.text_files import printable
 from lora_engine.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -62,12 +57,10 @@ def ingest(
     statements = read_consent(consent) if consent is not None else {}
     entries: list[ImageEntry] = []
     quarantined: list[Quarantined] = []
-    files, masks = _sort_files(images)
-    names = {path.relative_to(images).as_posix() for path in files}
-    _refuse_unmatched_patterns(images, settings, names)
-    ingestion = _Ingestion(images, out, settings, masks, frozenset(revoked))
-    for path in files:
-        name = path.relative_to(images).as_posix()
+    listing = list_folder(images)
+    layout = Layout(images, listing, settings)
+    ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked))
+    for name, path in layout.names.items():
         try:
             entries.append(ingestion.add(path, name, statements.get(name, Statement())))
         except DataError as error:
@@ -75,26 +68,19 @@ def ingest(
             _log.warning("%s is quarantined: %s", printable(name), quarantined[-1].reason)
     entries, refused = ingestion.settle(entries)
     quarantined += refused
-    quarantined += _unmatched_masks(images, masks, ingestion.used_masks)
+    quarantined += _unmatched_masks(images, listing.masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
-    if unknown := sorted(set(statements) - names):
+    quarantined += layout.report()
+    if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
-    manifest = Manifest(pictures=_split(entries, settings.heldout), quarantined=tuple(quarantined))
+    manifest = Manifest(
+        pictures=_split(entries, settings.heldout, ingestion.prints),
+        quarantined=tuple(quarantined),
+        layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
+    )
     manifest.save(out)
     return manifest
-
-
-def _sort_files(images: Path) -> tuple[list[Path], dict[Owner, list[Path]]]:
-    files: list[Path] = []
-    masks: dict[Owner, list[Path]] = {}
-    for path in candidates(images):
-        owner = owner_of_mask(path, images)
-        if owner is None:
-            files.append(path)
-        else:
-            masks.setdefault(owner, []).append(path)
-    return files, masks
 
 
 class _Ingestion:
@@ -105,13 +91,17 @@ class _Ingestion:
         images: Path,
         out: Path,
         settings: IngestSettings,
-        masks: Mapping[Owner, Sequence[Path]],
+        listing: Listing,
+        layout: Layout,
         revoked: frozenset[str],
     ) -> None:
-        self._images, self._out, self._settings, self._masks = images, out, settings, masks
-        self._revoked = revoked
+        self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
+        self._layout, self._revoked = layout, revoked
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
+        self.names: dict[str, str] = {}
+        self.prints: dict[str, Print] = {}
+        self._captions: dict[str, Caption] = {}
         self.used_masks: set[Path] = set()
 
     def add(self, path: Path, name: str, statement: Statement) -> ImageEntry:
@@ -124,9 +114,11 @@ class _Ingestion:
         file = f"pictures/{sha256[:16]}.png"
         if (earlier := self._sources.get(file)) is not None:
             same = earlier.sha256 == sha256
+            if same and (copied := self._layout.caption(name)) is not None:
+                self._offer_caption(earlier, copied, name)
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
-        caption = read_caption(path, self._images)
-        repeats = repeats_of(name, self._settings.repeats)
+        self.prints[file] = take_print(pixels)
+        caption, repeats = self._layout.caption(name), self._layout.repeats(name)
         mask = self._open_mask(path, pixels.size)
         write_image(self._out / file, pixels)
         if mask is not None:
@@ -136,15 +128,23 @@ class _Ingestion:
             file=file,
             width=pixels.width,
             height=pixels.height,
-            caption=caption,
+            caption=caption.text if caption is not None else "",
+            caption_origin=stated_origin(caption) if caption is not None else None,
             source=printable(name),
+            split=self._layout.split(name),
             consent=statement.consent,
             repeats=repeats,
             mask=f"masks/{Path(file).name}" if mask is not None else None,
             rights=_with_evidence(statement.rights, read_evidence(path, self._images)),
         )
-        self._sources[file] = entry
+        self._sources[file], self.names[file] = entry, name
         return entry
+
+    def _offer_caption(self, earlier: ImageEntry, caption: Caption, name: str) -> None:
+        used = earlier.caption or self._captions.setdefault(earlier.file, caption).text
+        if used != caption.text:
+            source, other = earlier.source, printable(name)
+            _log.warning("%s and %s are the same image with different captions; %r is used", source, other, used)
 
     def settle(self, entries: Sequence[ImageEntry]) -> tuple[list[ImageEntry], list[Quarantined]]:
         """Judges the statements about all copies of each image: removes those that differ, uses the only one."""
@@ -160,6 +160,8 @@ class _Ingestion:
         return settled, refused
 
     def _settled(self, entry: ImageEntry) -> ImageEntry:
+        if (copied := self._captions.get(entry.file)) is not None:
+            entry = entry.model_copy(update={"caption": copied.text, "caption_origin": stated_origin(copied)})
         statements = self._statements[entry.sha256]
         if len(statements) > 1:
             names = " and ".join(statements.values())
@@ -206,23 +208,35 @@ def _unmatched_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: 
     ]
 
 
-def _refuse_unmatched_patterns(images: Path, settings: IngestSettings, names: set[str]) -> None:
-    patterns = settings.repeats if isinstance(settings.repeats, dict) else {}
-    unmatched = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
-    if unmatched:
-        raise DataError(
-            f"the pattern {unmatched[0]!r} of repeats matches no image",
-            where=str(images),
-            remedy="write names or patterns relative to this folder, such as 'faces/*'",
-        )
-
-
-def _split(entries: list[ImageEntry], fraction: float) -> tuple[ImageEntry, ...]:
-    if fraction == 0.0 or len(entries) < 2:
+def _split(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str, Print]) -> tuple[ImageEntry, ...]:
+    """Holds out whole groups of images that show the same, in the order of their smallest digests."""
+    trained = [entry for entry in entries if entry.split == "train"]
+    _report_same(trained, prints)
+    if fraction == 0.0 or len(trained) < 2:
         return tuple(entries)
-    count = min(max(1, round(len(entries) * fraction)), len(entries) - 1)
-    heldout = set(sorted(entry.sha256 for entry in entries)[:count])
+    target = min(max(1, round(len(trained) * fraction)), len(trained) - 1)
+    groups = [
+        {trained[index].sha256 for index in group} for group in find_groups([prints[entry.file] for entry in trained])
+    ]
+    heldout: set[str] = set()
+    for group in sorted(groups, key=min):
+        if len(heldout) < target and len(heldout) + len(group) < len(trained):
+            heldout |= group
+    if not heldout:
+        _log.warning("all images show nearly the same, so those held out are not independent of the others")
+        heldout = set(sorted(entry.sha256 for entry in trained)[:target])
+    elif len(heldout) > target:
+        _log.warning("%d images are held out instead of %d, because some show nearly the same", len(heldout), target)
     return tuple(e.model_copy(update={"split": "heldout"}) if e.sha256 in heldout else e for e in entries)
+
+
+def _report_same(entries: Sequence[ImageEntry], prints: Mapping[str, Print]) -> None:
+    same = find_same([prints[entry.file] for entry in entries])
+    if same:
+        first, second = (entries[index].source for index in same[0])
+        _log.warning(
+            "%d pairs of images are the same but for encoding or size, first %s and %s", len(same), first, second
+        )
 
 
 def _reason(error: DataError) -> str:

@@ -5,6 +5,7 @@ Imports neither torch nor image code: specs, flows and tasks import it. `images`
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ _NAME = "manifest.json"
 MAX_CAPTION = 2_000
 MAX_REPEATS = 10_000
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "class"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -41,7 +42,9 @@ class ImageEntry(BaseModel):
         height: In pixels, of the file inside the artifact.
         caption: One line; empty if there is none yet.
         source: Name in the user's folder, made printable; for display only.
-        split: `heldout` images are never trained on.
+        caption_origin: Where ingest found the caption: `.caption`, `.json`, the name of a metadata file, or `folder
+            name`; None means a `.txt` file, or that there is none.
+        split: `heldout` images are never trained on; `class` images show the class, not the concept.
         consent: Id of the consent for the image; None means none is stated.
         repeats: Number of times that the image occurs per epoch.
         mask: Path of the mask inside the artifact: gray, of the image's size, white for full weight and black for none;
@@ -57,6 +60,7 @@ class ImageEntry(BaseModel):
     width: int = Field(gt=0)
     height: int = Field(gt=0)
     caption: str = Field(default="", max_length=MAX_CAPTION)
+    caption_origin: str | None = Field(default=None, max_length=300)
     source: str
     split: Split = "train"
     consent: str | None = None
@@ -65,12 +69,8 @@ class ImageEntry(BaseModel):
     rights: Rights | None = None
 
     @model_serializer(mode="wrap")
-    def _without_empty_rights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Omitted if empty: older manifests lack the key, and the digest of the dataset must not change.
-        written: dict[str, Any] = serialize(self)
-        if self.rights is None:
-            written.pop("rights", None)
-        return written
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(serialize(self), "rights", "caption_origin")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -90,13 +90,15 @@ class Quarantined(BaseModel):
 class Manifest(BaseModel):
     """A dataset: its images and quarantined files are all possible image files of the folder.
 
-    The mask of a used image belongs to that image and counts as neither.
+    Masks and captions of used images belong to these and count as neither.
 
     Attributes:
         pictures: The images, sorted by source name.
-        quarantined: Unused files with reasons; every later step keeps them.
+        quarantined: Unused files with reasons; every later step keeps them. A file of captions among them does not
+            keep its images from being used.
         trigger: The word for the concept in the captions; None means none.
         class_word: The class of the concept ("star", "dog"); None means none.
+        layout: What kohya's folder names say; None if the folder has none.
         format: Version of the file's layout.
     """
 
@@ -106,7 +108,12 @@ class Manifest(BaseModel):
     quarantined: tuple[Quarantined, ...] = ()
     trigger: str | None = None
     class_word: str | None = None
+    layout: str | None = None
     format: Literal[1] = 1
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(serialize(self), "layout")
 
     @model_validator(mode="after")
     def _files_are_distinct(self) -> Manifest:
@@ -120,6 +127,20 @@ class Manifest(BaseModel):
     def of_split(self, split: Split) -> tuple[ImageEntry, ...]:
         """Returns the images of one split, in the manifest's order."""
         return tuple(image for image in self.pictures if image.split == split)
+
+    def describe(self) -> str:
+        """Returns what became of the folder's files, in one line: images, origins of captions, masks, quarantine."""
+        concept = [image for image in self.pictures if image.split != "class"]
+        origins = Counter(image.caption_origin or (".txt" if image.caption else "none") for image in concept)
+        parts = [f"{len(concept)} images, captions: {', '.join(f'{n} {origin}' for origin, n in origins.items())}"]
+        counts = {
+            "held out": len(self.of_split("heldout")),
+            "class images": len(self.of_split("class")),
+            "masks": sum(image.mask is not None for image in self.pictures),
+            "quarantined": len(self.quarantined),
+        }
+        parts += [f"{count} {noun}" for noun, count in counts.items() if count]
+        return "; ".join([*parts, *([self.layout] if self.layout else [])])
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -153,6 +174,11 @@ class Manifest(BaseModel):
     def save(self, folder: Path) -> None:
         """Writes the manifest into the folder: same manifest, same bytes."""
         atomic_write(folder / _NAME, canonical_json(self.model_dump(mode="json")))
+
+
+def _without(written: dict[str, Any], *keys: str) -> dict[str, Any]:
+    # Omitted if unset: older manifests lack these keys, and the digest of a dataset must not change.
+    return {key: value for key, value in written.items() if value is not None or key not in keys}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_engine.data.buckets import Fit, Sides, bucket_sizes, choose_bucket, fit_into
-from lora_engine.data.images import open_image, write_image, write_mask
+from lora_engine.data.images import MAX_PIXELS, open_image, write_image, write_mask
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.spec import Buckets, PreprocessSettings
 from lora_engine.errors import DataError
@@ -28,7 +28,7 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manife
     enlarge: neither leaves the range) and cropped with its image.
 
     Raises:
-        DataError: The dataset is incomplete, or all of its images are too small for a bucket.
+        DataError: The dataset is incomplete, or all of its images are too small for a bucket, or too elongated.
     """
     manifest = Manifest.load(dataset)
     keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
@@ -38,8 +38,9 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manife
     for entry in manifest.pictures:
         image = open_image(dataset / entry.file, root=dataset)
         fit = choose(image.size)
-        if fit is None:
-            quarantined.append(Quarantined(source=entry.source, reason=_too_small(entry, settings)))
+        if fit is None or fit.resized[0] * fit.resized[1] > MAX_PIXELS:
+            reason = _too_small(entry, settings) if fit is None else _too_long(entry, fit)
+            quarantined.append(Quarantined(source=entry.source, reason=reason))
             continue
         resized = _resize(image, fit)
         box = CROPS[keep](resized, fit.size)
@@ -50,10 +51,10 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manife
         entries.append(entry.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
     if not entries:
         raise DataError(
-            f"all {len(manifest.pictures)} images are too small, first {quarantined[-1].source}: "
+            f"none of the {len(manifest.pictures)} images has a usable size, last {quarantined[-1].source}: "
             f"{quarantined[-1].reason}",
             where=str(dataset),
-            remedy="lower resolution or buckets.min_side, or raise buckets.enlarge",
+            remedy="lower resolution or buckets.min_side, raise buckets.enlarge, or crop the images",
         )
     result = manifest.model_copy(update={"pictures": tuple(entries), "quarantined": tuple(quarantined)})
     result.save(out)
@@ -100,6 +101,14 @@ def _too_small(entry: ImageEntry, settings: PreprocessSettings) -> str:
     return (
         f"{entry.width} x {entry.height} pixels are too small for a bucket with sides of "
         f"{buckets.sides(settings.resolution)[0]} and more, enlarged at most {buckets.enlarge:g} times"
+    )
+
+
+def _too_long(entry: ImageEntry, fit: Fit) -> str:
+    width, height = fit.resized
+    return (
+        f"{entry.width} x {entry.height} pixels are too elongated: they would be resized to {width} x {height} pixels "
+        f"before the crop, more than {MAX_PIXELS:,}"
     )
 
 

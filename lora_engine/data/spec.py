@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lora_engine.data.captioners import CAPTIONERS, captioner_setting
 from lora_engine.data.manifest import MAX_REPEATS
+from lora_engine.settings import AddedLater
 
 if TYPE_CHECKING:
     CaptionerSetting = str | BaseModel
@@ -28,7 +29,10 @@ class IngestSettings(BaseModel):
         max_pixels: Largest number of pixels of an image; larger ones are quarantined before decoding.
         repeats: Repeats of an image per epoch: numbers by name or pattern (`close-up.png`, `faces/*`), where the last
             match wins; or `folders`, as in kohya's scripts: images below a folder `10_name` have 10 repeats, and the
-            innermost such folder wins. The default is 1.
+            innermost such folder wins. The default is 1, or the number of kohya's folders if `layout` finds them.
+        layout: `auto` recognizes kohya's folders if all images are in folders `N_words`: their numbers are repeats,
+            their words captions of images without another, and folders below `reg`, or with the last words of another
+            folder, hold class images. `kohya` requires them, `plain` gives folder names no meaning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +40,7 @@ class IngestSettings(BaseModel):
     heldout: float = Field(default=0.0, ge=0.0, le=0.9)
     max_pixels: int = Field(default=64_000_000, ge=1, le=89_000_000)
     repeats: Literal["folders"] | dict[str, Annotated[int, Field(ge=1, le=MAX_REPEATS)]] = {}
+    layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
 
 
 class Buckets(BaseModel):

@@ -124,11 +124,11 @@ def _choose(
     folder, source = dataset, manifest
     if heldout is not None:
         folder, source = heldout, Manifest.load(heldout)
-    images = source.of_split("heldout") or (source.pictures if heldout is not None else ())
+    images = source.of_split("heldout") or (source.of_split("train") if heldout is not None else ())
     if not images:
-        if heldout is not None or not manifest.pictures:
+        if heldout is not None or not manifest.of_split("train"):
             raise DataError("the dataset has no image to compare with", where=str(folder))
-        return folder, "training", _first(manifest.pictures, limit)
+        return folder, "training", _first(manifest.of_split("train"), limit)
     if seen := [image.source for image in images if image.sha256 in trained_on]:
         raise DataError(
             f"{len(seen)} of {len(images)} held-out images were trained on, first {seen[0]!r}",

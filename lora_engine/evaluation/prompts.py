@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from lora_engine.data.caption import holds_word
-from lora_engine.data.folder import clean_text
 from lora_engine.data.manifest import MAX_CAPTION
+from lora_engine.data.text_files import clean_text
 from lora_engine.errors import DataError
 
 MAX_PROMPTS = 1_000

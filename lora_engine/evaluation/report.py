@@ -179,7 +179,7 @@ def _dataset(folder: Path) -> dict[str, Any]:
     return {
         "shown": shown,
         "trained": len(trained),
-        "heldout": len(manifest.pictures) - len(trained),
+        "heldout": len(manifest.of_split("heldout")),
         "quarantined": manifest.quarantined,
     }
 

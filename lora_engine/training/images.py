@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from lora_engine.training.captions import Rewriter
 from lora_engine.training.examples import Example, read_examples
 from lora_engine.training.prior import ClassImages, prior_prompts, read_class_images
 from lora_engine.training.spec import TrainSettings
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def class_images(
     manifest: Manifest,
     examples: Sequence[Example],
     *,
-    dataset: Path | None,
+    dataset: Path,
+    class_dataset: Path | None,
     work: Path,
     on_drawn: Callable[[int], None],
 ) -> tuple[Example, ...]:
@@ -77,15 +81,21 @@ def class_images(
         base: Base without the adapter.
         manifest: Manifest with the class word.
         examples: The user's images, whose sizes the class images share.
-        dataset: A folder with a manifest; None lets the base draw.
+        dataset: The folder of the manifest; its class images are used if there is no `class_dataset`.
+        class_dataset: A folder with another manifest. If neither has class images, the base draws them.
         work: Folder of drawn images.
         on_drawn: Called with the number of images drawn so far; may raise to stop.
     """
-    prior = settings.class_images
+    prior, own = settings.class_images, len(manifest.of_split("class"))
+    if own and (prior is None or class_dataset is not None):
+        reason = f"method {settings.method.name!r} uses none" if prior is None else "class_dataset is set"
+        _log.warning("the %d class images of the dataset are not used: %s", own, reason)
     if prior is None:
         return ()
     sizes = [example.size for example in examples]
-    if dataset is not None:
-        return read_class_images(dataset, prior, manifest.class_word, sizes)
+    if class_dataset is not None:
+        return read_class_images(class_dataset, prior, manifest.class_word, sizes)
+    if own:
+        return read_class_images(dataset, prior, manifest.class_word, sizes, "class")
     prompts = prior_prompts(prior, manifest.class_word)
     return ClassImages(base, prior, prompts, work, settings.seed, on_drawn).draw(sizes)

@@ -116,7 +116,8 @@ class TrainingJob:
                 base,
                 manifest,
                 examples,
-                dataset=self.class_dataset,
+                dataset=self.dataset,
+                class_dataset=self.class_dataset,
                 work=self.work / "class",
                 on_drawn=self._report_drawn,
             )

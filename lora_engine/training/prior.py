@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.data.manifest import Manifest
+from lora_engine.data.manifest import Manifest, Split
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
@@ -39,22 +39,23 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
 
 
 def read_class_images(
-    folder: Path, prior: Prior, class_word: str | None, sizes: Collection[ImageSize]
+    folder: Path, prior: Prior, class_word: str | None, sizes: Collection[ImageSize], split: Split = "train"
 ) -> tuple[Example, ...]:
-    """Returns the training images of a dataset as class images; uncaptioned ones get the prompts in turn.
+    """Returns images of a dataset as class images; uncaptioned ones get the prompts in turn.
 
     Args:
         folder: A dataset.
         prior: Prompts and batching.
         class_word: Class word of the user's images; None takes the dataset's.
         sizes: Sizes of the user's images.
+        split: The images to take: `class` for those beside the user's images.
 
     Raises:
         DataError: The dataset has no images, or joint batches would have sizes without class images.
         SettingsError: An image has no caption, and there is neither a prompt nor a class word.
     """
     manifest = Manifest.load(folder)
-    images = manifest.of_split("train")
+    images = manifest.of_split(split)
     if not images:
         raise DataError(
             "class_dataset has no training images", where=str(folder), remedy="add images, or remove class_dataset"

@@ -43,9 +43,7 @@ def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], re
 @step(
     Ingest,
     produces="manifest",
-    revision=3,
-    # Since revision 4, a statement about one copy of an image counts for all.
-    revisions=lambda spec: 3 if spec.consent is None else 4,
+    revision=5,
     summary="manifest.json",
     find_excluded=find_revoked,
     imports=always("lora_engine.data.ingest"),

@@ -119,15 +119,20 @@ def test_an_empty_and_a_missing_folder_are_refused_with_their_path(images: Path,
 
 @pytest.mark.parametrize(
     ("caption", "reason"),
-    [(b"\xff\xfe\x00bad", "not UTF-8"), (b"x" * 2_001, "too long"), (b" " * 70_000, "too long")],
+    [
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not text"),
+        (b"x" * 2_001, "has 2,001 characters"),
+        (b"x" * 1_000_000, "is too long; allowed: 65,536 bytes"),
+    ],
 )
-def test_an_unusable_caption_quarantines_its_image(
+def test_an_unusable_caption_is_reported_and_its_image_used(
     images: Path, tmp_path: Path, add_image: Add, *, caption: bytes, reason: str
 ) -> None:
     add_image("good.png", caption="fine")
     add_image("odd.png").with_suffix(".txt").write_bytes(caption)
     manifest = ingest(images, tmp_path / "out", IngestSettings())
-    assert [image.source for image in manifest.pictures] == ["good.png"]
+    assert [(image.source, image.caption) for image in manifest.pictures] == [("good.png", "fine"), ("odd.png", "")]
+    assert manifest.quarantined[0].source == "odd.txt"
     assert reason in manifest.quarantined[0].reason
 
 
@@ -144,7 +149,8 @@ def test_a_caption_that_links_out_of_the_folder_is_not_read(images: Path, tmp_pa
     add_image("a.png").with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
     add_image("b.png")
     manifest = ingest(images, tmp_path / "out", IngestSettings())
-    assert manifest.quarantined[0].source == "a.png"
+    assert [image.caption for image in manifest.pictures] == ["", ""]
+    assert [(item.source, "leads out of" in item.reason) for item in manifest.quarantined] == [("a.txt", True)]
     assert b"secret" not in (tmp_path / "out" / "manifest.json").read_bytes()
 
 

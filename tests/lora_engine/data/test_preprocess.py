@@ -14,6 +14,8 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.data.preprocess import CROPS, preprocess, to_square
 from lora_engine.data.spec import IngestSettings, PreprocessSettings
 
+Add = Callable[..., Path]
+
 
 def corner_detail(width: int, height: int, left: int, top: int) -> Image.Image:
     values = np.full((height, width, 3), 128, dtype=np.uint8)
@@ -67,3 +69,17 @@ def test_preprocess_keeps_names_captions_and_quarantine(
 def test_an_unusable_resolution_is_refused(resolution: int) -> None:
     with pytest.raises(ValidationError, match="resolution"):
         PreprocessSettings(resolution=resolution)
+
+
+def test_an_elongated_image_is_quarantined_and_the_others_are_used(
+    images: Path, tmp_path: Path, add_image: Add
+) -> None:
+    add_image("good.png")
+    add_image("ribbon.png", width=30_000, height=4)
+    ingest(images, tmp_path / "one", IngestSettings())
+    manifest = preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=256))
+    assert [image.source for image in manifest.pictures] == ["good.png"]
+    assert manifest.quarantined[0].source == "ribbon.png"
+    assert (
+        "30000 x 4 pixels are too elongated: they would be resized to 1920000 x 256" in manifest.quarantined[0].reason
+    )

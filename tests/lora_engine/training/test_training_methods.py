@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from lora_engine.bases.base import load_base
+from lora_engine.data.manifest import Manifest
 from lora_engine.errors import AdapterError, DataError, SettingsError
 from lora_engine.formats import read_adapter, read_bundle
 from lora_engine.training.methods import methods
@@ -120,6 +121,25 @@ def test_class_images_may_come_from_a_dataset(runs: Runs, make_dataset: Callable
     assert not (tmp_path / "work" / "class").exists()
     with pytest.raises(SettingsError, match="uses no class images"):
         runs("other", dataset=subject, arguments=with_classes)
+
+
+def test_class_images_beside_the_images_are_used_unless_others_are_given(
+    runs: Runs, make_dataset: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_classes = {"class_dataset": make_dataset().rename(tmp_path / "classes")}
+    subject = make_dataset()
+    manifest = Manifest.load(subject)
+    last = manifest.pictures[-1].model_copy(update={"split": "class", "caption": "a dog"})
+    manifest.model_copy(update={"pictures": (*manifest.pictures[:-1], last)}).save(subject)
+    own = runs("own", dataset=subject, work="work", method="dreambooth")
+    assert not (tmp_path / "work" / "class").exists()
+    assert caplog.text == ""
+    other = runs("other", dataset=subject, arguments=with_classes, method="dreambooth")
+    assert "the 1 class images of the dataset are not used: class_dataset is set" in caplog.text
+    assert curves_of(own)["loss"] != curves_of(other)["loss"]
+    caplog.clear()
+    runs("none", dataset=subject)
+    assert "the 1 class images of the dataset are not used: method 'finetune' uses none" in caplog.text
 
 
 def test_class_images_of_other_sizes_need_alternating_batches(

@@ -1,0 +1,49 @@
+"""Defines the verb on folders of images: dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.output import Json
+from flows.cli.verbs import Access, add_verb
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Adds this module's verb to the command."""
+    add_verb(app, Access.NONE, dataset)
+
+
+def dataset(
+    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images.")],
+    layout: Annotated[
+        str, typer.Option(help="auto, plain or kohya: the meaning of folder names such as '10_sks dog'.")
+    ] = "auto",
+    heldout: Annotated[float, typer.Option(help="Share of the images that is held out from training.")] = 0.0,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, max=4096, help="Side of the training images in pixels.")
+    ] = None,
+    consent: Annotated[Path | None, typer.Option(help="File of consents.")] = None,
+    page: Annotated[Path | None, typer.Option("-o", "--output", metavar="PAGE", help="Contact sheet (HTML).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what ingest makes of a folder: images, captions, class images, duplicates, flaws. Trains nothing."""
+    from flows.cli.output import print_facts, print_json
+    from tasks.operations.dataset import examine_folder
+
+    facts = examine_folder(images, layout, heldout, resolution, consent, page)
+    if as_json:
+        print_json(facts)
+        return
+    print_facts(
+        [
+            ("dataset", facts["dataset"]),
+            *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
+            *(("alike", ", ".join(group)) for group in facts["alike"]),
+            *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),
+            *(("advice", line) for line in facts["advice"]),
+            ("page", facts["page"]),
+        ]
+    )

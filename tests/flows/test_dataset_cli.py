@@ -1,0 +1,130 @@
+"""The verb `dataset`, and a run on kohya's folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from lora_engine.data.images import encode_png
+from lora_engine.data.manifest import Manifest
+from registry.entities import ArtifactRef
+from registry.home import Home
+from registry.store.artifacts import open_store
+from tests.flows.commands import loraline_here, say
+from tests.flows.shared import draw_noise
+
+KOHYA = """\
+name: dog
+base: tiny
+seed: 7
+steps:
+  photos:   {uses: ingest, images: images/}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, trigger: sks, class_word: dog}
+"""
+
+
+@pytest.fixture
+def kohya(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for seed, name in enumerate(("10_sks dog/a.png", "10_sks dog/b.png", "1_dog/c.png", "1_dog/d.png")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_noise(folder / name, seed)
+    (folder / "10_sks dog" / "a.caption").write_text("sks dog on grass")
+    return folder
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    folder = tmp_path / "odd <b>"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 220, 3), dtype=np.uint8)
+    detailed = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(0.5))
+    detailed.save(folder / "good.png")
+    detailed.resize((110, 100)).save(folder / "half.png")
+    Image.fromarray(noise[:10, :11]).resize((220, 200), Image.Resampling.BICUBIC).save(folder / "blurred.png")
+    Image.new("RGB", (200, 200), (3, 3, 3)).save(folder / "black.png")
+    (folder / "broken.png").write_bytes(encode_png(detailed)[:90])
+    (folder / "good.txt").write_text("<script>alert(1)</script>")
+    return folder
+
+
+def test_the_dataset_of_a_folder_is_shown_before_any_training(kohya: Path, tmp_path: Path) -> None:
+    shown = say("dataset", kohya, home=tmp_path / "home")
+    assert shown.splitlines()[0] == (
+        "dataset  2 images, captions: 1 .caption, 1 folder name; 2 class images; "
+        "kohya folders: 10 x 'sks dog' (2 images), 1 x 'dog' as class images (2 images)"
+    )
+    assert "advice   2 images are few" in shown
+    assert not (tmp_path / "home").exists()
+
+
+def test_flaws_twins_and_unusable_files_are_named(odd: Path, tmp_path: Path) -> None:
+    facts = json.loads(say("dataset", odd, "--resolution", 128, "--json", home=tmp_path / "home"))
+    assert facts["flaws"] == {
+        "black.png": ["nearly of one color", "very dark"],
+        "blurred.png": ["blurred"],
+        "half.png": ["smaller than 128 pixels"],
+    }
+    assert facts["alike"] == [["good.png", "half.png"]]
+    assert [item["source"] for item in facts["quarantined"]] == ["broken.png"]
+    assert [image["caption"] for image in facts["images"] if image["source"] == "good.png"] == [
+        "<script>alert(1)</script>"
+    ]
+    assert facts["advice"][:3] == [
+        "4 images are few: a concept needs about 10 to 30 different ones",
+        "3 of 4 images have no caption: the template of the caption step is used",
+        "1 images show nearly the same as another: they count more than the others",
+    ]
+
+
+def test_the_contact_sheet_shows_every_image_and_runs_nothing(odd: Path, tmp_path: Path) -> None:
+    page = tmp_path / "sheet.html"
+    assert str(page) in say("dataset", odd, "-o", page, home=tmp_path / "home")
+    text = page.read_text()
+    assert text.count("<img ") == 4
+    assert "<script" not in text
+    assert "odd &lt;b&gt;" in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert re.findall(r'(?:src|href)="(?!data:image/)', text) == []
+    assert "broken.png" in text.split("Not used")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "onetrainer"], "layout: Input should be 'auto', 'plain' or 'kohya', not 'onetrainer'"),
+        (["--layout", "kohya"], "not every image is in a folder such as '10_sks dog'"),
+        (["--heldout", "2"], "heldout: Input should be less than or equal to 0.9, not 2.0"),
+    ],
+)
+def test_a_wrong_setting_is_refused(odd: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    page = tmp_path / "sheet.html"
+    run = loraline_here("dataset", odd, "-o", page, *arguments, home=tmp_path / "home")
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert not page.exists()
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_keeps_trigger_and_template_from_class_images(kohya: Path, tmp_path: Path) -> None:
+    spec = kohya.parent / "dog.yaml"
+    spec.write_text(KOHYA)
+    outcomes = json.loads(say("run", spec, "--json", home=tmp_path / "home"))["outcomes"]
+    store = open_store(Home.open(tmp_path / "home"))
+    captions = ArtifactRef(**outcomes["captions"]["ref"])
+    manifest = Manifest.model_validate_json(store.read(captions, "manifest.json"))
+    assert {image.source: image.caption for image in manifest.pictures} == {
+        "10_sks dog/a.png": "sks dog on grass",
+        "10_sks dog/b.png": "sks dog",
+        "1_dog/c.png": "dog",
+        "1_dog/d.png": "dog",
+    }
+    assert "photos: 2 images, captions: 1 .caption, 1 folder name; 2 class images" in say(
+        "run", spec, home=tmp_path / "home"
+    )
