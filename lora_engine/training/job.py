@@ -124,7 +124,8 @@ class TrainingJob:
             images = TrainingImages(examples, classes, heldout)
             texts = [""] if settings.caption_dropout else []
             encoder.prepare(images.examples, texts, self._check, unaugmented=(*images.classes, *images.heldout))
-        card = card_of(settings, base, manifest, classes, drawn=self.class_dataset is None, initial=initial)
+        others = self.class_dataset is not None
+        card = card_of(settings, base, manifest, classes, has_class_dataset=others, initial=initial)
         prepared = _Prepared(base, adapter, tokens, encoder, images, manifest, card, initial, warm)
         return self._fit(prepared)
 

@@ -14,7 +14,7 @@ from lora_engine.training.examples import Example
 from lora_engine.training.initial import InitialAdapter
 from lora_engine.training.loop import History
 from lora_engine.training.prior import prior_prompts
-from lora_engine.training.spec import TrainSettings
+from lora_engine.training.spec import Prior, TrainSettings
 
 _POINTS = 500
 
@@ -25,7 +25,7 @@ def card_of(
     manifest: Manifest,
     classes: Sequence[Example] = (),
     *,
-    drawn: bool = True,
+    has_class_dataset: bool = False,
     initial: InitialAdapter | None = None,
 ) -> Card:
     """Returns the card for the adapter's header.
@@ -37,11 +37,12 @@ def card_of(
         base: The base.
         manifest: The dataset.
         classes: Class images of prior preservation.
-        drawn: True if the base drew them.
+        has_class_dataset: True if they are from another dataset.
         initial: The adapter that the training started from.
     """
     dumped = settings.model_dump(mode="json", exclude=names_without_effect(TrainSettings))
-    done = _class_images(settings, manifest, classes, drawn=drawn) if classes else {}
+    source = "class_dataset" if has_class_dataset else "dataset" if manifest.of_split("class") else "drawn"
+    done = {"class_images": _describe_classes(settings, manifest, classes, source)} if classes else {}
     done |= {"init": initial.parent} if initial else {}
     return Card(
         title=" ".join(word for word in (manifest.trigger, manifest.class_word) if word),
@@ -62,20 +63,21 @@ def card_of(
     )
 
 
-def _class_images(
-    settings: TrainSettings, manifest: Manifest, classes: Sequence[Example], *, drawn: bool
+def _describe_classes(
+    settings: TrainSettings, manifest: Manifest, classes: Sequence[Example], source: str
 ) -> dict[str, Any]:
     """Returns the class images of a run: their number, source, digest and, if the base drew them, how."""
-    prior = settings.class_images
-    entry: dict[str, Any] = {
+    prior = settings.class_images or Prior()
+    drawn = {"prompts": list(prior_prompts(prior, manifest.class_word))} if source == "drawn" else {}
+    drawn |= {"steps": prior.steps, "guidance": prior.guidance} if drawn else {}
+    return {
+        "source": source,
         "count": len(classes),
-        "source": "drawn by the base" if drawn else "class_dataset",
         "sha256": sha256_bytes(canonical_json(sorted(example.digest for example in classes))),
+        "weight": prior.weight,
+        "batches": prior.batches,
+        **drawn,
     }
-    if drawn and prior is not None:
-        entry["prompts"] = list(prior_prompts(prior, manifest.class_word))
-        entry |= {"steps": prior.steps, "guidance": prior.guidance}
-    return {"class_images": entry | ({"weight": prior.weight, "batches": prior.batches} if prior else {})}
 
 
 def with_saved(card: Card, step: int, loss: float | None) -> Card:
