@@ -42,7 +42,7 @@ def card_of(
     """
     dumped = settings.model_dump(mode="json", exclude=names_without_effect(TrainSettings))
     source = "class_dataset" if has_class_dataset else "dataset" if manifest.of_split("class") else "drawn"
-    done = {"class_images": _describe_classes(settings, manifest, classes, source)} if classes else {}
+    done: dict[str, Any] = {"class_images": _describe_classes(settings, manifest, classes, source)} if classes else {}
     done |= {"init": initial.parent} if initial else {}
     return Card(
         title=" ".join(word for word in (manifest.trigger, manifest.class_word) if word),
@@ -68,7 +68,7 @@ def _describe_classes(
 ) -> dict[str, Any]:
     """Returns the class images of a run: their number, source, digest and, if the base drew them, how."""
     prior = settings.class_images or Prior()
-    drawn = {"prompts": list(prior_prompts(prior, manifest.class_word))} if source == "drawn" else {}
+    drawn: dict[str, Any] = {"prompts": list(prior_prompts(prior, manifest.class_word))} if source == "drawn" else {}
     drawn |= {"steps": prior.steps, "guidance": prior.guidance} if drawn else {}
     return {
         "source": source,
