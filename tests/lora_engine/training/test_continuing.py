@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.continuing import CHANGES, find_change
 from tests.lora_engine.training.runs import Ending, Runs, curves_of, digests, factors_of
 
+DOCS = Path(__file__).parents[3] / "docs" / "training.md"
 CONSTANT: dict[str, Any] = {"schedule": "constant", "checkpoint_every": 2}
 WATCHED: dict[str, Any] = {
     "validate_every": 2,
@@ -188,6 +190,10 @@ def test_every_setting_says_what_its_change_does() -> None:
     assert set(CHANGES) <= fields
     assert all(change.reason for change in CHANGES.values())
     assert find_change("an option of tomorrow").effect == "restarts"
+    section = DOCS.read_text().partition("## More steps")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    documented = {name: effect.split()[0].strip(":") for cell, effect in rows for name in re.findall(r"`(\w+)`", cell)}
+    assert documented == {name: change.effect for name, change in CHANGES.items() if change.effect != "restarts"}
 
 
 def test_saved_adapters_are_adapters_with_their_step_and_validation_loss(trained: Trained) -> None:
