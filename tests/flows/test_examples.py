@@ -78,11 +78,11 @@ def test_an_adapter_continues_another_one_with_a_larger_rank(home: Path) -> None
     (version,) = run(spec, home, *changes, then, "report.max_pictures=1", "report.steps=2")
     assert version.aliases == ("staging",)
     recipe = version.card["recipe"]
-    assert (recipe["rank"], recipe["steps"], recipe["then"][0]["steps"]) == (8, 2, 1)
+    assert (recipe["rank"], recipe["steps"], recipe["then"][0]["steps"]) == (8, 4, 1)
     assert recipe["parents"] == [recipe["done"]["init"]]
     with closing(Versions(Home.open(home))) as versions:
         (saved,) = list_saved(versions, version)
-    assert (saved["step"], saved["file"]) == (2, "saved/step-000002.safetensors")
+    assert (saved["step"], saved["file"]) == (4, "saved/step-000004.safetensors")
     assert saved["validation_loss"] > 0
 
 
