@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.refusals import explain, nearest
 from lora_engine.documents import Document, Where, parse_value, read_document
-from lora_engine.errors import BaseModelError, did_you_mean
+from lora_engine.errors import BaseModelError
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, STEP_NAME, StepSpec
 from tasks.step import STEPS, locate_base
@@ -84,13 +85,27 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
     document = read_document(path, SpecError, allowed="a mapping with name, base, seed and steps")
     for override in overrides:
         _override(document, override)
+    return check_document(document)
+
+
+def check_document(document: Document, *, check_bases: bool = True) -> PipelineSpec:
+    """Validates the data of a pipeline file.
+
+    Args:
+        document: The file. It need not exist; its folder is that of relative paths.
+        check_bases: False does not look for the base models.
+
+    Raises:
+        SpecError: It is not a valid pipeline.
+    """
     head = _validate(Head, document.data, (), document)
     steps = {name: _load_step(name, raw, head, document) for name, raw in head.steps.items()}
     order = _order(steps, document)
-    folder = path.resolve().parent
+    folder = document.path.resolve().parent
     for name in order:
         _check_files(name, steps[name], folder, document)
-        _check_base(name, steps[name], folder, document)
+        if check_bases:
+            _check_base(name, steps[name], folder, document)
     ordered = {name: steps[name] for name in order}
     return PipelineSpec(head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency)
 
@@ -108,7 +123,7 @@ def _override(document: Document, override: str) -> None:
     for key in keys[:-1]:
         if not isinstance(target, dict) or not isinstance(target.get(key), dict):
             known = target if isinstance(target, dict) else ()
-            raise SpecError(f"{path!r}: unknown key {key!r}", where="--set", **_nearest(key, known))
+            raise SpecError(f"{path!r}: unknown key {key!r}", where="--set", **nearest(key, known))
         target = target[key]
     target[keys[-1]] = parse_value(text, f"--set {path}", SpecError)
 
@@ -120,7 +135,7 @@ def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -
     uses = raw.get("uses")
     if not isinstance(uses, str) or uses not in STEPS:
         problem = f"step {name!r} uses {uses!r}" if "uses" in raw else f"step {name!r} lacks the key `uses`"
-        raise SpecError(problem, where=document.where((*parent, "uses")), **_nearest(str(uses), STEPS))
+        raise SpecError(problem, where=document.where((*parent, "uses")), **nearest(str(uses), STEPS))
     kind = STEPS[uses].spec
     inherited = {field: getattr(head, field) for field in INHERITED if field in kind.model_fields}
     spec: StepSpec = _validate(kind, inherited | raw, parent, document)
@@ -132,51 +147,7 @@ def _validate(model: type[Any], data: Mapping[str, Any], parent: Where, document
         # Strict mode refuses "8" for 8; JSON mode accepts lists for tuples.
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise _explain(error, model, parent, document) from None
-
-
-def _explain(error: ValidationError, model: type[BaseModel], parent: Where, document: Document) -> SpecError:
-    # An unknown key is usually the misspelling of a missing one.
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]
-    location: Where = (*parent, *first["loc"])
-    key = str(location[-1]) if location else ""
-    label = ".".join(str(part) for part in (location[1:] if location[:1] == ("steps",) else location)) or "the file"
-    more = f" (and {len(problems) - 1} more below)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        fields = _fields_at(model, first["loc"][:-1])
-        return SpecError(f"unknown key {label!r}{more}", where=document.where(location), **_nearest(key, fields))
-    if first["type"] == "union_tag_invalid":
-        known = re.findall(r"'([^']*)'", first["ctx"]["expected_tags"])
-        tag = first["ctx"]["tag"]
-        return SpecError(f"{label} is {tag!r}{more}", where=document.where(location), **_nearest(tag, known))
-    if first["type"] == "missing":
-        return SpecError(f"{label!r} is missing{more}", where=document.where(location), remedy=f"add {key}: ...")
-    problem = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" or not first["loc"]:
-        return SpecError(f"{label}: {problem}{more}", where=document.where(location))
-    return SpecError(
-        f"{label} is {first['input']!r}{more}", where=document.where(location), allowed=problem[0].lower() + problem[1:]
-    )
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> set[str]:
-    """Returns the keys at a location inside a model; in a union, those of the member that the location names."""
-    models = [model]
-    for part in location:
-        nested = [inner for outer in models if part in outer.model_fields for inner in _models_in(outer, str(part))]
-        members = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
-        models = nested or members or models
-    return {field for candidate in models for field in candidate.model_fields if field != "uses"}
-
-
-def _models_in(model: type[BaseModel], field: str) -> Iterator[type[BaseModel]]:
-    hints: list[Any] = [model.model_fields[field].annotation]
-    while hints:
-        hint = hints.pop()
-        if isinstance(hint, type) and issubclass(hint, BaseModel):
-            yield hint
-        hints += get_args(hint)
+        raise explain(error, model, parent, document) from None
 
 
 def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
@@ -195,7 +166,7 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
             if target not in steps:
                 candidates = [other for other, step in steps.items() if STEPS[step.uses].produces == kind]
                 raise SpecError(
-                    f"{name}.{field} is {target!r}, which names no step", where=where, **_nearest(target, candidates)
+                    f"{name}.{field} is {target!r}, which names no step", where=where, **nearest(target, candidates)
                 )
             produces = STEPS[steps[target].uses].produces
             if produces != kind:
@@ -247,8 +218,3 @@ def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> 
         raise SpecError(
             error.problem, where=document.where(location), allowed=error.allowed, remedy=error.remedy
         ) from error
-
-
-def _nearest(word: str, known: Iterable[str]) -> dict[str, str]:
-    names = sorted(known)
-    return {"allowed": ", ".join(names) or "none", "remedy": did_you_mean(word, names)}

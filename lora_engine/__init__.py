@@ -14,9 +14,10 @@ MLflow and no registry.
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_engine.exports import exports
 
 # Must precede the first import of torch. By default, waiting OpenMP threads keep their core busy: with one other
 # program on two cores, a forward pass took 28 s instead of 1.1 s. On an idle machine the difference is noise.
@@ -46,8 +47,8 @@ _MODULES = {
     "lora_engine.training.run": "train",
     "lora_engine.training.spec": "TrainSettings",
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
+__getattr__, __dir__ = exports(__name__, _MODULES)
 __all__ = [
     "METHODS",
     "Adapter",
@@ -80,15 +81,3 @@ __all__ = [
     "train",
     "write_safetensors",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -6,14 +6,17 @@ A value beyond the range of its dtype becomes infinite when it is cast, so the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from lora_engine.errors import AdapterError
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Safetensors dtype to the unsigned integer of its size, and the bits without the sign of its smallest value that is not
 # finite. Compared as integers, 16-bit numbers need no cast, and float8, for which torch computes nothing, works too.
@@ -25,8 +28,7 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F8_E4M3": (np.uint8, 0x7F),
     "F8_E5M2": (np.uint8, 0x7C),
 }
-_SUMMED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUMMED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Bytes per step, which bounds the memory of the check.
 _STEP = 1 << 20
 _SOURCE = "train again or use another file; this one gives black images"
@@ -57,12 +59,23 @@ def are_finite(content: bytes | memoryview, dtype: str) -> bool:
     kind, limit = _NOT_FINITE[dtype]
     view = memoryview(content)
     if dtype in _SUMMED and view and not view.readonly:
-        return is_finite(torch.frombuffer(view, dtype=_SUMMED[dtype]))
+        return is_finite(torch.frombuffer(view, dtype=getattr(torch, _SUMMED[dtype])))
+    return all(int(part.max()) < limit for part in _magnitudes(view, kind))
+
+
+def count_not_finite(content: bytes | memoryview, dtype: str) -> int:
+    """Returns how many stored values are NaN or infinite; arguments as for `are_finite`."""
+    if dtype not in _NOT_FINITE:
+        return 0
+    kind, limit = _NOT_FINITE[dtype]
+    return sum(int((part >= limit).sum()) for part in _magnitudes(memoryview(content), kind))
+
+
+def _magnitudes(view: memoryview, kind: type[np.unsignedinteger[Any]]) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+    """Yields the values as integers without the sign."""
     mask = kind(np.iinfo(kind).max >> 1)
-    return all(
-        int((np.frombuffer(view[first : first + _STEP], dtype=kind) & mask).max()) < limit
-        for first in range(0, len(view), _STEP)
-    )
+    for first in range(0, len(view), _STEP):
+        yield np.frombuffer(view[first : first + _STEP], dtype=kind) & mask
 
 
 def not_finite(where: str, values: Tensor, original: Tensor | None = None) -> AdapterError:
@@ -79,7 +92,7 @@ def not_finite(where: str, values: Tensor, original: Tensor | None = None) -> Ad
     if original is None or not is_finite(original):
         return AdapterError(problem, where=where, allowed="finite values", remedy=_SOURCE)
     largest = float(original.double().abs().max())
-    holding = [_name(dtype) for dtype in _DTYPES if largest <= torch.finfo(dtype).max]
+    holding = [_name(dtype) for dtype in _dtypes() if largest <= torch.finfo(dtype).max]
     problem += f"; the largest is {largest:.6g}, and the dtype's maximum is {torch.finfo(values.dtype).max:.6g}"
     return AdapterError(problem, where=where, allowed=", ".join(holding), remedy=f"write it in {holding[0]}")
 
@@ -97,6 +110,11 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise not_finite(f"{where}: tensor {name!r}", tensor)
+
+
+def _dtypes() -> Sequence[torch.dtype]:
+    """Returns the dtypes in which a value may be written, the narrowest first."""
+    return torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -33,6 +33,7 @@ def import_for(jobs: Iterable[Job]) -> None:
         from lora_engine.formats import codecs
         from lora_engine.formats.key_layout import load_factor_keys
 
+        importlib.import_module("torch")  # which files are recognized without
         load_factor_keys()
         for entries in (kinds, codecs):
             tuple(entries.values())

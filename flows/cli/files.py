@@ -35,10 +35,13 @@ def inspect(
 ) -> None:
     """Show a file's format, kinds, modules, ranks, embeddings and card, or a model's architecture."""
     from flows.cli.output import print_facts, print_json, print_table
-    from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
-    from tasks.operations.adapter_files import inspect_adapter
+    from lora_engine.lean import collection_paused
 
-    facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file, norms=norms)
+    with collection_paused():  # most of the time is imports
+        from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
+        from tasks.operations.inspect_files import inspect_adapter
+
+        facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file, norms=norms)
     if as_json:
         print_json(facts)
         return
@@ -54,9 +57,12 @@ def inspect(
 def validate(file: File, base: _Base = None, as_json: Json = False) -> None:
     """Check a file's structure, with --base also names and shapes. Exit code 1 if it is invalid."""
     from flows.cli.output import print_json
-    from tasks.operations.adapter_files import check_file
+    from lora_engine.lean import collection_paused
 
-    facts = check_file(file, base)
+    with collection_paused():
+        from tasks.operations.inspect_files import check_file
+
+        facts = check_file(file, base)
     if as_json:
         print_json(facts)
         return

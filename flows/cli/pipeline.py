@@ -46,13 +46,46 @@ def add_verbs(app: typer.Typer) -> None:
 
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")],
-    base: Annotated[str, typer.Option(help=_BASE)] = "tiny",
+    base: Annotated[str | None, typer.Option(help=f"{_BASE}  [default: tiny, or that of --from]")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Settings of another trainer: sd-scripts (TOML, JSON or script), ai-toolkit (YAML, JSON), OneTrainer "
+            "(JSON), diffusers (script).",
+        ),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Dataset file of sd-scripts, with --from.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of images, with --from.  [default: that of the file]")
+    ] = None,
 ) -> None:
     """Create a folder with a commented pipeline file and a folder for your images."""
+    if source is not None:
+        _init_from(folder, source, dataset, base, images)
+        return
     from flows.template import write_template
+    from tasks.errors import SpecError
 
-    path = write_template(folder, base)
+    for option, value in (("--dataset", dataset), ("--images", images)):
+        if value is not None:
+            raise SpecError(f"{option} is {str(value)!r}", where=option, remedy="give the settings file with --from")
+    path = write_template(folder, base or "tiny")
     print(f"Wrote {path}. Put images into {folder / 'images'}, then: loraline run {path}")
+
+
+def _init_from(folder: Path, source: Path, dataset: Path | None, base: str | None, images: Path | None) -> None:
+    from flows.cli.output import print_table
+    from flows.coming_from.write import convert_settings
+
+    converted = convert_settings(folder, source, dataset=dataset, base=base, images=images)
+    if converted.dropped:
+        print(f"Not carried over from {converted.trainer}:")
+        print_table(("option", "value", "reason"), [(name, str(value), why) for name, value, why in converted.dropped])
+    print(f"Wrote {converted.path}. Images: {converted.images}. Next: loraline plan {converted.path}")
 
 
 def train(

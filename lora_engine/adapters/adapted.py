@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_engine.adapters.delta import Delta
 from lora_engine.adapters.layer import LayerOp, bias_of, meta_weight
 from lora_engine.adapters.low_rank import is_plain_linear
+from lora_engine.adapters.regularization import mask_ranks
 from lora_engine.adapters.shared_input import SharedInput
 
 
@@ -27,6 +28,8 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         dropout: Dropout rate of the delta's input (PEFT's `lora_dropout`); see `Attachment.adapter_dropout`.
+        rank_mask: Factors of the columns of `up`, `[r]`; None changes none. For LoRA deltas only.
+        is_skipped: True computes the base layer alone.
         fused_forward: Computes layer and delta in one step; None if the kind has no fused kernel or the layer was
             already wrapped.
         shared: The group of layers that are called with the same input; None without such a group.
@@ -48,6 +51,8 @@ class AdaptedLayer(nn.Module):
         self.base = base
         self.multiplier = multiplier
         self.dropout = 0.0
+        self.rank_mask: Tensor | None = None
+        self.is_skipped = False
         self._op = LayerOp.of(layer)
         self._layer = (layer,)  # a tuple: nn.Module must not register it a second time
         factors = {
@@ -71,18 +76,20 @@ class AdaptedLayer(nn.Module):
             if self.fused_forward is not None and self.can_fuse(x):
                 return self.fused_forward(x, self.multiplier)
         out: Tensor = self.base(x, *args, **kwargs)
-        if self.multiplier == 0.0:
+        if self.multiplier == 0.0 or self.is_skipped:
             return out
         if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         layer = self._layer[0]
         # A quantized layer dequantizes its weight on access, so only kinds that read the weight access it.
         weight: Tensor = layer.weight if self.delta.reads_base else meta_weight(layer)  # type: ignore[assignment]
-        return self.delta.forward(x, out, weight, bias_of(layer), self._op, self.multiplier)
+        delta = self.delta if self.rank_mask is None else mask_ranks(self.delta, self.rank_mask)
+        return delta.forward(x, out, weight, bias_of(layer), self._op, self.multiplier)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Returns True if the fused forward can be used for this input."""
-        fused_forward, is_plain = self.fused_forward, self.multiplier != 0.0 and not self.dropout
+        fused_forward, is_dropping = self.fused_forward, self.dropout or self.rank_mask is not None or self.is_skipped
+        is_plain = self.multiplier != 0.0 and not is_dropping
         return fused_forward is not None and is_plain and fused_forward.applies_to(x) and is_plain_linear(self.base)
 
     def __getattr__(self, name: str) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters.delta import Delta, same_delta
 from lora_engine.finite import is_finite, not_finite
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, eq=False, repr=False)

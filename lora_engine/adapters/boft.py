@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_engine.adapters.delta import DAMAGED, Issue
 from lora_engine.adapters.oft import OftDelta
 from lora_engine.adapters.rotation import cayley, compute_dtype, nearest_block, rotate_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-import torch
-from torch import Tensor
-
-from lora_engine.adapters.layer import LayerOp
-from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.catalog.kinds import KINDS, Kind
+from lora_engine.lazy_torch import torch
 from lora_engine.registries import Loaded, import_target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.adapters.layer import LayerOp
+    from lora_engine.adapters.low_rank import LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,6 @@ def _same(first: Any, second: Any) -> bool:
         return same_delta(first, second)  # type: ignore[arg-type]
     if isinstance(first, tuple) and isinstance(second, tuple):
         return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
     return type(first) is type(second) and bool(first == second)

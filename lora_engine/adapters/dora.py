@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
-from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.loha import LohaDelta
 from lora_engine.adapters.lokr import LokrDelta
 from lora_engine.adapters.lokr_rows import LokrRowsDelta
 from lora_engine.adapters.lora import LoraDelta
 from lora_engine.errors import SettingsError
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.adapters.layer import LayerOp
 
 Inner = LoraDelta | LohaDelta | LokrDelta | LokrRowsDelta
 INNER: Mapping[str, type[Inner]] = {"lora": LoraDelta, "loha": LohaDelta, "lokr": LokrDelta}

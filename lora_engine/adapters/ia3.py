@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
-from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import check_has_rows, compute_dtype
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.adapters.layer import LayerOp
 
 
 @dataclass(frozen=True, eq=False)

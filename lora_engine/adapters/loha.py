@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
-from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
+from lora_engine.lazy_torch import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.adapters.layer import LayerOp
 
 _MATRICES = ("up1", "down1", "up2", "down2")
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
-from lora_engine.adapters.layer import LayerOp
-from lora_engine.adapters.low_rank import LowRankLinear
 from lora_engine.errors import SettingsError
+from lora_engine.lazy_torch import F, nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.adapters.layer import LayerOp
+    from lora_engine.adapters.low_rank import LowRankLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +149,8 @@ class LoraDelta(Delta):
         linear = op.dims == 0 and op.other is None and self.down.dim() == self.up.dim() == 2
         if not linear or self.mid is not None or self.bias is not None:
             return None
+        from lora_engine.adapters.low_rank import LowRankLinear  # a subclass of torch's, which needs it
+
         return LowRankLinear(weight, bias, self.down, self.up, self.scale)
 
     def _convolve(self, x: Tensor, down: Tensor, up: Tensor, shape: Sequence[int], op: LayerOp) -> Tensor:

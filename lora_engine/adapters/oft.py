@@ -9,13 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
-from lora_engine.adapters.layer import LayerOp
 from lora_engine.adapters.rotation import (
     cayley,
     check_has_rows,
@@ -24,6 +20,12 @@ from lora_engine.adapters.rotation import (
     nearest_block,
     rotate_blocks,
 )
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_engine.adapters.layer import LayerOp
 
 
 @dataclass(frozen=True, eq=False)

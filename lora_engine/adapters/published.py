@@ -1,6 +1,7 @@
 """Returns the names and shapes of the layers of published bases, without their weights.
 
-Networks are built on torch's meta device from the settings in `families`.
+The layers of Stable Diffusion are listed by `families`. Other networks are built on torch's meta device from the
+settings there.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.building import BUILDING
 from lora_engine.families import ComponentConfig, published
+from lora_engine.families.sd.layers import layers_of
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -33,7 +35,13 @@ def published_module_shapes(name: str) -> dict[str, tuple[int, ...]]:
 @functools.cache
 def _module_shapes(name: str) -> dict[str, tuple[int, ...]]:
     architecture = published[name]
-    modules = {part: empty_module(architecture.components[part]) for part in architecture.adaptable}
+    components = {part: architecture.components[part] for part in architecture.adaptable}
+    listed = {part: layers_of(component) for part, component in components.items()}
+    if None not in listed.values():
+        return {f"{part}.{path}": shape for part, layers in listed.items() for path, shape in (layers or {}).items()}
+    from lora_engine.adapters.tree import DictTree, module_shapes  # imports torch
+
+    modules = {part: empty_module(component) for part, component in components.items()}
     return module_shapes(DictTree(modules, architecture.family))
 
 

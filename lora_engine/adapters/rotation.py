@@ -7,11 +7,13 @@ whether inputs or outputs are rotated, and in which direction.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def compute_dtype(tensor: Tensor, *others: Tensor) -> torch.dtype:

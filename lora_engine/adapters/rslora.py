@@ -7,11 +7,13 @@ alpha (LyCORIS' convention), which code that reads alpha / rank interprets corre
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters.lora import LoraDelta
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class RsLoraDelta(LoraDelta):

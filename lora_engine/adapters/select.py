@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from lora_engine.adapters.tree import near_names
+from lora_engine.adapters.module_names import near_names
 from lora_engine.errors import SettingsError
 from lora_engine.families import families
 

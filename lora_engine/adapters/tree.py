@@ -1,23 +1,20 @@
 """Defines access to layers by canonical name: the `ModuleTree` protocol, and `DictTree` for plain modules.
 
-Canonical names are `<component>.<path>`. A text encoder's path always begins with `text_model.`, whether or not the
-installed transformers has that level (version 5 dropped it from `CLIPTextModel`).
+`module_names` defines canonical names.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 from torch import nn
 
 from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.layer import is_adaptable, meta_weight
+from lora_engine.adapters.module_names import LEVEL, canonical_name, near_names
 from lora_engine.errors import AdapterError
 
-_LEVEL = "text_model."
-_BELOW_LEVEL = ("embeddings.", "encoder.layers.", "final_layer_norm")
 _COMPONENTS = {
     "diffusers.models.unets.": "unet",
     "diffusers.models.transformers.": "transformer",
@@ -89,7 +86,7 @@ class DictTree:
         component, _, path = name.partition(".")
         root = self._modules.get(component)
         if root is not None:
-            flat = path.removeprefix(_LEVEL) if component.startswith("text_encoder") else path
+            flat = path.removeprefix(LEVEL) if component.startswith("text_encoder") else path
             for candidate in (path, flat):
                 parent_path, _, leaf = candidate.rpartition(".")
                 parent = _submodule(root, parent_path)
@@ -181,13 +178,6 @@ def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, child
 
 
-def canonical_name(component: str, path: str) -> str:
-    """Returns `<component>.<path>`, with the `text_model` level of text encoders that transformers dropped."""
-    if component.startswith("text_encoder") and path.startswith(_BELOW_LEVEL):
-        return f"{component}.{_LEVEL}{path}"
-    return f"{component}.{path}"
-
-
 def module_shapes(base: Base) -> dict[str, tuple[int, ...]]:
     """Returns canonical name to weight shape for every adaptable layer of a base."""
     tree = as_tree(base)
@@ -197,13 +187,6 @@ def module_shapes(base: Base) -> dict[str, tuple[int, ...]]:
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Returns the weight shape of the layer inside all wrappers."""
     return tuple(meta_weight(innermost(layer)).shape)
-
-
-def near_names(name: str, names: Iterable[str]) -> str:
-    """Returns the names most similar to `name`, for an error message."""
-    candidates = list(names)
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.3)
-    return f"{len(candidates)} modules, such as {', '.join(near or candidates[:3])}"
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:

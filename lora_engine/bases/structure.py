@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from lora_engine.adapters.published import empty_module, published_module_shapes
-from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints.folder import read_json
 from lora_engine.errors import BaseModelError
@@ -34,6 +33,8 @@ def base_module_shapes(base: FilePath) -> dict[str, tuple[int, ...]]:
         raise BaseModelError(
             error.problem, where=error.where, allowed=f"{names}; {error.allowed}", remedy=error.remedy
         ) from error
+    from lora_engine.adapters.tree import DictTree, module_shapes  # imports torch
+
     modules = {}
     for name, entry in sorted(source.layout.index.items()):
         if name.startswith(_PREFIXES) and isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):

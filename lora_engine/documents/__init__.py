@@ -1,11 +1,28 @@
-"""Reads YAML, JSON and CSV that users and other programs wrote; every refusal names file, line and column.
+"""Reads YAML, JSON, TOML and CSV that users and other programs wrote; every refusal names file, line and column.
 
 The only readers of such text: depth, size and numbers are bounded, a duplicate key is an error, text is valid Unicode.
 """
 
-from lora_engine.documents.csv_source import TableRow, read_table
-from lora_engine.documents.json_source import decode, parse_json, place_of_key, read_json_object
-from lora_engine.documents.yaml_source import Document, Where, parse_value, read_document
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_engine.exports import exports
+
+if TYPE_CHECKING:
+    from lora_engine.documents.csv_source import TableRow, read_table
+    from lora_engine.documents.json_source import decode, parse_json, place_of_key, read_json_object
+    from lora_engine.documents.toml_source import read_toml
+    from lora_engine.documents.yaml_source import Document, Where, parse_value, read_document
+
+_MODULES = {
+    "lora_engine.documents.csv_source": "TableRow read_table",
+    "lora_engine.documents.json_source": "decode parse_json place_of_key read_json_object",
+    "lora_engine.documents.toml_source": "read_toml",
+    "lora_engine.documents.yaml_source": "Document Where parse_value read_document",
+}
+
+__getattr__, __dir__ = exports(__name__, _MODULES)
 
 __all__ = [
     "Document",
@@ -18,4 +35,5 @@ __all__ = [
     "read_document",
     "read_json_object",
     "read_table",
+    "read_toml",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.attach import attach
+from lora_engine.adapters.attachment import attach
 from lora_engine.bases.base import full_mask_conditioning
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError, BaseModelError

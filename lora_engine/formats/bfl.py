@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.catalog import formats as catalog
@@ -19,6 +18,9 @@ from lora_engine.formats.codec import Names, TensorCodec
 from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, KeyLayout, TableFactorKeys
 from lora_engine.formats.transformers.dit import transformers
 from lora_engine.formats.transformers.names import FoundModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = r"(?:(?:model\.)?diffusion_model\.|transformer\.)?"
 _BLOCKS = r"(?:double|single)_blocks\.\d+\."

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.adapters.published import published_module_shapes
@@ -25,6 +22,10 @@ from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import KeyLayout, TableFactorKeys
 from lora_engine.formats.naming import MODULES, listed_modules
 from lora_engine.formats.transformers.names import folded
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd2"}

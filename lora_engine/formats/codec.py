@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lora_engine.adapters import Adapter, Delta
-from lora_engine.adapters.tree import near_names
+from lora_engine.adapters.module_names import near_names
 from lora_engine.catalog.formats import FORMATS, Format
 from lora_engine.errors import AdapterError
 from lora_engine.formats.card import Card
@@ -30,6 +28,9 @@ from lora_engine.formats.lora_config import HEADER_ALPHAS, header_alpha
 from lora_engine.formats.transformers.names import ExportNaming, find_modules
 from lora_engine.formats.validate import check_delta, validate_tensors
 from lora_engine.registries import Loaded, import_target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Names = Iterable[str] | Mapping[str, Sequence[int]]
 """Canonical module names of a base; as a mapping to weight shapes, the shapes are checked too."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Adapter, DoraDelta
 from lora_engine.catalog import formats as catalog
@@ -23,6 +21,10 @@ from lora_engine.formats.ldm_names import ORIGINAL_BEGINNINGS
 from lora_engine.formats.naming import DOTTED, FLAT, STARTS, resolve_names
 from lora_engine.formats.transformers.names import BARE, BARE_ORIGINAL, COMFYUI_EXPORT_NAMING, is_transformer
 from lora_engine.formats.validate import RESHAPE
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BARE = tuple(f"{beginning}." for beginning in ORIGINAL_BEGINNINGS)
 _PREFIXES = (*(f"{prefix}." for prefixes in DOTTED.prefixes.values() for prefix in prefixes if prefix), *_BARE)

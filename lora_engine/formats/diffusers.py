@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_engine.adapters import Adapter, Delta, DoraDelta, LoraDelta, canonical_name
 from lora_engine.catalog import formats as catalog
@@ -23,6 +21,9 @@ from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import CONFIG, alpha_of, check_one_kind, parse_config
 from lora_engine.formats.native import COMPONENTS
 from lora_engine.formats.transformers.names import BARE, folded, folded_lora, is_transformer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # First levels of a U-Net, for files saved from the U-Net alone.
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, is_file_name, write_within
 from lora_engine.finite import check_finite
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
-from lora_engine.formats.safetensors_io import read_safetensors, write_safetensors
+from lora_engine.formats.safetensors_io import LIMITS, Reader, read_safetensors, write_safetensors
 from lora_engine.registries import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKEN, COMPONENT = "loraline.token", "loraline.component"
 """Metadata keys of the token and the text encoder, for files that cannot store them otherwise."""
@@ -22,9 +24,9 @@ _SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[<>:"|?*]')  # in file names on Windows
 _KOHYA = {FIRST: "clip_l", SECOND: "clip_g"}
 
-EmbeddingContent = tuple[Mapping[str, Tensor], Mapping[str, str]]
+EmbeddingContent: TypeAlias = "tuple[Mapping[str, Tensor], Mapping[str, str]]"
 """Tensors and metadata of a file."""
-EmbeddingLayout = Callable[[Embedding], Mapping[str, EmbeddingContent]]
+EmbeddingLayout: TypeAlias = "Callable[[Embedding], Mapping[str, EmbeddingContent]]"
 """From an embedding to file name (without suffix), tensors and metadata of each of its files."""
 embedding_forms: Registry[EmbeddingLayout] = Registry("embedding format")
 
@@ -56,8 +58,12 @@ def read_embeddings(path: FilePath) -> list[Embedding]:
     return join_embeddings(embedding for entries in lists if entries for embedding in entries)
 
 
-def embeddings_of_file(path: Path) -> list[Embedding] | None:
+def embeddings_of_file(path: Path, read: Reader = read_safetensors) -> list[Embedding] | None:
     """Returns the embeddings of a file that holds only embeddings, or None for any other file.
+
+    Args:
+        path: The file.
+        read: Reads a `.safetensors` file.
 
     Raises:
         AdapterError: The file cannot be read, or an embedding is broken; names the file.
@@ -65,7 +71,7 @@ def embeddings_of_file(path: Path) -> list[Embedding] | None:
     stem = path.name.removesuffix(path.suffix).removesuffix(".ti") or path.name
     if path.is_file() and is_pickled(path):
         return _parse(path, read_pickle(path), stem, "")
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read(path, LIMITS)
     return _parse(path, tensors, metadata.get(TOKEN, stem), metadata.get(COMPONENT, ""))
 
 

@@ -9,12 +9,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.errors import AdapterError
+from lora_engine.formats.mapped_tensor import is_tensor
 from lora_engine.formats.validate import validate_tensors
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIRST, SECOND, THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
 _ENCODERS = (FIRST, SECOND, THIRD)
@@ -204,12 +207,12 @@ def embeddings_in(content: object, token: str, component: str = "") -> list[Embe
     params = content.get("string_to_param")
     if isinstance(params, Mapping):
         name = content.get("name")
-        vectors = [value for value in params.values() if isinstance(value, Tensor)]
+        vectors = [value for value in params.values() if is_tensor(value)]
         if len(vectors) != 1:
             problem, where = f"it holds {len(vectors)} tensors", "'string_to_param'"
             raise AdapterError(problem, where=where, allowed="one", remedy=_AGAIN)
         return [Embedding(name if isinstance(name, str) and name else token, {_encoder(vectors[0], ""): vectors[0]})]
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in content.items() if is_tensor(value)}
     if len(tensors) != len(content):
         return None
     if set(tensors) <= set(_PARTS):

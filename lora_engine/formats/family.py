@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -193,6 +194,7 @@ def is_motion(name: str) -> bool:
     return "motion_modules" in name
 
 
+@functools.lru_cache(maxsize=1 << 15)
 def flattened(name: str) -> str:
     """Returns a module name with underscores for dots and without the program's prefix."""
     flat = name.rpartition("/")[2].removeprefix(f"{TRANSFORMER}.").replace(".", "_")
@@ -202,6 +204,7 @@ def flattened(name: str) -> str:
     return flat
 
 
+@functools.lru_cache(maxsize=1 << 15)  # every codec that detects a format asks for each tensor
 def module_of(key: str) -> str:
     """Returns the module of a tensor, by the usual names of factors."""
     return _FACTOR.sub("", key)

@@ -26,8 +26,9 @@ from lora_engine.formats.family import (
     is_motion,
     unsupported_reason,
 )
+from lora_engine.formats.mapped_tensor import name_of_dtype
 from lora_engine.formats.raw_file import RawFile, read_raw_file
-from lora_engine.formats.safetensors_io import LIMITS, Limits
+from lora_engine.formats.safetensors_io import LIMITS, Limits, Reader, map_safetensors, read_safetensors
 from lora_engine.formats.unknown_names import UnknownNamesCodec
 
 
@@ -72,19 +73,41 @@ def read_adapter(path: FilePath, module_names: Names | None = None, *, limits: L
     return bundle.adapter, bundle.card
 
 
-def read_bundle(path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS) -> Bundle:
-    """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files."""
+def read_bundle(
+    path: FilePath, module_names: Names | None = None, *, limits: Limits = LIMITS, read: Reader = read_safetensors
+) -> Bundle:
+    """Reads an adapter as `read_adapter` does, with its embeddings; for a folder also those in its other files.
+
+    With `map_safetensors` as `read`, the result is for looking at names, shapes and dtypes, and imports no torch.
+    """
     path = Path(path)
     with in_file(path):
-        raw = read_raw_file(path, limits)
-        check_widths(raw.embeddings, module_names)
-        if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
-            empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
-            return Bundle(empty, read_card(raw.metadata), raw.embeddings)
-        adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
-        notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]
-        assumptions = "; ".join(filter(None, notes))
-        return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
+        return _bundle_of(read_raw_file(path, limits, read), module_names)
+
+
+def check(path: FilePath, module_names: Names | None = None) -> Bundle:
+    """Reads an adapter or embeddings alone for their structure, as `read_bundle` does, and imports no torch.
+
+    Raises:
+        AdapterError: As `read_bundle`, but not for a file of embeddings alone, whose bundle has no modules.
+    """
+    path = Path(path)
+    with in_file(path):
+        raw = read_raw_file(path, LIMITS, map_safetensors)
+        if not raw.tensors and raw.embeddings:
+            return Bundle(Adapter(), read_card(raw.metadata), raw.embeddings)
+        return _bundle_of(raw, module_names)
+
+
+def _bundle_of(raw: RawFile, module_names: Names | None) -> Bundle:
+    check_widths(raw.embeddings, module_names)
+    if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
+        empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
+        return Bundle(empty, read_card(raw.metadata), raw.embeddings)
+    adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
+    notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]
+    assumptions = "; ".join(filter(None, notes))
+    return Bundle(adapter, read_card(raw.metadata), raw.embeddings, assumptions)
 
 
 def _switched_off(modules: Mapping[str, Delta]) -> str:
@@ -104,18 +127,22 @@ def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
     return "the base family is unknown: no family has these modules" if is_unknown else family.note
 
 
-def inspect(path: FilePath) -> dict[str, Any]:
+def inspect(path: FilePath, *, read: Reader = map_safetensors) -> dict[str, Any]:
     """Describes a file as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
     Needs no base. Module names are those in the file. A file of embeddings alone has the format `embedding` and no
     modules.
+
+    Args:
+        path: The file or folder.
+        read: Reads a `.safetensors` file; the default imports no torch.
 
     Raises:
         AdapterError: As `read_adapter`.
     """
     path = Path(path)
     with in_file(path):
-        raw = read_raw_file(path, LIMITS)
+        raw = read_raw_file(path, LIMITS, read)
         is_adapter = bool(raw.tensors) or not raw.embeddings
         codec = detect_codec(raw.tensors, raw.metadata) if is_adapter else None
         note = unsupported_reason(raw.tensors)
@@ -136,7 +163,7 @@ def inspect(path: FilePath) -> dict[str, Any]:
         "kinds": _count(delta.kind for delta in deltas),
         "ranks": _count(delta.rank for delta in deltas),
         "alphas": _count(delta.alpha for delta in deltas),
-        "dtypes": _count(str(factor.dtype).removeprefix("torch.") for factor in factors),
+        "dtypes": _count(map(name_of_dtype, factors)),
         "parameters": sum(factor.numel() for factor in factors),
         "embeddings": [
             {
@@ -210,7 +237,7 @@ def codec_of(raw: RawFile) -> Codec:
 
 
 def _dtypes(embedding: Embedding) -> list[str]:
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in embedding.vectors.values()})
+    return sorted({name_of_dtype(tensor) for tensor in embedding.vectors.values()})
 
 
 def _folder_of(path: Path) -> Path:

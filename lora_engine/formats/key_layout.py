@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from threading import RLock
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from lora_engine.adapters import Delta, kinds
 from lora_engine.catalog.kinds import KINDS, Kind
 from lora_engine.errors import AdapterError
 from lora_engine.formats.validate import check_delta
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALPHA = "alpha"
 _REQUIRES = {"weight": "on_input"}

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_engine.adapters import Adapter, Delta, OftDelta, OftPartsDelta
 from lora_engine.catalog import formats as catalog
@@ -26,6 +24,9 @@ from lora_engine.formats.modelspec import base_version
 from lora_engine.formats.naming import FLAT, MODULES, PREFIXES, PREFIXES_SDXL, STARTS, resolve_names
 from lora_engine.formats.safetensors_io import BODY_SHA256, short_digest
 from lora_engine.formats.transformers.names import KOHYA_EXPORT_NAMING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class KohyaCodec(TensorCodec):

@@ -11,8 +11,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from lora_engine.adapters.module_names import near_names
 from lora_engine.adapters.published import published_module_shapes
-from lora_engine.adapters.tree import near_names
 from lora_engine.documents import parse_json
 from lora_engine.errors import AdapterError, UnknownBaseError
 from lora_engine.families import families

@@ -7,9 +7,7 @@ header names it for the others.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_engine.adapters import Adapter, LokrDelta, same_delta
 from lora_engine.catalog import formats as catalog
@@ -21,6 +19,9 @@ from lora_engine.formats.codec import Names, Part, TensorCodec
 from lora_engine.formats.key_layout import ALPHA, DIFFUSERS_KEYS, LORALINE_KEYS
 from lora_engine.formats.transformers.fused_lokr import rows_of
 from lora_engine.formats.validate import ROWS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.")
 _SHARED = "loraline.shared"

@@ -9,9 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_engine.adapters import Adapter, Delta, canonical_name
 from lora_engine.catalog import formats as catalog
@@ -29,6 +27,9 @@ from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import settings_for, type_of, with_config
 from lora_engine.formats.raw_file import CONFIG_FILE, PEFT_PREFIX
 from lora_engine.formats.transformers.names import is_transformer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMPONENT = "loraline.component"
 _COMPONENT_PATTERNS = {

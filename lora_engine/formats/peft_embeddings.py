@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.formats.key_layouts.lora import EMBEDDING
 from lora_engine.formats.key_layouts.oft import ANGLES, OF_EMBEDDING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EMBEDDINGS = re.compile(
     r"(.*[./])?(token_embedding|position_embedding|embed_tokens|shared|word_embeddings|position_embeddings"

@@ -17,13 +17,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
-
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, canonical_json
 from lora_engine.formats.safetensors_io import Limits, read_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

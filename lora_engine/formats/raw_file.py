@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.documents import decode
 from lora_engine.errors import AdapterError
 from lora_engine.formats.cloneofsimo import numbered
+from lora_engine.formats.dtypes import FLOAT8
 from lora_engine.formats.embedding_files import COMPONENT, TOKEN, embeddings_of_file, join_embeddings
 from lora_engine.formats.embeddings import Embedding, embeddings_in, take_embeddings
 from lora_engine.formats.lora_config import CONFIG, HEADER_ALPHAS, header_alpha
+from lora_engine.formats.mapped_tensor import name_of_dtype
 from lora_engine.formats.pickles import is_pickled, read_pickle
-from lora_engine.formats.safetensors_io import Limits, check_tensor_name, read_safetensors
+from lora_engine.formats.safetensors_io import Limits, Reader, check_tensor_name, read_safetensors
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".safetensors"
 CONFIG_FILE, MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -25,7 +29,6 @@ PEFT_PREFIX = "base_model.model."
 _USUAL = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")
 _TEXT, _TOKENS = ".text_encoder", ".ti"
 _MAX_CONFIG = 1 << 24
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,24 @@ class RawFile:
     assumptions: str = ""
 
 
-def read_raw_file(path: Path, limits: Limits) -> RawFile:
+def read_raw_file(path: Path, limits: Limits, read: Reader = read_safetensors) -> RawFile:
     """Reads a `.safetensors` file, a pickled file (in a sandboxed process), or a folder.
+
+    Args:
+        path: The file or folder.
+        limits: Limits on what it may claim.
+        read: Reads a `.safetensors` file; `map_safetensors` is for recognition and imports no torch.
 
     Raises:
         AdapterError: As `read_safetensors` and `read_pickle`; or the folder holds no unambiguous adapter file.
     """
     if path.name in (MODEL_FILE, OLD_MODEL_FILE) and (path.parent / CONFIG_FILE).is_file():
-        return _read_peft(path.parent, limits)
+        return _read_peft(path.parent, limits, read)
     if not path.is_dir():
-        return _read_pickled(path) if _is_pickled(path) else _read_file(path, limits)
-    main = _read_peft(path, limits) if any(_parts(path)) else _read_file(_only_file(path), limits)
+        return _read_pickled(path) if _is_pickled(path) else _read_file(path, limits, read)
+    main = _read_peft(path, limits, read) if any(_parts(path)) else _read_file(_only_file(path), limits, read)
     others = [file for file in sorted(path.glob(f"*{SUFFIX}")) if file not in main.files]
-    by_file = {file: embeddings_of_file(file) for file in others}
+    by_file = {file: embeddings_of_file(file, read) for file in others}
     embeddings = [embedding for entries in by_file.values() for embedding in entries or ()]
     files = (*main.files, *(file for file, entries in by_file.items() if entries))
     return replace(main, embeddings=tuple(join_embeddings([*main.embeddings, *embeddings])), files=files)
@@ -71,8 +79,8 @@ def _is_pickled(path: Path) -> bool:
     return path.suffix.lower() != SUFFIX and path.is_file() and is_pickled(path)
 
 
-def _read_file(path: Path, limits: Limits) -> RawFile:
-    return _separate(*read_safetensors(path, limits), path)
+def _read_file(path: Path, limits: Limits, read: Reader) -> RawFile:
+    return _separate(*read(path, limits), path)
 
 
 def _separate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> RawFile:
@@ -110,7 +118,7 @@ def _assumed_scale(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
 
 def _plain(tensor: Tensor) -> Tensor:
     # float16 holds every value of both float8 types, and torch cannot compute in float8.
-    return tensor.to(torch.float16) if tensor.dtype in _FLOAT8 else tensor
+    return tensor.half() if name_of_dtype(tensor) in FLOAT8 else tensor
 
 
 def _read_pickled(path: Path) -> RawFile:
@@ -118,7 +126,7 @@ def _read_pickled(path: Path) -> RawFile:
     content = read_pickle(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if isinstance(content, list) and content and all(isinstance(entry, Tensor) for entry in content):
+    if isinstance(content, list) and content and all(isinstance(entry, torch.Tensor) for entry in content):
         return _read_lists(path, content)
     alone = embeddings_in(content, path.name.removesuffix(path.suffix).removesuffix(_TOKENS))
     if alone is not None:
@@ -127,7 +135,7 @@ def _read_pickled(path: Path) -> RawFile:
 
 
 def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping) or not all(isinstance(entry, Tensor) for entry in content.values()):
+    if not isinstance(content, Mapping) or not all(isinstance(entry, torch.Tensor) for entry in content.values()):
         raise AdapterError(
             "the file holds neither tensors by name nor a list of tensors",
             where=str(path),
@@ -148,7 +156,7 @@ def _read_lists(path: Path, weights: list[Tensor]) -> RawFile:
     text, tokens = (path.with_name(f"{stem}{middle}{path.suffix}") for middle in (_TEXT, _TOKENS))
     if text.is_file():
         text_weights = read_pickle(text)
-        if not isinstance(text_weights, list) or not all(isinstance(entry, Tensor) for entry in text_weights):
+        if not isinstance(text_weights, list) or not all(isinstance(entry, torch.Tensor) for entry in text_weights):
             problem, remedy = "the file holds no list of tensors", f"move it away from {path.name}"
             raise AdapterError(problem, where=str(text), allowed="the list that cloneofsimo saves", remedy=remedy)
         tensors |= numbered(text_weights, "text_encoder")
@@ -157,7 +165,7 @@ def _read_lists(path: Path, weights: list[Tensor]) -> RawFile:
     return RawFile(tensors, {}, tuple(embeddings), (*files, *([tokens] if embeddings else [])))
 
 
-def _read_peft(folder: Path, limits: Limits) -> RawFile:
+def _read_peft(folder: Path, limits: Limits, read: Reader) -> RawFile:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     files: list[Path] = []
@@ -167,7 +175,7 @@ def _read_peft(folder: Path, limits: Limits) -> RawFile:
         if config.stat().st_size > _MAX_CONFIG:
             problem = f"{prefix}{CONFIG_FILE} has {config.stat().st_size} bytes"
             raise AdapterError(problem, allowed=f"at most {_MAX_CONFIG}", remedy="check the file")
-        weights, part_tensors, header = _read_weights(part, limits)
+        weights, part_tensors, header = _read_weights(part, limits, read)
         tensors |= {f"{prefix}{key}": _plain(tensor) for key, tensor in part_tensors.items()}
         metadata = {**header, **metadata}
         metadata[f"{prefix}{CONFIG_FILE}"] = decode(config.read_bytes(), str(config), AdapterError)
@@ -175,11 +183,11 @@ def _read_peft(folder: Path, limits: Limits) -> RawFile:
     return RawFile(tensors, metadata, (), tuple(files))
 
 
-def _read_weights(part: Path, limits: Limits) -> tuple[Path, Mapping[str, Tensor], Mapping[str, str]]:
+def _read_weights(part: Path, limits: Limits, read: Reader) -> tuple[Path, Mapping[str, Tensor], Mapping[str, str]]:
     """Reads the weights beside a configuration; falls back to the pickle that PEFT saved before 0.6."""
     pickled = part / OLD_MODEL_FILE
     if (part / MODEL_FILE).exists() or not pickled.is_file():
-        return part / MODEL_FILE, *read_safetensors(part / MODEL_FILE, limits)
+        return part / MODEL_FILE, *read(part / MODEL_FILE, limits)
     return pickled, _state_dict(read_pickle(pickled), pickled), {}
 
 

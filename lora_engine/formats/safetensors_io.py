@@ -6,45 +6,31 @@ It handles tensors and strings, not adapters. It never runs code from a file and
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lora_engine.documents import parse_json, place_of_key
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, append_chunks, atomic_write, canonical_json, sha256_chunks
 from lora_engine.finite import check_finite
+from lora_engine.formats.dtypes import STORED_DTYPES, WRITTEN_DTYPES
+from lora_engine.formats.mapped_tensor import MappedTensor, name_of_dtype
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The safetensors library orders tensors by dtype in this order, then by name. The same order here gives the same body,
 # so hashes over bodies (`sshs_model_hash`) agree.
-_ORDER = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _ORDER.items()} | {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
-}
+_ORDER = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _RANK = {dtype: index for index, dtype in enumerate(_ORDER)}
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -71,6 +57,8 @@ class Limits:
 
 
 LIMITS = Limits()
+Reader: TypeAlias = "Callable[[Path, Limits], tuple[dict[str, Tensor], dict[str, str]]]"
+"""`read_safetensors` or `map_safetensors`."""
 
 
 def write_safetensors(
@@ -88,8 +76,8 @@ def write_safetensors(
         AdapterError: A tensor has another dtype, or a value is NaN or infinite; nothing is written.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _ORDER:
-            allowed = ", ".join(str(dtype) for dtype in _ORDER)
+        if name_of_dtype(tensor) not in WRITTEN_DTYPES.values():
+            allowed = ", ".join(f"torch.{dtype}" for dtype in WRITTEN_DTYPES.values())
             problem, where = f"the dtype is {tensor.dtype}", f"{path}: tensor {name!r}"
             raise AdapterError(problem, where=where, allowed=allowed, remedy="cast the tensor to one of these")
     if finite:
@@ -112,13 +100,17 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """Yields the bytes of the canonical file: length and header first, then each tensor's body."""
-    names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
+    names = sorted(tensors, key=lambda name: (_RANK[name_of_dtype(tensors[name])], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _ORDER[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _ORDER[name_of_dtype(tensor)],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = canonical_json(header)
     text += b" " * (-len(text) % 8)
@@ -152,29 +144,45 @@ def read_safetensors(path: FilePath, limits: Limits = LIMITS) -> tuple[dict[str,
     Raises:
         AdapterError: The file does not exist, is a pickle, not safetensors, truncated, or over a limit; names it.
     """
+    return _read(path, limits, mmap.ACCESS_COPY, _torch_tensor)
+
+
+def map_safetensors(path: FilePath, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns what `read_safetensors` does, for recognition: with mapped tensors, and without importing torch.
+
+    Raises:
+        AdapterError: As `read_safetensors`.
+    """
+    return _read(path, limits, mmap.ACCESS_READ, MappedTensor.in_buffer)
+
+
+def _read(
+    path: FilePath, limits: Limits, access: int, view: Callable[[mmap.mmap, str, Sequence[int], int], Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     header, metadata = read_header(path, limits)
     try:
-        with safe_open(path, framework="pt"):  # checks that the tensors fill the file without gaps or overlaps
-            return _map(path, header), metadata
+        with safe_open(path, framework="np"):  # checks that the tensors fill the file without gaps or overlaps
+            pass
+        with path.open("rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            mapped = mmap.mmap(file.fileno(), 0, access=access)
+        tensors = {
+            name: view(mapped, STORED_DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterError(f"the file cannot be read: {error}", where=str(path), remedy=_AGAIN) from error
+    return tensors, metadata
 
 
-def _map(path: Path, header: Mapping[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """Returns the tensors as copy-on-write views of the mapped file; writes never reach the file or other readers."""
-    with path.open("rb") as file:
-        start = 8 + struct.unpack("<Q", file.read(8))[0]
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, entry in header.items():
-        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if first == last:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        count = (last - first) // dtype.itemsize
-        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first).view(shape)
-    return tensors
+def _torch_tensor(mapped: mmap.mmap, dtype_name: str, shape: Sequence[int], offset: int) -> Tensor:
+    """Returns a tensor as a copy-on-write view of the mapped file; writes never reach the file or other readers."""
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -6,16 +6,19 @@ Each kind checks its own factors (`Delta.issues`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Delta
 from lora_engine.errors import AdapterError
 from lora_engine.finite import is_finite
+from lora_engine.formats.mapped_tensor import MappedTensor, name_of_dtype
+from lora_engine.lazy_torch import torch
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 """Further dtypes of single numbers: LyCORIS stores `on_input`, and an `alpha` of 0, as integers."""
 RESHAPE = "reshape_weight"
 """Suffix of ComfyUI's tensor with the sizes of a weight, as integers."""
@@ -34,25 +37,32 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         raise AdapterError("the file holds no tensors", remedy="save or download the adapter again")
     for name, tensor in tensors.items():
-        is_number = tensor.dim() == 0 and tensor.dtype in INTEGERS
+        dtype = name_of_dtype(tensor)
+        is_number = tensor.dim() == 0 and dtype in INTEGERS
         is_shape = (
             name.endswith((f".{RESHAPE}", f".{ROWS}")) and tensor.dim() == 1 and 2 <= tensor.numel() <= _MAX_DIMENSIONS
         )
-        if tensor.dtype not in _FLOATS and not is_number and not (is_shape and tensor.dtype in INTEGERS):
+        if dtype not in _FLOATS and not is_number and not (is_shape and dtype in INTEGERS):
             raise AdapterError(
-                f"the dtype is {tensor.dtype}",
+                f"the dtype is torch.{dtype}",
                 where=f"tensor {name!r}",
-                allowed=", ".join(str(dtype) for dtype in _FLOATS),
+                allowed=", ".join(f"torch.{name}" for name in _FLOATS),
                 remedy="save the adapter in one of these dtypes",
             )
-        if not is_finite(tensor) and not _is_unused_alpha(name, tensors):
-            count = int((~torch.isfinite(tensor)).sum())
+        count = _count_not_finite(tensor)
+        if count and not _is_unused_alpha(name, tensors):
             raise AdapterError(
                 f"{count} of {tensor.numel()} values are NaN or infinite",
                 where=f"tensor {name!r}",
                 allowed="finite values",
                 remedy="train again or use another file; this one gives black images",
             )
+
+
+def _count_not_finite(tensor: Tensor | MappedTensor) -> int:
+    if isinstance(tensor, MappedTensor):
+        return tensor.count_not_finite()
+    return 0 if is_finite(tensor) else int((~torch.isfinite(tensor)).sum())
 
 
 def _is_unused_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:

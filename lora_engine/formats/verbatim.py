@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Adapter, Delta
 from lora_engine.errors import AdapterError
@@ -26,6 +25,9 @@ from lora_engine.formats.modelspec import DIGEST
 from lora_engine.formats.raw_file import SUFFIX, read_raw_file
 from lora_engine.formats.safetensors_io import LIMITS, write_safetensors
 from lora_engine.formats.transformers.names import folded
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES_KEPT = "module names and header are kept"
 

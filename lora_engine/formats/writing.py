@@ -6,9 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Adapter, LokrDelta
 from lora_engine.errors import AdapterError
@@ -23,6 +21,10 @@ from lora_engine.formats.modelspec import DIGEST, model_spec
 from lora_engine.formats.raw_file import CONFIG_FILE, SUFFIX
 from lora_engine.formats.safetensors_io import write_safetensors
 from lora_engine.formats.transformers.fused_lokr import rows_of, with_exact_rows
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _GROWTH = 2.0  # above it, a conversion warns

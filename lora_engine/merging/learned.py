@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_engine.adapters import Adapter, Delta, LayerOp, as_tree, innermost
-from lora_engine.adapters.attach import check_fit
+from lora_engine.adapters.attachment import check_fit
 from lora_engine.adapters.layer import bias_of
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.manifest import Manifest

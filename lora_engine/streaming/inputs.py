@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta
-from lora_engine.adapters.tree import near_names
+from lora_engine.adapters.module_names import near_names
 from lora_engine.checkpoints.scales import FLOATS
 from lora_engine.errors import AdapterError, BaseModelError, SettingsError
 from lora_engine.formats import read_adapter

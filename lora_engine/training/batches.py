@@ -84,6 +84,12 @@ class BucketSampler:
         picks = shuffled_epochs(len(indices), position * self._batch, self._batch, self._seed, "instance", *size)
         return size, position, [indices[pick] for pick in picks]
 
+    def epochs(self, number: int) -> list[int]:
+        """Returns the epoch of each example of a batch, from 0: its passes over the examples of its size before."""
+        size, position, indices = self.batch(number)
+        count = len(self._groups[size])
+        return [(position * self._batch + index) // count for index in range(len(indices))]
+
     def _spread(self, epoch: int) -> list[tuple[ImageSize, int]]:
         # Batch j of k of a size falls into the j-th of k equal parts of the epoch.
         draw = generator(self._seed, "slots", epoch)
@@ -119,6 +125,7 @@ class BatchBuilder:
         caption_dropout: Share of the captions that are emptied.
         objective: Noise and timesteps; None is the default.
         captions: Caption and image augmentation of the user's images; None is none.
+        accumulate: Batches per optimizer step.
     """
 
     def __init__(
@@ -134,7 +141,9 @@ class BatchBuilder:
         caption_dropout: float = 0.0,
         objective: Objective | None = None,
         captions: Captions | None = None,
+        accumulate: int = 1,
     ) -> None:
+        self._accumulate, self._dropout_every = accumulate, captions.dropout_every if captions else 0
         self._base, self._latents, self._conditioner = base, latents, conditioner
         self._seed, self._batch, self._dropout = seed, batch, caption_dropout
         self._examples = [example for example in examples for _ in range(example.repeats)]
@@ -161,6 +170,9 @@ class BatchBuilder:
         noise = draw_training_noise(self._objective, latents.shape, draw)
         timesteps = draw_timesteps(self._objective, self._base.noise, len(chosen), draw, _sides(latents))
         dropped = (torch.rand(len(chosen), generator=draw) < self._dropout).tolist()
+        if self._dropout_every:
+            for index, epoch in enumerate(self._order.epochs(number)):
+                dropped[index] |= (epoch + 1) % self._dropout_every == 0
         perturbation = draw_perturbation(self._objective, latents.shape, draw)
         captions = ["" if drop else example.caption for drop, example in zip(dropped, chosen, strict=True)]
         device = self._base.device
@@ -181,7 +193,7 @@ class BatchBuilder:
         return [
             replace(
                 example,
-                caption=self._rewriter.rewrite(example.caption, caption_draws),
+                caption=self._rewriter.rewrite(example.caption, caption_draws, number // self._accumulate),
                 augmentation=self._augmentations[pick],
             )
             for example, pick in zip(chosen, picks, strict=True)

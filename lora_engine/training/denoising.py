@@ -78,8 +78,8 @@ def denoising_phase(
         batch=make_batch,
         predict=predict_batch,
         terms=_terms(context),
-        batch_context=_dropout(context, name) if settings.dropout and context.parameters else no_context,
-        after_step=after_step,
+        batch_context=_dropout(context, name) if context.parameters else no_context,
+        after_step=_with_norm_limit(context, after_step),
     )
 
 
@@ -125,9 +125,30 @@ def _builder(
         # Class images are not augmented.
         captions=context.settings.captions if examples is context.examples else None,
         objective=context.settings.objective,
+        accumulate=context.settings.accumulate,
     )
 
 
 def _dropout(context: MethodContext, phase: str) -> Callable[[int], AbstractContextManager[None]]:
-    share, seed = context.settings.dropout, context.settings.seed
-    return lambda number: context.adapter_dropout(share, derive_seed(seed, "dropout", phase, number))
+    settings = context.settings
+    others = {"ranks": settings.rank_dropout, "modules": settings.module_dropout}
+    others = {name: share for name, share in others.items() if share}
+    if not settings.dropout and not others:
+        return no_context
+    return lambda number: context.adapter_dropout(
+        settings.dropout, derive_seed(settings.seed, "dropout", phase, number), **others
+    )
+
+
+def _with_norm_limit(context: MethodContext, after_step: Callable[[float], None]) -> Callable[[float], None]:
+    limit, limit_norms = context.settings.norm_limit, context.limit_norms
+    if limit is None or not context.parameters:
+        return after_step
+    if limit_norms is None:
+        raise RuntimeError("norm_limit is set, but the context has no limit_norms")
+
+    def hook(factor: float) -> None:
+        after_step(factor)
+        limit_norms(limit)
+
+    return hook

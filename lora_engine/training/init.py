@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_engine.adapters import Adapter, LayerSettings, create_adapter
+from lora_engine.adapters.regularization import check_low_rank
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import SettingsError
@@ -48,6 +49,9 @@ def init_adapter(base: BaseModel, settings: TrainSettings, initial: InitialAdapt
         overrides=_overrides(settings),
         generator=generator(settings.seed, "factors"),
     )
+    for setting in ("rank_dropout", "norm_limit"):
+        if getattr(settings, setting):
+            check_low_rank(adapter, setting)
     names = [f"{module}.{factor}" for module, delta in adapter.modules.items() for factor in delta.factors()]
     if names:
         learning_rates(names, settings.rates, settings.learning_rate)  # raises for rates that match nothing

@@ -199,6 +199,7 @@ class TrainingJob:
             latents=encoder.latents,
             conditioner=text_encoder(base, self.settings.captions) if trains_text else encoder.conditioning,
             adapter_dropout=attachment.adapter_dropout if attachment else lambda share, seed: nullcontext(),
+            limit_norms=attachment.limit_norms if attachment else None,
             tokens=tokens,
             adapter_disabled=lambda: _adapter_disabled(attachment),
             teacher=encoder.conditioning,

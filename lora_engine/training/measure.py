@@ -24,10 +24,12 @@ class Measure:
     Attributes:
         loss: Loss of an error by its size.
         weigh: Timesteps [n] -> weights, float32 [n]; None weighs all alike.
+        deltas: Timesteps [n] -> deltas of the loss, float32 [n]; None takes `loss.delta` for all.
     """
 
     loss: Loss = _SQUARE
     weigh: Callable[[Tensor], Tensor] | None = None
+    deltas: Callable[[Tensor], Tensor] | None = None
 
     def errors(self, predicted: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """Returns the weighted loss of each element, in the shape of `predicted`; keeps the graph.
@@ -37,7 +39,12 @@ class Measure:
             target: float32 in the same shape.
             timesteps: [n].
         """
-        errors = _LOSSES[self.loss.name](predicted, target, getattr(self.loss, "delta", 0.0))
+        if self.deltas is None:
+            errors = _LOSSES[self.loss.name](predicted, target, getattr(self.loss, "delta", 0.0))
+        else:
+            deltas = self.deltas(timesteps).to(predicted.device, predicted.dtype).view(-1, *[1] * (predicted.dim() - 1))
+            errors = _huber_of_rows(predicted, target, deltas)
+            errors = errors / (2.0 * deltas) if self.loss.name == "smooth_l1" else errors
         if self.weigh is None:
             return errors
         weights = self.weigh(timesteps).to(errors.device, errors.dtype)
@@ -81,6 +88,11 @@ def _huber(predicted: Tensor, target: Tensor, delta: float) -> Tensor:
     # Twice Huber's (1964) function, so that small errors give the square, not half of it.
     doubled: Tensor = 2.0 * F.huber_loss(predicted, target, reduction="none", delta=delta)
     return doubled
+
+
+def _huber_of_rows(predicted: Tensor, target: Tensor, deltas: Tensor) -> Tensor:
+    difference = (predicted - target).abs()
+    return torch.where(difference < deltas, difference.square(), deltas * (2.0 * difference - deltas))
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,11 +19,13 @@ from lora_engine.errors import SettingsError
 from lora_engine.training.measure import Measure, snr_weights
 from lora_engine.training.specs.objective import (
     Distribution,
+    Huber,
     LogitNormal,
     Mode,
     Objective,
     Plain,
     Pyramid,
+    SmoothL1,
     Uniform,
 )
 
@@ -73,6 +76,12 @@ def check_objective(objective: Objective, schedule: NoiseSchedule) -> None:
             where="objective.weighting",
             allowed="none",
             remedy="set timesteps.distribution to logit_normal or mode instead",
+        )
+    if is_flow and getattr(objective.loss, "schedule", "") == "snr":
+        raise SettingsError(
+            "the schedule 'snr' of the loss does not apply to a flow-matching base",
+            where="objective.loss.schedule",
+            allowed="constant, exponential",
         )
     if not is_flow and objective.timesteps.shift is not None:
         raise SettingsError(
@@ -154,15 +163,21 @@ def draw_training_noise(objective: Objective, shape: Sequence[int], generator: t
         noise = _add_pyramid(noise, objective.pyramid, generator)
     if objective.noise_offset:
         level = torch.randn((*shape[:2], *[1] * (len(shape) - 2)), generator=generator)
-        noise = noise + objective.noise_offset * level
+        noise = noise + objective.noise_offset * level * _strengths(objective.random_offset, shape, generator)
     return noise
+
+
+def _strengths(is_random: bool, shape: Sequence[int], generator: torch.Generator) -> Tensor | float:
+    """Returns the share of a strength that each image has: [n, 1, ...] from 0 to 1, or 1 without a draw."""
+    return torch.rand((shape[0], *[1] * (len(shape) - 1)), generator=generator) if is_random else 1.0
 
 
 def draw_perturbation(objective: Objective, shape: Sequence[int], generator: torch.Generator) -> Tensor | None:
     """Returns the input's extra noise on the CPU; None, without a draw, if it is disabled."""
     if not objective.input_perturbation:
         return None
-    return objective.input_perturbation * torch.randn(tuple(shape), generator=generator)
+    noise = objective.input_perturbation * torch.randn(tuple(shape), generator=generator)
+    return noise * _strengths(objective.random_perturbation, shape, generator)
 
 
 def _add_pyramid(noise: Tensor, pyramid: Pyramid, generator: torch.Generator) -> Tensor:
@@ -187,7 +202,21 @@ def measure_for(objective: Objective, schedule: NoiseSchedule) -> Measure:
         SettingsError: The objective does not suit the base.
     """
     check_objective(objective, schedule)
-    if isinstance(objective.weighting, Plain):
-        return Measure(objective.loss)
-    weighting, predicts_v = objective.weighting, schedule.parameterization == "v_prediction"
-    return Measure(objective.loss, lambda timesteps: snr_weights(weighting, schedule.snr(timesteps), predicts_v))
+    loss, weighting, predicts_v = objective.loss, objective.weighting, schedule.parameterization == "v_prediction"
+    deltas = None
+    if isinstance(loss, Huber | SmoothL1) and loss.schedule != "constant":
+        deltas = partial(scheduled_deltas, loss, schedule)
+    if isinstance(weighting, Plain):
+        return Measure(loss, deltas=deltas)
+    return Measure(loss, lambda timesteps: snr_weights(weighting, schedule.snr(timesteps), predicts_v), deltas)
+
+
+def scheduled_deltas(loss: Huber | SmoothL1, schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """Returns the delta of each row: float32 [n], 1 without noise and `loss.delta` in pure noise.
+
+    The schedules are those of sd-scripts (`huber_schedule`); see `Huber`.
+    """
+    if loss.schedule == "exponential":
+        return loss.delta ** (timesteps.to(torch.float32) / schedule.timesteps)
+    sigmas = schedule.snr(timesteps).to(torch.float32).rsqrt()
+    return (1.0 - loss.delta) / (1.0 + sigmas).square() + loss.delta

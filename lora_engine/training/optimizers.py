@@ -40,6 +40,8 @@ _PACKAGES = {
     "prodigy": ("pytorch_optimizer", "pytorch-optimizer"),
     "d-adaptation": ("pytorch_optimizer", "pytorch-optimizer"),
     "schedule-free": ("pytorch_optimizer", "pytorch-optimizer"),
+    "came": ("pytorch_optimizer", "pytorch-optimizer"),
+    "ademamix": ("pytorch_optimizer", "pytorch-optimizer"),
 }
 
 
@@ -140,6 +142,38 @@ def _schedule_free(groups: Sequence[ParameterGroup], weight_decay: float, **opti
     return _checked(ScheduleFreeAdamW(_param_groups(groups, weight_decay), **options))
 
 
+class _DecoupledSgd(torch.optim.SGD):
+    """SGD whose weight decay is decoupled from the gradient, as that of the other optimizers."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Decays the weights by rate times decay, then takes the step."""
+        with torch.no_grad():
+            for group in self.param_groups:
+                for value in group["params"]:
+                    if group["decoupled_decay"] and value.grad is not None:
+                        value.mul_(1.0 - group["lr"] * group["decoupled_decay"])
+        return super().step(closure)
+
+
+def _sgd(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+    settings = _param_groups(groups, weight_decay)
+    decoupled = [{**group, "weight_decay": 0.0, "decoupled_decay": group["weight_decay"]} for group in settings]
+    return _DecoupledSgd(decoupled, weight_decay=0.0, **options)
+
+
+def _came(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import CAME
+
+    return _checked(CAME(_param_groups(groups, weight_decay), weight_decouple=True, **options))
+
+
+def _ademamix(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import AdEMAMix
+
+    grow = options.pop("grow", None)
+    return _checked(AdEMAMix(_param_groups(groups, weight_decay), weight_decouple=True, t_alpha_beta3=grow, **options))
+
+
 def _checked(optimizer: Any) -> torch.optim.Optimizer:
     # These libraries have no type hints.
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -165,3 +199,6 @@ optimizers.add("adafactor", _adafactor)
 optimizers.add("prodigy", _prodigy)
 optimizers.add("d-adaptation", _d_adaptation)
 optimizers.add("schedule-free", _schedule_free)
+optimizers.add("sgd", _sgd)
+optimizers.add("came", _came)
+optimizers.add("ademamix", _ademamix)

@@ -5,14 +5,18 @@ Drawing changes no weight and no generator of the run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import write_png
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.inference.generate import generate
 from lora_engine.training.saved import copy_steps
+from lora_engine.training.specs.sample_prompts import SampleRequest
 from lora_engine.training.specs.samples import Samples
 
 _FOLDER = "samples"
@@ -40,22 +44,24 @@ class SampleWriter:
         drawn = self.samples.model_dump(mode="json", exclude={"every"})
         return parent / sha256_bytes(canonical_json({"run": run, "samples": drawn}))[:16]
 
+    def __post_init__(self) -> None:
+        """Checks that the base can draw every size.
+
+        Raises:
+            SettingsError: It cannot.
+        """
+        for request in self.samples.requests():
+            default = self.base.default_size
+            self.base.latent_shape((request.height or default[0], request.width or default[1]))
+
     def draw(self, done: int) -> None:
         """Draws the samples after so many steps; does nothing if all exist."""
-        requests = [
-            (number, prompt, seed) for number, prompt in enumerate(self.samples.prompts) for seed in self.samples.seeds
-        ]
+        requests = self.samples.requests()
         folder = self._folder(self.folder, self.run) / f"step-{done:06d}"
-        files = [folder / f"{number:02d}-{seed}.png" for number, _, seed in requests]
+        files = [folder / f"{request.number:02d}-{request.seed}.png" for request in requests]
         if all(file.is_file() for file in files):
             return
-        images = generate(
-            self.base,
-            [prompt for _, prompt, _ in requests],
-            seeds=[seed for _, _, seed in requests],
-            steps=self.samples.steps,
-            guidance=self.samples.guidance,
-        )
+        images = _draw(self.base, requests)
         for file, image in zip(files, images, strict=True):
             write_png(file, image)
 
@@ -69,3 +75,23 @@ class SampleWriter:
             if int(file.parent.name.removeprefix("step-")) % self.samples.every == 0:
                 atomic_write(out / _FOLDER / file.parent.name / file.name, file.read_bytes())
         atomic_write(out / _FOLDER / ABOUT, canonical_json(self.samples.model_dump(mode="json")))
+
+
+def _draw(base: BaseModel, requests: Sequence[SampleRequest]) -> list[Tensor]:
+    """Returns the images in the order of the requests; those of equal settings are drawn together."""
+    images: dict[int, Tensor] = {}
+    for settings in dict.fromkeys(request.settings for request in requests):
+        indices = [index for index, request in enumerate(requests) if request.settings == settings]
+        first = requests[indices[0]]
+        drawn = generate(
+            base,
+            [requests[index].text for index in indices],
+            seeds=[requests[index].seed for index in indices],
+            steps=first.steps,
+            guidance=first.guidance,
+            negative=first.negative,
+            width=first.width,
+            height=first.height,
+        )
+        images |= dict(zip(indices, drawn, strict=True))
+    return [images[index] for index in range(len(requests))]

@@ -11,7 +11,11 @@ from lora_engine.registries import Registry
 from lora_engine.training.specs.lengths import warmup_steps
 
 Decay = Callable[..., float]
-"""(share `x` in [0, 1) of the steps after the warmup, options) -> factor on the highest rate, 0 to 1."""
+"""(share `x` in [0, 1) of the steps after the warmup, options) -> factor on the highest rate, 0 to 1.
+
+`inverse-sqrt` takes the number of steps after the warmup instead of the share.
+"""
+_BY_STEP = ("inverse-sqrt",)
 
 
 def _constant(x: float) -> float:
@@ -19,20 +23,40 @@ def _constant(x: float) -> float:
     return 1.0
 
 
-def _linear(x: float) -> float:
-    return 1.0 - x
+def _linear(x: float, floor: float = 0.0) -> float:
+    return _raise_to(floor, 1.0 - x)
 
 
-def _cosine(x: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * x))
+def _cosine(x: float, floor: float = 0.0) -> float:
+    return _raise_to(floor, 0.5 * (1.0 + math.cos(math.pi * x)))
 
 
-def _restarts(x: float, cycles: int = 2) -> float:
-    return _cosine((cycles * x) % 1.0)
+def _restarts(x: float, cycles: int = 2, floor: float = 0.0) -> float:
+    return _cosine((cycles * x) % 1.0, floor)
 
 
-def _polynomial(x: float, power: float = 2.0) -> float:
-    return float((1.0 - x) ** power)
+def _polynomial(x: float, power: float = 2.0, floor: float = 0.0) -> float:
+    return _raise_to(floor, float((1.0 - x) ** power))
+
+
+def _wsd(x: float, decay: float = 0.2, form: str = "cosine", floor: float = 0.0) -> float:
+    share = (x - (1.0 - decay)) / decay
+    if share <= 0.0:
+        return 1.0
+    return _raise_to(floor, 1.0 - math.sqrt(share)) if form == "sqrt" else schedules[form](share, floor=floor)
+
+
+def _inverse_sqrt(steps: float, timescale: int = 100) -> float:
+    return math.sqrt(timescale / (steps + timescale))
+
+
+def _rex(x: float, floor: float = 0.0) -> float:
+    return _raise_to(floor, (1.0 - x) / (1.0 - 0.5 * x))
+
+
+def _raise_to(floor: float, factor: float) -> float:
+    # Without a floor the factor keeps its bits.
+    return floor + (1.0 - floor) * factor if floor else factor
 
 
 schedules: Registry[Decay] = Registry("learning-rate schedule")
@@ -41,6 +65,9 @@ schedules.add("cosine", _cosine)
 schedules.add("linear", _linear)
 schedules.add("cosine-restarts", _restarts)
 schedules.add("polynomial", _polynomial)
+schedules.add("wsd", _wsd)
+schedules.add("inverse-sqrt", _inverse_sqrt)
+schedules.add("rex", _rex)
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup: int, **options: Any) -> float:
@@ -59,7 +86,8 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: int, **options: An
     decay = schedules[schedule]
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return decay((step - warmup) / max(1, steps - warmup), **options)
+    after = step - warmup
+    return decay(after if schedule in _BY_STEP else after / max(1, steps - warmup), **options)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,11 @@ class TrainSettings(BaseModel):
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
         overrides: Preset or pattern to settings of the targets that it matches; the last match wins.
         dropout: Share of each layer's input that is hidden from the adapter during training.
+        rank_dropout: Share of the ranks of each layer that a batch drops; for kinds lora, rslora and lora-fa.
+        module_dropout: Share of the layers that a batch computes without the adapter; at least one has it.
+        norm_limit: Largest Frobenius norm of the change of a layer's weight: after each step, `up` and `down` of a
+            larger one are scaled down (sd-scripts' `scale_weight_norms`). For the kinds of `rank_dropout`. None
+            disables it.
         steps: Optimizer steps, or epochs such as `10 epochs`. An epoch shows every image once, repeats included.
         batch: Images per forward pass; joint prior preservation adds as many class images.
         learning_rate: Highest learning rate of the schedule.
@@ -115,6 +120,9 @@ class TrainSettings(BaseModel):
     rates: Rates = Rates()
     running: Running = Running()
     samples: Annotated[Samples | None, NoEffect()] = None
+    rank_dropout: Annotated[_Finite, AddedLater()] = Field(default=0.0, ge=0.0, lt=1.0)
+    module_dropout: Annotated[_Finite, AddedLater()] = Field(default=0.0, ge=0.0, lt=1.0)
+    norm_limit: Annotated[_Finite | None, AddedLater()] = Field(default=None, gt=0.0, le=1e6)
     then: Annotated[tuple[Stage, ...], AddedLater(), Field(max_length=100)] = ()
     save_every: Annotated[Interval, AddedLater(), NoEffect()] = 0
     optimizer_state: Annotated[bool, AddedLater()] = False

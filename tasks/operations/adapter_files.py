@@ -1,8 +1,7 @@
-"""Implements the verbs on files: converts, checks and resizes adapters, converts models, generates images."""
+"""Implements the verbs on files: converts and resizes adapters, converts models, generates images."""
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,46 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_engine.documents import parse_value
-from lora_engine.errors import AdapterError, BaseModelError, SettingsError, UnknownBaseError
+from lora_engine.errors import SettingsError, UnknownBaseError
 from lora_engine.files import is_present
 from registry.home import Home
 from registry.store.snapshot import find_scratch
 from tasks.errors import SpecError
+from tasks.operations.inspect_files import existing_file, module_shapes_of, open_bundle
 from tasks.progress import StepEvent, publish
 
 if TYPE_CHECKING:
-    from lora_engine.formats import Bundle, Card
-
-
-def open_bundle(file: Path, base: str | None) -> Bundle:
-    """Reads and validates an adapter file and its embeddings.
-
-    Args:
-        file: The file, or a PEFT folder.
-        base: Base whose module names and shapes the file must match; None skips this check.
-
-    Raises:
-        AdapterError: The file is no valid adapter, or not for that base.
-        BaseModelError: The base does not exist.
-    """
-    from lora_engine.formats import read_bundle
-
-    return read_bundle(_existing(file), module_shapes_of(base))
-
-
-def _existing(file: Path) -> Path:
-    if not is_present(file):
-        raise AdapterError("the file does not exist", where=str(file), remedy="check the path")
-    return file
-
-
-def module_shapes_of(base: str | None) -> dict[str, tuple[int, ...]] | None:
-    """Returns the names and shapes of a base's layers, without reading weights; None if `base` is None."""
-    if base is None:
-        return None
-    from lora_engine.bases.structure import base_module_shapes
-
-    return base_module_shapes(base)
+    from lora_engine.formats import Card
 
 
 def convert_adapter(
@@ -165,48 +134,6 @@ def convert_model(file: Path, output: Path, to: str, **settings: Any) -> dict[st
         return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
     written = convert_checkpoint(file, output, to=to, **settings)  # type: ignore[arg-type]  # the callee checks `to`
     return {"format": to, "files": [{"file": str(path), "sha256": sha256_file(path)} for path in written]}
-
-
-def inspect_adapter(file: Path, *, norms: bool) -> dict[str, Any]:
-    """Returns what `formats.inspect` does, with the Frobenius norms of the deltas by module if requested.
-
-    Norms need no base family. The norm is None for a kind whose delta depends on the base's weight or shape.
-    """
-    from lora_engine.formats import inspect
-
-    facts = inspect(file)
-    if not norms:
-        return facts
-    from lora_engine.formats.verbatim import read_deltas
-    from lora_engine.merging.deltas import norm_of
-
-    by_module = {name: norm_of(delta) for name, delta in read_deltas(file).items()}
-    return facts | {"norms": by_module, "norm": math.hypot(*(norm for norm in by_module.values() if norm is not None))}
-
-
-def check_file(file: Path, base: str | None) -> dict[str, Any]:
-    """Validates an adapter, an embedding or a whole model.
-
-    Returns:
-        Counts of its modules, embeddings or tensors, and `assumed` if the file leaves something open.
-
-    Raises:
-        EngineError: The file is invalid, or does not match the base.
-    """
-    from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
-    from lora_engine.formats import inspect, read_embeddings
-
-    if is_checkpoint(file):
-        facts = inspect_checkpoint(file)
-        if facts.get("problem"):
-            raise BaseModelError(facts["problem"], where=str(file), remedy="download or save the model again")
-        return {"tensors": sum(part["tensors"] for part in facts["components"].values())}
-    if inspect(file)["format"] == "embedding":
-        return {"embeddings": len(read_embeddings(file))}
-    bundle = open_bundle(file, base)
-    embeddings = {"embeddings": len(bundle.embeddings)} if bundle.embeddings else {}
-    assumed = {"assumed": bundle.assumptions} if bundle.assumptions else {}
-    return {"modules": len(bundle.adapter.modules)} | embeddings | assumed
 
 
 def resize_adapter(file: Path, output: Path, *, base: str | None, **settings: Any) -> dict[str, Any]:
@@ -338,7 +265,7 @@ def draw(
 
 def _fetch(ref: str, home: Path, folder: Path) -> Path:
     if "@" not in ref or is_present(ref):
-        return _existing(Path(ref))
+        return existing_file(Path(ref))
     from registry.versions.versions import Versions
     from tasks.operations.promote import find_version
 

@@ -14,6 +14,8 @@ import typer
 from pydantic import BaseModel
 
 from flows.cli import app
+from flows.coming_from.options import OPTIONS, TRAINERS
+from flows.coming_from.write import convert_settings
 from flows.spec import load_spec
 from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.catalog.kinds import KINDS
@@ -24,6 +26,7 @@ from lora_engine.merging.methods import METHODS
 from lora_engine.merging.spec import MergeOptions
 from lora_engine.registries import GROUPS
 from lora_engine.training.methods import methods
+from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.methods import MethodSpec
 from tasks.step import STEPS
 
@@ -187,3 +190,50 @@ def test_a_table_of_names_has_every_entry(page: str, head: str, names: Iterable[
     lines = (ROOT / "docs" / page).read_text().partition(head)[2].splitlines()[2:]
     rows = list(takewhile(lambda line: line.startswith("|"), lines))
     assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])) == sorted(names)
+
+
+def table_of_other_trainers() -> str:
+    """Returns the table of the page for users of other trainers."""
+    names = {trainer: [f"`{name}`" for option in OPTIONS for name in option.names(trainer)] for trainer in TRAINERS}
+    assert sum(map(len, names.values())) > 300
+    rows = [("Loraline", *TRAINERS.values(), "difference"), ("---",) * 6]
+    for option in OPTIONS:
+        cells = [", ".join(f"`{name}`" for name in option.names(trainer)) for trainer in TRAINERS]
+        rows.append((f"`{option.ours}`" if option.ours else "-", *cells, option.note.replace("|", "\\|")))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def test_the_page_for_users_of_other_trainers_has_the_table_that_errors_use() -> None:
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    assert page.endswith("\n\n" + table_of_other_trainers())
+
+
+def test_the_example_of_the_page_for_users_of_other_trainers_is_converted(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    (source,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0]
+    shutil.copytree(ROOT / "examples" / "zorb" / "images", tmp_path / "images" / "10_zorb ring")
+    (tmp_path / "config.toml").write_text(source)
+    written = convert_settings(tmp_path / "zorb", tmp_path / "config.toml").path.read_text()
+    assert shown in written
+
+
+def train_blocks() -> dict[str, str]:
+    """Returns the blocks about training that are settings of a train step, by their first line."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    keys = {block: set(re.findall(r"^([a-z_]+):", block, re.MULTILINE)) for block in blocks}
+    return {block.partition("\n")[0]: block for block in blocks if keys[block] <= set(TrainSettings.model_fields)}
+
+
+@pytest.mark.parametrize("first", train_blocks())
+def test_the_settings_of_a_train_step_on_the_page_about_training_load(first: str, tmp_path: Path) -> None:
+    assert len(train_blocks()) >= 5
+    (tmp_path / "images").mkdir()
+    settings = "\n".join(f"    {line}" for line in train_blocks()[first].splitlines())
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        "name: shown\nbase: tiny\nsteps:\n"
+        "  photos: {uses: ingest, images: images/}\n"
+        f"  adapter:\n    uses: train\n    dataset: photos\n    steps: 100\n{settings}\n"
+    )
+    assert "adapter" in load_spec(path).steps

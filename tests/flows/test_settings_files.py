@@ -64,6 +64,23 @@ JSON: Mapping[str, bytes] = {
     "empty": b"",
     "wrong type": b'{"KEY": []}',
 }
+TOML: Mapping[str, bytes] = {
+    "long integer": f"KEY = {LONG}\n".encode(),
+    "large number": b"KEY = 1e999\n",
+    "not a number": b"KEY = [1, nan]\n",
+    "deep": b"KEY = " + b"[" * 3000,
+    "deep value": b"KEY = " + b"[" * 60 + b"]" * 60,
+    "deep key": b"KEY" + b".a" * 200_000 + b" = 1\n",
+    "quoted key": b"KEY = 1\n" + b'"a".' * 100_000 + b"b = 1\n",
+    "surrogate": b'KEY = "\\ud800"\n',
+    "bytes": b"KEY = \xff\n",
+    "control": b'KEY = "\x07"\n',
+    "duplicate": b"KEY = 1\nKEY = 2\n",
+    "date": b"KEY = 2026-01-01\n",
+    "time": b"KEY = [10:00:00]\n",
+    "syntax": b"KEY = [\n",
+    "many": b"KEY = [" + b"1, " * 30_000 + b"]\n",
+}
 CSV: Mapping[str, bytes] = {
     "bytes": b"file,consent\n\xff,1\n",
     "surplus": b"file,consent\n0.png,1,2\n",
@@ -85,6 +102,10 @@ def refusal(folder: Path, *arguments: object) -> str:
 
 def _read_pipeline(folder: Path) -> str:
     return refusal(folder, "plan", next(folder.glob("line.*")))
+
+
+def _read_toml(folder: Path) -> str:
+    return refusal(folder, "init", folder / "out", "--from", folder / "config.toml")
 
 
 def _read_settings(folder: Path) -> str:
@@ -156,6 +177,7 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "pipeline": Kind("line.yaml", "name", YAML, _read_pipeline),
     "pipeline in JSON": Kind("line.json", "name", JSON, _read_pipeline),
+    "settings of sd-scripts": Kind("config.toml", "seed", TOML, _read_toml),
     "settings": Kind(
         "home/loraline.yaml", "store", {name: text for name, text in YAML.items() if name != "date"}, _read_settings
     ),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Delta, DoraDelta, LokrRowsDelta
 from lora_engine.adapters.dora import INNER, MAGNITUDE
 from lora_engine.errors import AdapterError
 from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, FactorKeys, KeyLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Delta, FullDelta
 from lora_engine.formats.key_layout import LYCORIS_KEYS, TableFactorKeys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NORM = {"diff": "w_norm", "bias": "b_norm"}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Delta
 from lora_engine.formats.key_layout import LYCORIS_KEYS, TableFactorKeys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMES = {"input_up": "a1.weight", "input_down": "a2.weight", "up": "b1.weight", "down": "b2.weight"}
 _SWAPPED = {"input_up": "input_down", "input_down": "input_up", "up": "down", "down": "up"}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_engine.adapters import Delta, Ia3Delta, PeftIa3Delta
 from lora_engine.errors import AdapterError
 from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLAG = "on_input"
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lora_engine.adapters import Delta, LokrDelta, LokrRowsDelta
 from lora_engine.adapters.lokr import factorize
@@ -19,6 +16,10 @@ from lora_engine.formats.key_layout import LORALINE_KEYS, LYCORIS_KEYS, PEFT_KEY
 from lora_engine.formats.lora_config import number_of, ranks_and_alphas
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
 from lora_engine.formats.validate import ROWS
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMES = {
     "left": "lokr_w1",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.adapters import Delta, LoraDelta
 from lora_engine.errors import AdapterError
 from lora_engine.formats.key_layout import DIFFUSERS_KEYS, LYCORIS_KEYS, PEFT_KEYS, TableFactorKeys
 from lora_engine.formats.validate import RESHAPE
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BIAS = "lora_B.bias"
 EMBEDDING = {"lora_embedding_B": "down", "lora_embedding_A": "up"}

@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_engine.adapters import BoftDelta, Delta, OftDelta, OftPartsDelta, PeftBoftDelta, PeftOftDelta
 from lora_engine.errors import AdapterError
@@ -22,6 +19,10 @@ from lora_engine.formats.key_layout import (
 )
 from lora_engine.formats.key_layouts.ia3 import check_layout
 from lora_engine.formats.peft_types import PEFT_TYPES, PeftType
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _T = TypeVar("_T")
 _TERMS, _EPS = "oft_R.terms", "oft_R.eps"

@@ -11,17 +11,23 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_engine.adapters import Delta, FullDelta, LoraDelta
 from lora_engine.errors import AdapterError
+from lora_engine.lazy_torch import torch
 from lora_engine.registries import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Rows = Sequence[int]
 """Number of rows of each part, in order."""
+Index = NDArray[np.int64]
+"""Indices of rows; numpy's, because mapped tensors are split without torch."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class RowRule:
     """
 
     shape: Callable[[Any], tuple[int, int] | None]
-    take: Callable[[Any, Tensor], Delta]
+    take: Callable[[Any, Index], Delta]
     fuse: Callable[[Sequence[Any], Rows], Delta]
     split: Callable[[Any, Rows], list[Delta | None]] | None = None
 
@@ -104,14 +110,14 @@ def swap_halves(delta: Delta, where: str) -> Delta:
     rule = _rule(delta, where)
     rows = (rule.shape(delta) or (0, 0))[0]
     try:
-        return rule.take(delta, torch.arange(rows).roll(rows // 2))
+        return rule.take(delta, np.roll(np.arange(rows), rows // 2))
     except UnsplittableError as error:
         raise refusal(delta, str(error), where) from error
 
 
-def indices(rows: Rows) -> list[Tensor]:
+def indices(rows: Rows) -> list[Index]:
     """Returns the row indices of each part."""
-    return list(torch.split(torch.arange(sum(rows)), list(rows)))
+    return np.split(np.arange(sum(rows)), np.cumsum(rows)[:-1])
 
 
 def _rule(delta: Delta, where: str) -> RowRule:
@@ -131,20 +137,20 @@ def refusal(delta: Delta, problem: str, where: str) -> AdapterError:
     )
 
 
-def _take_lora(delta: LoraDelta, index: Tensor) -> LoraDelta:
+def _take_lora(delta: LoraDelta, index: Index) -> LoraDelta:
     bias = None if delta.bias is None else delta.bias[index].clone()
     return replace(delta, up=delta.up[index].clone(), bias=bias)
 
 
 def _split_lora(delta: LoraDelta, rows: Rows) -> list[Delta | None]:
-    ups = torch.split(delta.up, list(rows))
-    biases = [None] * len(rows) if delta.bias is None else torch.split(delta.bias, list(rows))
-    used = torch.stack([up.flatten(1).ne(0).any(0) for up in ups])
+    ups = split_rows(delta.up, rows)
+    biases = [None] * len(rows) if delta.bias is None else split_rows(delta.bias, rows)
+    used = np.stack([used_columns(up) for up in ups])
     blocks = rank_blocks(used) if delta.mid is None else None
     parts: list[Delta | None] = []
     for index, (up, bias) in enumerate(zip(ups, biases, strict=True)):
         block = slice(None) if blocks is None else blocks[index]
-        is_zero = bool(used.any()) and not bool(used[index].any())
+        is_zero = bool(used.any()) and not used[index].any()
         if is_zero and (bias is None or not bool(bias.any())):
             parts.append(None)
             continue
@@ -154,23 +160,35 @@ def _split_lora(delta: LoraDelta, rows: Rows) -> list[Delta | None]:
     return parts
 
 
-def rank_blocks(used: Tensor) -> list[slice] | None:
+def split_rows(tensor: Tensor, rows: Rows) -> Sequence[Tensor]:
+    """Returns views of consecutive rows of these numbers."""
+    ends = itertools.accumulate(rows)
+    return [tensor[end - size : end] for end, size in zip(ends, rows, strict=True)]
+
+
+def used_columns(matrix: Tensor) -> NDArray[np.bool_]:
+    """Returns True for each column with a value that is not 0; further dimensions are columns, too."""
+    used: NDArray[np.bool_] = matrix.flatten(1).ne(0).any(0).numpy()
+    return used
+
+
+def rank_blocks(used: NDArray[np.bool_]) -> list[slice] | None:
     """Returns the block of ranks of each part; None if parts share ranks.
 
     Args:
         used: `[parts, rank]`, True if a part's rows of `up` have a nonzero value in this column.
     """
     parts, rank = used.shape
-    if bool((used.sum(0) > 1).any()) or not bool(used.any()):
+    if (used.sum(0) > 1).any() or not used.any():
         return None
     if rank % parts == 0:
         size = rank // parts
         equal = [slice(index * size, (index + 1) * size) for index in range(parts)]
-        if all(int(row[block].sum()) == int(row.sum()) for row, block in zip(used, equal, strict=True)):
+        if all(row[block].sum() == row.sum() for row, block in zip(used, equal, strict=True)):
             return equal
     # Blocks of several sizes, in the order of the parts; an unused column goes to the block before it.
-    first = [int(row.nonzero()[0]) if bool(row.any()) else rank for row in used]
-    last = [int(row.nonzero()[-1]) if bool(row.any()) else -1 for row in used]
+    first = [int(np.flatnonzero(row)[0]) if row.any() else rank for row in used]
+    last = [int(np.flatnonzero(row)[-1]) if row.any() else -1 for row in used]
     nonzero = [part for part in range(parts) if last[part] >= 0]
     if any(last[part] >= first[following] for part, following in itertools.pairwise(nonzero)):
         return None
@@ -272,7 +290,7 @@ def _full_shape(delta: FullDelta) -> tuple[int, int]:
     return flat.shape[0], flat.shape[1]
 
 
-def _take_full(delta: FullDelta, index: Tensor) -> FullDelta:
+def _take_full(delta: FullDelta, index: Index) -> FullDelta:
     return delta.with_factors({name: factor[index].clone() for name, factor in delta.factors().items()})
 
 

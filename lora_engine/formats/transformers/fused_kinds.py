@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lora_engine.adapters import (
     Delta,
@@ -23,6 +22,7 @@ from lora_engine.adapters.dora import Inner
 from lora_engine.adapters.peft_oft import PeftOftDelta
 from lora_engine.adapters.replacement import ReplacementDelta
 from lora_engine.formats.transformers.fused import (
+    Index,
     RowRule,
     Rows,
     UnsplittableError,
@@ -35,12 +35,17 @@ from lora_engine.formats.transformers.fused import (
     same_tensor,
     scaled_up,
     stack_rows,
+    used_columns,
 )
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    pass
 
 _T = TypeVar("_T")
 
 
-def _take_loha(delta: LohaDelta, index: Tensor) -> LohaDelta:
+def _take_loha(delta: LohaDelta, index: Index) -> LohaDelta:
     if delta.core1 is not None:
         raise UnsplittableError("it has Tucker cores")
     return replace(delta, up1=delta.up1[index].clone(), up2=delta.up2[index].clone())
@@ -49,7 +54,7 @@ def _take_loha(delta: LohaDelta, index: Tensor) -> LohaDelta:
 def _split_loha(delta: LohaDelta, rows: Rows) -> list[Delta | None]:
     taken = [_take_loha(delta, index) for index in indices(rows)]
     nonzero = [bool(part.up1.any()) and bool(part.up2.any()) for part in taken]
-    blocks = rank_blocks(torch.stack([(part.up1.ne(0) | part.up2.ne(0)).any(0) for part in taken]))
+    blocks = rank_blocks(np.stack([used_columns(part.up1) | used_columns(part.up2) for part in taken]))
     parts: list[Delta | None] = []
     for number, part in enumerate(taken):
         if any(nonzero) and not nonzero[number]:
@@ -89,7 +94,7 @@ def _dora_shape(delta: DoraDelta) -> tuple[int, int] | None:
     return row_rules[delta.inner.kind].shape(delta.inner)
 
 
-def _take_dora(delta: DoraDelta, index: Tensor) -> DoraDelta:
+def _take_dora(delta: DoraDelta, index: Index) -> DoraDelta:
     if delta.axis == 1:
         raise UnsplittableError("its magnitudes are per input, each over the rows of all parts")
     inner = row_rules[delta.inner.kind].take(delta.inner, index)
@@ -127,7 +132,7 @@ def _ia3_shape(delta: Ia3Delta) -> tuple[int, int] | None:
     return None if delta.axis == "input" else (delta.scale.numel(), 0)
 
 
-def _take_ia3(delta: Ia3Delta, index: Tensor) -> Ia3Delta:
+def _take_ia3(delta: Ia3Delta, index: Index) -> Ia3Delta:
     if delta.axis == "input":
         return delta  # all rows share the inputs
     return replace(delta, scale=delta.scale.flatten()[index].clone()).reshaped_for((len(index), 1))
@@ -146,7 +151,7 @@ def _fuse_ia3(parts: Sequence[Ia3Delta | None], rows: Rows) -> Ia3Delta:
     return replace(first, scale=torch.cat(gains)).reshaped_for((sum(rows), 1))
 
 
-def _take_glora(delta: GloraDelta, index: Tensor) -> GloraDelta:
+def _take_glora(delta: GloraDelta, index: Index) -> GloraDelta:
     return replace(delta, up=delta.up[index].clone())  # all rows share the inputs
 
 
@@ -166,11 +171,11 @@ def _oft_shape(delta: OftDelta) -> tuple[int, int]:
     return delta.outputs, 0
 
 
-def _take_oft(delta: OftDelta, index: Tensor) -> OftDelta:
+def _take_oft(delta: OftDelta, index: Index) -> OftDelta:
     size = delta.blocks.shape[-1]
-    blocks = index.reshape(-1, size) if index.numel() % size == 0 else index[:0].reshape(0, size)
+    blocks = index.reshape(-1, size) if len(index) % size == 0 else index[:0].reshape(0, size)
     starts = blocks[:, :1]
-    is_aligned = bool((starts % size == 0).all()) and torch.equal(blocks, starts + torch.arange(size))
+    is_aligned = (starts % size == 0).all() and np.array_equal(blocks, starts + np.arange(size))
     if delta.alpha or not len(blocks) or not is_aligned:
         raise UnsplittableError("its blocks cross the borders of the parts, or share one constraint")
     gains = None if delta.rescale is None else delta.rescale[index].clone()
@@ -199,7 +204,7 @@ def _split_parts(delta: OftPartsDelta, rows: Rows) -> list[Delta | None]:
     return [*delta.parts]
 
 
-def _take_parts(delta: OftPartsDelta, index: Tensor) -> OftPartsDelta:
+def _take_parts(delta: OftPartsDelta, index: Index) -> OftPartsDelta:
     raise UnsplittableError("it is of several parts")
 
 
@@ -207,7 +212,7 @@ def _fuse_parts(parts: Sequence[OftPartsDelta | None], rows: Rows) -> OftPartsDe
     raise UnsplittableError("its parts have parts")
 
 
-def _take_peft_oft(delta: PeftOftDelta, index: Tensor) -> PeftOftDelta:
+def _take_peft_oft(delta: PeftOftDelta, index: Index) -> PeftOftDelta:
     return delta  # it rotates the inputs, which all rows share
 
 
@@ -222,7 +227,7 @@ def _fuse_peft_oft(parts: Sequence[PeftOftDelta | None], rows: Rows) -> PeftOftD
     return present[0]
 
 
-def _take_replacement(delta: ReplacementDelta, index: Tensor) -> ReplacementDelta:
+def _take_replacement(delta: ReplacementDelta, index: Index) -> ReplacementDelta:
     return ReplacementDelta(delta.value[index].clone())
 
 

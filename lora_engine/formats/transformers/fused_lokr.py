@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lora_engine.adapters import Adapter, Delta, DoraDelta, FullDelta, LokrDelta, LokrRowsDelta, LoraDelta, same_delta
 from lora_engine.adapters.dora import Inner
 from lora_engine.formats.transformers.fused import (
+    Index,
     RowRule,
     Rows,
     UnsplittableError,
@@ -28,6 +28,10 @@ from lora_engine.formats.transformers.fused import (
     scaled_up,
     stack_rows,
 )
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_ELEMENTS = 1 << 27  # of a LoRA that replaces rows of a LoKr
 
@@ -71,22 +75,22 @@ def _exact(delta: Delta, kinds: Collection[str]) -> Delta:
         return delta
     blocks, offset = delta.blocks()
     if "lokr" not in kinds or blocks.left_sides[0] > 1 or blocks.right_core is not None:
-        return _as_lora(delta.whole, torch.arange(delta.start, delta.stop))
+        return _as_lora(delta.whole, np.arange(delta.start, delta.stop))
     name = "right" if blocks.right is not None else "right_up"
     rows = blocks.factors()[name][offset : offset + delta.stop - delta.start]
     return blocks.with_factors({**blocks.factors(), name: rows.clone()})
 
 
-def _take(delta: LokrDelta, index: Tensor) -> Delta:
+def _take(delta: LokrDelta, index: Index) -> Delta:
     size = _right_of(delta).shape[0]
-    if index.numel() % size == 0:
+    if len(index) % size == 0:
         blocks = index.reshape(-1, size)
         starts = blocks[:, 0]
-        if bool((starts % size == 0).all()) and torch.equal(blocks, starts[:, None] + torch.arange(size)):
+        if (starts % size == 0).all() and np.array_equal(blocks, starts[:, None] + np.arange(size)):
             name = "left" if delta.left is not None else "left_up"
             return delta.with_factors({**delta.factors(), name: delta.factors()[name][starts // size].clone()})
     start, stop = int(index[0]), int(index[-1]) + 1
-    if torch.equal(index, torch.arange(start, stop)):
+    if np.array_equal(index, np.arange(start, stop)):
         return LokrRowsDelta(delta, start, stop)
     return _as_lora(delta, index)
 
@@ -106,25 +110,25 @@ def _right_of(delta: LokrDelta) -> Tensor:
     return right
 
 
-def _as_lora(delta: LokrDelta, index: Tensor) -> LoraDelta | FullDelta:
+def _as_lora(delta: LokrDelta, index: Index) -> LoraDelta | FullDelta:
     """Returns rows that begin or end inside a block as a LoRA: `kron(L, u d) = kron(I, u) kron(L, d)`.
 
     Each entry is one product. Rows whose LoRA would have full rank are returned as a full difference.
     """
     size = _right_of(delta).shape[0]
-    touched = torch.unique(index // size)
+    touched = np.unique(index // size)
     left = delta.dense_left(torch.float32 if delta.left is None else delta.left.dtype)[touched]
     if delta.right is not None:
         up, down = delta.right, torch.eye(delta.right.shape[1], dtype=delta.right.dtype)
     else:
         up, down = required(delta.right_up), required(delta.right_down)
     rank, columns = len(touched) * down.shape[0], left.shape[1] * down.shape[1]
-    if min(rank, index.numel(), columns) * (index.numel() + columns) > _MAX_ELEMENTS:
+    if min(rank, len(index), columns) * (len(index) + columns) > _MAX_ELEMENTS:
         raise UnsplittableError(
             "the borders of the parts are inside its blocks, and the expanded rows would be too large"
         )
-    positions = torch.searchsorted(touched, index // size) * size + index % size
-    if rank >= min(index.numel(), columns):
+    positions = np.searchsorted(touched, index // size) * size + index % size
+    if rank >= min(len(index), columns):
         dense = torch.kron(left, up @ down)[positions]
         return FullDelta(scaled_up(dense, delta.scale))
     ups = torch.kron(torch.eye(len(touched), dtype=up.dtype), up)[positions]
@@ -162,7 +166,7 @@ def _fuse_rows(parts: Sequence[LokrRowsDelta | None], rows: Rows) -> LokrDelta:
     return first.whole
 
 
-def _take_of_rows(delta: LokrRowsDelta, index: Tensor) -> Delta:
+def _take_of_rows(delta: LokrRowsDelta, index: Index) -> Delta:
     return _take(delta.whole, index + delta.start)
 
 

@@ -36,7 +36,8 @@ class MethodContext:
         class_examples: Class images; empty unless the method uses prior preservation.
         latents: Returns the latents of an example, on the CPU.
         conditioner: Encodes captions.
-        adapter_dropout: (share, seed) -> context that hides a share of each layer's input from the adapter.
+        adapter_dropout: `Attachment.adapter_dropout`.
+        limit_norms: `Attachment.limit_norms`.
         tokens: Learned vectors by name; empty unless the method learns a token.
         adapter_disabled: Returns a context in which the base predicts without the adapter.
         teacher: Encodes captions by the base alone; None is `conditioner`.
@@ -52,13 +53,14 @@ class MethodContext:
     class_examples: tuple[Example, ...]
     latents: Callable[[Example], Tensor]
     conditioner: Conditioner
-    adapter_dropout: Callable[[float, int], AbstractContextManager[None]]
+    adapter_dropout: Callable[..., AbstractContextManager[None]]
     tokens: Mapping[str, nn.Parameter] | None = None
     adapter_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher: Conditioner | None = None
     trigger: str | None = None
     class_word: str | None = None
     extra_terms: tuple[LossTerm, ...] = ()
+    limit_norms: Callable[[float], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_engine.settings import AddedLater
+
 _Share = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1.0)]
 _Strength = Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=0.9)]
 _Text = Annotated[str, Field(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_Separator = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _Choices = Annotated[tuple[_Text, ...], Field(min_length=1, max_length=1000)]
 
 
@@ -56,7 +59,15 @@ class Captions(BaseModel):
         shuffle: Shuffles the tags each time.
         separator: Separator between tags.
         keep_tokens: Number of leading tags that are neither moved nor dropped.
+        keep_separator: Text such as `|||` that ends the fixed part of a caption, and begins another one if it occurs
+            twice: `a, b ||| c, d ||| e` moves and drops c and d only. It is removed. Captions without it have
+            `keep_tokens`. None disables it.
+        secondary_separator: Text such as `;;;` that joins tags into one until they are shuffled and dropped; then it
+            becomes the separator. None disables it.
         tag_dropout: Share of the other tags that are dropped.
+        tag_warmup: Steps of a phase in which the number of these tags rises from `first_tags` to all of them; 0
+            disables it.
+        first_tags: Number of these tags in the first step of `tag_warmup`.
         templates: Texts with `{}` for the caption, of which one is drawn; `object` and `style` are lists like those of
             textual inversion.
         prefix: Prepended to the result unchanged.
@@ -65,6 +76,8 @@ class Captions(BaseModel):
             `bases/long_text.py`. False keeps brackets as text.
         chunks: Number of 75-token chunks read of every text; the rest is truncated. More than 1, and weights, need a
             base whose text encoders are all CLIP (SD 1 and 2, SDXL).
+        dropout_every: Empties the captions in every n-th epoch, epoch n first; 0 never does. An epoch is one pass
+            over the images of a size, with their repeats.
         flip: Mirrors an image left to right half of the time; wrong for captions that tell left from right.
         colours: Color jitter; None disables it.
     """
@@ -84,6 +97,27 @@ class Captions(BaseModel):
     chunks: int = Field(default=1, ge=1, le=16)
     flip: bool = False
     colours: ColorJitter | None = None
+    keep_separator: Annotated[_Separator | None, AddedLater()] = None
+    secondary_separator: Annotated[_Separator | None, AddedLater()] = None
+    tag_warmup: Annotated[int, Field(ge=0, le=10_000_000), AddedLater()] = 0
+    first_tags: Annotated[int, Field(ge=0, le=1000), AddedLater()] = 1
+    dropout_every: Annotated[int, Field(ge=0, le=1_000_000), AddedLater()] = 0
+
+    @model_validator(mode="after")
+    def _separators_differ(self) -> Captions:
+        separators = [s for s in (self.separator.strip(), self.keep_separator, self.secondary_separator) if s]
+        if any(a in b for n, a in enumerate(separators) for m, b in enumerate(separators) if n != m):
+            raise ValueError(
+                f"the separators {', '.join(map(repr, separators))} contain each other; choose texts such as "
+                "',', '|||' and ';;;'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _first_tags_are_of_a_warmup(self) -> Captions:
+        if self.first_tags != 1 and not self.tag_warmup:
+            raise ValueError(f"first_tags {self.first_tags} is of the tag warmup, which is off; set tag_warmup")
+        return self
 
     @model_validator(mode="after")
     def _templates_have_one_slot(self) -> Captions:

@@ -6,11 +6,12 @@ and options.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.registries import NameOrOptions
+from lora_engine.settings import AddedLater
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -68,26 +69,44 @@ class L1(_Part):
     name: Literal["l1"] = "l1"
 
 
-class Huber(_Part):
+DeltaSchedule = Literal["constant", "exponential", "snr"]
+
+
+class _WithDelta(_Part):
+    delta: _Finite = Field(default=0.1, gt=0.0)
+    schedule: Annotated[DeltaSchedule, AddedLater()] = "constant"
+
+    @model_validator(mode="after")
+    def _schedule_begins_at_one(self) -> Self:
+        if self.schedule != "constant" and self.delta > 1.0:
+            raise ValueError(
+                f"delta {self.delta} is that of pure noise, and schedule {self.schedule!r} begins at 1 without noise; "
+                "set delta to at most 1, or schedule: constant"
+            )
+        return self
+
+
+class Huber(_WithDelta):
     """Quadratic for small errors, linear for large ones, so outliers pull less. Equals `l2` for large `delta`.
 
     Attributes:
         delta: Error at which it becomes linear, in the latents' units; above 0.
+        schedule: `constant` has this delta at all timesteps. `exponential` is delta^t for a share t of the schedule.
+            `snr` is (1 - delta) / (1 + sigma)^2 + delta, sigma = 1 / sqrt(snr); for bases that predict noise or v.
     """
 
     name: Literal["huber"] = "huber"
-    delta: _Finite = Field(default=0.1, gt=0.0)
 
 
-class SmoothL1(_Part):
+class SmoothL1(_WithDelta):
     """Absolute for large errors, quadratic for small ones: `huber` / (2 delta). Tends to `l1` for small `delta`.
 
     Attributes:
         delta: Error at which it becomes linear, in the latents' units; above 0.
+        schedule: See `Huber`.
     """
 
     name: Literal["smooth_l1"] = "smooth_l1"
-    delta: _Finite = Field(default=0.1, gt=0.0)
 
 
 Loss = Annotated[L2 | L1 | Huber | SmoothL1, Field(discriminator="name"), NameOrOptions()]
@@ -175,6 +194,8 @@ class Objective(_Part):
         pyramid: Multi-resolution noise; None is white noise.
         input_perturbation: Deviation of extra noise added to the input but not to the target (Ning et al. 2023); 0 to
             1, in the paper 0.1.
+        random_offset: Draws the strength of each image's offset between 0 and `noise_offset`.
+        random_perturbation: Draws the strength of each image's perturbation between 0 and `input_perturbation`.
     """
 
     weighting: Weighting = Plain()
@@ -183,3 +204,12 @@ class Objective(_Part):
     noise_offset: _Finite = Field(default=0.0, ge=0.0, le=1.0)
     pyramid: Pyramid | None = None
     input_perturbation: _Finite = Field(default=0.0, ge=0.0, le=1.0)
+    random_offset: Annotated[bool, AddedLater()] = False
+    random_perturbation: Annotated[bool, AddedLater()] = False
+
+    @model_validator(mode="after")
+    def _there_is_a_strength_to_draw(self) -> Objective:
+        for switch, strength in (("random_offset", "noise_offset"), ("random_perturbation", "input_perturbation")):
+            if getattr(self, switch) and not getattr(self, strength):
+                raise ValueError(f"{switch} draws a strength up to {strength}, which is 0; set {strength}")
+        return self

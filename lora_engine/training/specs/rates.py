@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lora_engine.registries import NameOrOptions
 from lora_engine.training.specs.schedules import Constant, Schedule
@@ -17,6 +17,15 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Share = Annotated[float, Field(allow_inf_nan=False, ge=0.0, lt=1.0)]
 _Rate = Annotated[float, Field(allow_inf_nan=False, ge=0.0)]
 _Small = Annotated[float, Field(allow_inf_nan=False, gt=0.0)]
+
+
+def _to_tuple(value: Any) -> Any:
+    # A union by name validates the lists of a file as Python values, where a strict tuple refuses them.
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Betas = Annotated[tuple[_Share, _Share], BeforeValidator(_to_tuple)]
+_ThreeBetas = Annotated[tuple[_Share, _Share, _Share], BeforeValidator(_to_tuple)]
 
 
 class _Part(BaseModel):
@@ -50,7 +59,7 @@ class AdamW(Optimizer):
     """
 
     name: Literal["adamw"] = "adamw"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     eps: _Small = 1e-8
 
 
@@ -63,7 +72,7 @@ class AdamW8bit(Optimizer):
     """
 
     name: Literal["adamw-8bit"] = "adamw-8bit"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     eps: _Small = 1e-8
 
 
@@ -75,7 +84,7 @@ class Lion(Optimizer):
     """
 
     name: Literal["lion"] = "lion"
-    betas: tuple[_Share, _Share] = (0.9, 0.99)
+    betas: _Betas = (0.9, 0.99)
 
 
 class Adafactor(Optimizer):
@@ -104,7 +113,7 @@ class Prodigy(Optimizer):
 
     finds_rate: ClassVar[bool] = True
     name: Literal["prodigy"] = "prodigy"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     d_coef: _Small = 1.0
     d0: _Small = 1e-6
     bias_correction: bool = False
@@ -123,7 +132,7 @@ class DAdaptation(Optimizer):
 
     finds_rate: ClassVar[bool] = True
     name: Literal["d-adaptation"] = "d-adaptation"
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: _Betas = (0.9, 0.999)
     d0: _Small = 1e-6
     growth: Annotated[float, Field(allow_inf_nan=False, gt=1.0)] | None = None
     bias_correction: bool = False
@@ -141,12 +150,63 @@ class ScheduleFree(Optimizer):
 
     averages: ClassVar[bool] = True
     name: Literal["schedule-free"] = "schedule-free"
-    betas: tuple[Annotated[float, Field(allow_inf_nan=False, gt=0.0, lt=1.0)], _Share] = (0.9, 0.999)
+    betas: Annotated[
+        tuple[Annotated[float, Field(allow_inf_nan=False, gt=0.0, lt=1.0)], _Share], BeforeValidator(_to_tuple)
+    ] = (0.9, 0.999)
+    eps: _Small = 1e-8
+
+
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum: the least memory, and rates of 10 to 1000 times AdamW's.
+
+    Attributes:
+        momentum: Decay of the mean of the gradients; 0 to below 1, 0 needs no state.
+        nesterov: Nesterov's form; needs a momentum.
+    """
+
+    name: Literal["sgd"] = "sgd"
+    momentum: _Share = 0.9
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_has_a_momentum(self) -> Sgd:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; set momentum: 0.9")
+        return self
+
+
+class Came(Optimizer):
+    """CAME (Luo et al. 2023): Adafactor's memory, with steps that are scaled by how steady they are.
+
+    Attributes:
+        betas: Decay of the means of the gradient, of its square, and of the instability; 0 to below 1.
+        clip_threshold: Largest root mean square of an update before the rate.
+    """
+
+    name: Literal["came"] = "came"
+    betas: _ThreeBetas = (0.9, 0.999, 0.9999)
+    clip_threshold: _Small = 1.0
+
+
+class AdEMAMix(Optimizer):
+    """AdEMAMix (Pagliardini et al. 2024): AdamW with a second, slower mean of the gradient.
+
+    Attributes:
+        betas: Decay of the mean of the gradient, of its square, and of the slow mean; 0 to below 1.
+        alpha: Weight of the slow mean.
+        grow: Steps in which the weight and the decay of the slow mean rise to their values; None begins with them.
+        eps: See `AdamW`.
+    """
+
+    name: Literal["ademamix"] = "ademamix"
+    betas: _ThreeBetas = (0.9, 0.999, 0.9999)
+    alpha: Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=100.0)] = 5.0
+    grow: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     eps: _Small = 1e-8
 
 
 AnyOptimizer = Annotated[
-    AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree,
+    AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree | Sgd | Came | AdEMAMix,
     Field(discriminator="name"),
     NameOrOptions(),
 ]

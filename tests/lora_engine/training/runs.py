@@ -23,11 +23,13 @@ from lora_engine.training.specs.running import Running
 
 OBJECTIVE: dict[str, Any] = {
     "weighting": "min_snr",
-    "loss": {"name": "huber", "delta": 0.3},
+    "loss": {"name": "huber", "delta": 0.3, "schedule": "exponential"},
     "timesteps": {"distribution": "logit_normal", "low": 0.2},
     "noise_offset": 0.1,
     "pyramid": {},
     "input_perturbation": 0.1,
+    "random_offset": True,
+    "random_perturbation": True,
 }
 """Every setting of an objective, none at its default."""
 

@@ -131,6 +131,9 @@ def test_without_a_generator_nothing_is_drawn(settings: Captions, still: str) ->
         ({"replacements": {"a": ("x", "y")}}, "a", True),
         ({"replacements": {"a": ("x", "y")}}, "b", False),
         ({"prefix": "x"}, "a, b", False),
+        ({"shuffle": True, "keep_separator": "|||"}, "a, b ||| c ||| d, e", False),
+        ({"shuffle": True, "keep_separator": "|||"}, "a ||| c, b", True),
+        ({"shuffle": True, "secondary_separator": ";;;"}, "a;;;b", False),
     ],
 )
 def test_varies_is_true_if_there_are_several_texts(change: dict[str, Any], caption: str, varies: bool) -> None:
@@ -152,8 +155,49 @@ def test_varies_is_true_if_there_are_several_texts(change: dict[str, Any], capti
         ({"colours": {"variants": 0}}, "drawn anew in each step is not supported"),
         ({"prefix": "a\nb"}, "prefix"),
         ({"shufle": True}, "shufle"),
+        ({"keep_separator": "||", "secondary_separator": "|"}, "contain each other"),
+        ({"keep_separator": "a, b"}, "contain each other"),
+        ({"secondary_separator": ""}, "secondary_separator"),
+        ({"first_tags": 3}, "set tag_warmup"),
+        ({"tag_warmup": -1}, "tag_warmup"),
+        ({"dropout_every": -1}, "dropout_every"),
     ],
 )
 def test_invalid_settings_are_refused(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         Captions.model_validate(change)
+
+
+def test_a_keep_separator_fixes_both_ends_and_is_removed() -> None:
+    # The example of sd-scripts' documentation.
+    caption = "aaa, bbb ||| ccc, ddd, eee, fff ||| ggg, hhh"
+    texts = rewrite_often(Captions(shuffle=True, tag_dropout=0.2, keep_separator="|||", keep_tokens=4), caption)
+    assert all(text.startswith("aaa, bbb") and text.endswith("ggg, hhh") and "|" not in text for text in texts)
+    assert len(set(texts)) > 20
+    assert Rewriter(Captions(keep_separator="|||")).rewrite(caption) == "aaa, bbb, ccc, ddd, eee, fff, ggg, hhh"
+    one = rewrite_often(Captions(shuffle=True, keep_separator="|||"), "aaa ||| ccc, ddd")
+    assert set(one) == {"aaa, ccc, ddd", "aaa, ddd, ccc"}
+    without = rewrite_often(Captions(shuffle=True, keep_separator="|||", keep_tokens=1), "a, b, c")
+    assert set(without) == {"a, b, c", "a, c, b"}
+
+
+def test_a_secondary_separator_keeps_tags_together() -> None:
+    texts = rewrite_often(Captions(shuffle=True, tag_dropout=0.5, secondary_separator=";;;"), "a;;;b, c, d;;;e")
+    assert all(("a" in text) == ("a, b" in text) and ("e" in text) == ("d, e" in text) for text in texts)
+    assert {"", "a, b, c, d, e"} < set(texts)
+    assert Rewriter(Captions(secondary_separator=";;;")).rewrite("a;;;b, c") == "a, b, c"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_tag_warmup_adds_tags_step_by_step(shuffle: bool) -> None:
+    rewriter = Rewriter(Captions(shuffle=shuffle, keep_tokens=1, tag_warmup=10, first_tags=2))
+    caption = ", ".join("abcdefg")
+    texts = [rewriter.rewrite(caption, generator(7, "caption", step), step) for step in range(12)]
+    # sd-scripts: floor(step (tags - minimum) / steps) + minimum, of the tags that may move.
+    assert [len(text.split(", ")) for text in texts] == [1 + 2 + step * 4 // 10 for step in range(10)] + [7, 7]
+    assert all(text.startswith("a") for text in texts)
+    assert (texts[0] == "a, b, c") != shuffle
+    assert rewriter.rewrite(caption) == caption
+    assert rewriter.varies(caption)
+    few = Rewriter(Captions(tag_warmup=10, first_tags=5))
+    assert few.rewrite("a, b", generator(0, "x"), 0) == "a, b"

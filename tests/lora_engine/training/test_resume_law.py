@@ -112,7 +112,7 @@ def covering() -> Iterator[Case]:
         # A second phase begins with a new optimizer, so a method with two meets every point.
         count = len(POINTS) if method in PHASED else max(len(pairs), MEETS)
         for number in range(count):
-            yield Case(method, *pairs[number % len(pairs)], points[(3 * start + number) % len(POINTS)])
+            yield Case(method, *pairs[number % len(pairs)], points[(4 * start + number) % len(POINTS)])
 
 
 COVERING = tuple(covering())
@@ -230,7 +230,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two text encoders and samples": {
         "targets": TEXT,
         "rates": {"ema": {"decay": 0.8, "written": "last"}},
-        "samples": {"every": 2, "prompts": ["a ring"], "seeds": [1], "steps": 2},
+        "samples": {"every": 2, "prompts": ["a ring", "a star --n red --d 3"], "seeds": [1], "steps": 2},
         "shape": "small-sdxl",
     },
     "stages, a warmup by share and saved adapters": {
@@ -240,12 +240,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "then": [{"steps": 2, "learning_rate": 3e-4, "schedule": "linear"}],
         "save_every": 1,
     },
+    "dropout of ranks and modules, and a norm limit": {
+        "rank_dropout": 0.5,
+        "module_dropout": 0.5,
+        "norm_limit": 0.01,
+    },
     "objective and rates": {
         "method": "dreambooth",
         "targets": TEXT,
         "objective": OBJECTIVE,
         "rates": {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}},
-        "schedule": {"name": "cosine-restarts", "cycles": 2},
+        "schedule": {"name": "cosine-restarts", "cycles": 2, "floor": 0.1},
         "shape": "small-sd-v",
     },
 }
@@ -267,6 +272,10 @@ CAPTIONS: dict[str, Any] = {
     "shuffle": True,
     "keep_tokens": 1,
     "tag_dropout": 0.2,
+    "keep_separator": "|||",
+    "secondary_separator": ";;;",
+    "tag_warmup": 3,
+    "dropout_every": 2,
     "templates": ["a photo of {}", "{}"],
     "prefix": "the ",
     "weights": True,

@@ -44,6 +44,9 @@ def flattened(out: Path) -> torch.Tensor:
         {"rank": 3},
         {"caption_dropout": 1.0},
         {"dropout": 0.5},
+        {"rank_dropout": 0.5},
+        {"module_dropout": 0.5},
+        {"norm_limit": 1e-4},
         {"overrides": {"unet.*.to_q": {"rank": 1}}},
         {"weight_decay": 10.0},
         {"clip": 1e-3},
@@ -64,12 +67,16 @@ def test_each_setting_of_a_run_has_an_effect(runs: Runs, plain: Plain, change: d
     assert any(value.shape != second[name].shape or not value.equal(second[name]) for name, value in first.items())
 
 
+STRENGTHS: dict[str, dict[str, Any]] = {
+    "random_offset": {"noise_offset": 0.1},
+    "random_perturbation": {"input_perturbation": 0.1},
+}
 RATES: dict[str, Any] = {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}, "optimiser": "adafactor"}
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"objective": {key: value}} for key, value in OBJECTIVE.items()]
+    [{"objective": {key: value, **STRENGTHS.get(key, {})}} for key, value in OBJECTIVE.items()]
     + [{"rates": {key: value}} for key, value in RATES.items()]
     + [{"schedule": {"name": "polynomial", "power": 3.0}}],
     ids=lambda change: str(change)[:60],
@@ -77,8 +84,11 @@ RATES: dict[str, Any] = {"text": 1e-4, "up_ratio": 4.0, "ema": {"decay": 0.8}, "
 def test_each_setting_of_objective_rates_and_schedule_has_an_effect(
     runs: Runs, plain: Plain, change: dict[str, Any]
 ) -> None:
-    usual = {"method": "dreambooth", "targets": ["attention", "text"], "steps": 3}
-    assert not torch.equal(flattened(plain(usual)), flattened(runs("changed", **usual, **change)))
+    usual: dict[str, Any] = {"method": "dreambooth", "targets": ["attention", "text"], "steps": 3}
+    (switch,) = {*change.get("objective", {})} & {*STRENGTHS} or {""}
+    if switch:
+        usual |= {"objective": STRENGTHS[switch]}
+    assert not torch.equal(flattened(plain(usual)), flattened(runs("changed", **usual | change)))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +96,11 @@ def test_each_setting_of_objective_rates_and_schedule_has_an_effect(
     [
         {"shuffle": True},
         {"tag_dropout": 0.5},
+        {"keep_separator": "on"},
+        {"secondary_separator": "on"},
+        {"tag_warmup": 3},
+        {"tag_warmup": 3, "first_tags": 0},
+        {"dropout_every": 1},
         {"templates": "object"},
         {"prefix": "x "},
         {"wildcards": True},

@@ -269,6 +269,7 @@ def test_a_shift_moves_timesteps_towards_noise_and_the_bases_own_is_the_default(
         ({"weighting": "min_snr"}, flow_schedule(), "min_snr.*flow-matching"),
         ({"timesteps": {"shift": 3.0}}, eps_schedule(), "predicts noise"),
         ({"timesteps": {"shift": 3.0}}, eps_schedule("v_prediction"), "predicts v"),
+        ({"loss": {"name": "huber", "schedule": "snr"}}, flow_schedule(), "'snr'.*flow-matching"),
     ],
 )
 def test_objectives_that_do_not_suit_a_base_are_refused(settings: Any, schedule: NoiseSchedule, problem: str) -> None:
@@ -293,6 +294,10 @@ def test_objectives_that_do_not_suit_a_base_are_refused(settings: Any, schedule:
         {"noise_offset": float("nan")},
         {"input_perturbation": -0.1},
         {"pyramid": {"discount": 0.0}},
+        {"random_offset": True},
+        {"random_perturbation": True},
+        {"loss": {"name": "huber", "delta": 2.0, "schedule": "snr"}},
+        {"loss": {"name": "smooth_l1", "schedule": "linear"}},
     ],
 )
 def test_invalid_objectives_are_refused(settings: dict[str, Any]) -> None:
@@ -357,3 +362,42 @@ def test_draws_are_a_pure_function_of_the_generator(settings: dict[str, Any]) ->
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None and b is not None)
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("name", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["exponential", "snr"])
+def test_scheduled_deltas_are_those_of_sd_scripts(name: str, schedule: str) -> None:
+    noise, steps, c = eps_schedule(), torch.tensor([0, 200, 600, 999]), 0.1
+    # The formulas of sd-scripts' `huber_schedule`, with its c as delta.
+    alphas = noise.alphas_cumprod[steps].double()
+    sigmas = ((1.0 - alphas) / alphas).sqrt()
+    expected = {
+        "exponential": torch.exp(math.log(c) / 1000 * steps.double()),
+        "snr": (1 - c) / (1 + sigmas) ** 2 + c,
+    }[schedule]
+    predicted, target = pair()
+    chosen = measure_for(objective(loss={"name": name, "delta": c, "schedule": schedule}), noise)
+    errors = chosen.errors(predicted, target, steps)
+    for row, delta in enumerate(expected.tolist()):
+        alone = measure({"name": name, "delta": delta}).errors(predicted[row], target[row], steps[:1])
+        torch.testing.assert_close(errors[row], alone, rtol=1e-4, atol=1e-5)
+    assert expected[0] > 0.9
+    assert expected[-1] < 0.12
+
+
+def test_a_random_strength_is_drawn_for_each_image_and_leaves_the_white_noise_alone() -> None:
+    plain, moved, random = noise_with(), noise_with(noise_offset=0.5), noise_with(noise_offset=0.5, random_offset=True)
+    full, part = ((noise - plain).mean(dim=(2, 3)) for noise in (moved, random))
+    shares = part / full
+    torch.testing.assert_close(shares, shares[:, :1].expand_as(shares), rtol=1e-3, atol=1e-3)
+    assert 0.0 <= shares.min() < 0.1
+    assert 0.9 < shares.max() <= 1.001
+    extras = [
+        draw_perturbation(objective(input_perturbation=0.1, random_perturbation=flag), (64, 4, 8, 8), generator(5))
+        for flag in (False, True)
+    ]
+    assert extras[0] is not None
+    assert extras[1] is not None
+    ratio = extras[1] / extras[0]
+    torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio), rtol=1e-4, atol=1e-4)
+    assert ratio.std() > 0.2

@@ -87,7 +87,7 @@ def options(name: str, **change: Any) -> FitOptions:
 
 
 def rate_of(name: str) -> float:
-    return 1.0 if SPECS[name].finds_rate else {"lion": 5e-3}.get(name, 1e-2)
+    return 1.0 if SPECS[name].finds_rate else {"lion": 5e-3, "sgd": 0.3, "came": 1e-3}.get(name, 1e-2)
 
 
 def same(first: Problem, second: Problem) -> bool:
@@ -317,6 +317,14 @@ def test_the_warmup_raises_the_decay_to_its_setting() -> None:
         ({"schedule": {"name": "cosine", "cycles": 2}}, "cycles"),
         ({"schedule": {"name": "cosine-restarts", "cycles": 0}}, "cycles"),
         ({"schedule": {"name": "polynomial", "power": 0.0}}, "power"),
+        ({"schedule": {"name": "cosine", "floor": 1.5}}, "floor"),
+        ({"schedule": {"name": "wsd", "decay": 0.0}}, "decay"),
+        ({"schedule": {"name": "wsd", "form": "cubic"}}, "form"),
+        ({"schedule": {"name": "inverse-sqrt", "timescale": 0}}, "timescale"),
+        ({"schedule": {"name": "rex", "floor": -0.1}}, "floor"),
+        ({"rates": {"optimiser": {"name": "sgd", "momentum": 0.0, "nesterov": True}}}, "set momentum"),
+        ({"rates": {"optimiser": {"name": "came", "betas": [0.9, 0.99]}}}, "betas"),
+        ({"rates": {"optimiser": {"name": "ademamix", "grow": 0}}}, "grow"),
     ],
 )
 def test_incompatible_settings_are_refused_with_a_fix(change: dict[str, Any], problem: str) -> None:
@@ -378,6 +386,62 @@ def test_schedules_are_those_of_diffusers() -> None:
         ours = [rate_factor(name, step, 24, 0, **settings) for step in range(24)]
         assert ours == pytest.approx(expected, abs=1e-9), name
     assert rate_factor("polynomial", 12, 24, 0, power=3.0) != rate_factor("polynomial", 12, 24, 0, power=2.0)
+
+
+def transformers_rates(make: Callable[..., Any], **options: Any) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer, num_warmup_steps=4, **options)
+    rates = []
+    for _ in range(24):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates[4:]  # the warmup of transformers begins at 0
+
+
+def test_schedules_with_a_floor_or_without_an_end_are_those_of_transformers() -> None:
+    from transformers import optimization as peer
+
+    minimum = peer.get_cosine_with_min_lr_schedule_with_warmup
+    wsd = {"num_decay_steps": 5, "num_training_steps": 24}
+    pairs: list[tuple[str, dict[str, Any], list[float]]] = [
+        ("cosine", {"floor": 0.1}, transformers_rates(minimum, num_training_steps=24, min_lr_rate=0.1)),
+        ("wsd", {"decay": 0.25}, transformers_rates(peer.get_wsd_schedule, **wsd)),
+        (
+            "wsd",
+            {"decay": 0.25, "form": "linear", "floor": 0.2},
+            transformers_rates(peer.get_wsd_schedule, **wsd, decay_type="linear", min_lr_ratio=0.2),
+        ),
+        (
+            "wsd",
+            {"decay": 0.25, "form": "sqrt"},
+            transformers_rates(peer.get_wsd_schedule, **wsd, decay_type="1-sqrt"),
+        ),
+        ("inverse-sqrt", {"timescale": 7}, transformers_rates(peer.get_inverse_sqrt_schedule, timescale=7)),
+    ]
+    for name, settings, expected in pairs:
+        ours = [rate_factor(name, step, 24, 4, **settings) for step in range(4, 24)]
+        assert ours == pytest.approx(expected, abs=1e-9), (name, settings)
+
+
+def test_a_floor_raises_every_schedule_to_it_and_rex_is_that_of_the_paper() -> None:
+    for name in ("linear", "cosine", "cosine-restarts", "polynomial", "rex", "wsd"):
+        without, raised = ([rate_factor(name, step, 50, 5, floor=floor) for step in range(50)] for floor in (0.0, 0.3))
+        assert raised[5:] == pytest.approx([0.3 + 0.7 * factor for factor in without[5:]], abs=1e-12)
+        assert min(raised[5:]) >= 0.3
+    assert [rate_factor("rex", step, 4, 0) for step in range(4)] == pytest.approx([1.0, 6 / 7, 2 / 3, 0.4])
+
+
+def test_the_decay_of_sgd_is_decoupled_from_its_momentum() -> None:
+    value = nn.Parameter(torch.tensor([2.0]))
+    group = ParameterGroup({"value": value}, 0.1)
+    optimizer = build_optimizer("sgd", (group,), 0.5, {"momentum": 0.9, "nesterov": False})
+    for _ in range(3):
+        value.grad = torch.zeros(1)
+        optimizer.step()
+    torch.testing.assert_close(value.detach(), torch.tensor([2.0 * 0.95**3]))
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    assert all(not buffer.any() for buffer in buffers)
 
 
 def test_restarts_jump_back_to_the_top_once_a_cycle() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 
 from lora_engine.bases.base import load_base
+from lora_engine.bases.conditioning import Conditioning
 from lora_engine.data.manifest import Manifest
 from lora_engine.seeds import derive_seed, generator
 from lora_engine.training.batches import BatchBuilder, BucketSampler, shuffled_epochs
 from lora_engine.training.examples import Encoder, read_examples
+from lora_engine.training.specs.captions import Captions
 
 SMALL, LARGE = (16, 16), (32, 16)
 
@@ -110,3 +113,29 @@ def test_repeats_set_the_occurrences_of_an_image(bases: dict[str, Path], dataset
     builder = BatchBuilder(base, encoder.latents, encoder.conditioning, examples, batch=1, seed=1)
     seen = Counter(builder(number).examples[0].digest for number in range(2 * (len(examples) + 2)))
     assert seen == {first.digest: 6} | {example.digest: 2 for example in rest}
+
+
+def test_captions_are_empty_in_every_nth_epoch_of_their_size(
+    bases: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    base = load_base(str(bases["small-sd"]), device="cpu")
+    encoder = Encoder(base, tmp_path)
+    first, *rest = read_examples(dataset, Manifest.load(dataset), "train")
+    examples = (replace(first, repeats=2), *rest)
+    count = len(examples) + 1
+    seen: list[list[str]] = []
+
+    def conditioner(texts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+        seen.append(list(texts))
+        return encoder.conditioning(texts, size)
+
+    settings = Captions(dropout_every=3)
+    builder = BatchBuilder(base, encoder.latents, conditioner, examples, batch=1, seed=1, captions=settings)
+    for number in range(6 * count):
+        builder(number)
+    is_empty = [text == "" for (text,) in seen]
+    assert is_empty == [epoch % 3 == 2 for epoch in range(6) for _ in range(count)]
+    whole = BatchBuilder(base, encoder.latents, conditioner, examples, batch=count + 1, seed=1, captions=settings)
+    whole(2)
+    # The batch has the last count - 2 images of epoch 2, which is the third one, and three of the fourth.
+    assert [text == "" for text in seen[-1]] == [True] * (count - 2) + [False] * 3

@@ -18,10 +18,12 @@ from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
 from lora_engine.adapters.layer import ADAPTABLE, bias_of, is_adaptable, meta_weight
+from lora_engine.adapters.regularization import draw_rank_mask, draw_skipped, limit_norms
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.shared_input import share_inputs
 from lora_engine.adapters.tree import Base, ModuleTree, as_tree, module_shapes, weight_shape
 from lora_engine.errors import AdapterError, SettingsError
+from lora_engine.seeds import generator
 
 
 @dataclass(frozen=True)
@@ -125,23 +127,33 @@ class Attachment:
             layer.multiplier = value
 
     @contextmanager
-    def adapter_dropout(self, share: float, seed: int) -> Iterator[None]:
-        """Applies dropout to the input of every delta while the context is open.
+    def adapter_dropout(self, share: float, seed: int, *, ranks: float = 0.0, modules: float = 0.0) -> Iterator[None]:
+        """Applies dropout to the deltas while the context is open.
 
         Args:
-            share: Dropout rate, from 0 to below 1; the remaining values are scaled by `1 / (1 - share)`.
+            share: Dropout rate of the input of every delta, from 0 to below 1; the remaining values are scaled by
+                `1 / (1 - share)`.
             seed: Equal seeds drop the same elements. The state of the global generators is restored at the end.
+            ranks: Share of the ranks of every LoRA delta that are dropped, from 0 to below 1; the others are scaled.
+            modules: Share of the deltas that are skipped, from 0 to below 1; at least one is not.
         """
         devices = {parameter.device for layer in self._layers.values() for parameter in layer.factors.values()}
+        draw = generator(seed, "ranks and modules")
+        skipped = draw_skipped(list(self._layers), modules, draw) if modules else set[str]()
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
             torch.manual_seed(seed)
-            for layer in self._layers.values():
-                layer.dropout = share
+            for name, layer in self._layers.items():
+                layer.dropout, layer.is_skipped = share, name in skipped
+                layer.rank_mask = draw_rank_mask(layer.delta, ranks, draw) if ranks else None
             try:
                 yield
             finally:
                 for layer in self._layers.values():
-                    layer.dropout = 0.0
+                    layer.dropout, layer.is_skipped, layer.rank_mask = 0.0, False, None
+
+    def limit_norms(self, limit: float) -> None:
+        """Scales the factors of LoRA deltas so that none has a larger Frobenius norm; see `regularization`."""
+        limit_norms({name: layer.delta for name, layer in self._layers.items()}, limit)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields `<module>.<factor>` and its parameter, sorted by module; skips the factors that a kind freezes."""

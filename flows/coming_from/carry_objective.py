@@ -1,0 +1,157 @@
+"""Carries over the options of other trainers for the objective, the method and the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from flows.coming_from.read import Setting
+from flows.coming_from.translation import Translation
+from flows.coming_from.values import (
+    DISTRIBUTIONS,
+    LOSSES,
+    WEIGHTINGS,
+    NoCounterpart,
+    choose,
+    integer,
+    is_off,
+    number,
+    plain,
+    truth,
+)
+
+
+def _timesteps(translation: Translation, setting: Setting) -> None:
+    end = "low" if "min" in setting.name else "high"
+    value = number(setting)
+    share = value if setting.name.endswith("noising_strength") else value / 1000
+    if share != (0 if end == "low" else 1):
+        translation.set(f"train.objective.timesteps.{end}", share, setting.name)
+
+
+def _distribution(translation: Translation, setting: Setting) -> None:
+    if setting.name in ("logit_mean", "logit_std", "mode_scale"):
+        key = setting.name.replace("logit_", "").replace("mode_", "")
+        translation.set(f"train.objective.timesteps.distribution.{key}", number(setting), setting.name)
+        return
+    if not is_off(setting.value):
+        name = choose(setting, DISTRIBUTIONS)
+        if name != "uniform":
+            translation.set("train.objective.timesteps.distribution", name, setting.name)
+
+
+def _weighting(translation: Translation, setting: Setting) -> None:
+    if setting.name == "debiased_estimation_loss":
+        if truth(setting):
+            translation.set("train.objective.weighting", "debiased", setting.name)
+        return
+    name = choose(setting, WEIGHTINGS)
+    if name != "none":
+        translation.set("train.objective.weighting", name, setting.name)
+
+
+def _loss(translation: Translation, setting: Setting) -> None:
+    if not setting.name.endswith("_strength"):
+        translation.set("train.objective.loss", choose(setting, LOSSES), setting.name)
+    elif number(setting) and not setting.name.startswith("mse"):
+        translation.set("train.objective.loss", setting.name.split("_")[0].replace("mae", "l1"), setting.name)
+
+
+def _delta(translation: Translation, setting: Setting) -> None:
+    if setting.name == "huber_scale":
+        if number(setting) != 1:
+            raise NoCounterpart("multiply loss.delta by it")
+        return
+    translation.set("train.objective.loss.delta", number(setting), setting.name)
+
+
+def _loss_schedule(translation: Translation, setting: Setting) -> None:
+    translation.set("train.objective.loss.schedule", str(setting.value).lower(), setting.name)
+
+
+def _mask(translation: Translation, setting: Setting) -> None:
+    if is_off(setting.value):
+        return
+    translation.counts["mask"] = 1.0
+    translation.set("train.method.mask", translation.get("train.method.mask") or {}, setting.name)
+    if setting.name not in ("masked_loss", "masked_training"):
+        raise NoCounterpart("put the masks into a folder `masks` beside the images")
+
+
+def _method(translation: Translation, setting: Setting) -> None:
+    if plain(setting.value) == "embedding":
+        translation.set("train.method", "textual-inversion", setting.name)
+    elif plain(setting.value) not in ("lora", ""):
+        raise NoCounterpart("an adapter is trained, not the whole base")
+
+
+def _preserve(translation: Translation, setting: Setting) -> None:
+    if truth(setting):
+        translation.set("train.method.preservation", {}, setting.name)
+
+
+def _samples_every(translation: Translation, setting: Setting) -> None:
+    if setting.name in ("sample_every_n_epochs", "sample_after"):
+        if not is_off(setting.value):
+            raise NoCounterpart("set samples.every in steps")
+        return
+    if number(setting):
+        translation.set("train.samples.every", integer(setting), setting.name)
+
+
+def _prompts(translation: Translation, setting: Setting) -> None:
+    value = setting.value
+    if setting.name in ("sample.width", "sample.height", "sample.neg"):
+        _sample_size(translation, setting)
+        return
+    prompts = [value] if setting.name.startswith("validation_prompt") and isinstance(value, str) else value
+    if isinstance(prompts, list):
+        written = [entry.get("prompt", "") if isinstance(entry, dict) else str(entry) for entry in prompts]
+        translation.set("train.samples.prompts", [text for text in written if text], setting.name)
+    elif not is_off(value):
+        raise NoCounterpart("copy the prompts of the file into samples.prompts")
+
+
+def _sample_size(translation: Translation, setting: Setting) -> None:
+    """Notes the size and the negative prompt of all samples, which become options of each prompt."""
+    key = setting.name.rpartition(".")[2]
+    if key in ("width", "height"):
+        translation.counts[f"sample {key}"] = integer(setting)
+    elif key == "neg" and setting.value:
+        translation.origins["sample negative"] = str(setting.value)
+
+
+def _seeds(translation: Translation, setting: Setting) -> None:
+    if setting.name == "sample.seed":
+        translation.set("train.samples.seeds", [integer(setting)], setting.name)
+
+
+def _chunks(translation: Translation, setting: Setting) -> None:
+    if setting.name == "max_token_length" and setting.value not in (None, "") and integer(setting) > 75:
+        translation.set("train.captions.chunks", -(-integer(setting) // 75), setting.name)
+    elif setting.name != "max_token_length":
+        raise NoCounterpart("the base's own length applies")
+
+
+def _checkpoint_every(translation: Translation, setting: Setting) -> None:
+    if setting.name == "checkpointing_steps":
+        translation.set("train.checkpoint_every", integer(setting), setting.name)
+
+
+OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
+    "train.objective.timesteps.low": _timesteps,
+    "train.objective.timesteps.high": _timesteps,
+    "train.objective.timesteps.distribution": _distribution,
+    "train.objective.weighting": _weighting,
+    "train.objective.loss": _loss,
+    "train.objective.loss.delta": _delta,
+    "train.objective.loss.schedule": _loss_schedule,
+    "train.method.mask": _mask,
+    "train.method": _method,
+    "train.method.preservation": _preserve,
+    "train.samples.every": _samples_every,
+    "train.samples.prompts": _prompts,
+    "train.samples.seeds": _seeds,
+    "train.captions.chunks": _chunks,
+    "train.checkpoint_every": _checkpoint_every,
+}
+"""`step.setting` -> the function that carries an option over to it."""

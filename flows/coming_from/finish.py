@@ -1,0 +1,214 @@
+"""Completes translated settings: what depends on several options, and options whose name another one switches off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from flows.coming_from.read import Setting
+from flows.coming_from.translation import Translation
+from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.objective import Objective
+from lora_engine.training.specs.rates import AdamW, Optimizer, Rates
+
+_TARGETS = {"sd": "attention+ff", "diffusers": "attention", "aitk": "attention+ff", "ot": "all"}
+_TRAIN_TEXT = {"sd", "ot"}
+"""Trainers that adapt the text encoders unless an option says otherwise."""
+_DECAYED = {"adamw", "adamw-8bit"}
+_TORCH_DECAY = 0.01
+_LOWEST, _HIGHEST = 0.01, 100.0
+"""Factors on an estimated rate that `Rates.check` allows."""
+
+
+def finish(translation: Translation, trainer: str, count: Callable[[], int | None]) -> None:
+    """Completes a translation in place.
+
+    Args:
+        translation: The settings.
+        trainer: A key of `TRAINERS`.
+        count: Returns the images of an epoch, each counted by its repeats, or None; called if epochs are set.
+    """
+    _set_targets(translation, trainer)
+    _set_kind(translation)
+    if trainer == "diffusers" and translation.origins.get("train.steps") == "max_train_steps":
+        translation.counts.pop("epochs", None)  # the steps win there, and the epochs in sd-scripts
+    _set_steps(translation, count() if "epochs" in translation.counts else None)
+    _set_decay(translation)
+    train = translation.steps["train"]
+    for switch, group, key in (("ema", "rates", "ema"), ("mask", "method", "mask")):
+        if switch not in translation.counts and isinstance(train.get(group), dict):
+            train[group].pop(key, None)  # its options were set, but not itself
+    for path, model, field in (
+        ("train.rates.optimiser", Rates, "optimiser"),
+        ("train.schedule", TrainSettings, "schedule"),
+        ("train.objective.loss", Objective, "loss"),
+        ("train.kind", TrainSettings, "kind"),
+    ):
+        _keep_options(translation, path, model, field)
+    _fit_optimizer(translation)
+    _set_objective(translation, trainer)
+    for group in [key for key, value in train.items() if value == {} and key != "prior"]:
+        train.pop(group)
+    if translation.get("preprocess.crop") != "bucket":
+        translation.steps.get("preprocess", {}).pop("buckets", None)
+    samples = train.get("samples", {})
+    if not samples.get("prompts"):
+        train.pop("samples", None)
+    else:
+        samples.setdefault("every", 250)
+        samples["prompts"] = [prompt + _prompt_options(translation) for prompt in samples["prompts"]]
+
+
+def _prompt_options(translation: Translation) -> str:
+    """Returns the options of every sample prompt, in the syntax of sd-scripts."""
+    counts, negative = translation.counts, translation.origins.get("sample negative", "")
+    sides = [(option, counts.get(f"sample {name}")) for option, name in (("w", "width"), ("h", "height"))]
+    text = "".join(f" --{option} {side:g}" for option, side in sides if side)
+    return f"{text} --n {negative}" if negative else text
+
+
+def _set_targets(translation: Translation, trainer: str) -> None:
+    flags = translation.counts
+    targets = [] if "no_network" in flags else [_TARGETS[trainer]]
+    if "no_text" not in flags and (trainer in _TRAIN_TEXT or "text" in flags):
+        targets.append("text")
+    if "text" not in targets and translation.get("train.rates.text") is not None:
+        translation.steps["train"]["rates"].pop("text")
+    targets = targets or [_TARGETS[trainer]]
+    translation.set("train.targets", targets[0] if len(targets) == 1 else targets, "the layers that are adapted")
+    if trainer == "sd" and "no_network" not in flags:
+        setting = Setting("network_module", "proj_in, proj_out", "")
+        translation.drop(setting, 'add "unet.*.proj_in" and "unet.*.proj_out" to targets for the same U-Net layers')
+
+
+def _set_kind(translation: Translation) -> None:
+    if "dora" not in translation.counts:
+        return
+    kind = translation.get("train.kind")
+    inner = kind.get("name", "lora") if isinstance(kind, dict) else kind or "lora"
+    translation.set("train.kind", {"name": "dora", "inner": inner}, "decomposed weights")
+
+
+def _set_steps(translation: Translation, images: int | None) -> None:
+    counts, train = translation.counts, translation.steps["train"]
+    if (epochs := counts.get("epochs")) is not None:
+        origin = translation.origins["epochs"]
+        if images is None:
+            translation.set("train.steps", train.get("steps", 1000), "set it to the number that you want")
+            translation.drop(
+                Setting(origin, epochs, ""), "images unknown; steps: epochs x images x repeats / (batch x accumulate)"
+            )
+        else:
+            size = max(1, train.get("batch", 4) * train.get("accumulate", 1))
+            steps = max(1, round(epochs) * -(-images // size))
+            translation.set("train.steps", steps, f"{origin} {epochs:g} of {images} images")
+    steps = train["steps"]
+    if "warmup" in counts:
+        translation.set("train.warmup", round(counts["warmup"] * steps), f"{counts['warmup']:g} of the steps")
+    if train.get("warmup", 0) >= steps:
+        translation.drop(Setting("warmup", train.pop("warmup"), ""), f"the run has {steps} steps only")
+    if "decay" in counts:
+        share = counts["decay"] / max(1, steps - train.get("warmup", 0)) if counts["decay"] >= 1 else counts["decay"]
+        translation.set("train.schedule.decay", min(1.0, round(share, 6)), "lr_decay_steps")
+
+
+def _set_decay(translation: Translation) -> None:
+    optimizer = translation.get("train.rates.optimiser")
+    name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
+    if name in _DECAYED and "train.weight_decay" not in translation.origins:
+        translation.set("train.weight_decay", _TORCH_DECAY, "default of torch's AdamW")
+
+
+def _fit_optimizer(translation: Translation) -> None:
+    """Changes the settings that the optimizer excludes, as other trainers do not check them."""
+    train = translation.steps["train"]
+    optimizer = translation.get("train.rates.optimiser")
+    name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
+    member = next((m for m in _members(Rates, "optimiser") if m.model_fields["name"].default == name), AdamW)
+    if not issubclass(member, Optimizer):
+        return
+    if member.finds_rate:
+        for key in [key for key in ("text", "layers", "up_ratio") if key in train["rates"]]:
+            translation.drop(Setting(key, train["rates"].pop(key), ""), f"{name} estimates one rate for all parts")
+        if not _LOWEST <= train["learning_rate"] <= _HIGHEST:
+            reason = f"a factor on the rate that {name} estimates; 1 was taken"
+            translation.drop(Setting("learning_rate", train["learning_rate"], ""), reason)
+            translation.set("train.learning_rate", 1.0, f"a factor on the estimate of {name}")
+    if member.averages and train.get("schedule") != "constant":
+        translation.drop(Setting("schedule", train.get("schedule"), ""), f"{name} averages instead; constant was taken")
+        translation.set("train.schedule", "constant", f"of {name}")
+    if member.averages and "ema" in train["rates"]:
+        translation.drop(Setting("ema", train["rates"].pop("ema"), ""), f"{name} already averages")
+
+
+def _keep_options(translation: Translation, path: str, model: type[BaseModel], field: str) -> None:
+    """Removes the options that the chosen name does not have; a mapping without options becomes the name."""
+    value = translation.get(path)
+    if not isinstance(value, dict):
+        return
+    default = model.model_fields[field].default.name
+    name = value.get("name", default)
+    known = next(
+        (member.model_fields for member in _members(model, field) if member.model_fields["name"].default == name), {}
+    )
+    for key in [key for key in value if key not in known]:
+        unused = value.pop(key)
+        if path in ("train.rates.optimiser", "train.kind"):  # the other trainers ignore those of schedules and losses
+            translation.drop(Setting(f"{path.partition('.')[2]}.{key}", unused, ""), f"{name!r} has no such option")
+    value.setdefault("name", name)
+    if set(value) == {"name"}:
+        _replace(translation, path, name)
+
+
+def _replace(translation: Translation, path: str, value: Any) -> None:
+    *parents, key = path.split(".")
+    node = translation.steps
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+
+
+def _members(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    """Returns the classes of a union of settings."""
+    found: list[type[BaseModel]] = []
+    hints: list[Any] = [model.model_fields[field].annotation]
+    while hints:
+        hint = hints.pop()
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            found.append(hint)
+        hints += get_args(hint)
+    return found
+
+
+def _set_objective(translation: Translation, trainer: str) -> None:
+    objective = translation.get("train.objective")
+    if not isinstance(objective, dict):
+        return
+    weighting = objective.get("weighting")
+    if isinstance(weighting, dict) and trainer == "ot" and "name" not in weighting:
+        objective.pop("weighting")
+    elif isinstance(weighting, dict):
+        weighting.setdefault("name", "min_snr")
+        if weighting["name"] != "min_snr":
+            objective["weighting"] = weighting["name"]
+    loss = objective.get("loss")
+    name = loss.get("name") if isinstance(loss, dict) else loss
+    if name in ("huber", "smooth_l1") and trainer in ("sd", "diffusers"):
+        options = loss if isinstance(loss, dict) else {"name": name}
+        objective["loss"] = {**options, "schedule": options.get("schedule", "snr")}
+    if "levels" not in objective.get("pyramid", {"levels": 0}):
+        objective.pop("pyramid")
+    for switch, strength in (("random_offset", "noise_offset"), ("random_perturbation", "input_perturbation")):
+        if strength not in objective:
+            objective.pop(switch, None)
+    distribution = objective.get("timesteps", {}).get("distribution")
+    if isinstance(distribution, dict):
+        known = {"logit_normal": ("mean", "std"), "mode": ("scale",)}.get(distribution.get("name", ""), ())
+        kept = {key: value for key, value in distribution.items() if key == "name" or key in known}
+        objective["timesteps"]["distribution"] = kept if len(kept) > 1 else kept.get("name", "uniform")
+    if objective.get("timesteps", {}).get("distribution") == "uniform":
+        objective["timesteps"].pop("distribution")
+    for key in [key for key, value in objective.items() if value == {}]:
+        objective.pop(key)

@@ -1,0 +1,492 @@
+"""Option names of other trainers in errors, and `loraline init --from`."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from flows.coming_from.options import OPTIONS, TRAINERS, find_option
+from flows.coming_from.read import read_source
+from flows.coming_from.write import convert_settings
+from flows.spec import Head, PipelineSpec, load_spec
+from lora_engine.data.spec import CaptionSettings
+from tasks.errors import SpecError
+from tasks.step import STEPS
+from tasks.steps.train import Train
+from tests.flows.commands import loraline_here, say
+from tests.flows.shared import draw_noise
+
+Write = Callable[..., Path]
+
+LINE = """\
+name: stripes
+base: tiny
+steps:
+  photos:   {uses: ingest, images: images/}
+  captions: {uses: caption, dataset: photos, trigger: sks, class_word: star}
+  adapter:  {uses: train, dataset: captions, steps: 4, KEY: 1}
+"""
+
+
+def models_of(hint: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        yield hint
+    for inner in get_args(hint):
+        yield from models_of(inner)
+
+
+def exists(model: type[BaseModel], path: str) -> bool:
+    """Returns True if some member of the unions on the way has the field."""
+    key, _, rest = path.partition(".")
+    field = model.model_fields.get(key)
+    return field is not None and (not rest or any(exists(inner, rest) for inner in models_of(field.annotation)))
+
+
+@pytest.mark.parametrize("ours", sorted({option.ours for option in OPTIONS if option.ours}))
+def test_every_named_setting_exists(ours: str) -> None:
+    step, _, path = ours.partition(".")
+    assert exists(Head if step == "file" else STEPS[step].spec, path)
+
+
+def test_a_setting_that_does_not_exist_is_noticed() -> None:
+    assert not exists(Train, "objective.loss.deltas")
+    assert exists(Train, "objective.loss.delta")
+
+
+def test_an_option_without_a_setting_has_a_reason_and_no_name_is_in_a_column_twice() -> None:
+    assert [option for option in OPTIONS if not option.ours and not option.note] == []
+    for trainer in TRAINERS:
+        counts = Counter(name for option in OPTIONS for name in option.names(trainer))
+        assert [name for name, count in counts.items() if count > 1] == []
+
+
+NAMES = sorted(
+    {name for option in OPTIONS for trainer in ("sd", "diffusers") for name in option.names(trainer)}
+    - set(Train.model_fields)
+)
+
+
+def test_a_name_of_another_trainer_is_answered_with_ours(pipeline: Write) -> None:
+    assert len(NAMES) > 150
+    for name in NAMES:
+        option = find_option(name)
+        assert option is not None
+        with pytest.raises(SpecError) as caught:
+            load_spec(pipeline(LINE.replace("KEY", name), images=1))
+        assert caught.value.problem == f"unknown key 'adapter.{name}'"
+        assert caught.value.where.endswith("pipeline.yaml:6:56")
+        assert caught.value.remedy == option.hint("train")
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("network_dim", "use `rank`"),
+        ("lr", "use `learning_rate`"),
+        ("max_train_steps", "use `steps`"),
+        ("resolution", "use `resolution` of the step `preprocess`"),
+        ("flip_aug", "use `captions.flip`"),
+        ("pretrained_model_name_or_path", "use `base` at the top of the file"),
+        ("resume", "automatic: run the same command again"),
+        ("save_every", "not available"),
+        ("huber_c", "use `objective.loss.delta`"),
+    ],
+)
+def test_the_refusal_says_which_setting_to_use(key: str, fix: str, pipeline: Write) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(pipeline(LINE.replace("KEY", key)))
+    assert caught.value.remedy.startswith(fix)
+
+
+def test_a_misspelled_name_of_ours_still_gets_the_nearest_match(pipeline: Write) -> None:
+    with pytest.raises(SpecError, match="did you mean 'accumulate'"):
+        load_spec(pipeline(LINE.replace("KEY", "acumulate")))
+
+
+def test_options_with_several_numbers_can_be_set_in_a_file(pipeline: Write) -> None:
+    spec = load_spec(pipeline(LINE.replace("KEY: 1", "rates: {optimiser: {name: adamw, betas: [0.8, 0.9]}}")))
+    assert spec.steps["adapter"].model_dump()["rates"]["optimiser"]["betas"] == (0.8, 0.9)
+    with pytest.raises(SpecError, match="betas"):
+        load_spec(pipeline(LINE.replace("KEY: 1", "rates: {optimiser: {name: adamw, betas: [0.8, 2]}}")))
+
+
+KOHYA = """\
+[model_arguments]
+pretrained_model_name_or_path = "tiny"
+[dataset_arguments]
+train_data_dir = "img"
+reg_data_dir = "reg"
+resolution = "64,64"
+shuffle_caption = true
+keep_tokens = 1
+caption_extension = ".txt"
+[training_arguments]
+output_name = "My Lora"
+network_module = "networks.lora"
+network_dim = 16
+max_train_epochs = 2
+train_batch_size = 2
+unet_lr = 1e-4
+text_encoder_lr = "5e-5"
+lr_scheduler = "cosine_with_restarts"
+lr_scheduler_num_cycles = 3
+lr_warmup_steps = 0.1
+optimizer_type = "AdamW"
+optimizer_args = ["weight_decay=0.1", "betas=0.9,0.99"]
+mixed_precision = "no"
+min_snr_gamma = 5
+noise_offset = 0.05
+cache_latents = true
+no_half_vae = true
+huggingface_token = "hf_secret"
+clip_skip = 2
+seed = 42
+save_precision = "fp16"
+min_bucket_reso = 256
+network_args = ["conv_dim=4"]
+"""
+DATASET = """\
+[general]
+shuffle_caption = true
+[[datasets]]
+resolution = [64, 64]
+batch_size = 3
+  [[datasets.subsets]]
+  image_dir = "img/10_sks star"
+  class_tokens = "sks ring"
+  num_repeats = 4
+  keep_tokens = 2
+  [[datasets.subsets]]
+  image_dir = "reg/1_star"
+  class_tokens = "ring"
+  is_reg = true
+"""
+TOOLKIT = """\
+job: extension
+config:
+  name: my_first_lora
+  process:
+    - type: sd_trainer
+      trigger_word: p3r5on
+      network: {type: lora, linear: 16, linear_alpha: 16}
+      save: {dtype: float16, save_every: 250}
+      datasets:
+        - {folder_path: img, caption_ext: txt, caption_dropout_rate: 0.05, resolution: [64, 128], buckets: true}
+      train: {batch_size: 1, steps: 20, optimizer: adamw8bit, lr: 1e-4, dtype: bf16, train_text_encoder: false,
+              gradient_checkpointing: true, ema_config: {use_ema: true, ema_decay: 0.99}}
+      model: {name_or_path: tiny, quantize: true}
+      sample: {sample_every: 10, width: 64, height: 128, neg: "dull, grey",
+               prompts: ["a man, 'x': y"], seed: 42, guidance_scale: 4, sample_steps: 20}
+"""
+ONE_TRAINER = {
+    "training_method": "LORA",
+    "base_model_name": "tiny",
+    "batch_size": 2,
+    "learning_rate": 0.0003,
+    "resolution": "64",
+    "epochs": 5,
+    "learning_rate_scheduler": "COSINE",
+    "learning_rate_warmup_steps": 10,
+    "text_encoder": {"train": False},
+    "loss_weight_fn": "CONSTANT",
+    "loss_weight_strength": 5.0,
+    "masked_training": True,
+    "unmasked_weight": 0.1,
+    "optimizer": {"optimizer": "PRODIGY", "beta1": 0.9, "beta2": 0.99},
+    "train_dtype": "BFLOAT_16",
+    "aspect_ratio_bucketing": False,
+    "ema": "OFF",
+    "ema_decay": 0.999,
+    "secrets": {"huggingface_token": "hf_secret"},
+    "concepts": [{"name": "a", "path": "img/10_sks star", "enabled": True, "balancing": 3.0}],
+}
+SCRIPT = """\
+#!/bin/bash
+export MODEL_NAME="tiny"
+INSTANCE_DIR=img    # a comment
+accelerate launch --num_processes=1 train_dreambooth_lora.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME \\
+  --instance_data_dir="${INSTANCE_DIR}" --instance_prompt="a photo of sks star" \\
+  --class_prompt "a photo of star" --with_prior_preservation --prior_loss_weight=0.5 --num-class-images=8 \\
+  --resolution=64 --train_batch_size=1 --learning_rate=1e-4 --lr_warmup_steps=0 --max_train_steps=50 \\
+  --validation_prompt="A photo of sks star" --snr_gamma 5.0 --train_text_encoder --push_to_hub
+"""
+FILES = {
+    "config.toml": KOHYA,
+    "toolkit.yaml": TOOLKIT,
+    "trainer.json": json.dumps(ONE_TRAINER),
+    "run.sh": SCRIPT,
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., Path]:
+    """Returns a function that writes one of `FILES` beside folders of images."""
+
+    def write(name: str, text: str | None = None) -> Path:
+        for index in range(3):
+            draw_noise(tmp_path / "img" / "10_sks star" / f"{index}.png", index)
+        draw_noise(tmp_path / "reg" / "1_star" / "0.png", 9)
+        path = tmp_path / name
+        path.write_text(FILES[name] if text is None else text)
+        return path
+
+    (tmp_path / "img" / "10_sks star").mkdir(parents=True)
+    (tmp_path / "reg" / "1_star").mkdir(parents=True)
+    return write
+
+
+def converted(path: Path, *arguments: object) -> tuple[PipelineSpec, str]:
+    """Converts a file by the verb; returns the pipeline and the output."""
+    folder, home = path.parent / "out", path.parent / "home"
+    output = say("init", folder, "--from", path, *arguments, home=home)
+    planned = json.loads(say("plan", folder / "pipeline.yaml", "--json", home=home))
+    spec = load_spec(folder / "pipeline.yaml")
+    assert [step["name"] for step in planned] == list(spec.steps)
+    return spec, output
+
+
+def train_of(spec: PipelineSpec) -> Train:
+    (train,) = [step for step in spec.steps.values() if isinstance(step, Train)]
+    return train
+
+
+def test_a_configuration_of_sd_scripts_becomes_a_pipeline(settings: Write) -> None:
+    spec, output = converted(settings("config.toml"))
+    train = train_of(spec)
+    assert (spec.name, spec.seed, spec.base) == ("my-lora", 42, "tiny")
+    assert (train.rank, train.alpha, train.batch, train.learning_rate) == (16, 1.0, 2, 1e-4)
+    assert (train.steps, train.warmup) == (30, 3)  # 2 epochs of 3 images, 10 times each, in batches of 2
+    assert train.schedule.model_dump() == {"name": "cosine-restarts", "cycles": 3, "floor": 0.0}
+    assert (train.rates.text, train.rates.optimiser.options()["betas"], train.weight_decay) == (5e-5, (0.9, 0.99), 0.1)
+    assert train.targets == ["attention+ff", "text"]
+    assert (train.objective.weighting.name, train.objective.noise_offset) == ("min_snr", 0.05)
+    assert (train.captions.shuffle, train.captions.keep_tokens, train.precision) == (True, 1, "fp32")
+    assert (train.method.name, train.class_dataset) == ("dreambooth", "class_captions")
+    caption = spec.steps["captions"]
+    assert isinstance(caption, CaptionSettings)
+    assert caption.template == "sks star"
+    assert spec.steps["photos"].model_dump()["repeats"] == "folders"
+    assert spec.steps["prepared"].model_dump()["crop"] == "center"
+    assert spec.steps["exports"].model_dump()["dtype"] == "float16"
+    assert "clip_skip" in output
+    assert "conv_dim" in output
+    assert "cache_latents" not in output, "it is automatic"
+    text = (Path(spec.folder) / "pipeline.yaml").read_text()
+    assert "hf_secret" not in output + text
+    assert "clip_skip: 2 (not available)" in text
+
+
+def test_a_dataset_file_of_sd_scripts_is_read_with_its_options(settings: Write) -> None:
+    path = settings("config.toml", KOHYA.replace('train_data_dir = "img"', 'dataset_config = "dataset.toml"'))
+    path.with_name("dataset.toml").write_text(DATASET)
+    spec, _ = converted(path)
+    train = train_of(spec)
+    assert (train.batch, train.captions.keep_tokens, train.captions.shuffle) == (3, 2, True)
+    assert spec.steps["photos"].model_dump()["repeats"] == {"*": 4}
+    assert spec.steps["captions"].model_dump()["template"] == "sks ring"
+    assert train.class_dataset == "class_captions"
+    assert train.steps == 8
+
+
+def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:
+    spec, output = converted(settings("toolkit.yaml"))
+    train = train_of(spec)
+    assert (spec.name, train.rank, train.alpha, train.steps, train.batch) == ("my_first_lora", 16, 16.0, 20, 1)
+    assert (train.rates.optimiser.name, train.targets, train.caption_dropout) == ("adamw-8bit", "attention+ff", 0.05)
+    assert train.rates.ema is not None
+    assert train.rates.ema.decay == 0.99
+    assert train.running.gradient_checkpointing
+    assert train.running.quantise == "8bit"
+    assert train.samples is not None
+    assert (train.samples.prompts, train.samples.seeds, train.samples.every) == (
+        ("a man, 'x': y --w 64 --h 128 --n dull, grey",),
+        (42,),
+        10,
+    )
+    assert spec.steps["captions"].model_dump()["trigger"] == "p3r5on"
+    assert spec.steps["prepared"].model_dump()["crop"] == "bucket"
+    assert "report" not in spec.steps, "an evaluation needs images of one size"
+    assert "128 was taken" in output
+
+
+def test_a_file_of_one_trainer_becomes_a_pipeline_and_what_cannot_work_is_changed(settings: Write) -> None:
+    spec, output = converted(settings("trainer.json"))
+    train = train_of(spec)
+    assert (train.rank, train.alpha, train.targets) == (16, 1.0, "all")
+    assert (train.rates.optimiser.name, train.learning_rate) == ("prodigy", 1.0)
+    assert train.method.model_dump()["mask"]["floor"] == 0.1
+    assert train.rates.ema is None
+    assert train.objective.weighting.name == "none"
+    assert train.steps == 25  # 5 epochs of 3 images, 3 times each, in batches of 2
+    assert "prodigy estimates" in output
+    assert "hf_secret" not in output
+
+
+def test_a_command_line_of_diffusers_becomes_a_pipeline(settings: Write) -> None:
+    spec, output = converted(settings("run.sh"))
+    train = train_of(spec)
+    assert (train.rank, train.alpha, train.steps, train.batch, train.warmup) == (4, None, 50, 1, 0)
+    assert train.targets == ["attention", "text"]
+    assert train.class_images is not None
+    assert (train.class_images.prompt, train.class_images.weight, train.class_images.count) == (
+        "a photo of star",
+        0.5,
+        8,
+    )
+    assert train.objective.weighting.model_dump() == {"name": "min_snr", "gamma": 5.0}
+    assert train.samples is not None
+    assert spec.steps["captions"].model_dump()["template"] == "a photo of sks star"
+    assert "push_to_hub" in output
+
+
+def test_a_folder_that_is_not_here_is_named_and_an_empty_one_is_made(settings: Write, tmp_path: Path) -> None:
+    path = settings("run.sh", SCRIPT.replace("INSTANCE_DIR=img", "INSTANCE_DIR=/nowhere/img"))
+    spec, output = converted(path)
+    assert "/nowhere/img" in output
+    assert (tmp_path / "out" / "images").is_dir()
+    assert spec.steps["photos"].model_dump()["images"] == "images/"
+
+
+def test_the_folder_of_images_can_be_given(settings: Write, tmp_path: Path) -> None:
+    path = settings("run.sh", SCRIPT.replace("INSTANCE_DIR=img", "INSTANCE_DIR=/nowhere/img"))
+    spec, output = converted(path, "--images", tmp_path / "img")
+    assert "/nowhere/img" not in output
+    assert spec.steps["photos"].model_dump()["images"] == str(tmp_path / "img")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ('["algo=lokr", "factor=8", "decompose_both=True", "use_cp=1"]', {"factor": 8, "both": True, "tucker": True}),
+        ('["algo=lokr", "factor=-1"]', {"name": "lokr"}),
+        ('["algo=loha", "use_tucker=True", "factor=4"]', {"name": "loha", "tucker": True}),
+        ('["dora_wd=True"]', {"name": "dora", "inner": "lora"}),
+    ],
+)
+def test_arguments_of_the_network_are_options_of_the_kind(
+    arguments: str, kind: dict[str, Any], settings: Write
+) -> None:
+    text = KOHYA.replace('["conv_dim=4"]', arguments).replace('"networks.lora"', '"lycoris.kohya"')
+    written = train_of(converted(settings("config.toml", text))[0]).kind.model_dump()
+    assert {key: written[key] for key in kind} == kind
+
+
+VALUES: list[Any] = [
+    0, 1, -1, 2.5, 1e300, True, False, "", "x", "1e-4", "none", "\x07", "~x/y", "a/" * 3000, [1, "a"], ["a=b", "c"],
+    [[1]], {"name": "x"}, 10**50, "64,64", "{}", "{trigger}", "| # : \n x", None, "Prodigy", "huber", "cosine", "loha",
+]  # fmt: skip
+
+
+def test_any_value_of_any_option_gives_a_pipeline_or_a_refusal(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    names = [name for option in OPTIONS for name in option.names("sd")]
+    accepted, refusals = 0, list[str]()
+    for number in range(150):
+        data = {name: draw.choice(VALUES) for name in draw.sample(names, draw.choice([1, 2, 5]))}
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps(data | {"pretrained_model_name_or_path": "tiny", "resolution": 64}))
+        try:
+            convert_settings(tmp_path / str(number), path)
+            accepted += 1
+        except SpecError as error:
+            refusals.append(str(error))
+    assert 20 < accepted < 130
+    assert all(str(tmp_path / "settings.json") in refusal for refusal in refusals)
+
+
+def test_defaults_of_length_are_those_of_the_trainer(settings: Write) -> None:
+    script = SCRIPT.replace("--max_train_steps=50", "")
+    assert train_of(converted(settings("run.sh", script))[0]).steps == 3  # one epoch of train_dreambooth_lora.py
+
+
+def test_a_folder_whose_name_is_too_long_is_one_that_is_not_here(settings: Write) -> None:
+    path = settings("run.sh", SCRIPT.replace("INSTANCE_DIR=img", f"INSTANCE_DIR={'i' * 5000}"))
+    spec, output = converted(path)
+    assert spec.steps["photos"].model_dump()["images"] == "images/"
+    assert "no such folder on this machine" in output
+
+
+def test_the_same_file_gives_the_same_pipeline_and_another_one_is_not_overwritten(
+    settings: Write, tmp_path: Path
+) -> None:
+    path, out = settings("run.sh"), tmp_path / "out" / "pipeline.yaml"
+    converted(path)
+    before = out.read_bytes()
+    converted(path)
+    assert out.read_bytes() == before
+    out.write_text("mine")
+    done = loraline_here("init", tmp_path / "out", "--from", path, home=tmp_path / "home")
+    assert done.returncode == 2, done.stderr
+    assert "different content" in done.stderr
+    assert out.read_text() == "mine"
+
+
+BAD: dict[str, tuple[str, str, str]] = {
+    "a rank that is no number": ("config.toml", KOHYA.replace("= 16", '= "many"'), "config.toml:13:1: network_dim is"),
+    "a rank out of range": ("config.toml", KOHYA.replace("= 16", "= 0.5"), "network_dim is 0.5"),
+    "a rank too large": ("config.toml", KOHYA.replace("= 16", "= 100000"), "adapter.rank is 100000"),
+    "a base that is not here": ("config.toml", KOHYA.replace('"tiny"', '"/no/model.safetensors"'), "--base"),
+    "no base": ("run.sh", SCRIPT.replace("--pretrained_model_name_or_path=$MODEL_NAME", ""), "names no base model"),
+    "TOML": ("config.toml", "a = [", "config.toml:1:"),
+    "a date": ("config.toml", "seed = 2020-01-01", "config.toml:1:1: a date"),
+    "depth": ("config.toml", "a = " + "[" * 3000, "nested more than 50"),
+    "a long key": ("config.toml", "a." * 200_000 + "b = 1", "a key of more than 50 parts"),
+    "a command": ("run.sh", SCRIPT.replace("${INSTANCE_DIR}", "$(rm -rf x)"), "would run a command"),
+    "a variable": ("run.sh", SCRIPT.replace("$MODEL_NAME", "$MODEL"), "the variable 'MODEL' has no value"),
+    "a quote": ("run.sh", SCRIPT.replace('sks star" --snr', "sks star --snr"), "not a shell command"),
+    "no script": ("run.sh", "echo hello", "starts no training script"),
+    "another JSON": ("trainer.json", '{"a": 1}', "of no known trainer"),
+    "processes": ("toolkit.yaml", "config: {process: [{a: 1}, {b: 2}]}", "has 2 processes"),
+    "a dataset file": ("config.toml", KOHYA + 'dataset_config = "no.toml"\n', "does not exist"),
+    "a batch of 0": (
+        "config.toml",
+        KOHYA.replace("train_batch_size = 2", "train_batch_size = 0"),
+        "adapter.batch is 0",
+    ),
+    "a long base": ("config.toml", KOHYA.replace('"tiny"', '"' + "a/" * 5000 + '"'), "--base"),
+    "an unknown user": ("config.toml", KOHYA.replace('"tiny"', '"~nobody-here/x"'), "--base"),
+    "a long dataset file": ("config.toml", KOHYA + f'dataset_config = "{"a" * 5000}.toml"\n', "does not exist"),
+    "a control character": ("config.toml", KOHYA.replace('"My Lora"', '"My"\ncaption_prefix = "\\u0007x"'), "prefix"),
+    "a huge number": ("config.toml", KOHYA.replace("= 16", "= 1e300"), "digits"),
+    "a switch": ("config.toml", KOHYA.replace("shuffle_caption = true", "shuffle_caption = 7"), "shuffle_caption is 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_refused_and_nothing_is_written(case: str, settings: Write, tmp_path: Path) -> None:
+    name, text, message = BAD[case]
+    done = loraline_here("init", tmp_path / "out", "--from", settings(name, text), home=tmp_path / "home")
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_variables_that_double_do_not_fill_the_memory(tmp_path: Path) -> None:
+    lines = ["A=" + "x" * 1000, *("A=$A$A$A$A$A$A$A$A" for _ in range(40)), "python train_dreambooth.py --a=$A"]
+    path = tmp_path / "run.sh"
+    path.write_text("\n".join(lines))
+    with pytest.raises(SpecError, match="too long"):
+        read_source(path)
+
+
+def test_options_of_from_need_it(tmp_path: Path) -> None:
+    done = loraline_here("init", tmp_path / "out", "--images", tmp_path, home=tmp_path / "home")
+    assert done.returncode == 2, done.stderr
+    assert "--from" in done.stderr
+
+
+@pytest.mark.nightly
+def test_a_converted_configuration_of_sd_scripts_runs(settings: Write, tmp_path: Path) -> None:
+    text = KOHYA.replace("max_train_epochs = 2", "max_train_steps = 4").replace("64,64", "32,32")
+    spec, _ = converted(settings("config.toml", text))
+    done = loraline_here("run", spec.folder / "pipeline.yaml", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
