@@ -15,7 +15,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
 from registry.store.artifacts import Store, open_store
-from tasks.adoption import Adoption, find_adoption, find_changes
+from tasks.adoption import Adoption, find_adoption, find_changes, find_unmet
 from tasks.errors import SpecError
 from tasks.execution import NO_RESULT, find_hit
 from tasks.job import Job, Outcome, prepare_job
@@ -159,9 +159,10 @@ class _Planner:
         if upstream:
             return replace(step, reason=f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run")
         job, inputs = step.job.with_input_kinds(step.inputs, self.lineage), step.inputs
-        hit, reason = find_hit(job, job.key(inputs), self.home, self.store, self.lineage, self.verified)
+        hit, reason = find_hit(job, inputs, self.home, self.store, self.lineage, self.verified)
         if reason != NO_RESULT:
-            return replace(step, job=job, reason=reason, outcome=hit)
+            described = reason if hit is None else self._describe_hit(job, hit, reason)
+            return replace(step, job=job, reason=described, outcome=hit)
         adoption = find_adoption(job, inputs, self.home, self.store, self.lineage, self.verified)
         if adoption is None:
             return replace(step, job=job, reason=self._what_changed(job, inputs))
@@ -171,6 +172,21 @@ class _Planner:
 
     def _what_changed(self, job: Job, inputs: Inputs) -> str:
         last = self.lineage.last_execution(self.pipeline, job.name)
-        if last is None:
-            return "never ran"
-        return "; ".join(find_changes(job, inputs, last)) or "no result has its cache key"
+        changes = [] if last is None else [*find_changes(job, inputs, last)]
+        reason = "never ran" if last is None else "; ".join(changes) or "no result has its cache key"
+        progress = self._describe_progress(job, inputs)
+        return f"{reason}; {progress}" if progress else reason
+
+    def _describe_progress(self, job: Job, inputs: Inputs) -> str:
+        if job.kind.describe_progress is None:
+            return ""
+        attempt = self.lineage.last_attempt(self.pipeline, job.name)
+        return job.kind.describe_progress(job.spec, job.origin(inputs), self.home, attempt.key if attempt else None)
+
+    def _describe_hit(self, job: Job, hit: Outcome, reason: str) -> str:
+        """Returns `reason`, and which settings without effect on the result it was made with, if they are others."""
+        if not job.spec.without_effect():
+            return reason
+        makers = [maker for maker in self.lineage.executions(output=hit.ref.sha256) if maker.status == "COMPLETED"]
+        unmet = find_unmet(job, makers[0]) if makers else []
+        return f"{reason}; made with {', '.join(unmet)}: --force {job.name} repeats it" if unmet else reason

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from flows.spec import INHERITED, STEP_NAME, Head
+from flows.spec import INHERITED, Head
+from tasks.spec import STEP_NAME
 from tasks.step import STEPS, StepKind
 
 

@@ -20,10 +20,9 @@ from flows.refusals import explain, nearest
 from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
 from tasks.errors import SpecError
-from tasks.spec import REGISTERED, StepSpec
+from tasks.spec import REGISTERED, STEP_NAME, StepSpec
 from tasks.step import STEPS, locate_base
 
-STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 INHERITED = ("base", "seed", "name")
 """Top-level keys that are the defaults of the steps' keys of the same name."""
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from string import Template
+
+from pydantic import TypeAdapter, ValidationError
 
 from lora_engine.bases.defaults import training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.files import atomic_write
+from lora_engine.training.specs.lengths import Steps
 from registry.entities import check_name
 from tasks.errors import SpecError
+from tasks.spec import REGISTERED
 
 _PIPELINE = Template("""\
 # A Loraline pipeline. `loraline plan $file` shows what a run would do; `loraline run $file` runs it.
@@ -44,7 +49,7 @@ $resolution
 $training
     running:
 $checkpointing
-    steps: $steps
+$init    steps: $steps
     schedule: cosine
   report:                     # compares the adapter with the base, at the same seeds
     uses: evaluate
@@ -63,13 +68,17 @@ $checkpointing
     to: [kohya, diffusers, peft]
 """)
 
+_STEPS = 300
+_INIT = Template("    init: $init           # continues this adapter; ranks may only grow\n")
 _TRAINING = ("rank", "targets", "batch", "learning_rate", "precision")
 _REASONS = {
     "precision": "bf16 on a GPU that computes in it, else fp32",
     "batch": "images per forward pass; more need more memory",
     "targets": "the layers that are adapted; a preset",
 }
-_WORD = re.compile(r"[^\s<>:,()\[\]{}#\"'&*!|%@`]{1,64}")
+_WORD = r"[^\s<>:,()\[\]{}#\"'&*!|%@`]"
+_TRIGGER = re.compile(rf"{_WORD}{{1,64}}")
+_CLASS = re.compile(rf"(?=.{{1,64}}$){_WORD}+( {_WORD}+)*")
 
 
 def write_template(folder: Path, base: str = TINY) -> Path:
@@ -95,7 +104,8 @@ def write_pipeline(
     *,
     base: str = TINY,
     name: str | None = None,
-    steps: int | None = None,
+    steps: int | str | None = None,
+    init: str | None = None,
     output: Path | None = None,
 ) -> Path:
     """Writes a pipeline file for a folder of images, with the training defaults of the base.
@@ -103,10 +113,11 @@ def write_pipeline(
     Args:
         images: The folder of images.
         trigger: The trigger word of the concept.
-        class_word: The class of the concept.
+        class_word: The class of the concept; may have several words.
         base: The base model; its family has the defaults.
         name: The adapter's name; None means the trigger.
-        steps: Number of training steps; None means 300.
+        steps: Number of training steps, or epochs such as `10 epochs`; None means 300.
+        init: The adapter to start from: `name@version`, `name@alias` or a file; None starts with no difference.
         output: The file to write; None means NAME.yaml beside the folder of images.
 
     Raises:
@@ -116,9 +127,12 @@ def write_pipeline(
     """
     if not images.is_dir():
         raise SpecError(f"{str(images)!r} is not a folder", remedy="give the folder with the images")
-    for option, word in (("--trigger", trigger), ("--class", class_word)):
-        if not _WORD.fullmatch(word):
-            raise SpecError(f"invalid word {word!r}", where=option, allowed="one word without spaces and punctuation")
+    for option, word, pattern, allowed in (
+        ("--trigger", trigger, _TRIGGER, "one word without spaces and punctuation"),
+        ("--class", class_word, _CLASS, "words without punctuation, separated by single spaces"),
+    ):
+        if not pattern.fullmatch(word):
+            raise SpecError(f"invalid word {word!r}", where=option, allowed=allowed)
     name = check_name(name or re.sub(r"[^a-z0-9._-]+", "-", trigger.lower()).strip("-._") or "adapter")
     path = output or images.resolve().parent / f"{name}.yaml"
     defaults = training_defaults(base)
@@ -133,7 +147,8 @@ def write_pipeline(
         class_word=class_word,
         training="\n".join(_explain(defaults, name) for name in _TRAINING),
         checkpointing=_explain(defaults, "gradient_checkpointing"),
-        steps=steps or 300,
+        steps=_STEPS if steps is None else steps,
+        init=_INIT.substitute(init=_located(init)) if init else "",
     )
     if path.exists() and path.read_text() != text:
         raise SpecError(
@@ -143,6 +158,36 @@ def write_pipeline(
         )
     atomic_write(path, text.encode())
     return path
+
+
+def read_steps(text: str) -> int | str:
+    """Returns the length of a training: a number of steps, or epochs.
+
+    Raises:
+        SpecError: It is neither.
+    """
+    try:
+        return TypeAdapter(Steps).validate_python(int(text) if text.isdecimal() else text, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise SpecError(
+            f"invalid number {text!r}", where="--steps", allowed=problem[0].lower() + problem[1:]
+        ) from error
+
+
+def _located(init: str) -> str:
+    """Returns `name@ref` unchanged, and a file as an absolute path.
+
+    Raises:
+        SpecError: It is neither.
+    """
+    if REGISTERED.fullmatch(init):
+        return init
+    if not Path(init).is_file():
+        raise SpecError(
+            f"{init!r} is neither a file nor a registered adapter", where="--init", allowed="a file, or NAME@VERSION"
+        )
+    return json.dumps(str(Path(init).resolve()))
 
 
 def _explain(defaults: TrainingDefaults, name: str) -> str:

@@ -1,6 +1,7 @@
-"""Keeps cache keys stable when a spec gets new settings. Must not import torch.
+"""Keeps cache keys stable when a spec gets new settings, or has some without effect. Must not import torch.
 
-Specs of all layers mark settings with `AddedLater`; `tasks.job` makes cache keys of what `without_later` returns.
+Specs of all layers mark settings with `AddedLater` and `NoEffect`; `tasks.job` makes cache keys of what `key_form`
+returns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,37 @@ class AddedLater:
     """
 
 
+@dataclass(frozen=True)
+class NoEffect:
+    """Marks a setting that changes no byte of the adapter, such as `validate_every`.
+
+    Cache keys hold its default whatever its value, so a change of it neither repeats nor restarts a step.
+
+    Attributes:
+        is_visible: True if the result has something that the setting asks for, such as a curve.
+    """
+
+    is_visible: bool = True
+
+
+def key_form(model: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a dump of a model for a cache key, at every level.
+
+    Settings marked `AddedLater` are left out at their defaults; those marked `NoEffect` have their defaults.
+
+    Args:
+        model: The model.
+        dumped: `model.model_dump(mode="json")`, or a part of its fields.
+    """
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(model).model_fields.items()
+        if name in dumped and _is_marked(model, name, NoEffect)
+    }
+    neutral = model.model_copy(update=defaults)
+    return without_later(neutral, {**dumped, **neutral.model_dump(mode="json", include=set(defaults))})
+
+
 def without_later(model: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a dump of a model without the settings `AddedLater` that have their defaults, at every level.
 
@@ -31,10 +63,22 @@ def without_later(model: BaseModel, dumped: Mapping[str, Any]) -> dict[str, Any]
     stable = {}
     for name, value in dumped.items():
         setting, declared = getattr(model, name), type(model).model_fields[name]
-        later = any(isinstance(item, AddedLater) for item in declared.metadata)
-        if not later or setting != declared.get_default(call_default_factory=True):
+        if not _is_marked(model, name, AddedLater) or setting != declared.get_default(call_default_factory=True):
             stable[name] = _without_later(setting, value)
     return stable
+
+
+def names_without_effect(model: type[BaseModel], *, visible: bool = False) -> set[str]:
+    """Returns the names of the settings marked `NoEffect`; with `visible`, of those that ask for something."""
+    marks = {
+        name: [item for item in field.metadata if isinstance(item, NoEffect)]
+        for name, field in model.model_fields.items()
+    }
+    return {name for name, found in marks.items() if found and (found[0].is_visible or not visible)}
+
+
+def _is_marked(model: BaseModel, name: str, mark: type) -> bool:
+    return any(isinstance(item, mark) for item in type(model).model_fields[name].metadata)
 
 
 def _without_later(setting: Any, dumped: Any) -> Any:

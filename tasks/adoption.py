@@ -88,7 +88,16 @@ def _find_settings_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[st
     completed = job.spec.with_settings(recorded)
     before = dict(recorded) if completed is None else completed.own_settings()
     # The fingerprint decides about the base, not its name.
-    yield from _differences(before | {"base": None}, job.spec.own_settings() | {"base": None})
+    ignored = dict.fromkeys(("base", *job.spec.without_effect()))
+    yield from _differences(before | ignored, job.spec.own_settings() | ignored)
+
+
+def find_unmet(job: Job, source: Execution) -> list[str]:
+    """Returns what the settings ask for and an earlier result lacks, such as saved adapters, in words."""
+    recorded = source.settings.get("settings", {})
+    current = job.spec.own_settings()
+    wanted = {name: current[name] for name in job.spec.without_effect(visible=True) if current[name]}
+    return _differences({name: recorded.get(name) for name in wanted}, wanted)
 
 
 def _find_base_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[str]:

@@ -39,14 +39,16 @@ NO_RESULT = "no earlier result"
 
 
 def find_hit(
-    job: Job, key: str, home: Home, store: Store, lineage: Lineage, verified: set[str] | None = None
+    job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, verified: set[str] | None = None
 ) -> tuple[Outcome | None, str]:
-    """Returns the verified cached result for a key, or None and the reason.
+    """Returns the verified cached result of a step, or None and the reason.
 
     Reads every byte of the artifact, and restarts its grace period for garbage collection if the home is writable.
     Skips blobs whose digests are in `verified`, and adds to it those that are intact.
     """
-    ref = lineage.find_cached(key)
+    ref, earlier = lineage.find_cached(job.key(inputs)), job.earlier_key(inputs)
+    if ref is None and earlier is not None:
+        ref = lineage.find_cached(earlier)
     if ref is None:
         return None, NO_RESULT
     return verify_result(job, ref, home, store, verified)
@@ -88,9 +90,9 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
             _refuse_if_stopped(job.name)
             refuse_revoked(inputs, lineage, f"step {job.name!r}")
             with home.lock(execution.key):
-                hit = None if force else find_hit(job, execution.key, home, store, lineage)[0]
+                hit = None if force else find_hit(job, inputs, home, store, lineage)[0]
                 if hit is None:
-                    return _run(job, inputs, home, store, lineage, execution)
+                    return _run(job, inputs, home, store, lineage, execution, force=force)
             _record_hit(job, hit, execution, lineage)
         except BaseException as error:
             redact_error(error)  # Prefect stores its text
@@ -106,9 +108,11 @@ def record_hit(job: Job, inputs: Inputs, hit: Outcome, lineage: Lineage, run_id:
     _record_hit(job, hit, describe_execution(job, inputs, run_id), lineage)
 
 
-def _run(job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, execution: Execution) -> Outcome:
+def _run(
+    job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, execution: Execution, *, force: bool
+) -> Outcome:
     publish(StepEvent(job.name, "started"))
-    outcome, compute = _work(job, inputs, home, store, execution)
+    outcome, compute = _work(job, inputs, home, store, execution, force=force)
     user_files = _store_files(job, store)
     if not job.files_are_current():
         raise DataError(
@@ -142,7 +146,9 @@ def _record_failure(job: Job, error: BaseException, execution: Execution, lineag
         _log.warning("cannot record the failure of step %r: %s", job.name, second)
 
 
-def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Execution) -> tuple[Outcome, dict[str, Any]]:
+def _work(
+    job: Job, inputs: Inputs, home: Home, store: Store, execution: Execution, *, force: bool
+) -> tuple[Outcome, dict[str, Any]]:
     work = home.work / execution.key
     # Remove partial results of an earlier attempt; the step's own folder `kept` remains.
     out, inputs_folder = work / "out", work / "inputs"
@@ -168,6 +174,9 @@ def _work(job: Job, inputs: Inputs, home: Home, store: Store, execution: Executi
         progress=_progress(job.name),
         excluded=job.excluded,
         concurrency=job.concurrency,
+        key=execution.key,
+        origin=job.origin(inputs),
+        force=force,
     )
     if job.spec.timeout is None:
         job.kind.work(job.spec, context)

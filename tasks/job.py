@@ -75,6 +75,17 @@ class Job:
         """Returns the cache key: equal keys mean equal results."""
         return sha256_bytes(canonical_json(self.key_parts(inputs)))
 
+    def earlier_key(self, inputs: Inputs) -> str | None:
+        """Returns the cache key of releases before 0.4 if it differs."""
+        parts, settings = self.key_parts(inputs), self.spec.earlier_key_settings()
+        if settings == parts["settings"]:
+            return None
+        return sha256_bytes(canonical_json({**parts, "settings": settings}))
+
+    def origin(self, inputs: Inputs) -> str:
+        """Returns a digest of everything that the result depends on except the settings."""
+        return sha256_bytes(canonical_json({**self.key_parts(inputs), "settings": None}))
+
     def key_parts(self, inputs: Inputs) -> dict[str, Any]:
         """Returns what the cache key is the digest of; JSON values.
 

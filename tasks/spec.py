@@ -9,18 +9,29 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_engine.settings import without_later
+from lora_engine.settings import key_form, names_without_effect, without_later
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
 """Reference to a registered adapter: `name@version` or `name@alias`."""
+STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+"""Name of a step."""
+
+
+def is_path(value: str) -> bool:
+    """Returns True if a reference is neither the name of a step nor a registered adapter."""
+    return not (REGISTERED.fullmatch(value) or STEP_NAME.fullmatch(value))
 
 
 @dataclass(frozen=True)
 class Input:
-    """Marks a field whose value names a step, or a registered adapter, that produces an artifact of this kind."""
+    """Marks a field whose value names a step, or a registered adapter, that produces an artifact of this kind.
+
+    With `or_file`, a value that is no such name is the path of a file, as if marked `External("file", kept=True)`.
+    """
 
     kind: str
+    or_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ class StepSpec(BaseModel):
             value = getattr(self, field)
             names = [] if value is None else [value] if isinstance(value, str) else value
             for name in names:
-                yield field, name, marker.kind
+                if not (marker.or_file and is_path(name)):
+                    yield field, name, marker.kind
 
     def externals(self) -> Iterator[tuple[str, str, Literal["file", "folder"]]]:
         """Yields (field, path as written, file or folder) for each path that is set."""
@@ -60,24 +72,45 @@ class StepSpec(BaseModel):
             value = getattr(self, field)
             if value is not None:
                 yield field, value, marker.what
+        for field in self._files_by_input():
+            yield field, getattr(self, field), "file"
 
     def kept_files(self) -> dict[str, str]:
         """Returns field -> path as written, of the files that the store keeps."""
         fields = [field for field, marker in _marked(type(self), External) if marker.kept]
+        fields += self._files_by_input()
         return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
+
+    def _files_by_input(self) -> list[str]:
+        markers = [field for field, marker in _marked(type(self), Input) if marker.or_file]
+        return [field for field in markers if getattr(self, field) is not None and is_path(getattr(self, field))]
 
     def own_settings(self) -> dict[str, Any]:
         """Returns the settings: all fields but references, paths and `timeout`."""
         return self.model_dump(mode="json", exclude=self._outside())
 
     def key_settings(self) -> dict[str, Any]:
-        """Returns the settings that enter the cache key: those `AddedLater` only if they differ from their defaults.
+        """Returns the settings that enter the cache key; see `key_form`.
 
-        The base is left out too, because its fingerprint enters the key.
+        The base is left out, because its fingerprint enters the key.
         """
+        settings = key_form(self, self.own_settings())
+        settings.pop("base", None)
+        return settings
+
+    def earlier_key_settings(self) -> dict[str, Any]:
+        """Returns the settings in the cache keys of releases before 0.4: settings without effect have their values."""
         settings = without_later(self, self.own_settings())
         settings.pop("base", None)
         return settings
+
+    @classmethod
+    def without_effect(cls, *, visible: bool = False) -> set[str]:
+        """Returns the names of the settings that change no byte of the result's main file.
+
+        With `visible`, only of those that ask for something beside it.
+        """
+        return names_without_effect(cls, visible=visible)
 
     def with_settings(self, recorded: Mapping[str, Any]) -> Self | None:
         """Returns this spec with recorded settings, completed with today's defaults; None if they are not valid now."""

@@ -38,6 +38,9 @@ class Context:
         compute: Filled by a step that computes in another process, with that process's device; for lineage.
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
         stop: Returns True once the step must stop; polled by steps that stop themselves.
+        key: Cache key of the execution.
+        origin: Digest of everything that the result depends on except the settings.
+        force: True if the step runs although its result is cached.
     """
 
     name: str
@@ -54,6 +57,9 @@ class Context:
     compute: dict[str, Any] = field(default_factory=dict)
     concurrency: int | None = None
     stop: Callable[[], bool] = stop_requested
+    key: str = ""
+    origin: str = ""
+    force: bool = False
 
     def folder(self, field: str) -> Path:
         """Returns the folder of a required reference."""
@@ -72,6 +78,7 @@ class Context:
 Work = Callable[[Any, Context], None]
 IsStillValid = Callable[[Home, bytes], bool]
 FindExcluded = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
+DescribeProgress = Callable[[Any, str, Home, str | None], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
 
@@ -91,6 +98,8 @@ class StepKind:
         produces: The kind of its output artifact.
         revision: Part of the cache key; raise it whenever the same inputs give another result.
         work: The function.
+        describe_progress: Takes (spec, digest of everything else that it depends on, home, key of its last execution);
+            returns what a run would continue or lose of earlier ones, for plans. None means nothing.
         revisions: Takes the spec; returns its revision, after a change that gives some specs alone another result. None
             means `revision` for all.
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
@@ -119,6 +128,7 @@ class StepKind:
     entries: Entries | None = None
     stops: bool = False
     revisions: Callable[[Any], int] | None = None
+    describe_progress: DescribeProgress | None = None
 
     def revision_of(self, spec: StepSpec) -> int:
         """Returns the revision for a spec."""
@@ -140,6 +150,7 @@ def step(
     entries: Entries | None = None,
     stops: bool = False,
     revisions: Callable[[Any], int] | None = None,
+    describe_progress: DescribeProgress | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -158,6 +169,7 @@ def step(
             entries,
             stops,
             revisions,
+            describe_progress,
         )
 
     return declare

@@ -94,15 +94,21 @@ def train(
     class_word: Annotated[str, typer.Option("--class", help="Class of the concept, such as star.")],
     base: Annotated[str, typer.Option(help=_BASE)] = "tiny",
     name: Annotated[str | None, typer.Option(help="Adapter name. Default: the trigger.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of training steps. Default: 300.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N", help="Number of training steps, or '10 epochs'. Default: 300.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="Adapter to start from: NAME@REF or a file.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", help="Pipeline file to write. Default: NAME.yaml beside IMAGES.")
     ] = None,
 ) -> None:
     """Write a pipeline file for a folder of images, and run it."""
-    from flows.template import write_pipeline
+    from flows.template import read_steps, write_pipeline
 
-    path = write_pipeline(images, trigger, class_word, base=base, name=name, steps=steps, output=output)
+    length = read_steps(steps) if steps is not None else None
+    path = write_pipeline(images, trigger, class_word, base=base, name=name, steps=length, init=init, output=output)
     print(f"Wrote {path}. To change anything, edit it and run: loraline run {path}")
     run(path)
 
@@ -191,7 +197,8 @@ def _print_plan(plan: Plan) -> None:
     rows = []
     for step in plan.steps:
         action = ("adopted" if step.adoption else "cached") if step.cached else "run"
-        rows.append((step.name, step.job.kind.name, action, "" if action == "cached" else step.reason))
+        reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
+        rows.append((step.name, step.job.kind.name, action, reason))
     print_table(("step", "uses", "action", "reason"), rows)
 
 

@@ -59,14 +59,16 @@ def show(ref: Ref, as_json: Json = False) -> None:
     """Show one version: recipe, metrics, gates, parents, card."""
     from flows.cli.output import print_facts, print_json, print_table
     from registry.versions.versions import Versions
+    from tasks.operations.export_adapter import list_readable
     from tasks.operations.promote import find_version
     from tasks.operations.rights import describe_rights
 
     versions = Versions(open_home())
     version = find_version(versions, ref)
     rights = describe_rights(versions, version)
+    saved = list_readable(versions, version)
     if as_json:
-        print_json(describe(version, details=True) | {"rights": rights})
+        print_json(describe(version, details=True) | {"rights": rights, "saved": saved})
         return
     print_facts(
         [
@@ -96,8 +98,15 @@ def show(ref: Ref, as_json: Json = False) -> None:
             for name, metric in version.metrics.items()
         ]
         print_table(("metric", "base", "adapter", "difference", "better"), rows)
+    if saved:
+        rows = [(entry["step"], _loss(entry["validation_loss"]), entry["file"]) for entry in saved]
+        print_table(("saved at step", "validation loss", "file"), rows)
     if version.params:
         print_table(("recipe", ""), sorted(version.params.items()))
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def report(
@@ -134,6 +143,9 @@ def export(
     rank: Rank = None,
     energy: Energy = None,
     with_records: Annotated[bool, typer.Option(help="Include its documents and the registered file.")] = False,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Training step of a saved adapter. Default: the final one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a registered adapter, verified, to another program's format."""
@@ -144,7 +156,7 @@ def export(
 
     approximation = {"rank": rank, "energy": energy} if approximate else None
     home = open_home()
-    result = export_version(home, ref, to, output, base=base, dtype=dtype, approximation=approximation)
+    result = export_version(home, ref, to, output, base=base, dtype=dtype, approximation=approximation, step=step)
     documents = []
     if with_records:
         folder = records_beside(output)

@@ -29,8 +29,8 @@ from lora_engine.lean import collection_paused, optional_hidden
 
 INTERRUPTED = 130
 _INTERVAL = 0.2
-_OPTIONAL_FOLDERS = ("cache", "class_dataset", "embedder")
-"""Optional folders of a job."""
+_OPTIONAL_PATHS = ("cache", "class_dataset", "embedder", "init", "state")
+"""Optional folders and files of a job."""
 
 
 def main(arguments: list[str]) -> int:
@@ -60,7 +60,8 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
             settings = TrainSettings.model_validate(job["settings"])
             dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
             base = str(job["base"])
-            folders = {name: Path(job[name]) if job.get(name) else None for name in _OPTIONAL_FOLDERS}
+            paths = {name: Path(job[name]) if job.get(name) else None for name in _OPTIONAL_PATHS}
+            origin, fresh = str(job.get("origin", "")), bool(job.get("fresh"))
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise SettingsError(f"invalid job ({error!r})", where=str(path)) from error
         # A missing base is reported before the imports, which take seconds.
@@ -70,7 +71,23 @@ def _run(path: Path, stopped: threading.Event, channel: TextIO) -> int:
             importlib.import_module(source.module)
             from lora_engine.training.run import train
 
-        train(settings, base, dataset, out, work, **folders, progress=_ProgressWriter(channel), stop=stopped.is_set)
+        progress = _ProgressWriter(channel)
+        train(
+            settings,
+            base,
+            dataset,
+            out,
+            work,
+            cache=paths["cache"],
+            class_dataset=paths["class_dataset"],
+            embedder=paths["embedder"],
+            init=paths["init"],
+            state=paths["state"],
+            origin=origin,
+            fresh=fresh,
+            progress=progress,
+            stop=stopped.is_set,
+        )
     except OSError as error:
         _send_error(channel, TrainingError(f"a file cannot be read or written ({error})"))
         return 1

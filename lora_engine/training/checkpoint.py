@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from torch import Tensor
 from lora_engine.errors import AdapterError, NonFiniteError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.finite import check_finite
+from lora_engine.training.checkpoint_files import KEY, NAME, CheckpointFile, list_checkpoints, newest_first, step_of
 
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.safetensors")
-_KEY = "loraline.checkpoint"
 _KEEP = 2
 
 
@@ -34,10 +32,12 @@ class Checkpoint:
     Attributes:
         tensors: Tensors by name; owned by the caller of `load`.
         facts: JSON values.
+        folder: Folder that it was read from; None for one that was not.
     """
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+    folder: Path | None = None
 
 
 class Checkpoints:
@@ -45,14 +45,18 @@ class Checkpoints:
 
     Args:
         folder: Folder of the files; created by the first write.
-        job: Digest of everything that the job depends on; checkpoints of other jobs are ignored.
+        job: Digest of everything that the steps depend on except their rates; checkpoints of other jobs are ignored.
+        others: Folders of other runs, whose checkpoints are read and never written.
+        about: Facts to add to every checkpoint.
     """
 
-    def __init__(self, folder: Path, job: str) -> None:
-        self._folder, self._job = folder, job
+    def __init__(
+        self, folder: Path, job: str, others: Sequence[Path] = (), about: Mapping[str, Any] | None = None
+    ) -> None:
+        self._folder, self._job, self._others, self._about = folder, job, tuple(others), dict(about or {})
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint, then deletes all but the newest two.
+        """Writes a checkpoint, then deletes all but the newest two of this job, and those of other jobs.
 
         Raises:
             NonFiniteError: A value is NaN or infinite; older checkpoints are untouched.
@@ -62,45 +66,44 @@ class Checkpoints:
             check_finite(checkpoint.tensors, f"{self._folder}: step {step}")
         except AdapterError as error:
             raise NonFiniteError(error.problem, where=error.where, remedy="lower the learning rate") from error
-        facts = canonical_json({"job": self._job, **checkpoint.facts}).decode()
+        facts = canonical_json({"job": self._job, **self._about, **checkpoint.facts}).decode()
         plain = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-        content = safetensors.torch.save(plain, metadata={_KEY: facts})
+        content = safetensors.torch.save(plain, metadata={KEY: facts})
         name = f"step-{step:08d}-{sha256_bytes(content)[:16]}.safetensors"
         atomic_write(self._folder / name, content)
-        for path in self._newest_first()[_KEEP:]:
+        # Steps beyond this one are of other settings: a run that continues starts from the newest one it can use.
+        older = [path for path in newest_first([self._folder]) if path.name != name and step_of(path) <= step]
+        beyond = [path for path in newest_first([self._folder]) if step_of(path) > step]
+        for path in (*beyond, *older[_KEEP - 1 :]):
             path.unlink(missing_ok=True)
 
-    def load(self) -> Checkpoint | None:
-        """Returns the newest intact checkpoint of this job, or None."""
-        for path in self._newest_first():
-            checkpoint = self._read(path)
-            if checkpoint is not None:
-                return checkpoint
+    def load(self, usable: Callable[[CheckpointFile], bool] = lambda file: True) -> Checkpoint | None:
+        """Returns the newest intact checkpoint of this job, or None.
+
+        Args:
+            usable: Takes a checkpoint of this job; returns True if the run can continue from it.
+        """
+        for file in list_checkpoints([self._folder, *self._others]):
+            if file.facts.get("job") != self._job:
+                _log.info("skipped checkpoint %s: it belongs to another job", file.path)
+            elif usable(file):
+                checkpoint = read_checkpoint(file.path)
+                if checkpoint is not None:
+                    return checkpoint
         return None
 
-    def _newest_first(self) -> list[Path]:
-        steps = [(int(match[1]), path) for path, match in self._files()]
-        return [path for _, path in sorted(steps, reverse=True)]
 
-    def _files(self) -> list[tuple[Path, re.Match[str]]]:
-        if not self._folder.is_dir():
-            return []
-        pairs = ((path, _NAME.fullmatch(path.name)) for path in self._folder.iterdir())
-        return [(path, match) for path, match in pairs if match]
-
-    def _read(self, path: Path) -> Checkpoint | None:
-        match = _NAME.fullmatch(path.name)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            _log.warning("skipped checkpoint %s: cannot be read (%s)", path, error)
-            return None
-        if match is None or sha256_bytes(content)[:16] != match[2]:
-            _log.warning("skipped checkpoint %s: its content does not match its digest", path)
-            return None
-        length = int.from_bytes(content[:8], "little")
-        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_KEY])
-        if facts.pop("job") != self._job:
-            _log.info("skipped checkpoint %s: it belongs to another job", path)
-            return None
-        return Checkpoint(safetensors.torch.load(content), facts)
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """Reads a checkpoint; returns None, with a warning, if it is damaged."""
+    match = NAME.fullmatch(path.name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        _log.warning("skipped checkpoint %s: cannot be read (%s)", path, error)
+        return None
+    if match is None or sha256_bytes(content)[:16] != match[2]:
+        _log.warning("skipped checkpoint %s: its content does not match its digest", path)
+        return None
+    length = int.from_bytes(content[:8], "little")
+    facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+    return Checkpoint(safetensors.torch.load(content), facts, path.parent)

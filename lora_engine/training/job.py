@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_engine.adapters import Adapter, Attachment, attach
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.source import resolve_base
+from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import InterruptedRun, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes
-from lora_engine.formats import Bundle
+from lora_engine.formats import Bundle, Card
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
-from lora_engine.training.checkpoint import Checkpoints
+from lora_engine.settings import without_later
+from lora_engine.training.checkpoint import Checkpoint, Checkpoints
+from lora_engine.training.continuing import EPOCH, ORIGIN
 from lora_engine.training.device import compile_network, prepare_network
 from lora_engine.training.distributed import ProcessGroup, ReadOnlyCheckpoints
 from lora_engine.training.examples import Encoder, Example, text_encoder
 from lora_engine.training.identity import identity_loss
 from lora_engine.training.images import TrainingImages, class_images, read_images
 from lora_engine.training.init import init_adapter, init_embeddings
-from lora_engine.training.loop import FitOptions, History, fit
+from lora_engine.training.initial import InitialAdapter, read_initial
+from lora_engine.training.loop import History, fit, rates_of
 from lora_engine.training.losses import LossTerm
 from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.record import card_of
+from lora_engine.training.resolve import count_epoch, fit_options, in_steps
 from lora_engine.training.samples import SampleWriter
+from lora_engine.training.saved import SavedAdapters
 from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.continuing import fixed_settings
+from lora_engine.training.states import StateFolder, WarmStart, find_optimizer_state
 from lora_engine.training.validation import image_losses
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A mean over pixels makes gradients underflow float16. A power of two is exact.
-_FP16_LOSS_SCALE = 4096.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a training.
+
+    Attributes:
+        bundle: The adapter with its card and learned tokens.
+        history: Losses and rates.
+        trained_on: Digests of the user's images that were trained on.
+        saved: Step and validation loss of each adapter that was saved on the way.
+    """
+
+    bundle: Bundle
+    history: History
+    trained_on: Sequence[str]
+    saved: Sequence[tuple[int, float | None]] = ()
 
 
 @dataclass(frozen=True)
@@ -61,21 +84,31 @@ class TrainingJob:
     stop: Callable[[], bool]
     group: ProcessGroup
     out: Path
+    init: Path | None
+    state: StateFolder
 
-    def run(self, base_name: str) -> tuple[Bundle, History]:
-        """Prepares, attaches and fits; returns the adapter with its card and learned tokens, and the history."""
-        settings = self.settings
-        require_optimizer(settings.rates.optimiser.name)
+    def run(self, base_name: str) -> TrainingResult:
+        """Prepares, attaches and fits."""
+        require_optimizer(self.settings.rates.optimiser.name)
         source = resolve_base(base_name)
         manifest = Manifest.load(self.dataset)
-        examples, heldout = read_images(settings, self.dataset, manifest)
+        examples, heldout = read_images(self.settings, self.dataset, manifest)
+        settings = in_steps(self.settings, count_epoch(self.settings, examples))
+        return replace(self, settings=settings)._run(source, manifest, examples, heldout)
+
+    def _run(
+        self, source: BaseSource, manifest: Manifest, examples: tuple[Example, ...], heldout: tuple[Example, ...]
+    ) -> TrainingResult:
+        settings = self.settings
         self._check()
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
         base = load_base(source, device=self.group.device, dtype=dtype, quantise=quantise)
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout))
-        initial = init_adapter(base, settings)
-        tokens = init_embeddings(base, settings, manifest, examples)
+        initial = read_initial(self.init, base) if self.init else None
+        warm = find_optimizer_state(settings, initial.sha256 if initial else None, self.state)
+        adapter = init_adapter(base, settings, initial)
+        tokens = init_embeddings(base, settings, manifest, examples, initial)
         encoder = Encoder(base, self.cache, settings.captions, settings.seed)
         with self.group.main_process_first():
             classes = class_images(
@@ -91,75 +124,104 @@ class TrainingJob:
             images = TrainingImages(examples, classes, heldout)
             texts = [""] if settings.caption_dropout else []
             encoder.prepare(images.examples, texts, self._check, unaugmented=(*images.classes, *images.heldout))
-        adapter, embeddings, history = self._fit(base, initial, tokens, encoder, images, manifest)
-        return Bundle(adapter, card_of(settings, base, manifest), embeddings), history
+        others = self.class_dataset is not None
+        card = card_of(settings, base, manifest, classes, has_class_dataset=others, initial=initial)
+        prepared = _Prepared(base, adapter, tokens, encoder, images, manifest, card, initial, warm)
+        return self._fit(prepared)
 
-    def _fit(
-        self,
-        base: BaseModel,
-        initial: Adapter,
-        tokens: tuple[Embedding, ...],
-        encoder: Encoder,
-        images: TrainingImages,
-        manifest: Manifest,
-    ) -> tuple[Adapter, tuple[Embedding, ...], History]:
-        settings = self.settings
-        trains_text = bool(tokens) or any(name.startswith("text_encoder") for name in initial.modules)
-        conditioner = text_encoder(base, settings.captions) if trains_text else encoder.conditioning
-        group, digest = self.group, self._digest(base, images)
+    def _fit(self, prepared: _Prepared) -> TrainingResult:
+        settings, base, images = self.settings, prepared.base, prepared.images
+        group, method, options = self.group, methods[settings.method.name], fit_options(settings, images)
         with ExitStack() as stack:
-            attachment = stack.enter_context(attach(base, initial, trainable=True)) if initial.modules else None
-            attached_tokens = stack.enter_context(attach_embeddings(base, tokens, trainable=True))
+            adapter = prepared.adapter
+            attachment = stack.enter_context(attach(base, adapter, trainable=True)) if adapter.modules else None
+            attached_tokens = stack.enter_context(attach_embeddings(base, prepared.tokens, trainable=True))
             compile_network(base, settings.running)
-            context = MethodContext(
-                base=base,
-                settings=settings,
-                parameters=dict(attachment.named_parameters()) if attachment else {},
-                examples=images.examples,
-                class_examples=images.classes,
-                latents=encoder.latents,
-                conditioner=conditioner,
-                adapter_dropout=attachment.adapter_dropout if attachment else lambda share, seed: nullcontext(),
-                limit_norms=attachment.limit_norms if attachment else None,
-                tokens=dict(attached_tokens.named_parameters()),
-                adapter_disabled=lambda: _adapter_disabled(attachment),
-                teacher=encoder.conditioning,
-                trigger=manifest.trigger,
-                class_word=manifest.class_word,
-                extra_terms=self._extra_terms(base, images),
-            )
-            samples = self._samples(base, digest)
-            method = methods[settings.method.name]
+            context = self._context(prepared, attachment, dict(attached_tokens.named_parameters()))
+            phases = [group.phase(phase) for phase in method.phases(context)]
+            job = self._digest(base, images, prepared.initial)
+            run = sha256_bytes(canonical_json([job, [rates.to_json() for rates in rates_of(phases, options)]]))
+
+            def current() -> tuple[Adapter, tuple[Embedding, ...]]:
+                exported = attachment.adapter().to(device="cpu").to_export() if attachment else adapter
+                return exported, attached_tokens.embeddings()
+
+            samples, saved = self._samples(base, run), self._saved(current, prepared.card, run)
             history = fit(
-                [group.phase(phase) for phase in method.phases(context)],
+                phases,
                 base.modules.values(),
-                _options(settings),
-                checkpoints=(Checkpoints if group.is_main_process else ReadOnlyCheckpoints)(
-                    self.work / "checkpoints", digest
-                ),
-                validate=lambda: _mean(
-                    image_losses(
-                        base,
-                        encoder.latents,
-                        conditioner,
-                        images.heldout,
-                        seed=settings.seed,
-                        transform=method.validation(base, settings),
-                    )
-                ),
+                options,
+                checkpoints=self._checkpoints(job, {"run": run, **self._about(images)}),
+                validate=lambda: self._validate(prepared, context),
                 progress=self.progress if group.is_main_process else no_progress,
                 stop=lambda: group.any(self.stop()),
                 average=group.average,
                 observe=samples.draw if samples else lambda done: None,
+                save_weights=saved.save if saved else lambda done, loss: None,
+                continue_from=lambda checkpoint, done: _take_over(checkpoint, done, samples, saved),
+                begin=prepared.warm.restore if prepared.warm else lambda optimizer: None,
             )
             if samples:
                 samples.copy(self.out)
-            adapter = attachment.adapter().to(device="cpu").to_export() if attachment else initial
-            return adapter, attached_tokens.embeddings(), history
+            files = saved.copy(self.out, settings.total_steps) if saved else ()
+            result, embeddings = current()
+        trained_on = sorted({image.sha256 for image in prepared.manifest.of_split("train")})
+        return TrainingResult(Bundle(result, prepared.card, embeddings), history, trained_on, files)
 
-    def _samples(self, base: BaseModel, digest: str) -> SampleWriter | None:
+    def _checkpoints(self, job: str, about: Mapping[str, Any]) -> Checkpoints:
+        kind = Checkpoints if self.group.is_main_process else ReadOnlyCheckpoints
+        return kind(self.state.checkpoints, job, self.state.others, about)
+
+    def _validate(self, prepared: _Prepared, context: MethodContext) -> float:
+        """Returns the mean validation loss of the held-out images."""
+        settings, base = self.settings, prepared.base
+        losses = image_losses(
+            base,
+            prepared.encoder.latents,
+            context.conditioner,
+            prepared.images.heldout,
+            seed=settings.seed,
+            transform=methods[settings.method.name].validation(base, settings),
+        )
+        return sum(losses) / len(losses)
+
+    def _context(
+        self, prepared: _Prepared, attachment: Attachment | None, tokens: dict[str, torch.nn.Parameter]
+    ) -> MethodContext:
+        base, encoder, images, manifest = prepared.base, prepared.encoder, prepared.images, prepared.manifest
+        trains_text = bool(tokens) or any(name.startswith("text_encoder") for name in prepared.adapter.modules)
+        return MethodContext(
+            base=base,
+            settings=self.settings,
+            parameters=dict(attachment.named_parameters()) if attachment else {},
+            examples=images.examples,
+            class_examples=images.classes,
+            latents=encoder.latents,
+            conditioner=text_encoder(base, self.settings.captions) if trains_text else encoder.conditioning,
+            adapter_dropout=attachment.adapter_dropout if attachment else lambda share, seed: nullcontext(),
+            limit_norms=attachment.limit_norms if attachment else None,
+            tokens=tokens,
+            adapter_disabled=lambda: _adapter_disabled(attachment),
+            teacher=encoder.conditioning,
+            trigger=manifest.trigger,
+            class_word=manifest.class_word,
+            extra_terms=self._extra_terms(base, images),
+        )
+
+    def _about(self, images: TrainingImages) -> dict[str, Any]:
+        """Returns what checkpoints say about the run, for plans."""
+        settings = without_later(self.settings, self.settings.model_dump(mode="json"))
+        return {"settings": settings, EPOCH: count_epoch(self.settings, images.examples), ORIGIN: self.state.origin}
+
+    def _samples(self, base: BaseModel, run: str) -> SampleWriter | None:
         samples = self.settings.samples if self.group.is_main_process else None
-        return SampleWriter(base, samples, self.work / "samples", digest) if samples else None
+        return SampleWriter(base, samples, self.state.folder / "samples", run) if samples else None
+
+    def _saved(
+        self, current: Callable[[], tuple[Adapter, tuple[Embedding, ...]]], card: Card, run: str
+    ) -> SavedAdapters | None:
+        every = self.settings.save_every if self.group.is_main_process else 0
+        return SavedAdapters(current, card, self.state.folder / "saved", run, every) if every else None
 
     def _extra_terms(self, base: BaseModel, images: TrainingImages) -> tuple[LossTerm, ...]:
         identity = self.settings.method.identity
@@ -183,39 +245,47 @@ class TrainingJob:
 
     def _report_drawn(self, number: int) -> None:
         self._check()
-        self.progress(0, self.settings.steps, {"class_pictures": float(number)})
+        self.progress(0, self.settings.total_steps, {"class_pictures": float(number)})
 
     def _check(self) -> None:
         if self.stop():
             raise InterruptedRun("stopped during preparation; finished parts are kept")
 
-    def _digest(self, base: BaseModel, images: TrainingImages) -> str:
+    def _digest(self, base: BaseModel, images: TrainingImages, initial: InitialAdapter | None) -> str:
+        """Returns a digest of everything that the steps depend on, except their rates."""
+        settings = without_later(self.settings, self.settings.model_dump(mode="json"))
         job = {
-            "format": 2,
-            "settings": self.settings.model_dump(mode="json"),
+            "format": 3,
+            "settings": fixed_settings(settings),
             "base": base.fingerprint,
             "device": base.device.type,
-            "pictures": [[example.identity() for example in group] for group in images.groups],
+            "pictures": [[example.identity() for example in group] for group in (images.examples, images.classes)],
+            "init": initial and initial.sha256,
+            "origin": self.state.origin,
         }
         return sha256_bytes(canonical_json(job))
 
 
-def _options(settings: TrainSettings) -> FitOptions:
-    return FitOptions(
-        schedule=settings.schedule.name,
-        schedule_options=settings.schedule.options(),
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        accumulate=settings.accumulate,
-        checkpoint_every=settings.checkpoint_every,
-        validate_every=settings.validate_every,
-        observe_every=settings.samples.every if settings.samples else 0,
-        optimizer=settings.rates.optimiser.name,
-        optimizer_options=settings.rates.optimiser.options(),
-        ema=settings.rates.ema,
-        loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
-    )
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that a training needs before its first step."""
+
+    base: BaseModel
+    adapter: Adapter
+    tokens: tuple[Embedding, ...]
+    encoder: Encoder
+    images: TrainingImages
+    manifest: Manifest
+    card: Card
+    initial: InitialAdapter | None
+    warm: WarmStart | None
+
+
+def _take_over(checkpoint: Checkpoint, done: int, samples: SampleWriter | None, saved: SavedAdapters | None) -> None:
+    """Copies the samples and saved adapters of the run that the checkpoint is of, up to its step."""
+    for writer, name in ((samples, "samples"), (saved, "saved")):
+        if writer and checkpoint.folder:
+            writer.take_over(checkpoint.folder.parent / name, checkpoint.facts["run"], done)
 
 
 @contextmanager
@@ -235,7 +305,3 @@ def _adapter_disabled(attachment: Attachment | None) -> Iterator[None]:
 def _named(declared: str) -> str:
     """Returns the names of the methods that declare a property."""
     return " or ".join(name for name, method in methods.items() if getattr(method.spec, declared))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.errors import InterruptedRun, NonFiniteError
+from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
+from lora_engine.training.checkpoint_files import CheckpointFile
 from lora_engine.training.determinism import deterministic, gradients_off
 from lora_engine.training.ema import EmaWeights
 from lora_engine.training.optimizer_state import (
@@ -28,7 +29,7 @@ from lora_engine.training.optimizer_state import (
 )
 from lora_engine.training.optimizers import build_optimizer
 from lora_engine.training.phases import Phase
-from lora_engine.training.schedules import rate_factor
+from lora_engine.training.schedules import PhaseRates, RateStage, common_steps
 from lora_engine.training.specs.rates import Ema
 
 _REMEDY = "lower learning_rate, raise warmup, or look for a broken image; the last checkpoint precedes this step"
@@ -39,7 +40,7 @@ class FitOptions:
     """Options of the loop; see `TrainSettings` for their meaning."""
 
     schedule: str = "constant"
-    warmup: int = 0
+    warmup: int | str = 0
     weight_decay: float = 0.0
     clip: float = 1.0
     accumulate: int = 1
@@ -51,6 +52,11 @@ class FitOptions:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     ema: Ema | None = None
     loss_scale: float = 1.0
+    then: tuple[RateStage, ...] = ()
+    """Stages after the last phase's own steps."""
+    save_every: int = 0
+    validated_on: str = ""
+    """Digest of the held-out images; validation losses on others are not continued."""
 
 
 @dataclass
@@ -79,8 +85,13 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     average: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
     observe: Callable[[int], None] = lambda done: None,
+    save_weights: Callable[[int, float | None], None] = lambda done, loss: None,
+    continue_from: Callable[[Checkpoint, int], None] = lambda checkpoint, done: None,
+    begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
 ) -> History:
-    """Runs the phases, resuming from the newest checkpoint if there is one.
+    """Runs the phases, resuming from the newest usable checkpoint if there is one.
+
+    A checkpoint is usable if the first steps of these phases, as many as it has, are the same steps at the same rates.
 
     Args:
         phases: Phases in order. Their parameters are changed in place.
@@ -92,6 +103,10 @@ def fit(
         stop: Polled before every step; True writes a checkpoint and ends the run.
         average: Averages tensors over all processes, in place; a no-op for a single process.
         observe: Called every `observe_every` steps with the steps done, before the checkpoint; must change nothing.
+        save_weights: Called every `save_every` steps with the steps done and the validation loss (None without
+            validation), while the parameters hold what would be written; must change nothing.
+        continue_from: Called with the checkpoint that the run resumes from, and the steps done.
+        begin: Takes the optimizer of the first phase of a run that starts at step 0.
 
     Returns:
         The whole history, including the part before a resume.
@@ -100,13 +115,13 @@ def fit(
         InterruptedRun: `stop` returned True; the checkpoint is written.
         NonFiniteError: NaN or Inf in a loss, a gradient or a weight; the last checkpoint precedes it.
     """
-    run = _Run(phases, options, checkpoints, validate, average, observe)
+    run = _Run(phases, options, checkpoints, validate, average, observe, save_weights)
     devices = {value.device.type for phase in phases for value in phase.parameters.values()}
     with deterministic(enabled=devices <= {"cpu"}), gradients_off(frozen) as frozen_parameters:
-        run.restore()
+        run.restore(continue_from)
         for position in range(run.position, len(phases)):
-            run.enter_phase(position, frozen_parameters)
-            while run.step < phases[position].steps:
+            run.enter_phase(position, frozen_parameters, begin)
+            while run.step < run.rates[position].steps:
                 if stop():
                     run.save()
                     raise InterruptedRun(f"stopped after {run.done} of {run.total} steps; a checkpoint is written")
@@ -126,9 +141,11 @@ class _Run:
         validate: Callable[[], float] | None,
         average: Callable[[Sequence[Tensor]], None],
         observe: Callable[[int], None],
+        save_weights: Callable[[int, float | None], None],
     ) -> None:
-        self._average, self._observe = average, observe
+        self._average, self._observe, self._save_weights = average, observe, save_weights
         self.phases, self.options, self.history = phases, options, History()
+        self.rates = tuple(rates_of(phases, options))
         self.position, self.step = 0, 0
         self._checkpoints, self._validate = checkpoints, validate if options.validate_every else None
         self._values = {name: value for phase in phases for name, value in phase.parameters.items()}
@@ -138,13 +155,18 @@ class _Run:
 
     @property
     def total(self) -> int:
-        return sum(phase.steps for phase in self.phases)
+        return sum(phase.steps for phase in self.rates)
 
     @property
     def done(self) -> int:
-        return sum(phase.steps for phase in self.phases[: self.position]) + self.step
+        return sum(phase.steps for phase in self.rates[: self.position]) + self.step
 
-    def enter_phase(self, position: int, frozen_parameters: Iterable[nn.Parameter]) -> None:
+    def enter_phase(
+        self,
+        position: int,
+        frozen_parameters: Iterable[nn.Parameter],
+        begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
+    ) -> None:
         """Makes the phase's parameters trainable and freezes all others."""
         if position != self.position:
             self.position, self.step = position, 0
@@ -164,13 +186,15 @@ class _Run:
             if self._ema is not None:
                 self._ema.restore(_under("mean/", self._restored.tensors))
             self._restored = None
+        elif not self.done:
+            begin(self._optimizer)
         if not self.history.validation:
             self._record_validation()
 
     def take_step(self) -> dict[str, float]:
         """Takes one optimizer step over `accumulate` batches; returns the values to show."""
         optimizer, phase, accumulate = self._current_optimizer(), self.phases[self.position], self.options.accumulate
-        factor = self._factor(phase)
+        factor = self.rates[self.position].factor(self.step)
         for settings, group in zip(optimizer.param_groups, phase.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
         parts: list[Tensor] = []
@@ -222,8 +246,11 @@ class _Run:
         if _is_due(self.done, self.options.observe_every):
             with self.to_export():
                 self._observe(self.done)
-        if last or _is_due(self.done, self.options.validate_every):
+        if last or self._is_validated(self.done):
             self._record_validation()
+        if _is_due(self.done, self.options.save_every):
+            with self.to_export():
+                self._save_weights(self.done, self._current_loss())
         if last or self.done % self.options.checkpoint_every == 0:
             self.save()
 
@@ -236,30 +263,61 @@ class _Run:
         tensors["history/rate"] = torch.tensor(self.history.rate, dtype=torch.float64)
         if self._ema is not None:
             tensors |= {f"mean/{name}": value for name, value in self._ema.export().items()}
-        state, scalars = export_state(self._current_optimizer())
+        optimizer = self._current_optimizer()
+        state, scalars = export_state(optimizer)
         facts = {
+            "optimizer": self.options.optimizer,
+            "shapes": [[list(value.shape) for value in group["params"]] for group in optimizer.param_groups],
             "position": self.position,
             "step": self.step,
+            "rates": [phase.to_json() for phase in self.rates],
+            "validated_on": self.options.validated_on,
             "validation": [list(entry) for entry in self.history.validation],
             "optimiser": scalars,
         }
         self._checkpoints.save(self.done, Checkpoint({**tensors, **state}, facts))
 
-    def restore(self) -> None:
-        """Restores the newest checkpoint, if there is one."""
-        checkpoint = self._checkpoints.load() if self._checkpoints is not None else None
+    def restore(self, continue_from: Callable[[Checkpoint, int], None]) -> None:
+        """Restores the newest usable checkpoint, if there is one."""
+        checkpoint = self._checkpoints.load(self._is_usable) if self._checkpoints is not None else None
+        self._require_agreement(-1 if checkpoint is None else int(checkpoint.tensors["history/loss"].numel()))
         if checkpoint is None:
             return
         with torch.no_grad():
             for name, value in self._values.items():
                 value.copy_(checkpoint.tensors[f"value/{name}"])
+        self.position, self.step = int(checkpoint.facts["position"]), int(checkpoint.facts["step"])
+        same_images = checkpoint.facts.get("validated_on", "") == self.options.validated_on
+        validation = [(int(step), float(value)) for step, value in checkpoint.facts["validation"] if same_images]
         self.history = History(
             checkpoint.tensors["history/loss"].tolist(),
             checkpoint.tensors["history/rate"].tolist(),
-            [(int(step), float(value)) for step, value in checkpoint.facts["validation"]],
+            # Without the one at the end of a shorter run, which a longer one would not have made.
+            [entry for entry in validation if self._is_validated(entry[0]) or entry[0] == self.total],
         )
-        self.position, self.step = int(checkpoint.facts["position"]), int(checkpoint.facts["step"])
         self._restored = checkpoint
+        continue_from(checkpoint, self.done)
+
+    def _require_agreement(self, done: int) -> None:
+        # Another run may write checkpoints while the processes of this one choose theirs.
+        agreed = torch.tensor([float(done)], device=next(iter(self._values.values())).device)
+        self._average([agreed])
+        if agreed.item() != done:
+            raise TrainingError(
+                f"a process resumes after {done} steps, others after another number", remedy="run it again"
+            )
+
+    def _is_usable(self, file: CheckpointFile) -> bool:
+        before = [PhaseRates.from_json(values) for values in file.facts["rates"]]
+        return file.step <= common_steps(before, self.rates)
+
+    def _is_validated(self, done: int) -> bool:
+        every, options = self.options.validate_every, self.options
+        return bool(every) and (done % every == 0 or _is_due(done, options.save_every))
+
+    def _current_loss(self) -> float | None:
+        latest = self.history.validation[-1] if self.history.validation else (-1, 0.0)
+        return latest[1] if latest[0] == self.done else None
 
     def _record_validation(self) -> None:
         if self._validate is not None:
@@ -272,10 +330,6 @@ class _Run:
         if self._optimizer is None:
             raise RuntimeError("call enter_phase first")
         return self._optimizer
-
-    def _factor(self, phase: Phase) -> float:
-        options = self.options
-        return rate_factor(options.schedule, self.step, phase.steps, options.warmup, **options.schedule_options)
 
     def _gather(self, parts: list[Tensor]) -> None:
         # Unscales the gradients, then averages them and the loss terms over all processes.
@@ -295,6 +349,13 @@ class _Run:
         if not math.isfinite(value):
             step = self.done + 1
             raise NonFiniteError(f"{what} is {value} at step {step} of {self.total}", where="training", remedy=_REMEDY)
+
+
+def rates_of(phases: Sequence[Phase], options: FitOptions) -> Iterator[PhaseRates]:
+    """Yields the rates of each phase: its own stage, and those that follow in the last one."""
+    for number, phase in enumerate(phases, start=1):
+        own = RateStage(phase.steps, options.schedule, dict(options.schedule_options), options.warmup)
+        yield PhaseRates(phase.name, (own, *(options.then if number == len(phases) else ())))
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -7,38 +7,107 @@ from typing import Any
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.manifest import Manifest
+from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.formats import Card
+from lora_engine.settings import names_without_effect, without_later
+from lora_engine.training.examples import Example
+from lora_engine.training.initial import InitialAdapter
 from lora_engine.training.loop import History
-from lora_engine.training.spec import TrainSettings
+from lora_engine.training.prior import prior_prompts
+from lora_engine.training.spec import Prior, TrainSettings
 
 _POINTS = 500
 
 
-def card_of(settings: TrainSettings, base: BaseModel, manifest: Manifest) -> Card:
-    """Returns the card for the adapter's header."""
+def card_of(
+    settings: TrainSettings,
+    base: BaseModel,
+    manifest: Manifest,
+    classes: Sequence[Example] = (),
+    *,
+    has_class_dataset: bool = False,
+    initial: InitialAdapter | None = None,
+) -> Card:
+    """Returns the card for the adapter's header.
+
+    Its recipe has the settings that change the adapter, and under `done` what the settings leave open.
+
+    Args:
+        settings: Settings of the run, with all lengths in steps.
+        base: The base.
+        manifest: The dataset.
+        classes: Class images of prior preservation.
+        has_class_dataset: True if they are from another dataset.
+        initial: The adapter that the training started from.
+    """
+    dumped = settings.model_dump(mode="json", exclude=names_without_effect(TrainSettings))
+    source = "class_dataset" if has_class_dataset else "dataset" if manifest.of_split("class") else "drawn"
+    done: dict[str, Any] = {"class_images": _describe_classes(settings, manifest, classes, source)} if classes else {}
+    done |= {"init": initial.parent} if initial else {}
     return Card(
         title=" ".join(word for word in (manifest.trigger, manifest.class_word) if word),
         base=base.name,
         base_fingerprint=base.fingerprint,
         trigger=manifest.trigger,
         class_word=manifest.class_word,
-        # Samples do not change the adapter, so they must not change its bytes.
-        recipe=settings.model_dump(mode="json", exclude={"samples"}),
-        data=sorted({image.sha256 for image in manifest.of_split("train")}),
+        recipe={
+            **without_later(settings, dumped),
+            **({"done": done} if done else {}),
+            **({"parents": [initial.parent]} if initial else {}),
+        },
+        data=sorted({image.sha256 for image in manifest.of_split("train")} | set(initial.card.data if initial else ())),
         seed=settings.seed,
+        license=initial.card.license if initial else None,
         resolution="{1}x{0}".format(*base.default_size),
         prediction=base.noise.parameterization,
     )
 
 
-def curves_of(history: History, trained_on: Sequence[str]) -> dict[str, Any]:
-    """Returns the content of `training.json`."""
+def _describe_classes(
+    settings: TrainSettings, manifest: Manifest, classes: Sequence[Example], source: str
+) -> dict[str, Any]:
+    """Returns the class images of a run: their number, source, digest and, if the base drew them, how."""
+    prior = settings.class_images or Prior()
+    drawn: dict[str, Any] = {"prompts": list(prior_prompts(prior, manifest.class_word))} if source == "drawn" else {}
+    drawn |= {"steps": prior.steps, "guidance": prior.guidance} if drawn else {}
+    return {
+        "source": source,
+        "count": len(classes),
+        "sha256": sha256_bytes(canonical_json(sorted(example.digest for example in classes))),
+        "weight": prior.weight,
+        "batches": prior.batches,
+        **drawn,
+    }
+
+
+def with_saved(card: Card, step: int, loss: float | None) -> Card:
+    """Returns the card of an adapter that was saved during training, with its step and validation loss."""
+    return card.model_copy(update={"recipe": {**card.recipe, "saved": {"step": step, "validation_loss": loss}}})
+
+
+def curves_of(
+    history: History, trained_on: Sequence[str], saved: Sequence[tuple[int, float | None]] = ()
+) -> dict[str, Any]:
+    """Returns the content of `training.json`.
+
+    Args:
+        history: Losses and rates.
+        trained_on: Digests of the training images.
+        saved: (step, validation loss) of each saved adapter.
+    """
+    entries = [{"step": step, "file": saved_name(step), "validation_loss": loss} for step, loss in saved]
     return {
         "loss": downsample(history.loss),
         "lr": downsample(history.rate),
         "validation_loss": [list(entry) for entry in history.validation],
         "trained_on": list(trained_on),
+        **({"saved": entries} if entries else {}),
     }
+
+
+def saved_name(step: int) -> str:
+    """Returns the path of a saved adapter within the artifact."""
+    return f"saved/step-{step:06d}.safetensors"
 
 
 def downsample(values: Sequence[float]) -> list[list[float]]:

@@ -18,6 +18,7 @@ from lora_engine.training.distributed import process_group
 from lora_engine.training.job import TrainingJob
 from lora_engine.training.record import curves_of
 from lora_engine.training.spec import TrainSettings
+from lora_engine.training.states import StateFolder
 
 ADAPTER = "adapter.safetensors"
 CURVES = "training.json"
@@ -33,6 +34,10 @@ def train(
     cache: FilePath | None = None,
     class_dataset: FilePath | None = None,
     embedder: FilePath | None = None,
+    init: FilePath | None = None,
+    state: FilePath | None = None,
+    origin: str = "",
+    fresh: bool = False,
     progress: Progress = no_progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -49,6 +54,11 @@ def train(
         cache: Folder of encoded images and texts, which runs may share; None uses `work`.
         class_dataset: A folder with a manifest: class images for prior preservation; None lets the base draw them.
         embedder: A folder with the model for `method.identity`; None uses the embedded one.
+        init: An adapter file to start from; None starts with a difference of zero.
+        state: Folder of checkpoints that remain after the run, for longer runs to continue from; its sibling folders
+            are those of other runs. None uses `work`, and continues no other run.
+        origin: Digest of what the run was made from, for plans; stored in checkpoints.
+        fresh: True repeats a finished run from step 0, and continues no other; an interrupted one resumes.
         progress: Called after each step: steps done, total steps, values; while drawing class images, their number.
         stop: Polled often; True writes a checkpoint and ends the run.
 
@@ -69,8 +79,15 @@ def train(
         ):
             precision = choose_precision(settings.precision, group.device)
             settings = settings.model_copy(update={"precision": precision})
-            job = TrainingJob(settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out)
-            bundle, history = job.run(os.fspath(base))
+            states = StateFolder(Path(state) if state else work, shared=state is not None, origin=origin, fresh=fresh)
+            with group.main_process_first():
+                if group.is_main_process:
+                    states.prepare()
+            initial = Path(init) if init else None
+            job = TrainingJob(
+                settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out, initial, states
+            )
+            result = job.run(os.fspath(base))
     except (MemoryError, RuntimeError) as error:
         if _is_not_deterministic(error):
             raise SettingsError(
@@ -89,8 +106,10 @@ def train(
         ) from error
     if not group.is_main_process:
         return
-    atomic_write(out / CURVES, canonical_json(curves_of(history, bundle.card.data)))
+    bundle = result.bundle
+    atomic_write(out / CURVES, canonical_json(curves_of(result.history, result.trained_on, result.saved)))
     write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)
+    states.mark_finished(out / ADAPTER)
 
 
 def _is_not_deterministic(error: BaseException) -> bool:

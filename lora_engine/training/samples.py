@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import write_png
-from lora_engine.files import atomic_write, canonical_json
+from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.inference.generate import generate
+from lora_engine.training.saved import copy_steps
 from lora_engine.training.specs.sample_prompts import SampleRequest
 from lora_engine.training.specs.samples import Samples
 
@@ -30,13 +31,18 @@ class SampleWriter:
         base: Base with the adapter attached.
         samples: Prompts, seeds and sampler settings.
         folder: Folder of the images until the run is finished.
-        job: Digest of everything that the job depends on; samples of other jobs are not reused.
+        run: Digest of everything that the steps of the run depend on; samples of other runs are not reused.
     """
 
     base: BaseModel
     samples: Samples
     folder: Path
-    job: str
+    run: str
+
+    def _folder(self, parent: Path, run: str) -> Path:
+        # Samples at other intervals are the same images.
+        drawn = self.samples.model_dump(mode="json", exclude={"every"})
+        return parent / sha256_bytes(canonical_json({"run": run, "samples": drawn}))[:16]
 
     def __post_init__(self) -> None:
         """Checks that the base can draw every size.
@@ -51,7 +57,7 @@ class SampleWriter:
     def draw(self, done: int) -> None:
         """Draws the samples after so many steps; does nothing if all exist."""
         requests = self.samples.requests()
-        folder = self.folder / self.job[:16] / f"step-{done:06d}"
+        folder = self._folder(self.folder, self.run) / f"step-{done:06d}"
         files = [folder / f"{request.number:02d}-{request.seed}.png" for request in requests]
         if all(file.is_file() for file in files):
             return
@@ -59,10 +65,15 @@ class SampleWriter:
         for file, image in zip(files, images, strict=True):
             write_png(file, image)
 
+    def take_over(self, folder: Path, run: str, done: int) -> None:
+        """Copies the samples of another run, up to a number of steps, which this one continues."""
+        copy_steps(self._folder(folder, run), self._folder(self.folder, self.run), done)
+
     def copy(self, out: Path) -> None:
         """Copies the samples and their settings into the folder `samples` of an artifact."""
-        for file in sorted((self.folder / self.job[:16]).glob("step-*/*.png")):
-            atomic_write(out / _FOLDER / file.parent.name / file.name, file.read_bytes())
+        for file in sorted(self._folder(self.folder, self.run).glob("step-*/*.png")):
+            if int(file.parent.name.removeprefix("step-")) % self.samples.every == 0:
+                atomic_write(out / _FOLDER / file.parent.name / file.name, file.read_bytes())
         atomic_write(out / _FOLDER / ABOUT, canonical_json(self.samples.model_dump(mode="json")))
 
 

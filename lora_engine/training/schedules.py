@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_engine.registries import Registry
+from lora_engine.training.specs.lengths import warmup_steps
 
 Decay = Callable[..., float]
 """(share `x` in [0, 1) of the steps after the warmup, options) -> factor on the highest rate, 0 to 1.
@@ -86,3 +88,75 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: int, **options: An
         return (step + 1) / (warmup + 1)
     after = step - warmup
     return decay(after if schedule in _BY_STEP else after / max(1, steps - warmup), **options)
+
+
+@dataclass(frozen=True)
+class RateStage:
+    """A stretch of steps with one schedule; a phase has one or more of them.
+
+    Attributes:
+        steps: Number of steps.
+        schedule: A name in `schedules`.
+        options: The schedule's own options.
+        warmup: Steps of linear warmup, or a share of the stage such as `10%`.
+        scale: Factor on the highest rates of the run.
+    """
+
+    steps: int
+    schedule: str = "constant"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    warmup: int | str = 0
+    scale: float = 1.0
+
+    def factor(self, step: int) -> float:
+        """Returns the factor on the highest rates of the run in a step of the stage, counted from 0."""
+        warmup = warmup_steps(self.warmup, self.steps)
+        return self.scale * rate_factor(self.schedule, step, self.steps, warmup, **self.options)
+
+
+@dataclass(frozen=True)
+class PhaseRates:
+    """The rates of a phase: its name and its stages in order."""
+
+    name: str
+    stages: tuple[RateStage, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the phase."""
+        return sum(stage.steps for stage in self.stages)
+
+    def factor(self, step: int) -> float:
+        """Returns the factor on the highest rates in a step of the phase, counted from 0."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage.factor(step)
+            step -= stage.steps
+        raise IndexError(f"phase {self.name!r} has {self.steps} steps")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns JSON values, for checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PhaseRates:
+        """Returns the rates of `to_json`."""
+        return cls(values["name"], tuple(RateStage(**stage) for stage in values["stages"]))
+
+
+def common_steps(before: Sequence[PhaseRates], after: Sequence[PhaseRates]) -> int:
+    """Returns how many first steps of two runs with the same other settings are the same steps at the same rates."""
+    total = 0
+    for one, other in zip(before, after, strict=False):
+        if one.name != other.name:
+            break
+        shared = min(one.steps, other.steps)
+        same = shared if one == other else _count_equal(one, other, shared)
+        total += same
+        if same < shared or one.steps != other.steps:
+            break
+    return total
+
+
+def _count_equal(one: PhaseRates, other: PhaseRates, steps: int) -> int:
+    return next((step for step in range(steps) if one.factor(step) != other.factor(step)), steps)

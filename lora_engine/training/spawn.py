@@ -47,7 +47,7 @@ def train_in_child(
     """Runs `lora_engine.training` on a job in a child process, or in `running.processes` of them, and waits.
 
     Args:
-        job: `settings` (of `TrainSettings`, as JSON), `base`, `dataset`, `out`, `work` and, for a shared cache, `cache`
+        job: `settings` (of `TrainSettings`, as JSON), `base`, `dataset`, `out`, `work` and further arguments of `train`
             (paths as text).
         progress: Called with the child's progress.
         python: Python interpreter.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
 from lora_engine.registries import NameOrOptions, spec_union
-from lora_engine.settings import AddedLater
+from lora_engine.settings import AddedLater, NoEffect
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
+from lora_engine.training.specs.continuing import Stage
+from lora_engine.training.specs.lengths import Interval, Steps, Warmup, to_steps
 from lora_engine.training.specs.methods import MethodSpec, Prior, TokenSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
@@ -63,18 +65,18 @@ class TrainSettings(BaseModel):
         norm_limit: Largest Frobenius norm of the change of a layer's weight: after each step, `up` and `down` of a
             larger one are scaled down (sd-scripts' `scale_weight_norms`). For the kinds of `rank_dropout`. None
             disables it.
-        steps: Optimizer steps.
+        steps: Optimizer steps, or epochs such as `10 epochs`. An epoch shows every image once, repeats included.
         batch: Images per forward pass; joint prior preservation adds as many class images.
         learning_rate: Highest learning rate of the schedule.
         schedule: Schedule after the warmup by name, or by name and options (`{name: polynomial, power: 3}`).
-        warmup: Steps of linear warmup.
+        warmup: Steps of linear warmup, epochs, or a share of each phase such as `10%`.
         weight_decay: The optimizer's weight decay.
         clip: Largest gradient norm; 0 disables clipping.
         accumulate: Gradient accumulation: batches per optimizer step.
         seed: Seed of factors, data order, noise and class images.
         caption_dropout: Share of the captions that are emptied, which keeps guidance working.
-        checkpoint_every: Steps between checkpoints.
-        validate_every: Steps between validations on the held-out images; 0 disables validation.
+        checkpoint_every: Steps between checkpoints, or epochs.
+        validate_every: Steps between validations on the held-out images, or epochs; 0 disables validation.
         prior: Class images; None takes the defaults of `Prior` in methods that use class images by default
             (`dreambooth`), and disables them in others.
         precision: Precision of the frozen base; the adapter is always trained in fp32. `auto` is bf16 on a GPU that
@@ -84,6 +86,10 @@ class TrainSettings(BaseModel):
         rates: Optimizer, learning rates of parts, and EMA.
         running: Devices, memory and speed.
         samples: Sample images drawn during training into the artifact's folder `samples`; None draws none.
+        then: Stages after `steps`, each with more steps at another rate or with another schedule.
+        save_every: Steps, or epochs, between adapters that are written into the artifact's folder `saved`; 0 writes
+            none.
+        optimizer_state: True starts with the state of the optimizer that trained `init`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,28 +101,31 @@ class TrainSettings(BaseModel):
     targets: str | list[str] = "attention"
     overrides: dict[str, Override] = {}
     dropout: _Finite = Field(default=0.0, ge=0.0, lt=1.0)
-    steps: int = Field(ge=1, le=10_000_000)
+    steps: Steps
     batch: int = Field(default=4, ge=1, le=4096)
     learning_rate: _Finite = Field(default=1e-3, gt=0.0)
     schedule: AnySchedule = Cosine()
-    warmup: int = Field(default=0, ge=0)
+    warmup: Warmup = 0
     weight_decay: _Finite = Field(default=0.0, ge=0.0)
     clip: _Finite = Field(default=1.0, ge=0.0)
     accumulate: int = Field(default=1, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     caption_dropout: _Finite = Field(default=0.0, ge=0.0, le=1.0)
-    checkpoint_every: int = Field(default=100, ge=1)
-    validate_every: int = Field(default=0, ge=0)
+    checkpoint_every: Annotated[Steps, NoEffect(is_visible=False)] = 100
+    validate_every: Annotated[Interval, NoEffect()] = 0
     prior: Prior | None = None
     precision: Precision = "fp32"
     objective: Objective = Objective()
     captions: Captions = Captions()
     rates: Rates = Rates()
     running: Running = Running()
-    samples: Samples | None = None
+    samples: Annotated[Samples | None, NoEffect()] = None
     rank_dropout: Annotated[_Finite, AddedLater()] = Field(default=0.0, ge=0.0, lt=1.0)
     module_dropout: Annotated[_Finite, AddedLater()] = Field(default=0.0, ge=0.0, lt=1.0)
     norm_limit: Annotated[_Finite | None, AddedLater()] = Field(default=None, gt=0.0, le=1e6)
+    then: Annotated[tuple[Stage, ...], AddedLater(), Field(max_length=100)] = ()
+    save_every: Annotated[Interval, AddedLater(), NoEffect()] = 0
+    optimizer_state: Annotated[bool, AddedLater()] = False
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yields the settings that were set; the others have their defaults."""
@@ -141,6 +150,8 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainSettings:
         self.rates.check(self.schedule, self.learning_rate)
+        for stage in self.then:
+            self.rates.check(stage.schedule, stage.learning_rate or self.learning_rate)
         optimizer = self.rates.optimiser
         if optimizer.finds_rate and isinstance(self.method, TokenSettings):
             raise ValueError(
@@ -157,9 +168,51 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> TrainSettings:
-        if self.warmup >= self.steps and self.warmup:
-            raise ValueError(f"warmup {self.warmup} must be less than steps {self.steps}")
+        self._check_warmups()
         return self
 
+    def _check_warmups(self) -> None:
+        if isinstance(self.steps, int):
+            self._check_warmup("warmup", self.warmup, self.method.phase_steps(self.steps))
+        for number, stage in enumerate(self.then):
+            if isinstance(stage.steps, int):
+                self._check_warmup(f"then.{number}.warmup", stage.warmup, {f"stage {number + 1} of then": stage.steps})
 
+    def _check_warmup(self, name: str, warmup: int | str, phases: Mapping[str, int]) -> None:
+        for phase, steps in phases.items():
+            if isinstance(warmup, int) and warmup >= steps and warmup:
+                where = "" if len(phases) == 1 else f" of phase {phase!r}, which would never reach its rate"
+                raise ValueError(
+                    f"{name} {warmup} must be less than steps {steps}{where}; set a share such as '10%', which "
+                    "scales with the steps"
+                )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all phases and stages; all lengths must be in steps."""
+        return self.steps + sum(stage.steps for stage in self.then)
+
+    def in_steps(self, epoch: int) -> TrainSettings:
+        """Returns the settings with all lengths in steps.
+
+        Args:
+            epoch: Steps of an epoch.
+
+        Raises:
+            ValueError: A warmup does not fit the steps.
+        """
+        changes: dict[str, Any] = {name: to_steps(getattr(self, name), epoch) for name in _LENGTHS}
+        changes["then"] = tuple(
+            stage.model_copy(update={name: to_steps(getattr(stage, name), epoch) for name in ("steps", "warmup")})
+            for stage in self.then
+        )
+        if self.samples is not None:
+            every = to_steps(self.samples.every, epoch)
+            changes["samples"] = self.samples.model_copy(update={"every": every})
+        resolved = self.model_copy(update=changes)
+        resolved._check_warmups()
+        return resolved
+
+
+_LENGTHS = ("steps", "warmup", "checkpoint_every", "validate_every", "save_every")
 __all__ = ["Override", "Prior", "TrainSettings"]

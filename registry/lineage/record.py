@@ -155,6 +155,18 @@ class Lineage:
             ).first()
             return None if row is None else artifact_ref(row)
 
+    def last_attempt(self, name: str, step: str) -> Execution | None:
+        """Returns the latest execution of a step in any run of the named spec, also a failed one; None if none."""
+        with self.database.read() as session:
+            row = session.scalars(
+                select(ExecutionRow)
+                .join(RunRow, RunRow.id == ExecutionRow.run_id)
+                .where(RunRow.name == name, ExecutionRow.step == step)
+                .order_by(ExecutionRow.started_at.desc())
+                .limit(1)
+            ).first()
+            return None if row is None else read_executions(session, [row])[0]
+
     def last_execution(self, name: str, step: str) -> Execution | None:
         """Returns the latest execution with an output of a step in any run of the named spec; None if there is none."""
         with self.database.read() as session:

@@ -50,6 +50,7 @@ def resolve_terms(
         stated[NodeId("artifact", version.artifact.sha256)] += _card_sources(version, licenses)
     for step, settings in ancestry.settings.items():
         stated[NodeId("execution", step)] += _step_sources(settings, licenses)
+        stated[NodeId("execution", step)] += _file_sources(settings, ancestry)
     for origin in ancestry.graph.ids("origin"):
         if origin.startswith(_BASE):
             stated[NodeId("origin", origin)] += _origin_sources(ancestry, origin, licenses)
@@ -103,6 +104,14 @@ def _step_sources(settings: Entry, licenses: Licenses) -> Iterator[Source]:
     name = described.get("label") or (settings.get("settings") or {}).get("base")
     if name:
         yield Source("step", f"base {name}", licenses.terms_of_base(str(name), described.get("fingerprint")))
+
+
+def _file_sources(settings: Entry, ancestry: Ancestry) -> Iterator[Source]:
+    """Yields unknown terms for an adapter that a training started from, if it is the file of no version upstream."""
+    digest = (settings.get("files") or {}).get("init")
+    if digest is not None and digest not in {version.sha256 for version in ancestry.versions}:
+        what = f"init {digest[:12]}, an adapter file that is not registered"
+        yield Source("step", what, unknown(what))
 
 
 def _image_sources(dataset: ArtifactRef, entries: tuple[Entry, ...] | None, licenses: Licenses) -> Iterator[Source]:

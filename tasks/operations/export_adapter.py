@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.entities import AdapterVersion
-from registry.errors import PolicyError
+from registry.errors import PolicyError, StoreError
 from registry.home import Home
 from registry.identity import current_user
 from registry.policy.license_terms import unknown
@@ -21,6 +22,7 @@ from tasks.operations.promote import find_usable
 
 _logger = logging.getLogger(__name__)
 
+_CURVES = "training.json"
 _FILE = ".safetensors"
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
@@ -53,6 +55,7 @@ def export_version(
     base: str | None = None,
     dtype: str | None = None,
     approximation: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> Export:
     """Verifies a version and writes it in a format; logs the export if the home is writable.
 
@@ -65,9 +68,10 @@ def export_version(
         base: The base, for formats that need its module names.
         dtype: `float32`, `float16` or `bfloat16`; None keeps each factor's dtype.
         approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
+        step: Training step of a saved adapter; None exports the final one.
 
     Raises:
-        SpecError: The output has the suffix of another kind of file.
+        SpecError: The output has the suffix of another kind of file, or no adapter was saved at the step.
         AdapterError: The format cannot hold the adapter.
         Refused: `ref` is an alias whose policy the version does not meet now.
         RegistryError: The version does not exist, or its bytes are damaged.
@@ -78,7 +82,12 @@ def export_version(
         version = find_usable(versions, ref)
         with home.temporary_folder(version.size) as folder:
             source = folder / "adapter.safetensors"
-            versions.checkout_adapter(version, source)
+            name = f"{version.name}-v{version.version}"
+            if step is None:
+                versions.checkout_adapter(version, source)
+            else:
+                name = f"{name}-step{step}"
+                versions.store.checkout_file(version.artifact, _saved_file(versions, version, step), source)
             result = convert_adapter(
                 source,
                 output,
@@ -86,17 +95,50 @@ def export_version(
                 base=base,
                 dtype=dtype,
                 approximation=approximation,
-                output_name=f"{version.name}-v{version.version}",
+                output_name=name,
                 license_expression=_license_of(versions, version),
             )
         if home.read_only:
             _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
         else:
             # A revocation lists the exported files.
-            versions.log_export(version, {"format": to, "files": result["files"]}, actor=current_user())
+            details = {"format": to, "files": result["files"]} | ({"step": step} if step is not None else {})
+            versions.log_export(version, details, actor=current_user())
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, result["files"], result["approximation"])
+
+
+def list_saved(versions: Versions, version: AdapterVersion) -> list[dict[str, Any]]:
+    """Returns step, file and validation loss of each adapter that was saved during the training of a version.
+
+    Raises:
+        StoreError: The artifact is missing or damaged.
+    """
+    if _CURVES not in versions.store.files(version.artifact):
+        return []
+    saved: list[dict[str, Any]] = json.loads(versions.store.read(version.artifact, _CURVES)).get("saved", [])
+    return saved
+
+
+def list_readable(versions: Versions, version: AdapterVersion) -> list[dict[str, Any]]:
+    """Returns the saved adapters of a version as `list_saved` does; none, with a warning, if they cannot be read."""
+    try:
+        return list_saved(versions, version) if version.state == "ACTIVE" else []
+    except StoreError as error:
+        _logger.warning("the saved adapters of %s cannot be read: %s", version.ref, error)
+        return []
+
+
+def _saved_file(versions: Versions, version: AdapterVersion, step: int) -> str:
+    saved = {int(entry["step"]): str(entry["file"]) for entry in list_saved(versions, version)}
+    if step not in saved:
+        raise SpecError(
+            f"no adapter of {version.ref} was saved at step {step}",
+            where="--step",
+            allowed=", ".join(map(str, saved)) or "none; set save_every in the train step",
+        )
+    return saved[step]
 
 
 def _license_of(versions: Versions, version: AdapterVersion) -> str | None:

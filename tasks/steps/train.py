@@ -7,7 +7,10 @@ go to the work folder.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
 
 from lora_engine.bases.source import resolve_base
 from lora_engine.catalog.kinds import KINDS
@@ -15,9 +18,12 @@ from lora_engine.compute import count_cores, count_threads, fitting_trainings, m
 from lora_engine.registries import Registry
 from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
+from registry.home import Home
 from tasks.devices import device_slots
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, always, step
+
+RATES_OR_INPUTS = "its inputs or the rates of its steps changed; `then` adds steps at other rates"
 
 
 class Train(StepSpec, TrainSettings):
@@ -28,6 +34,7 @@ class Train(StepSpec, TrainSettings):
         dataset: The user's images, captioned.
         class_dataset: Class images (regularization images) for `prior`; None means that the base generates them.
         embedder: Folder of the image model that `method.identity` uses; None means the embedded one.
+        init: The adapter to start from: a step, `name@version`, `name@alias` or a file; None starts with no difference.
     """
 
     uses: Literal["train"] = "train"
@@ -35,6 +42,13 @@ class Train(StepSpec, TrainSettings):
     dataset: Annotated[str, Input("manifest")]
     class_dataset: Annotated[str | None, Input("manifest")] = None
     embedder: Annotated[str | None, External("folder")] = None
+    init: Annotated[str | None, Input("adapter", or_file=True)] = None
+
+    @model_validator(mode="after")
+    def _has_an_optimizer_state(self) -> Train:
+        if self.optimizer_state and self.init is None:
+            raise ValueError("optimizer_state is that of the training of init; set init, or leave it out")
+        return self
 
 
 def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
@@ -45,6 +59,35 @@ def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
             yield KINDS, kind.name
 
 
+def state_folder(home: Home, key: str) -> Path:
+    """Returns the folder with the state of the training of a cache key."""
+    return home.cache / "states" / key
+
+
+def describe_progress(spec: Train, origin: str, home: Home, last_key: str | None) -> str:
+    """Returns which steps of earlier trainings a run would continue, or lose and why; empty for neither.
+
+    Args:
+        spec: The step.
+        origin: Digest of everything else that it depends on.
+        home: The home with the states.
+        last_key: Cache key of the last execution of the step in its pipeline.
+    """
+    from lora_engine.training.continuing import find_loss, find_state
+
+    states, settings = home.cache / "states", spec.narrow(TrainSettings)
+    folders = [folder / "checkpoints" for folder in sorted(states.iterdir())] if states.is_dir() else []
+    state = find_state(settings, origin, folders)
+    if state is not None:
+        return f"continues from step {state.step}"
+    loss = find_loss(settings, origin, state_folder(home, last_key) / "checkpoints") if last_key else None
+    if loss is None:
+        return ""
+    file, changes = loss
+    reasons = "; ".join(f"{name}: {change.reason}" for name, change in changes.items())
+    return f"begins at step 0, not at step {file.step} of the last run ({reasons or RATES_OR_INPUTS})"
+
+
 @step(
     Train,
     produces="adapter",
@@ -52,12 +95,14 @@ def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
     imports=always("lora_engine.training.device", "lora_engine.training.spawn"),
     entries=find_entries,
     stops=True,
+    describe_progress=describe_progress,
 )
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and `training.json`."""
     from lora_engine.training.spawn import train_in_child
 
-    class_dataset = context.optional("class_dataset")
+    class_dataset, parent = context.optional("class_dataset"), context.optional("init")
+    init = parent / "adapter.safetensors" if parent else context.files.get("init")
     job = {
         "settings": spec.narrow(TrainSettings).model_dump(mode="json"),
         "base": context.base(spec.base),
@@ -67,6 +112,10 @@ def train(spec: Train, context: Context) -> None:
         "cache": str(context.home.cache),
         "class_dataset": class_dataset and str(class_dataset),
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
+        "init": init and str(init),
+        "state": str(state_folder(context.home, context.key)),
+        "origin": context.origin,
+        "fresh": context.force,
     }
     with device_slots(context.home, device_limits(spec, context), context.name) as slots:
         context.compute.update(train_in_child(job, context.progress, stop=context.stop, inherit=slots))

@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 
 from tests.faults.campaigns import Result, change_bytes, fail_at_each_point, kill_at_random, race
+from tests.faults.training import import_all
 from tests.faults.work import WORKS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kills", type=int, default=300, help="Number of random kills, shared by put, register and promote."
-    )
+    parser.add_argument("--kills", type=int, default=300, help="Number of random kills, shared by the pieces of work.")
     parser.add_argument("--mlflow", type=int, default=30, help="Number of random kills of a registration with MLflow.")
     parser.add_argument("--races", type=int, default=200)
     parser.add_argument("--changes", type=int, default=200, help="Number of flipped, truncated and deleted files.")
@@ -29,6 +28,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        import_all(folder / "imported")
 
         def run(title: str, result: Result) -> None:
             results[title] = result

@@ -1,7 +1,8 @@
 """Checks invariants after a fault with plain SQL and plain files, without the code under test.
 
 I1 the database is intact. I2 every visible version has the bytes of its digest. I3 the log replays to the aliases.
-I4 nothing was written outside the home. I5 the canary file is unchanged. Results promised before the fault still exist.
+I4 nothing was written outside the home. I5 the canary file is unchanged. I6 every checkpoint has the bytes of its
+digest. Results promised before the fault still exist.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from registry.home import Home
 from registry.maintenance.fsck import fsck
+from tests.faults.training import state_violations
 
 
 def violations(home: Path, promised: Iterable[str] = ()) -> list[str]:
@@ -23,11 +25,13 @@ def violations(home: Path, promised: Iterable[str] = ()) -> list[str]:
     Args:
         home: The folder of the home, in a folder with no other entry but `canary`.
         promised: Lines that a process reported after a call returned: `put DIGEST`, `registered NAME VERSION DIGEST`,
-            `moved NAME ALIAS SEQ`.
+            `moved NAME ALIAS SEQ`, `trained NAME STEPS DIGEST`.
     """
     violated = [f"I4: {path} appeared" for path in home.parent.iterdir() if path.name not in {home.name, "canary"}]
     if (home.parent / "canary").read_bytes() != b"alive":
         violated.append("I5: the canary file changed")
+    promised = list(promised)
+    violated += state_violations(home, promised)
     database = home / "lineage.db"
     if not database.exists():
         return [*violated, *(f"lost: {line}" for line in promised)]

@@ -16,6 +16,7 @@ from registry.maintenance.restore import restore_backup
 from tests.faults.campaigns import change_bytes, kill_at_random, race, sweep
 from tests.faults.invariants import violations
 from tests.faults.points import Points, forked
+from tests.faults.training import import_all, train
 from tests.faults.work import WORKS, copy_home, prepare, promised_by, put
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -26,6 +27,7 @@ KINDS = {
     "put": FILES | {"open lock"},
     "register": FILES | {"BEGIN", "SELECT", "INSERT versions", "INSERT events", "UPDATE aliases", "commit"},
     "promote": {"BEGIN", "SELECT", "INSERT events", "INSERT aliases", "UPDATE aliases", "commit"},
+    "train": FILES | {"os.remove"},
 }
 """Kinds of points that a sweep of each piece of work must cover."""
 
@@ -34,6 +36,11 @@ KINDS = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a home with three versions; tests work on copies."""
     return prepare(tmp_path_factory.mktemp("prepared") / "trial")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import_all(tmp_path_factory.mktemp("imported"))
 
 
 @pytest.fixture
@@ -50,13 +57,44 @@ def test_a_kill_at_any_kind_of_point_leaves_all_or_nothing(tmp_path, work):
     assert (result.hits, "none" in result.kinds) == (result.trials - 1, False)
 
 
-@pytest.mark.parametrize(("work", "mode"), [("register", "full"), ("promote", "full-once"), ("put", "full-once")])
+@pytest.mark.parametrize(
+    ("work", "mode"), [("register", "full"), ("promote", "full-once"), ("put", "full-once"), ("train", "full")]
+)
 def test_a_full_disk_at_any_kind_of_point_leaves_all_or_nothing(tmp_path, work, mode):
     result = sweep(tmp_path, work, mode)
     assert result.violations == []
     # Cleanup, and operations that work on a full disk, may succeed.
-    assert set(result.kinds) >= KINDS[work] - {"os.mkdir", "open lock", "fsync after os.rename"}
+    assert set(result.kinds) >= KINDS[work] - {"os.mkdir", "open lock", "fsync after os.rename", "os.remove"}
     assert "none" not in result.kinds
+
+
+@pytest.mark.parametrize("mode", ["kill", pytest.param("full-once", marks=pytest.mark.nightly)])
+def test_a_training_that_fails_at_any_kind_of_point_ends_with_the_same_bytes(trial_home, tmp_path, mode):
+    def attempt(home, at=0, kind=None):
+        points = Points(str(home), at, mode, kind)
+
+        def work(tell):
+            train(home, 7, tell)
+            for kind in points.kinds:
+                tell(f"point {kind}")
+
+        return forked(work, before=points.install).finish()
+
+    status, lines = attempt(copy_home(trial_home, tmp_path / "counted"))
+    assert status == 0
+    expected = [line for line in lines if line.startswith("trained")]
+    assert len(expected) == 2
+    counts = Counter(line.removeprefix("point ") for line in lines if line.startswith("point "))
+    failures = 0
+    # The last point of each kind is in the long run, which continues the short one.
+    for number, (kind, at) in enumerate(counts.items()):
+        home = copy_home(trial_home, tmp_path / str(number))
+        failures += attempt(home, at, kind)[0] != 0
+        assert violations(home) == []
+        status, lines = attempt(home)
+        assert (status, [line for line in lines if line.startswith("trained")]) == (0, expected), (kind, at)
+    # Deleting an old checkpoint is the only operation that may fail.
+    assert failures >= len(counts) - (mode != "kill")
 
 
 RESTORE = {"os.mkdir", "open partial", "fsync after open partial", "os.rename", "fsync after os.rename", "os.remove"}

@@ -15,6 +15,7 @@ from registry.store.artifacts import open_store
 from registry.versions import promotion
 from registry.versions.versions import Versions
 from tests.faults.points import forked
+from tests.faults.training import train
 
 Tell = Callable[[str], None]
 NAME = "zorb"
@@ -62,7 +63,12 @@ def promote(home: Path, seed: int, tell: Tell) -> None:
 
 
 CARD = {"title": NAME, "base": "tiny", "license": "apache-2.0"}
-WORKS: Mapping[str, Callable[[Path, int, Tell], None]] = {"put": put, "register": register, "promote": promote}
+WORKS: Mapping[str, Callable[[Path, int, Tell], None]] = {
+    "put": put,
+    "register": register,
+    "promote": promote,
+    "train": train,
+}
 
 
 def without_mlflow() -> None:

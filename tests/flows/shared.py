@@ -178,7 +178,9 @@ def training_here() -> Iterator[None]:
         settings = TrainSettings.model_validate(job["settings"])
         if settings.running.processes > 1:
             return train_in_child(job, progress, **options)
-        optional = {name: Path(job[name]) if job[name] else None for name in ("cache", "class_dataset", "embedder")}
+        paths = ("cache", "class_dataset", "embedder", "init", "state")
+        optional = {name: Path(job[name]) if job[name] else None for name in paths}
+        optional |= {"origin": job["origin"], "fresh": job["fresh"]}
         dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
         stop = options.get("stop") or (lambda: False)
         with training_lock, threads(1):

@@ -16,11 +16,12 @@ from lora_engine.bases.source import resolve_base
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.versions.versions import Versions
+from tasks.operations.export_adapter import list_saved
 from tests.support.untrained import write_untrained_base
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # These have their own tests below.
-TESTED_BELOW = {"data-path", "objective", "running"}
+TESTED_BELOW = {"continuing", "data-path", "objective", "running"}
 METHODS = sorted(path for path in (EXAMPLES / "methods").glob("*.yaml") if path.stem not in TESTED_BELOW)
 
 # `test_training_process` and `test_line` test trainings in a child process.
@@ -68,6 +69,21 @@ def test_a_pipeline_runs_with_custom_objective_and_rates(home: Path) -> None:
     recipe = version.card["recipe"]
     assert recipe["objective"]["weighting"] == {"name": "min_snr", "gamma": 5.0}
     assert recipe["rates"]["optimiser"]["name"] == "adafactor"
+
+
+def test_an_adapter_continues_another_one_with_a_larger_rank(home: Path) -> None:
+    spec = EXAMPLES / "methods" / "continuing.yaml"
+    changes = ("first.steps=3", "adapter.steps=1 epoch", "adapter.save_every=1 epoch")
+    then = 'adapter.then=[{"steps": 1, "learning_rate": 5e-4}]'
+    (version,) = run(spec, home, *changes, then, "report.max_pictures=1", "report.steps=2")
+    assert version.aliases == ("staging",)
+    recipe = version.card["recipe"]
+    assert (recipe["rank"], recipe["steps"], recipe["then"][0]["steps"]) == (8, 4, 1)
+    assert recipe["parents"] == [recipe["done"]["init"]]
+    with closing(Versions(Home.open(home))) as versions:
+        (saved,) = list_saved(versions, version)
+    assert (saved["step"], saved["file"]) == (4, "saved/step-000004.safetensors")
+    assert saved["validation_loss"] > 0
 
 
 def test_augmented_images_and_captions_are_trained_on_and_encoded_once(tmp_path: Path) -> None:

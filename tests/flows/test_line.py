@@ -159,7 +159,7 @@ def prefect_states(server: str, run_id: str) -> set[str]:
 
 
 def checkpoints(home: Path) -> set[str]:
-    return {path.name for path in home.glob("work/*/kept/checkpoints/step-*.safetensors")}
+    return {path.name for path in home.glob("cache/states/*/checkpoints/step-*.safetensors")}
 
 
 def wait_for_checkpoint(home: Path, before: set[str], process: subprocess.Popen[str]) -> None:

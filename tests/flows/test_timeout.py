@@ -96,7 +96,7 @@ def test_a_training_that_takes_longer_writes_a_checkpoint_and_is_tried_again(
     assert "step 'adapter': took longer than its timeout of 3 s." in failed.stderr
     assert [entry.status for entry in attempts(home, "adapter")] == ["FAILED"] * 3
     (key,) = {entry.key for entry in attempts(home, "adapter")}
-    assert list((home / "work" / key / "kept").rglob("*.safetensors"))
+    assert list((home / "cache" / "states" / key / "checkpoints").glob("*.safetensors"))
     assert fsck(Home(home), grace=0) == []
     rows = table(prefect_server, "slow-training")
     assert (rows["adapter"]["action"], rows["exports"]["action"]) == ("failed", "not started")

@@ -22,8 +22,9 @@ from lora_engine.evaluation.metrics import METRICS
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.merging.methods import METHODS
 from lora_engine.registries import Plugin, Registry
-from lora_engine.settings import AddedLater, without_later
+from lora_engine.settings import AddedLater, names_without_effect, without_later
 from lora_engine.training.methods import methods
+from lora_engine.training.specs.continuing import CHANGES
 from registry.entities import ArtifactRef, Execution
 from registry.lineage.record import Lineage
 from tasks.digests import PathDigest
@@ -138,6 +139,22 @@ def test_a_setting_that_was_added_later_is_in_the_key_only_if_it_differs_from_it
     assert nested.key_settings()["several"] == [{"level": 1, "finer": 4}, {"level": 1}]
     assert nested.key_settings()["named"] == {"a": {"level": 1, "finer": 5}, "b": {"level": 2}}
     assert without_later(Quality(), {"level": 1, "finer": 3}) == {"level": 1}
+
+
+def test_a_setting_without_effect_is_in_the_key_with_its_default() -> None:
+    data = {"uses": "train", **STEP_CASES["train"]}
+    watched = {"validate_every": 5, "save_every": 5, "samples": {"every": 5, "prompts": ("a",)}}
+    plain, changed = job_of(data), job_of(data | watched)
+    assert changed[0].key(changed[1]) == plain[0].key(plain[1])
+    assert plain[0].earlier_key(plain[1]) is None
+    # Until 0.3, validations changed the key.
+    settings = plain[0].key_parts(plain[1])["settings"] | {"validate_every": 5}
+    old, inputs = job_of(data | {"validate_every": 5})
+    parts = old.key_parts(inputs) | {"settings": settings}
+    assert old.earlier_key(inputs) == sha256_bytes(canonical_json(parts)) != old.key(inputs)
+    assert names_without_effect(Train) == {"samples", "validate_every", "checkpoint_every", "save_every"}
+    assert names_without_effect(Train, visible=True) == {"samples", "validate_every", "save_every"}
+    assert names_without_effect(Train) == {name for name, change in CHANGES.items() if change.effect == "none"}
 
 
 def test_the_revision_of_an_entry_changes_the_keys_of_the_steps_that_use_it_alone(

@@ -19,6 +19,10 @@ class TextualInversion(MethodSpec, TokenSettings):
     name: Literal["textual-inversion"] = "textual-inversion"
     preservation: None = None
 
+    def phase_steps(self, steps: int) -> dict[str, int]:
+        """Returns the steps of the only phase."""
+        return {"inversion": steps}
+
 
 def inversion_phase(context: MethodContext, steps: int) -> Phase:
     """Returns the phase that trains the learned token alone."""

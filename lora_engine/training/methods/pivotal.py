@@ -28,6 +28,11 @@ class Pivotal(MethodSpec, TokenSettings):
     inversion: FiniteFloat = Field(default=0.5, gt=0.0, lt=1.0)
     tuning_rate: FiniteFloat = Field(default=5e-4, ge=0.0)
 
+    def phase_steps(self, steps: int) -> dict[str, int]:
+        """Returns the steps of each phase; each has at least one of two steps or more."""
+        first = min(max(round(steps * self.inversion), 1), steps - 1)
+        return {"inversion": first, "tuning": steps - first}
+
 
 def _phases(context: MethodContext) -> list[Phase]:
     from lora_engine.training.denoising import denoising_phase
@@ -40,14 +45,13 @@ def _phases(context: MethodContext) -> list[Phase]:
         raise TypeError("the settings have another method than pivotal")
     if steps < 2:
         raise SettingsError(f"steps is {steps}", allowed="2 or more, since pivotal tuning has two phases")
-    # Each phase has at least one step.
-    first = min(max(round(steps * method.inversion), 1), steps - 1)
+    first, rest = method.phase_steps(steps).values()
     groups = [*groups_for(context.parameters, context.settings.rates, context.settings.learning_rate)]
     after_step: Callable[[float], None] = no_hook
     if method.tuning_rate:
         groups.append(ParameterGroup(context.tokens, method.tuning_rate))
         after_step = norm_decay(context.base, context.tokens, method, method.tuning_rate)
-    tuning = denoising_phase(context, "tuning", steps=steps - first, groups=groups, after_step=after_step)
+    tuning = denoising_phase(context, "tuning", steps=rest, groups=groups, after_step=after_step)
     return [inversion_phase(context, first), tuning]
 
 

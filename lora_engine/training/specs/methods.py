@@ -114,6 +114,10 @@ class MethodSpec(_Settings):
     preservation: Preservation | None = None
     identity: Identity | None = None
 
+    def phase_steps(self, steps: int) -> dict[str, int]:
+        """Returns the steps of each phase by name, in order, for so many steps in total."""
+        return {self.name: steps}
+
 
 class TokenSettings(_Settings):
     """A learned token: vectors of the text encoders' input embedding (Gal et al. 2022).

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_engine.training.specs.lengths import Steps
 from lora_engine.training.specs.sample_prompts import SampleRequest, read_prompt
 
 _Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
@@ -17,6 +18,8 @@ class Samples(BaseModel):
     """Sample images at intervals: each prompt with each seed, so that one image can be followed through the run.
 
     Attributes:
+        every: Training steps between samples, or epochs.
+        prompts: Prompts of the samples.
         every: Training steps between samples.
         prompts: Prompts of the samples. Options of sd-scripts can follow a text: `--w` width and `--h` height in
             pixels, `--n` negative prompt, `--s` steps, `--l` guidance, `--d` seed (instead of `seeds`).
@@ -27,7 +30,7 @@ class Samples(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every: int = Field(ge=1)
+    every: Steps
     prompts: Annotated[tuple[_Prompt, ...], Field(min_length=1, max_length=64)]
     seeds: Annotated[tuple[_Seed, ...], Field(min_length=1, max_length=64)] = (0,)
     steps: int = Field(default=12, ge=1, le=1000)

@@ -233,6 +233,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "samples": {"every": 2, "prompts": ["a ring", "a star --n red --d 3"], "seeds": [1], "steps": 2},
         "shape": "small-sdxl",
     },
+    "stages, a warmup by share and saved adapters": {
+        "method": {"name": "pivotal", **TOKEN},
+        "steps": 2,
+        "warmup": "10%",
+        "then": [{"steps": 2, "learning_rate": 3e-4, "schedule": "linear"}],
+        "save_every": 1,
+    },
     "dropout of ranks and modules, and a norm limit": {
         "rank_dropout": 0.5,
         "module_dropout": 0.5,

@@ -1,0 +1,60 @@
+"""Resolves the settings of a training: lengths in steps, and the options of the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lora_engine.errors import SettingsError
+from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.training.continuing import later_stages
+from lora_engine.training.examples import Example
+from lora_engine.training.images import TrainingImages
+from lora_engine.training.loop import FitOptions
+from lora_engine.training.spec import TrainSettings
+
+# A mean over pixels makes gradients underflow float16. A power of two is exact.
+_FP16_LOSS_SCALE = 4096.0
+
+
+def count_epoch(settings: TrainSettings, examples: Sequence[Example]) -> int:
+    """Returns the steps of an epoch, in which every example is seen at least as often as it repeats."""
+    prior = settings.class_images
+    batches = 2 if prior is not None and prior.batches == "alternating" else 1
+    count = sum(example.repeats for example in examples) * batches
+    return math.ceil(count / (settings.batch * settings.accumulate))
+
+
+def in_steps(settings: TrainSettings, epoch: int) -> TrainSettings:
+    """Returns the settings with all lengths in steps.
+
+    Raises:
+        SettingsError: A warmup does not fit the steps.
+    """
+    try:
+        return settings.in_steps(epoch)
+    except ValueError as error:
+        raise SettingsError(str(error), where="warmup") from error
+
+
+def fit_options(settings: TrainSettings, images: TrainingImages) -> FitOptions:
+    """Returns the options of the loop; all lengths are in steps."""
+    heldout = [example.identity() for example in images.heldout]
+    return FitOptions(
+        schedule=settings.schedule.name,
+        schedule_options=settings.schedule.options(),
+        warmup=settings.warmup,
+        then=later_stages(settings),
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        accumulate=settings.accumulate,
+        checkpoint_every=settings.checkpoint_every,
+        validate_every=settings.validate_every,
+        save_every=settings.save_every,
+        observe_every=settings.samples.every if settings.samples else 0,
+        optimizer=settings.rates.optimiser.name,
+        optimizer_options=settings.rates.optimiser.options(),
+        ema=settings.rates.ema,
+        loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
+        validated_on=sha256_bytes(canonical_json(heldout)) if heldout else "",
+    )
