@@ -37,6 +37,8 @@ class Context:
         excluded: Digests of revoked images and ids of revoked consents in the user's files, to exclude.
         compute: Filled by a step that computes in another process, with that process's device; for lineage.
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
+        key: The cache key of this execution.
+        live: True shows a training in MLflow while it runs.
         stop: Returns True once the step must stop; polled by steps that stop themselves.
     """
 
@@ -53,6 +55,8 @@ class Context:
     excluded: tuple[str, ...] = ()
     compute: dict[str, Any] = field(default_factory=dict)
     concurrency: int | None = None
+    key: str = ""
+    live: bool = True
     stop: Callable[[], bool] = stop_requested
 
     def folder(self, field: str) -> Path:

@@ -35,6 +35,7 @@ from lora_engine.training.record import card_of
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.validation import image_losses
+from lora_engine.training.watching import with_measurements
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A mean over pixels makes gradients underflow float16. A power of two is exact.
@@ -58,6 +59,7 @@ class TrainingJob:
     class_dataset: Path | None
     embedder: Path | None
     progress: Progress
+    on_samples: Callable[[int, Sequence[Path]], None]
     stop: Callable[[], bool]
     group: ProcessGroup
     out: Path
@@ -89,7 +91,7 @@ class TrainingJob:
             )
             images = TrainingImages(examples, classes, heldout)
             texts = [""] if settings.caption_dropout else []
-            encoder.prepare(images.examples, texts, self._check, unaugmented=(*images.classes, *images.heldout))
+            encoder.prepare(images.examples, texts, self._report_encoded, (*images.classes, *images.heldout))
         adapter, embeddings, history = self._fit(base, initial, tokens, encoder, images, manifest)
         return Bundle(adapter, card_of(settings, base, manifest), embeddings), history
 
@@ -127,6 +129,8 @@ class TrainingJob:
                 extra_terms=self._extra_terms(base, images),
             )
             samples = self._samples(base, digest)
+            if samples:
+                samples.draw(0)  # also on a resume: `fit` has not restored the trained factors yet
             method = methods[settings.method.name]
             history = fit(
                 [group.phase(phase) for phase in method.phases(context)],
@@ -145,7 +149,7 @@ class TrainingJob:
                         transform=method.validation(base, settings),
                     )
                 ),
-                progress=self.progress if group.is_main_process else no_progress,
+                progress=self._step_progress(),
                 stop=lambda: group.any(self.stop()),
                 average=group.average,
                 observe=samples.draw if samples else lambda done: None,
@@ -157,7 +161,11 @@ class TrainingJob:
 
     def _samples(self, base: BaseModel, digest: str) -> SampleWriter | None:
         samples = self.settings.samples if self.group.is_main_process else None
-        return SampleWriter(base, samples, self.work / "samples", digest) if samples else None
+        return SampleWriter(base, samples, self.work / "samples", digest, self.on_samples) if samples else None
+
+    def _step_progress(self) -> Progress:
+        images = self.settings.batch * self.settings.accumulate
+        return with_measurements(self.progress, images) if self.group.is_main_process else no_progress
 
     def _extra_terms(self, base: BaseModel, images: TrainingImages) -> tuple[LossTerm, ...]:
         identity = self.settings.method.identity
@@ -181,7 +189,12 @@ class TrainingJob:
 
     def _report_drawn(self, number: int) -> None:
         self._check()
-        self.progress(0, self.settings.steps, {"class_pictures": float(number)})
+        self.progress(0, self.settings.steps, {"class_images": float(number)})
+
+    def _report_encoded(self, done: int, total: int) -> None:
+        self._check()
+        if self.group.is_main_process:
+            self.progress(0, self.settings.steps, {"encoded": float(done), "to_encode": float(total)})
 
     def _check(self) -> None:
         if self.stop():

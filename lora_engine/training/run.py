@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ def train(
     class_dataset: FilePath | None = None,
     embedder: FilePath | None = None,
     progress: Progress = no_progress,
+    on_samples: Callable[[int, Sequence[Path]], None] = lambda step, files: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains an adapter and writes `adapter.safetensors` and `training.json` into `out`.
@@ -49,7 +50,9 @@ def train(
         cache: Folder of encoded images and texts, which runs may share; None uses `work`.
         class_dataset: A folder with a manifest: class images for prior preservation; None lets the base draw them.
         embedder: A folder with the model for `method.identity`; None uses the embedded one.
-        progress: Called after each step: steps done, total steps, values; while drawing class images, their number.
+        progress: Called after each step: steps done, total steps, measurements (see `Point`); before the first step
+            while class images are drawn (`class_images`) and while images and texts are encoded (`encoded`).
+        on_samples: Called with the steps done and the files of sample images that were drawn.
         stop: Polled often; True writes a checkpoint and ends the run.
 
     Raises:
@@ -69,7 +72,9 @@ def train(
         ):
             precision = choose_precision(settings.precision, group.device)
             settings = settings.model_copy(update={"precision": precision})
-            job = TrainingJob(settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out)
+            job = TrainingJob(
+                settings, dataset, work, cache, class_dataset, embedder, progress, on_samples, stop, group, out
+            )
             bundle, history = job.run(os.fspath(base))
     except (MemoryError, RuntimeError) as error:
         if _is_not_deterministic(error):

@@ -5,6 +5,8 @@ Drawing changes no weight and no generator of the run.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from lora_engine.files import atomic_write, canonical_json
 from lora_engine.inference.generate import generate
 from lora_engine.training.specs.samples import Samples
 
+_log = logging.getLogger(__name__)
 _FOLDER = "samples"
 ABOUT = "samples.json"
 
@@ -27,15 +30,17 @@ class SampleWriter:
         samples: Prompts, seeds and sampler settings.
         folder: Folder of the images until the run is finished.
         job: Digest of everything that the job depends on; samples of other jobs are not reused.
+        on_drawn: Called with the steps done and the files that were drawn.
     """
 
     base: BaseModel
     samples: Samples
     folder: Path
     job: str
+    on_drawn: Callable[[int, Sequence[Path]], None] = lambda step, files: None
 
     def draw(self, done: int) -> None:
-        """Draws the samples after so many steps; does nothing if all exist."""
+        """Draws the samples after so many steps; does nothing if all exist. A full disk costs the samples only."""
         requests = [
             (number, prompt, seed) for number, prompt in enumerate(self.samples.prompts) for seed in self.samples.seeds
         ]
@@ -50,8 +55,13 @@ class SampleWriter:
             steps=self.samples.steps,
             guidance=self.samples.guidance,
         )
-        for file, image in zip(files, images, strict=True):
-            write_png(file, image)
+        try:
+            for file, image in zip(files, images, strict=True):
+                write_png(file, image)
+        except OSError as error:
+            _log.warning("sample images cannot be written (%s); the training continues", error.strerror)
+            return
+        self.on_drawn(done, files)
 
     def copy(self, out: Path) -> None:
         """Copies the samples and their settings into the folder `samples` of an artifact."""

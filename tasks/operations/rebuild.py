@@ -200,7 +200,7 @@ def rebuild(plan: RebuildPlan, store: Store, home: Home, run: tuple[str, Mapping
                     name = role.partition(".")[0]
                     inputs[name] = (*inputs.get(name, ()), rebuilt.get(ref.sha256, ref))
             with threads(recorded_threads(step.recorded)):
-                outcome = execute(_job(step, target, home), inputs, home, run_id)
+                outcome = execute(_job(step, target, home), inputs, home, run_id, live=False)
             if step.recorded.output is not None:
                 rebuilt[step.recorded.output.sha256] = outcome.ref
         lineage.finish_run(run_id, "COMPLETED")

@@ -18,6 +18,7 @@ from lora_engine.training.spec import TrainSettings
 from tasks.devices import device_slots
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, always, step
+from tasks.watching import watching
 
 
 class Train(StepSpec, TrainSettings):
@@ -49,7 +50,9 @@ def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
     Train,
     produces="adapter",
     revision=2,
-    imports=always("lora_engine.training.device", "lora_engine.training.spawn"),
+    # Since revision 3, samples are also drawn before the first step.
+    revisions=lambda spec: 2 if spec.samples is None else 3,
+    imports=always("lora_engine.training.device", "lora_engine.training.spawn", "registry.versions.live_run"),
     entries=find_entries,
     stops=True,
 )
@@ -68,8 +71,10 @@ def train(spec: Train, context: Context) -> None:
         "class_dataset": class_dataset and str(class_dataset),
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
     }
-    with device_slots(context.home, device_limits(spec, context), context.name) as slots:
-        context.compute.update(train_in_child(job, context.progress, stop=context.stop, inherit=slots))
+    with device_slots(context.home, device_limits(spec, context), context.name) as slots, watching(context) as watcher:
+        context.compute.update(
+            train_in_child(job, context.progress, watcher=watcher, stop=context.stop, inherit=slots)
+        )
 
 
 def device_limits(spec: Train, context: Context) -> dict[str, int]:
