@@ -49,11 +49,11 @@ class Workers:
         self._running.append(self._submit(function, *arguments))
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-        """Yields the results in the order of the items, and raises their errors; at most `count` are held."""
+        """Yields the results in the order of the items, and raises their errors; at most `count` wait."""
         ahead: deque[Future[_Result]] = deque()
         for item in items:
             ahead.append(self._submit(function, item))
-            if len(ahead) >= self.count:
+            if len(ahead) > self.count:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

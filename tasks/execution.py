@@ -66,9 +66,7 @@ def verify_result(
     return hit, "cached"
 
 
-def execute(
-    job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = False, live: bool = True
-) -> Outcome:
+def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = False, live: bool = True) -> Outcome:
     """Executes a step unless it is cached.
 
     A run that needs a step which another run executes waits and takes its result.

@@ -16,6 +16,7 @@ import flows.cli.history as history_verbs
 import flows.cli.lineage as lineage_verbs
 import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
+import flows.cli.status as status_verbs
 import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
 import flows.cli.weights as weight_verbs
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 _MODULES = (
     pipeline_verbs,
+    status_verbs,
     version_verbs,
     lineage_verbs,
     files_verbs,

@@ -1,4 +1,4 @@
-"""Ingests a folder of the user's files as a manifest and clean PNG images, one image in memory at a time."""
+"""Ingests a folder of the user's files as a manifest and clean PNG images, a few images in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fnmatch
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +27,8 @@ from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
+from lora_engine.parallel import Workers
+from lora_engine.progress import Progress, no_progress
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def ingest(
     *,
     consent: Path | None = None,
     revoked: Collection[str] = (),
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
 
@@ -50,6 +54,7 @@ def ingest(
         settings: See `IngestSettings`.
         consent: A table for `read_consent`; file names are relative to the folder.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
+        progress: Called after each file.
 
     Returns:
         The manifest that was written.
@@ -65,14 +70,17 @@ def ingest(
     files, masks = _sort_files(images)
     names = {path.relative_to(images).as_posix() for path in files}
     _refuse_unmatched_patterns(images, settings, names)
-    ingestion = _Ingestion(images, out, settings, masks, frozenset(revoked))
-    for path in files:
-        name = path.relative_to(images).as_posix()
-        try:
-            entries.append(ingestion.add(path, name, statements.get(name, Statement())))
-        except DataError as error:
-            quarantined.append(Quarantined(source=printable(name), reason=printable(_reason(error))))
-            _log.warning("%s is quarantined: %s", printable(name), quarantined[-1].reason)
+    # Codecs run in threads. Everything that depends on earlier files happens here, in the order of the files.
+    with Workers() as workers:
+        ingestion = _Ingestion(images, out, settings, masks, frozenset(revoked), workers)
+        opened = workers.map(partial(_try_to_open, images, settings.max_pixels), files)
+        for done, (path, result) in enumerate(zip(files, opened, strict=True), start=1):
+            name = path.relative_to(images).as_posix()
+            try:
+                entries.append(ingestion.add(path, name, statements.get(name, Statement()), result))
+            except DataError as error:
+                quarantined.append(_quarantine(printable(name), error))
+            progress(done, len(files), {})
     entries, refused = ingestion.settle(entries)
     quarantined += refused
     quarantined += _unmatched_masks(images, masks, ingestion.used_masks)
@@ -97,8 +105,26 @@ def _sort_files(images: Path) -> tuple[list[Path], dict[Owner, list[Path]]]:
     return files, masks
 
 
+_Opened = tuple[str, Image.Image] | DataError
+
+
+def _try_to_open(images: Path, max_pixels: int, path: Path) -> _Opened:
+    """Returns the digest and the pixels of a file, or why it cannot be used."""
+    try:
+        return open_with_digest(path, max_pixels, images)
+    except DataError as error:
+        return error
+
+
+def _quarantine(source: str, error: DataError) -> Quarantined:
+    item = Quarantined(source=source, reason=printable(_reason(error)))
+    # The manifest lists it, and so do the summary of a run and the report.
+    _log.warning("%s is quarantined: %s", source, item.reason, extra={"in_artifact": True})
+    return item
+
+
 class _Ingestion:
-    """Ingests images one at a time and finds duplicates."""
+    """Ingests images in order and finds duplicates."""
 
     def __init__(
         self,
@@ -107,15 +133,18 @@ class _Ingestion:
         settings: IngestSettings,
         masks: Mapping[Owner, Sequence[Path]],
         revoked: frozenset[str],
+        workers: Workers,
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, masks
-        self._revoked = revoked
+        self._revoked, self._workers = revoked, workers
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.used_masks: set[Path] = set()
 
-    def add(self, path: Path, name: str, statement: Statement) -> ImageEntry:
-        sha256, pixels = open_with_digest(path, self._settings.max_pixels, self._images)
+    def add(self, path: Path, name: str, statement: Statement, opened: _Opened) -> ImageEntry:
+        if isinstance(opened, DataError):
+            raise opened
+        sha256, pixels = opened
         if statement != Statement():
             self._statements[sha256].setdefault(statement, printable(name))
         self._refuse_revoked(statement)
@@ -128,9 +157,9 @@ class _Ingestion:
         caption = read_caption(path, self._images)
         repeats = repeats_of(name, self._settings.repeats)
         mask = self._open_mask(path, pixels.size)
-        write_image(self._out / file, pixels)
+        self._workers.run(write_image, self._out / file, pixels)
         if mask is not None:
-            write_mask(self._out / "masks" / Path(file).name, mask)
+            self._workers.run(write_mask, self._out / "masks" / Path(file).name, mask)
         entry = ImageEntry(
             sha256=sha256,
             file=file,
@@ -153,8 +182,7 @@ class _Ingestion:
             try:
                 settled.append(self._settled(entry))
             except DataError as error:
-                refused.append(Quarantined(source=entry.source, reason=printable(_reason(error))))
-                _log.warning("%s is quarantined: %s", entry.source, refused[-1].reason)
+                refused.append(_quarantine(entry.source, error))
                 for file in entry.files:
                     (self._out / file).unlink()
         return settled, refused

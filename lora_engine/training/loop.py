@@ -236,8 +236,8 @@ class _Run:
 
     def validated(self) -> dict[str, float]:
         """Returns the validation loss of this step; empty if it was not computed."""
-        last = self.history.validation[-1:]
-        return {"validation_loss": value for step, value in last if step == self.done}
+        step, value = self.history.validation[-1] if self.history.validation else (-1, 0.0)
+        return {"validation_loss": value} if step == self.done else {}
 
     def save(self) -> None:
         """Writes a checkpoint of the current state."""

@@ -34,7 +34,7 @@ def with_measurements(progress: Progress, images: int) -> Progress:
 
 
 def _peak_memory() -> int:
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

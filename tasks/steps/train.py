@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from lora_engine.bases.source import resolve_base
 from lora_engine.catalog.kinds import KINDS
-from lora_engine.compute import count_cores, count_threads, fitting_trainings, measure_memory
+from lora_engine.compute import count_threads, fitting_trainings, measure_memory
+from lora_engine.parallel import count_cores
 from lora_engine.registries import Registry
 from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
@@ -72,9 +73,7 @@ def train(spec: Train, context: Context) -> None:
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
     }
     with device_slots(context.home, device_limits(spec, context), context.name) as slots, watching(context) as watcher:
-        context.compute.update(
-            train_in_child(job, context.progress, watcher=watcher, stop=context.stop, inherit=slots)
-        )
+        context.compute.update(train_in_child(job, context.progress, watcher=watcher, stop=context.stop, inherit=slots))
 
 
 def device_limits(spec: Train, context: Context) -> dict[str, int]:
