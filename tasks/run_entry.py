@@ -48,13 +48,13 @@ def recording(home: Home, run_id: str, steps: Mapping[str, str]) -> Iterator[Non
             entry.close()
 
 
-def read_entry(home: Home, run_id: str) -> dict[str, Any]:
-    """Returns the entry of a run: `steps`, name -> state; empty if there is none or it is damaged."""
+def read_steps(home: Home, run_id: str) -> list[dict[str, Any]]:
+    """Returns the steps of a run in the order of the pipeline; empty if it has no entry or a damaged one."""
     try:
-        entry = json.loads((home.runs / run_id / RUN).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return entry if isinstance(entry, dict) and isinstance(entry.get("steps"), dict) else {}
+        steps: list[dict[str, Any]] = json.loads((home.runs / run_id / RUN).read_bytes())["steps"]
+        return steps if all("name" in step for step in steps) else []
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def read_points(home: Home, run_id: str, step: str) -> list[dict[str, Any]]:
@@ -71,9 +71,9 @@ class _Entry:
 
     def __init__(self, folder: Path, steps: Mapping[str, str]) -> None:
         self._folder, self._lock, self._next, self._failed = folder, threading.Lock(), 0.0, False
+        start = {"state": "waiting", "done": 0, "total": 0, "values": {}, "text": ""}
         self._steps: dict[str, dict[str, Any]] = {
-            name: {"uses": uses, "state": "waiting", "done": 0, "total": 0, "values": {}, "text": "", "warnings": []}
-            for name, uses in steps.items()
+            name: {"name": name, "uses": uses, **start, "warnings": []} for name, uses in steps.items()
         }
         self._write()
 
@@ -118,7 +118,7 @@ class _Entry:
             return
         self._next = time.monotonic() + _INTERVAL
         try:
-            atomic_write(self._folder / RUN, canonical_json({"steps": self._steps}))
+            atomic_write(self._folder / RUN, canonical_json({"steps": [*self._steps.values()]}))
         except OSError as error:
             self._give_up(error)
 

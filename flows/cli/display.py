@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -92,6 +93,9 @@ def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
 
 
 _last_tenth: dict[str, int] = {}
+_last_time: dict[str, float] = {}
+_SECONDS = 2.0
+"""Least time between two lines of a step that measures nothing."""
 
 
 def _print_line(event: StepEvent, console: Console) -> None:
@@ -99,9 +103,12 @@ def _print_line(event: StepEvent, console: Console) -> None:
         tenth = 10 * event.done // event.total if event.total else 0
         if not event.total or _last_tenth.get(event.step) == tenth:
             return
-        _last_tenth[event.step] = tenth
+        now = time.monotonic()
+        if not event.values and now - _last_time.setdefault(event.step, now) < _SECONDS:
+            return
+        _last_tenth[event.step], _last_time[event.step] = tenth, now
         text = f"{event.step}: {event.done}/{event.total} {format_values(event.values)}"
-        console.print(text.rstrip(), highlight=False)
+        console.print(text.rstrip(), highlight=False, soft_wrap=True)
     elif event.kind == "drawn":
         console.print(_describe_samples(event), highlight=False, soft_wrap=True)
     elif event.kind in _LABELS or event.kind == "waiting":

@@ -80,25 +80,27 @@ def _run(path: Path, stopped: threading.Event, channel: _Channel) -> int:
             importlib.import_module(source.module)
             from lora_engine.training.run import train
         _adopt_loggers()
-        train(
-            settings,
-            base,
-            dataset,
-            out,
-            work,
-            **folders,
-            progress=progress,
-            on_samples=partial(_send_samples, channel),
-            stop=stopped.is_set,
-        )
+        on_samples = partial(_send_samples, channel)
+        try:
+            train(
+                settings,
+                base,
+                dataset,
+                out,
+                work,
+                **folders,
+                progress=progress,
+                on_samples=on_samples,
+                stop=stopped.is_set,
+            )
+        finally:
+            progress.flush()
     except OSError as error:
         _send_error(channel, TrainingError(f"a file cannot be read or written ({error})"))
         return 1
     except EngineError as error:
         _send_error(channel, error)
         return INTERRUPTED if isinstance(error, InterruptedRun) else 1
-    finally:
-        progress.flush()
     # Imported last, since they import torch.
     from lora_engine.compute import describe_compute
     from lora_engine.training.device import choose_device

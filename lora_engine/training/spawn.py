@@ -159,7 +159,7 @@ class _ProcessMonitor:
             return
         event = _parse(line)
         if event.get("event") == "progress" and rank == 0:
-            if event["points"]:
+            if event.get("points"):
                 self._watcher.on_points([Point(*point) for point in event["points"]])
             self._progress(int(event["done"]), int(event["total"]), event["values"])
         elif event.get("event") == "samples":

@@ -12,7 +12,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.redaction import redact_values
 from registry.versions.live_run import end_dead_trainings
-from tasks.run_entry import read_entry, read_points
+from tasks.run_entry import read_points, read_steps
 
 _MOST_RUNS = 200
 _UNFINISHED = {"waiting": "not started", "running": "stopped"}
@@ -99,15 +99,12 @@ def read_status(home: Home, limit: int = 5) -> list[RunState]:
 
 def _state(home: Home, run: Run, is_dead: bool, versions: list[AdapterVersion]) -> RunState:
     run = replace(run, status="CRASHED") if is_dead else run
-    entry = read_entry(home, run.id)
-    steps = [
-        _step(home, run, name, values) for name, values in entry.get("steps", {}).items() if isinstance(values, dict)
-    ]
+    steps = [_step(home, run, values) for values in read_steps(home, run.id)]
     return RunState(run, steps, [version for version in versions if version.run_id == run.id])
 
 
-def _step(home: Home, run: Run, name: str, values: dict[str, Any]) -> StepStatus:
-    state = str(values.get("state"))
+def _step(home: Home, run: Run, values: dict[str, Any]) -> StepStatus:
+    name, state = str(values["name"]), str(values.get("state"))
     points = read_points(home, run.id, name)
     return StepStatus(
         name,

@@ -112,7 +112,9 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_an_un
     resume_here(job, lambda done, total, values: events.append((done, total, dict(values))))
     assert next(done for done, _, values in events if "loss" in values) > checkpointed
     assert events[-1][:2] == (30, 30)
-    assert {"loss", "denoising", "prior", "learning_rate", "gradient_norm"} == set(events[-1][2])
+    measured = {"loss", "denoising", "prior", "learning_rate", "gradient_norm", "images_per_second", "peak_memory_mib"}
+    assert measured == set(events[-1][2])
+    assert all(value > 0 for value in events[-1][2].values() if value != events[-1][2]["learning_rate"])
     fresh = {**job, "out": str(tmp_path / "fresh"), "work": str(tmp_path / "fresh-work")}
     resume_here(fresh)
     assert digest(job) == digest(fresh)
