@@ -78,13 +78,17 @@ def test_an_error_of_the_block_cancels_what_has_not_started() -> None:
         release.wait(60)
         ran.append("first")
 
-    with pytest.raises(KeyError), Workers(2) as workers:
-        workers.run(work)
-        workers.run(work)
-        assert started.wait(60)
-        workers._submit(ran.append, "late")
-        threading.Timer(0.05, release.set).start()
-        raise KeyError
+    def stop_early() -> None:
+        with Workers(2) as workers:
+            workers.run(work)
+            workers.run(work)
+            assert started.wait(60)
+            workers._submit(ran.append, "late")
+            threading.Timer(0.05, release.set).start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stop_early()
     assert ran == ["first", "first"]
 
 
