@@ -110,7 +110,7 @@ def main() -> None:
         }
         if options.many:
             for name, count in (("many", options.many), ("few", options.many // 8)):
-                make_photos(Path(folder) / name, count, 0.3)
+                make_photos(Path(folder) / name, count, 0.1)
             result["peak_mib_few"] = peak_memory(Path(folder) / "few")
             result["peak_mib_many"] = peak_memory(Path(folder) / "many")
         print(json.dumps(result, indent=2))

@@ -7,7 +7,7 @@ progress (batch 4, rank 8); `report_ms` that the training process spends per ste
 pipe; `parent_ms` that the calling process spends per step on reading, the run's entry in the home and MLflow, without
 imports and the creation of MLflow's tables; and both as shares of a step. The parent's work does not delay the
 training, which is another process, but for its processor. It depends on time more than on steps: MLflow is written
-every two seconds.
+every five seconds.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tasks.progress import StepEvent, listening
 _log = logging.getLogger(__name__)
 
 RUN = "run.json"
-_INTERVAL = 0.5
+_INTERVAL = 1.0
 """Seconds between two writes of the progress."""
 _KEPT = 50
 _SHOWN = ("progress", "waiting", "started", "cached", "completed", "failed")
@@ -67,7 +67,7 @@ def read_points(home: Home, run_id: str, step: str) -> list[dict[str, Any]]:
 
 
 class _Entry:
-    """The state of the steps, written at most twice a second."""
+    """The state of the steps, written at most once a second for progress."""
 
     def __init__(self, folder: Path, steps: Mapping[str, str]) -> None:
         self._folder, self._lock, self._next, self._failed = folder, threading.Lock(), 0.0, False

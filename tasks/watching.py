@@ -44,7 +44,7 @@ class TrainingWatcher:
 
     def on_warning(self, text: str) -> None:
         """Logs a warning, which the collector of the step sees."""
-        _log.warning("%s: %s", self._step, text)
+        _log.warning("%s", text)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_engine.files import FilePath
 from lora_engine.lean import collection_paused, optional_hidden
 
 INTERRUPTED = 130
@@ -151,8 +152,8 @@ class _ProgressWriter:
             self._event, self._points = {}, []
 
 
-def _send_samples(channel: _Channel, step: int, files: Sequence[Path]) -> None:
-    channel.send({"event": "samples", "step": step, "files": [str(file) for file in files]})
+def _send_samples(channel: _Channel, step: int, files: Sequence[FilePath]) -> None:
+    channel.send({"event": "samples", "step": step, "files": [os.fspath(file) for file in files]})
 
 
 def _send_error(channel: _Channel, error: Exception) -> None:

@@ -34,7 +34,7 @@ def train(
     class_dataset: FilePath | None = None,
     embedder: FilePath | None = None,
     progress: Progress = no_progress,
-    on_samples: Callable[[int, Sequence[Path]], None] = lambda step, files: None,
+    on_samples: Callable[[int, Sequence[FilePath]], None] = lambda step, files: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains an adapter and writes `adapter.safetensors` and `training.json` into `out`.

@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 _DELAY = 2.0
 """Seconds of training before its run is opened; a shorter one has nothing to watch."""
-_INTERVAL = 2.0
+_INTERVAL = 5.0
 _PATIENCE = 10.0
 """Seconds that a finished training waits for the last records."""
 _POINTS_AT_ONCE = 100

@@ -28,8 +28,10 @@ from registry.versions.live_run import LiveRun
 from registry.versions.versions import Versions
 from tasks import run_entry
 from tasks.execution import execute as execute_step
-from tasks.progress import StepEvent, publish
+from tasks.progress import StepEvent, listening, publish
 from tasks.run_entry import recording
+from tasks.warnings import collecting, warnings_of, with_warnings
+from tasks.watching import TrainingWatcher
 from tests.flows import made
 from tests.flows.commands import loraline_process, say
 from tests.flows.made import run_line
@@ -293,6 +295,22 @@ def test_a_warning_of_a_step_is_once_in_lineage_the_status_the_summary_and_the_r
     assert {name for name, warnings in steps.items() if warnings} == {"adapter"}
     say("report", "small@1", "-o", trained.home.path / "page.html", home=trained.home.path)
     assert (trained.home.path / "page.html").read_text().count(text) == 1
+
+
+def test_a_warning_of_a_child_is_one_of_its_step_and_of_no_other() -> None:
+    events: list[StepEvent] = []
+    with listening(events.append), collecting("adapter") as texts:
+        for _ in range(2):
+            TrainingWatcher("adapter", None).on_warning("careful: https://user:secret@host/")
+        logging.getLogger("lora_engine.data").warning("in the manifest", extra={"in_artifact": True})
+        with collecting("other") as others:
+            pass
+    logging.getLogger("lora_engine.data").warning("outside of any step")
+    assert texts == ["careful: https://user:***@host/"]
+    assert others == []
+    assert events == [StepEvent("adapter", "warning", text=texts[0])]
+    assert warnings_of(with_warnings({"threads": 1}, texts)) == texts
+    assert with_warnings({"threads": 1}, []) == {"threads": 1}
 
 
 def test_a_full_disk_costs_the_entry_of_a_run_with_one_warning_and_not_the_run(
