@@ -138,7 +138,9 @@ def test_another_process_sees_a_training_then_that_it_died_and_then_the_one_run_
     assert next(step["state"] for step in status(home)[0]["steps"] if step["name"] == "adapter") == "stopped"
     assert client.get_run(run_id).info.status == "KILLED"
 
-    assert "samples   " in say("run", spec, home=home)
+    output = say("run", spec, home=home)
+    assert "adapter: samples of step 60 in /" in output
+    assert f"samples   {home / 'reports' / 'small-1' / 'samples'}" in output
     (run,) = mlflow_runs(home)
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
     assert run.data.tags["loraline.version"] == "small@1"
