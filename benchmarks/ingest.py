@@ -3,10 +3,11 @@
     python -m benchmarks.ingest [--images 12] [--rounds 3] [--megapixels 12] [--many 0]
 
 The loop decodes each JPEG, writes it as a clean PNG, reads that, resizes and crops it and writes the result. Rounds
-alternate. Prints one JSON object: seconds per image of wall and processor time; `overlap`, processor time per wall time
-of ours relative to that of the loop in the same round, which a busy machine affects less than wall time; `speedup`, the
-ratio of wall times; `extra_cpu`, ours relative to the loop. With `--many N`, also the peak memory for N small images
-relative to that for an eighth of them.
+alternate. Prints one JSON object: seconds per image of wall and processor time; `speedup`, the ratio of wall times,
+which means little on a busy machine; `runnable`, the mean number of threads of ours that run or could run on a free
+core, sampled from another process; `extra_cpu`, the processor time of ours relative to the loop; `expected`, the
+smaller of `runnable` and the cores divided by `extra_cpu`: the speedup on free cores. With `--many N`, also the peak
+memory for N small images and for an eighth of them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,6 +69,41 @@ def ours(photos: Path, out: Path) -> None:
     preprocess(out / "ingested", out / "prepared", PreprocessSettings(resolution=_SIDE, crop="center"))
 
 
+_SAMPLER = """
+import sys, time
+from pathlib import Path
+counts = []
+print("ready", flush=True)
+while True:
+    states = []
+    for path in Path(f"/proc/{sys.argv[1]}/task").glob("*/stat"):
+        try:
+            states.append(path.read_text().rpartition(")")[2].split()[0])
+        except OSError:
+            pass
+    if not states:
+        break
+    counts.append(states.count("R"))
+    if Path(sys.argv[2]).exists():
+        break
+    time.sleep(0.005)
+print(sum(counts) / max(1, sum(count > 0 for count in counts)))
+"""
+
+
+def count_runnable(work: Callable[[], object], folder: Path) -> float:
+    """Runs the work; returns the mean number of runnable threads of this process while at least one is."""
+    mark = folder / "done"
+    mark.unlink(missing_ok=True)
+    command = [sys.executable, "-c", _SAMPLER, str(os.getpid()), str(mark)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampler:
+        assert sampler.stdout is not None
+        sampler.stdout.readline()
+        work()
+        mark.touch()
+        return float(sampler.stdout.readline())
+
+
 def measure(work: Callable[[Path, Path], None], photos: Path) -> tuple[float, float]:
     """Returns wall and processor seconds per image."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,15 +137,18 @@ def main() -> None:
         photos = Path(folder) / "photos"
         make_photos(photos, options.images, options.megapixels)
         rounds = [(measure(pillow_loop, photos), measure(ours, photos)) for _ in range(options.rounds)]
+        runnable = count_runnable(lambda: measure(ours, photos), Path(folder))
+        extra = statistics.median(own[1] / loop[1] for loop, own in rounds)
         result = {
             "cores": count_cores(),
             "loop_wall": statistics.median(loop[0] for loop, _ in rounds),
             "loop_cpu": statistics.median(loop[1] for loop, _ in rounds),
             "ours_wall": statistics.median(own[0] for _, own in rounds),
             "ours_cpu": statistics.median(own[1] for _, own in rounds),
-            "overlap": statistics.median((own[1] / own[0]) / (loop[1] / loop[0]) for loop, own in rounds),
             "speedup": statistics.median(loop[0] / own[0] for loop, own in rounds),
-            "extra_cpu": statistics.median(own[1] / loop[1] for loop, own in rounds),
+            "runnable": runnable,
+            "extra_cpu": extra,
+            "expected": min(runnable, count_cores()) / extra,
         }
         if options.many:
             for name, count in (("many", options.many), ("few", options.many // 8)):
