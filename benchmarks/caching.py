@@ -81,7 +81,7 @@ def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings)
     """Returns the figures of one base."""
     examples = make_examples(folder, base, 12)
     encoder, uncached = Encoder(base, folder / "cache"), Uncached(base)
-    prepare = timed(base, lambda: encoder.prepare(examples, [], lambda: None)) / len(examples)
+    prepare = timed(base, lambda: encoder.prepare(examples, [])) / len(examples)
     runs = Runs(base, settings, examples)
     same = runs.run(encoder) == runs.run(uncached)
     pairs = []

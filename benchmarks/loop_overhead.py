@@ -81,7 +81,7 @@ def timed(base: BaseModel, work: Callable[[], object]) -> float:
 def measure(base: BaseModel, folder: Path, rounds: int, settings: TrainSettings) -> dict[str, object]:
     examples = make_examples(folder, base, 12)
     encoder = Encoder(base, folder)
-    encoder.prepare(examples, [], lambda: None)
+    encoder.prepare(examples, [])
     adapter = create_adapter(
         base, settings.targets, settings.kind.name, settings.rank, generator=generator(0, "factors")
     )

@@ -32,11 +32,13 @@ from registry.entities import RunStatus
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.versions.live_run import end_dead_trainings
 from tasks.adoption import record_adoption
 from tasks.errors import NotStarted, PipelineFailed
 from tasks.execution import record_hit
 from tasks.imports import import_for
 from tasks.job import Outcome
+from tasks.run_entry import recording
 from tasks.step import locate_base
 
 _log = logging.getLogger(__name__)
@@ -153,14 +155,16 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
     status: RunStatus = "FAILED"
     try:
         lineage.find_dead_runs()
+        end_dead_trainings(home, lineage)
         run = lineage.start_run(plan.name, plan.source)
         try:
-            for step in plan.steps:
-                if step.outcome is not None and step.adoption is not None:
-                    record_adoption(step.job, step.inputs, step.adoption, lineage, run.id)
-                elif step.outcome is not None:
-                    record_hit(step.job, step.inputs, step.outcome, lineage, run.id)
-            yield run.id
+            with recording(home, run.id, {step.name: step.job.kind.name for step in plan.steps}):
+                for step in plan.steps:
+                    if step.outcome is not None and step.adoption is not None:
+                        record_adoption(step.job, step.inputs, step.adoption, lineage, run.id)
+                    elif step.outcome is not None:
+                        record_hit(step.job, step.inputs, step.outcome, lineage, run.id)
+                yield run.id
             status = "COMPLETED"
         except (InterruptedRun, KeyboardInterrupt):
             status = "INTERRUPTED"

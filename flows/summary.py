@@ -11,7 +11,7 @@ from flows.spec import PipelineSpec
 from lora_engine.data.manifest import Manifest
 from registry.home import Home
 from registry.store.redaction import redact_url
-from tasks.operations.report import export_folder, write_report
+from tasks.operations.report import export_folder, read_warnings, write_report
 
 _SHOWN = 8
 
@@ -28,6 +28,8 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
                 yield "skipped", f"{item.source}: {item.reason}"
             if len(manifest.quarantined) > _SHOWN:
                 yield "skipped", f"and {len(manifest.quarantined) - _SHOWN} more; the report lists all"
+    for name, text in read_warnings(home, {name: outcome.ref for name, outcome in result.outcomes.items()}):
+        yield "warning", f"{name}: {text}"
     for registered in result.versions.values():
         yield from _describe_version(home, registered)
     for name, step in spec.steps.items():
@@ -57,8 +59,10 @@ def _describe_version(home: Home, registered: RegistrationState) -> Iterator[tup
         refused = f"; {version.ref} was refused: {'; '.join(registered.refused)}" if registered.refused else ""
         yield "alias", f"{alias} {holder}{refused}"
     report = write_report(home, version.ref) if version.state != "DELETED" else None
+    images = report.with_suffix("") if report else None
     yield "report", report
-    yield "images", report.with_suffix("") if report else None
+    yield "images", images
+    yield "samples", images / "samples" if images and (images / "samples").is_dir() else None
 
 
 def _formats(folder: Path) -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_engine.parallel import count_cores
+
 if TYPE_CHECKING:
     from lora_engine.bases.source import BaseSource
 
@@ -76,11 +78,6 @@ def fitting_trainings(device: str, *, cores: int, memory: int, threads: int, pro
         return 1
     busy = max(_CORES, min(cores, threads * processes))
     return max(1, min(cores // busy, memory // (processes * (_PROCESS + 4 * base))))
-
-
-def count_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_threads() -> int:

@@ -133,7 +133,7 @@ class Execution:
         output: The artifact that it wrote; None if it failed.
         status: COMPLETED did the work, CACHED reused an earlier output with the same key, ADOPTED one with another key;
             `settings` then has its execution and key under `adopted`.
-        environment: Packages, device, threads.
+        environment: Packages, device, threads; under `warnings` the texts of all warnings.
         seed: Random seed; None if the step uses none.
         started_at: Start time.
         ended_at: End time.

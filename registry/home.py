@@ -17,7 +17,7 @@ from registry.errors import DiskFull, HomeError, disk_errors
 from registry.settings import Settings, read_settings
 from registry.store.snapshot import find_scratch
 
-_FOLDERS = ("store", "prefect", "work", "cache", "reports", "locks", "mlflow")
+_FOLDERS = ("store", "prefect", "work", "cache", "reports", "runs", "locks", "mlflow")
 _ROOM = 64 << 10
 """Bytes that a usable disk has room for; SQLite needs 32 KiB for the index of its log before it can read."""
 _RESERVE = 1 << 20
@@ -143,6 +143,11 @@ class Home:
     def reports(self) -> Path:
         """Folder of rendered reports."""
         return self.path / "reports"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of what runs report while they run; may be deleted while nothing runs."""
+        return self.path / "runs"
 
     @property
     def prefect(self) -> Path:

@@ -30,6 +30,7 @@ from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.step import Context, Inputs
 from tasks.timeout import work_within
+from tasks.warnings import collecting, with_warnings
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def verify_result(
     return hit, "cached"
 
 
-def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = False) -> Outcome:
+def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = False, live: bool = True) -> Outcome:
     """Executes a step unless it is cached.
 
     A run that needs a step which another run executes waits and takes its result.
@@ -78,6 +79,7 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
         home: The home with all state.
         run_id: The run that this execution belongs to.
         force: True executes it even if it is cached.
+        live: True shows a training in MLflow while it runs.
 
     Raises:
         EngineError, RegistryError, OSError: The step's error, once it is recorded in lineage.
@@ -86,18 +88,20 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
     try:
         job = job.refreshed(lineage).with_input_kinds(inputs, lineage)
         execution = describe_execution(job, inputs, run_id)
-        try:
-            _refuse_if_stopped(job.name)
-            refuse_revoked(inputs, lineage, f"step {job.name!r}")
-            with home.lock(execution.key):
-                hit = None if force else find_hit(job, inputs, home, store, lineage)[0]
-                if hit is None:
-                    return _run(job, inputs, home, store, lineage, execution, force=force)
-            _record_hit(job, hit, execution, lineage)
-        except BaseException as error:
-            redact_error(error)  # Prefect stores its text
-            _record_failure(job, error, execution, lineage)
-            raise
+        with collecting(job.name) as warnings:
+            try:
+                _refuse_if_stopped(job.name)
+                refuse_revoked(inputs, lineage, f"step {job.name!r}")
+                with home.lock(execution.key):
+                    hit = None if force else find_hit(job, inputs, home, store, lineage)[0]
+                    if hit is None:
+                        return _run(job, inputs, home, store, lineage, execution, warnings, force=force, live=live)
+                _record_hit(job, hit, execution, lineage)
+            except BaseException as error:
+                redact_error(error)  # Prefect stores its text
+                environment = with_warnings(execution.environment, warnings)
+                _record_failure(job, error, replace(execution, environment=environment), lineage)
+                raise
         return hit
     finally:
         lineage.close()
@@ -109,10 +113,19 @@ def record_hit(job: Job, inputs: Inputs, hit: Outcome, lineage: Lineage, run_id:
 
 
 def _run(
-    job: Job, inputs: Inputs, home: Home, store: Store, lineage: Lineage, execution: Execution, *, force: bool
+    job: Job,
+    inputs: Inputs,
+    home: Home,
+    store: Store,
+    lineage: Lineage,
+    execution: Execution,
+    warnings: list[str],
+    *,
+    force: bool,
+    live: bool,
 ) -> Outcome:
     publish(StepEvent(job.name, "started"))
-    outcome, compute = _work(job, inputs, home, store, execution, force=force)
+    outcome, compute = _work(job, inputs, home, store, execution, force=force, live=live)
     user_files = _store_files(job, store)
     if not job.files_are_current():
         raise DataError(
@@ -120,7 +133,8 @@ def _run(
             where=f"step {job.name!r}",
             remedy="run the same command again and do not change the files meanwhile",
         )
-    environment = {**execution.environment, "compute": compute} if compute else execution.environment
+    environment = {**execution.environment, **({"compute": compute} if compute else {})}
+    environment = with_warnings(environment, warnings)
     execution = replace(execution, inputs={**execution.inputs, **user_files}, environment=environment)
     _record(lineage, execution, outcome.ref, store)
     shutil.rmtree(home.work / execution.key, ignore_errors=True)
@@ -147,7 +161,7 @@ def _record_failure(job: Job, error: BaseException, execution: Execution, lineag
 
 
 def _work(
-    job: Job, inputs: Inputs, home: Home, store: Store, execution: Execution, *, force: bool
+    job: Job, inputs: Inputs, home: Home, store: Store, execution: Execution, *, force: bool, live: bool
 ) -> tuple[Outcome, dict[str, Any]]:
     work = home.work / execution.key
     # Remove partial results of an earlier attempt; the step's own folder `kept` remains.
@@ -177,6 +191,7 @@ def _work(
         key=execution.key,
         origin=job.origin(inputs),
         force=force,
+        live=live,
     )
     if job.spec.timeout is None:
         job.kind.work(job.spec, context)

@@ -6,12 +6,17 @@ Steps run in threads of one process. The command line listens and displays.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-ProgressKind = Literal["started", "waiting", "progress", "cached", "completed", "failed"]
+from lora_engine.progress import Point
+
+ProgressKind = Literal[
+    "started", "waiting", "progress", "measured", "drawn", "warning", "cached", "completed", "failed"
+]
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class StepEvent:
     Args:
         step: The step's name in the pipeline.
         kind: The kind of event.
-        done: Number of completed units of work.
+        done: Number of completed units of work; of `drawn`, the training steps done.
         total: Number of all units; 0 means unknown.
         values: Current metrics, such as `loss`.
-        text: The error of `failed`, or the reason of `waiting`.
+        text: The error of `failed`, the reason of `waiting`, or the text of `warning`.
+        points: The measurements of `measured`.
+        files: The sample images of `drawn`.
     """
 
     step: str
@@ -33,6 +40,8 @@ class StepEvent:
     total: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     text: str = ""
+    points: Sequence[Point] = ()
+    files: Sequence[Path] = ()
 
 
 Listener = Callable[[StepEvent], None]

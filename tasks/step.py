@@ -37,6 +37,7 @@ class Context:
         excluded: Digests of revoked images and ids of revoked consents in the user's files, to exclude.
         compute: Filled by a step that computes in another process, with that process's device; for lineage.
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
+        live: True shows a training in MLflow while it runs.
         stop: Returns True once the step must stop; polled by steps that stop themselves.
         key: Cache key of the execution.
         origin: Digest of everything that the result depends on except the settings.
@@ -56,8 +57,9 @@ class Context:
     excluded: tuple[str, ...] = ()
     compute: dict[str, Any] = field(default_factory=dict)
     concurrency: int | None = None
-    stop: Callable[[], bool] = stop_requested
     key: str = ""
+    live: bool = True
+    stop: Callable[[], bool] = stop_requested
     origin: str = ""
     force: bool = False
 
@@ -100,8 +102,6 @@ class StepKind:
         work: The function.
         describe_progress: Takes (spec, digest of everything else that it depends on, home, key of its last execution);
             returns what a run would continue or lose of earlier ones, for plans. None means nothing.
-        revisions: Takes the spec; returns its revision, after a change that gives some specs alone another result. None
-            means `revision` for all.
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
             no summary.
         is_still_valid: Takes (home, content of the summary file); returns False if a side effect of the step was
@@ -127,12 +127,7 @@ class StepKind:
     imports: Imports | None = None
     entries: Entries | None = None
     stops: bool = False
-    revisions: Callable[[Any], int] | None = None
     describe_progress: DescribeProgress | None = None
-
-    def revision_of(self, spec: StepSpec) -> int:
-        """Returns the revision for a spec."""
-        return self.revision if self.revisions is None else self.revisions(spec)
 
 
 STEPS: Registry[StepKind] = Registry("step", entry=StepKind, source="tasks.steps", group="loraline.steps")
@@ -149,7 +144,6 @@ def step(
     imports: Imports | None = None,
     entries: Entries | None = None,
     stops: bool = False,
-    revisions: Callable[[Any], int] | None = None,
     describe_progress: DescribeProgress | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
@@ -168,7 +162,6 @@ def step(
             imports,
             entries,
             stops,
-            revisions,
             describe_progress,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -60,6 +61,9 @@ def _work_in_child(job: Job, context: Context, deadline: float) -> None:
         for kind, content in _messages(job, receiver, deadline):
             if kind == "progress":
                 context.progress(*content)
+            elif kind == "warning":
+                logger, text, in_artifact = content
+                logging.getLogger(logger).warning(text, extra={"in_artifact": in_artifact})
             elif kind == "error":
                 raise _rebuilt(*content)
             else:
@@ -94,12 +98,25 @@ def _work(job: Job, context: Context, sender: Connection) -> None:
     def report(done: int, total: int, values: Any) -> None:
         sender.send(("progress", (done, total, dict(values))))
 
+    logging.getLogger().addHandler(_WarningSender(sender))
+
     try:
         job.kind.work(job.spec, replace(context, progress=report))
     except (EngineError, RegistryError, OSError) as error:
         sender.send(("error", (type(error), error.args, vars(error))))
     else:
         sender.send(("compute", context.compute))
+
+
+class _WarningSender(logging.Handler):
+    """Sends warnings to the run, which logs them as its own."""
+
+    def __init__(self, sender: Connection) -> None:
+        super().__init__(logging.WARNING)
+        self._sender = sender
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._sender.send(("warning", (record.name, record.getMessage(), getattr(record, "in_artifact", False))))
 
 
 def _rebuilt(kind: type[Exception], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> Exception:

@@ -17,6 +17,7 @@ import flows.cli.history as history_verbs
 import flows.cli.lineage as lineage_verbs
 import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
+import flows.cli.status as status_verbs
 import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
 import flows.cli.weights as weight_verbs
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 _MODULES = (
     pipeline_verbs,
+    status_verbs,
     version_verbs,
     lineage_verbs,
     data_verbs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -30,6 +31,8 @@ _MARKS = {
     "waiting": "…",
     "progress": "…",
 }
+
+_LABELS = {"started": "started", "cached": "cached, verified", "completed": "done", "failed": "FAILED"}
 
 
 class _Rate(ProgressColumn):
@@ -72,12 +75,14 @@ def show_run(steps: list[str], console: Console) -> Iterator[None]:
 def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
     if event.kind == "started":
         progress.start_task(row)
-    values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
-    if event.kind == "progress":
-        progress.update(row, mark=_MARKS["progress"], total=event.total or None, completed=event.done, note=values)
+    if event.kind == "drawn":
+        progress.console.print(_describe_samples(event), highlight=False, soft_wrap=True)
+    elif event.kind == "progress":
+        note = format_values(event.values)
+        progress.update(row, mark=_MARKS["progress"], total=event.total or None, completed=event.done, note=note)
     elif event.kind in {"started", "waiting"}:
         progress.update(row, mark=_MARKS[event.kind], note=event.text)
-    else:
+    elif event.kind in _LABELS:
         progress.start_task(row)
         total = progress.tasks[row].total or 1
         note = {"cached": "cached, verified", "completed": "", "failed": "failed"}[event.kind]
@@ -88,6 +93,9 @@ def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
 
 
 _last_tenth: dict[str, int] = {}
+_last_time: dict[str, float] = {}
+_SECONDS = 2.0
+"""Least time between two lines of a step that measures nothing."""
 
 
 def _print_line(event: StepEvent, console: Console) -> None:
@@ -95,9 +103,22 @@ def _print_line(event: StepEvent, console: Console) -> None:
         tenth = 10 * event.done // event.total if event.total else 0
         if not event.total or _last_tenth.get(event.step) == tenth:
             return
-        _last_tenth[event.step] = tenth
-        values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
-        console.print(f"{event.step}: {event.done}/{event.total} {values}".rstrip(), highlight=False)
-        return
-    labels = {"started": "started", "cached": "cached, verified", "completed": "done", "failed": "FAILED"}
-    console.print(f"{event.step}: {labels.get(event.kind, event.text)}", highlight=False)
+        now = time.monotonic()
+        if not event.values and now - _last_time.setdefault(event.step, now) < _SECONDS:
+            return
+        _last_tenth[event.step], _last_time[event.step] = tenth, now
+        text = f"{event.step}: {event.done}/{event.total} {format_values(event.values)}"
+        console.print(text.rstrip(), highlight=False, soft_wrap=True)
+    elif event.kind == "drawn":
+        console.print(_describe_samples(event), highlight=False, soft_wrap=True)
+    elif event.kind in _LABELS or event.kind == "waiting":
+        console.print(f"{event.step}: {_LABELS.get(event.kind, event.text)}", highlight=False)
+
+
+def format_values(values: Mapping[str, float]) -> str:
+    """Returns measurements as one short text."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _describe_samples(event: StepEvent) -> str:
+    return f"{event.step}: samples of step {event.done} in {event.files[0].parent}"

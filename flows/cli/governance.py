@@ -1,4 +1,4 @@
-"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, status, log."""
+"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, log."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from flows.cli.output import Expect, Json, Reason, Ref, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from registry.entities import Event
     from registry.versions.impact import ImpactReport
     from registry.versions.versions import Versions
@@ -25,7 +23,7 @@ def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     add_verb(app, Access.WRITE, revoke, lift, restore)
     add_verb(app, Access.DELETE, withdraw, delete, unalias)
-    add_verb(app, Access.READ, status, log)
+    add_verb(app, Access.READ, log)
 
 
 def revoke(
@@ -107,33 +105,6 @@ def unalias(
     _print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
-def status(
-    name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show all aliases, and whether their versions meet their policies now. Exit code 1 if one does not."""
-    from flows.cli.output import print_json, print_table
-    from registry.policy.conditions import find_lockouts, read_alias_states
-
-    versions = _versions()
-    with versions.lineage.database.read() as session:
-        states = read_alias_states(versions, session, name)
-        lockouts = dict(find_lockouts(versions, session))
-    if as_json:
-        print_json({"aliases": states, "lockouts": lockouts})
-    else:
-        rows = [
-            (f"{state.name}@{state.alias}", state.version, "NOT MET" if state.reasons else "met", reason)
-            for state in states
-            for reason in state.reasons or (_overridden(state.overridden),)
-        ]
-        print_table(("alias", "version", "policy", "reason"), rows)
-        for problem in lockouts.values():
-            print(f"Nobody can use a policy: {problem}")
-    if any(state.reasons for state in states):
-        raise typer.Exit(1)
-
-
 def log(
     name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to show. Default: all.")] = None,
@@ -166,10 +137,6 @@ def log(
         for event in events
     ]
     print_table(("event", "time (UTC)", "action", "target", "before", "after", "user", "reason"), rows)
-
-
-def _overridden(reasons: Sequence[str]) -> str:
-    return f"against: {'; '.join(reasons)}" if reasons else ""
 
 
 def _print_head(as_json: bool) -> None:

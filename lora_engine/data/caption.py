@@ -11,10 +11,11 @@ from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.data.text_files import clean_text
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import atomic_write
-from lora_engine.progress import Progress
+from lora_engine.parallel import Workers
+from lora_engine.progress import Progress, no_progress
 
 
-def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progress | None = None) -> Manifest:
+def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progress = no_progress) -> Manifest:
     """Writes a copy of the dataset with captions; the manifest records trigger and class word.
 
     Raises:
@@ -27,23 +28,30 @@ def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progr
     captions = CAPTIONERS[settings.captioner_name].captions(dataset, concept, settings, progress)
     texts = dict(zip((image.file for image in concept.pictures), captions, strict=True))
     images = []
-    for image in manifest.pictures:
-        text = texts.get(image.file, image.caption)
-        if len(text) > MAX_CAPTION:
-            raise DataError(
-                f"the caption has {len(text)} characters with the trigger",
-                where=image.source,
-                allowed=f"{MAX_CAPTION}",
-                remedy="shorten it",
-            )
-        for file in image.files:
-            atomic_write(out / file, (dataset / file).read_bytes())
-        images.append(image.model_copy(update={"caption": text}))
+    total = len(manifest.pictures)
+    with Workers() as workers:
+        for done, image in enumerate(manifest.pictures, start=1):
+            text = texts.get(image.file, image.caption)
+            if len(text) > MAX_CAPTION:
+                raise DataError(
+                    f"the caption has {len(text)} characters with the trigger",
+                    where=image.source,
+                    allowed=f"{MAX_CAPTION}",
+                    remedy="shorten it",
+                )
+            images.append(image.model_copy(update={"caption": text}))
+            for file in image.files:
+                workers.run(_copy, dataset / file, out / file)
+            progress(done, total, {})
     # A step without a trigger keeps the trigger of an earlier step.
     words = {name: getattr(settings, name) or getattr(manifest, name) for name in PLACEHOLDERS}
     result = manifest.model_copy(update={"pictures": tuple(images), **words})
     result.save(out)
     return result
+
+
+def _copy(source: Path, target: Path) -> None:
+    atomic_write(target, source.read_bytes())
 
 
 def render_template(settings: CaptionSettings) -> str:

@@ -1,10 +1,12 @@
-"""Ingests a folder of the user's files as a manifest and clean PNG images, one image in memory at a time."""
+"""Ingests a folder of the user's files as a manifest and clean PNG images, a few images in memory at a time."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -21,6 +23,8 @@ from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.text_files import printable
 from lora_engine.errors import DataError
+from lora_engine.parallel import Workers
+from lora_engine.progress import Progress, no_progress
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ def ingest(
     *,
     consent: Path | None = None,
     revoked: Collection[str] = (),
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
 
@@ -45,6 +50,7 @@ def ingest(
         settings: See `IngestSettings`.
         consent: A table for `read_consent`; file names are relative to the folder.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
+        progress: Called after each file.
 
     Returns:
         The manifest that was written.
@@ -59,13 +65,16 @@ def ingest(
     quarantined: list[Quarantined] = []
     listing = list_folder(images)
     layout = FolderLayout(images, listing, settings)
-    ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked))
-    for name, path in layout.names.items():
-        try:
-            entries.append(ingestion.add(path, name, statements.get(name, Statement())))
-        except DataError as error:
-            quarantined.append(Quarantined(source=printable(name), reason=printable(_reason(error))))
-            _log.warning("%s is quarantined: %s", printable(name), quarantined[-1].reason)
+    # Codecs run in threads. Everything that depends on earlier files happens here, in the order of the files.
+    with Workers() as workers:
+        ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked), workers)
+        opened = workers.map(partial(_try_to_open, images, settings.max_pixels), layout.names.values())
+        for done, ((name, path), result) in enumerate(zip(layout.names.items(), opened, strict=True), start=1):
+            try:
+                entries.append(ingestion.add(path, name, statements.get(name, Statement()), result))
+            except DataError as error:
+                quarantined.append(_quarantine(printable(name), error))
+            progress(done, len(layout.names), {})
     entries, refused = ingestion.settle(entries)
     quarantined += refused
     quarantined += _unmatched_masks(images, listing.masks, ingestion.used_masks)
@@ -83,8 +92,31 @@ def ingest(
     return manifest
 
 
+@dataclass(frozen=True)
+class _Opened:
+    sha256: str
+    pixels: Image.Image
+    print: Print
+
+
+def _try_to_open(images: Path, max_pixels: int, path: Path) -> _Opened | DataError:
+    """Returns the digest, the pixels and the print of a file, or why it cannot be used."""
+    try:
+        sha256, pixels = open_with_digest(path, max_pixels, images)
+    except DataError as error:
+        return error
+    return _Opened(sha256, pixels, take_print(pixels))
+
+
+def _quarantine(source: str, error: DataError) -> Quarantined:
+    item = Quarantined(source=source, reason=printable(_reason(error)))
+    # The manifest lists it, and so do the summary of a run and the report.
+    _log.warning("%s is quarantined: %s", source, item.reason, extra={"in_artifact": True})
+    return item
+
+
 class _Ingestion:
-    """Ingests images one at a time and finds duplicates."""
+    """Ingests images in order and finds duplicates."""
 
     def __init__(
         self,
@@ -94,9 +126,10 @@ class _Ingestion:
         listing: Listing,
         layout: FolderLayout,
         revoked: frozenset[str],
+        workers: Workers,
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
-        self._layout, self._revoked = layout, revoked
+        self._layout, self._revoked, self._workers = layout, revoked, workers
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
@@ -104,8 +137,10 @@ class _Ingestion:
         self._captions: dict[str, FoundCaption] = {}
         self.used_masks: set[Path] = set()
 
-    def add(self, path: Path, name: str, statement: Statement) -> ImageEntry:
-        sha256, pixels = open_with_digest(path, self._settings.max_pixels, self._images)
+    def add(self, path: Path, name: str, statement: Statement, opened: _Opened | DataError) -> ImageEntry:
+        if isinstance(opened, DataError):
+            raise opened
+        sha256, pixels = opened.sha256, opened.pixels
         if statement != Statement():
             self._statements[sha256].setdefault(statement, printable(name))
         self._refuse_revoked(statement)
@@ -117,12 +152,12 @@ class _Ingestion:
             if same and (copied := self._layout.caption(name)) is not None:
                 self._offer_caption(earlier, copied, name)
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
-        self.prints[file] = take_print(pixels)
+        self.prints[file] = opened.print
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
         mask = self._open_mask(path, pixels.size)
-        write_image(self._out / file, pixels)
+        self._workers.run(write_image, self._out / file, pixels)
         if mask is not None:
-            write_mask(self._out / "masks" / Path(file).name, mask)
+            self._workers.run(write_mask, self._out / "masks" / Path(file).name, mask)
         entry = ImageEntry(
             sha256=sha256,
             file=file,
@@ -153,8 +188,7 @@ class _Ingestion:
             try:
                 settled.append(self._settled(entry))
             except DataError as error:
-                refused.append(Quarantined(source=entry.source, reason=printable(_reason(error))))
-                _log.warning("%s is quarantined: %s", entry.source, refused[-1].reason)
+                refused.append(_quarantine(entry.source, error))
                 for file in entry.files:
                     (self._out / file).unlink()
         return settled, refused

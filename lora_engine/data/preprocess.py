@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,16 @@ from lora_engine.data.images import MAX_PIXELS, open_image, write_image, write_m
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.spec import Buckets, PreprocessSettings
 from lora_engine.errors import DataError
+from lora_engine.parallel import Workers
+from lora_engine.progress import Progress, no_progress
 from lora_engine.registries import Registry
 
 Box = tuple[int, int, int, int]
 CROPS: Registry[Callable[[Image.Image, Sides], Box]] = Registry("crop")
 
 
-def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manifest:
-    """Writes a copy of the dataset with every image in its training size, one image in memory at a time.
+def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress: Progress = no_progress) -> Manifest:
+    """Writes a copy of the dataset with every image in its training size, one image per core in memory at a time.
 
     Resizes an image to the least size that covers the target (Lanczos to shrink, bicubic to enlarge) and crops the
     rest. The file name, which contains the original's digest, stays. A mask is resized (mean to shrink, linear to
@@ -31,24 +34,18 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manife
         DataError: The dataset is incomplete, or all of its images are too small for a bucket, or too elongated.
     """
     manifest = Manifest.load(dataset)
-    keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
-    choose = _chooser(settings)
     entries: list[ImageEntry] = []
     quarantined = list(manifest.quarantined)
-    for entry in manifest.pictures:
-        image = open_image(dataset / entry.file, root=dataset)
-        fit = choose(image.size)
-        if fit is None or fit.resized[0] * fit.resized[1] > MAX_PIXELS:
-            reason = _too_small(entry, settings) if fit is None else _too_long(entry, fit)
-            quarantined.append(Quarantined(source=entry.source, reason=reason))
-            continue
-        resized = _resize(image, fit)
-        box = CROPS[keep](resized, fit.size)
-        write_image(out / entry.file, resized.crop(box))
-        if entry.mask is not None:
-            mask = open_image(dataset / entry.mask, root=dataset).convert("L")
-            write_mask(out / entry.mask, _resize_mask(mask, fit).crop(box))
-        entries.append(entry.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
+    write = partial(_write_resized, dataset, out, settings, _chooser(settings))
+    with Workers() as workers:
+        fits = workers.map(write, manifest.pictures)
+        for done, (entry, fit) in enumerate(zip(manifest.pictures, fits, strict=True), start=1):
+            if fit is None or _is_too_long(fit):
+                reason = _too_small(entry, settings) if fit is None else _too_long(entry, fit)
+                quarantined.append(Quarantined(source=entry.source, reason=reason))
+            else:
+                entries.append(entry.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
+            progress(done, len(manifest.pictures), {})
     if not entries:
         raise DataError(
             f"none of the {len(manifest.pictures)} images has a usable size, last {quarantined[-1].source}: "
@@ -59,6 +56,28 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings) -> Manife
     result = manifest.model_copy(update={"pictures": tuple(entries), "quarantined": tuple(quarantined)})
     result.save(out)
     return result
+
+
+def _write_resized(
+    dataset: Path,
+    out: Path,
+    settings: PreprocessSettings,
+    choose: Callable[[Sides], Fit | None],
+    entry: ImageEntry,
+) -> Fit | None:
+    """Writes an image and its mask in their training size, if it is usable; returns None if the image is too small."""
+    image = open_image(dataset / entry.file, root=dataset)
+    fit = choose(image.size)
+    if fit is None or _is_too_long(fit):
+        return fit
+    keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
+    resized = _resize(image, fit)
+    box = CROPS[keep](resized, fit.size)
+    write_image(out / entry.file, resized.crop(box))
+    if entry.mask is not None:
+        mask = open_image(dataset / entry.mask, root=dataset).convert("L")
+        write_mask(out / entry.mask, _resize_mask(mask, fit).crop(box))
+    return fit
 
 
 def to_square(image: Image.Image, size: int, crop: str) -> Image.Image:
@@ -102,6 +121,10 @@ def _too_small(entry: ImageEntry, settings: PreprocessSettings) -> str:
         f"{entry.width} x {entry.height} pixels are too small for a bucket with sides of "
         f"{buckets.sides(settings.resolution)[0]} and more, enlarged at most {buckets.enlarge:g} times"
     )
+
+
+def _is_too_long(fit: Fit) -> bool:
+    return fit.resized[0] * fit.resized[1] > MAX_PIXELS
 
 
 def _too_long(entry: ImageEntry, fit: Fit) -> str:

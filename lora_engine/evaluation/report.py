@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ MAX_TRAINING_IMAGES = 24
 
 _MAX_SIDE = 512
 _PIXEL_ART_SIDE = 128
-_IMAGE_NAME = re.compile(r"pictures/[A-Za-z0-9._-]+\.png")
+_STRIP_SIDE = 256
+_MAX_COLUMNS = 12
+_IMAGE_NAME = re.compile(r"(pictures|samples/step-[0-9]+)/[A-Za-z0-9._-]+\.png")
 _KINDS = {
     "paired": ("Against real images", "Captions of real images; the third image is the real one."),
     "asked": ("Prompts", "The prompts of this evaluation."),
@@ -41,6 +44,7 @@ def render_report(
     report_folder: Path,
     *,
     training: Mapping[str, Any] | None = None,
+    adapter_folder: Path | None = None,
     dataset_folder: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     lineage: Sequence[Mapping[str, Any]] = (),
@@ -53,10 +57,11 @@ def render_report(
         report: The content of `report.json`.
         report_folder: The folder that contains its `pictures/`.
         training: The content of the adapter's `training.json`.
+        adapter_folder: The adapter's artifact; the page shows its `samples/`, drawn during the training.
         dataset_folder: The training dataset; the page shows its images and quarantined files.
         recipe: Settings; nested ones are shown as `outer.inner`.
         lineage: One mapping per step: `step`, `uses`, `output` (its digest), `inputs` (names or digests, listed or by
-            role).
+            role), `warnings`.
         version: Any of `name`, `version`, `sha256`, `size`, `created_at`.
 
     Raises:
@@ -72,6 +77,8 @@ def render_report(
         "gates": [_gate_row(gate) for gate in report.get("gates", [])],
         "chart": draw_loss(training.get("loss", []), training.get("validation_loss", [])) if training else None,
         "has_validation": bool(training and training.get("validation_loss")),
+        "strips": _training_strips(adapter_folder) if adapter_folder is not None else [],
+        "warnings": [(entry.get("step", ""), text) for entry in lineage for text in entry.get("warnings", ())],
         "dataset": _dataset(dataset_folder) if dataset_folder is not None else None,
         "recipe": list(_flatten(recipe or {})),
         "lineage": _lineage_rows(lineage),
@@ -133,6 +140,30 @@ def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, An
         if samples:
             groups.append({"name": name, "meaning": meaning, "samples": samples})
     return groups
+
+
+def _training_strips(folder: Path) -> list[dict[str, Any]]:
+    """Returns one strip per prompt and seed: the sample images by step, evenly thinned to a few."""
+    about = folder / "samples" / "samples.json"
+    if not about.is_file():
+        return []
+    samples = json.loads(about.read_bytes())
+    steps = sorted((path.name for path in (folder / "samples").glob("step-*")), key=lambda name: int(name[5:]))
+    if len(steps) > _MAX_COLUMNS:
+        steps = [steps[round(index * (len(steps) - 1) / (_MAX_COLUMNS - 1))] for index in range(_MAX_COLUMNS)]
+    return [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "images": [
+                (int(step[5:]), _embed(folder, file, _STRIP_SIDE))
+                for step in steps
+                if (folder / (file := f"samples/{step}/{number:02d}-{seed}.png")).is_file()
+            ],
+        }
+        for number, prompt in enumerate(samples["prompts"])
+        for seed in samples["seeds"]
+    ]
 
 
 def _known(metrics: Mapping[str, Any]) -> list[str]:
@@ -219,7 +250,7 @@ def _short(value: str) -> str:
     return value[:12] if re.fullmatch(r"[0-9a-f]{40,64}", value) else value
 
 
-def _embed(folder: Path, name: str) -> dict[str, Any]:
+def _embed(folder: Path, name: str, side: int = _MAX_SIDE) -> dict[str, Any]:
     # The name is untrusted: it comes from a file.
     if not isinstance(name, str) or not _IMAGE_NAME.fullmatch(name):
         raise DataError(f"invalid image name {name!r}", where=str(folder), allowed="names such as pictures/00-base.png")
@@ -228,7 +259,7 @@ def _embed(folder: Path, name: str) -> dict[str, Any]:
     if pixel_art:
         kind, content = "png", encode_png(image)
     else:
-        image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=90)
         kind, content = "jpeg", buffer.getvalue()

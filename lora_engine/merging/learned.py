@@ -109,7 +109,7 @@ def denoising_losses(
     if not examples:
         raise DataError("there are no images to learn from", where=str(dataset), remedy="lower heldout, or add images")
     encoder = Encoder(base, work)
-    encoder.prepare(examples, [], lambda: None)
+    encoder.prepare(examples, [])
     conditioner: Conditioner = base.encode_text if trains_text else encoder.conditioning
     return [partial(_loss, base, encoder, conditioner, example, seed, timesteps) for example in examples]
 

@@ -60,6 +60,11 @@ class TensorCache:
         self._keep_in_memory(name, tensors)
         return tensors
 
+    def has(self, key: Mapping[str, object]) -> bool:
+        """Returns True if the tensors of a key are in memory or in the folder; does not check the file."""
+        name = sha256_bytes(canonical_json(key))
+        return name in self._memory or self._path(name).is_file()
+
     def _keep_in_memory(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         size = _bytes(tensors)
         if size > self._budget:

@@ -18,6 +18,7 @@ from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from lora_engine.inference.syntax import parse_weights
+from lora_engine.parallel import Workers
 from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
 from lora_engine.training.cache import TensorCache
 from lora_engine.training.captions import Rewriter
@@ -135,14 +136,19 @@ class Encoder:
         self._reading = reading if reading != {"chunks": 1, "weights": False} else {}
 
     @torch.no_grad()
-    def latents(self, example: Example) -> Tensor:
-        """Returns the latents: float32 [channels, height, width], on the CPU."""
+    def latents(self, example: Example, pixels: Tensor | None = None) -> Tensor:
+        """Returns the latents: float32 [channels, height, width], on the CPU.
+
+        Args:
+            example: The image.
+            pixels: Its pixels; None reads them if they are needed.
+        """
 
         def make() -> dict[str, Tensor]:
-            return {"latents": self._base.encode_images(example.pixels()[None])[0]}
+            values = example.pixels() if pixels is None else pixels
+            return {"latents": self._base.encode_images(values[None])[0]}
 
-        key = {**self._key, "picture": example.digest, **example.augmentation.key()}
-        return self._latents.get(key, make)["latents"]
+        return self._latents.get(self._image_key(example), make)["latents"]
 
     @torch.no_grad()
     def conditioning(self, texts: Sequence[str], size: ImageSize) -> Conditioning:
@@ -155,35 +161,45 @@ class Encoder:
 
     def prepare(
         self,
-        examples: Iterable[Example],
+        examples: Sequence[Example],
         texts: Iterable[str],
-        check: Callable[[], None],
-        unaugmented: Iterable[Example] = (),
+        report: Callable[[int, int], None] = lambda done, total: None,
+        unaugmented: Sequence[Example] = (),
     ) -> None:
         """Encodes what the loop will need, except captions that vary from batch to batch.
 
         Args:
             examples: The user's images: their latents in all augmentations, and their rewritten captions.
             texts: Further texts, encoded in every size that occurs.
-            check: Called before each item; may raise to stop.
+            report: Called after each image and text with the number of those done and of all; may raise to stop.
             unaugmented: Class images and held-out ones, which keep their pixels and captions.
         """
         extra_texts = sorted(set(texts))
         pending: set[tuple[str, ImageSize]] = set()
+        images = [replace(example, augmentation=change) for example in examples for change in self._augmentations]
+        images += unaugmented
         for example in examples:
-            for augmentation in self._augmentations:
-                check()
-                self.latents(replace(example, augmentation=augmentation))
             rewritten = () if self._rewriter.varies(example.caption) else (self._rewriter.rewrite(example.caption),)
             pending |= {(text, example.size) for text in (*extra_texts, *rewritten)}
         for example in unaugmented:
-            check()
-            self.latents(example)
             pending |= {(text, example.size) for text in (*extra_texts, example.caption)}
-        for text, size in sorted(pending):
-            check()
-            self._prepared.add(text)
+        self._prepared |= {text for text, _ in pending}
+        total = len(images) + len(pending)
+        report(0, total)
+        with Workers() as workers:
+            for done, (example, pixels) in enumerate(workers.map(self._read_ahead, images), start=1):
+                self.latents(example, pixels)
+                report(done, total)
+        for done, (text, size) in enumerate(sorted(pending), start=len(images) + 1):
             self.conditioning([text], size)
+            report(done, total)
+
+    def _read_ahead(self, example: Example) -> tuple[Example, Tensor | None]:
+        # Encoders may have state, so only the decoding of images is done in threads.
+        return example, None if self._latents.has(self._image_key(example)) else example.pixels()
+
+    def _image_key(self, example: Example) -> dict[str, object]:
+        return {**self._key, "picture": example.digest, **example.augmentation.key()}
 
     def _text(self, text: str, size: ImageSize) -> dict[str, Tensor]:
         def make() -> dict[str, Tensor]:

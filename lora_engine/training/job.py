@@ -43,6 +43,7 @@ from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.continuing import fixed_settings
 from lora_engine.training.states import StateFolder, WarmStart, find_optimizer_state
 from lora_engine.training.validation import image_losses
+from lora_engine.training.watching import with_measurements
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,6 +82,7 @@ class TrainingJob:
     class_dataset: Path | None
     embedder: Path | None
     progress: Progress
+    on_samples: Callable[[int, Sequence[Path]], None]
     stop: Callable[[], bool]
     group: ProcessGroup
     out: Path
@@ -123,7 +125,7 @@ class TrainingJob:
             )
             images = TrainingImages(examples, classes, heldout)
             texts = [""] if settings.caption_dropout else []
-            encoder.prepare(images.examples, texts, self._check, unaugmented=(*images.classes, *images.heldout))
+            encoder.prepare(images.examples, texts, self._report_encoded, (*images.classes, *images.heldout))
         others = self.class_dataset is not None
         card = card_of(settings, base, manifest, classes, has_class_dataset=others, initial=initial)
         prepared = _Prepared(base, adapter, tokens, encoder, images, manifest, card, initial, warm)
@@ -147,13 +149,15 @@ class TrainingJob:
                 return exported, attached_tokens.embeddings()
 
             samples, saved = self._samples(base, run), self._saved(current, prepared.card, run)
+            if samples:
+                samples.draw(0)  # also on a resume: `fit` has not restored the trained factors yet
             history = fit(
                 phases,
                 base.modules.values(),
                 options,
                 checkpoints=self._checkpoints(job, {"run": run, **self._about(images)}),
                 validate=lambda: self._validate(prepared, context),
-                progress=self.progress if group.is_main_process else no_progress,
+                progress=self._step_progress(),
                 stop=lambda: group.any(self.stop()),
                 average=group.average,
                 observe=samples.draw if samples else lambda done: None,
@@ -215,13 +219,17 @@ class TrainingJob:
 
     def _samples(self, base: BaseModel, run: str) -> SampleWriter | None:
         samples = self.settings.samples if self.group.is_main_process else None
-        return SampleWriter(base, samples, self.state.folder / "samples", run) if samples else None
+        return SampleWriter(base, samples, self.state.folder / "samples", run, self.on_samples) if samples else None
 
     def _saved(
         self, current: Callable[[], tuple[Adapter, tuple[Embedding, ...]]], card: Card, run: str
     ) -> SavedAdapters | None:
         every = self.settings.save_every if self.group.is_main_process else 0
         return SavedAdapters(current, card, self.state.folder / "saved", run, every) if every else None
+
+    def _step_progress(self) -> Progress:
+        images = self.settings.batch * self.settings.accumulate
+        return with_measurements(self.progress, images) if self.group.is_main_process else no_progress
 
     def _extra_terms(self, base: BaseModel, images: TrainingImages) -> tuple[LossTerm, ...]:
         identity = self.settings.method.identity
@@ -245,7 +253,12 @@ class TrainingJob:
 
     def _report_drawn(self, number: int) -> None:
         self._check()
-        self.progress(0, self.settings.total_steps, {"class_pictures": float(number)})
+        self.progress(0, self.settings.total_steps, {"class_images": float(number)})
+
+    def _report_encoded(self, done: int, total: int) -> None:
+        self._check()
+        if self.group.is_main_process:
+            self.progress(0, self.settings.total_steps, {"encoded": float(done), "to_encode": float(total)})
 
     def _check(self) -> None:
         if self.stop():

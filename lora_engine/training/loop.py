@@ -6,6 +6,7 @@ The phases determine parameters, batches and losses. The loop itself draws no ra
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from lora_engine.training.phases import Phase
 from lora_engine.training.schedules import PhaseRates, RateStage, common_steps
 from lora_engine.training.specs.rates import Ema
 
+SECONDS = "seconds"
+"""The value of `progress` that is the duration of a step, without validation, samples and checkpoint."""
 _REMEDY = "lower learning_rate, raise warmup, or look for a broken image; the last checkpoint precedes this step"
 
 
@@ -99,7 +102,8 @@ def fit(
         options: See `FitOptions`.
         checkpoints: Checkpoints to save to and resume from; None does neither.
         validate: Returns the current validation loss; a pure function of the weights.
-        progress: Called after every step: steps done, total steps, values (loss and its terms, rate, gradient norm).
+        progress: Called after every step, and after a validation before the first: steps done, total steps, values
+            (loss and its terms, rate, gradient norm, validation loss if it was computed, seconds of the step).
         stop: Polled before every step; True writes a checkpoint and ends the run.
         average: Averages tensors over all processes, in place; a no-op for a single process.
         observe: Called every `observe_every` steps with the steps done, before the checkpoint; must change nothing.
@@ -121,13 +125,16 @@ def fit(
         run.restore(continue_from)
         for position in range(run.position, len(phases)):
             run.enter_phase(position, frozen_parameters, begin)
+            if run.done == 0 and (validated := run.validated()):
+                progress(0, run.total, validated)
             while run.step < run.rates[position].steps:
                 if stop():
                     run.save()
                     raise InterruptedRun(f"stopped after {run.done} of {run.total} steps; a checkpoint is written")
-                values = run.take_step()
+                begun = time.perf_counter()
+                values = run.take_step() | {SECONDS: time.perf_counter() - begun}
                 run.close_step()
-                progress(run.done, run.total, values)
+                progress(run.done, run.total, values | run.validated())
             run.leave_phase()
     return run.history
 
@@ -253,6 +260,11 @@ class _Run:
                 self._save_weights(self.done, self._current_loss())
         if last or self.done % self.options.checkpoint_every == 0:
             self.save()
+
+    def validated(self) -> dict[str, float]:
+        """Returns the validation loss of this step; empty if it was not computed."""
+        step, value = self.history.validation[-1] if self.history.validation else (-1, 0.0)
+        return {"validation_loss": value} if step == self.done else {}
 
     def save(self) -> None:
         """Writes a checkpoint of the current state."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ def train(
     origin: str = "",
     fresh: bool = False,
     progress: Progress = no_progress,
+    on_samples: Callable[[int, Sequence[FilePath]], None] = lambda step, files: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains an adapter and writes `adapter.safetensors` and `training.json` into `out`.
@@ -59,7 +60,9 @@ def train(
             are those of other runs. None uses `work`, and continues no other run.
         origin: Digest of what the run was made from, for plans; stored in checkpoints.
         fresh: True repeats a finished run from step 0, and continues no other; an interrupted one resumes.
-        progress: Called after each step: steps done, total steps, values; while drawing class images, their number.
+        progress: Called after each step: steps done, total steps, measurements (see `Point`); before the first step
+            while class images are drawn (`class_images`) and while images and texts are encoded (`encoded`).
+        on_samples: Called with the steps done and the files of sample images that were drawn.
         stop: Polled often; True writes a checkpoint and ends the run.
 
     Raises:
@@ -85,7 +88,19 @@ def train(
                     states.prepare()
             initial = Path(init) if init else None
             job = TrainingJob(
-                settings, dataset, work, cache, class_dataset, embedder, progress, stop, group, out, initial, states
+                settings,
+                dataset,
+                work,
+                cache,
+                class_dataset,
+                embedder,
+                progress,
+                on_samples,
+                stop,
+                group,
+                out,
+                initial,
+                states,
             )
             result = job.run(os.fspath(base))
     except (MemoryError, RuntimeError) as error:

@@ -5,7 +5,8 @@ Drawing changes no weight and no generator of the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lora_engine.training.saved import copy_steps
 from lora_engine.training.specs.sample_prompts import SampleRequest
 from lora_engine.training.specs.samples import Samples
 
+_log = logging.getLogger(__name__)
 _FOLDER = "samples"
 ABOUT = "samples.json"
 
@@ -32,12 +34,14 @@ class SampleWriter:
         samples: Prompts, seeds and sampler settings.
         folder: Folder of the images until the run is finished.
         run: Digest of everything that the steps of the run depend on; samples of other runs are not reused.
+        on_drawn: Called with the steps done and the files that were drawn.
     """
 
     base: BaseModel
     samples: Samples
     folder: Path
     run: str
+    on_drawn: Callable[[int, Sequence[Path]], None] = lambda step, files: None
 
     def _folder(self, parent: Path, run: str) -> Path:
         # Samples at other intervals are the same images.
@@ -55,15 +59,20 @@ class SampleWriter:
             self.base.latent_shape((request.height or default[0], request.width or default[1]))
 
     def draw(self, done: int) -> None:
-        """Draws the samples after so many steps; does nothing if all exist."""
+        """Draws the samples after so many steps; does nothing if all exist. A full disk costs the samples only."""
         requests = self.samples.requests()
         folder = self._folder(self.folder, self.run) / f"step-{done:06d}"
         files = [folder / f"{request.number:02d}-{request.seed}.png" for request in requests]
         if all(file.is_file() for file in files):
             return
         images = _draw(self.base, requests)
-        for file, image in zip(files, images, strict=True):
-            write_png(file, image)
+        try:
+            for file, image in zip(files, images, strict=True):
+                write_png(file, image)
+        except OSError as error:
+            _log.warning("sample images cannot be written (%s); the training continues", error.strerror)
+            return
+        self.on_drawn(done, files)
 
     def take_over(self, folder: Path, run: str, done: int) -> None:
         """Copies the samples of another run, up to a number of steps, which this one continues."""

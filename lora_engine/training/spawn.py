@@ -16,14 +16,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from lora_engine import errors
 from lora_engine.errors import EngineError, InterruptedRun, TrainingError
 from lora_engine.files import atomic_write, canonical_json
-from lora_engine.progress import Progress, no_progress
+from lora_engine.progress import Point, Progress, Unwatched, Watcher, no_progress
 
 GRACE = 60.0
 MAX_PROCESSES = 1024
@@ -39,6 +39,7 @@ def train_in_child(
     job: Mapping[str, Any],
     progress: Progress = no_progress,
     *,
+    watcher: Watcher | None = None,
     python: str = sys.executable,
     stop: Callable[[], bool] | None = None,
     grace: float = GRACE,
@@ -50,6 +51,7 @@ def train_in_child(
         job: `settings` (of `TrainSettings`, as JSON), `base`, `dataset`, `out`, `work` and further arguments of `train`
             (paths as text).
         progress: Called with the child's progress.
+        watcher: Receives what the child measures, draws and warns of; None ignores it.
         python: Python interpreter.
         stop: Polled several times a second; True makes the child write a checkpoint and exit.
         grace: Seconds that the child has to do so before it is killed.
@@ -79,11 +81,13 @@ def train_in_child(
             )
             for environment in _environments(_processes(job), Path(rendezvous) / "rendezvous")
         ]
-        monitor = _ProcessMonitor(children, progress, grace)
+        monitor = _ProcessMonitor(children, progress, watcher or Unwatched(), grace)
         try:
             monitor.wait(stop)
         finally:
             monitor.terminate()
+        if not monitor.silent:  # else the lines are part of the error
+            monitor.warn(_plain_lines(stderr))
         monitor.report(stderr)
         return monitor.compute
 
@@ -115,8 +119,11 @@ def _environments(processes: int, rendezvous: Path) -> list[dict[str, str]]:
 class _ProcessMonitor:
     """Monitors the processes of one run until all have exited. Rank 0 reports the progress."""
 
-    def __init__(self, children: Sequence[subprocess.Popen[bytes]], progress: Progress, grace: float) -> None:
-        self._children, self._progress, self._grace = children, progress, grace
+    def __init__(
+        self, children: Sequence[subprocess.Popen[bytes]], progress: Progress, watcher: Watcher, grace: float
+    ) -> None:
+        self._children, self._progress, self._watcher, self._grace = children, progress, watcher, grace
+        self._warnings: set[str] = set()
         self._failures: list[EngineError] = []
         self._finished: set[int] = set()
         self._reported: set[int] = set()
@@ -152,7 +159,13 @@ class _ProcessMonitor:
             return
         event = _parse(line)
         if event.get("event") == "progress" and rank == 0:
+            if event.get("points"):
+                self._watcher.on_points([Point(*point) for point in event["points"]])
             self._progress(int(event["done"]), int(event["total"]), event["values"])
+        elif event.get("event") == "samples":
+            self._watcher.on_samples(int(event["step"]), [Path(file) for file in event["files"]])
+        elif event.get("event") == "warning":
+            self.warn([str(event["text"])])
         elif event.get("event") == "error":
             self._failures.append(_error(event))
             self._reported.add(rank)
@@ -160,6 +173,13 @@ class _ProcessMonitor:
             self._finished.add(rank)
             if rank == 0:
                 self.compute = dict(event.get("compute") or {})
+
+    def warn(self, texts: Iterable[str]) -> None:
+        """Passes on each warning once, also if several processes have it."""
+        for text in texts:
+            if text not in self._warnings:
+                self._warnings.add(text)
+                self._watcher.on_warning(text)
 
     def _set_deadline(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -187,16 +207,19 @@ class _ProcessMonitor:
                 with contextlib.suppress(ProcessLookupError):
                     child.send_signal(number)
 
+    @property
+    def silent(self) -> list[int]:
+        """The failed processes that reported no error, in order of exit: the others lost contact with the first."""
+        failed = [rank for rank in self._ended if rank not in self._finished or self._children[rank].returncode]
+        return [rank for rank in failed if rank not in self._reported]
+
     def report(self, stderr: IO[bytes]) -> None:
         """Raises the error that caused the failure, if there is one, not its consequences in other processes."""
         causes = [failure for failure in self._failures if LOST not in failure.problem]
         if causes:
             raise causes[0]
-        # In order of exit: the first failed, the others lost contact with it.
-        failed = [rank for rank in self._ended if rank not in self._finished or self._children[rank].returncode]
-        silent = [rank for rank in failed if rank not in self._reported]
-        if silent:
-            raise _unreported_failure(self._children[silent[0]].returncode, stderr)
+        if self.silent:
+            raise _unreported_failure(self._children[self.silent[0]].returncode, stderr)
         if self._failures:
             raise self._failures[0]
 
@@ -212,6 +235,15 @@ def _read_lines(stream: IO[bytes] | None, rank: int, lines: queue.SimpleQueue[tu
             for line in stream:
                 lines.put((rank, line))
     lines.put((rank, None))
+
+
+def _plain_lines(stderr: IO[bytes]) -> Iterator[str]:
+    """Yields the lines that libraries printed, without progress bars, which return to the start of their line."""
+    stderr.seek(0)
+    for line in stderr:
+        text = line.decode(errors="replace").rstrip("\n")
+        if text.strip() and "\r" not in text:
+            yield text.strip()
 
 
 def _unreported_failure(code: int, stderr: IO[bytes]) -> TrainingError:

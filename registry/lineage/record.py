@@ -88,6 +88,12 @@ class Lineage:
                 row.status, row.ended_at = "CRASHED", now()
             return [read_run(row) for row in dead]
 
+    def is_dead(self, run_id: str) -> bool:
+        """Returns True if a run is recorded as RUNNING, but its process on this host does not exist; writes nothing."""
+        with self.database.read() as session:
+            row = _get_run(session, run_id)
+            return row.status == "RUNNING" and not is_alive(row)
+
     def run(self, run_id: str) -> Run:
         """Returns the run with that id.
 

@@ -16,7 +16,7 @@ from registry.home import Home
 from registry.store.database import Database, sqlite_file
 from registry.store.redaction import redact_values
 from registry.store.tables import AliasRow, VersionRow
-from registry.versions.mlflow_tables import NO_STAGE, PREFIX, MlflowTables, MlflowVersion, read_tables
+from registry.versions.mlflow_tables import NO_STAGE, PREFIX, TRAINING, MlflowTables, MlflowVersion, read_tables
 
 RESTORE = "the next command that writes restores it; `loraline fsck --repair` restores it now"
 _PARAMETER = f"{PREFIX}param."
@@ -107,8 +107,9 @@ def with_state(version: AdapterVersion) -> dict[str, str]:
 
 
 def own_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Returns the tags that `expected_tags` determines: not those of long parameters."""
-    return {key: value for key, value in tags.items() if key.startswith(PREFIX) and not key.startswith(_PARAMETER)}
+    """Returns the tags that `expected_tags` determines: not those of long parameters and of trainings."""
+    others = (_PARAMETER, TRAINING)
+    return {key: value for key, value in tags.items() if key.startswith(PREFIX) and not key.startswith(others)}
 
 
 def _read_expected(database: Database, name: str | None) -> _Expected:

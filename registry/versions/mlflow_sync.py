@@ -15,10 +15,11 @@ from lora_engine.files import canonical_json
 from registry import queries
 from registry.context import RegistryContext
 from registry.documents.storage import gather_shown
+from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.rows import artifact_ref
 from registry.store.database import Database, name_of, sqlite_file
-from registry.store.tables import AliasRow, ArtifactRow, MetaRow, NameRow, RunRow, VersionRow
+from registry.store.tables import AliasRow, ArtifactRow, ExecutionRow, MetaRow, NameRow, RunRow, VersionRow
 from registry.versions.mlflow_drift import find_drift
 from registry.versions.mlflow_tables import read_tables
 from registry.versions.mlflow_writer import MlflowWriter
@@ -174,11 +175,19 @@ def _add_versions(context: RegistryContext, writer: MlflowWriter) -> None:
         if version.state == "DELETED":
             mlflow_run_id = writer.delete_version(version)
         else:
-            mlflow_run_id = writer.add_version(version, record, gather_shown(context, version))
+            keys = _training_keys(database, version)
+            mlflow_run_id = writer.add_version(version, record, gather_shown(context, version), keys)
         with database.write() as session:
             statement = update(VersionRow).where(VersionRow.id == row_id)
             session.execute(statement.values(mirrored=True, mlflow_run_id=mlflow_run_id))
             session.execute(update(RunRow).where(RunRow.id == version.run_id).values(mlflow_run_id=mlflow_run_id))
+
+
+def _training_keys(database: Database, version: AdapterVersion) -> list[str]:
+    """Returns the cache keys of the trainings that made a version's adapter."""
+    made = (ExecutionRow.output == version.artifact.sha256, ExecutionRow.status == "COMPLETED")
+    with database.read() as session:
+        return list(session.scalars(select(ExecutionRow.key).where(*made).distinct()))
 
 
 def _set_aliases(database: Database, writer: MlflowWriter) -> None:

@@ -6,8 +6,9 @@ A read takes milliseconds; importing MLflow takes seconds. MLflow's client canno
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ from registry.store.redaction import redact
 
 PREFIX = "loraline."
 """Start of the names of all tags that the registry writes."""
+TRAINING = f"{PREFIX}training."
+TRAINING_KEY, TRAINING_RUN = f"{TRAINING}key", f"{TRAINING}run"
+"""Tags of a run that shows a training: the cache key of its step, and the run of its pipeline."""
 NO_STAGE, DELETED = "None", "Deleted_Internal"
 """Stages of a model version: none, and that of a version which MLflow deleted; its row remains."""
 _TIMEOUT_VARIABLE = "LORALINE_MLFLOW_TIMEOUT"
@@ -39,7 +43,7 @@ _VERSIONS = table(
 )
 _VERSION_TAGS = table("model_version_tags", *map(column, ("name", "version", "key", "value")))
 _ALIASES = table("registered_model_aliases", *map(column, ("name", "alias", "version")))
-_RUNS = table("runs", *map(column, ("run_uuid", "lifecycle_stage")))
+_RUNS = table("runs", *map(column, ("run_uuid", "lifecycle_stage", "status", "end_time")))
 _OPTIONAL = {"value", "source", "run_id", "lifecycle_stage", "current_stage"}
 _RUN_TAGS = table("tags", *map(column, ("run_uuid", "key", "value")))
 
@@ -153,6 +157,40 @@ def reset_version(url: str, name: str, version: int, run_id: str, source: str) -
     statement = update(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version)
     with _connected(url) as connection:
         connection.execute(statement.values(**values, status_message=null()))
+
+
+def has_training(url: str, key: str) -> bool:
+    """Returns True if MLflow has a run of the training with a cache key.
+
+    Raises:
+        MlflowError: The database cannot be read.
+    """
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_RUN_TAGS.name):
+            return False
+        query = select(_RUN_TAGS.c.run_uuid).where(_RUN_TAGS.c.key == TRAINING_KEY, _RUN_TAGS.c.value == key)
+        return connection.execute(query.limit(1)).first() is not None
+
+
+def end_trainings(url: str, is_over: Callable[[str], bool]) -> list[str]:
+    """Marks the running trainings whose pipeline is over as KILLED; returns their ids in MLflow.
+
+    Args:
+        url: SQLAlchemy URL of MLflow's database.
+        is_over: Takes the id of a pipeline's run.
+
+    Raises:
+        MlflowError: The database cannot be used.
+    """
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_RUNS.name):
+            return []
+        query = select(_RUNS.c.run_uuid, _RUN_TAGS.c.value).join(_RUN_TAGS, _RUN_TAGS.c.run_uuid == _RUNS.c.run_uuid)
+        running = connection.execute(query.where(_RUNS.c.status == "RUNNING", _RUN_TAGS.c.key == TRAINING_RUN))
+        dead = [run for run, pipeline in running.all() if is_over(pipeline)]
+        ended = update(_RUNS).where(_RUNS.c.run_uuid.in_(dead))
+        connection.execute(ended.values(status="KILLED", end_time=int(time.time() * 1000)))
+        return dead
 
 
 def require_reachable(url: str) -> None:

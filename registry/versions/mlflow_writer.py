@@ -1,4 +1,4 @@
-"""Writes registry rows to MLflow. The only module that imports mlflow, and only inside functions.
+"""Writes registry rows to MLflow. Only this module and `live_run` import mlflow, and only inside functions.
 
 Every call is idempotent: the next call completes an interrupted one. Callers hold the lock.
 """
@@ -29,7 +29,7 @@ from registry.store.artifacts import Store
 from registry.store.database import name_of, sqlite_file
 from registry.store.redaction import redact
 from registry.versions.mlflow_drift import expected_tags, own_tags, with_state
-from registry.versions.mlflow_tables import local_path, require_reachable, reset_version
+from registry.versions.mlflow_tables import PREFIX, TRAINING_KEY, local_path, require_reachable, reset_version
 from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)
@@ -60,13 +60,17 @@ class MlflowWriter:
         with self.with_context("its database"):
             if sqlite_file(home.mlflow_url) is None:
                 require_reachable(home.mlflow_url)
-            self._client = _open_client(home)
+            self._client = open_client(home)
 
-    def add_version(self, version: AdapterVersion, record: ArtifactRef, shown: Shown) -> str:
+    def add_version(
+        self, version: AdapterVersion, record: ArtifactRef, shown: Shown, training_keys: Sequence[str] = ()
+    ) -> str:
         """Writes run, artifacts, registered model and model version of a version.
 
         Args:
             version: The version.
+            training_keys: Cache keys of the trainings that made the adapter; a run that showed one of them while it
+                ran becomes the version's.
             record: The artifact with parameters, curves, images and documents.
             shown: Its documents and datasets.
 
@@ -77,7 +81,7 @@ class MlflowWriter:
             MlflowError: MLflow failed, or has another version under that number.
         """
         with self.with_context(version.ref):
-            run_id = self._ensure_run(version)
+            run_id = self._ensure_run(version, training_keys)
             self._log_values(run_id, version, json.loads(self.store.read(record, _RECORD)))
             self._log_datasets(run_id, shown.facts.datasets)
             source = self._copy_files(run_id, version, record, shown.documents)
@@ -143,37 +147,22 @@ class MlflowWriter:
     @contextmanager
     def with_context(self, where: str) -> Iterator[None]:
         """Converts every error of MLflow to `MlflowError`."""
-        from mlflow.exceptions import MlflowException
+        with mlflow_errors(self.home, where):
+            yield
 
-        try:
-            with disk_errors(self.home.mlflow_artifacts):
-                yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise MlflowError(
-                f"MLflow could not be synced ({redact(str(error), self.home.mlflow_url)})",
-                where=where,
-                remedy="fix the cause; nothing is lost, and the next command syncs MLflow",
-            ) from error
-
-    def _ensure_run(self, version: AdapterVersion) -> str:
-        experiment = self._client.get_experiment_by_name(version.name)
-        if experiment is None:
-            folder = self.home.mlflow_artifacts / check_name(version.name)
-            experiment_id = self._client.create_experiment(version.name, artifact_location=folder.as_uri())
-        else:
-            experiment_id = experiment.experiment_id
-            if experiment.lifecycle_stage == "deleted":
-                self._client.restore_experiment(experiment_id)
+    def _ensure_run(self, version: AdapterVersion, training_keys: Sequence[str] = ()) -> str:
+        experiment_id = ensure_experiment(self._client, self.home, version.name)
         if self._restore_run(version.mlflow_run_id):
             return str(version.mlflow_run_id)
         same_tags = f"tags.`loraline.version` = '{version.ref}' and tags.`loraline.sha256` = '{version.sha256}'"
         for run in self._client.search_runs([experiment_id], filter_string=same_tags, max_results=1):
             return str(run.info.run_id)
+        name = f"{version.name} {version.version}"
+        for run in find_training_runs(self._client, experiment_id, training_keys):
+            self._client.update_run(run.info.run_id, name=name)
+            return str(run.info.run_id)
         run = self._client.create_run(
-            experiment_id,
-            start_time=_millis(version),
-            tags=expected_tags(version),
-            run_name=f"{version.name} {version.version}",
+            experiment_id, start_time=_millis(version), tags=expected_tags(version), run_name=name
         )
         return str(run.info.run_id)
 
@@ -199,7 +188,9 @@ class MlflowWriter:
         timestamp = _millis(version)
         metrics = [Metric(name, value, timestamp, 0) for name, value in numbers(version.metrics)]
         for name, curve in record["curves"].items():
-            metrics += [Metric(name, value, timestamp, step) for step, value in curve]
+            # A run that was live has most points, with the times of their steps.
+            logged = {(point.step, point.value) for point in self._client.get_metric_history(run_id, name)}
+            metrics += [Metric(name, value, timestamp, step) for step, value in curve if (step, value) not in logged]
         for batch in _batches(metrics, _METRICS_AT_ONCE):
             self._client.log_batch(run_id, metrics=batch)
         params = {_param_name(str(key)): _text(value) for key, value in record["params"].items()}
@@ -330,7 +321,41 @@ class MlflowWriter:
             return None
 
 
-def _open_client(home: Home) -> Any:
+@contextmanager
+def mlflow_errors(home: Home, where: str) -> Iterator[None]:
+    """Converts every error of MLflow to `MlflowError`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with disk_errors(home.mlflow_artifacts):
+            yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise MlflowError(
+            f"MLflow could not be synced ({redact(str(error), home.mlflow_url)})",
+            where=where,
+            remedy="fix the cause; nothing is lost, and the next command syncs MLflow",
+        ) from error
+
+
+def ensure_experiment(client: Any, home: Home, name: str) -> str:
+    """Returns the id of an adapter's experiment; creates it, or restores it if it was deleted."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        folder = home.mlflow_artifacts / check_name(name)
+        return str(client.create_experiment(name, artifact_location=folder.as_uri()))
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def find_training_runs(client: Any, experiment_id: str, keys: Iterable[str]) -> Iterator[Any]:
+    """Yields the runs of trainings by cache key that belong to no version yet, latest first."""
+    for key in keys:
+        runs = client.search_runs([experiment_id], filter_string=f"tags.`{TRAINING_KEY}` = '{key}'")
+        yield from (run for run in runs if f"{PREFIX}version" not in run.data.tags)
+
+
+def open_client(home: Home) -> Any:
     """Opens a client of the home's MLflow; creates its database first, atomically."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")

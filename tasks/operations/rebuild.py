@@ -122,7 +122,7 @@ def _add_step(
         _warn_of_revision(plan, name, step, kind.revision)
         plan.reasons.append(f"the settings of step {name!r} are no longer valid ({error.errors()[0]['msg']})")
         return
-    _warn_of_revision(plan, name, step, kind.revision_of(spec))
+    _warn_of_revision(plan, name, step, kind.revision)
     plan.warnings += [f"step {name!r}: {change}" for change in changed_revisions(find_used(spec, None), step.settings)]
     plan.steps.append(RebuildStep(name, step, spec, files))
 
@@ -200,7 +200,7 @@ def rebuild(plan: RebuildPlan, store: Store, home: Home, run: tuple[str, Mapping
                     name = role.partition(".")[0]
                     inputs[name] = (*inputs.get(name, ()), rebuilt.get(ref.sha256, ref))
             with threads(recorded_threads(step.recorded)):
-                outcome = execute(_job(step, target, home), inputs, home, run_id)
+                outcome = execute(_job(step, target, home), inputs, home, run_id, live=False)
             if step.recorded.output is not None:
                 rebuilt[step.recorded.output.sha256] = outcome.ref
         lineage.finish_run(run_id, "COMPLETED")

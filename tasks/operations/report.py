@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from registry.versions.versions import Versions
 from tasks.operations.promote import find_version
+from tasks.warnings import warnings_of
 
 
 def write_report(home: Home, ref: str, output: Path | None = None) -> Path | None:
@@ -51,6 +54,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             version.ref,
             json.loads((folders["report"] / "report.json").read_bytes()),
             folders["report"],
+            adapter_folder=folders["adapter"],
             training=json.loads(training.read_bytes()) if training.is_file() else None,
             dataset_folder=folders["dataset"] if dataset is not None else None,
             recipe=dict(version.params),
@@ -61,6 +65,8 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
         images = path.with_suffix("")
         if output is None and not images.is_dir():
             shutil.copytree(folders["report"] / "pictures", images)
+            if (folders["adapter"] / "samples").is_dir():
+                shutil.copytree(folders["adapter"] / "samples", images / "samples")
     return path
 
 
@@ -68,16 +74,37 @@ def describe_steps(lineage: Lineage, version: AdapterVersion) -> list[dict[str, 
     """Returns the steps that made a version, each with its inputs and output, in order of their start."""
     walk = lineage.walk(version.ref)
     makers = [lineage.executions(output=node.id) for node in walk.nodes if node.kind == "artifact"]
-    latest = [executions[-1] for executions in makers if executions]
+    # The latest that did the work has the warnings; a later one took its result.
+    latest = [
+        ([entry for entry in executions if entry.status == "COMPLETED"] or executions)[-1]
+        for executions in makers
+        if executions
+    ]
     return [
         {
             "step": execution.step,
             "uses": execution.uses,
             "inputs": [ref.sha256 for ref in execution.inputs.values()],
             "output": execution.output.sha256 if execution.output else "",
+            "warnings": warnings_of(execution.environment),
         }
         for execution in sorted(latest, key=lambda execution: execution.started_at)
     ]
+
+
+def read_warnings(home: Home, outputs: Mapping[str, ArtifactRef]) -> list[tuple[str, str]]:
+    """Returns the warnings of the executions that made artifacts, as (step, text).
+
+    Args:
+        home: The home.
+        outputs: Step -> its output.
+    """
+    with closing(Lineage(home.lineage_url)) as lineage:
+        entries: list[tuple[str, str]] = []
+        for name, ref in outputs.items():
+            made = [entry for entry in lineage.executions(output=ref.sha256) if entry.status == "COMPLETED"]
+            entries += [(name, text) for text in warnings_of(made[-1].environment)] if made else []
+        return entries
 
 
 def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:

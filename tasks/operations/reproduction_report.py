@@ -17,6 +17,7 @@ from tasks.operations.changes import Change, compare_records
 from tasks.operations.rebuild import RebuildPlan
 from tasks.operations.upstream import UpstreamSteps
 from tasks.operations.weights import compare_weights, read_file_card
+from tasks.warnings import WARNINGS
 
 Verdict = Literal["identical", "within tolerance", "differs"]
 
@@ -219,6 +220,7 @@ def environment_of(step: Execution) -> dict[str, Any]:
         environment["packages"] = {name: version for name, _, version in packages}
     code = environment.get("code", {})
     environment["code"] = {key: value for key, value in code.items() if key in ("sha256", "commit")}
+    environment.pop(WARNINGS, None)
     environment.pop("threads", None)  # the variable; `compute` has the threads that torch used
     return {
         **environment,

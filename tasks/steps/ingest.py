@@ -58,4 +58,5 @@ def ingest(spec: Ingest, context: Context) -> None:
         spec.narrow(IngestSettings),
         consent=context.files.get("consent"),
         revoked=context.excluded,
+        progress=context.progress,
     )

@@ -21,4 +21,4 @@ def preprocess(spec: Preprocess, context: Context) -> None:
     """Writes a manifest whose images and masks have the requested sizes."""
     from lora_engine.data.preprocess import preprocess as preprocess_dataset
 
-    preprocess_dataset(context.folder("dataset"), context.out, spec.narrow(PreprocessSettings))
+    preprocess_dataset(context.folder("dataset"), context.out, spec.narrow(PreprocessSettings), context.progress)

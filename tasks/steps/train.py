@@ -14,7 +14,8 @@ from pydantic import model_validator
 
 from lora_engine.bases.source import resolve_base
 from lora_engine.catalog.kinds import KINDS
-from lora_engine.compute import count_cores, count_threads, fitting_trainings, measure_memory
+from lora_engine.compute import count_threads, fitting_trainings, measure_memory
+from lora_engine.parallel import count_cores
 from lora_engine.registries import Registry
 from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
@@ -22,6 +23,7 @@ from registry.home import Home
 from tasks.devices import device_slots
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, always, step
+from tasks.watching import watching
 
 RATES_OR_INPUTS = "its inputs or the rates of its steps changed; `then` adds steps at other rates"
 
@@ -92,7 +94,7 @@ def describe_progress(spec: Train, origin: str, home: Home, last_key: str | None
     Train,
     produces="adapter",
     revision=2,
-    imports=always("lora_engine.training.device", "lora_engine.training.spawn"),
+    imports=always("lora_engine.training.device", "lora_engine.training.spawn", "registry.versions.live_run"),
     entries=find_entries,
     stops=True,
     describe_progress=describe_progress,
@@ -117,8 +119,8 @@ def train(spec: Train, context: Context) -> None:
         "origin": context.origin,
         "fresh": context.force,
     }
-    with device_slots(context.home, device_limits(spec, context), context.name) as slots:
-        context.compute.update(train_in_child(job, context.progress, stop=context.stop, inherit=slots))
+    with device_slots(context.home, device_limits(spec, context), context.name) as slots, watching(context) as watcher:
+        context.compute.update(train_in_child(job, context.progress, watcher=watcher, stop=context.stop, inherit=slots))
 
 
 def device_limits(spec: Train, context: Context) -> dict[str, int]:

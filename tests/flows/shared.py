@@ -23,7 +23,7 @@ from PIL import Image
 from flows.prefect import configure_prefect
 from flows.server import prefect_server as running_server
 from lora_engine.compute import describe_compute, threads
-from lora_engine.progress import Progress
+from lora_engine.progress import Point, Progress, Unwatched
 from lora_engine.training.spawn import train_in_child
 from registry.entities import AdapterVersion
 from registry.home import Home
@@ -182,9 +182,16 @@ def training_here() -> Iterator[None]:
         optional = {name: Path(job[name]) if job[name] else None for name in paths}
         optional |= {"origin": job["origin"], "fresh": job["fresh"]}
         dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
-        stop = options.get("stop") or (lambda: False)
+        stop, watcher = options.get("stop") or (lambda: False), options.get("watcher") or Unwatched()
+
+        def report(done: int, total: int, values: Mapping[str, float]) -> None:
+            if done or "validation_loss" in values:
+                watcher.on_points([Point(done, time.time(), values)])
+            progress(done, total, values)
+
+        watched: Any = {**optional, "progress": report, "on_samples": watcher.on_samples, "stop": stop}
         with training_lock, threads(1):
-            train(settings, job["base"], dataset, out, work, **optional, progress=progress, stop=stop)  # type: ignore[arg-type]
+            train(settings, job["base"], dataset, out, work, **watched)
             return describe_compute(choose_device(settings.running))
 
     with patch("lora_engine.training.spawn.train_in_child", train_here):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +29,17 @@ TRAINED = (
   exports:  {uses: convert, adapter: adapter, to: [kohya]}
 """
 )
+
+
+class Warned(logging.Handler):
+    """Collects the texts of log records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def attempts(home: Path, step: str) -> list[Execution]:
@@ -79,7 +92,13 @@ def test_a_step_with_a_timeout_gives_the_same_artifact_or_the_same_error_from_it
 
     for image in (spec.parent / "images").iterdir():
         image.write_bytes(b"no image")
+    warned = Warned()
+    logger = logging.getLogger("lora_engine.data.ingest")
+    logger.addHandler(warned)
     failed = [loraline_here("run", spec, "--set", f"photos.timeout={limit}", home=home) for limit in ("null", "500")]
+    logger.removeHandler(warned)
+    assert len(warned.texts) == 8, "each process warns once of each of the four images"
+    assert set(Counter(warned.texts).values()) == {2}
     assert failed[0].returncode == failed[1].returncode != 0
     assert failed[0].stderr == failed[1].stderr != ""
     *_, first, second = attempts(home, "photos")

@@ -248,7 +248,7 @@ def unsynced(place_home, fresh_template, register, tmp_path_factory):
 @pytest.fixture
 def sync_with_fault(place_home, unsynced, caplog):
     """Returns a function that opens a copy of `unsynced` with a failing MLflow client; it returns home and calls."""
-    open_client = mlflow_writer._open_client
+    open_client = mlflow_writer.open_client
 
     def run(fault=0, after=False):
         home, clients = place_home(unsynced), []
@@ -259,7 +259,7 @@ def sync_with_fault(place_home, unsynced, caplog):
 
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mlflow_writer, "_open_client", faulty)
+            patch.setattr(mlflow_writer, "open_client", faulty)
             versions = Versions(home)
             assert versions.is_synced() == (fault == 0)
             assert ("interrupted in" in caplog.text) == (fault > 0)

@@ -68,11 +68,17 @@ def test_everything_in_the_folder_is_used_or_quarantined(images: Path, tmp_path:
     assert all(text.isprintable() for item in manifest.quarantined for text in (item.source, item.reason))
 
 
-def test_the_same_folder_gives_the_same_bytes(images: Path, tmp_path: Path, add_image: Add) -> None:
+def test_the_same_folder_gives_the_same_bytes_with_any_number_of_threads(
+    images: Path, tmp_path: Path, add_image: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(4):
         add_image(f"{number}.png", caption=f"image {number}")
-    for out in ("one", "two"):
-        ingest(images, tmp_path / out, IngestSettings(heldout=0.5))
+    reported: list[tuple[int, int]] = []
+    for out, threads in (("one", 1), ("two", 4)):
+        monkeypatch.setattr("lora_engine.parallel.count_cores", lambda: threads)  # noqa: B023
+        settings = IngestSettings(heldout=0.5)
+        ingest(images, tmp_path / out, settings, progress=lambda done, total, values: reported.append((done, total)))
+    assert reported == [(done, 4) for done in range(1, 5)] * 2
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
     assert len(folder_bytes(tmp_path / "one")) == 5
 

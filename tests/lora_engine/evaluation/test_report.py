@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -216,3 +217,30 @@ def test_a_browser_shows_every_image_and_no_horizontal_overflow(
     assert "<title>6/6 true</title>" in done.stdout
     with Image.open(tmp_path / "page.png") as shot:
         assert len(set(shot.convert("RGB").resize((200, 200)).get_flattened_data())) > 500
+
+
+def test_samples_of_the_training_are_strips_over_the_steps_from_the_base_on(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    for step in range(0, 1500, 100):
+        shade = Image.new("RGB", (8, 8), (step % 256, 0, 0))
+        for seed in (1, 2):
+            write_image(folder / f"samples/step-{step:06d}/00-{seed}.png", shade)
+    about = {"prompts": [HOSTILE], "seeds": [1, 2]}
+    (folder / "samples" / "samples.json").write_text(json.dumps(about))
+    page = render_report("zorb", report, tmp_path / "report", adapter_folder=folder)
+    shown = [int(number) for number in re.findall(r'class="label">step ([0-9]+)<', page)]
+    assert len(shown) == 24, "two seeds with at most twelve columns"
+    assert shown[:12] == shown[12:] == sorted(set(shown))
+    assert (shown[0], shown[11]) == (0, 1400)
+    assert "<script>" not in page
+    assert 'id="strips"' not in render_report("zorb", report, tmp_path / "report", adapter_folder=tmp_path)
+
+
+def test_warnings_of_the_steps_are_listed_as_text(report: dict[str, Any], tmp_path: Path) -> None:
+    lineage = [{"step": "adapter", "uses": "train", "output": "0" * 64, "warnings": [HOSTILE]}, {"step": "report"}]
+    page = render_report("zorb", report, tmp_path / "report", lineage=lineage)
+    assert page.count("alert(1)") == 1
+    assert "<script>" not in page
+    assert 'id="warnings"' not in render_report("zorb", report, tmp_path / "report", lineage=lineage[1:])

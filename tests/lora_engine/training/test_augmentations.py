@@ -79,7 +79,7 @@ def test_batches_have_all_augmentations_with_matching_latents_and_masks(
     examples = read_examples(dataset, Manifest.load(dataset), "train")
     write_mask(tmp_path / "mask.png", to_image(read_pixels(examples[0].file)))
     examples = tuple(replace(example, mask=tmp_path / "mask.png") for example in examples)
-    encoder.prepare(examples, [], lambda: None)
+    encoder.prepare(examples, [])
     assert len(list((tmp_path / "cache" / "latents").rglob("*.safetensors"))) == len(examples) * 4
     builder = BatchBuilder(base, encoder.latents, encoder.conditioning, examples, batch=3, seed=5, captions=settings)
     seen = set()

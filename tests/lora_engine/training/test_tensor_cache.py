@@ -222,7 +222,7 @@ def test_other_bases_and_caption_settings_share_nothing(bases: dict[str, Path], 
     for shape in ("small-sd", "small-sdxl"):
         base = load_base(str(bases[shape]), device="cpu")
         for captions in (Captions(), Captions(chunks=2), Captions(weights=True)):
-            Encoder(base, tmp_path, captions).prepare(examples, [], lambda: None)
+            Encoder(base, tmp_path, captions).prepare(examples, [])
             count += 1
             assert len(files(tmp_path / "texts")) == count
     assert len(files(tmp_path / "latents")) == 2
@@ -236,7 +236,7 @@ def test_shuffled_captions_are_encoded_on_demand_and_not_written(
         replace(example, caption="a, b, c, d") for example in read_examples(dataset, Manifest.load(dataset), "train")
     )
     encoder = Encoder(base, tmp_path, Captions(shuffle=True))
-    encoder.prepare(examples, [""], lambda: None)
+    encoder.prepare(examples, [""])
     assert encoded["texts"] == len(files(tmp_path / "texts")) == 1
     first = encoder.conditioning(["b, a, d, c", "", "b, a, d, c"], (16, 16))
     assert encoded["texts"] == 2

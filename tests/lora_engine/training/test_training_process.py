@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 from lora_engine.errors import BaseModelError, InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import sha256_file
-from lora_engine.progress import Progress, no_progress
+from lora_engine.progress import Point, Progress, no_progress
 from lora_engine.training.run import train
 from lora_engine.training.spawn import train_in_child
 from lora_engine.training.spec import TrainSettings
@@ -94,6 +94,10 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_an_un
     checkpointed = last_checkpoint(job)
     assert checkpointed >= 2
 
+    # A cached file is damaged, of which the next process warns.
+    (damaged, *_) = sorted((Path(job["work"]) / "latents").rglob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+
     # The caller dies: the child's standard input is closed.
     command = [sys.executable, "-m", "lora_engine.training", str(Path(job["work"]) / "job.json")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -103,6 +107,10 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_an_un
         messages = [json.loads(line) for line in child.stdout]
         thread.join()
     assert child.returncode == 130
+    warnings = [message["text"] for message in messages if message["event"] == "warning"]
+    assert warnings == [f"{damaged} is damaged and is computed again"]
+    points = [point for message in messages for point in message.get("points", ())]
+    assert [step for step, _, _ in points] == [*range(points[0][0], points[-1][0] + 1)], "every step has a point"
     assert (messages[-1]["event"], messages[-1]["type"]) == ("error", "InterruptedRun")
     checkpointed = last_checkpoint(job)
     assert f"stopped after {checkpointed} of 30" in messages[-1]["message"]
@@ -112,7 +120,9 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_an_un
     resume_here(job, lambda done, total, values: events.append((done, total, dict(values))))
     assert next(done for done, _, values in events if "loss" in values) > checkpointed
     assert events[-1][:2] == (30, 30)
-    assert {"loss", "denoising", "prior", "learning_rate", "gradient_norm"} == set(events[-1][2])
+    measured = {"loss", "denoising", "prior", "learning_rate", "gradient_norm", "images_per_second", "peak_memory_mib"}
+    assert measured == set(events[-1][2])
+    assert all(value > 0 for value in events[-1][2].values() if value != events[-1][2]["learning_rate"])
     fresh = {**job, "out": str(tmp_path / "fresh"), "work": str(tmp_path / "fresh-work")}
     resume_here(fresh)
     assert digest(job) == digest(fresh)
@@ -174,6 +184,47 @@ time.sleep(100)
     assert seen
     with pytest.raises(LookupError):
         child_of(job)
+
+
+class Noted:
+    """A watcher that keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.samples: list[tuple[int, Sequence[Path]]] = []
+        self.warnings: list[str] = []
+
+    def on_points(self, points: Sequence[Point]) -> None:
+        self.points += points
+
+    def on_samples(self, step: int, files: Sequence[Path]) -> None:
+        self.samples.append((step, files))
+
+    def on_warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_watcher_receives_every_point_and_each_warning_once(job: dict[str, Any], tmp_path: Path) -> None:
+    body = """
+import json
+def send(**event):
+    print(json.dumps(event), flush=True)
+send(event="progress", done=3, total=9, values={}, points=[[2, 0.5, {"loss": 0.5}], [3, 0.6, {"loss": 0.25}]])
+send(event="samples", step=3, files=["/a.png"])
+send(event="warning", text="careful")
+send(event="warning", text="careful")
+print("a library prints\\n0%\\r100%\\n\\ncareful", file=sys.stderr)
+send(event="done")
+"""
+    noted = Noted()
+    train_in_child(job, watcher=noted, python=fake_python(tmp_path, body))
+    assert noted.points == [Point(2, 0.5, {"loss": 0.5}), Point(3, 0.6, {"loss": 0.25})]
+    assert noted.samples == [(3, [Path("/a.png")])]
+    assert noted.warnings == ["careful", "a library prints"]
+    noted = Noted()
+    with pytest.raises(TrainingError, match="the reason"):
+        train_in_child(job, watcher=noted, python=fake_python(tmp_path, "sys.stderr.write('the reason'); sys.exit(3)"))
+    assert noted.warnings == [], "the error has the lines"
 
 
 def test_a_crashed_child_is_reported_with_its_last_stderr_lines(job: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from functools import partial
@@ -16,6 +17,7 @@ from lora_engine.adapters import Adapter
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import SettingsError
+from lora_engine.training import samples
 from lora_engine.training.device import choose_device
 from lora_engine.training.init import init_adapter
 from lora_engine.training.spec import TrainSettings
@@ -32,13 +34,30 @@ def test_samples_are_drawn_at_intervals_and_do_not_change_the_adapter(runs: Runs
     out = runs("sampled", steps=5, samples=SAMPLES)
     sampled, plain = digests(out), digests(runs("plain", steps=5))
     names = {f"{number:02d}-{seed}.png" for number in (0, 1) for seed in (3, 5)}
-    drawn = {f"samples/step-{step:06d}/{name}" for step in (2, 4) for name in names}
+    drawn = {f"samples/step-{step:06d}/{name}" for step in (0, 2, 4) for name in names}
     assert sampled.keys() == plain.keys() | drawn | {"samples/samples.json"}
     assert all(sampled[name] == digest for name, digest in plain.items())
     assert json.loads((out / "samples/samples.json").read_bytes())["prompts"] == SAMPLES["prompts"]
     # Each sample differs by prompt, seed and step.
     assert len({sampled[name] for name in drawn}) == len(drawn)
     assert read_pixels(out / sorted(drawn)[0]).shape == (3, 16, 16)
+
+
+def test_a_full_disk_costs_the_samples_and_not_the_training(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(path: Path, pixels: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(samples, "write_png", write)
+    drawn: list[int] = []
+    announced = {"on_samples": lambda step, files: drawn.append(step)}
+    out = runs("unsampled", steps=5, samples=SAMPLES, arguments=announced)
+    texts = {record.getMessage() for record in caplog.records if record.name == samples.__name__}
+    assert texts == {"sample images cannot be written (No space left on device); the training continues"}
+    assert drawn == []
+    plain = digests(runs("plain", steps=5))
+    assert digests(out) == plain | {"samples/samples.json": digests(out)["samples/samples.json"]}
 
 
 def require_same_factors(runs: Runs, running: dict[str, Any], **usual: Any) -> None:
