@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_engine.data.images import BROKEN, IMAGE_FORMATS, open_inside
+from lora_engine.data.images import BROKEN, IMAGE_FORMATS, open_inside, unwarned
 from lora_engine.data.rights import GenerationSign
 
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
@@ -42,7 +42,7 @@ def read_evidence(path: Path, root: Path) -> tuple[GenerationSign, ...]:
     """
     with open_inside(path, root) as file:
         try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
+            with unwarned(), Image.open(file, formats=IMAGE_FORMATS) as image:
                 return tuple(sorted(set(_find_evidence(image))))
         except BROKEN:
             return ()

@@ -11,7 +11,10 @@ import io
 import os
 import stat
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -87,6 +90,14 @@ def open_inside(path: Path, root: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Drops Pillow's warnings of broken metadata, which name no file; pixels and other metadata are read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
+
+
 def write_image(path: Path, image: Image.Image) -> None:
     """Writes an RGB image as PNG without metadata: same pixels, same bytes."""
     atomic_write(path, encode_png(image))
@@ -112,7 +123,7 @@ def _encode(image: Image.Image, mode: str) -> bytes:
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        with unwarned(), Image.open(file, formats=IMAGE_FORMATS) as image:
             _check(image, name, max_pixels)
             image.load()
             upright = ImageOps.exif_transpose(image)

@@ -41,7 +41,7 @@ steps:
     rank: 2
     steps: 12
     targets: ["unet.*.to_q", "re:.*to_k"]
-    overrides: [{targets: "unet.*.to_q", rank: 3}]
+    overrides: {"unet.*.to_q": {rank: 3}}
     rates: {optimiser: {name: adamw, betas: [0.9, 0.99]}}
     objective: {loss: huber, timesteps: {low: 0.1}}
     samples: {every: 5, prompts: [a zorb]}

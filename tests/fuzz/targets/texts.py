@@ -58,7 +58,8 @@ def check_ref(text: str, output: Path) -> None:
     if can_exist(name, ref):
         assert is_file_name(name)
         assert _accepts(check_name, name)
-        assert number is not None or _accepts(check_alias, ref) or ref == "latest"
+    if name and _accepts(check_alias, ref):
+        assert can_exist("zorb", ref)
     weighted, weight = parse_weighted(text)
     assert isinstance(weighted, str)
     assert isinstance(weight, float)
