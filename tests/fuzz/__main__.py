@@ -1,6 +1,6 @@
 """Fuzzes for a time: `python -m tests.fuzz [TARGET ...] [--seconds 60 | --count 100000] [--seed N] [--keep FOLDER]`.
 
-Each target runs in a process of its own, for its share of the time. The exit code is 1 if there was a finding; its
+The targets run in another process, each for its share of the time. The exit code is 1 if there was a finding; its
 input is written to FOLDER, and `--only NUMBER` repeats it. With `--guided`, atheris mutates by coverage, if installed.
 """
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from tests.fuzz.files import write_files
 from tests.fuzz.runs import Result, run, until
 from tests.fuzz.target import input_of
 
-_GRACE = 600.0
-"""Seconds that a process may take longer than its time, before it is killed as hanging."""
+_GRACE = 300.0
+"""Seconds after which a process is killed that stays with one input: the bound in it counts no waiting."""
 
 
 def _parse() -> argparse.Namespace:
@@ -36,6 +37,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, default=Path("build/fuzz"), help="Folder for inputs with findings.")
     parser.add_argument("--guided", action="store_true", help="Mutates by coverage, with atheris, one target.")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--total", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -54,59 +56,81 @@ def main() -> None:
     if arguments.only is not None or arguments.guided:
         _run_one(arguments, names[0], seed)
         return
-    total = sum(TARGETS[name].share for name in names)
-    failed = 0
-    print(f"seed {seed}")
-    for name in names:
-        part = TARGETS[name].share / total
-        failed += _start(name, seed, arguments, part) > 0
+    print(f"seed {seed}", flush=True)
+    failed, rest = False, names
+    while rest:
+        done, died = _start(rest, names, seed, arguments)
+        failed |= died or any(result.findings for result in done.values())
+        # After the one in which the process died, the next one goes on.
+        rest = rest[len(done) + died :]
     raise SystemExit(1 if failed else 0)
 
 
-def _start(name: str, seed: int, arguments: argparse.Namespace, part: float) -> int:
-    """Runs a target in another process and prints its result; returns the number of findings."""
+def _start(
+    names: list[str], every: list[str], seed: int, arguments: argparse.Namespace
+) -> tuple[dict[str, Result], bool]:
+    """Runs targets in another process; returns the results of those that ended, and True if one of them killed it."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        limit = ["--count", str(max(1, round(arguments.count * part)))] if arguments.count else []
-        seconds = arguments.seconds * part
-        command = [sys.executable, "-m", "tests.fuzz", name, "--seed", str(seed), "--seconds", str(seconds), *limit]
-        command += ["--keep", str(arguments.keep), "--worker", folder]
-        began = time.monotonic()
-        try:
-            timeout = None if arguments.count else seconds + _GRACE
-            code = subprocess.run(
-                command, timeout=timeout, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-        stored = Path(folder) / "result.json"
-        if code != 0 or not stored.is_file():
-            number = (Path(folder) / "number").read_text() if (Path(folder) / "number").is_file() else "none"
-            print(f"{name}: FINDING input {number}: the process ended with code {code}")
-            return 1
-        result = Result(**json.loads(stored.read_text()))
-    speed = result.inputs / max(0.001, time.monotonic() - began)
-    print(
-        f"{name}: {result.inputs} inputs ({speed:.0f} a second), {result.accepted} accepted, "
-        f"slowest {result.slowest[0]:.1f} s (input {result.slowest[1]}), {len(result.findings)} findings",
-        flush=True,
-    )
-    for number, finding in result.findings.items():
-        print(f"{name}: FINDING input {number}: {finding[:400]}", flush=True)
-    return len(result.findings)
+        command = [sys.executable, "-m", "tests.fuzz", *names, "--seed", str(seed), "--seconds", str(arguments.seconds)]
+        command += ["--count", str(arguments.count)] if arguments.count else []
+        command += ["--keep", str(arguments.keep), "--worker", folder, "--total", str(_total(every))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment)
+        code = _wait(process, Path(folder))
+        done = {path.stem: Result(**json.loads(path.read_text())) for path in Path(folder).glob("*.json")}
+        if code == 0:
+            return done, False
+        number = Path(folder, "number")
+        print(f"FINDING {number.read_text() if number.is_file() else names[0]}: the process ended with code {code}")
+        return done, True
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path) -> int:
+    """Returns the exit code; kills a process that stays with one input, blocked or in native code, for too long."""
+    number, seen, since = folder / "number", "", time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.2)
+        current = number.read_text() if number.is_file() else ""
+        if current != seen:
+            seen, since = current, time.monotonic()
+        elif time.monotonic() - since > _GRACE:
+            process.kill()
+    return process.returncode
+
+
+def _total(names: Iterable[str]) -> float:
+    from tests.fuzz.targets import TARGETS
+
+    return sum(TARGETS[name].share for name in names)
 
 
 def _work(arguments: argparse.Namespace) -> None:
     from tests.fuzz.targets import TARGETS
 
     logging.disable(logging.CRITICAL)
-    target, folder = TARGETS[arguments.targets[0]], arguments.worker
-    numbers = range(arguments.count) if arguments.count else until(arguments.seconds)
-    result = run(target, arguments.seed, numbers, folder / "work", folder / "number")
-    for number in result.findings:
-        kept = arguments.keep / f"{target.name}-{arguments.seed}-{number}"
-        shutil.rmtree(kept, ignore_errors=True)
-        write_files(kept, input_of(target, arguments.seed, number, folder / "work"))
-    (folder / "result.json").write_text(json.dumps(asdict(result)))
+    folder = arguments.worker
+    for name in arguments.targets:
+        target = TARGETS[name]
+        part = target.share / arguments.total
+        numbers = range(max(1, round(arguments.count * part))) if arguments.count else until(arguments.seconds * part)
+        began = time.monotonic()
+        result = run(target, arguments.seed, numbers, folder / "work", folder / "number")
+        for number in result.findings:
+            kept = arguments.keep / f"{target.name}-{arguments.seed}-{number}"
+            shutil.rmtree(kept, ignore_errors=True)
+            write_files(kept, input_of(target, arguments.seed, number, folder / "work"))
+        _report(name, result, time.monotonic() - began)
+        (folder / f"{name}.json").write_text(json.dumps(asdict(result)))
+
+
+def _report(name: str, result: Result, seconds: float) -> None:
+    print(
+        f"{name}: {result.inputs} inputs ({result.inputs / max(0.001, seconds):.0f} a second), {result.accepted} "
+        f"accepted, slowest {result.slowest[0]:.1f} s (input {result.slowest[1]}), {len(result.findings)} findings",
+        flush=True,
+    )
+    for number, finding in result.findings.items():
+        print(f"{name}: FINDING input {number}: {finding[:400]}", flush=True)
 
 
 def _run_one(arguments: argparse.Namespace, name: str, seed: int) -> None:

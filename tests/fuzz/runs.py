@@ -40,12 +40,12 @@ def run(target: Target, seed: int, numbers: Iterable[int], work: Path, progress:
         seed: The seed of the run.
         numbers: Numbers of inputs.
         work: A folder for seeds and inputs.
-        progress: A file that holds the number of the current input, for the case that the process dies.
+        progress: A file that holds target and number of the current input, for the case that the process dies.
     """
     result = Result()
     for number in numbers:
         if progress is not None:
-            progress.write_text(str(number))
+            progress.write_text(f"{target.name} {number}")
         files = input_of(target, seed, number, work)
         began = time.process_time()
         try:

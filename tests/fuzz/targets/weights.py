@@ -10,7 +10,6 @@ from random import Random
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel  # noqa: F401  (its import makes the folder of torch's compiler)
 from torch import Tensor
 
 from lora_engine.adapters import Adapter
