@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -29,6 +29,7 @@ from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import settings_for, type_of, with_config
 from lora_engine.formats.raw_file import CONFIG_FILE, PEFT_PREFIX
 from lora_engine.formats.transformers.names import is_transformer
+from lora_engine.formats.validate import check_delta
 
 COMPONENT = "loraline.component"
 _COMPONENT_PATTERNS = {
@@ -88,7 +89,9 @@ class PeftCodec(TensorCodec):
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
             if where not in configs:
                 configs[where] = parse_config(metadata.get(where, "{}"), where)
-            parts[raw] = replace(part, delta=with_config(part.delta, configs[where], path, where))
+            delta = with_config(part.delta, configs[where], path, where)
+            check_delta(delta, partial(_sources, part))  # the configuration has settings of the delta, too
+            parts[raw] = replace(part, delta=delta)
         return parts
 
     def to_supported(self, adapter: Adapter) -> Adapter:
@@ -133,6 +136,10 @@ def _components(adapter: Adapter) -> dict[str, dict[str, Delta]]:
 
 def _model_path(component: str, path: str) -> str:
     return path.removeprefix("text_model.") if component in _WITHOUT_LEVEL else path
+
+
+def _sources(part: Part) -> Mapping[str, str]:
+    return part.group.sources
 
 
 def _split(raw: str) -> tuple[str, str]:

@@ -93,14 +93,14 @@ class TrainSettings(BaseModel):
     batch: int = Field(default=4, ge=1, le=4096)
     learning_rate: _Finite = Field(default=1e-3, gt=0.0)
     schedule: AnySchedule = Cosine()
-    warmup: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, le=10_000_000)
     weight_decay: _Finite = Field(default=0.0, ge=0.0)
     clip: _Finite = Field(default=1.0, ge=0.0)
     accumulate: int = Field(default=1, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     caption_dropout: _Finite = Field(default=0.0, ge=0.0, le=1.0)
-    checkpoint_every: int = Field(default=100, ge=1)
-    validate_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=100, ge=1, le=10_000_000)
+    validate_every: int = Field(default=0, ge=0, le=10_000_000)
     prior: Prior | None = None
     precision: Precision = "fp32"
     objective: Objective = Objective()

@@ -15,9 +15,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from lora_engine.files import atomic_write, canonical_json, sha256_file, sync_folder
 from registry.documents import keys
@@ -53,11 +54,11 @@ class BackupManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int
+    format: Annotated[int, Field(ge=0, le=1_000_000)]
     created_at: str
     home: str
     files: dict[str, str]
-    blobs: dict[str, int]
+    blobs: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
     left_out: tuple[str, ...] = ()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) ->
             allowed="a list of module names",
             remedy="list the module names in the file",
         )
-    is_input = path == names if isinstance(names, str) else _ends_in(path, names)
+    is_input = path == names if isinstance(names, str) else _ends_in(path, tuple(names))
     axis: Literal["output", "input"] = "input" if is_input else "output"
     if delta.scale.dim() == 2 and delta.scale.numel() > 1 and axis != delta.axis:
         raise AdapterError(
@@ -114,8 +114,8 @@ def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) ->
     return replace(delta, axis=axis)
 
 
-def _ends_in(path: str, names: Sequence[str]) -> bool:
-    return any(path.endswith(name) for name in names)
+def _ends_in(path: str, names: tuple[str, ...]) -> bool:
+    return path.endswith(names)
 
 
 def check_layout(config: Mapping[str, Any], where: str) -> None:

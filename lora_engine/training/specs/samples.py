@@ -23,7 +23,7 @@ class Samples(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every: int = Field(ge=1)
+    every: int = Field(ge=1, le=10_000_000)
     prompts: Annotated[tuple[_Prompt, ...], Field(min_length=1, max_length=64)]
     seeds: Annotated[tuple[_Seed, ...], Field(min_length=1, max_length=64)] = (0,)
     steps: int = Field(default=12, ge=1, le=1000)
