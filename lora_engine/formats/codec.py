@@ -193,6 +193,9 @@ class TensorCodec:
                 check_delta(delta, partial(_sources, part), shape)
             modules[name] = delta if shape is None else delta.reshaped_for(shape)
         _check_components(parts, modules)
+        if twice := next((name for name in modules if name.partition(".")[2].startswith("base_model.")), None):
+            problem = f"the module {twice!r} has PEFT's prefix in its name, without which other formats would read it"
+            raise AdapterError(problem, where=_source(next(iter(parts.values()))), remedy="use another file")
         if not family.possible:
             family = family_of(metadata, modules, known or ())
         return Adapter(modules, family.name, metadata.get(FINGERPRINT))

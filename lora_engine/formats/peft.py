@@ -17,11 +17,12 @@ from lora_engine.adapters import Adapter, Delta, canonical_name
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
-from lora_engine.files import canonical_json, is_file_name
+from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import PEFT_KEYS
+from lora_engine.formats.key_layouts.ia3 import with_shaped_gains
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.native import COMPONENTS
@@ -60,6 +61,8 @@ class PeftCodec(TensorCodec):
         named = {name: path for name, (folder, path) in split.items() if not folder and path.startswith(COMPONENTS)}
         alone = [path for name, (folder, path) in split.items() if not folder and name not in named]
         component = _component(alone, metadata, known)
+        for folder in sorted({folder for folder, _ in split.values() if folder}):
+            _check_component(folder, f"folder {folder!r}")
         return {
             name: canonical_name(*path.split(".", 1)) if name in named else canonical_name(folder or component, path)
             for name, (folder, path) in split.items()
@@ -96,7 +99,9 @@ class PeftCodec(TensorCodec):
 
     def to_supported(self, adapter: Adapter) -> Adapter:
         """Returns the adapter with the Tucker cores of LoRA multiplied out."""
-        modules = {name: with_scaled_bias(without_core(delta)) for name, delta in adapter.modules.items()}
+        modules = {
+            name: with_shaped_gains(with_scaled_bias(without_core(delta))) for name, delta in adapter.modules.items()
+        }
         return replace(adapter, modules=modules)
 
     def encode(
@@ -147,16 +152,26 @@ def _split(raw: str) -> tuple[str, str]:
     return folder, name.removeprefix(PEFT_PREFIX)
 
 
+def _check_component(name: str, where: str) -> None:
+    """Raises an error for a component that no base has: no format could hold its modules.
+
+    Raises:
+        AdapterError: Names the allowed components.
+    """
+    if f"{name}." not in COMPONENTS:
+        raise AdapterError(
+            f"the component is {name[:80]!r}",
+            where=where,
+            allowed=", ".join(entry.removesuffix(".") for entry in COMPONENTS),
+            remedy="save or download the adapter again",
+        )
+
+
 def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[str] | None) -> str:
     """Returns the component of a folder that is not named after one."""
     stated = metadata.get(COMPONENT, "")
-    if stated and not is_file_name(stated):
-        raise AdapterError(
-            f"the component is {stated[:80]!r}",
-            where=f"metadata {COMPONENT!r}",
-            allowed="the name of a part of the base, such as unet",
-            remedy="save or download the adapter again",
-        )
+    if stated:
+        _check_component(stated, f"metadata {COMPONENT!r}")
     if not paths or stated:
         return stated
     if known is not None:

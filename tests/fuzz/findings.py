@@ -7,14 +7,12 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lora_engine.formats.safetensors_io import serialize
-from tests.fuzz.files import Files, as_text, read_files
+from tests.fuzz.files import Files, as_text
 
-_WEIGHTS = Path(__file__).resolve().parents[2] / "lora_engine" / "bases" / "tiny" / "weights"
 _MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -33,12 +31,10 @@ class Case:
     refusal: str = ""
 
 
-def _adapter(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Files:
-    return {"adapter.safetensors": b"".join(bytes(part) for part in serialize(tensors, metadata or {}))}
-
-
-def _peft(tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> Files:
-    weights = b"".join(bytes(part) for part in serialize(tensors, {}))
+def _peft(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, object], header: Mapping[str, str] | None = None
+) -> Files:
+    weights = b"".join(bytes(part) for part in serialize(tensors, header or {}))
     return {"adapter_model.safetensors": weights, "adapter_config.json": json.dumps(config).encode()}
 
 
@@ -48,9 +44,23 @@ def _oft(**settings: object) -> Files:
     return _peft({f"base_model.model.{_MODULE}.oft_R.weight": torch.ones(2, 3) / 10}, config)
 
 
+def _lora(prefix: str, *, folder: str = "", header: Mapping[str, str] | None = None) -> Files:
+    """Returns a PEFT folder with one matrix."""
+    tensors = {f"{prefix}{_MODULE}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    files = _peft(tensors, {"peft_type": "LORA", "lora_alpha": 1}, header)
+    return {f"{folder}{name}": content for name, content in files.items()}
+
+
+def _gains(axis: str, shape: tuple[int, ...]) -> Files:
+    """Returns the gains of (IA)3 in the store's format, whose shape is that of the other axis in PEFT's."""
+    tensors = {f"unet.{_MODULE}.ia3_l": torch.ones(shape), f"unet.{_MODULE}.on_input": torch.tensor(axis == "input")}
+    weights = b"".join(bytes(part) for part in serialize(tensors, {"loraline.base": "sd"}))
+    return {"adapter.safetensors": weights}
+
+
 def _patterns() -> Files:
     """Returns a PEFT folder with an alpha for each of many modules, which was compared with each module."""
-    names = [f"down_blocks.{n}.attentions.0.to_q" for n in range(1500)]
+    names = [f"down_blocks.{n}.attentions.0.to_q" for n in range(300)]
     tensors = {}
     for name in names:
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(1, 2)
@@ -72,19 +82,12 @@ def _broken_exif() -> Files:
     }
 
 
-def _component(**settings: object) -> Files:
-    """Returns a component's folder whose settings ask for too much."""
-    config = json.loads((_WEIGHTS / "vae" / "config.json").read_bytes()) | settings
-    weights = read_files(_WEIGHTS / "vae")["diffusion_pytorch_model.safetensors"]
-    return {"config.json": json.dumps(config).encode(), "diffusion_pytorch_model.safetensors": weights}
-
-
 FINDINGS: Mapping[str, Case] = {
     "a number of 60,000 digits in a prompt": Case("prompts", lambda: as_text("(a:" + "9" * 60_000)),
     "many pieces of one weight": Case("prompts", lambda: as_text("a:" * 60_000)),
     "60,000 open brackets": Case("prompts", lambda: as_text("(a" * 30_000), "more than 100 open brackets"),
     "a control character in a key": Case("policies", lambda: {"policy.yaml": '"a\u202eb\x1b": 1'.encode()}, "not YAML"),
-    "a direction character in a key": Case("policies", lambda: {"policy.yaml": '"a\\u202Eb": 1'.encode()}, r"\\u202e"),
+    "a direction character in a key": Case("policies", lambda: {"policy.yaml": b'"a\\u202Eb": 1'}, r"\\u202e"),
     "a control character in a name of --set": Case("set", lambda: as_text("ada\x1bpter.rank=[\t"), r"\\x1b"),
     "a tag of 40,000 characters": Case(
         "prompts", lambda: as_text(f"<lora:{'x' * 40_000}:y>"), r"invalid tag .* \.\.\. "
@@ -93,6 +96,15 @@ FINDINGS: Mapping[str, Case] = {
     "EXIF beyond the end of the file": Case("images", _broken_exif),
     "a series of 10**9 terms": Case("folders", lambda: _oft(num_cayley_neumann_terms=10**9), "terms.*0 .exact. to 100"),
     "a series of -3 terms": Case("folders", lambda: _oft(num_cayley_neumann_terms=-3), "terms.*0 .exact. to 100"),
+    "a component of no base in the header": Case(
+        "folders", lambda: _lora("base_model.model.", header={"loraline.component": "vae"}), "the component is 'vae'"
+    ),
+    "a component of no base as a folder": Case(
+        "folders", lambda: _lora("base_model.model.", folder="x/"), "folder 'x': the component is 'x'"
+    ),
+    "PEFT's prefix after the component, too": Case(
+        "folders", lambda: _lora("base_model.model.unet.base_model.model."), "PEFT's prefix in its name"
+    ),
     "as many patterns as modules": Case("folders", _patterns),
 }
 """What was wrong -> its case."""

@@ -1,7 +1,7 @@
 """Tries fixed inputs on every target, past findings, and the guards themselves.
 
-`make test` takes a fixed number of inputs of each target, about fifteen seconds of processor time in all; `make nightly`
-takes 100,000, and `make fuzz SECONDS=...` new ones for a time.
+`make test` takes a fixed number of inputs of each target, about fifteen seconds of processor time in all;
+`make nightly` takes 100,000, and `make fuzz SECONDS=...` new ones for a time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_the_seeds_of_a_target_are_accepted(name: str, work: Path) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_changed_input_is_read_or_refused_in_words(name: str, work: Path) -> None:
-    count = max(5, round(_INPUTS * TARGETS[name].share / _SHARES))
+    count = max(3, round(_INPUTS * TARGETS[name].share / _SHARES))
     result = run(TARGETS[name], 1, range(count), work)
     assert result.findings == {}
     assert result.inputs == count

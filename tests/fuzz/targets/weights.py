@@ -30,7 +30,9 @@ from tests.fuzz.target import Target
 from tests.laws.law_adapters import NAMES, SDXL_NAMES, names_for, random_delta, tucker_delta
 from tests.lora_engine.formats.bad_corpus import CORPUS
 
-_KINDS = ("lora", "dora", "loha", "lokr", "oft", "boft", "ia3", "full", "glora", "peft-oft", "peft-boft")
+_KINDS = (
+    *("lora", "dora", "loha", "lokr", "oft", "boft", "ia3", "full", "glora", "peft-ia3", "peft-oft", "peft-boft"),
+)
 _TOKENS = (
     Embedding("zorb", {FIRST: torch.arange(8.0).reshape(2, 4)}),
     Embedding("<two>", {FIRST: torch.ones(1, 4), SECOND: torch.ones(1, 6)}),
