@@ -51,13 +51,6 @@ def _lora(prefix: str, *, folder: str = "", header: Mapping[str, str] | None = N
     return {f"{folder}{name}": content for name, content in files.items()}
 
 
-def _gains(axis: str, shape: tuple[int, ...]) -> Files:
-    """Returns the gains of (IA)3 in the store's format, whose shape is that of the other axis in PEFT's."""
-    tensors = {f"unet.{_MODULE}.ia3_l": torch.ones(shape), f"unet.{_MODULE}.on_input": torch.tensor(axis == "input")}
-    weights = b"".join(bytes(part) for part in serialize(tensors, {"loraline.base": "sd"}))
-    return {"adapter.safetensors": weights}
-
-
 def _patterns() -> Files:
     """Returns a PEFT folder with an alpha for each of many modules, which was compared with each module."""
     names = [f"down_blocks.{n}.attentions.0.to_q" for n in range(300)]
