@@ -51,6 +51,13 @@ def _lora(prefix: str, *, folder: str = "", header: Mapping[str, str] | None = N
     return {f"{folder}{name}": content for name, content in files.items()}
 
 
+def _stored(header: Mapping[str, str], component: str = "unet") -> Files:
+    """Returns an adapter in the store's format, with one matrix."""
+    names = (f"{component}.{_MODULE}.lora_{part}.weight" for part in ("down", "up"))
+    tensors = {name: torch.ones(2, 2) for name in names} | {f"{component}.{_MODULE}.alpha": torch.tensor(2.0)}
+    return {"adapter.safetensors": b"".join(bytes(part) for part in serialize(tensors, header))}
+
+
 def _patterns() -> Files:
     """Returns a PEFT folder with an alpha for each of many modules, which was compared with each module."""
     names = [f"down_blocks.{n}.attentions.0.to_q" for n in range(300)]
@@ -94,6 +101,10 @@ FINDINGS: Mapping[str, Case] = {
     ),
     "a component of no base as a folder": Case(
         "folders", lambda: _lora("base_model.model.", folder="x/"), "folder 'x': the component is 'x'"
+    ),
+    "an empty fingerprint": Case("adapters", lambda: _stored({"loraline.base": "sd", "loraline.fingerprint": ""})),
+    "a transformer's module for a base with a U-Net": Case(
+        "adapters", lambda: _stored({"loraline.base": "sd"}, "transformer"), "is of a transformer.*which has a U-Net"
     ),
     "PEFT's prefix after the component, too": Case(
         "folders", lambda: _lora("base_model.model.unet.base_model.model."), "PEFT's prefix in its name"
