@@ -293,10 +293,10 @@ def _check_denoiser(name: str, modules: Iterable[str], parts: Mapping[str, Part]
     Raises:
         AdapterError: Names the module.
     """
-    family = families.get(name)
     wrong = next((module for module in modules if module.startswith(f"{TRANSFORMER}.")), None)
-    if family is not None and family.unet is not None and wrong is not None:
-        problem = f"the module {wrong!r} is of a transformer, and the base is {family.title}, which has a U-Net"
+    if wrong is not None and name in families and families[name].unet is not None:
+        title = families[name].title
+        problem = f"the module {wrong!r} is of a transformer, and the base is {title}, which has a U-Net"
         raise AdapterError(problem, where=_source(next(iter(parts.values()))), remedy="use another file")
 
 
