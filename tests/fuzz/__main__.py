@@ -61,7 +61,7 @@ def main() -> None:
     while rest:
         done, died = _start(rest, names, seed, arguments)
         failed |= died or any(result.findings for result in done.values())
-        # After the one in which the process died, the next one goes on.
+        # After the one in which the process died, the run continues with the next.
         rest = rest[len(done) + died :]
     raise SystemExit(1 if failed else 0)
 
