@@ -31,7 +31,6 @@ class Target:
         check: Reads an input in a folder and writes only to another folder; raises a `WordedError` for an input that
             it refuses, and an `AssertionError` for one that it accepts without keeping a promise.
         share: Its part of the inputs of a run, relative to the other targets; smaller for slow ones.
-        prepare: Runs once before its inputs, for what is imported and cached once per process.
     """
 
     name: str
