@@ -13,7 +13,7 @@ TORCH_OWN := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubl
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test suite check quick nightly mutants durations lint faults bench docs wheel lock clean
+.PHONY: help setup demo test suite check quick nightly mutants durations lint faults fuzz bench docs wheel lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,10 @@ lint: setup ## Checks format, style, types and the import contracts
 
 faults: setup ## Runs the full fault campaigns: kills, full disks, races, flipped bytes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+SECONDS ?= 60
+fuzz: setup ## Tries changed files, texts and rows on all readers for SECONDS=60; keeps those with findings in build/fuzz
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks

@@ -18,6 +18,7 @@ BENCHMARKS = (
     "benchmarks.fuse",
     "benchmarks.convert",
     "benchmarks.walk",
+    "benchmarks.reading",
 )
 
 if __name__ == "__main__":

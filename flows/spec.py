@@ -45,7 +45,7 @@ class Head(BaseModel):
     base: str = "tiny"
     seed: int = Field(0, ge=0, lt=2**63)
     description: str = ""
-    concurrency: int | None = Field(None, ge=1)
+    concurrency: int | None = Field(None, ge=1, le=1024)
     steps: dict[str, dict[str, Any]] = Field(min_length=1)
 
 

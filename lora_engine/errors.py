@@ -18,9 +18,15 @@ import difflib
 from collections.abc import Iterable
 from typing import Self
 
+_SHOWN = 2000
+"""Characters of each part of a message; the values that it quotes may be of any length."""
+_END = 200
+
 
 class WordedError(Exception):
     """An error that names the problem, its location, the allowed values and the fix.
+
+    The message escapes control characters, which would reach a terminal, and shortens very long parts.
 
     Args:
         problem: The problem, with the offending value as `repr`.
@@ -31,11 +37,11 @@ class WordedError(Exception):
 
     def __init__(self, problem: str, *, where: str = "", allowed: str = "", remedy: str = "") -> None:
         self.problem, self.where, self.allowed, self.remedy = problem, where, allowed, remedy
-        parts = [f"{where}: {problem}" if where else problem]
+        parts = [f"{readable(where)}: {readable(problem)}" if where else readable(problem)]
         if allowed:
-            parts.append(f"Allowed: {allowed}.")
+            parts.append(f"Allowed: {readable(allowed)}.")
         if remedy:
-            parts.append(f"Fix: {remedy}.")
+            parts.append(f"Fix: {readable(remedy)}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
 
     def at(self, where: str) -> Self:
@@ -80,6 +86,18 @@ class NonFiniteError(TrainingError):
 
 class InterruptedRun(TrainingError):
     """A signal stopped the run; the next run resumes from its last checkpoint."""
+
+
+def readable(text: str) -> str:
+    """Returns a text as a message shows it: control and direction characters escaped, a very long middle left out."""
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN - _END]} ... {text[-_END:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.rotation import cayley, check_has_rows, compute_dtype, nearest_block, neumann, rotate_blocks
+from lora_engine.catalog.kinds import MAX_TERMS
 from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ class PeftOftDelta(Delta):
 
     def issues(self, weight_shape: Sequence[int] | None = None) -> Iterator[Issue]:
         """Yields an invalid number of angles, settings out of range, and shapes that do not fit the weight."""
-        if self.terms < 0:
-            yield Issue("terms", f"the series has {self.terms!r} terms", "0 (exact) or more", DAMAGED)
+        if not 0 <= self.terms <= MAX_TERMS:
+            yield Issue("terms", f"the series has {self.terms!r} terms", f"0 (exact) to {MAX_TERMS}", DAMAGED)
         if self.eps is not None and not (math.isfinite(self.eps) and self.eps > 0):
             yield Issue("eps", f"the constraint is {self.eps!r}", "a finite number above 0, or none", DAMAGED)
         shape, size = list(self.angles.shape), self.block_size if self.angles.dim() == 2 else 0

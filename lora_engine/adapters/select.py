@@ -11,6 +11,9 @@ from lora_engine.adapters.module_names import near_names
 from lora_engine.errors import SettingsError
 from lora_engine.families import families
 
+_MAX_REPEATS = 4
+# A part of a regular expression: an escape, a class, a repetition that is no mere option, a bracket or a character.
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<repeat>[*+][?+]?|\{\d*,?\d*\}[?+]?)|.", re.DOTALL)
 _NO_DENOISER = ("text_encoder", "vae")
 
 _Shape = Sequence[int]
@@ -68,13 +71,43 @@ def _test(target: str) -> Callable[[str, _Shape], bool]:
         return lambda name, _: fnmatchcase(name, target)
     try:
         expression = re.compile(target[3:])
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise SettingsError(
             f"target {target!r} is not a regular expression: {error}",
             allowed=_ALLOWED,
             remedy="fix the expression",
         ) from error
+    _check_repeats(target)
     return lambda name, _: bool(expression.fullmatch(name))
+
+
+def _check_repeats(target: str) -> None:
+    """Raises an error for an expression that can take exponential time, such as `(a+)+`, or high powers of a length.
+
+    Raises:
+        SettingsError: A group with a repetition or alternatives is repeated, or there are too many repetitions.
+    """
+    groups, count, last, repeats = [False], 0, False, False
+    for match in _ATOM.finditer(target[3:]):
+        part = match[0]
+        if match["repeat"] is not None:
+            repeats |= last
+            groups[-1], count, last = True, count + 1, True
+            continue
+        last = False
+        if part == "(":
+            groups.append(False)
+        elif part == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] |= last
+        elif part == "|":
+            groups[-1] = True
+    if repeats or count > _MAX_REPEATS:
+        raise SettingsError(
+            f"target {target!r} can take very long to match",
+            allowed=f"at most {_MAX_REPEATS} repetitions (*, +), none of a group with repetitions or alternatives",
+            remedy="list several simpler targets, or use globs",
+        )
 
 
 def _in_block(name: str) -> bool:

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_engine.registries import Registry
 
+MAX_TERMS = 100
+"""Terms of a series that is read from a file or a spec; PEFT's default is 5."""
+
 
 class KindSpec(BaseModel):
     """A kind and its options, which are passed to the kind's `create`."""
@@ -111,7 +114,7 @@ class Lokr(KindSpec):
     """LoKr: a Kronecker product; `factor` -1 splits dimensions most evenly, `full` keeps both factors full."""
 
     name: Literal["lokr"] = "lokr"
-    factor: int = Field(default=-1, ge=-1)
+    factor: int = Field(default=-1, ge=-1, le=65536)
     full: bool = False
     both: bool = False
     tucker: bool = False
@@ -222,7 +225,7 @@ class PeftOft(KindSpec):
     """OFT as in PEFT (version 2): rotates input blocks; `terms` 0 is exact, `share` uses one block for all."""
 
     name: Literal["peft-oft"] = "peft-oft"
-    terms: int = Field(default=5, ge=0)
+    terms: int = Field(default=5, ge=0, le=MAX_TERMS)
     share: bool = False
 
 
@@ -239,7 +242,7 @@ class PeftBoft(KindSpec):
     """BOFT as in PEFT."""
 
     name: Literal["peft-boft"] = "peft-boft"
-    butterflies: int = Field(default=1, ge=1)
+    butterflies: int = Field(default=1, ge=1, le=32)
 
 
 PEFT_BOFT = Kind(

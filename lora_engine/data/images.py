@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +42,8 @@ BROKEN = (
     zlib.error,
 )
 """The exceptions of Pillow's decoders and metadata readers on broken files."""
+_PILLOW = r"PIL\."
+_FILTER = ("ignore", None, UserWarning, re.compile(_PILLOW), 0)
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> Image.Image:
@@ -69,6 +73,15 @@ def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None
         return digest, _decode(file, path.name, max_pixels)
 
 
+def drop_metadata_warnings() -> None:
+    """Drops Pillow's warnings of broken metadata from now on: they name no file, and pixels are read all the same.
+
+    `warnings.catch_warnings` would drop them for a while only, but images are decoded in several threads.
+    """
+    if _FILTER not in warnings.filters:
+        warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW)
+
+
 def write_image(path: Path, image: Image.Image) -> None:
     """Writes an RGB image as PNG without metadata: same pixels, same bytes."""
     atomic_write(path, encode_png(image))
@@ -94,6 +107,7 @@ def _encode(image: Image.Image, mode: str) -> bytes:
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
+        drop_metadata_warnings()
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             _check(image, name, max_pixels)
             image.load()

@@ -25,6 +25,7 @@ from lora_engine.errors import DataError
 from lora_engine.files import atomic_write, canonical_json
 
 _NAME = "manifest.json"
+MAX_SIDE = 100_000_000
 MAX_CAPTION = 2_000
 MAX_REPEATS = 10_000
 
@@ -57,8 +58,8 @@ class ImageEntry(BaseModel):
     sha256: Digest
     # The pattern ensures that no path in a manifest points outside the artifact.
     file: str = Field(pattern=r"^pictures/[0-9a-f]{16}\.png$")
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
+    width: int = Field(gt=0, le=MAX_SIDE)
+    height: int = Field(gt=0, le=MAX_SIDE)
     caption: str = Field(default="", max_length=MAX_CAPTION)
     caption_origin: str | None = Field(default=None, max_length=300)
     source: str

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from lora_engine.errors import SettingsError
 from lora_engine.evaluation.metrics import METRICS
@@ -22,8 +21,8 @@ class Gate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min: float | None = None
-    max: float | None = None
+    min: FiniteFloat | None = None
+    max: FiniteFloat | None = None
     of: Literal["adapter", "difference"] = "difference"
 
     @model_validator(mode="after")
@@ -31,8 +30,6 @@ class Gate(BaseModel):
         bounds = [bound for bound in (self.min, self.max) if bound is not None]
         if not bounds:
             raise ValueError("a gate needs min, max or both")
-        if not all(math.isfinite(bound) for bound in bounds):
-            raise ValueError(f"the bounds of a gate must be finite, not {bounds}")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}, so nothing could pass")
         return self

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -53,7 +53,7 @@ class Card(BaseModel):
     class_word: str | None = None
     recipe: dict[str, Any] = Field(default={}, repr=False)
     data: list[str] = Field(default=[], repr=False)
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     license: str | None = None
     resolution: str | None = None
     prediction: str | None = None

@@ -14,6 +14,8 @@ from lora_engine.adapters import Adapter, Delta
 from lora_engine.adapters.module_names import near_names
 from lora_engine.catalog.formats import FORMATS, Format
 from lora_engine.errors import AdapterError
+from lora_engine.families import families
+from lora_engine.families.names import TRANSFORMER
 from lora_engine.formats.card import Card
 from lora_engine.formats.family import (
     FAMILY,
@@ -194,9 +196,13 @@ class TensorCodec:
                 check_delta(delta, partial(_sources, part), shape)
             modules[name] = delta if shape is None else delta.reshaped_for(shape)
         _check_components(parts, modules)
+        if twice := next((name for name in modules if name.partition(".")[2].startswith("base_model.")), None):
+            problem = f"the module {twice!r} has PEFT's prefix in its name, without which other formats would read it"
+            raise AdapterError(problem, where=_source(next(iter(parts.values()))), remedy="use another file")
         if not family.possible:
             family = family_of(metadata, modules, known or ())
-        return Adapter(modules, family.name, metadata.get(FINGERPRINT))
+        _check_denoiser(family.name, modules, parts)
+        return Adapter(modules, family.name, metadata.get(FINGERPRINT) or None)
 
     def encode(
         self, adapter: Adapter, card: Card | None = None, names: Names | None = None
@@ -279,6 +285,19 @@ def _source(part: Part) -> str:
 
 def _check_components(parts: Mapping[str, Part], names: Iterable[str]) -> None:
     if problem := component_problem(names):
+        raise AdapterError(problem, where=_source(next(iter(parts.values()))), remedy="use another file")
+
+
+def _check_denoiser(name: str, modules: Iterable[str], parts: Mapping[str, Part]) -> None:
+    """Raises an error for modules of a transformer in a family with a U-Net, which no format could read again.
+
+    Raises:
+        AdapterError: Names the module.
+    """
+    wrong = next((module for module in modules if module.startswith(f"{TRANSFORMER}.")), None)
+    if wrong is not None and name in families and families[name].unet is not None:
+        title = families[name].title
+        problem = f"the module {wrong!r} is of a transformer, and the base is {title}, which has a U-Net"
         raise AdapterError(problem, where=_source(next(iter(parts.values()))), remedy="use another file")
 
 

@@ -102,7 +102,7 @@ def check(path: FilePath, module_names: Names | None = None) -> Bundle:
 def _bundle_of(raw: RawFile, module_names: Names | None) -> Bundle:
     check_widths(raw.embeddings, module_names)
     if not raw.tensors and raw.embeddings and FAMILY in raw.metadata:
-        empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT))
+        empty = Adapter({}, raw.metadata[FAMILY], raw.metadata.get(FINGERPRINT) or None)
         return Bundle(empty, read_card(raw.metadata), raw.embeddings)
     adapter = codec_of(raw).decode(raw.tensors, raw.metadata, module_names)
     notes = [raw.assumptions, _switched_off(adapter.modules), _unproven(adapter, raw.metadata)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -17,6 +18,8 @@ CONFIG = "lora_adapter_metadata"
 """Header entry in which diffusers stores the `LoraConfig` of each component."""
 HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
 """Header entries with the alpha of all modules, in files without alpha tensors."""
+_MAX_NAMES = 10_000
+"""Names in a list, each of which is compared with each module."""
 _TRUTH = ("true or false", lambda value: isinstance(value, bool))
 _TEXT = ("text", lambda value: isinstance(value, str))
 _MAPPING = ("an object of module names to numbers", lambda value: isinstance(value, dict))
@@ -24,8 +27,12 @@ _SETTINGS: Mapping[str, tuple[str, Callable[[Any], bool] | None]] = {
     **dict.fromkeys(("peft_type", "peft_version"), _TEXT),
     **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "coft", "use_cayley_neumann"), _TRUTH),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _MAPPING),
-    "feedforward_modules": ("a list of module names", lambda value: isinstance(value, str) or _is_list_of_text(value)),
+    "feedforward_modules": (
+        f"a list of up to {_MAX_NAMES} module names",
+        lambda value: isinstance(value, str) or _is_list_of_text(value),
+    ),
 }
+_DOT = re.compile(r"\.")
 _PLAIN = re.compile(r"\^?(\w|-|\\?\.)+\$?")
 
 
@@ -45,7 +52,47 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
         if is_valid is not None and value is not None and not is_valid(value):
             place = place_of_key(text, where, key)
             raise AdapterError(f"{key} is {str(value)[:80]!r}", where=place, allowed=noun, remedy="fix the file")
+        if isinstance(value, dict) and noun == _MAPPING[0]:
+            config[key] = PatternTable(value)
     return config
+
+
+class PatternTable(dict[str, Any]):
+    """PEFT's numbers by pattern, indexed: a file may have as many patterns as modules, and each is looked up.
+
+    Patterns must be plain names that match the end of a path. Other regular expressions are refused, because an
+    untrusted one can run for an unlimited time.
+    """
+
+    @functools.cached_property
+    def _orders(self) -> tuple[dict[str, int], int, list[Any]]:
+        """Order of each plain pattern (those of whole paths with a leading `^`), of the first invalid one; values."""
+        orders: dict[str, int] = {}
+        invalid = len(self)
+        for order, pattern in enumerate(self):
+            if not _PLAIN.fullmatch(pattern):
+                invalid = min(invalid, order)
+            anchor = "^" if pattern.startswith("^") else ""
+            orders.setdefault(anchor + pattern.removeprefix("^").removesuffix("$").replace("\\", ""), order)
+        return orders, invalid, list(self.values())
+
+    def find(self, path: str, default: Any, where: str) -> Any:
+        """Returns the value of the first pattern that matches a module's path.
+
+        Raises:
+            AdapterError: A pattern before it is no plain name.
+        """
+        orders, invalid, values = self._orders
+        ends = (path[place:] for place in (0, *(match.end() for match in _DOT.finditer(path))))
+        found = min((orders[name] for name in (f"^{path}", *ends) if name in orders), default=len(values))
+        if invalid < found:
+            raise AdapterError(
+                f"the pattern {list(self)[invalid]!r} is no plain module name",
+                where=where,
+                allowed="module names, optionally with ^ before them",
+                remedy="list the module names in the file",
+            )
+        return values[found] if found < len(values) else default
 
 
 def header_alpha(metadata: Mapping[str, str]) -> float | None:
@@ -71,7 +118,7 @@ def header_alpha(metadata: Mapping[str, str]) -> float | None:
 
 
 def _is_list_of_text(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return isinstance(value, list) and len(value) <= _MAX_NAMES and all(isinstance(name, str) for name in value)
 
 
 def alpha_of(
@@ -90,39 +137,21 @@ def alpha_of(
 def number_of(config: Mapping[str, Any], path: str, where: str, key: str, pattern_key: str) -> float | None:
     """Returns a module's number in a configuration: by the first matching pattern, else by `key`; or None.
 
-    Patterns must be plain names that match the end of a path. Other regular expressions are refused, because an
-    untrusted one can run for an unlimited time.
-
     Raises:
         AdapterError: A value is no number, or a pattern is no plain name.
     """
-    number = config.get(key)
     patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, Mapping):
         problem = f"{pattern_key} is not a JSON object"
         raise AdapterError(problem, where=where, allowed="an object of module names to numbers", remedy="fix the file")
-    for pattern, value in patterns.items():
-        if _matches(pattern, path, where):
-            number = value
-            break
+    table = patterns if isinstance(patterns, PatternTable) else PatternTable(patterns)
+    number = table.find(path, config.get(key), where)
     if number is None:
         return None
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         noun = pattern_key.partition("_")[0]
         raise AdapterError(f"{noun} is {number!r}", where=where, allowed="a finite number", remedy="fix the file")
     return float(number)
-
-
-def _matches(pattern: str, path: str, where: str) -> bool:
-    if not _PLAIN.fullmatch(pattern):
-        raise AdapterError(
-            f"the pattern {pattern!r} is no plain module name",
-            where=where,
-            allowed="module names, optionally with ^ before them",
-            remedy="list the module names in the file",
-        )
-    plain = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-    return path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}"))
 
 
 def lora_config(modules: Mapping[str, Delta]) -> dict[str, Any]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_engine.adapters import Adapter, Delta, canonical_name
 from lora_engine.catalog import formats as catalog
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
-from lora_engine.files import canonical_json, is_file_name
+from lora_engine.files import canonical_json
 from lora_engine.formats.card import Card
 from lora_engine.formats.codec import AlphaRule, Names, Part, TensorCodec
 from lora_engine.formats.diffusers import without_core
 from lora_engine.formats.key_layout import PEFT_KEYS
+from lora_engine.formats.key_layouts.ia3 import with_shaped_gains
 from lora_engine.formats.key_layouts.lora import with_scaled_bias
 from lora_engine.formats.lora_config import alpha_of, parse_config
 from lora_engine.formats.native import COMPONENTS
@@ -27,6 +28,7 @@ from lora_engine.formats.peft_embeddings import with_embedding_names
 from lora_engine.formats.peft_types import settings_for, type_of, with_config
 from lora_engine.formats.raw_file import CONFIG_FILE, PEFT_PREFIX
 from lora_engine.formats.transformers.names import is_transformer
+from lora_engine.formats.validate import check_delta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +62,8 @@ class PeftCodec(TensorCodec):
         named = {name: path for name, (folder, path) in split.items() if not folder and path.startswith(COMPONENTS)}
         alone = [path for name, (folder, path) in split.items() if not folder and name not in named]
         component = _component(alone, metadata, known)
+        for folder in sorted({folder for folder, _ in split.values() if folder}):
+            _check_component(folder, f"folder {folder!r}")
         return {
             name: canonical_name(*path.split(".", 1)) if name in named else canonical_name(folder or component, path)
             for name, (folder, path) in split.items()
@@ -89,12 +93,16 @@ class PeftCodec(TensorCodec):
             where = f"{folder}/{CONFIG_FILE}" if folder else CONFIG_FILE
             if where not in configs:
                 configs[where] = parse_config(metadata.get(where, "{}"), where)
-            parts[raw] = replace(part, delta=with_config(part.delta, configs[where], path, where))
+            delta = with_config(part.delta, configs[where], path, where)
+            check_delta(delta, partial(_sources, part))  # the configuration has settings of the delta, too
+            parts[raw] = replace(part, delta=delta)
         return parts
 
     def to_supported(self, adapter: Adapter) -> Adapter:
         """Returns the adapter with the Tucker cores of LoRA multiplied out."""
-        modules = {name: with_scaled_bias(without_core(delta)) for name, delta in adapter.modules.items()}
+        modules = {
+            name: with_shaped_gains(with_scaled_bias(without_core(delta))) for name, delta in adapter.modules.items()
+        }
         return replace(adapter, modules=modules)
 
     def encode(
@@ -136,21 +144,35 @@ def _model_path(component: str, path: str) -> str:
     return path.removeprefix("text_model.") if component in _WITHOUT_LEVEL else path
 
 
+def _sources(part: Part) -> Mapping[str, str]:
+    return part.group.sources
+
+
 def _split(raw: str) -> tuple[str, str]:
     folder, _, name = raw.rpartition("/")
     return folder, name.removeprefix(PEFT_PREFIX)
 
 
+def _check_component(name: str, where: str) -> None:
+    """Raises an error for a component that no base has: no format could hold its modules.
+
+    Raises:
+        AdapterError: Names the allowed components.
+    """
+    if f"{name}." not in COMPONENTS:
+        raise AdapterError(
+            f"the component is {name[:80]!r}",
+            where=where,
+            allowed=", ".join(entry.removesuffix(".") for entry in COMPONENTS),
+            remedy="save or download the adapter again",
+        )
+
+
 def _component(paths: list[str], metadata: Mapping[str, str], known: Collection[str] | None) -> str:
     """Returns the component of a folder that is not named after one."""
     stated = metadata.get(COMPONENT, "")
-    if stated and not is_file_name(stated):
-        raise AdapterError(
-            f"the component is {stated[:80]!r}",
-            where=f"metadata {COMPONENT!r}",
-            allowed="the name of a part of the base, such as unet",
-            remedy="save or download the adapter again",
-        )
+    if stated:
+        _check_component(stated, f"metadata {COMPONENT!r}")
     if not paths or stated:
         return stated
     if known is not None:

@@ -5,13 +5,15 @@ Torch-free; `bases/long_text.py` applies the weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
 from lora_engine.errors import SettingsError
 
 _TAG = re.compile(r"<lora:([^<>]*)>")
-_PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?[0-9]*\.?[0-9]+)\s*\)|[^\\()\[\]:]+|[\\:]")
+# Possessive: without, the digits of a number that no bracket closes would be tried in n * n ways.
+_PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++))\s*\)|[^\\()\[\]:]+|[\\:]")
 # Factor of a bracket without a number; A1111's convention.
 _EMPHASIS = 1.1
 # Each level multiplies the weights of all pieces in it, so the depth bounds the work per piece.
@@ -92,12 +94,10 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
 
 
 def _join_equal(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    joined: list[tuple[str, float]] = []
-    for piece, weight in pieces:
-        if joined and joined[-1][1] == weight:
-            joined[-1] = (joined[-1][0] + piece, weight)
-        elif piece:
-            joined.append((piece, weight))
+    joined = [
+        ("".join(piece for piece, _ in group), weight)
+        for weight, group in itertools.groupby((pair for pair in pieces if pair[0]), key=lambda pair: pair[1])
+    ]
     return joined or [("", 1.0)]
 
 

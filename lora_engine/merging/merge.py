@@ -6,6 +6,7 @@ averages factors of different adapters.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta
 from lora_engine.adapters.tree import Base
-from lora_engine.errors import SettingsError
+from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.files import sha256_bytes
+from lora_engine.finite import is_finite, not_finite
 from lora_engine.merging.budget import Budget
 from lora_engine.merging.compress import compress_to
 from lora_engine.merging.concatenate import check_bases, combine_exactly, require_lora
@@ -28,6 +30,8 @@ from lora_engine.merging.report import ModuleReport, Report
 from lora_engine.merging.spec import MergeOptions, Weight
 from lora_engine.merging.weights import weights_by_module
 from lora_engine.seeds import generator
+
+_WEIGHTS = "choose smaller weights, or other adapters"
 
 
 def merge_adapters(
@@ -135,7 +139,10 @@ class _Plan:
     def run(self) -> MergeResult | None:
         """Returns the merged delta and its report; None if the merged delta is zero."""
         with located(self.name):
-            return self._merge_elements(self.method) if isinstance(self.method, Elementwise) else self._combine()
+            result = self._merge_elements(self.method) if isinstance(self.method, Elementwise) else self._combine()
+            if result is not None:
+                _check_finite(result[0])
+            return result
 
     def _combine(self) -> MergeResult | None:
         coefficients = self.coefficients if self.coefficients is not None else self._coefficients_from_deltas()
@@ -226,6 +233,27 @@ class _Plan:
     @property
     def _checked_module(self) -> ModuleDeltas:
         return cast(ModuleDeltas, self.module)
+
+
+def _check_finite(delta: Delta) -> None:
+    """Raises an error for factors that are not finite, or whose product is not: a base with it computes only NaN.
+
+    Raises:
+        AdapterError: A factor, or the product in float32, in which it is computed, is not finite.
+    """
+    for name, factor in delta.factors().items():
+        if not is_finite(factor):
+            raise AdapterError(not_finite("", factor).problem, allowed=f"a finite factor {name}", remedy=_WEIGHTS)
+    if not isinstance(delta, LoraDelta):
+        return
+    largest = [float(factor.double().abs().max()) for factor in (delta.up, delta.mid, delta.down) if factor is not None]
+    terms = delta.rank if delta.mid is None else delta.rank**2
+    if math.prod(largest) * terms * abs(delta.scale) <= torch.finfo(torch.float32).max:
+        return
+    product = delta.delta_weight(torch.zeros(delta.weight_shape))
+    if not is_finite(product):
+        problem = f"the product of the factors overflows: {not_finite('', product).problem}"
+        raise AdapterError(problem, allowed="finite products", remedy=_WEIGHTS)
 
 
 def _active(weighted_deltas: WeightedDeltas, coefficients: Sequence[float]) -> list[tuple[Delta, float]]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from lora_engine.errors import SettingsError
 
-Weight = float | dict[str, float]
+Weight = FiniteFloat | dict[str, FiniteFloat]
 """A number for the whole adapter, or numbers by pattern over module names; see `lora_engine.merging.weights`."""
 
 Density = Annotated[float, Field(gt=0.0, le=1.0)]

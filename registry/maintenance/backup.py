@@ -15,10 +15,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lora_engine.documents import parse_json
 from lora_engine.files import atomic_write, canonical_json, sha256_file, sync_folder
 from registry.documents import keys
 from registry.entities import Problem, now
@@ -27,7 +29,7 @@ from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, pack_archive
 from registry.maintenance.check_chain import EVENTS, KnownHead, check_heads
 from registry.maintenance.gc_roots import known_artifacts, recorded_list, version_roots
-from registry.store.artifacts import Store, open_store
+from registry.store.artifacts import Store, open_regular, open_store
 from registry.store.chain import Head, read_head, read_links
 from registry.store.copy_database import copy_tables
 from registry.store.database import Database, name_of, sqlite_file
@@ -39,6 +41,8 @@ BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
 DATABASES = ("lineage.db", "mlflow.db")
 KEPT = ("*.yaml", f"{keys.FOLDER}/*{keys.KEY_SUFFIX}")
 """Patterns of other files in a backup: settings, policies and trusted keys."""
+_MANIFEST_SIZE = 1 << 30
+_REMEDY = "take another backup"
 
 
 class BackupManifest(BaseModel):
@@ -56,11 +60,11 @@ class BackupManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int
+    format: Annotated[int, Field(ge=0, le=1_000_000)]
     created_at: str
     home: str
     files: dict[str, str]
-    blobs: dict[str, int]
+    blobs: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
     left_out: tuple[str, ...] = ()
     head: str = ""
 
@@ -187,6 +191,27 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
     return Backup(folder, len(sizes), copied, size, tuple(left_out), tuple(problems)), manifest
 
 
+def read_manifest(snapshot: Path) -> BackupManifest:
+    """Returns the manifest in the folder of a snapshot.
+
+    Raises:
+        StoreError: It is missing or invalid.
+    """
+    path = snapshot / MANIFEST
+    try:
+        with open_regular(path) as file:
+            content = file.read(_MANIFEST_SIZE)
+        return BackupManifest.model_validate(parse_json(content, str(path), StoreError, remedy=_REMEDY))
+    except OSError as error:
+        raise StoreError(f"the manifest cannot be read ({error})", where=str(path), remedy=_REMEDY) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the manifest"
+        raise StoreError(
+            f"the manifest cannot be read: {key}: {first['msg']}", where=str(path), remedy=_REMEDY
+        ) from error
+
+
 def read_backup_heads(folder: Path) -> list[KnownHead]:
     """Returns the heads of the log in the manifests of a folder of backups, oldest first, or of one snapshot in it.
 
@@ -197,10 +222,10 @@ def read_backup_heads(folder: Path) -> list[KnownHead]:
     paths = sorted(snapshots.glob(f"[!.]*/{MANIFEST}")) if snapshots.is_dir() else [folder / MANIFEST]
     heads = []
     for path in paths:
+        manifest = read_manifest(path.parent)
         try:
-            manifest = BackupManifest.model_validate_json(path.read_bytes())
             head = Head.parse(manifest.head) if manifest.head else None
-        except (OSError, ValidationError, LineageError) as error:
+        except LineageError as error:
             raise StoreError(
                 f"the manifest of a backup cannot be read ({error})", where=str(path), remedy="name another folder"
             ) from None

@@ -6,25 +6,36 @@ only on request.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
+from filelock import FileLock, Timeout
 
 from lora_engine.files import atomic_write, exchange, sync_folder, write_within
 from registry.entities import now
 from registry.errors import HomeError, MissingBlob, StoreError, database_error, disk_errors
 from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, unpack_archive
-from registry.maintenance.backup import BLOBS, DATABASES, FORMAT, KEPT, MANIFEST, SNAPSHOTS, BackupManifest
+from registry.maintenance.backup import (
+    BLOBS,
+    DATABASES,
+    FORMAT,
+    KEPT,
+    MANIFEST,
+    SNAPSHOTS,
+    BackupManifest,
+    read_manifest,
+)
 from registry.maintenance.restored_tables import prepare_mlflow, prepare_tables
 from registry.settings import NAME, VARIABLES, Settings, read_file, write_file
 from registry.store.artifacts import check_relative, open_regular, open_store
@@ -32,7 +43,9 @@ from registry.store.blobs import Blobs, check_digest, copy_verified
 from registry.store.local import LocalBlobs
 from registry.store.redaction import redact_url
 
-_MANIFEST_SIZE = 1 << 30
+_PARTIAL, _LOCK = ".partial", "lock"
+_GRACE = 60.0
+"""Seconds in which a new work folder is not yet deleted as left over."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +94,13 @@ def restore_backup(source: Path, home: Path, *, replace: bool = False, with_sett
         )
     with disk_errors(home):
         home.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}.", suffix=".partial"))
-        try:
+        with _work_folder(home) as work:
             with _opened(source, work / "unpacked") as (snapshot, blobs):
                 manifest = _read_manifest(snapshot)
                 new = work / "home"
                 notes, settings = _rebuild(snapshot, manifest, new, home, with_settings=with_settings)
                 _copy_blobs(blobs, manifest, new)
             before = _switch(work / "home", home)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     left_out = (*manifest.left_out, *notes)
     files = tuple(sorted(manifest.files.keys() - {*DATABASES, NAME}))
     return Restored(home, manifest.created_at, len(manifest.blobs), before, left_out, settings, files)
@@ -103,6 +113,26 @@ def holds_something(home: Path) -> bool:
     reserve = Home(home).reserve
     others = (path for path in home.rglob("*") if path != reserve)
     return any(path.is_symlink() or not (path.is_dir() or path.suffix == ".lock") for path in others)
+
+
+@contextmanager
+def _work_folder(home: Path) -> Iterator[Path]:
+    """Yields a new folder beside a home, deleted at the end; first deletes those of restores that were killed.
+
+    A running restore holds the lock in its folder.
+    """
+    for folder in home.parent.glob(f".{glob.escape(home.name)}.*{_PARTIAL}"):
+        lock = folder / _LOCK
+        # Without a lock file, or younger, another restore may be about to lock it.
+        if not folder.is_symlink() and lock.is_file() and time.time() - lock.stat().st_mtime > _GRACE:
+            with suppress(Timeout), FileLock(lock, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}.", suffix=_PARTIAL))
+    try:
+        with FileLock(work / _LOCK):
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
@@ -127,13 +157,7 @@ def _opened(source: Path, unpacked: Path) -> Iterator[tuple[Path, LocalBlobs]]:
 
 
 def _read_manifest(snapshot: Path) -> BackupManifest:
-    path = snapshot / MANIFEST
-    with open_regular(path) as file:
-        content = file.read(_MANIFEST_SIZE)
-    try:
-        manifest = BackupManifest.model_validate_json(content)
-    except ValidationError as error:
-        raise StoreError(f"the manifest cannot be read ({error})", where=str(path)) from error
+    path, manifest = snapshot / MANIFEST, read_manifest(snapshot)
     if manifest.format != FORMAT:
         raise StoreError(
             f"the backup has format {manifest.format}",

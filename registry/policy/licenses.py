@@ -97,7 +97,7 @@ class Licenses(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = 1
+    version: Annotated[int, Field(ge=0, le=1_000_000)] = 1
     date: date
     note: str = "not legal advice"
     licenses: tuple[License, ...] = ()

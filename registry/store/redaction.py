@@ -13,14 +13,16 @@ HIDDEN = "***"
 _NAMES = r"(?:password|passwd|passphrase|pwd|secret|token|key|credentials?|auth|auth_string|signature|sig)"
 _NAMED_USERS = frozenset({"postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "ssh", "sftp", "ftp", "smb"})
 """Schemes whose user is a name; elsewhere it may be a token."""
+# Each pattern takes linear time: what it repeats has a bound, or cannot start within itself.
 _USERINFO = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<user>[^\s:/?#@'\"]*)(?P<password>:[^\s'\"]*)?@", re.IGNORECASE
+    r"(?P<scheme>[a-z][a-z0-9+.-]{0,30})://(?P<user>[^\s:/?#@'\"]*)(?P<password>:[^\s'\"]*)?@", re.IGNORECASE
 )
+_WORD = re.compile(r"[^\s'\"]+")
 _PORT = re.compile(r":\d{0,5}[/?#]")
 _QUERY = re.compile(rf"(?P<name>[?&;][\w.%-]*?{_NAMES}=)(?P<value>[^\s&;#'\"]*[^\s&;#'\",.)])", re.IGNORECASE)
-_PARAMETER = re.compile(rf"(?P<name>[?&;][^=&;]*?{_NAMES}=)(?P<value>[^&;#]+)", re.IGNORECASE)
+_PARAMETER = re.compile(rf"(?P<name>[?&;][^?=&;]*?{_NAMES}=)(?P<value>[^&;#]+)", re.IGNORECASE)
 _ASSIGNMENT = re.compile(
-    r"(?P<name>(?<![A-Za-z0-9])[\w-]*(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|auth[_-]?token|"
+    r"(?P<name>(?<![\w-])[\w-]*(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|auth[_-]?token|"
     r"hf[_-]?token)['\"]?\s*[=:]\s*['\"]?)(?P<value>[^\s'\",;&]+)",
     re.IGNORECASE,
 )
@@ -32,7 +34,7 @@ _SECRET_KEY = re.compile(
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|"
     r"sk-[A-Za-z0-9_-]{20,}|xox[a-z]-[\w-]{10,}|pn[ub]_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|"
-    r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"eyJ[\w-]{10,1000}\.[\w-]{10,20000}\.[\w-]*)"
 )
 # The shell's PWD is the current folder.
 _VARIABLES = re.compile(rf"(?!PWD$)(?:^|.*_){_NAMES}$", re.IGNORECASE)
@@ -146,10 +148,16 @@ def _split(url: str) -> tuple[str, str, str, str, str]:
 
 def _redact_forms(text: str) -> str:
     if "://" in text:
-        text = _USERINFO.sub(_hide_userinfo, text)
+        text = _WORD.sub(_redact_word, text)
     text = _QUERY.sub(rf"\g<name>{HIDDEN}", text)
     text = _ASSIGNMENT.sub(rf"\g<name>{HIDDEN}", text)
     return _TOKENS.sub(HIDDEN, text)
+
+
+def _redact_word(match: re.Match[str]) -> str:
+    """Returns a word without the passwords before its last `@`; what follows has none, and is not searched for one."""
+    head, at, tail = match[0].rpartition("@")
+    return _USERINFO.sub(_hide_userinfo, f"{head}@") + tail if at and "://" in head else match[0]
 
 
 def _hide_userinfo(match: re.Match[str]) -> str:

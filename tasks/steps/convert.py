@@ -33,7 +33,7 @@ class Convert(StepSpec):
     to: Annotated[tuple[FormatName, ...], Field(min_length=1)]
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     approximate: bool = False
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=65536)
     energy: float | None = Field(default=None, gt=0, le=1)
 
 

@@ -1,6 +1,7 @@
 """Backups are consistent beside writers, report missing blobs, and are verified before a restore."""
 
 import json
+import os
 import shutil
 import sqlite3
 import tarfile
@@ -8,6 +9,7 @@ import time
 from contextlib import closing
 
 import pytest
+from filelock import FileLock
 from sqlalchemy import create_engine
 
 from lora_engine.files import sha256_bytes, sha256_file
@@ -191,7 +193,7 @@ HARM = {
     "database of a newer release": (_sql("UPDATE meta SET value = '99' WHERE key = 'schema'"), "schema 99"),
     "no database": (lambda folder: _manifest(folder, lambda it: it["files"].pop("lineage.db")), "no lineage.db"),
     "manifest missing": (lambda folder: (_snapshot(folder) / "manifest.json").unlink(), "not a backup"),
-    "manifest is not JSON": (lambda folder: (_snapshot(folder) / "manifest.json").write_text("{"), "cannot be read"),
+    "manifest is not JSON": (lambda folder: (_snapshot(folder) / "manifest.json").write_text("{"), "not JSON"),
     "another format": (lambda folder: _manifest(folder, lambda it: it.update(format=9)), "format 9"),
     "file outside the backup": (
         lambda folder: _manifest(folder, lambda it: it["files"].update({"../../evil.yaml": "0" * 64})),
@@ -416,3 +418,40 @@ def test_mlflow_is_rebuilt_after_a_restore(filled_home, tmp_path, spawn):
     assert child.returncode == 0, errors
     copies = {copy.read_bytes() for copy in (tmp_path / "elsewhere" / "mlflow").rglob("adapter.safetensors")}
     assert copies == {b"first weights", b"second weights"}
+
+
+def test_what_a_killed_restore_left_is_deleted_by_the_next(filled, tmp_path):
+    backup(filled.home, tmp_path / "backups")
+    dead, running, young, other = (
+        tmp_path / name for name in (".new.a.partial", ".new.b.partial", ".new.c.partial", "x")
+    )
+    for folder in (dead, running, young, other):
+        (folder / "home").mkdir(parents=True)
+        (folder / "lock").touch()
+        if folder != young:
+            os.utime(folder / "lock", (1, 1))
+    with FileLock(running / "lock"):
+        os.utime(running / "lock", (1, 1))
+        restore_backup(tmp_path / "backups", tmp_path / "new")
+    assert not dead.exists()
+    assert all(folder.is_dir() for folder in (running, young, other))
+    assert {path.name for path in tmp_path.glob(".new.*")} == {running.name, young.name}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "not JSON"),
+        (b'{"format": 1, "format": 1}', "duplicate key"),
+        (b'{"format": %s}' % (b"9" * 5000), "an integer of 5000 digits"),
+        (b'{"format": 1}', "the manifest cannot be read: created_at: Field required"),
+        (b"[]", "the manifest cannot be read"),
+    ],
+)
+def test_a_broken_manifest_of_a_backup_is_refused_in_words(filled, tmp_path, content, words):
+    done = backup(filled.home, tmp_path / "backups")
+    (done.path / "manifest.json").write_bytes(content)
+    with pytest.raises(StoreError, match=words) as caught:
+        restore_backup(tmp_path / "backups", tmp_path / "new")
+    assert str(done.path / "manifest.json") in str(caught.value)
+    assert not (tmp_path / "new").exists()

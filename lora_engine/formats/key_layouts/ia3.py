@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +71,7 @@ def ia3_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
     """
     on_input = sorted(path for path, delta in modules.items() if isinstance(delta, Ia3Delta) and delta.axis == "input")
     for path in modules.keys() - set(on_input):
-        if _ends_in(path, on_input):
+        if path.endswith(tuple(on_input)):
             raise AdapterError(
                 f"the name of the module {path!r} ends in the name of another module, whose inputs are scaled",
                 allowed="names that PEFT can tell apart by their ends",
@@ -84,6 +84,14 @@ def ia3_settings(modules: Mapping[str, Delta]) -> dict[str, Any]:
         "init_ia3_weights": True,
         "target_modules": sorted(modules),
     }
+
+
+def with_shaped_gains(delta: Delta) -> Delta:
+    """Returns the delta with gains as PEFT stores them, if a file has the gains of a matrix the other way around."""
+    if not isinstance(delta, PeftIa3Delta) or delta.scale.dim() != 2 or delta.scale.numel() < 2:
+        return delta
+    is_input = delta.axis == "input"
+    return replace(delta, scale=delta.scale.reshape((1, -1) if is_input else (-1, 1)))
 
 
 def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) -> Delta:
@@ -103,7 +111,7 @@ def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) ->
             allowed="a list of module names",
             remedy="list the module names in the file",
         )
-    is_input = path == names if isinstance(names, str) else _ends_in(path, names)
+    is_input = path == names if isinstance(names, str) else path.endswith(tuple(names))
     axis: Literal["output", "input"] = "input" if is_input else "output"
     if delta.scale.dim() == 2 and delta.scale.numel() > 1 and axis != delta.axis:
         raise AdapterError(
@@ -113,10 +121,6 @@ def with_axis(delta: Delta, config: Mapping[str, Any], path: str, where: str) ->
             remedy="put the configuration and the tensors of one adapter into the folder",
         )
     return replace(delta, axis=axis)
-
-
-def _ends_in(path: str, names: Sequence[str]) -> bool:
-    return any(path.endswith(name) for name in names)
 
 
 def check_layout(config: Mapping[str, Any], where: str) -> None:

@@ -51,3 +51,19 @@ def test_a_target_without_a_match_is_refused_with_the_allowed_targets(targets):
 def test_the_error_for_a_mistyped_module_suggests_names():
     with pytest.raises(SettingsError, match=r"unet\.conv_in"):
         select_modules(MODULES, "unet.conv_inn")
+
+
+SLOW = ["re:(a+)+b", "re:(a|a)*b", "re:((a*)b)*", "re:(a{1,9}){2,9}", "re:.*.*.*.*.*x"]
+
+
+@pytest.mark.parametrize("target", SLOW)
+def test_an_expression_that_can_take_very_long_is_refused(target):
+    with pytest.raises(SettingsError, match="can take very long to match"):
+        select_modules({"a" * 200: (4, 4)}, target)
+
+
+@pytest.mark.parametrize(
+    "target", [r"re:(.*).*\.(q|k|v)", r"re:x[(+*]*\.(?:ab)+q", r"re:[]a+x*]*\.q", r"re:x\+?(\.a)?\.q"]
+)
+def test_a_few_repetitions_are_allowed(target):
+    assert select_modules({"x.q": (4, 4), "x.abq": (4, 4)}, target)

@@ -6,6 +6,8 @@ import torch
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.concatenate import concatenate
+from lora_engine.merging.merge import merge_adapters
+from lora_engine.merging.spec import parse_options
 
 
 def adapter_of(name="unet.a", base="sd", fingerprint=None, shape=(4, 3), dtype=torch.float32):
@@ -63,3 +65,19 @@ def test_half_precision_is_merged_in_float32_at_full_rank():
     delta = merged.modules["unet.a"]
     assert (delta.rank, delta.alpha, delta.down.dtype) == (4, 4.0, torch.float32)
     torch.testing.assert_close(delta.delta_weight(torch.zeros(4, 3)), torch.full((4, 3), -0.4))
+
+
+@pytest.mark.parametrize("method", ["concatenate", "linear", "ties"])
+def test_factors_whose_product_overflows_are_not_merged(method):
+    large = Adapter({"unet.a": LoraDelta(torch.full((2, 3), 1e30), torch.full((4, 2), 1e30), 2.0)}, "sd")
+    with pytest.raises(
+        AdapterError,
+        match=r"^unet.a: the product of the factors overflows|^unet.a: 12 of 12 values are NaN or infinite",
+    ):
+        merge_adapters([large, adapter_of()], [1.0, 0.5], parse_options(method))
+
+
+def test_large_factors_with_a_finite_product_are_merged():
+    factors = LoraDelta(torch.full((2, 3), 1e30), torch.full((4, 2), 1e-30), 2.0)
+    merged, _ = merge_adapters([Adapter({"unet.a": factors}, "sd"), adapter_of()], [1.0, 0.5])
+    assert bool(torch.isfinite(merged.modules["unet.a"].delta_weight(torch.zeros(4, 3))).all())

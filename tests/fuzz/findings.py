@@ -1,0 +1,114 @@
+"""Past findings, each with the input that showed it, built by code: target, input, and what it must say now."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lora_engine.formats.safetensors_io import serialize
+from tests.fuzz.files import Files, as_text
+
+_MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One finding.
+
+    Attributes:
+        target: The target that it concerns.
+        build: Returns the input.
+        refusal: Pattern of the refusal; empty if the input must be accepted.
+    """
+
+    target: str
+    build: Callable[[], Files]
+    refusal: str = ""
+
+
+def _peft(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, object], header: Mapping[str, str] | None = None
+) -> Files:
+    weights = b"".join(bytes(part) for part in serialize(tensors, header or {}))
+    return {"adapter_model.safetensors": weights, "adapter_config.json": json.dumps(config).encode()}
+
+
+def _oft(**settings: object) -> Files:
+    """Returns a PEFT folder with rotations, whose configuration chooses the number of terms of their series."""
+    config = {"peft_type": "OFT", "peft_version": "0.19.0", "oft_block_size": 3, "use_cayley_neumann": True} | settings
+    return _peft({f"base_model.model.{_MODULE}.oft_R.weight": torch.ones(2, 3) / 10}, config)
+
+
+def _lora(prefix: str, *, folder: str = "", header: Mapping[str, str] | None = None) -> Files:
+    """Returns a PEFT folder with one matrix."""
+    tensors = {f"{prefix}{_MODULE}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    files = _peft(tensors, {"peft_type": "LORA", "lora_alpha": 1}, header)
+    return {f"{folder}{name}": content for name, content in files.items()}
+
+
+def _stored(header: Mapping[str, str], component: str = "unet") -> Files:
+    """Returns an adapter in the store's format, with one matrix."""
+    names = (f"{component}.{_MODULE}.lora_{part}.weight" for part in ("down", "up"))
+    tensors = {name: torch.ones(2, 2) for name in names} | {f"{component}.{_MODULE}.alpha": torch.tensor(2.0)}
+    return {"adapter.safetensors": b"".join(bytes(part) for part in serialize(tensors, header))}
+
+
+def _patterns() -> Files:
+    """Returns a PEFT folder with an alpha for each of many modules, which was compared with each module."""
+    names = [f"down_blocks.{n}.attentions.0.to_q" for n in range(300)]
+    tensors = {}
+    for name in names:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(1, 2)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(2, 1)
+    patterns = {f"^{name}": float(n + 1) for n, name in enumerate(reversed(names))}
+    return _peft(tensors, {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": patterns})
+
+
+def _broken_exif() -> Files:
+    """Returns an image whose EXIF names data beyond its end, for which Pillow warns."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112], exif[0x8769] = 6, {0x9286: b"ASCII\0\0\0Steps: 3"}
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "JPEG", exif=exif)
+    return {
+        "0.jpg": buffer.getvalue().replace(struct.pack(">HHI", 0x9286, 7, 16), struct.pack(">HHI", 0x9286, 7, 1 << 24))
+    }
+
+
+FINDINGS: Mapping[str, Case] = {
+    "a number of 60,000 digits in a prompt": Case("prompts", lambda: as_text("(a:" + "9" * 60_000)),
+    "many pieces of one weight": Case("prompts", lambda: as_text("a:" * 60_000)),
+    "60,000 open brackets": Case("prompts", lambda: as_text("(a" * 30_000), "more than 100 open brackets"),
+    "a control character in a key": Case("policies", lambda: {"policy.yaml": '"a\u202eb\x1b": 1'.encode()}, "not YAML"),
+    "a direction character in a key": Case("policies", lambda: {"policy.yaml": b'"a\\u202Eb": 1'}, r"\\u202e"),
+    "a control character in a name of --set": Case("set", lambda: as_text("ada\x1bpter.rank=[\t"), r"\\x1b"),
+    "a tag of 40,000 characters": Case(
+        "prompts", lambda: as_text(f"<lora:{'x' * 40_000}:y>"), r"invalid tag .* \.\.\. "
+    ),
+    "a value of 35,000 characters": Case("pipelines", lambda: {"line.yaml": b"name: " + b"x-" * 17_000}, r" \.\.\. "),
+    "EXIF beyond the end of the file": Case("images", _broken_exif),
+    "a series of 10**9 terms": Case("folders", lambda: _oft(num_cayley_neumann_terms=10**9), "terms.*0 .exact. to 100"),
+    "a series of -3 terms": Case("folders", lambda: _oft(num_cayley_neumann_terms=-3), "terms.*0 .exact. to 100"),
+    "a component of no base in the header": Case(
+        "folders", lambda: _lora("base_model.model.", header={"loraline.component": "vae"}), "the component is 'vae'"
+    ),
+    "a component of no base as a folder": Case(
+        "folders", lambda: _lora("base_model.model.", folder="x/"), "folder 'x': the component is 'x'"
+    ),
+    "an empty fingerprint": Case("adapters", lambda: _stored({"loraline.base": "sd", "loraline.fingerprint": ""})),
+    "a transformer's module for a base with a U-Net": Case(
+        "adapters", lambda: _stored({"loraline.base": "sd"}, "transformer"), "is of a transformer.*which has a U-Net"
+    ),
+    "PEFT's prefix after the component, too": Case(
+        "folders", lambda: _lora("base_model.model.unet.base_model.model."), "PEFT's prefix in its name"
+    ),
+    "as many patterns as modules": Case("folders", _patterns),
+}
+"""What was wrong -> its case."""
