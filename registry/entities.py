@@ -20,6 +20,12 @@ EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "
 """Events that move no alias: of a version, or (revoke, lift) of a subject."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
+FOREIGN = "foreign"
+"""Kind of the artifact with the original bytes of an imported file."""
+RESULT = "result"
+"""Kind of the artifact that describes files outside of the store: exports, and what verbs made from versions."""
+ADAPTER_KINDS = ("adapter", "export", FOREIGN, RESULT)
+"""Kinds of artifacts with adapters."""
 
 NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62}"
 _NAME = re.compile(NAME_RULE)

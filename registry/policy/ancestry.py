@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry import queries
-from registry.entities import AdapterVersion, ArtifactRef
+from registry.entities import ADAPTER_KINDS, AdapterVersion, ArtifactRef
 from registry.lineage.graph import (
     DOWNSTREAM,
     Edge,
@@ -26,11 +26,17 @@ from registry.lineage.graph import (
 )
 from registry.lineage.rows import read_artifacts
 from registry.store.database import batched
-from registry.store.tables import ContentRow, ExecutionRow, ParentRow, VersionRow
+from registry.store.tables import ArtifactRow, ContentRow, ExecutionRow, ParentRow, VersionRow
 
-_REWRITES = {"merge", "convert"}
+_REWRITES = {"merge", "convert", "resize", "export", "extract", "fuse"}
 """Steps that use no base, except a merge that learns its weights from a dataset."""
+_BASE = "base:"
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
+_HOLDERS = (
+    select(ContentRow.sha256, ContentRow.artifact)
+    .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
+    .where(ArtifactRow.kind.in_(ADAPTER_KINDS))
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,21 @@ class Ancestry:
     datasets: tuple[ArtifactRef, ...]
     manifests: frozenset[str]
     undocumented: tuple[str, ...] = ()
+
+    @property
+    def bases(self) -> frozenset[str]:
+        """Names and fingerprints of the bases upstream, as steps, cards and parents state them."""
+        described = [settings.get("base") or {} for settings in self.settings.values()]
+        own = [(settings.get("settings") or {}).get("base") for settings in self.settings.values()]
+        cards = [version.card for version in self.versions]
+        origins = [text.removeprefix(_BASE).strip() for text in self.graph.ids("origin") if text.startswith(_BASE)]
+        stated = [
+            *(base.get(key) for base in described for key in ("label", "fingerprint")),
+            *(card.get(key) for card in cards for key in ("base", "base_fingerprint")),
+            *own,
+            *origins,
+        ]
+        return frozenset(str(name) for name in stated if name)
 
 
 def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
@@ -102,7 +123,7 @@ def _undocumented(
             known
             for node, known in zip(origins, is_documented, strict=True)
             # Other origins are parents by title: those of an artifact with steps are among the inputs of the steps.
-            if node.kind != "origin" or not (is_made or node.id.startswith("base:"))
+            if node.kind != "origin" or not (is_made or node.id.startswith(_BASE))
         ]
         if not checked or not all(checked):
             row = versions.get(digest)
@@ -116,8 +137,7 @@ def descendants(session: Session, starts: Iterable[NodeId]) -> Subgraph:
         session: Reading or writing.
         starts: The artifacts; the result holds them and the versions that they were registered as, too.
     """
-    children = Relation("version", _declared_children(session))
-    return downstream(session, starts, "input", "output", "adapter", "report", extra=[children])
+    return downstream(session, starts, "input", "output", "adapter", "report", extra=_declared_children(session))
 
 
 def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Edge]:
@@ -132,10 +152,7 @@ def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Ed
     }
     files = {match[1] for _, parent, text in declared if parent is None and (match := _FILE.search(text))}
     by_file = defaultdict(set)
-    contents = select(ContentRow.sha256, ContentRow.artifact).join(
-        VersionRow, VersionRow.artifact == ContentRow.artifact
-    )
-    for digest, artifact in batched(session, contents, ContentRow.sha256, files):
+    for digest, artifact in batched(session, _HOLDERS, ContentRow.sha256, files):
         by_file[digest].add(artifact)
     for artifact, parent, text in declared:
         match = _FILE.search(text)
@@ -146,26 +163,36 @@ def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Ed
             yield Edge(NodeId("origin", text), child, "parent")
 
 
-def _declared_children(session: Session) -> Callable[[Session, Sequence[str]], Iterator[Edge]]:
-    """Returns the search for the versions that declare a version, or its file, as a parent, with their artifacts."""
+def _declared_children(session: Session) -> list[Relation]:
+    """Returns the searches for the versions that declare a version, or a file of an artifact, as a parent."""
     query = select(ParentRow.text, version_ref()).join(VersionRow, VersionRow.id == ParentRow.child)
     by_file: dict[str, list[str]] = defaultdict(list)
     for text, child in session.execute(query.where(ParentRow.parent.is_(None), ParentRow.text.contains("sha256:"))):
         if match := _FILE.search(text):
             by_file[match[1]].append(child)
 
-    def find(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
-        edges = list(DOWNSTREAM["parent"].find(session, refs))
-        rows = select(VersionRow.sha256, VersionRow.artifact, version_ref())
-        for digest, _, ref in batched(session, rows, VersionRow.id, version_ids(session, refs) if by_file else ()):
-            edges += [Edge(NodeId("version", ref), NodeId("version", child), "parent") for child in by_file[digest]]
-        yield from edges
-        # What was made from the artifact of a child was made from the parent, too.
-        children = version_ids(session, {edge.target.id for edge in edges})
-        for _, artifact, ref in batched(session, rows, VersionRow.id, children):
-            yield Edge(NodeId("artifact", artifact), NodeId("version", ref), "adapter")
+    def of_versions(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
+        yield from _with_artifacts(session, DOWNSTREAM["parent"].find(session, refs))
 
-    return find
+    def of_artifacts(session: Session, artifacts: Sequence[str]) -> Iterator[Edge]:
+        held = batched(session, _HOLDERS, ContentRow.artifact, artifacts) if by_file else ()
+        edges = [
+            Edge(NodeId("artifact", artifact), NodeId("version", child), "parent")
+            for digest, artifact in held
+            for child in by_file[digest]
+        ]
+        yield from _with_artifacts(session, edges)
+
+    return [Relation("version", of_versions), Relation("artifact", of_artifacts)]
+
+
+def _with_artifacts(session: Session, found: Iterable[Edge]) -> Iterator[Edge]:
+    """Yields edges to versions, and those of their artifacts: what was made from them was made from the parent, too."""
+    edges = list(found)
+    yield from edges
+    children = version_ids(session, {edge.target.id for edge in edges})
+    for artifact, ref in batched(session, select(VersionRow.artifact, version_ref()), VersionRow.id, children):
+        yield Edge(NodeId("artifact", artifact), NodeId("version", ref), "adapter")
 
 
 def _used_datasets(graph: Subgraph, datasets: Mapping[str, ArtifactRef]) -> tuple[ArtifactRef, ...]:
