@@ -105,9 +105,9 @@ class SubjectRow(Table):
 
     __tablename__ = "subjects"
     artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), primary_key=True)
-    kind: Mapped[str] = mapped_column(primary_key=True)
     subject: Mapped[str] = mapped_column(primary_key=True, index=True)
     label: Mapped[str]
+    kind: Mapped[str] = mapped_column(primary_key=True)
 
 
 class ContentDigestRow(Table):

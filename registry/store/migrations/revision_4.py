@@ -33,9 +33,9 @@ def _widen_subjects() -> None:
     table = op.create_table(
         "subjects",
         sa.Column("artifact", _TEXT, sa.ForeignKey("artifacts.sha256"), primary_key=True),
-        sa.Column("kind", _TEXT, primary_key=True),
         sa.Column("subject", _TEXT, primary_key=True),
         sa.Column("label", _TEXT, nullable=False),
+        sa.Column("kind", _TEXT, primary_key=True),
     )
     op.create_index("ix_subjects_subject", "subjects", ["subject"])
     op.bulk_insert(table, rows)

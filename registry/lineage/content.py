@@ -1,0 +1,97 @@
+"""Records what the adapters in artifacts do, and finds the artifacts that hold a file or do the same.
+
+The digests and sketches come from `lora_engine.formats.content`; here they are text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import PurePosixPath
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.entities import ADAPTER_KINDS, FOREIGN, ArtifactRef
+from registry.lineage.graph import version_ref
+from registry.lineage.rows import artifact_ref, record_artifacts
+from registry.store.database import batched, insert_missing
+from registry.store.tables import ArtifactRow, ContentDigestRow, ContentRow, ExecutionRow, VersionRow
+
+NONE = "none"
+"""Kind of the row of an artifact in which no adapter can be read."""
+_WEIGHTS = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
+
+
+def has_weights(path: str) -> bool:
+    """Returns True if a file has the suffix of one with tensors; other files of adapters, such as PEFT's, are alike."""
+    return PurePosixPath(path).suffix.lower() in _WEIGHTS
+
+
+def record_content(session: Session, artifact: ArtifactRef, digests: Mapping[str, str], sketch: str | None) -> None:
+    """Records what an artifact's adapters do, within a transaction.
+
+    Args:
+        session: In a writing transaction.
+        artifact: The artifact.
+        digests: Digest -> its kind, `deltas` or `embedding`; empty if no adapter can be read.
+        sketch: The sketch as text; None if there is none.
+    """
+    record_artifacts(session, [artifact])
+    rows = digests or {"": NONE}
+    values = [
+        {"artifact": artifact.sha256, "digest": digest, "kind": kind, "sketch": sketch} for digest, kind in rows.items()
+    ]
+    insert_missing(session, ContentDigestRow, values)
+
+
+def find_unrecorded(session: Session) -> list[ArtifactRef]:
+    """Returns the stored adapters and exports whose content is not recorded yet, sorted by digest."""
+    recorded = select(ContentDigestRow.artifact)
+    query = select(ArtifactRow).where(ArtifactRow.kind.in_(("adapter", "export")), ArtifactRow.sha256.not_in(recorded))
+    refs = map(artifact_ref, session.scalars(query.order_by(ArtifactRow.sha256)))
+    return [ref for ref in refs if isinstance(ref, ArtifactRef)]
+
+
+def find_holders(session: Session, digests: Collection[str]) -> dict[str, dict[str, str]]:
+    """Returns artifact -> digest -> path of the files with these digests, in artifacts that were not imported as is."""
+    query = (
+        select(ContentRow.artifact, ContentRow.sha256, ContentRow.path)
+        .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
+        .where(ArtifactRow.kind.in_(set(ADAPTER_KINDS) - {FOREIGN}))
+    )
+    found: dict[str, dict[str, str]] = {}
+    for artifact, digest, path in batched(session, query, ContentRow.sha256, digests):
+        if has_weights(path):
+            found.setdefault(artifact, {})[digest] = path
+    return found
+
+
+def find_equal(session: Session, digests: Collection[str]) -> set[str]:
+    """Returns the artifacts with an adapter or a learned token of the same content, whatever its format."""
+    query = select(ContentDigestRow.artifact)
+    return {row[0] for row in batched(session, query, ContentDigestRow.digest, filter(None, digests))}
+
+
+def read_sketches(session: Session) -> list[tuple[str, str]]:
+    """Returns artifact and sketch of every recorded content that has one."""
+    query = select(ContentDigestRow.artifact, ContentDigestRow.sketch).where(ContentDigestRow.sketch.is_not(None))
+    return [(artifact, sketch) for artifact, sketch in session.execute(query.distinct()) if isinstance(sketch, str)]
+
+
+def name_artifacts(session: Session, artifacts: Iterable[str]) -> dict[str, str]:
+    """Returns artifact -> the first version that it was registered as, or `result of STEP` with a digest of its files.
+
+    Both are texts that `Versions.register` takes as parents. Leaves out artifacts without a file of weights.
+    """
+    wanted = sorted(set(artifacts))
+    names: dict[str, str] = {}
+    versions = select(VersionRow.artifact, version_ref()).order_by(VersionRow.id.desc())
+    names |= {artifact: ref for artifact, ref in batched(session, versions, VersionRow.artifact, wanted)}
+    rest = [artifact for artifact in wanted if artifact not in names]
+    steps = select(ExecutionRow.output, ExecutionRow.uses)
+    made = {output: uses for output, uses in batched(session, steps, ExecutionRow.output, rest)}
+    files = select(ContentRow.artifact, ContentRow.path, ContentRow.sha256).order_by(ContentRow.path.desc())
+    for artifact, path, digest in batched(session, files, ContentRow.artifact, rest):
+        if has_weights(path):
+            names[artifact] = f"result of {made.get(artifact, 'a step')} sha256:{digest}"
+    return names
