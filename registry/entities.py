@@ -16,8 +16,8 @@ RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPTED"]
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
-EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import"]
-"""Events that move no alias: of a version, or (revoke, lift) of a subject."""
+EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "refuse"]
+"""Events that move no alias: of a version, or (revoke, lift, refuse of an import) of a subject."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 FOREIGN = "foreign"

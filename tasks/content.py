@@ -142,9 +142,7 @@ def _claims(header: Mapping[str, Any]) -> dict[str, str]:
     return claims
 
 
-def _find_similar(
-    sketches: Iterable[tuple[str, str]], contents: Sequence[Content], least: float
-) -> dict[str, float]:
+def _find_similar(sketches: Iterable[tuple[str, str]], contents: Sequence[Content], least: float) -> dict[str, float]:
     from lora_engine.formats.content import similarity
 
     close: dict[str, float] = {}

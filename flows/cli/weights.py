@@ -33,8 +33,7 @@ _METHODS = (
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.READ, merge, fuse)
-    add_verb(app, Access.NONE, resize, extract)
+    add_verb(app, Access.READ, merge, fuse, resize, extract)
 
 
 def merge(
@@ -60,6 +59,7 @@ def merge(
     from lora_engine.errors import SettingsError
     from tasks.operations.adapter_files import checkout_adapters, parse_settings
     from tasks.operations.model_files import are_models, merge_models
+    from tasks.operations.results import recorded
 
     options = parse_settings(settings or [])
     if are_models(models):
@@ -78,7 +78,7 @@ def merge(
         return
     if rounding != "nearest":
         raise SettingsError("a merge of adapters takes no rounding", remedy="leave out --rounding")
-    with checkout_adapters(models, home_path()) as inputs:
+    with recorded(home_path(), "merge", output) as recorder, checkout_adapters(models, home_path(), recorder) as inputs:
         files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
         from lora_engine.merging.files import merge_files
 
@@ -92,12 +92,13 @@ def merge(
             base=base,
             dataset=dataset,
         )
+        recorder.record({"method": method or "concatenate", "weights": weights})
     _print(merged.as_json(), f"{output}: {_describe(merged)}", as_json=as_json)
     _print_assumed(merged.assumed, as_json=as_json)
 
 
 def resize(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE|NAME@REF", help="Adapter file, or a registered adapter.")],
     output: Output,
     rank: _Rank = None,
     energy: _Energy = None,
@@ -110,9 +111,13 @@ def resize(
     as_json: Json = False,
 ) -> None:
     """Resize an adapter to another rank, with the best approximation of each module."""
-    from tasks.operations.adapter_files import resize_adapter
+    from tasks.operations.adapter_files import checkout_adapter, resize_adapter
+    from tasks.operations.results import recorded
 
-    report = resize_adapter(file, output, base=base, rank=rank, energy=energy, error=error, others=others, seed=seed)
+    settings = {"rank": rank, "energy": energy, "error": error, "others": others, "seed": seed}
+    with recorded(home_path(), "resize", output) as recorder, checkout_adapter(file, home_path(), recorder) as path:
+        report = resize_adapter(path, output, base=base, **settings)
+        recorder.record(settings)
     _print(report, f"{output}: keeps {report['retained']:.4%} of the squared norm.", as_json=as_json)
     _print_assumed(report.get("assumed", ""), as_json=as_json)
 
@@ -137,9 +142,10 @@ def extract(
     from lora_engine.formats import Card, write_adapter
     from lora_engine.streaming import extract as extract_adapter
     from tasks.operations.adapter_files import model_path
+    from tasks.operations.results import recorded
     from tasks.progress import StepEvent, publish
 
-    with show_run(["extract"], Console(stderr=True)):
+    with recorded(home_path(), "extract", output) as recorder, show_run(["extract"], Console(stderr=True)):
         publish(StepEvent("extract", "started"))
         adapter, report = extract_adapter(
             model_path(tuned),
@@ -155,6 +161,8 @@ def extract(
         )
         recipe = {"extracted": {"rank": rank, "energy": energy, "error": error, "relative_error": report.error}}
         write_adapter(output, adapter, card=Card(base=base, base_fingerprint=adapter.fingerprint, recipe=recipe))
+        recorder.add_model(model_path(tuned))
+        recorder.record({"rank": rank, "energy": energy, "error": error})
         publish(StepEvent("extract", "completed"))
     line = f"{output}: {len(adapter.modules)} modules, relative error {report.error:.4f}."
     if report.left_out:
@@ -177,8 +185,12 @@ def fuse(
     from lora_engine.streaming import fuse as fuse_adapters
     from lora_engine.streaming import unfuse
     from tasks.operations.adapter_files import checkout_adapters, model_path
+    from tasks.operations.results import recorded
 
-    with checkout_adapters(adapters, home_path()) as inputs:
+    with (
+        recorded(home_path(), "fuse", output) as recorder,
+        checkout_adapters(adapters, home_path(), recorder) as inputs,
+    ):
         if take_out:
             before = None if original is None else model_path(original)
             report = unfuse(
@@ -194,6 +206,8 @@ def fuse(
             report = fuse_adapters(
                 model_path(base), inputs, output, allow_other_base=other_base, rounding=rounding, seed=seed
             )
+        recorder.add_model(model_path(base))
+        recorder.record({"take_out": take_out}, is_model=True)
     line = (
         f"{output}: {report.modules} modules changed, {report.tensors} tensors; base fingerprint {report.fingerprint}."
     )

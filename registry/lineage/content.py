@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.entities import ADAPTER_KINDS, FOREIGN, ArtifactRef
+from registry.entities import ADAPTER_KINDS, FOREIGN, RESULT, ArtifactRef
 from registry.lineage.graph import version_ref
 from registry.lineage.rows import artifact_ref, record_artifacts
 from registry.store.database import batched, insert_missing
@@ -66,6 +66,12 @@ def find_holders(session: Session, digests: Collection[str]) -> dict[str, dict[s
     return found
 
 
+def find_result_sizes(session: Session) -> set[int]:
+    """Returns the sizes of the files that verbs wrote outside of the store, in bytes."""
+    query = select(ContentRow.size).join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
+    return set(session.scalars(query.where(ArtifactRow.kind == RESULT)))
+
+
 def find_equal(session: Session, digests: Collection[str]) -> set[str]:
     """Returns the artifacts with an adapter or a learned token of the same content, whatever its format."""
     query = select(ContentDigestRow.artifact)
@@ -84,12 +90,11 @@ def name_artifacts(session: Session, artifacts: Iterable[str]) -> dict[str, str]
     Both are texts that `Versions.register` takes as parents. Leaves out artifacts without a file of weights.
     """
     wanted = sorted(set(artifacts))
-    names: dict[str, str] = {}
     versions = select(VersionRow.artifact, version_ref()).order_by(VersionRow.id.desc())
-    names |= {artifact: ref for artifact, ref in batched(session, versions, VersionRow.artifact, wanted)}
+    names: dict[str, str] = {row[0]: row[1] for row in batched(session, versions, VersionRow.artifact, wanted)}
     rest = [artifact for artifact in wanted if artifact not in names]
     steps = select(ExecutionRow.output, ExecutionRow.uses)
-    made = {output: uses for output, uses in batched(session, steps, ExecutionRow.output, rest)}
+    made = {row[0]: row[1] for row in batched(session, steps, ExecutionRow.output, rest)}
     files = select(ContentRow.artifact, ContentRow.path, ContentRow.sha256).order_by(ContentRow.path.desc())
     for artifact, path, digest in batched(session, files, ContentRow.artifact, rest):
         if has_weights(path):

@@ -22,7 +22,6 @@ from registry.versions.promotion import require_reason
 from registry.versions.subjects import PREFIX, RevocationTarget
 from registry.versions.versions import Versions
 
-
 _DIGESTS = ("picture", "artifact", "file", "digest")
 _EXTRA = ("artifacts", "bases", "unreadable")
 """Fields of `RevocationTarget` that an event has if they are not empty."""

@@ -1,4 +1,4 @@
-"""Finds what a text names that can be revoked: an image, a consent, a version, an artifact, a file, a base or a digest."""
+"""Finds what a text names that can be revoked: an image, consent, version, artifact, file, base or unknown digest."""
 
 from __future__ import annotations
 

@@ -15,9 +15,11 @@ from registry.identity import current_user
 from registry.policy.license_terms import unknown
 from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
+from tasks.content import read_contents
 from tasks.errors import SpecError
-from tasks.operations.adapter_files import convert_adapter
+from tasks.operations.adapter_files import convert_adapter, module_shapes_of
 from tasks.operations.promote import find_version
+from tasks.operations.results import record_result
 
 _logger = logging.getLogger(__name__)
 
@@ -76,10 +78,10 @@ def export_version(
     try:
         version = find_version(versions, ref)
         with home.temporary_folder(version.size) as folder:
-            source = folder / "adapter.safetensors"
-            versions.checkout_adapter(version, source)
+            adapter = folder / "adapter.safetensors"
+            versions.checkout_adapter(version, adapter)
             result = convert_adapter(
-                source,
+                adapter,
                 output,
                 to,
                 base=base,
@@ -91,8 +93,12 @@ def export_version(
         if home.read_only:
             _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
         else:
-            # A revocation lists the exported files.
+            # A revocation lists the exported files, and an import knows them.
             versions.log_export(version, {"format": to, "files": result["files"]}, actor=current_user())
+            written = [Path(entry["file"]) for entry in result["files"]]
+            contents = read_contents(written, output if output.is_dir() else None, module_shapes_of(base))
+            source = {version.artifact.sha256: version.artifact}
+            record_result(versions, "export", source, written, contents, {"version": version.ref, "format": to})
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, result["files"], result["approximation"])

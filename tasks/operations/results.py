@@ -17,7 +17,7 @@ from registry.context import RegistryContext
 from registry.entities import RESULT, ArtifactRef, Execution, FileEntry, now
 from registry.errors import RegistryError
 from registry.home import Home
-from registry.lineage.content import has_weights
+from registry.lineage.content import find_holders, find_result_sizes, has_weights
 from registry.lineage.rows import read_artifacts
 from registry.store.artifacts import encode_tree
 from registry.store.tables import ExecutionRow
@@ -28,6 +28,7 @@ from tasks.operations.promote import find_version
 
 if TYPE_CHECKING:
     from lora_engine.formats.codec import Names
+    from lora_engine.formats.content import Content
 
 _log = logging.getLogger(__name__)
 _REVISION = "1"
@@ -72,6 +73,17 @@ class VerbRecorder:
         """Adds an artifact as an input."""
         self._sources[ref.sha256] = ref
 
+    def add_model(self, path: Path) -> None:
+        """Adds a whole model as an input if a verb made it from adapters; reads it only if its size is that of one."""
+        if self._home is None or not path.exists():
+            return
+        with closing(Versions(self._home)) as versions, versions.lineage.database.read() as session:
+            sizes = find_result_sizes(session)
+            files = [file for file in _files_of(path) if file.stat().st_size in sizes and has_weights(file.name)]
+            holders = find_holders(session, {sha256_file(file) for file in files})
+            for ref in read_artifacts(session, holders, kind=RESULT).values():
+                self.add_artifact(ref)
+
     def _add_known(self, versions: Versions, path: Path) -> None:
         listed = _files_of(path)
         files = {str(file): sha256_file(file) for file in listed if has_weights(file.name)}
@@ -81,12 +93,15 @@ class VerbRecorder:
             for ref in read_artifacts(session, sources.parents).values():
                 self.add_artifact(ref)
 
-    def record(self, settings: Mapping[str, Any], names: Names | None = None) -> ArtifactRef | None:
+    def record(
+        self, settings: Mapping[str, Any], names: Names | None = None, *, is_model: bool = False
+    ) -> ArtifactRef | None:
         """Records the files that the verb wrote as made from its known inputs; returns None if it knows none.
 
         Args:
             settings: What the log shows of the verb.
             names: The base's modules, for formats that need them.
+            is_model: True for whole models, which are known by their bytes alone.
         """
         if self._home is None or not self._sources:
             return None
@@ -98,7 +113,8 @@ class VerbRecorder:
         written = [path for path, stamp in _stamps(self._output).items() if self._before.get(path) != stamp]
         with closing(Versions(self._home)) as versions:
             folder = self._output if self._output.is_dir() else None
-            return record_result(versions, self._verb, self._sources, written, settings, folder=folder, names=names)
+            contents = [] if is_model else read_contents(written, folder, names)
+            return record_result(versions, self._verb, self._sources, written, contents, settings)
 
 
 @contextmanager
@@ -113,10 +129,8 @@ def record_result(
     verb: str,
     sources: Mapping[str, ArtifactRef],
     written: Sequence[Path],
+    contents: Sequence[Content],
     settings: Mapping[str, Any],
-    *,
-    folder: Path | None = None,
-    names: Names | None = None,
 ) -> ArtifactRef | None:
     """Records files outside of the store as the result of a step that was run by a verb.
 
@@ -127,9 +141,8 @@ def record_result(
         verb: Name of the step.
         sources: Digest -> artifact that the files were made from.
         written: The files.
+        contents: What the adapters in them do.
         settings: Settings of the step.
-        folder: The folder of the files, if it is one adapter.
-        names: The base's modules, for formats that need them.
 
     Returns:
         The artifact that describes the files; None if none of them has weights.
@@ -162,7 +175,7 @@ def record_result(
     )
     lineage.log_execution(execution, contents=entries)
     lineage.finish_run(run.id, "COMPLETED")
-    write_contents(context, output, read_contents(written, folder, names))
+    write_contents(context, output, contents)
     return output
 
 
