@@ -19,6 +19,7 @@ from registry.lineage.content import (
     find_equal,
     find_holders,
     find_unrecorded,
+    find_upstream,
     has_weights,
     name_artifacts,
     read_sketches,
@@ -118,9 +119,11 @@ def find_sources(
         sources = set(find_holders(session, {digest for path, digest in files.items() if has_weights(path)})) - own
         if not sources:
             sources = find_equal(session, {digest for content in contents for digest in content.digests}) - own
+        # The header of what a verb made repeats the inputs that the registry has recorded.
+        further = find_upstream(session, sources) - sources
         claimed = find_holders(session, stated)
         known = {digest for digests in claimed.values() for digest in digests}
-        parents = name_artifacts(session, sources | (claimed.keys() - own))
+        parents = name_artifacts(session, sources | (claimed.keys() - own - further))
         similar: dict[str, float] = {}
         if least_similarity is not None and not sources:
             close = _find_similar(read_sketches(session), contents, least_similarity)

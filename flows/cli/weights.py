@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -50,16 +49,22 @@ def merge(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method, such as density=0.3.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, for kinds and methods that read its weights.")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Captioned dataset, for methods that learn the weights.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME@REF|DIGEST",
+            help="Images for methods that learn the weights: a folder, or the dataset of a version or with a digest.",
+        ),
+    ] = None,
     rounding: _Rounding = "nearest",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one with their combined effect, or whole models of one architecture."""
     from lora_engine.errors import SettingsError
-    from tasks.operations.adapter_files import checkout_adapters, parse_settings
+    from tasks.operations.adapter_files import parse_settings
+    from tasks.operations.merge_adapters import merge_named
     from tasks.operations.model_files import are_models, merge_models
-    from tasks.operations.results import recorded
 
     options = parse_settings(settings or [])
     if are_models(models):
@@ -78,21 +83,16 @@ def merge(
         return
     if rounding != "nearest":
         raise SettingsError("a merge of adapters takes no rounding", remedy="leave out --rounding")
-    with recorded(home_path(), "merge", output) as recorder, checkout_adapters(models, home_path(), recorder) as inputs:
-        files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
-        from lora_engine.merging.files import merge_files
-
-        merged = merge_files(
-            files,
-            weights,
-            output,
-            method=method or "concatenate",
-            options=options,
-            seed=seed,
-            base=base,
-            dataset=dataset,
-        )
-        recorder.record({"method": method or "concatenate", "weights": weights})
+    merged = merge_named(
+        models,
+        output,
+        home_path(),
+        method=method or "concatenate",
+        options=options,
+        base=base,
+        dataset=dataset,
+        seed=seed,
+    )
     _print(merged.as_json(), f"{output}: {_describe(merged)}", as_json=as_json)
     _print_assumed(merged.assumed, as_json=as_json)
 

@@ -12,10 +12,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.entities import ADAPTER_KINDS, FOREIGN, RESULT, ArtifactRef
-from registry.lineage.graph import version_ref
+from registry.lineage.graph import NodeId, upstream, version_ref
 from registry.lineage.rows import artifact_ref, record_artifacts
 from registry.store.database import batched, insert_missing
-from registry.store.tables import ArtifactRow, ContentDigestRow, ContentRow, ExecutionRow, VersionRow
+from registry.store.tables import ArtifactRow, ContentDigestRow, ContentRow, ExecutionRow, InputRow, VersionRow
 
 NONE = "none"
 """Kind of the row of an artifact in which no adapter can be read."""
@@ -73,9 +73,23 @@ def find_result_sizes(session: Session) -> set[int]:
 
 
 def find_equal(session: Session, digests: Collection[str]) -> set[str]:
-    """Returns the artifacts with an adapter or a learned token of the same content, whatever its format."""
-    query = select(ContentDigestRow.artifact)
-    return {row[0] for row in batched(session, query, ContentDigestRow.digest, filter(None, digests))}
+    """Returns the artifacts with an adapter or a token of the same content; without copies in other formats."""
+    query = select(ContentDigestRow.artifact, ArtifactRow.kind)
+    query = query.join(ArtifactRow, ArtifactRow.sha256 == ContentDigestRow.artifact)
+    kinds = {row[0]: row[1] for row in batched(session, query, ContentDigestRow.digest, filter(None, digests))}
+    # A copy in another format says nothing that its source does not say.
+    inputs = select(ExecutionRow.output, InputRow.artifact).join(InputRow, InputRow.execution == ExecutionRow.id)
+    sources: dict[str, set[str]] = {}
+    copies = [artifact for artifact, kind in kinds.items() if kind in (RESULT, "export")]
+    for output, source in batched(session, inputs, ExecutionRow.output, copies):
+        sources.setdefault(output, set()).add(source)
+    return kinds.keys() - {output for output, origins in sources.items() if origins <= kinds.keys()}
+
+
+def find_upstream(session: Session, artifacts: Iterable[str]) -> set[str]:
+    """Returns the artifacts and those that they were made from by recorded steps."""
+    graph = upstream(session, [NodeId("artifact", digest) for digest in artifacts], "output", "input")
+    return set(graph.ids("artifact"))
 
 
 def read_sketches(session: Session) -> list[tuple[str, str]]:

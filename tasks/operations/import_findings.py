@@ -15,7 +15,7 @@ from registry.identity import current_user
 from registry.lineage.graph import NodeId
 from registry.lineage.rows import read_artifacts
 from registry.policy.ancestry import descendants, trace
-from registry.policy.license_terms import LicenseTerms, allows_commercial, combine, forbidden_uses
+from registry.policy.license_terms import LicenseTerms, combine, forbidden_uses
 from registry.policy.licenses import Licenses, read_licenses
 from registry.policy.policy_file import read_policies
 from registry.policy.revocations import describe_revoked, find_blocks, find_revoked
@@ -116,9 +116,9 @@ def judge_import(
         _refuse_revoked(session, refs, {*files.values(), *content.digests}, next(iter(files)))
         inherited = {digest: terms_of(session, versions, ref)[0] for digest, ref in refs.items()}
     reasons = [
-        f"{reason} of {sources.parents[digest]}"
-        for digest, terms in sorted(inherited.items())
-        for reason in _looser(stated, terms)
+        f"it was made from {sources.parents[digest]}, under {terms.expression or 'no license'}, which {loosened}"
+        for digest, terms in sorted(inherited.items(), key=lambda item: sources.parents[item[0]])
+        if (loosened := _looser(stated, terms))
     ]
     similar = sources.similar or {}
     if policies.similar == "refuse":
@@ -147,35 +147,28 @@ def _refuse_revoked(session: Session, refs: Mapping[str, ArtifactRef], digests: 
         )
 
 
-def _looser(stated: LicenseTerms, inherited: LicenseTerms) -> Iterator[str]:
-    """Yields how terms allow more, or require less, than inherited ones."""
+def _looser(stated: LicenseTerms, inherited: LicenseTerms) -> str:
+    """Returns what inherited terms forbid or require beyond the stated ones; empty if the stated ones are as strict."""
     if not stated.permissions:
-        return
+        return ""
     if inherited.unknown:
-        yield "it allows uses, and a license is unknown"
-        return
-    expression = inherited.expression or "no license"
-    if allows_commercial(stated) and not allows_commercial(inherited):
-        yield f"it allows commercial use, and {expression} does not"
-    elif not stated.permissions <= inherited.permissions:
-        more = ", ".join(sorted(stated.permissions - inherited.permissions))
-        yield f"it allows {more}, and {expression} does not"
-    for noun, missing in (
-        ("restriction", inherited.restrictions - stated.restrictions),
-        ("obligation", inherited.obligations - stated.obligations),
-        ("license with share-alike", inherited.share_alike - stated.share_alike),
-    ):
-        if missing:
-            yield f"it lacks the {noun} {', '.join(sorted(missing))} ({expression})"
+        return "is not known"
+    both = combine(stated, inherited)
+    forbidden = [use for use in forbidden_uses(both) if use not in forbidden_uses(stated)]
+    required = [*sorted(both.obligations - stated.obligations), *sorted(both.share_alike - stated.share_alike)]
+    parts = [
+        f"does not allow {', '.join(forbidden)}" if forbidden else "",
+        f"requires {', '.join(required)}" if required else "",
+    ]
+    return " and ".join(filter(None, parts))
 
 
 def _warnings(licenses: Licenses, stated: LicenseTerms, in_header: object, sources: Sources) -> Iterator[str]:
     if isinstance(in_header, str) and in_header:
         terms = licenses.terms_of_license(in_header, "its header")
-        reasons = [] if terms.unknown else [*_looser(stated, terms)]
-        if reasons:
-            uses = ", ".join(forbidden_uses(terms))
-            yield f"the header states {in_header[:80]!r}, which is stricter" + (f": no {uses}" if uses else "")
+        loosened = "" if terms.unknown else _looser(stated, terms)
+        if loosened:
+            yield f"the header states {in_header[:80]!r}, which {loosened}"
     for claim in sources.claims:
         yield f"the header names the parent {claim!r}, which is unknown here"
 
