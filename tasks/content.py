@@ -18,6 +18,7 @@ from registry.errors import StoreError
 from registry.lineage.content import (
     find_equal,
     find_holders,
+    find_imported,
     find_unrecorded,
     find_upstream,
     has_weights,
@@ -121,7 +122,7 @@ def find_sources(
             sources = find_equal(session, {digest for content in contents for digest in content.digests}) - own
         # The header of what a verb made repeats the inputs that the registry has recorded.
         further = find_upstream(session, sources) - sources
-        claimed = find_holders(session, stated)
+        claimed = {**find_imported(session, stated), **find_holders(session, stated)}
         known = {digest for digests in claimed.values() for digest in digests}
         parents = name_artifacts(session, sources | (claimed.keys() - own - further))
         similar: dict[str, float] = {}

@@ -52,17 +52,31 @@ def find_unrecorded(session: Session) -> list[ArtifactRef]:
     return [ref for ref in refs if isinstance(ref, ArtifactRef)]
 
 
-def find_holders(session: Session, digests: Collection[str]) -> dict[str, dict[str, str]]:
-    """Returns artifact -> digest -> path of the files with these digests, in artifacts that were not imported as is."""
+def find_holders(session: Session, digests: Collection[str]) -> dict[str, set[str]]:
+    """Returns artifact -> those of the digests that its files of weights have; without original files of imports."""
     query = (
         select(ContentRow.artifact, ContentRow.sha256, ContentRow.path)
         .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
         .where(ArtifactRow.kind.in_(set(ADAPTER_KINDS) - {FOREIGN}))
     )
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, set[str]] = {}
     for artifact, digest, path in batched(session, query, ContentRow.sha256, digests):
         if has_weights(path):
-            found.setdefault(artifact, {})[digest] = path
+            found.setdefault(artifact, set()).add(digest)
+    return found
+
+
+def find_imported(session: Session, digests: Collection[str]) -> dict[str, set[str]]:
+    """Returns adapter -> those of the digests that are of the original files that it was imported from."""
+    query = (
+        select(ExecutionRow.output, ContentRow.sha256)
+        .join(InputRow, InputRow.execution == ExecutionRow.id)
+        .join(ContentRow, ContentRow.artifact == InputRow.artifact)
+        .where(ExecutionRow.uses == "import", ExecutionRow.status == "COMPLETED")
+    )
+    found: dict[str, set[str]] = {}
+    for output, digest in batched(session, query, ContentRow.sha256, digests):
+        found.setdefault(output, set()).add(digest)
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from registry import queries
@@ -26,17 +26,24 @@ from registry.lineage.graph import (
 )
 from registry.lineage.rows import read_artifacts
 from registry.store.database import batched
-from registry.store.tables import ArtifactRow, ContentRow, ExecutionRow, ParentRow, VersionRow
+from registry.store.tables import ArtifactRow, ContentRow, ExecutionRow, InputRow, ParentRow, VersionRow
 
 _REWRITES = {"merge", "convert", "resize", "export", "extract", "fuse"}
 """Steps that use no base, except a merge that learns its weights from a dataset."""
 _BASE = "base:"
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
-_HOLDERS = (
+_HOLDERS: Select[Any] = (
     select(ContentRow.sha256, ContentRow.artifact)
     .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
     .where(ArtifactRow.kind.in_(ADAPTER_KINDS))
 )
+_IMPORTED: Select[Any] = (
+    select(ContentRow.sha256, ExecutionRow.output)
+    .join(InputRow, InputRow.artifact == ContentRow.artifact)
+    .join(ExecutionRow, ExecutionRow.id == InputRow.execution)
+    .where(ExecutionRow.uses == "import", ExecutionRow.status == "COMPLETED")
+)
+"""Digest of an original file, and the adapter that it was imported as, to which the statements belong."""
 
 
 @dataclass(frozen=True)
@@ -142,18 +149,19 @@ def descendants(session: Session, starts: Iterable[NodeId]) -> Subgraph:
 
 def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Edge]:
     """Yields the parents that versions of artifacts declare; versions and files resolve to their artifacts."""
-    query = select(VersionRow.artifact, ParentRow.parent, ParentRow.text).join(
+    parents = select(VersionRow.artifact, ParentRow.parent, ParentRow.text).join(
         ParentRow, ParentRow.child == VersionRow.id
     )
-    declared = list(batched(session, query, VersionRow.artifact, artifacts))
+    declared = list(batched(session, parents, VersionRow.artifact, artifacts))
     ids = {parent for _, parent, _ in declared if parent is not None}
     by_id = {
         row.id: row.artifact for row in batched(session, select(VersionRow.id, VersionRow.artifact), VersionRow.id, ids)
     }
     files = {match[1] for _, parent, text in declared if parent is None and (match := _FILE.search(text))}
     by_file = defaultdict(set)
-    for digest, artifact in batched(session, _HOLDERS, ContentRow.sha256, files):
-        by_file[digest].add(artifact)
+    for query in (_HOLDERS, _IMPORTED):
+        for digest, artifact in batched(session, query, ContentRow.sha256, files):
+            by_file[digest].add(artifact)
     for artifact, parent, text in declared:
         match = _FILE.search(text)
         sources = {by_id[parent]} if parent is not None else by_file.get(match[1], set()) if match else set()
@@ -175,7 +183,10 @@ def _declared_children(session: Session) -> list[Relation]:
         yield from _with_artifacts(session, DOWNSTREAM["parent"].find(session, refs))
 
     def of_artifacts(session: Session, artifacts: Sequence[str]) -> Iterator[Edge]:
-        held = batched(session, _HOLDERS, ContentRow.artifact, artifacts) if by_file else ()
+        held: list[Any] = []
+        if by_file:
+            held += batched(session, _HOLDERS, ContentRow.artifact, artifacts)
+            held += batched(session, _IMPORTED, ExecutionRow.output, artifacts)
         edges = [
             Edge(NodeId("artifact", artifact), NodeId("version", child), "parent")
             for digest, artifact in held

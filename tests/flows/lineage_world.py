@@ -258,13 +258,20 @@ class World:
             return
         with closing(Versions(self.home)) as versions:
             version = versions.show(name, 1)
-        self.nodes[version.ref] = Node(version.ref, parents, license_id, weights=_weights(path), digest=version.sha256)
+        self._add_version(Node(version.ref, parents, license_id, weights=_weights(path), digest=version.sha256))
 
     def _register(self, versions: Versions, adapter: object, path: Path, parents: set[str], **facts: object) -> None:
         license_id = self.random.choice(LICENSES)
         version = versions.register(f"n{len(self.nodes)}", adapter, card={"license": license_id, "base": "tiny"})  # type: ignore[arg-type]
         node = Node(version.ref, parents, license_id, weights=_weights(path), digest=version.sha256)
-        self.nodes[version.ref] = Node(**{**vars(node), **facts})
+        self._add_version(Node(**{**vars(node), **facts}))
+
+    def _add_version(self, node: Node) -> None:
+        for other in self.versions():
+            if other.digest == node.digest:  # versions of the same bytes are one node
+                other.parents.add(node.name)
+                node.parents.add(other.name)
+        self.nodes[node.name] = node
 
 
 def _weights(path: Path) -> Weights:
