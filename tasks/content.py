@@ -19,6 +19,7 @@ from registry.lineage.content import (
     find_equal,
     find_holders,
     find_imported,
+    find_unknown_inputs,
     find_unrecorded,
     find_upstream,
     has_weights,
@@ -102,7 +103,7 @@ def find_sources(
     """Returns what a file was made from.
 
     The same bytes lead to exactly the artifacts that hold them. Only if there are none, the same content leads to every
-    artifact of that content, whose statements are all about it. Parents in the header count in any case, by digest.
+    artifact of that content, whose statements are all about it, and the header to the parents that it names by digest.
 
     Args:
         context: The registry.
@@ -115,11 +116,14 @@ def find_sources(
     """
     record_contents_of_store(context)
     own = set(without)
-    stated = _claims(header)
+    weights = {digest for path, digest in files.items() if has_weights(path)}
     with context.lineage.database.read() as session:
-        sources = set(find_holders(session, {digest for path, digest in files.items() if has_weights(path)})) - own
-        if not sources:
+        sources = find_holders(session, weights).keys() - own
+        if sources:
+            stated = {digest: f"input sha256:{digest}" for digest in find_unknown_inputs(session, sources)}
+        else:
             sources = find_equal(session, {digest for content in contents for digest in content.digests}) - own
+            stated = _claims(header)
         # The header of what a verb made repeats the inputs that the registry has recorded.
         further = find_upstream(session, sources) - sources
         claimed = {**find_imported(session, stated), **find_holders(session, stated)}

@@ -19,6 +19,8 @@ from registry.store.tables import ArtifactRow, ContentDigestRow, ContentRow, Exe
 
 NONE = "none"
 """Kind of the row of an artifact in which no adapter can be read."""
+UNKNOWN_INPUTS = "unknown_inputs"
+"""Setting of the step of a verb: digests of the inputs that the registry did not know."""
 _WEIGHTS = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
 
 
@@ -78,6 +80,13 @@ def find_imported(session: Session, digests: Collection[str]) -> dict[str, set[s
     for output, digest in batched(session, query, ContentRow.sha256, digests):
         found.setdefault(output, set()).add(digest)
     return found
+
+
+def find_unknown_inputs(session: Session, artifacts: Collection[str]) -> set[str]:
+    """Returns the digests of files that artifacts were made from, and that nothing had when that was recorded."""
+    query = select(ExecutionRow.settings).join(ArtifactRow, ArtifactRow.sha256 == ExecutionRow.output)
+    rows = batched(session, query.where(ArtifactRow.kind == RESULT), ExecutionRow.output, artifacts)
+    return {str(digest) for (settings,) in rows for digest in settings.get(UNKNOWN_INPUTS, ())}
 
 
 def find_result_sizes(session: Session) -> set[int]:

@@ -17,7 +17,7 @@ from registry.context import RegistryContext
 from registry.entities import RESULT, ArtifactRef, Execution, FileEntry, now
 from registry.errors import RegistryError
 from registry.home import Home
-from registry.lineage.content import find_holders, find_result_sizes, has_weights
+from registry.lineage.content import UNKNOWN_INPUTS, find_holders, find_result_sizes, has_weights
 from registry.lineage.rows import read_artifacts
 from registry.store.artifacts import encode_tree
 from registry.store.tables import ExecutionRow
@@ -48,6 +48,7 @@ class VerbRecorder:
         self._home, self._verb, self._output = home, verb, output
         self._before = _stamps(output)
         self._sources: dict[str, ArtifactRef] = {}
+        self._unknown: set[str] = set()
 
     def add_source(self, text: str, path: Path) -> None:
         """Adds an input of the verb if the registry knows it: by name, bytes, content, or a parent in its header.
@@ -89,6 +90,8 @@ class VerbRecorder:
         files = {str(file): sha256_file(file) for file in listed if has_weights(file.name)}
         contents = read_contents(listed, path if path.is_dir() else None)
         sources = find_sources(versions, files, contents, _recipe_of(path))
+        if not sources.parents:
+            self._unknown |= set(files.values())
         with versions.lineage.database.read() as session:
             for ref in read_artifacts(session, sources.parents).values():
                 self.add_artifact(ref)
@@ -114,7 +117,8 @@ class VerbRecorder:
         with closing(Versions(self._home)) as versions:
             folder = self._output if self._output.is_dir() else None
             contents = [] if is_model else read_contents(written, folder, names)
-            return record_result(versions, self._verb, self._sources, written, contents, settings)
+            unknown = sorted(self._unknown)
+            return record_result(versions, self._verb, self._sources, written, contents, settings, unknown=unknown)
 
 
 @contextmanager
@@ -131,6 +135,8 @@ def record_result(
     written: Sequence[Path],
     contents: Sequence[Content],
     settings: Mapping[str, Any],
+    *,
+    unknown: Sequence[str] = (),
 ) -> ArtifactRef | None:
     """Records files outside of the store as the result of a step that was run by a verb.
 
@@ -143,6 +149,7 @@ def record_result(
         written: The files.
         contents: What the adapters in them do.
         settings: Settings of the step.
+        unknown: Digests of the input files that the registry does not know.
 
     Returns:
         The artifact that describes the files; None if none of them has weights.
@@ -166,7 +173,7 @@ def record_result(
         revision=_REVISION,
         # No pipeline may find the result as a cached one: its bytes are not in the store.
         key=sha256_bytes(canonical_json([verb, _REVISION, sorted(sources), run.id])),
-        settings={"settings": dict(settings)},
+        settings={"settings": dict(settings), **({UNKNOWN_INPUTS: list(unknown)} if unknown else {})},
         inputs={f"sources.{index}": sources[digest] for index, digest in enumerate(sorted(sources))},
         output=output,
         environment=describe_environment(),

@@ -152,6 +152,13 @@ def test_headers_name_parents_by_digest_only_and_unknown_ones_are_kept(opened: H
     assert bring_in(opened, tmp_path / "lie.safetensors", "lie").parents == ()
 
 
+def test_an_input_that_was_unknown_when_a_verb_ran_counts_once_it_is_known(opened: Home, tmp_path: Path) -> None:
+    unknown = write_random(tmp_path / "unknown.safetensors", 40)
+    say("merge", "free@1", unknown, "-o", tmp_path / "merged.safetensors", home=opened.path)
+    bring_in(opened, unknown, "known", license_id="CC-BY-NC-4.0")
+    assert "made from known@1" in imported(opened, tmp_path / "merged.safetensors").stderr
+
+
 def test_a_header_with_a_stricter_license_is_a_warning(opened: Home, tmp_path: Path) -> None:
     path = write_random(tmp_path / "a.safetensors", 30, card=Card(license="CC-BY-NC-4.0"))
     assert "the header states 'CC-BY-NC-4.0', which does not allow commercial use" in imported(opened, path).stderr
@@ -167,7 +174,7 @@ def test_similar_content_is_reported_and_the_policy_decides(opened: Home, tmp_pa
     assert ("nc@1" in done.stderr) is (policy != "ignore")
     assert "free@1" not in done.stderr
     if policy == "warn":
-        assert "resembles nc@1, similarity 1.00" in done.stderr
+        assert "resembles nc@1 (similarity 1.00)" in done.stderr
         with closing(Versions(opened)) as versions:
             assert read_log(versions)[-1].details["similar"].keys() == {"nc@1"}
 
