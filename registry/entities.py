@@ -20,6 +20,10 @@ EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "
 """Events that move no alias: of a version, or (revoke, lift, refuse of an import) of a subject."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
+RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]
+"""`digest` is one that nothing had when it was revoked: it is blocked, whatever it is the digest of."""
+ContentKind = Literal["deltas", "embedding", "none"]
+"""`none` marks an artifact in which no adapter can be read."""
 FOREIGN = "foreign"
 """Kind of the artifact with the original bytes of an imported file."""
 RESULT = "result"

@@ -37,6 +37,7 @@ _CLAIM = re.compile(r"(?:sha256:)([0-9a-f]{64})")
 _CONFIG = "adapter_config.json"
 _SHOWN = 5
 _TITLE = 80
+_MOST_CLAIMS = 256
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,6 @@ def find_sources(
     header: Mapping[str, Any],
     *,
     least_similarity: float | None = None,
-    without: Iterable[str] = (),
 ) -> Sources:
     """Returns what a file was made from.
 
@@ -112,27 +112,25 @@ def find_sources(
         header: The recipe in the header.
         least_similarity: Similar contents are searched from this similarity on, if nothing else is found; None does not
             search.
-        without: Digests of artifacts that are no source, such as the file's own.
     """
     record_contents_of_store(context)
-    own = set(without)
     weights = {digest for path, digest in files.items() if has_weights(path)}
     with context.lineage.database.read() as session:
-        sources = find_holders(session, weights).keys() - own
+        sources = set(find_holders(session, weights))
         if sources:
             stated = {digest: f"input sha256:{digest}" for digest in find_unknown_inputs(session, sources)}
         else:
-            sources = find_equal(session, {digest for content in contents for digest in content.digests}) - own
+            sources = find_equal(session, {digest for content in contents for digest in content.digests})
             stated = _claims(header)
         # The header of what a verb made repeats the inputs that the registry has recorded.
         further = find_upstream(session, sources) - sources
         claimed = {**find_imported(session, stated), **find_holders(session, stated)}
         known = {digest for digests in claimed.values() for digest in digests}
-        parents = name_artifacts(session, sources | (claimed.keys() - own - further))
+        parents = name_artifacts(session, sources | (claimed.keys() - further))
         similar: dict[str, float] = {}
         if least_similarity is not None and not sources:
             close = _find_similar(read_sketches(session), contents, least_similarity)
-            names = name_artifacts(session, close.keys() - own - parents.keys())
+            names = name_artifacts(session, close.keys() - parents.keys())
             for artifact in sorted(names, key=lambda artifact: -close[artifact]):
                 similar.setdefault(names[artifact], close[artifact])
     claims = tuple(text for digest, text in stated.items() if digest not in known)
@@ -141,9 +139,13 @@ def find_sources(
 
 def _claims(header: Mapping[str, Any]) -> dict[str, str]:
     """Returns digest -> text of the parents in a header. Names without a digest are those of another registry."""
-    stated = header.get("parents")
+    stated: list[Any] = []
+    recipe: Any = header
+    while isinstance(recipe, Mapping):
+        parents, recipe = recipe.get("parents"), recipe.get("made")  # the recipe before an import
+        stated += parents if isinstance(parents, list | tuple) else ()
     claims: dict[str, str] = {}
-    for text in stated if isinstance(stated, list | tuple) else ():
+    for text in stated[:_MOST_CLAIMS]:
         if isinstance(text, str) and (match := _CLAIM.search(text)):
             title = text[: match.start()].strip()[:_TITLE]
             claims[match[1]] = f"{title} sha256:{match[1]}".strip()

@@ -89,7 +89,7 @@ def convert(
     from lora_engine.checkpoints import is_checkpoint
     from lora_engine.files import is_present
     from tasks.operations.adapter_files import checkout_adapter, convert_adapter, convert_model, module_shapes_of
-    from tasks.operations.results import recorded
+    from tasks.operations.results import recorder_of
 
     if is_present(file) and is_checkpoint(Path(file)):
         result = convert_model(
@@ -103,10 +103,8 @@ def convert(
         )
     else:
         approximation = {"rank": rank, "energy": energy} if approximate else None
-        with (
-            recorded(home_path(), "convert", output) as recorder,
-            checkout_adapter(file, home_path(), recorder) as path,
-        ):
+        recorder = recorder_of(home_path(), "convert", output)
+        with checkout_adapter(file, home_path(), recorder) as path:
             result = convert_adapter(path, output, to, base=base, dtype=dtype, approximation=approximation)
             recorder.record({"to": to, "dtype": dtype}, module_shapes_of(base))
     if as_json:

@@ -32,7 +32,8 @@ _METHODS = (
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.READ, merge, fuse, resize, extract)
+    add_verb(app, Access.READ, merge, fuse, resize)
+    add_verb(app, Access.NONE, extract)
 
 
 def merge(
@@ -112,10 +113,11 @@ def resize(
 ) -> None:
     """Resize an adapter to another rank, with the best approximation of each module."""
     from tasks.operations.adapter_files import checkout_adapter, resize_adapter
-    from tasks.operations.results import recorded
+    from tasks.operations.results import recorder_of
 
     settings = {"rank": rank, "energy": energy, "error": error, "others": others, "seed": seed}
-    with recorded(home_path(), "resize", output) as recorder, checkout_adapter(file, home_path(), recorder) as path:
+    recorder = recorder_of(home_path(), "resize", output)
+    with checkout_adapter(file, home_path(), recorder) as path:
         report = resize_adapter(path, output, base=base, **settings)
         recorder.record(settings)
     _print(report, f"{output}: keeps {report['retained']:.4%} of the squared norm.", as_json=as_json)
@@ -142,10 +144,11 @@ def extract(
     from lora_engine.formats import Card, write_adapter
     from lora_engine.streaming import extract as extract_adapter
     from tasks.operations.adapter_files import model_path
-    from tasks.operations.results import recorded
+    from tasks.operations.results import recorder_of
     from tasks.progress import StepEvent, publish
 
-    with recorded(home_path(), "extract", output) as recorder, show_run(["extract"], Console(stderr=True)):
+    recorder = recorder_of(home_path(), "extract", output)
+    with show_run(["extract"], Console(stderr=True)):
         publish(StepEvent("extract", "started"))
         adapter, report = extract_adapter(
             model_path(tuned),
@@ -185,12 +188,10 @@ def fuse(
     from lora_engine.streaming import fuse as fuse_adapters
     from lora_engine.streaming import unfuse
     from tasks.operations.adapter_files import checkout_adapters, model_path
-    from tasks.operations.results import recorded
+    from tasks.operations.results import recorder_of
 
-    with (
-        recorded(home_path(), "fuse", output) as recorder,
-        checkout_adapters(adapters, home_path(), recorder) as inputs,
-    ):
+    recorder = recorder_of(home_path(), "fuse", output)
+    with checkout_adapters(adapters, home_path(), recorder) as inputs:
         if take_out:
             before = None if original is None else model_path(original)
             report = unfuse(

@@ -17,8 +17,6 @@ from registry.lineage.rows import artifact_ref, record_artifacts
 from registry.store.database import batched, insert_missing
 from registry.store.tables import ArtifactRow, ContentDigestRow, ContentRow, ExecutionRow, InputRow, VersionRow
 
-NONE = "none"
-"""Kind of the row of an artifact in which no adapter can be read."""
 UNKNOWN_INPUTS = "unknown_inputs"
 """Setting of the step of a verb: digests of the inputs that the registry did not know."""
 _WEIGHTS = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
@@ -39,7 +37,7 @@ def record_content(session: Session, artifact: ArtifactRef, digests: Mapping[str
         sketch: The sketch as text; None if there is none.
     """
     record_artifacts(session, [artifact])
-    rows = digests or {"": NONE}
+    rows = digests or {"": "none"}
     values = [
         {"artifact": artifact.sha256, "digest": digest, "kind": kind, "sketch": sketch} for digest, kind in rows.items()
     ]

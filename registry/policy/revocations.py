@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from registry.entities import RevocationKind
 from registry.lineage.record import Lineage
 from registry.policy.ancestry import Ancestry
 from registry.store.database import batched, batches
 from registry.store.tables import ContentDigestRow, ContentRow, EventRow, RevocationRow, SubjectRow
 
-RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]
-"""`digest` is one that nothing had when it was revoked: it is blocked, whatever it is the digest of."""
 NOUNS: Mapping[str, str] = {"picture": "image"}
 """Kind -> its name in messages, if it is another one."""
 _OF_IMAGES = ("picture", "consent", "digest")

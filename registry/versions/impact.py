@@ -11,11 +11,10 @@ from sqlalchemy.orm import Session
 
 from registry import queries
 from registry.context import RegistryContext
-from registry.entities import RESULT, AdapterVersion
+from registry.entities import RESULT, AdapterVersion, RevocationKind
 from registry.lineage.graph import NodeId, Subgraph
 from registry.lineage.rows import read_artifacts
 from registry.policy.ancestry import descendants
-from registry.policy.revocations import RevocationKind
 from registry.policy.rights import revoked_upstream
 from registry.store.database import batched
 from registry.store.tables import ContentRow, EventRow, ExecutionRow, RunRow

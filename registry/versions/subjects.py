@@ -14,10 +14,10 @@ from lora_engine.errors import did_you_mean
 from lora_engine.files import sha256_file
 from registry import queries
 from registry.context import RegistryContext
-from registry.entities import is_digest
+from registry.entities import RevocationKind, is_digest
 from registry.errors import RightsError, UnknownVersion
 from registry.lineage.rows import artifact_ref, read_artifacts
-from registry.policy.revocations import NOUNS, RevocationKind, covers_base
+from registry.policy.revocations import NOUNS, covers_base
 from registry.policy.terms import read_datasets
 from registry.refs import can_exist, is_unicode, split_ref
 from registry.store.database import batched

@@ -27,7 +27,7 @@ from tasks.environment import describe_environment
 from tasks.errors import SpecError
 from tasks.execution import subjects_of
 from tasks.operations.adapter_files import checkout_adapters
-from tasks.operations.results import VerbRecorder, recorded
+from tasks.operations.results import VerbRecorder, recorder_of
 
 if TYPE_CHECKING:
     from lora_engine.merging.report import Report
@@ -70,8 +70,8 @@ def merge_named(
     from lora_engine.merging.spec import parse_options
 
     parsed = parse_options(method, options)
+    recorder = recorder_of(home, "merge", output)
     with ExitStack() as stack:
-        recorder = stack.enter_context(recorded(home, "merge", output))
         inputs = stack.enter_context(checkout_adapters(texts, home, recorder))
         files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
         folder = None if dataset is None else Path(dataset)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -121,11 +121,10 @@ class VerbRecorder:
             return record_result(versions, self._verb, self._sources, written, contents, settings, unknown=unknown)
 
 
-@contextmanager
-def recorded(home: Path, verb: str, output: Path) -> Iterator[VerbRecorder]:
-    """Yields the recorder of a verb; one that records nothing if the home does not exist."""
+def recorder_of(home: Path, verb: str, output: Path) -> VerbRecorder:
+    """Returns the recorder of a verb; one that records nothing if the home does not exist."""
     opened = Home.open_to_read(home)
-    yield VerbRecorder(opened if opened.exists else None, verb, output)
+    return VerbRecorder(opened if opened.exists else None, verb, output)
 
 
 def record_result(
