@@ -83,6 +83,7 @@ def test_what_verbs_made_of_a_version_or_a_file_is_found_again(opened: Home, tmp
         "half": ("convert", tmp_path / "smaller.safetensors", "--to", "kohya", "--dtype", "float16"),
         "named": ("resize", "nc@1", "--rank", "1"),
         "converted": ("convert", "nc@1", "--to", "peft"),
+        "of a folder": ("merge", tmp_path / "converted", "free@1"),
     }
     for name, arguments in steps.items():
         path = tmp_path / (name if name == "converted" else f"{name}.safetensors")
@@ -94,7 +95,14 @@ def test_what_verbs_made_of_a_version_or_a_file_is_found_again(opened: Home, tmp
     with closing(Versions(opened)) as versions:
         report = revoke(versions, "nc@1", reason="r", policy="withdraw")
     assert report.versions == ("back@1", "nc@1")
-    assert sorted(entry["verb"] for entry in report.results) == ["convert", "convert", "merge", "resize", "resize"]
+    assert sorted(entry["verb"] for entry in report.results) == [
+        "convert",
+        "convert",
+        "merge",
+        "merge",
+        "resize",
+        "resize",
+    ]
     revoked = imported(opened, tmp_path / "merged.safetensors", license_id="CC-BY-NC-4.0")
     assert (revoked.returncode, "version nc@1" in revoked.stderr) == (1, True)
 

@@ -51,7 +51,7 @@ def test_weights_are_learned_on_the_images_of_a_version_a_digest_or_a_folder(tra
         revoke(versions, sha256_file(trained.spec.parent / "images" / "0.png"), reason="r")
         revoke(versions, sha256_file(trained.spec.parent / "images" / "1.png"), reason="r")
         revoke(versions, sha256_file(images / "one.png"), reason="r")
-    for text, problem in {"small@1": "contains revoked items", str(images): "no usable image"}.items():
+    for text, problem in {"small@1": "contains revoked items", str(images): "the image was revoked"}.items():
         refused = loraline_here(
             "merge", "small@1", "other@1", *LEARN, "--dataset", text, "-o", tmp_path / "no.safetensors", home=home
         )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lora_engine.files import sha256_bytes
 from registry.entities import Execution, Subject, now
 from registry.errors import Refused, RightsError
 from registry.lineage.content import record_content
@@ -147,3 +148,14 @@ def test_what_is_registered_after_a_revocation_gets_what_the_others_got(versions
     assert from_images(b"3", {TWO: "C-2"}, name="clean").state == "ACTIVE"
     lift(versions, first.ref, reason="r")
     assert versions.show("late", 1).state == "ACTIVE"
+
+
+def test_versions_that_claim_each_other_as_parents_are_recalled_together(versions, from_images):
+    digests = [sha256_bytes(content) for content in (b"1", b"2")]
+    first = from_images(b"1", {ONE: "C-1"}, name="first", parents=[f"x sha256:{digests[1]}"])
+    second = from_images(b"2", {TWO: "C-2"}, name="second", parents=[f"x sha256:{digests[0]}"])
+    for text in (first.ref, second.ref, "C-1", "C-2", *digests):
+        assert revoke(versions, text, reason="r", dry_run=True).versions == (first.ref, second.ref), text
+    revoke(versions, "C-2", reason="r")
+    with pytest.raises(Refused, match="consent 'C-2' was revoked"):
+        promote(versions, "first", 1, "canary", reason="r")
