@@ -190,10 +190,10 @@ def _flag_or_withdraw(
 def _find_revocation(session: Session, text: str) -> Revocation:
     revocations = active_revocations(session)
     path = Path(text)
-    subject = sha256_file(path) if "\0" not in text and path.is_file() else text
-    matches = [revocation for revocation in revocations if revocation.subject == subject]
-    if not matches and len(text) >= PREFIX:
-        matches = [entry for entry in revocations if entry.kind in _DIGESTS and entry.subject.startswith(subject)]
+    digest = sha256_file(path) if "\0" not in text and path.is_file() else text.removeprefix("sha256:").lower()
+    matches = [revocation for revocation in revocations if revocation.subject in (text, digest)]
+    if not matches and len(digest) >= PREFIX:
+        matches = [entry for entry in revocations if entry.kind in _DIGESTS and entry.subject.startswith(digest)]
     if len(matches) != 1:
         allowed = ", ".join(revocation.subject[:40] for revocation in revocations) or "none"
         raise RightsError(

@@ -106,6 +106,8 @@ def test_a_digest_that_nothing_has_is_blocked_and_called_nothing_else(versions, 
         record_content(session, late.artifact, {"f" * 64: "deltas"}, None)
     with pytest.raises(Refused, match="digest ffffffffffff was revoked"):
         promote(versions, "late", 1, "canary", reason="r")
+    lift(versions, "sha256:" + "F" * 8, reason="r")
+    assert read_revoked(versions.lineage) == {}
     for text in ("first@9", "no-such-thing", "abc123"):
         with pytest.raises(RightsError, match="nothing matches"):
             revoke(versions, text, reason="r")
