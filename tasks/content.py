@@ -45,7 +45,7 @@ class Sources:
     """What a file was made from, as far as the registry knows.
 
     Args:
-        parents: Digest of an artifact -> its name: `name@version`, or a text with the digest of a file.
+        parents: Digest of an artifact -> its name: `name@version`, or a text with a digest.
         claims: Parents that the header names by digests that nothing here has, as texts.
         similar: Names of artifacts of similar content -> similarity, 0 to 1, the most similar first.
     """

@@ -120,9 +120,9 @@ def read_sketches(session: Session) -> list[tuple[str, str]]:
 
 
 def name_artifacts(session: Session, artifacts: Iterable[str]) -> dict[str, str]:
-    """Returns artifact -> the first version that it was registered as, or `result of STEP` with a digest of its files.
+    """Returns artifact -> the first version that it was registered as, or `result of STEP artifact:DIGEST`.
 
-    Both are texts that `Versions.register` takes as parents. Leaves out artifacts without a file of weights.
+    Both are texts that `Versions.register` takes as parents.
     """
     wanted = sorted(set(artifacts))
     versions = select(VersionRow.artifact, version_ref()).order_by(VersionRow.id.desc())
@@ -130,8 +130,4 @@ def name_artifacts(session: Session, artifacts: Iterable[str]) -> dict[str, str]
     rest = [artifact for artifact in wanted if artifact not in names]
     steps = select(ExecutionRow.output, ExecutionRow.uses)
     made = {row[0]: row[1] for row in batched(session, steps, ExecutionRow.output, rest)}
-    files = select(ContentRow.artifact, ContentRow.path, ContentRow.sha256).order_by(ContentRow.path.desc())
-    for artifact, path, digest in batched(session, files, ContentRow.artifact, rest):
-        if has_weights(path):
-            names[artifact] = f"result of {made.get(artifact, 'a step')} sha256:{digest}"
-    return names
+    return names | {artifact: f"result of {made.get(artifact, 'a step')} artifact:{artifact}" for artifact in rest}

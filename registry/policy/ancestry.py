@@ -32,6 +32,8 @@ _REWRITES = {"merge", "convert", "resize", "export", "extract", "fuse"}
 """Steps that use no base, except a merge that learns its weights from a dataset."""
 _BASE = "base:"
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
+_RESULT = re.compile(r"result of [\w-]+ artifact:([0-9a-f]{64})")
+"""Parent that is an artifact itself, which an import found by its bytes or content."""
 _HOLDERS: Select[Any] = (
     select(ContentRow.sha256, ContentRow.artifact)
     .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
@@ -163,8 +165,11 @@ def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Ed
         for digest, artifact in batched(session, query, ContentRow.sha256, files):
             by_file[digest].add(artifact)
     for artifact, parent, text in declared:
-        match = _FILE.search(text)
-        sources = {by_id[parent]} if parent is not None else by_file.get(match[1], set()) if match else set()
+        match, result = _FILE.search(text), _RESULT.fullmatch(text)
+        if parent is not None:
+            sources = {by_id[parent]}
+        else:
+            sources = {result[1]} if result else by_file.get(match[1], set()) if match else set()
         child = NodeId("artifact", artifact)
         yield from (Edge(NodeId("artifact", source), child, "parent") for source in sorted(sources - {artifact}))
         if not sources:
@@ -175,8 +180,11 @@ def _declared_children(session: Session) -> list[Relation]:
     """Returns the searches for the versions that declare a version, or a file of an artifact, as a parent."""
     query = select(ParentRow.text, version_ref()).join(VersionRow, VersionRow.id == ParentRow.child)
     by_file: dict[str, list[str]] = defaultdict(list)
-    for text, child in session.execute(query.where(ParentRow.parent.is_(None), ParentRow.text.contains("sha256:"))):
-        if match := _FILE.search(text):
+    by_artifact: dict[str, list[str]] = defaultdict(list)
+    for text, child in session.execute(query.where(ParentRow.parent.is_(None), ParentRow.text.contains(":"))):
+        if result := _RESULT.fullmatch(text):
+            by_artifact[result[1]].append(child)
+        elif match := _FILE.search(text):
             by_file[match[1]].append(child)
 
     def of_versions(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
@@ -187,11 +195,9 @@ def _declared_children(session: Session) -> list[Relation]:
         if by_file:
             held += batched(session, _HOLDERS, ContentRow.artifact, artifacts)
             held += batched(session, _IMPORTED, ExecutionRow.output, artifacts)
-        edges = [
-            Edge(NodeId("artifact", artifact), NodeId("version", child), "parent")
-            for digest, artifact in held
-            for child in by_file[digest]
-        ]
+        pairs = [(artifact, child) for digest, artifact in held for child in by_file[digest]]
+        pairs += [(artifact, child) for artifact in artifacts for child in by_artifact.get(artifact, ())]
+        edges = [Edge(NodeId("artifact", artifact), NodeId("version", child), "parent") for artifact, child in pairs]
         yield from _with_artifacts(session, edges)
 
     return [Relation("version", of_versions), Relation("artifact", of_artifacts)]

@@ -48,7 +48,7 @@ def add_parents(session: Session, version: AdapterVersion, parents: Sequence[str
     Args:
         session: In a writing transaction.
         version: The version.
-        parents: `name@version`, or a text with the digest of a file.
+        parents: `name@version`, or a text with a digest.
         actor: The user.
     """
     added = tuple(parent for parent in dict.fromkeys(parents) if parent not in version.parents)
