@@ -130,4 +130,4 @@ def name_artifacts(session: Session, artifacts: Iterable[str]) -> dict[str, str]
     rest = [artifact for artifact in wanted if artifact not in names]
     steps = select(ExecutionRow.output, ExecutionRow.uses)
     made = {row[0]: row[1] for row in batched(session, steps, ExecutionRow.output, rest)}
-    return names | {artifact: f"result of {made.get(artifact, 'a step')} artifact:{artifact}" for artifact in rest}
+    return names | {artifact: f"result of {made.get(artifact, 'step')} artifact:{artifact}" for artifact in rest}
