@@ -16,10 +16,23 @@ RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
 ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPTED"]
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
-EventType = Literal["delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "link"]
-"""Events that move no alias: of a version, of a subject (revoke, lift), or of the log (link: older rows got links)."""
+EventType = Literal[
+    "delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "refuse", "link"
+]
+"""Events that move no alias: of a version, of a subject (revoke, lift, refuse of an import), or of the log (link: older
+rows got links)."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
+RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]
+"""`digest` is one that nothing had when it was revoked: it is blocked, whatever it is the digest of."""
+ContentKind = Literal["deltas", "embedding", "none"]
+"""`none` marks an artifact in which no adapter can be read."""
+FOREIGN = "foreign"
+"""Kind of the artifact with the original bytes of an imported file."""
+RESULT = "result"
+"""Kind of the artifact that describes files outside of the store: exports, and what verbs made from versions."""
+ADAPTER_KINDS = ("adapter", "export", FOREIGN, RESULT)
+"""Kinds of artifacts with adapters."""
 
 NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62}"
 _NAME = re.compile(NAME_RULE)

@@ -246,12 +246,12 @@ def describe_execution(job: Job, inputs: Inputs, run_id: str) -> Execution:
 def _record(lineage: Lineage, execution: Execution, ref: ArtifactRef, store: Store) -> None:
     subjects: list[Subject] = []
     if ref.kind == "manifest":
-        subjects = list(_subjects(Manifest.model_validate_json(store.read(ref, "manifest.json"))))
+        subjects = list(subjects_of(Manifest.model_validate_json(store.read(ref, "manifest.json"))))
     execution = replace(execution, status="COMPLETED", output=ref, ended_at=now())
     lineage.log_execution(execution, contents=store.files(ref), subjects=subjects)
 
 
-def _subjects(manifest: Manifest) -> Iterator[Subject]:
+def subjects_of(manifest: Manifest) -> Iterator[Subject]:
     """Yields the images, captions and consents of a dataset."""
     for image in manifest.pictures:
         yield Subject(image.sha256, "picture", f"picture {image.source}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Output, Rank
+from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Output, Rank, home_path
 from flows.cli.verbs import Access, add_verb
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
@@ -24,8 +24,8 @@ _Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.NONE, inspect, validate, convert)
-    add_verb(app, Access.READ, generate)
+    add_verb(app, Access.NONE, inspect, validate)
+    add_verb(app, Access.READ, convert, generate)
 
 
 def inspect(
@@ -73,7 +73,9 @@ def validate(file: File, base: _Base = None, as_json: Json = False) -> None:
 
 
 def convert(
-    file: File,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|NAME@REF", help="Adapter or whole model, or a registered adapter.")
+    ],
     to: TargetFormat,
     output: Output,
     base: _Base = None,
@@ -91,11 +93,14 @@ def convert(
     """Convert an adapter or a whole model to another format."""
     from flows.cli.output import print_json
     from lora_engine.checkpoints import is_checkpoint
-    from tasks.operations.adapter_files import convert_adapter, convert_model
+    from lora_engine.files import is_present
+    from tasks.operations.adapter_files import checkout_adapter, convert_adapter, convert_model
+    from tasks.operations.inspect_files import module_shapes_of
+    from tasks.operations.results import recorder_of
 
-    if is_checkpoint(file):
+    if is_present(file) and is_checkpoint(Path(file)):
         result = convert_model(
-            file,
+            Path(file),
             output,
             to,
             architecture=base,
@@ -105,7 +110,10 @@ def convert(
         )
     else:
         approximation = {"rank": rank, "energy": energy} if approximate else None
-        result = convert_adapter(file, output, to, base=base, dtype=dtype, approximation=approximation)
+        recorder = recorder_of(home_path(), "convert", output)
+        with checkout_adapter(file, home_path(), recorder) as path:
+            result = convert_adapter(path, output, to, base=base, dtype=dtype, approximation=approximation)
+            recorder.record({"to": to, "dtype": dtype}, module_shapes_of(base))
     if as_json:
         print_json(result)
         return

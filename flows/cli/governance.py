@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from registry.versions.versions import Versions
 
 _Subject = Annotated[
-    str, typer.Argument(metavar="IMAGE|DIGEST|CONSENT", help="Image file, its digest, or the id of a consent.")
+    str,
+    typer.Argument(
+        metavar="SUBJECT",
+        help="Image or adapter file, digest, NAME@REF, id of a consent, or name or fingerprint of a base.",
+    ),
 ]
 
 
@@ -36,7 +40,7 @@ def revoke(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the affected versions; change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Revoke an image or a consent: find everything made from it, and exclude it from training."""
+    """Revoke an image, a consent, a version, a file or a base: find everything made from it, and block it."""
     from flows.cli.output import print_json
     from registry.identity import current_user
     from registry.versions.revocation import revoke as revoke_subject
@@ -159,13 +163,15 @@ def _reason(event: Event) -> str:
 
 def _print_impact(impact: ImpactReport) -> None:
     from flows.cli.output import print_facts, print_table
+    from registry.policy.revocations import NOUNS
 
     moves = {
         name: f"rolled back to version {number}" if number else "removed" for name, number in impact.taken_back.items()
     }
     print_facts(
         [
-            ("revoked" if impact.event else "would revoke", f"{impact.kind} {impact.subject}"),
+            ("revoked" if impact.event else "would revoke", f"{NOUNS.get(impact.kind, impact.kind)} {impact.subject}"),
+            ("unknown", "nothing here has it; it is blocked from now on" if impact.kind == "digest" else ""),
             ("event", impact.event),
             ("images", len(impact.pictures)),
             ("datasets", ", ".join(digest[:16] for digest in impact.manifests)),
@@ -177,6 +183,11 @@ def _print_impact(impact: ImpactReport) -> None:
     )
     if impact.exports:
         print_table(("exported", "files"), [_export_row(entry) for entry in impact.exports])
+    if impact.results:
+        rows = [(entry["verb"], ", ".join(file["sha256"] for file in entry["files"])) for entry in impact.results]
+        print_table(("made by", "sha256 of the files"), rows)
+    for digest in impact.unreadable:
+        print(f"dataset {digest[:16]} cannot be read: restore it and revoke again, or its images stay unknown")
     for name, number in impact.aliases.items():
         move = moves.get(name, "STILL POINTS AT IT: promote another version, or revoke with --policy withdraw")
         print(f"{name} -> version {number}: {move}")

@@ -102,18 +102,23 @@ def import_file(
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Trigger word. Default: from the file.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to request.")] = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Import with a looser license than its parents allow; logged.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Reason of --override, stored in the log.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Import an adapter file as a version: validates it, keeps its original bytes, records its license."""
+    """Import an adapter file as a version: finds its parents, checks its license, keeps its original bytes."""
     from flows.cli.output import print_json
     from flows.cli.versions import describe
     from tasks.operations.import_adapter import ImportRequest, import_adapter, inspect_file
 
     home = open_home()
     stated = license_id or _ask_license(file, inspect_file(file))
-    result = import_adapter(home, file, ImportRequest(name, base, stated, trigger, alias))
+    result = import_adapter(home, file, ImportRequest(name, base, stated, trigger, alias, override, reason))
     if as_json:
-        extra = {name: getattr(result, name) for name in ("format", "original", "is_new", "refused")}
+        shown = ("format", "original", "is_new", "refused", "similar", "warnings")
+        extra = {name: getattr(result, name) for name in shown}
         print_json(describe(result.version, details=True) | extra)
     else:
         _print_import(result)
@@ -140,7 +145,7 @@ def _ask_license(file: Path, facts: dict[str, Any]) -> str:
 
 
 def _print_import(result: ImportResult) -> None:
-    from flows.cli.output import print_facts
+    from flows.cli.output import clean, print_facts
 
     version = result.version
     facts: list[tuple[str, object]] = [
@@ -150,12 +155,19 @@ def _print_import(result: ImportResult) -> None:
         *(("original", f"{path}  sha256 {digest}") for path, digest in result.original.items()),
         ("license", version.card.get("license")),
         ("base", version.card.get("base")),
+        ("made from", ", ".join(result.parents)),
         ("trigger", version.card.get("trigger")),
         ("gates", "not run"),
         ("aliases", ", ".join(version.aliases)),
         ("REFUSED", result.refused),
     ]
     print_facts(facts)
+    for warning in result.warnings:
+        typer.echo(f"warning: {clean(warning)}", err=True)
+    for name, value in result.similar.items():
+        typer.echo(
+            f"warning: its content resembles {clean(name)} (similarity {value:.2f}): is it made from it?", err=True
+        )
 
 
 def _print_difference(difference: Difference) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -33,8 +32,8 @@ _METHODS = (
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.READ, merge, fuse)
-    add_verb(app, Access.NONE, resize, extract)
+    add_verb(app, Access.READ, merge, fuse, resize)
+    add_verb(app, Access.NONE, extract)
 
 
 def merge(
@@ -51,14 +50,21 @@ def merge(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method, such as density=0.3.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, for kinds and methods that read its weights.")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Captioned dataset, for methods that learn the weights.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME@REF|DIGEST",
+            help="Images for methods that learn the weights: a folder, or the dataset of a version or with a digest.",
+        ),
+    ] = None,
     rounding: _Rounding = "nearest",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one with their combined effect, or whole models of one architecture."""
     from lora_engine.errors import SettingsError
-    from tasks.operations.adapter_files import checkout_adapters, parse_settings
+    from tasks.operations.adapter_files import parse_settings
+    from tasks.operations.merge_adapters import merge_named
     from tasks.operations.model_files import are_models, merge_models
 
     options = parse_settings(settings or [])
@@ -78,26 +84,22 @@ def merge(
         return
     if rounding != "nearest":
         raise SettingsError("a merge of adapters takes no rounding", remedy="leave out --rounding")
-    with checkout_adapters(models, home_path()) as inputs:
-        files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
-        from lora_engine.merging.files import merge_files
-
-        merged = merge_files(
-            files,
-            weights,
-            output,
-            method=method or "concatenate",
-            options=options,
-            seed=seed,
-            base=base,
-            dataset=dataset,
-        )
+    merged = merge_named(
+        models,
+        output,
+        home_path(),
+        method=method or "concatenate",
+        options=options,
+        base=base,
+        dataset=dataset,
+        seed=seed,
+    )
     _print(merged.as_json(), f"{output}: {_describe(merged)}", as_json=as_json)
     _print_assumed(merged.assumed, as_json=as_json)
 
 
 def resize(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE|NAME@REF", help="Adapter file, or a registered adapter.")],
     output: Output,
     rank: _Rank = None,
     energy: _Energy = None,
@@ -110,9 +112,14 @@ def resize(
     as_json: Json = False,
 ) -> None:
     """Resize an adapter to another rank, with the best approximation of each module."""
-    from tasks.operations.adapter_files import resize_adapter
+    from tasks.operations.adapter_files import checkout_adapter, resize_adapter
+    from tasks.operations.results import recorder_of
 
-    report = resize_adapter(file, output, base=base, rank=rank, energy=energy, error=error, others=others, seed=seed)
+    settings = {"rank": rank, "energy": energy, "error": error, "others": others, "seed": seed}
+    recorder = recorder_of(home_path(), "resize", output)
+    with checkout_adapter(file, home_path(), recorder) as path:
+        report = resize_adapter(path, output, base=base, **settings)
+        recorder.record(settings)
     _print(report, f"{output}: keeps {report['retained']:.4%} of the squared norm.", as_json=as_json)
     _print_assumed(report.get("assumed", ""), as_json=as_json)
 
@@ -137,8 +144,10 @@ def extract(
     from lora_engine.formats import Card, write_adapter
     from lora_engine.streaming import extract as extract_adapter
     from tasks.operations.adapter_files import model_path
+    from tasks.operations.results import recorder_of
     from tasks.progress import StepEvent, publish
 
+    recorder = recorder_of(home_path(), "extract", output)
     with show_run(["extract"], Console(stderr=True)):
         publish(StepEvent("extract", "started"))
         adapter, report = extract_adapter(
@@ -155,6 +164,8 @@ def extract(
         )
         recipe = {"extracted": {"rank": rank, "energy": energy, "error": error, "relative_error": report.error}}
         write_adapter(output, adapter, card=Card(base=base, base_fingerprint=adapter.fingerprint, recipe=recipe))
+        recorder.add_model(model_path(tuned))
+        recorder.record({"rank": rank, "energy": energy, "error": error})
         publish(StepEvent("extract", "completed"))
     line = f"{output}: {len(adapter.modules)} modules, relative error {report.error:.4f}."
     if report.left_out:
@@ -177,8 +188,10 @@ def fuse(
     from lora_engine.streaming import fuse as fuse_adapters
     from lora_engine.streaming import unfuse
     from tasks.operations.adapter_files import checkout_adapters, model_path
+    from tasks.operations.results import recorder_of
 
-    with checkout_adapters(adapters, home_path()) as inputs:
+    recorder = recorder_of(home_path(), "fuse", output)
+    with checkout_adapters(adapters, home_path(), recorder) as inputs:
         if take_out:
             before = None if original is None else model_path(original)
             report = unfuse(
@@ -194,6 +207,8 @@ def fuse(
             report = fuse_adapters(
                 model_path(base), inputs, output, allow_other_base=other_base, rounding=rounding, seed=seed
             )
+        recorder.add_model(model_path(base))
+        recorder.record({"take_out": take_out}, is_model=True)
     line = (
         f"{output}: {report.modules} modules changed, {report.tensors} tensors; base fingerprint {report.fingerprint}."
     )

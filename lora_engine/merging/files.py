@@ -113,8 +113,14 @@ def _card_of_files(
 ) -> Card:
     """Returns the card of an adapter that was merged from files; its recipe names them with their digests."""
     titles = [card.title or file.stem for card, file in zip(cards, files, strict=True)]
-    parents = [f"{title} sha256:{sha256_file(file)}" for title, file in zip(titles, files, strict=True)]
+    parents = [f"{title} sha256:{_digest_of(file)}" for title, file in zip(titles, files, strict=True)]
     return merged_card(cards, titles, weights, method, {"parents": parents, **recipe})
+
+
+def _digest_of(path: Path) -> str:
+    """Returns the digest of a file, or of the first file of weights in a PEFT folder."""
+    weights = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin"))
+    return sha256_file(weights[0] if path.is_dir() and weights else path)
 
 
 def merged_card(

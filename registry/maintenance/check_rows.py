@@ -84,9 +84,9 @@ def check_log(session: Session) -> Iterator[Problem]:
         if state != logged:
             yield Problem(f"is {state}, but the event log has {logged}", f"{name}@{number}", _REPLAY)
     revoked, rows = project_revocations(events), _revocations(session)
-    for subject in sorted(revoked.keys() ^ rows.keys()):
-        expected, current = (("revoked" if subject in source else "not revoked") for source in (revoked, rows))
-        yield Problem(f"is {current}, but the event log has {expected}", f"subject {subject}", _REPLAY)
+    for key in sorted(revoked.keys() ^ rows.keys()):
+        expected, current = (("revoked" if key in source else "not revoked") for source in (revoked, rows))
+        yield Problem(f"is {current}, but the event log has {expected}", f"subject {key[1]}", _REPLAY)
     for event in events:
         if event.name and event.after is not None and (event.name, event.after) not in numbers:
             problem = f"event {event.seq} ({event.action}) refers to a missing version"
@@ -104,5 +104,6 @@ def check_runs(session: Session) -> Iterator[Problem]:
         yield Problem("inputs refer to a missing execution", f"execution {execution}", _DATABASE)
 
 
-def _revocations(session: Session) -> dict[str, int]:
-    return {row.subject: row.seq for row in session.scalars(select(RevocationRow)) if isinstance(row.subject, str)}
+def _revocations(session: Session) -> dict[tuple[str, str], int]:
+    rows = session.scalars(select(RevocationRow))
+    return {(row.kind, row.subject): row.seq for row in rows if isinstance(row.subject, str)}

@@ -124,13 +124,13 @@ def _repair_aliases(session: Session) -> Iterator[Repair]:
         yield Repair(problem, f"{name}@{alias}", f"version {number}, from the event log")
 
 
-def _repair_revocations(session: Session, revoked: dict[str, int]) -> Iterator[Repair]:
-    rows = set(session.scalars(select(RevocationRow.subject)))
-    for subject in sorted(rows - revoked.keys()):
-        session.execute(delete(RevocationRow).where(RevocationRow.subject == subject))
+def _repair_revocations(session: Session, revoked: dict[tuple[str, str], int]) -> Iterator[Repair]:
+    rows = {(kind, subject) for kind, subject in session.execute(select(RevocationRow.kind, RevocationRow.subject))}
+    for kind, subject in sorted(rows - revoked.keys()):
+        session.execute(delete(RevocationRow).where(RevocationRow.kind == kind, RevocationRow.subject == subject))
         yield Repair("was revoked", f"subject {subject}", "not revoked, from the event log")
-    for subject in sorted(revoked.keys() - rows):
-        session.add(RevocationRow(subject=subject, seq=revoked[subject]))
+    for kind, subject in sorted(revoked.keys() - rows):
+        session.add(RevocationRow(kind=kind, subject=subject, seq=revoked[kind, subject]))
         yield Repair("was not revoked", f"subject {subject}", "revoked, from the event log")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from registry import queries
-from registry.entities import AdapterVersion, ArtifactRef
+from registry.entities import ADAPTER_KINDS, AdapterVersion, ArtifactRef
 from registry.lineage.graph import (
     DOWNSTREAM,
     Edge,
@@ -26,11 +26,26 @@ from registry.lineage.graph import (
 )
 from registry.lineage.rows import read_artifacts
 from registry.store.database import batched
-from registry.store.tables import ContentRow, ExecutionRow, ParentRow, VersionRow
+from registry.store.tables import ArtifactRow, ContentRow, ExecutionRow, InputRow, ParentRow, VersionRow
 
-_REWRITES = {"merge", "convert"}
+_REWRITES = {"merge", "convert", "resize", "export", "extract", "fuse"}
 """Steps that use no base, except a merge that learns its weights from a dataset."""
+_BASE = "base:"
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
+_RESULT = re.compile(r"result of [\w-]+ artifact:([0-9a-f]{64})")
+"""Parent that is an artifact itself, which an import found by its bytes or content."""
+_HOLDERS: Select[Any] = (
+    select(ContentRow.sha256, ContentRow.artifact)
+    .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
+    .where(ArtifactRow.kind.in_(ADAPTER_KINDS))
+)
+_IMPORTED: Select[Any] = (
+    select(ContentRow.sha256, ExecutionRow.output)
+    .join(InputRow, InputRow.artifact == ContentRow.artifact)
+    .join(ExecutionRow, ExecutionRow.id == InputRow.execution)
+    .where(ExecutionRow.uses == "import", ExecutionRow.status == "COMPLETED")
+)
+"""Digest of an original file, and the adapter that it was imported as, to which the statements belong."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,21 @@ class Ancestry:
     datasets: tuple[ArtifactRef, ...]
     manifests: frozenset[str]
     undocumented: tuple[str, ...] = ()
+
+    @property
+    def bases(self) -> frozenset[str]:
+        """Names and fingerprints of the bases upstream, as steps, cards and parents state them."""
+        described = [settings.get("base") or {} for settings in self.settings.values()]
+        own = [(settings.get("settings") or {}).get("base") for settings in self.settings.values()]
+        cards = [version.card for version in self.versions]
+        origins = [text.removeprefix(_BASE).strip() for text in self.graph.ids("origin") if text.startswith(_BASE)]
+        stated = [
+            *(base.get(key) for base in described for key in ("label", "fingerprint")),
+            *(card.get(key) for card in cards for key in ("base", "base_fingerprint")),
+            *own,
+            *origins,
+        ]
+        return frozenset(str(name) for name in stated if name)
 
 
 def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
@@ -102,7 +132,7 @@ def _undocumented(
             known
             for node, known in zip(origins, is_documented, strict=True)
             # Other origins are parents by title: those of an artifact with steps are among the inputs of the steps.
-            if node.kind != "origin" or not (is_made or node.id.startswith("base:"))
+            if node.kind != "origin" or not (is_made or node.id.startswith(_BASE))
         ]
         if not checked or not all(checked):
             row = versions.get(digest)
@@ -116,56 +146,70 @@ def descendants(session: Session, starts: Iterable[NodeId]) -> Subgraph:
         session: Reading or writing.
         starts: The artifacts; the result holds them and the versions that they were registered as, too.
     """
-    children = Relation("version", _declared_children(session))
-    return downstream(session, starts, "input", "output", "adapter", "report", extra=[children])
+    return downstream(session, starts, "input", "output", "adapter", "report", extra=_declared_children(session))
 
 
 def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Edge]:
     """Yields the parents that versions of artifacts declare; versions and files resolve to their artifacts."""
-    query = select(VersionRow.artifact, ParentRow.parent, ParentRow.text).join(
+    parents = select(VersionRow.artifact, ParentRow.parent, ParentRow.text).join(
         ParentRow, ParentRow.child == VersionRow.id
     )
-    declared = list(batched(session, query, VersionRow.artifact, artifacts))
+    declared = list(batched(session, parents, VersionRow.artifact, artifacts))
     ids = {parent for _, parent, _ in declared if parent is not None}
     by_id = {
         row.id: row.artifact for row in batched(session, select(VersionRow.id, VersionRow.artifact), VersionRow.id, ids)
     }
     files = {match[1] for _, parent, text in declared if parent is None and (match := _FILE.search(text))}
     by_file = defaultdict(set)
-    contents = select(ContentRow.sha256, ContentRow.artifact).join(
-        VersionRow, VersionRow.artifact == ContentRow.artifact
-    )
-    for digest, artifact in batched(session, contents, ContentRow.sha256, files):
-        by_file[digest].add(artifact)
+    for query in (_HOLDERS, _IMPORTED):
+        for digest, artifact in batched(session, query, ContentRow.sha256, files):
+            by_file[digest].add(artifact)
     for artifact, parent, text in declared:
-        match = _FILE.search(text)
-        sources = {by_id[parent]} if parent is not None else by_file.get(match[1], set()) if match else set()
+        match, result = _FILE.search(text), _RESULT.fullmatch(text)
+        if parent is not None:
+            sources = {by_id[parent]}
+        else:
+            sources = {result[1]} if result else by_file.get(match[1], set()) if match else set()
         child = NodeId("artifact", artifact)
         yield from (Edge(NodeId("artifact", source), child, "parent") for source in sorted(sources - {artifact}))
         if not sources:
             yield Edge(NodeId("origin", text), child, "parent")
 
 
-def _declared_children(session: Session) -> Callable[[Session, Sequence[str]], Iterator[Edge]]:
-    """Returns the search for the versions that declare a version, or its file, as a parent, with their artifacts."""
+def _declared_children(session: Session) -> list[Relation]:
+    """Returns the searches for the versions that declare a version, or a file of an artifact, as a parent."""
     query = select(ParentRow.text, version_ref()).join(VersionRow, VersionRow.id == ParentRow.child)
     by_file: dict[str, list[str]] = defaultdict(list)
-    for text, child in session.execute(query.where(ParentRow.parent.is_(None), ParentRow.text.contains("sha256:"))):
-        if match := _FILE.search(text):
+    by_artifact: dict[str, list[str]] = defaultdict(list)
+    for text, child in session.execute(query.where(ParentRow.parent.is_(None), ParentRow.text.contains(":"))):
+        if result := _RESULT.fullmatch(text):
+            by_artifact[result[1]].append(child)
+        elif match := _FILE.search(text):
             by_file[match[1]].append(child)
 
-    def find(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
-        edges = list(DOWNSTREAM["parent"].find(session, refs))
-        rows = select(VersionRow.sha256, VersionRow.artifact, version_ref())
-        for digest, _, ref in batched(session, rows, VersionRow.id, version_ids(session, refs) if by_file else ()):
-            edges += [Edge(NodeId("version", ref), NodeId("version", child), "parent") for child in by_file[digest]]
-        yield from edges
-        # What was made from the artifact of a child was made from the parent, too.
-        children = version_ids(session, {edge.target.id for edge in edges})
-        for _, artifact, ref in batched(session, rows, VersionRow.id, children):
-            yield Edge(NodeId("artifact", artifact), NodeId("version", ref), "adapter")
+    def of_versions(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
+        yield from _with_artifacts(session, DOWNSTREAM["parent"].find(session, refs))
 
-    return find
+    def of_artifacts(session: Session, artifacts: Sequence[str]) -> Iterator[Edge]:
+        held: list[Any] = []
+        if by_file:
+            held += batched(session, _HOLDERS, ContentRow.artifact, artifacts)
+            held += batched(session, _IMPORTED, ExecutionRow.output, artifacts)
+        pairs = [(artifact, child) for digest, artifact in held for child in by_file[digest]]
+        pairs += [(artifact, child) for artifact in artifacts for child in by_artifact.get(artifact, ())]
+        edges = [Edge(NodeId("artifact", artifact), NodeId("version", child), "parent") for artifact, child in pairs]
+        yield from _with_artifacts(session, edges)
+
+    return [Relation("version", of_versions), Relation("artifact", of_artifacts)]
+
+
+def _with_artifacts(session: Session, found: Iterable[Edge]) -> Iterator[Edge]:
+    """Yields edges to versions, and those of their artifacts: what was made from them was made from the parent, too."""
+    edges = list(found)
+    yield from edges
+    children = version_ids(session, {edge.target.id for edge in edges})
+    for artifact, ref in batched(session, select(VersionRow.artifact, version_ref()), VersionRow.id, children):
+        yield Edge(NodeId("artifact", artifact), NodeId("version", ref), "adapter")
 
 
 def _used_datasets(graph: Subgraph, datasets: Mapping[str, ArtifactRef]) -> tuple[ArtifactRef, ...]:

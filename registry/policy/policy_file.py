@@ -14,16 +14,19 @@ from registry.policy.alias_policy import PRESETS, AliasPolicy
 from registry.policy.licenses import describe_problems
 
 _NAME = "policy.yaml"
+_KEYS = "policy, aliases, recall, similar, similarity"
 
 
 class _PolicyFile(BaseModel):
-    """The file: a preset, changes by alias, and what a revocation does."""
+    """The file: a preset, changes by alias, what a revocation does, and what an import does about similar content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: Literal["default", "strict"] = "default"
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
     recall: Literal["flag", "withdraw"] = "flag"
+    similar: Literal["warn", "refuse", "ignore"] = "warn"
+    similarity: float = Field(default=0.7, ge=0.5, le=1.0)
 
 
 class Policies(BaseModel):
@@ -32,12 +35,16 @@ class Policies(BaseModel):
     Attributes:
         aliases: The policy of each alias.
         recall: Default action for versions that a revocation affects.
+        similar: Action of an import if the content of the file resembles that of a registered adapter.
+        similarity: Absolute cosine from which contents are similar, 0.5 to 1; unrelated ones stay below 0.5.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     aliases: dict[str, AliasPolicy] = Field(default_factory=lambda: dict(PRESETS["default"]))
     recall: Literal["flag", "withdraw"] = "flag"
+    similar: Literal["warn", "refuse", "ignore"] = "warn"
+    similarity: float = 0.7
 
     def of(self, alias: str) -> AliasPolicy:
         """Returns the policy of an alias; an alias without one has only the common requirements."""
@@ -55,14 +62,14 @@ def read_policies(home: Path) -> Policies:
     """
     path = home / _NAME
     remedy = "fix or remove the file (see docs/rights.md)"
-    document = read_document(path, PolicyError, allowed="policy, aliases, recall", optional=True)
+    document = read_document(path, PolicyError, allowed=_KEYS, optional=True)
     try:
         file = _PolicyFile.model_validate(document.data)
     except ValidationError as error:
         raise PolicyError(
             describe_problems(error, document),
             where=document.where(error.errors()[0]["loc"]),
-            allowed="policy, aliases, recall",
+            allowed=_KEYS,
             remedy=remedy,
         ) from error
     aliases = dict(PRESETS[file.policy])
@@ -82,4 +89,4 @@ def read_policies(home: Path) -> Policies:
     if problems:
         allowed = ", ".join(AliasPolicy.model_fields)
         raise PolicyError("; ".join(problems), where=places[0], allowed=allowed, remedy=remedy)
-    return Policies(aliases=aliases, recall=file.recall)
+    return Policies(aliases=aliases, recall=file.recall, similar=file.similar, similarity=file.similarity)

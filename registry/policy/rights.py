@@ -8,12 +8,12 @@ from datetime import date
 from sqlalchemy.orm import Session
 
 from registry.context import RegistryContext
-from registry.entities import AdapterVersion, now
+from registry.entities import AdapterVersion, ArtifactRef, now
 from registry.policy.ancestry import trace
 from registry.policy.consent import ConsentFindings, find_consent
 from registry.policy.license_terms import LicenseTerms
 from registry.policy.licenses import Licenses, read_licenses
-from registry.policy.revocations import revoked_in, revoked_subjects
+from registry.policy.revocations import active_revocations, describe_revoked, find_revoked
 from registry.policy.terms import Source, read_datasets, resolve_terms
 
 
@@ -25,7 +25,7 @@ class VersionRights:
         terms: The license terms of everything upstream, combined.
         sources: The statements that the terms come from.
         consent: Consent statements about the images.
-        revoked: Descriptions of the revoked images and consents upstream.
+        revoked: Descriptions of everything revoked upstream.
         licenses: The license table that was applied.
     """
 
@@ -55,11 +55,23 @@ def resolve_rights(
     return VersionRights(
         *resolve_terms(ancestry, datasets, licenses),
         consent=find_consent(datasets, today or now().date(), ancestry.undocumented),
-        revoked=revoked_in(session, ancestry.manifests),
+        revoked=describe_revoked(find_revoked(session, ancestry)),
         licenses=licenses,
     )
 
 
 def revoked_upstream(session: Session, version: AdapterVersion) -> tuple[str, ...]:
-    """Returns descriptions of the revoked images and consents upstream of a version; reads rows only."""
-    return revoked_in(session, trace(session, version.artifact).manifests) if revoked_subjects(session) else ()
+    """Returns descriptions of everything revoked upstream of a version, and of the version; reads rows only."""
+    if not active_revocations(session):
+        return ()
+    return describe_revoked(find_revoked(session, trace(session, version.artifact)))
+
+
+def terms_of(session: Session, context: RegistryContext, artifact: ArtifactRef) -> tuple[LicenseTerms, Licenses]:
+    """Returns the license terms of everything that an artifact was made from, and the table that was applied.
+
+    Raises:
+        PolicyError: The home's license table is invalid.
+    """
+    ancestry, licenses = trace(session, artifact), read_licenses(context.home.path)
+    return resolve_terms(ancestry, read_datasets(context.store, ancestry.datasets), licenses)[0], licenses

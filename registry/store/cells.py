@@ -19,8 +19,10 @@ from sqlalchemy.types import JSON, NullType
 from registry.entities import (
     NAME_RULE,
     Action,
+    ContentKind,
     EventType,
     ExecutionStatus,
+    RevocationKind,
     RunStatus,
     SubjectKind,
     VersionState,
@@ -37,6 +39,8 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("runs", "status"): get_args(RunStatus),
     ("executions", "status"): get_args(ExecutionStatus),
     ("subjects", "kind"): get_args(SubjectKind),
+    ("revocations", "kind"): get_args(RevocationKind),
+    ("content_digests", "kind"): get_args(ContentKind),
     ("events", "action"): (*get_args(Action), *get_args(EventType)),
 }
 

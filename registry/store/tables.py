@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeDecorator
 
 from registry.store.damaged import broken
 
-SCHEMA = 3
+SCHEMA = 4
 """The version of the schema that this release reads and writes."""
 
 NAMESPACE = "loraline_registry"
@@ -107,7 +107,17 @@ class SubjectRow(Table):
     artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), primary_key=True)
     subject: Mapped[str] = mapped_column(primary_key=True, index=True)
     label: Mapped[str]
-    kind: Mapped[str] = mapped_column(server_default="picture")
+    kind: Mapped[str] = mapped_column(primary_key=True)
+
+
+class ContentDigestRow(Table):
+    """What the adapters in an artifact do, whatever their format; `digest` is empty if none can be read."""
+
+    __tablename__ = "content_digests"
+    artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"), primary_key=True)
+    digest: Mapped[str] = mapped_column(primary_key=True, index=True)
+    kind: Mapped[str]
+    sketch: Mapped[str | None]
 
 
 class RunRow(Table):
@@ -249,9 +259,10 @@ class EventRow(Table):
 
 
 class RevocationRow(Table):
-    """An image or a consent that is revoked; a projection of the events."""
+    """What is revoked: an image, a consent, a version, content or a base; a projection of the events."""
 
     __tablename__ = "revocations"
+    kind: Mapped[str] = mapped_column(primary_key=True)
     subject: Mapped[str] = mapped_column(primary_key=True)
     seq: Mapped[int] = mapped_column(ForeignKey("events.seq"))
 

@@ -5,7 +5,7 @@ Pure functions over events.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from registry.entities import Event, VersionState
 
@@ -21,14 +21,15 @@ def project_states(events: Iterable[Event]) -> dict[tuple[str, int], VersionStat
     return states
 
 
-def project_revocations(events: Iterable[Event]) -> dict[str, int]:
-    """Computes the active revocations: subject -> its event, the first one since the last lift."""
-    revoked: dict[str, int] = {}
+def project_revocations(events: Iterable[Event]) -> dict[tuple[str, str], int]:
+    """Computes the active revocations: (kind, subject) -> its event, the first one since the last lift."""
+    revoked: dict[tuple[str, str], int] = {}
     for event in sorted(events, key=lambda entry: entry.seq):
+        key = (_kind_of(event), event.subject)
         if event.action == "revoke" and event.subject:
-            revoked.setdefault(event.subject, event.seq)
+            revoked.setdefault(key, event.seq)
         elif event.action == "lift":
-            revoked.pop(event.subject, None)
+            revoked.pop(key, None)
     return revoked
 
 
@@ -44,3 +45,8 @@ def find_overridden(events: Iterable[Event], number: int) -> frozenset[str]:
         if event.after == number and event.action in {"stage", "promote", "override"}:
             overridden = frozenset(map(str, event.details.get("overridden", ())))
     return overridden
+
+
+def _kind_of(event: Event) -> str:
+    """Returns the kind of a revoked subject; an image for an event whose details are damaged."""
+    return str(event.details.get("kind", "picture")) if isinstance(event.details, Mapping) else "picture"

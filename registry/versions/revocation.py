@@ -1,4 +1,4 @@
-"""Revokes images and consents: flags or withdraws the versions made from them, and excludes them from new datasets."""
+"""Revokes images, consents, versions, files and bases: flags or withdraws what was made from them, and blocks them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from registry.policy.policy_file import Policies, read_policies
 from registry.policy.revocations import Revocation, active_revocations
 from registry.policy.rights import revoked_upstream
 from registry.store.tables import EventRow, RevocationRow, VersionRow
-from registry.versions.impact import PREFIX, ImpactReport, Recall, find_affected
+from registry.versions.impact import ImpactReport, Recall, find_affected
 from registry.versions.promotion import require_reason
+from registry.versions.subjects import PREFIX, RevocationTarget
 from registry.versions.versions import Versions
+
+_DIGESTS = ("picture", "artifact", "file", "digest")
+_EXTRA = ("artifacts", "bases", "unreadable")
+"""Fields of `RevocationTarget` that an event has if they are not empty."""
 
 
 def revoke(
@@ -31,13 +36,15 @@ def revoke(
     policy: Recall | None = None,
     dry_run: bool = False,
 ) -> ImpactReport:
-    """Revokes an image or a consent, and flags or withdraws all versions made from it, in one transaction.
+    """Revokes something, and flags or withdraws it and all versions made from it, in one transaction.
 
-    From then on ingest leaves the images out, and no version made from them can be promoted.
+    From then on ingest leaves the images out, import refuses the files, and no version made from it can be promoted. A
+    version of it that is registered later is flagged or withdrawn, too.
 
     Args:
         versions: The registry.
-        subject: An image file, the digest of one (at least its first six digits), or the id of a consent.
+        subject: An image, an adapter file, a digest (at least its first six digits), `name@ref`, the id of a consent,
+            or a base. A digest that nothing has is blocked.
         reason: The reason; stored in the log.
         actor: The user; None means this process's user.
         policy: `flag` leaves aliases unchanged; `withdraw` withdraws the versions and rolls their aliases back to the
@@ -45,7 +52,7 @@ def revoke(
         dry_run: True returns the impact and changes nothing.
 
     Raises:
-        RightsError: No image or consent matches, or more than one.
+        RightsError: Nothing matches, or several things do.
         Refused: The actor may not move an alias that has to be rolled back.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
@@ -56,10 +63,10 @@ def revoke(
         with versions.lineage.database.read() as session:
             return find_affected(session, versions, subject, chosen)[0]
     with versions.lineage.database.write() as session:
-        report, affected = find_affected(session, versions, subject, chosen)
+        report, affected, target = find_affected(session, versions, subject, chosen)
         if chosen == "withdraw":
             _require_movers(affected, policies, actor)
-        event = _log_revocation(session, report, actor, reason)
+        event = _log_revocation(session, report, target, actor, reason)
         for version in affected:
             _flag_or_withdraw(session, version, report, event, actor)
     versions.sync()
@@ -73,7 +80,7 @@ def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = N
 
     Args:
         versions: The registry.
-        subject: The revoked subject: an image file, a digest or its first digits, or the id of a consent.
+        subject: What was revoked: a file, a digest or its first digits, `name@version`, a consent or a base.
         reason: The reason; stored in the log.
         actor: The user; None means this process's user.
 
@@ -84,7 +91,7 @@ def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = N
     reason, actor = require_reason(reason, "nothing is lifted"), actor or current_user()
     with versions.lineage.database.write() as session:
         revocation = _find_revocation(session, subject)
-        session.delete(session.get_one(RevocationRow, revocation.subject))
+        session.delete(session.get_one(RevocationRow, (revocation.kind, revocation.subject)))
         session.flush()
         restored = [version for version in _withdrawn_by_revocation(session) if not revoked_upstream(session, version)]
         details = {
@@ -118,8 +125,8 @@ def _require_movers(affected: Sequence[AdapterVersion], policies: Policies, acto
         )
 
 
-def _log_revocation(session: Session, report: ImpactReport, actor: str, reason: str) -> Event:
-    row = session.get(RevocationRow, report.subject)
+def _log_revocation(session: Session, report: ImpactReport, target: RevocationTarget, actor: str, reason: str) -> Event:
+    row = session.get(RevocationRow, (report.kind, report.subject))
     # Revoking again must not release images of datasets that cannot be read any more.
     earlier = session.get_one(EventRow, row.seq).details.get("pictures", ()) if row is not None else ()
     details = {
@@ -129,10 +136,11 @@ def _log_revocation(session: Session, report: ImpactReport, actor: str, reason: 
         "manifests": list(report.manifests),
         "versions": list(report.versions),
         "aliases": dict(report.aliases),
+        **{name: list(values) for name in _EXTRA if (values := getattr(target, name))},
     }
     event = queries.log_event(session, "revoke", actor=actor, reason=reason, subject=report.subject, details=details)
     if row is None:
-        session.add(RevocationRow(subject=report.subject, seq=event.seq))
+        session.add(RevocationRow(kind=report.kind, subject=report.subject, seq=event.seq))
     else:
         row.seq = event.seq
     session.flush()
@@ -182,10 +190,10 @@ def _flag_or_withdraw(
 def _find_revocation(session: Session, text: str) -> Revocation:
     revocations = active_revocations(session)
     path = Path(text)
-    subject = sha256_file(path) if "\0" not in text and path.is_file() else text
-    matches = [revocation for revocation in revocations if revocation.subject == subject]
-    if not matches and len(text) >= PREFIX:
-        matches = [entry for entry in revocations if entry.kind == "picture" and entry.subject.startswith(subject)]
+    digest = sha256_file(path) if "\0" not in text and path.is_file() else text.removeprefix("sha256:").lower()
+    matches = [revocation for revocation in revocations if revocation.subject in (text, digest)]
+    if not matches and len(digest) >= PREFIX:
+        matches = [entry for entry in revocations if entry.kind in _DIGESTS and entry.subject.startswith(digest)]
     if len(matches) != 1:
         allowed = ", ".join(revocation.subject[:40] for revocation in revocations) or "none"
         raise RightsError(

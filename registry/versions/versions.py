@@ -33,6 +33,7 @@ from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 from registry.store.database import require_json
 from registry.store.redaction import redact_values
+from registry.versions.late_revocations import follow_revocations
 from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
 
@@ -332,6 +333,7 @@ class Versions(RegistryContext):
                 for ref, contents in files.items():
                     record_contents(session, ref, contents)
                 row = queries.insert_version(session, name, parents, values)
+                follow_revocations(session, queries.entities(session, [row])[0], actor)
             elif row.state == "DELETED":
                 # Building it again, for example on a schedule, must not restore a deleted version.
                 queries.require_active(session, name, row.version)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_engine.documents import parse_value
 from lora_engine.errors import SettingsError, UnknownBaseError
@@ -204,8 +204,15 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[Path, float]]]:
+def checkout_adapters(
+    texts: Sequence[str], home: Path, recorder: SourceRecorder | None = None
+) -> Iterator[list[tuple[Path, float]]]:
     """Yields files and weights of adapters that are named by file or `name@ref`; deletes copies at the end.
+
+    Args:
+        texts: `name` or `name:weight`.
+        home: The home with the named versions.
+        recorder: Records the adapters as sources of what is made from them.
 
     Raises:
         AdapterError: A file does not exist.
@@ -214,7 +221,28 @@ def checkout_adapters(texts: Sequence[str], home: Path) -> Iterator[list[tuple[P
     """
     named = [parse_weighted(text) for text in texts]
     with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
-        yield [(_fetch(ref, home, Path(folder) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
+        inputs = [(_fetch(ref, home, Path(folder) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
+        for (ref, _), (path, _) in zip(named, inputs, strict=True):
+            if recorder is not None:
+                recorder.add_source(ref, path)
+        yield inputs
+
+
+class SourceRecorder(Protocol):
+    """Records the sources of a result; see `tasks.operations.results.VerbRecorder`."""
+
+    def add_source(self, text: str, path: Path) -> None:
+        """Adds a source by the user's text and the file to read."""
+        ...
+
+
+@contextmanager
+def checkout_adapter(text: str, home: Path, recorder: SourceRecorder) -> Iterator[Path]:
+    """Yields the file of one adapter, which has no weight; see `checkout_adapters`."""
+    with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
+        path = _fetch(text, home, Path(folder))
+        recorder.add_source(text, path)
+        yield path
 
 
 def draw(

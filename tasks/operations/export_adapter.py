@@ -16,9 +16,12 @@ from registry.identity import current_user
 from registry.policy.license_terms import unknown
 from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
+from tasks.content import read_contents
 from tasks.errors import SpecError
 from tasks.operations.adapter_files import convert_adapter
+from tasks.operations.inspect_files import module_shapes_of
 from tasks.operations.promote import find_usable
+from tasks.operations.results import record_result
 
 _logger = logging.getLogger(__name__)
 
@@ -81,15 +84,15 @@ def export_version(
     try:
         version = find_usable(versions, ref)
         with home.temporary_folder(version.size) as folder:
-            source = folder / "adapter.safetensors"
+            adapter = folder / "adapter.safetensors"
             name = f"{version.name}-v{version.version}"
             if step is None:
-                versions.checkout_adapter(version, source)
+                versions.checkout_adapter(version, adapter)
             else:
                 name = f"{name}-step{step}"
-                versions.store.checkout_file(version.artifact, _saved_file(versions, version, step), source)
+                versions.store.checkout_file(version.artifact, _saved_file(versions, version, step), adapter)
             result = convert_adapter(
-                source,
+                adapter,
                 output,
                 to,
                 base=base,
@@ -101,9 +104,13 @@ def export_version(
         if home.read_only:
             _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
         else:
-            # A revocation lists the exported files.
+            # A revocation lists the exported files, and an import knows them.
             details = {"format": to, "files": result["files"]} | ({"step": step} if step is not None else {})
             versions.log_export(version, details, actor=current_user())
+            written = [Path(entry["file"]) for entry in result["files"]]
+            contents = read_contents(written, output if output.is_dir() else None, module_shapes_of(base))
+            source = {version.artifact.sha256: version.artifact}
+            record_result(versions, "export", source, written, contents, {"version": version.ref, "format": to})
     finally:
         versions.close()
     return Export(version.ref, version.sha256, to, result["files"], result["approximation"])

@@ -8,31 +8,33 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import canonical_json, is_present, sha256_bytes
+from lora_engine.files import canonical_json, is_present, sha256_bytes, sha256_file
 from registry import queries
-from registry.entities import AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
+from registry.entities import FOREIGN, AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
 from registry.home import Home
 from registry.identity import current_user
 from registry.lineage.rows import record_contents
 from registry.policy.license_terms import NO_ASSERTION
 from registry.policy.licenses import read_licenses
+from registry.versions.late_revocations import add_parents
+from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
+from tasks.content import write_contents
 from tasks.entries import to_record, use_kinds
 from tasks.environment import describe_environment
 from tasks.errors import SpecError
+from tasks.operations.import_findings import ImportFindings, judge_import
 from tasks.steps.register import flatten
 
 if TYPE_CHECKING:
     from lora_engine.formats import Bundle, Card
 
-FOREIGN = "foreign"
-"""Kind of the artifact with the original bytes of an imported file."""
 _REVISION = "1"
 
 
@@ -46,6 +48,9 @@ class ImportRequest:
         license: An identifier or alias of the license table, or `NOASSERTION`.
         trigger: The trigger word; None keeps that of the file.
         alias: The alias to request; None requests none.
+        override: True imports although the license is looser than what the file was made from allows, or although the
+            content resembles a registered one; the inherited terms still hold.
+        reason: Why; required by `override`, and stored in the log.
     """
 
     name: str
@@ -53,6 +58,13 @@ class ImportRequest:
     license: str
     trigger: str | None = None
     alias: str | None = None
+    override: bool = False
+    reason: str = ""
+
+    @property
+    def statements(self) -> dict[str, Any]:
+        """The statements about the file, without how they were accepted."""
+        return {name: getattr(self, name) for name in ("name", "base", "license", "trigger", "alias")}
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,9 @@ class ImportResult:
         artifact: The artifact with the original files.
         is_new: False if the same bytes with the same statements were a version already.
         refused: Why the requested alias was refused; empty if it was not.
+        parents: What the file was made from, as far as the registry knows.
+        similar: `name@version` -> similarity of registered adapters with similar content, if nothing else was found.
+        warnings: What the file states otherwise than the user.
     """
 
     version: AdapterVersion
@@ -74,6 +89,9 @@ class ImportResult:
     artifact: ArtifactRef
     is_new: bool
     refused: str = ""
+    parents: tuple[str, ...] = ()
+    similar: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def inspect_file(file: Path) -> dict[str, Any]:
@@ -117,28 +135,40 @@ def import_adapter(home: Home, file: Path, request: ImportRequest) -> ImportResu
         file: A file of any format, or a PEFT folder.
         request: The user's statements about it.
 
+    The file's parents are found by its bytes, its content and its header, and their terms and revocations hold for it.
+
     Raises:
         AdapterError: The file is no valid adapter, has non-finite values, or is not for that base.
         BaseModelError: The base does not exist.
+        Refused: The license is looser than that of a parent, or the policy refuses similar content.
+        RightsError: The file, or something that it was made from, is revoked.
         SpecError: The license is not in the table.
         RegistryError: The adapter cannot be registered.
     """
     check_name(request.name)
+    if request.override:
+        require_reason(request.reason, "no refusal is overridden")
     if request.alias is not None:
         check_alias(request.alias)
     request = replace(request, license=check_license(home, request.license))
+    from lora_engine.formats.content import content_of
+
     facts = inspect_file(file)
     versions = Versions(home)
     try:
         with tempfile.TemporaryDirectory(dir=home.work) as name:
             copy, out = Path(name) / "original", Path(name) / "out"
             _copy(file, facts["files"], copy)
-            foreign = versions.store.put(FOREIGN, copy)
-            original = {path: entry.sha256 for path, entry in versions.store.files(foreign).items()}
+            original = {path: sha256_file(copy / path) for path in facts["files"]}
             bundle = _read(copy if file.is_dir() else copy / file.name, request, original, str(facts["format"]))
+            content = content_of(bundle)
+            findings = judge_import(versions, request, original, content, facts["card"], bundle.card)
+            foreign = versions.store.put(FOREIGN, copy)
             _write(out, bundle)
             artifact = versions.store.put("adapter", out)
-        return _register(versions, request, facts, bundle.card, foreign, artifact, original)
+        result = _register(versions, request, facts, bundle.card, foreign, artifact, original, findings)
+        write_contents(versions, artifact, [content])
+        return result
     finally:
         versions.close()
 
@@ -228,10 +258,12 @@ def _register(
     foreign: ArtifactRef,
     artifact: ArtifactRef,
     original: Mapping[str, str],
+    findings: ImportFindings,
 ) -> ImportResult:
     with versions.lineage.database.read() as session:
         row = queries.find_identical(session, request.name, artifact, None)
         is_new = row is None
+        parents = findings.parents_of(session, artifact)
     entries = to_record(use_kinds(facts["kinds"]))
     run_id = _record(versions, request, card, (foreign, artifact), original, entries) if is_new else None
     version = versions.register(
@@ -239,24 +271,34 @@ def _register(
         artifact,
         run_id=run_id,
         card=card.model_dump(mode="json"),
-        parents=card.recipe["parents"],
+        parents=[*card.recipe["parents"], *parents],
         alias_request=request.alias,
         params=flatten(card.recipe),
         actor=current_user(),
     )
-    if is_new:
-        details = {"license": request.license, "base": card.base, "files": dict(original), "format": facts["format"]}
-        with versions.lineage.database.write() as session:
+    details = {"license": request.license, "base": card.base, "files": dict(original), "format": facts["format"]}
+    with versions.lineage.database.write() as session:
+        added = () if is_new else add_parents(session, version, parents, current_user())
+        if is_new or added:
             queries.log_event(
                 session,
                 "import",
                 actor=current_user(),
-                reason="imported from a file",
+                reason=request.reason or "imported from a file",
                 version=version,
-                details=details,
+                details=details | findings.details(parents if is_new else added),
             )
+    version = versions.show(version.name, version.version)
     return ImportResult(
-        version, str(facts["format"]), original, foreign, is_new, _refusal(versions, version, request.alias)
+        version,
+        str(facts["format"]),
+        original,
+        foreign,
+        is_new,
+        _refusal(versions, version, request.alias),
+        parents,
+        findings.similar,
+        findings.warnings,
     )
 
 
@@ -278,7 +320,7 @@ def _record(
     entries: Mapping[str, Any],
 ) -> str:
     """Records the import as a run with one step, whose input is the original file."""
-    (foreign, artifact), lineage, statements = artifacts, versions.lineage, vars(request)
+    (foreign, artifact), lineage, statements = artifacts, versions.lineage, request.statements
     fingerprint = {"fingerprint": card.base_fingerprint} if card.base_fingerprint else {}
     settings = {"settings": statements, "files": dict(original), "base": {"label": card.base, **fingerprint}}
     run = lineage.start_run("import", {"name": request.name, "import": statements})

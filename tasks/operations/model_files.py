@@ -41,7 +41,7 @@ def merge_models(
     method: str,
     options: Mapping[str, Any],
     base: str | None,
-    dataset: Path | None,
+    dataset: str | None,
     seed: int,
     rounding: str = "nearest",
 ) -> dict[str, Any]:

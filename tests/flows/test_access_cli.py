@@ -57,8 +57,9 @@ def _values(folder: Path) -> Mapping[str, str]:
         "NAME@ALIAS": "none@production",
         "REF|FILE": "none@1",
         "REF|DIGEST|FILE": "none@1",
-        "IMAGE|DIGEST|CONSENT": "consent-1",
         "NAME@REF|PATH": "none@1",
+        "SUBJECT": "consent-1",
+        "FILE|NAME@REF": "none@1",
         "A[:w] B[:w] ...": "none@1",
         "A[:w] ...": "none@1",
         "PROMPT": "a ring <lora:none@1:1>",
@@ -84,7 +85,11 @@ def _values(folder: Path) -> Mapping[str, str]:
     }
 
 
-MORE = {"keys new": ("--trust", "--without-passphrase"), "generate": ("-n", "1", "--steps", "1")}
+MORE = {
+    "keys new": ("--trust", "--without-passphrase"),
+    "generate": ("-n", "1", "--steps", "1"),
+    "resize": ("--rank", "1"),
+}
 """Verb -> options with which it opens the home, or is quicker."""
 SLOW = {"generate", "reproduce"}
 

@@ -171,6 +171,7 @@ def hostile(place: Place) -> Mapping[str, Sequence[str]]:
     refs = [f"{names[0]}@1", f"small@{names[1]}"]
     return {
         "FILE": files,
+        "FILE|NAME@REF": [*files, *refs],
         "A[:w] ...": files[:4],
         "A[:w] B[:w] ...": [*files[:5], *models],
         "REF|FILE": [*files[:5], *refs],
@@ -185,7 +186,7 @@ def hostile(place: Place) -> Mapping[str, Sequence[str]]:
         "ALIAS": names,
         "FORMAT": names,
         "REF|DIGEST|FILE": refs,
-        "IMAGE|DIGEST|CONSENT": names,
+        "SUBJECT": names,
         "PROMPT": [f"a <lora:{names[0]}@1:1>", f"a <lora:{files[0]}:1>"],
         "FOLDER|FILE.tar": [str(path) for path in _write_backups(folder, place.victim, names)],
     }
@@ -208,6 +209,7 @@ def _lines(verb: str, place: Place, hostile: Mapping[str, Sequence[str]]) -> Ite
     inputs = place.folder / "inputs" / "deep"
     good = {"SPEC": place.folder / "trained" / "line.yaml", "FILE": inputs / "peft"}
     good["A[:w] ..."] = inputs / "good.safetensors"
+    good["FILE|NAME@REF"] = good["FILE"]
 
     def values(output: Path) -> dict[str, str]:
         defaults = {key: value.replace("none@1", "small@1") for key, value in _values(output).items()}

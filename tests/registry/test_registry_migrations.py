@@ -431,3 +431,24 @@ def test_fixture_has_a_row_in_every_table(old):
     with closing(sqlite3.connect(old)) as connection:
         counts = {table: connection.execute(f"SELECT {func.count()} FROM {table}").fetchone()[0] for table in rows(old)}
     assert all(counts.values()), json.dumps(counts)
+
+
+def test_the_kind_of_a_revocation_is_taken_from_its_event():
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        connection.execute(text("PRAGMA foreign_keys=OFF"))
+        migrate(connection, 0, 2)
+        columns = "seq, action, actor, reason, gates, at, subject, details"
+        for seq, details in ((1, '{"kind":"consent"}'), (2, '{"kind":"picture"}'), (3, "broken")):
+            values = {"seq": seq, "subject": f"s{seq}", "details": details}
+            connection.execute(
+                text(
+                    f"INSERT INTO events ({columns}) VALUES (:seq, 'revoke', 'a', 'r', '[]', 't', :subject, :details)"
+                ),
+                values,
+            )
+            connection.execute(text("INSERT INTO revocations VALUES (:subject, :seq)"), values)
+        migrate(connection, 2)
+        kept = connection.execute(text("SELECT kind, subject, seq FROM revocations ORDER BY seq")).all()
+    assert kept == [("consent", "s1", 1), ("picture", "s2", 2), ("picture", "s3", 3)]
+    engine.dispose()

@@ -44,7 +44,7 @@ def withdraw_and_revoke(versions):
         version = queries.read_version(session, "zorb", 2)
         queries.set_state(session, version, "WITHDRAWN", "withdraw", actor="a", reason="r")
         event = queries.log_event(session, "revoke", actor="a", reason="r", subject="5" * 64)
-        session.add(RevocationRow(subject=event.subject, seq=event.seq))
+        session.add(RevocationRow(kind="picture", subject=event.subject, seq=event.seq))
 
 
 ROWS = {

@@ -173,12 +173,13 @@ def test_unknown_subjects_are_refused_and_the_nearest_is_named(versions, from_im
     from_images(b"1", {ONE: "consent-17", "1" * 63 + "2": None})
     with pytest.raises(RightsError, match="did you mean 'consent-17'"):
         revoke(versions, "consent-18", reason="r")
-    with pytest.raises(RightsError, match="matches several images"):
+    with pytest.raises(RightsError, match="matches several things: image 1111"):
         revoke(versions, "1" * 8, reason="r")
     with pytest.raises(PromotionError, match="without a reason"):
         revoke(versions, "consent-17", reason="")
-    assert revoke(versions, "f" * 64, reason="never seen here, and never shall be").versions == ()
-    assert read_revoked(versions.lineage) == {"f" * 64: "image ffffffffffff"}
+    unknown = revoke(versions, "f" * 64, reason="never seen here, and never shall be")
+    assert (unknown.kind, unknown.versions) == ("digest", ())
+    assert read_revoked(versions.lineage) == {"f" * 64: "digest ffffffffffff"}
 
 
 def test_a_revocation_between_decision_and_promotion_is_seen(versions, from_images, monkeypatch):
