@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
@@ -89,13 +90,15 @@ def _preserve(translation: Translation, setting: Setting) -> None:
         translation.set("train.method.preservation", {}, setting.name)
 
 
-def _samples_every(translation: Translation, setting: Setting) -> None:
-    if setting.name in ("sample_every_n_epochs", "sample_after"):
-        if not is_off(setting.value):
-            raise NoCounterpart("set samples.every in steps")
+def _every(path: str, translation: Translation, setting: Setting) -> None:
+    """Carries an interval over: steps, or epochs; OneTrainer has its unit in another option."""
+    if is_off(setting.value):
         return
+    if setting.name in ("sample_after", "save_every"):
+        raise NoCounterpart(f"set {path.partition('.')[2]} in steps, or epochs such as '2 epochs'")
     if number(setting):
-        translation.set("train.samples.every", integer(setting), setting.name)
+        count = integer(setting)
+        translation.set(path, f"{count} epochs" if "epochs" in setting.name else count, setting.name)
 
 
 def _prompts(translation: Translation, setting: Setting) -> None:
@@ -148,7 +151,8 @@ OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.method.mask": _mask,
     "train.method": _method,
     "train.method.preservation": _preserve,
-    "train.samples.every": _samples_every,
+    "train.samples.every": partial(_every, "train.samples.every"),
+    "train.save_every": partial(_every, "train.save_every"),
     "train.samples.prompts": _prompts,
     "train.samples.seeds": _seeds,
     "train.captions.chunks": _chunks,

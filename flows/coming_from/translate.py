@@ -79,7 +79,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _INTEGERS = {
     "file.seed", "train.rank", "train.steps", "train.batch", "train.accumulate", "train.captions.keep_tokens",
     "train.captions.tag_warmup", "train.captions.first_tags", "train.captions.dropout_every", "train.checkpoint_every",
-    "train.validate_every", "train.samples.every", "train.samples.steps", "train.prior.count", "train.schedule.cycles",
+    "train.validate_every", "train.samples.steps", "train.prior.count", "train.schedule.cycles",
     "train.schedule.timescale", "train.objective.pyramid.levels", "train.running.processes",
     "preprocess.buckets.min_side", "preprocess.buckets.max_side", "preprocess.buckets.step",
 }  # fmt: skip

@@ -12,12 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.building import BUILDING
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, published
 from lora_engine.families.sd.layers import layers_of
-from lora_engine.lazy_torch import torch
+from lora_engine.lazy_torch import nn, torch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +50,7 @@ def _module_shapes(name: str) -> dict[str, tuple[int, ...]]:
     listed = {part: layers_of(component) for part, component in components.items()}
     if None not in listed.values():
         return {f"{part}.{path}": shape for part, layers in listed.items() for path, shape in (layers or {}).items()}
+    from lora_engine.adapters.tree import DictTree, module_shapes  # imports torch
 
     modules = {part: empty_module(component) for part, component in components.items()}
     return module_shapes(DictTree(modules, architecture.family))

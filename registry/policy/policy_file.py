@@ -44,7 +44,7 @@ class Policies(BaseModel):
     aliases: dict[str, AliasPolicy] = Field(default_factory=lambda: dict(PRESETS["default"]))
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
-    similarity: float = 0.7
+    similarity: float = Field(default=0.7, ge=0.5, le=1.0)
 
     def of(self, alias: str) -> AliasPolicy:
         """Returns the policy of an alias; an alias without one has only the common requirements."""

@@ -95,7 +95,8 @@ def test_a_name_of_another_trainer_is_answered_with_ours(pipeline: Write) -> Non
         ("flip_aug", "use `captions.flip`"),
         ("pretrained_model_name_or_path", "use `base` at the top of the file"),
         ("resume", "automatic: run the same command again"),
-        ("save_every", "not available"),
+        ("save_every_n_steps", "use `save_every`"),
+        ("save_last_n_steps", "not available"),
         ("huber_c", "use `objective.loss.delta`"),
     ],
 )

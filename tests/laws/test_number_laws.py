@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 import annotated_types
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from lora_engine.merging.methods import METHODS
+from lora_engine.training.specs.lengths import Interval, Length, Steps, Warmup
 from tasks.step import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +71,7 @@ def unbounded(spec: type[BaseModel]) -> list[str]:
     found = []
     for name, field in spec.model_fields.items():
         for kind, constraints in numbers(field.annotation, list(field.metadata)):
-            has_most = any(isinstance(entry, annotated_types.Le | annotated_types.Lt) for entry in constraints)
+            has_most = any(isinstance(entry, annotated_types.Le | annotated_types.Lt | Length) for entry in constraints)
             has_least = any(isinstance(entry, annotated_types.Ge | annotated_types.Gt) for entry in constraints)
             is_finite = any(getattr(entry, "allow_inf_nan", None) is False for entry in constraints)
             if not (has_most if kind is int else is_finite or (has_most and has_least)):
@@ -89,6 +90,15 @@ def test_every_number_of_a_spec_is_bounded(spec: type[BaseModel]) -> None:
 def test_the_specs_of_all_packages_are_found() -> None:
     names = {spec.__name__ for spec in SPECS}
     assert {"Train", "TrainSettings", "Ties", "Lokr", "Card", "Head", "Licenses", "BackupManifest"} <= names
+
+
+@pytest.mark.parametrize("unit", [Steps, Interval, Warmup])
+def test_a_length_is_bounded(unit: Any) -> None:
+    adapter = TypeAdapter(unit)
+    assert adapter.validate_python(10_000_000) == 10_000_000
+    for large in (10_000_001, "99999999 epochs"):
+        with pytest.raises(ValidationError):
+            adapter.validate_python(large)
 
 
 def test_a_number_without_a_bound_is_found() -> None:
