@@ -37,11 +37,11 @@ class WordedError(Exception):
 
     def __init__(self, problem: str, *, where: str = "", allowed: str = "", remedy: str = "") -> None:
         self.problem, self.where, self.allowed, self.remedy = problem, where, allowed, remedy
-        parts = [f"{readable(where)}: {readable(problem)}" if where else readable(problem)]
+        parts = [f"{make_readable(where)}: {make_readable(problem)}" if where else make_readable(problem)]
         if allowed:
-            parts.append(f"Allowed: {readable(allowed)}.")
+            parts.append(f"Allowed: {make_readable(allowed)}.")
         if remedy:
-            parts.append(f"Fix: {readable(remedy)}.")
+            parts.append(f"Fix: {make_readable(remedy)}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
 
     def at(self, where: str) -> Self:
@@ -88,7 +88,7 @@ class InterruptedRun(TrainingError):
     """A signal stopped the run; the next run resumes from its last checkpoint."""
 
 
-def readable(text: str) -> str:
+def make_readable(text: str) -> str:
     """Returns a text as a message shows it: control and direction characters escaped, a very long middle left out."""
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN - _END]} ... {text[-_END:]}"

@@ -31,7 +31,7 @@ from registry.store.snapshot import find_scratch
 
 if TYPE_CHECKING:
     from lora_engine.formats.codec import Names
-    from lora_engine.formats.content import Content
+    from lora_engine.formats.content import AdapterContent
 
 _CLAIM = re.compile(r"(?:sha256:)([0-9a-f]{64})")
 _CONFIG = "adapter_config.json"
@@ -41,7 +41,7 @@ _MOST_CLAIMS = 256
 
 
 @dataclass(frozen=True)
-class Sources:
+class ContentSources:
     """What a file was made from, as far as the registry knows.
 
     Args:
@@ -66,10 +66,10 @@ def record_contents_of_store(context: RegistryContext) -> None:
             contents = _read_stored(context, ref)
         except StoreError:  # its bytes were deleted, or are damaged, which `fsck` reports
             continue
-        write_contents(context, ref, contents)
+        record_file_contents(context, ref, contents)
 
 
-def write_contents(context: RegistryContext, ref: ArtifactRef, contents: Sequence[Content]) -> None:
+def record_file_contents(context: RegistryContext, ref: ArtifactRef, contents: Sequence[AdapterContent]) -> None:
     """Records contents as those of an artifact."""
     digests = {digest: kind for content in contents for digest, kind in content.digests.items()}
     sketch = next((content.sketch for content in contents if content.sketch), None)
@@ -77,7 +77,9 @@ def write_contents(context: RegistryContext, ref: ArtifactRef, contents: Sequenc
         record_content(session, ref, digests, _to_text(sketch) if sketch else None)
 
 
-def read_contents(files: Iterable[Path], folder: Path | None = None, names: Names | None = None) -> list[Content]:
+def read_contents(
+    files: Iterable[Path], folder: Path | None = None, names: Names | None = None
+) -> list[AdapterContent]:
     """Returns the contents of the adapters and learned tokens in files; skips files in which none can be read.
 
     Args:
@@ -95,11 +97,11 @@ def read_contents(files: Iterable[Path], folder: Path | None = None, names: Name
 def find_sources(
     context: RegistryContext,
     files: Mapping[str, str],
-    contents: Sequence[Content],
+    contents: Sequence[AdapterContent],
     header: Mapping[str, Any],
     *,
     least_similarity: float | None = None,
-) -> Sources:
+) -> ContentSources:
     """Returns what a file was made from.
 
     The same bytes lead to exactly the artifacts that hold them. Only if there are none, the same content leads to every
@@ -134,7 +136,7 @@ def find_sources(
             for artifact in sorted(names, key=lambda artifact: -close[artifact]):
                 similar.setdefault(names[artifact], close[artifact])
     claims = tuple(text for digest, text in stated.items() if digest not in known)
-    return Sources(parents, claims, dict(list(similar.items())[:_SHOWN]))
+    return ContentSources(parents, claims, dict(list(similar.items())[:_SHOWN]))
 
 
 def _claims(header: Mapping[str, Any]) -> dict[str, str]:
@@ -152,7 +154,9 @@ def _claims(header: Mapping[str, Any]) -> dict[str, str]:
     return claims
 
 
-def _find_similar(sketches: Iterable[tuple[str, str]], contents: Sequence[Content], least: float) -> dict[str, float]:
+def _find_similar(
+    sketches: Iterable[tuple[str, str]], contents: Sequence[AdapterContent], least: float
+) -> dict[str, float]:
     from lora_engine.formats.content import similarity
 
     close: dict[str, float] = {}
@@ -164,7 +168,7 @@ def _find_similar(sketches: Iterable[tuple[str, str]], contents: Sequence[Conten
     return close
 
 
-def _read_stored(context: RegistryContext, ref: ArtifactRef) -> list[Content]:
+def _read_stored(context: RegistryContext, ref: ArtifactRef) -> list[AdapterContent]:
     with tempfile.TemporaryDirectory(dir=find_scratch(ref.size)) as name:
         folder = Path(name) / "files"
         context.store.checkout(ref, folder)
@@ -178,7 +182,7 @@ def _read_stored(context: RegistryContext, ref: ArtifactRef) -> list[Content]:
         ]
 
 
-def _read_content(path: Path, names: Names | None) -> Content | None:
+def _read_content(path: Path, names: Names | None) -> AdapterContent | None:
     from lora_engine.adapters import Adapter
     from lora_engine.formats import Bundle, Card, read_bundle, read_embeddings
     from lora_engine.formats.content import content_of

@@ -51,7 +51,7 @@ class Job:
     @property
     def revision(self) -> int:
         """Returns the revision of the step for this spec."""
-        return self.kind.revision
+        return self.kind.revision_of(self.spec, self.files)
 
     @property
     def kind(self) -> StepKind:

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def recording(home: Home, run_id: str, steps: Mapping[str, str]) -> Iterator[Non
             entry.close()
 
 
-def read_steps(home: Home, run_id: str) -> list[dict[str, Any]]:
+def read_run_steps(home: Home, run_id: str) -> list[dict[str, Any]]:
     """Returns the steps of a run in the order of the pipeline; empty if it has no entry or a damaged one."""
     try:
         steps: list[dict[str, Any]] = json.loads((home.runs / run_id / RUN).read_bytes())["steps"]
@@ -63,14 +63,19 @@ def read_points(home: Home, run_id: str, step: str) -> list[dict[str, Any]]:
         lines = (home.runs / run_id / f"{step}.jsonl").read_bytes().splitlines()
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.endswith(b"}")]  # the last one may be incomplete
+    points = []
+    for line in lines:
+        with suppress(ValueError):  # the last one may be incomplete
+            points.append(json.loads(line))
+    return points
 
 
 class _Entry:
     """The state of the steps, written at most once a second for progress."""
 
     def __init__(self, folder: Path, steps: Mapping[str, str]) -> None:
-        self._folder, self._lock, self._next, self._failed = folder, threading.Lock(), 0.0, False
+        # Reentrant: the warning of a failed write is an event, too.
+        self._folder, self._lock, self._next, self._failed = folder, threading.RLock(), 0.0, False
         start = {"state": "waiting", "done": 0, "total": 0, "values": {}, "text": ""}
         self._steps: dict[str, dict[str, Any]] = {
             name: {"name": name, "uses": uses, **start, "warnings": []} for name, uses in steps.items()

@@ -80,6 +80,7 @@ class Context:
 Work = Callable[[Any, Context], None]
 IsStillValid = Callable[[Home, bytes], bool]
 FindExcluded = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
+Revisions = Callable[[Any, Mapping[str, PathDigest]], int]
 DescribeProgress = Callable[[Any, str, Home, str | None], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
@@ -102,6 +103,8 @@ class StepKind:
         work: The function.
         describe_progress: Takes (spec, digest of everything else that it depends on, home, key of its last execution);
             returns what a run would continue or lose of earlier ones, for plans. None means nothing.
+        revisions: Takes (spec, digests of the user's files); returns its revision, after a change that gives some of
+            them alone another result. None means `revision` for all.
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
             no summary.
         is_still_valid: Takes (home, content of the summary file); returns False if a side effect of the step was
@@ -128,6 +131,11 @@ class StepKind:
     entries: Entries | None = None
     stops: bool = False
     describe_progress: DescribeProgress | None = None
+    revisions: Revisions | None = None
+
+    def revision_of(self, spec: StepSpec, files: Mapping[str, PathDigest]) -> int:
+        """Returns the revision for a spec and the digests of the user's files."""
+        return self.revision if self.revisions is None else self.revisions(spec, files)
 
 
 STEPS: Registry[StepKind] = Registry("step", entry=StepKind, source="tasks.steps", group="loraline.steps")
@@ -145,6 +153,7 @@ def step(
     entries: Entries | None = None,
     stops: bool = False,
     describe_progress: DescribeProgress | None = None,
+    revisions: Revisions | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -163,6 +172,7 @@ def step(
             entries,
             stops,
             describe_progress,
+            revisions,
         )
 
     return declare

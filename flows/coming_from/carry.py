@@ -9,7 +9,7 @@ from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import (
     DTYPES,
-    KINDS,
+    KIND_NAMES,
     OPTIMIZERS,
     PRECISIONS,
     NoCounterpart,
@@ -26,7 +26,7 @@ from flows.coming_from.values import (
 def _kind(translation: Translation, setting: Setting) -> None:
     if plain(setting.value) in ("lycoris.kohya", ""):
         return  # `algo` says which
-    translation.set("train.kind", choose(setting, KINDS, exact=True), setting.name)
+    translation.set("train.kind", choose(setting, KIND_NAMES, exact=True), setting.name)
 
 
 def _targets(translation: Translation, setting: Setting) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows.coming_from.options import options_of
-from flows.coming_from.read import Setting, Source
+from flows.coming_from.read import Setting, SettingsSource
 from flows.coming_from.translate import apply
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import is_off, number, truth
@@ -47,7 +47,7 @@ class Folders:
         return sum(layout.repeats(name) for name, path in layout.names.items() if path.is_file())
 
 
-def find_images(source: Source, translation: Translation, images: Path | None) -> Folders:
+def find_images(source: SettingsSource, translation: Translation, images: Path | None) -> Folders:
     """Carries the options of the images over.
 
     Args:
@@ -120,7 +120,7 @@ def _compare(subsets: Sequence[_Subset], translation: Translation) -> None:
             translation.drop(subset.folder, "one folder for a run; put all images into subfolders of one folder")
 
 
-def _existing(setting: Setting | None, source: Source, translation: Translation) -> Path | None:
+def _existing(setting: Setting | None, source: SettingsSource, translation: Translation) -> Path | None:
     if setting is None or is_off(setting.value):
         return None
     path = Path(str(setting.value))

@@ -41,7 +41,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Source:
+class SettingsSource:
     """The settings of another trainer.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source:
     subsets: tuple[tuple[Setting, ...], ...] = ()
 
 
-def read_source(path: Path, dataset: Path | None = None) -> Source:
+def read_source(path: Path, dataset: Path | None = None) -> SettingsSource:
     """Reads a file of another trainer.
 
     Args:
@@ -73,7 +73,7 @@ def read_source(path: Path, dataset: Path | None = None) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".toml":
         document = read_toml(path, SpecError)
-        source = Source(path, "sd", "", tuple(_flat(document, sections=True)), _subsets(document))
+        source = SettingsSource(path, "sd", "", tuple(_flat(document, sections=True)), _subsets(document))
     elif suffix in (".yaml", ".yml", ".json"):
         source = _from_document(read_document(path, SpecError, allowed=_KNOWN))
     else:
@@ -89,7 +89,7 @@ def read_source(path: Path, dataset: Path | None = None) -> Source:
             where=str(dataset),
             remedy="leave --dataset out",
         )
-    return Source(path, "sd", source.script, source.settings, _subsets(_read_dataset(dataset)))
+    return SettingsSource(path, "sd", source.script, source.settings, _subsets(_read_dataset(dataset)))
 
 
 def _find_beside(path: Path, named: Setting) -> Path:
@@ -116,7 +116,7 @@ def _read_dataset(path: Path) -> Document:
     return document
 
 
-def _from_document(document: Document) -> Source:
+def _from_document(document: Document) -> SettingsSource:
     data = document.data
     processes = data["config"].get("process") if isinstance(data.get("config"), dict) else None
     if isinstance(processes, list) and processes and isinstance(processes[0], dict):
@@ -134,13 +134,13 @@ def _from_document(document: Document) -> Source:
         if isinstance(data["config"].get("name"), str):
             settings.append(Setting("name", data["config"]["name"], document.where(("config", "name"))))
         subsets = _ai_toolkit_datasets(processes[0].get("datasets"), document, (*base, "datasets"))
-        return Source(document.path, "aitk", "", tuple(settings), subsets)
+        return SettingsSource(document.path, "aitk", "", tuple(settings), subsets)
     if "pretrained_model_name_or_path" in data:
-        return Source(document.path, "sd", "", tuple(_flat(document)), _subsets(document))
+        return SettingsSource(document.path, "sd", "", tuple(_flat(document)), _subsets(document))
     if "base_model_name" in data or "training_method" in data:
         nested = {key: value for key, value in data.items() if key != "concepts"}
         subsets = _concepts(data.get("concepts"), document)
-        return Source(document.path, "ot", "", tuple(_nested(nested, document, ())), subsets)
+        return SettingsSource(document.path, "ot", "", tuple(_nested(nested, document, ())), subsets)
     raise SpecError("the file is of no known trainer", where=str(document.path), allowed=_KNOWN)
 
 
@@ -195,7 +195,7 @@ def _concepts(value: Any, document: Document) -> tuple[tuple[Setting, ...], ...]
     )
 
 
-def _from_script(path: Path) -> Source:
+def _from_script(path: Path) -> SettingsSource:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -223,7 +223,7 @@ def _from_script(path: Path) -> Source:
         start = next(number for number, word in enumerate(words) if _SCRIPT.search(word)) + 1
         settings = tuple(_arguments([_expand(word, variables, where) for word in words[start:]], where))
         trainer = "sd" if script[1].endswith("train_network") else "diffusers"
-        return Source(path, trainer, script[1], settings)
+        return SettingsSource(path, trainer, script[1], settings)
     raise SpecError("the file starts no training script", where=str(path), allowed=_KNOWN)
 
 

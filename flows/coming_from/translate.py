@@ -7,7 +7,7 @@ from typing import Any
 
 from flows.coming_from.carry import SPECIAL, carry_epochs
 from flows.coming_from.options import TRAINERS, options_of
-from flows.coming_from.read import Setting, Source
+from flows.coming_from.read import Setting, SettingsSource
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import (
     SCHEDULES,
@@ -109,7 +109,7 @@ _TYPES: tuple[tuple[set[str], Callable[[Setting], Any]], ...] = (
 )
 
 
-def translate(source: Source) -> Translation:
+def translate(source: SettingsSource) -> Translation:
     """Returns the settings of a source, with the trainer's own defaults where they differ from ours.
 
     Raises:
@@ -125,7 +125,7 @@ def translate(source: Source) -> Translation:
     return translation
 
 
-def _of_script(source: Source) -> dict[str, Any]:
+def _of_script(source: SettingsSource) -> dict[str, Any]:
     """Returns the defaults in which the scripts of diffusers differ."""
     if source.trainer != "diffusers":
         return {}

@@ -59,7 +59,7 @@ WEIGHTINGS: Mapping[str, str] = {
     "minsnrgamma": "min_snr",
     "debiasedestimation": "debiased",
 }
-KINDS: Mapping[str, str] = {
+KIND_NAMES: Mapping[str, str] = {
     "networks.lora": "lora",
     "networks.lora_flux": "lora",
     "networks.lora_sd3": "lora",

@@ -13,7 +13,7 @@ from typing import Any
 from flows.coming_from.finish import finish
 from flows.coming_from.images import Folders, find_images
 from flows.coming_from.options import TRAINERS
-from flows.coming_from.read import Setting, Source, read_source
+from flows.coming_from.read import Setting, SettingsSource, read_source
 from flows.coming_from.translate import translate
 from flows.coming_from.translation import Translation
 from flows.spec import check_document
@@ -81,7 +81,7 @@ def convert_settings(
     return Converted(path, TRAINERS[read.trainer], tuple(translation.dropped), images)
 
 
-def _set_base(translation: Translation, source: Source, base: str | None) -> None:
+def _set_base(translation: Translation, source: SettingsSource, base: str | None) -> None:
     named = next(
         (
             s
@@ -110,7 +110,7 @@ def _set_base(translation: Translation, source: Source, base: str | None) -> Non
         translation.set("preprocess.crop", "center", "part of an image that is kept")
 
 
-def _check(text: str, path: Path, source: Source, needs_images: bool) -> None:
+def _check(text: str, path: Path, source: SettingsSource, needs_images: bool) -> None:
     """Validates the text as the pipeline file, before anything is written."""
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "pipeline.yaml"
@@ -129,7 +129,7 @@ def _check(text: str, path: Path, source: Source, needs_images: bool) -> None:
             ) from None
 
 
-def _text(translation: Translation, source: Source, folders: Folders, path: Path) -> str:
+def _text(translation: Translation, source: SettingsSource, folders: Folders, path: Path) -> str:
     name = re.sub(r"[^a-z0-9._-]+", "-", str(translation.get("file.name") or "adapter").lower()).strip("-._")[:63]
     lines = [
         f"# From {json.dumps(source.path.name, ensure_ascii=False)}, settings of {TRAINERS[source.trainer]}. "

@@ -8,15 +8,35 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from lora_engine.data.caption_files import CaptionFiles, FoundCaption
-from lora_engine.data.folder import Listing
+from lora_engine.data.caption_files import TEXT, CaptionFiles, FoundCaption
+from lora_engine.data.folder import COMPANIONS, MASK_ENDINGS, Listing
 from lora_engine.data.manifest import Quarantined, Split
+from lora_engine.data.metadata import is_metadata
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.subsets import Subset, find_subsets, repeats_of_folders
 from lora_engine.data.text_files import printable
 from lora_engine.errors import DataError
 
 _log = logging.getLogger(__name__)
+
+
+def is_plain(names: Collection[str]) -> bool:
+    """Returns True if releases before 0.4 used the same images and captions of a folder with files of these names.
+
+    They read `a.txt` beside `a.png`, in PNG, JPEG and WebP, and no meaning of folder names.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    kinds = {path.suffix for path in paths}
+    images = {str(path) for path in paths if path.suffix.lower() not in COMPANIONS}
+    return not (
+        kinds & {".caption", ".json"}
+        or {kind.lower() for kind in kinds} & {".avif", ".bmp", ".tif", ".tiff", ".gif"}
+        or any(kind != TEXT and kind.lower() == TEXT for kind in kinds)
+        or any(path.suffix == TEXT and PurePosixPath(path.stem).suffix for path in paths)
+        or any(is_metadata(path.name) for path in paths)
+        or any(path.stem.lower().endswith(MASK_ENDINGS[1:]) for path in paths)
+        or find_subsets(images)
+    )
 
 
 class FolderLayout:

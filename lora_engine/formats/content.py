@@ -41,7 +41,7 @@ _SLOTS = SIZE // PROBES
 
 
 @dataclass(frozen=True)
-class Content:
+class AdapterContent:
     """What an adapter file holds, without its container.
 
     Attributes:
@@ -61,12 +61,12 @@ class Content:
         return {**dict.fromkeys(self.embeddings, "embedding"), **own}
 
 
-def content_of(bundle: Bundle) -> Content:
+def content_of(bundle: Bundle) -> AdapterContent:
     """Returns the digests and the sketch of what an adapter file holds."""
     modules = {name: _plain(delta) for name, delta in bundle.adapter.modules.items()}
     effective = {name: delta for name, delta in modules.items() if not _is_zero(delta)}
     digests = [[name, sha256_bytes(b"\0".join(_parts(delta)))] for name, delta in sorted(effective.items())]
-    return Content(
+    return AdapterContent(
         sha256_bytes(canonical_json(digests)) if digests else None,
         tuple(sorted({_embedding_digest(embedding) for embedding in bundle.embeddings})),
         _sketch(effective, () if effective else bundle.embeddings),

@@ -19,7 +19,14 @@ from torch import Tensor
 from lora_engine.errors import AdapterError, NonFiniteError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.finite import check_finite
-from lora_engine.training.checkpoint_files import KEY, NAME, CheckpointFile, list_checkpoints, newest_first, step_of
+from lora_engine.training.checkpoint_files import (
+    CHECKPOINT_NAME,
+    KEY,
+    CheckpointFile,
+    list_checkpoints,
+    newest_first,
+    step_of,
+)
 
 _log = logging.getLogger(__name__)
 _KEEP = 2
@@ -95,7 +102,7 @@ class Checkpoints:
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """Reads a checkpoint; returns None, with a warning, if it is damaged."""
-    match = NAME.fullmatch(path.name)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
-NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.safetensors")
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.safetensors")
 """Name of a checkpoint: the steps done, and the digest of its bytes."""
 KEY = "loraline.checkpoint"
 """Header entry with its facts."""
@@ -49,12 +49,18 @@ def list_checkpoints(folders: Sequence[Path]) -> Iterator[CheckpointFile]:
 
 def newest_first(folders: Sequence[Path]) -> list[Path]:
     """Returns the files of checkpoints in folders, those with the most steps first."""
-    names = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    names = [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if CHECKPOINT_NAME.fullmatch(path.name)
+    ]
     # The sort is stable: of equal steps, those of the first folder come first.
     return sorted(names, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """Returns the steps in the name of a checkpoint; -1 for another file."""
-    match = NAME.fullmatch(path.name)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1

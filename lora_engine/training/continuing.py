@@ -13,7 +13,7 @@ from lora_engine.settings import without_later
 from lora_engine.training.checkpoint_files import CheckpointFile, list_checkpoints
 from lora_engine.training.schedules import PhaseRates, RateStage, common_steps
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.continuing import Change, restarting
+from lora_engine.training.specs.continuing import SettingChange, restarting
 
 EPOCH = "epoch"
 """Fact of a checkpoint: steps of an epoch."""
@@ -64,7 +64,9 @@ def find_state(settings: TrainSettings, origin: str, folders: Sequence[Path]) ->
     return None
 
 
-def find_loss(settings: TrainSettings, origin: str, folder: Path) -> tuple[CheckpointFile, dict[str, Change]] | None:
+def find_loss(
+    settings: TrainSettings, origin: str, folder: Path
+) -> tuple[CheckpointFile, dict[str, SettingChange]] | None:
     """Returns the newest checkpoint of an earlier run that a new one cannot continue, and the changes that forbid it.
 
     The changes are those of settings; without any, the rates changed, or something beside the settings did.

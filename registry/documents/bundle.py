@@ -143,7 +143,7 @@ def check_files(bundle: Path, folder: Path, key: Path, names: Sequence[str]) -> 
     from cryptography.exceptions import InvalidSignature
 
     library = signing_library(str(bundle))
-    signature = parse_bundle(read_file(bundle))
+    signature = parse_bundle(read_signed_file(bundle))
     verifier = library.verifying.Config().use_elliptic_key_verifier(public_key=key).set_ignore_unsigned_files(True)
     try:
         verifier.verify(folder, bundle)
@@ -167,7 +167,7 @@ def _differences(signature: Signature, folder: Path, names: Sequence[str]) -> li
     ]
 
 
-def read_file(path: Path) -> bytes:
+def read_signed_file(path: Path) -> bytes:
     """Returns the bytes of a bundle; one that is too long is cut, and has no known form then."""
     with path.open("rb") as file:
         return file.read(MAX_BUNDLE + 1)

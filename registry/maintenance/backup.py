@@ -191,7 +191,7 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
     return Backup(folder, len(sizes), copied, size, tuple(left_out), tuple(problems)), manifest
 
 
-def read_manifest(snapshot: Path) -> BackupManifest:
+def read_backup_manifest(snapshot: Path) -> BackupManifest:
     """Returns the manifest in the folder of a snapshot.
 
     Raises:
@@ -222,7 +222,7 @@ def read_backup_heads(folder: Path) -> list[KnownHead]:
     paths = sorted(snapshots.glob(f"[!.]*/{MANIFEST}")) if snapshots.is_dir() else [folder / MANIFEST]
     heads = []
     for path in paths:
-        manifest = read_manifest(path.parent)
+        manifest = read_backup_manifest(path.parent)
         try:
             head = Head.parse(manifest.head) if manifest.head else None
         except LineageError as error:

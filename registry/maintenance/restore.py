@@ -34,7 +34,7 @@ from registry.maintenance.backup import (
     MANIFEST,
     SNAPSHOTS,
     BackupManifest,
-    read_manifest,
+    read_backup_manifest,
 )
 from registry.maintenance.restored_tables import prepare_mlflow, prepare_tables
 from registry.settings import NAME, VARIABLES, Settings, read_file, write_file
@@ -157,7 +157,7 @@ def _opened(source: Path, unpacked: Path) -> Iterator[tuple[Path, LocalBlobs]]:
 
 
 def _read_manifest(snapshot: Path) -> BackupManifest:
-    path, manifest = snapshot / MANIFEST, read_manifest(snapshot)
+    path, manifest = snapshot / MANIFEST, read_backup_manifest(snapshot)
     if manifest.format != FORMAT:
         raise StoreError(
             f"the backup has format {manifest.format}",

@@ -19,7 +19,7 @@ from registry.policy.rights import revoked_upstream
 from registry.store.tables import EventRow, RevocationRow, VersionRow
 from registry.versions.impact import ImpactReport, Recall, find_affected
 from registry.versions.promotion import require_reason
-from registry.versions.subjects import PREFIX, RevocationTarget
+from registry.versions.subjects import LEAST_DIGITS, RevocationTarget
 from registry.versions.versions import Versions
 
 _DIGESTS = ("picture", "artifact", "file", "digest")
@@ -192,7 +192,7 @@ def _find_revocation(session: Session, text: str) -> Revocation:
     path = Path(text)
     digest = sha256_file(path) if "\0" not in text and path.is_file() else text.removeprefix("sha256:").lower()
     matches = [revocation for revocation in revocations if revocation.subject in (text, digest)]
-    if not matches and len(digest) >= PREFIX:
+    if not matches and len(digest) >= LEAST_DIGITS:
         matches = [entry for entry in revocations if entry.kind in _DIGESTS and entry.subject.startswith(digest)]
     if len(matches) != 1:
         allowed = ", ".join(revocation.subject[:40] for revocation in revocations) or "none"

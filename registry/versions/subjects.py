@@ -32,7 +32,7 @@ from registry.store.tables import (
     VersionRow,
 )
 
-PREFIX = 6
+LEAST_DIGITS = 6
 """Minimum number of digits that identify a digest."""
 _ALLOWED = (
     "a file or its digest (or the first 6 digits), NAME@REF, the id of a consent, the digest of an artifact, or the "
@@ -136,7 +136,7 @@ def _of_digest(session: Session, digest: str) -> RevocationTarget:
 
 def _of_prefix(session: Session, prefix: str, text: str) -> RevocationTarget:
     matches: set[str] = set()
-    if len(prefix) >= PREFIX:
+    if len(prefix) >= LEAST_DIGITS:
         columns: tuple[tuple[InstrumentedAttribute[str], Any], ...] = (
             (SubjectRow.subject, SubjectRow.kind == "picture"),
             (ArtifactRow.sha256, True),

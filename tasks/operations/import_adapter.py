@@ -25,7 +25,7 @@ from registry.policy.licenses import read_licenses
 from registry.versions.late_revocations import add_parents
 from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
-from tasks.content import write_contents
+from tasks.content import record_file_contents
 from tasks.entries import to_record, use_kinds
 from tasks.environment import describe_environment
 from tasks.errors import SpecError
@@ -167,7 +167,7 @@ def import_adapter(home: Home, file: Path, request: ImportRequest) -> ImportResu
             _write(out, bundle)
             artifact = versions.store.put("adapter", out)
         result = _register(versions, request, facts, bundle.card, foreign, artifact, original, findings)
-        write_contents(versions, artifact, [content])
+        record_file_contents(versions, artifact, [content])
         return result
     finally:
         versions.close()

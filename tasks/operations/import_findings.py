@@ -21,11 +21,11 @@ from registry.policy.policy_file import read_policies
 from registry.policy.revocations import describe_revoked, find_blocks, find_revoked
 from registry.policy.rights import terms_of
 from registry.versions.versions import Versions
-from tasks.content import Sources, find_sources
+from tasks.content import ContentSources, find_sources
 
 if TYPE_CHECKING:
     from lora_engine.formats import Card
-    from lora_engine.formats.content import Content
+    from lora_engine.formats.content import AdapterContent
 
 
 class Statements(Protocol):
@@ -58,7 +58,7 @@ class ImportFindings:
         overridden: Reasons against the import that the user overrode.
     """
 
-    sources: Sources
+    sources: ContentSources
     similar: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     overridden: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ def judge_import(
     versions: Versions,
     request: Statements,
     files: Mapping[str, str],
-    content: Content,
+    content: AdapterContent,
     header: Mapping[str, Any],
     card: Card,
 ) -> ImportFindings:
@@ -163,7 +163,7 @@ def _looser(stated: LicenseTerms, inherited: LicenseTerms) -> str:
     return " and ".join(filter(None, parts))
 
 
-def _warnings(licenses: Licenses, stated: LicenseTerms, in_header: object, sources: Sources) -> Iterator[str]:
+def _warnings(licenses: Licenses, stated: LicenseTerms, in_header: object, sources: ContentSources) -> Iterator[str]:
     if isinstance(in_header, str) and in_header:
         terms = licenses.terms_of_license(in_header, "its header")
         loosened = "" if terms.unknown else _looser(stated, terms)

@@ -69,10 +69,10 @@ def merge_named(
     from lora_engine.merging.files import learns, merge_files
     from lora_engine.merging.spec import parse_options
 
-    parsed = parse_options(method, options)
     recorder = recorder_of(home, "merge", output)
     with ExitStack() as stack:
         inputs = stack.enter_context(checkout_adapters(texts, home, recorder))
+        parsed = parse_options(method, options)
         files, weights = [file for file, _ in inputs], [weight for _, weight in inputs]
         folder = None if dataset is None else Path(dataset)
         if learns(parsed):

@@ -19,7 +19,7 @@ from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
-from tasks.digests import digest_path
+from tasks.digests import PathDigest, digest_path
 from tasks.entries import changed_revisions, find_used
 from tasks.execution import execute
 from tasks.job import Job, prepare_job
@@ -107,10 +107,13 @@ def _add_step(
     fingerprint: str | None,
 ) -> None:
     kind = STEPS[step.uses]
+    digests: dict[str, PathDigest] = {}
     files: dict[str, Path | ArtifactRef] = {role: ref for role, ref in step.inputs.items() if ref.kind == FILE}
     for role in find_unkept_fields(step):
         path = given[f"{name}.{role}"]
-        if not path.exists() or digest_path(path).sha256 != step.settings["files"][role]:
+        if path.exists():
+            digests[role] = digest_path(path)
+        if role not in digests or digests[role].sha256 != step.settings["files"][role]:
             plan.reasons.append(f"{path} differs from the files that step {name!r} read as {role}")
         files[role] = path.resolve()
     values = dict(step.settings.get("settings", {}))
@@ -122,7 +125,7 @@ def _add_step(
         _warn_of_revision(plan, name, step, kind.revision)
         plan.reasons.append(f"the settings of step {name!r} are no longer valid ({error.errors()[0]['msg']})")
         return
-    _warn_of_revision(plan, name, step, kind.revision)
+    _warn_of_revision(plan, name, step, kind.revision_of(spec, digests))
     plan.warnings += [f"step {name!r}: {change}" for change in changed_revisions(find_used(spec, None), step.settings)]
     plan.steps.append(RebuildStep(name, step, spec, files))
 

@@ -22,17 +22,17 @@ from registry.lineage.rows import read_artifacts
 from registry.store.artifacts import encode_tree
 from registry.store.tables import ExecutionRow
 from registry.versions.versions import Versions
-from tasks.content import find_sources, read_contents, write_contents
+from tasks.content import find_sources, read_contents, record_file_contents
 from tasks.environment import describe_environment
 from tasks.operations.promote import find_version
 
 if TYPE_CHECKING:
     from lora_engine.formats.codec import Names
-    from lora_engine.formats.content import Content
+    from lora_engine.formats.content import AdapterContent
 
 _log = logging.getLogger(__name__)
 _REVISION = "1"
-Stamp = tuple[int, int, int]
+FileStamp = tuple[int, int, int]
 
 
 class VerbRecorder:
@@ -132,7 +132,7 @@ def record_result(
     verb: str,
     sources: Mapping[str, ArtifactRef],
     written: Sequence[Path],
-    contents: Sequence[Content],
+    contents: Sequence[AdapterContent],
     settings: Mapping[str, Any],
     *,
     unknown: Sequence[str] = (),
@@ -181,7 +181,7 @@ def record_result(
     )
     lineage.log_execution(execution, contents=entries)
     lineage.finish_run(run.id, "COMPLETED")
-    write_contents(context, output, contents)
+    record_file_contents(context, output, contents)
     return output
 
 
@@ -206,7 +206,7 @@ def _recipe_of(path: Path) -> Mapping[str, Any]:
     return recipe if isinstance(recipe, Mapping) else {}
 
 
-def _stamps(output: Path) -> dict[Path, Stamp]:
+def _stamps(output: Path) -> dict[Path, FileStamp]:
     """Returns the identity of each file of an output, which every atomic write changes."""
     if not output.exists():
         return {}

@@ -14,7 +14,7 @@ from registry.policy.conditions import AliasState, find_lockouts, read_alias_sta
 from registry.store.redaction import redact_values
 from registry.versions.live_run import end_dead_trainings
 from registry.versions.versions import Versions
-from tasks.run_entry import read_points, read_steps
+from tasks.run_entry import read_points, read_run_steps
 
 _MOST_RUNS = 200
 _UNFINISHED = {"waiting": "not started", "running": "stopped"}
@@ -119,7 +119,7 @@ def _has_tables(home: Home) -> bool:
 
 def _state(home: Home, run: Run, is_dead: bool, versions: list[AdapterVersion]) -> RunState:
     run = replace(run, status="CRASHED") if is_dead else run
-    steps = [_step(home, run, values) for values in read_steps(home, run.id)]
+    steps = [_step(home, run, values) for values in read_run_steps(home, run.id)]
     return RunState(run, steps, [version for version in versions if version.run_id == run.id])
 
 

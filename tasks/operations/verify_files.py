@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_engine.documents import parse_json
 from lora_engine.errors import AdapterError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes, sha256_file
 from registry.documents.bundle import (
@@ -18,7 +19,7 @@ from registry.documents.bundle import (
     is_signature,
     key_problem,
     parse_bundle,
-    read_file,
+    read_signed_file,
 )
 from registry.documents.keys import PublicKey, key_of, read_public_key
 from registry.documents.storage import DOCUMENT_FILES, PROVENANCE, document_problems
@@ -137,7 +138,7 @@ def _check_signature(
     notes: list[str],
 ) -> None:
     try:
-        signature = parse_bundle(read_file(folder / file))
+        signature = parse_bundle(read_signed_file(folder / file))
         key, problem = key_of(trusted, signature.key), key_problem(signature.key, trusted, "given keys")
         if key is None:
             notes.append(f"{file}: {problem}")
@@ -192,12 +193,12 @@ def _read_statement(folder: Path, version: str, signed: dict[str, str], findings
         return {}
     try:
         content = path.read_bytes()[:_MAX_STATEMENT]
-        statement = json.loads(content)
+        statement = parse_json(content, EXPORTED, SpecError)
         subjects = {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in statement["subject"]}
         is_known = (statement["_type"], statement["predicateType"]) == (_STATEMENT, _PREDICATE)
         sha256 = statement["predicate"]["adapter"]["sha256"]
         is_of_version = statement["predicate"] == {"version": version, "adapter": {"sha256": sha256}}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (SpecError, KeyError, TypeError):
         findings.append(f"{EXPORTED}: it cannot be read")
         return {}
     if not is_known or canonical_json(statement) != content or any(".." in Path(name).parts for name in subjects):

@@ -40,10 +40,24 @@ def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], re
     return (consents | {*files["images"].files.values()}) & {*revoked}
 
 
+def find_revision(spec: Ingest, files: Mapping[str, PathDigest]) -> int:
+    """Returns the first revision that reads a folder as this release does; see `StepKind.revisions`.
+
+    Since revision 4, a statement about one copy of an image counts for all. Since revision 5, layouts of other programs
+    are recognized.
+    """
+    from lora_engine.data.layout import is_plain
+
+    if spec.layout == "auto" and "images" in files and is_plain(files["images"].files):
+        return 3 if spec.consent is None else 4
+    return 5
+
+
 @step(
     Ingest,
     produces="manifest",
     revision=5,
+    revisions=find_revision,
     summary="manifest.json",
     find_excluded=find_revoked,
     imports=always("lora_engine.data.ingest"),

@@ -230,10 +230,11 @@ def test_the_settings_of_a_train_step_on_the_page_about_training_load(first: str
     assert len(train_blocks()) >= 5
     (tmp_path / "images").mkdir()
     settings = "\n".join(f"    {line}" for line in train_blocks()[first].splitlines())
+    steps = "" if first.startswith("steps:") else "    steps: 100\n"
     path = tmp_path / "pipeline.yaml"
     path.write_text(
         "name: shown\nbase: tiny\nsteps:\n"
         "  photos: {uses: ingest, images: images/}\n"
-        f"  adapter:\n    uses: train\n    dataset: photos\n    steps: 100\n{settings}\n"
+        f"  adapter:\n    uses: train\n    dataset: photos\n{steps}{settings}\n"
     )
     assert "adapter" in load_spec(path).steps

@@ -131,7 +131,9 @@ def test_a_child_names_its_parent_has_its_rights_and_its_saved_adapters_can_be_u
     say("export", "child@1", "--to", "loraline", "--step", 1, "-o", out, home=home)
     file = out / "child-v1-step1.safetensors"
     assert read_bundle(file).card.recipe["saved"] == {"step": 1, "validation_loss": None}
-    say("import", file, "--name", "early", "--base", "tiny", "--license", "MIT", home=home)
+    named = ("import", file, "--name", "early", "--base", "tiny", "--license")
+    assert "not accepted" in loraline_here(*named, "MIT", home=home).stderr
+    say(*named, "Apache-2.0 AND CC-BY-NC-4.0", home=home)
     say("generate", f"a zorb <lora:{file}:1>", "-o", tmp_path / "images", "-n", 1, "--steps", 1, home=home)
     refused = loraline_here("export", "child@1", "--to", "kohya", "--step", 3, "-o", out, home=home)
     assert refused.returncode == 2

@@ -149,4 +149,4 @@ def test_a_training_leaves_sample_images_of_every_interval(home: Path, processes
     assert version.aliases == ("staging",)
     assert version.card["recipe"]["running"]["processes"] == processes
     shown = {path.parent.name for path in (home / "mlflow" / version.name).rglob("samples/*/*.png")}
-    assert shown == {"step-000001", "step-000002"}, "MLflow shows the images of every interval"
+    assert shown == {"step-000000", "step-000001", "step-000002"}, "MLflow shows the images of every interval"

@@ -35,7 +35,7 @@ from tasks.watching import TrainingWatcher
 from tests.flows import made
 from tests.flows.commands import loraline_process, say
 from tests.flows.made import run_line
-from tests.flows.shared import LINE, Trained, write_line
+from tests.flows.shared import LINE, Trained, copy_trained, write_line
 
 STEPS = 60
 WATCHED = (
@@ -179,7 +179,7 @@ def failing_after(writes: int, error: Exception) -> Iterator[None]:
         yield
 
 
-def retrain(trained: Trained, monkeypatch: pytest.MonkeyPatch, *, live: bool, steps: int = 12) -> AdapterVersion:
+def retrain(trained: Trained, monkeypatch: pytest.MonkeyPatch, *, live: bool, steps: int = 16) -> AdapterVersion:
     """Trains again, with samples and another number of steps, and registers."""
     text = trained.spec.read_text().replace("steps: 12, batch: 4", f"steps: {steps}, batch: 4, validate_every: 4")
     samples = ", samples: {every: 6, prompts: [a zorb], steps: 1}" if live else ""
@@ -214,7 +214,7 @@ def test_watching_and_samples_change_no_byte_and_a_dead_mlflow_is_one_warning_th
     run = run_of(watched, trained)
     assert run.info.status == "FINISHED"
     assert run.data.tags["loraline.training.key"]
-    for name, steps in (("loss", range(1, 13)), ("validation_loss", range(0, 13, 4))):
+    for name, steps in (("loss", range(1, 17)), ("validation_loss", range(0, 17, 4))):
         history = client_of(trained.home.path).get_metric_history(run.info.run_id, name)
         assert sorted(point.step for point in history) == [*steps], "every point once"
     assert "agrees" in say("fsck", home=trained.home.path)
@@ -321,7 +321,8 @@ def test_a_warning_of_a_child_is_one_of_its_step_and_of_no_other() -> None:
 def test_a_full_disk_costs_the_entry_of_a_run_with_one_warning_and_not_the_run(
     trained: Trained, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with recording(trained.home, "run", {"adapter": "train"}):
+    # The warning is an event of the step, which the entry takes, too.
+    with recording(trained.home, "run", {"adapter": "train"}), collecting("adapter"):
 
         def write(path: Path, content: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -331,7 +332,7 @@ def test_a_full_disk_costs_the_entry_of_a_run_with_one_warning_and_not_the_run(
             publish(StepEvent("adapter", "measured", points=[POINT]))
             publish(StepEvent("adapter", "started"))
     assert len([record for record in caplog.records if "No space left" in record.getMessage()]) == 1
-    (step,) = run_entry.read_steps(trained.home, "run")
+    (step,) = run_entry.read_run_steps(trained.home, "run")
     assert step["state"] == "waiting"
 
 

@@ -218,13 +218,13 @@ HARM = {
 FOREIGN_TABLES = {
     "a trigger": (
         _sql("CREATE TRIGGER evil AFTER INSERT ON versions BEGIN DELETE FROM aliases; END"),
-        "not in schema 3: 'trigger evil'",
+        "not in schema 4: 'trigger evil'",
     ),
     "another trigger of a known name": (
         _sql(DROP_LOG[0], "CREATE TRIGGER events_no_update BEFORE UPDATE ON runs " + REFUSE),
-        "not in schema 3: 'trigger events_no_update'",
+        "not in schema 4: 'trigger events_no_update'",
     ),
-    "a missing trigger": (_sql(*DROP_LOG), "missing in schema 3: 'trigger events_no_delete'"),
+    "a missing trigger": (_sql(*DROP_LOG), "missing in schema 4: 'trigger events_no_delete'"),
     "a view": (_sql("CREATE VIEW evil AS SELECT * FROM versions"), "'view evil'"),
     "a view for a table": (
         _sql("ALTER TABLE revocations RENAME TO r", "CREATE VIEW revocations AS SELECT * FROM r"),
@@ -235,7 +235,7 @@ FOREIGN_TABLES = {
     "a computed column": (_sql("ALTER TABLE runs ADD COLUMN evil AS (1)"), r"'column runs\.evil'"),
     "a missing column": (
         _sql("ALTER TABLE runs DROP COLUMN ended_at"),
-        r"missing in schema 3: 'column runs\.ended_at'",
+        r"missing in schema 4: 'column runs\.ended_at'",
     ),
     "a name that is a path": (_sql("UPDATE names SET name = '../../evil'"), "invalid adapter name '../../evil'"),
     "an adapter outside its artifact": (_sql("UPDATE versions SET adapter_path = '/evil'"), "invalid path '/evil'"),

@@ -19,7 +19,7 @@ Effect = Literal["none", "continues", "restarts"]
 
 
 @dataclass(frozen=True)
-class Change:
+class SettingChange:
     """What a change of a setting does to the steps that were trained.
 
     Attributes:
@@ -32,44 +32,46 @@ class Change:
     reason: str
 
 
-_WATCHES = Change("none", "it changes no byte of the adapter")
+_WATCHES = SettingChange("none", "it changes no byte of the adapter")
 _RATES = "the steps at unchanged rates stay the same"
-CHANGES: Mapping[str, Change] = {
+CHANGES: Mapping[str, SettingChange] = {
     "samples": _WATCHES,
     "validate_every": _WATCHES,
     "checkpoint_every": _WATCHES,
     "save_every": _WATCHES,
-    "steps": Change("continues", f"{_RATES}: all of them with schedule constant, none with one that falls to the end"),
-    "schedule": Change("continues", f"{_RATES}, such as those of the warmup"),
-    "warmup": Change("continues", f"{_RATES}: none if the warmup changes from the first step on"),
-    "then": Change("continues", "it adds steps after those of the last phase"),
-    "learning_rate": Change("restarts", "it changes every step; `then` changes the rate of later steps"),
-    "rates": Change("restarts", "it changes every step; `then` changes the rate of later steps"),
-    "weight_decay": Change("restarts", "it changes every step"),
-    "clip": Change("restarts", "it changes every step whose gradient is larger"),
-    "batch": Change("restarts", "every step sees other images"),
-    "accumulate": Change("restarts", "every step sees other images"),
-    "seed": Change("restarts", "every step sees other images and noise"),
-    "captions": Change("restarts", "every step sees other captions or images"),
-    "caption_dropout": Change("restarts", "every step sees other captions"),
-    "objective": Change("restarts", "every step sees another noise or loss"),
-    "dropout": Change("restarts", "it changes every step"),
-    "prior": Change("restarts", "every step sees other class images"),
-    "method": Change("restarts", "it trains something else"),
-    "kind": Change("restarts", "the factors have another form; `init` converts a finished adapter"),
-    "rank": Change("restarts", "the factors have another shape; `init` enlarges a finished adapter"),
-    "alpha": Change("restarts", "the factors have another scale"),
-    "targets": Change("restarts", "other layers are trained; `init` starts from a finished adapter"),
-    "overrides": Change("restarts", "the factors have another form; `init` starts from a finished adapter"),
-    "precision": Change("restarts", "every step has other rounding"),
-    "running": Change("restarts", "every step may have other rounding"),
-    "optimizer_state": Change("restarts", "it changes the first step"),
+    "steps": SettingChange(
+        "continues", f"{_RATES}: all of them with schedule constant, none with one that falls to the end"
+    ),
+    "schedule": SettingChange("continues", f"{_RATES}, such as those of the warmup"),
+    "warmup": SettingChange("continues", f"{_RATES}: none if the warmup changes from the first step on"),
+    "then": SettingChange("continues", "it adds steps after those of the last phase"),
+    "learning_rate": SettingChange("restarts", "it changes every step; `then` changes the rate of later steps"),
+    "rates": SettingChange("restarts", "it changes every step; `then` changes the rate of later steps"),
+    "weight_decay": SettingChange("restarts", "it changes every step"),
+    "clip": SettingChange("restarts", "it changes every step whose gradient is larger"),
+    "batch": SettingChange("restarts", "every step sees other images"),
+    "accumulate": SettingChange("restarts", "every step sees other images"),
+    "seed": SettingChange("restarts", "every step sees other images and noise"),
+    "captions": SettingChange("restarts", "every step sees other captions or images"),
+    "caption_dropout": SettingChange("restarts", "every step sees other captions"),
+    "objective": SettingChange("restarts", "every step sees another noise or loss"),
+    "dropout": SettingChange("restarts", "it changes every step"),
+    "prior": SettingChange("restarts", "every step sees other class images"),
+    "method": SettingChange("restarts", "it trains something else"),
+    "kind": SettingChange("restarts", "the factors have another form; `init` converts a finished adapter"),
+    "rank": SettingChange("restarts", "the factors have another shape; `init` enlarges a finished adapter"),
+    "alpha": SettingChange("restarts", "the factors have another scale"),
+    "targets": SettingChange("restarts", "other layers are trained; `init` starts from a finished adapter"),
+    "overrides": SettingChange("restarts", "the factors have another form; `init` starts from a finished adapter"),
+    "precision": SettingChange("restarts", "every step has other rounding"),
+    "running": SettingChange("restarts", "every step may have other rounding"),
+    "optimizer_state": SettingChange("restarts", "it changes the first step"),
 }
 """What a change of each setting does; one that is not listed restarts."""
-UNLISTED = Change("restarts", "it may change every step")
+UNLISTED = SettingChange("restarts", "it may change every step")
 
 
-def find_change(setting: str) -> Change:
+def find_change(setting: str) -> SettingChange:
     """Returns what a change of a setting does."""
     return CHANGES.get(setting, UNLISTED)
 
@@ -79,7 +81,7 @@ def fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if find_change(name).effect == "restarts"}
 
 
-def restarting(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Change]]:
+def restarting(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, SettingChange]]:
     """Yields the settings that differ and restart a training, with what they do."""
     fixed, now = fixed_settings(before), fixed_settings(after)
     for name in sorted({*fixed, *now}):

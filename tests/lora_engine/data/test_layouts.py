@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_engine.data.ingest import ingest
+from lora_engine.data.layout import is_plain
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
@@ -279,3 +280,24 @@ def test_of_equal_images_the_one_with_a_caption_counts(tmp_path: Path, caplog: p
     assert [(image.source, image.caption) for image in manifest.pictures] == [("a.png", "red")]
     assert [item.reason for item in manifest.quarantined] == ["duplicate of a.png", "duplicate of a.png"]
     assert "a.png and c.png are the same image with different captions; 'red' is used" in caplog.text
+
+
+PLAIN = [
+    ["a.png", "b/c.jpg", "b/c.txt", "a.mask.png", "masks/a.png", "readme.md", "notes.txt"],
+    ["10_sks dog/a.png", "b.png"],
+]
+ODD = ["a.caption", "a.json", "a.TXT", "a.png.txt", "metadata.csv", "meta_cap.json", "a.avif", "a_mask.png", "a.tif"]
+
+
+@pytest.mark.parametrize("names", PLAIN)
+def test_a_folder_that_is_read_as_before_is_plain(names: list[str]) -> None:
+    assert is_plain(names)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_with_a_file_that_is_read_anew_is_not_plain(name: str) -> None:
+    assert not is_plain(["a.png", name])
+
+
+def test_kohyas_folders_are_not_plain() -> None:
+    assert not is_plain(["10_sks dog/a.png", "1_dog/b.png"])

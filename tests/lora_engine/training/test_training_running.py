@@ -134,10 +134,10 @@ def test_a_nondeterministic_operation_is_refused_by_name_and_only_if_determinism
 ) -> None:
     seen: list[bool] = []
 
-    def init(base: BaseModel, settings: TrainSettings) -> Adapter:
+    def init(base: BaseModel, settings: TrainSettings, *initial: Any) -> Adapter:
         seen.append(torch.are_deterministic_algorithms_enabled())
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # torch has no deterministic form of it
-        return init_adapter(base, settings)
+        return init_adapter(base, settings, *initial)
 
     monkeypatch.setattr("lora_engine.training.job.init_adapter", init)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # registers the restore
