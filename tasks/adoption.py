@@ -85,8 +85,10 @@ def find_changes(job: Job, inputs: Inputs, source: Execution) -> Iterator[str]:
 
 
 def _find_settings_changes(job: Job, recorded: Mapping[str, Any]) -> Iterator[str]:
-    completed = job.spec.with_settings(recorded)
-    before = dict(recorded) if completed is None else completed.own_settings()
+    # Options of nested settings that were added since get their defaults; options that are gone are kept.
+    known = {name: value for name, value in recorded.items() if name in type(job.spec).model_fields}
+    completed = job.spec.with_settings(known)
+    before = dict(recorded) if completed is None else {**recorded, **completed.own_settings()}
     # The fingerprint decides about the base, not its name.
     ignored = dict.fromkeys(("base", *job.spec.without_effect()))
     yield from _differences(before | ignored, job.spec.own_settings() | ignored)

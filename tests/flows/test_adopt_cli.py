@@ -72,7 +72,7 @@ def test_every_result_is_adopted_with_a_record_of_its_origin_and_nothing_runs(ho
     plan = planned("plan", home)
     assert [step["cached"] for step in plan.values()] == [False] * 6
     assert (
-        "at the same revision; options that were added since have their defaults: max_pixels"
+        "at the same revision; options that were added since have their defaults: layout, max_pixels"
         in plan["photos"]["reason"]
     )
     assert plan["photos"]["adoption"] == before["photos"].id
