@@ -22,7 +22,7 @@ import torch
 
 from lora_engine.adapters.select import select_modules
 from lora_engine.data.consent import read_consent
-from lora_engine.data.folder import clean_text
+from lora_engine.data.text_files import clean_text
 from lora_engine.documents import parse_json, read_document
 from lora_engine.errors import EngineError, WordedError
 from lora_engine.formats import inspect, read_bundle, write_adapter

@@ -9,8 +9,8 @@ from pathlib import Path
 from flows.spec import load_spec
 from lora_engine.adapters.select import select_modules
 from lora_engine.data.caption import render_template
-from lora_engine.data.folder import clean_text, printable
 from lora_engine.data.spec import CaptionSettings
+from lora_engine.data.text_files import clean_text, printable
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.files import atomic_write, is_file_name, write_within
 from lora_engine.inference.syntax import parse_prompt, parse_weights
