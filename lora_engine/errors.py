@@ -90,14 +90,20 @@ class InterruptedRun(TrainingError):
 
 def make_readable(text: str) -> str:
     """Returns a text as a message shows it: control and direction characters escaped, a very long middle left out."""
-    if len(text) > _SHOWN:
-        text = f"{text[: _SHOWN - _END]} ... {text[-_END:]}"
+    text = _shortened(text)
     if text.isprintable():
         return text
-    return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in text
+    # An escaped character is up to ten times as long.
+    return _shortened(
+        "".join(
+            character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+            for character in text
+        )
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - _END]} ... {text[-_END:]}"
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -12,6 +13,8 @@ from lora_engine.errors import SettingsError
 from lora_engine.families import families
 
 _MAX_REPEATS = 4
+MAX_PATTERN = 1_000
+"""Characters of a pattern; translating a glob takes quadratic time, and no name of a module is as long."""
 # A part of a regular expression: an escape, a class, a repetition that is no mere option, a bracket or a character.
 _ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<repeat>[*+][?+]?|\{\d*,?\d*\}[?+]?)|.", re.DOTALL)
 _NO_DENOISER = ("text_encoder", "vae")
@@ -67,11 +70,14 @@ _ALLOWED = f"the presets {', '.join(TARGET_PRESETS)}, a glob such as 'unet.*.to_
 def _test(target: str) -> Callable[[str, _Shape], bool]:
     if target in TARGET_PRESETS:
         return TARGET_PRESETS[target]
+    check_length(target)
     if not target.startswith("re:"):
         return lambda name, _: fnmatchcase(name, target)
     try:
-        expression = re.compile(target[3:])
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # such as of a nested set, whose meaning will change
+            expression = re.compile(target[3:])
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise SettingsError(
             f"target {target!r} is not a regular expression: {error}",
             allowed=_ALLOWED,
@@ -79,6 +85,20 @@ def _test(target: str) -> Callable[[str, _Shape], bool]:
         ) from error
     _check_repeats(target)
     return lambda name, _: bool(expression.fullmatch(name))
+
+
+def check_length(pattern: str) -> None:
+    """Raises an error for a pattern of more than `MAX_PATTERN` characters.
+
+    Raises:
+        SettingsError: It is too long.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise SettingsError(
+            f"the pattern {pattern[:40]!r}... has {len(pattern):,} characters",
+            allowed=f"at most {MAX_PATTERN:,}",
+            remedy="list several patterns",
+        )
 
 
 def _check_repeats(target: str) -> None:

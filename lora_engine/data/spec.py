@@ -39,7 +39,9 @@ class IngestSettings(BaseModel):
 
     heldout: float = Field(default=0.0, ge=0.0, le=0.9)
     max_pixels: int = Field(default=64_000_000, ge=1, le=89_000_000)
-    repeats: Literal["folders"] | dict[str, Annotated[int, Field(ge=1, le=MAX_REPEATS)]] = {}
+    repeats: (
+        Literal["folders"] | dict[Annotated[str, Field(max_length=1_000)], Annotated[int, Field(ge=1, le=MAX_REPEATS)]]
+    ) = {}
     layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
 
 

@@ -62,9 +62,10 @@ def decode_text(content: bytes, name: str) -> str:
 
 def clean_text(text: str) -> str:
     """Returns the text as one line: white space collapsed, control and direction characters removed, NFC."""
-    spaced = (" " if character.isspace() else character for character in unicodedata.normalize("NFC", text))
+    spaced = (" " if character.isspace() else character for character in text)
     visible = (c for c in spaced if unicodedata.category(c) not in {"Cc", "Cs"} and c not in _DIRECTION)
-    return " ".join("".join(visible).split())
+    # A removed character may have kept a letter and its accent apart.
+    return " ".join(unicodedata.normalize("NFC", "".join(visible)).split())
 
 
 def printable(name: str) -> str:

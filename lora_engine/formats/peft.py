@@ -116,8 +116,18 @@ class PeftCodec(TensorCodec):
         return {key.rpartition("/")[2]: tensor for key, tensor in tensors.items()}, metadata
 
     def raw_name(self, name: str, family: str) -> str:
-        """Returns `<component>/base_model.model.<path>`."""
+        """Returns `<component>/base_model.model.<path>`.
+
+        Raises:
+            AdapterError: The path begins with another component, which readers would take for the module's own.
+        """
         component, _, path = name.partition(".")
+        if path.partition(".")[0] in _COMPONENT_PATTERNS:
+            raise AdapterError(
+                "the name of the module has two components, of which PEFT's readers see the second",
+                where=name,
+                remedy="correct the names in the file that it was read from",
+            )
         return f"{component}/{PEFT_PREFIX}{_model_path(component, path)}"
 
     def header(self, adapter: Adapter, card: Card) -> dict[str, str]:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from lora_engine.adapters.select import check_length
 from lora_engine.errors import SettingsError
 from lora_engine.merging.spec import Weight
 
@@ -138,6 +139,7 @@ def _blocks_of_slot(slot: str, side: str | None, digits: str | None) -> Iterator
 
 def _matches(glob: str, name: str) -> bool:
     if any(sign in glob for sign in "*?["):
+        check_length(glob)
         return fnmatchcase(name, glob)
     return name == glob or name.startswith(f"{glob}.")
 

@@ -110,5 +110,12 @@ FINDINGS: Mapping[str, Case] = {
         "folders", lambda: _lora("base_model.model.unet.base_model.model."), "PEFT's prefix in its name"
     ),
     "as many patterns as modules": Case("folders", _patterns),
+    "a letter and its accent around a control character": Case(
+        "captions", lambda: as_text("a\0\u0301"), "CaptionSettings"
+    ),
+    "a value of undecodable bytes": Case("set", lambda: as_text("\udcfe" * 4_000), r"\\udcfe.* \.\.\. "),
+    "a set within a set": Case("patterns", lambda: as_text("re:[[a]"), "Possible nested set"),
+    "a glob of 70,000 characters": Case("patterns", lambda: as_text("unet.[" * 12_000), "72,000 characters"),
+    "a module with two components": Case("adapters", lambda: _stored({"loraline.base": "sd"}, "text_encoder.unet")),
 }
 """What was wrong -> its case."""
