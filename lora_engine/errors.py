@@ -44,6 +44,11 @@ class WordedError(Exception):
             parts.append(f"Fix: {make_readable(remedy)}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
 
+    @property
+    def reason(self) -> str:
+        """The problem with the allowed values, without place and fix, as a list of files shows it."""
+        return f"{self.problem}; allowed: {self.allowed}" if self.allowed else self.problem
+
     def at(self, where: str) -> Self:
         """Returns the same error with another location, for callers that know it more precisely."""
         return type(self)(self.problem, where=where, allowed=self.allowed, remedy=self.remedy)

@@ -94,7 +94,7 @@ class CaptionFiles:
             try:
                 yield FoundCaption(self._read_sidecar(sidecar), PurePosixPath(sidecar).suffix.lower())
             except DataError as error:
-                self.faults[sidecar] = _reason(error)
+                self.faults[sidecar] = error.reason
         yield from self._stated.get(name, ())
         if (subset := self._subsets.get(PurePosixPath(name).parent.as_posix())) is not None and subset.words:
             yield FoundCaption(subset.words, FOLDER)
@@ -127,7 +127,7 @@ class CaptionFiles:
             try:
                 self._stated[name].append(FoundCaption(_bounded(text), path.name))
             except DataError as error:
-                self.faults[f"{file}, entry {stated}"] = _reason(error)
+                self.faults[f"{file}, entry {stated}"] = error.reason
 
 
 def _bounded(text: str) -> str:
@@ -143,7 +143,3 @@ def _index(names: Collection[str]) -> dict[str, list[str]]:
         if name.lower().endswith(_ENDINGS):
             index[name.lower()].append(name)
     return index
-
-
-def _reason(error: DataError) -> str:
-    return f"{error.problem}; allowed: {error.allowed}" if error.allowed else error.problem

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import io
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from lora_engine.data.examination import THUMBNAIL, Examination, Examined
+from lora_engine.data.pages import embed_image, load_template
 
-from lora_engine.data.examination import Examination, Examined
-from lora_engine.data.images import encode_png
-
-_PIXEL_ART_SIDE = 128
+_PAGE = Path(__file__).with_name("contact_sheet.html")
+_QUALITY = 85
 _ROLES = {"train": "", "heldout": "held out", "class": "class image"}
 
 
 def render_contact_sheet(title: str, examination: Examination) -> str:
     """Returns the page; all text from files is escaped, and the page loads nothing."""
     groups = {index: number for number, group in enumerate(examination.groups, start=1) for index in group}
-    return _template().render(
+    return load_template(_PAGE).render(
         title=title,
         summary=examination.manifest.describe(),
         advice=examination.advice,
@@ -33,8 +29,7 @@ def _card(image: Examined, group: int | None) -> dict[str, Any]:
     entry = image.entry
     notes = [_ROLES[entry.split], f"{entry.repeats} repeats" if entry.repeats > 1 else "", "mask" if entry.mask else ""]
     return {
-        "uri": _data_uri(image),
-        "pixel_art": max(entry.width, entry.height) <= _PIXEL_ART_SIDE,
+        **embed_image(image.thumbnail, THUMBNAIL, _QUALITY),
         "source": entry.source,
         "size": f"{entry.width} x {entry.height}",
         "caption": entry.caption,
@@ -42,23 +37,3 @@ def _card(image: Examined, group: int | None) -> dict[str, Any]:
         "notes": [note for note in notes if note],
         "flaws": [*image.flaws, *([f"like others of group {group}"] if group is not None else [])],
     }
-
-
-def _data_uri(image: Examined) -> str:
-    if max(image.entry.width, image.entry.height) <= _PIXEL_ART_SIDE:
-        return f"data:image/png;base64,{base64.b64encode(encode_png(image.thumbnail)).decode()}"
-    buffer = io.BytesIO()
-    image.thumbnail.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("contact_sheet.html")

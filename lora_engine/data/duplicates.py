@@ -52,10 +52,14 @@ def take_print(image: Image.Image) -> Print:
     return Print(fine, np.stack([_hash(view, 8) for view in views]), color, min(image.size) < SMALL)
 
 
-def find_groups(prints: Sequence[Print]) -> list[list[int]]:
+def find_groups(prints: Sequence[Print], same: Collection[tuple[int, int]] | None = None) -> list[list[int]]:
     """Returns groups of kin images, as indices in ascending order; an image without kin is a group of its own.
 
     Kin are equal images, and crops of one another. What is kin of kin is in the same group.
+
+    Args:
+        prints: The prints of the images.
+        same: The result of `find_same`, if it is at hand.
     """
     parents = list(range(len(prints)))
 
@@ -65,7 +69,7 @@ def find_groups(prints: Sequence[Print]) -> list[list[int]]:
             index = parents[index]
         return index
 
-    for first, second in find_kin(prints):
+    for first, second in find_kin(prints, same):
         low, high = sorted((root(first), root(second)))
         parents[high] = low
     groups: dict[int, list[int]] = defaultdict(list)
@@ -74,9 +78,9 @@ def find_groups(prints: Sequence[Print]) -> list[list[int]]:
     return list(groups.values())
 
 
-def find_kin(prints: Sequence[Print]) -> list[tuple[int, int]]:
-    """Returns the pairs of kin images, as indices, sorted; takes n² comparisons of some nanoseconds."""
-    same = set(find_same(prints))
+def find_kin(prints: Sequence[Print], same: Collection[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+    """Returns the pairs of kin images, as indices, sorted; takes n² comparisons. Arguments as for `find_groups`."""
+    same = set(find_same(prints) if same is None else same)
     coarse = _pairs([entry.coarse for entry in prints], KIN_BITS)
     near = {(a, b) for a, b in coarse if not (prints[a].is_small or prints[b].is_small)}
     return sorted(same | _of_like_color(prints, near))

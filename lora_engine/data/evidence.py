@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from lora_engine.data.folder import open_inside
-from lora_engine.data.images import BROKEN, IMAGE_FORMATS, drop_metadata_warnings
+from lora_engine.data.images import BROKEN, open_pillow
 from lora_engine.data.rights import GenerationSign
 
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
@@ -43,8 +43,7 @@ def read_evidence(path: Path, root: Path) -> tuple[GenerationSign, ...]:
     """
     with open_inside(path, root) as file:
         try:
-            drop_metadata_warnings()
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
+            with open_pillow(file) as image:
                 return tuple(sorted(set(_find_evidence(image))))
         except BROKEN:
             return ()

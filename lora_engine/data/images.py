@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from lora_engine.data.color import to_srgb
 from lora_engine.data.folder import open_inside
@@ -73,13 +73,15 @@ def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None
         return digest, _decode(file, path.name, max_pixels)
 
 
-def drop_metadata_warnings() -> None:
-    """Drops Pillow's warnings of broken metadata from now on: they name no file, and pixels are read all the same.
+def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
+    """Opens a file of an allowed format with Pillow, and drops Pillow's warnings of broken metadata from then on.
 
-    `warnings.catch_warnings` would drop them for a while only, but images are decoded in several threads.
+    They name no file, and pixels are read all the same. `warnings.catch_warnings` would drop them for a while only, but
+    images are decoded in several threads.
     """
     if _FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW)
+    return Image.open(file, formats=IMAGE_FORMATS)
 
 
 def write_image(path: Path, image: Image.Image) -> None:
@@ -107,8 +109,7 @@ def _encode(image: Image.Image, mode: str) -> bytes:
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
-        drop_metadata_warnings()
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        with open_pillow(file) as image:
             _check(image, name, max_pixels)
             image.load()
             upright = ImageOps.exif_transpose(image)

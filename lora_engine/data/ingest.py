@@ -109,7 +109,7 @@ def _try_to_open(images: Path, max_pixels: int, path: Path) -> _Opened | DataErr
 
 
 def _quarantine(source: str, error: DataError) -> Quarantined:
-    item = Quarantined(source=source, reason=printable(_reason(error)))
+    item = Quarantined(source=source, reason=printable(error.reason))
     # The manifest lists it, and so do the summary of a run and the report.
     _log.warning("%s is quarantined: %s", source, item.reason, extra={"in_artifact": True})
     return item
@@ -245,13 +245,17 @@ def _unmatched_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: 
 def _split(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str, Print]) -> tuple[ImageEntry, ...]:
     """Holds out whole groups of images that show the same, in the order of their smallest digests."""
     trained = [entry for entry in entries if entry.split == "train"]
-    _report_same(trained, prints)
+    compared = [prints[entry.file] for entry in trained]
+    same = find_same(compared)
+    if same:
+        first, second = (trained[index].source for index in same[0])
+        _log.warning(
+            "%d pairs of images are the same but for encoding or size, first %s and %s", len(same), first, second
+        )
     if fraction == 0.0 or len(trained) < 2:
         return tuple(entries)
     target = min(max(1, round(len(trained) * fraction)), len(trained) - 1)
-    groups = [
-        {trained[index].sha256 for index in group} for group in find_groups([prints[entry.file] for entry in trained])
-    ]
+    groups = [{trained[index].sha256 for index in group} for group in find_groups(compared, same)]
     heldout: set[str] = set()
     for group in sorted(groups, key=min):
         if len(heldout) < target and len(heldout) + len(group) < len(trained):
@@ -262,19 +266,6 @@ def _split(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str, 
     elif len(heldout) > target:
         _log.warning("%d images are held out instead of %d, because some show nearly the same", len(heldout), target)
     return tuple(e.model_copy(update={"split": "heldout"}) if e.sha256 in heldout else e for e in entries)
-
-
-def _report_same(entries: Sequence[ImageEntry], prints: Mapping[str, Print]) -> None:
-    same = find_same([prints[entry.file] for entry in entries])
-    if same:
-        first, second = (entries[index].source for index in same[0])
-        _log.warning(
-            "%d pairs of images are the same but for encoding or size, first %s and %s", len(same), first, second
-        )
-
-
-def _reason(error: DataError) -> str:
-    return f"{error.problem}; allowed: {error.allowed}" if error.allowed else error.problem
 
 
 def _no_images_error(images: Path, quarantined: list[Quarantined]) -> DataError:

@@ -5,28 +5,24 @@ All text from files (captions, names, settings) is escaped. Torch-free.
 
 from __future__ import annotations
 
-import base64
-import functools
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from PIL import Image
-
-from lora_engine.data.images import encode_png, open_image
+from lora_engine.data.images import open_image
 from lora_engine.data.manifest import Manifest
+from lora_engine.data.pages import embed_image, load_template
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chart import draw_interval, draw_loss
 from lora_engine.evaluation.metrics import METRICS
 
 MAX_TRAINING_IMAGES = 24
 
+_PAGE = Path(__file__).with_name("report.html")
 _MAX_SIDE = 512
-_PIXEL_ART_SIDE = 128
+_QUALITY = 90
 _STRIP_SIDE = 256
 _MAX_COLUMNS = 12
 _IMAGE_NAME = re.compile(r"(pictures|samples/step-[0-9]+)/[A-Za-z0-9._-]+\.png")
@@ -86,19 +82,7 @@ def render_report(
         "file_name": re.sub(r"[^A-Za-z0-9._-]+", "-", str((version or {}).get("name") or title)).strip("-.")
         or "adapter",
     }
-    return _template().render(context)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html")
+    return load_template(_PAGE).render(context)
 
 
 def _verdict(report: Mapping[str, Any]) -> dict[str, str]:
@@ -254,18 +238,4 @@ def _embed(folder: Path, name: str, side: int = _MAX_SIDE) -> dict[str, Any]:
     # The name is untrusted: it comes from a file.
     if not isinstance(name, str) or not _IMAGE_NAME.fullmatch(name):
         raise DataError(f"invalid image name {name!r}", where=str(folder), allowed="names such as pictures/00-base.png")
-    image = open_image(folder / name, root=folder)
-    pixel_art = max(image.size) <= _PIXEL_ART_SIDE
-    if pixel_art:
-        kind, content = "png", encode_png(image)
-    else:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=90)
-        kind, content = "jpeg", buffer.getvalue()
-    return {
-        "uri": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
-        "width": image.width,
-        "height": image.height,
-        "pixel_art": pixel_art,
-    }
+    return embed_image(open_image(folder / name, root=folder), side, _QUALITY)

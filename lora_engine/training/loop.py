@@ -263,8 +263,8 @@ class _Run:
 
     def validated(self) -> dict[str, float]:
         """Returns the validation loss of this step; empty if it was not computed."""
-        step, value = self.history.validation[-1] if self.history.validation else (-1, 0.0)
-        return {"validation_loss": value} if step == self.done else {}
+        loss = self._current_loss()
+        return {} if loss is None else {"validation_loss": loss}
 
     def save(self) -> None:
         """Writes a checkpoint of the current state."""

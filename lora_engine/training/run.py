@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_engine.errors import SettingsError, TrainingError
+from lora_engine.errors import EngineError, SettingsError, TrainingError
 from lora_engine.files import FilePath, atomic_write, canonical_json
 from lora_engine.formats import write_adapter
 from lora_engine.progress import Progress, no_progress
@@ -86,45 +86,52 @@ def train(
             with group.main_process_first():
                 if group.is_main_process:
                     states.prepare()
-            initial = Path(init) if init else None
             job = TrainingJob(
-                settings,
-                dataset,
-                work,
-                cache,
-                class_dataset,
-                embedder,
-                progress,
-                on_samples,
-                stop,
-                group,
-                out,
-                initial,
-                states,
+                settings=settings,
+                dataset=dataset,
+                work=work,
+                cache=cache,
+                class_dataset=class_dataset,
+                embedder=embedder,
+                progress=progress,
+                on_samples=on_samples,
+                stop=stop,
+                group=group,
+                out=out,
+                init=Path(init) if init else None,
+                state=states,
             )
             result = job.run(os.fspath(base))
     except (MemoryError, RuntimeError) as error:
-        if _is_not_deterministic(error):
-            raise SettingsError(
-                f"an operation has no deterministic implementation ({str(error).splitlines()[0]})",
-                where="running.deterministic",
-                remedy="leave running.deterministic out, or train on a CPU",
-            ) from error
-        if not _is_out_of_memory(error):
+        worded = _worded(error, settings)
+        if worded is None:
             raise
-        raise TrainingError(
-            "out of memory",
-            where="training",
-            remedy=f"lower batch ({settings.batch}) and raise accumulate ({settings.accumulate}) by the same factor, "
-            "set precision to bf16 and running.gradient_checkpointing to true, choose fewer targets, or preprocess the "
-            "images at a lower resolution; the next run resumes from the last checkpoint",
-        ) from error
+        raise worded from error
     if not group.is_main_process:
         return
     bundle = result.bundle
     atomic_write(out / CURVES, canonical_json(curves_of(result.history, result.trained_on, result.saved)))
     write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)
     states.mark_finished(out / ADAPTER)
+
+
+def _worded(error: BaseException, settings: TrainSettings) -> EngineError | None:
+    """Returns the error for missing determinism or memory; None for any other cause."""
+    if _is_not_deterministic(error):
+        return SettingsError(
+            f"an operation has no deterministic implementation ({str(error).splitlines()[0]})",
+            where="running.deterministic",
+            remedy="leave running.deterministic out, or train on a CPU",
+        )
+    if not _is_out_of_memory(error):
+        return None
+    return TrainingError(
+        "out of memory",
+        where="training",
+        remedy=f"lower batch ({settings.batch}) and raise accumulate ({settings.accumulate}) by the same factor, "
+        "set precision to bf16 and running.gradient_checkpointing to true, choose fewer targets, or preprocess the "
+        "images at a lower resolution; the next run resumes from the last checkpoint",
+    )
 
 
 def _is_not_deterministic(error: BaseException) -> bool:

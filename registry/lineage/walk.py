@@ -23,11 +23,12 @@ from registry.lineage.graph import (
     version_ids,
 )
 from registry.refs import LATEST, can_exist, is_unicode, version_number
-from registry.store.database import batched
+from registry.store.database import batched, begins_with
 from registry.store.tables import AliasRow, ArtifactRow, ContentRow, ExecutionRow, RunRow, SubjectRow, VersionRow
 
 Direction = Literal["up", "down"]
-_PREFIX = 6
+LEAST_DIGITS = 6
+"""Minimum number of digits that identify a digest."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,9 @@ def _resolve_prefix(
     session: Session, start: str, candidates: list[tuple[NodeKind, InstrumentedAttribute[str]]]
 ) -> NodeId:
     matches: list[NodeId] = []
-    if len(start) >= _PREFIX:
+    if len(start) >= LEAST_DIGITS:
         for kind, column in candidates:
-            # A range, not LIKE: it uses the index on every database.
-            query = select(column).where(column >= start, column < start + "\uffff").distinct().limit(3)
+            query = select(column).where(begins_with(column, start)).distinct().limit(3)
             matches += [NodeId(kind, value) for value in session.scalars(query)]
     if len({node.id for node in matches}) == 1:
         return matches[0]
@@ -132,7 +132,7 @@ def _resolve_prefix(
         raise LineageError(f"{start!r} is ambiguous: it is a prefix of {listed}", remedy="use more digits")
     raise LineageError(
         f"nothing matches {start!r}",
-        allowed=f"a digest (or its first {_PREFIX} digits), a run's id, name@version or name@alias",
+        allowed=f"a digest (or its first {LEAST_DIGITS} digits), a run's id, name@version or name@alias",
         remedy="`loraline list` shows what is registered",
     )
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, create_engine, event
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, and_, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, SQLAlchemyError, StatementError
@@ -176,6 +176,11 @@ def batched(
     # A damaged cell may hold text that cannot be searched for.
     for batch in batches(value for value in values if not isinstance(value, str) or is_unicode(value)):
         yield from session.execute(query.where(column.in_(batch)))
+
+
+def begins_with(column: ColumnElement[str] | InstrumentedAttribute[str], prefix: str) -> ColumnElement[bool]:
+    """Returns the condition that a column begins with a prefix; a range uses the index everywhere, unlike LIKE."""
+    return and_(column >= prefix, column < prefix + "\uffff")
 
 
 def require_json(error: type[RegistryError], value: Any, where: str) -> None:

@@ -13,13 +13,14 @@ from registry import queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused, RightsError
 from registry.identity import current_user
+from registry.lineage.walk import LEAST_DIGITS
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.revocations import Revocation, active_revocations
 from registry.policy.rights import revoked_upstream
 from registry.store.tables import EventRow, RevocationRow, VersionRow
 from registry.versions.impact import ImpactReport, Recall, find_affected
 from registry.versions.promotion import require_reason
-from registry.versions.subjects import LEAST_DIGITS, RevocationTarget
+from registry.versions.subjects import RevocationTarget
 from registry.versions.versions import Versions
 
 _DIGESTS = ("picture", "artifact", "file", "digest")

@@ -17,10 +17,11 @@ from registry.context import RegistryContext
 from registry.entities import RevocationKind, is_digest
 from registry.errors import RightsError, UnknownVersion
 from registry.lineage.rows import artifact_ref, read_artifacts
+from registry.lineage.walk import LEAST_DIGITS
 from registry.policy.revocations import NOUNS, covers_base
 from registry.policy.terms import read_datasets
 from registry.refs import can_exist, is_unicode, split_ref
-from registry.store.database import batched
+from registry.store.database import batched, begins_with
 from registry.store.tables import (
     ArtifactRow,
     ContentDigestRow,
@@ -32,8 +33,6 @@ from registry.store.tables import (
     VersionRow,
 )
 
-LEAST_DIGITS = 6
-"""Minimum number of digits that identify a digest."""
 _ALLOWED = (
     "a file or its digest (or the first 6 digits), NAME@REF, the id of a consent, the digest of an artifact, or the "
     "name or fingerprint of a base"
@@ -144,7 +143,7 @@ def _of_prefix(session: Session, prefix: str, text: str) -> RevocationTarget:
             (ContentDigestRow.digest, True),
         )
         for column, is_wanted in columns:
-            in_range = select(column).where(column >= prefix, column < prefix + "\uffff", is_wanted).distinct()
+            in_range = select(column).where(begins_with(column, prefix), is_wanted).distinct()
             matches |= set(session.scalars(in_range.limit(3)))
     if len(matches) == 1:
         return _of_digest(session, matches.pop())

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from lora_engine.errors import AdapterError
-from lora_engine.files import canonical_json, is_present, sha256_bytes, sha256_file
+from lora_engine.files import is_present, sha256_file
 from registry import queries
-from registry.entities import FOREIGN, AdapterVersion, ArtifactRef, Execution, RunStatus, check_alias, check_name, now
+from registry.entities import FOREIGN, AdapterVersion, ArtifactRef, check_alias, check_name
 from registry.home import Home
 from registry.identity import current_user
 from registry.lineage.rows import record_contents
@@ -27,15 +26,13 @@ from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
 from tasks.content import record_file_contents
 from tasks.entries import to_record, use_kinds
-from tasks.environment import describe_environment
 from tasks.errors import SpecError
 from tasks.operations.import_findings import ImportFindings, judge_import
+from tasks.operations.verb_run import REVISION, describe_verb, verb_run
 from tasks.steps.register import flatten
 
 if TYPE_CHECKING:
     from lora_engine.formats import Bundle, Card
-
-_REVISION = "1"
 
 
 @dataclass(frozen=True)
@@ -323,30 +320,20 @@ def _record(
     (foreign, artifact), lineage, statements = artifacts, versions.lineage, request.statements
     fingerprint = {"fingerprint": card.base_fingerprint} if card.base_fingerprint else {}
     settings = {"settings": statements, "files": dict(original), "base": {"label": card.base, **fingerprint}}
-    run = lineage.start_run("import", {"name": request.name, "import": statements})
-    status: RunStatus = "FAILED"
-    try:
+    with verb_run(lineage, "import", {"name": request.name, "import": statements}) as run:
         lineage.log_execution(
-            Execution(
-                id=uuid4().hex,
-                run_id=run.id,
-                step="import",
-                uses="import",
-                revision=_REVISION,
-                key=sha256_bytes(canonical_json(["import", _REVISION, statements, foreign.sha256])),
+            describe_verb(
+                run,
+                "import",
+                "import",
+                ["import", REVISION, statements, foreign.sha256],
                 settings={**settings, **entries},
                 inputs={"file": foreign},
                 output=artifact,
-                environment=describe_environment(),
-                started_at=run.started_at,
-                ended_at=now(),
             ),
             contents=versions.store.files(artifact),
         )
         # Lets a lineage walk start at the digest of the original file.
         with lineage.database.write() as session:
             record_contents(session, foreign, versions.store.files(foreign))
-        status = "COMPLETED"
-    finally:
-        lineage.finish_run(run.id, status)
     return run.id

@@ -7,34 +7,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from sqlalchemy import select
 
-from lora_engine.files import canonical_json, is_present, sha256_bytes
+from lora_engine.files import is_present
 from registry.context import RegistryContext
-from registry.entities import ArtifactRef, Execution, now
+from registry.entities import ArtifactRef
 from registry.errors import RightsError
 from registry.home import Home
 from registry.lineage.rows import artifact_ref
+from registry.lineage.walk import LEAST_DIGITS
 from registry.policy.ancestry import trace
 from registry.policy.revocations import read_revoked, revoked_in
 from registry.refs import split_ref
+from registry.store.database import begins_with
 from registry.store.snapshot import find_scratch
 from registry.store.tables import ArtifactRow
 from registry.versions.versions import Versions
-from tasks.environment import describe_environment
 from tasks.errors import SpecError
 from tasks.execution import subjects_of
 from tasks.operations.adapter_files import checkout_adapters
 from tasks.operations.results import VerbRecorder, recorder_of
+from tasks.operations.verb_run import describe_verb, verb_run
 
 if TYPE_CHECKING:
     from lora_engine.merging.report import Report
 
-_PREFIX = 6
 _ALLOWED = "a folder of images, a dataset folder, NAME@REF, or the digest of a dataset"
-_REVISION = "1"
 
 
 def merge_named(
@@ -153,24 +152,12 @@ def _store(context: RegistryContext, folder: Path) -> ArtifactRef:
     from lora_engine.data.manifest import Manifest
 
     ref, lineage = context.store.put("manifest", folder), context.lineage
-    run = lineage.start_run("merge", {"verb": "merge"})
-    lineage.log_execution(
-        Execution(
-            id=uuid4().hex,
-            run_id=run.id,
-            step="images",
-            uses="ingest",
-            revision=_REVISION,
-            key=sha256_bytes(canonical_json(["merge images", run.id])),
-            output=ref,
-            environment=describe_environment(),
-            started_at=run.started_at,
-            ended_at=now(),
-        ),
-        contents=context.store.files(ref),
-        subjects=subjects_of(Manifest.load(folder)),
-    )
-    lineage.finish_run(run.id, "COMPLETED")
+    with verb_run(lineage, "merge", {"verb": "merge"}) as run:
+        lineage.log_execution(
+            describe_verb(run, "images", "ingest", ["merge images", run.id], output=ref),
+            contents=context.store.files(ref),
+            subjects=subjects_of(Manifest.load(folder)),
+        )
     return ref
 
 
@@ -209,14 +196,10 @@ def _dataset_of(versions: Versions, text: str) -> ArtifactRef:
 def _by_digest(versions: Versions, text: str) -> ArtifactRef:
     digest = text.removeprefix("sha256:").lower()
     rows: list[ArtifactRow] = []
-    if len(digest) >= _PREFIX:
-        in_range = (
-            ArtifactRow.kind == "manifest",
-            ArtifactRow.sha256 >= digest,
-            ArtifactRow.sha256 < digest + "\uffff",
-        )
+    if len(digest) >= LEAST_DIGITS:
+        wanted = select(ArtifactRow).where(ArtifactRow.kind == "manifest", begins_with(ArtifactRow.sha256, digest))
         with versions.lineage.database.read() as session:
-            rows = list(session.scalars(select(ArtifactRow).where(*in_range).limit(2)))
+            rows = list(session.scalars(wanted.limit(2)))
     if len(rows) != 1:
         problem = f"several datasets begin with {text!r}" if rows else f"there is no dataset {text!r}"
         raise SpecError(problem, where="--dataset", allowed=_ALLOWED, remedy="see `loraline lineage NAME@REF`")

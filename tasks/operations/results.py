@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from sqlalchemy import select
 
 from lora_engine.errors import EngineError
-from lora_engine.files import canonical_json, is_present, sha256_bytes, sha256_file
+from lora_engine.files import is_present, sha256_bytes, sha256_file
 from registry.context import RegistryContext
-from registry.entities import RESULT, ArtifactRef, Execution, FileEntry, now
+from registry.entities import RESULT, ArtifactRef, FileEntry
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.content import UNKNOWN_INPUTS, find_holders, find_result_sizes, has_weights
@@ -23,15 +22,14 @@ from registry.store.artifacts import encode_tree
 from registry.store.tables import ExecutionRow
 from registry.versions.versions import Versions
 from tasks.content import find_sources, read_contents, record_file_contents
-from tasks.environment import describe_environment
 from tasks.operations.promote import find_version
+from tasks.operations.verb_run import REVISION, describe_verb, verb_run
 
 if TYPE_CHECKING:
     from lora_engine.formats.codec import Names
     from lora_engine.formats.content import AdapterContent
 
 _log = logging.getLogger(__name__)
-_REVISION = "1"
 FileStamp = tuple[int, int, int]
 
 
@@ -163,24 +161,18 @@ def record_result(
     if _is_recorded(context, output, sources):
         return output
     lineage = context.lineage
-    run = lineage.start_run(verb, {"verb": verb, **settings})
-    execution = Execution(
-        id=uuid4().hex,
-        run_id=run.id,
-        step=verb,
-        uses=verb,
-        revision=_REVISION,
-        # No pipeline may find the result as a cached one: its bytes are not in the store.
-        key=sha256_bytes(canonical_json([verb, _REVISION, sorted(sources), run.id])),
-        settings={"settings": dict(settings), **({UNKNOWN_INPUTS: list(unknown)} if unknown else {})},
-        inputs={f"sources.{index}": sources[digest] for index, digest in enumerate(sorted(sources))},
-        output=output,
-        environment=describe_environment(),
-        started_at=run.started_at,
-        ended_at=now(),
-    )
-    lineage.log_execution(execution, contents=entries)
-    lineage.finish_run(run.id, "COMPLETED")
+    with verb_run(lineage, verb, {"verb": verb, **settings}) as run:
+        execution = describe_verb(
+            run,
+            verb,
+            verb,
+            # No pipeline may find the result as a cached one: its bytes are not in the store.
+            [verb, REVISION, sorted(sources), run.id],
+            settings={"settings": dict(settings), **({UNKNOWN_INPUTS: list(unknown)} if unknown else {})},
+            inputs={f"sources.{index}": sources[digest] for index, digest in enumerate(sorted(sources))},
+            output=output,
+        )
+        lineage.log_execution(execution, contents=entries)
     record_file_contents(context, output, contents)
     return output
 

@@ -18,6 +18,7 @@ from registry.versions.versions import Versions
 from tasks.execution import execute
 from tasks.job import prepare_job
 from tasks.operations.import_adapter import ImportRequest, ImportResult, import_adapter
+from tests.flows.commands import say
 
 MERGE = """\
 name: both
@@ -83,6 +84,15 @@ def make_merge(folder: Path) -> tuple[Home, AdapterVersion]:
     version = run_line(path, home)
     path.unlink()
     return home, version
+
+
+def sign_zorb(folder: Path) -> Path:
+    """Registers an adapter as `register_zorb` does, and signs it with two new keys; returns the home's path."""
+    home = register_zorb(folder)
+    for name in ("release", "review"):
+        say("keys", "new", folder / name, "--without-passphrase", "--trust", home=home)
+        say("sign", "zorb@1", "--key", folder / name, home=home)
+    return home
 
 
 def register_zorb(folder: Path, name: str = "zorb") -> Path:

@@ -16,7 +16,7 @@ from registry.maintenance.fsck import fsck
 from registry.store.chain import FIELDS
 from tasks.operations.verify_files import verify_files
 from tests.flows.commands import say
-from tests.flows.made import register_zorb
+from tests.flows.made import sign_zorb
 
 PLACES = ("export", "store", "log")
 COLUMNS = ("previous", "digest", *FIELDS)
@@ -26,10 +26,7 @@ COLUMNS = ("previous", "digest", *FIELDS)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a home, whose `zorb@1` is signed twice, and its export with records."""
     folder = tmp_path_factory.mktemp("flips")
-    home = register_zorb(folder)
-    for name in ("release", "review"):
-        say("keys", "new", folder / name, "--without-passphrase", "--trust", home=home)
-        say("sign", "zorb@1", "--key", folder / name, home=home)
+    home = sign_zorb(folder)
     say("promote", "zorb@1", "--to", "trial", "--reason", "to compare", home=home)
     say("export", "zorb@1", "--to", "kohya", "-o", folder / "out", "--with-records", home=home)
     # No process has the copy open, so its database is one file.

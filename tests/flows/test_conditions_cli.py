@@ -67,6 +67,7 @@ def test_a_pipeline_that_names_an_alias_asks_its_policy(stricter: Path, tmp_path
 
 def test_a_number_asks_no_policy(stricter: Path, tmp_path: Path) -> None:
     say("export", "zorb@1", "--to", "kohya", "-o", tmp_path / "out", home=stricter)
+    assert (tmp_path / "out" / "zorb-v1.safetensors").is_file()
 
 
 def test_status_verify_and_fsck_list_an_alias_that_does_not_meet_its_policy(home: Path, stricter: Path) -> None:

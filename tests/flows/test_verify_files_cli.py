@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.commands import loraline_here, say
-from tests.flows.made import register_zorb
+from tests.flows.made import register_zorb, sign_zorb
 
 SIGNED = {"adapter.safetensors", "model-card.md", "model-card.html", "provenance.json", "ml-bom.json"}
 SECOND = "signature-"
@@ -19,10 +19,7 @@ SECOND = "signature-"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with `out` (an export with records), a file with records, and two public keys."""
     folder = tmp_path_factory.mktemp("exports")
-    home = register_zorb(folder)
-    for name in ("release", "review"):
-        say("keys", "new", folder / name, "--without-passphrase", "--trust", home=home)
-        say("sign", "zorb@1", "--key", folder / name, home=home)
+    home = sign_zorb(folder)
     say("export", "zorb@1", "--to", "kohya", "-o", folder / "out", "--with-records", home=home)
     say("export", "zorb@1", "--to", "diffusers", "-o", folder / "z.safetensors", "--with-records", home=home)
     return folder
