@@ -30,7 +30,6 @@ _REQUIRES = {"weight": "on_input"}
 
 _UNSUPPORTED = {
     r"[qp]_layer\.weight|lambda_layer": "LyCORIS' T-LoRA",
-    r"bias_(indices|values|size)": "the sparse remainder of LyCORIS' extraction",
     r"vera_(lambda_[bd]|[AB].*)": "PEFT's VeRA",
     r"lora_E(\..+)?": "PEFT's AdaLoRA",
     r"hra_u": "PEFT's HRA",

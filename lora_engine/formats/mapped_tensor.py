@@ -59,7 +59,7 @@ class MappedTensor:
         cls, function: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Calls a function of torch with torch tensors."""
-        return function(*map(_torch, args), **{name: _torch(value) for name, value in (kwargs or {}).items()})
+        return function(*map(as_torch, args), **{name: as_torch(value) for name, value in (kwargs or {}).items()})
 
     def as_torch(self) -> Tensor:
         """Returns the torch tensor with these values; a copy."""
@@ -207,8 +207,8 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _torch(value: Any) -> Any:
-    """Returns an argument of a function of torch with torch tensors for mapped ones."""
+def as_torch(value: Any) -> Any:
+    """Returns a tensor, or an argument of a function of torch, with torch tensors for mapped ones."""
     if isinstance(value, MappedTensor):
         return value.as_torch()
-    return type(value)(map(_torch, value)) if isinstance(value, list | tuple) else value
+    return type(value)(map(as_torch, value)) if isinstance(value, list | tuple) else value

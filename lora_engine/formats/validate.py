@@ -24,6 +24,8 @@ RESHAPE = "reshape_weight"
 """Suffix of ComfyUI's tensor with the sizes of a weight, as integers."""
 ROWS = "lokr_rows"
 """Suffix of our tensor with the first row of a product and the row after the last, as integers."""
+SPARSE_INDICES, SPARSE_SIZE = "bias_indices", "bias_size"
+"""Suffixes of the indices [2, n] and the shape [2] of LyCORIS' sparse remainder, as integers."""
 _MAX_DIMENSIONS = 5
 
 
@@ -40,9 +42,12 @@ def validate_tensors(tensors: Mapping[str, Tensor]) -> None:
         dtype = name_of_dtype(tensor)
         is_number = tensor.dim() == 0 and dtype in INTEGERS
         is_shape = (
-            name.endswith((f".{RESHAPE}", f".{ROWS}")) and tensor.dim() == 1 and 2 <= tensor.numel() <= _MAX_DIMENSIONS
+            name.endswith((f".{RESHAPE}", f".{ROWS}", f".{SPARSE_SIZE}"))
+            and tensor.dim() == 1
+            and 2 <= tensor.numel() <= _MAX_DIMENSIONS
         )
-        if dtype not in _FLOATS and not is_number and not (is_shape and dtype in INTEGERS):
+        is_indices = name.endswith(f".{SPARSE_INDICES}") and tensor.dim() == 2
+        if dtype not in _FLOATS and not is_number and not ((is_shape or is_indices) and dtype in INTEGERS):
             raise AdapterError(
                 f"the dtype is torch.{dtype}",
                 where=f"tensor {name!r}",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from law_adapters import random_delta
+from lycoris.utils import extract_diff
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.adapters import Adapter, Delta, LoraDelta, OftDelta, kinds
 from lora_engine.adapters.rotation import cayley
@@ -215,7 +216,6 @@ def test_motion_modules_of_animatediff_are_named_and_written_only_for_programs_t
     ("suffixes", "kind"),
     [
         (("q_layer.weight", "p_layer.weight", "lambda_layer"), "of LyCORIS' T-LoRA"),
-        (("lora_down.weight", "lora_up.weight", "bias_indices", "bias_size", "bias_values"), "the sparse remainder"),
         (("lora_A", "lora_B", "lora_E"), "of PEFT's AdaLoRA"),
         (("vera_lambda_b", "vera_lambda_d"), "of PEFT's VeRA"),
         (("lora_down.weight", "lora_up.weight", "weight_scale"), "of a quantized model"),
@@ -229,6 +229,89 @@ def test_a_tensor_of_an_unsupported_kind_is_refused_by_the_name_of_the_kind_firs
     with pytest.raises(AdapterError, match=kind) as caught:
         read_bundle(tmp_path / "a.safetensors")
     assert len(str(caught.value)) < 500
+
+
+class _Blocks(nn.Module):
+    """Two layers with the names of a U-Net's."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        block = nn.ModuleDict(
+            {"conv1": nn.Conv2d(6, 12, 3), "conv2": nn.Conv2d(12, 6, 1), "time_emb_proj": nn.Linear(10, 8)}
+        )
+        self.down_blocks = nn.ModuleList([nn.ModuleDict({"resnets": nn.ModuleList([block])})])
+
+
+@pytest.mark.parametrize("tucker", [False, True])
+def test_an_extraction_of_lycoris_with_a_sparse_remainder_is_read_as_the_whole_difference(
+    tucker: bool, tmp_path: Path
+) -> None:
+    base, tuned = _Blocks(0), _Blocks(1)
+    tensors = extract_diff([], [], base, tuned, "fixed", 2, 2, use_bias=True, sparsity=0.9, small_conv=tucker)
+    assert sum(key.endswith(".bias_indices") for key in tensors) == 3
+    # The remainder is scaled by alpha / rank, too.
+    tensors = {key: tensor / 2 if key.endswith("alpha") else tensor for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = read_bundle(tmp_path / "a.safetensors").adapter
+    for name, delta in adapter.modules.items():
+        assert delta.kind == "full"
+        start = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
+        weight = base.get_submodule(name.removeprefix("unet.")).weight
+        stored = {key.removeprefix(f"{start}."): tensor for key, tensor in tensors.items() if key.startswith(start)}
+        lora = LoraDelta(
+            *(stored[f"lora_{part}.weight"] for part in ("down", "up")),
+            float(stored["alpha"]),
+            mid=stored.get("lora_mid.weight"),
+        )
+        sparse = torch.sparse_coo_tensor(
+            stored["bias_indices"].long(),
+            stored["bias_values"].float(),
+            stored["bias_size"].tolist(),
+            check_invariants=True,
+        )
+        expected = lora.delta_weight(weight) + 0.5 * sparse.to_dense().reshape(weight.shape)
+        torch.testing.assert_close(delta.delta_weight(weight), expected, rtol=1e-6, atol=1e-7)
+        assert (delta.delta_weight(weight) - lora.delta_weight(weight)).abs().max() > 0.01
+    assert len(inspect(tmp_path / "a.safetensors")["modules"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"bias_indices": torch.tensor([[0, 6], [0, 1]], dtype=torch.int16)},
+            "an index of 'bias_indices' is outside",
+        ),
+        (
+            {"bias_indices": torch.tensor([[0, -1], [0, 1]], dtype=torch.int16)},
+            "an index of 'bias_indices' is outside",
+        ),
+        ({"bias_indices": torch.zeros(2, 3, dtype=torch.int16)}, r"'bias_indices' \[2, 3\] and 'bias_values' \[2\]"),
+        ({"bias_size": torch.tensor([8, 6], dtype=torch.int16)}, r"of a matrix \[8, 6\]"),
+        ({"bias_values": torch.tensor([1.0, torch.nan])}, "1 of 2 values are NaN"),
+        ({"lora_up.weight": torch.ones(6, 3)}, "lora_"),
+        (
+            {"lora_down.weight": torch.ones(1, 30_000), "lora_up.weight": torch.ones(30_000, 1)},
+            "more than 1000 times the values",
+        ),
+    ],
+)
+def test_a_damaged_sparse_remainder_is_refused(changes: Mapping[str, Tensor], reason: str, tmp_path: Path) -> None:
+    tensors = {
+        "lora_down.weight": torch.ones(2, 8),
+        "lora_up.weight": torch.ones(6, 2),
+        "bias_indices": torch.tensor([[0, 5], [0, 7]], dtype=torch.int16),
+        "bias_values": torch.ones(2),
+        "bias_size": torch.tensor([6, 8], dtype=torch.int16),
+    }
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    expected = torch.full((6, 8), 2.0)
+    expected[0, 0] = expected[5, 7] = 3.0
+    whole = _read({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}, tmp_path)
+    assert torch.equal(whole.delta_weight(torch.zeros(6, 8)), expected)
+    with pytest.raises(AdapterError, match=reason):
+        _read({f"{name}.{suffix}": tensor for suffix, tensor in {**tensors, **changes}.items()}, tmp_path)
 
 
 def test_a_misspelled_factor_is_refused_with_the_nearest_ones(tmp_path: Path) -> None:
