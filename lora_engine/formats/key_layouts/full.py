@@ -50,7 +50,7 @@ class FullKeys(TableFactorKeys):
 
     def missing(self, suffixes: Collection[str]) -> str | None:
         """Returns None if `diff` or `diff_b` is present alone, or all of a remainder; else the suffix that is not."""
-        if _REMAINDER.suffixes & set(suffixes):
+        if set(_REMAINDER.suffixes) & set(suffixes):
             return _REMAINDER.missing(suffixes)
         return None if suffixes else self.names["diff"]
 
