@@ -27,7 +27,9 @@ from lora_engine.documents import parse_json, read_document
 from lora_engine.errors import EngineError, WordedError
 from lora_engine.formats import inspect, read_bundle, write_adapter
 from lora_engine.formats.safetensors_io import read_header, serialize
-from lora_engine.inference.syntax import parse_prompt, parse_weights
+from lora_engine.inference.prompts.editing import texts_by_step
+from lora_engine.inference.prompts.emphasis import parse_weights
+from lora_engine.inference.prompts.tags import parse_tags
 from lora_engine.merging.weights import weights_by_module
 from registry.policy.licenses import read_licenses
 from registry.store.redaction import redact
@@ -78,8 +80,11 @@ READERS: Mapping[str, tuple[int, Callable[[int, Path], Work]]] = {
     "closed brackets of a prompt": (4000, lambda n, _: lambda: parse_weights("(a:1.2)" * n)),
     "digits in a prompt": (20000, lambda n, _: lambda: parse_weights("(a:" + "9" * n)),
     "pieces of a prompt": (10000, lambda n, _: lambda: parse_weights("a:" * n)),
-    "tags of a prompt": (5000, lambda n, _: lambda: parse_prompt("<lora:a:1> " * n)),
-    "open tags of a prompt": (20000, lambda n, _: lambda: parse_prompt("<lora:" * n)),
+    "tags of a prompt": (5000, lambda n, _: lambda: parse_tags("<lora:a:1> " * n)),
+    "open tags of a prompt": (20000, lambda n, _: lambda: parse_tags("<lora:" * n)),
+    "edits of a prompt": (4000, lambda n, _: lambda: texts_by_step("[a:b:0.5]" * n, 20)),
+    "nested edits of a prompt": (400, lambda n, _: lambda: texts_by_step(("[a:" * 90 + "b" + ":2]" * 90) * n, 20)),
+    "open edits of a prompt": (4000, lambda n, _: lambda: texts_by_step("[a|" * 90 + "b:" * n, 20)),
     "caption": (20000, lambda n, _: lambda: clean_text("a\u0301 \u202e" * n)),
     "URLs in a text": (5000, lambda n, _: lambda: redact("a://u:" * n)),
     "dashes in a text": (20000, lambda n, _: lambda: redact("-" * n)),

@@ -140,6 +140,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Random seed of the first image; the others count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     size: Annotated[int | None, typer.Option(help="Image size in pixels per side. Default: the base's own.")] = None,
 ) -> None:
     """Generate images with the adapters that the prompt names."""
@@ -153,7 +154,16 @@ def generate(
     with show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
         images = draw(
-            prompt, output, home_path(), base=base, count=count, seed=seed, steps=steps, guidance=guidance, size=size
+            prompt,
+            output,
+            home_path(),
+            base=base,
+            count=count,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            size=size,
         )
         publish(StepEvent("generate", "completed"))
     for path in images:

@@ -5,7 +5,7 @@ Attaching wraps layers and changes no weight. Collapsing adds the deltas to the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -118,13 +118,18 @@ class Attachment:
 
     @property
     def multiplier(self) -> float:
-        """Strength of the adapter; can be set while attached. 0 returns the base's output, bit for bit."""
+        """Strength of the adapter (of its first module); can be set while attached. 0 is the base, bit for bit."""
         return next(layer.multiplier for layer in self._layers.values())
 
     @multiplier.setter
     def multiplier(self, value: float) -> None:
         for layer in self._layers.values():
             layer.multiplier = value
+
+    def set_multipliers(self, multiplier_of: Callable[[str], float]) -> None:
+        """Sets the strength of each module by its name, such as `unet.mid_block...`."""
+        for name, layer in self._layers.items():
+            layer.multiplier = multiplier_of(name)
 
     @contextmanager
     def adapter_dropout(self, share: float, seed: int, *, ranks: float = 0.0, modules: float = 0.0) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Encodes texts of any length, and weighted words, for bases whose text encoders are all CLIP.
 
 Follows A1111's web UI, as kohya's scripts do: tokens are split into chunks of 75 (77 with the start and end tokens that
-CLIP reads), each chunk is encoded separately, and the states of all chunks are concatenated. `inference/syntax.py`
-parses brackets.
+CLIP reads), each chunk is encoded separately, and the states of all chunks are concatenated.
+`inference/prompts/emphasis.py` parses brackets.
 """
 
 from __future__ import annotations
@@ -75,18 +75,51 @@ def encode_long(
     Raises:
         SettingsError: The base cannot read chunks.
     """
+    remedy = "set captions.chunks to 1 and captions.weights to false"
+    return _encode(base, [[pieces] for pieces in texts], size, chunks, remedy=remedy)
+
+
+def encode_divided(
+    base: object, texts: Sequence[Sequence[Pieces]], size: tuple[int, int] | None = None, *, chunks: int
+) -> Conditioning:
+    """Encodes texts that BREAK divides, one row per text: each division begins a chunk. See `encode_long`.
+
+    Raises:
+        SettingsError: The base cannot read chunks.
+    """
+    return _encode(base, texts, size, chunks, remedy="write the prompt without brackets and BREAK")
+
+
+def count_chunks(base: object, divisions: Sequence[Pieces]) -> int:
+    """Returns the chunks that hold a whole text; 1 for a base that cannot read chunks."""
+    if not isinstance(base, ReadsTokens):
+        return 1
+    return max(
+        sum(_chunks_of(tokenizer, pieces, _length(base, suffix, tokenizer) - 2) for pieces in divisions)
+        for suffix, tokenizer in base.tokenizers().items()
+    )
+
+
+def _length(base: ReadsTokens, suffix: str, tokenizer: Any) -> int:
+    encoder: Any = base.modules[f"text_encoder{suffix}"]
+    return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+
+
+def _encode(
+    base: object, texts: Sequence[Sequence[Pieces]], size: tuple[int, int] | None, chunks: int, *, remedy: str
+) -> Conditioning:
     if not isinstance(base, ReadsTokens):
         raise SettingsError(
             f"the base {getattr(base, 'name', '')!r} cannot encode texts in chunks or with weights",
             allowed="bases whose text encoders are all CLIP: Stable Diffusion 1, 2 and XL",
-            remedy="set captions.chunks to 1 and captions.weights to false",
+            remedy=remedy,
         )
     tokens: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, Tensor] = {}
     for suffix, tokenizer in base.tokenizers().items():
         encoder: Any = base.modules[f"text_encoder{suffix}"]
-        length = min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
-        rows = [_split(tokenizer, pieces, length, chunks) for pieces in texts]
+        length = _length(base, suffix, tokenizer)
+        rows = [_split_divisions(tokenizer, divisions, length, chunks) for divisions in texts]
         ids = torch.tensor([chunk for row in rows for chunk in row[0]])
         tokens[suffix] = {"input_ids": ids.to(base.device)}
         if getattr(encoder.config, "use_attention_mask", False):
@@ -117,9 +150,30 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     return torch.where(changed[:, None, None], weighed * scale, states)
 
 
-def _split(
-    tokenizer: Any, pieces: Pieces, length: int, chunks: int
-) -> tuple[list[list[int]], list[list[float]], list[list[int]]]:
+_Rows = tuple[list[list[int]], list[list[float]], list[list[int]]]
+"""Ids, weights and attention mask of each chunk."""
+
+
+def _split_divisions(tokenizer: Any, divisions: Sequence[Pieces], length: int, chunks: int) -> _Rows:
+    """Returns the chunks of a text; the last division takes those that the others leave."""
+    rows: _Rows = ([], [], [])
+    for index, pieces in enumerate(divisions):
+        left = chunks - len(rows[0])
+        is_last = index == len(divisions) - 1
+        count = left if is_last else min(left, _chunks_of(tokenizer, pieces, length - 2))
+        ids, weights, attended = _split(tokenizer, pieces, length, count)
+        rows[0].extend(ids)
+        rows[1].extend(weights)
+        rows[2].extend(attended)
+    return rows
+
+
+def _chunks_of(tokenizer: Any, pieces: Pieces, body: int) -> int:
+    count = sum(len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) for piece, _ in pieces)
+    return max(1, -(-count // body))
+
+
+def _split(tokenizer: Any, pieces: Pieces, length: int, chunks: int) -> _Rows:
     body = length - 2
     ids: list[int] = []
     weights: list[float] = []
@@ -131,7 +185,7 @@ def _split(
         text = "".join(piece for piece, _ in pieces)
         _log.warning("the text %r has %d tokens; the base reads the first %d", text[:80], len(ids), chunks * body)
     first, last, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows: tuple[list[list[int]], list[list[float]], list[list[int]]] = ([], [], [])
+    rows: _Rows = ([], [], [])
     for start in range(0, chunks * body, body):
         part, counts = ids[start : start + body], weights[start : start + body]
         free = body - len(part)

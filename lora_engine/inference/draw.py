@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from lora_engine.adapters import attach
 from lora_engine.bases.base import load_base
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import read_bundle
-from lora_engine.inference.generate import generate
-from lora_engine.inference.textual_inversion import attach_embeddings
+from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.prompts.prompt import Prompt
 from lora_engine.progress import Progress, no_progress
 
 
 def draw_images(
-    prompt: str,
+    prompt: Prompt,
     folder: Path,
     *,
     base: str,
-    adapters: Sequence[tuple[Path, float]] = (),
+    files: Sequence[Path] = (),
+    negative: Prompt,
     seeds: Sequence[int],
     steps: int = 20,
     guidance: float = 3.0,
@@ -30,10 +29,11 @@ def draw_images(
     """Generates one image per seed with all adapters and their learned tokens attached.
 
     Args:
-        prompt: The prompt.
+        prompt: The prompt; see `read_prompt`.
         folder: The folder for the images, which are named `SEED.png`.
         base: The base; see `load_base`.
-        adapters: Pairs (file, weight).
+        files: The files of the prompt's adapters, in their order.
+        negative: The negative prompt.
         seeds: One per image.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 is none.
@@ -49,17 +49,13 @@ def draw_images(
     """
     model = load_base(base)
     names = model.module_names()
-    with ExitStack() as stack:
-        bundles = [(read_bundle(file, names), weight) for file, weight in adapters]
-        for bundle, weight in bundles:
-            if bundle.adapter.modules:
-                stack.enter_context(attach(model, bundle.adapter, weight))
-        # After the last adapter and all at once: they wrap the input embedding.
-        embeddings = [embedding for bundle, _ in bundles for embedding in bundle.embeddings]
-        stack.enter_context(attach_embeddings(model, embeddings))
-        pixels = generate(
+    bundles = [read_bundle(file, names) for file in files]
+    with compose(model, list(zip(prompt.adapters, bundles, strict=True))) as composition:
+        pixels = generate_composed(
             model,
-            [prompt] * len(seeds),
+            prompt,
+            composition,
+            negative=negative,
             seeds=list(seeds),
             steps=steps,
             guidance=guidance,

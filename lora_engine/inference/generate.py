@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,7 +79,7 @@ def generate(
             rows = list(range(first, first + len(prompts[chosen])))
             condition = condition.with_tensors(masks.index(rows * (len(condition) // len(rows))))
         start = torch.stack([draw_noise(shape, seed) for seed in seeds[chosen]]).to(base.device)
-        latents = _sample(base, start, condition, steps, guidance, size)
+        latents = sample(base, start, partial(_same, Guidance(condition)), steps=steps, scale=guidance, size=size)
         images.append(base.decode_latents(latents).clamp(-1.0, 1.0).float().cpu())
         if progress is not None:
             progress(min(first + batch, len(prompts)), len(prompts), {})
@@ -101,21 +103,65 @@ def _conditions(
     return Conditioning.cat([base.encode_negative([negative], size).index([0] * len(prompts)), conditional])
 
 
-def _sample(
-    base: BaseModel, noise: Tensor, condition: Conditioning, steps: int, guidance: float, size: tuple[int, int]
+@dataclass(frozen=True)
+class Guidance:
+    """What guides one denoising step.
+
+    Attributes:
+        condition: One row per image, or the rows of the negative prompt and then those of each part.
+        weights: Weight of each part; the prediction is negative + scale * sum of weight * (part - negative).
+    """
+
+    condition: Conditioning
+    weights: tuple[float, ...] = (1.0,)
+
+
+def sample(
+    base: BaseModel,
+    noise: Tensor,
+    guidance: Callable[[int], Guidance],
+    *,
+    steps: int,
+    scale: float,
+    size: tuple[int, int],
 ) -> Tensor:
+    """Denoises latents.
+
+    Args:
+        base: The model.
+        noise: Standard normal noise [n, channels, height, width].
+        guidance: Called before each step with its number from 0.
+        steps: Denoising steps.
+        scale: Scale of classifier-free guidance; unused if the conditions have no negative rows.
+        size: (height, width) of the images in pixels.
+    """
     scheduler = base.scheduler(steps, size)
     # Flow matching starts from unscaled noise, and its network takes the latents unscaled.
     scaled = base.noise.parameterization != "flow"
     latents = noise * float(scheduler.init_noise_sigma) if scaled else noise
-    copies = len(condition) // len(noise)
-    for step in scheduler.timesteps:
+    for number, step in enumerate(scheduler.timesteps):
+        guide = guidance(number)
+        copies = len(guide.condition) // len(noise)
         inputs = torch.cat([latents] * copies)
         if scaled:
             inputs = scheduler.scale_model_input(inputs, step)
-        prediction = base.predict(inputs, step.to(base.device).expand(len(inputs)), condition)
-        if copies == 2:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + guidance * (conditional - unconditional)
+        prediction = base.predict(inputs, step.to(base.device).expand(len(inputs)), guide.condition)
+        if copies > 1:
+            negative, *parts = prediction.chunk(copies)
+            change = sum_weighted([part - negative for part in parts], guide.weights)
+            prediction = negative + scale * change
         latents = scheduler.step(prediction, step, latents, return_dict=False)[0]
     return latents
+
+
+def _same(guidance: Guidance, step: int) -> Guidance:
+    del step
+    return guidance
+
+
+def sum_weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Returns the weighted sum; a single value with weight 1 unchanged."""
+    total = values[0] if weights[0] == 1.0 else weights[0] * values[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + weight * value
+    return total

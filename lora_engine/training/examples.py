@@ -17,7 +17,7 @@ from lora_engine.data.manifest import Manifest, Split
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
-from lora_engine.inference.syntax import parse_weights
+from lora_engine.inference.prompts.emphasis import parse_weights
 from lora_engine.parallel import Workers
 from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
 from lora_engine.training.cache import TensorCache

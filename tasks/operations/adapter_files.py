@@ -256,11 +256,13 @@ def draw(
     steps: int,
     guidance: float,
     size: int | None,
+    negative: str = "",
 ) -> list[Path]:
     """Generates images and writes them as PNG files, named by their seeds.
 
     Args:
-        prompt: May name adapters: `<lora:name@production:0.7>` or `<lora:path/to/file.safetensors:0.7>`.
+        prompt: In A1111's syntax (docs/prompts.md); may name adapters: `<lora:name@production:0.7>` or
+            `<lora:path/to/file.safetensors:0.7>`.
         folder: The output folder.
         home: The home with the named versions.
         base: The base model.
@@ -269,20 +271,22 @@ def draw(
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance.
         size: Pixels per side; None means the base's own.
+        negative: The negative prompt.
     """
     from lora_engine.bases.source import resolve_base
     from lora_engine.compute import fitting_threads, threads
     from lora_engine.inference.draw import draw_images
-    from lora_engine.inference.syntax import parse_prompt
+    from lora_engine.inference.prompts.prompt import read_prompt
 
-    text, named = parse_prompt(prompt)
+    read, against = read_prompt(prompt), read_prompt(negative, is_negative=True)
     with tempfile.TemporaryDirectory(dir=find_scratch()) as name, threads(fitting_threads([resolve_base(base)])):
-        adapters = [(_fetch(ref, home, Path(name) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
+        files = [_fetch(tag.name, home, Path(name) / str(index)) for index, tag in enumerate(read.adapters)]
         return draw_images(
-            text,
+            read,
             folder,
             base=base,
-            adapters=adapters,
+            files=files,
+            negative=against,
             seeds=range(seed, seed + count),
             steps=steps,
             guidance=guidance,

@@ -13,7 +13,7 @@ from lora_engine.data.spec import CaptionSettings
 from lora_engine.data.text_files import clean_text, printable
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.files import atomic_write, is_file_name, write_within
-from lora_engine.inference.syntax import parse_prompt, parse_weights
+from lora_engine.inference.prompts.prompt import chunks_of, read_prompt
 from lora_engine.merging.spec import parse_options
 from lora_engine.merging.weights import weights_by_module
 from registry.entities import check_alias, check_name
@@ -87,14 +87,18 @@ def check_setting(text: str, output: Path) -> None:
 
 
 def check_prompt(text: str, output: Path) -> None:
-    """Parses tags and weights; no character of the prompt's words is lost, and each weight is finite."""
-    plain, named = parse_prompt(text)
-    assert all(ref and math.isfinite(weight) for ref, weight in named)
-    pieces = parse_weights(plain)
-    assert all(math.isfinite(weight) for _, weight in pieces)
-    words = [character for character in "".join(piece for piece, _ in pieces) if character not in _SYNTAX]
-    rest = iter(plain)
-    assert all(any(character == other for other in rest) for character in words), "characters that were not there"
+    """Reads a prompt; the texts of all steps have only its characters in their order, and each weight is finite."""
+    prompt = read_prompt(text)
+    for tag in prompt.adapters:
+        assert tag.name
+        assert all(math.isfinite(tag.denoiser_weight(step, 7)) for step in range(7))
+    for part in prompt.parts:
+        for _, shown in part.by_step(7):
+            pieces = [pair for chunk in chunks_of(shown) for pair in chunk]
+            assert all(math.isfinite(weight) for _, weight in pieces)
+            words = [character for character in "".join(piece for piece, _ in pieces) if character not in _SYNTAX]
+            rest = iter(text)
+            assert all(any(character == other for other in rest) for character in words), "characters not in the prompt"
 
 
 def check_caption(text: str, output: Path) -> None:

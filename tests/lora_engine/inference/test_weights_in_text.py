@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_engine.errors import SettingsError
-from lora_engine.inference.syntax import parse_weights
+from lora_engine.inference.prompts.emphasis import parse_weights
 
 
 @pytest.mark.parametrize(

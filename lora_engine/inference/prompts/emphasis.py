@@ -1,7 +1,4 @@
-"""Parses the A1111 prompt syntax: `a red zorb <lora:name:0.7>` names an adapter, `a (red:1.3) zorb` weighs a word.
-
-Torch-free; `bases/long_text.py` applies the weights.
-"""
+"""Weights of words in A1111's syntax: `a (red:1.3) zorb`. `bases/long_text.py` applies them."""
 
 from __future__ import annotations
 
@@ -11,34 +8,12 @@ import re
 
 from lora_engine.errors import SettingsError
 
-_TAG = re.compile(r"<lora:([^<>]*)>")
 # Possessive: without, the digits of a number that no bracket closes would be tried in n * n ways.
-_PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++))\s*\)|[^\\()\[\]:]+|[\\:]")
+_PIECE = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*\)|[^\\()\[\]:]+|[\\:]")
 # Factor of a bracket without a number; A1111's convention.
 _EMPHASIS = 1.1
 # Each level multiplies the weights of all pieces in it, so the depth bounds the work per piece.
 _MAX_DEPTH = 100
-
-
-def parse_prompt(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """Splits a prompt into its text and the adapters that it names.
-
-    Args:
-        prompt: Text with any number of `<lora:REF>` or `<lora:REF:WEIGHT>`; REF is a file or `name@version`.
-
-    Returns:
-        The text without the tags, and pairs (REF, weight) in the order of the prompt; the default weight is 1.
-
-    Raises:
-        SettingsError: A tag without a name, or with a weight that is not a finite number.
-    """
-    named = [_parse_tag(match[1]) for match in _TAG.finditer(prompt)]
-    text = " ".join(_TAG.sub(" ", prompt).split())
-    if "<lora:" in text:
-        raise SettingsError(
-            f"{prompt!r} has an unclosed tag", allowed="<lora:NAME@REF:WEIGHT>", remedy="close it with '>'"
-        )
-    return text, named
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:
@@ -99,19 +74,3 @@ def _join_equal(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
         for weight, group in itertools.groupby((pair for pair in pieces if pair[0]), key=lambda pair: pair[1])
     ]
     return joined or [("", 1.0)]
-
-
-def _parse_tag(tag: str) -> tuple[str, float]:
-    ref, colon, weight = tag.rpartition(":")
-    if not colon:
-        ref, weight = tag, "1"
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not ref.strip() or not math.isfinite(value):
-        raise SettingsError(
-            f"invalid tag '<lora:{tag}>'",
-            allowed="<lora:NAME@REF:WEIGHT> with a finite weight, such as <lora:zorb@production:0.7>",
-        )
-    return ref.strip(), value

@@ -1,0 +1,118 @@
+"""Weights per block of a denoiser, in the lists of A1111's block-weight extension: `lbw=1,0,0,...`.
+
+The first value is that of the text encoders. A block that a short list leaves out has weight 0; a module in no block
+has weight 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lora_engine.errors import SettingsError
+
+_UNETS = ("sd", "sdxl")
+_UNET = ("BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12)))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+LISTS: Mapping[int, tuple[str, ...]] = {
+    12: _listed("BASE IN04 IN05 IN07 IN08 MID OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"),
+    17: _listed(
+        "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11",
+    ),
+    20: ("BASE", *(f"IN{n:02d}" for n in range(9)), "MID", *(f"OUT{n:02d}" for n in range(9))),
+    26: _UNET,
+    61: ("CLIP", "T5", "IN", *(f"D{n:02d}" for n in range(19)), *(f"S{n:02d}" for n in range(38)), "OUT"),
+}
+"""Names of the values by their number: LoRA on SDXL, LoRA on SD, LyCORIS on SDXL, LyCORIS on SD, FLUX.1."""
+
+PRESETS: Mapping[str, tuple[float, ...]] = {
+    name: tuple(map(float, values.split(",")))
+    for name, values in {
+        "NONE": "0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
+        "ALL": "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
+        "INS": "1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
+        "IND": "1,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0,0",
+        "INALL": "1,1,1,1,1,1,1,0,0,0,0,0,0,0,0,0,0",
+        "MIDD": "1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0",
+        "OUTD": "1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0",
+        "OUTS": "1,0,0,0,0,0,0,0,0,0,0,0,1,1,1,1,1",
+        "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
+    }.items()
+}
+"""Lists of 17 values that the extension comes with."""
+
+
+def parse_block_weights(text: str) -> dict[str, float]:
+    """Reads the name of a preset, or 12, 17, 20, 26 or 61 numbers; returns the weights by block, 0 for others.
+
+    Raises:
+        SettingsError: Another number of values, one that is not a number, or no such preset. `R`, `U` and `X` (random,
+            or a value of the extension's page) are no numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 1 and parts[0] in PRESETS:
+        return _by_block(PRESETS[parts[0]])
+    if len(parts) not in LISTS:
+        raise SettingsError(
+            f"block weights {text[:80]!r}: {'no such preset' if len(parts) == 1 else f'{len(parts)} values'}",
+            allowed=f"{', '.join(PRESETS)}, or {', '.join(map(str, LISTS))} numbers",
+        )
+    for index, part in enumerate(parts):
+        if not re.fullmatch(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})", part):
+            raise SettingsError(
+                f"block weight {part[:80]!r} (value {index + 1})",
+                allowed="numbers",
+                remedy="write the number that `R`, `U` or `X` stands for" if part[:1] in {"R", "U", "X"} else "",
+            )
+    return _by_block([float(part) for part in parts])
+
+
+def fits_family(weights: Mapping[str, float], family: str) -> bool:
+    """Returns True if the list has the blocks of this family; those of FLUX.1 mean nothing in a U-Net."""
+    return family in _UNETS if "BASE" in weights else family == "flux"
+
+
+def weight_of_module(module: str, weights: Mapping[str, float], family: str) -> float:
+    """Returns the weight of a module (diffusers' name with its component, such as `unet.mid_block...`)."""
+    block = block_of(module, family)
+    if block is None:
+        return 1.0
+    return weights.get(block, 0.0)
+
+
+def block_of(module: str, family: str) -> str | None:
+    """Returns the block of a module, such as `IN04`; None for a module in no block."""
+    component, _, name = module.partition(".")
+    if component.startswith("text_encoder"):
+        if family != "flux":
+            return "BASE"
+        return "CLIP" if component == "text_encoder" else "T5"
+    return _flux_block(name) if family == "flux" else _unet_block(name, family)
+
+
+def _flux_block(name: str) -> str:
+    if match := re.match(r"(single_)?transformer_blocks\.([0-9]+)\.", name):
+        return f"{'S' if match[1] else 'D'}{int(match[2]):02d}"
+    return "OUT" if name.startswith(("norm_out", "proj_out")) else "IN"
+
+
+def _unet_block(name: str, family: str) -> str | None:
+    if name.startswith("conv_in"):
+        return "IN00"
+    if name.startswith("mid_block."):
+        return "MID"
+    if match := re.match(r"(down|up)_blocks\.([0-9]+)\.(resnets|attentions|downsamplers|upsamplers)\.([0-9]+)", name):
+        level, index = int(match[2]), int(match[4])
+        if match[1] == "down":
+            return f"IN{3 * level + (3 if match[3] == 'downsamplers' else 1 + index):02d}"
+        return f"OUT{3 * level + (2 if match[3] == 'upsamplers' else index):02d}"
+    return None
+
+
+def _by_block(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(LISTS[len(values)], values, strict=True))
