@@ -13,11 +13,13 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from lora_engine.data.color import to_srgb
 from lora_engine.data.folder import open_inside
@@ -84,9 +86,9 @@ def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
     return Image.open(file, formats=IMAGE_FORMATS)
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    """Writes an RGB image as PNG without metadata: same pixels, same bytes."""
-    atomic_write(path, encode_png(image))
+def write_image(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> None:
+    """Writes an RGB image as PNG, without metadata but the texts by keyword: same pixels and texts, same bytes."""
+    atomic_write(path, _encode(image, "RGB", texts))
 
 
 def write_mask(path: Path, mask: Image.Image) -> None:
@@ -99,11 +101,15 @@ def encode_png(image: Image.Image) -> bytes:
     return _encode(image, "RGB")
 
 
-def _encode(image: Image.Image, mode: str) -> bytes:
+def _encode(image: Image.Image, mode: str, texts: Mapping[str, str] | None = None) -> bytes:
     # Built from the pixels only, which drops all metadata.
     plain = Image.frombytes(mode, image.size, image.convert(mode).tobytes())
+    info = PngInfo()
+    for keyword, text in (texts or {}).items():
+        # `add_text` takes the international form only for texts that are not Latin-1; XMP has no other.
+        (info.add_itxt if keyword.startswith("XML:") else info.add_text)(keyword, text)
     buffer = io.BytesIO()
-    plain.save(buffer, format="PNG", compress_level=6, optimize=False)
+    plain.save(buffer, format="PNG", compress_level=6, optimize=False, pnginfo=info)
     return buffer.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,10 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(scaled.permute(1, 2, 0).contiguous().numpy())
 
 
-def write_png(path: Path, pixels: Tensor) -> None:
-    """Writes a tensor [3, height, width] in [-1, 1] as an 8-bit PNG: same values, same bytes.
+def write_png(path: Path, pixels: Tensor, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a tensor [3, height, width] in [-1, 1] as an 8-bit PNG with texts: same values, same bytes.
 
     Raises:
         DataError: See `to_image`.
     """
-    write_image(path, to_image(pixels))
+    write_image(path, to_image(pixels), texts)

@@ -19,7 +19,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle
 from lora_engine.inference.generate import Guidance, draw_noise, sample
 from lora_engine.inference.prompts.blocks import fits_family, weight_of_module
-from lora_engine.inference.prompts.prompt import Prompt, chunks_of, is_plain, plain_text
+from lora_engine.inference.prompts.prompt import ParsedPrompt, chunks_of, is_plain, plain_text
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
@@ -83,10 +83,10 @@ def compose(base: BaseModel, adapters: Sequence[tuple[AdapterTag, Bundle]]) -> I
 @torch.no_grad()
 def generate_composed(
     base: BaseModel,
-    prompt: Prompt,
+    prompt: ParsedPrompt,
     composition: Composition,
     *,
-    negative: Prompt,
+    negative: ParsedPrompt,
     seeds: Sequence[int],
     steps: int = 20,
     guidance: float = 3.0,
@@ -139,7 +139,14 @@ class _Texts:
     """The encoded texts of a prompt over the steps."""
 
     def __init__(
-        self, base: BaseModel, prompt: Prompt, negative: Prompt, *, size: tuple[int, int], steps: int, guidance: float
+        self,
+        base: BaseModel,
+        prompt: ParsedPrompt,
+        negative: ParsedPrompt,
+        *,
+        size: tuple[int, int],
+        steps: int,
+        guidance: float,
     ) -> None:
         self._base, self._size, self._scale, self._steps = base, size, guidance, steps
         self._weights = tuple(part.weight for part in prompt.parts)

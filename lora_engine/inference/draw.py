@@ -1,25 +1,27 @@
-"""Generates images from a prompt and adapter files and writes them as PNG."""
+"""Generates images from a prompt and adapter files and writes them as PNG with their settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from lora_engine.bases.base import load_base
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import read_bundle
 from lora_engine.inference.composition import compose, generate_composed
-from lora_engine.inference.prompts.prompt import Prompt
+from lora_engine.inference.image_metadata import Drawing, UsedAdapter
+from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.progress import Progress, no_progress
 
 
 def draw_images(
-    prompt: Prompt,
+    prompt: ParsedPrompt,
     folder: Path,
     *,
     base: str,
-    files: Sequence[Path] = (),
-    negative: Prompt,
+    files: Sequence[tuple[Path, str]] = (),
+    negative: ParsedPrompt,
     seeds: Sequence[int],
     steps: int = 20,
     guidance: float = 3.0,
@@ -32,7 +34,7 @@ def draw_images(
         prompt: The prompt; see `read_prompt`.
         folder: The folder for the images, which are named `SEED.png`.
         base: The base; see `load_base`.
-        files: The files of the prompt's adapters, in their order.
+        files: File and `name@version` (or file name) of the prompt's adapters, in their order.
         negative: The negative prompt.
         seeds: One per image.
         steps: Denoising steps.
@@ -49,7 +51,7 @@ def draw_images(
     """
     model = load_base(base)
     names = model.module_names()
-    bundles = [read_bundle(file, names) for file in files]
+    bundles = [read_bundle(file, names) for file, _ in files]
     with compose(model, list(zip(prompt.adapters, bundles, strict=True))) as composition:
         pixels = generate_composed(
             model,
@@ -64,6 +66,17 @@ def draw_images(
             progress=progress,
         )
     paths = [folder / f"{seed}.png" for seed in seeds]
-    for path, image in zip(paths, pixels, strict=True):
-        write_png(path, image)
+    drawing = Drawing(
+        prompt,
+        negative,
+        [UsedAdapter.of_file(*file) for file in files],
+        base=model.name,
+        fingerprint=model.fingerprint,
+        sampler=type(model.scheduler()).__name__,
+        steps=steps,
+        guidance=guidance,
+        version=version("loraline"),
+    )
+    for seed, path, image in zip(seeds, paths, pixels, strict=True):
+        write_png(path, image, drawing.texts(seed, (image.shape[1], image.shape[2])))
     return paths

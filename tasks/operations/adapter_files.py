@@ -221,7 +221,9 @@ def checkout_adapters(
     """
     named = [parse_weighted(text) for text in texts]
     with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
-        inputs = [(_fetch(ref, home, Path(folder) / str(index)), weight) for index, (ref, weight) in enumerate(named)]
+        inputs = [
+            (_fetch(ref, home, Path(folder) / str(index))[0], weight) for index, (ref, weight) in enumerate(named)
+        ]
         for (ref, _), (path, _) in zip(named, inputs, strict=True):
             if recorder is not None:
                 recorder.add_source(ref, path)
@@ -240,7 +242,7 @@ class SourceRecorder(Protocol):
 def checkout_adapter(text: str, home: Path, recorder: SourceRecorder) -> Iterator[Path]:
     """Yields the file of one adapter, which has no weight; see `checkout_adapters`."""
     with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
-        path = _fetch(text, home, Path(folder))
+        path, _ = _fetch(text, home, Path(folder))
         recorder.add_source(text, path)
         yield path
 
@@ -295,12 +297,14 @@ def draw(
         )
 
 
-def _fetch(ref: str, home: Path, folder: Path) -> Path:
+def _fetch(ref: str, home: Path, folder: Path) -> tuple[Path, str]:
+    """Returns the file of an adapter, and its `name@version` or the name of the file."""
     if "@" not in ref or is_present(ref):
-        return existing_file(Path(ref))
+        return existing_file(Path(ref)), Path(ref).name
     from registry.versions.versions import Versions
     from tasks.operations.promote import find_usable
 
     versions, path = Versions(Home.open(home, create=False)), folder / "adapter.safetensors"
-    versions.checkout_adapter(find_usable(versions, ref), path)
-    return path
+    version = find_usable(versions, ref)
+    versions.checkout_adapter(version, path)
+    return path, f"{version.name}@{version.version}"

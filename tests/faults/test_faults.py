@@ -144,13 +144,15 @@ def test_a_restore_that_fails_at_any_kind_of_point_leaves_the_old_home_or_the_ne
 @pytest.mark.parametrize("work", WORKS)
 def test_what_was_promised_survives_a_kill_at_any_moment(tmp_path, work):
     result = kill_at_random(tmp_path, work, 4, seed=2)
-    assert (result.trials, result.violations) == (4, [])
+    assert result.violations == []
+    assert result.trials >= 4
     assert result.hits > 0
 
 
 def test_registering_with_mlflow_survives_a_kill_at_any_moment(tmp_path):
     result = kill_at_random(tmp_path, "register", 3, seed=2, with_mlflow=True)
-    assert (result.trials, result.violations) == (3, [])
+    assert result.violations == []
+    assert result.trials >= 3
     assert result.hits > 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from flows.crashed import tag_of
 from registry.entities import AdapterVersion
@@ -80,7 +81,12 @@ def test_a_trained_version_is_shown_promoted_rolled_back_exported_and_used(train
     assert list((tmp_path / "out").glob("*.safetensors"))
     prompt = "a red zorb <lora:small@production:0.7>"
     say("generate", prompt, "-o", tmp_path / "images", "-n", "1", "--steps", "2", home=home)
-    assert (tmp_path / "images" / "0.png").is_file()
+    with Image.open(tmp_path / "images" / "0.png") as image:
+        image.load()
+        facts = json.loads(image.text["loraline"])
+        assert "<lora:small-v1:0.7>" in image.text["parameters"]
+    assert [(used["reference"], used["denoiser"]) for used in facts["adapters"]] == [("small@1", "0.7")]
+    assert facts["adapters"][0]["sha256"] == trained.version("production").sha256
     assert "agrees" in say("fsck", home=home)
 
 

@@ -30,7 +30,7 @@ LISTS: Mapping[int, tuple[str, ...]] = {
 }
 """Names of the values by their number: LoRA on SDXL, LoRA on SD, LyCORIS on SDXL, LyCORIS on SD, FLUX.1."""
 
-PRESETS: Mapping[str, tuple[float, ...]] = {
+BLOCK_PRESETS: Mapping[str, tuple[float, ...]] = {
     name: tuple(map(float, values.split(",")))
     for name, values in {
         "NONE": "0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
@@ -55,19 +55,19 @@ def parse_block_weights(text: str) -> dict[str, float]:
             or a value of the extension's page) are no numbers.
     """
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) == 1 and parts[0] in PRESETS:
-        return _by_block(PRESETS[parts[0]])
+    if len(parts) == 1 and parts[0] in BLOCK_PRESETS:
+        return _by_block(BLOCK_PRESETS[parts[0]])
     if len(parts) not in LISTS:
         raise SettingsError(
             f"block weights {text[:80]!r}: {'no such preset' if len(parts) == 1 else f'{len(parts)} values'}",
-            allowed=f"{', '.join(PRESETS)}, or {', '.join(map(str, LISTS))} numbers",
+            allowed=f"{', '.join(BLOCK_PRESETS)}, or {', '.join(map(str, LISTS))} numbers",
         )
     for index, part in enumerate(parts):
         if not re.fullmatch(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})", part):
             raise SettingsError(
                 f"block weight {part[:80]!r} (value {index + 1})",
                 allowed="numbers",
-                remedy="write the number that `R`, `U` or `X` stands for" if part[:1] in {"R", "U", "X"} else "",
+                remedy="write the number that `R`, `U` or `X` means" if part[:1] in {"R", "U", "X"} else "",
             )
     return _by_block([float(part) for part in parts])
 

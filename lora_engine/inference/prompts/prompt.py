@@ -10,14 +10,14 @@ from lora_engine.inference.prompts.editing import texts_by_step
 from lora_engine.inference.prompts.emphasis import parse_weights
 from lora_engine.inference.prompts.tags import AdapterTag, parse_tags
 
-MAX_LENGTH = 100_000
+MAX_LENGTH = 500_000
 """Characters of a prompt."""
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _PART_WEIGHT = re.compile(r":\s*([+-]?(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9}))\s*$")
 _MAX_PARTS, _MAX_BREAKS = 20, 20
 
-Pieces = list[tuple[str, float]]
+WeightedPieces = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,21 @@ class PromptPart:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ParsedPrompt:
     """A prompt as it was read.
 
     Attributes:
+        text: The text without adapter tags.
         adapters: The adapters that it names.
         parts: The parts that AND divides; the predictions of all are added with their weights.
     """
 
+    text: str
     adapters: tuple[AdapterTag, ...]
     parts: tuple[PromptPart, ...]
 
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts of the parts."""
-        return tuple(part.text for part in self.parts)
 
-
-def read_prompt(text: str, *, is_negative: bool = False) -> Prompt:
+def read_prompt(text: str, *, is_negative: bool = False) -> ParsedPrompt:
     """Reads a prompt.
 
     Args:
@@ -81,12 +78,12 @@ def read_prompt(text: str, *, is_negative: bool = False) -> Prompt:
         part.by_step(1)  # finds errors before anything is drawn
         if len(_BREAK.findall(part.text)) > _MAX_BREAKS:
             raise SettingsError("the prompt has too many BREAK", allowed=f"at most {_MAX_BREAKS}")
-    return Prompt(tuple(adapters), parts)
+    return ParsedPrompt(plain, tuple(adapters), parts)
 
 
-def chunks_of(text: str) -> list[Pieces]:
+def chunks_of(text: str) -> list[WeightedPieces]:
     """Returns the pieces of a text with their weights, in the divisions of BREAK, which also divides in brackets."""
-    chunks: list[Pieces] = [[]]
+    chunks: list[WeightedPieces] = [[]]
     for piece, weight in parse_weights(text):
         first, *rest = _BREAK.split(piece)
         chunks[-1] += [(first, weight)] if first or not rest else []

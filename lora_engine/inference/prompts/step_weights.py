@@ -94,7 +94,7 @@ def _parse_point(part: str, text: str) -> tuple[float, float | None]:
 
 def _number(part: str, text: str) -> float:
     # A pattern, because Python's numbers also have underscores, `nan` and digits of other scripts.
-    match = re.fullmatch(r"\s*([+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20}))\s*", part)
+    match = re.fullmatch(r"\s*([+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})?)\s*", part)
     if match is None or not math.isfinite(value := float(match[1])):
         raise SettingsError(f"{part[:80]!r} of the weight {text[:80]!r} is not a number", allowed=_ALLOWED)
     return value

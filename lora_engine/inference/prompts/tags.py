@@ -96,9 +96,9 @@ def parse_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
         if len(tags) > _MAX_TAGS:
             raise SettingsError(f"the prompt names more than {_MAX_TAGS} adapters", where=place)
     text = " ".join(_TAG.sub(" ", prompt).split())
-    if match := _UNCLOSED.search(text):
+    if unclosed := _UNCLOSED.search(text):
         raise SettingsError(
-            f"unclosed tag {text[match.start() :][:80]!r}", allowed=_ALLOWED, remedy="close it with '>'"
+            f"unclosed tag {text[unclosed.start() :][:80]!r}", allowed=_ALLOWED, remedy="close it with '>'"
         )
     return text, tags
 

@@ -41,7 +41,9 @@ def _draw(
     base: BaseModel, prompt: str, adapters: Sequence[Adapter] = (), *, negative: str = "", guidance: float = 3.0
 ) -> Tensor:
     read = read_prompt(prompt)
-    with compose(base, [(tag, Bundle(adapter, Card())) for tag, adapter in zip(read.adapters, adapters, strict=True)]) as made:
+    with compose(
+        base, [(tag, Bundle(adapter, Card())) for tag, adapter in zip(read.adapters, adapters, strict=True)]
+    ) as made:
         return generate_composed(
             base,
             read,

@@ -200,7 +200,7 @@ def test_a_plain_text_has_neither_weights_nor_breaks() -> None:
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("a" * 100_001, "100001 characters"), ("a AND " * 20 + "a", "21 parts"), ("a BREAK " * 21, "too many BREAK")],
+    [("a" * 500_001, "500001 characters"), ("a AND " * 20 + "a", "21 parts"), ("a BREAK " * 21, "too many BREAK")],
 )
 def test_a_prompt_without_end_is_refused(text: str, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):

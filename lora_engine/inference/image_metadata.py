@@ -1,0 +1,170 @@
+"""What a generated image says about itself: A1111's infotext, a `loraline` chunk with digests, IPTC's source type.
+
+Programs and sites that read A1111's text find the adapters by their hashes. Programs tear or drop further keys in that
+text, so exact references, schedules and whole digests are in the JSON of the chunk `loraline`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_engine.inference.prompts.prompt import ParsedPrompt
+from lora_engine.inference.prompts.tags import AdapterTag
+
+CHUNK = "loraline"
+XMP = "XML:com.adobe.xmp"
+_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+_SAMPLERS = {
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "FlowMatchEulerDiscreteScheduler": "Euler",
+    "FlowMatchLCMScheduler": "LCM",
+}
+"""Class of diffusers -> name in A1111; other classes keep their name."""
+_TRAINED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+# The packet of Adobe's XMP specification, part 1, section 7.3; the property is of IPTC's Extension schema.
+_PACKET = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"><Iptc4xmpExt:DigitalSourceType>'
+    f"{_TRAINED}</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta>"
+    '<?xpacket end="w"?>'
+)
+
+
+@dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter of a generated image.
+
+    Attributes:
+        label: Name for programs that know files by name: `NAME-vN`, or the stem of the file.
+        reference: `name@version`, or the name of the file without its folder.
+        sha256: SHA-256 of the file; its first ten digits are AutoV2.
+        body_sha256: SHA-256 of the file without its header (whole if it has none), as A1111 computes it; its first
+            twelve digits are AutoV3.
+    """
+
+    label: str
+    reference: str
+    sha256: str
+    body_sha256: str
+
+    @classmethod
+    def of_file(cls, file: Path, reference: str) -> UsedAdapter:
+        """Returns the digests of a file; those of a PEFT folder are of its weights."""
+        source = next(path for name in _PEFT if (path := file / name).is_file()) if file.is_dir() else file
+        name, at, number = reference.partition("@")
+        label = f"{name}-v{number}" if at else Path(reference).stem
+        with source.open("rb") as opened:
+            whole = hashlib.file_digest(opened, "sha256").hexdigest()
+            opened.seek(0)
+            # `read_bundle` checked the length of the header.
+            has_header = source.suffix == ".safetensors"
+            opened.seek(8 + struct.unpack("<Q", opened.read(8))[0] if has_header else 0)
+            return cls(label, reference, whole, hashlib.file_digest(opened, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a set of images was generated.
+
+    Attributes:
+        prompt: The prompt.
+        negative: The negative prompt.
+        adapters: One per adapter of the prompt, in its order.
+        base: Name of the base.
+        fingerprint: Digest of the base's weights.
+        sampler: Class of diffusers' scheduler.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        version: Version of Loraline.
+    """
+
+    prompt: ParsedPrompt
+    negative: ParsedPrompt
+    adapters: Sequence[UsedAdapter]
+    base: str
+    fingerprint: str
+    sampler: str
+    steps: int
+    guidance: float
+    version: str
+
+    def texts(self, seed: int, size: tuple[int, int]) -> dict[str, str]:
+        """Returns the texts of an image file by keyword.
+
+        Args:
+            seed: Seed of the image.
+            size: (height, width) in pixels.
+        """
+        return {
+            "parameters": self._infotext(seed, size),
+            CHUNK: json.dumps(self._facts(seed, size), sort_keys=True, ensure_ascii=False, separators=(",", ":")),
+            XMP: _PACKET,
+        }
+
+    def _infotext(self, seed: int, size: tuple[int, int]) -> str:
+        """Returns A1111's text: prompt, negative prompt, and a line of settings."""
+        tags = [
+            f"<lora:{adapter.label}:{_one_weight(tag)}>"
+            for tag, adapter in zip(self.prompt.adapters, self.adapters, strict=True)
+        ]
+        settings = {
+            "Steps": str(self.steps),
+            "Sampler": _SAMPLERS.get(self.sampler, self.sampler),
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": str(seed),
+            "Size": f"{size[1]}x{size[0]}",
+            "Model": self.base,
+        }
+        if self.adapters:
+            hashes = ", ".join(f"{adapter.label}: {adapter.body_sha256[:12]}" for adapter in self.adapters)
+            settings["Lora hashes"] = hashes
+        settings["Version"] = f"Loraline {self.version}"
+        lines = [" ".join([self.prompt.text, *tags]).strip()]
+        if self.negative.text:
+            lines.append(f"Negative prompt: {self.negative.text}")
+        lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items()))
+        return "\n".join(lines)
+
+    def _facts(self, seed: int, size: tuple[int, int]) -> Mapping[str, Any]:
+        return {
+            "adapters": [
+                {
+                    "reference": adapter.reference,
+                    "sha256": adapter.sha256,
+                    "autov3": adapter.body_sha256[:12],
+                    "denoiser": str(tag.denoiser),
+                    "text_encoder": str(tag.text_encoder),
+                    **({} if tag.blocks is None else {"blocks": dict(tag.blocks)}),
+                    **({} if tag.start == 1 else {"start": tag.start}),
+                    **({} if tag.stop is None else {"stop": tag.stop}),
+                }
+                for tag, adapter in zip(self.prompt.adapters, self.adapters, strict=True)
+            ],
+            "base": {"name": self.base, "fingerprint": self.fingerprint},
+            "format": 1,
+            "guidance": self.guidance,
+            "negative": self.negative.text,
+            "prompt": self.prompt.text,
+            "sampler": self.sampler,
+            "seed": seed,
+            "size": list(size),
+            "steps": self.steps,
+            "version": self.version,
+        }
+
+
+def _one_weight(tag: AdapterTag) -> str:
+    """Returns the weight that A1111's text can hold: the denoiser's, or the largest of a schedule."""
+    return f"{max((weight for _, weight in tag.denoiser.points), key=abs):g}"
+
+
+def _quoted(value: str) -> str:
+    """Returns a value as A1111 writes it: as a JSON string if it would be torn."""
+    return json.dumps(value, ensure_ascii=False) if any(character in value for character in ",\n:") else value
