@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flows.refusals import explain, nearest
 from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
+from lora_engine.families import Family, families
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, STEP_NAME, StepSpec
 from tasks.step import STEPS, locate_base
@@ -99,9 +101,10 @@ def check_document(document: Document, *, check_bases: bool = True) -> PipelineS
         SpecError: It is not a valid pipeline.
     """
     head = _validate(Head, document.data, (), document)
-    steps = {name: _load_step(name, raw, head, document) for name, raw in head.steps.items()}
-    order = _order(steps, document)
     folder = document.path.resolve().parent
+    used = _families(head, folder) if check_bases else []
+    steps = {name: _load_step(name, raw, head, used, document) for name, raw in head.steps.items()}
+    order = _order(steps, document)
     for name in order:
         _check_files(name, steps[name], folder, document)
         if check_bases:
@@ -128,7 +131,21 @@ def _override(document: Document, override: str) -> None:
     target[keys[-1]] = parse_value(text, f"--set {path}", SpecError)
 
 
-def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -> StepSpec:
+def _families(head: Head, folder: Path) -> list[Family]:
+    """Returns the families of the bases in a pipeline; without those that are not found."""
+    from lora_engine.bases.source import resolve_base
+
+    bases = {head.base, *(raw["base"] for raw in head.steps.values() if isinstance(raw.get("base"), str))}
+    used: list[Family] = []
+    for base in sorted(bases):
+        with suppress(BaseModelError):  # `_check_base` raises it
+            used.append(families[resolve_base(locate_base(base, folder)).family])
+    return used
+
+
+def _load_step(
+    name: str, raw: dict[str, Any], head: Head, used: Collection[Family], document: Document
+) -> StepSpec:
     parent: Where = ("steps", name)
     if not STEP_NAME.fullmatch(name):
         raise SpecError(f"step name {name!r}", where=document.where(parent), allowed="letters, digits, - and _")
@@ -138,6 +155,7 @@ def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -
         raise SpecError(problem, where=document.where((*parent, "uses")), **nearest(str(uses), STEPS))
     kind = STEPS[uses].spec
     inherited = {field: getattr(head, field) for field in INHERITED if field in kind.model_fields}
+    inherited |= kind.family_defaults(used)
     spec: StepSpec = _validate(kind, inherited | raw, parent, document)
     return spec
 

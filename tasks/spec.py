@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lora_engine.families import Family
 from lora_engine.settings import key_form, names_without_effect, without_later
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -103,6 +104,12 @@ class StepSpec(BaseModel):
         settings = without_later(self, self.own_settings())
         settings.pop("base", None)
         return settings
+
+    @classmethod
+    def family_defaults(cls, families: Collection[Family]) -> dict[str, Any]:
+        """Returns the defaults of settings that depend on the families of the bases in a pipeline."""
+        del families
+        return {}
 
     @classmethod
     def without_effect(cls, *, visible: bool = False) -> set[str]:

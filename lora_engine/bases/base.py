@@ -14,6 +14,7 @@ from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.building import BUILDING
+from lora_engine.data.framing import Framing
 from lora_engine.files import FilePath
 
 
@@ -92,6 +93,13 @@ class BaseModel(Protocol):
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encodes negative prompts for classifier-free guidance; see `encode_text`."""
+        ...
+
+    def with_framings(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """Returns the conditioning of training images, one row each, for networks that read the original size and crop.
+
+        Others get it unchanged.
+        """
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

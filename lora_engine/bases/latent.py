@@ -18,6 +18,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.bases.quantized import Quantization
 from lora_engine.bases.source import BaseSource
+from lora_engine.data.framing import Framing
 from lora_engine.errors import BaseModelError, SettingsError
 
 _log = logging.getLogger(__name__)
@@ -104,6 +105,11 @@ class LatentModel(ABC):
     @abstractmethod
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`."""
+
+    def with_framings(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """See `BaseModel`; unchanged."""
+        del framings
+        return conditioning
 
     @abstractmethod
     def _load_text(self, source: BaseSource) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from lora_engine.data.framing import Framing
 from lora_engine.data.rights import Rights
 from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
@@ -51,6 +52,7 @@ class ImageEntry(BaseModel):
         mask: Path of the mask inside the artifact: gray, of the image's size, white for full weight and black for none;
             None gives every pixel full weight.
         rights: Stated rights and evidence of generation; None if there is neither.
+        framing: The part of the original image that it shows; None if preprocess did not record it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,10 +70,11 @@ class ImageEntry(BaseModel):
     repeats: int = Field(default=1, ge=1, le=MAX_REPEATS)
     mask: str | None = Field(default=None, pattern=r"^masks/[0-9a-f]{16}\.png$")
     rights: Rights | None = None
+    framing: Framing | None = None
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "rights", "caption_origin")
+        return _without(serialize(self), "rights", "caption_origin", "framing")
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
 from lora_engine.training.augmentations import augmentations_of
 from lora_engine.training.captions import Rewriter
-from lora_engine.training.examples import Conditioner, Example, ImageSize
+from lora_engine.training.examples import Conditioner, Example, ImageSize, encode_captions
 from lora_engine.training.objective import draw_perturbation, draw_timesteps, draw_training_noise
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.objective import Objective
@@ -180,7 +180,7 @@ class BatchBuilder:
             latents=latents.to(device),
             noise=noise.to(device),
             timesteps=timesteps.to(device),
-            conditioning=self._conditioner(captions, size).to(device),
+            conditioning=encode_captions(self._base, self._conditioner, captions, chosen),
             instances=len(indices),
             examples=tuple(chosen),
             perturbation=None if perturbation is None else perturbation.to(device),

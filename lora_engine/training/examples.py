@@ -13,10 +13,11 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import encode_long
+from lora_engine.data.framing import Framing
 from lora_engine.data.manifest import Manifest, Split
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
-from lora_engine.files import sha256_file
+from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.syntax import parse_weights
 from lora_engine.parallel import Workers
 from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
@@ -40,6 +41,7 @@ class Example:
         mask: Mask file that weights the loss; None weighs the whole image alike.
         repeats: Number of occurrences per epoch.
         augmentation: Transform of the pixels before they are encoded.
+        framing: The part of the original image that the file shows; None if it is not recorded.
     """
 
     file: Path
@@ -49,11 +51,18 @@ class Example:
     mask: Path | None = None
     repeats: int = 1
     augmentation: Augmentation = UNCHANGED
+    framing: Framing | None = None
 
     def identity(self) -> list[str | int]:
         """Returns everything of the example that a run depends on, as JSON values."""
         values: list[str | int] = [self.digest, self.caption, self.repeats]
-        return values if self.mask is None else [*values, sha256_file(self.mask)]
+        values += [] if self.mask is None else [sha256_file(self.mask)]
+        return values if self.framing is None else [*values, sha256_bytes(canonical_json(self.framing.model_dump()))]
+
+    def seen(self) -> Framing:
+        """Returns the part of the original image that the augmented pixels show; all of the file without a record."""
+        framing = self.framing or Framing.whole(self.size)
+        return framing.mirrored() if self.augmentation.mirrored else framing
 
     def pixels(self) -> Tensor:
         """Returns the augmented pixels: float32 [3, height, width] in [-1, 1]."""
@@ -87,9 +96,18 @@ def read_examples(folder: Path, manifest: Manifest, split: Split) -> tuple[Examp
             (image.height, image.width),
             folder / image.mask if image.mask else None,
             image.repeats,
+            framing=image.framing,
         )
         for image in images
     )
+
+
+def encode_captions(
+    base: BaseModel, conditioner: Conditioner, captions: Sequence[str], examples: Sequence[Example]
+) -> Conditioning:
+    """Returns the conditioning of images of one size with their captions, on the base's device."""
+    encoded = conditioner(captions, examples[0].size).to(base.device)
+    return base.with_framings(encoded, [example.seen() for example in examples])
 
 
 def text_encoder(base: BaseModel, settings: Captions) -> Conditioner:

@@ -69,6 +69,7 @@ def read_class_images(
             sha256_file(folder / image.file),
             image.caption if image.caption.strip() else next(prompts_in_turn),
             (image.height, image.width),
+            framing=image.framing,
         )
         for image in images
     )
