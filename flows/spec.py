@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -25,7 +25,7 @@ from tasks.errors import SpecError
 from tasks.spec import REGISTERED, STEP_NAME, StepSpec
 from tasks.step import STEPS, locate_base
 
-INHERITED = ("base", "seed", "name")
+INHERITED = ("base", "vae", "seed", "name")
 """Top-level keys that are the defaults of the steps' keys of the same name."""
 
 
@@ -35,6 +35,7 @@ class Head(BaseModel):
     Attributes:
         name: Name of the pipeline, and default name of adapters that it registers.
         base: Default base model of the steps: tiny, a hub id with @revision, a diffusers folder or a checkpoint file.
+        vae: Another autoencoder for the base in the steps that use one: a folder or a hub id.
         seed: Default seed of the steps.
         description: Text for readers.
         concurrency: Maximum trainings per device at the same time; the default depends on the device.
@@ -45,6 +46,7 @@ class Head(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     base: str = "tiny"
+    vae: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     description: str = ""
     concurrency: int | None = Field(None, ge=1, le=1024)
@@ -143,9 +145,7 @@ def _families(head: Head, folder: Path) -> list[Family]:
     return used
 
 
-def _load_step(
-    name: str, raw: dict[str, Any], head: Head, used: Collection[Family], document: Document
-) -> StepSpec:
+def _load_step(name: str, raw: dict[str, Any], head: Head, used: Collection[Family], document: Document) -> StepSpec:
     parent: Where = ("steps", name)
     if not STEP_NAME.fullmatch(name):
         raise SpecError(f"step name {name!r}", where=document.where(parent), allowed="letters, digits, - and _")
@@ -224,15 +224,22 @@ def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) ->
 
 
 def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
-    base = getattr(spec, "base", None)
-    if base is None:
-        return
     from lora_engine.bases.source import resolve_base
+    from lora_engine.bases.vae import resolve_vae
 
+    finders: dict[str, Callable[[str], object]] = {"base": resolve_base, "vae": resolve_vae}
+    for field, resolve in finders.items():
+        if (written := getattr(spec, field, None)) is not None:
+            with _at_its_line(name, field, document):
+                resolve(locate_base(written, folder))
+
+
+@contextmanager
+def _at_its_line(name: str, field: str, document: Document) -> Iterator[None]:
     try:
-        resolve_base(locate_base(base, folder))
+        yield
     except BaseModelError as error:
-        location: Where = ("steps", name, "base") if ("steps", name, "base") in document.lines else ("base",)
+        location: Where = ("steps", name, field) if ("steps", name, field) in document.lines else (field,)
         raise SpecError(
             error.problem, where=document.where(location), allowed=error.allowed, remedy=error.remedy
         ) from error

@@ -93,17 +93,13 @@ class StepSpec(BaseModel):
     def key_settings(self) -> dict[str, Any]:
         """Returns the settings that enter the cache key; see `key_form`.
 
-        The base is left out, because its fingerprint enters the key.
+        The base and its autoencoder are left out, because their fingerprints enter the key.
         """
-        settings = key_form(self, self.own_settings())
-        settings.pop("base", None)
-        return settings
+        return _without_base(key_form(self, self.own_settings()))
 
     def earlier_key_settings(self) -> dict[str, Any]:
         """Returns the settings in the cache keys of releases before 0.4: settings without effect have their values."""
-        settings = without_later(self, self.own_settings())
-        settings.pop("base", None)
-        return settings
+        return _without_base(without_later(self, self.own_settings()))
 
     @classmethod
     def family_defaults(cls, families: Collection[Family]) -> dict[str, Any]:
@@ -134,6 +130,10 @@ class StepSpec(BaseModel):
     def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""
         return settings.model_validate(self.model_dump(include=set(settings.model_fields)))
+
+
+def _without_base(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("base", "vae")}
 
 
 Marker = TypeVar("Marker", Input, External)

@@ -141,6 +141,11 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
     size: Annotated[int | None, typer.Option(help="Image size in pixels per side. Default: the base's own.")] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layer of the CLIP text encoders from the last. Default: that of the training."),
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another autoencoder: a folder or a hub id.")] = None,
 ) -> None:
     """Generate images with the adapters that the prompt names."""
     from rich.console import Console
@@ -153,7 +158,17 @@ def generate(
     with show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
         images = draw(
-            prompt, output, home_path(), base=base, count=count, seed=seed, steps=steps, guidance=guidance, size=size
+            prompt,
+            output,
+            home_path(),
+            base=base,
+            count=count,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            clip_skip=clip_skip,
+            vae=vae,
         )
         publish(StepEvent("generate", "completed"))
     for path in images:

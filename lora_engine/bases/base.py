@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.options import UNCHANGED_BASE, BaseOptions
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.building import BUILDING
@@ -34,6 +35,7 @@ class BaseModel(Protocol):
             has that input.
         inpaints: True if `predict` needs the result of `encode_mask`.
         quantization: Storage of the denoiser's linear layers: `none`, `8bit` or `4bit`.
+        options: What was changed of it.
     """
 
     family: str
@@ -47,6 +49,16 @@ class BaseModel(Protocol):
     distilled: bool
     inpaints: bool
     quantization: Quantization
+    options: BaseOptions
+
+    def configure(self, options: BaseOptions) -> None:
+        """Changes the layer of the text encoders that is read, the noise schedule and the autoencoder; called once.
+
+        Raises:
+            BaseModelError: The autoencoder is damaged, or has other latents than that of the base.
+            SettingsError: The family does not have an option, or a value does not suit the base.
+        """
+        ...
 
     def module_names(self) -> list[str]:
         """Returns the canonical names of the adaptable layers (Linear, Conv2d), in the order of the model.
@@ -133,6 +145,7 @@ def load_base(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     quantise: Quantization = "none",
+    options: BaseOptions = UNCHANGED_BASE,
 ) -> BaseModel:
     """Loads a base model, frozen.
 
@@ -141,16 +154,19 @@ def load_base(
         device: The device; None takes CUDA, else MPS, else the CPU.
         dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
         quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
+        options: Changes of the base.
 
     Raises:
         BaseModelError: The base is not found, or its parts do not match.
-        SettingsError: A package that quantization needs is not installed.
+        SettingsError: A package that quantization needs is not installed, or an option does not suit the base.
     """
     resolved = source if isinstance(source, BaseSource) else resolve_base(source)
     check_quantization(quantise)
     with BUILDING:
         load = getattr(importlib.import_module(resolved.module), resolved.loader.rpartition(":")[2])
     base = cast(BaseModel, load(resolved, torch.device(device or default_device()), dtype))
+    if options != UNCHANGED_BASE:
+        base.configure(options)
     quantize_base(base, quantise)
     base.quantization = quantise
     return base

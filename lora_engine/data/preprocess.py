@@ -68,7 +68,7 @@ def _write_resized(
     choose: Callable[[Sides], Fit | None],
     entry: ImageEntry,
 ) -> tuple[Fit | None, Box | None]:
-    """Writes an image and its mask in their training size; returns no box if it is not usable, nor a fit if too small."""
+    """Writes an image and its mask in their training size; returns no box if it is unusable, no fit if too small."""
     image = open_image(dataset / entry.file, root=dataset)
     fit = choose(image.size)
     if fit is None or _is_too_long(fit):

@@ -150,6 +150,10 @@ class Encoder:
         self._texts = TensorCache(folder / "texts", budget=budget)
         self._prepared: set[str] = set()
         self._key = {"base": base.fingerprint, "device": base.device.type, "dtype": str(base.dtype), **_environment()}
+        options = base.options.key()
+        self._image_options, self._text_options = (
+            {name: options[name] for name in names if name in options} for names in (("vae",), ("clip_skip",))
+        )
         reading = {"chunks": self._captions.chunks, "weights": self._captions.weights}
         self._reading = reading if reading != {"chunks": 1, "weights": False} else {}
 
@@ -217,13 +221,13 @@ class Encoder:
         return example, None if self._latents.has(self._image_key(example)) else example.pixels()
 
     def _image_key(self, example: Example) -> dict[str, object]:
-        return {**self._key, "picture": example.digest, **example.augmentation.key()}
+        return {**self._key, **self._image_options, "picture": example.digest, **example.augmentation.key()}
 
     def _text(self, text: str, size: ImageSize) -> dict[str, Tensor]:
         def make() -> dict[str, Tensor]:
             return dict(self._encode([text], size).tensors)
 
-        key = {**self._key, **self._reading, "text": text, "size": list(size)}
+        key = {**self._key, **self._text_options, **self._reading, "text": text, "size": list(size)}
         return dict(self._texts.get(key, make, keep=text in self._prepared))
 
 

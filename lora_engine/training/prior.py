@@ -126,6 +126,7 @@ class ClassImages:
             "base": self.base.fingerprint,
             "device": self.base.device.type,
             "dtype": str(self.base.dtype) if self.base.quantization == "none" else self.base.quantization,
+            **self.base.options.key(),
             "prompts": prompts,
             "size": list(size),
             "steps": self.prior.steps,

@@ -256,6 +256,8 @@ def draw(
     steps: int,
     guidance: float,
     size: int | None,
+    clip_skip: int | None = None,
+    vae: str | None = None,
 ) -> list[Path]:
     """Generates images and writes them as PNG files, named by their seeds.
 
@@ -269,6 +271,8 @@ def draw(
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance.
         size: Pixels per side; None means the base's own.
+        clip_skip: Layer of the text encoders; None means that of the adapters' training.
+        vae: Another autoencoder: a folder or a hub id.
     """
     from lora_engine.bases.source import resolve_base
     from lora_engine.compute import fitting_threads, threads
@@ -287,6 +291,8 @@ def draw(
             steps=steps,
             guidance=guidance,
             size=size,
+            clip_skip=clip_skip,
+            vae=vae,
             progress=lambda done, total, values: publish(StepEvent("generate", "progress", done, total, values)),
         )
 

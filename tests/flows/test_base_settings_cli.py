@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from flows.spec import load_spec
-from lora_engine.data.manifest import Manifest
-from registry.home import Home
 from tasks.job import prepare_job
 from tests.flows.conftest import PREPARE
 from tests.support.untrained import write_untrained_base
@@ -35,6 +33,8 @@ def test_original_sizes_are_recorded_for_a_base_that_reads_them_alone(pipeline: 
     for text in (PREPARE.replace("base: tiny", f"base: {sdxl}"), PREPARE + adapter.format(sdxl)):
         assert load_spec(pipeline(text)).steps["prepared"].model_dump()["original_sizes"] is True
         assert key_of(pipeline(text), "prepared") != key
-    off = PREPARE.replace("base: tiny", f"base: {sdxl}").replace("resolution: 32", "resolution: 32, original_sizes: false")
+    off = PREPARE.replace("base: tiny", f"base: {sdxl}").replace(
+        "resolution: 32", "resolution: 32, original_sizes: false"
+    )
     assert load_spec(pipeline(off)).steps["prepared"].model_dump()["original_sizes"] is False
     assert key_of(pipeline(off), "prepared") == key

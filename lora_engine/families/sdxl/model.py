@@ -39,7 +39,7 @@ class StableDiffusionXL(StableDiffusion):
         pooled = torch.empty(0)  # the second encoder's
         for suffix, inputs in tokens.items():
             output = self.modules[f"text_encoder{suffix}"](**inputs, output_hidden_states=True)
-            states.append(change(suffix, output.hidden_states[-2].float()))
+            states.append(change(suffix, output.hidden_states[-(self.options.clip_skip or 2)].float()))
             pooled = output[0].float()
         height, width = size or self.default_size
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)

@@ -134,9 +134,7 @@ def test_a_second_preprocess_keeps_the_first_original(images: Path, tmp_path: Pa
     ingest(images, tmp_path / "one", IngestSettings())
     preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=48, original_sizes=True))
     preprocess(tmp_path / "two", tmp_path / "three", PreprocessSettings(resolution=24, original_sizes=True))
-    assert framings(tmp_path / "two") == [
-        Framing(original=(50, 100), resized=(48, 96), top=0, left=24, size=(48, 48))
-    ]
+    assert framings(tmp_path / "two") == [Framing(original=(50, 100), resized=(48, 96), top=0, left=24, size=(48, 48))]
     assert framings(tmp_path / "three") == [
         Framing(original=(50, 100), resized=(24, 48), top=0, left=12, size=(24, 24))
     ]
