@@ -174,7 +174,7 @@ def test_an_autoencoder_with_other_latents_is_refused(
 
 
 def test_an_unknown_autoencoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="unknown autoencoder 'no-such'.*neither a folder nor a hub id"):
+    with pytest.raises(BaseModelError, match=r"unknown autoencoder 'no-such'.*neither a folder nor a hub id"):
         resolve_vae("no-such")
     with pytest.raises(BaseModelError, match="there are no weights"):
         resolve_vae(tmp_path)
