@@ -22,7 +22,7 @@ from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, families
 from tasks.errors import SpecError
-from tasks.spec import REGISTERED, STEP_NAME, StepSpec
+from tasks.spec import REGISTERED, SAVED, STEP_NAME, StepSpec
 from tasks.step import STEPS, locate_base
 
 INHERITED = ("base", "vae", "seed", "name")
@@ -106,6 +106,7 @@ def check_document(document: Document, *, check_bases: bool = True) -> PipelineS
     folder = document.path.resolve().parent
     used = _families(head, folder) if check_bases else []
     steps = {name: _load_step(name, raw, head, used, document) for name, raw in head.steps.items()}
+    steps |= dict(_saved_steps(steps, document))
     order = _order(steps, document)
     for name in order:
         _check_files(name, steps[name], folder, document)
@@ -160,6 +161,26 @@ def _load_step(name: str, raw: dict[str, Any], head: Head, used: Collection[Fami
     return spec
 
 
+def _saved_steps(steps: Mapping[str, StepSpec], document: Document) -> Iterator[tuple[str, StepSpec]]:
+    """Yields a step `saved` for each reference `STEP@step-N` to a step of the file."""
+    for name, spec in steps.items():
+        for field, target, _ in spec.references():
+            match = SAVED.fullmatch(target)
+            if match is None or match["step"] not in steps:
+                continue
+            at, training = int(match["at"]), steps[match["step"]]
+            every, total = (getattr(training, key, 0) for key in ("save_every", "total_steps"))
+            if every == 0 or (isinstance(every, int) and (at % every or at > total)):
+                allowed = f"multiples of save_every {every} up to {total}" if every else ""
+                raise SpecError(
+                    f"{name}.{field} is {target!r}, but {match['step']!r} saves no adapter at step {at}",
+                    where=document.where(("steps", name, field)),
+                    allowed=allowed,
+                    remedy="" if every else f"set save_every in a train step, such as save_every: {at}",
+                )
+            yield target, STEPS["saved"].spec(uses="saved", adapter=match["step"], at=at)
+
+
 def _validate(model: type[Any], data: Mapping[str, Any], parent: Where, document: Document) -> Any:
     try:
         # Strict mode refuses "8" for 8; JSON mode accepts lists for tuples.
@@ -173,7 +194,7 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
     for name, spec in steps.items():
         for field, target, kind in spec.references():
             where = document.where(("steps", name, field))
-            if REGISTERED.fullmatch(target):
+            if REGISTERED.fullmatch(target) and target not in steps:
                 if kind != "adapter":
                     raise SpecError(
                         f"{name}.{field} is {target!r}, a registered adapter",

@@ -19,9 +19,13 @@ STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 """Name of a step."""
 
 
+SAVED = re.compile(rf"(?P<step>{STEP_NAME.pattern})@step-(?P<at>[1-9][0-9]{{0,6}})")
+"""Reference to an adapter that a step of the file saved on the way: `STEP@step-N`."""
+
+
 def is_path(value: str) -> bool:
-    """Returns True if a reference is neither the name of a step nor a registered adapter."""
-    return not (REGISTERED.fullmatch(value) or STEP_NAME.fullmatch(value))
+    """Returns True if a reference is neither the name of a step, nor an adapter that it saved, nor a registered one."""
+    return not any(pattern.fullmatch(value) for pattern in (REGISTERED, STEP_NAME, SAVED))
 
 
 @dataclass(frozen=True)

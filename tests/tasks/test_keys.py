@@ -48,6 +48,7 @@ STEP_CASES: dict[str, dict[str, Any]] = {
     "merge": {"base": "tiny", "adapters": ("one", "two")},
     "convert": {"base": "tiny", "adapter": "one", "to": ("kohya",)},
     "evaluate": {"base": "tiny", "adapter": "one", "dataset": "captions", "prompts": "prompts.txt"},
+    "saved": {"adapter": "one", "at": 200},
     "register": {"name": "small", "adapter": "one", "report": "report", "alias": "staging"},
 }
 REFERENCES = {"dataset": "manifest", "adapter": "adapter", "adapters": "adapter", "report": "report"}
