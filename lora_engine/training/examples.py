@@ -15,15 +15,16 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import encode_long
 from lora_engine.data.framing import Framing
 from lora_engine.data.manifest import Manifest, Split
+from lora_engine.data.part import DatasetPart
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.syntax import parse_weights
 from lora_engine.parallel import Workers
-from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
+from lora_engine.training.augmentations import UNCHANGED, Augmentation
 from lora_engine.training.cache import TensorCache
-from lora_engine.training.captions import Rewriter
 from lora_engine.training.specs.captions import Captions
+from lora_engine.training.variation import Variation
 
 ImageSize = tuple[int, int]
 Conditioner = Callable[[Sequence[str], ImageSize], Conditioning]
@@ -41,6 +42,7 @@ class Example:
         mask: Mask file that weights the loss; None weighs the whole image alike.
         repeats: Number of occurrences per epoch.
         augmentation: Transform of the pixels before they are encoded.
+        part: Settings of its dataset among several; None takes those of the training.
         framing: The part of the original image that the file shows; None if it is not recorded.
     """
 
@@ -52,12 +54,14 @@ class Example:
     repeats: int = 1
     augmentation: Augmentation = UNCHANGED
     framing: Framing | None = None
+    part: DatasetPart | None = None
 
     def identity(self) -> list[str | int]:
         """Returns everything of the example that a run depends on, as JSON values."""
         values: list[str | int] = [self.digest, self.caption, self.repeats]
         values += [] if self.mask is None else [sha256_file(self.mask)]
-        return values if self.framing is None else [*values, sha256_bytes(canonical_json(self.framing.model_dump()))]
+        recorded = [record for record in (self.framing, self.part) if record is not None]
+        return [*values, *(sha256_bytes(canonical_json(record.model_dump())) for record in recorded)]
 
     def seen(self) -> Framing:
         """Returns the part of the original image that the augmented pixels show; all of the file without a record."""
@@ -97,6 +101,7 @@ def read_examples(folder: Path, manifest: Manifest, split: Split) -> tuple[Examp
             folder / image.mask if image.mask else None,
             image.repeats,
             framing=image.framing,
+            part=manifest.part_of(image),
         )
         for image in images
     )
@@ -144,8 +149,7 @@ class Encoder:
     ) -> None:
         self._base, self._captions = base, captions or Captions()
         self._encode = text_encoder(base, self._captions)
-        self._rewriter = Rewriter(self._captions)
-        self._augmentations = augmentations_of(self._captions, seed)
+        self._variation = Variation(self._captions, seed)
         self._latents = TensorCache(folder / "latents", budget=budget)
         self._texts = TensorCache(folder / "texts", budget=budget)
         self._prepared: set[str] = set()
@@ -198,10 +202,16 @@ class Encoder:
         """
         extra_texts = sorted(set(texts))
         pending: set[tuple[str, ImageSize]] = set()
-        images = [replace(example, augmentation=change) for example in examples for change in self._augmentations]
+        variation = self._variation
+        images = [
+            replace(example, augmentation=change)
+            for example in examples
+            for change in variation.augmentations(example.part)
+        ]
         images += unaugmented
         for example in examples:
-            rewritten = () if self._rewriter.varies(example.caption) else (self._rewriter.rewrite(example.caption),)
+            rewriter = variation.rewriter(example.part)
+            rewritten = () if rewriter.varies(example.caption) else (rewriter.rewrite(example.caption),)
             pending |= {(text, example.size) for text in (*extra_texts, *rewritten)}
         for example in unaugmented:
             pending |= {(text, example.size) for text in (*extra_texts, example.caption)}
