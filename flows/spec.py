@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -19,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flows.refusals import explain, nearest
 from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
+from lora_engine.families import Family, families
 from tasks.errors import SpecError
-from tasks.spec import REGISTERED, STEP_NAME, StepSpec
+from tasks.spec import REGISTERED, SAVED, STEP_NAME, StepSpec
 from tasks.step import STEPS, locate_base
 
-INHERITED = ("base", "seed", "name")
+INHERITED = ("base", "vae", "seed", "name")
 """Top-level keys that are the defaults of the steps' keys of the same name."""
 
 
@@ -33,6 +35,7 @@ class Head(BaseModel):
     Attributes:
         name: Name of the pipeline, and default name of adapters that it registers.
         base: Default base model of the steps: tiny, a hub id with @revision, a diffusers folder or a checkpoint file.
+        vae: Another autoencoder for the base in the steps that use one: a folder or a hub id.
         seed: Default seed of the steps.
         description: Text for readers.
         concurrency: Maximum trainings per device at the same time; the default depends on the device.
@@ -43,6 +46,7 @@ class Head(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     base: str = "tiny"
+    vae: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     description: str = ""
     concurrency: int | None = Field(None, ge=1, le=1024)
@@ -99,9 +103,11 @@ def check_document(document: Document, *, check_bases: bool = True) -> PipelineS
         SpecError: It is not a valid pipeline.
     """
     head = _validate(Head, document.data, (), document)
-    steps = {name: _load_step(name, raw, head, document) for name, raw in head.steps.items()}
-    order = _order(steps, document)
     folder = document.path.resolve().parent
+    used = _families(head, folder) if check_bases else []
+    steps = {name: _load_step(name, raw, head, used, document) for name, raw in head.steps.items()}
+    steps |= dict(_saved_steps(steps, document))
+    order = _order(steps, document)
     for name in order:
         _check_files(name, steps[name], folder, document)
         if check_bases:
@@ -128,7 +134,19 @@ def _override(document: Document, override: str) -> None:
     target[keys[-1]] = parse_value(text, f"--set {path}", SpecError)
 
 
-def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -> StepSpec:
+def _families(head: Head, folder: Path) -> list[Family]:
+    """Returns the families of the bases in a pipeline; without those that are not found."""
+    from lora_engine.bases.source import resolve_base
+
+    bases = {head.base, *(raw["base"] for raw in head.steps.values() if isinstance(raw.get("base"), str))}
+    used: list[Family] = []
+    for base in sorted(bases):
+        with suppress(BaseModelError):  # `_check_base` raises it
+            used.append(families[resolve_base(locate_base(base, folder)).family])
+    return used
+
+
+def _load_step(name: str, raw: dict[str, Any], head: Head, used: Collection[Family], document: Document) -> StepSpec:
     parent: Where = ("steps", name)
     if not STEP_NAME.fullmatch(name):
         raise SpecError(f"step name {name!r}", where=document.where(parent), allowed="letters, digits, - and _")
@@ -138,8 +156,29 @@ def _load_step(name: str, raw: dict[str, Any], head: Head, document: Document) -
         raise SpecError(problem, where=document.where((*parent, "uses")), **nearest(str(uses), STEPS))
     kind = STEPS[uses].spec
     inherited = {field: getattr(head, field) for field in INHERITED if field in kind.model_fields}
+    inherited |= kind.family_defaults(used)
     spec: StepSpec = _validate(kind, inherited | raw, parent, document)
     return spec
+
+
+def _saved_steps(steps: Mapping[str, StepSpec], document: Document) -> Iterator[tuple[str, StepSpec]]:
+    """Yields a step `saved` for each reference `STEP@step-N` to a step of the file."""
+    for name, spec in steps.items():
+        for field, target, _ in spec.references():
+            match = SAVED.fullmatch(target)
+            if match is None or match["step"] not in steps:
+                continue
+            at, training = int(match["at"]), steps[match["step"]]
+            every, total = (getattr(training, key, 0) for key in ("save_every", "total_steps"))
+            if every == 0 or (isinstance(every, int) and (at % every or at > total)):
+                allowed = f"multiples of save_every {every} up to {total}" if every else ""
+                raise SpecError(
+                    f"{name}.{field} is {target!r}, but {match['step']!r} saves no adapter at step {at}",
+                    where=document.where(("steps", name, field)),
+                    allowed=allowed,
+                    remedy="" if every else f"set save_every in a train step, such as save_every: {at}",
+                )
+            yield target, STEPS["saved"].spec(uses="saved", adapter=match["step"], at=at)
 
 
 def _validate(model: type[Any], data: Mapping[str, Any], parent: Where, document: Document) -> Any:
@@ -155,7 +194,7 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
     for name, spec in steps.items():
         for field, target, kind in spec.references():
             where = document.where(("steps", name, field))
-            if REGISTERED.fullmatch(target):
+            if REGISTERED.fullmatch(target) and target not in steps:
                 if kind != "adapter":
                     raise SpecError(
                         f"{name}.{field} is {target!r}, a registered adapter",
@@ -206,15 +245,22 @@ def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) ->
 
 
 def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
-    base = getattr(spec, "base", None)
-    if base is None:
-        return
     from lora_engine.bases.source import resolve_base
+    from lora_engine.bases.vae import resolve_vae
 
+    finders: dict[str, Callable[[str], object]] = {"base": resolve_base, "vae": resolve_vae}
+    for field, resolve in finders.items():
+        if (written := getattr(spec, field, None)) is not None:
+            with _at_its_line(name, field, document):
+                resolve(locate_base(written, folder))
+
+
+@contextmanager
+def _at_its_line(name: str, field: str, document: Document) -> Iterator[None]:
     try:
-        resolve_base(locate_base(base, folder))
+        yield
     except BaseModelError as error:
-        location: Where = ("steps", name, "base") if ("steps", name, "base") in document.lines else ("base",)
+        location: Where = ("steps", name, field) if ("steps", name, field) in document.lines else (field,)
         raise SpecError(
             error.problem, where=document.where(location), allowed=error.allowed, remedy=error.remedy
         ) from error

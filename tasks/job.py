@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.source import TINY, BaseSource, resolve_base
+from lora_engine.bases.vae import resolve_vae
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import ArtifactRef
 from registry.lineage.record import Lineage
@@ -32,7 +33,8 @@ class Job:
         folder: The folder that relative paths in the spec start from.
         files: Field -> digest of the user's file or folder.
         excluded: Digests of revoked images and ids of revoked consents in the user's files, sorted.
-        base: Label, fingerprint and, if it is local, path of the base model; None means no base.
+        base: Label, fingerprint and, if it is local, path of the base model, and the same of another autoencoder; None
+            means no base.
         concurrency: Maximum trainings per device at the same time; None means the default of the device. It
             changes no bytes, so it is not part of the cache key.
         entries: The registry entries that the step uses: its own, those in its settings, the family of its base, and
@@ -102,6 +104,8 @@ class Job:
             "files": self.file_digests | revoked,
             "base": self.base["fingerprint"] if self.base else None,
         }
+        if self.base and "vae_fingerprint" in self.base:
+            parts["vae"] = self.base["vae_fingerprint"]
         return parts | to_key(self.entries)
 
     def with_input_kinds(self, inputs: Inputs, lineage: Lineage) -> Job:
@@ -157,6 +161,9 @@ def prepare_job(
     located = locate_base(base, folder) if base else None
     source = resolve_base(located) if located else None
     description = _describe_base(source, located) if source and located else None
+    vae = getattr(spec, "vae", None)
+    if description and vae:
+        description |= _describe_vae(locate_base(vae, folder))
     return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source))
 
 
@@ -165,6 +172,13 @@ def _describe_base(source: BaseSource, located: str) -> dict[str, str]:
     is_path = source.revision is None and source.name != TINY
     path = {"path": str(Path(located).expanduser().resolve())} if is_path else {}
     return {"label": source.label, "fingerprint": _fingerprint(located)} | path
+
+
+def _describe_vae(located: str) -> dict[str, str]:
+    """Returns label, fingerprint and, if it is local, path of another autoencoder."""
+    source = resolve_vae(located)
+    path = {"vae_path": str(source.folder)} if Path(located).expanduser().exists() else {}
+    return {"vae": source.label, "vae_fingerprint": source.fingerprint()} | path
 
 
 @lru_cache(maxsize=8)

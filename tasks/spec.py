@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lora_engine.families import Family
 from lora_engine.settings import key_form, names_without_effect, without_later
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -18,9 +19,13 @@ STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 """Name of a step."""
 
 
+SAVED = re.compile(rf"(?P<step>{STEP_NAME.pattern})@step-(?P<at>[1-9][0-9]{{0,6}})")
+"""Reference to an adapter that a step of the file saved on the way: `STEP@step-N`."""
+
+
 def is_path(value: str) -> bool:
-    """Returns True if a reference is neither the name of a step nor a registered adapter."""
-    return not (REGISTERED.fullmatch(value) or STEP_NAME.fullmatch(value))
+    """Returns True if a reference is neither the name of a step, nor an adapter that it saved, nor a registered one."""
+    return not any(pattern.fullmatch(value) for pattern in (REGISTERED, STEP_NAME, SAVED))
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,19 @@ class StepSpec(BaseModel):
     def key_settings(self) -> dict[str, Any]:
         """Returns the settings that enter the cache key; see `key_form`.
 
-        The base is left out, because its fingerprint enters the key.
+        The base and its autoencoder are left out, because their fingerprints enter the key.
         """
-        settings = key_form(self, self.own_settings())
-        settings.pop("base", None)
-        return settings
+        return _without_base(key_form(self, self.own_settings()))
 
     def earlier_key_settings(self) -> dict[str, Any]:
         """Returns the settings in the cache keys of releases before 0.4: settings without effect have their values."""
-        settings = without_later(self, self.own_settings())
-        settings.pop("base", None)
-        return settings
+        return _without_base(without_later(self, self.own_settings()))
+
+    @classmethod
+    def family_defaults(cls, families: Collection[Family]) -> dict[str, Any]:
+        """Returns the defaults of settings that depend on the families of the bases in a pipeline."""
+        del families
+        return {}
 
     @classmethod
     def without_effect(cls, *, visible: bool = False) -> set[str]:
@@ -127,6 +134,10 @@ class StepSpec(BaseModel):
     def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""
         return settings.model_validate(self.model_dump(include=set(settings.model_fields)))
+
+
+def _without_base(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("base", "vae")}
 
 
 Marker = TypeVar("Marker", Input, External)

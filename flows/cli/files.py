@@ -142,6 +142,11 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     size: Annotated[int | None, typer.Option(help="Image size in pixels per side. Default: the base's own.")] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layer of the CLIP text encoders from the last. Default: that of the training."),
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another autoencoder: a folder or a hub id.")] = None,
 ) -> None:
     """Generate images with the adapters that the prompt names."""
     from rich.console import Console
@@ -164,6 +169,8 @@ def generate(
             guidance=guidance,
             negative=negative,
             size=size,
+            clip_skip=clip_skip,
+            vae=vae,
         )
         publish(StepEvent("generate", "completed"))
     for path in images:

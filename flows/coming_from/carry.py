@@ -90,7 +90,9 @@ def _optimizer(translation: Translation, setting: Setting) -> None:
             translation.set("train.rates.optimiser", "lion" if "lion" in setting.name else "adamw-8bit", setting.name)
         return
     translation.set("train.rates.optimiser", choose(setting, OPTIMIZERS), setting.name)
-    if plain(setting.value) in ("adam", "pagedadamw8bit", "lion8bit", "pagedlion8bit", "ademamix8bit"):
+    if plain(setting.value) == "pagedadamw8bit":
+        translation.set("train.rates.optimiser.paged", True, setting.name)
+    if plain(setting.value) in ("adam", "lion8bit", "pagedlion8bit", "ademamix8bit"):
         translation.drop(setting, f"{translation.get('train.rates.optimiser')!r} is the nearest")
 
 

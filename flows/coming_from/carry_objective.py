@@ -140,6 +140,29 @@ def _checkpoint_every(translation: Translation, setting: Setting) -> None:
         translation.set("train.checkpoint_every", integer(setting), setting.name)
 
 
+def _clip_skip(translation: Translation, setting: Setting) -> None:
+    """Carries the layer over; OneTrainer's number of skipped layers is completed when the base is known."""
+    if is_off(setting.value):
+        return
+    if "layer_skip" not in setting.name:
+        if integer(setting) > 1:
+            translation.set("train.clip_skip", integer(setting), setting.name)
+    elif "2" in setting.name:
+        raise NoCounterpart("clip_skip is one number for all text encoders")
+    else:
+        translation.set("train.clip_skip", integer(setting) + 1, setting.name)
+
+
+def _prediction(translation: Translation, setting: Setting) -> None:
+    if setting.name == "prediction_type":
+        if not is_off(setting.value):
+            names = {"epsilon": "epsilon", "vprediction": "v_prediction"}
+            translation.set("train.prediction", choose(setting, names, exact=True), setting.name)
+    elif truth(setting):
+        value = "epsilon" if "epsilon" in setting.name else "v_prediction"
+        translation.set("train.prediction", value, setting.name)
+
+
 OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.objective.timesteps.low": _timesteps,
     "train.objective.timesteps.high": _timesteps,
@@ -157,5 +180,7 @@ OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.samples.seeds": _seeds,
     "train.captions.chunks": _chunks,
     "train.checkpoint_every": _checkpoint_every,
+    "train.clip_skip": _clip_skip,
+    "train.prediction": _prediction,
 }
 """`step.setting` -> the function that carries an option over to it."""

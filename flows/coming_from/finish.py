@@ -28,13 +28,14 @@ def finish(translation: Translation, trainer: str, count: Callable[[], int | Non
     Args:
         translation: The settings.
         trainer: A key of `TRAINERS`.
-        count: Returns the images of an epoch, each counted by its repeats, or None; called if epochs are set.
+        count: Returns the images of an epoch, each counted by its repeats, or None; called if a length in steps has to
+            fit epochs.
     """
     _set_targets(translation, trainer)
     _set_kind(translation)
     if trainer == "diffusers" and translation.origins.get("train.steps") == "max_train_steps":
         translation.counts.pop("epochs", None)  # the steps win there, and the epochs in sd-scripts
-    _set_steps(translation, count() if "epochs" in translation.counts else None)
+    _set_steps(translation, count)
     _set_decay(translation)
     train = translation.steps["train"]
     for switch, group, key in (("ema", "rates", "ema"), ("mask", "method", "mask")):
@@ -91,27 +92,35 @@ def _set_kind(translation: Translation) -> None:
     translation.set("train.kind", {"name": "dora", "inner": inner}, "decomposed weights")
 
 
-def _set_steps(translation: Translation, images: int | None) -> None:
+def _set_steps(translation: Translation, count: Callable[[], int | None]) -> None:
     counts, train = translation.counts, translation.steps["train"]
     if (epochs := counts.get("epochs")) is not None:
-        origin = translation.origins["epochs"]
-        if images is None:
-            translation.set("train.steps", train.get("steps", 1000), "set it to the number that you want")
-            translation.drop(
-                Setting(origin, epochs, ""), "images unknown; steps: epochs x images x repeats / (batch x accumulate)"
-            )
-        else:
-            size = max(1, train.get("batch", 4) * train.get("accumulate", 1))
-            steps = max(1, round(epochs) * -(-images // size))
-            translation.set("train.steps", steps, f"{origin} {epochs:g} of {images} images")
-    steps = train["steps"]
+        text = f"{max(1, round(epochs))} epoch{'s' if epochs > 1 else ''}"
+        translation.set("train.steps", text, translation.origins["epochs"])
     if "warmup" in counts:
-        translation.set("train.warmup", round(counts["warmup"] * steps), f"{counts['warmup']:g} of the steps")
-    if train.get("warmup", 0) >= steps:
+        translation.set("train.warmup", f"{100 * counts['warmup']:.4g}%", translation.origins["train.warmup"])
+    warmup, decay = train.get("warmup", 0), counts.get("decay", 0)
+    if not (decay or (isinstance(warmup, int) and warmup)):
+        return
+    steps = _count_steps(train, epochs, count)
+    if isinstance(warmup, int) and warmup and steps is not None and warmup >= steps:
         translation.drop(Setting("warmup", train.pop("warmup"), ""), f"the run has {steps} steps only")
-    if "decay" in counts:
-        share = counts["decay"] / max(1, steps - train.get("warmup", 0)) if counts["decay"] >= 1 else counts["decay"]
-        translation.set("train.schedule.decay", min(1.0, round(share, 6)), "lr_decay_steps")
+    if 0 < decay < 1:
+        translation.set("train.schedule.decay", decay, "lr_decay_steps")
+    elif decay and steps is not None:
+        after = steps - (warmup if isinstance(warmup, int) else round(counts["warmup"] * steps))
+        translation.set("train.schedule.decay", min(1.0, round(decay / max(1, after), 6)), "lr_decay_steps")
+    elif decay:
+        translation.drop(Setting("lr_decay_steps", decay, ""), "images unknown; decay is a share of the steps")
+
+
+def _count_steps(train: dict[str, Any], epochs: float | None, count: Callable[[], int | None]) -> int | None:
+    """Returns the steps of the run; None if they are epochs of images that are not there."""
+    if epochs is None:
+        return int(train["steps"])
+    images = count()
+    size = max(1, train.get("batch", 4) * train.get("accumulate", 1))
+    return None if images is None else max(1, round(epochs) * -(-images // size))
 
 
 def _set_decay(translation: Translation) -> None:

@@ -52,11 +52,11 @@ OPTIONS: tuple[Option, ...] = (
     # The base and the output.
     Option("file.base", "pretrained_model_name_or_path", "pretrained_model_name_or_path", "model.name_or_path",
            "base_model_name"),
-    Option("", "v2 v_parameterization v_pred sdxl flux1_checkbox sd3_checkbox LoRA_type", "", "model.arch "
-           "model.is_flux model.is_xl model.is_v2 model.is_v3 model.is_v_pred model.is_pixart train.noise_scheduler",
+    Option("", "v2 sdxl flux1_checkbox sd3_checkbox LoRA_type", "", "model.arch "
+           "model.is_flux model.is_xl model.is_v2 model.is_v3 model.is_pixart train.noise_scheduler",
            "model_type", "automatic: the base's own files say what it is"),
-    Option("", "vae", "pretrained_vae_model_name_or_path vae_path", "model.vae_path", "vae.model_name",
-           "not available: a base is used with its own VAE"),
+    Option("file.vae", "vae", "pretrained_vae_model_name_or_path vae_path", "model.vae_path", "vae.model_name",
+           "a folder in diffusers' layout, or a hub id; not a single file"),
     Option("", "clip_l clip_g t5xxl ae", "", "", "", "not available: a base is one folder or one file"),
     Option("", "", "revision variant", "", "", "write the revision into base: owner/name@revision"),
     Option("file.name", "output_name", "", "name", "save_filename_prefix",
@@ -124,7 +124,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("train.captions.weights", "weighted_captions", "", "", ""),
     Option("train.captions.chunks", "max_token_length", "max_sequence_length tokenizer_max_length", "", "",
            "225 tokens are 3 chunks; for CLIP only"),
-    Option("", "clip_skip", "", "", "text_encoder_layer_skip", _MISSING),
+    Option("train.clip_skip", "clip_skip", "", "", "text_encoder_layer_skip text_encoder_2_layer_skip",
+           "counts from 1, the last layer; OneTrainer counts skipped layers, sd-scripts ignores it for SDXL"),
     # The adapter.
     Option("train.kind", "network_module algo", "", "network.type", "peft_type", "lora, loha, lokr, dora, ..."),
     Option("train.kind.factor", "factor", "", "network.lokr_factor", "lokr_decompose_factor", "of lokr"),
@@ -147,9 +148,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("train.rank_dropout", "rank_dropout", "", "network.rank_dropout", ""),
     Option("train.module_dropout", "module_dropout", "", "network.module_dropout", ""),
     Option("train.norm_limit", "scale_weight_norms", "", "", "", "of one module's change, after every step"),
-    Option("", "network_weights dim_from_weights base_weights base_weights_multiplier", "",
-           "network.pretrained_lora_path", "lora_model_name",
-           "`init` starts from an adapter; fuse one into a base, or merge it, to keep it apart"),
+    Option("train.init", "network_weights", "", "network.pretrained_lora_path", "lora_model_name",
+           "a file, or name@version; its rank at most"),
+    Option("", "dim_from_weights", "", "", "", "not available: set rank to that of init"),
+    Option("", "base_weights base_weights_multiplier", "", "", "",
+           "not available: fuse the adapter into the base first (`loraline fuse`)"),
     # Rates.
     Option("train.learning_rate", "learning_rate unet_lr", "learning_rate", "train.lr train.unet_lr",
            "learning_rate unet.learning_rate transformer.learning_rate", "at alpha = rank; see alpha"),
@@ -187,9 +190,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("train.rates.ema", "", "use_ema", "train.ema_config.use_ema", "ema"),
     Option("train.rates.ema.decay", "", "", "train.ema_config.ema_decay", "ema_decay"),
     # Length and devices.
-    Option("train.steps", "max_train_steps", "max_train_steps", "train.steps", ""),
-    Option("", "max_train_epochs epoch", "num_train_epochs epochs", "", "epochs",
-           "set steps: epochs x images x repeats / (batch x accumulate)"),
+    Option("train.steps", "max_train_steps max_train_epochs epoch", "max_train_steps num_train_epochs epochs",
+           "train.steps", "epochs", "a number of steps, or epochs such as '10 epochs'"),
     Option("train.batch", "train_batch_size batch_size", "train_batch_size", "train.batch_size", "batch_size"),
     Option("train.accumulate", "gradient_accumulation_steps", "gradient_accumulation_steps",
            "train.gradient_accumulation_steps train.gradient_accumulation", "gradient_accumulation_steps"),
@@ -246,9 +248,11 @@ OPTIONS: tuple[Option, ...] = (
            "uniform, logit_normal or mode"),
     Option("train.objective.timesteps.shift", "discrete_flow_shift sigmoid_scale", "", "", "timestep_shift",
            "the default is the base's own"),
-    Option("", "zero_terminal_snr scale_v_pred_loss_like_noise_pred v_pred_like_loss", "prediction_type "
-           "rescale_betas_zero_snr", "", "rescale_noise_scheduler_to_zero_terminal_snr force_v_prediction "
-           "force_epsilon_prediction", "not available: the base's own noise schedule and target apply"),
+    Option("train.prediction", "v_parameterization v_pred", "prediction_type", "model.is_v_pred",
+           "force_v_prediction force_epsilon_prediction", "the default is what the base's scheduler says"),
+    Option("train.zero_terminal_snr", "zero_terminal_snr", "rescale_betas_zero_snr", "",
+           "rescale_noise_scheduler_to_zero_terminal_snr", "for bases that predict v"),
+    Option("", "scale_v_pred_loss_like_noise_pred v_pred_like_loss", "", "", "", _MISSING),
     Option("train.method.mask", "masked_loss conditioning_data_dir", "", "datasets.mask_path", "masked_training",
            "masks are name.mask.png, or in a folder masks; white counts"),
     Option("train.method.mask.floor", "", "", "datasets.mask_min_value", "unmasked_weight"),

@@ -94,10 +94,11 @@ _NUMBERS = {
 _SWITCHES = {
     "train.captions.flip", "train.captions.shuffle", "train.captions.wildcards", "train.captions.weights",
     "train.running.gradient_checkpointing", "train.method.mask.normalise", "train.objective.random_offset",
-    "train.objective.random_perturbation",
+    "train.objective.random_perturbation", "train.zero_terminal_snr",
 }  # fmt: skip
 _TEXTS = {
-    "file.base", "file.name", "train.captions.prefix", "train.captions.suffix", "train.captions.separator",
+    "file.base", "file.name", "file.vae", "train.init", "train.captions.prefix", "train.captions.suffix",
+    "train.captions.separator",
     "train.captions.keep_separator", "train.captions.secondary_separator", "train.prior.prompt", "caption.trigger",
     "caption.template",
 }  # fmt: skip

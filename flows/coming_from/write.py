@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flows.coming_from.read import Setting, SettingsSource, read_source
 from flows.coming_from.translate import translate
 from flows.coming_from.translation import Translation
 from flows.spec import check_document
-from lora_engine.bases.defaults import training_defaults
+from lora_engine.bases.defaults import family_of, training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.documents import read_document
 from lora_engine.errors import BaseModelError
@@ -69,6 +70,7 @@ def convert_settings(
     translation = translate(read)
     folders = find_images(read, translation, images)
     _set_base(translation, read, base)
+    _set_files(translation, read)
     finish(translation, read.trainer, folders.count)
     path = folder / "pipeline.yaml"
     text = _text(translation, read, folders, path)
@@ -96,7 +98,7 @@ def _set_base(translation: Translation, source: SettingsSource, base: str | None
     try:
         if base != TINY and split_hub_id(base) is None:
             base = str((source.path.parent / Path(base).expanduser()).resolve())
-        defaults = training_defaults(base)
+        defaults, family = training_defaults(base), family_of(base)
     except (OSError, RuntimeError) as error:  # a name that is too long, or of an unknown user
         raise SpecError(f"the base is {base[:100]!r}", where=named.where, remedy="give it with --base") from error
     except BaseModelError as error:
@@ -104,10 +106,48 @@ def _set_base(translation: Translation, source: SettingsSource, base: str | None
             error.problem, where=named.where, allowed=error.allowed, remedy="give it with --base"
         ) from error
     translation.set("file.base", base, named.name)
+    _fit_clip_skip(translation, family.name)
     if translation.get("preprocess.resolution") is None:
         translation.set("preprocess.resolution", defaults.resolution, defaults.reasons.get("resolution", "of the base"))
     if translation.get("preprocess.crop") is None:
         translation.set("preprocess.crop", "center", "part of an image that is kept")
+
+
+def _fit_clip_skip(translation: Translation, family: str) -> None:
+    """Makes the layer one of the base's text encoders."""
+    origin, layer = translation.origins.get("train.clip_skip"), translation.get("train.clip_skip")
+    if layer is None or origin is None:
+        return
+    if family == "sdxl" and origin != "clip_skip":
+        translation.set("train.clip_skip", layer + 1, origin)  # its own layer is the last but one
+    elif family not in ("sd", "sdxl") or family == "sdxl":
+        reason = "sd-scripts ignores it for SDXL" if family == "sdxl" else "the base has no such layers"
+        translation.drop(Setting(origin, translation.steps["train"].pop("clip_skip"), ""), reason)
+
+
+def _set_files(translation: Translation, source: SettingsSource) -> None:
+    """Replaces the paths of an autoencoder and of an adapter by absolute ones; drops what is not on this machine."""
+    for path, kind, remedy in (
+        ("file.vae", "folder", "save the autoencoder as a folder, and name it as vae"),
+        ("train.init", "file", "no such file on this machine; name one as init"),
+    ):
+        written = translation.get(path)
+        if written is None:
+            continue
+        step, key = path.split(".")
+        found = _find_path(source.path.parent, str(written), kind)
+        if found is not None:
+            translation.steps[step][key] = str(found)
+        elif kind == "file" or split_hub_id(written) is None:
+            translation.drop(Setting(translation.origins.pop(path), translation.steps[step].pop(key), ""), remedy)
+
+
+def _find_path(folder: Path, written: str, kind: str) -> Path | None:
+    with suppress(OSError, RuntimeError):  # a name that is too long, or of an unknown user
+        path = (folder / Path(written).expanduser()).resolve()
+        if path.is_dir() if kind == "folder" else path.is_file():
+            return path
+    return None
 
 
 def _check(text: str, path: Path, source: SettingsSource, needs_images: bool) -> None:
@@ -141,6 +181,7 @@ def _text(translation: Translation, source: SettingsSource, folders: Folders, pa
     lines += [
         f"name: {_scalar(name or 'adapter')}",
         f"base: {_scalar(translation.get('file.base'))}",
+        *([f"vae: {_scalar(translation.get('file.vae'))}"] if translation.get("file.vae") else []),
         f"seed: {_scalar(translation.get('file.seed') or 0)}",
         "",
         "steps:",

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.options import UNCHANGED_BASE, BaseOptions
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.building import BUILDING
+from lora_engine.data.framing import Framing
 from lora_engine.files import FilePath
 
 
@@ -33,6 +35,7 @@ class BaseModel(Protocol):
             has that input.
         inpaints: True if `predict` needs the result of `encode_mask`.
         quantization: Storage of the denoiser's linear layers: `none`, `8bit` or `4bit`.
+        options: What was changed of it.
     """
 
     family: str
@@ -46,6 +49,16 @@ class BaseModel(Protocol):
     distilled: bool
     inpaints: bool
     quantization: Quantization
+    options: BaseOptions
+
+    def configure(self, options: BaseOptions) -> None:
+        """Changes the layer of the text encoders that is read, the noise schedule and the autoencoder; called once.
+
+        Raises:
+            BaseModelError: The autoencoder is damaged, or has other latents than that of the base.
+            SettingsError: The family does not have an option, or a value does not suit the base.
+        """
+        ...
 
     def module_names(self) -> list[str]:
         """Returns the canonical names of the adaptable layers (Linear, Conv2d), in the order of the model.
@@ -94,6 +107,13 @@ class BaseModel(Protocol):
         """Encodes negative prompts for classifier-free guidance; see `encode_text`."""
         ...
 
+    def with_framings(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """Returns the conditioning of training images, one row each, for networks that read the original size and crop.
+
+        Others get it unchanged.
+        """
+        ...
+
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the network's prediction for noisy latents at timesteps [n]; float32; keeps the autograd graph.
 
@@ -125,6 +145,7 @@ def load_base(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     quantise: Quantization = "none",
+    options: BaseOptions = UNCHANGED_BASE,
 ) -> BaseModel:
     """Loads a base model, frozen.
 
@@ -133,16 +154,19 @@ def load_base(
         device: The device; None takes CUDA, else MPS, else the CPU.
         dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
         quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
+        options: Changes of the base.
 
     Raises:
         BaseModelError: The base is not found, or its parts do not match.
-        SettingsError: A package that quantization needs is not installed.
+        SettingsError: A package that quantization needs is not installed, or an option does not suit the base.
     """
     resolved = source if isinstance(source, BaseSource) else resolve_base(source)
     check_quantization(quantise)
     with BUILDING:
         load = getattr(importlib.import_module(resolved.module), resolved.loader.rpartition(":")[2])
     base = cast(BaseModel, load(resolved, torch.device(device or default_device()), dtype))
+    if options != UNCHANGED_BASE:
+        base.configure(options)
     quantize_base(base, quantise)
     base.quantization = quantise
     return base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_engine.bases.source import BaseSource
+from lora_engine.bases.vae import VaeSource
 from lora_engine.building import BUILDING
 from lora_engine.checkpoints.quantization import read_stored
 from lora_engine.checkpoints.scales import multiply, read_scale
@@ -33,7 +34,19 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
     Raises:
         BaseModelError: The files are damaged, do not match the configuration, or have packed weights.
     """
-    scaled = _scaled_weights(source, component)
+    names = [name for name in source.layout.files if name.startswith(f"{component}/")]
+    return _load(cls, source.folder, component, source.layout.variants[component], names, dtype)
+
+
+def load_autoencoder(cls: Any, source: VaeSource, dtype: torch.dtype) -> nn.Module:
+    """Loads an autoencoder; see `load_component`."""
+    return _load(cls, source.folder, "", source.variant, source.files, dtype)
+
+
+def _load(
+    cls: Any, folder: Path, component: str, variant: str | None, names: Sequence[str], dtype: torch.dtype
+) -> nn.Module:
+    scaled = _scaled_weights(folder, component, names)
     extra: dict[str, Any] = {"dtype": dtype}
     if cls.__module__.startswith("diffusers"):
         # Without accelerate, the default of diffusers falls back with a warning.
@@ -42,30 +55,29 @@ def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dt
         # Building a module draws from the global generator; its state is restored.
         with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
             module = cls.from_pretrained(
-                str(source.folder),
+                str(folder),
                 subfolder=component,
                 use_safetensors=True,
                 local_files_only=True,
-                variant=source.layout.variants[component],
+                variant=variant,
                 **extra,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _unreadable(source.folder / component, error) from error
+        raise _unreadable(folder / component, error) from error
     if not isinstance(module, nn.Module):
-        raise BaseModelError(f"{cls.__name__} returned no module", where=str(source.folder / component))
+        raise BaseModelError(f"{cls.__name__} returned no module", where=str(folder / component))
     align_weights(module)
     module.requires_grad_(False)
-    _apply_scales(module, scaled, source.folder / component)
+    _apply_scales(module, scaled, folder / component)
     return module.eval()
 
 
-def _scaled_weights(source: BaseSource, component: str) -> dict[str, StoredTensor]:
+def _scaled_weights(folder: Path, component: str, names: Sequence[str]) -> dict[str, StoredTensor]:
     """Returns the scaled weights of a component by their names in the files; the libraries ignore their scales."""
-    names = [name for name in source.layout.files if name.startswith(f"{component}/") and name.endswith(".safetensors")]
     try:
-        stored = read_stored(source.folder / name for name in names)
+        stored = read_stored(folder / name for name in names if name.endswith(".safetensors"))
     except AdapterError as error:
-        raise _unreadable(source.folder / component, error) from error
+        raise _unreadable(folder / component, error) from error
     return {
         name: tensor for tensors, _ in stored.values() for name, tensor in tensors.items() if tensor.scale is not None
     }

@@ -9,7 +9,7 @@ from lora_engine.bases.source import TINY, resolve_base, split_hub_id
 from lora_engine.bases.tiny import DEFAULTS
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
-from lora_engine.families import families
+from lora_engine.families import Family, families
 from lora_engine.families.layout import read_pipeline
 from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.files import FilePath
@@ -29,25 +29,37 @@ def training_defaults(name: FilePath) -> TrainingDefaults:
     """
     if name == TINY:
         return DEFAULTS
+    family, folder = _find_family(name)
+    resolution = None if folder is None else _native_resolution(folder)
+    return family.training if resolution is None else replace(family.training, resolution=resolution)
+
+
+def family_of(name: FilePath) -> Family:
+    """Returns the family of a base; see `training_defaults`.
+
+    Raises:
+        BaseModelError: No such base, or an unknown family.
+    """
+    return _find_family(name)[0]
+
+
+def _find_family(name: FilePath) -> tuple[Family, Path | None]:
+    """Returns the family of a base and, unless only its name is known, a folder with its configuration."""
     hub_id = split_hub_id(name)
     if hub_id is None:
-        return _read_defaults(resolve_base(name).folder)
+        folder = resolve_base(name).folder
+        return read_pipeline(folder)[0], folder
     from lora_engine.bases.hub import fetch_configuration
 
     repository, revision = hub_id
     try:
-        return _read_defaults(fetch_configuration(repository, revision))
+        folder = fetch_configuration(repository, revision)
     except BaseModelError:
         for family in families.values():
             if any(repository in names for names in family.licenses.values()) and family.is_supported:
-                return family.training
+                return family, None
         raise
-
-
-def _read_defaults(folder: Path) -> TrainingDefaults:
-    defaults = read_pipeline(folder)[0].training
-    resolution = _native_resolution(folder)
-    return defaults if resolution is None else replace(defaults, resolution=resolution)
+    return read_pipeline(folder)[0], folder
 
 
 def _native_resolution(folder: Path) -> int | None:

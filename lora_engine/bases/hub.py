@@ -49,6 +49,24 @@ def fetch_configuration(repository: str, revision: str | None) -> Path:
     return _snapshot_or_explain(repository, revision, patterns=[INDEX, "unet/config.json", "vae/config.json"])
 
 
+def fetch_vae(repository: str, revision: str | None) -> Path:
+    """Returns the snapshot folder of a hub repository with an autoencoder, at its top or in `vae`.
+
+    Args:
+        repository: `owner/name`.
+        revision: Branch, tag or commit; None is the default branch.
+
+    Raises:
+        BaseModelError: It is neither cached nor downloadable.
+    """
+    try:
+        return _snapshot(repository, revision, local=True)
+    except OSError:
+        names = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+        patterns = [*names, *(f"vae/{name}" for name in names)]
+        return _snapshot_or_explain(repository, revision, patterns)
+
+
 def _download(repository: str, revision: str | None) -> Path:
     _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
     problem: BaseModelError | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from lora_engine.adapters.tree import DictTree
-from lora_engine.bases.components import load_component
+from lora_engine.bases.components import load_autoencoder, load_component
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.noise import NoiseSchedule
+from lora_engine.bases.options import BaseOptions
 from lora_engine.bases.quantized import Quantization
 from lora_engine.bases.source import BaseSource
+from lora_engine.data.framing import Framing
 from lora_engine.errors import BaseModelError, SettingsError
 
 _log = logging.getLogger(__name__)
@@ -52,10 +55,37 @@ class LatentModel(ABC):
         self._tree = DictTree(self.modules, self.family, self.fingerprint)
         self._names = self._tree.module_names()
         self.default_size = self._default_size()
+        self.options = BaseOptions()
         self._check_channels(source)
 
     def __repr__(self) -> str:
         return f"<BaseModel {self.name} of family {self.family}, {self.dtype} on {self.device}>"
+
+    def configure(self, options: BaseOptions) -> None:
+        """See `BaseModel`; changes the autoencoder alone."""
+        others = sorted(replace(options, vae=None).key())
+        if others:
+            raise SettingsError(
+                f"{others[0]} is set, but the base {self.name!r} is of family {self.family!r}",
+                allowed="bases with CLIP text encoders and a diffusion schedule: Stable Diffusion 1, 2 and XL",
+                remedy=f"leave {', '.join(others)} out",
+            )
+        self._set_options(options)
+
+    def _set_options(self, options: BaseOptions) -> None:
+        self.options = options
+        if options.vae is None:
+            return
+        vae: Any = load_autoencoder(AutoencoderKL, options.vae, torch.float32).to(self.device)
+        for name, read in (("latent channels", _latent_channels), ("pixels per latent", _side_factor)):
+            if read(vae) != read(self.vae):
+                raise BaseModelError(
+                    f"the autoencoder {options.vae.label!r} has another number of {name} ({read(vae)}) than that of "
+                    f"the base ({read(self.vae)})",
+                    where="vae",
+                    remedy="choose an autoencoder that was made for the base",
+                )
+        self.vae = vae
 
     def module_names(self) -> list[str]:
         """See `BaseModel`."""
@@ -99,11 +129,16 @@ class LatentModel(ABC):
                 f"the base {self.name!r} cannot generate images of {height} x {width} pixels",
                 allowed=f"multiples of {side}, such as {self.default_size[0]} x {self.default_size[1]}",
             )
-        return int(self.vae.config.latent_channels), height // self._factor, width // self._factor
+        return _latent_channels(self.vae), height // self._factor, width // self._factor
 
     @abstractmethod
     def encode_text(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`."""
+
+    def with_framings(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """See `BaseModel`; unchanged."""
+        del framings
+        return conditioning
 
     @abstractmethod
     def _load_text(self, source: BaseSource) -> None:
@@ -132,7 +167,7 @@ class LatentModel(ABC):
 
     @property
     def _factor(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return _side_factor(self.vae)
 
     @property
     def _shift(self) -> float:
@@ -152,7 +187,7 @@ class LatentModel(ABC):
 
     def _input_channels(self) -> Mapping[str, int]:
         """Returns the channels of each part of the network's input."""
-        return {"latents": int(self.vae.config.latent_channels)}
+        return {"latents": _latent_channels(self.vae)}
 
     def _network_channels(self) -> int:
         return int(self.denoiser.config.in_channels)
@@ -167,3 +202,11 @@ class LatentModel(ABC):
                 allowed="a base whose network and autoencoder belong together",
                 remedy="for an inpainting base, name an inpainting pipeline in model_index.json",
             )
+
+
+def _latent_channels(vae: Any) -> int:
+    return int(vae.config.latent_channels)
+
+
+def _side_factor(vae: Any) -> int:
+    return int(2 ** (len(vae.config.block_out_channels) - 1))

@@ -63,7 +63,7 @@ class BaseSource:
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 over the relative names and digests of its files: weights and configuration."""
-        return sha256_bytes(canonical_json({name: _digest(self.folder / name) for name in self.layout.files}))
+        return sha256_bytes(canonical_json({name: digest_of_file(self.folder / name) for name in self.layout.files}))
 
 
 def resolve_base(name: FilePath, revision: str | None = None) -> BaseSource:
@@ -123,7 +123,7 @@ def _from_file(file: Path, revision: str | None) -> BaseSource:
         raise BaseModelError(f"{file.name!r} is a file and has no revision {revision!r}", remedy="remove the revision")
     from lora_engine.bases.single_file import folder_of_file
 
-    folder = folder_of_file(file, _digest(file))
+    folder = folder_of_file(file, digest_of_file(file))
     return _source(str(file), folder, None, file.name)
 
 
@@ -132,7 +132,8 @@ def _source(name: str, folder: Path, revision: str | None, file: str = "") -> Ba
     return BaseSource(name, folder, revision, layout.family.name, layout.pipeline.loader, file)
 
 
-def _digest(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """Returns the SHA-256 of a file; reads it once per process unless it changes."""
     status = path.stat()
     return _digest_of_state(path, status.st_size, status.st_mtime_ns, status.st_ino)
 

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from lora_engine.data.framing import Framing
+from lora_engine.data.part import DatasetPart
 from lora_engine.data.rights import Rights
 from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
@@ -51,6 +53,8 @@ class ImageEntry(BaseModel):
         mask: Path of the mask inside the artifact: gray, of the image's size, white for full weight and black for none;
             None gives every pixel full weight.
         rights: Stated rights and evidence of generation; None if there is neither.
+        part: Number of its dataset in `parts`; None if the dataset was not combined of others.
+        framing: The part of the original image that it shows; None if preprocess did not record it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,10 +72,12 @@ class ImageEntry(BaseModel):
     repeats: int = Field(default=1, ge=1, le=MAX_REPEATS)
     mask: str | None = Field(default=None, pattern=r"^masks/[0-9a-f]{16}\.png$")
     rights: Rights | None = None
+    framing: Framing | None = None
+    part: int | None = Field(default=None, ge=0, le=10_000)
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "rights", "caption_origin")
+        return _without(serialize(self), "rights", "caption_origin", "framing", "part")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -100,6 +106,7 @@ class Manifest(BaseModel):
         trigger: The word for the concept in the captions; None means none.
         class_word: The class of the concept ("star", "dog"); None means none.
         layout: What kohya's folder names say; None if the folder has none.
+        parts: Settings of the datasets that it was combined of; None if it was not.
         format: Version of the file's layout.
     """
 
@@ -110,11 +117,12 @@ class Manifest(BaseModel):
     trigger: str | None = None
     class_word: str | None = None
     layout: str | None = None
+    parts: tuple[DatasetPart, ...] | None = None
     format: Literal[1] = 1
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "layout")
+        return _without(serialize(self), "layout", "parts")
 
     @model_validator(mode="after")
     def _files_are_distinct(self) -> Manifest:
@@ -124,6 +132,17 @@ class Manifest(BaseModel):
                 raise ValueError(f"{seen[image.file]!r} and {image.source!r} share the file {image.file}")
             seen[image.file] = image.source
         return self
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> Manifest:
+        for image in self.pictures:
+            if image.part is not None and image.part >= len(self.parts or ()):
+                raise ValueError(f"{image.source!r} is of part {image.part}, but there are {len(self.parts or ())}")
+        return self
+
+    def part_of(self, image: ImageEntry) -> DatasetPart | None:
+        """Returns the settings of the dataset that an image is from; None if it has none."""
+        return None if image.part is None or self.parts is None else self.parts[image.part]
 
     def of_split(self, split: Split) -> tuple[ImageEntry, ...]:
         """Returns the images of one split, in the manifest's order."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_engine.data.buckets import Fit, Sides, bucket_sizes, choose_bucket, fit_into
+from lora_engine.data.framing import Framing
 from lora_engine.data.images import MAX_PIXELS, open_image, write_image, write_mask
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.spec import Buckets, PreprocessSettings
@@ -39,12 +40,14 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress:
     write = partial(_write_resized, dataset, out, settings, _chooser(settings))
     with Workers() as workers:
         fits = workers.map(write, manifest.pictures)
-        for done, (entry, fit) in enumerate(zip(manifest.pictures, fits, strict=True), start=1):
-            if fit is None or _is_too_long(fit):
+        for done, (entry, (fit, box)) in enumerate(zip(manifest.pictures, fits, strict=True), start=1):
+            if fit is None or box is None:
                 reason = _too_small(entry, settings) if fit is None else _too_long(entry, fit)
                 quarantined.append(Quarantined(source=entry.source, reason=reason))
             else:
-                entries.append(entry.model_copy(update={"width": fit.size[0], "height": fit.size[1]}))
+                framing = _frame(entry, fit, box) if settings.original_sizes else None
+                changes = {"width": fit.size[0], "height": fit.size[1], "framing": framing}
+                entries.append(entry.model_copy(update=changes))
             progress(done, len(manifest.pictures), {})
     if not entries:
         raise DataError(
@@ -64,12 +67,12 @@ def _write_resized(
     settings: PreprocessSettings,
     choose: Callable[[Sides], Fit | None],
     entry: ImageEntry,
-) -> Fit | None:
-    """Writes an image and its mask in their training size, if it is usable; returns None if the image is too small."""
+) -> tuple[Fit | None, Box | None]:
+    """Writes an image and its mask in their training size; returns no box if it is unusable, no fit if too small."""
     image = open_image(dataset / entry.file, root=dataset)
     fit = choose(image.size)
     if fit is None or _is_too_long(fit):
-        return fit
+        return fit, None
     keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
     resized = _resize(image, fit)
     box = CROPS[keep](resized, fit.size)
@@ -77,7 +80,14 @@ def _write_resized(
     if entry.mask is not None:
         mask = open_image(dataset / entry.mask, root=dataset).convert("L")
         write_mask(out / entry.mask, _resize_mask(mask, fit).crop(box))
-    return fit
+    return fit, box
+
+
+def _frame(entry: ImageEntry, fit: Fit, box: Box) -> Framing:
+    """Returns the part of the original image that the crop of a preprocessed image shows."""
+    (width, height), (resized_width, resized_height), (left, top, *_) = fit.size, fit.resized, box
+    before = entry.framing or Framing.whole((entry.height, entry.width))
+    return before.then((resized_height, resized_width), top, left, (height, width))
 
 
 def to_square(image: Image.Image, size: int, crop: str) -> Image.Image:

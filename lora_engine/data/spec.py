@@ -80,6 +80,8 @@ class PreprocessSettings(BaseModel):
         crop: Part of an image that is kept: its center square, the square with the most contrast, or `bucket`: nearly
             all of it, in the bucket of the nearest shape.
         buckets: Settings for `crop: bucket`; None takes the defaults of `Buckets`.
+        original_sizes: True records the original's size and the offset of the crop for each image, which the network of
+            SDXL reads. The default is True in a pipeline with such a base, and False in others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +89,7 @@ class PreprocessSettings(BaseModel):
     resolution: int = Field(ge=16, le=4096, multiple_of=8)
     crop: Literal["center", "salient", "bucket"] = "center"
     buckets: Buckets | None = None
+    original_sizes: Annotated[bool, AddedLater()] = False
 
     @model_validator(mode="after")
     def _buckets_can_be_used(self) -> PreprocessSettings:

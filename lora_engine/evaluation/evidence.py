@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_engine.adapters.attachment import attach
 from lora_engine.bases.base import full_mask_conditioning
+from lora_engine.data.framing import Framing
 from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.evaluation.embedder import Embedder
@@ -134,7 +135,8 @@ def _losses(settings: EvaluateSettings, plan: EvaluationPlan, model: BaseModel, 
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(GRID, *latents.shape[1:], generator=generator).to(latents.device)
         clean = latents.expand(GRID, -1, -1, -1)
-        text = model.encode_text([request.prompt], plan.size).index([0] * GRID)
+        shown = request.image.framing or Framing.whole(plan.size)
+        text = model.with_framings(model.encode_text([request.prompt], plan.size), [shown]).index([0] * GRID)
         condition = full_mask_conditioning(model, text, plan.size)
         prediction = model.predict(model.noise.add_noise(clean, noise, steps), steps, condition)
         residual = prediction.float() - model.noise.target(clean, noise, steps)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lora_engine.adapters import module_shapes
 from lora_engine.bases.base import load_base
+from lora_engine.bases.options import options_of_cards
+from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.pixels import write_png
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import gather_evidence
@@ -37,6 +39,7 @@ def evaluate(
     out: Path,
     *,
     heldout: Path | None = None,
+    vae: str | None = None,
     prompts: Sequence[str] = (),
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def evaluate(
         adapter: An adapter artifact (a folder with `adapter.safetensors`), or an adapter file.
         dataset: The training dataset of the adapter.
         out: The folder for the report.
+        vae: The autoencoder that the adapter was trained with, a name for `resolve_vae`; None is the base's own.
         heldout: Another dataset with held-out images; None takes the held-out split of `dataset`.
         prompts: The prompts; empty takes the captions of the held-out images.
         progress: Counts images and losses of both models.
@@ -66,6 +70,7 @@ def evaluate(
     model.latent_shape(plan.size)
     file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
     bundle = read_bundle(file, module_names=module_shapes(model))
+    model.configure(options_of_cards([bundle.card], vae=resolve_vae(vae) if vae else None))
     evidence = gather_evidence(settings, plan, model=model, bundle=bundle, embedder=embedder, progress=progress)
     # Gates check the rounded values, which a reader of the report can verify.
     metrics = _rounded(measure(evidence, settings.seed))

@@ -240,6 +240,7 @@ class Family:
         licenses: License id to the published names and hub ids of the weights that have it; if only the family is
             known, the strictest license counts.
         training: Settings in the pipeline files that `loraline init` and `loraline train` write.
+        reads_framing: True if the network reads the size of the original image and the offset of the crop.
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
             0 declares none: the keys then hold the version of its plug-in.
     """
@@ -261,6 +262,7 @@ class Family:
     targets: Targets = Targets()
     licenses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
+    reads_framing: bool = False
     revision: int = 0
 
     @property

@@ -6,7 +6,7 @@ weights (`.bin`, `.ckpt`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,27 @@ def read_layout(folder: Path) -> Layout:
                 remedy="download or save the base again",
             )
         if component == "scheduler":
-            names = [_required(path, "scheduler_config.json")]
+            names: Sequence[str] = [_required(path, "scheduler_config.json")]
         elif component.startswith("tokenizer"):
             names = _tokenizer_files(path)
         else:
-            variants[component], weights = _find_weights(path, _STEMS.get(component, "model"))
-            names = [_required(path, "config.json"), *weights]
+            variants[component], names = find_component(path, component)
         files += [f"{component}/{name}" for name in names]
     return Layout(family, pipeline, index, variants, tuple(sorted(files)))
+
+
+def find_component(folder: Path, component: str) -> tuple[str | None, tuple[str, ...]]:
+    """Returns the variant of the weights of a component, and the names of its configuration and weights.
+
+    Args:
+        folder: The folder of the component.
+        component: Its name in `model_index.json`.
+
+    Raises:
+        BaseModelError: A file is missing, or the weights are pickles.
+    """
+    variant, weights = _find_weights(folder, _STEMS.get(component, "model"))
+    return variant, (_required(folder, "config.json"), *weights)
 
 
 def read_pipeline(folder: Path) -> tuple[Family, Pipeline, dict[str, Any]]:

@@ -124,11 +124,19 @@ def _training_header(card: Card) -> dict[str, str]:
     tags = {card.class_word or "images": {card.trigger: images}}
     entries = {
         "ss_output_name": card.title,
+        "ss_clip_skip": str(card.recipe.get("clip_skip") or ""),
+        "ss_zero_terminal_snr": "True" if card.recipe.get("zero_terminal_snr") is True else "",
+        **_vae_header(card.recipe.get("vae")),
         "ss_num_train_images": str(images) if images else "",
         "ss_resolution": f"({size[0]}, {size[2]})" if size[2] else "",
         "ss_tag_frequency": canonical_json(tags).decode() if card.trigger and images else "",
     }
     return {key: text for key, text in entries.items() if text}
+
+
+def _vae_header(vae: object) -> dict[str, str]:
+    """Returns the name of another autoencoder that the adapter was trained with."""
+    return {"ss_vae_name": str(vae["name"])} if isinstance(vae, Mapping) and "name" in vae else {}
 
 
 def _header_entry(key: str, values: Collection[float | None]) -> dict[str, str]:

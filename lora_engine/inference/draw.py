@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lora_engine.bases.base import load_base
+from lora_engine.bases.options import options_of_cards
+from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import read_bundle
 from lora_engine.inference.composition import compose, generate_composed
@@ -26,6 +28,8 @@ def draw_images(
     steps: int = 20,
     guidance: float = 3.0,
     size: int | None = None,
+    clip_skip: int | None = None,
+    vae: str | None = None,
     progress: Progress = no_progress,
 ) -> list[Path]:
     """Generates one image per seed with all adapters and their learned tokens attached.
@@ -40,18 +44,23 @@ def draw_images(
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 is none.
         size: Width and height in pixels; None takes the base's default.
+        clip_skip: See `BaseOptions`; None is that of the adapters' training.
+        vae: Another autoencoder, a name for `resolve_vae`; the one of the adapters' training.
         progress: Called after each batch.
 
     Returns:
         The files, in the order of the seeds.
 
     Raises:
+        SettingsError: The adapters were trained with different options of the base, or with another autoencoder.
         AdapterError: An adapter is incomplete or does not match the base, or two have the same learned token.
         BaseModelError: No such base.
     """
     model = load_base(base)
     names = model.module_names()
     bundles = [read_bundle(file, names) for file, _ in files]
+    cards = [bundle.card for bundle in bundles]
+    model.configure(options_of_cards(cards, clip_skip=clip_skip, vae=resolve_vae(vae) if vae else None))
     with compose(model, list(zip(prompt.adapters, bundles, strict=True))) as composition:
         pixels = generate_composed(
             model,

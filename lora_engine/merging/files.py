@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_engine.adapters import Adapter
 from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.options import options_of_cards, shared_options
 from lora_engine.bases.source import resolve_base
 from lora_engine.errors import AdapterError, SettingsError, UnknownBaseError
 from lora_engine.files import FilePath, sha256_file
@@ -68,7 +69,10 @@ def merge_files(
             raise
         return _merge_verbatim(files, weights, output, parsed, seed)
     check_bases(adapters, weights)
+    shared_options(cards)  # before the work
     model = load_base_if_read(adapters, parsed, base)
+    if model is not None and learns(parsed):
+        model.configure(options_of_cards(cards))
     final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed) if learns(parsed) else weights
     merged, report = merge_adapters(adapters, final_weights, parsed, seed=seed, base=model)
     recipe = merge_recipe(parsed, seed, final_weights, report)
@@ -132,6 +136,9 @@ def merged_card(
 ) -> Card:
     """Returns the card of a merged adapter: how it was merged, and the facts that all parents share.
 
+    Raises:
+        SettingsError: The parents were trained with different options of the base.
+
     Args:
         cards: Cards of the parents.
         titles: Titles of the parents.
@@ -145,7 +152,7 @@ def merged_card(
         base=cards[0].base,
         base_fingerprint=cards[0].base_fingerprint,
         trigger=", ".join(triggers) or None,
-        recipe={"method": method, "weights": list(weights), **recipe},
+        recipe={"method": method, "weights": list(weights), **shared_options(cards), **recipe},
         data=sorted({digest for card in cards for digest in card.data}),
         license=_all_licenses({card.license for card in cards}),
         resolution=_shared(card.resolution for card in cards),

@@ -29,7 +29,7 @@ from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.denoising import predict
 from lora_engine.training.determinism import deterministic, gradients_off
-from lora_engine.training.examples import Conditioner, Encoder, Example, read_examples
+from lora_engine.training.examples import Conditioner, Encoder, Example, encode_captions, read_examples
 
 if TYPE_CHECKING:
     from lora_engine.merging.methods.learned import Learned
@@ -125,7 +125,7 @@ def _loss(
         latents=clean.expand(timesteps, *clean.shape).to(base.device),
         noise=noise.to(base.device),
         timesteps=grid.to(base.device),
-        conditioning=conditioner([example.caption], example.size).index([0] * timesteps).to(base.device),
+        conditioning=encode_captions(base, conditioner, [example.caption], [example]).index([0] * timesteps),
         instances=timesteps,
     )
     predicted, target = predict(base, batch)

@@ -70,7 +70,7 @@ def _run(path: Path, stopped: threading.Event, channel: _Channel) -> int:
             job = json.loads(path.read_bytes())
             settings = TrainSettings.model_validate(job["settings"])
             dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
-            base = str(job["base"])
+            base, vae = str(job["base"]), job.get("vae")
             paths = {name: Path(job[name]) if job.get(name) else None for name in _OPTIONAL_PATHS}
             origin, fresh = str(job.get("origin", "")), bool(job.get("fresh"))
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
@@ -91,6 +91,7 @@ def _run(path: Path, stopped: threading.Event, channel: _Channel) -> int:
                 out,
                 work,
                 **paths,
+                vae=vae,
                 origin=origin,
                 fresh=fresh,
                 progress=progress,

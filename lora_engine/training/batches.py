@@ -13,12 +13,11 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
-from lora_engine.training.augmentations import augmentations_of
-from lora_engine.training.captions import Rewriter
-from lora_engine.training.examples import Conditioner, Example, ImageSize
+from lora_engine.training.examples import Conditioner, Example, ImageSize, encode_captions
 from lora_engine.training.objective import draw_perturbation, draw_timesteps, draw_training_noise
 from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.objective import Objective
+from lora_engine.training.variation import Variation
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ class BatchBuilder:
         self._base, self._latents, self._conditioner = base, latents, conditioner
         self._seed, self._batch, self._dropout = seed, batch, caption_dropout
         self._examples = [example for example in examples for _ in range(example.repeats)]
-        self._rewriter = Rewriter(captions or Captions())
-        self._augmentations = augmentations_of(captions or Captions(), seed)
+        self._variation = Variation(captions or Captions(), seed)
         self._objective = objective or Objective()
         self._order = BucketSampler([example.size for example in self._examples], batch, seed)
         self._classes: dict[ImageSize, list[Example]] = {}
@@ -169,7 +167,8 @@ class BatchBuilder:
         latents = torch.stack([self._latents(example) for example in chosen])
         noise = draw_training_noise(self._objective, latents.shape, draw)
         timesteps = draw_timesteps(self._objective, self._base.noise, len(chosen), draw, _sides(latents))
-        dropped = (torch.rand(len(chosen), generator=draw) < self._dropout).tolist()
+        shares = torch.tensor([_caption_dropout(example, self._dropout) for example in chosen], dtype=torch.float32)
+        dropped = (torch.rand(len(chosen), generator=draw) < shares).tolist()
         if self._dropout_every:
             for index, epoch in enumerate(self._order.epochs(number)):
                 dropped[index] |= (epoch + 1) % self._dropout_every == 0
@@ -180,21 +179,37 @@ class BatchBuilder:
             latents=latents.to(device),
             noise=noise.to(device),
             timesteps=timesteps.to(device),
-            conditioning=self._conditioner(captions, size).to(device),
+            conditioning=encode_captions(self._base, self._conditioner, captions, chosen),
             instances=len(indices),
             examples=tuple(chosen),
+            weights=_part_weights(chosen, device),
             perturbation=None if perturbation is None else perturbation.to(device),
         )
 
     def _vary(self, chosen: Sequence[Example], number: int) -> list[Example]:
         # Separate generators, so that augmentation settings do not change the noise.
         caption_draws, augmentation_draws = (generator(self._seed, purpose, number) for purpose in ("caption", "look"))
-        picks = torch.randint(len(self._augmentations), (len(chosen),), generator=augmentation_draws).tolist()
+        choices = [self._variation.augmentations(example.part) for example in chosen]
+        most = max(map(len, choices))
+        picks = torch.randint(most, (len(chosen),), generator=augmentation_draws).tolist()
         return [
             replace(
                 example,
-                caption=self._rewriter.rewrite(example.caption, caption_draws, number // self._accumulate),
-                augmentation=self._augmentations[pick],
+                caption=self._variation.rewriter(example.part).rewrite(
+                    example.caption, caption_draws, number // self._accumulate
+                ),
+                augmentation=augmentations[pick * len(augmentations) // most],
             )
-            for example, pick in zip(chosen, picks, strict=True)
+            for example, pick, augmentations in zip(chosen, picks, choices, strict=True)
         ]
+
+
+def _caption_dropout(example: Example, share: float) -> float:
+    own = None if example.part is None else example.part.caption_dropout
+    return share if own is None else own
+
+
+def _part_weights(examples: Sequence[Example], device: torch.device) -> Tensor | None:
+    """Returns the loss weight of each row, float32 [n, 1, 1, 1], by its dataset; None if all are 1."""
+    weights = [1.0 if example.part is None else example.part.weight for example in examples]
+    return None if set(weights) == {1.0} else torch.tensor(weights, device=device).view(-1, 1, 1, 1)

@@ -13,16 +13,18 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import encode_long
+from lora_engine.data.framing import Framing
 from lora_engine.data.manifest import Manifest, Split
+from lora_engine.data.part import DatasetPart
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
-from lora_engine.files import sha256_file
+from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.prompts.emphasis import parse_weights
 from lora_engine.parallel import Workers
-from lora_engine.training.augmentations import UNCHANGED, Augmentation, augmentations_of
+from lora_engine.training.augmentations import UNCHANGED, Augmentation
 from lora_engine.training.cache import TensorCache
-from lora_engine.training.captions import Rewriter
 from lora_engine.training.specs.captions import Captions
+from lora_engine.training.variation import Variation
 
 ImageSize = tuple[int, int]
 Conditioner = Callable[[Sequence[str], ImageSize], Conditioning]
@@ -40,6 +42,8 @@ class Example:
         mask: Mask file that weights the loss; None weighs the whole image alike.
         repeats: Number of occurrences per epoch.
         augmentation: Transform of the pixels before they are encoded.
+        part: Settings of its dataset among several; None takes those of the training.
+        framing: The part of the original image that the file shows; None if it is not recorded.
     """
 
     file: Path
@@ -49,11 +53,20 @@ class Example:
     mask: Path | None = None
     repeats: int = 1
     augmentation: Augmentation = UNCHANGED
+    framing: Framing | None = None
+    part: DatasetPart | None = None
 
     def identity(self) -> list[str | int]:
         """Returns everything of the example that a run depends on, as JSON values."""
         values: list[str | int] = [self.digest, self.caption, self.repeats]
-        return values if self.mask is None else [*values, sha256_file(self.mask)]
+        values += [] if self.mask is None else [sha256_file(self.mask)]
+        recorded = [record for record in (self.framing, self.part) if record is not None]
+        return [*values, *(sha256_bytes(canonical_json(record.model_dump())) for record in recorded)]
+
+    def seen(self) -> Framing:
+        """Returns the part of the original image that the augmented pixels show; all of the file without a record."""
+        framing = self.framing or Framing.whole(self.size)
+        return framing.mirrored() if self.augmentation.mirrored else framing
 
     def pixels(self) -> Tensor:
         """Returns the augmented pixels: float32 [3, height, width] in [-1, 1]."""
@@ -87,9 +100,19 @@ def read_examples(folder: Path, manifest: Manifest, split: Split) -> tuple[Examp
             (image.height, image.width),
             folder / image.mask if image.mask else None,
             image.repeats,
+            framing=image.framing,
+            part=manifest.part_of(image),
         )
         for image in images
     )
+
+
+def encode_captions(
+    base: BaseModel, conditioner: Conditioner, captions: Sequence[str], examples: Sequence[Example]
+) -> Conditioning:
+    """Returns the conditioning of images of one size with their captions, on the base's device."""
+    encoded = conditioner(captions, examples[0].size).to(base.device)
+    return base.with_framings(encoded, [example.seen() for example in examples])
 
 
 def text_encoder(base: BaseModel, settings: Captions) -> Conditioner:
@@ -126,12 +149,15 @@ class Encoder:
     ) -> None:
         self._base, self._captions = base, captions or Captions()
         self._encode = text_encoder(base, self._captions)
-        self._rewriter = Rewriter(self._captions)
-        self._augmentations = augmentations_of(self._captions, seed)
+        self._variation = Variation(self._captions, seed)
         self._latents = TensorCache(folder / "latents", budget=budget)
         self._texts = TensorCache(folder / "texts", budget=budget)
         self._prepared: set[str] = set()
         self._key = {"base": base.fingerprint, "device": base.device.type, "dtype": str(base.dtype), **_environment()}
+        options = base.options.key()
+        self._image_options, self._text_options = (
+            {name: options[name] for name in names if name in options} for names in (("vae",), ("clip_skip",))
+        )
         reading = {"chunks": self._captions.chunks, "weights": self._captions.weights}
         self._reading = reading if reading != {"chunks": 1, "weights": False} else {}
 
@@ -176,10 +202,16 @@ class Encoder:
         """
         extra_texts = sorted(set(texts))
         pending: set[tuple[str, ImageSize]] = set()
-        images = [replace(example, augmentation=change) for example in examples for change in self._augmentations]
+        variation = self._variation
+        images = [
+            replace(example, augmentation=change)
+            for example in examples
+            for change in variation.augmentations(example.part)
+        ]
         images += unaugmented
         for example in examples:
-            rewritten = () if self._rewriter.varies(example.caption) else (self._rewriter.rewrite(example.caption),)
+            rewriter = variation.rewriter(example.part)
+            rewritten = () if rewriter.varies(example.caption) else (rewriter.rewrite(example.caption),)
             pending |= {(text, example.size) for text in (*extra_texts, *rewritten)}
         for example in unaugmented:
             pending |= {(text, example.size) for text in (*extra_texts, example.caption)}
@@ -199,13 +231,13 @@ class Encoder:
         return example, None if self._latents.has(self._image_key(example)) else example.pixels()
 
     def _image_key(self, example: Example) -> dict[str, object]:
-        return {**self._key, "picture": example.digest, **example.augmentation.key()}
+        return {**self._key, **self._image_options, "picture": example.digest, **example.augmentation.key()}
 
     def _text(self, text: str, size: ImageSize) -> dict[str, Tensor]:
         def make() -> dict[str, Tensor]:
             return dict(self._encode([text], size).tensors)
 
-        key = {**self._key, **self._reading, "text": text, "size": list(size)}
+        key = {**self._key, **self._text_options, **self._reading, "text": text, "size": list(size)}
         return dict(self._texts.get(key, make, keep=text in self._prepared))
 
 

@@ -36,7 +36,7 @@ from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.record import card_of
-from lora_engine.training.resolve import count_epoch, fit_options, in_steps
+from lora_engine.training.resolve import base_options, count_epoch, fit_options, in_steps
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.saved import SavedAdapters
 from lora_engine.training.spec import TrainSettings
@@ -87,6 +87,7 @@ class TrainingJob:
     group: ProcessGroup
     out: Path
     init: Path | None
+    vae: str | None
     state: StateFolder
 
     def run(self, base_name: str) -> TrainingResult:
@@ -104,7 +105,8 @@ class TrainingJob:
         settings = self.settings
         self._check()
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
-        base = load_base(source, device=self.group.device, dtype=dtype, quantise=quantise)
+        options = base_options(settings, self.vae)
+        base = load_base(source, device=self.group.device, dtype=dtype, quantise=quantise, options=options)
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout))
         initial = read_initial(self.init, base) if self.init else None
@@ -276,6 +278,8 @@ class TrainingJob:
             "init": initial and initial.sha256,
             "origin": self.state.origin,
         }
+        vae = base.options.vae
+        job |= {"vae": vae.fingerprint()} if vae else {}
         return sha256_bytes(canonical_json(job))
 
 

@@ -93,9 +93,19 @@ def _adamw(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any
 
 
 def _adamw_8bit(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    return _checked(AdamW8bit(_param_groups(groups, weight_decay), **options))
+    if not options.pop("paged", False):
+        return _checked(AdamW8bit(_param_groups(groups, weight_decay), **options))
+    devices = {value.device.type for group in groups for value in group.parameters.values()}
+    if devices != {"cuda"}:
+        raise SettingsError(
+            f"paged state needs a GPU, but the training runs on {' and '.join(sorted(devices))}",
+            where="rates.optimiser.paged",
+            allowed="device cuda",
+            remedy="leave paged out: the memory of a CPU is not paged",
+        )
+    return _checked(PagedAdamW8bit(_param_groups(groups, weight_decay), **options))
 
 
 def _adafactor(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
@@ -161,6 +171,20 @@ def _sgd(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) 
     return _DecoupledSgd(decoupled, weight_decay=0.0, **options)
 
 
+def _muon(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+    others = {name: value for group in groups for name, value in group.parameters.items() if value.dim() != 2}
+    if others:
+        name, value = next(iter(others.items()))
+        raise SettingsError(
+            f"optimizer 'muon' trains matrices, but {len(others)} parameters have other shapes, first {name!r} "
+            f"{list(value.shape)}",
+            where="rates.optimiser",
+            allowed="linear layers, and kinds whose factors are matrices, such as lora",
+            remedy="set targets to attention or linear, or choose another optimizer",
+        )
+    return torch.optim.Muon(_param_groups(groups, weight_decay), **options)
+
+
 def _came(groups: Sequence[ParameterGroup], weight_decay: float, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import CAME
 
@@ -202,3 +226,4 @@ optimizers.add("schedule-free", _schedule_free)
 optimizers.add("sgd", _sgd)
 optimizers.add("came", _came)
 optimizers.add("ademamix", _ademamix)
+optimizers.add("muon", _muon)

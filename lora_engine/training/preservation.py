@@ -14,7 +14,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import SettingsError
 from lora_engine.inference.textual_inversion import token_pattern
 from lora_engine.training.batches import Batch
-from lora_engine.training.examples import Conditioner
+from lora_engine.training.examples import Conditioner, encode_captions
 from lora_engine.training.objective import noisy_and_target
 
 if TYPE_CHECKING:
@@ -69,9 +69,8 @@ class OutputPreservation:
         """Returns the batch with its noisy images repeated under class captions."""
         del number
         count = batch.instances
-        captions = [self.to_class_caption(example.caption) for example in batch.examples[:count]]
-        size = batch.examples[0].size
-        device = batch.latents.device
+        examples = batch.examples[:count]
+        captions = [self.to_class_caption(example.caption) for example in examples]
         weights, perturbation = batch.weights, batch.perturbation
         mask_tensors = {
             name: value
@@ -79,9 +78,9 @@ class OutputPreservation:
             if name in ("mask", "masked")  # inputs of an inpainting base
         }
         extra = Conditioning({name: value[:count] for name, value in mask_tensors.items()})
-        conditioning = self.conditioner(captions, size).to(device).with_tensors(extra)
+        conditioning = encode_captions(self.base, self.conditioner, captions, examples).with_tensors(extra)
         with torch.no_grad(), self.adapter_disabled():
-            teacher_conditioning = self.teacher(captions, size).to(device).with_tensors(extra)
+            teacher_conditioning = encode_captions(self.base, self.teacher, captions, examples).with_tensors(extra)
         return PreservationBatch(
             latents=torch.cat([batch.latents, batch.latents[:count]]),
             noise=torch.cat([batch.noise, batch.noise[:count]]),

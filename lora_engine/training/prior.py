@@ -69,6 +69,7 @@ def read_class_images(
             sha256_file(folder / image.file),
             image.caption if image.caption.strip() else next(prompts_in_turn),
             (image.height, image.width),
+            framing=image.framing,
         )
         for image in images
     )
@@ -125,6 +126,7 @@ class ClassImages:
             "base": self.base.fingerprint,
             "device": self.base.device.type,
             "dtype": str(self.base.dtype) if self.base.quantization == "none" else self.base.quantization,
+            **self.base.options.key(),
             "prompts": prompts,
             "size": list(size),
             "steps": self.prior.steps,

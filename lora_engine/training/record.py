@@ -52,6 +52,7 @@ def card_of(
         class_word=manifest.class_word,
         recipe={
             **without_later(settings, dumped),
+            **base.options.recipe(),
             **({"done": done} if done else {}),
             **({"parents": [initial.parent]} if initial else {}),
         },

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lora_engine.bases.options import BaseOptions
+from lora_engine.bases.vae import resolve_vae
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.training.continuing import later_stages
@@ -23,6 +25,20 @@ def count_epoch(settings: TrainSettings, examples: Sequence[Example]) -> int:
     batches = 2 if prior is not None and prior.batches == "alternating" else 1
     count = sum(example.repeats for example in examples) * batches
     return math.ceil(count / (settings.batch * settings.accumulate))
+
+
+def base_options(settings: TrainSettings, vae: str | None) -> BaseOptions:
+    """Returns what a training changes of its base.
+
+    Args:
+        settings: Settings of the run.
+        vae: Name of another autoencoder for `resolve_vae`; None keeps that of the base.
+
+    Raises:
+        BaseModelError: There is no such autoencoder.
+    """
+    other = resolve_vae(vae) if vae else None
+    return BaseOptions(settings.clip_skip, settings.prediction, settings.zero_terminal_snr, other)
 
 
 def in_steps(settings: TrainSettings, epoch: int) -> TrainSettings:

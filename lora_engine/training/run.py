@@ -35,6 +35,7 @@ def train(
     class_dataset: FilePath | None = None,
     embedder: FilePath | None = None,
     init: FilePath | None = None,
+    vae: str | None = None,
     state: FilePath | None = None,
     origin: str = "",
     fresh: bool = False,
@@ -56,6 +57,7 @@ def train(
         class_dataset: A folder with a manifest: class images for prior preservation; None lets the base draw them.
         embedder: A folder with the model for `method.identity`; None uses the embedded one.
         init: An adapter file to start from; None starts with a difference of zero.
+        vae: Another autoencoder for the base, a name for `resolve_vae`; None is the base's own.
         state: Folder of checkpoints that remain after the run, for longer runs to continue from; its sibling folders
             are those of other runs. None uses `work`, and continues no other run.
         origin: Digest of what the run was made from, for plans; stored in checkpoints.
@@ -99,6 +101,7 @@ def train(
                 group=group,
                 out=out,
                 init=Path(init) if init else None,
+                vae=vae,
                 state=states,
             )
             result = job.run(os.fspath(base))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_engine.bases.options import Prediction
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
 from lora_engine.registries import NameOrOptions, spec_union
 from lora_engine.settings import AddedLater, NoEffect
@@ -89,6 +90,11 @@ class TrainSettings(BaseModel):
         then: Stages after `steps`, each with more steps at another rate or with another schedule.
         save_every: Steps, or epochs, between adapters that are written into the artifact's folder `saved`; 0 writes
             none.
+        clip_skip: Layer of the CLIP text encoders that the network reads, counted from the last, which is 1; None is
+            the base's own: 1 for Stable Diffusion 1 and 2, 2 for SDXL. `evaluate` and `generate` use the same layer.
+        prediction: What the network predicts, `epsilon` or `v_prediction`; None is what the base's scheduler says.
+        zero_terminal_snr: Rescales the noise schedule so that the last timestep has no signal (Lin et al. 2023); for
+            bases that predict v.
         optimizer_state: True starts with the state of the optimizer that trained `init`.
     """
 
@@ -126,6 +132,9 @@ class TrainSettings(BaseModel):
     then: Annotated[tuple[Stage, ...], AddedLater(), Field(max_length=100)] = ()
     save_every: Annotated[Interval, AddedLater(), NoEffect()] = 0
     optimizer_state: Annotated[bool, AddedLater()] = False
+    clip_skip: Annotated[int | None, AddedLater()] = Field(default=None, ge=1, le=100)
+    prediction: Annotated[Prediction | None, AddedLater()] = None
+    zero_terminal_snr: Annotated[bool, AddedLater()] = False
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yields the settings that were set; the others have their defaults."""

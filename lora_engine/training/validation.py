@@ -12,7 +12,7 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.denoising import predict
-from lora_engine.training.examples import Conditioner, Example
+from lora_engine.training.examples import Conditioner, Example, encode_captions
 from lora_engine.training.methods import BatchTransform
 from lora_engine.training.objective import timestep_grid
 
@@ -51,7 +51,7 @@ def image_losses(
             latents=clean.expand(timesteps, *clean.shape).to(base.device),
             noise=noise.to(base.device),
             timesteps=grid.to(base.device),
-            conditioning=conditioner([example.caption], example.size).index([0] * timesteps).to(base.device),
+            conditioning=encode_captions(base, conditioner, [example.caption], [example]).index([0] * timesteps),
             instances=timesteps,
             examples=(example,) * timesteps,
         )

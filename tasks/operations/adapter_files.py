@@ -259,6 +259,8 @@ def draw(
     guidance: float,
     size: int | None,
     negative: str = "",
+    clip_skip: int | None = None,
+    vae: str | None = None,
 ) -> list[Path]:
     """Generates images and writes them as PNG files, named by their seeds.
 
@@ -274,6 +276,8 @@ def draw(
         guidance: Scale of classifier-free guidance.
         size: Pixels per side; None means the base's own.
         negative: The negative prompt.
+        clip_skip: Layer of the text encoders; None means that of the adapters' training.
+        vae: Another autoencoder: a folder or a hub id.
     """
     from lora_engine.bases.source import resolve_base
     from lora_engine.compute import fitting_threads, threads
@@ -293,6 +297,8 @@ def draw(
             steps=steps,
             guidance=guidance,
             size=size,
+            clip_skip=clip_skip,
+            vae=vae,
             progress=lambda done, total, values: publish(StepEvent("generate", "progress", done, total, values)),
         )
 

@@ -126,13 +126,16 @@ def checkout_dataset(text: str, home: Path, base: str | None, recorder: VerbReco
 
 def _prepare(images: Path, out: Path, work: Path, home: Path, base: str | None, recorder: VerbRecorder) -> None:
     from lora_engine.bases.defaults import training_defaults
+    from lora_engine.bases.source import resolve_base
     from lora_engine.data.caption import caption
     from lora_engine.data.ingest import ingest
     from lora_engine.data.preprocess import preprocess
     from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
+    from lora_engine.families import families
 
     if base is None:
         raise SpecError("the base is not known, so the size of the images is not", remedy="name it with --base")
+    reads_framing = families[resolve_base(base).family].reads_framing
     opened = Home.open_to_read(home)
     with closing(Versions(opened)) as versions:
         revoked = read_revoked(versions.lineage) if opened.exists else {}
@@ -140,7 +143,7 @@ def _prepare(images: Path, out: Path, work: Path, home: Path, base: str | None, 
         preprocess(
             work / "ingested",
             work / "sized",
-            PreprocessSettings(resolution=training_defaults(base).resolution),
+            PreprocessSettings(resolution=training_defaults(base).resolution, original_sizes=reads_framing),
         )
         caption(work / "sized", out, CaptionSettings())
         if opened.exists and not opened.read_only:

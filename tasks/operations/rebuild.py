@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin
@@ -27,7 +28,7 @@ from tasks.operations.upstream import FILE, UpstreamSteps, find_unkept_fields
 from tasks.spec import StepSpec
 from tasks.step import STEPS
 
-_BASE = "base"
+_BASE, _VAE = "base", "vae"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _add_step(
     values = dict(step.settings.get("settings", {}))
     if values.get(_BASE) is not None:
         values[_BASE] = _locate_base(plan, name, step, base, fingerprint)
+    if values.get(_VAE) is not None:
+        values[_VAE] = _locate_vae(plan, name, step)
     try:
         spec = kind.spec.model_validate(values | _placeholders(kind.spec, step) | dict.fromkeys(files, "."))
     except ValidationError as error:
@@ -175,6 +178,20 @@ def _locate_base(plan: RebuildPlan, name: str, step: Execution, base: str | None
         plan.warnings.append(reason)
         return base
     plan.reasons.append(f"{reason}; give it with --base")
+    return written
+
+
+def _locate_vae(plan: RebuildPlan, name: str, step: Execution) -> str:
+    """Returns the autoencoder with the recorded fingerprint; adds a reason to the plan if there is none."""
+    from lora_engine.bases.vae import resolve_vae
+
+    recorded, written = step.settings.get("base", {}), str(step.settings["settings"][_VAE])
+    for candidate in dict.fromkeys((recorded.get("vae_path"), recorded.get("vae"), written)):
+        with suppress(BaseModelError):
+            if candidate and resolve_vae(candidate).fingerprint() == recorded.get("vae_fingerprint"):
+                return str(candidate)
+    expected = str(recorded.get("vae_fingerprint"))[:16]
+    plan.reasons.append(f"the autoencoder {written!r} with fingerprint {expected} of step {name!r} is missing")
     return written
 
 

@@ -14,10 +14,16 @@ from tasks.step import Context, step
 
 
 class Evaluate(StepSpec, EvaluateSettings):
-    """The adapter, the images and prompts to evaluate it on, and the gates."""
+    """The adapter, the images and prompts to evaluate it on, and the gates.
+
+    Attributes:
+        base: The base model.
+        vae: The autoencoder that the adapter was trained with; None is the base's own.
+    """
 
     uses: Literal["evaluate"] = "evaluate"
     base: str
+    vae: str | None = None
     adapter: Annotated[str, Input("adapter")]
     dataset: Annotated[str, Input("manifest")]
     heldout: Annotated[str | None, Input("manifest")] = None
@@ -50,6 +56,7 @@ def evaluate(spec: Evaluate, context: Context) -> None:
         context.folder("dataset"),
         context.out,
         heldout=context.optional("heldout"),
+        vae=context.base(spec.vae) if spec.vae else None,
         prompts=prompts,
         progress=context.progress,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal
 
 from lora_engine.data.spec import PreprocessSettings
+from lora_engine.families import Family
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, always, step
 
@@ -14,6 +16,11 @@ class Preprocess(StepSpec, PreprocessSettings):
 
     uses: Literal["preprocess"] = "preprocess"
     dataset: Annotated[str, Input("manifest")]
+
+    @classmethod
+    def family_defaults(cls, families: Collection[Family]) -> dict[str, Any]:
+        """Records the original sizes for bases that read them."""
+        return {"original_sizes": True} if any(family.reads_framing for family in families) else {}
 
 
 @step(Preprocess, produces="manifest", revision=2, imports=always("lora_engine.data.preprocess"))

@@ -36,11 +36,13 @@ class Train(StepSpec, TrainSettings):
         dataset: The user's images, captioned.
         class_dataset: Class images (regularization images) for `prior`; None means that the base generates them.
         embedder: Folder of the image model that `method.identity` uses; None means the embedded one.
+        vae: Another autoencoder for the base: a folder in diffusers' layout, or a hub id; None is the base's own.
         init: The adapter to start from: a step, `name@version`, `name@alias` or a file; None starts with no difference.
     """
 
     uses: Literal["train"] = "train"
     base: str
+    vae: str | None = None
     dataset: Annotated[str, Input("manifest")]
     class_dataset: Annotated[str | None, Input("manifest")] = None
     embedder: Annotated[str | None, External("folder")] = None
@@ -115,6 +117,7 @@ def train(spec: Train, context: Context) -> None:
         "class_dataset": class_dataset and str(class_dataset),
         "embedder": str(context.files["embedder"]) if "embedder" in context.files else None,
         "init": init and str(init),
+        "vae": context.base(spec.vae) if spec.vae else None,
         "state": str(state_folder(context.home, context.key)),
         "origin": context.origin,
         "fresh": context.force,

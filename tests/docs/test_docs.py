@@ -218,6 +218,21 @@ def test_the_example_of_the_page_for_users_of_other_trainers_is_converted(tmp_pa
     assert shown in written
 
 
+def test_the_pipeline_with_saved_adapters_on_the_page_about_training_loads(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(name: early\n.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "pipeline.yaml").write_text(block)
+    assert {"adapter@step-200", "adapter@step-300"} <= set(load_spec(tmp_path / "pipeline.yaml").steps)
+
+
+def test_the_pipeline_with_two_datasets_on_the_page_about_training_loads(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(name: two\n.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    for name in ("images", "rings"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pipeline.yaml").write_text(block)
+    assert load_spec(tmp_path / "pipeline.yaml").steps["both"].model_dump()["parts"][1]["weight"] == 0.5
+
+
 def train_blocks() -> dict[str, str]:
     """Returns the blocks about training that are settings of a train step, by their first line."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)

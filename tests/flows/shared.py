@@ -180,7 +180,7 @@ def training_here() -> Iterator[None]:
             return train_in_child(job, progress, **options)
         paths = ("cache", "class_dataset", "embedder", "init", "state")
         optional = {name: Path(job[name]) if job[name] else None for name in paths}
-        optional |= {"origin": job["origin"], "fresh": job["fresh"]}
+        optional |= {name: job[name] for name in ("vae", "origin", "fresh")}
         dataset, out, work = (Path(job[name]) for name in ("dataset", "out", "work"))
         stop, watcher = options.get("stop") or (lambda: False), options.get("watcher") or Unwatched()
 

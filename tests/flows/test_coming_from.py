@@ -21,7 +21,9 @@ from tasks.errors import SpecError
 from tasks.step import STEPS
 from tasks.steps.train import Train
 from tests.flows.commands import loraline_here, say
+from tests.flows.made import write_random
 from tests.flows.shared import draw_noise
+from tests.support.untrained import save_tiny_vae, write_untrained_base
 
 Write = Callable[..., Path]
 
@@ -264,7 +266,7 @@ def test_a_configuration_of_sd_scripts_becomes_a_pipeline(settings: Write) -> No
     train = train_of(spec)
     assert (spec.name, spec.seed, spec.base) == ("my-lora", 42, "tiny")
     assert (train.rank, train.alpha, train.batch, train.learning_rate) == (16, 1.0, 2, 1e-4)
-    assert (train.steps, train.warmup) == (30, 3)  # 2 epochs of 3 images, 10 times each, in batches of 2
+    assert (train.steps, train.warmup, train.clip_skip) == ("2 epochs", "10%", 2)
     assert train.schedule.model_dump() == {"name": "cosine-restarts", "cycles": 3, "floor": 0.0}
     assert (train.rates.text, train.rates.optimiser.options()["betas"], train.weight_decay) == (5e-5, (0.9, 0.99), 0.1)
     assert train.targets == ["attention+ff", "text"]
@@ -277,12 +279,10 @@ def test_a_configuration_of_sd_scripts_becomes_a_pipeline(settings: Write) -> No
     assert spec.steps["photos"].model_dump()["repeats"] == "folders"
     assert spec.steps["prepared"].model_dump()["crop"] == "center"
     assert spec.steps["exports"].model_dump()["dtype"] == "float16"
-    assert "clip_skip" in output
     assert "conv_dim" in output
     assert "cache_latents" not in output, "it is automatic"
     text = (Path(spec.folder) / "pipeline.yaml").read_text()
     assert "hf_secret" not in output + text
-    assert "clip_skip: 2 (not available)" in text
 
 
 def test_a_dataset_file_of_sd_scripts_is_read_with_its_options(settings: Write) -> None:
@@ -294,7 +294,7 @@ def test_a_dataset_file_of_sd_scripts_is_read_with_its_options(settings: Write) 
     assert spec.steps["photos"].model_dump()["repeats"] == {"*": 4}
     assert spec.steps["captions"].model_dump()["template"] == "sks ring"
     assert train.class_dataset == "class_captions"
-    assert train.steps == 8
+    assert train.steps == "2 epochs"
 
 
 def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:
@@ -326,7 +326,7 @@ def test_a_file_of_one_trainer_becomes_a_pipeline_and_what_cannot_work_is_change
     assert train.method.model_dump()["mask"]["floor"] == 0.1
     assert train.rates.ema is None
     assert train.objective.weighting.name == "none"
-    assert train.steps == 25  # 5 epochs of 3 images, 3 times each, in batches of 2
+    assert train.steps == "5 epochs"
     assert "prodigy estimates" in output
     assert "hf_secret" not in output
 
@@ -405,7 +405,7 @@ def test_any_value_of_any_option_gives_a_pipeline_or_a_refusal(tmp_path: Path) -
 
 def test_defaults_of_length_are_those_of_the_trainer(settings: Write) -> None:
     script = SCRIPT.replace("--max_train_steps=50", "")
-    assert train_of(converted(settings("run.sh", script))[0]).steps == 3  # one epoch of train_dreambooth_lora.py
+    assert train_of(converted(settings("run.sh", script))[0]).steps == "1 epoch"
 
 
 def test_a_folder_whose_name_is_too_long_is_one_that_is_not_here(settings: Write) -> None:
@@ -491,3 +491,53 @@ def test_a_converted_configuration_of_sd_scripts_runs(settings: Write, tmp_path:
     spec, _ = converted(settings("config.toml", text))
     done = loraline_here("run", spec.folder / "pipeline.yaml", home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_and_an_autoencoder_are_carried_over_if_they_are_here(settings: Write, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    save_tiny_vae(tmp_path / "vae")
+    write_random(tmp_path / "old.safetensors", 1)
+    text = KOHYA.replace("[model_arguments]", '[model_arguments]\nvae = "vae"\nnetwork_weights = "old.safetensors"')
+    spec, output = converted(settings("config.toml", text))
+    assert train_of(spec).init == str(tmp_path / "old.safetensors")
+    assert train_of(spec).vae == str(tmp_path / "vae")
+    assert "old.safetensors" not in output.partition("Not carried over")[2]
+    (tmp_path / "out" / "pipeline.yaml").unlink()
+    spec, output = converted(settings("config.toml", text.replace('"vae"', '"x.ckpt"').replace("old.", "gone.")))
+    assert (train_of(spec).init, train_of(spec).vae) == (None, None)
+    assert "no such file on this machine; name one as init" in output
+    assert "save the autoencoder as a folder" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "skip", "shape", "layer"),
+    [
+        ("config.toml", 2, "", 2),
+        ("config.toml", 1, "", None),
+        ("config.toml", 2, "small-sdxl", None),
+        ("trainer.json", 1, "", 2),
+        ("trainer.json", 1, "small-sdxl", 3),
+        ("trainer.json", 1, "small-flux", None),
+    ],
+)
+def test_skipped_layers_of_text_encoders_are_counted_as_the_trainer_does(
+    settings: Write, tmp_path: Path, name: str, skip: int, shape: str, layer: int | None
+) -> None:
+    base = str(write_untrained_base(tmp_path / "base", shape)) if shape else "tiny"
+    text = KOHYA.replace("clip_skip = 2", f"clip_skip = {skip}")
+    if name == "trainer.json":
+        text = json.dumps(ONE_TRAINER | {"text_encoder_layer_skip": skip})
+    spec, _ = converted(settings(name, text), "--base", base)
+    assert train_of(spec).clip_skip == layer
+
+
+def test_a_warmup_or_decay_in_steps_fits_the_epochs(settings: Write) -> None:
+    text = KOHYA.replace("lr_warmup_steps = 0.1", "lr_warmup_steps = 30").replace("cosine_with_restarts", "wsd")
+    spec, _ = converted(settings("config.toml", text))
+    assert train_of(spec).warmup == 0
+    assert "warmup: 30 (the run has 30 steps only)" in (Path(spec.folder) / "pipeline.yaml").read_text()
+    (Path(spec.folder) / "pipeline.yaml").unlink()
+    text = text.replace("lr_warmup_steps = 30", "lr_warmup_steps = 10\nlr_decay_steps = 5")
+    text = text.replace('"wsd"', '"warmup_stable_decay"')
+    spec, _ = converted(settings("config.toml", text))
+    assert (train_of(spec).warmup, train_of(spec).schedule.model_dump()["decay"]) == (10, 0.25)

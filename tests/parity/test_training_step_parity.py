@@ -6,6 +6,7 @@ The reference is written from the scripts' own formulas (`train_text_to_image_lo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,26 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     compute_snr,
 )
+from PIL import Image
 from torch import Tensor
 
 from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.noise import flow_schedule_from
+from lora_engine.data.ingest import ingest
+from lora_engine.data.manifest import Manifest
+from lora_engine.data.preprocess import preprocess
+from lora_engine.data.spec import IngestSettings, PreprocessSettings
 from lora_engine.families.flux.model import TRAINING_GUIDANCE
 from lora_engine.seeds import generator
-from lora_engine.training.batches import Batch
+from lora_engine.training.batches import Batch, BatchBuilder
 from lora_engine.training.denoising import predict
+from lora_engine.training.examples import Encoder, read_examples
 from lora_engine.training.losses import DenoisingLoss, PriorLoss
 from lora_engine.training.objective import draw_perturbation, draw_timesteps, draw_training_noise, measure_for
+from lora_engine.training.specs.captions import Captions
 from lora_engine.training.specs.objective import Objective
+from lora_engine.training.validation import image_losses
 from tests.support.untrained import write_untrained_base
 
 DIFFUSION = ["small-sd", "small-sd-v", "small-sdxl"]
@@ -223,3 +232,44 @@ def test_a_shift_equals_that_of_the_scheduler_of_diffusers(shift: float) -> None
     even = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).sigmas
     ours = flow_schedule_from({"shift": shift}).shift(even, (8, 8))
     torch.testing.assert_close(ours, scheduler.sigmas)
+
+
+def sdxl_time_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    # compute_time_ids of train_text_to_image_lora_sdxl.py
+    return torch.tensor([list(original + crop + target)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_size_conditioning_of_sdxl_is_that_of_the_training_script(
+    bases: dict[str, BaseModel], tmp_path: Path, flip: bool
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, size in (("wide", (90, 30)), ("high", (24, 64))):
+        Image.new("RGB", size, "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(name)
+    ingest(images, tmp_path / "one", IngestSettings(heldout=0.0))
+    preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=16, original_sizes=True))
+    base = bases["small-sdxl"]
+    examples = read_examples(tmp_path / "two", Manifest.load(tmp_path / "two"), "train")
+    captions = Captions(flip=flip)
+    encoder = Encoder(base, tmp_path / "cache", captions)
+    build = BatchBuilder(base, encoder.latents, encoder.conditioning, examples, batch=2, seed=0, captions=captions)
+    mirrored: set[bool] = set()
+    for number in range(8):
+        batch = build(number)
+        for example, ids in zip(batch.examples, batch.conditioning["time_ids"], strict=True):
+            # The script resizes the shorter side to the resolution, mirrors the image, then crops the center.
+            height, width = (16, 48) if example.caption == "wide" else (43, 16)
+            left = (width - 16) // 2
+            left = width - 16 - left if example.augmentation.mirrored else left
+            original = (30, 90) if example.caption == "wide" else (64, 24)
+            expected = sdxl_time_ids(original, ((height - 16) // 2, left), (16, 16))
+            assert torch.equal(ids[None], expected), example
+            mirrored.add(example.augmentation.mirrored)
+    assert mirrored == ({False, True} if flip else {False})
+    losses = [
+        image_losses(base, encoder.latents, encoder.conditioning, [variant])
+        for variant in (examples[0], replace(examples[0], framing=None))
+    ]
+    assert losses[0] != losses[1]

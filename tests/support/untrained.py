@@ -170,3 +170,17 @@ def write_untrained_base(folder: Path, shape: str, *, seed: int = 0, tokens: int
         pipeline = shapes[shape].pipeline(tokens)
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     return folder
+
+
+def save_tiny_vae(folder: Path, factor: float = 1.5) -> Path:
+    """Writes the embedded base's autoencoder with other weights as a folder of its own, and returns the path."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from lora_engine.bases.tiny import folder as tiny_folder
+
+    vae: Any = AutoencoderKL.from_pretrained(str(tiny_folder()), subfolder="vae")
+    with torch.no_grad():
+        for value in vae.parameters():
+            value.mul_(factor)
+    vae.save_pretrained(str(folder))
+    return folder

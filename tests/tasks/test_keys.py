@@ -48,9 +48,17 @@ STEP_CASES: dict[str, dict[str, Any]] = {
     "merge": {"base": "tiny", "adapters": ("one", "two")},
     "convert": {"base": "tiny", "adapter": "one", "to": ("kohya",)},
     "evaluate": {"base": "tiny", "adapter": "one", "dataset": "captions", "prompts": "prompts.txt"},
+    "combine": {"datasets": ("photos", "others")},
+    "saved": {"adapter": "one", "at": 200},
     "register": {"name": "small", "adapter": "one", "report": "report", "alias": "staging"},
 }
-REFERENCES = {"dataset": "manifest", "adapter": "adapter", "adapters": "adapter", "report": "report"}
+REFERENCES = {
+    "dataset": "manifest",
+    "datasets": "manifest",
+    "adapter": "adapter",
+    "adapters": "adapter",
+    "report": "report",
+}
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any], str]]:

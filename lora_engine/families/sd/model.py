@@ -19,9 +19,10 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.noise import schedule_from
+from lora_engine.bases.options import BaseOptions
 from lora_engine.bases.source import BaseSource
 from lora_engine.building import BUILDING
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, SettingsError
 
 
 class StableDiffusion(LatentModel):
@@ -47,8 +48,14 @@ class StableDiffusion(LatentModel):
     ) -> Conditioning:
         """See `ReadsTokens`."""
         del size
-        output = self.modules["text_encoder"](**tokens[""])
-        return Conditioning({"states": change("", output[0].float())})
+        encoder: Any = self.modules["text_encoder"]
+        if self.options.clip_skip is None:
+            states = encoder(**tokens[""])[0]
+        else:
+            states = encoder(**tokens[""], output_hidden_states=True).hidden_states[-self.options.clip_skip]
+            # The final norm applies to any layer, as in sd-scripts and diffusers.
+            states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+        return Conditioning({"states": change("", states.float())})
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`."""
@@ -74,6 +81,31 @@ class StableDiffusion(LatentModel):
             scheduler.set_timesteps(steps, device=self.device)
         return scheduler
 
+    def configure(self, options: BaseOptions) -> None:
+        """See `BaseModel`."""
+        self._set_options(options)
+        self._check_layers(options.clip_skip)
+        changes: dict[str, Any] = {"prediction_type": options.prediction} if options.prediction else {}
+        if options.zero_terminal_snr:
+            # Sampling has to begin at the last timestep (Lin et al. 2023, section 3.4).
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self._scheduler_settings = {**self._scheduler_settings, **changes}
+        self._set_noise("scheduler")
+        if options.zero_terminal_snr and self.noise.parameterization == "eps":
+            raise SettingsError(
+                "zero_terminal_snr is set, but the base predicts noise, and the last timestep is nothing else",
+                remedy="set prediction to v_prediction, or leave zero_terminal_snr out",
+            )
+
+    def _check_layers(self, clip_skip: int | None) -> None:
+        for name, encoder in self.modules.items():
+            config: Any = encoder.config
+            if name.startswith("text_encoder") and clip_skip and clip_skip > config.num_hidden_layers:
+                raise SettingsError(
+                    f"clip_skip is {clip_skip}, but {name} has {config.num_hidden_layers} layers",
+                    allowed=f"1 to {config.num_hidden_layers}",
+                )
+
     def _network_input(self, noisy: Tensor, conditioning: Conditioning) -> Tensor:
         del conditioning
         return noisy
@@ -88,10 +120,14 @@ class StableDiffusion(LatentModel):
 
     def _load_schedule(self, source: BaseSource) -> dict[str, Any]:
         settings = self._settings_of_scheduler(source)
+        self._scheduler_settings = settings
+        self._set_noise(str(source.folder / "scheduler"))
+        return settings
+
+    def _set_noise(self, where: str) -> None:
         try:
             with BUILDING:
-                training = DDPMScheduler.from_config(settings)
+                training = DDPMScheduler.from_config(self._scheduler_settings)
         except (ValueError, NotImplementedError) as error:
-            raise BaseModelError(f"cannot be used ({error})", where=str(source.folder / "scheduler")) from error
+            raise BaseModelError(f"cannot be used ({error})", where=where) from error
         self.noise = schedule_from(training.alphas_cumprod, str(training.config.prediction_type))
-        return settings

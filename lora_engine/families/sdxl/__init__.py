@@ -31,6 +31,7 @@ SDXL = Family(
     ),
     text={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     header=r"sd_?xl.*",
+    reads_framing=True,
     versions=(HeaderVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),),
     training=TrainingDefaults(
         resolution=1024,

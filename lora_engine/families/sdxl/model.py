@@ -16,6 +16,7 @@ from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.source import BaseSource
+from lora_engine.data.framing import Framing
 from lora_engine.families.sd.inpainting import InpaintingBase
 from lora_engine.families.sd.model import StableDiffusion
 
@@ -33,18 +34,24 @@ class StableDiffusionXL(StableDiffusion):
         size: tuple[int, int] | None = None,
         change: StateChange = no_change,
     ) -> Conditioning:
-        """See `ReadsTokens`; original and target size are `size`, and the crop offset is 0."""
+        """See `ReadsTokens`; original and target size are `size`, and the crop offset is 0 (see `with_framings`)."""
         states: list[Tensor] = []
         pooled = torch.empty(0)  # the second encoder's
         for suffix, inputs in tokens.items():
             output = self.modules[f"text_encoder{suffix}"](**inputs, output_hidden_states=True)
-            states.append(change(suffix, output.hidden_states[-2].float()))
+            states.append(change(suffix, output.hidden_states[-(self.options.clip_skip or 2)].float()))
             pooled = output[0].float()
         height, width = size or self.default_size
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
         return Conditioning(
             {"states": torch.cat(states, dim=-1), "pooled": pooled, "time_ids": ids.repeat(len(pooled), 1)}
         )
+
+    def with_framings(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """See `BaseModel`: original size, top left corner and size of the crop, as diffusers' training scripts."""
+        rows = [[*framing.original, framing.top, framing.left, *framing.size] for framing in framings]
+        ids = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        return conditioning.with_tensors(Conditioning({"time_ids": ids}))
 
     def encode_negative(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """See `BaseModel`; an empty text is all zeros if the base has `force_zeros_for_empty_prompt`."""

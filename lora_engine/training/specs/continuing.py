@@ -65,6 +65,9 @@ CHANGES: Mapping[str, SettingChange] = {
     "overrides": SettingChange("restarts", "the factors have another form; `init` starts from a finished adapter"),
     "precision": SettingChange("restarts", "every step has other rounding"),
     "running": SettingChange("restarts", "every step may have other rounding"),
+    "clip_skip": SettingChange("restarts", "every step reads other text embeddings"),
+    "prediction": SettingChange("restarts", "every step has another target"),
+    "zero_terminal_snr": SettingChange("restarts", "every step has another noise"),
     "optimizer_state": SettingChange("restarts", "it changes the first step"),
 }
 """What a change of each setting does; one that is not listed restarts."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lora_engine.registries import NameOrOptions
+from lora_engine.settings import AddedLater
 from lora_engine.training.specs.schedules import Constant, Schedule
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -69,11 +70,13 @@ class AdamW8bit(Optimizer):
     Attributes:
         betas: See `AdamW`.
         eps: See `AdamW`.
+        paged: Moves the state to the CPU's memory when the GPU has none left; needs a GPU.
     """
 
     name: Literal["adamw-8bit"] = "adamw-8bit"
     betas: _Betas = (0.9, 0.999)
     eps: _Small = 1e-8
+    paged: Annotated[bool, AddedLater()] = False
 
 
 class Lion(Optimizer):
@@ -205,8 +208,26 @@ class AdEMAMix(Optimizer):
     eps: _Small = 1e-8
 
 
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz steps; for factors that are matrices.
+
+    Attributes:
+        momentum: Decay of the mean of the gradients; 0 to below 1.
+        nesterov: Nesterov's form.
+        ns_steps: Newton-Schulz steps.
+        adjust_lr_fn: Factor on the rate by the shape of a matrix: `match_rms_adamw` makes steps as large as AdamW's, so
+            that its rates apply; `original` is sqrt(max(1, rows / columns)).
+    """
+
+    name: Literal["muon"] = "muon"
+    momentum: _Share = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, le=99)] = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+
+
 AnyOptimizer = Annotated[
-    AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree | Sgd | Came | AdEMAMix,
+    AdamW | AdamW8bit | Lion | Adafactor | Prodigy | DAdaptation | ScheduleFree | Sgd | Came | AdEMAMix | Muon,
     Field(discriminator="name"),
     NameOrOptions(),
 ]

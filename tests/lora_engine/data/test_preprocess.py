@@ -2,17 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from lora_engine.data.framing import Framing
 from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.preprocess import CROPS, preprocess, to_square
-from lora_engine.data.spec import IngestSettings, PreprocessSettings
+from lora_engine.data.spec import Buckets, IngestSettings, PreprocessSettings
 
 Add = Callable[..., Path]
 
@@ -83,3 +85,61 @@ def test_an_elongated_image_is_quarantined_and_the_others_are_used(
     assert (
         "30000 x 4 pixels are too elongated: they would be resized to 1920000 x 256" in manifest.quarantined[0].reason
     )
+
+
+def framings(out: Path) -> list[Framing | None]:
+    return [image.framing for image in Manifest.load(out).pictures]
+
+
+@pytest.mark.parametrize("crop", ["center", "salient", "bucket"])
+def test_a_framing_says_which_pixels_of_the_resized_image_are_kept(
+    images: Path, tmp_path: Path, add_image: Add, crop: Literal["center", "salient", "bucket"]
+) -> None:
+    add_image("wide.png", width=90, height=40)
+    ingest(images, tmp_path / "one", IngestSettings())
+    buckets = Buckets(step=8) if crop == "bucket" else None
+    settings = PreprocessSettings(resolution=32, crop=crop, buckets=buckets, original_sizes=True)
+    image = preprocess(tmp_path / "one", tmp_path / "two", settings).pictures[0]
+    framing = image.framing
+    assert framing is not None
+    assert framing.original == (40, 90)
+    assert framing.size == (image.height, image.width)
+    assert framing.resized != framing.size
+    height, width = framing.resized
+    resized = open_image(tmp_path / "one" / image.file).resize((width, height), Image.Resampling.LANCZOS)
+    box = (framing.left, framing.top, framing.left + image.width, framing.top + image.height)
+    kept = np.asarray(resized.crop(box))
+    assert np.array_equal(kept, np.asarray(open_image(tmp_path / "two" / image.file)))
+    assert not np.array_equal(kept, np.asarray(resized.crop((0, 0, image.width, image.height))))
+
+
+def test_a_mirrored_image_has_the_offset_of_the_mirrored_crop() -> None:
+    framing = Framing(original=(40, 90), resized=(32, 72), top=0, left=10, size=(32, 32))
+    assert framing.mirrored().left == 30
+    assert framing.mirrored().mirrored() == framing
+
+
+def test_without_original_sizes_a_manifest_has_the_bytes_of_earlier_releases(
+    images: Path, tmp_path: Path, add_image: Add
+) -> None:
+    add_image("a.png", width=50, height=90)
+    ingest(images, tmp_path / "one", IngestSettings())
+    preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=24))
+    assert framings(tmp_path / "two") == [None]
+    assert "framing" not in (tmp_path / "two" / "manifest.json").read_text()
+
+
+def test_a_second_preprocess_keeps_the_first_original(images: Path, tmp_path: Path, add_image: Add) -> None:
+    add_image("a.png", width=100, height=50)
+    ingest(images, tmp_path / "one", IngestSettings())
+    preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=48, original_sizes=True))
+    preprocess(tmp_path / "two", tmp_path / "three", PreprocessSettings(resolution=24, original_sizes=True))
+    assert framings(tmp_path / "two") == [Framing(original=(50, 100), resized=(48, 96), top=0, left=24, size=(48, 48))]
+    assert framings(tmp_path / "three") == [
+        Framing(original=(50, 100), resized=(24, 48), top=0, left=12, size=(24, 24))
+    ]
+
+
+def test_a_framing_outside_of_its_image_is_refused() -> None:
+    with pytest.raises(ValidationError, match="32 x 32 pixels at row 0, column 41 does not fit into 32 x 72"):
+        Framing(original=(40, 90), resized=(32, 72), top=0, left=41, size=(32, 32))

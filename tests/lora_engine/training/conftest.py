@@ -91,7 +91,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number % 2:
             Image.new("L", (width, height), 200).save(path.with_name(f"{number}.mask.png"))
     ingest(images, folder / "one", IngestSettings(heldout=0.2, repeats="folders"))
-    wanted = {"resolution": 32, "crop": "bucket", "buckets": {"step": 8, "keep": "salient"}}
+    wanted = {"resolution": 32, "crop": "bucket", "buckets": {"step": 8, "keep": "salient"}, "original_sizes": True}
     preprocess(folder / "one", folder / "dataset", PreprocessSettings.model_validate(wanted))
     return folder / "dataset"
 

@@ -245,6 +245,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "module_dropout": 0.5,
         "norm_limit": 0.01,
     },
+    "another layer of the text encoder and a rescaled schedule": {
+        "clip_skip": 2,
+        "prediction": "v_prediction",
+        "zero_terminal_snr": True,
+    },
     "objective and rates": {
         "method": "dreambooth",
         "targets": TEXT,

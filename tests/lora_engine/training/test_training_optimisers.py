@@ -66,7 +66,11 @@ def batch(number: int) -> Batch:
     return Batch(clean, clean, torch.zeros(16, dtype=torch.int64), Conditioning({}), 16)
 
 
-def phases(problem: Problem, rate: float, steps: int = 12, **change: Any) -> list[Phase]:
+def phases(problem: Problem, rate: float | str, steps: int = 12, **change: Any) -> list[Phase]:
+    """Returns two phases at a rate, or for an optimizer at its rate."""
+    name, rate = (rate, rate_of(rate)) if isinstance(rate, str) else ("", rate)
+
+
     def predict(batch: Batch) -> tuple[Tensor, Tensor]:
         return problem(batch.latents), batch.latents @ problem.goal.T
 
@@ -79,7 +83,8 @@ def phases(problem: Problem, rate: float, steps: int = 12, **change: Any) -> lis
     def named(name: str, groups: tuple[ParameterGroup, ...]) -> dict[str, Any]:
         return {"name": name, "groups": groups, "steps": steps // 2}
 
-    return [phase("first", "down up"), phase("second", "up gain")]
+    # Muon trains matrices alone.
+    return [phase("first", "down up"), phase("second", "up" if name == "muon" else "up gain")]
 
 
 def options(name: str, **change: Any) -> FitOptions:
@@ -87,7 +92,7 @@ def options(name: str, **change: Any) -> FitOptions:
 
 
 def rate_of(name: str) -> float:
-    return 1.0 if SPECS[name].finds_rate else {"lion": 5e-3, "sgd": 0.3, "came": 1e-3}.get(name, 1e-2)
+    return 1.0 if SPECS[name].finds_rate else {"lion": 5e-3, "sgd": 0.3, "came": 1e-3, "muon": 5e-2}.get(name, 1e-2)
 
 
 def same(first: Problem, second: Problem) -> bool:
@@ -103,7 +108,7 @@ def test_settings_and_registries_have_the_same_optimizers_and_schedules() -> Non
 def test_every_optimizer_lowers_the_loss_from_a_zero_factor(name: str) -> None:
     problem = Problem()
     change = {"steps": 240 if SPECS[name].finds_rate else 60}
-    history = fit(phases(problem, rate_of(name), **change), [problem], options(name))
+    history = fit(phases(problem, name, **change), [problem], options(name))
     assert sum(history.loss[-10:]) < 0.5 * sum(history.loss[:10])
 
 
@@ -122,9 +127,9 @@ def run_with_stops(
         }
         if stop < 12:
             with pytest.raises(InterruptedRun):
-                fit(phases(problem, rate_of(name)), [problem], fit_options, **arguments)
+                fit(phases(problem, name), [problem], fit_options, **arguments)
         else:
-            history = fit(phases(problem, rate_of(name)), [problem], fit_options, **arguments)
+            history = fit(phases(problem, name), [problem], fit_options, **arguments)
     return problem, history
 
 
@@ -449,3 +454,18 @@ def test_restarts_jump_back_to_the_top_once_a_cycle() -> None:
     tops = [step for step in range(1, 110) if factors[step] > factors[step - 1] and step > 10]
     assert tops == [35, 60, 85]
     assert all(factors[step] == 1.0 for step in (10, *tops))
+
+
+def test_muon_refuses_parameters_that_are_not_matrices() -> None:
+    group = ParameterGroup({"gain": nn.Parameter(torch.ones(4)), "down": nn.Parameter(torch.ones(4, 2))}, 1e-2)
+    with pytest.raises(SettingsError, match=r"trains matrices, but 1 parameters have other shapes, first 'gain' \[4\]"):
+        build_optimizer("muon", [group], 0.0, {})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_paged_state_is_refused_on_a_cpu() -> None:
+    group = ParameterGroup({"down": nn.Parameter(torch.ones(4, 2))}, 1e-2)
+    spec = TrainSettings.model_validate({"steps": 1, "rates": {"optimiser": {"name": "adamw-8bit", "paged": True}}})
+    with pytest.raises(SettingsError, match="paged state needs a GPU, but the training runs on cpu"):
+        build_optimizer("adamw-8bit", [group], 0.0, spec.rates.optimiser.options())
+    build_optimizer("adamw-8bit", [group], 0.0, SPECS["adamw-8bit"].options())
