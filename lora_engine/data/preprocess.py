@@ -27,8 +27,8 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress:
     """Writes a copy of the dataset with every image in its training size, one image per core in memory at a time.
 
     Resizes an image to the least size that covers the target (Lanczos to shrink, bicubic to enlarge) and crops the
-    rest. The file name, which contains the original's digest, stays. A mask is resized (mean to shrink, linear to
-    enlarge: neither leaves the range) and cropped with its image.
+    rest; crops first if the resized image would be too large. The file name, which contains the original's digest,
+    stays. A mask is resized (mean to shrink, linear to enlarge: neither leaves the range) and cropped with its image.
 
     Raises:
         DataError: The dataset is incomplete, or all of its images are too small for a bucket, or too elongated.
@@ -40,7 +40,7 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress:
     with Workers() as workers:
         fits = workers.map(write, manifest.pictures)
         for done, (entry, fit) in enumerate(zip(manifest.pictures, fits, strict=True), start=1):
-            if fit is None or _is_too_long(fit):
+            if fit is None or _is_refused(fit, settings):
                 reason = _too_small(entry, settings) if fit is None else _too_long(entry, fit)
                 quarantined.append(Quarantined(source=entry.source, reason=reason))
             else:
@@ -51,7 +51,7 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress:
             f"none of the {len(manifest.pictures)} images has a usable size, last {quarantined[-1].source}: "
             f"{quarantined[-1].reason}",
             where=str(dataset),
-            remedy="lower resolution or buckets.min_side, raise buckets.enlarge, or crop the images",
+            remedy="lower resolution or buckets.min_side, raise enlarge, or crop the images",
         )
     result = manifest.model_copy(update={"pictures": tuple(entries), "quarantined": tuple(quarantined)})
     result.save(out)
@@ -68,14 +68,18 @@ def _write_resized(
     """Writes an image and its mask in their training size, if it is usable; returns None if the image is too small."""
     image = open_image(dataset / entry.file, root=dataset)
     fit = choose(image.size)
-    if fit is None or _is_too_long(fit):
+    if fit is None or _is_refused(fit, settings):
         return fit
     keep = settings.crop if settings.crop != "bucket" else (settings.buckets or Buckets()).keep
+    mask = open_image(dataset / entry.mask, root=dataset).convert("L") if entry.mask is not None else None
+    if _is_too_long(fit):
+        window = CROPS[keep](image, _window(fit))
+        image, mask = image.crop(window), mask.crop(window) if mask is not None else None
+        fit = fit_into(image.size, fit.size)
     resized = _resize(image, fit)
     box = CROPS[keep](resized, fit.size)
     write_image(out / entry.file, resized.crop(box))
-    if entry.mask is not None:
-        mask = open_image(dataset / entry.mask, root=dataset).convert("L")
+    if entry.mask is not None and mask is not None:
         write_mask(out / entry.mask, _resize_mask(mask, fit).crop(box))
     return fit
 
@@ -109,13 +113,18 @@ def salient_box(image: Image.Image, size: Sides) -> Box:
 def _chooser(settings: PreprocessSettings) -> Callable[[Sides], Fit | None]:
     if settings.crop != "bucket":
         square = (settings.resolution, settings.resolution)
-        return lambda image: fit_into(image, square)
+        return lambda image: fit if (fit := fit_into(image, square)).scale <= settings.largest_scale else None
     buckets = settings.buckets or Buckets()
     sizes = bucket_sizes(settings.resolution, buckets)
     return lambda image: choose_bucket(image, sizes, buckets, settings.resolution)
 
 
 def _too_small(entry: ImageEntry, settings: PreprocessSettings) -> str:
+    if settings.crop != "bucket":
+        return (
+            f"{entry.width} x {entry.height} pixels are too small for {settings.resolution} x {settings.resolution}, "
+            f"enlarged at most {settings.largest_scale:g} times"
+        )
     buckets = settings.buckets or Buckets()
     return (
         f"{entry.width} x {entry.height} pixels are too small for a bucket with sides of "
@@ -125,6 +134,16 @@ def _too_small(entry: ImageEntry, settings: PreprocessSettings) -> str:
 
 def _is_too_long(fit: Fit) -> bool:
     return fit.resized[0] * fit.resized[1] > MAX_PIXELS
+
+
+def _is_refused(fit: Fit, settings: PreprocessSettings) -> bool:
+    # Cropping them first would change the bytes of released results with buckets.
+    return settings.crop == "bucket" and _is_too_long(fit)
+
+
+def _window(fit: Fit) -> Sides:
+    """Returns (width, height) of the part of the original image that fills the target."""
+    return max(1, round(fit.size[0] / fit.scale)), max(1, round(fit.size[1] / fit.scale))
 
 
 def _too_long(entry: ImageEntry, fit: Fit) -> str:

@@ -80,6 +80,8 @@ class PreprocessSettings(BaseModel):
         crop: Part of an image that is kept: its center square, the square with the most contrast, or `bucket`: nearly
             all of it, in the bucket of the nearest shape.
         buckets: Settings for `crop: bucket`; None takes the defaults of `Buckets`.
+        enlarge: Largest factor of enlargement to a square; a smaller image is quarantined. None takes the default of
+            `Buckets`, which have their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +89,7 @@ class PreprocessSettings(BaseModel):
     resolution: int = Field(ge=16, le=4096, multiple_of=8)
     crop: Literal["center", "salient", "bucket"] = "center"
     buckets: Buckets | None = None
+    enlarge: Annotated[float | None, Field(ge=1.0, le=64.0, allow_inf_nan=False), AddedLater()] = None
 
     @model_validator(mode="after")
     def _buckets_can_be_used(self) -> PreprocessSettings:
@@ -94,6 +97,8 @@ class PreprocessSettings(BaseModel):
             if self.buckets is not None:
                 raise ValueError(f"buckets belongs to crop 'bucket', not to {self.crop!r}; leave it out")
             return self
+        if self.enlarge is not None:
+            raise ValueError("enlarge belongs to squares; set buckets.enlarge for crop 'bucket'")
         chosen = self.buckets or Buckets()
         for name in ("min_side", "max_side"):
             side = getattr(chosen, name)
@@ -106,6 +111,11 @@ class PreprocessSettings(BaseModel):
                 f"{self.resolution}; set step to at most {self.resolution}, min_side below and max_side above it"
             )
         return self
+
+    @property
+    def largest_scale(self) -> float:
+        """Returns the largest factor of enlargement to a square."""
+        return Buckets().enlarge if self.enlarge is None else self.enlarge
 
 
 class CaptionSettings(BaseModel):
