@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 MIN_SCORE = 0.7
-"""Least score of a face. On scikit-image's photographs, both faces have 0.77 and more, everything else 0.42 and less."""
+"""Least score of a face. On scikit-image's photographs, both faces have 0.77 and more, all else 0.42 and less."""
 _MAX_OVERLAP = 0.3
 _Points = NDArray[np.float64]
 

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import Rights
 from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
@@ -51,6 +52,7 @@ class ImageEntry(BaseModel):
         mask: Path of the mask inside the artifact: gray, of the image's size, white for full weight and black for none;
             None gives every pixel full weight.
         rights: Stated rights and evidence of generation; None if there is neither.
+        preparation: What preprocess did to the image, if that is not implied by its settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,10 +70,11 @@ class ImageEntry(BaseModel):
     repeats: int = Field(default=1, ge=1, le=MAX_REPEATS)
     mask: str | None = Field(default=None, pattern=r"^masks/[0-9a-f]{16}\.png$")
     rights: Rights | None = None
+    preparation: Preparation | None = None
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "rights", "caption_origin")
+        return _without(serialize(self), "rights", "caption_origin", "preparation")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -142,6 +145,19 @@ class Manifest(BaseModel):
         }
         parts += [f"{count} {noun}" for noun, count in counts.items() if count]
         return "; ".join([*parts, *([self.layout] if self.layout else [])])
+
+    def describe_preparation(self) -> str:
+        """Returns what preprocess did to the images, in one line; empty if their records say nothing."""
+        records = [image.preparation for image in self.pictures if image.preparation is not None]
+        faces = Counter(record.faces for record in records if record.faces is not None)
+        masks = Counter(record.mask for record in records if record.mask is not None)
+        scales = [record.scale for record in records if record.scale is not None]
+        upscalers = sorted({record.upscaler for record in records if record.upscaler is not None})
+        parts = [f"{number} with {count} face{'s' * (count != 1)}" for count, number in sorted(faces.items())]
+        parts += [f"{number} masks of {label}" for label, number in sorted(masks.items())]
+        if scales:
+            parts.append(f"{len(scales)} enlarged up to {max(scales):.2f} times by {', '.join(upscalers)}")
+        return "; ".join([f"{len(self.pictures)} images", *parts]) if parts else ""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -9,14 +9,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lora_engine.registries import NameOrOptions
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,95})?")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+HUB_ID = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,95}}))?")
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Margin = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
 
 
 def is_model_folder(model: str) -> bool:
     """Returns True if the name of a model is the path of a folder, False if it is a hub id: `owner/name@revision`."""
-    return _HUB_ID.fullmatch(model) is None
+    return HUB_ID.fullmatch(model) is None
 
 
 def _is_one_line(text: str) -> str:
@@ -101,7 +102,7 @@ class NoMask(_Options):
     name: Literal["none"] = "none"
 
 
-class _MadeMask(_Mask):
+class MadeMask(_Mask):
     """The options of masks that are made.
 
     Attributes:
@@ -111,7 +112,7 @@ class _MadeMask(_Mask):
     replace: bool = False
 
 
-class FaceMask(_MadeMask):
+class FaceMask(MadeMask):
     """White ellipses around all faces; an image without a face counts in full.
 
     Attributes:
@@ -124,7 +125,7 @@ class FaceMask(_MadeMask):
     min_score: Share = 0.7
 
 
-class TextMask(_MadeMask):
+class TextMask(MadeMask):
     """White where a model finds what a text describes; CLIPSeg (Lüddecke and Ecker 2022), by defaults as OneTrainer.
 
     Attributes:
@@ -142,7 +143,7 @@ class TextMask(_MadeMask):
     expand: int = Field(default=10, ge=0, le=512)
 
 
-class BackgroundMask(_MadeMask):
+class BackgroundMask(MadeMask):
     """Black where a model finds background, white elsewhere.
 
     Attributes:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lora_engine.data.captioners import CAPTIONERS, captioner_setting
 from lora_engine.data.manifest import MAX_REPEATS
+from lora_engine.data.preparation_spec import CropOptions, FileMask, MaskOptions, UpscaleOptions
 from lora_engine.settings import AddedLater
 
 if TYPE_CHECKING:
@@ -77,25 +78,31 @@ class PreprocessSettings(BaseModel):
 
     Attributes:
         resolution: Width and height in pixels, a multiple of 8; for buckets, the side of the square of largest area.
-        crop: Part of an image that is kept: its center square, the square with the most contrast, or `bucket`: nearly
-            all of it, in the bucket of the nearest shape.
+        crop: Part of an image that is kept: its center square, the square with the most contrast, a `random` square,
+            that around the `subject` of the mask or around the `face`, or `bucket`: nearly all of it, in the bucket of
+            the nearest shape.
         buckets: Settings for `crop: bucket`; None takes the defaults of `Buckets`.
         enlarge: Largest factor of enlargement to a square; a smaller image is quarantined. None takes the default of
             `Buckets`, which have their own.
+        upscale: What enlarges images: `bicubic` or `lanczos` interpolation, or a model, `swin2sr`.
+        mask: What the loss of a training with `mask` weights: the masks of the dataset, or masks that are made here of
+            faces, of a text, or of all but the background.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resolution: int = Field(ge=16, le=4096, multiple_of=8)
-    crop: Literal["center", "salient", "bucket"] = "center"
+    crop: Literal["center", "salient", "bucket"] | CropOptions = "center"
     buckets: Buckets | None = None
     enlarge: Annotated[float | None, Field(ge=1.0, le=64.0, allow_inf_nan=False), AddedLater()] = None
+    upscale: Annotated[Literal["bicubic", "lanczos"] | UpscaleOptions, AddedLater()] = "bicubic"
+    mask: Annotated[MaskOptions, AddedLater()] = FileMask()
 
     @model_validator(mode="after")
     def _buckets_can_be_used(self) -> PreprocessSettings:
         if self.crop != "bucket":
             if self.buckets is not None:
-                raise ValueError(f"buckets belongs to crop 'bucket', not to {self.crop!r}; leave it out")
+                raise ValueError(f"buckets belongs to crop 'bucket', not to {self.crop_name!r}; leave it out")
             return self
         if self.enlarge is not None:
             raise ValueError("enlarge belongs to squares; set buckets.enlarge for crop 'bucket'")
@@ -111,6 +118,18 @@ class PreprocessSettings(BaseModel):
                 f"{self.resolution}; set step to at most {self.resolution}, min_side below and max_side above it"
             )
         return self
+
+    @property
+    def crop_name(self) -> str:
+        """Returns the name of the crop."""
+        return self.crop if isinstance(self.crop, str) else self.crop.name
+
+    @property
+    def kept_part(self) -> str:
+        """Returns the name of the crop after the resize, one of `CROPS`; windows are cropped before it."""
+        if self.crop == "bucket":
+            return (self.buckets or Buckets()).keep
+        return self.crop if isinstance(self.crop, str) else "center"
 
     @property
     def largest_scale(self) -> float:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from lora_engine.bases.components import align_weights, without_bars
-from lora_engine.building import BUILDING
+from lora_engine.building import BUILDING, align_weights, without_bars
 from lora_engine.documents import read_json_object
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file

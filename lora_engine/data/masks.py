@@ -1,0 +1,114 @@
+"""Makes the masks of images, and gives them their final form: inverted, widened, feathered, with a least weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+from lora_engine.data.faces import Face, find_faces
+from lora_engine.data.preparation_spec import BackgroundMask, FaceMask, FileMask, NoMask, TextMask
+
+MaskSettings = FileMask | NoMask | FaceMask | TextMask | BackgroundMask
+
+
+class Masker(Protocol):
+    """Makes masks.
+
+    Attributes:
+        label: Name for records.
+    """
+
+    label: str
+
+    def __call__(self, image: Image.Image) -> Image.Image | None:
+        """Returns the mask of an RGB image: gray, of its size; None gives every pixel full weight."""
+
+
+class FaceMasker:
+    """Marks all faces with ellipses.
+
+    Args:
+        options: See `FaceMask`.
+    """
+
+    label = "faces"
+
+    def __init__(self, options: FaceMask) -> None:
+        self._options = options
+
+    def __call__(self, image: Image.Image) -> Image.Image | None:
+        """See `Masker`."""
+        faces = find_faces(image, self._options.min_score)
+        if not faces:
+            return None
+        mask = Image.new("L", image.size)
+        draw = ImageDraw.Draw(mask)
+        for face in faces:
+            draw.ellipse(_grown(face, self._options.margin), fill=255)
+        return mask
+
+
+def load_masker(options: MaskSettings) -> Masker | None:
+    """Returns what makes the masks; None if masks are only those of the dataset.
+
+    Raises:
+        SettingsError: A model cannot be loaded.
+    """
+    if isinstance(options, FaceMask):
+        return FaceMasker(options)
+    if isinstance(options, TextMask | BackgroundMask):
+        from lora_engine.data.segmentation import BackgroundMasker, TextMasker
+
+        return TextMasker(options) if isinstance(options, TextMask) else BackgroundMasker(options)
+    return None
+
+
+def finish_mask(mask: Image.Image, options: MaskSettings) -> Image.Image:
+    """Returns a gray mask inverted, widened, feathered and raised to the least weight, in this order."""
+    if isinstance(options, NoMask):
+        return mask
+    steps: list[Callable[[Image.Image], Image.Image]] = []
+    if options.invert:
+        steps.append(ImageOps.invert)
+    if options.expand:
+        steps.append(lambda image: _widen(image, options.expand))
+    if options.feather:
+        steps.append(lambda image: image.filter(ImageFilter.GaussianBlur(options.feather)))
+    if options.minimum:
+        least = round(255 * options.minimum)
+        steps.append(lambda image: image.point([least + round(value * (255 - least) / 255) for value in range(256)]))
+    for step in steps:
+        mask = step(mask)
+    return mask
+
+
+def is_black(mask: Image.Image) -> bool:
+    """Returns True if no pixel has any weight."""
+    return mask.getbbox() is None
+
+
+def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Returns an RGB image for review, with red over what does not count."""
+    red = Image.new("RGB", image.size, (230, 30, 30))
+    dimmed = Image.blend(image.convert("RGB"), red, 0.6)
+    return Image.composite(image.convert("RGB"), dimmed, mask.resize(image.size, Image.Resampling.BILINEAR))
+
+
+def _widen(mask: Image.Image, pixels: int) -> Image.Image:
+    """Returns the maximum over squares of 2 * pixels + 1, in two passes of one dimension each."""
+    values = np.asarray(mask)
+    for axis in (0, 1):
+        padded = np.pad(values, [(pixels, pixels) if index == axis else (0, 0) for index in (0, 1)])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * pixels + 1, axis=axis)
+        values = windows.max(axis=-1)
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+def _grown(face: Face, margin: float) -> tuple[float, float, float, float]:
+    left, top, right, bottom = face.box
+    x, y = face.center
+    width, height = (right - left) * margin / 2, (bottom - top) * margin / 2
+    return x - width, y - height, x + width, y + height
