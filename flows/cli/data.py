@@ -25,21 +25,32 @@ def dataset(
     resolution: Annotated[
         int | None, typer.Option(min=16, max=4096, help="Side of the training images in pixels.")
     ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="Prepare the images too: center, salient, random, subject, face or bucket.")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Prepare the images too: files, faces, or '{name: text, prompt: a dog}'.")
+    ] = None,
     consent: Annotated[Path | None, typer.Option(help="File of consents.")] = None,
     page: Annotated[Path | None, typer.Option("-o", "--output", metavar="PAGE", help="Contact sheet (HTML).")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what ingest makes of a folder: images, captions, class images, duplicates, flaws. Trains nothing."""
     from flows.cli.output import print_facts, print_json
+    from lora_engine.documents import parse_value
+    from tasks.errors import SpecError
     from tasks.operations.dataset import examine_folder
 
-    facts = examine_folder(images, layout, heldout, resolution, consent, page)
+    wanted = {"crop": crop, "mask": mask}
+    preparation = {name: parse_value(text, f"--{name}", SpecError) for name, text in wanted.items() if text is not None}
+    facts = examine_folder(images, layout, heldout, resolution, consent, page, preparation)
     if as_json:
         print_json(facts)
         return
     print_facts(
         [
             ("dataset", facts["dataset"]),
+            ("prepared", facts["prepared"]),
             *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
             *(("alike", ", ".join(group)) for group in facts["alike"]),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),

@@ -9,9 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from lora_engine.data.faces import Face, find_faces
-from lora_engine.data.preparation_spec import BackgroundMask, FaceMask, FileMask, NoMask, TextMask
-
-MaskSettings = FileMask | NoMask | FaceMask | TextMask | BackgroundMask
+from lora_engine.data.preparation_spec import BackgroundMask, FaceMask, MaskSetting, NoMask, TextMask
 
 
 class Masker(Protocol):
@@ -51,7 +49,7 @@ class FaceMasker:
         return mask
 
 
-def load_masker(options: MaskSettings) -> Masker | None:
+def load_masker(options: MaskSetting) -> Masker | None:
     """Returns what makes the masks; None if masks are only those of the dataset.
 
     Raises:
@@ -66,7 +64,7 @@ def load_masker(options: MaskSettings) -> Masker | None:
     return None
 
 
-def finish_mask(mask: Image.Image, options: MaskSettings) -> Image.Image:
+def finish_mask(mask: Image.Image, options: MaskSetting) -> Image.Image:
     """Returns a gray mask inverted, widened, feathered and raised to the least weight, in this order."""
     if isinstance(options, NoMask):
         return mask

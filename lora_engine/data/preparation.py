@@ -30,6 +30,16 @@ class Preparation(BaseModel):
     upscaler: str | None = Field(default=None, max_length=500)
     mask: str | None = Field(default=None, max_length=500)
 
+    def describe(self) -> list[str]:
+        """Returns its facts in words."""
+        facts = {
+            f"{self.faces} face{'s' * (self.faces != 1)}": self.faces is not None,
+            f"turned by {self.angle or 0:g} degrees": self.angle is not None,
+            f"enlarged {self.scale or 1:.2f} times by {self.upscaler}": self.scale is not None,
+            f"mask of {self.mask}": self.mask is not None,
+        }
+        return [fact for fact, is_known in facts.items() if is_known]
+
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in serialize(self).items() if value is not None}

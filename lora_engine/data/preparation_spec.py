@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from lora_engine.registries import NameOrOptions
 
@@ -169,8 +169,57 @@ class Swin2SR(_Options):
     model: Model = "caidas/swin2SR-classical-sr-x2-64"
 
 
-CropOptions = Annotated[RandomCrop | SubjectCrop | FaceCrop, Field(discriminator="name"), NameOrOptions()]
-MaskOptions = Annotated[
-    FileMask | NoMask | FaceMask | TextMask | BackgroundMask, Field(discriminator="name"), NameOrOptions()
-]
-UpscaleOptions = Annotated[Swin2SR, NameOrOptions()]
+class _Plain(_Options):
+    """An entry without options; its value in a spec is its name."""
+
+
+class CenterCrop(_Plain):
+    """The square in the center."""
+
+    name: Literal["center"] = "center"
+
+
+class SalientCrop(_Plain):
+    """The square with the highest gradient energy."""
+
+    name: Literal["salient"] = "salient"
+
+
+class BucketCrop(_Plain):
+    """Nearly all of the image, in the bucket of the nearest shape."""
+
+    name: Literal["bucket"] = "bucket"
+
+
+class Bicubic(_Plain):
+    """Bicubic interpolation."""
+
+    name: Literal["bicubic"] = "bicubic"
+
+
+class Lanczos(_Plain):
+    """Lanczos interpolation: sharper, with faint halos."""
+
+    name: Literal["lanczos"] = "lanczos"
+
+
+def _name_if_plain(options: _Options) -> str | _Options:
+    return options.name if isinstance(options, _Plain) else options
+
+
+def _dump(value: str | _Options) -> Any:
+    return value if isinstance(value, str) else value.model_dump(mode="json")
+
+
+if TYPE_CHECKING:
+    CropSetting = Literal["center", "salient", "bucket"] | RandomCrop | SubjectCrop | FaceCrop
+    UpscaleSetting = Literal["bicubic", "lanczos"] | Swin2SR
+    MaskSetting = FileMask | NoMask | FaceMask | TextMask | BackgroundMask
+else:
+    # Entries without options are names in specs, as before others had options: cache keys stay.
+    _NAMED = (Field(discriminator="name"), NameOrOptions(), AfterValidator(_name_if_plain), PlainSerializer(_dump))
+    CropSetting = Annotated[CenterCrop | SalientCrop | BucketCrop | RandomCrop | SubjectCrop | FaceCrop, *_NAMED]
+    UpscaleSetting = Annotated[Bicubic | Lanczos | Swin2SR, *_NAMED]
+    MaskSetting = Annotated[
+        FileMask | NoMask | FaceMask | TextMask | BackgroundMask, Field(discriminator="name"), NameOrOptions()
+    ]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lora_engine.data.captioners import CAPTIONERS, captioner_setting
 from lora_engine.data.manifest import MAX_REPEATS
-from lora_engine.data.preparation_spec import CropOptions, FileMask, MaskOptions, UpscaleOptions
+from lora_engine.data.preparation_spec import CropSetting, FileMask, MaskSetting, UpscaleSetting
 from lora_engine.settings import AddedLater
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class PreprocessSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resolution: int = Field(ge=16, le=4096, multiple_of=8)
-    crop: Literal["center", "salient", "bucket"] | CropOptions = "center"
+    crop: CropSetting = "center"
     buckets: Buckets | None = None
     enlarge: Annotated[float | None, Field(ge=1.0, le=64.0, allow_inf_nan=False), AddedLater()] = None
-    upscale: Annotated[Literal["bicubic", "lanczos"] | UpscaleOptions, AddedLater()] = "bicubic"
-    mask: Annotated[MaskOptions, AddedLater()] = FileMask()
+    upscale: Annotated[UpscaleSetting, AddedLater()] = "bicubic"
+    mask: Annotated[MaskSetting, AddedLater()] = FileMask()
 
     @model_validator(mode="after")
     def _buckets_can_be_used(self) -> PreprocessSettings:
