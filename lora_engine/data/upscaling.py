@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import Swin2SRForImageSuperResolution
 
 from lora_engine.data.models import find_model, load_vision_model
 from lora_engine.data.preparation_spec import Swin2SR
+from lora_engine.errors import SettingsError
 
 _TILE, _OVERLAP = 192, 16
 
@@ -29,6 +31,8 @@ class Upscaler:
         folder = find_model(options.model)
         self._model = load_vision_model(Swin2SRForImageSuperResolution, folder, ("swin2sr",))
         self.factor = int(self._model.config.upscale)
+        if self.factor < 2:
+            raise SettingsError(f"enlarges by a factor of {self.factor}", where=str(folder.path), allowed="2 and more")
         self.label = f"swin2sr ({folder.label})"
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -49,7 +53,7 @@ class Upscaler:
         return Image.fromarray(result)
 
     @torch.inference_mode()
-    def _enlarge(self, pixels: Tensor) -> np.ndarray:
+    def _enlarge(self, pixels: Tensor) -> NDArray[np.uint8]:
         """Returns a tile [3, height, width] in [0, 1] enlarged, as uint8 [height, width, 3]."""
         height, width = pixels.shape[1:]
         window = int(self._model.config.window_size)
@@ -57,4 +61,5 @@ class Upscaler:
         padded = F.pad(pixels[None], (0, -width % window, 0, -height % window), mode="replicate")
         enlarged = self._model(pixel_values=padded).reconstruction[0]
         values = enlarged[:, : height * self.factor, : width * self.factor].clamp(0.0, 1.0) * 255.0
-        return values.round().to(torch.uint8).permute(1, 2, 0).numpy()
+        result: NDArray[np.uint8] = values.round().to(torch.uint8).permute(1, 2, 0).numpy()
+        return result
