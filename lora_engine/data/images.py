@@ -43,6 +43,8 @@ BROKEN = (
 )
 """The exceptions of Pillow's decoders and metadata readers on broken files."""
 _PILLOW = r"PIL\."
+# Rows of 16-bit values that are scaled at a time, as 64-bit ones.
+_ROWS = 256
 _FILTER = ("ignore", None, UserWarning, re.compile(_PILLOW), 0)
 
 
@@ -91,12 +93,17 @@ def write_image(path: Path, image: Image.Image) -> None:
 
 def write_mask(path: Path, mask: Image.Image) -> None:
     """Writes a mask as 8-bit gray PNG without metadata: same values, same bytes."""
-    atomic_write(path, _encode(mask, "L"))
+    atomic_write(path, encode_mask(mask))
 
 
 def encode_png(image: Image.Image) -> bytes:
     """Returns the image as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata."""
     return _encode(image, "RGB")
+
+
+def encode_mask(mask: Image.Image) -> bytes:
+    """Returns the mask as PNG bytes: 8-bit gray, as `encode_png`."""
+    return _encode(mask, "L")
 
 
 def _encode(image: Image.Image, mode: str) -> bytes:
@@ -141,8 +148,11 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        gray = Image.fromarray(np.clip(np.rint(values * (255.0 / 65535.0)), 0, 255).astype(np.uint8))
+        values = np.asarray(image)
+        gray = Image.new("L", image.size)
+        for top in range(0, image.height, _ROWS):
+            rows = np.rint(values[top : top + _ROWS].astype(np.float64) * (255.0 / 65535.0))
+            gray.paste(Image.fromarray(np.clip(rows, 0, 255).astype(np.uint8)), (0, top))
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             gray.paste(255, mask=Image.fromarray(((values == transparent) * 255).astype(np.uint8)))

@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from lora_engine.data.caption_files import FoundCaption, stated_origin
 from lora_engine.data.consent import Statement, read_consent
-from lora_engine.data.duplicates import Print, find_groups, find_same, take_print
-from lora_engine.data.evidence import read_evidence
+from lora_engine.data.decoders import DecodedImage, shared_decoders
+from lora_engine.data.duplicates import Print, find_groups, find_same
 from lora_engine.data.folder import Listing, Owner, list_folder, require_folder
-from lora_engine.data.images import IMAGE_FORMATS, open_image, open_with_digest, write_image, write_mask
+from lora_engine.data.images import IMAGE_FORMATS
 from lora_engine.data.layout import FolderLayout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.text_files import printable
 from lora_engine.errors import DataError
+from lora_engine.files import atomic_write
 from lora_engine.parallel import Workers
 from lora_engine.progress import Progress, no_progress
 
@@ -65,9 +63,9 @@ def ingest(
     quarantined: list[Quarantined] = []
     listing = list_folder(images)
     layout = FolderLayout(images, listing, settings)
-    # Codecs run in threads. Everything that depends on earlier files happens here, in the order of the files.
-    with Workers() as workers:
-        ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked), workers)
+    # Codecs run in children. Everything that depends on earlier files happens here, in the order of the files.
+    with Workers() as workers, Workers() as writers:
+        ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked), writers)
         opened = workers.map(partial(_try_to_open, images, settings.max_pixels), layout.names.values())
         for done, ((name, path), result) in enumerate(zip(layout.names.items(), opened, strict=True), start=1):
             try:
@@ -92,20 +90,12 @@ def ingest(
     return manifest
 
 
-@dataclass(frozen=True)
-class _Opened:
-    sha256: str
-    pixels: Image.Image
-    print: Print
-
-
-def _try_to_open(images: Path, max_pixels: int, path: Path) -> _Opened | DataError:
-    """Returns the digest, the pixels and the print of a file, or why it cannot be used."""
+def _try_to_open(images: Path, max_pixels: int, path: Path) -> DecodedImage | DataError:
+    """Returns an image, or why it cannot be used."""
     try:
-        sha256, pixels = open_with_digest(path, max_pixels, images)
+        return shared_decoders().image(path, images, max_pixels)
     except DataError as error:
         return error
-    return _Opened(sha256, pixels, take_print(pixels))
 
 
 def _quarantine(source: str, error: DataError) -> Quarantined:
@@ -126,10 +116,10 @@ class _Ingestion:
         listing: Listing,
         layout: FolderLayout,
         revoked: frozenset[str],
-        workers: Workers,
+        writers: Workers,
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
-        self._layout, self._revoked, self._workers = layout, revoked, workers
+        self._layout, self._revoked, self._writers = layout, revoked, writers
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
@@ -137,10 +127,10 @@ class _Ingestion:
         self._captions: dict[str, FoundCaption] = {}
         self.used_masks: set[Path] = set()
 
-    def add(self, path: Path, name: str, statement: Statement, opened: _Opened | DataError) -> ImageEntry:
+    def add(self, path: Path, name: str, statement: Statement, opened: DecodedImage | DataError) -> ImageEntry:
         if isinstance(opened, DataError):
             raise opened
-        sha256, pixels = opened.sha256, opened.pixels
+        sha256 = opened.sha256
         if statement != Statement():
             self._statements[sha256].setdefault(statement, printable(name))
         self._refuse_revoked(statement)
@@ -154,15 +144,15 @@ class _Ingestion:
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
         self.prints[file] = opened.print
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
-        mask = self._open_mask(path, pixels.size)
-        self._workers.run(write_image, self._out / file, pixels)
+        mask = self._open_mask(path, opened.size)
+        self._writers.run(atomic_write, self._out / file, opened.png)
         if mask is not None:
-            self._workers.run(write_mask, self._out / "masks" / Path(file).name, mask)
+            self._writers.run(atomic_write, self._out / "masks" / Path(file).name, mask)
         entry = ImageEntry(
             sha256=sha256,
             file=file,
-            width=pixels.width,
-            height=pixels.height,
+            width=opened.size[0],
+            height=opened.size[1],
             caption=caption.text if caption is not None else "",
             caption_origin=stated_origin(caption) if caption is not None else None,
             source=printable(name),
@@ -170,7 +160,7 @@ class _Ingestion:
             consent=statement.consent,
             repeats=repeats,
             mask=f"masks/{Path(file).name}" if mask is not None else None,
-            rights=_with_evidence(statement.rights, read_evidence(path, self._images)),
+            rights=_with_evidence(statement.rights, opened.evidence),
         )
         self._sources[file], self.names[file] = entry, name
         return entry
@@ -210,7 +200,7 @@ class _Ingestion:
         if statement.consent in self._revoked:
             raise DataError(f"its consent {statement.consent!r} was revoked")
 
-    def _open_mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
+    def _open_mask(self, path: Path, size: tuple[int, int]) -> bytes | None:
         files = self._masks.get((path.parent, path.stem), ())
         if not files:
             return None
@@ -218,12 +208,12 @@ class _Ingestion:
         if len(files) > 1:
             raise DataError(f"has {len(files)} masks: {', '.join(names)}", allowed="one", remedy="remove the others")
         try:
-            mask = open_image(files[0], self._settings.max_pixels, self._images).convert("L")
+            own, mask = shared_decoders().mask(files[0], self._images, self._settings.max_pixels)
         except DataError as error:
             raise DataError(f"its mask {names[0]} {error.problem}", allowed=error.allowed) from None
-        if mask.size != size:
+        if own != size:
             raise DataError(
-                f"its mask {names[0]} has {mask.width} x {mask.height} pixels",
+                f"its mask {names[0]} has {own[0]} x {own[1]} pixels",
                 allowed=f"the size of the image, {size[0]} x {size[1]}",
             )
         self.used_masks.add(files[0])
