@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from lora_engine.data.duplicates import take_print
 from lora_engine.data.evidence import read_evidence
-from lora_engine.data.images import encode_mask, encode_png, open_image, open_with_digest
+from lora_engine.data.images import encode_mask, encode_png, open_image, open_with_alpha
 from lora_engine.errors import DataError
 
 IDLE_SECONDS = 60.0
@@ -27,9 +27,10 @@ Frame = tuple[dict[str, Any], bytes]
 """What is known, and the content that belongs to it."""
 
 
-def decode_image(path: Path, root: Path, max_pixels: int) -> Iterator[Frame]:
-    """Yields the digest, size, print and evidence of an image, with its clean PNG."""
-    sha256, image = open_with_digest(path, max_pixels, root)
+def decode_image(path: Path, root: Path, max_pixels: int, background: list[int]) -> Iterator[Frame]:
+    """Yields the digest, size, print and evidence of an image, with its clean PNG; then its opacity unless full."""
+    red, green, blue = background
+    sha256, image, opacity = open_with_alpha(path, max_pixels, root, (red, green, blue))
     facts = {
         "sha256": sha256,
         "size": image.size,
@@ -37,6 +38,8 @@ def decode_image(path: Path, root: Path, max_pixels: int) -> Iterator[Frame]:
         "evidence": read_evidence(path, root),
     }
     yield facts, encode_png(image)
+    if opacity is not None:
+        yield {}, encode_mask(opacity)
 
 
 def decode_mask(path: Path, root: Path, max_pixels: int) -> Iterator[Frame]:

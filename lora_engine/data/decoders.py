@@ -59,6 +59,7 @@ class DecodedImage:
         print: See `take_print`.
         evidence: See `read_evidence`.
         png: Its pixels; see `encode_png`.
+        opacity: Gray PNG; None for an image that is opaque everywhere.
     """
 
     sha256: str
@@ -66,6 +67,7 @@ class DecodedImage:
     print: Print
     evidence: tuple[GenerationSign, ...]
     png: bytes
+    opacity: bytes | None = None
 
 
 class Decoders:
@@ -83,17 +85,20 @@ class Decoders:
         self._limits = limits or DecodeLimits()
         self._idle: list[_Child] = []
 
-    def image(self, path: Path, root: Path, max_pixels: int) -> DecodedImage:
-        """Returns an image; see `open_image`.
+    def image(
+        self, path: Path, root: Path, max_pixels: int, background: tuple[int, int, int] = (255, 255, 255)
+    ) -> DecodedImage:
+        """Returns an image; see `open_with_alpha`.
 
         Raises:
             DataError: It cannot be used, takes more than the limits, or ends the child twice.
             EngineError: No child can be started.
         """
-        ((facts, png),) = self.request("image", path, root, max_pixels=max_pixels)
+        (facts, png), *further = self.request("image", path, root, max_pixels=max_pixels, background=background)
         width, height = facts["size"]
         evidence = cast("tuple[GenerationSign, ...]", tuple(facts["evidence"]))
-        return DecodedImage(facts["sha256"], (width, height), Print.from_json(facts["print"]), evidence, png)
+        opacity = further[0][1] if further else None
+        return DecodedImage(facts["sha256"], (width, height), Print.from_json(facts["print"]), evidence, png, opacity)
 
     def mask(self, path: Path, root: Path, max_pixels: int) -> tuple[tuple[int, int], bytes]:
         """Returns (width, height) and the gray PNG of a mask; see `image` for the errors."""

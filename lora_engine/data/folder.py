@@ -13,8 +13,9 @@ from lora_engine.errors import DataError
 
 # Files that users keep beside images. Any other file may be an image with an unusual name and is opened.
 COMPANIONS = frozenset({".txt", ".caption", ".csv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md"})
-# `star.mask.png`, `masks/star.png`, OneTrainer's `star-masklabel.png` and `star_mask.png` are masks of `star.jpg`.
-MASK_ENDINGS, MASKS = (".mask", "-masklabel", "_mask"), "masks"
+# `star.mask.png`, OneTrainer's `star-masklabel.png`, `star_mask.png`, `masks/star.png` and `mask/star.png` are masks of
+# `star.jpg`.
+MASK_ENDINGS, MASK_FOLDERS = (".mask", "-masklabel", "_mask"), ("masks", "mask")
 Owner = tuple[Path, str]
 
 
@@ -45,8 +46,13 @@ class Listing:
     companions: tuple[str, ...]
 
 
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path, masks_root: Path | None = None) -> Listing:
     """Lists a folder with its subfolders; does not follow links to folders.
+
+    Args:
+        root: The folder.
+        masks_root: A folder of masks, with the names of their images and the same subfolders: kohya's
+            `conditioning_data_dir`, ai-toolkit's `mask_path`. It may be inside the folder.
 
     Raises:
         DataError: A folder cannot be read.
@@ -54,7 +60,12 @@ def list_folder(root: Path) -> Listing:
     images: list[Path] = []
     masks: dict[Owner, list[Path]] = {}
     companions: list[str] = []
-    files = sorted(_walk(root), key=lambda path: os.fsencode(path.relative_to(root)))
+    apart = _files_below(masks_root) if masks_root is not None else []
+    for path in apart:
+        stem = next((path.stem[: -len(end)] for end in MASK_ENDINGS if path.stem.lower().endswith(end)), path.stem)
+        masks.setdefault((root / path.relative_to(masks_root or root).parent, stem), []).append(path)
+    inside = {path.resolve() for path in apart}
+    files = [path for path in _files_below(root) if not inside or path.resolve() not in inside]
     stems = {(path.parent, path.stem) for path in files}
     for path in files:
         if path.suffix.lower() in COMPANIONS and not (path.is_dir() and path.is_symlink()):
@@ -86,6 +97,10 @@ def open_inside(path: Path, root: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def _files_below(root: Path) -> list[Path]:
+    return sorted(_walk(root), key=lambda path: os.fsencode(path.relative_to(root)))
+
+
 def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root, onerror=_raise_unreadable):
         parent = Path(folder)
@@ -95,7 +110,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _owner_of_mask(path: Path, root: Path, stems: Collection[Owner]) -> Owner | None:
-    below = path.parent != root and path.parent.name == MASKS
+    below = path.parent != root and path.parent.name in MASK_FOLDERS
     folder = path.parent.parent if below else path.parent
     for ending in MASK_ENDINGS:
         if path.stem.lower().endswith(ending):
@@ -103,7 +118,9 @@ def _owner_of_mask(path: Path, root: Path, stems: Collection[Owner]) -> Owner | 
             # An image of a mask may be called `red_mask.png`.
             if ending != "_mask" or owner in stems:
                 return owner
-    return (folder, path.stem) if below else None
+    # Images of masks may be in a folder `mask`.
+    is_sure = below and (path.parent.name != "mask" or (folder, path.stem) in stems)
+    return (folder, path.stem) if is_sure else None
 
 
 def _raise_unreadable(error: OSError) -> None:

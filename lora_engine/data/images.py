@@ -42,6 +42,8 @@ BROKEN = (
     zlib.error,
 )
 """The exceptions of Pillow's decoders and metadata readers on broken files."""
+Color = tuple[int, int, int]
+_WHITE: Color = (255, 255, 255)
 _PILLOW = r"PIL\."
 # Rows of 16-bit values that are scaled at a time, as 64-bit ones.
 _ROWS = 256
@@ -67,12 +69,23 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = Non
 
 def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> tuple[str, Image.Image]:
     """Returns the SHA-256 of the file's bytes and the image (see `open_image`), opening the file once."""
+    return open_with_alpha(path, max_pixels, root)[:2]
+
+
+def open_with_alpha(
+    path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None, background: Color = _WHITE
+) -> tuple[str, Image.Image, Image.Image | None]:
+    """Returns what `open_with_digest` does, over another background, and how opaque the image is.
+
+    Returns:
+        The digest, the RGB image, and its opacity (gray, 255 is opaque); None for an image that is opaque everywhere.
+    """
     with open_inside(path, root or path.parent) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise DataError(f"is larger than {MAX_BYTES:,} bytes", where=path.name)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        return digest, _decode(file, path.name, max_pixels)
+        return digest, *_decode(file, path.name, max_pixels, background)
 
 
 def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
@@ -114,13 +127,13 @@ def _encode(image: Image.Image, mode: str) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int, background: Color) -> tuple[Image.Image, Image.Image | None]:
     try:
         with open_pillow(file) as image:
             _check(image, name, max_pixels)
             image.load()
             upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright, name)
+            return _to_rgb(upright, name, background)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
@@ -146,21 +159,27 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
         raise DataError("has floating-point values", where=name, allowed="8 or 16 bits", remedy="save it with 16 bits")
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, background: Color) -> tuple[Image.Image, Image.Image | None]:
+    """Returns the image in sRGB over the background, and its opacity unless that is full."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         gray = Image.new("L", image.size)
         for top in range(0, image.height, _ROWS):
             rows = np.rint(values[top : top + _ROWS].astype(np.float64) * (255.0 / 65535.0))
             gray.paste(Image.fromarray(np.clip(rows, 0, 255).astype(np.uint8)), (0, top))
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            gray.paste(255, mask=Image.fromarray(((values == transparent) * 255).astype(np.uint8)))
-        return gray.convert("RGB")
+        rgb, transparent = gray.convert("RGB"), image.info.get("transparency")
+        if not isinstance(transparent, int):
+            return rgb, None
+        opacity = Image.fromarray(((values != transparent) * 255).astype(np.uint8))
+        return Image.composite(rgb, Image.new("RGB", image.size, background), opacity), _unless_full(opacity)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        opaque = Image.alpha_composite(white, rgba).convert("RGB")
+        canvas = Image.new("RGBA", rgba.size, (*background, 255))
+        opaque = Image.alpha_composite(canvas, rgba).convert("RGB")
         opaque.info["icc_profile"] = image.info.get("icc_profile")
-        return to_srgb(opaque, name)
-    return to_srgb(image if image.mode in {"RGB", "CMYK"} else image.convert("RGB"), name)
+        return to_srgb(opaque, name), _unless_full(rgba.getchannel("A"))
+    return to_srgb(image if image.mode in {"RGB", "CMYK"} else image.convert("RGB"), name), None
+
+
+def _unless_full(opacity: Image.Image) -> Image.Image | None:
+    return opacity if opacity.getextrema()[0] != 255 else None

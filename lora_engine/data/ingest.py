@@ -16,6 +16,7 @@ from lora_engine.data.folder import Listing, Owner, list_folder, require_folder
 from lora_engine.data.images import IMAGE_FORMATS
 from lora_engine.data.layout import FolderLayout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
+from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.text_files import printable
@@ -33,6 +34,7 @@ def ingest(
     settings: IngestSettings,
     *,
     consent: Path | None = None,
+    masks: Path | None = None,
     revoked: Collection[str] = (),
     progress: Progress = no_progress,
 ) -> Manifest:
@@ -47,6 +49,7 @@ def ingest(
         out: The folder for the dataset.
         settings: See `IngestSettings`.
         consent: A table for `read_consent`; file names are relative to the folder.
+        masks: A folder of masks with the names of their images; None means that masks are beside the images only.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
         progress: Called after each file.
 
@@ -61,21 +64,28 @@ def ingest(
     statements = read_consent(consent) if consent is not None else {}
     entries: list[ImageEntry] = []
     quarantined: list[Quarantined] = []
-    listing = list_folder(images)
+    listing = list_folder(images, masks)
     layout = FolderLayout(images, listing, settings)
     # Codecs run in children. Everything that depends on earlier files happens here, in the order of the files.
     with Workers() as workers, Workers() as writers:
-        ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked), writers)
-        opened = workers.map(partial(_try_to_open, images, settings.max_pixels), layout.names.values())
+        ingestion = _Ingestion(images, masks or images, out, settings, listing, layout, frozenset(revoked), writers)
+        opened = workers.map(partial(_try_to_open, images, settings), layout.names.values())
         for done, ((name, path), result) in enumerate(zip(layout.names.items(), opened, strict=True), start=1):
             try:
                 entries.append(ingestion.add(path, name, statements.get(name, Statement()), result))
             except DataError as error:
                 quarantined.append(_quarantine(printable(name), error))
             progress(done, len(layout.names), {})
+    if ingestion.transparent:
+        _log.warning(
+            "%d images are transparent in places, first %s: they show the background %s",
+            len(ingestion.transparent),
+            ingestion.transparent[0],
+            settings.background,
+        )
     entries, refused = ingestion.settle(entries)
     quarantined += refused
-    quarantined += _unmatched_masks(images, listing.masks, ingestion.used_masks)
+    quarantined += _unmatched_masks(images, masks or images, listing.masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
     quarantined += layout.report()
@@ -90,10 +100,10 @@ def ingest(
     return manifest
 
 
-def _try_to_open(images: Path, max_pixels: int, path: Path) -> DecodedImage | DataError:
+def _try_to_open(images: Path, settings: IngestSettings, path: Path) -> DecodedImage | DataError:
     """Returns an image, or why it cannot be used."""
     try:
-        return shared_decoders().image(path, images, max_pixels)
+        return shared_decoders().image(path, images, settings.max_pixels, settings.background_color)
     except DataError as error:
         return error
 
@@ -111,6 +121,7 @@ class _Ingestion:
     def __init__(
         self,
         images: Path,
+        masks_root: Path,
         out: Path,
         settings: IngestSettings,
         listing: Listing,
@@ -119,6 +130,7 @@ class _Ingestion:
         writers: Workers,
     ) -> None:
         self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
+        self._masks_root = masks_root
         self._layout, self._revoked, self._writers = layout, revoked, writers
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
@@ -126,6 +138,7 @@ class _Ingestion:
         self.prints: dict[str, Print] = {}
         self._captions: dict[str, FoundCaption] = {}
         self.used_masks: set[Path] = set()
+        self.transparent: list[str] = []
 
     def add(self, path: Path, name: str, statement: Statement, opened: DecodedImage | DataError) -> ImageEntry:
         if isinstance(opened, DataError):
@@ -145,6 +158,9 @@ class _Ingestion:
         self.prints[file] = opened.print
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
         mask = self._open_mask(path, opened.size)
+        is_opacity = mask is None and opened.opacity is not None and self._settings.alpha == "mask"
+        mask = opened.opacity if is_opacity else mask
+        self.transparent += [printable(name)] if opened.opacity is not None else []
         self._writers.run(atomic_write, self._out / file, opened.png)
         if mask is not None:
             self._writers.run(atomic_write, self._out / "masks" / Path(file).name, mask)
@@ -161,6 +177,7 @@ class _Ingestion:
             repeats=repeats,
             mask=f"masks/{Path(file).name}" if mask is not None else None,
             rights=_with_evidence(statement.rights, opened.evidence),
+            preparation=Preparation(mask="transparency") if is_opacity else None,
         )
         self._sources[file], self.names[file] = entry, name
         return entry
@@ -204,11 +221,12 @@ class _Ingestion:
         files = self._masks.get((path.parent, path.stem), ())
         if not files:
             return None
-        names = [file.relative_to(path.parent).as_posix() for file in files]
+        names = [_name_of_mask(file, path.parent, self._masks_root) for file in files]
         if len(files) > 1:
             raise DataError(f"has {len(files)} masks: {', '.join(names)}", allowed="one", remedy="remove the others")
         try:
-            own, mask = shared_decoders().mask(files[0], self._images, self._settings.max_pixels)
+            root = self._masks_root if files[0].is_relative_to(self._masks_root) else self._images
+            own, mask = shared_decoders().mask(files[0], root, self._settings.max_pixels)
         except DataError as error:
             raise DataError(f"its mask {names[0]} {error.problem}", allowed=error.allowed) from None
         if own != size:
@@ -224,11 +242,17 @@ def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) 
     return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
 
 
-def _unmatched_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]) -> list[Quarantined]:
+def _name_of_mask(mask: Path, *roots: Path) -> str:
+    return next((mask.relative_to(root).as_posix() for root in roots if mask.is_relative_to(root)), mask.name)
+
+
+def _unmatched_masks(
+    images: Path, masks_root: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]
+) -> list[Quarantined]:
     unused = (path for paths in masks.values() for path in paths if path not in used)
     reason = "is a mask by its name, and no used image has that name"
     return [
-        Quarantined(source=printable(path.relative_to(images).as_posix()), reason=reason) for path in sorted(unused)
+        Quarantined(source=printable(_name_of_mask(path, images, masks_root)), reason=reason) for path in sorted(unused)
     ]
 
 

@@ -34,7 +34,7 @@ def is_plain(names: Collection[str]) -> bool:
         or any(kind != TEXT and kind.lower() == TEXT for kind in kinds)
         or any(path.suffix == TEXT and PurePosixPath(path.stem).suffix for path in paths)
         or any(is_metadata(path.name) for path in paths)
-        or any(path.stem.lower().endswith(MASK_ENDINGS[1:]) for path in paths)
+        or any(path.stem.lower().endswith(MASK_ENDINGS[1:]) or path.parent.name == "mask" for path in paths)
         or find_subsets(images)
     )
 

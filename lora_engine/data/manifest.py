@@ -52,7 +52,7 @@ class ImageEntry(BaseModel):
         mask: Path of the mask inside the artifact: gray, of the image's size, white for full weight and black for none;
             None gives every pixel full weight.
         rights: Stated rights and evidence of generation; None if there is neither.
-        preparation: What preprocess did to the image, if that is not implied by its settings.
+        preparation: How the image was made, as far as that is not the same for all images with these settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -141,6 +141,9 @@ class Manifest(BaseModel):
             "held out": len(self.of_split("heldout")),
             "class images": len(self.of_split("class")),
             "masks": sum(image.mask is not None for image in self.pictures),
+            "of them from transparency": sum(
+                image.preparation is not None and image.preparation.mask == "transparency" for image in self.pictures
+            ),
             "quarantined": len(self.quarantined),
         }
         parts += [f"{count} {noun}" for noun, count in counts.items() if count]

@@ -21,8 +21,8 @@ class Masker(Protocol):
 
     label: str
 
-    def __call__(self, image: Image.Image) -> Image.Image | None:
-        """Returns the mask of an RGB image: gray, of its size; None gives every pixel full weight."""
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Returns the mask of an RGB image: gray, of its size."""
 
 
 class FaceMasker:
@@ -37,14 +37,11 @@ class FaceMasker:
     def __init__(self, options: FaceMask) -> None:
         self._options = options
 
-    def __call__(self, image: Image.Image) -> Image.Image | None:
+    def __call__(self, image: Image.Image) -> Image.Image:
         """See `Masker`."""
-        faces = find_faces(image, self._options.min_score)
-        if not faces:
-            return None
         mask = Image.new("L", image.size)
         draw = ImageDraw.Draw(mask)
-        for face in faces:
+        for face in find_faces(image, self._options.min_score):
             draw.ellipse(_grown(face, self._options.margin), fill=255)
         return mask
 

@@ -1,4 +1,4 @@
-"""Defines what a manifest records about the preparation of an image: crop, enlargement, mask. Imports no image code."""
+"""Defines what a manifest records about the making of an image: crop, enlargement, mask. Imports no image code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _Pixel = Annotated[int, Field(ge=-100_000_000, le=100_000_000)]
 
 
 class Preparation(BaseModel):
-    """What preprocess did to an image; None means that it did not, or that there is nothing to say.
+    """How ingest and preprocess made an image; None means that there is nothing to say.
 
     Attributes:
         box: Left, top, right and bottom of the part of the image that is kept, in pixels of the image before.
@@ -18,7 +18,7 @@ class Preparation(BaseModel):
         angle: Degrees that the image was turned counterclockwise around the center of the box.
         scale: Factor of enlargement, above 1.
         upscaler: What enlarged it.
-        mask: What made the mask.
+        mask: Where its mask is from: `transparency`, `faces`, or a model; None means a file, or that there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -103,7 +103,7 @@ class NoMask(_Options):
 
 
 class MadeMask(_Mask):
-    """The options of masks that are made.
+    """The options of masks that are made. An image whose mask is black is quarantined.
 
     Attributes:
         replace: Makes masks for images with a mask of their own too.
@@ -113,7 +113,7 @@ class MadeMask(_Mask):
 
 
 class FaceMask(MadeMask):
-    """White ellipses around all faces; an image without a face counts in full.
+    """White ellipses around all faces.
 
     Attributes:
         margin: Size of the ellipse by that of the face (eyebrows to chin).

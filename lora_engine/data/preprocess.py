@@ -91,11 +91,12 @@ class _Preparer:
             return error
 
     def _prepare(self, entry: ImageEntry, image: Image.Image, mask: Image.Image | None) -> tuple[ImageEntry, float]:
-        crop, made = self.settings.crop, None
-        options = self.settings.mask
+        crop, options, made = self.settings.crop, self.settings.mask, None
         if self.masker is not None and (mask is None or (isinstance(options, MadeMask) and options.replace)):
             mask, made = self.masker(image), self.masker.label
-        preparation = Preparation(mask=made)
+        preparation = entry.preparation or Preparation()
+        if made is not None or mask is None:
+            preparation = preparation.model_copy(update={"mask": made})
         if not isinstance(crop, str):
             least = math.ceil(self.settings.resolution / self.settings.largest_scale)
             window = find_window(crop, image, mask, least, entry.sha256)

@@ -34,6 +34,9 @@ class IngestSettings(BaseModel):
         layout: `auto` recognizes kohya's folders if all images are in folders `N_words`: their numbers are repeats,
             their words captions of images without another, and folders below `reg`, or with the last words of another
             folder, hold class images. `kohya` requires them, `plain` gives folder names no meaning.
+        alpha: `composite` shows the background where an image is transparent; `mask` also makes its opacity the mask of
+            an image without another.
+        background: Color behind transparent images, as `#rrggbb`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +47,14 @@ class IngestSettings(BaseModel):
         Literal["folders"] | dict[Annotated[str, Field(max_length=1_000)], Annotated[int, Field(ge=1, le=MAX_REPEATS)]]
     ) = {}
     layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
+    alpha: Annotated[Literal["composite", "mask"], AddedLater()] = "composite"
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AddedLater()] = "#ffffff"
+
+    @property
+    def background_color(self) -> tuple[int, int, int]:
+        """Returns red, green and blue of the background, 0 to 255."""
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
 
 
 class Buckets(BaseModel):

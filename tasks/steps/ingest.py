@@ -14,11 +14,17 @@ from tasks.step import Context, always, step
 
 
 class Ingest(StepSpec, IngestSettings):
-    """The folder of images, the file of consents, and the share to hold out from training."""
+    """The folder of images, those of masks, the file of consents, and the share to hold out from training.
+
+    Attributes:
+        masks: Folder of masks with the names of their images, in the same subfolders; None means that masks are beside
+            the images only.
+    """
 
     uses: Literal["ingest"] = "ingest"
     images: Annotated[str, External("folder")]
     consent: Annotated[str | None, External("file")] = None
+    masks: Annotated[str | None, External("folder")] = None
 
 
 def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
@@ -71,6 +77,7 @@ def ingest(spec: Ingest, context: Context) -> None:
         context.out,
         spec.narrow(IngestSettings),
         consent=context.files.get("consent"),
+        masks=context.files.get("masks"),
         revoked=context.excluded,
         progress=context.progress,
     )
