@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -65,19 +64,14 @@ def finish_mask(mask: Image.Image, options: MaskSetting) -> Image.Image:
     """Returns a gray mask inverted, widened, feathered and raised to the least weight, in this order."""
     if isinstance(options, NoMask):
         return mask
-    steps: list[Callable[[Image.Image], Image.Image]] = []
     if options.invert:
-        steps.append(ImageOps.invert)
+        mask = ImageOps.invert(mask)
     if options.expand:
-        steps.append(lambda image: _widen(image, options.expand))
+        mask = _widen(mask, options.expand)
     if options.feather:
-        steps.append(lambda image: image.filter(ImageFilter.GaussianBlur(options.feather)))
-    if options.minimum:
-        least = round(255 * options.minimum)
-        steps.append(lambda image: image.point([least + round(value * (255 - least) / 255) for value in range(256)]))
-    for step in steps:
-        mask = step(mask)
-    return mask
+        mask = mask.filter(ImageFilter.GaussianBlur(options.feather))
+    least = round(255 * options.minimum)
+    return mask.point([least + round(value * (255 - least) / 255) for value in range(256)]) if least else mask
 
 
 def is_black(mask: Image.Image) -> bool:
@@ -93,12 +87,15 @@ def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def _widen(mask: Image.Image, pixels: int) -> Image.Image:
-    """Returns the maximum over squares of 2 * pixels + 1, in two passes of one dimension each."""
-    values = np.asarray(mask)
-    for axis in (0, 1):
-        padded = np.pad(values, [(pixels, pixels) if index == axis else (0, 0) for index in (0, 1)])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * pixels + 1, axis=axis)
-        values = windows.max(axis=-1)
+    """Returns the maximum over squares of 2 * pixels + 1."""
+    values = np.pad(np.asarray(mask), pixels)
+    for _ in range(2):
+        width = 1  # of the windows that `values` has the maxima of
+        while width < 2 * pixels + 1:
+            shift = min(width, 2 * pixels + 1 - width)
+            values = np.maximum(values[:-shift], values[shift:])
+            width += shift
+        values = values.T
     return Image.fromarray(np.ascontiguousarray(values))
 
 
