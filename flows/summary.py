@@ -28,6 +28,8 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
                 yield "skipped", f"{item.source}: {item.reason}"
             if len(manifest.quarantined) > _SHOWN:
                 yield "skipped", f"and {len(manifest.quarantined) - _SHOWN} more; the report lists all"
+        if step.uses == "caption" and getattr(step, "is_reported", False):
+            yield "captions", f"{name}: {Manifest.model_validate_json(result.outcomes[name].summary).describe()}"
     for name, text in read_warnings(home, {name: outcome.ref for name, outcome in result.outcomes.items()}):
         yield "warning", f"{name}: {text}"
     for registered in result.versions.values():

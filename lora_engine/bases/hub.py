@@ -117,9 +117,13 @@ def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[s
         at = f" --revision {revision}" if revision else ""
         local, instead = "a folder", "or pass the path of a folder"
         if noun == "base":
-            local, instead = "`tiny`, a diffusers folder", "pass the path of a diffusers folder, or use `tiny`, which needs no download"
+            local, instead = (
+                "`tiny`, a diffusers folder",
+                "pass the path of a diffusers folder, or use `tiny`, which needs no download",
+            )
         raise BaseModelError(
-            f"the {noun} {name} is not in the local Hugging Face cache, and the hub cannot be reached ({_first(error)})",
+            f"the {noun} {name} is not in the local Hugging Face cache, and the hub cannot be reached"
+            f" ({_first(error)})",
             allowed=f"{local}, or a hub id that is in the cache or can be downloaded",
             remedy=f"run `hf download {repository}{at}` on a machine with a network and set HF_HOME to that cache, "
             f"{instead}",

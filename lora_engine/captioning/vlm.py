@@ -16,8 +16,7 @@ from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.building import BUILDING
 from lora_engine.captioning.source import CaptionerModel
 from lora_engine.captioning.vlm_families import VlmFamily, VlmParts, find_vlm_family
-from lora_engine.data.captioner_options import VlmOptions
-from lora_engine.data.manifest import MAX_CAPTION
+from lora_engine.data.captioner_options import MAX_DESCRIPTION, VlmOptions
 from lora_engine.data.text_files import clean_text
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError, SettingsError
@@ -56,7 +55,7 @@ class Vlm:
 
     @torch.inference_mode()
     def describe(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-        """Returns one line per image, of at most `MAX_CAPTION` characters; greedy or by beams, so without chance.
+        """Returns one line per image, of at most `MAX_DESCRIPTION` characters; greedy or by beams, so without chance.
 
         Raises:
             BaseModelError: The model does not fit its processor, or the images do not fit in memory.
@@ -107,7 +106,9 @@ class Vlm:
         ids = {ends} if isinstance(ends, int) else set(ends or ())
         if len(row) >= self._options.max_tokens and not ids & set(row.tolist()):
             text = _to_last_end(text, _ENDS[self._options.style])
-        return text if len(text) <= MAX_CAPTION else _to_last_end(text[:MAX_CAPTION], _ENDS[self._options.style])
+        return (
+            text if len(text) <= MAX_DESCRIPTION else _to_last_end(text[:MAX_DESCRIPTION], _ENDS[self._options.style])
+        )
 
 
 def load_vlm(source: CaptionerModel, options: VlmOptions) -> Vlm:

@@ -97,9 +97,7 @@ def _beginning(parts: VlmParts, images: Sequence[Image.Image], prompts: Sequence
     return dict(parts.processor(images=[*images], text=texts, padding=True, return_tensors="pt"))
 
 
-def _beginning_after_image(
-    parts: VlmParts, images: Sequence[Image.Image], prompts: Sequence[str]
-) -> Mapping[str, Any]:
+def _beginning_after_image(parts: VlmParts, images: Sequence[Image.Image], prompts: Sequence[str]) -> Mapping[str, Any]:
     return dict(parts.processor(images=[*images], text=[*prompts], padding=True, return_tensors="pt"))
 
 
@@ -137,7 +135,9 @@ def _message(parts: VlmParts, prompt: str) -> str:
             continue
         if str(text).count(token) == 1 and prompt in text and "'type':" not in text:
             return str(text)
-    return f"{parts.system} USER: {token}\n{prompt} ASSISTANT:" if parts.system else f"USER: {token}\n{prompt} ASSISTANT:"
+    return (
+        f"{parts.system} USER: {token}\n{prompt} ASSISTANT:" if parts.system else f"USER: {token}\n{prompt} ASSISTANT:"
+    )
 
 
 def _qwen(parts: VlmParts, images: Sequence[Image.Image], prompts: Sequence[str]) -> Mapping[str, Any]:
@@ -179,7 +179,7 @@ def _smolvlm(parts: VlmParts, images: Sequence[Image.Image], prompts: Sequence[s
 _CHAT = {"sentences": _INSTRUCTION, "tags": _TAGS}
 _FLORENCE = {"sentences": "<DETAILED_CAPTION>", "tags": "<CAPTION>"}
 _NOTHING = {"sentences": "", "tags": ""}
-_PALIGEMMA = {"sentences": "caption en\n", "tags": "caption en\n"}
+_PALIGEMMA = {"sentences": "caption en", "tags": "caption en"}
 
 VLM_FAMILIES: Mapping[str, VlmFamily] = {
     "blip": VlmFamily("BLIP", "BlipForConditionalGeneration", _beginning, _NOTHING, "", padding=None),
@@ -187,9 +187,7 @@ VLM_FAMILIES: Mapping[str, VlmFamily] = {
     "florence2": VlmFamily(
         "Florence-2", "Florence2ForConditionalGeneration", _beginning_after_image, _FLORENCE, "", padding="right"
     ),
-    "qwen2_5_vl": VlmFamily(
-        "Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _qwen, _CHAT, has_processor=False
-    ),
+    "qwen2_5_vl": VlmFamily("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _qwen, _CHAT, has_processor=False),
     "qwen3_vl": VlmFamily("Qwen3-VL", "Qwen3VLForConditionalGeneration", _qwen, _CHAT, has_processor=False),
     "idefics3": VlmFamily("SmolVLM (Idefics3)", "Idefics3ForConditionalGeneration", _chat, _CHAT),
     "smolvlm": VlmFamily("SmolVLM2", "SmolVLMForConditionalGeneration", _smolvlm, _CHAT, has_processor=False),

@@ -8,8 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lora_engine.data.manifest import MAX_CAPTION
+
 PROMPT_WORDS = ("trigger", "class_word", "tags", "caption")
 """The placeholders of a prompt."""
+RESERVED = 700
+"""Characters of a caption that models leave for the filled template."""
+MAX_DESCRIPTION = MAX_CAPTION - RESERVED
+"""Most characters of a caption by a model."""
 ModelName = Annotated[str, Field(min_length=1, max_length=1000)]
 _Threshold = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -1,4 +1,4 @@
-"""Builds image captioners of every family with random weights, in the real classes of transformers; `write` saves them."""
+"""Writes image captioners of every family with random weights, in the real classes of transformers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,25 @@ from typing import Any
 
 import torch
 
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
-QWEN = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+)
+QWEN = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 _TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _VISION = {**_TEXT, "image_size": 32, "patch_size": 8}
 
@@ -23,7 +40,10 @@ def _tokenizer(special: tuple[str, ...] = SPECIAL, **names: Any) -> Any:
     words.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + len(special) + 6, special_tokens=[*special], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=256 + len(special) + 6,
+        special_tokens=[*special],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     words.train_from_iterator(["a photo of a red star on the green grass"], trainer)
     common = {"bos_token": special[0], "pad_token": special[1], "eos_token": special[2]}
@@ -63,7 +83,11 @@ def _blip2() -> tuple[Any, ...]:
         vision_config=_VISION,
         qformer_config={**_TEXT, "vocab_size": 40, "encoder_hidden_size": 32},
         text_config={
-            **_TEXT, **_ids(tokenizer), "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32,
+            **_TEXT,
+            **_ids(tokenizer),
+            "model_type": "opt",
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 32,
             "max_position_embeddings": 128,
         },
         num_query_tokens=4,
@@ -79,15 +103,31 @@ def _florence2() -> tuple[Any, ...]:
     tokenizer = _tokenizer(extra_special_tokens={"image_token": "<image>"})
     four = [2, 2, 2, 2]
     vision = {
-        "depths": [1, 1, 1, 1], "embed_dim": [16] * 4, "num_heads": four, "num_groups": four, "window_size": 4,
-        "projection_dim": 32, "image_size": 64,
+        "depths": [1, 1, 1, 1],
+        "embed_dim": [16] * 4,
+        "num_heads": four,
+        "num_groups": four,
+        "window_size": 4,
+        "projection_dim": 32,
+        "image_size": 64,
     }
     text = {
-        **_ids(tokenizer), "model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
-        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-        "max_position_embeddings": 256, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+        **_ids(tokenizer),
+        "model_type": "bart",
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 256,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
     }
-    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+    config = Florence2Config(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
+    )
     images = _processor("CLIPImageProcessor", **_size(64), crop_size={"height": 64, "width": 64})
     images.image_seq_length = 5
     return Florence2ForConditionalGeneration(config), Florence2Processor(images, tokenizer)
@@ -136,10 +176,19 @@ def _qwen(version: int) -> tuple[Any, ...]:
     tokenizer = _tokenizer(QWEN, **names)
     id_of = tokenizer.convert_tokens_to_ids
     text = {
-        **_TEXT, **_ids(tokenizer), "num_key_value_heads": 1, "head_dim": 16,
+        **_TEXT,
+        **_ids(tokenizer),
+        "num_key_value_heads": 1,
+        "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
     }
-    vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
     if version == 2:
         vision |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
     else:
@@ -167,9 +216,15 @@ def _idefics3() -> tuple[Any, ...]:
 
     tokenizer = _tokenizer()
     images = _processor(
-        "Idefics3ImageProcessor", do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+        "Idefics3ImageProcessor",
+        do_image_splitting=False,
+        size={"longest_edge": 64},
+        max_image_size={"longest_edge": 32},
     )
-    template = "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
     return Idefics3ForConditionalGeneration(_smol_config(Idefics3Config, tokenizer)), processor
 
@@ -179,7 +234,10 @@ def _smolvlm() -> tuple[Any, ...]:
 
     tokenizer = _tokenizer()
     images = _processor(
-        "SmolVLMImageProcessor", do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+        "SmolVLMImageProcessor",
+        do_image_splitting=False,
+        size={"longest_edge": 64},
+        max_image_size={"longest_edge": 32},
     )
     return SmolVLMForConditionalGeneration(_smol_config(SmolVLMConfig, tokenizer)), images, tokenizer
 
