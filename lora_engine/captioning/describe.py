@@ -36,7 +36,7 @@ def describe_with_vlm(job: DescribeJob) -> list[str]:
     source = resolve_vlm(options.model)
     tags: Sequence[str] = [""] * len(job.images)
     if options.tagger is not None:
-        tags = _tag(job, options.tagger, _part_of(job.progress, len(job.images), 0))
+        tags = _tag(job, options.tagger, _part_of(job.progress, 0))
     family = find_vlm_family(read_json_object(source.folder / "config.json", BaseModelError), str(source.folder))
     prompt = options.prompt or family.prompt_for(options.style, with_tags=options.tagger is not None)
     if options.tagger is not None and "{tags}" not in prompt:
@@ -46,7 +46,7 @@ def describe_with_vlm(job: DescribeJob) -> list[str]:
         for hint, text in zip(tags, job.texts, strict=True)
     ]
     settings = options.model_dump(mode="json", exclude=_WITHOUT_EFFECT) | {"prompt": prompt}
-    progress = _part_of(job.progress, len(job.images), 1) if options.tagger is not None else job.progress
+    progress = _part_of(job.progress, 1) if options.tagger is not None else job.progress
     captions = _Cache(job.cache, source, settings, words, job.images)
     # Loads the model for what is left only, and hands each batch to the cache at once.
     missing = captions.missing
@@ -87,7 +87,7 @@ def _tag(job: DescribeJob, options: TaggerOptions, progress: Progress) -> list[s
 
 
 class _Cache:
-    """The captions of images by what they depend on (pixels, model, prompt, settings); in files if there is a folder."""
+    """The captions of images by what they depend on: pixels, model, prompt, settings; in files if there is a folder."""
 
     def __init__(
         self,
@@ -142,10 +142,10 @@ def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[start : start + size]
 
 
-def _part_of(progress: Progress, total: int, part: int) -> Progress:
+def _part_of(progress: Progress, part: int) -> Progress:
     """Returns the progress of the first or second half of the work."""
 
-    def report(done: int, _: int, values: Mapping[str, float]) -> None:
+    def report(done: int, total: int, values: Mapping[str, float]) -> None:
         progress(part * total + done, 2 * total, values)
 
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,7 +178,7 @@ def _refuse_missing(loading: Mapping[str, Any], where: str) -> None:
 
 
 def _choose_device(device: str) -> str:
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device in available and not available[device]():
         raise SettingsError(
             f"captioner.device is {device!r}, but torch finds no such device on this machine",

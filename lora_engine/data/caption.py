@@ -61,9 +61,8 @@ def caption(
     concept = manifest.model_copy(update={"pictures": tuple(i for i in manifest.pictures if i.split != "class")})
     captions = _describe(dataset, concept, settings, progress, cache, labels or {})
     texts = _complete(captions.texts, settings)
-    changes = {
-        image.file: {"caption": text}
-        | ({"caption_origin": origin if before else TEMPLATE_ORIGIN} if settings.is_reported else {})
+    changes: dict[str, dict[str, str | None]] = {
+        image.file: {"caption": text, "caption_origin": _origin_of(image, before, origin, settings)}
         for image, text, before, origin in zip(concept.pictures, texts, captions.texts, captions.origins, strict=True)
     }
     images = []
@@ -81,6 +80,12 @@ def caption(
     result = manifest.model_copy(update={"pictures": tuple(images), **words})
     result.save(out)
     return result
+
+
+def _origin_of(image: ImageEntry, text: str, origin: str | None, settings: CaptionSettings) -> str | None:
+    if not settings.is_reported:
+        return image.caption_origin
+    return origin if text else TEMPLATE_ORIGIN
 
 
 def _describe(
@@ -112,9 +117,9 @@ def _describe(
     made = import_target(CAPTIONERS, captioner.name, captioner.describe)(job) if positions else []
     for index, text in zip(positions, made, strict=True):
         if settings.existing == "append" and own[index]:
-            text = text[: max(0, MAX_CAPTION - RESERVED - len(own[index]))]
+            free = max(0, MAX_CAPTION - RESERVED - len(own[index]))
             origins[index] = f"{origins[index] or TEXT} + {label}"
-            own[index] = ", ".join(filter(None, (own[index], text)))
+            own[index] = ", ".join(filter(None, (own[index], text[:free])))
         else:
             own[index], origins[index] = text, label
     return _Described(own, origins)

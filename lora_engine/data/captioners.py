@@ -25,7 +25,7 @@ class DescribeJob:
     Attributes:
         images: The files of the images.
         texts: Their existing captions; empty for none.
-        options: The captioner's options.
+        options: The captioner's options, or its name if it has none.
         words: Placeholder -> value: trigger and class word.
         cache: Folder for the captions of single images, by content; None keeps none.
         progress: Called after each batch.
@@ -33,7 +33,7 @@ class DescribeJob:
 
     images: tuple[Path, ...]
     texts: tuple[str, ...]
-    options: BaseModel
+    options: BaseModel | str
     words: Mapping[str, str]
     cache: Path | None
     progress: Progress

@@ -33,7 +33,7 @@ class _EditSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Prefix(_EditSpec):
+class PrefixEdit(_EditSpec):
     """Puts a text before every caption, separated by a comma.
 
     Attributes:
@@ -44,7 +44,7 @@ class Prefix(_EditSpec):
     text: _Text
 
 
-class Suffix(_EditSpec):
+class SuffixEdit(_EditSpec):
     """Puts a text after every caption, separated by a comma.
 
     Attributes:
@@ -55,7 +55,7 @@ class Suffix(_EditSpec):
     text: _Text
 
 
-class Trigger(_EditSpec):
+class TriggerEdit(_EditSpec):
     """Puts the filled template (with the trigger) before every caption that lacks the trigger.
 
     Without this edit, that happens after all edits.
@@ -64,7 +64,7 @@ class Trigger(_EditSpec):
     edit: Literal["trigger"] = "trigger"
 
 
-class Replace(_EditSpec):
+class ReplaceEdit(_EditSpec):
     """Replaces a text.
 
     Attributes:
@@ -81,7 +81,7 @@ class Replace(_EditSpec):
     ignore_case: bool = False
 
 
-class Blacklist(_EditSpec):
+class BlacklistEdit(_EditSpec):
     """Removes tags.
 
     Attributes:
@@ -92,13 +92,13 @@ class Blacklist(_EditSpec):
     tags: Annotated[_Globs, Field(min_length=1)]
 
 
-class Underscores(_EditSpec):
+class UnderscoresEdit(_EditSpec):
     """Turns underscores into spaces, except in faces such as `^_^`."""
 
     edit: Literal["underscores"] = "underscores"
 
 
-class Order(_EditSpec):
+class OrderEdit(_EditSpec):
     """Orders the tags.
 
     Attributes:
@@ -111,13 +111,13 @@ class Order(_EditSpec):
     rest: Literal["keep", "alphabet"] = "keep"
 
 
-class Deduplicate(_EditSpec):
+class DeduplicateEdit(_EditSpec):
     """Removes repeated tags, in any case; the first one stays."""
 
     edit: Literal["deduplicate"] = "deduplicate"
 
 
-class Implied(_EditSpec):
+class ImpliedEdit(_EditSpec):
     """Removes the tags that the trigger stands for, so that the trigger learns them.
 
     Attributes:
@@ -131,7 +131,15 @@ class Implied(_EditSpec):
 
 
 Edit = Annotated[
-    Prefix | Suffix | Trigger | Replace | Blacklist | Underscores | Order | Deduplicate | Implied,
+    PrefixEdit
+    | SuffixEdit
+    | TriggerEdit
+    | ReplaceEdit
+    | BlacklistEdit
+    | UnderscoresEdit
+    | OrderEdit
+    | DeduplicateEdit
+    | ImpliedEdit,
     Field(discriminator="edit"),
 ]
 
@@ -160,21 +168,21 @@ def split_tags(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _prefix(texts: list[str], edit: Prefix, _: CaptionSettings) -> list[str]:
+def _prefix(texts: list[str], edit: PrefixEdit, _: CaptionSettings) -> list[str]:
     return [", ".join(filter(None, (edit.text, text))) for text in texts]
 
 
-def _suffix(texts: list[str], edit: Suffix, _: CaptionSettings) -> list[str]:
+def _suffix(texts: list[str], edit: SuffixEdit, _: CaptionSettings) -> list[str]:
     return [", ".join(filter(None, (text, edit.text))) for text in texts]
 
 
-def _trigger(texts: list[str], _: Trigger, settings: CaptionSettings) -> list[str]:
+def _trigger(texts: list[str], _: TriggerEdit, settings: CaptionSettings) -> list[str]:
     from lora_engine.data.caption import add_trigger
 
     return [add_trigger(text, settings) for text in texts]
 
 
-def _replace(texts: list[str], edit: Replace, _: CaptionSettings) -> list[str]:
+def _replace(texts: list[str], edit: ReplaceEdit, _: CaptionSettings) -> list[str]:
     pattern = re.escape(edit.text)
     if edit.whole_words:
         pattern = rf"(?<!\w){pattern}(?!\w)"
@@ -182,15 +190,15 @@ def _replace(texts: list[str], edit: Replace, _: CaptionSettings) -> list[str]:
     return [expression.sub(lambda _: edit.by, text) for text in texts]
 
 
-def _blacklist(texts: list[str], edit: Blacklist, _: CaptionSettings) -> list[str]:
+def _blacklist(texts: list[str], edit: BlacklistEdit, _: CaptionSettings) -> list[str]:
     return [_join(tag for tag in split_tags(text) if not _matches(tag, edit.tags)) for text in texts]
 
 
-def _underscores(texts: list[str], _: Underscores, __: CaptionSettings) -> list[str]:
+def _underscores(texts: list[str], _: UnderscoresEdit, __: CaptionSettings) -> list[str]:
     return [re.sub(r"[^\s,]+", lambda match: to_spaces(match[0]), text) for text in texts]
 
 
-def _order(texts: list[str], edit: Order, _: CaptionSettings) -> list[str]:
+def _order(texts: list[str], edit: OrderEdit, _: CaptionSettings) -> list[str]:
     def position(tag: str) -> tuple[int, str]:
         ranks = (rank for rank, glob in enumerate(edit.first) if _matches(tag, (glob,)))
         rank = next(ranks, len(edit.first))
@@ -199,7 +207,7 @@ def _order(texts: list[str], edit: Order, _: CaptionSettings) -> list[str]:
     return [_join(sorted(split_tags(text), key=position)) for text in texts]
 
 
-def _deduplicate(texts: list[str], _: Deduplicate, __: CaptionSettings) -> list[str]:
+def _deduplicate(texts: list[str], _: DeduplicateEdit, __: CaptionSettings) -> list[str]:
     return [
         _join({tag.lower(): tag for tag in reversed(split_tags(text))}[tag] for tag in _distinct(text))
         for text in texts
@@ -210,7 +218,7 @@ def _distinct(text: str) -> list[str]:
     return list(dict.fromkeys(tag.lower() for tag in split_tags(text)))
 
 
-def _implied(texts: list[str], edit: Implied, settings: CaptionSettings) -> list[str]:
+def _implied(texts: list[str], edit: ImpliedEdit, settings: CaptionSettings) -> list[str]:
     globs = [*edit.tags, *([_literal(settings.class_word)] if settings.class_word else [])]
     common: set[str] = set()
     if edit.share and len(texts) > 1:
@@ -236,13 +244,13 @@ def _join(tags: Any) -> str:
 
 
 _EDITS: dict[type[BaseModel], Callable[[list[str], Any, CaptionSettings], list[str]]] = {
-    Prefix: _prefix,
-    Suffix: _suffix,
-    Trigger: _trigger,
-    Replace: _replace,
-    Blacklist: _blacklist,
-    Underscores: _underscores,
-    Order: _order,
-    Deduplicate: _deduplicate,
-    Implied: _implied,
+    PrefixEdit: _prefix,
+    SuffixEdit: _suffix,
+    TriggerEdit: _trigger,
+    ReplaceEdit: _replace,
+    BlacklistEdit: _blacklist,
+    UnderscoresEdit: _underscores,
+    OrderEdit: _order,
+    DeduplicateEdit: _deduplicate,
+    ImpliedEdit: _implied,
 }

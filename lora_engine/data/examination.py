@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +51,11 @@ class Examination:
     groups: tuple[tuple[int, ...], ...]
     advice: tuple[str, ...]
 
+    @property
+    def concept(self) -> tuple[ImageEntry, ...]:
+        """The images that show the concept, not the class."""
+        return tuple(image.entry for image in self.images if image.entry.split != "class")
+
 
 def examine_images(
     folder: Path,
@@ -59,42 +63,39 @@ def examine_images(
     *,
     consent: Path | None = None,
     resolution: int | None = None,
+    work: Path,
 ) -> Examination:
-    """Ingests a folder into a temporary one and examines the result.
+    """Ingests a folder into an empty one and examines the result.
 
     Args:
         folder: The user's folder.
         settings: See `IngestSettings`.
         consent: A table for `read_consent`.
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
+        work: The empty folder, which gets the images of the manifest.
 
     Raises:
         DataError: As of `ingest`.
     """
-    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
-        manifest = ingest(folder, Path(work), settings, consent=consent)
-        images, prints = [], []
-        for entry in manifest.pictures:
-            image = open_image(Path(work) / entry.file)
-            flaws = tuple(find_flaws(image, resolution))
-            prints.append(take_print(image))
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            images.append(Examined(entry, flaws, image))
+    manifest = ingest(folder, work, settings, consent=consent)
+    images, prints = [], []
+    for entry in manifest.pictures:
+        image = open_image(work / entry.file)
+        flaws = tuple(find_flaws(image, resolution))
+        prints.append(take_print(image))
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        images.append(Examined(entry, flaws, image))
     groups = tuple(tuple(group) for group in find_groups(prints) if len(group) > 1)
     return Examination(manifest, tuple(images), groups, tuple(_advice(images, groups)))
 
 
 def _advice(images: Sequence[Examined], groups: Sequence[Sequence[int]]) -> list[str]:
     concept = [image.entry for image in images if image.entry.split != "class"]
-    captions = Counter(entry.caption for entry in concept)
     advice = []
     if len(concept) < _FEW:
         advice.append(f"{len(concept)} images are few: a concept needs about 10 to 30 different ones")
-    if missing := captions[""]:
+    if missing := sum(not entry.caption for entry in concept):
         advice.append(f"{missing} of {len(concept)} images have no caption: the template of the caption step is used")
-    text, count = max(captions.items(), key=lambda item: (item[0] != "", item[1]))
-    if text and count > 1 and 2 * count > len(concept):
-        advice.append(f"{count} images have the caption {text!r}: what varies should be in the captions")
     if groups:
         repeated = sum(map(len, groups)) - len(groups)
         advice.append(f"{repeated} images show nearly the same as another: they count more than the others")

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from lora_engine.bases.source import digest_files, resolve_base
 from lora_engine.data.caption_checks import CaptionFinding, check_captions
@@ -16,12 +18,63 @@ from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.registries import import_target
+from registry.home import Home
 from tasks.step import locate_base
 
 REPORT = "captions.json"
 """The file of the report beside the manifest."""
 _CLIP_FILES = (".safetensors", ".json", ".txt")
+_Spec = TypeVar("_Spec", bound=BaseModel)
 _log = logging.getLogger(__name__)
+
+
+def check_settings(spec: type[_Spec], values: Mapping[str, Any]) -> _Spec:
+    """Returns settings that a verb takes from its options.
+
+    Raises:
+        SettingsError: A value is invalid.
+    """
+    try:
+        return spec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "the settings"
+        raise SettingsError(f"{name}: {first['msg']}, not {first['input']!r}") from None
+
+
+def choose_captioner(
+    vlm: str | None, tagger: str | None, prompt: str | None, style: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the captioner of a verb: a vision-language model, with a tagger's tags as a hint, or a tagger.
+
+    Args:
+        vlm: Hub id or folder; None means none.
+        tagger: Hub id or folder; None means none.
+        prompt: The instruction; None means that of the model's family.
+        style: See `VlmOptions`.
+        options: Further options of the captioner.
+
+    Raises:
+        SettingsError: There is no model, or an option of the other captioner.
+    """
+    if vlm is None and tagger is None:
+        raise SettingsError("there is no model", remedy="give --captioner or --tagger, a hub id or a folder")
+    if vlm is not None:
+        hint = {"tagger": {"model": tagger}} if tagger is not None else {}
+        return {"name": "vlm", "model": vlm, "prompt": prompt, "style": style, **hint, **options}
+    if prompt is not None or style != "sentences":
+        raise SettingsError("a tagger has no prompt and no style", remedy="leave them out, or give --captioner")
+    return {"name": "tagger", "model": tagger, **options}
+
+
+def caption_cache(home: Home) -> Path:
+    """Returns the folder with the captions of single images, by content."""
+    return home.cache / "captions"
+
+
+def caption_labels(settings: CaptionSettings, models: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Returns role -> label of the captioner's models, without those of checks."""
+    return {role: models[role]["label"] for role in settings.models()}
 
 
 def located(settings: CaptionSettings, folder: Path) -> CaptionSettings:
@@ -89,7 +142,8 @@ def find_caption_problems(
         images: Name of an image -> file.
         settings: Has trigger, class word and `check`.
     """
-    findings, scores = check_captions(captions, (settings.trigger, settings.class_word)), {}
+    findings = check_captions(captions, (settings.trigger, settings.class_word))
+    scores: dict[str, float] = {}
     check = settings.check
     if check is not None and check.base is not None:
         from lora_engine.captioning.checks import check_lengths, check_trigger, load_base_tokenizers

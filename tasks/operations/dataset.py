@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from lora_engine.data.spec import IngestSettings
-from lora_engine.errors import SettingsError
+from lora_engine.data.spec import CaptionSettings, IngestSettings
 from lora_engine.files import atomic_write
+from tasks.operations.captions import check_settings, find_caption_problems
 
 
 def examine_folder(
@@ -19,6 +19,11 @@ def examine_folder(
     resolution: int | None = None,
     consent: Path | None = None,
     page: Path | None = None,
+    *,
+    trigger: str | None = None,
+    class_word: str | None = None,
+    base: str | None = None,
+    clip: str | None = None,
 ) -> dict[str, Any]:
     """Returns what ingest makes of a folder, and what is odd about it.
 
@@ -29,6 +34,10 @@ def examine_folder(
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
         consent: File of consents; None means that there is none.
         page: Where to write a contact sheet; None writes none.
+        trigger: The word for the concept, which is checked against the base.
+        class_word: The class of the concept.
+        base: The base whose tokenizers read trigger and captions; None checks neither.
+        clip: Folder of a CLIP that compares captions with their images; None does not.
 
     Returns:
         `dataset` (a line), `images` (as in the manifest), `quarantined`, `alike` (groups of names), `flaws` (by name),
@@ -37,16 +46,21 @@ def examine_folder(
     Raises:
         DataError: The folder cannot be read or has no usable image.
         SettingsError: A setting is out of its range.
+        BaseModelError: There is no such base.
     """
     from lora_engine.data.contact_sheet import render_contact_sheet
     from lora_engine.data.examination import examine_images
 
-    try:
-        settings = IngestSettings.model_validate({"layout": layout, "heldout": heldout})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None
-    examination = examine_images(images, settings, consent=consent, resolution=resolution)
+    settings = check_settings(IngestSettings, {"layout": layout, "heldout": heldout})
+    captioned = check_settings(
+        CaptionSettings, {"trigger": trigger, "class_word": class_word, "check": {"base": base, "clip": clip}}
+    )
+    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
+        examination = examine_images(images, settings, consent=consent, resolution=resolution, work=Path(work))
+        captions = {entry.source: entry.caption for entry in examination.concept if entry.caption}
+        files = {entry.source: Path(work) / entry.file for entry in examination.concept}
+        findings, _ = find_caption_problems(captions, files, captioned)
+    examination = replace(examination, advice=(*examination.advice, *map(str, findings)))
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
     manifest = examination.manifest

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.spec import CaptionSettings
-from tasks.operations.captions import find_models, located, log_findings, report_captions
+from tasks.operations.captions import (
+    caption_cache,
+    caption_labels,
+    find_models,
+    located,
+    log_findings,
+    report_captions,
+)
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
 
@@ -64,8 +71,8 @@ def caption(spec: Caption, context: Context) -> None:
         context.out,
         settings,
         progress=context.progress,
-        cache=context.home.cache / "captions",
-        labels={role: model["label"] for role, model in models.items() if role in settings.models()},
+        cache=caption_cache(context.home),
+        labels=caption_labels(settings, models),
     )
     if settings.is_reported:
         log_findings(report_captions(context.out, manifest, settings, models))
