@@ -40,12 +40,14 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
 def _describe_datasets(spec: PipelineSpec, result: PipelineResult) -> Iterator[tuple[str, object]]:
     listed: set[Quarantined] = set()
     for name, step in spec.steps.items():
-        if step.uses not in {"ingest", "preprocess"}:
+        if step.uses not in {"ingest", "preprocess", "caption"}:
             continue
         manifest = Manifest.model_validate_json(result.outcomes[name].summary)
+        if step.uses == "caption" and getattr(step, "is_reported", False):
+            yield "captions", f"{name}: {manifest.describe()}"
         if step.uses == "ingest":
             yield "dataset", f"{name}: {manifest.describe()}"
-        elif text := manifest.describe_preparation():
+        elif step.uses == "preprocess" and (text := manifest.describe_preparation()):
             yield "prepared", f"{name}: {text}"
         # A later step repeats those of its dataset.
         skipped = [item for item in manifest.quarantined if item not in listed]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from PIL import Image
 
@@ -62,6 +62,11 @@ class Examination:
     groups: tuple[tuple[int, ...], ...]
     advice: tuple[str, ...]
 
+    @property
+    def concept(self) -> tuple[ImageEntry, ...]:
+        """The images that show the concept, not the class."""
+        return tuple(image.entry for image in self.images if image.entry.split != "class")
+
 
 def examine_images(
     folder: Path,
@@ -70,8 +75,10 @@ def examine_images(
     consent: Path | None = None,
     resolution: int | None = None,
     preparation: PreprocessSettings | None = None,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    work: Path,
 ) -> Examination:
-    """Ingests a folder into a temporary one, prepares the images if settings are given, and examines the result.
+    """Ingests a folder into an empty one, prepares the images if settings are given, and examines the result.
 
     Args:
         folder: The user's folder.
@@ -79,28 +86,29 @@ def examine_images(
         consent: A table for `read_consent`.
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
         preparation: Settings of preprocess; None prepares no image.
+        labels: See `preprocess`.
+        work: The empty folder, which gets the images of the manifest, and `prepared`.
 
     Raises:
         DataError: As of `ingest` and `preprocess`.
         SettingsError: A model cannot be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
-        source, target = Path(work) / "ingested", Path(work) / "prepared"
-        manifest = ingest(folder, source, settings, consent=consent)
-        prepared = preprocess(source, target, preparation) if preparation is not None else None
-        results = {entry.file: entry for entry in prepared.pictures} if prepared is not None else {}
-        images, prints = [], []
-        for entry in manifest.pictures:
-            image = open_image(source / entry.file)
-            flaws = tuple(find_flaws(image, resolution))
-            prints.append(take_print(image))
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            result = results.get(entry.file)
-            if prepared is None:
-                review = _review(source, entry) if entry.mask is not None else None
-            else:
-                review = _review(target, result) if result is not None else None
-            images.append(Examined(entry, flaws, image, review, result.preparation if result is not None else None))
+    manifest = ingest(folder, work, settings, consent=consent)
+    target = work / "prepared"
+    prepared = preprocess(work, target, preparation, labels=labels) if preparation is not None else None
+    results = {entry.file: entry for entry in prepared.pictures} if prepared is not None else {}
+    images, prints = [], []
+    for entry in manifest.pictures:
+        image = open_image(work / entry.file)
+        flaws = tuple(find_flaws(image, resolution))
+        prints.append(take_print(image))
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        result = results.get(entry.file)
+        if prepared is None:
+            review = _review(work, entry) if entry.mask is not None else None
+        else:
+            review = _review(target, result) if result is not None else None
+        images.append(Examined(entry, flaws, image, review, result.preparation if result is not None else None))
     groups = tuple(tuple(group) for group in find_groups(prints) if len(group) > 1)
     return Examination(manifest, prepared, tuple(images), groups, tuple(_advice(images, groups)))
 
@@ -114,15 +122,11 @@ def _review(dataset: Path, entry: ImageEntry) -> Image.Image:
 
 def _advice(images: Sequence[Examined], groups: Sequence[Sequence[int]]) -> list[str]:
     concept = [image.entry for image in images if image.entry.split != "class"]
-    captions = Counter(entry.caption for entry in concept)
     advice = []
     if len(concept) < _FEW:
         advice.append(f"{len(concept)} images are few: a concept needs about 10 to 30 different ones")
-    if missing := captions[""]:
+    if missing := sum(not entry.caption for entry in concept):
         advice.append(f"{missing} of {len(concept)} images have no caption: the template of the caption step is used")
-    text, count = max(captions.items(), key=lambda item: (item[0] != "", item[1]))
-    if text and count > 1 and 2 * count > len(concept):
-        advice.append(f"{count} images have the caption {text!r}: what varies should be in the captions")
     if groups:
         repeated = sum(map(len, groups)) - len(groups)
         advice.append(f"{repeated} images show nearly the same as another: they count more than the others")

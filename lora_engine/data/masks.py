@@ -45,8 +45,12 @@ class FaceMasker:
         return mask
 
 
-def load_masker(options: MaskSetting) -> Masker | None:
+def load_masker(options: MaskSetting, label: str) -> Masker | None:
     """Returns what makes the masks; None if masks are only those of the dataset.
+
+    Args:
+        options: The options; a model is a folder.
+        label: Name of the model for records.
 
     Raises:
         SettingsError: A model cannot be loaded.
@@ -56,7 +60,7 @@ def load_masker(options: MaskSetting) -> Masker | None:
     if isinstance(options, TextMask | BackgroundMask):
         from lora_engine.data.segmentation import BackgroundMasker, TextMasker
 
-        return TextMasker(options) if isinstance(options, TextMask) else BackgroundMasker(options)
+        return TextMasker(options, label) if isinstance(options, TextMask) else BackgroundMasker(options, label)
     return None
 
 

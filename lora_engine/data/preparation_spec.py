@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from lora_engine.registries import NameOrOptions
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-HUB_ID = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,95}}))?")
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Margin = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
-
-
-def is_model_folder(model: str) -> bool:
-    """Returns True if the name of a model is the path of a folder, False if it is a hub id: `owner/name@revision`."""
-    return HUB_ID.fullmatch(model) is None
 
 
 def _is_one_line(text: str) -> str:

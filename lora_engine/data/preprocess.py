@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -30,13 +31,27 @@ _log = logging.getLogger(__name__)
 _NAMED = 8
 
 
-def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress: Progress = no_progress) -> Manifest:
+def preprocess(
+    dataset: Path,
+    out: Path,
+    settings: PreprocessSettings,
+    progress: Progress = no_progress,
+    *,
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> Manifest:
     """Writes a copy of the dataset with every image in its training size, one image per core in memory at a time.
 
     Resizes an image to the least size that covers the target (Lanczos to shrink, `upscale` to enlarge) and crops the
     rest; crops first if the resized image would be too large, and around faces, subjects and at random. The file name,
     which contains the original's digest, stays. A mask is resized (mean to shrink, linear to enlarge: neither leaves
     the range) and cropped with its image.
+
+    Args:
+        dataset: Folder of the dataset.
+        out: Folder of the copy.
+        settings: The settings; models are folders.
+        progress: Called after each image.
+        labels: Names of the models of `mask` and `upscale` for records; the default is the name of the folder.
 
     Raises:
         DataError: The dataset is incomplete, or none of its images can be used.
@@ -46,7 +61,9 @@ def preprocess(dataset: Path, out: Path, settings: PreprocessSettings, progress:
     entries: list[ImageEntry] = []
     scales: dict[str, float] = {}
     quarantined = list(manifest.quarantined)
-    prepare = _Preparer(dataset, out, settings, _chooser(settings), load_masker(settings.mask), _upscaler(settings))
+    names = {role: labels.get(role, Path(folder).name) for role, folder in settings.models().items()}
+    masker, upscaler = load_masker(settings.mask, names.get("mask", "")), _upscaler(settings, names.get("upscale", ""))
+    prepare = _Preparer(dataset, out, settings, _chooser(settings), masker, upscaler)
     with Workers() as workers:
         results = workers.map(prepare, manifest.pictures)
         for done, (entry, result) in enumerate(zip(manifest.pictures, results, strict=True), start=1):
@@ -191,12 +208,12 @@ def _window(fit: Fit) -> Sides:
     return max(1, round(fit.size[0] / fit.scale)), max(1, round(fit.size[1] / fit.scale))
 
 
-def _upscaler(settings: PreprocessSettings) -> Upscaler | None:
+def _upscaler(settings: PreprocessSettings, label: str) -> Upscaler | None:
     if isinstance(settings.upscale, str):
         return None
     from lora_engine.data.upscaling import Upscaler
 
-    return Upscaler(settings.upscale)
+    return Upscaler(settings.upscale, label)
 
 
 def _report_enlarged(scales: Mapping[str, float]) -> None:

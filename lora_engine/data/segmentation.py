@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForSemanticSegmentation, CLIPSegForImageSegmentation
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    AutoTokenizer,
+    CLIPSegForImageSegmentation,
+)
 
-from lora_engine.data.models import find_model, load_image_processor, load_tokenizer_of, load_vision_model
+from lora_engine.data.models import load_part, load_vision_model
 from lora_engine.data.preparation_spec import BackgroundMask, TextMask
 from lora_engine.errors import SettingsError
 
@@ -18,19 +23,20 @@ class TextMasker:
     """Marks what a text describes.
 
     Args:
-        options: See `TextMask`.
+        options: See `TextMask`; the model is a folder.
+        label: Name of the model for records.
 
     Raises:
         SettingsError: The model cannot be loaded.
     """
 
-    def __init__(self, options: TextMask) -> None:
-        folder = find_model(options.model)
-        self._model = load_vision_model(CLIPSegForImageSegmentation, folder, ("clipseg",))
-        self._processor = load_image_processor(folder)
-        self._tokens = load_tokenizer_of(folder)([options.prompt], truncation=True, return_tensors="pt")
+    def __init__(self, options: TextMask, label: str) -> None:
+        self._model = load_vision_model(CLIPSegForImageSegmentation, options.model, "clipseg")
+        self._processor = load_part(AutoImageProcessor, options.model, backend="pil")
+        tokenizer = load_part(AutoTokenizer, options.model)
+        self._tokens = tokenizer([options.prompt], truncation=True, return_tensors="pt")
         self._options = options
-        self.label = f"text {options.prompt!r} ({folder.label})"
+        self.label = f"text {options.prompt!r} ({label})"
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -48,29 +54,29 @@ class BackgroundMasker:
     """Marks everything but the background.
 
     Args:
-        options: See `BackgroundMask`.
+        options: See `BackgroundMask`; the model is a folder.
+        label: Name of the model for records.
 
     Raises:
         SettingsError: The model cannot be loaded, or has none of the labels.
     """
 
-    def __init__(self, options: BackgroundMask) -> None:
-        folder = find_model(options.model)
-        self._model = load_vision_model(AutoModelForSemanticSegmentation, folder)
-        self._processor = load_image_processor(folder)
+    def __init__(self, options: BackgroundMask, label: str) -> None:
+        self._model = load_vision_model(AutoModelForSemanticSegmentation, options.model)
+        self._processor = load_part(AutoImageProcessor, options.model, backend="pil")
         labels = {index: str(label).casefold() for index, label in self._model.config.id2label.items()}
         wanted = {label.casefold() for label in options.labels}
         if unknown := sorted(wanted - set(labels.values())):
             known = ", ".join(sorted(labels.values())[:100])
             raise SettingsError(
                 f"the model has no label {unknown[0]!r}",
-                where=str(folder.path),
+                where=options.model,
                 allowed=known,
                 remedy="set labels to those of the background",
             )
         self._background = [int(index) for index, label in labels.items() if label in wanted]
         self._threshold = options.threshold
-        self.label = f"background ({folder.label})"
+        self.label = f"background ({label})"
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_engine.data.captioners import CAPTIONERS, captioner_setting
+from lora_engine.data.edits import Edit
 from lora_engine.data.manifest import MAX_REPEATS
 from lora_engine.data.preparation_spec import CropSetting, FileMask, MaskSetting, UpscaleSetting
 from lora_engine.settings import AddedLater
@@ -130,6 +131,11 @@ class PreprocessSettings(BaseModel):
             )
         return self
 
+    def models(self) -> dict[str, str]:
+        """Returns setting -> hub id or folder of its model."""
+        named = ((role, getattr(getattr(self, role), "model", None)) for role in ("mask", "upscale"))
+        return {role: model for role, model in named if model is not None}
+
     @property
     def crop_name(self) -> str:
         """Returns the name of the crop."""
@@ -148,6 +154,20 @@ class PreprocessSettings(BaseModel):
         return Buckets().enlarge if self.enlarge is None else self.enlarge
 
 
+class CaptionChecks(BaseModel):
+    """What captions are checked against, beside their texts.
+
+    Attributes:
+        base: The base whose tokenizers read trigger and captions; None checks neither.
+        clip: Folder of a CLIP that compares captions with their images; None does not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = Field(default=None, min_length=1, max_length=1000)
+    clip: str | None = Field(default=None, min_length=1, max_length=1000)
+
+
 class CaptionSettings(BaseModel):
     """The settings of caption.
 
@@ -156,6 +176,12 @@ class CaptionSettings(BaseModel):
         trigger: The word for the concept; a single word. None means none.
         class_word: The class of the concept ("star"). None means none.
         template: Text with `{trigger}` and `{class_word}`; a placeholder without a value is removed.
+        existing: What a captioner that looks at images does where a caption exists: `keep` it without looking,
+            `replace` it, or `append` its own after it.
+        edits: Edits of all captions, in this order; see `lora_engine.data.edits`. The trigger is added afterwards where
+            it lacks.
+        check: What captions are checked against; their texts are checked if a captioner looks at images, if there are
+            edits, or if this is set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -164,6 +190,9 @@ class CaptionSettings(BaseModel):
     trigger: str | None = None
     class_word: str | None = None
     template: str = Field(default="a {trigger} {class_word}", min_length=1, max_length=500)
+    existing: Annotated[Literal["keep", "replace", "append"], AddedLater()] = "keep"
+    edits: Annotated[tuple[Edit, ...], AddedLater(), Field(max_length=200)] = ()
+    check: Annotated[CaptionChecks | None, AddedLater()] = None
 
     @field_validator("trigger")
     @classmethod
@@ -201,6 +230,24 @@ class CaptionSettings(BaseModel):
         if self.trigger is not None and not adds_trigger and "trigger" not in self.placeholders():
             raise ValueError(f"template {self.template!r} has no {{trigger}}, so captions could lack {self.trigger!r}")
         return self
+
+    @model_validator(mode="after")
+    def _existing_belongs_to_describers(self) -> CaptionSettings:
+        if self.existing != "keep" and not CAPTIONERS[self.captioner_name].describe:
+            raise ValueError(
+                f"existing {self.existing!r} belongs to captioners that look at images, not to {self.captioner_name!r}"
+            )
+        return self
+
+    @property
+    def is_reported(self) -> bool:
+        """Returns True if the captions are checked and reported: a model wrote them, or edits or checks are set."""
+        return bool(CAPTIONERS[self.captioner_name].describe or self.edits or self.check)
+
+    def models(self) -> dict[str, tuple[str, str]]:
+        """Returns role -> (name of a model, `module:function` that finds it) of the captioner."""
+        find = CAPTIONERS[self.captioner_name].models
+        return dict(find(self.captioner)) if find is not None else {}
 
     @property
     def captioner_name(self) -> str:

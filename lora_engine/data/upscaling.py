@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Swin2SRForImageSuperResolution
 
-from lora_engine.data.models import find_model, load_vision_model
+from lora_engine.data.models import load_vision_model
 from lora_engine.data.preparation_spec import Swin2SR
 from lora_engine.errors import SettingsError
 
@@ -21,19 +21,19 @@ class Upscaler:
     """Enlarges RGB images by the factor of a model.
 
     Args:
-        options: See `Swin2SR`.
+        options: See `Swin2SR`; the model is a folder.
+        label: Name of the model for records.
 
     Raises:
         SettingsError: The model cannot be loaded.
     """
 
-    def __init__(self, options: Swin2SR) -> None:
-        folder = find_model(options.model)
-        self._model = load_vision_model(Swin2SRForImageSuperResolution, folder, ("swin2sr",))
+    def __init__(self, options: Swin2SR, label: str) -> None:
+        self._model = load_vision_model(Swin2SRForImageSuperResolution, options.model, "swin2sr")
         self.factor = int(self._model.config.upscale)
         if self.factor < 2:
-            raise SettingsError(f"enlarges by a factor of {self.factor}", where=str(folder.path), allowed="2 and more")
-        self.label = f"swin2sr ({folder.label})"
+            raise SettingsError(f"enlarges by a factor of {self.factor}", where=options.model, allowed="2 and more")
+        self.label = f"swin2sr ({label})"
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Returns the image, enlarged by `factor`; each tile sees 16 pixels of its neighbors."""

@@ -65,7 +65,7 @@ def read_layout(folder: Path) -> Layout:
         elif component.startswith("tokenizer"):
             names = _tokenizer_files(path)
         else:
-            variants[component], weights = _find_weights(path, _STEMS.get(component, "model"))
+            variants[component], weights = find_weights(path, _STEMS.get(component, "model"))
             names = [_required(path, "config.json"), *weights]
         files += [f"{component}/{name}" for name in names]
     return Layout(family, pipeline, index, variants, tuple(sorted(files)))
@@ -132,7 +132,12 @@ def _is_null(entry: Any) -> bool:
     return entry is None or (isinstance(entry, list) and not any(entry))
 
 
-def _find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+def find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+    """Returns the variant (None or `fp16`) and the files of the weights in a folder: safetensors, whole or in shards.
+
+    Raises:
+        BaseModelError: There are none, only pickles, or the shards are incomplete.
+    """
     for variant in _VARIANTS:
         middle = f".{variant}" if variant else ""
         single = f"{stem}{middle}.safetensors"

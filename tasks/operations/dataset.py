@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from lora_engine.data.spec import IngestSettings, PreprocessSettings
+from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write
-
-_Settings = TypeVar("_Settings", bound=BaseModel)
+from tasks.operations.captions import check_settings, find_caption_problems
+from tasks.operations.preparation import find_preparation_models, with_folders
 
 
 def examine_folder(
@@ -23,6 +23,11 @@ def examine_folder(
     resolution: int | None = None,
     consent: Path | None = None,
     page: Path | None = None,
+    *,
+    trigger: str | None = None,
+    class_word: str | None = None,
+    base: str | None = None,
+    clip: str | None = None,
     preparation: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Returns what ingest makes of a folder, and what is odd about it.
@@ -34,6 +39,10 @@ def examine_folder(
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
         consent: File of consents; None means that there is none.
         page: Where to write a contact sheet; None writes none.
+        trigger: The word for the concept, which is checked against the base.
+        class_word: The class of the concept.
+        base: The base whose tokenizers read trigger and captions; None checks neither.
+        clip: Folder of a CLIP that compares captions with their images; None does not.
         preparation: Settings of preprocess besides the resolution, such as `crop` and `mask`; empty prepares no image.
 
     Returns:
@@ -43,15 +52,33 @@ def examine_folder(
     Raises:
         DataError: The folder cannot be read or has no usable image.
         SettingsError: A setting is out of its range.
+        BaseModelError: There is no such base.
     """
     from lora_engine.data.contact_sheet import render_contact_sheet
     from lora_engine.data.examination import examine_images
 
-    settings = _validate(IngestSettings, {"layout": layout, "heldout": heldout})
+    settings = check_settings(IngestSettings, {"layout": layout, "heldout": heldout})
+    captioned = check_settings(
+        CaptionSettings, {"trigger": trigger, "class_word": class_word, "check": {"base": base, "clip": clip}}
+    )
     if preparation and resolution is None:
         raise SettingsError(f"{', '.join(preparation)} needs a resolution", remedy="set --resolution")
-    wanted = _validate(PreprocessSettings, {"resolution": resolution, **preparation}) if preparation else None
-    examination = examine_images(images, settings, consent=consent, resolution=resolution, preparation=wanted)
+    wanted = check_settings(PreprocessSettings, {"resolution": resolution, **preparation}) if preparation else None
+    models = find_preparation_models(wanted, Path()) if wanted is not None else {}
+    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
+        examination = examine_images(
+            images,
+            settings,
+            consent=consent,
+            resolution=resolution,
+            preparation=wanted and with_folders(wanted, models),
+            labels={role: model.label for role, model in models.items()},
+            work=Path(work),
+        )
+        captions = {entry.source: entry.caption for entry in examination.concept if entry.caption}
+        files = {entry.source: Path(work) / entry.file for entry in examination.concept}
+        findings, _ = find_caption_problems(captions, files, captioned)
+    examination = replace(examination, advice=(*examination.advice, *map(str, findings)))
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
     manifest, prepared = examination.manifest, examination.prepared
@@ -66,12 +93,3 @@ def examine_folder(
         "advice": list(examination.advice),
         "page": str(page) if page is not None else None,
     }
-
-
-def _validate(model: type[_Settings], values: Mapping[str, Any]) -> _Settings:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the settings"
-        raise SettingsError(f"{place}: {first['msg']}, not {first['input']!r}") from None

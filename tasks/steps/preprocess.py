@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from lora_engine.data.preparation_spec import BackgroundMask, FaceCrop, FaceMask, TextMask, is_model_folder
+from lora_engine.data.preparation_spec import BackgroundMask, FaceCrop, FaceMask, TextMask
 from lora_engine.data.spec import PreprocessSettings
 from tasks.digests import PathDigest
+from tasks.operations.preparation import describe_models, find_preparation_models, with_folders
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
 
@@ -19,13 +20,12 @@ class Preprocess(StepSpec, PreprocessSettings):
     uses: Literal["preprocess"] = "preprocess"
     dataset: Annotated[str, Input("manifest")]
 
-    def externals(self) -> Iterator[tuple[str, str, Literal["file", "folder"]]]:
-        """Yields the folders of models too: their content enters the cache key. A hub id is only a setting."""
-        yield from super().externals()
-        for setting in ("mask", "upscale"):
-            model = getattr(getattr(self, setting), "model", None)
-            if model is not None and is_model_folder(model):
-                yield _role(setting), model, "folder"
+    def key_settings(self) -> dict[str, Any]:
+        """Returns the settings that enter the cache key; models enter it by their content, not by their names."""
+        settings = super().key_settings()
+        for role in self.models():
+            settings[role] = {name: value for name, value in settings[role].items() if name != "model"}
+        return settings
 
 
 def find_revision(spec: Preprocess, _: Mapping[str, PathDigest]) -> int:
@@ -52,18 +52,18 @@ def find_imports(spec: Preprocess, folder: Path) -> Iterator[str]:
     revisions=find_revision,
     summary="manifest.json",
     imports=find_imports,
+    models=describe_models,
 )
 def preprocess(spec: Preprocess, context: Context) -> None:
     """Writes a manifest whose images and masks have the requested sizes."""
     from lora_engine.data.preprocess import preprocess as preprocess_dataset
 
     settings = spec.narrow(PreprocessSettings)
-    for setting in ("mask", "upscale"):
-        if (folder := context.files.get(_role(setting))) is not None:
-            located = getattr(settings, setting).model_copy(update={"model": str(folder)})
-            settings = settings.model_copy(update={setting: located})
-    preprocess_dataset(context.folder("dataset"), context.out, settings, context.progress)
-
-
-def _role(setting: str) -> str:
-    return f"{setting}.model"
+    models = find_preparation_models(settings, context.folder_of_spec)
+    preprocess_dataset(
+        context.folder("dataset"),
+        context.out,
+        with_folders(settings, models),
+        context.progress,
+        labels={role: model.label for role, model in models.items()},
+    )
