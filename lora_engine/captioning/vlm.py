@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_engine.bases.base import default_device
@@ -23,7 +24,7 @@ from lora_engine.families.layout import find_weights
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GPU_BATCH = 8
-_LOADING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+_LOADING = (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 _ENDS = {"sentences": ".!?\u3002", "tags": ","}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
@@ -116,7 +117,7 @@ def _load(path: Path, name: str) -> Embedder:
                 path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(f"the embedder cannot be loaded ({error})", where=str(path)) from None
     # transformers would continue with random weights and only log a warning.
     if missing := sorted(loading["missing_keys"]):

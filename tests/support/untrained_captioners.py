@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lora_engine.bases.components import without_bars
+
 SPECIAL = (
     "<s>",
     "<pad>",
@@ -68,9 +70,16 @@ def _size(side: int) -> dict[str, Any]:
 def _blip() -> tuple[Any, ...]:
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer = _tokenizer()
-    text = {**_TEXT, **_ids(tokenizer), "encoder_hidden_size": 32, "projection_dim": 32, "max_position_embeddings": 64}
-    config = BlipConfig(text_config={**text, "sep_token_id": 2}, vision_config=_VISION, projection_dim=32)
+    # As BERT's: the model drops the last token of a prompt.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    text = {**_TEXT, **_ids(tokenizer), "encoder_hidden_size": 32, "projection_dim": 32}
+    vision = {**_VISION, "initializer_range": 0.02}  # the default of 1e-10 leaves images without effect
+    config = BlipConfig(text_config={**text, "sep_token_id": 2}, vision_config=vision, projection_dim=32)
     return BlipForConditionalGeneration(config), BlipProcessor(_processor("BlipImageProcessor", **_size(32)), tokenizer)
 
 
@@ -262,11 +271,34 @@ BUILDERS: dict[str, Callable[[], tuple[Any, ...]]] = {
 """Model type to a function that returns the model, and its processor or image processor and tokenizer."""
 
 
-def write_captioner(folder: Path, family: str, seed: int = 0) -> Path:
-    """Saves a captioner as its publishers do."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def write_captioner(folder: Path, family: str, seed: int | None = None, scale: float | None = None) -> Path:
+    """Saves a captioner as its publishers do.
+
+    Args:
+        folder: The new folder.
+        family: A key of `BUILDERS`.
+        seed: Seed of the weights; None is one with which different images get different captions.
+        scale: Factor of the matrices: with the initial ones, images hardly count. None is that of the family.
+    """
+    known = _DRAWS[family]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(known[0] if seed is None else seed)
         parts = BUILDERS[family]()
-    for part in parts:
-        part.save_pretrained(folder)
+        for weight in parts[0].parameters():
+            if weight.dim() > 1:
+                weight.mul_(known[1] if scale is None else scale)
+    with without_bars():
+        for part in parts:
+            part.save_pretrained(folder)
     return folder
+
+
+_DRAWS: dict[str, tuple[int, float]] = dict.fromkeys(BUILDERS, (0, 1.0)) | {
+    "blip": (0, 4.0),
+    "florence2": (0, 10.0),
+    "paligemma": (4, 10.0),
+    "qwen3_vl": (6, 1.0),
+    "idefics3": (7, 1.0),
+    "smolvlm": (6, 1.0),
+}
+"""Seed and scale of the weights by family."""
