@@ -30,9 +30,11 @@ class IngestSettings(BaseModel):
         repeats: Repeats of an image per epoch: numbers by name or pattern (`close-up.png`, `faces/*`), where the last
             match wins; or `folders`, as in kohya's scripts: images below a folder `10_name` have 10 repeats, and the
             innermost such folder wins. The default is 1, or the number of kohya's folders if `layout` finds them.
-        layout: `auto` recognizes kohya's folders if all images are in folders `N_words`: their numbers are repeats,
-            their words captions of images without another, and folders below `reg`, or with the last words of another
-            folder, hold class images. `kohya` requires them, `plain` gives folder names no meaning.
+        layout: `auto` recognizes the dataset files of OneTrainer (`concepts.json`), ai-toolkit (`ai-toolkit.yaml`) and
+            SimpleTuner (`multidatabackend.json`); the splits of Hugging Face's datasets, of which all but `train` are
+            held out; and kohya's folders if all images are in folders `N_words`: their numbers are repeats, their
+            words captions of images without another, and folders below `reg`, or with the last words of another
+            folder, hold class images. The name of one requires it; `plain` gives names no meaning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +44,9 @@ class IngestSettings(BaseModel):
     repeats: (
         Literal["folders"] | dict[Annotated[str, Field(max_length=1_000)], Annotated[int, Field(ge=1, le=MAX_REPEATS)]]
     ) = {}
-    layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
+    layout: Annotated[
+        Literal["auto", "plain", "kohya", "huggingface", "onetrainer", "ai-toolkit", "simpletuner"], AddedLater()
+    ] = "auto"
 
 
 class Buckets(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def examine_folder(
     """Returns what ingest makes of a folder, and what is odd about it.
 
     Args:
-        images: The folder.
+        images: The folder or archive.
         layout: See `IngestSettings`.
         heldout: See `IngestSettings`.
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
@@ -31,7 +32,8 @@ def examine_folder(
         page: Where to write a contact sheet; None writes none.
 
     Returns:
-        `dataset` (a line), `images` (as in the manifest), `quarantined`, `alike` (groups of names), `flaws` (by name),
+        `dataset` (a line), `images` (as in the manifest), `quarantined`, `skipped` (reason -> number of
+        images), `alike` (groups of names), `flaws` (by name),
         `advice` and `page`.
 
     Raises:
@@ -55,6 +57,7 @@ def examine_folder(
         "dataset": manifest.describe(),
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
         "quarantined": [item.model_dump() for item in manifest.quarantined],
+        "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
         "alike": [[names[index] for index in group] for group in examination.groups],
         "flaws": {image.entry.source: list(image.flaws) for image in examination.images if image.flaws},
         "advice": list(examination.advice),
