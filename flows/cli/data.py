@@ -24,9 +24,12 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def dataset(
-    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images.")],
+    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder or archive (tar, zip, parquet) of images.")],
     layout: Annotated[
-        str, typer.Option(help="auto, plain or kohya: the meaning of folder names such as '10_sks dog'.")
+        str,
+        typer.Option(
+            help="auto, plain, kohya, huggingface, onetrainer, ai-toolkit or simpletuner: the meaning of names."
+        ),
     ] = "auto",
     heldout: Annotated[float, typer.Option(help="Share of the images that is held out from training.")] = 0.0,
     resolution: Annotated[
@@ -74,6 +77,7 @@ def dataset(
             ("dataset", facts["dataset"]),
             ("prepared", facts["prepared"]),
             *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
+            *(("skipped", f"{count} images: {reason}") for reason, count in facts["skipped"].items()),
             *(("alike", ", ".join(group)) for group in facts["alike"]),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),
             *(("advice", line) for line in facts["advice"]),

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lora_engine.data.archives import read_archive
 from lora_engine.data.duplicates import take_print
 from lora_engine.data.evidence import read_evidence
+from lora_engine.data.folder import open_inside
 from lora_engine.data.images import encode_mask, encode_png, open_image, open_with_alpha
 from lora_engine.errors import DataError
 
@@ -48,17 +50,25 @@ def decode_mask(path: Path, root: Path, max_pixels: int) -> Iterator[Frame]:
     yield {"size": mask.size}, encode_mask(mask)
 
 
-def read_parquet(path: Path, root: Path, columns: dict[str, str]) -> Iterator[Frame]:
-    """Yields the rows of a table; see `parquet`."""
-    from lora_engine.data.parquet import read_rows
+def unpack_archive(path: Path, root: Path) -> Iterator[Frame]:
+    """Yields the members of an archive; see `read_archive`."""
+    with open_inside(path, root) as file:
+        yield from read_archive(file, path.name, os.fstat(file.fileno()).st_size)
 
-    return read_rows(path, root, columns)
+
+def unpack_table(path: Path, root: Path) -> Iterator[Frame]:
+    """Yields the rows of a table; see `read_rows`."""
+    from lora_engine.data.parquet import read_rows  # loads pyarrow
+
+    with open_inside(path, root) as file:
+        yield from read_rows(file, path.name)
 
 
 OPERATIONS: dict[str, Callable[..., Iterator[Frame]]] = {
     "image": decode_image,
     "mask": decode_mask,
-    "parquet": read_parquet,
+    "archive": unpack_archive,
+    "table": unpack_table,
 }
 
 
@@ -85,24 +95,29 @@ def main(limits: dict[str, int]) -> None:
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        _limit_time(limits["seconds"])
         log.messages.clear()
         try:
-            _answer(answers, json.loads(line), log)
+            _answer(answers, json.loads(line), log, limits["seconds"])
         except MemoryError:
-            _write(answers, {"problem": f"needs more than {limits['memory']:,} bytes of memory", "end": True})
+            _write_problem(answers, DataError(f"needs more than {limits['memory']:,} bytes of memory"))
             return
 
 
-def _answer(answers: BinaryIO, request: dict[str, Any], log: _Log) -> None:
+def _answer(answers: BinaryIO, request: dict[str, Any], log: _Log, seconds: int) -> None:
     operation = OPERATIONS[request.pop("operation")]
     paths = {name: Path(request.pop(name)) for name in ("path", "root")}
+    _limit_time(seconds)
     try:
         for facts, content in operation(**paths, **request):
             _write(answers, facts, content)
+            _limit_time(seconds)
         _write(answers, {"end": True, "log": log.messages})
     except DataError as error:
-        _write(answers, {"problem": error.problem, "allowed": error.allowed, "remedy": error.remedy, "end": True})
+        _write_problem(answers, error)
+
+
+def _write_problem(answers: BinaryIO, error: DataError) -> None:
+    _write(answers, {"problem_of_file": error.problem, "allowed": error.allowed, "remedy": error.remedy})
 
 
 def _write(answers: BinaryIO, facts: dict[str, Any], content: bytes = b"") -> None:

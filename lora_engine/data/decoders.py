@@ -40,8 +40,8 @@ class DecodeLimits:
 
     Attributes:
         memory: Bytes. An image of 64 million pixels with transparency, a profile and an orientation takes 1.8 GiB.
-        seconds: Seconds of processor time; the same image takes 12.
-        wall_seconds: Seconds until a child that waits for something is stopped.
+        seconds: Seconds of processor time, of each member for an archive; the same image takes 12.
+        wall_seconds: Seconds until a child that waits for something is stopped, as `seconds`.
     """
 
     memory: int = 4 << 30
@@ -186,24 +186,30 @@ class _Child:
             )
 
     def ask(self, request: dict[str, Any], limits: DecodeLimits) -> Iterator[tuple[dict[str, Any], bytes]]:
-        with self._deadline(limits.wall_seconds) as expired:
-            with contextlib.suppress(BrokenPipeError):
-                self._stdin.write(json.dumps(request).encode() + b"\n")
-                self._stdin.flush()
-            while (line := self._stdout.readline()).endswith(b"\n"):
-                facts = json.loads(line)
-                content = self._stdout.read(facts["bytes"])
-                if len(content) < facts["bytes"]:
-                    break
-                if problem := facts.get("problem"):
-                    raise DataError(problem, allowed=facts.get("allowed", ""), remedy=facts.get("remedy", ""))
-                if facts.get("end"):
-                    for message in facts["log"]:
-                        _log.warning("%s", message)
-                    return
-                yield facts, content
-        self.stop()
-        raise self._explain(limits, is_expired=expired.is_set())
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(json.dumps(request).encode() + b"\n")
+            self._stdin.flush()
+        while True:
+            with self._deadline(limits.wall_seconds) as expired:
+                facts, content = self._read()
+            if facts is None:
+                self.stop()
+                raise self._explain(limits, is_expired=expired.is_set())
+            if problem := facts.get("problem_of_file"):
+                raise DataError(problem, allowed=facts["allowed"], remedy=facts["remedy"])
+            if facts.get("end"):
+                for message in facts["log"]:
+                    _log.warning("%s", message)
+                return
+            yield facts, content
+
+    def _read(self) -> tuple[dict[str, Any] | None, bytes]:
+        line = self._stdout.readline()
+        if not line.endswith(b"\n"):
+            return None, b""
+        facts: dict[str, Any] = json.loads(line)
+        content = self._stdout.read(facts["bytes"])
+        return (facts, content) if len(content) == facts["bytes"] else (None, b"")
 
     def is_alive(self) -> bool:
         if self._process.poll() is not None:

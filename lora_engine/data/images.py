@@ -25,6 +25,7 @@ from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 30
 
@@ -96,7 +97,26 @@ def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
     """
     if _FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW)
-    return Image.open(file, formats=IMAGE_FORMATS)
+    start = file.read(12)
+    file.seek(0)
+    is_heic = start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
+    return Image.open(file, formats=(*IMAGE_FORMATS, *(_register_heic() if is_heic else ())))
+
+
+def _register_heic() -> tuple[str, ...]:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener(thumbnails=False)
+    return ("HEIF",)
+
+
+def _explain_unreadable(file: BinaryIO, name: str) -> DataError:
+    file.seek(4)
+    if (kind := file.read(8))[:4] == b"ftyp" and kind[4:] in _HEIC_BRANDS and not _register_heic():
+        return DataError("is HEIC, which needs pillow-heif: pip install 'loraline[heic]'", where=name)
+    return DataError("is not a readable image", where=name, allowed=", ".join(IMAGE_FORMATS))
 
 
 def write_image(path: Path, image: Image.Image) -> None:
@@ -137,7 +157,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int, background: Color) -> tu
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
-        raise DataError("is not a readable image", where=name, allowed=", ".join(IMAGE_FORMATS)) from None
+        raise _explain_unreadable(file, name) from None
     except BROKEN as error:
         raise DataError(f"is broken ({str(error) or type(error).__name__})", where=name) from None
 
@@ -151,8 +171,8 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
             allowed=f"at most {max_pixels:,}",
             remedy="make it smaller",
         )
-    # A JPEG from a phone may contain a second frame (MPO), which is no animation.
-    if image.format not in {"JPEG", "MPO"} and (frames := getattr(image, "n_frames", 1)) > 1:
+    # A JPEG or HEIC from a phone may contain further images, which are no animation.
+    if image.format not in {"JPEG", "MPO", "HEIF"} and (frames := getattr(image, "n_frames", 1)) > 1:
         problem = f"has {frames} pages" if image.format == "TIFF" else "is animated"
         raise DataError(problem, where=name, allowed="still images", remedy="save one of them as a still image")
     if image.mode == "F":

@@ -6,13 +6,13 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lora_engine.data.caption_files import FoundCaption, stated_origin
 from lora_engine.data.consent import Statement, read_consent
 from lora_engine.data.decoders import DecodedImage, shared_decoders
 from lora_engine.data.duplicates import Print, find_groups, find_same
-from lora_engine.data.folder import Listing, Owner, list_folder, require_folder
+from lora_engine.data.folder import Owner, Tree, owner_of, require_images
 from lora_engine.data.images import IMAGE_FORMATS
 from lora_engine.data.layout import FolderLayout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
@@ -20,6 +20,7 @@ from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.text_files import printable
+from lora_engine.data.unpacking import unpack
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 from lora_engine.parallel import Workers
@@ -60,50 +61,37 @@ def ingest(
         DataError: The folder is missing or has no usable image, the consent file is invalid, or a pattern of `repeats`
             matches no image.
     """
-    require_folder(images)
+    require_images(images)
     statements = read_consent(consent) if consent is not None else {}
-    entries: list[ImageEntry] = []
-    quarantined: list[Quarantined] = []
-    listing = list_folder(images, masks)
-    layout = FolderLayout(images, listing, settings)
-    # Codecs run in children. Everything that depends on earlier files happens here, in the order of the files.
-    with Workers() as workers, Workers() as writers:
-        ingestion = _Ingestion(images, masks or images, out, settings, listing, layout, frozenset(revoked), writers)
-        opened = workers.map(partial(_try_to_open, images, settings), layout.names.values())
-        for done, ((name, path), result) in enumerate(zip(layout.names.items(), opened, strict=True), start=1):
-            try:
-                entries.append(ingestion.add(path, name, statements.get(name, Statement()), result))
-            except DataError as error:
-                quarantined.append(_quarantine(printable(name), error))
-            progress(done, len(layout.names), {})
-    if ingestion.transparent:
-        _log.warning(
-            "%d images are transparent in places, first %s: they show the background %s",
-            len(ingestion.transparent),
-            ingestion.transparent[0],
-            settings.background,
-        )
-    entries, refused = ingestion.settle(entries)
-    quarantined += refused
-    quarantined += _unmatched_masks(images, masks or images, listing.masks, ingestion.used_masks)
+    with unpack(images, out) as unpacked:
+        if masks is not None:
+            unpacked.tree.mount_masks(masks)
+        layout = FolderLayout(images, unpacked, settings)
+        ingestion = _Ingestion(unpacked.tree, out, settings, layout, frozenset(revoked))
+        entries, quarantined = ingestion.run(statements, progress)
+    ingestion.report_transparency()
+    quarantined += [_quarantine(printable(name), DataError(why)) for name, why in unpacked.refused.items()]
+    quarantined += _unmatched_masks(layout.masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
     quarantined += layout.report()
     if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
+    skipped = tuple(Quarantined(source=printable(name), reason=why) for name, why in layout.skipped.items())
     manifest = Manifest(
         pictures=_split(entries, settings.heldout, ingestion.prints),
         quarantined=tuple(quarantined),
+        skipped=skipped or None,
         layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
     )
     manifest.save(out)
     return manifest
 
 
-def _try_to_open(images: Path, settings: IngestSettings, path: Path) -> DecodedImage | DataError:
+def _try_to_open(tree: Tree, settings: IngestSettings, name: str) -> DecodedImage | DataError:
     """Returns an image, or why it cannot be used."""
     try:
-        return shared_decoders().image(path, images, settings.max_pixels, settings.background_color)
+        return shared_decoders().image(*tree.locate(name), settings.max_pixels, settings.background_color)
     except DataError as error:
         return error
 
@@ -119,28 +107,38 @@ class _Ingestion:
     """Ingests images in order and finds duplicates."""
 
     def __init__(
-        self,
-        images: Path,
-        masks_root: Path,
-        out: Path,
-        settings: IngestSettings,
-        listing: Listing,
-        layout: FolderLayout,
-        revoked: frozenset[str],
-        writers: Workers,
+        self, tree: Tree, out: Path, settings: IngestSettings, layout: FolderLayout, revoked: frozenset[str]
     ) -> None:
-        self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
-        self._masks_root = masks_root
-        self._layout, self._revoked, self._writers = layout, revoked, writers
+        self._tree, self._out, self._settings = tree, out, settings
+        self._layout, self._revoked = layout, revoked
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
         self.prints: dict[str, Print] = {}
         self._captions: dict[str, FoundCaption] = {}
-        self.used_masks: set[Path] = set()
+        self.used_masks: set[str] = set()
         self.transparent: list[str] = []
 
-    def add(self, path: Path, name: str, statement: Statement, opened: DecodedImage | DataError) -> ImageEntry:
+    def run(
+        self, statements: Mapping[str, Statement], progress: Progress
+    ) -> tuple[list[ImageEntry], list[Quarantined]]:
+        """Returns the usable images, and the others with reasons."""
+        entries: list[ImageEntry] = []
+        quarantined: list[Quarantined] = []
+        names = [name for name in self._layout.names if name not in self._layout.skipped]
+        # Codecs run in children. Everything that depends on earlier files happens here, in the order of the files.
+        with Workers() as workers, Workers() as self._writers:
+            opened = workers.map(partial(_try_to_open, self._tree, self._settings), names)
+            for done, (name, result) in enumerate(zip(names, opened, strict=True), start=1):
+                try:
+                    entries.append(self._add(name, statements.get(name, Statement()), result))
+                except DataError as error:
+                    quarantined.append(_quarantine(printable(name), error))
+                progress(done, len(names), {})
+        entries, refused = self._settle(entries)
+        return entries, quarantined + refused
+
+    def _add(self, name: str, statement: Statement, opened: DecodedImage | DataError) -> ImageEntry:
         if isinstance(opened, DataError):
             raise opened
         sha256 = opened.sha256
@@ -157,7 +155,7 @@ class _Ingestion:
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
         self.prints[file] = opened.print
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
-        mask = self._open_mask(path, opened.size)
+        mask = self._open_mask(name, opened.size)
         is_opacity = mask is None and opened.opacity is not None and self._settings.alpha == "mask"
         mask = opened.opacity if is_opacity else mask
         self.transparent += [printable(name)] if opened.opacity is not None else []
@@ -182,13 +180,23 @@ class _Ingestion:
         self._sources[file], self.names[file] = entry, name
         return entry
 
+    def report_transparency(self) -> None:
+        """Logs how many images are transparent in places."""
+        if self.transparent:
+            _log.warning(
+                "%d images are transparent in places, first %s: they show the background %s",
+                len(self.transparent),
+                self.transparent[0],
+                self._settings.background,
+            )
+
     def _offer_caption(self, earlier: ImageEntry, caption: FoundCaption, name: str) -> None:
         used = earlier.caption or self._captions.setdefault(earlier.file, caption).text
         if used != caption.text:
             source, other = earlier.source, printable(name)
             _log.warning("%s and %s are the same image with different captions; %r is used", source, other, used)
 
-    def settle(self, entries: Sequence[ImageEntry]) -> tuple[list[ImageEntry], list[Quarantined]]:
+    def _settle(self, entries: Sequence[ImageEntry]) -> tuple[list[ImageEntry], list[Quarantined]]:
         """Judges the statements about all copies of each image: removes those that differ, uses the only one."""
         settled, refused = [], []
         for entry in entries:
@@ -217,16 +225,16 @@ class _Ingestion:
         if statement.consent in self._revoked:
             raise DataError(f"its consent {statement.consent!r} was revoked")
 
-    def _open_mask(self, path: Path, size: tuple[int, int]) -> bytes | None:
-        files = self._masks.get((path.parent, path.stem), ())
+    def _open_mask(self, name: str, size: tuple[int, int]) -> bytes | None:
+        files = self._layout.masks.get(owner_of(name), ())
         if not files:
             return None
-        names = [_name_of_mask(file, path.parent, self._masks_root) for file in files]
+        folder = PurePosixPath(name).parent.as_posix()
+        names = [file.removeprefix(f"{folder}/") for file in files]
         if len(files) > 1:
             raise DataError(f"has {len(files)} masks: {', '.join(names)}", allowed="one", remedy="remove the others")
         try:
-            root = self._masks_root if files[0].is_relative_to(self._masks_root) else self._images
-            own, mask = shared_decoders().mask(files[0], root, self._settings.max_pixels)
+            own, mask = shared_decoders().mask(*self._tree.locate(files[0]), self._settings.max_pixels)
         except DataError as error:
             raise DataError(f"its mask {names[0]} {error.problem}", allowed=error.allowed) from None
         if own != size:
@@ -242,18 +250,10 @@ def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) 
     return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
 
 
-def _name_of_mask(mask: Path, *roots: Path) -> str:
-    return next((mask.relative_to(root).as_posix() for root in roots if mask.is_relative_to(root)), mask.name)
-
-
-def _unmatched_masks(
-    images: Path, masks_root: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]
-) -> list[Quarantined]:
-    unused = (path for paths in masks.values() for path in paths if path not in used)
+def _unmatched_masks(masks: Mapping[Owner, Sequence[str]], used: set[str]) -> list[Quarantined]:
+    unused = sorted(Path(name) for names in masks.values() for name in names if name not in used)
     reason = "is a mask by its name, and no used image has that name"
-    return [
-        Quarantined(source=printable(_name_of_mask(path, images, masks_root)), reason=reason) for path in sorted(unused)
-    ]
+    return [Quarantined(source=printable(name.as_posix()), reason=reason) for name in unused]
 
 
 def _split(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str, Print]) -> tuple[ImageEntry, ...]:

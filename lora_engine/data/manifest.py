@@ -92,7 +92,7 @@ class Quarantined(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A dataset: its images and quarantined files are all possible image files of the folder.
+    """A dataset: its used, quarantined and skipped images are all possible image files of the folder.
 
     Masks and captions of used images belong to these and count as neither.
 
@@ -100,9 +100,10 @@ class Manifest(BaseModel):
         pictures: The images, sorted by source name.
         quarantined: Unused files with reasons; every later step keeps them. A file of captions among them does not
             keep its images from being used.
+        skipped: Images that a dataset file of another trainer leaves out, with the reasons.
         trigger: The word for the concept in the captions; None means none.
         class_word: The class of the concept ("star", "dog"); None means none.
-        layout: What kohya's folder names say; None if the folder has none.
+        layout: What archives, a dataset file or folder names say; None for a plain folder.
         format: Version of the file's layout.
     """
 
@@ -110,6 +111,7 @@ class Manifest(BaseModel):
 
     pictures: tuple[ImageEntry, ...]
     quarantined: tuple[Quarantined, ...] = ()
+    skipped: tuple[Quarantined, ...] | None = None
     trigger: str | None = None
     class_word: str | None = None
     layout: str | None = None
@@ -117,7 +119,7 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "layout")
+        return _without(serialize(self), "layout", "skipped")
 
     @model_validator(mode="after")
     def _files_are_distinct(self) -> Manifest:
@@ -145,6 +147,7 @@ class Manifest(BaseModel):
                 image.preparation is not None and image.preparation.mask == "transparency" for image in self.pictures
             ),
             "quarantined": len(self.quarantined),
+            "skipped": len(self.skipped or ()),
         }
         parts += [f"{count} {noun}" for noun, count in counts.items() if count]
         return "; ".join([*parts, *([self.layout] if self.layout else [])])

@@ -32,9 +32,11 @@ class IngestSettings(BaseModel):
         repeats: Repeats of an image per epoch: numbers by name or pattern (`close-up.png`, `faces/*`), where the last
             match wins; or `folders`, as in kohya's scripts: images below a folder `10_name` have 10 repeats, and the
             innermost such folder wins. The default is 1, or the number of kohya's folders if `layout` finds them.
-        layout: `auto` recognizes kohya's folders if all images are in folders `N_words`: their numbers are repeats,
-            their words captions of images without another, and folders below `reg`, or with the last words of another
-            folder, hold class images. `kohya` requires them, `plain` gives folder names no meaning.
+        layout: `auto` recognizes the dataset files of OneTrainer (`concepts.json`), ai-toolkit (`ai-toolkit.yaml`) and
+            SimpleTuner (`multidatabackend.json`); the splits of Hugging Face's datasets, of which all but `train` are
+            held out; and kohya's folders if all images are in folders `N_words`: their numbers are repeats, their
+            words captions of images without another, and folders below `reg`, or with the last words of another
+            folder, hold class images. The name of one requires it; `plain` gives names no meaning.
         alpha: `composite` shows the background where an image is transparent; `mask` also makes its opacity the mask of
             an image without another.
         background: Color behind transparent images, as `#rrggbb`.
@@ -47,7 +49,9 @@ class IngestSettings(BaseModel):
     repeats: (
         Literal["folders"] | dict[Annotated[str, Field(max_length=1_000)], Annotated[int, Field(ge=1, le=MAX_REPEATS)]]
     ) = {}
-    layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
+    layout: Annotated[
+        Literal["auto", "plain", "kohya", "huggingface", "onetrainer", "ai-toolkit", "simpletuner"], AddedLater()
+    ] = "auto"
     alpha: Annotated[Literal["composite", "mask"], AddedLater()] = "composite"
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AddedLater()] = "#ffffff"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def examine_folder(
     """Returns what ingest makes of a folder, and what is odd about it.
 
     Args:
-        images: The folder.
+        images: The folder or archive.
         layout: See `IngestSettings`.
         heldout: See `IngestSettings`.
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
@@ -46,8 +47,8 @@ def examine_folder(
         preparation: Settings of preprocess besides the resolution, such as `crop` and `mask`; empty prepares no image.
 
     Returns:
-        `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `alike` (groups of names),
-        `flaws` (by name), `advice` and `page`.
+        `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `skipped` (reason ->
+        number of images), `alike` (groups of names), `flaws` (by name), `advice` and `page`.
 
     Raises:
         DataError: The folder cannot be read or has no usable image.
@@ -88,6 +89,7 @@ def examine_folder(
         "prepared": prepared.describe_preparation() if prepared is not None else None,
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
         "quarantined": [item.model_dump() for item in (prepared or manifest).quarantined],
+        "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
         "alike": [[names[index] for index in group] for group in examination.groups],
         "flaws": {image.entry.source: list(image.flaws) for image in examination.images if image.flaws},
         "advice": list(examination.advice),

@@ -279,7 +279,7 @@ def test_masks_in_a_folder_of_their_own_belong_to_images_of_the_same_name(
     assert mask_of(tmp_path / "out", manifest, 0)[0, 0] == 50
     assert mask_of(tmp_path / "out", manifest, 2)[0, 0] == 51
     (unused,) = manifest.quarantined
-    assert unused.source == ("conditioning/other.png" if inside else "other.png")
+    assert unused.source == ("(masks)/other.png")
     assert unused.reason == "is a mask by its name, and no used image has that name"
 
 
@@ -288,7 +288,7 @@ def test_a_link_out_of_the_folder_of_masks_is_refused(images: Path, tmp_path: Pa
     secret = add_image("b.png").rename(tmp_path / "secret.png")
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").symlink_to(secret)
-    with pytest.raises(DataError, match=r"a\.png: its mask a\.png is a link that leads out of the folder"):
+    with pytest.raises(DataError, match=r"a\.png: its mask \(masks\)/a\.png is a link that leads out of the folder"):
         ingest(images, tmp_path / "out", IngestSettings(), masks=tmp_path / "masks")
 
 
