@@ -68,9 +68,8 @@ def _size(side: int) -> dict[str, Any]:
 
 
 def _blip() -> tuple[Any, ...]:
-    from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
-
     from tokenizers.processors import TemplateProcessing
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
     tokenizer = _tokenizer()
     # As BERT's: the model drops the last token of a prompt.
