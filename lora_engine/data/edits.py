@@ -118,7 +118,7 @@ class DeduplicateEdit(_EditSpec):
 
 
 class ImpliedEdit(_EditSpec):
-    """Removes the tags that the trigger stands for, so that the trigger learns them.
+    """Removes the tags that the trigger means, so that the trigger learns them.
 
     Attributes:
         tags: Globs for such tags (`red hair`).

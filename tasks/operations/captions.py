@@ -37,9 +37,10 @@ def check_settings(spec: type[_Spec], values: Mapping[str, Any]) -> _Spec:
     try:
         return spec.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "the settings"
-        raise SettingsError(f"{name}: {first['msg']}, not {first['input']!r}") from None
+        # Of a union, the deepest error is about the option that was meant.
+        first = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
+        name = ".".join(part for part in map(str, first["loc"]) if part.isidentifier()) or "the settings"
+        raise SettingsError(f"{name}: {first['msg']}, not {repr(first['input'])[:200]}") from None
 
 
 def choose_captioner(

@@ -1,4 +1,4 @@
-"""Captions of models are cached one by one by content, resumed after an interruption, and composed with existing ones."""
+"""Captions of models are cached one by one by content, resumed, and composed with existing ones."""
 
 from __future__ import annotations
 

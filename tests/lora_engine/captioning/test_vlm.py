@@ -1,4 +1,4 @@
-"""Every family of vision-language models runs with its real classes; what could run code or is incomplete is refused."""
+"""Every family of vision-language models runs with its real classes; unsafe and incomplete models are refused."""
 
 from __future__ import annotations
 
@@ -201,5 +201,5 @@ def test_a_name_that_is_neither_folder_nor_hub_id_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_missing_is_refused(captioners: dict[str, Path]) -> None:
-    with pytest.raises(SettingsError, match="captioner.device is 'cuda'"):
+    with pytest.raises(SettingsError, match=r"captioner\.device is 'cuda'"):
         load(captioners["blip"], device="cuda")

@@ -40,7 +40,7 @@ def test_a_caption_that_trains_badly_is_found(text: str, kind: str) -> None:
     "text",
     [
         GOOD,
-        "a man who looks sorry stands beside a very, very old red car",
+        "a man who looks sorry walks beside a very, very old red car",
         "1girl, solo, red hair, red eyes, red dress, blue sky, blue sea",
         "a sign that says no no no beside a wall of bricks",
         "image of the surface of a lake, certainly at dawn",
@@ -59,7 +59,7 @@ def test_a_loop_is_four_repeats(size: int) -> None:
 
 def test_captions_that_are_all_alike_are_found() -> None:
     assert kinds(GOOD, GOOD.upper(), "a black cat sleeps on a sofa") == ["alike"]
-    assert kinds(GOOD, GOOD, "a black cat sleeps on a sofa", "a grey horse stands near water") == []
+    assert kinds(GOOD, GOOD, "a black cat sleeps on a sofa", "a grey horse drinks near water") == []
     assert kinds(GOOD) == []
 
 

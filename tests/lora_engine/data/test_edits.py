@@ -48,7 +48,7 @@ def test_the_trigger_is_put_where_its_edit_is() -> None:
     assert edit(["red", "sks"], trigger, suffix, trigger="sks") == ["photo, a sks, red", "photo, sks"]
 
 
-def test_what_the_trigger_stands_for_is_removed() -> None:
+def test_what_the_trigger_means_is_removed() -> None:
     texts = ["sks, dog, brown eyes, grass", "sks, dog, brown eyes, snow", "dog, brown eyes, sky, sks"]
     assert edit(texts, {"edit": "implied"}, class_word="dog", trigger="sks") == [
         "sks, brown eyes, grass",
