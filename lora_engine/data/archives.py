@@ -15,7 +15,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import PurePosixPath
-from typing import IO, Any
+from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
+from typing import IO, Any, Self
 
 from lora_engine.errors import DataError
 
@@ -94,8 +95,21 @@ def read_archive(file: IO[bytes], name: str, size: int) -> Iterator[Member]:
         raise DataError(f"is broken after {count} members") from None
 
 
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raises an error where Python's reader takes a damaged header for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            raise
+        except HeaderError as error:
+            raise ReadError(str(error) or "no end mark") from None
+
+
 def _read_tar(file: IO[bytes]) -> Iterator[Member]:
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # the list would grow with the archive
             if not member.isdir():

@@ -39,8 +39,8 @@ class DecodeLimits:
     """The resources for one file.
 
     Attributes:
-        memory: Bytes. An image of 64 million pixels with transparency, a profile and an orientation takes 1.8 GiB.
-        seconds: Seconds of processor time, of each member for an archive; the same image takes 12.
+        memory: Bytes. An image of 64 million pixels with transparency, a profile and an orientation takes 1.5 GiB.
+        seconds: Seconds of processor time, of each member for an archive; the same image takes 5.
         wall_seconds: Seconds until a child that waits for something is stopped, as `seconds`.
     """
 

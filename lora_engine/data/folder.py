@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
-from lora_engine.data.archives import ARCHIVES, is_archive
+from lora_engine.data.archives import ARCHIVES, TABLES, is_archive, is_table
 from lora_engine.errors import DataError
 
 # Files that users keep beside images. Any other file may be an image with an unusual name and is opened.
@@ -71,13 +71,13 @@ class Tree:
 
 def require_images(images: Path) -> None:
     """Raises `DataError` if there is no such folder or archive of images."""
-    if images.is_dir() or (images.is_file() and is_archive(images.name)):
+    if images.is_dir() or (images.is_file() and (is_archive(images.name) or is_table(images.name))):
         return
     problem = "is a file, not a folder of images" if images.is_file() else "there is no such folder of images"
     raise DataError(
         problem,
         where=str(images),
-        allowed=f"a folder, or a file that ends in {', '.join(ARCHIVES)}",
+        allowed=f"a folder, or a file that ends in {', '.join((*ARCHIVES, *TABLES))}",
         remedy=f"name the folder of the images; a relative path starts at {str(Path.cwd())!r}",
     )
 

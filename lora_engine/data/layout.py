@@ -200,7 +200,7 @@ class FolderLayout:
         return f"{self._grouping.title}: {'; '.join((*parts, *self._grouping.notes))}"
 
     def _describe_archives(self, used: Collection[str]) -> str:
-        counts = Counter(self._unpacked.tree.archive_of(name) for name in used)
+        counts = Counter(self._unpacked.tree.archive_of(name) or self._unpacked.archive for name in used)
         kinds = Counter(PurePosixPath(archive).suffix.lstrip(".").lower() for archive in counts if archive)
         images = sum(count for archive, count in counts.items() if archive)
         shards = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))

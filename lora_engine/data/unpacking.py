@@ -23,12 +23,14 @@ class Unpacked:
 
     Attributes:
         tree: All files.
+        archive: Name of the archive that has them all; empty for a folder.
         refused: Name of an archive, or of a member or row with an image -> why it cannot be used.
         rows: Name of a table -> what it states of images; their names are relative to the folder of the table, or to
             the table itself if it has the images.
     """
 
     tree: Tree
+    archive: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
 
@@ -62,7 +64,7 @@ def unpack(images: Path, out: Path) -> Iterator[Unpacked]:
 
 
 def _unpack_all(tree: Tree, sources: Mapping[str, tuple[Path, Path]], work: Path) -> Unpacked:
-    result = Unpacked(tree)
+    result = Unpacked(tree, sources[""][0].name if "" in sources else "")
     folders: dict[str, Path] = {}
     for number, (name, (path, root)) in enumerate(sources.items()):
         folder = work / str(number)
