@@ -40,6 +40,9 @@ def explain(error: ValidationError, model: type[BaseModel], parent: Where, docum
         known = re.findall(r"'([^']*)'", first["ctx"]["expected_tags"])
         tag = first["ctx"]["tag"]
         return SpecError(f"{label} is {tag!r}{more}", where=document.where(location), **nearest(tag, known))
+    if first["type"] == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return SpecError(f"{label}.{tag} is missing{more}", where=document.where(location), remedy=f"add {tag}: ...")
     if first["type"] == "missing":
         return SpecError(f"{label!r} is missing{more}", where=document.where(location), remedy=f"add {key}: ...")
     problem = first["msg"].removeprefix("Value error, ")

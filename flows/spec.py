@@ -229,14 +229,8 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
 def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
     for field, written, kind in spec.externals():
         path = folder / written
-        if not (path.is_dir() if kind == "folder" else path.is_file()):
-            state = (
-                "is not a folder"
-                if path.exists() and kind == "folder"
-                else "is not a file"
-                if path.exists()
-                else "does not exist"
-            )
+        if not ((path.is_dir() and kind != "file") or (path.is_file() and kind != "folder")):
+            state = f"is not a {kind}" if path.exists() else "does not exist"
             raise SpecError(
                 f"{name}.{field} is {written!r}, which {state}",
                 where=document.where(("steps", name, field)),

@@ -8,7 +8,7 @@ from pathlib import Path
 from flows.registered import RegistrationState
 from flows.result import PipelineResult
 from flows.spec import PipelineSpec
-from lora_engine.data.manifest import Manifest
+from lora_engine.data.manifest import Manifest, Quarantined
 from registry.home import Home
 from registry.store.redaction import redact_url
 from tasks.operations.report import export_folder, read_warnings, write_report
@@ -20,14 +20,7 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
     """Yields label and text of each fact, in display order."""
     cached = sum(outcome.cached for outcome in result.outcomes.values())
     yield "steps", f"{len(result.outcomes) - cached} ran, {cached} cached"
-    for name, step in spec.steps.items():
-        if step.uses == "ingest":
-            manifest = Manifest.model_validate_json(result.outcomes[name].summary)
-            yield "dataset", f"{name}: {manifest.describe()}"
-            for item in manifest.quarantined[:_SHOWN]:
-                yield "skipped", f"{item.source}: {item.reason}"
-            if len(manifest.quarantined) > _SHOWN:
-                yield "skipped", f"and {len(manifest.quarantined) - _SHOWN} more; the report lists all"
+    yield from _describe_datasets(spec, result)
     for name, text in read_warnings(home, {name: outcome.ref for name, outcome in result.outcomes.items()}):
         yield "warning", f"{name}: {text}"
     for registered in result.versions.values():
@@ -42,6 +35,27 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
         yield "next", f"loraline show {ref}"
         if not registered.gone and not registered.refused:
             yield "next", f'loraline promote {ref} --to production --reason "..."'
+
+
+def _describe_datasets(spec: PipelineSpec, result: PipelineResult) -> Iterator[tuple[str, object]]:
+    listed: set[Quarantined] = set()
+    for name, step in spec.steps.items():
+        if step.uses not in {"ingest", "preprocess", "caption"}:
+            continue
+        manifest = Manifest.model_validate_json(result.outcomes[name].summary)
+        if step.uses == "caption" and getattr(step, "is_reported", False):
+            yield "captions", f"{name}: {manifest.describe()}"
+        if step.uses == "ingest":
+            yield "dataset", f"{name}: {manifest.describe()}"
+        elif step.uses == "preprocess" and (text := manifest.describe_preparation()):
+            yield "prepared", f"{name}: {text}"
+        # A later step repeats those of its dataset.
+        skipped = [item for item in manifest.quarantined if item not in listed]
+        listed.update(skipped)
+        for item in skipped[:_SHOWN]:
+            yield "skipped", f"{item.source}: {item.reason}"
+        if len(skipped) > _SHOWN:
+            yield "skipped", f"and {len(skipped) - _SHOWN} more; the report lists all"
 
 
 def _describe_version(home: Home, registered: RegistrationState) -> Iterator[tuple[str, object]]:

@@ -70,7 +70,7 @@ class UnknownBaseError(AdapterError):
 
 
 class BaseModelError(EngineError):
-    """A base model that cannot be found, read or used."""
+    """A base model, or a model that captions images, that cannot be found, read or used."""
 
 
 class DataError(EngineError):

@@ -75,6 +75,10 @@ def find_changes(job: Job, inputs: Inputs, source: Execution) -> Iterator[str]:
         if recorded.get("files", {}).get(role) != job.file_digests.get(role):
             yield f"{role}: the content of {paths[role]} changed" if role in paths else f"{role}: not set any more"
     yield from _find_base_changes(job, recorded.get("base") or {})
+    models = recorded.get("models") or {}
+    for role in sorted({*models, *job.models}):
+        if models.get(role, {}).get("fingerprint") != job.models.get(role, {}).get("fingerprint"):
+            yield f"{role}: another model"
     if tuple(recorded.get("excluded", ())) != job.excluded:
         yield "revocations changed"
     yield from _find_plugin_changes(job, recorded)

@@ -39,6 +39,7 @@ class Job:
             changes no bytes, so it is not part of the cache key.
         entries: The registry entries that the step uses: its own, those in its settings, the family of its base, and
             the kinds of its input adapters.
+        models: Role -> name, label, fingerprint and place of the models that it uses beside the base; see `StepKind`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Job:
     base: Mapping[str, str] | None = None
     concurrency: int | None = None
     entries: tuple[UsedEntry, ...] = ()
+    models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def revision(self) -> int:
@@ -70,6 +72,7 @@ class Job:
         """Returns what lineage records of this step beside its inputs."""
         recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
         recorded |= {"base": dict(self.base)} if self.base else {}
+        recorded |= {"models": {role: dict(model) for role, model in self.models.items()}} if self.models else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
         return recorded | to_record(self.entries)
 
@@ -92,8 +95,8 @@ class Job:
         """Returns what the cache key is the digest of; JSON values.
 
         The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
-        files, the fingerprint of the base, and the revisions of the entries that it uses; not names, paths or times,
-        and no version of a package, except of a plug-in with an entry without a revision.
+        files, the fingerprints of the base and of other models, and the revisions of the entries that it uses; not
+        names, paths or times, and no version of a package, except of a plug-in with an entry without a revision.
         """
         revoked = {_REVOKED: " ".join(self.excluded)} if self.excluded else {}
         parts = {
@@ -106,6 +109,8 @@ class Job:
         }
         if self.base and "vae_fingerprint" in self.base:
             parts["vae"] = self.base["vae_fingerprint"]
+        if self.models:
+            parts["models"] = {role: model["fingerprint"] for role, model in self.models.items()}
         return parts | to_key(self.entries)
 
     def with_input_kinds(self, inputs: Inputs, lineage: Lineage) -> Job:
@@ -164,7 +169,9 @@ def prepare_job(
     vae = getattr(spec, "vae", None)
     if description and vae:
         description |= _describe_vae(locate_base(vae, folder))
-    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source))
+    find_models = STEPS[spec.uses].models
+    models = find_models(spec, folder) if find_models is not None else {}
+    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source), models)
 
 
 def _describe_base(source: BaseSource, located: str) -> dict[str, str]:

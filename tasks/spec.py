@@ -39,6 +39,9 @@ class Input:
     or_file: bool = False
 
 
+ExternalKind = Literal["file", "folder", "folder or file"]
+
+
 @dataclass(frozen=True)
 class External:
     """Marks a field whose value is a path, relative to the pipeline file; its content enters the cache key.
@@ -46,7 +49,7 @@ class External:
     The store keeps a copy of a file that is `kept`, so that the step can be reproduced without the user's file.
     """
 
-    what: Literal["file", "folder"]
+    what: ExternalKind
     kept: bool = False
 
 
@@ -71,8 +74,8 @@ class StepSpec(BaseModel):
                 if not (marker.or_file and is_path(name)):
                     yield field, name, marker.kind
 
-    def externals(self) -> Iterator[tuple[str, str, Literal["file", "folder"]]]:
-        """Yields (field, path as written, file or folder) for each path that is set."""
+    def externals(self) -> Iterator[tuple[str, str, ExternalKind]]:
+        """Yields (field, path as written, kind of path) for each path that is set."""
         for field, marker in _marked(type(self), External):
             value = getattr(self, field)
             if value is not None:

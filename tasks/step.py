@@ -84,6 +84,7 @@ Revisions = Callable[[Any, Mapping[str, PathDigest]], int]
 DescribeProgress = Callable[[Any, str, Home, str | None], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
+FindModels = Callable[[Any, Path], Mapping[str, Mapping[str, str]]]
 
 
 def always(*modules: str) -> Imports:
@@ -115,6 +116,9 @@ class StepKind:
             see `tasks.imports`. None means none.
         entries: Takes the spec; returns the registry entries that the step uses, as (registry, name). Those of plug-ins
             enter the cache key and lineage. None means none.
+        models: Takes (spec, folder of the pipeline file); returns role -> `name` as written, `label`, `fingerprint`,
+            and `revision` or `path`, of the models that the step uses beside its base. Fingerprints enter the cache
+            key, all of it enters lineage. None means none.
         stops: True if the work polls `Context.stop` and then saves its progress; other steps with a `timeout` run in a
             child process.
     """
@@ -132,6 +136,7 @@ class StepKind:
     stops: bool = False
     describe_progress: DescribeProgress | None = None
     revisions: Revisions | None = None
+    models: FindModels | None = None
 
     def revision_of(self, spec: StepSpec, files: Mapping[str, PathDigest]) -> int:
         """Returns the revision for a spec and the digests of the user's files."""
@@ -154,6 +159,7 @@ def step(
     stops: bool = False,
     describe_progress: DescribeProgress | None = None,
     revisions: Revisions | None = None,
+    models: FindModels | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -173,6 +179,7 @@ def step(
             stops,
             describe_progress,
             revisions,
+            models,
         )
 
     return declare

@@ -13,9 +13,10 @@ from flows.coming_from.read import Setting, SettingsSource
 from flows.coming_from.translate import apply
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import is_off, number, truth
-from lora_engine.data.folder import list_folder
+from lora_engine.data.folder import Tree
 from lora_engine.data.layout import FolderLayout
 from lora_engine.data.spec import IngestSettings
+from lora_engine.data.unpacking import Unpacked
 
 _REPEATS = ("concepts.balancing", "num_repeats", "dataset_repeats", "datasets.num_repeats", "repeats")
 
@@ -43,8 +44,9 @@ class Folders:
         folder = self.images
         if folder is None:
             return None
-        layout = FolderLayout(folder, list_folder(folder), IngestSettings(repeats=self.repeats, layout=self.layout))
-        return sum(layout.repeats(name) for name, path in layout.names.items() if path.is_file())
+        tree = Tree(folder)
+        layout = FolderLayout(folder, Unpacked(tree), IngestSettings(repeats=self.repeats, layout=self.layout))
+        return sum(layout.repeats(name) for name in layout.names if tree.locate(name)[0].is_file())
 
 
 def find_images(source: SettingsSource, translation: Translation, images: Path | None) -> Folders:

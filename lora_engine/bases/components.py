@@ -12,14 +12,12 @@ from torch import nn
 
 from lora_engine.bases.source import BaseSource
 from lora_engine.bases.vae import VaeSource
-from lora_engine.building import BUILDING
+from lora_engine.building import BUILDING, align_weights, without_bars
 from lora_engine.checkpoints.quantization import read_stored
 from lora_engine.checkpoints.scales import multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.errors import AdapterError, BaseModelError
-
-_ALIGNMENT = 64
 
 
 def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dtype) -> nn.Module:
@@ -113,17 +111,6 @@ def load_tokenizer(cls: Any, source: BaseSource, component: str) -> Any:
         raise _unreadable(source.folder / component, error) from error
 
 
-def align_weights(module: nn.Module) -> None:
-    """Copies weights that are not aligned to 64 bytes into aligned memory.
-
-    Memory-mapped weights have arbitrary addresses, and CPU kernels round differently at different alignments. Aligned
-    weights give the same bits in every process.
-    """
-    for value in (*module.parameters(), *module.buffers()):
-        if value.device.type == "cpu" and value.data_ptr() % _ALIGNMENT:
-            value.data = value.detach().clone()
-
-
 def _has_accelerate() -> bool:
     from diffusers.utils import is_accelerate_available
 
@@ -135,17 +122,3 @@ def _unreadable(folder: Path, error: Exception) -> BaseModelError:
     return BaseModelError(
         f"the component cannot be read ({first})", where=str(folder), remedy="download or save the base again"
     )
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Disables the progress bars of transformers until the block ends."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_engine.errors import BaseModelError
@@ -67,6 +68,31 @@ def fetch_vae(repository: str, revision: str | None) -> Path:
         return _snapshot_or_explain(repository, revision, patterns)
 
 
+def fetch_files(
+    repository: str, revision: str | None, patterns: list[str], check: Callable[[Path], object], noun: str
+) -> tuple[Path, str]:
+    """Returns the snapshot folder of a hub repository with the files of a model that is no base, and its commit.
+
+    Args:
+        repository: `owner/name`.
+        revision: Branch, tag or commit; None is the default branch.
+        patterns: The files to download.
+        check: Raises `BaseModelError` if the folder is incomplete.
+        noun: The model, for errors.
+
+    Raises:
+        BaseModelError: It is neither cached nor downloadable, or `check` refuses it.
+    """
+    try:
+        folder = _snapshot(repository, revision, local=True)
+        check(folder)
+    except (OSError, BaseModelError):
+        _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+        folder = _snapshot_or_explain(repository, revision, patterns, noun)
+        check(folder)
+    return folder, folder.name
+
+
 def _download(repository: str, revision: str | None) -> Path:
     _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
     problem: BaseModelError | None = None
@@ -81,7 +107,7 @@ def _download(repository: str, revision: str | None) -> Path:
     raise problem or BaseModelError(f"{repository!r} cannot be used")
 
 
-def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[str], noun: str = "base") -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -107,11 +133,18 @@ def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[s
         ) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f" --revision {revision}" if revision else ""
+        local, instead = "a folder", "or pass the path of a folder"
+        if noun == "base":
+            local, instead = (
+                "`tiny`, a diffusers folder",
+                "pass the path of a diffusers folder, or use `tiny`, which needs no download",
+            )
         raise BaseModelError(
-            f"the base {name} is not in the local Hugging Face cache, and the hub cannot be reached ({_first(error)})",
-            allowed="`tiny`, a diffusers folder, or a hub id that is in the cache or can be downloaded",
+            f"the {noun} {name} is not in the local Hugging Face cache, and the hub cannot be reached"
+            f" ({_first(error)})",
+            allowed=f"{local}, or a hub id that is in the cache or can be downloaded",
             remedy=f"run `hf download {repository}{at}` on a machine with a network and set HF_HOME to that cache, "
-            "pass the path of a diffusers folder, or use `tiny`, which needs no download",
+            f"{instead}",
         ) from None
 
 

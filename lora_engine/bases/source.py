@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class BaseSource:
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 over the relative names and digests of its files: weights and configuration."""
-        return sha256_bytes(canonical_json({name: digest_of_file(self.folder / name) for name in self.layout.files}))
+        return digest_files(self.folder, self.layout.files)
 
 
 def resolve_base(name: FilePath, revision: str | None = None) -> BaseSource:
@@ -130,6 +131,11 @@ def _from_file(file: Path, revision: str | None) -> BaseSource:
 def _source(name: str, folder: Path, revision: str | None, file: str = "") -> BaseSource:
     layout = read_layout(folder)
     return BaseSource(name, folder, revision, layout.family.name, layout.pipeline.loader, file)
+
+
+def digest_files(folder: Path, names: Iterable[str]) -> str:
+    """Returns the SHA-256 over the names and digests of the files of a model."""
+    return sha256_bytes(canonical_json({name: digest_of_file(folder / name) for name in names}))
 
 
 def digest_of_file(path: Path) -> str:

@@ -3,43 +3,75 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora_engine.data.captioners import CAPTIONERS
-from lora_engine.data.manifest import MAX_CAPTION, Manifest
+from lora_engine.data.caption_files import TEXT
+from lora_engine.data.captioner_options import RESERVED
+from lora_engine.data.captioners import CAPTIONERS, DescribeJob
+from lora_engine.data.edits import edit_captions
+from lora_engine.data.manifest import MAX_CAPTION, ImageEntry, Manifest
 from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.data.text_files import clean_text
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import atomic_write
 from lora_engine.parallel import Workers
 from lora_engine.progress import Progress, no_progress
+from lora_engine.registries import import_target
+
+TEMPLATE_ORIGIN = "template"
+"""The origin of captions that are the filled template."""
 
 
-def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progress = no_progress) -> Manifest:
+@dataclass(frozen=True)
+class _Described:
+    """Captions before edits, and where each is from."""
+
+    texts: list[str]
+    origins: list[str | None]
+
+
+def caption(
+    dataset: Path,
+    out: Path,
+    settings: CaptionSettings,
+    progress: Progress = no_progress,
+    *,
+    cache: Path | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Manifest:
     """Writes a copy of the dataset with captions; the manifest records trigger and class word.
+
+    Args:
+        dataset: The dataset.
+        out: The folder for its copy.
+        settings: See `CaptionSettings`.
+        progress: Called after each image.
+        cache: Folder in which captions of models are kept, one by one and by content; None keeps none.
+        labels: Role -> name of a model for the origins of captions; None takes the captioner's name.
 
     Raises:
         DataError: The dataset is incomplete, or a caption becomes too long.
         SettingsError: An image has no caption, and there is neither trigger nor class word for the template.
+        BaseModelError: A model cannot be found, loaded or run.
     """
     manifest = Manifest.load(dataset)
     # Class images keep their own captions: trigger and template are about the concept.
     concept = manifest.model_copy(update={"pictures": tuple(i for i in manifest.pictures if i.split != "class")})
-    captions = CAPTIONERS[settings.captioner_name].captions(dataset, concept, settings, progress)
-    texts = dict(zip((image.file for image in concept.pictures), captions, strict=True))
+    captions = _describe(dataset, concept, settings, progress, cache, labels or {})
+    texts = _complete(captions.texts, settings)
+    changes: dict[str, dict[str, str | None]] = {
+        image.file: {"caption": text, "caption_origin": _origin_of(image, before, origin, settings)}
+        for image, text, before, origin in zip(concept.pictures, texts, captions.texts, captions.origins, strict=True)
+    }
     images = []
     total = len(manifest.pictures)
     with Workers() as workers:
         for done, image in enumerate(manifest.pictures, start=1):
-            text = texts.get(image.file, image.caption)
-            if len(text) > MAX_CAPTION:
-                raise DataError(
-                    f"the caption has {len(text)} characters with the trigger",
-                    where=image.source,
-                    allowed=f"{MAX_CAPTION}",
-                    remedy="shorten it",
-                )
-            images.append(image.model_copy(update={"caption": text}))
+            captioned = image.model_copy(update=changes.get(image.file, {}))
+            _refuse_long(captioned)
+            images.append(captioned)
             for file in image.files:
                 workers.run(_copy, dataset / file, out / file)
             progress(done, total, {})
@@ -48,6 +80,81 @@ def caption(dataset: Path, out: Path, settings: CaptionSettings, progress: Progr
     result = manifest.model_copy(update={"pictures": tuple(images), **words})
     result.save(out)
     return result
+
+
+def _origin_of(image: ImageEntry, text: str, origin: str | None, settings: CaptionSettings) -> str | None:
+    if not settings.is_reported:
+        return image.caption_origin
+    return origin if text else TEMPLATE_ORIGIN
+
+
+def _describe(
+    dataset: Path,
+    manifest: Manifest,
+    settings: CaptionSettings,
+    progress: Progress,
+    cache: Path | None,
+    labels: Mapping[str, str],
+) -> _Described:
+    captioner = CAPTIONERS[settings.captioner_name]
+    own = [image.caption for image in manifest.pictures]
+    origins = [image.caption_origin for image in manifest.pictures]
+    if captioner.captions is not None:
+        texts = captioner.captions(dataset, manifest, settings, progress)
+        return _Described(texts, origins if texts == own else [captioner.name] * len(texts))
+    keeps = settings.existing == "keep"
+    positions = [index for index, text in enumerate(own) if not (keeps and text)]
+    job = DescribeJob(
+        images=tuple(dataset / manifest.pictures[index].file for index in positions),
+        texts=tuple(own[index] for index in positions),
+        options=settings.captioner,
+        words={name: getattr(settings, name) or "" for name in PLACEHOLDERS},
+        cache=cache,
+        progress=progress,
+    )
+    label = " + ".join(labels.values()) or captioner.name
+    # Without images there is nothing to load a model for.
+    made = import_target(CAPTIONERS, captioner.name, captioner.describe)(job) if positions else []
+    for index, text in zip(positions, made, strict=True):
+        if settings.existing == "append" and own[index]:
+            free = max(0, MAX_CAPTION - RESERVED - len(own[index]))
+            origins[index] = f"{origins[index] or TEXT} + {label}"
+            own[index] = ", ".join(filter(None, (own[index], text[:free])))
+        else:
+            own[index], origins[index] = text, label
+    return _Described(own, origins)
+
+
+def _complete(texts: Sequence[str], settings: CaptionSettings) -> list[str]:
+    if settings.edits:
+        texts = edit_captions(texts, settings.edits, settings)
+    if CAPTIONERS[settings.captioner_name].adds_trigger:
+        return [*texts]
+    return [add_trigger(text, settings) for text in texts]
+
+
+def add_trigger(text: str, settings: CaptionSettings) -> str:
+    """Returns a caption with the trigger: itself, after the filled template if it lacks it, or the template if empty.
+
+    Raises:
+        SettingsError: The caption is empty, and the template has no word to fill in.
+    """
+    if not text:
+        return render_template(settings)
+    if settings.trigger is None or holds_word(text, settings.trigger):
+        return text
+    # The caption must contain the trigger, or training would not learn it.
+    return f"{render_template(settings)}, {text}"
+
+
+def _refuse_long(image: ImageEntry) -> None:
+    if len(image.caption) > MAX_CAPTION:
+        raise DataError(
+            f"the caption has {len(image.caption)} characters with the trigger",
+            where=image.source,
+            allowed=f"{MAX_CAPTION}",
+            remedy="shorten it",
+        )
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import product
+from pathlib import PurePosixPath
 
+from lora_engine.data.archives import is_table
+from lora_engine.data.folder import Tree
 from lora_engine.data.manifest import MAX_CAPTION
-from lora_engine.data.metadata import ImageNames, caption_of, is_metadata, read_metadata
+from lora_engine.data.metadata import ImageNames, Row, caption_of, is_metadata, read_metadata
 from lora_engine.data.subsets import Subset
 from lora_engine.data.text_files import clean_text, printable, read_text
 from lora_engine.documents.json_source import parse_json
@@ -16,7 +19,8 @@ from lora_engine.errors import DataError
 
 TEXT, FOLDER = ".txt", "folder name"
 _MAX_SIDECAR = 64 * 1024
-_ENDINGS = (TEXT, ".caption", ".json")
+_TEXTS = (TEXT, ".caption")
+_ENDINGS = (*_TEXTS, ".json")
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class FoundCaption:
 
     Attributes:
         text: One line.
-        origin: `.txt`, `.caption` or `.json` for a file beside the image, the name of a metadata file, or
-            `folder name`.
+        origin: `.txt`, `.caption` or `.json` for a file beside the image, the name of a metadata file, the ending of a
+            table with images, `folder name`, or what a dataset file takes captions from.
     """
 
     text: str
@@ -41,39 +45,51 @@ def stated_origin(caption: FoundCaption) -> str | None:
 class CaptionFiles:
     """The captions of a folder of images.
 
-    A file beside the image comes first (`a.txt`, `a.png.txt`, `a.caption`, `a.png.caption`, `a.json`, `a.png.json`; in
+    A file beside the image comes first (`a.txt`, `a.caption`, `a.png.txt`, `a.png.caption`, `a.json`, `a.png.json`; in
     any case), then metadata files, the nearest first, then the words of its folder.
 
     Args:
-        root: The folder of all images.
-        names: The images, relative to it.
-        companions: All text files, relative to it.
+        tree: All files.
+        names: The images.
+        companions: All text files.
         subsets: Folder -> kohya's number and words.
+        rows: Name of a table that was read -> its rows.
+        first_line: Returns True for images whose text files have alternatives, one a line; the first is used.
 
     Attributes:
         faults: File -> why it cannot be used.
         differing: Images whose files state different captions -> origins of the one that is used and of another.
         unknown: Names in metadata files that mean no image, with the file.
+        doubled: Images that a metadata file states more than once, with different captions.
+        alternatives: Number of text files with several lines of which the first is used.
 
     Raises:
         DataError: A metadata file is invalid.
     """
 
     def __init__(
-        self, root: Path, names: Collection[str], companions: Collection[str], subsets: Mapping[str, Subset]
+        self,
+        tree: Tree,
+        names: Collection[str],
+        companions: Collection[str],
+        subsets: Mapping[str, Subset],
+        rows: Mapping[str, Sequence[Row]],
+        first_line: Callable[[str], bool],
     ) -> None:
         self.faults: dict[str, str] = {}
         self.differing: dict[str, tuple[str, str]] = {}
         self.unknown: list[str] = []
-        self._root, self._subsets = root, subsets
-        metadata = [name for name in companions if is_metadata(PurePosixPath(name).name)]
+        self.doubled: list[str] = []
+        self.alternatives = 0
+        self._tree, self._subsets, self._first_line = tree, subsets, first_line
+        metadata = [name for name in companions if is_metadata(name) and not is_table(name)]
         self._sidecars = _index({*companions} - {*metadata})
         self._owned = {name for image in names for name in self._sidecars_of(image)}
         self._unowned = sorted({name for names in self._sidecars.values() for name in names} - self._owned)
         self._stated: dict[str, list[FoundCaption]] = defaultdict(list)
         finder = ImageNames(names)
-        for name in sorted(metadata, key=lambda name: (-name.count("/"), name)):
-            self._read_metadata(name, finder)
+        for name in sorted({*metadata, *rows}, key=lambda name: (-name.count("/"), name)):
+            self._add(name, rows[name] if name in rows else read_metadata(*tree.locate(name)), finder)
 
     @property
     def unowned(self) -> list[str]:
@@ -92,7 +108,8 @@ class CaptionFiles:
     def _sources(self, name: str) -> Iterator[FoundCaption]:
         for sidecar in self._sidecars_of(name):
             try:
-                yield FoundCaption(self._read_sidecar(sidecar), PurePosixPath(sidecar).suffix.lower())
+                text = self._read_sidecar(sidecar, first_line=self._first_line(name))
+                yield FoundCaption(text, PurePosixPath(sidecar).suffix.lower())
             except DataError as error:
                 self.faults[sidecar] = error.reason
         yield from self._stated.get(name, ())
@@ -102,32 +119,45 @@ class CaptionFiles:
     def _sidecars_of(self, name: str) -> list[str]:
         path = PurePosixPath(name)
         found: list[str] = []
-        for ending in _ENDINGS:
-            for stem in (path.stem, path.name):
-                spelled = path.with_name(stem + ending).as_posix()
-                files = self._sidecars.get(spelled.lower(), ())
-                # Of `A.txt` and `a.txt`, only the one in the image's own spelling can be meant.
-                found += [spelled] if spelled in files else files[:1] if len(files) == 1 else []
+        for stem, ending in product((path.stem, path.name), _TEXTS):
+            found += self._spellings(path.with_name(stem + ending).as_posix())
+        for stem in (path.stem, path.name):
+            found += self._spellings(path.with_name(f"{stem}.json").as_posix())
         return found
 
-    def _read_sidecar(self, name: str) -> str:
-        text = read_text(self._root / name, self._root, _MAX_SIDECAR)
+    def _spellings(self, name: str) -> list[str]:
+        files = self._sidecars.get(name.lower(), ())
+        # Of `A.txt` and `a.txt`, only the one in the image's own spelling can be meant.
+        return [name] if name in files else [*files] if len(files) == 1 else []
+
+    def _read_sidecar(self, name: str, *, first_line: bool) -> str:
+        text = read_text(*self._tree.locate(name), _MAX_SIDECAR)
         if name.lower().endswith(".json"):
             data = parse_json(text, printable(name), DataError)
             text = caption_of(data, printable(name)) if isinstance(data, dict) else ""
+        elif first_line:
+            lines = [line for line in text.splitlines() if line.strip()]
+            self.alternatives += len(lines) > 1
+            text = lines[0] if lines else ""
         return _bounded(text)
 
-    def _read_metadata(self, file: str, finder: ImageNames) -> None:
+    def _add(self, file: str, rows: Iterable[Row], finder: ImageNames) -> None:
         path = PurePosixPath(file)
-        for stated, text in read_metadata(self._root / file, self._root):
-            name = finder.find(stated, path.parent)
+        # A table that has images is their folder, too.
+        places = (path, path.parent) if is_table(file) else (path.parent,)
+        origin = path.suffix.lower() if is_table(file) and not is_metadata(file) else path.name
+        seen: dict[str, str] = {}
+        for stated, text in rows:
+            name = next(filter(None, (finder.find(stated, place) for place in places)), None)
             if name is None:
                 self.unknown.append(f"{printable(stated)} in {printable(file)}")
-                continue
-            try:
-                self._stated[name].append(FoundCaption(_bounded(text), path.name))
-            except DataError as error:
-                self.faults[f"{file}, entry {stated}"] = error.reason
+            elif text:
+                if seen.setdefault(name, text) != text:
+                    self.doubled.append(f"{printable(stated)} in {printable(file)}")
+                try:
+                    self._stated[name].append(FoundCaption(_bounded(text), origin))
+                except DataError as error:
+                    self.faults[f"{file}, entry {stated}"] = error.reason
 
 
 def _bounded(text: str) -> str:

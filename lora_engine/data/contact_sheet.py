@@ -19,17 +19,20 @@ def render_contact_sheet(title: str, examination: Examination) -> str:
     return load_template(_PAGE).render(
         title=title,
         summary=examination.manifest.describe(),
+        prepared=examination.prepared.describe_preparation() if examination.prepared else "",
         advice=examination.advice,
         images=[_card(image, groups.get(index)) for index, image in enumerate(examination.images)],
-        quarantined=examination.manifest.quarantined,
+        quarantined=(examination.prepared or examination.manifest).quarantined,
     )
 
 
 def _card(image: Examined, group: int | None) -> dict[str, Any]:
     entry = image.entry
     notes = [_ROLES[entry.split], f"{entry.repeats} repeats" if entry.repeats > 1 else "", "mask" if entry.mask else ""]
+    notes += image.preparation.describe() if image.preparation is not None else []
     return {
         **embed_image(image.thumbnail, THUMBNAIL, _QUALITY),
+        "review": embed_image(image.review, THUMBNAIL, _QUALITY) if image.review is not None else None,
         "source": entry.source,
         "size": f"{entry.width} x {entry.height}",
         "caption": entry.caption,

@@ -7,8 +7,9 @@ of Perceptual Image Hash Functions"). They ignore color, so the mean colors are 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,17 @@ class Print:
     coarse: NDArray[np.uint8]
     color: NDArray[np.float64]
     is_small: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON data."""
+        hashes = {"fine": self.fine.tolist(), "coarse": self.coarse.tolist()}
+        return {**hashes, "color": self.color.tolist(), "is_small": self.is_small}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Print:
+        """Returns the print of `to_json`."""
+        fine, coarse = (np.array(data[name], dtype=np.uint8) for name in ("fine", "coarse"))
+        return cls(fine, coarse, np.array(data["color"], dtype=np.float64), bool(data["is_small"]))
 
 
 def take_print(image: Image.Image) -> Print:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from lora_engine.data.folder import open_inside
 from lora_engine.data.images import BROKEN, open_pillow
-from lora_engine.data.rights import GenerationSign
+
+if TYPE_CHECKING:
+    from lora_engine.data.rights import GenerationSign
 
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
 # IPTC's vocabulary http://cv.iptc.org/newscodes/digitalsourcetype/, as an element or an attribute of XMP. Searched as

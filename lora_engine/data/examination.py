@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from PIL import Image
 
@@ -14,8 +14,11 @@ from lora_engine.data.duplicates import find_groups, take_print
 from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import ImageEntry, Manifest
+from lora_engine.data.masks import overlay
+from lora_engine.data.preparation import Preparation
+from lora_engine.data.preprocess import preprocess
 from lora_engine.data.quality import find_flaws
-from lora_engine.data.spec import IngestSettings
+from lora_engine.data.spec import IngestSettings, PreprocessSettings
 
 THUMBNAIL = 256
 _FEW = 10
@@ -29,11 +32,16 @@ class Examined:
         entry: What ingest says about it; width and height are those of the file.
         flaws: What is noticeable about its pixels; see `find_flaws`.
         thumbnail: Of at most `THUMBNAIL` pixels per side.
+        review: The prepared image, or the image, with red over what its mask leaves out; None without mask and
+            preparation.
+        preparation: See `ImageEntry`; None unless the image was prepared.
     """
 
     entry: ImageEntry
     flaws: tuple[str, ...]
     thumbnail: Image.Image
+    review: Image.Image | None = None
+    preparation: Preparation | None = None
 
 
 @dataclass(frozen=True)
@@ -42,15 +50,22 @@ class Examination:
 
     Attributes:
         manifest: The dataset that ingest makes of it.
+        prepared: The dataset that preprocess makes of that; None without its settings.
         images: Its images, in the order of the manifest.
         groups: Groups of two and more images that show nearly the same, as positions.
         advice: What to improve, most important first.
     """
 
     manifest: Manifest
+    prepared: Manifest | None
     images: tuple[Examined, ...]
     groups: tuple[tuple[int, ...], ...]
     advice: tuple[str, ...]
+
+    @property
+    def concept(self) -> tuple[ImageEntry, ...]:
+        """The images that show the concept, not the class."""
+        return tuple(image.entry for image in self.images if image.entry.split != "class")
 
 
 def examine_images(
@@ -59,42 +74,59 @@ def examine_images(
     *,
     consent: Path | None = None,
     resolution: int | None = None,
+    preparation: PreprocessSettings | None = None,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    work: Path,
 ) -> Examination:
-    """Ingests a folder into a temporary one and examines the result.
+    """Ingests a folder into an empty one, prepares the images if settings are given, and examines the result.
 
     Args:
         folder: The user's folder.
         settings: See `IngestSettings`.
         consent: A table for `read_consent`.
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
+        preparation: Settings of preprocess; None prepares no image.
+        labels: See `preprocess`.
+        work: The empty folder, which gets the images of the manifest, and `prepared`.
 
     Raises:
-        DataError: As of `ingest`.
+        DataError: As of `ingest` and `preprocess`.
+        SettingsError: A model cannot be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
-        manifest = ingest(folder, Path(work), settings, consent=consent)
-        images, prints = [], []
-        for entry in manifest.pictures:
-            image = open_image(Path(work) / entry.file)
-            flaws = tuple(find_flaws(image, resolution))
-            prints.append(take_print(image))
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            images.append(Examined(entry, flaws, image))
+    manifest = ingest(folder, work, settings, consent=consent)
+    target = work / "prepared"
+    prepared = preprocess(work, target, preparation, labels=labels) if preparation is not None else None
+    results = {entry.file: entry for entry in prepared.pictures} if prepared is not None else {}
+    images, prints = [], []
+    for entry in manifest.pictures:
+        image = open_image(work / entry.file)
+        flaws = tuple(find_flaws(image, resolution))
+        prints.append(take_print(image))
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        result = results.get(entry.file)
+        if prepared is None:
+            review = _review(work, entry) if entry.mask is not None else None
+        else:
+            review = _review(target, result) if result is not None else None
+        images.append(Examined(entry, flaws, image, review, result.preparation if result is not None else None))
     groups = tuple(tuple(group) for group in find_groups(prints) if len(group) > 1)
-    return Examination(manifest, tuple(images), groups, tuple(_advice(images, groups)))
+    return Examination(manifest, prepared, tuple(images), groups, tuple(_advice(images, groups)))
+
+
+def _review(dataset: Path, entry: ImageEntry) -> Image.Image:
+    """Returns a thumbnail of an image with its mask."""
+    image = open_image(dataset / entry.file)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return image if entry.mask is None else overlay(image, open_image(dataset / entry.mask).convert("L"))
 
 
 def _advice(images: Sequence[Examined], groups: Sequence[Sequence[int]]) -> list[str]:
     concept = [image.entry for image in images if image.entry.split != "class"]
-    captions = Counter(entry.caption for entry in concept)
     advice = []
     if len(concept) < _FEW:
         advice.append(f"{len(concept)} images are few: a concept needs about 10 to 30 different ones")
-    if missing := captions[""]:
+    if missing := sum(not entry.caption for entry in concept):
         advice.append(f"{missing} of {len(concept)} images have no caption: the template of the caption step is used")
-    text, count = max(captions.items(), key=lambda item: (item[0] != "", item[1]))
-    if text and count > 1 and 2 * count > len(concept):
-        advice.append(f"{count} images have the caption {text!r}: what varies should be in the captions")
     if groups:
         repeated = sum(map(len, groups)) - len(groups)
         advice.append(f"{repeated} images show nearly the same as another: they count more than the others")

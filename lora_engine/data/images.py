@@ -27,6 +27,7 @@ from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 30
 
@@ -44,7 +45,11 @@ BROKEN = (
     zlib.error,
 )
 """The exceptions of Pillow's decoders and metadata readers on broken files."""
+Color = tuple[int, int, int]
+_WHITE: Color = (255, 255, 255)
 _PILLOW = r"PIL\."
+# Rows of 16-bit values that are scaled at a time, as 64-bit ones.
+_ROWS = 256
 _FILTER = ("ignore", None, UserWarning, re.compile(_PILLOW), 0)
 
 
@@ -67,12 +72,23 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = Non
 
 def open_with_digest(path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None) -> tuple[str, Image.Image]:
     """Returns the SHA-256 of the file's bytes and the image (see `open_image`), opening the file once."""
+    return open_with_alpha(path, max_pixels, root)[:2]
+
+
+def open_with_alpha(
+    path: Path, max_pixels: int = MAX_PIXELS, root: Path | None = None, background: Color = _WHITE
+) -> tuple[str, Image.Image, Image.Image | None]:
+    """Returns what `open_with_digest` does, over another background, and how opaque the image is.
+
+    Returns:
+        The digest, the RGB image, and its opacity (gray, 255 is opaque); None for an image that is opaque everywhere.
+    """
     with open_inside(path, root or path.parent) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise DataError(f"is larger than {MAX_BYTES:,} bytes", where=path.name)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        return digest, _decode(file, path.name, max_pixels)
+        return digest, *_decode(file, path.name, max_pixels, background)
 
 
 def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
@@ -83,7 +99,26 @@ def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
     """
     if _FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW)
-    return Image.open(file, formats=IMAGE_FORMATS)
+    start = file.read(12)
+    file.seek(0)
+    is_heic = start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
+    return Image.open(file, formats=(*IMAGE_FORMATS, *(_register_heic() if is_heic else ())))
+
+
+def _register_heic() -> tuple[str, ...]:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener(thumbnails=False)
+    return ("HEIF",)
+
+
+def _explain_unreadable(file: BinaryIO, name: str) -> DataError:
+    file.seek(4)
+    if (kind := file.read(8))[:4] == b"ftyp" and kind[4:] in _HEIC_BRANDS and not _register_heic():
+        return DataError("is HEIC, which needs pillow-heif: pip install 'loraline[heic]'", where=name)
+    return DataError("is not a readable image", where=name, allowed=", ".join(IMAGE_FORMATS))
 
 
 def write_image(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> None:
@@ -93,12 +128,17 @@ def write_image(path: Path, image: Image.Image, texts: Mapping[str, str] | None 
 
 def write_mask(path: Path, mask: Image.Image) -> None:
     """Writes a mask as 8-bit gray PNG without metadata: same values, same bytes."""
-    atomic_write(path, _encode(mask, "L"))
+    atomic_write(path, encode_mask(mask))
 
 
 def encode_png(image: Image.Image) -> bytes:
     """Returns the image as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata."""
     return _encode(image, "RGB")
+
+
+def encode_mask(mask: Image.Image) -> bytes:
+    """Returns the mask as PNG bytes: 8-bit gray, as `encode_png`."""
+    return _encode(mask, "L")
 
 
 def _encode(image: Image.Image, mode: str, texts: Mapping[str, str] | None = None) -> bytes:
@@ -113,17 +153,17 @@ def _encode(image: Image.Image, mode: str, texts: Mapping[str, str] | None = Non
     return buffer.getvalue()
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int, background: Color) -> tuple[Image.Image, Image.Image | None]:
     try:
         with open_pillow(file) as image:
             _check(image, name, max_pixels)
             image.load()
             upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright, name)
+            return _to_rgb(upright, name, background)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"has more than {max_pixels:,} pixels", where=name, remedy="make it smaller") from None
     except UnidentifiedImageError:
-        raise DataError("is not a readable image", where=name, allowed=", ".join(IMAGE_FORMATS)) from None
+        raise _explain_unreadable(file, name) from None
     except BROKEN as error:
         raise DataError(f"is broken ({str(error) or type(error).__name__})", where=name) from None
 
@@ -137,26 +177,35 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
             allowed=f"at most {max_pixels:,}",
             remedy="make it smaller",
         )
-    # A JPEG from a phone may contain a second frame (MPO), which is no animation.
-    if image.format not in {"JPEG", "MPO"} and (frames := getattr(image, "n_frames", 1)) > 1:
+    # A JPEG or HEIC from a phone may contain further images, which are no animation.
+    if image.format not in {"JPEG", "MPO", "HEIF"} and (frames := getattr(image, "n_frames", 1)) > 1:
         problem = f"has {frames} pages" if image.format == "TIFF" else "is animated"
         raise DataError(problem, where=name, allowed="still images", remedy="save one of them as a still image")
     if image.mode == "F":
         raise DataError("has floating-point values", where=name, allowed="8 or 16 bits", remedy="save it with 16 bits")
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, background: Color) -> tuple[Image.Image, Image.Image | None]:
+    """Returns the image in sRGB over the background, and its opacity unless that is full."""
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        gray = Image.fromarray(np.clip(np.rint(values * (255.0 / 65535.0)), 0, 255).astype(np.uint8))
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            gray.paste(255, mask=Image.fromarray(((values == transparent) * 255).astype(np.uint8)))
-        return gray.convert("RGB")
+        values = np.asarray(image)
+        gray = Image.new("L", image.size)
+        for top in range(0, image.height, _ROWS):
+            rows = np.rint(values[top : top + _ROWS].astype(np.float64) * (255.0 / 65535.0))
+            gray.paste(Image.fromarray(np.clip(rows, 0, 255).astype(np.uint8)), (0, top))
+        rgb, transparent = gray.convert("RGB"), image.info.get("transparency")
+        if not isinstance(transparent, int):
+            return rgb, None
+        opacity = Image.fromarray(((values != transparent) * 255).astype(np.uint8))
+        return Image.composite(rgb, Image.new("RGB", image.size, background), opacity), _unless_full(opacity)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        opaque = Image.alpha_composite(white, rgba).convert("RGB")
+        canvas = Image.new("RGBA", rgba.size, (*background, 255))
+        opaque = Image.alpha_composite(canvas, rgba).convert("RGB")
         opaque.info["icc_profile"] = image.info.get("icc_profile")
-        return to_srgb(opaque, name)
-    return to_srgb(image if image.mode in {"RGB", "CMYK"} else image.convert("RGB"), name)
+        return to_srgb(opaque, name), _unless_full(rgba.getchannel("A"))
+    return to_srgb(image if image.mode in {"RGB", "CMYK"} else image.convert("RGB"), name), None
+
+
+def _unless_full(opacity: Image.Image) -> Image.Image | None:
+    return opacity if opacity.getextrema()[0] != 255 else None

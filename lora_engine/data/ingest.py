@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-from PIL import Image
+from pathlib import Path, PurePosixPath
 
 from lora_engine.data.caption_files import FoundCaption, stated_origin
 from lora_engine.data.consent import Statement, read_consent
-from lora_engine.data.duplicates import Print, find_groups, find_same, take_print
-from lora_engine.data.evidence import read_evidence
-from lora_engine.data.folder import Listing, Owner, list_folder, require_folder
-from lora_engine.data.images import IMAGE_FORMATS, open_image, open_with_digest, write_image, write_mask
+from lora_engine.data.decoders import DecodedImage, shared_decoders
+from lora_engine.data.duplicates import Print, find_groups, find_same
+from lora_engine.data.folder import Owner, Tree, owner_of, require_images
+from lora_engine.data.images import IMAGE_FORMATS
 from lora_engine.data.layout import FolderLayout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
+from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.text_files import printable
+from lora_engine.data.unpacking import unpack
 from lora_engine.errors import DataError
+from lora_engine.files import atomic_write
 from lora_engine.parallel import Workers
 from lora_engine.progress import Progress, no_progress
 
@@ -35,6 +35,7 @@ def ingest(
     settings: IngestSettings,
     *,
     consent: Path | None = None,
+    masks: Path | None = None,
     revoked: Collection[str] = (),
     progress: Progress = no_progress,
 ) -> Manifest:
@@ -49,6 +50,7 @@ def ingest(
         out: The folder for the dataset.
         settings: See `IngestSettings`.
         consent: A table for `read_consent`; file names are relative to the folder.
+        masks: A folder of masks with the names of their images; None means that masks are beside the images only.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
         progress: Called after each file.
 
@@ -59,53 +61,39 @@ def ingest(
         DataError: The folder is missing or has no usable image, the consent file is invalid, or a pattern of `repeats`
             matches no image.
     """
-    require_folder(images)
+    require_images(images)
     statements = read_consent(consent) if consent is not None else {}
-    entries: list[ImageEntry] = []
-    quarantined: list[Quarantined] = []
-    listing = list_folder(images)
-    layout = FolderLayout(images, listing, settings)
-    # Codecs run in threads. Everything that depends on earlier files happens here, in the order of the files.
-    with Workers() as workers:
-        ingestion = _Ingestion(images, out, settings, listing, layout, frozenset(revoked), workers)
-        opened = workers.map(partial(_try_to_open, images, settings.max_pixels), layout.names.values())
-        for done, ((name, path), result) in enumerate(zip(layout.names.items(), opened, strict=True), start=1):
-            try:
-                entries.append(ingestion.add(path, name, statements.get(name, Statement()), result))
-            except DataError as error:
-                quarantined.append(_quarantine(printable(name), error))
-            progress(done, len(layout.names), {})
-    entries, refused = ingestion.settle(entries)
-    quarantined += refused
-    quarantined += _unmatched_masks(images, listing.masks, ingestion.used_masks)
+    with unpack(images, out) as unpacked:
+        if masks is not None:
+            unpacked.tree.mount_masks(masks)
+        layout = FolderLayout(images, unpacked, settings)
+        ingestion = _Ingestion(unpacked.tree, out, settings, layout, frozenset(revoked))
+        entries, quarantined = ingestion.run(statements, progress)
+    ingestion.report_transparency()
+    quarantined += [_quarantine(printable(name), DataError(why)) for name, why in unpacked.refused.items()]
+    quarantined += _unmatched_masks(layout.masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
     quarantined += layout.report()
     if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
+    skipped = tuple(Quarantined(source=printable(name), reason=why) for name, why in layout.skipped.items())
     manifest = Manifest(
         pictures=_split(entries, settings.heldout, ingestion.prints),
         quarantined=tuple(quarantined),
+        skipped=skipped or None,
         layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
     )
     manifest.save(out)
     return manifest
 
 
-@dataclass(frozen=True)
-class _Opened:
-    sha256: str
-    pixels: Image.Image
-    print: Print
-
-
-def _try_to_open(images: Path, max_pixels: int, path: Path) -> _Opened | DataError:
-    """Returns the digest, the pixels and the print of a file, or why it cannot be used."""
+def _try_to_open(tree: Tree, settings: IngestSettings, name: str) -> DecodedImage | DataError:
+    """Returns an image, or why it cannot be used."""
     try:
-        sha256, pixels = open_with_digest(path, max_pixels, images)
+        return shared_decoders().image(*tree.locate(name), settings.max_pixels, settings.background_color)
     except DataError as error:
         return error
-    return _Opened(sha256, pixels, take_print(pixels))
 
 
 def _quarantine(source: str, error: DataError) -> Quarantined:
@@ -119,28 +107,41 @@ class _Ingestion:
     """Ingests images in order and finds duplicates."""
 
     def __init__(
-        self,
-        images: Path,
-        out: Path,
-        settings: IngestSettings,
-        listing: Listing,
-        layout: FolderLayout,
-        revoked: frozenset[str],
-        workers: Workers,
+        self, tree: Tree, out: Path, settings: IngestSettings, layout: FolderLayout, revoked: frozenset[str]
     ) -> None:
-        self._images, self._out, self._settings, self._masks = images, out, settings, listing.masks
-        self._layout, self._revoked, self._workers = layout, revoked, workers
+        self._tree, self._out, self._settings = tree, out, settings
+        self._layout, self._revoked = layout, revoked
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
         self.prints: dict[str, Print] = {}
         self._captions: dict[str, FoundCaption] = {}
-        self.used_masks: set[Path] = set()
+        self.used_masks: set[str] = set()
+        self.transparent: list[str] = []
 
-    def add(self, path: Path, name: str, statement: Statement, opened: _Opened | DataError) -> ImageEntry:
+    def run(
+        self, statements: Mapping[str, Statement], progress: Progress
+    ) -> tuple[list[ImageEntry], list[Quarantined]]:
+        """Returns the usable images, and the others with reasons."""
+        entries: list[ImageEntry] = []
+        quarantined: list[Quarantined] = []
+        names = [name for name in self._layout.names if name not in self._layout.skipped]
+        # Codecs run in children. Everything that depends on earlier files happens here, in the order of the files.
+        with Workers() as workers, Workers() as self._writers:
+            opened = workers.map(partial(_try_to_open, self._tree, self._settings), names)
+            for done, (name, result) in enumerate(zip(names, opened, strict=True), start=1):
+                try:
+                    entries.append(self._add(name, statements.get(name, Statement()), result))
+                except DataError as error:
+                    quarantined.append(_quarantine(printable(name), error))
+                progress(done, len(names), {})
+        entries, refused = self._settle(entries)
+        return entries, quarantined + refused
+
+    def _add(self, name: str, statement: Statement, opened: DecodedImage | DataError) -> ImageEntry:
         if isinstance(opened, DataError):
             raise opened
-        sha256, pixels = opened.sha256, opened.pixels
+        sha256 = opened.sha256
         if statement != Statement():
             self._statements[sha256].setdefault(statement, printable(name))
         self._refuse_revoked(statement)
@@ -154,15 +155,18 @@ class _Ingestion:
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
         self.prints[file] = opened.print
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
-        mask = self._open_mask(path, pixels.size)
-        self._workers.run(write_image, self._out / file, pixels)
+        mask = self._open_mask(name, opened.size)
+        is_opacity = mask is None and opened.opacity is not None and self._settings.alpha == "mask"
+        mask = opened.opacity if is_opacity else mask
+        self.transparent += [printable(name)] if opened.opacity is not None else []
+        self._writers.run(atomic_write, self._out / file, opened.png)
         if mask is not None:
-            self._workers.run(write_mask, self._out / "masks" / Path(file).name, mask)
+            self._writers.run(atomic_write, self._out / "masks" / Path(file).name, mask)
         entry = ImageEntry(
             sha256=sha256,
             file=file,
-            width=pixels.width,
-            height=pixels.height,
+            width=opened.size[0],
+            height=opened.size[1],
             caption=caption.text if caption is not None else "",
             caption_origin=stated_origin(caption) if caption is not None else None,
             source=printable(name),
@@ -170,10 +174,21 @@ class _Ingestion:
             consent=statement.consent,
             repeats=repeats,
             mask=f"masks/{Path(file).name}" if mask is not None else None,
-            rights=_with_evidence(statement.rights, read_evidence(path, self._images)),
+            rights=_with_evidence(statement.rights, opened.evidence),
+            preparation=Preparation(mask="transparency") if is_opacity else None,
         )
         self._sources[file], self.names[file] = entry, name
         return entry
+
+    def report_transparency(self) -> None:
+        """Logs how many images are transparent in places."""
+        if self.transparent:
+            _log.warning(
+                "%d images are transparent in places, first %s: they show the background %s",
+                len(self.transparent),
+                self.transparent[0],
+                self._settings.background,
+            )
 
     def _offer_caption(self, earlier: ImageEntry, caption: FoundCaption, name: str) -> None:
         used = earlier.caption or self._captions.setdefault(earlier.file, caption).text
@@ -181,7 +196,7 @@ class _Ingestion:
             source, other = earlier.source, printable(name)
             _log.warning("%s and %s are the same image with different captions; %r is used", source, other, used)
 
-    def settle(self, entries: Sequence[ImageEntry]) -> tuple[list[ImageEntry], list[Quarantined]]:
+    def _settle(self, entries: Sequence[ImageEntry]) -> tuple[list[ImageEntry], list[Quarantined]]:
         """Judges the statements about all copies of each image: removes those that differ, uses the only one."""
         settled, refused = [], []
         for entry in entries:
@@ -210,20 +225,21 @@ class _Ingestion:
         if statement.consent in self._revoked:
             raise DataError(f"its consent {statement.consent!r} was revoked")
 
-    def _open_mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
-        files = self._masks.get((path.parent, path.stem), ())
+    def _open_mask(self, name: str, size: tuple[int, int]) -> bytes | None:
+        files = self._layout.masks.get(owner_of(name), ())
         if not files:
             return None
-        names = [file.relative_to(path.parent).as_posix() for file in files]
+        folder = PurePosixPath(name).parent.as_posix()
+        names = [file.removeprefix(f"{folder}/") for file in files]
         if len(files) > 1:
             raise DataError(f"has {len(files)} masks: {', '.join(names)}", allowed="one", remedy="remove the others")
         try:
-            mask = open_image(files[0], self._settings.max_pixels, self._images).convert("L")
+            own, mask = shared_decoders().mask(*self._tree.locate(files[0]), self._settings.max_pixels)
         except DataError as error:
             raise DataError(f"its mask {names[0]} {error.problem}", allowed=error.allowed) from None
-        if mask.size != size:
+        if own != size:
             raise DataError(
-                f"its mask {names[0]} has {mask.width} x {mask.height} pixels",
+                f"its mask {names[0]} has {own[0]} x {own[1]} pixels",
                 allowed=f"the size of the image, {size[0]} x {size[1]}",
             )
         self.used_masks.add(files[0])
@@ -234,12 +250,10 @@ def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) 
     return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
 
 
-def _unmatched_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]) -> list[Quarantined]:
-    unused = (path for paths in masks.values() for path in paths if path not in used)
+def _unmatched_masks(masks: Mapping[Owner, Sequence[str]], used: set[str]) -> list[Quarantined]:
+    unused = sorted(Path(name) for names in masks.values() for name in names if name not in used)
     reason = "is a mask by its name, and no used image has that name"
-    return [
-        Quarantined(source=printable(path.relative_to(images).as_posix()), reason=reason) for path in sorted(unused)
-    ]
+    return [Quarantined(source=printable(name.as_posix()), reason=reason) for name in unused]
 
 
 def _split(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str, Print]) -> tuple[ImageEntry, ...]:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from lora_engine.data.archives import is_archive, is_table
 from lora_engine.data.caption_files import TEXT, CaptionFiles, FoundCaption
-from lora_engine.data.folder import COMPANIONS, MASK_ENDINGS, Listing
-from lora_engine.data.manifest import Quarantined, Split
+from lora_engine.data.folder import COMPANIONS, HEIC_ENDINGS, MASK_ENDINGS, Listing, Tree, list_tree, owner_of
+from lora_engine.data.groups import Grouping
+from lora_engine.data.manifest import MAX_CAPTION, Quarantined, Split
 from lora_engine.data.metadata import is_metadata
 from lora_engine.data.spec import IngestSettings
 from lora_engine.data.subsets import Subset, find_subsets, repeats_of_folders
-from lora_engine.data.text_files import printable
+from lora_engine.data.text_files import clean_text, printable
+from lora_engine.data.trainer_files import DATASET_FILES, find_dataset_file, read_dataset_file
+from lora_engine.data.unpacking import Unpacked
 from lora_engine.errors import DataError
 
 _log = logging.getLogger(__name__)
+
+
+_SPLITS: Mapping[str, Split] = {
+    "train": "train",
+    **dict.fromkeys(("test", "validation", "valid", "val", "dev", "eval"), "heldout"),
+}
+"""Names of splits of Hugging Face's datasets -> use."""
+_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.].*)?\.(?:parquet|arrow|tar|zip)", re.IGNORECASE)
 
 
 def is_plain(names: Collection[str]) -> bool:
@@ -28,14 +41,34 @@ def is_plain(names: Collection[str]) -> bool:
     paths = [PurePosixPath(name) for name in names]
     kinds = {path.suffix for path in paths}
     images = {str(path) for path in paths if path.suffix.lower() not in COMPANIONS}
-    return not (
+    return is_without_archives(names) and not (
         kinds & {".caption", ".json"}
         or {kind.lower() for kind in kinds} & {".avif", ".bmp", ".tif", ".tiff", ".gif"}
         or any(kind != TEXT and kind.lower() == TEXT for kind in kinds)
         or any(path.suffix == TEXT and PurePosixPath(path.stem).suffix for path in paths)
         or any(is_metadata(path.name) for path in paths)
-        or any(path.stem.lower().endswith(MASK_ENDINGS[1:]) for path in paths)
+        or any(path.stem.lower().endswith(MASK_ENDINGS[1:]) or path.parent.name == "mask" for path in paths)
         or find_subsets(images)
+    )
+
+
+def is_without_archives(names: Collection[str]) -> bool:
+    """Returns True if release 0.4 read a folder with files of these names as this release does.
+
+    It knew no archives, tables, HEIC, dataset files of other trainers, splits and folders `mask`, and took `a.png.txt`
+    before `a.caption`.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    captions = {(path.parent, path.stem) for path in paths if path.suffix.lower() == ".caption"}
+    doubled = ((path.parent, PurePosixPath(path.stem).stem) for path in paths if path.suffix.lower() == TEXT)
+    return not (
+        any(is_archive(name) or is_table(name) or name.lower().endswith((".cls", *HEIC_ENDINGS)) for name in names)
+        or any("__MACOSX" in path.parts for path in paths)
+        or find_dataset_file("auto", names)
+        or _find_splits(images := [str(path) for path in paths if path.suffix.lower() not in COMPANIONS])
+        or captions & {*doubled}
+        or any(path.parent.name == "mask" for path in paths)
+        or (not images and names == {"."})
     )
 
 
@@ -43,34 +76,78 @@ class FolderLayout:
     """What a folder says about its images.
 
     Args:
-        root: The folder.
-        listing: Its files.
+        root: The user's folder or archive, for errors.
+        unpacked: Its files.
         settings: `layout` and `repeats` of ingest.
 
     Attributes:
-        names: The possible images, relative to the folder.
+        names: The possible images.
+        masks: Image as (folder, name without suffix) -> its masks.
+        skipped: Image -> why it is not used.
 
     Raises:
-        DataError: A metadata file is invalid, a pattern of `repeats` matches no image, or `layout` is `kohya` and an
-            image is in no folder `N_words`.
+        DataError: A metadata or dataset file is invalid, a pattern of `repeats` matches no image, or the folder does
+            not have the stated layout.
     """
 
-    def __init__(self, root: Path, listing: Listing, settings: IngestSettings) -> None:
-        self.names = {path.relative_to(root).as_posix(): path for path in listing.images}
-        self._repeats = settings.repeats
-        self._subsets = find_subsets(self.names) if settings.layout != "plain" else {}
+    def __init__(self, root: Path, unpacked: Unpacked, settings: IngestSettings) -> None:
+        listing = list_tree(unpacked.tree)
+        self._repeats, self._unpacked = settings.repeats, unpacked
+        self._grouping = _find_grouping(unpacked.tree, listing, settings.layout)
+        if self._grouping is not None:
+            listing = _with_masks(listing, self._grouping)
+        self.names, self.masks = listing.images, listing.masks
+        self._groups = self._grouping.assign(self.names) if self._grouping is not None else {}
+        self._counts = Counter(group.folder for group in self._groups.values())
+        is_kohya = settings.layout in {"auto", "kohya"} and self._grouping is None
+        self._subsets = find_subsets(self.names) if is_kohya else {}
         if settings.layout == "kohya" and self.names and not self._subsets:
             raise DataError(
                 "layout is kohya, but not every image is in a folder such as '10_sks dog'",
                 where=str(root),
                 remedy="move the images, or leave layout out",
             )
+        is_split = settings.layout == "huggingface" or (settings.layout == "auto" and not self._subsets)
+        self._splits = _find_splits(self.names) if is_split and self._grouping is None else {}
+        if settings.layout == "huggingface" and self.names and not self._splits:
+            raise DataError(
+                "layout is huggingface, but not every image is in a folder or table such as 'train'",
+                where=str(root),
+                allowed=", ".join(_SPLITS),
+                remedy="move the images, or leave layout out",
+            )
         _refuse_unmatched_patterns(root, settings, self.names)
-        self._captions = CaptionFiles(root, self.names, listing.companions, self._subsets)
+        self._captions = CaptionFiles(
+            unpacked.tree, self.names, listing.companions, self._subsets, unpacked.rows, self._has_alternatives
+        )
+        self.skipped = self._find_skipped()
+
+    def _has_alternatives(self, name: str) -> bool:
+        return name in self._groups and self._groups[name].first_line
+
+    def _find_skipped(self) -> dict[str, str]:
+        if self._grouping is None:
+            return {}
+        outside = f"is in no folder of {printable(PurePosixPath(self._grouping.file).name)}"
+        groups = ((name, self._groups.get(name)) for name in self.names)
+        reasons = {name: group.skipped if group is not None else outside for name, group in groups}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def caption(self, name: str) -> FoundCaption | None:
         """Returns the caption of an image; None if there is none."""
-        return self._captions.find(name)
+        group = self._groups.get(name)
+        if group is not None and group.captions == "stated":
+            return FoundCaption(group.text, "dataset file") if group.text else None
+        if group is not None and group.captions == "file name":
+            return FoundCaption(clean_text(PurePosixPath(name).stem.replace("_", " ")), "file name")
+        caption = self._captions.find(name)
+        if group is None:
+            return caption
+        if caption is None and group.text:
+            caption = FoundCaption(group.text, "dataset file")
+        if caption is None or group.trigger is None:
+            return caption
+        return FoundCaption(caption.text.replace("[trigger]", group.trigger)[:MAX_CAPTION], caption.origin)
 
     def repeats(self, name: str) -> int:
         """Returns the number of times that an image occurs per epoch; see `IngestSettings`.
@@ -81,26 +158,53 @@ class FolderLayout:
         if self._repeats == "folders":
             return repeats_of_folders(name)
         matches = [count for pattern, count in self._repeats.items() if fnmatch.fnmatchcase(name, pattern)]
-        subset = self._subset(name)
-        return matches[-1] if matches else subset.repeats if subset is not None and not self._repeats else 1
+        if matches:
+            return matches[-1]
+        group, subset = self._groups.get(name), self._subset(name)
+        if group is not None:
+            return group.repeats_of(self._counts[group.folder])
+        return subset.repeats if subset is not None and not self._repeats else 1
 
     def split(self, name: str) -> Split:
-        """Returns `class` for a class image, else `train`."""
+        """Returns the use that the folder states for an image; `train` if it states none."""
+        if (group := self._groups.get(name)) is not None:
+            return group.split
         subset = self._subset(name)
-        return "class" if subset is not None and subset.is_class else "train"
+        return "class" if subset is not None and subset.is_class else self._splits.get(name, "train")
 
     def describe(self, used: Collection[str]) -> str | None:
-        """Returns a line about kohya's folders; None if the folder has none.
+        """Returns a line about the layout; None for a plain folder.
 
         Args:
-            used: The images that are used, relative to the folder.
+            used: The images that are used.
         """
-        if not self._subsets:
-            return None
-        counts = Counter(PurePosixPath(name).parent.as_posix() for name in used)
-        return "kohya folders: " + ", ".join(
-            subset.describe(counts[folder]) for folder, subset in self._subsets.items()
-        )
+        folders = Counter(PurePosixPath(name).parent.as_posix() for name in used)
+        lines = [
+            "kohya folders: " + ", ".join(subset.describe(folders[name]) for name, subset in self._subsets.items())
+            if self._subsets
+            else "",
+            self._describe_groups(used),
+            f"Hugging Face splits: {_counted(_split_name(name) for name in used)}" if self._splits else "",
+            self._describe_archives(used),
+        ]
+        return "; ".join(filter(None, lines)) or None
+
+    def _describe_groups(self, used: Collection[str]) -> str:
+        if self._grouping is None:
+            return ""
+        counts = Counter(self._groups[name].folder for name in used)
+        groups = [group for group in self._grouping.groups if group.skipped is None]
+        parts = [", ".join(group.describe(counts[group.folder]) for group in groups)]
+        if self._captions.alternatives:
+            parts.append(f"{self._captions.alternatives} captions have alternatives, and their first line is used")
+        return f"{self._grouping.title}: {'; '.join((*parts, *self._grouping.notes))}"
+
+    def _describe_archives(self, used: Collection[str]) -> str:
+        counts = Counter(self._unpacked.tree.archive_of(name) or self._unpacked.archive for name in used)
+        kinds = Counter(PurePosixPath(archive).suffix.lstrip(".").lower() for archive in counts if archive)
+        images = sum(count for archive, count in counts.items() if archive)
+        shards = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+        return f"archives: {shards} ({images} image{'' if images == 1 else 's'})" if kinds else ""
 
     def report(self) -> list[Quarantined]:
         """Logs what is odd about the captions, after `caption` was called for all images.
@@ -118,6 +222,9 @@ class FolderLayout:
                 used,
                 other,
             )
+        _warn("%d images are stated twice with different captions, and the first is used, first %s", captions.doubled)
+        for note in self._grouping.notes if self._grouping is not None else ():
+            _log.warning("%s", note)
         _warn("%d captions belong to no image, first %s", [printable(name) for name in captions.unowned])
         _warn("%d entries of metadata files name no image, first %s", captions.unknown)
         faults = [Quarantined(source=printable(file), reason=printable(why)) for file, why in captions.faults.items()]
@@ -129,12 +236,56 @@ class FolderLayout:
         return self._subsets.get(PurePosixPath(name).parent.as_posix())
 
 
+def _find_grouping(tree: Tree, listing: Listing, layout: str) -> Grouping | None:
+    if layout not in {"auto", *DATASET_FILES}:
+        return None
+    found = find_dataset_file(layout, listing.companions)
+    names = [*listing.images, *listing.companions, *(name for masks in listing.masks.values() for name in masks)]
+    return read_dataset_file(*found, tree, names) if found is not None else None
+
+
+def _with_masks(listing: Listing, grouping: Grouping) -> Listing:
+    """Returns the listing with the images of folders of masks as masks of the images with the same names."""
+    folders = grouping.mask_folders()
+    masks = {owner: [*names] for owner, names in listing.masks.items()}
+    images = []
+    for name in listing.images:
+        parent = next((p.as_posix() for p in PurePosixPath(name).parents if p.as_posix() in folders), None)
+        if parent is None:
+            images.append(name)
+        else:
+            twin = PurePosixPath(folders[parent].folder) / PurePosixPath(name).relative_to(parent)
+            masks.setdefault(owner_of(twin.as_posix()), []).append(name)
+    return Listing(tuple(images), masks, listing.companions)
+
+
+def _find_splits(names: Collection[str]) -> dict[str, Split]:
+    """Returns image -> use, or nothing if an image is in no split, or none is trained on."""
+    splits = {name: _SPLITS.get(_split_name(name)) for name in names}
+    found = {name: split for name, split in splits.items() if split is not None}
+    return found if len(found) == len(splits) and {*found.values()} == {"train", "heldout"} else {}
+
+
+def _split_name(name: str) -> str:
+    """Returns the split of an image: the first of its folders, or of the tables above it, that is named like one."""
+    for part in PurePosixPath(name).parts[:-1]:
+        if part.lower() in _SPLITS:
+            return part.lower()
+        if (match := _SHARD.fullmatch(part)) is not None:
+            return match[1].lower()
+    return ""
+
+
+def _counted(words: Iterable[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in sorted(Counter(words).items()))
+
+
 def _warn(message: str, items: list[str]) -> None:
     if items:
         _log.warning(message, len(items), items[0])
 
 
-def _refuse_unmatched_patterns(root: Path, settings: IngestSettings, names: Mapping[str, Path]) -> None:
+def _refuse_unmatched_patterns(root: Path, settings: IngestSettings, names: Collection[str]) -> None:
     patterns = settings.repeats if isinstance(settings.repeats, dict) else {}
     unmatched = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
     if unmatched:

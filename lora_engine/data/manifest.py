@@ -21,6 +21,7 @@ from pydantic import (
 
 from lora_engine.data.framing import Framing
 from lora_engine.data.part import DatasetPart
+from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import Rights
 from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
@@ -55,6 +56,7 @@ class ImageEntry(BaseModel):
         rights: Stated rights and evidence of generation; None if there is neither.
         part: Number of its dataset in `parts`; None if the dataset was not combined of others.
         framing: The part of the original image that it shows; None if preprocess did not record it.
+        preparation: How the image was made, as far as that is not the same for all images with these settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,10 +76,11 @@ class ImageEntry(BaseModel):
     rights: Rights | None = None
     framing: Framing | None = None
     part: int | None = Field(default=None, ge=0, le=10_000)
+    preparation: Preparation | None = None
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "rights", "caption_origin", "framing", "part")
+        return _without(serialize(self), "rights", "caption_origin", "framing", "part", "preparation")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class Quarantined(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A dataset: its images and quarantined files are all possible image files of the folder.
+    """A dataset: its used, quarantined and skipped images are all possible image files of the folder.
 
     Masks and captions of used images belong to these and count as neither.
 
@@ -103,9 +106,10 @@ class Manifest(BaseModel):
         pictures: The images, sorted by source name.
         quarantined: Unused files with reasons; every later step keeps them. A file of captions among them does not
             keep its images from being used.
+        skipped: Images that a dataset file of another trainer leaves out, with the reasons.
         trigger: The word for the concept in the captions; None means none.
         class_word: The class of the concept ("star", "dog"); None means none.
-        layout: What kohya's folder names say; None if the folder has none.
+        layout: What archives, a dataset file or folder names say; None for a plain folder.
         parts: Settings of the datasets that it was combined of; None if it was not.
         format: Version of the file's layout.
     """
@@ -114,6 +118,7 @@ class Manifest(BaseModel):
 
     pictures: tuple[ImageEntry, ...]
     quarantined: tuple[Quarantined, ...] = ()
+    skipped: tuple[Quarantined, ...] | None = None
     trigger: str | None = None
     class_word: str | None = None
     layout: str | None = None
@@ -122,7 +127,7 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "layout", "parts")
+        return _without(serialize(self), "layout", "parts", "skipped")
 
     @model_validator(mode="after")
     def _files_are_distinct(self) -> Manifest:
@@ -157,10 +162,27 @@ class Manifest(BaseModel):
             "held out": len(self.of_split("heldout")),
             "class images": len(self.of_split("class")),
             "masks": sum(image.mask is not None for image in self.pictures),
+            "of them from transparency": sum(
+                image.preparation is not None and image.preparation.mask == "transparency" for image in self.pictures
+            ),
             "quarantined": len(self.quarantined),
+            "skipped": len(self.skipped or ()),
         }
         parts += [f"{count} {noun}" for noun, count in counts.items() if count]
         return "; ".join([*parts, *([self.layout] if self.layout else [])])
+
+    def describe_preparation(self) -> str:
+        """Returns what preprocess did to the images, in one line; empty if their records say nothing."""
+        records = [image.preparation for image in self.pictures if image.preparation is not None]
+        faces = Counter(record.faces for record in records if record.faces is not None)
+        masks = Counter(record.mask for record in records if record.mask is not None)
+        scales = [record.scale for record in records if record.scale is not None]
+        upscalers = sorted({record.upscaler for record in records if record.upscaler is not None})
+        parts = [f"{number} with {count} face{'s' * (count != 1)}" for count, number in sorted(faces.items())]
+        parts += [f"{number} masks of {label}" for label, number in sorted(masks.items())]
+        if scales:
+            parts.append(f"{len(scales)} enlarged up to {max(scales):.2f} times by {', '.join(upscalers)}")
+        return "; ".join([f"{len(self.pictures)} images", *parts]) if parts else ""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

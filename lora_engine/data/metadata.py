@@ -24,8 +24,9 @@ Row = tuple[str, str]
 
 
 def is_metadata(name: str) -> bool:
-    """Returns True if the file of this name is one that `read_metadata` reads."""
-    return _reader(name) is not None
+    """Returns True if the file of this name has captions of many images; `unpacking` reads `metadata.parquet`."""
+    name = PurePosixPath(name).name
+    return _reader(name) is not None or name.lower() == "metadata.parquet"
 
 
 def read_metadata(path: Path, root: Path) -> list[Row]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_engine.data.captioners import CAPTIONERS, captioner_setting
+from lora_engine.data.edits import Edit
 from lora_engine.data.manifest import MAX_REPEATS
+from lora_engine.data.preparation_spec import CropSetting, FileMask, MaskSetting, UpscaleSetting
 from lora_engine.settings import AddedLater
 
 if TYPE_CHECKING:
@@ -30,9 +32,14 @@ class IngestSettings(BaseModel):
         repeats: Repeats of an image per epoch: numbers by name or pattern (`close-up.png`, `faces/*`), where the last
             match wins; or `folders`, as in kohya's scripts: images below a folder `10_name` have 10 repeats, and the
             innermost such folder wins. The default is 1, or the number of kohya's folders if `layout` finds them.
-        layout: `auto` recognizes kohya's folders if all images are in folders `N_words`: their numbers are repeats,
-            their words captions of images without another, and folders below `reg`, or with the last words of another
-            folder, hold class images. `kohya` requires them, `plain` gives folder names no meaning.
+        layout: `auto` recognizes the dataset files of OneTrainer (`concepts.json`), ai-toolkit (`ai-toolkit.yaml`) and
+            SimpleTuner (`multidatabackend.json`); the splits of Hugging Face's datasets, of which all but `train` are
+            held out; and kohya's folders if all images are in folders `N_words`: their numbers are repeats, their
+            words captions of images without another, and folders below `reg`, or with the last words of another
+            folder, hold class images. The name of one requires it; `plain` gives names no meaning.
+        alpha: `composite` shows the background where an image is transparent; `mask` also makes its opacity the mask of
+            an image without another.
+        background: Color behind transparent images, as `#rrggbb`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +49,17 @@ class IngestSettings(BaseModel):
     repeats: (
         Literal["folders"] | dict[Annotated[str, Field(max_length=1_000)], Annotated[int, Field(ge=1, le=MAX_REPEATS)]]
     ) = {}
-    layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
+    layout: Annotated[
+        Literal["auto", "plain", "kohya", "huggingface", "onetrainer", "ai-toolkit", "simpletuner"], AddedLater()
+    ] = "auto"
+    alpha: Annotated[Literal["composite", "mask"], AddedLater()] = "composite"
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AddedLater()] = "#ffffff"
+
+    @property
+    def background_color(self) -> tuple[int, int, int]:
+        """Returns red, green and blue of the background, 0 to 255."""
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
 
 
 class Buckets(BaseModel):
@@ -77,26 +94,37 @@ class PreprocessSettings(BaseModel):
 
     Attributes:
         resolution: Width and height in pixels, a multiple of 8; for buckets, the side of the square of largest area.
-        crop: Part of an image that is kept: its center square, the square with the most contrast, or `bucket`: nearly
-            all of it, in the bucket of the nearest shape.
+        crop: Part of an image that is kept: its center square, the square with the most contrast, a `random` square,
+            that around the `subject` of the mask or around the `face`, or `bucket`: nearly all of it, in the bucket of
+            the nearest shape.
         buckets: Settings for `crop: bucket`; None takes the defaults of `Buckets`.
         original_sizes: True records the original's size and the offset of the crop for each image, which the network of
             SDXL reads. The default is True in a pipeline with such a base, and False in others.
+        enlarge: Largest factor of enlargement to a square; a smaller image is quarantined. None takes the default of
+            `Buckets`, which have their own.
+        upscale: What enlarges images: `bicubic` or `lanczos` interpolation, or a model, `swin2sr`.
+        mask: What the loss of a training with `mask` weights: the masks of the dataset, or masks that are made here of
+            faces, of a text, or of all but the background.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resolution: int = Field(ge=16, le=4096, multiple_of=8)
-    crop: Literal["center", "salient", "bucket"] = "center"
+    crop: CropSetting = "center"
     buckets: Buckets | None = None
     original_sizes: Annotated[bool, AddedLater()] = False
+    enlarge: Annotated[float | None, Field(ge=1.0, le=64.0, allow_inf_nan=False), AddedLater()] = None
+    upscale: Annotated[UpscaleSetting, AddedLater()] = "bicubic"
+    mask: Annotated[MaskSetting, AddedLater()] = FileMask()
 
     @model_validator(mode="after")
     def _buckets_can_be_used(self) -> PreprocessSettings:
         if self.crop != "bucket":
             if self.buckets is not None:
-                raise ValueError(f"buckets belongs to crop 'bucket', not to {self.crop!r}; leave it out")
+                raise ValueError(f"buckets belongs to crop 'bucket', not to {self.crop_name!r}; leave it out")
             return self
+        if self.enlarge is not None:
+            raise ValueError("enlarge belongs to squares; set buckets.enlarge for crop 'bucket'")
         chosen = self.buckets or Buckets()
         for name in ("min_side", "max_side"):
             side = getattr(chosen, name)
@@ -110,6 +138,42 @@ class PreprocessSettings(BaseModel):
             )
         return self
 
+    def models(self) -> dict[str, str]:
+        """Returns setting -> hub id or folder of its model."""
+        named = ((role, getattr(getattr(self, role), "model", None)) for role in ("mask", "upscale"))
+        return {role: model for role, model in named if model is not None}
+
+    @property
+    def crop_name(self) -> str:
+        """Returns the name of the crop."""
+        return self.crop if isinstance(self.crop, str) else self.crop.name
+
+    @property
+    def kept_part(self) -> str:
+        """Returns the name of the crop after the resize, one of `CROPS`; windows are cropped before it."""
+        if self.crop == "bucket":
+            return (self.buckets or Buckets()).keep
+        return self.crop if isinstance(self.crop, str) else "center"
+
+    @property
+    def largest_scale(self) -> float:
+        """Returns the largest factor of enlargement to a square."""
+        return Buckets().enlarge if self.enlarge is None else self.enlarge
+
+
+class CaptionChecks(BaseModel):
+    """What captions are checked against, beside their texts.
+
+    Attributes:
+        base: The base whose tokenizers read trigger and captions; None checks neither.
+        clip: Folder of a CLIP that compares captions with their images; None does not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = Field(default=None, min_length=1, max_length=1000)
+    clip: str | None = Field(default=None, min_length=1, max_length=1000)
+
 
 class CaptionSettings(BaseModel):
     """The settings of caption.
@@ -119,6 +183,12 @@ class CaptionSettings(BaseModel):
         trigger: The word for the concept; a single word. None means none.
         class_word: The class of the concept ("star"). None means none.
         template: Text with `{trigger}` and `{class_word}`; a placeholder without a value is removed.
+        existing: What a captioner that looks at images does where a caption exists: `keep` it without looking,
+            `replace` it, or `append` its own after it.
+        edits: Edits of all captions, in this order; see `lora_engine.data.edits`. The trigger is added afterwards where
+            it lacks.
+        check: What captions are checked against; their texts are checked if a captioner looks at images, if there are
+            edits, or if this is set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -127,6 +197,9 @@ class CaptionSettings(BaseModel):
     trigger: str | None = None
     class_word: str | None = None
     template: str = Field(default="a {trigger} {class_word}", min_length=1, max_length=500)
+    existing: Annotated[Literal["keep", "replace", "append"], AddedLater()] = "keep"
+    edits: Annotated[tuple[Edit, ...], AddedLater(), Field(max_length=200)] = ()
+    check: Annotated[CaptionChecks | None, AddedLater()] = None
 
     @field_validator("trigger")
     @classmethod
@@ -164,6 +237,24 @@ class CaptionSettings(BaseModel):
         if self.trigger is not None and not adds_trigger and "trigger" not in self.placeholders():
             raise ValueError(f"template {self.template!r} has no {{trigger}}, so captions could lack {self.trigger!r}")
         return self
+
+    @model_validator(mode="after")
+    def _existing_belongs_to_describers(self) -> CaptionSettings:
+        if self.existing != "keep" and not CAPTIONERS[self.captioner_name].describe:
+            raise ValueError(
+                f"existing {self.existing!r} belongs to captioners that look at images, not to {self.captioner_name!r}"
+            )
+        return self
+
+    @property
+    def is_reported(self) -> bool:
+        """Returns True if the captions are checked and reported: a model wrote them, or edits or checks are set."""
+        return bool(CAPTIONERS[self.captioner_name].describe or self.edits or self.check)
+
+    def models(self) -> dict[str, tuple[str, str]]:
+        """Returns role -> (name of a model, `module:function` that finds it) of the captioner."""
+        find = CAPTIONERS[self.captioner_name].models
+        return dict(find(self.captioner)) if find is not None else {}
 
     @property
     def captioner_name(self) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from lora_engine.bases.components import align_weights, without_bars
-from lora_engine.building import BUILDING
+from lora_engine.building import BUILDING, align_weights, without_bars
 from lora_engine.documents import read_json_object
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
@@ -117,7 +117,7 @@ def _load(path: Path, name: str) -> Embedder:
                 path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(f"the embedder cannot be loaded ({error})", where=str(path)) from None
     # transformers would continue with random weights and only log a warning.
     if missing := sorted(loading["missing_keys"]):

@@ -80,7 +80,7 @@ def find_component(folder: Path, component: str) -> tuple[str | None, tuple[str,
     Raises:
         BaseModelError: A file is missing, or the weights are pickles.
     """
-    variant, weights = _find_weights(folder, _STEMS.get(component, "model"))
+    variant, weights = find_weights(folder, _STEMS.get(component, "model"))
     return variant, (_required(folder, "config.json"), *weights)
 
 
@@ -145,7 +145,12 @@ def _is_null(entry: Any) -> bool:
     return entry is None or (isinstance(entry, list) and not any(entry))
 
 
-def _find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+def find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+    """Returns the variant (None or `fp16`) and the files of the weights in a folder: safetensors, whole or in shards.
+
+    Raises:
+        BaseModelError: There are none, only pickles, or the shards are incomplete.
+    """
     for variant in _VARIANTS:
         middle = f".{variant}" if variant else ""
         single = f"{stem}{middle}.safetensors"

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.bases.components import align_weights, without_bars
 from lora_engine.bases.noise import NoiseSchedule
-from lora_engine.building import BUILDING
+from lora_engine.building import BUILDING, align_weights, without_bars
 from lora_engine.data.pixels import read_pixels
 from lora_engine.documents import read_json_object
 from lora_engine.errors import SettingsError

@@ -188,6 +188,7 @@ class TrainingJob:
             prepared.images.heldout,
             seed=settings.seed,
             transform=methods[settings.method.name].validation(base, settings),
+            mask=settings.method.mask,
         )
         return sum(losses) / len(losses)
 

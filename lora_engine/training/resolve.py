@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lora_engine.bases.options import BaseOptions
 from lora_engine.bases.vae import resolve_vae
@@ -55,7 +56,9 @@ def in_steps(settings: TrainSettings, epoch: int) -> TrainSettings:
 
 def fit_options(settings: TrainSettings, images: TrainingImages) -> FitOptions:
     """Returns the options of the loop; all lengths are in steps."""
-    heldout = [example.identity() for example in images.heldout]
+    heldout: list[Any] = [example.identity() for example in images.heldout]
+    if settings.method.mask is not None and any(example.mask for example in images.heldout):
+        heldout.append({"mask": settings.method.mask.model_dump(mode="json")})
     return FitOptions(
         schedule=settings.schedule.name,
         schedule_options=settings.schedule.options(),

@@ -13,8 +13,10 @@ from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.denoising import predict
 from lora_engine.training.examples import Conditioner, Example, encode_captions
+from lora_engine.training.masks import mask_weights
 from lora_engine.training.methods import BatchTransform
 from lora_engine.training.objective import timestep_grid
+from lora_engine.training.specs.methods import Mask
 
 TIMESTEPS = 8
 
@@ -29,6 +31,7 @@ def image_losses(
     seed: int = 0,
     timesteps: int = TIMESTEPS,
     transform: BatchTransform | None = None,
+    mask: Mask | None = None,
 ) -> list[float]:
     """Returns the denoising loss of each image with its caption, averaged over a fixed grid of timesteps.
 
@@ -41,6 +44,8 @@ def image_losses(
         timesteps: Number of timesteps, at the midpoints of equal parts of the schedule.
         transform: The method's batch transform, such as masks, called with a number from the image's digest; None is
             none.
+        mask: Weights the errors by the images' masks and divides by the sum of the weights, so that losses with and
+            without masks are comparable; an image without a mask counts in full, and one with a black mask has loss 0.
     """
     grid = timestep_grid(base.noise, timesteps)
     losses: list[float] = []
@@ -58,5 +63,14 @@ def image_losses(
         if transform is not None:
             batch = transform(batch, int(example.digest[:8], 16))
         predicted, target = predict(base, batch)
-        losses.append(F.mse_loss(predicted, target).item())
+        losses.append(_loss(predicted, target, example, mask))
     return losses
+
+
+def _loss(predicted: Tensor, target: Tensor, example: Example, mask: Mask | None) -> float:
+    pixels = example.mask_pixels() if mask is not None else None
+    if mask is None or pixels is None:
+        return F.mse_loss(predicted, target).item()
+    weights = mask_weights(pixels[None], (target.shape[-2], target.shape[-1]), mask).to(target.device)
+    errors = (predicted.float() - target.float()).square().mean(dim=(0, 1))
+    return ((errors * weights[0, 0]).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)).item()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError
-
-from lora_engine.data.spec import IngestSettings
+from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write
+from tasks.operations.captions import check_settings, find_caption_problems
+from tasks.operations.preparation import find_preparation_models, with_folders
 
 
 def examine_folder(
@@ -19,42 +24,72 @@ def examine_folder(
     resolution: int | None = None,
     consent: Path | None = None,
     page: Path | None = None,
+    *,
+    trigger: str | None = None,
+    class_word: str | None = None,
+    base: str | None = None,
+    clip: str | None = None,
+    preparation: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Returns what ingest makes of a folder, and what is odd about it.
 
     Args:
-        images: The folder.
+        images: The folder or archive.
         layout: See `IngestSettings`.
         heldout: See `IngestSettings`.
         resolution: Side of the training images in pixels; None leaves sizes unjudged.
         consent: File of consents; None means that there is none.
         page: Where to write a contact sheet; None writes none.
+        trigger: The word for the concept, which is checked against the base.
+        class_word: The class of the concept.
+        base: The base whose tokenizers read trigger and captions; None checks neither.
+        clip: Folder of a CLIP that compares captions with their images; None does not.
+        preparation: Settings of preprocess besides the resolution, such as `crop` and `mask`; empty prepares no image.
 
     Returns:
-        `dataset` (a line), `images` (as in the manifest), `quarantined`, `alike` (groups of names), `flaws` (by name),
-        `advice` and `page`.
+        `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `skipped` (reason ->
+        number of images), `alike` (groups of names), `flaws` (by name), `advice` and `page`.
 
     Raises:
         DataError: The folder cannot be read or has no usable image.
         SettingsError: A setting is out of its range.
+        BaseModelError: There is no such base.
     """
     from lora_engine.data.contact_sheet import render_contact_sheet
     from lora_engine.data.examination import examine_images
 
-    try:
-        settings = IngestSettings.model_validate({"layout": layout, "heldout": heldout})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise SettingsError(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from None
-    examination = examine_images(images, settings, consent=consent, resolution=resolution)
+    settings = check_settings(IngestSettings, {"layout": layout, "heldout": heldout})
+    captioned = check_settings(
+        CaptionSettings, {"trigger": trigger, "class_word": class_word, "check": {"base": base, "clip": clip}}
+    )
+    if preparation and resolution is None:
+        raise SettingsError(f"{', '.join(preparation)} needs a resolution", remedy="set --resolution")
+    wanted = check_settings(PreprocessSettings, {"resolution": resolution, **preparation}) if preparation else None
+    models = find_preparation_models(wanted, Path()) if wanted is not None else {}
+    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
+        examination = examine_images(
+            images,
+            settings,
+            consent=consent,
+            resolution=resolution,
+            preparation=wanted and with_folders(wanted, models),
+            labels={role: model.label for role, model in models.items()},
+            work=Path(work),
+        )
+        captions = {entry.source: entry.caption for entry in examination.concept if entry.caption}
+        files = {entry.source: Path(work) / entry.file for entry in examination.concept}
+        findings, _ = find_caption_problems(captions, files, captioned)
+    examination = replace(examination, advice=(*examination.advice, *map(str, findings)))
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
-    manifest = examination.manifest
+    manifest, prepared = examination.manifest, examination.prepared
     names = [image.entry.source for image in examination.images]
     return {
         "dataset": manifest.describe(),
+        "prepared": prepared.describe_preparation() if prepared is not None else None,
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
-        "quarantined": [item.model_dump() for item in manifest.quarantined],
+        "quarantined": [item.model_dump() for item in (prepared or manifest).quarantined],
+        "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
         "alike": [[names[index] for index in group] for group in examination.groups],
         "flaws": {image.entry.source: list(image.flaws) for image in examination.images if image.flaws},
         "advice": list(examination.advice),

@@ -6,7 +6,7 @@ Does not read the user's folders or pipeline file, and writes nothing outside th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 
 from lora_engine.compute import threads
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, EngineError
 from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -29,6 +29,8 @@ from tasks.spec import StepSpec
 from tasks.step import STEPS
 
 _BASE, _VAE = "base", "vae"
+_MODEL_FIELDS = ("model", "base", "clip")
+"""The settings, at any level, that name models."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def _add_step(
         values[_BASE] = _locate_base(plan, name, step, base, fingerprint)
     if values.get(_VAE) is not None:
         values[_VAE] = _locate_vae(plan, name, step)
+    values = pin_models(values, step.settings.get("models", {}))
     try:
         spec = kind.spec.model_validate(values | _placeholders(kind.spec, step) | dict.fromkeys(files, "."))
     except ValidationError as error:
@@ -130,7 +133,44 @@ def _add_step(
         return
     _warn_of_revision(plan, name, step, kind.revision_of(spec, digests))
     plan.warnings += [f"step {name!r}: {change}" for change in changed_revisions(find_used(spec, None), step.settings)]
+    plan.reasons += _find_model_changes(name, step, spec)
     plan.steps.append(RebuildStep(name, step, spec, files))
+
+
+def pin_models(settings: Any, models: Mapping[str, Mapping[str, str]]) -> Any:
+    """Returns settings in which the names of models are those of the recorded ones: with revision, or as full paths.
+
+    Args:
+        settings: The recorded settings.
+        models: Role -> the record of a model; see `StepKind.models`.
+    """
+    pinned = {
+        model["name"]: model.get("path") or f"{model['name'].partition('@')[0]}@{model['revision']}"
+        for model in models.values()
+        if "path" in model or "revision" in model
+    }
+    if isinstance(settings, list | tuple):
+        return [pin_models(value, models) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: pinned.get(value, value) if key in _MODEL_FIELDS and isinstance(value, str) else pin_models(value, models)
+        for key, value in settings.items()
+    }
+
+
+def _find_model_changes(name: str, step: Execution, spec: StepSpec) -> Iterator[str]:
+    find, recorded = STEPS[step.uses].models, step.settings.get("models", {})
+    if find is None or not recorded:
+        return
+    try:
+        current = find(spec, Path())
+    except EngineError as error:
+        yield f"a model of step {name!r} is missing ({error.problem})"
+        return
+    for role, model in recorded.items():
+        if current.get(role, {}).get("fingerprint") != model["fingerprint"]:
+            yield f"the {role} {model['label']!r} with fingerprint {model['fingerprint'][:16]} of step {name!r} changed"
 
 
 def _warn_of_revision(plan: RebuildPlan, name: str, step: Execution, revision: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,11 +15,17 @@ from tasks.step import Context, always, step
 
 
 class Ingest(StepSpec, IngestSettings):
-    """The folder of images, the file of consents, and the share to hold out from training."""
+    """The folder or archive of images, that of masks, the file of consents, and the share to hold out from training.
+
+    Attributes:
+        masks: Folder of masks with the names of their images, in the same subfolders; None means that masks are beside
+            the images only.
+    """
 
     uses: Literal["ingest"] = "ingest"
-    images: Annotated[str, External("folder")]
+    images: Annotated[str, External("folder or file")]
     consent: Annotated[str | None, External("file")] = None
+    masks: Annotated[str | None, External("folder")] = None
 
 
 def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
@@ -30,12 +37,15 @@ def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], re
         files: Digests of the user's files.
         revoked: Digests of images and ids of consents.
     """
+    from lora_engine.data.archives import is_archive, is_table
     from lora_engine.data.consent import read_consent
 
     try:
         stated = read_consent(folder / spec.consent).values() if spec.consent is not None else ()
     except DataError:
         stated = ()  # the step itself reports the error
+    if any(is_archive(name) or is_table(name) for name in [spec.images, *files["images"].files]):
+        return {*revoked}  # their images are known only after they are read
     consents = {entry.consent for entry in stated if entry.consent is not None}
     return (consents | {*files["images"].files.values()}) & {*revoked}
 
@@ -44,19 +54,22 @@ def find_revision(spec: Ingest, files: Mapping[str, PathDigest]) -> int:
     """Returns the first revision that reads a folder as this release does; see `StepKind.revisions`.
 
     Since revision 4, a statement about one copy of an image counts for all. Since revision 5, layouts of other programs
-    are recognized.
+    are recognized; since 6, archives, tables and dataset files are. Revision 7 is 6 where HEIC can be read.
     """
-    from lora_engine.data.layout import is_plain
+    from lora_engine.data.layout import is_plain, is_without_archives
 
-    if spec.layout == "auto" and "images" in files and is_plain(files["images"].files):
-        return 3 if spec.consent is None else 4
-    return 5
+    if "images" not in files or (
+        spec.layout in {"auto", "plain", "kohya"} and is_without_archives(files["images"].files)
+    ):
+        is_as_before = spec.layout == "auto" and "images" in files and is_plain(files["images"].files)
+        return (3 if spec.consent is None else 4) if is_as_before else 5
+    return 7 if find_spec("pillow_heif") is not None else 6
 
 
 @step(
     Ingest,
     produces="manifest",
-    revision=5,
+    revision=7,
     revisions=find_revision,
     summary="manifest.json",
     find_excluded=find_revoked,
@@ -71,6 +84,7 @@ def ingest(spec: Ingest, context: Context) -> None:
         context.out,
         spec.narrow(IngestSettings),
         consent=context.files.get("consent"),
+        masks=context.files.get("masks"),
         revoked=context.excluded,
         progress=context.progress,
     )

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
@@ -17,9 +18,11 @@ from flows.cli import app
 from flows.coming_from.options import OPTIONS, TRAINERS
 from flows.coming_from.write import convert_settings
 from flows.spec import load_spec
+from lora_engine.captioning.vlm_families import VLM_FAMILIES
 from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.catalog.kinds import KINDS
 from lora_engine.data.captioners import CAPTIONERS
+from lora_engine.data.edits import Edit
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.formats import codecs
 from lora_engine.merging.methods import METHODS
@@ -184,6 +187,11 @@ def test_the_reference_has_the_entries_of_the_registries() -> None:
         ("training.md", "| method | trains |", methods),
         ("formats.md", "| format | kinds |", written_formats()),
         ("plugins.md", "| group | entry |", GROUPS),
+        (
+            "captioning.md",
+            "| edit | options |",
+            [edit.model_fields["edit"].default for edit in get_args(get_args(Edit)[0])],
+        ),
     ],
 )
 def test_a_table_of_names_has_every_entry(page: str, head: str, names: Iterable[str]) -> None:
@@ -253,3 +261,18 @@ def test_the_settings_of_a_train_step_on_the_page_about_training_load(first: str
         f"  adapter:\n    uses: train\n    dataset: photos\n{steps}{settings}\n"
     )
     assert "adapter" in load_spec(path).steps
+
+
+@pytest.mark.parametrize("path", ["docs/captioning.md", "examples/photographs/captions.yaml"])
+def test_pipelines_with_captioners_load(path: str, tmp_path: Path) -> None:
+    text = (ROOT / path).read_text()
+    (tmp_path / "images").mkdir()
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(text if path.endswith(".yaml") else re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert load_spec(pipeline).steps["captions"].uses == "caption"
+
+
+def test_the_page_about_captioners_has_every_family() -> None:
+    rows = (ROOT / "docs" / "captioning.md").read_text().partition("| family |")[2].splitlines()[2:]
+    table = {row.split("|")[2].strip(" `") for row in takewhile(lambda line: line.startswith("|"), rows)}
+    assert table == set(VLM_FAMILIES)

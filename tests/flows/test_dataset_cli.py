@@ -98,7 +98,8 @@ def test_the_contact_sheet_shows_every_image_and_runs_nothing(odd: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layout", "onetrainer"], "layout: Input should be 'auto', 'plain' or 'kohya', not 'onetrainer'"),
+        (["--layout", "comfy"], "layout: Input should be 'auto', 'plain', 'kohya', 'huggingface', 'onetrainer',"),
+        (["--layout", "onetrainer"], "layout is onetrainer, but the folder has no files that may describe it"),
         (["--layout", "kohya"], "not every image is in a folder such as '10_sks dog'"),
         (["--heldout", "2"], "heldout: Input should be less than or equal to 0.9, not 2.0"),
     ],

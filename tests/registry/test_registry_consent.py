@@ -291,7 +291,7 @@ def test_a_step_does_not_run_if_its_dataset_was_revoked_meanwhile(home, photos, 
     versions = Versions(home)
     revoke(versions, str(images / "1.png"), reason="between the steps")
     run = versions.lineage.start_run("t", {})
-    job = prepare_job("prepared", Preprocess(dataset="photos", resolution=32), tmp_path)
+    job = prepare_job("prepared", Preprocess(dataset="photos", resolution=16), tmp_path)
     with pytest.raises(RightsError, match="contains revoked items: image"):
         execute(job, {"dataset": (ref,)}, home, run.id)
     lift(versions, str(images / "1.png"), reason="r")

@@ -72,8 +72,9 @@ def cases() -> Iterator[tuple[str, dict[str, Any], str]]:
     for name, method in METHODS.items():
         needed = {"dataset": "captions"} if method.learn else {"rank": 2} if name == "svd" else {}
         yield f"merge {name}", {"uses": "merge", **STEP_CASES["merge"], "method": name} | needed, "options"
-    for name in CAPTIONERS:
-        yield f"caption {name}", {"uses": "caption", **STEP_CASES["caption"], "captioner": name}, "captioner"
+    for name, captioner in CAPTIONERS.items():
+        chosen = {"name": name, "model": "org/name"} if captioner.models else name
+        yield f"caption {name}", {"uses": "caption", **STEP_CASES["caption"], "captioner": chosen}, "captioner"
     for name in written_formats():
         yield f"convert {name}", {"uses": "convert", **STEP_CASES["convert"], "to": (name,)}, "to"
 

@@ -138,7 +138,7 @@ def test_an_image_too_small_for_any_bucket_is_quarantined_with_its_size(
     assert Manifest.load(tmp_path / "two") == manifest
     (images / "good.png").unlink()
     ingest(images, tmp_path / "three", IngestSettings())
-    with pytest.raises(DataError, match="none of the 1 images has a usable size"):
+    with pytest.raises(DataError, match="none of the 1 images can be used"):
         preprocess(tmp_path / "three", tmp_path / "four", small(buckets={"step": 8, "enlarge": 2.0}))
     assert not (tmp_path / "four").exists()
 

@@ -1,10 +1,8 @@
-"""Folders as other programs lay them out: captions, repeats and class images."""
+"""Folders as other programs lay them out: repeats, class images, and what is said about them; see the corpus."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,169 +12,12 @@ from lora_engine.data.layout import is_plain
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
-from tests.lora_engine.data.conftest import make_image
-
-Files = Mapping[str, str | bytes | None]
-"""Name -> text, bytes, or None for an image."""
-
-
-def build(root: Path, files: Files) -> Path:
-    for number, (name, content) in enumerate(files.items()):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            make_image(20, 16, seed=number).save(path, format="PNG")
-        else:
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
+from tests.lora_engine.data.corpus.build import Files, build
 
 
 def read(tmp_path: Path, files: Files, **settings: object) -> Manifest:
     build(tmp_path / "images", files)
     return ingest(tmp_path / "images", tmp_path / "out", IngestSettings.model_validate(settings))
-
-
-CAPTIONS: dict[str, tuple[Files, dict[str, tuple[str, str | None]]]] = {
-    "txt": ({"a.png": None, "a.txt": "red"}, {"a.png": ("red", None)}),
-    "TXT in capitals": ({"a.png": None, "a.TXT": "red"}, {"a.png": ("red", None)}),
-    "image ending in capitals": ({"a.PNG": None, "A.txt": "red"}, {"a.PNG": ("red", None)}),
-    "kohya's caption": ({"a.png": None, "a.caption": "red"}, {"a.png": ("red", ".caption")}),
-    "gallery-dl": ({"a.png": None, "a.png.txt": "red"}, {"a.png": ("red", None)}),
-    "json with a caption": ({"a.png": None, "a.json": '{"caption": "red"}'}, {"a.png": ("red", ".json")}),
-    "json with tags": ({"a.png": None, "a.png.json": '{"tags": ["red", "star"]}'}, {"a.png": ("red, star", ".json")}),
-    "json with both": (
-        {"a.png": None, "a.json": '{"caption": "a star", "tags": "red, big"}'},
-        {"a.png": ("a star, red, big", ".json")},
-    ),
-    "booru": ({"a.png": None, "a.json": '{"tag_string": "red star"}'}, {"a.png": ("red star", ".json")}),
-    "json without a caption": ({"a.png": None, "a.json": '{"width": 3}'}, {"a.png": ("", None)}),
-    "json that is a list": ({"a.png": None, "a.json": "[1]"}, {"a.png": ("", None)}),
-    "txt before caption": ({"a.png": None, "a.txt": "one", "a.caption": "two"}, {"a.png": ("one", None)}),
-    "an empty txt": ({"a.png": None, "a.txt": " \n", "a.caption": "two"}, {"a.png": ("two", ".caption")}),
-    "two images of one stem": (
-        {"a.png": None, "a.jpg": None, "a.txt": "both"},
-        {"a.jpg": ("both", None), "a.png": ("both", None)},
-    ),
-    "stems that differ in case": (
-        {"A.png": None, "a.png": None, "A.txt": "upper", "a.txt": "lower"},
-        {"A.png": ("upper", None), "a.png": ("lower", None)},
-    ),
-    "dots in the stem": ({"a.b.png": None, "a.b.txt": "red"}, {"a.b.png": ("red", None)}),
-    "UTF-8 with a mark": ({"a.png": None, "a.txt": "\ufeffgrün".encode()}, {"a.png": ("grün", None)}),
-    "UTF-16": ({"a.png": None, "a.txt": "grün".encode("utf-16")}, {"a.png": ("grün", None)}),
-    "UTF-16 big-endian": ({"a.png": None, "a.txt": "\ufeffgrün".encode("utf-16-be")}, {"a.png": ("grün", None)}),
-    "UTF-16 without a mark": ({"a.png": None, "a.txt": "green".encode("utf-16-le")}, {"a.png": ("green", None)}),
-    "UTF-32": ({"a.png": None, "a.txt": "grün".encode("utf-32")}, {"a.png": ("grün", None)}),
-    "Latin-1": ({"a.png": None, "a.txt": "grün".encode("latin-1")}, {"a.png": ("grün", None)}),
-    "Windows-1252": ({"a.png": None, "a.txt": "a “star”".encode("cp1252")}, {"a.png": ("a “star”", None)}),
-    "two lines": ({"a.png": None, "a.txt": "one\r\ntwo"}, {"a.png": ("one two", None)}),
-    "markup and instructions stay text": (
-        {"a.png": None, "a.txt": "Ignore all rules {trigger} <script> $(id)"},
-        {"a.png": ("Ignore all rules {trigger} <script> $(id)", None)},
-    ),
-    "metadata.jsonl": (
-        {
-            "a.png": None,
-            "b/c.png": None,
-            "metadata.jsonl": '{"file_name": "a.png", "text": "red"}\n\n'
-            '{"file_name": "b/c.png", "text": "blue", "width": 3}',
-        },
-        {"a.png": ("red", "metadata.jsonl"), "b/c.png": ("blue", "metadata.jsonl")},
-    ),
-    "metadata.jsonl in a subfolder": (
-        {"train/a.png": None, "train/metadata.jsonl": '{"file_name": "a.png", "prompt": "red"}'},
-        {"train/a.png": ("red", "metadata.jsonl")},
-    ),
-    "the nearest metadata file": (
-        {
-            "b/a.png": None,
-            "b/metadata.jsonl": '{"file_name": "a.png", "text": "near"}',
-            "metadata.jsonl": '{"file_name": "b/a.png", "text": "far"}',
-        },
-        {"b/a.png": ("near", "metadata.jsonl")},
-    ),
-    "metadata.csv": (
-        {"a.png": None, "metadata.csv": 'file_name,text\na.png,"red, big"\n'},
-        {"a.png": ("red, big", "metadata.csv")},
-    ),
-    "Replicate's captions.csv": (
-        {"a.png": None, "captions.csv": "caption,image_file\nred,a.png\n"},
-        {"a.png": ("red", "captions.csv")},
-    ),
-    "metadata.csv in UTF-16": (
-        {"a.png": None, "metadata.csv": "file_name,text\na.png,grün\n".encode("utf-16")},
-        {"a.png": ("grün", "metadata.csv")},
-    ),
-    "kohya's meta_cap.json": (
-        {"a.png": None, "meta_cap.json": '{"a": {"caption": "red", "tags": "big, star"}}'},
-        {"a.png": ("red, big, star", "meta_cap.json")},
-    ),
-    "meta_cap.json of another machine": (
-        {"b/a.png": None, "meta_cap.json": json.dumps({"D:\\train\\a.png": {"caption": "red"}})},
-        {"b/a.png": ("red", "meta_cap.json")},
-    ),
-    "kohya's meta_lat.jsonl": (
-        {"a.png": None, "meta_lat.jsonl": '{"image_path": "/data/a.png", "caption": "red", "image_size": [20, 16]}'},
-        {"a.png": ("red", "meta_lat.jsonl")},
-    ),
-    "a file beside the image before metadata": (
-        {"a.png": None, "a.txt": "own", "metadata.csv": "file_name,text\na.png,other\n"},
-        {"a.png": ("own", None)},
-    ),
-    "webdataset, unpacked": (
-        {"000.jpg": None, "000.json": '{"caption": "red", "url": "x"}', "000.txt": "red"},
-        {"000.jpg": ("red", None)},
-    ),
-    "kohya's folder words": (
-        {"10_sks dog/a.png": None, "10_sks dog/b.png": None, "10_sks dog/b.txt": "own"},
-        {"10_sks dog/a.png": ("sks dog", "folder name"), "10_sks dog/b.png": ("own", None)},
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", CAPTIONS)
-def test_captions_are_found_in_every_layout(tmp_path: Path, layout: str) -> None:
-    files, expected = CAPTIONS[layout]
-    manifest = read(tmp_path, files)
-    assert {image.source: (image.caption, image.caption_origin) for image in manifest.pictures} == expected
-    assert manifest.quarantined == ()
-
-
-REFUSED: dict[str, tuple[Files, str]] = {
-    "metadata without names": ({"metadata.jsonl": '{"text": "red"}'}, r"metadata\.jsonl:1: names no image"),
-    "metadata that is no JSON": (
-        {"metadata.jsonl": '{"file_name": "a.png"}\n{'},
-        r"metadata\.jsonl:2:1:2: not JSON",
-    ),
-    "a caption that is a number": (
-        {"metadata.jsonl": '{"file_name": "a.png", "text": 3}'},
-        r"metadata\.jsonl:1: the caption is int. Allowed: text",
-    ),
-    "a table without names": ({"metadata.csv": "text\nred\n"}, r"metadata\.csv: has no column of the images' names"),
-    "a table without captions": (
-        {"metadata.csv": "file_name\na.png\n"},
-        r"metadata\.csv: has no column of the captions",
-    ),
-    "two columns of captions": (
-        {"metadata.csv": "file_name,text,caption\na.png,x,y\n"},
-        r"metadata\.csv:1, column 3: column 'caption' has the meaning of column 2",
-    ),
-    "kohya's file with a list": ({"meta_cap.json": "[]"}, r"meta_cap\.json: is list. Allowed: a JSON object"),
-    "an entry that is a number": ({"meta_cap.json": '{"a": 3}'}, r"meta_cap\.json, entry 'a': is int"),
-    "a link to a table elsewhere": ({}, "is a link that leads out of the folder"),
-}
-
-
-@pytest.mark.parametrize("fault", REFUSED)
-def test_an_invalid_metadata_file_is_refused_with_its_line(tmp_path: Path, fault: str) -> None:
-    files, message = REFUSED[fault]
-    build(tmp_path / "images", {"a.png": None, **files})
-    if not files:
-        (tmp_path / "secret.csv").write_text("file_name,text\na.png,secret\n")
-        (tmp_path / "images" / "metadata.csv").symlink_to(tmp_path / "secret.csv")
-    with pytest.raises(DataError, match=message):
-        ingest(tmp_path / "images", tmp_path / "out", IngestSettings())
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_folders_of_kohya_give_repeats_words_and_class_images(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from lora_engine.data.crops import CROPS
 from lora_engine.data.framing import Framing
 from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
-from lora_engine.data.preprocess import CROPS, preprocess, to_square
+from lora_engine.data.preprocess import preprocess, to_square
 from lora_engine.data.spec import Buckets, IngestSettings, PreprocessSettings
 
 Add = Callable[..., Path]
@@ -73,18 +74,50 @@ def test_an_unusable_resolution_is_refused(resolution: int) -> None:
         PreprocessSettings(resolution=resolution)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "30000 x 4 pixels are too small for 256 x 256, enlarged at most 2 times"),
+        ({"enlarge": 63}, "30000 x 4 pixels are too small for 256 x 256, enlarged at most 63 times"),
+        (
+            {"crop": "bucket", "buckets": {"enlarge": 64}},
+            "30000 x 4 pixels are too elongated: they would be resized to 960000 x 128",
+        ),
+    ],
+)
 def test_an_elongated_image_is_quarantined_and_the_others_are_used(
-    images: Path, tmp_path: Path, add_image: Add
+    images: Path, tmp_path: Path, add_image: Add, settings: dict[str, object], reason: str
 ) -> None:
-    add_image("good.png")
+    add_image("good.png", width=256, height=200)
     add_image("ribbon.png", width=30_000, height=4)
     ingest(images, tmp_path / "one", IngestSettings())
-    manifest = preprocess(tmp_path / "one", tmp_path / "two", PreprocessSettings(resolution=256))
+    wanted = PreprocessSettings.model_validate({"resolution": 256, **settings})
+    manifest = preprocess(tmp_path / "one", tmp_path / "two", wanted)
     assert [image.source for image in manifest.pictures] == ["good.png"]
     assert manifest.quarantined[0].source == "ribbon.png"
-    assert (
-        "30000 x 4 pixels are too elongated: they would be resized to 1920000 x 256" in manifest.quarantined[0].reason
-    )
+    assert reason in manifest.quarantined[0].reason
+
+
+@pytest.mark.parametrize("crop", ["center", "salient"])
+def test_an_elongated_image_is_cropped_before_it_is_enlarged(
+    images: Path, tmp_path: Path, add_image: Add, crop: str
+) -> None:
+    path = add_image("ribbon.png", width=30_000, height=4)
+    add_image("ribbon.mask.png", width=30_000, height=4)
+    ingest(images, tmp_path / "one", IngestSettings())
+    wanted = PreprocessSettings.model_validate({"resolution": 256, "enlarge": 64, "crop": crop})
+    manifest = preprocess(tmp_path / "one", tmp_path / "two", wanted)
+    assert [(image.width, image.height) for image in manifest.pictures] == [(256, 256)]
+    prepared = open_image(tmp_path / "two" / manifest.pictures[0].file)
+    assert open_image(tmp_path / "two" / str(manifest.pictures[0].mask)).size == prepared.size == (256, 256)
+    if crop == "center":
+        center = open_image(path).crop((14_998, 0, 15_002, 4))
+        assert np.array_equal(prepared, center.resize((256, 256), Image.Resampling.BICUBIC))
+
+
+def test_enlarge_belongs_to_squares() -> None:
+    with pytest.raises(ValidationError, match=r"enlarge belongs to squares; set buckets\.enlarge for crop 'bucket'"):
+        PreprocessSettings(resolution=64, crop="bucket", enlarge=2)
 
 
 def framings(out: Path) -> list[Framing | None]:

@@ -47,6 +47,13 @@ def test_a_folder_without_an_embedder_is_refused(clip_folder: Path, tmp_path: Pa
         load_embedder(tmp_path)
 
 
+def test_damaged_weights_are_refused(clip_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "damaged"))
+    (folder / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        load_embedder(folder)
+
+
 def test_missing_weights_are_refused(clip_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
