@@ -110,7 +110,9 @@ class _Preparer:
 
     def _prepare(self, entry: ImageEntry, image: Image.Image, mask: Image.Image | None) -> tuple[ImageEntry, float]:
         crop, options, made = self.settings.crop, self.settings.mask, None
-        framing = (entry.framing or Framing.whole((entry.height, entry.width))) if self.settings.original_sizes else None
+        framing = None
+        if self.settings.original_sizes:
+            framing = entry.framing or Framing.whole((entry.height, entry.width))
         if self.masker is not None and (mask is None or (isinstance(options, MadeMask) and options.replace)):
             mask, made = self.masker(image), self.masker.label
         preparation = entry.preparation or Preparation()
