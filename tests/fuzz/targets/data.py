@@ -61,7 +61,8 @@ def _seed_datasets(folder: Path) -> list[Files]:
 _DATASET_FILES: list[Files] = [
     {"concepts.json": b'[{"name": "x", "path": ".", "balancing": 2, "text": {"prompt_source": "filename"}}]'},
     {
-        "ai-toolkit.yaml": b"datasets:\n- {folder_path: ., num_repeats: 2, default_caption: 'a [trigger]', trigger_word: x}"
+        "ai-toolkit.yaml": b"trigger_word: x\ndatasets:\n"
+        b"- {folder_path: ., num_repeats: 2, default_caption: 'a [trigger]'}"
     },
     {"multidatabackend.json": b'[{"id": "x", "instance_data_dir": ".", "repeats": 1, "caption_strategy": "filename"}]'},
 ]
