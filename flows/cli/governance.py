@@ -1,7 +1,8 @@
-"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, log."""
+"""Defines the verbs of governance: revoke, recall, lift, withdraw, delete, restore, unalias, log."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from registry.entities import Event
-    from registry.versions.impact import ImpactReport
+    from registry.versions.impact import ImpactReport, Recall
     from registry.versions.versions import Versions
 
 _Subject = Annotated[
@@ -21,11 +22,15 @@ _Subject = Annotated[
         help="Image or adapter file, digest, NAME@REF, id of a consent, or name or fingerprint of a base.",
     ),
 ]
+_Policy = Annotated[
+    str | None, typer.Option(metavar="flag|withdraw", help="Action on affected versions. Default: from policy.yaml.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the affected versions; change nothing.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.WRITE, revoke, lift, restore)
+    add_verb(app, Access.WRITE, revoke, recall, lift, restore)
     add_verb(app, Access.DELETE, withdraw, delete, unalias)
     add_verb(app, Access.READ, log)
 
@@ -33,33 +38,63 @@ def add_verbs(app: typer.Typer) -> None:
 def revoke(
     subject: _Subject,
     reason: Reason,
-    policy: Annotated[
-        str | None,
-        typer.Option(metavar="flag|withdraw", help="Action on affected versions. Default: from policy.yaml."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the affected versions; change nothing.")] = False,
+    policy: _Policy = None,
+    dry_run: _DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Revoke an image, a consent, a version, a file or a base: find everything made from it, and block it."""
     from flows.cli.output import print_json
     from registry.identity import current_user
     from registry.versions.revocation import revoke as revoke_subject
-    from tasks.errors import SpecError
 
-    if policy not in {None, "flag", "withdraw"}:
-        raise SpecError(f"unknown policy {policy!r}", where="--policy", allowed="flag, withdraw")
     impact = revoke_subject(
-        _versions(),
-        subject,
-        reason=reason,
-        actor=current_user(),
-        policy="withdraw" if policy == "withdraw" else "flag" if policy else None,
-        dry_run=dry_run,
+        _versions(), subject, reason=reason, actor=current_user(), policy=_recall_policy(policy), dry_run=dry_run
     )
     if as_json:
         print_json(impact)
     else:
         _print_impact(impact)
+
+
+def recall(
+    reason: Reason,
+    consent: Annotated[Path | None, typer.Option(help="Newer file of consents; names files or their sha256.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of its images. Default: the folder of the file.")] = None,
+    policy: _Policy = None,
+    dry_run: _DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Revoke every image whose consent expired or whose owner opted out since it was used."""
+    from flows.cli.output import print_facts, print_json, print_table
+    from tasks.operations.recall import recall_images
+
+    action = _recall_policy(policy)
+    home = open_home()
+    report = recall_images(home, reason, statements=consent, images=images, policy=action, dry_run=dry_run)
+    if as_json:
+        print_json(report)
+        return
+    print_facts(
+        [
+            ("would revoke" if dry_run else "revoked", f"{len(report.images)} images"),
+            ("versions", ", ".join(report.versions) or "none"),
+            ("aliases", ", ".join(report.aliases)),
+            ("unreadable", ", ".join(f"dataset {digest[:16]}" for digest in report.unreadable)),
+        ]
+    )
+    if report.images:
+        print_table(
+            ("image", "sha256", "reason"),
+            [(image.source, image.sha256[:16], "; ".join(image.reasons)) for image in report.images],
+        )
+
+
+def _recall_policy(policy: str | None) -> Recall | None:
+    from tasks.errors import SpecError
+
+    if policy not in {None, "flag", "withdraw"}:
+        raise SpecError(f"unknown policy {policy!r}", where="--policy", allowed="flag, withdraw")
+    return "withdraw" if policy == "withdraw" else "flag" if policy else None
 
 
 def lift(subject: _Subject, reason: Reason, as_json: Json = False) -> None:

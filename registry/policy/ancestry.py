@@ -86,6 +86,12 @@ class Ancestry:
         ]
         return frozenset(str(name) for name in stated if name)
 
+    @property
+    def consent_policies(self) -> frozenset[str]:
+        """The policies that ingest steps upstream set for consent."""
+        stated = ((settings.get("settings") or {}).get("consent_policy") for settings in self.settings.values())
+        return frozenset(str(policy) for policy in stated if policy)
+
 
 def trace(session: Session, artifact: ArtifactRef) -> Ancestry:
     """Returns what an artifact was made from, through steps and through the parents that its versions declare.

@@ -8,17 +8,28 @@ from typing import Annotated, Literal
 
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
+from lora_engine.settings import AddedLater
+from registry.policy.consent import ConsentPolicy
 from tasks.digests import PathDigest
 from tasks.spec import External, StepSpec
 from tasks.step import Context, always, step
 
 
 class Ingest(StepSpec, IngestSettings):
-    """The folder of images, the file of consents, and the share to hold out from training."""
+    """The folder of images, the file of consents, and the share to hold out from training.
+
+    Attributes:
+        images: The folder of images.
+        consent: Table of rights and consent per image; None means that nothing is stated.
+        consent_policy: What broken and missing statements do, here and at every promotion of what is made from the
+            dataset: `off`, `warn` (shown and recorded) or `strict` (refused). None leaves it to the home's
+            `policy.yaml`.
+    """
 
     uses: Literal["ingest"] = "ingest"
     images: Annotated[str, External("folder")]
     consent: Annotated[str | None, External("file")] = None
+    consent_policy: Annotated[ConsentPolicy | None, AddedLater()] = None
 
 
 def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
@@ -65,6 +76,7 @@ def find_revision(spec: Ingest, files: Mapping[str, PathDigest]) -> int:
 def ingest(spec: Ingest, context: Context) -> None:
     """Writes a manifest with a clean copy of every usable image and its caption."""
     from lora_engine.data.ingest import ingest as ingest_folder
+    from tasks.consent import check_new_dataset
 
     ingest_folder(
         context.files["images"],
@@ -74,3 +86,4 @@ def ingest(spec: Ingest, context: Context) -> None:
         revoked=context.excluded,
         progress=context.progress,
     )
+    check_new_dataset(context.home, context.out, spec.consent_policy, f"step {context.name!r}")
