@@ -12,7 +12,7 @@ from registry.errors import RightsError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.ancestry import trace
-from registry.policy.consent import ConsentFindings, find_consent, strictest
+from registry.policy.consent import ConsentFindings, ConsentPolicy, find_consent, strictest
 from registry.policy.policy_file import read_policies
 from registry.policy.terms import read_datasets
 from registry.store.artifacts import Store
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _SHOWN = 20
 
 
-def check_new_dataset(home: Home, folder: Path, policy: str | None, where: str) -> None:
+def check_new_dataset(home: Home, folder: Path, policy: ConsentPolicy | None, where: str) -> None:
     """Warns of broken and missing statements about the images of a dataset that ingest made, or refuses it.
 
     Args:

@@ -14,7 +14,6 @@ from registry.entities import AdapterVersion, Decision
 from registry.policy.consent import ConsentFindings, ConsentPolicy
 from registry.policy.license_terms import LicenseTerms, allows_commercial, conflicts
 
-
 Pattern = Annotated[str, Field(max_length=1_000)]
 
 

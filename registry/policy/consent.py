@@ -70,9 +70,9 @@ def find_consent(
     return ConsentFindings(len(digests), broken, missing, len(generated), is_stated)
 
 
-def strictest(policies: Iterable[str | None]) -> ConsentPolicy:
-    """Returns the strictest of some policies; None and unknown ones count as `off`."""
-    return max((known for known in CONSENT_POLICIES if known in {"off", *policies}), key=CONSENT_POLICIES.index)
+def strictest(policies: Iterable[ConsentPolicy | None]) -> ConsentPolicy:
+    """Returns the strictest of the policies that are set; `warn` if none is."""
+    return CONSENT_POLICIES[max((CONSENT_POLICIES.index(policy) for policy in policies if policy), default=1)]
 
 
 def rights_of(image: Entry) -> Entry:

@@ -25,7 +25,7 @@ class _PolicyFile(BaseModel):
 
     policy: Literal["default", "strict"] = "default"
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    consent: ConsentPolicy = "warn"
+    consent: ConsentPolicy | None = None
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
     similarity: float = Field(default=0.7, ge=0.5, le=1.0)
@@ -36,7 +36,8 @@ class Policies(BaseModel):
 
     Attributes:
         aliases: The policy of each alias.
-        consent: What broken and missing statements about images do to training and to every alias.
+        consent: What broken and missing statements about images do to training and to every alias; None leaves it to
+            the ingest steps, and is `warn` if they set none.
         recall: Default action for versions that a revocation affects.
         similar: Action of an import if the content of the file resembles that of a registered adapter.
         similarity: Absolute cosine from which contents are similar, 0.5 to 1; unrelated ones stay below 0.5.
@@ -45,7 +46,7 @@ class Policies(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     aliases: dict[str, AliasPolicy] = Field(default_factory=lambda: dict(PRESETS["default"]))
-    consent: ConsentPolicy = "warn"
+    consent: ConsentPolicy | None = None
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
     similarity: float = Field(default=0.7, ge=0.5, le=1.0)

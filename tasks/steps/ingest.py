@@ -22,8 +22,8 @@ class Ingest(StepSpec, IngestSettings):
         images: The folder of images.
         consent: Table of rights and consent per image; None means that nothing is stated.
         consent_policy: What broken and missing statements do, here and at every promotion of what is made from the
-            dataset: `off`, `warn` (shown and recorded) or `strict` (refused). None leaves it to the home's
-            `policy.yaml`.
+            dataset: `off`, `warn` (shown and recorded) or `strict` (refused). The home's `policy.yaml`
+            counts if it is stricter; None of both is `warn`.
     """
 
     uses: Literal["ingest"] = "ingest"
