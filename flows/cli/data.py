@@ -42,6 +42,7 @@ def dataset(
             ("dataset", facts["dataset"]),
             *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
             *(("alike", ", ".join(group)) for group in facts["alike"]),
+            *(("origin", f"{name}: {text}") for name, text in facts["generation"].items()),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),
             *(("advice", line) for line in facts["advice"]),
             ("page", facts["page"]),

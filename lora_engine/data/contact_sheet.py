@@ -27,7 +27,13 @@ def render_contact_sheet(title: str, examination: Examination) -> str:
 
 def _card(image: Examined, group: int | None) -> dict[str, Any]:
     entry = image.entry
-    notes = [_ROLES[entry.split], f"{entry.repeats} repeats" if entry.repeats > 1 else "", "mask" if entry.mask else ""]
+    generation = entry.rights.describe_generation() if entry.rights is not None else ""
+    notes = [
+        _ROLES[entry.split],
+        f"{entry.repeats} repeats" if entry.repeats > 1 else "",
+        "mask" if entry.mask else "",
+        generation,
+    ]
     return {
         **embed_image(image.thumbnail, THUMBNAIL, _QUALITY),
         "source": entry.source,

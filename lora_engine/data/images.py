@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import re
 import struct
@@ -43,6 +44,8 @@ BROKEN = (
 )
 """The exceptions of Pillow's decoders and metadata readers on broken files."""
 _PILLOW = r"PIL\."
+# At DEBUG, Pillow logs the metadata of TIFF and EXIF.
+logging.getLogger("PIL").setLevel(logging.INFO)
 _FILTER = ("ignore", None, UserWarning, re.compile(_PILLOW), 0)
 
 

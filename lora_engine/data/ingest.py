@@ -80,6 +80,8 @@ def ingest(
     quarantined += _unmatched_masks(images, listing.masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
+    if settings.generated == "warn":
+        _warn_of_generated(entries)
     quarantined += layout.report()
     if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
@@ -204,6 +206,8 @@ class _Ingestion:
             self._refuse_revoked(statement)
             rights = _with_evidence(statement.rights, entry.rights.evidence if entry.rights else ())
             entry = entry.model_copy(update={"consent": statement.consent, "rights": rights})
+        if self._settings.generated == "refuse" and entry.rights is not None and entry.rights.is_generated:
+            raise DataError(f"is {entry.rights.describe_generation()}")
         return entry
 
     def _refuse_revoked(self, statement: Statement) -> None:
@@ -232,6 +236,13 @@ class _Ingestion:
 
 def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) -> Rights | None:
     return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
+
+
+def _warn_of_generated(entries: Sequence[ImageEntry]) -> None:
+    found = [entry for entry in entries if entry.rights is not None and entry.rights.is_generated]
+    if found and found[0].rights is not None:
+        how = found[0].rights.describe_generation()
+        _log.warning("%d images are generated, first %s: %s", len(found), found[0].source, how)
 
 
 def _unmatched_masks(images: Path, masks: Mapping[Owner, Sequence[Path]], used: set[Path]) -> list[Quarantined]:

@@ -33,6 +33,8 @@ class IngestSettings(BaseModel):
         layout: `auto` recognizes kohya's folders if all images are in folders `N_words`: their numbers are repeats,
             their words captions of images without another, and folders below `reg`, or with the last words of another
             folder, hold class images. `kohya` requires them, `plain` gives folder names no meaning.
+        generated: What happens to images that their metadata or their owner call generated: `allow`, `warn`, or
+            `refuse`, which quarantines them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +45,7 @@ class IngestSettings(BaseModel):
         Literal["folders"] | dict[Annotated[str, Field(max_length=1_000)], Annotated[int, Field(ge=1, le=MAX_REPEATS)]]
     ) = {}
     layout: Annotated[Literal["auto", "plain", "kohya"], AddedLater()] = "auto"
+    generated: Annotated[Literal["allow", "warn", "refuse"], AddedLater()] = "allow"
 
 
 class Buckets(BaseModel):

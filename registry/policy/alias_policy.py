@@ -27,6 +27,7 @@ class AliasPolicy(BaseModel):
             use is also allowed.
         needs_consent: `known`: no consent has expired and no owner opted out; `complete`: every required statement
             about the images exists.
+        allows_generated: False refuses versions with images that their metadata or owners call generated.
         needs_signature: Requires a valid signature.
         protected: The alias survives withdrawal and deletion of its version, and only `movers` may remove it.
         movers: Users who may move or remove the alias: names or patterns such as `*@lab`; one must match the actor.
@@ -39,6 +40,7 @@ class AliasPolicy(BaseModel):
     needs_gate: bool = False
     needs_licence: Literal["none", "known", "commercial"] = "none"
     needs_consent: Literal["none", "known", "complete"] = "none"
+    allows_generated: bool = True
     needs_signature: bool = False
     protected: bool = False
     movers: tuple[Pattern, ...] = Field(default=("*",), min_length=1)
@@ -153,6 +155,9 @@ def _license_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
 
 def _consent_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
     is_strict = facts.consent_policy == "strict"
+    if not policy.allows_generated and (facts.consent is None or facts.consent.generated):
+        count = facts.consent.generated if facts.consent is not None else "an unknown number of"
+        yield f"{count} images are generated, as their metadata or owners say"
     if policy.needs_consent == "none" and not is_strict:
         return
     if facts.consent is None:

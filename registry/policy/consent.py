@@ -13,6 +13,8 @@ Entry = Mapping[str, Any]
 """An image as a manifest lists it."""
 ConsentPolicy = Literal["off", "warn", "strict"]
 """What broken and missing statements do: nothing, a warning that is recorded, or a refusal."""
+_PROVENANCE = {"c2pa-manifest"}
+"""What photographs can have, too; `PROVENANCE_ONLY` of the engine."""
 CONSENT_POLICIES: tuple[ConsentPolicy, ...] = ("off", "warn", "strict")
 
 
@@ -98,7 +100,7 @@ def has_statement(entry: Entry) -> bool:
 
 
 def _is_generated(entry: Entry) -> bool:
-    return bool(rights_of(entry).get("evidence") or rights_of(entry).get("ai_generated"))
+    return bool({*rights_of(entry).get("evidence", ())} - _PROVENANCE or rights_of(entry).get("ai_generated"))
 
 
 def _missing(entry: Entry) -> Iterator[str]:

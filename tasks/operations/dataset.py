@@ -31,8 +31,8 @@ def examine_folder(
         page: Where to write a contact sheet; None writes none.
 
     Returns:
-        `dataset` (a line), `images` (as in the manifest), `quarantined`, `alike` (groups of names), `flaws` (by name),
-        `advice` and `page`.
+        `dataset` (a line), `images` (as in the manifest), `quarantined`, `alike` (groups of names), `generation` (what
+        is known of it, by name), `flaws` (by name), `advice` and `page`.
 
     Raises:
         DataError: The folder cannot be read or has no usable image.
@@ -56,6 +56,11 @@ def examine_folder(
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
         "quarantined": [item.model_dump() for item in manifest.quarantined],
         "alike": [[names[index] for index in group] for group in examination.groups],
+        "generation": {
+            entry.source: text
+            for entry in manifest.pictures
+            if entry.rights is not None and (text := entry.rights.describe_generation())
+        },
         "flaws": {image.entry.source: list(image.flaws) for image in examination.images if image.flaws},
         "advice": list(examination.advice),
         "page": str(page) if page is not None else None,
