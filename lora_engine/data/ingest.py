@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_engine.data.caption_files import FoundCaption, stated_origin
+from lora_engine.data.class_images import GIVEN, ClassImage, find_odd, read_class_image
 from lora_engine.data.consent import Statement, read_consent
 from lora_engine.data.duplicates import Print, find_groups, find_same, take_print
 from lora_engine.data.evidence import read_evidence
@@ -85,6 +86,8 @@ def ingest(
     quarantined += layout.report()
     if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
+    for problem in find_odd([ingestion.class_images[e.file] for e in entries if e.split == "class"], GIVEN):
+        _log.warning("%s", problem)
     manifest = Manifest(
         pictures=_split(entries, settings.heldout, ingestion.prints),
         quarantined=tuple(quarantined),
@@ -136,6 +139,7 @@ class _Ingestion:
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
         self.prints: dict[str, Print] = {}
+        self.class_images: dict[str, ClassImage] = {}
         self._captions: dict[str, FoundCaption] = {}
         self.used_masks: set[Path] = set()
 
@@ -155,6 +159,8 @@ class _Ingestion:
                 self._offer_caption(earlier, copied, name)
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
         self.prints[file] = opened.print
+        if self._layout.split(name) == "class":
+            self.class_images[file] = read_class_image(printable(name), pixels, opened.print)
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
         mask = self._open_mask(path, pixels.size)
         self._workers.run(write_image, self._out / file, pixels)
