@@ -26,6 +26,10 @@ def dataset(
         int | None, typer.Option(min=16, max=4096, help="Side of the training images in pixels.")
     ] = None,
     consent: Annotated[Path | None, typer.Option(help="File of consents.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP; compares class images with captions.")] = None,
+    aesthetic: Annotated[
+        Path | None, typer.Option(metavar="HEAD", help="Linear head on the CLIP that rates images, or its folder.")
+    ] = None,
     page: Annotated[Path | None, typer.Option("-o", "--output", metavar="PAGE", help="Contact sheet (HTML).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +37,7 @@ def dataset(
     from flows.cli.output import print_facts, print_json
     from tasks.operations.dataset import examine_folder
 
-    facts = examine_folder(images, layout, heldout, resolution, consent, page)
+    facts = examine_folder(images, layout, heldout, resolution, consent, page, clip=clip, aesthetic=aesthetic)
     if as_json:
         print_json(facts)
         return
@@ -44,6 +48,7 @@ def dataset(
             *(("alike", ", ".join(group)) for group in facts["alike"]),
             *(("origin", f"{name}: {text}") for name, text in facts["generation"].items()),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),
+            *(("rating", f"{name}: {rating:.2f}") for name, rating in facts["ratings"].items()),
             *(("advice", line) for line in facts["advice"]),
             ("page", facts["page"]),
         ]

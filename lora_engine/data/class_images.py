@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -52,7 +52,12 @@ class Likeness:
 
 def read_class_image(name: str, image: Image.Image, print_: Print | None = None) -> ClassImage:
     """Returns what is compared of an RGB image."""
-    return ClassImage(name, not _BLANK.isdisjoint(find_flaws(image)), print_ or take_print(image))
+    return ClassImage(name, is_blank(find_flaws(image)), print_ or take_print(image))
+
+
+def is_blank(flaws: Iterable[str]) -> bool:
+    """Returns True if the flaws of an image leave nothing of it."""
+    return not _BLANK.isdisjoint(flaws)
 
 
 def find_odd(images: Sequence[ClassImage], fix: str, likeness: Likeness | None = None) -> Iterator[str]:

@@ -20,12 +20,15 @@ def render_contact_sheet(title: str, examination: Examination) -> str:
         title=title,
         summary=examination.manifest.describe(),
         advice=examination.advice,
-        images=[_card(image, groups.get(index)) for index, image in enumerate(examination.images)],
+        images=[
+            _card(image, groups.get(index), examination.ratings.get(image.entry.source))
+            for index, image in enumerate(examination.images)
+        ],
         quarantined=examination.manifest.quarantined,
     )
 
 
-def _card(image: Examined, group: int | None) -> dict[str, Any]:
+def _card(image: Examined, group: int | None, rating: float | None) -> dict[str, Any]:
     entry = image.entry
     generation = entry.rights.describe_generation() if entry.rights is not None else ""
     notes = [
@@ -33,6 +36,7 @@ def _card(image: Examined, group: int | None) -> dict[str, Any]:
         f"{entry.repeats} repeats" if entry.repeats > 1 else "",
         "mask" if entry.mask else "",
         generation,
+        f"rating {rating:.1f}" if rating is not None else "",
     ]
     return {
         **embed_image(image.thumbnail, THUMBNAIL, _QUALITY),

@@ -37,6 +37,7 @@ def ingest(
     *,
     consent: Path | None = None,
     revoked: Collection[str] = (),
+    prints: dict[str, Print] | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
@@ -51,6 +52,7 @@ def ingest(
         settings: See `IngestSettings`.
         consent: A table for `read_consent`; file names are relative to the folder.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
+        prints: Gets the prints of the images by their files in the dataset; None keeps none.
         progress: Called after each file.
 
     Returns:
@@ -94,6 +96,8 @@ def ingest(
         layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
     )
     manifest.save(out)
+    if prints is not None:
+        prints |= {entry.file: ingestion.prints[entry.file] for entry in manifest.pictures}
     return manifest
 
 
